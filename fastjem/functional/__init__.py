@@ -1,0 +1,21 @@
+"""Public functions without state: losses, Sinkhorn, the EMA update. Arguments after the tensors are keyword-only."""
+
+from fastjem.functional.contrastive import info_nce, nt_xent
+from fastjem.functional.covariance import barlow_twins, vicreg
+from fastjem.functional.predictive import negative_cosine
+from fastjem.functional.prototypes import prototype_cross_entropy, sinkhorn, sinkhorn_bias
+from fastjem.functional.supervised import cross_entropy
+from fastjem.functional.weights import ema_update_
+
+__all__ = [
+    "barlow_twins",
+    "cross_entropy",
+    "ema_update_",
+    "info_nce",
+    "negative_cosine",
+    "nt_xent",
+    "prototype_cross_entropy",
+    "sinkhorn",
+    "sinkhorn_bias",
+    "vicreg",
+]

@@ -1,0 +1,47 @@
+"""Errors that say which operator, its contract, and what came."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def fail(op: str, contract: str, came: object) -> None:
+    raise ValueError(f"{op}: {contract}, got {came}")
+
+
+def shape(x: object) -> object:
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+
+
+def matrices(op: str, contract: str, *tensors: Tensor, dims: int = 2, same: bool = True) -> None:
+    """Floating-point tensors on one device, of `dims` dimensions with at least one row and column, and of one shape if `same`."""
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            fail(op, contract, type(x).__name__)
+        if x.dim() != dims or 0 in x.shape:
+            fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
+        if not x.is_floating_point():
+            fail(op, f"{contract}, floating-point", x.dtype)
+    if same and any(x.shape != tensors[0].shape for x in tensors):
+        fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
+    one_device(op, tensors)
+
+
+def one_device(op: str, tensors: Sequence[Tensor]) -> None:
+    if len({x.device for x in tensors}) > 1:
+        fail(op, "tensors must be on one device", " and ".join(str(x.device) for x in tensors))
+
+
+def positive(op: str, **values: float) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            fail(op, f"{name} must be a positive finite number", value)
+
+
+def common(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in their common dtype (torch's promotion), as one operator call wants them."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype) for x in tensors]

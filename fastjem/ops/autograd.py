@@ -1,0 +1,76 @@
+"""From operators to differentiable losses: two autograd Functions serve every loss."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ops = torch.ops.fastjem
+
+
+def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient * factor`, in place where autograd needs the unscaled gradient no more."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = gradient.clone()
+    ops.rescale_(gradient, factor)
+    return gradient
+
+
+class _OnePass(torch.autograd.Function):
+    """The gradients are computed along with the loss and wait, unscaled, for the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, name: str, wanted: tuple[bool, ...], listed: bool, arguments: tuple, *inputs: Tensor) -> Tensor:
+        loss, gradients, scale = _call(name, wanted, listed, arguments, inputs)
+        ctx.save_for_backward(scale, *gradients)
+        ctx.wanted = wanted
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        scale, *gradients = ctx.saved_tensors
+        factor = upstream * scale
+        scaled = (_rescaled(g, factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
+        return None, None, None, None, *scaled
+
+
+class _TwoPasses(torch.autograd.Function):
+    """The loss is there already; its gradient, for the one tensor `x`, is computed in backward by a second operator."""
+
+    @staticmethod
+    def forward(ctx, name: str, arguments: tuple, scale: float, loss: Tensor, x: Tensor, *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *saved)
+        ctx.name, ctx.arguments, ctx.scale = name, arguments, scale
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        gradient = getattr(ops, ctx.name)(*ctx.saved_tensors, *ctx.arguments)
+        ops.rescale_(gradient, upstream * ctx.scale)
+        return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
+
+
+def _call(name, wanted, listed, arguments, inputs) -> tuple[Tensor, list[Tensor], Tensor]:
+    op = getattr(ops, name)
+    return op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
+
+
+def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor:
+    """The loss `name(*inputs, *arguments)`, differentiable for `inputs` (an operator may take them `listed`, as Tensor[]).
+
+    Gradients are asked for only where grad mode is on and the input requires one.
+    """
+    wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
+    if not any(wanted):
+        return _call(name, wanted, listed, arguments, inputs)[0]
+    return _OnePass.apply(name, wanted, listed, arguments, *inputs)
+
+
+def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor], *arguments, scale: float) -> Tensor:
+    """`loss`, with the gradient for `x` being `scale * name(x, *saved, *arguments)`."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return loss
+    return _TwoPasses.apply(name, arguments, scale, loss, x, *saved)

@@ -1,0 +1,312 @@
+"""The specification: every operator in a few lines of plain torch.
+
+Each function is the fallback where no faster implementation exists, the fake kernel that torch.compile traces, the oracle of
+the tests (run in float64) and the baseline of the benchmarks. It is written to be read, not to be fast.
+
+Conventions
+-----------
+* Arithmetic is in float32, or in float64 where the inputs are float64; losses come out 0-dim in that dtype, gradients in the
+  dtype of their input.
+* A loss whose gradient can be had in the same pass returns `(loss, gradients, scale)`: one gradient per differentiable input,
+  empty where `wanted` says no. Gradients are *unscaled*: the gradient of the loss is `scale * gradient`. The scale (1/N, 1/tau)
+  is applied in backward in float32, because float16 gradients that carry it vanish.
+* A loss that needs a second pass is two operators, `name` and `name_backward`.
+* Shapes are checked by `fastjem.functional`, before an operator is called.
+
+Letters: V views, S student views, T teacher views, N rows, B batch, D width, K prototypes or classes, M = V N.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def widen(x: Tensor) -> Tensor:
+    """The dtype to compute in: float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _empty(x: Tensor) -> Tensor:
+    return x.new_empty(0)
+
+
+def _scale(x: Tensor, value: float) -> Tensor:
+    return torch.full((), value, dtype=widen(_empty(x)).dtype, device=x.device)
+
+
+def _normalize(x: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """Rows of unit length and what they were divided by, max(||x||, eps)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
+    return x / norm, norm
+
+
+def _normalize_backward(gradient: Tensor, unit: Tensor, norm: Tensor, eps: float = 1e-12) -> Tensor:
+    """Through x -> x / max(||x||, eps): drop the radial part, except where eps is the divisor."""
+    radial = (gradient * unit).sum(-1, keepdim=True) * unit
+    return (gradient - radial * (norm > eps)) / norm
+
+
+# Helpers of every loss and of the training step --------------------------------------------------------------------------
+
+
+def rescale_(gradient: Tensor, factor: Tensor) -> None:
+    """`gradient *= factor` in float32, rounded once (torch rounds a 0-dim CUDA factor to float16 first)."""
+    gradient.copy_(widen(gradient) * factor)
+
+
+def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
+    """`teacher = momentum * teacher + (1 - momentum) * student`, in place, for each pair of tensors."""
+    for t, s in zip(teacher, student, strict=True):
+        t.lerp_(s.to(t.dtype), (1 - momentum.double()).to(t.dtype))
+
+
+def cross_entropy(
+    logits: Tensor,  # [N, K]
+    labels: Tensor,  # [N] int64
+    ignore_index: int,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index)`; a label outside [0, K) gives NaN."""
+    counted = (labels != ignore_index)[:, None]  # [N, 1]
+    valid = ((labels >= 0) & (labels < logits.shape[1]))[:, None]
+    index = labels[:, None].where(valid, 0)
+    log_p = widen(logits).log_softmax(1)
+    rows = -log_p.gather(1, index).where(valid, math.nan).where(counted, 0)
+    scale = 1 / counted.sum().to(log_p.dtype)
+    loss = rows.sum() * scale
+    if not wanted[0]:
+        return loss, [_empty(logits)], scale
+    gradient = log_p.exp().scatter_add(1, index, -torch.ones_like(rows))
+    return loss, [gradient.where(valid, math.nan).where(counted, 0).to(logits.dtype)], scale
+
+
+def negative_cosine(
+    p: Tensor,  # [N, D]
+    z: Tensor,  # [N, D]
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`-torch.nn.functional.cosine_similarity(p, z, dim=1, eps=eps).mean()`"""
+    (p_unit, p_norm), (z_unit, z_norm) = _normalize(widen(p), eps), _normalize(widen(z), eps)
+    loss = -(p_unit * z_unit).sum(1).mean()
+    p_gradient = _normalize_backward(-z_unit, p_unit, p_norm, eps).to(p.dtype) if wanted[0] else _empty(p)
+    z_gradient = _normalize_backward(-p_unit, z_unit, z_norm, eps).to(z.dtype) if wanted[1] else _empty(z)
+    return loss, [p_gradient, z_gradient], _scale(p, 1 / len(p))
+
+
+# Contrastive losses ------------------------------------------------------------------------------------------------------
+
+
+def _similarities(rows: Tensor, candidates: Tensor, offset: int, temperature: float):
+    """Cosines / temperature of every view of `rows` with all candidates, [V n, V N], and where each row meets itself."""
+    (v, n, d), total = rows.shape, candidates.shape[1]
+    a, norm = _normalize(widen(rows).reshape(v * n, d))
+    b, _ = _normalize(widen(candidates).reshape(v * total, d))
+    image = torch.arange(v * n, device=rows.device) % n + offset  # [V n], the image that a row shows
+    columns = torch.arange(v * total, device=rows.device)
+    same_image = columns % total == image[:, None]  # [V n, V N]
+    itself = columns == image[:, None] + torch.arange(v, device=rows.device).repeat_interleave(n)[:, None] * total
+    return a, norm, b, a @ b.T / temperature, itself, same_image & ~itself
+
+
+def nt_xent(
+    rows: Tensor,  # [V, n, D], the images offset .. offset + n of the candidates
+    candidates: Tensor,  # [V, N, D]
+    offset: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The sum over rows of `logsumexp_j(s_ij) - mean_j(s_ij over its V - 1 positives)`, and the logsumexp [V, n].
+
+    s are cosines / temperature; a row's candidates are all V N rows but itself. SimCLR, arXiv 2002.05709, equation 1.
+    """
+    *_, similarities, itself, positive = _similarities(rows, candidates, offset, temperature)
+    lse = similarities.masked_fill(itself, -math.inf).logsumexp(1)
+    positives = similarities.masked_fill(~positive, 0).sum(1) / (rows.shape[0] - 1)
+    return (lse - positives).sum(), lse.reshape(rows.shape[:2])
+
+
+def nt_xent_backward(
+    rows: Tensor,  # [V, n, D]
+    candidates: Tensor,  # [V, N, D]
+    rows_lse: Tensor,  # [V, n]
+    candidates_lse: Tensor,  # [V, N]
+    offset: int,
+    temperature: float,
+) -> Tensor:
+    """[V, n, D]: temperature times the gradient, for `rows`, of nt_xent summed over all candidates as rows.
+
+    `sum_j (P_ij + P_ji) z_j - 2 sum_j(z_j over positives) / (V - 1)`, then through the normalisation.
+    """
+    a, norm, b, similarities, itself, positive = _similarities(rows, candidates, offset, temperature)
+    p = (similarities - rows_lse.reshape(-1, 1)).exp() + (similarities - candidates_lse.reshape(1, -1)).exp()
+    weights = p.masked_fill(itself, 0) - positive * (2 / (rows.shape[0] - 1))
+    return _normalize_backward(weights @ b, a, norm).reshape(rows.shape).to(rows.dtype)
+
+
+def info_nce(
+    query: Tensor,  # [N, D]
+    positive: Tensor,  # [N, D]
+    negatives: Tensor,  # [K, D]
+    temperature: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows. MoCo, arXiv 1911.05722, eq. 1."""
+    (q, q_norm), (p, p_norm), (k, k_norm) = (_normalize(widen(x)) for x in (query, positive, negatives))
+    logits = torch.cat([(q * p).sum(1, keepdim=True), q @ k.T], 1) / temperature  # [N, 1 + K]
+    log_p = logits.log_softmax(1)
+    weights = log_p.exp()
+    p_weight, k_weights = weights[:, :1] - 1, weights[:, 1:]
+    gradients = [
+        _normalize_backward(p_weight * p + k_weights @ k, q, q_norm).to(query.dtype) if wanted[0] else _empty(query),
+        _normalize_backward(p_weight * q, p, p_norm).to(positive.dtype) if wanted[1] else _empty(positive),
+        _normalize_backward(k_weights.T @ q, k, k_norm).to(negatives.dtype) if wanted[2] else _empty(negatives),
+    ]
+    return -log_p[:, 0].mean(), gradients, _scale(query, 1 / (len(query) * temperature))
+
+
+# Prototypes --------------------------------------------------------------------------------------------------------------
+
+
+def sinkhorn_step(
+    scores: Tensor,  # [B, K]
+    bias: Tensor | None,  # [K]; None: samples are not normalised before
+    epsilon: float,
+) -> Tensor:
+    """[K]: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i = -logsumexp_k(s_ik + f_k)`.
+
+    The next bias f is the negative of the result; over several ranks, of the logsumexp of their results.
+    """
+    scores = widen(scores) / epsilon
+    if bias is not None:
+        scores = scores - (scores + bias).logsumexp(1, keepdim=True)
+    return scores.logsumexp(0)
+
+
+def sinkhorn_bias(
+    scores: Tensor,  # [B, K]
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+) -> Tensor:
+    """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
+    bias = widen(scores).new_zeros(scores.shape[1]) if normalize_samples_first else None
+    for _ in range(iterations):
+        bias = -sinkhorn_step(scores, bias, epsilon)
+    return bias
+
+
+def sinkhorn(
+    scores: Tensor,  # [B, K]
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, K]: Q = exp(scores / epsilon), then `iterations` times: prototypes divided by their sums, samples by theirs.
+
+    SwAV, arXiv 2006.09882, section 3.1. Each row of the result sums to 1.
+    """
+    bias = sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
+    return (widen(scores) / epsilon + bias).softmax(1).to(dtype)
+
+
+def prototype_cross_entropy(
+    student: list[Tensor],  # S x [B, K]
+    teacher: list[Tensor],  # T x [B, K]
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,  # [K] or [T, K]
+    pairs: str,  # "different" | "same" | "all"
+    weights: Tensor | None,  # [B]
+    wanted: list[bool],  # one per student view
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias), log_softmax(s / tau_s)>`.
+
+    SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
+    """
+    s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
+    t = widen(torch.stack(teacher)) / teacher_temperature  # [T, B, K]
+    if teacher_bias is not None:
+        t = t + (teacher_bias[None, None] if teacher_bias.dim() == 1 else teacher_bias[:, None])
+    same = torch.eye(len(s), len(t), dtype=s.dtype, device=s.device)
+    paired = {"different": 1 - same, "same": same, "all": torch.ones_like(same)}[pairs]  # [S, T]
+    matches = min(len(s), len(t))
+    count = {"different": len(s) * len(t) - matches, "same": matches, "all": len(s) * len(t)}[pairs]
+
+    targets = torch.einsum("st,tbk->sbk", paired, t.softmax(2))  # the sum of a view's targets
+    mass = paired.sum(1)[:, None, None]  # [S, 1, 1], how many they are
+    w = s.new_ones(s.shape[1]) if weights is None else weights.to(s.dtype)
+    scale = 1 / (w.sum() * count * student_temperature)
+    log_p = s.log_softmax(2)
+    loss = -(targets * log_p).sum((0, 2)).dot(w) * scale * student_temperature
+    gradients = (mass * log_p.exp() - targets) * w[:, None]  # [S, B, K]
+    return loss, [g.to(x.dtype) if k else _empty(x) for g, x, k in zip(gradients, student, wanted, strict=True)], scale
+
+
+# Covariance losses -------------------------------------------------------------------------------------------------------
+
+
+def barlow_twins(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    lambda_param: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230, equation 1.
+
+    Batch norm without affine part: biased variance, eps = 1e-5.
+    """
+    n, d = z0.shape
+
+    def batch_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+        std = (x.var(0, correction=0) + 1e-5).sqrt()
+        return (x - x.mean(0)) / std, std
+
+    def through_batch_norm(gradient: Tensor, normalised: Tensor, std: Tensor) -> Tensor:
+        return (gradient - gradient.mean(0) - normalised * (gradient * normalised).mean(0)) / std
+
+    (a, a_std), (b, b_std) = batch_norm(widen(z0)), batch_norm(widen(z1))
+    identity = torch.eye(d, dtype=a.dtype, device=a.device)
+    difference = a.T @ b / n - identity
+    weighted = difference * (identity + lambda_param * (1 - identity))
+    gradients = [
+        through_batch_norm(b @ weighted.T, a, a_std).to(z0.dtype) if wanted[0] else _empty(z0),
+        through_batch_norm(a @ weighted, b, b_std).to(z1.dtype) if wanted[1] else _empty(z1),
+    ]
+    return (difference * weighted).sum(), gradients, _scale(z0, 2 / n)
+
+
+def vicreg(
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    lambda_param: float,
+    mu_param: float,
+    nu_param: float,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's factor 1/2 on v.
+
+    v = mean_d relu(1 - sqrt(var + eps)), c = sum_{i != j} cov_ij^2 / D, both with N - 1 in the denominator.
+    """
+    n, d = z0.shape
+    a, b = widen(z0), widen(z1)
+
+    def regularise(x: Tensor) -> tuple[Tensor, Tensor]:
+        centred = x - x.mean(0)
+        std = (x.var(0) + eps).sqrt()  # [D]
+        covariance = centred.T @ centred / (n - 1)
+        covariance = covariance - covariance.diag().diag()
+        loss = mu_param * (1 - std).relu().mean() / 2 + nu_param * covariance.square().sum() / d
+        variance_part = -mu_param / 2 * (std < 1) / std * centred
+        return loss, (variance_part + 4 * nu_param * centred @ covariance) * (n / (n - 1))
+
+    (a_loss, a_gradient), (b_loss, b_gradient) = regularise(a), regularise(b)
+    difference = 2 * lambda_param * (a - b)
+    loss = lambda_param * (a - b).square().mean() + a_loss + b_loss
+    gradients = [
+        (a_gradient + difference).to(z0.dtype) if wanted[0] else _empty(z0),
+        (b_gradient - difference).to(z1.dtype) if wanted[1] else _empty(z1),
+    ]
+    return loss, gradients, _scale(z0, 1 / (n * d))
