@@ -66,7 +66,7 @@ def _cpu_kernels():
         return None, f"the C++ extension doesn't load ({error}); it is built at installation if there is a C++ compiler"
 
 
-def _triton_kernel(name: str) -> tuple[Callable | None, str | None]:
+def triton_launcher(name: str) -> tuple[Callable | None, str | None]:
     """The Triton launcher of an operator, whose file is imported at the first call, or the reason why there is none."""
     module = name.removesuffix("_").removesuffix("_backward")  # nt_xent_backward lives in nt_xent.py
     if importlib.util.find_spec(f"fastjem.kernels.{module}") is None:
@@ -92,7 +92,7 @@ def _register() -> None:
         torch.library.register_fake(f"fastjem::{name}", specification, lib=LIBRARY)
         if on_cpu := getattr(cpu, name, None):
             LIBRARY.impl(name, plain(on_cpu), "CPU")
-        on_cuda, no_cuda = _triton_kernel(name)
+        on_cuda, no_cuda = triton_launcher(name)
         if on_cuda:
             LIBRARY.impl(name, plain(on_cuda), "CUDA")
         _IMPLEMENTATIONS[name] = {

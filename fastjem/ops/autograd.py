@@ -4,9 +4,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 ops = torch.ops.fastjem
+
+
+def _refuse_second_order(name: str) -> None:
+    # autograd's once_differentiable would let a constant pass where the upstream gradient requires none
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: differentiable once only, got create_graph=True")
 
 
 def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -24,12 +29,12 @@ class _OnePass(torch.autograd.Function):
     def forward(ctx, name: str, wanted: tuple[bool, ...], listed: bool, arguments: tuple, *inputs: Tensor) -> Tensor:
         loss, gradients, scale = _call(name, wanted, listed, arguments, inputs)
         ctx.save_for_backward(scale, *gradients)
-        ctx.wanted = wanted
+        ctx.name, ctx.wanted = name, wanted
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor):
+        _refuse_second_order(ctx.name)
         scale, *gradients = ctx.saved_tensors
         factor = upstream * scale
         scaled = (_rescaled(g, factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
@@ -46,8 +51,8 @@ class _TwoPasses(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor):
+        _refuse_second_order(ctx.name)
         gradient = getattr(ops, ctx.name)(*ctx.saved_tensors, *ctx.arguments)
         ops.rescale_(gradient, upstream * ctx.scale)
         return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)

@@ -1,0 +1,38 @@
+// What every operator's binding needs: dtype codes, threads, the choice of instruction set. No torch header: tensors come as
+// addresses, checked in kernels/cpu.py.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace fastjem {
+
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+
+Isa isa();  // the best that the processor has, or what a test chose
+
+// Calls f(begin, end) over [0, n) in at most `threads` contiguous parts, none with less than `grain` elements (but one).
+// Parts never share an output, and sums over parts are done afterwards in order: the bits don't depend on scheduling.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, int threads, F&& f) {
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n / std::max<int64_t>(1, grain)));
+  if (parts == 1) return f(int64_t{0}, n);
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+  for (int64_t part = 0; part < parts; ++part) f(n * part / parts, n * (part + 1) / parts);
+}
+
+}  // namespace fastjem

@@ -1,0 +1,93 @@
+"""The C++ kernels as operators: every check is here, before an address leaves Python.
+
+Tensors of any layout are taken; rows that aren't dense are copied. Without a native dtype the reference computes.
+"""
+
+import torch
+from torch import Tensor
+
+from fastjem.kernels import _C, reference
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, D] with dense rows; the rows themselves may be anywhere."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _gradient(x: Tensor, wanted: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype) if wanted else x.new_empty(0)
+
+
+def _address(x: Tensor) -> int:
+    return x.data_ptr()  # 0 for an empty tensor: no gradient wanted
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _flat(*tensors: Tensor) -> bool:
+    """Whether the same index into each one's memory is the same element of each: one block, in one order."""
+    return all(x.is_contiguous() for x in tensors) or (
+        tensors[0].dim() == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
+    )
+
+
+def rescale_(gradient: Tensor, factor: Tensor) -> None:
+    if gradient.dtype not in DTYPES or not _flat(gradient):
+        return reference.rescale_(gradient, factor)
+    _C.rescale(DTYPES[gradient.dtype], _address(gradient), gradient.numel(), factor.item(), torch.get_num_threads())
+
+
+def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
+    table, others = [], []
+    for t, s in zip(teacher, student, strict=True):
+        if s.dtype in DTYPES and _flat(t, s):
+            table.append((_address(t), _address(s), t.numel(), DTYPES[t.dtype], DTYPES[s.dtype]))
+        else:
+            others.append((t, s))
+    _C.ema_update(table, momentum.item(), torch.get_num_threads())
+    for t, s in others:
+        reference.ema_update_([t], [s], momentum)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if logits.dtype not in DTYPES:
+        return reference.cross_entropy(logits, labels, ignore_index, wanted)
+    logits, labels, dtype = _rows(logits), labels.contiguous(), _loss_dtype(logits)
+    gradient = _gradient(logits, wanted[0])
+    total, counted = _C.cross_entropy(
+        DTYPES[logits.dtype],
+        _address(logits),
+        *logits.shape,
+        logits.stride(0),
+        _address(labels),
+        ignore_index,
+        _address(gradient),
+        torch.get_num_threads(),
+    )
+    scale = 1 / counted if counted else float("inf")
+    return torch.tensor(total / counted if counted else float("nan"), dtype=dtype), [gradient], torch.tensor(scale, dtype=dtype)
+
+
+def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tuple[Tensor, list[Tensor], Tensor]:
+    if p.dtype not in DTYPES:
+        return reference.negative_cosine(p, z, eps, wanted)
+    p, z, dtype = _rows(p), _rows(z), _loss_dtype(p)
+    gradients = [_gradient(p, wanted[0]), _gradient(z, wanted[1])]
+    total = _C.negative_cosine(
+        DTYPES[p.dtype],
+        _address(p),
+        p.stride(0),
+        _address(z),
+        z.stride(0),
+        *p.shape,
+        eps,
+        *map(_address, gradients),
+        torch.get_num_threads(),
+    )
+    return torch.tensor(total / len(p), dtype=dtype), gradients, torch.tensor(1 / len(p), dtype=dtype)

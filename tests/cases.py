@@ -1,0 +1,258 @@
+"""Every operator's cases: inputs, the public function, and the formula that a user would write in plain torch.
+
+The formula in float64 is the oracle; in the input's own dtype it is the bar: an implementation may err at most twice as much,
+plus four units in the last place of the largest value (docs: DESIGN, "Value and gradient").
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import fastjem.functional as F
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+ALL = tuple(DTYPES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make(generator)` gives float64 tensors, the first `differentiable` of which get gradients and the case's dtype."""
+
+    op: str
+    name: str
+    make: Callable[[torch.Generator], list[Tensor]]
+    call: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    differentiable: int = 1
+    dtypes: tuple[torch.dtype, ...] = ALL
+    # The size of the terms that loss and gradient are sums of, where these may cancel.
+    loss_size: float = 0.0
+    gradient_size: Callable[..., float] = field(default=lambda *inputs: 0.0)
+    interpreted: bool = True  # false: too slow for the interpreter
+
+    def inputs(self, seed: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+        tensors = self.make(torch.Generator().manual_seed(seed))
+        return [x.to(device, dtype if x.is_floating_point() else None) for x in tensors]
+
+    def run(self, function: Callable[..., Tensor], inputs: list[Tensor], upstream: float) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and the gradients of `upstream * loss`."""
+        leaves = [x.detach().requires_grad_() if i < self.differentiable else x for i, x in enumerate(inputs)]
+        loss = function(*leaves)
+        gradients = torch.autograd.grad(loss * upstream, leaves[: self.differentiable], allow_unused=True)
+        return loss.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=False)]
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Callable[[torch.Generator], Tensor]:
+    return lambda g: torch.randn(*shape, generator=g, dtype=torch.float64) * scale + shift
+
+
+def make(*makers: Callable[[torch.Generator], Tensor]) -> Callable[[torch.Generator], list[Tensor]]:
+    return lambda g: [m(g) for m in makers]
+
+
+def _labels(n: int, k: int, ignored: int = 0) -> Callable[[torch.Generator], Tensor]:
+    def labels(g: torch.Generator) -> Tensor:
+        y = torch.randint(0, k, (n,), generator=g)
+        y[:ignored] = -100
+        return y
+
+    return labels
+
+
+def _cross_entropy(n: int, k: int, scale: float = 1.0, ignored: int = 0, **options) -> Case:
+    name = f"{n}x{k}" + (f"-sd{scale:g}" if scale != 1 else "") + (f"-{ignored}ignored" if ignored else "")
+    return Case(
+        "cross_entropy",
+        name,
+        make(normal(n, k, scale=scale), _labels(n, k, ignored)),
+        F.cross_entropy,
+        TF.cross_entropy,
+        **options,
+    )
+
+
+def _negative_cosine(n: int, d: int, scale: float = 1.0, shift: float = 0.0, **options) -> Case:
+    return Case(
+        "negative_cosine",
+        f"{n}x{d}" + (f"-sd{scale:g}" if scale != 1 else "") + (f"-mean{shift:g}" if shift else ""),
+        make(normal(n, d, scale=scale, shift=shift), normal(n, d, scale=scale, shift=shift)),
+        F.negative_cosine,
+        lambda p, z: -TF.cosine_similarity(p, z, dim=1).mean(),
+        differentiable=2,
+        loss_size=1,
+        # both terms of the gradient have size 1 / (N |p|) and may cancel (always, for D = 1)
+        gradient_size=lambda p, z: 1 / len(p) / min(p.norm(dim=1).min().item(), z.norm(dim=1).min().item()),
+        **options,
+    )
+
+
+def eager_nt_xent(*views: Tensor, temperature: float = 0.5) -> Tensor:
+    z = TF.normalize(torch.cat([*views]), dim=1)
+    n, v = len(views[0]), len(views)
+    similarities = z @ z.T / temperature
+    similarities.fill_diagonal_(float("-inf"))
+    log_p = similarities.log_softmax(1)
+    image = torch.arange(v * n, device=z.device) % n
+    positive = (image[:, None] == image) & ~torch.eye(v * n, dtype=torch.bool, device=z.device)
+    return -log_p[positive].mean()
+
+
+def _nt_xent(n: int, d: int, temperature: float, views: int = 2, **options) -> Case:
+    call = (lambda *z: F.nt_xent(*z, temperature=temperature)) if views == 2 else (
+        lambda *z: F.nt_xent(torch.stack(z), temperature=temperature)
+    )
+    return Case(
+        "nt_xent",
+        f"{views}x{n}x{d}-tau{temperature:g}",
+        make(*[normal(n, d)] * views),
+        call,
+        lambda *z: eager_nt_xent(*z, temperature=temperature),
+        differentiable=views,
+        **options,
+    )
+
+
+def eager_info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    q, p, k = (TF.normalize(x, dim=1) for x in (query, positive, negatives))
+    logits = torch.cat([(q * p).sum(1, keepdim=True), q @ k.T], 1) / temperature
+    return TF.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+def _info_nce(n: int, k: int, d: int, temperature: float, differentiable: int = 2) -> Case:
+    return Case(
+        "info_nce",
+        f"{n}x{k}x{d}-tau{temperature:g}" + ("-learned" if differentiable == 3 else ""),
+        make(normal(n, d), normal(n, d), normal(k, d)),
+        lambda *x: F.info_nce(*x, temperature=temperature),
+        lambda *x: eager_info_nce(*x, temperature=temperature),
+        differentiable=differentiable,
+    )
+
+
+def eager_prototype_cross_entropy(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    pairs: str,
+    bias: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    w = torch.ones_like(student[0][:, 0]) if weights is None else weights
+    terms = []
+    for j, t in enumerate(teacher):
+        own = 0 if bias is None else bias if bias.dim() == 1 else bias[j]
+        q = (t / 0.3 + own).softmax(1).detach()
+        for i, s in enumerate(student):
+            if pairs == "all" or (i == j) == (pairs == "same"):
+                terms.append(-((q * (s / 0.2).log_softmax(1)).sum(1) * w).sum() / w.sum())
+    return torch.stack(terms).mean()
+
+
+def _prototype_cross_entropy(s: int, t: int, b: int, k: int, pairs: str, bias: str = "", weighted: bool = False) -> Case:
+    biases = {"": [], "K": [normal(k)], "TK": [normal(t, k)]}[bias]
+    weights = [lambda g: torch.rand(b, generator=g, dtype=torch.float64) + 0.1] if weighted else []
+
+    def through(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*x: Tensor) -> Tensor:
+            rest = list(x[s + t :])
+            return function(list(x[:s]), list(x[s : s + t]), rest.pop(0) if bias else None, rest.pop(0) if weighted else None)
+
+        return call
+
+    return Case(
+        "prototype_cross_entropy",
+        f"{s}x{t}x{b}x{k}-{pairs}" + (f"-bias{bias}" if bias else "") + ("-weighted" if weighted else ""),
+        make(*[normal(b, k)] * (s + t), *biases, *weights),
+        through(
+            lambda student, teacher, bias, weights: F.prototype_cross_entropy(
+                student,
+                teacher,
+                student_temperature=0.2,
+                teacher_temperature=0.3,
+                teacher_bias=bias,
+                weights=weights,
+                pairs=pairs,
+            )
+        ),
+        through(lambda student, teacher, bias, weights: eager_prototype_cross_entropy(student, teacher, pairs, bias, weights)),
+        differentiable=s,
+    )
+
+
+def eager_barlow_twins(z0: Tensor, z1: Tensor) -> Tensor:
+    a, b = (TF.batch_norm(z, None, None, training=True) for z in (z0, z1))
+    c = a.T @ b / len(a)
+    on_diagonal = (c.diagonal() - 1).square().sum()
+    return on_diagonal + 5e-3 * (c.square().sum() - c.diagonal().square().sum())
+
+
+def eager_vicreg(z0: Tensor, z1: Tensor) -> Tensor:
+    def regularise(z: Tensor) -> tuple[Tensor, Tensor]:
+        z = z - z.mean(0)
+        variance = (1 - (z.var(0) + 1e-4).sqrt()).relu().mean()
+        c = z.T @ z / (len(z) - 1)
+        return variance, (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
+
+    (v0, c0), (v1, c1) = regularise(z0), regularise(z1)
+    return 25 * TF.mse_loss(z0, z1) + 25 * (v0 + v1) / 2 + c0 + c1
+
+
+def _covariance(op: str, n: int, d: int, scale: float = 1.0) -> Case:
+    return Case(
+        op,
+        f"{n}x{d}" + (f"-sd{scale:g}" if scale != 1 else ""),
+        make(normal(n, d, scale=scale), normal(n, d, scale=scale)),
+        getattr(F, op),
+        {"barlow_twins": eager_barlow_twins, "vicreg": eager_vicreg}[op],
+        differentiable=2,
+        # through the batch norm, whose centring can cancel everything (always, for N = 2)
+        gradient_size=lambda a, b: 1 / len(a) / min(a.std(0).min().item(), b.std(0).min().item()),
+        # Half precision as a user would write it overflows or falls to batch norm's own kernels: the bar is float32's.
+        dtypes=(torch.float64, torch.float32),
+    )
+
+
+LOSSES = [
+    # one row; odd widths (no 128-bit loads); the class counts of CIFAR, ImageNet and SwAV; K too large for registers
+    _cross_entropy(1, 1),
+    _cross_entropy(1, 7),
+    _cross_entropy(33, 10),
+    _cross_entropy(5, 1003, scale=10),
+    _cross_entropy(17, 3000, ignored=5),
+    _cross_entropy(3, 70_001),
+    _cross_entropy(2, 131_072),
+    # D = 1 (the gradient is 0), odd, below and above a block, a large common mean
+    _negative_cosine(1, 1),
+    _negative_cosine(3, 7),
+    _negative_cosine(37, 128),
+    _negative_cosine(5, 300, scale=100),
+    _negative_cosine(16, 2048, shift=3),
+    _negative_cosine(2, 20_001),
+    _nt_xent(1, 16, 0.5),
+    _nt_xent(9, 33, 0.1),
+    _nt_xent(40, 128, 0.5),
+    _nt_xent(7, 16, 0.2, views=4),
+    _info_nce(1, 1, 5, 0.1),
+    _info_nce(12, 100, 32, 0.2),
+    _info_nce(12, 50, 17, 0.07, differentiable=3),
+    _prototype_cross_entropy(2, 2, 3, 7, "different"),
+    _prototype_cross_entropy(4, 2, 5, 100, "different", bias="K"),
+    _prototype_cross_entropy(3, 2, 6, 33, "different", bias="TK", weighted=True),
+    _prototype_cross_entropy(2, 2, 5, 12, "same", weighted=True),
+    _prototype_cross_entropy(3, 1, 4, 30, "all"),
+    _covariance("barlow_twins", 2, 3),
+    _covariance("barlow_twins", 16, 40),
+    _covariance("barlow_twins", 40, 16),
+    _covariance("vicreg", 2, 3),
+    _covariance("vicreg", 16, 40, scale=0.5),
+    _covariance("vicreg", 40, 16),
+]

@@ -1,0 +1,117 @@
+"""Which tests run in which process, and the implementations that every operator test runs on.
+
+* `pytest`: everything but the two below. With a GPU, operator tests run on it too.
+* `TRITON_INTERPRET=1 pytest -m interpreter`: Triton's kernels on CPU tensors, through PyTorch's dispatcher. Triton reads the
+  variable when it is imported, hence a process of its own.
+* `pytest -m aot`: ahead-of-time compiles for several GPUs, with a stand-in for the GPU driver.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from fastjem import ops
+from fastjem.kernels import reference
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and not INTERPRETING
+try:
+    from fastjem.kernels import _C
+except ImportError:
+    _C = None
+
+torch.set_num_threads(2)  # so that the threaded paths run on any machine
+
+
+@dataclass(frozen=True)
+class Implementation:
+    name: str
+    device: str = "cpu"
+    isa: int | None = None
+
+    def skip_reason(self, op: str) -> str | None:
+        has = ops.implementations()[op]
+        if self.name == "triton" and has["cuda"] != "Triton":
+            return f"{op}: {has['cuda']} on cuda"
+        if self.name == "c++" and has["cpu"] != "C++":
+            return f"{op}: {has['cpu']} on cpu"
+        return None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make the dispatcher use this implementation for every operator that has it."""
+        key = self.device.upper()
+        with torch.library._scoped_library("fastjem", "IMPL") as library:
+            if self.name == "reference":
+                for name in ops.SCHEMAS:
+                    library.impl(name, ops.plain(getattr(reference, name)), key, allow_override=True)
+            if self.name == "triton" and self.device == "cpu":
+                for name in ops.SCHEMAS:
+                    launcher, _ = ops.triton_launcher(name)
+                    if launcher:
+                        library.impl(name, ops.plain(launcher), key, allow_override=True)
+            if self.isa is None:
+                yield
+                return
+            best = _C.isa()
+            try:
+                _C.use_isa(self.isa)
+                yield
+            finally:
+                _C.use_isa(best)
+
+
+def implementations() -> list:
+    if INTERPRETING:
+        return [pytest.param(Implementation("triton"), id="triton-interpreter", marks=pytest.mark.interpreter)]
+    found = [pytest.param(Implementation("reference"), id="reference")]
+    if _C:
+        names = ("baseline", "avx2", "avx512")
+        found += [pytest.param(Implementation("c++", isa=i), id=f"c++-{names[i]}") for i in range(_C.isa() + 1)]
+    if HAS_GPU:
+        found.append(pytest.param(Implementation("reference", "cuda"), id="reference-cuda", marks=pytest.mark.gpu))
+        found.append(pytest.param(Implementation("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu))
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "implementation" in metafunc.fixturenames:
+        metafunc.parametrize("implementation", implementations(), indirect=True)
+
+
+@pytest.fixture
+def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    """One implementation, active; skipped where the test's operator (its `op` or `case` parameter) hasn't got it."""
+    chosen: Implementation = request.param
+    case = request.node.callspec.params.get("case")
+    op = case.op if case is not None else request.node.callspec.params.get("op")
+    if op and (reason := chosen.skip_reason(op)):
+        pytest.skip(reason)
+    with chosen.active():
+        yield chosen
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element which a kernel doesn't write can't pass."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with fill_uninitialized_memory, which is on by default
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    expression = config.getoption("markexpr")
+
+    def belongs(item: pytest.Item) -> bool:
+        if INTERPRETING:
+            return item.get_closest_marker("interpreter") is not None
+        return "aot" in expression or item.get_closest_marker("aot") is None
+
+    items_out = [item for item in items if not belongs(item)]
+    if items_out:
+        config.hook.pytest_deselected(items=items_out)
+        items[:] = [item for item in items if belongs(item)]

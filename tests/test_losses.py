@@ -1,0 +1,172 @@
+"""The contract of every loss, for every implementation: see DESIGN, section 2. Cases and oracles are in cases.py."""
+
+import pytest
+import torch
+from cases import DTYPES, LOSSES, Case
+
+SEEDS = range(5)
+UPSTREAM = -0.37  # neither 1 nor a power of two
+SMALL = [case for case in {case.op: case for case in LOSSES}.values()]  # one per operator
+by_name = {"ids": str}
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """A unit in the last place; for float64 32 of them, as the oracle itself has no more digits."""
+    return torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 1)
+
+
+def assert_as_good_as(ours, eager, oracle, size: float, what: str) -> None:
+    """Over the seeds: at most twice eager's largest error plus 4 eps of the largest value, and the RMS error closer still.
+
+    `size` is that of the terms a result is the sum of, where they may cancel: rounding errors are relative to it.
+    """
+    ours, eager, oracle = (torch.stack(list(x)) for x in (ours, eager, oracle))
+    error, bar = (ours.double() - oracle).abs(), (eager.double() - oracle).abs()
+    unit = rounding(ours.dtype) * max(oracle.abs().max().item(), size)
+    worst, limit = error.max().item(), 2 * bar.max().item() + 4 * unit
+    assert worst <= limit, f"{what}: error {worst:.3g}, allowed {limit:.3g}"
+    rms, limit = error.square().mean().sqrt().item(), 1.5 * bar.square().mean().sqrt().item() + unit
+    assert rms <= limit, f"{what}: RMS error {rms:.3g}, allowed {limit:.3g}"
+
+
+def check_values_and_gradients(case: Case, dtype: torch.dtype, device: str, layout=lambda x: x) -> None:
+    ours, eager, oracle, sizes = [], [], [], []
+    for seed in SEEDS:
+        inputs = case.inputs(seed, dtype, device)
+        exact = [x.double() if x.is_floating_point() else x for x in inputs]
+        oracle.append(case.run(case.eager, exact, UPSTREAM))
+        eager.append(case.run(case.eager, inputs, UPSTREAM))
+        ours.append(case.run(case.call, [layout(x) for x in inputs], UPSTREAM))
+        sizes.append(abs(UPSTREAM) * case.gradient_size(*exact))
+        loss, gradients = ours[-1]
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.dim() == 0
+        assert all(g.dtype == dtype for g in gradients)
+    values = ([run[0] for run in runs] for runs in (ours, eager, oracle))
+    assert_as_good_as(*values, abs(case.loss_size), f"{case} loss")
+    for i in range(case.differentiable):
+        gradients = ([run[1][i] for run in runs] for runs in (ours, eager, oracle))
+        assert_as_good_as(*gradients, max(sizes), f"{case} gradient {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
+@pytest.mark.parametrize("case", LOSSES, **by_name)
+def test_value_and_gradient(case, dtype, implementation, poisoned):
+    if dtype not in case.dtypes:
+        pytest.skip("no bar in this dtype, see cases.py")
+    check_values_and_gradients(case, dtype, implementation.device)
+
+
+def _transposed(x: torch.Tensor) -> torch.Tensor:
+    return x.mT.contiguous().mT if x.dim() == 2 else x
+
+
+def _rows_apart(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x], -1)[..., : x.shape[-1]] if x.dim() == 2 else x
+
+
+def _every_second(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+@pytest.mark.parametrize("layout", [_transposed, _rows_apart, _every_second])
+@pytest.mark.parametrize("case", LOSSES, **by_name)
+def test_non_contiguous(case, layout, implementation, poisoned):
+    if any(x.numel() > 100_000 for x in case.make(torch.Generator())):
+        pytest.skip("layouts are seen on the smaller shapes")
+    check_values_and_gradients(case, torch.float32, implementation.device, layout)
+
+
+@pytest.mark.parametrize("case", LOSSES, **by_name)
+def test_same_bits_again_without_gradient_and_under_autocast(case, implementation):
+    inputs = case.inputs(0, torch.float32, implementation.device)
+    loss, gradients = case.run(case.call, inputs, UPSTREAM)
+    for context in (torch.enable_grad(), torch.autocast(implementation.device, torch.bfloat16)):
+        with context:
+            again, again_gradients = case.run(case.call, inputs, UPSTREAM)
+        assert torch.equal(loss, again)
+        assert all(map(torch.equal, gradients, again_gradients))
+    with torch.no_grad():
+        value = case.call(*[x.requires_grad_() if x.is_floating_point() else x for x in inputs])
+    assert not value.requires_grad and torch.equal(value, loss)
+
+
+@pytest.mark.parametrize("case", SMALL, **by_name)
+def test_gradient_of_a_retained_graph(case, implementation):
+    """The unscaled gradient is scaled in place only when autograd frees it: a second backward sees it untouched."""
+    inputs = case.inputs(0, torch.float32, implementation.device)
+    leaf = inputs[0].requires_grad_()
+    loss = case.call(*inputs)
+    (first,) = torch.autograd.grad(loss * 2, leaf, retain_graph=True)
+    first = first.clone()
+    (second,) = torch.autograd.grad(loss * 2, leaf)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("case", SMALL, **by_name)
+def test_compiles_in_one_graph(case, implementation):
+    inputs = case.inputs(0, torch.float32, implementation.device)
+    loss, gradients = case.run(case.call, inputs, UPSTREAM)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
+    again, again_gradients = case.run(compiled, inputs, UPSTREAM)
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    for a, b in zip(gradients, again_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", SMALL, **by_name)
+def test_compiles_with_inductor(case):
+    inputs = case.inputs(0, torch.float32, "cpu")
+    loss, gradients = case.run(case.call, inputs, UPSTREAM)
+    torch._dynamo.reset()
+    again, again_gradients = case.run(torch.compile(case.call, fullgraph=True), inputs, UPSTREAM)
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    for a, b in zip(gradients, again_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", SMALL, **by_name)
+def test_differentiates_once(case, implementation):
+    inputs = case.inputs(0, torch.float32, implementation.device)
+    leaf = inputs[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(case.call(*inputs), leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("case", [c for c in LOSSES if c.op in ("cross_entropy", "negative_cosine")], **by_name)
+def test_nothing_is_saved_but_gradients(case, implementation):
+    inputs = case.inputs(0, torch.float32, implementation.device)
+    leaves = [x.requires_grad_() if i < case.differentiable else x for i, x in enumerate(inputs)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
+        case.call(*leaves)
+    assert sum(saved) <= sum(x.nbytes for x in leaves[: case.differentiable]) + 16
+
+
+@pytest.mark.parametrize("op", ["cross_entropy"])
+def test_float16_gradients_survive_a_large_batch(op, implementation):
+    """1/N inside a float16 gradient would make most of it vanish; it is applied in backward, after the loss scale."""
+    case = Case(op, "", lambda g: [], torch.nn.functional.cross_entropy, torch.nn.functional.cross_entropy)
+    rows = 300 if implementation.name == "triton" and implementation.device == "cpu" else 10_240
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 100, generator=g).to(implementation.device, torch.float16)
+    y = torch.randint(0, 100, (rows,), generator=g).to(implementation.device)
+    from fastjem.functional import cross_entropy
+
+    _, (gradient,) = case.run(cross_entropy, [x, y], 65536.0)
+    assert (gradient == 0).float().mean() < 0.01
+
+
+def test_offsets_past_2_31_elements(implementation):
+    """Rows that lie 2^31 elements apart: the memory between them is never touched."""
+    if implementation.device == "cuda":
+        pytest.skip("see test_gpu.py")
+    from fastjem.functional import cross_entropy, negative_cosine
+
+    apart = 2**31 + 8
+    memory = torch.empty(apart + 64, dtype=torch.float16)
+    far = memory.as_strided((2, 64), (apart, 1))
+    near = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).half()
+    far.copy_(near)
+    assert torch.equal(cross_entropy(far, torch.tensor([3, 9])), cross_entropy(near, torch.tensor([3, 9])))
+    assert torch.equal(negative_cosine(far, near.flip(0)), negative_cosine(near, near.flip(0)))
