@@ -48,6 +48,8 @@ def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) 
             table.append((_address(t), _address(s), t.numel(), DTYPES[t.dtype], DTYPES[s.dtype]))
         else:
             others.append((t, s))
+    if len({row[0] for row in table if row[2]}) < sum(row[2] > 0 for row in table):
+        raise ValueError("ema_update_: teacher tensors must be memory of their own, got the same address twice")
     _C.ema_update(table, momentum.item(), torch.get_num_threads())
     for t, s in others:
         reference.ema_update_([t], [s], momentum)

@@ -140,7 +140,7 @@ def nt_xent_backward(
     """
     a, norm, b, similarities, itself, positive = _similarities(rows, candidates, offset, temperature)
     p = (similarities - rows_lse.reshape(-1, 1)).exp() + (similarities - candidates_lse.reshape(1, -1)).exp()
-    weights = p.masked_fill(itself, 0) - positive * (2 / (rows.shape[0] - 1))
+    weights = p.masked_fill(itself, 0) - positive.to(p.dtype) * (2 / (rows.shape[0] - 1))
     return _normalize_backward(weights @ b, a, norm).reshape(rows.shape).to(rows.dtype)
 
 
@@ -241,7 +241,9 @@ def prototype_cross_entropy(
     log_p = s.log_softmax(2)
     loss = -(targets * log_p).sum((0, 2)).dot(w) * scale * student_temperature
     gradients = (mass * log_p.exp() - targets) * w[:, None]  # [S, B, K]
-    return loss, [g.to(x.dtype) if k else _empty(x) for g, x, k in zip(gradients, student, wanted, strict=True)], scale
+    # copies, as what an operator returns may not share memory
+    parts = zip(gradients, student, wanted, strict=True)
+    return loss, [g.to(x.dtype, copy=True) if k else _empty(x) for g, x, k in parts], scale
 
 
 # Covariance losses -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""ema_update_ against a loop in float64, for every implementation."""
+
+import pytest
+import torch
+from fastjem.functional import ema_update_
+
+SHAPES = [(), (1,), (7,), (3, 5), (0, 4), (64, 3, 7, 7), (1000,), (257, 129), (70_001,)]
+op = pytest.mark.parametrize("op", ["ema_update_"])
+
+
+def tensors(dtype: torch.dtype, device: str, seed: int, shapes=SHAPES) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(device, dtype) for shape in shapes]
+
+
+@op
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.99, 0.9999, 1.0])
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_update(op, momentum, student_dtype, implementation):
+    teacher = tensors(torch.float32, implementation.device, 0)
+    student = tensors(student_dtype, implementation.device, 1)
+    expected = [momentum * t.double() + (1 - momentum) * s.double() for t, s in zip(teacher, student, strict=True)]
+    before = [t.clone() for t in teacher]
+    ema_update_(teacher, student, momentum)
+    for t, b, s, e in zip(teacher, before, student, expected, strict=True):
+        torch.testing.assert_close(t.double(), e, rtol=3e-7, atol=3e-7)
+        if momentum == 0:
+            assert torch.equal(t, s.float())
+        if momentum == 1:
+            assert torch.equal(t, b)
+
+
+@op
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16])
+def test_a_thousand_steps_stay_by_the_float64_loop(op, student_dtype, implementation):
+    shapes = [(33,), (20, 10)]
+    steps = 50 if implementation.name == "triton" and implementation.device == "cpu" else 1000
+    teacher = tensors(torch.float32, implementation.device, 0, shapes)
+    oracle = [t.double() for t in teacher]
+    momentum = torch.tensor(0.996, dtype=torch.float64, device=implementation.device)
+    for step in range(steps):
+        student = tensors(student_dtype, implementation.device, step + 1, shapes)
+        ema_update_(teacher, student, momentum)
+        oracle = [0.996 * t + 0.004 * s.double() for t, s in zip(oracle, student, strict=True)]
+    for t, o in zip(teacher, oracle, strict=True):
+        assert (t.double() - o).abs().max() < 1e-6
+
+
+@op
+def test_float64_teacher(op, implementation):
+    teacher, student = (tensors(torch.float64, implementation.device, seed) for seed in (0, 1))
+    expected = [0.9 * t + 0.1 * s for t, s in zip(teacher, student, strict=True)]
+    ema_update_(teacher, student, 0.9)
+    for t, e in zip(teacher, expected, strict=True):
+        torch.testing.assert_close(t, e, rtol=1e-12, atol=1e-12)
+
+
+@op
+def test_layouts(op, implementation):
+    """Both channels-last (one block of memory each), mixed layouts, views into larger tensors, addresses off 16 bytes."""
+    g = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(implementation.device)
+
+    channels_last = {"memory_format": torch.channels_last}
+    memory = tensor(4, 101)
+    around = memory.clone()
+    teacher = [
+        tensor(8, 4, 3, 3).to(**channels_last),
+        tensor(8, 4, 3, 3),
+        tensor(8, 4, 3, 3).to(**channels_last),
+        tensor(6, 5).T,
+        memory[1:3, 1:100],
+        tensor(1001)[1:],
+        tensor(8, 1, 1, 1).to(**channels_last),
+    ]
+    student = [
+        tensor(8, 4, 3, 3).to(**channels_last),
+        tensor(8, 4, 3, 3).to(**channels_last),
+        tensor(8, 4, 3, 3),
+        tensor(5, 6),
+        tensor(2, 99),
+        tensor(1003)[3:],
+        tensor(8, 1, 1, 1),
+    ]
+    expected = [0.75 * t + 0.25 * s for t, s in zip(teacher, student, strict=True)]
+    ema_update_(teacher, student, 0.75)
+    for t, e in zip(teacher, expected, strict=True):
+        torch.testing.assert_close(t, e, rtol=1e-6, atol=1e-6)
+    untouched = torch.ones_like(memory, dtype=torch.bool)
+    untouched[1:3, 1:100] = False
+    assert torch.equal(memory[untouched], around[untouched])
+
+
+@op
+def test_parameters_are_replaced_between_calls(op, implementation):
+    """Addresses are looked up at every call: new storage, a changed dtype, a shorter list."""
+    for seed, shapes in enumerate([SHAPES, SHAPES, [(5,), (6,)], [(6,), (5,)]]):
+        for dtype in (torch.float32, torch.bfloat16):
+            teacher = tensors(torch.float32, implementation.device, seed, shapes)
+            student = tensors(dtype, implementation.device, seed + 10, shapes)
+            expected = [0.9 * t + 0.1 * s.float() for t, s in zip(teacher, student, strict=True)]
+            ema_update_(teacher, student, 0.9)
+            for t, e in zip(teacher, expected, strict=True):
+                torch.testing.assert_close(t, e, rtol=1e-6, atol=1e-6)
+
+
+@op
+def test_modules_under_inference_and_same_bits(op, implementation):
+    teacher, student = (torch.nn.Linear(37, 11).to(implementation.device) for _ in range(2))
+    copies = [p.detach().clone() for p in teacher.parameters()]
+    ema_update_(teacher.parameters(), student.parameters(), 0.99)
+    ema_update_(copies, list(student.parameters()), 0.99)
+    assert all(map(torch.equal, copies, teacher.parameters()))
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+
+
+@op
+def test_compiles_in_one_graph(op, implementation):
+    def step(teacher, student, momentum):
+        ema_update_(teacher, student, momentum)
+        return [t * 2 for t in teacher]
+
+    shapes = [(5,), (3, 4)]
+    teacher, student = (tensors(torch.float32, implementation.device, seed, shapes) for seed in (0, 1))
+    momentum = torch.tensor(0.9, dtype=torch.float64, device=implementation.device)
+    expected = [2 * (0.9 * t + 0.1 * s) for t, s in zip(teacher, student, strict=True)]
+    torch._dynamo.reset()
+    doubled = torch.compile(step, fullgraph=True, backend="aot_eager")(teacher, student, momentum)
+    for t, d, e in zip(teacher, doubled, expected, strict=True):
+        torch.testing.assert_close(d, e, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(2 * t, e, rtol=1e-6, atol=1e-6)
+
+
+@op
+def test_the_same_memory_twice_is_refused(op, implementation):
+    if implementation.name == "reference":
+        pytest.skip("plain torch updates it twice")
+    t = torch.zeros(5, device=implementation.device)
+    with pytest.raises(ValueError, match=r"ema_update_: .*twice"):
+        ema_update_([t, t], [t.clone(), t.clone()], 0.9)

@@ -1,0 +1,144 @@
+"""The raw operators: schema, fake kernel and mutation as PyTorch's opcheck sees them; and what bad input is told."""
+
+import re
+
+import fastjem.functional as F
+import pytest
+import torch
+from fastjem import ops
+
+
+def sample_arguments(device: str) -> dict[str, tuple]:
+    g = torch.Generator().manual_seed(0)
+
+    def x(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(device)
+
+    labels = torch.tensor([0, 3, -100, 6], device=device)
+    return {
+        "rescale_": (x(5, 7), x(1)[0]),
+        "ema_update_": ([x(5), x(3, 4)], [x(5), x(3, 4)], torch.tensor(0.9, dtype=torch.float64, device=device)),
+        "cross_entropy": (x(4, 7), labels, -100, [True]),
+        "negative_cosine": (x(4, 7), x(4, 7), 1e-8, [True, False]),
+        "nt_xent": (x(2, 4, 7), x(2, 9, 7), 3, 0.5),
+        "nt_xent_backward": (x(2, 4, 7), x(2, 9, 7), x(2, 4), x(2, 9), 3, 0.5),
+        "info_nce": (x(4, 7), x(4, 7), x(9, 7), 0.1, [True, True, False]),
+        "sinkhorn_step": (x(4, 7), x(7), 0.05),
+        "sinkhorn_bias": (x(4, 7), 0.05, 3, False),
+        "sinkhorn": (x(4, 7), 0.05, 3, True, torch.bfloat16),
+        "prototype_cross_entropy": ([x(4, 7)] * 3, [x(4, 7)] * 2, 0.1, 0.04, x(7), "different", None, [True, True, False]),
+        "barlow_twins": (x(4, 7), x(4, 7), 5e-3, [True, True]),
+        "vicreg": (x(4, 7), x(4, 7), 25.0, 25.0, 1.0, 1e-4, [True, True]),
+    }
+
+
+@pytest.mark.parametrize("op", ops.SCHEMAS)
+def test_opcheck(op, implementation):
+    arguments = sample_arguments(implementation.device)[op]
+    torch.library.opcheck(getattr(torch.ops.fastjem, op).default, arguments)
+
+
+X, Y = torch.zeros(3, 4), torch.zeros(5, 4)
+LABELS = torch.zeros(3, dtype=torch.long)
+MISTAKES = [
+    (lambda: F.cross_entropy(X[0], LABELS), "cross_entropy: logits must be [N, K], got (4,)"),
+    (lambda: F.cross_entropy(X, LABELS[:2]), "cross_entropy: labels must be [3] int64, got (2,) torch.int64"),
+    (lambda: F.cross_entropy(X, LABELS.int()), "cross_entropy: labels must be [3] int64, got (3,) torch.int32"),
+    (lambda: F.cross_entropy(X.long(), LABELS), "cross_entropy: logits must be [N, K], floating-point, got torch.int64"),
+    (lambda: F.cross_entropy(X[:0], LABELS[:0]), "cross_entropy: logits must be [N, K], got (0, 4)"),
+    (lambda: F.negative_cosine(X, Y), "negative_cosine: p and z must be [N, D] both, got (3, 4) and (5, 4)"),
+    (lambda: F.negative_cosine(X, [1]), "negative_cosine: p and z must be [N, D] both, got list"),
+    (lambda: F.negative_cosine(X, X, eps=0), "negative_cosine: eps must be a positive finite number, got 0"),
+    (lambda: F.negative_cosine(X, X.to("meta")), "negative_cosine: tensors must be on one device, got cpu and meta"),
+    (lambda: F.nt_xent(X, Y), "nt_xent: z0 and z1 must be [N, D] both, got (3, 4) and (5, 4)"),
+    (lambda: F.nt_xent(X), "nt_xent: z must be [V, N, D] with V >= 2, or two [N, D], got (3, 4)"),
+    (lambda: F.nt_xent(X[None]), "nt_xent: z must be [V, N, D] with V >= 2, or two [N, D], got (1, 3, 4)"),
+    (lambda: F.nt_xent(X, X, temperature=0), "nt_xent: temperature must be a positive finite number, got 0"),
+    (
+        lambda: F.info_nce(X, X, torch.zeros(7, 3)),
+        "info_nce: query and positive must be [N, D] both, negatives [K, D], got (3, 4) and (7, 3)",
+    ),
+    (lambda: F.sinkhorn(torch.zeros(3, 4, 5)), "sinkhorn: scores must be [B, K], got (3, 4, 5)"),
+    (lambda: F.sinkhorn(X, iterations=0), "sinkhorn: iterations must be at least 1, got 0"),
+    (lambda: F.sinkhorn_bias(X, epsilon=-1), "sinkhorn_bias: epsilon must be a positive finite number, got -1"),
+    (
+        lambda: F.prototype_cross_entropy([X], [X], student_temperature=0.1, teacher_temperature=0.1),
+        'prototype_cross_entropy: pairs="different" needs at least two views on one side, got one student and one teacher view',
+    ),
+    (
+        lambda: F.prototype_cross_entropy([X], [X], student_temperature=0.1, teacher_temperature=0.1, pairs="any"),
+        "prototype_cross_entropy: pairs must be one of different, same, all, got 'any'",
+    ),
+    (
+        lambda: F.prototype_cross_entropy(
+            [X], [X], student_temperature=0.1, teacher_temperature=0.1, pairs="all", teacher_bias=X[0, :2]
+        ),
+        "prototype_cross_entropy: teacher_bias must be [4] or [1, 4], got (2,)",
+    ),
+    (
+        lambda: F.prototype_cross_entropy([X], [Y], student_temperature=0.1, teacher_temperature=0.1, pairs="all"),
+        "prototype_cross_entropy: student and teacher must be [S, B, K] and [T, B, K], or lists of [B, K], got (3, 4) and (5, 4)",
+    ),
+    (
+        lambda: F.barlow_twins(X[:1], X[:1]),
+        "barlow_twins: z0 and z1 must have N >= 2 rows, as their variance is needed, got N = 1",
+    ),
+    (lambda: F.vicreg(X, Y), "vicreg: z0 and z1 must be [N, D] both, got (3, 4) and (5, 4)"),
+    (lambda: F.ema_update_([X], [], 0.9), "ema_update_: teacher and student must be as many tensors, got 1 and 0"),
+    (
+        lambda: F.ema_update_([X, X], [X, Y], 0.9),
+        "ema_update_: teacher and student must have the same shapes, got (3, 4) and (5, 4) at 1",
+    ),
+    (
+        lambda: F.ema_update_([X.half()], [X], 0.9),
+        "ema_update_: teacher must be float32 or float64 (updates of half precision round to nothing), student floating-point, "
+        "got torch.float16 and torch.float32 at 0",
+    ),
+    (lambda: F.ema_update_([X], [X], 1.5), "ema_update_: momentum must be in [0, 1], got 1.5"),
+    (lambda: F.ema_update_([X], [X], X), "ema_update_: momentum must be a number or a 0-dim tensor, got (3, 4)"),
+]
+
+
+@pytest.mark.parametrize("mistake, message", MISTAKES, ids=[message[:60] for _, message in MISTAKES])
+def test_a_mistake_is_told_by_operator_contract_and_what_came(mistake, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        mistake()
+
+
+@pytest.mark.parametrize("op", ["cross_entropy"])
+def test_a_label_out_of_range(op, implementation):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(implementation.device).requires_grad_()
+    labels = torch.tensor([1, 7, -100], device=implementation.device)
+    if implementation.name == "c++":
+        with pytest.raises(ValueError, match=re.escape("labels must be in [0, 4) or ignore_index, got 7 at row 1")):
+            F.cross_entropy(x, labels)
+    else:
+        loss = F.cross_entropy(x, labels)
+        loss.backward()
+        assert loss.isnan() and x.grad[1].isnan().all() and not x.grad[2].isnan().any()
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "negative_cosine"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_non_finite_values_end_and_stay_in_their_row(op, value, implementation):
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    y = x.flip(0)
+    labels = torch.tensor([1, 7, 49, 0])
+    x[2, 3] = value
+    x, y, labels = (t.to(implementation.device) for t in (x, y, labels))
+    x.requires_grad_()
+    loss = F.cross_entropy(x, labels) if op == "cross_entropy" else F.negative_cosine(x, y)
+    loss.backward()
+    rows = torch.tensor([0, 1, 3], device=implementation.device)
+    assert x.grad[rows].isfinite().all()
+    if value == float("-inf") and op == "cross_entropy":  # a class ruled out: its probability is 0
+        assert loss.isfinite() and x.grad.isfinite().all() and x.grad[2, 3] == 0
+    else:
+        assert not loss.isfinite()
+
+
+def test_every_operator_has_an_implementation_everywhere():
+    table = ops.implementations()
+    assert set(table) == set(ops.SCHEMAS)
+    for op in ("ema_update_", "cross_entropy", "negative_cosine", "rescale_"):
+        assert table[op]["cuda"] == "Triton"
