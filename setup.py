@@ -4,11 +4,28 @@ The extension links no torch library, so one build serves every version of torch
 installs all the same and computes with plain torch (`fastjem doctor` says so).
 """
 
+import shutil
 import sys
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class CleanBuild(build_py):
+    """Start from nothing: what an earlier build left in build/ would be packed into the wheel, removed modules too."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class OptionalExtension(build_ext):
+    def warn(self, msg: str) -> None:
+        super().warn(f"{msg} (the package works without it, and slower: plain torch computes instead of C++)")
+
 
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
@@ -23,9 +40,10 @@ extension = Pybind11Extension(
 )
 extension.optional = True
 
-setup(
-    packages=[*find_packages(include=["fastjem", "fastjem.*"]), "fastjem.kernels"],
-    package_dir={"fastjem": "fastjem", "fastjem.kernels": "kernels"},
-    ext_modules=[extension],
-    cmdclass={"build_ext": build_ext},
-)
+with ParallelCompile():
+    setup(
+        packages=[*find_packages(include=["fastjem", "fastjem.*"]), "fastjem.kernels"],
+        package_dir={"fastjem": "fastjem", "fastjem.kernels": "kernels"},
+        ext_modules=[extension],
+        cmdclass={"build_py": CleanBuild, "build_ext": OptionalExtension},
+    )

@@ -1,0 +1,67 @@
+## make test        the whole test suite, in .venv, which it makes first (ARGS="-k sinkhorn" for a part of it)
+## make lint        ruff: errors and format
+## make bench       benchmarks on this machine; results in benchmarks/results/
+## make gpu-check   on a machine with a GPU and PyTorch, without network or .venv: build, GPU tests, benchmarks (PART=tests|bench)
+## make clean       remove all that was made here, .venv too
+##
+## PYTHON=python3.12 chooses the Python, VENV=.venv the folder of the environment, OUT=folder where results go.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= benchmarks/results
+ARGS =
+PART ?= tests bench
+
+python := $(VENV)/bin/python
+run := $(python) -m
+# 5 is pytest's "no test selected", which is no failure when ARGS chooses. .ci/run insists on tests in each of the three.
+pytest = $(run) pytest $(1) $(ARGS) || [ $$? -eq 5 ]
+
+version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# Newer than the files below: the environment is as they say, for this version of Python.
+ready := $(VENV)/ready-$(version)
+
+.PHONY: help test lint bench gpu-check clean
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+everything := -c constraints.txt -e ".[pretrain,dev]"
+# When csrc/ alone changed, the extension is built again with what the environment holds: seconds, and no package index.
+extension := --no-build-isolation --no-deps -e .
+
+$(ready): pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/*)
+	@[ "$$($(python) -c 'import pip, sys; print("%d.%d" % sys.version_info[:2])' 2>&1)" = "$(version)" ] \
+	  || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV); the first time this downloads PyTorch and takes minutes"
+	$(run) pip install -q --disable-pip-version-check $(if $(filter-out csrc%,$?),$(everything),$(extension))
+	@touch $@
+
+test: $(ready)
+	$(call pytest)
+	TRITON_INTERPRET=1 $(call pytest,-m interpreter)
+	$(call pytest,-m aot)
+
+lint: $(ready)
+	$(run) ruff check .
+	$(run) ruff format --check .
+
+bench: $(ready)
+	$(run) fastjem bench --out $(OUT)
+	$(run) pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/pytest-benchmark.json
+
+# Bounds: a minute for the build, four for the tests, three and a half for the benchmarks. INT lets both say how far they got.
+gpu-check:
+	timeout 60 $(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PYTHON) -m fastjem doctor
+	mkdir -p $(OUT)
+	@tests=-; bench=-; \
+	case " $(PART) " in *" tests "*) tests=passed; \
+	  timeout -s INT -k 10 240 $(PYTHON) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-tests.xml $(ARGS) || tests="FAILED ($$?)";; esac; \
+	case " $(PART) " in *" bench "*) bench=passed; \
+	  timeout -s INT -k 10 210 $(PYTHON) -m fastjem bench --out $(OUT) || bench="FAILED ($$?)";; esac; \
+	printf 'tests       %s\nbenchmarks  %s\nresults     %s (124: out of time)\n' "$$tests" "$$bench" "$(OUT)"; \
+	case "$$tests $$bench" in *FAILED*) exit 1;; esac
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks kernels/_C*.so
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

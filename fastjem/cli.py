@@ -1,0 +1,61 @@
+"""The command line. A command's module is imported when it is called, so `fastjem --help` needs nothing but Python."""
+
+import argparse
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A user's mistake is one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """what is installed, and which implementation each operator has here"""
+    parser = Parser("fastjem doctor", description=doctor.__doc__)
+    parser.add_argument("--json", action="store_true", help="the same as data")
+    arguments = parser.parse_args(argv)
+    from fastjem.doctor import render, report
+
+    found = report()
+    print(json.dumps(found, indent=2) if arguments.json else render(found))
+    return 0
+
+
+def bench(argv: Sequence[str]) -> int:
+    """time the operators on this machine against eager PyTorch, torch.compile and the hardware's floor"""
+    return importlib.import_module("fastjem.bench").main(list(argv))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"doctor": doctor, "bench": bench}
+
+
+def usage() -> str:
+    lines = ["usage: fastjem COMMAND [options]", ""]
+    lines += [f"  {name:<10} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "fastjem COMMAND --help says more; fastjem --version says which fastjem this is."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        from fastjem import __version__
+
+        print(f"fastjem {__version__}")
+        return 0
+    if command := COMMANDS.get(name):
+        return command(rest)
+    near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
+    print(f"fastjem: there is no command {name!r}; {hint} (fastjem --help)", file=sys.stderr)
+    return 2
