@@ -73,7 +73,11 @@ def cross_entropy(
         torch.get_num_threads(),
     )
     scale = 1 / counted if counted else float("inf")
-    return torch.tensor(total / counted if counted else float("nan"), dtype=dtype), [gradient], torch.tensor(scale, dtype=dtype)
+    return (
+        torch.tensor(total / counted if counted else float("nan"), dtype=dtype),
+        [gradient],
+        torch.tensor(scale, dtype=dtype),
+    )
 
 
 def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tuple[Tensor, list[Tensor], Tensor]:

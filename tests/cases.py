@@ -41,7 +41,9 @@ class Case:
         tensors = self.make(torch.Generator().manual_seed(seed))
         return [x.to(device, dtype if x.is_floating_point() else None) for x in tensors]
 
-    def run(self, function: Callable[..., Tensor], inputs: list[Tensor], upstream: float) -> tuple[Tensor, list[Tensor]]:
+    def run(
+        self, function: Callable[..., Tensor], inputs: list[Tensor], upstream: float
+    ) -> tuple[Tensor, list[Tensor]]:
         """The loss, and the gradients of `upstream * loss`."""
         leaves = [x.detach().requires_grad_() if i < self.differentiable else x for i, x in enumerate(inputs)]
         loss = function(*leaves)
@@ -108,8 +110,10 @@ def eager_nt_xent(*views: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def _nt_xent(n: int, d: int, temperature: float, views: int = 2, **options) -> Case:
-    call = (lambda *z: F.nt_xent(*z, temperature=temperature)) if views == 2 else (
-        lambda *z: F.nt_xent(torch.stack(z), temperature=temperature)
+    call = (
+        (lambda *z: F.nt_xent(*z, temperature=temperature))
+        if views == 2
+        else (lambda *z: F.nt_xent(torch.stack(z), temperature=temperature))
     )
     return Case(
         "nt_xent",
@@ -157,14 +161,18 @@ def eager_prototype_cross_entropy(
     return torch.stack(terms).mean()
 
 
-def _prototype_cross_entropy(s: int, t: int, b: int, k: int, pairs: str, bias: str = "", weighted: bool = False) -> Case:
+def _prototype_cross_entropy(
+    s: int, t: int, b: int, k: int, pairs: str, bias: str = "", weighted: bool = False
+) -> Case:
     biases = {"": [], "K": [normal(k)], "TK": [normal(t, k)]}[bias]
     weights = [lambda g: torch.rand(b, generator=g, dtype=torch.float64) + 0.1] if weighted else []
 
     def through(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*x: Tensor) -> Tensor:
             rest = list(x[s + t :])
-            return function(list(x[:s]), list(x[s : s + t]), rest.pop(0) if bias else None, rest.pop(0) if weighted else None)
+            return function(
+                list(x[:s]), list(x[s : s + t]), rest.pop(0) if bias else None, rest.pop(0) if weighted else None
+            )
 
         return call
 
@@ -183,7 +191,11 @@ def _prototype_cross_entropy(s: int, t: int, b: int, k: int, pairs: str, bias: s
                 pairs=pairs,
             )
         ),
-        through(lambda student, teacher, bias, weights: eager_prototype_cross_entropy(student, teacher, pairs, bias, weights)),
+        through(
+            lambda student, teacher, bias, weights: eager_prototype_cross_entropy(
+                student, teacher, pairs, bias, weights
+            )
+        ),
         differentiable=s,
     )
 

@@ -52,7 +52,6 @@ def nt_xent(
     saved = (candidates.detach(), lse, candidates_lse)
     return two_passes("nt_xent_backward", loss, z, saved, offset, float(temperature), scale=scale)
 
-
     return torch.stack(check.common(*views))
 
 

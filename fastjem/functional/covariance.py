@@ -60,9 +60,7 @@ def vicreg(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    return _of_global_batch(
-        "vicreg", z0, z1, group, float(lambda_param), float(mu_param), float(nu_param), float(eps)
-    )
+    return _of_global_batch("vicreg", z0, z1, group, float(lambda_param), float(mu_param), float(nu_param), float(eps))
 
 
 def _of_global_batch(op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, *arguments: float) -> Tensor:

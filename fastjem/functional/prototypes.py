@@ -130,7 +130,9 @@ def prototype_cross_entropy(
         check.fail(op, 'pairs="different" needs at least two views on one side', "one student and one teacher view")
     if teacher_bias is not None:
         if teacher_bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
-            check.fail(op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", tuple(teacher_bias.shape))
+            check.fail(
+                op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", tuple(teacher_bias.shape)
+            )
         teacher_bias = teacher_bias.detach()
     if weights is not None:
         if weights.shape != (batch,):

@@ -30,7 +30,9 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     check.one_device(op, [*teacher, *student])
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if t.shape != s.shape:
-            check.fail(op, "teacher and student must have the same shapes", f"{tuple(t.shape)} and {tuple(s.shape)} at {i}")
+            check.fail(
+                op, "teacher and student must have the same shapes", f"{tuple(t.shape)} and {tuple(s.shape)} at {i}"
+            )
         if t.dtype not in (torch.float32, torch.float64) or not s.is_floating_point():
             contract = "teacher must be float32 or float64 (updates of half precision round to nothing), student floating-point"
             check.fail(op, contract, f"{t.dtype} and {s.dtype} at {i}")
