@@ -34,6 +34,8 @@ $(ready): pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/*)
 	  || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV); the first time this downloads PyTorch and takes minutes"
 	$(run) pip install -q --disable-pip-version-check $(if $(filter-out csrc%,$?),$(everything),$(extension))
+	@$(python) -c 'from fastjem.kernels import _C' \
+	  || { echo "the C++ kernels were not built; this says why: $(run) pip install -v $(extension)"; exit 1; }
 	@touch $@
 
 test: $(ready)
@@ -53,6 +55,7 @@ bench: $(ready)
 gpu-check:
 	timeout 60 $(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	$(PYTHON) -m fastjem doctor
+	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no GPU here")'
 	mkdir -p $(OUT)
 	@tests=-; bench=-; \
 	case " $(PART) " in *" tests "*) tests=passed; \
