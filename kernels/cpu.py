@@ -4,9 +4,8 @@ Tensors of any layout are taken; rows that aren't dense are copied. Without a na
 """
 
 import torch
-from torch import Tensor
-
 from fastjem.kernels import _C, reference
+from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 

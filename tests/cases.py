@@ -1,16 +1,17 @@
 """Every operator's cases: inputs, the public function, and the formula that a user would write in plain torch.
 
-The formula in float64 is the oracle; in the input's own dtype it is the bar: an implementation may err at most twice as much,
-plus four units in the last place of the largest value (docs: DESIGN, "Value and gradient").
+The formula in float64 is the oracle; in the input's own dtype it is the bar: an implementation may err at most twice as
+much, plus four units in the last place of the largest value (docs: DESIGN, "Value and gradient").
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import fastjem.functional as F
 import torch
 import torch.nn.functional as TF
 from torch import Tensor
+
+import fastjem.functional as F
 
 DTYPES = {
     torch.float64: "float64",
@@ -23,7 +24,7 @@ ALL = tuple(DTYPES)
 
 @dataclass(frozen=True)
 class Case:
-    """`make(generator)` gives float64 tensors, the first `differentiable` of which get gradients and the case's dtype."""
+    """`make(generator)` gives float64 tensors, the first `differentiable` of which get gradients."""
 
     op: str
     name: str

@@ -1,7 +1,7 @@
 """Breaks one line of a kernel at a time and runs the contract's tests on it: each must fail, or the tests don't bite.
 
-A mutation is (operator, file, line as it stands, line broken). The package is copied, changed, and put first on the path of a
-pytest process, which must find failures; a C++ mutation is compiled first.
+A mutation is (operator, file, line as it stands, line broken). The package is copied, changed, and put first on the
+path of a pytest process, which must find failures; a C++ mutation is compiled first.
 """
 
 import os
@@ -83,7 +83,7 @@ def _replace(file: Path, mutation: Mutation) -> None:
 
 
 def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
-    """An extension with the mutated operator alone (and rescale, which every backward needs): seconds instead of minutes."""
+    """An extension with the mutated operator alone (and rescale, which every backward needs): seconds, not minutes."""
     import pybind11
 
     stems = {Path(mutation.file).stem, "rescale"}

@@ -1,14 +1,15 @@
-"""With gloo, at two and three ranks and uneven batches: every rank returns the one-rank loss on the whole batch, and the
-ranks' gradients are, divided by their number (what DistributedDataParallel does), the one-rank gradients."""
+"""With gloo, at two and three ranks and uneven batches: every rank returns the one-rank loss on the whole batch, and
+the ranks' gradients are, divided by their number (what DistributedDataParallel does), the one-rank gradients."""
 
 import os
 from functools import partial
 
-import fastjem.functional as F
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+import fastjem.functional as F
 
 SIZES = {2: (5, 3), 3: (4, 1, 6)}  # rows of each rank
 LOSSES = {

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import INTERPRETING, _C
+from conftest import _C, INTERPRETING
 from mutations import CPU, INTERPRETER, REFERENCE, run
 
 MUTATIONS = [pytest.param(m, id=str(m)) for m in REFERENCE]
@@ -13,7 +13,7 @@ if _C and shutil.which("g++"):
 
 def assert_caught(result) -> None:
     assert result.returncode == 1, f"the broken kernel was not noticed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
-    assert "AssertionError" in result.stdout and " passed" in result.stdout or " failed" in result.stdout
+    assert ("AssertionError" in result.stdout and " passed" in result.stdout) or " failed" in result.stdout
 
 
 @pytest.mark.slow

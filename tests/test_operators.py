@@ -2,9 +2,10 @@
 
 import re
 
-import fastjem.functional as F
 import pytest
 import torch
+
+import fastjem.functional as F
 from fastjem import ops
 
 
@@ -75,7 +76,8 @@ MISTAKES = [
     (lambda: F.sinkhorn_bias(X, epsilon=-1), "sinkhorn_bias: epsilon must be a positive finite number, got -1"),
     (
         lambda: F.prototype_cross_entropy([X], [X], student_temperature=0.1, teacher_temperature=0.1),
-        'prototype_cross_entropy: pairs="different" needs at least two views on one side, got one student and one teacher view',
+        'prototype_cross_entropy: pairs="different" needs at least two views on one side, '
+        "got one student and one teacher view",
     ),
     (
         lambda: F.prototype_cross_entropy([X], [X], student_temperature=0.1, teacher_temperature=0.1, pairs="any"),
@@ -89,7 +91,8 @@ MISTAKES = [
     ),
     (
         lambda: F.prototype_cross_entropy([X], [Y], student_temperature=0.1, teacher_temperature=0.1, pairs="all"),
-        "prototype_cross_entropy: student and teacher must be [S, B, K] and [T, B, K], or lists of [B, K], got (3, 4) and (5, 4)",
+        "prototype_cross_entropy: student and teacher must be [S, B, K] and [T, B, K], or lists of [B, K], "
+        "got (3, 4) and (5, 4)",
     ),
     (
         lambda: F.barlow_twins(X[:1], X[:1]),
@@ -103,7 +106,7 @@ MISTAKES = [
     ),
     (
         lambda: F.ema_update_([X.half()], [X], 0.9),
-        "ema_update_: teacher must be float32 or float64 (updates of half precision round to nothing), student floating-point, "
+        "ema_update_: teacher must be float32 or float64 (half precision rounds updates away), student floating-point, "
         "got torch.float16 and torch.float32 at 0",
     ),
     (lambda: F.ema_update_([X], [X], 1.5), "ema_update_: momentum must be in [0, 1], got 1.5"),

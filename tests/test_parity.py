@@ -1,8 +1,9 @@
 """Values and gradients of the packages that people come from."""
 
-import fastjem.functional as F
 import pytest
 import torch
+
+import fastjem.functional as F
 
 lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
 

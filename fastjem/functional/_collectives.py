@@ -1,7 +1,7 @@
 """What losses need of torch.distributed: sizes and gathering of uneven batches, all without gradients.
 
-No collective here is differentiable on purpose. Each loss computes the gradient of the *global* loss for this rank's rows by
-itself and multiplies it by the number of ranks, because DistributedDataParallel divides by it.
+No collective here is differentiable on purpose. Each loss computes the gradient of the *global* loss for this rank's
+rows by itself and multiplies it by the number of ranks, because DistributedDataParallel divides by it.
 """
 
 import torch
