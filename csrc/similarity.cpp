@@ -22,7 +22,8 @@ struct SimilaritySums {
 };
 
 struct SimilarityWeights {
-  const void *row, *column;  // [rows], [columns] or null
+  const void *row, *column;            // [rows], [columns] or null
+  const void *row_rest, *column_rest;  // the same, if running
   double* dots;              // [rows]: += the sum over columns of weight * value; or null
 };
 
@@ -137,9 +138,11 @@ static void sums(int dtype, uintptr_t values, int64_t rows, int64_t columns, int
 }
 
 static void weights(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, const Scaling& scaling,
-                    const Place& place, uintptr_t row, uintptr_t column, uintptr_t dots, int threads) {
+                    const Place& place, uintptr_t row, uintptr_t column, uintptr_t row_rest, uintptr_t column_rest,
+                    uintptr_t dots, int threads) {
   const SimilarityTile t = tile(dtype, values, rows, columns, stride, scaling, place);
-  const SimilarityWeights problem{at<void>(row), at<void>(column), at<double>(dots)};
+  const SimilarityWeights problem{at<void>(row), at<void>(column), at<void>(row_rest), at<void>(column_rest),
+                                  at<double>(dots)};
   in_parts(rows, parts_of(rows, columns, threads),
            [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(similarity_weights(t, problem, begin, end)); });
 }

@@ -98,17 +98,19 @@ template <class T>
 static void similarity_weights_of(const SimilarityTile& t, const SimilarityWeights& p, int64_t begin, int64_t end) {
   const T factor = static_cast<T>(t.factor), shift = static_cast<T>(t.shift);
   const T* column = static_cast<const T*>(p.column);
+  const T* column_rest = static_cast<const T*>(p.column_rest);
   for (int64_t i = begin; i < end; ++i) {
     T* s = static_cast<T*>(t.values) + i * t.stride;
     const T lowest = -std::numeric_limits<T>::infinity();
     each_excluded(t, i, [&](int64_t j) { s[j] = factor < 0 ? -lowest : lowest; });
     const T row = static_cast<const T*>(p.row)[i];
     T partial = 0;
-    if (t.running) {  // row and column are log-sum-exps
+    if (t.running) {  // row and column are log-sum-exps; the rest is what rounding to T took from exp(-lse)
+      const T row_rest = static_cast<const T*>(p.row_rest)[i];
 #pragma omp simd reduction(+ : partial)
       for (int64_t j = 0; j < t.columns; ++j) {
         const T x = s[j] * factor;
-        const T g = exponential(x - row) + (column ? exponential(x - column[j]) : T(0));
+        const T g = exponential(x - row) * row_rest + (column ? exponential(x - column[j]) * column_rest[j] : T(0));
         partial += g == 0 ? T(0) : g * s[j];
         s[j] = g;
       }

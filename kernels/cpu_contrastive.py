@@ -73,11 +73,14 @@ class _Scaling:
         maximum = -math.inf if self.running else self.shift
         return torch.full((n,), maximum, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
 
-    def weight(self, lse: Tensor, dtype: torch.dtype) -> Tensor:
-        """What `similarity_weights` wants of a row or column."""
-        if self.running:
-            return lse.clamp(-1e30, 1e30).to(dtype)
-        return (self.shift - lse).exp().clamp_max(1e38).to(dtype)
+    def weights(self, lse: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """What `similarity_weights` wants of rows or columns."""
+        if lse is None:
+            return None, None
+        if not self.running:
+            return (self.shift - lse).exp().clamp_max(1e38).to(dtype), None
+        rounded = lse.clamp(-1e30, 1e30).to(dtype)
+        return rounded, (rounded - lse).exp().nan_to_num(1.0, 1.0).clamp_max(2.0).to(dtype)
 
 
 def _largest_norm(x: Tensor) -> float:
@@ -148,8 +151,8 @@ def _add_weighted(
     upper: bool = False,
 ) -> Tensor:
     """`a_sum += G @ b` and `b_sum += G.T @ a`, G = exp(logit - a_lse) + exp(logit - b_lse); returns `sum(G * similarities)` by row."""
-    row = scaling.weight(a_lse, a.dtype)
-    column = None if b_lse is None else scaling.weight(b_lse, a.dtype)
+    row, row_rest = scaling.weights(a_lse, a.dtype)
+    column, column_rest = scaling.weights(b_lse, a.dtype)
     dots = torch.zeros(len(a), dtype=torch.float64)
     for i, i2, j, j2, tile in _tiles(a, b, upper):
         _C.similarity_weights(
@@ -161,6 +164,8 @@ def _add_weighted(
             place.at(i, j),
             _at(row, i),
             _at(column, j),
+            _at(row_rest, i),
+            _at(column_rest, j),
             0 if upper else _at(dots, i),
             torch.get_num_threads(),
         )
