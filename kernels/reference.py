@@ -1,15 +1,15 @@
 """The specification: every operator in a few lines of plain torch.
 
-Each function is the fallback where no faster implementation exists, the fake kernel that torch.compile traces, the oracle of
-the tests (run in float64) and the baseline of the benchmarks. It is written to be read, not to be fast.
+Each function is the fallback where no faster implementation exists, the fake kernel that torch.compile traces, the
+oracle of the tests (run in float64) and the baseline of the benchmarks. It is written to be read, not to be fast.
 
 Conventions
 -----------
-* Arithmetic is in float32, or in float64 where the inputs are float64; losses come out 0-dim in that dtype, gradients in the
-  dtype of their input.
-* A loss whose gradient can be had in the same pass returns `(loss, gradients, scale)`: one gradient per differentiable input,
-  empty where `wanted` says no. Gradients are *unscaled*: the gradient of the loss is `scale * gradient`. The scale (1/N, 1/tau)
-  is applied in backward in float32, because float16 gradients that carry it vanish.
+* Arithmetic is in float32, or in float64 where the inputs are float64; losses come out 0-dim in that dtype, gradients
+  in the dtype of their input.
+* A loss whose gradient can be had in the same pass returns `(loss, gradients, scale)`: one gradient per differentiable
+  input, empty where `wanted` says no. Gradients are *unscaled*: the gradient of the loss is `scale * gradient`. The
+  scale (1/N, 1/tau) is applied in backward in float32, because float16 gradients that carry it vanish.
 * A loss that needs a second pass is two operators, `name` and `name_backward`.
 * Shapes are checked by `fastjem.functional`, before an operator is called.
 
@@ -47,7 +47,7 @@ def _normalize_backward(gradient: Tensor, unit: Tensor, norm: Tensor, eps: float
     return (gradient - radial * (norm > eps)) / norm
 
 
-# Helpers of every loss and of the training step --------------------------------------------------------------------------
+# Helpers of every loss and of the training step ------------------------------------------------------
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
@@ -67,7 +67,7 @@ def cross_entropy(
     ignore_index: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index)`; a label outside [0, K) gives NaN."""
+    """`torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index)`; NaN for labels out of range."""
     counted = (labels != ignore_index)[:, None]  # [N, 1]
     valid = ((labels >= 0) & (labels < logits.shape[1]))[:, None]
     index = labels[:, None].where(valid, 0)
@@ -95,7 +95,7 @@ def negative_cosine(
     return loss, [p_gradient, z_gradient], _scale(p, 1 / len(p))
 
 
-# Prototypes --------------------------------------------------------------------------------------------------------------
+# Prototypes ------------------------------------------------------------------------------------------
 
 
 def sinkhorn_step(
@@ -103,7 +103,7 @@ def sinkhorn_step(
     bias: Tensor | None,  # [K]; None: samples are not normalised before
     epsilon: float,
 ) -> Tensor:
-    """[K]: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i = -logsumexp_k(s_ik + f_k)`.
+    """[K]: normalise samples, then sum each prototype: `logsumexp_i(s_ik + g_i)`, `g_i = -logsumexp_k(s_ik + f_k)`.
 
     The next bias f is the negative of the result; over several ranks, of the logsumexp of their results.
     """
@@ -151,7 +151,8 @@ def prototype_cross_entropy(
     weights: Tensor | None,  # [B]
     wanted: list[bool],  # one per student view
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias), log_softmax(s / tau_s)>`.
+    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias),
+    log_softmax(s / tau_s)>`.
 
     SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
     """
@@ -176,7 +177,7 @@ def prototype_cross_entropy(
     return loss, [g.to(x.dtype, copy=True) if k else _empty(x) for g, x, k in parts], scale
 
 
-# Covariance losses -------------------------------------------------------------------------------------------------------
+# Covariance losses -----------------------------------------------------------------------------------
 
 
 def barlow_twins(
@@ -185,7 +186,8 @@ def barlow_twins(
     lambda_param: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230, equation 1.
+    """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230,
+    equation 1.
 
     Batch norm without affine part: biased variance, eps = 1e-5.
     """
@@ -218,7 +220,8 @@ def vicreg(
     eps: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's factor 1/2 on v.
+    """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's
+    factor 1/2 on v.
 
     v = mean_d relu(1 - sqrt(var + eps)), c = sum_{i != j} cov_ij^2 / D, both with N - 1 in the denominator.
     """
