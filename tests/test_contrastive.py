@@ -3,12 +3,14 @@
 import os
 from functools import partial
 
-import fastjem.functional as F
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import LOSSES, eager_clip, eager_nt_xent, eager_siglip
+from torch.nn.functional import normalize
+
+import fastjem.functional as F
 from fastjem.nn import (
     ClipLoss,
     DCLLoss,
@@ -19,7 +21,6 @@ from fastjem.nn import (
     SigLipLoss,
     SupConLoss,
 )
-from torch.nn.functional import normalize
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
