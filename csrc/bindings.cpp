@@ -28,6 +28,7 @@ void bind_cross_entropy(pybind11::module_&);
 void bind_ema_update(pybind11::module_&);
 void bind_negative_cosine(pybind11::module_&);
 void bind_rescale(pybind11::module_&);
+void bind_similarity(pybind11::module_&);
 
 }  // namespace fastjem
 
@@ -39,4 +40,5 @@ PYBIND11_MODULE(_C, m) {
   fastjem::bind_ema_update(m);
   fastjem::bind_negative_cosine(m);
   fastjem::bind_rescale(m);
+  fastjem::bind_similarity(m);
 }

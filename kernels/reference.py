@@ -95,76 +95,6 @@ def negative_cosine(
     return loss, [p_gradient, z_gradient], _scale(p, 1 / len(p))
 
 
-# Contrastive losses ----------------------------------------------------------------------------------
-
-
-def _similarities(rows: Tensor, candidates: Tensor, offset: int, temperature: float):
-    """Cosines / temperature of all `rows` with all candidates, [V n, V N], and where each row meets itself."""
-    (v, n, d), total = rows.shape, candidates.shape[1]
-    a, norm = _normalize(widen(rows).reshape(v * n, d))
-    b, _ = _normalize(widen(candidates).reshape(v * total, d))
-    image = torch.arange(v * n, device=rows.device) % n + offset  # [V n], the image that a row shows
-    columns = torch.arange(v * total, device=rows.device)
-    same_image = columns % total == image[:, None]  # [V n, V N]
-    itself = columns == image[:, None] + torch.arange(v, device=rows.device).repeat_interleave(n)[:, None] * total
-    return a, norm, b, a @ b.T / temperature, itself, same_image & ~itself
-
-
-def nt_xent(
-    rows: Tensor,  # [V, n, D], the images offset .. offset + n of the candidates
-    candidates: Tensor,  # [V, N, D]
-    offset: int,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """The sum over rows of `logsumexp_j(s_ij) - mean_j(s_ij over its V - 1 positives)`, and the logsumexp [V, n].
-
-    s are cosines / temperature; a row's candidates are all V N rows but itself. SimCLR, arXiv 2002.05709, equation 1.
-    """
-    *_, similarities, itself, positive = _similarities(rows, candidates, offset, temperature)
-    lse = similarities.masked_fill(itself, -math.inf).logsumexp(1)
-    positives = similarities.masked_fill(~positive, 0).sum(1) / (rows.shape[0] - 1)
-    return (lse - positives).sum(), lse.reshape(rows.shape[:2])
-
-
-def nt_xent_backward(
-    rows: Tensor,  # [V, n, D]
-    candidates: Tensor,  # [V, N, D]
-    rows_lse: Tensor,  # [V, n]
-    candidates_lse: Tensor,  # [V, N]
-    offset: int,
-    temperature: float,
-) -> Tensor:
-    """[V, n, D]: temperature times the gradient, for `rows`, of nt_xent summed over all candidates as rows.
-
-    `sum_j (P_ij + P_ji) z_j - 2 sum_j(z_j over positives) / (V - 1)`, then through the normalisation.
-    """
-    a, norm, b, similarities, itself, positive = _similarities(rows, candidates, offset, temperature)
-    p = (similarities - rows_lse.reshape(-1, 1)).exp() + (similarities - candidates_lse.reshape(1, -1)).exp()
-    weights = p.masked_fill(itself, 0) - positive.to(p.dtype) * (2 / (rows.shape[0] - 1))
-    return _normalize_backward(weights @ b, a, norm).reshape(rows.shape).to(rows.dtype)
-
-
-def info_nce(
-    query: Tensor,  # [N, D]
-    positive: Tensor,  # [N, D]
-    negatives: Tensor,  # [K, D]
-    temperature: float,
-    wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of unit rows. MoCo, 1911.05722, eq. 1."""
-    (q, q_norm), (p, p_norm), (k, k_norm) = (_normalize(widen(x)) for x in (query, positive, negatives))
-    logits = torch.cat([(q * p).sum(1, keepdim=True), q @ k.T], 1) / temperature  # [N, 1 + K]
-    log_p = logits.log_softmax(1)
-    weights = log_p.exp()
-    p_weight, k_weights = weights[:, :1] - 1, weights[:, 1:]
-    gradients = [
-        _normalize_backward(p_weight * p + k_weights @ k, q, q_norm).to(query.dtype) if wanted[0] else _empty(query),
-        _normalize_backward(p_weight * q, p, p_norm).to(positive.dtype) if wanted[1] else _empty(positive),
-        _normalize_backward(k_weights.T @ q, k, k_norm).to(negatives.dtype) if wanted[2] else _empty(negatives),
-    ]
-    return -log_p[:, 0].mean(), gradients, _scale(query, 1 / (len(query) * temperature))
-
-
 # Prototypes ------------------------------------------------------------------------------------------
 
 
@@ -315,3 +245,14 @@ def vicreg(
         (b_gradient - difference).to(z1.dtype) if wanted[1] else _empty(z1),
     ]
     return loss, gradients, _scale(z0, 1 / (n * d))
+
+
+from fastjem.kernels.reference_contrastive import (  # noqa: E402 (it needs the helpers above)
+    clip_loss as clip_loss,
+    clip_loss_backward as clip_loss_backward,
+    info_nce as info_nce,
+    nearest_neighbors as nearest_neighbors,
+    nt_xent as nt_xent,
+    nt_xent_backward as nt_xent_backward,
+    siglip_loss as siglip_loss,
+)

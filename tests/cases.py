@@ -133,14 +133,97 @@ def eager_info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperatu
     return TF.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
-def _info_nce(n: int, k: int, d: int, temperature: float, differentiable: int = 2) -> Case:
+def _info_nce(
+    n: int, k: int, d: int, temperature: float, differentiable: int = 2, offset: int | None = None, **options
+) -> Case:
+    def eager(q: Tensor, p: Tensor, negatives: Tensor) -> Tensor:
+        if offset is None:
+            return eager_info_nce(q, p, negatives, temperature)
+        (q, p, k), own = (TF.normalize(x, dim=1) for x in (q, p, negatives)), torch.arange(n, device=q.device) + offset
+        logits = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).scatter(1, own[:, None], -torch.inf)], 1) / temperature
+        return TF.cross_entropy(logits, torch.zeros(n, dtype=torch.long, device=q.device))
+
     return Case(
         "info_nce",
-        f"{n}x{k}x{d}-tau{temperature:g}" + ("-learned" if differentiable == 3 else ""),
+        f"{n}x{k}x{d}-tau{temperature:g}" + ("-learned" if differentiable == 3 else "") + ("" if offset is None else f"-own{offset}"),
         make(normal(n, d), normal(n, d), normal(k, d)),
-        lambda *x: F.info_nce(*x, temperature=temperature),
-        lambda *x: eager_info_nce(*x, temperature=temperature),
+        lambda *x: F.info_nce(*x, temperature=temperature, label_offset=offset),
+        eager,
         differentiable=differentiable,
+        **options,
+    )
+
+
+def alike(n: int, d: int, sign: float = 1.0) -> Callable[[torch.Generator], list[Tensor]]:
+    """Pairs that are identical, or opposite."""
+
+    def pair(g: torch.Generator) -> list[Tensor]:
+        z = torch.randn(n, d, generator=g, dtype=torch.float64)
+        return [z, z * sign]
+
+    return pair
+
+
+def eager_dcl(z0: Tensor, z1: Tensor, weights: Tensor | None = None, temperature: float = 0.1) -> Tensor:
+    z, n = TF.normalize(torch.cat([z0, z1]), dim=1), len(z0)
+    similarities = z @ z.T / temperature
+    image = torch.arange(2 * n, device=z.device) % n
+    lse = similarities.masked_fill(image[:, None] == image, -torch.inf).logsumexp(1)
+    positives = similarities.diagonal(n).repeat(2)
+    return (lse - (positives if weights is None else positives * weights.repeat(2))).mean()
+
+
+def eager_dclw(z0: Tensor, z1: Tensor) -> Tensor:
+    cosines = TF.cosine_similarity(z0.double(), z1.double(), dim=1)
+    return eager_dcl(z0, z1, (2 - len(z0) * (cosines / 0.5).softmax(0)).detach().to(z0.dtype))
+
+
+def eager_supcon(*views: Tensor, temperature: float = 0.07) -> Tensor:
+    *views, labels = views
+    z, y = TF.normalize(torch.cat(views), dim=1), labels.repeat(len(views))
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
+    positive = (y[:, None] == y) & ~itself
+    return -(log_p.where(positive, 0).sum(1) / positive.sum(1).clamp_min(1)).mean()
+
+
+def _supcon(views: int, n: int, d: int, classes: int) -> Case:
+    return Case(
+        "nt_xent",
+        f"supcon-{views}x{n}x{d}-{classes}",
+        make(*[normal(n, d)] * views, _labels(n, classes)),
+        lambda *x: F.supcon(torch.stack(x[:-1]), x[-1]),
+        eager_supcon,
+        differentiable=views,
+    )
+
+
+def eager_clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    logits, pairs = scale * x @ y.T, torch.arange(len(x), device=x.device)
+    return (TF.cross_entropy(logits, pairs) + TF.cross_entropy(logits.T, pairs)) / 2
+
+
+def eager_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    labels = 2 * torch.eye(len(x), dtype=x.dtype, device=x.device) - 1
+    return -TF.logsigmoid(labels * (scale * x @ y.T + bias)).sum() / len(x)
+
+
+def _image_text(op: str, n: int, d: int, scale: float, length: float = 1.0, bias: float = -10.0, **options) -> Case:
+    def inputs(g: torch.Generator) -> list[Tensor]:
+        x, y = (TF.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1) * length for _ in range(2))
+        return [x, y, torch.tensor(scale, dtype=torch.float64), torch.tensor(bias, dtype=torch.float64)]
+
+    clip = op == "clip_loss"
+    return Case(
+        op,
+        f"{n}x{d}-scale{scale:g}" + (f"-length{length:g}" if length != 1 else ""),
+        lambda g: inputs(g)[: 3 if clip else 4],
+        F.clip_loss if clip else F.siglip_loss,
+        eager_clip if clip else eager_siglip,
+        differentiable=3 if clip else 4,
+        # the scale's gradient is a sum of N^2 terms that cancel
+        gradient_size=lambda x, y, *_: length * length if n > 1 else 1,
+        **options,
     )
 
 
@@ -254,9 +337,37 @@ LOSSES = [
     _nt_xent(9, 33, 0.1),
     _nt_xent(40, 128, 0.5),
     _nt_xent(7, 16, 0.2, views=4),
+    # more rows than a tile; the running maximum, and pairs that are all that counts or nothing; rows of large norm
+    _nt_xent(700, 20, 0.1, interpreted=False),
+    _nt_xent(600, 16, 0.01, interpreted=False),
+    _nt_xent(20, 24, 0.01, views=3),
+    Case("nt_xent", "identical-tau0.01", alike(33, 64), lambda *z: F.nt_xent(*z, temperature=0.01),
+         lambda *z: eager_nt_xent(*z, temperature=0.01), differentiable=2, gradient_size=lambda *z: 1e-4),
+    Case("nt_xent", "opposite-tau0.01", alike(33, 64, -1), lambda *z: F.nt_xent(*z, temperature=0.01),
+         lambda *z: eager_nt_xent(*z, temperature=0.01), differentiable=2),
+    Case("nt_xent", "large-norm", make(normal(9, 40, scale=3000), normal(9, 40, scale=3000)), F.nt_xent, eager_nt_xent,
+         differentiable=2, dtypes=(torch.float64, torch.float32, torch.bfloat16)),
+    Case("nt_xent", "dcl-12x33", make(normal(12, 33), normal(12, 33)), F.dcl, eager_dcl, differentiable=2),
+    Case("nt_xent", "dclw-12x33", make(normal(12, 33), normal(12, 33)), F.dclw, eager_dclw, differentiable=2),
+    _supcon(1, 20, 16, 5),
+    _supcon(2, 20, 33, 4),
+    _supcon(3, 7, 16, 100),
+    _nt_xent(9, 40, 0.2),
     _info_nce(1, 1, 5, 0.1),
+    _info_nce(7, 2100, 128, 0.1, interpreted=False),
+    _info_nce(12, 40, 24, 0.01, differentiable=3),
+    _info_nce(9, 30, 16, 0.1, differentiable=3, offset=4),
     _info_nce(12, 100, 32, 0.2),
     _info_nce(12, 50, 17, 0.07, differentiable=3),
+    _image_text("clip_loss", 1, 16, 14.0),
+    _image_text("clip_loss", 37, 33, 14.0),
+    _image_text("clip_loss", 40, 64, 100.0),
+    _image_text("clip_loss", 1100, 16, 30.0, interpreted=False),
+    _image_text("clip_loss", 12, 48, 10.0, length=3.0),
+    _image_text("clip_loss", 24, 40, 14.0),
+    _image_text("siglip_loss", 1, 16, 10.0),
+    _image_text("siglip_loss", 1100, 16, 10.0, interpreted=False),
+    _image_text("siglip_loss", 37, 33, 10.0, bias=-1.0),
     _prototype_cross_entropy(2, 2, 3, 7, "different"),
     _prototype_cross_entropy(4, 2, 5, 100, "different", bias="K"),
     _prototype_cross_entropy(3, 2, 6, 33, "different", bias="TK", weighted=True),

@@ -1,12 +1,47 @@
-"""Contrastive losses: a log-sum-exp over similarities, less the positives."""
+"""Contrastive losses of one set of rows: a log-sum-exp over similarities, less the positives."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.functional import _checks as check
-from fastjem.functional._collectives import gather_rows, sum_over_ranks, world_size
+from fastjem.functional import _rings as rings
 from fastjem.ops.autograd import one_pass, ops, two_passes
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _stacked(op: str, z0: Tensor, z1: Tensor | None) -> Tensor:
+    """[V, N, D] from two [N, D] or from one tensor of views."""
+    if z1 is not None:
+        check.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
+        return torch.stack(check.common(z0, z1))
+    contract = "z must be [V, N, D] with V >= 2, or two [N, D]"
+    check.matrices(op, contract, z0, dims=3)
+    if len(z0) < 2:
+        check.fail(op, contract, tuple(z0.shape))
+    return z0
+
+
+def _of_views(
+    z: Tensor,  # [V, N, D]
+    temperature: float,
+    weights: Tensor | None,  # [V, N] of the positive terms
+    group: dist.ProcessGroup | None,
+    decoupled: bool = False,
+    normalize: bool = True,
+) -> Tensor:
+    """The mean over rows of the log-sum-exp less the weighted positives."""
+    options = (float(temperature), decoupled, normalize)
+    if group is not None:
+        return rings.nt_xent(z, weights, options, group)
+    rows = z.detach()
+    positives, lse = ops.nt_xent(rows, rows, 0, *options)
+    loss = (lse - (positives if weights is None else positives * weights)).mean().to(_loss_dtype(z))
+    saved = (rows, lse, lse, weights)
+    return two_passes("nt_xent_backward", loss, z, saved, 0, *options, scale=1 / (lse.numel() * temperature))
 
 
 def nt_xent(
@@ -18,14 +53,14 @@ def nt_xent(
 ) -> Tensor:
     """Normalised-temperature cross-entropy, SimCLR's loss (Chen et al. 2020, arXiv 2002.05709, equation 1).
 
-    The mean, over all V N rows and their V - 1 positives, of `cross_entropy(cosines with all other rows / temperature,
-    positive)`.
+    The mean, over all V N rows and their V - 1 positives, of `cross_entropy(cosines with all other rows / temperature, positive)`.
 
     Args:
         z0, z1: [N, D] each, two views of N images, or `z0` alone as [V, N, D]. Normalised inside.
         temperature: what the cosines are divided by.
         group: the process group whose ranks' rows are candidates and rows of one global batch (batches may be uneven);
-            None: this rank's alone.
+            None: this rank's alone. Ranks see each other's rows one rank at a time: memory stays that of one batch. All of
+            them must call backward.
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
@@ -33,36 +68,144 @@ def nt_xent(
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
-    if z1 is None:
-        contract = "z must be [V, N, D] with V >= 2, or two [N, D]"
-        check.matrices("nt_xent", contract, z0, dims=3)
-        if len(z0) < 2:
-            check.fail("nt_xent", contract, tuple(z0.shape))
-        z = z0
-    else:
-        check.matrices("nt_xent", "z0 and z1 must be [N, D] both", z0, z1)
-        z = torch.stack(check.common(z0, z1))
+    z = _stacked("nt_xent", z0, z1)
     check.positive("nt_xent", temperature=temperature)
-
-    candidates, offset = (z, 0) if group is None else gather_rows(z, group, dim=1)
-    total, lse = ops.nt_xent(z.detach(), candidates.detach(), offset, temperature)
-    count = candidates.shape[0] * candidates.shape[1]
-    candidates_lse = lse if group is None else gather_rows(lse, group, dim=1)[0]
-    loss = sum_over_ranks(total, group) / count
-    scale = world_size(group) / (count * temperature)
-    saved = (candidates.detach(), lse, candidates_lse)
-    return two_passes("nt_xent_backward", loss, z, saved, offset, float(temperature), scale=scale)
+    return _of_views(z, temperature, None, group)
 
 
-def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float = 0.1) -> Tensor:
+def dcl(
+    z0: Tensor,
+    z1: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    weights: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Decoupled contrastive learning (Yeh et al. 2021, arXiv 2110.06848, equation 6): no positive in the denominator.
+
+    The mean over all V N rows of `logsumexp(cosines with other images' rows / temperature) - weight * mean(positives' cosines)
+    / temperature`. With one image alone there is no other: -inf, as in lightly.
+
+    Args:
+        z0, z1, temperature, group: as for `nt_xent`.
+        weights: [N] or [V, N], constants; None: ones.
+    """
+    z = _stacked("dcl", z0, z1)
+    check.positive("dcl", temperature=temperature)
+    if weights is not None:
+        if weights.shape not in (z.shape[:2], z.shape[1:2]):
+            check.fail("dcl", f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(weights.shape))
+        check.one_device("dcl", (z, weights))
+        weights = weights.detach().expand(z.shape[:2])
+    return _of_views(z, temperature, weights, group, decoupled=True)
+
+
+def dclw(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    temperature: float = 0.1,
+    sigma: float = 0.5,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """`dcl` with the weights `2 - N softmax(cosine(z0, z1) / sigma)` over this rank's batch: hard positives count more."""
+    check.matrices("dclw", "z0 and z1 must be [N, D] both", z0, z1)
+    check.positive("dclw", temperature=temperature, sigma=sigma)
+    with torch.no_grad():
+        cosines = torch.cosine_similarity(*(z.to(_loss_dtype(z)) for z in (z0, z1)), dim=1, eps=1e-12)
+        weights = 2 - len(z0) * (cosines / sigma).softmax(0)
+    return dcl(z0, z1, temperature=temperature, weights=weights, group=group)
+
+
+def supcon(
+    z: Tensor,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 0.07,
+    anchors: str = "all",
+    normalize: bool = True,
+) -> Tensor:
+    """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2, L_out).
+
+    The mean over anchors of `logsumexp(s_i.) - mean(s_ij over positives j)`, with s = cosines / temperature and, as candidates,
+    all rows but the anchor. Positives are the rows of the same class; an anchor without any counts as 0.
+
+    Args:
+        z: [V, N, D]; V may be 1.
+        labels: [N] of any integer or floating dtype; None: each image is a class of its own.
+        mask: [N, N] instead of labels, how much image j is a positive of image i.
+        anchors: "all" views, or "one": the first alone.
+        normalize: False takes rows as they come (the authors' convention: they are of unit length already).
+    """
+    contract = "z must be [V, N, D]"
+    check.matrices("supcon", contract, z, dims=3)
+    check.positive("supcon", temperature=temperature)
+    (v, n, _), total = z.shape, z.shape[0] * z.shape[1]
+    if anchors not in ("all", "one"):
+        check.fail("supcon", "anchors must be one of all, one", repr(anchors))
+    if labels is not None and mask is not None:
+        check.fail("supcon", "labels or mask must be given, not both", "both")
+    if labels is not None and labels.shape != (n,):
+        check.fail("supcon", f"labels must be [{n}]", tuple(labels.shape))
+    if mask is not None and mask.shape != (n, n):
+        check.fail("supcon", f"mask must be [{n}, {n}]", tuple(mask.shape))
+    check.one_device("supcon", [x for x in (z, labels, mask) if x is not None])
+
+    # the sum over positives of s_ij is one product of row i with a sum of rows: never N x N
+    rows = z.double()
+    rows = torch.nn.functional.normalize(rows, dim=2) if normalize else rows
+    by_image = rows.sum(0)  # [N, D]
+    if mask is not None:
+        weight = mask.to(by_image)
+        sums, counts, own = weight @ by_image, v * weight.sum(1), weight.diagonal()
+    else:
+        if labels is None:
+            labels = torch.arange(n, device=z.device)
+        # in float64 index_put adds in one order on every device; where a class begins among sorted labels is its number
+        where = torch.searchsorted(labels.sort().values, labels)
+        sums = torch.zeros_like(by_image).index_put((where,), by_image, accumulate=True)[where]
+        counts = v * torch.zeros(n, dtype=rows.dtype, device=z.device).index_put(
+            (where,), rows.new_ones(n), accumulate=True
+        )[where]
+        own = torch.ones_like(counts)
+    dots = (rows * sums).sum(2) - own * rows.square().sum(2)  # [V, N]
+    counts = counts - own
+    counted = (counts.abs() >= 1e-6).expand(v, n)
+    if anchors == "one":
+        counted = counted & (torch.arange(v, device=z.device) == 0)[:, None]
+    number = total if anchors == "all" else n
+    positives = (dots / temperature / counts.where(counts.abs() >= 1e-6, 1)).where(counted, 0).sum() / number
+
+    options = (float(temperature), False, normalize)
+    constant = z.detach()
+    _, lse = ops.nt_xent(constant, constant, 0, *options)
+    spread = lse.where(counted, 0).sum() / number
+    lse = lse.where(counted, float("inf"))  # a row that is no anchor has no probabilities
+    saved = (constant, lse, lse, torch.zeros_like(lse))
+    spread = two_passes("nt_xent_backward", spread, z, saved, 0, *options, scale=1 / (number * temperature))
+    return (spread - positives).to(_loss_dtype(z))
+
+
+def info_nce(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    *,
+    temperature: float = 0.1,
+    label_offset: int | None = None,
+) -> Tensor:
     """InfoNCE with given negatives, MoCo's loss (He et al. 2020, arXiv 1911.05722, equation 1).
 
     `cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` with every row normalised inside.
 
     Args:
         query, positive: [N, D] each.
-        negatives: [K, D], for example a queue. Constants unless they require a gradient.
+        negatives: [K, D], for example a queue. Constants unless they require a gradient; constants may be changed in place
+            before backward, as nothing of them is kept.
         temperature: what the cosines are divided by.
+        label_offset: row `label_offset + i` of `negatives` is query i's own positive and doesn't count twice. So candidates
+            gathered from all ranks, or a shard of them, can be given as they are (MoCo v3: rank * N).
 
     Returns:
         0-dim float32 (float64 for float64 inputs).
@@ -77,4 +220,14 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *, temperature:
         check.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
     check.one_device("info_nce", (query, positive, negatives))
     check.positive("info_nce", temperature=temperature)
-    return one_pass("info_nce", check.common(query, positive, negatives), float(temperature))
+    offset = -len(query) if label_offset is None else label_offset
+    return one_pass("info_nce", check.common(query, positive, negatives), offset, float(temperature))
+
+
+def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
+    """[N] int64: for each row of `query` [N, D] the row of `bank` [K, D] of the highest cosine (NNCLR, arXiv 2104.14548)."""
+    contract = "query must be [N, D] and bank [K, D]"
+    check.matrices("nearest_neighbors", contract, query, bank, same=False)
+    if query.shape[1] != bank.shape[1]:
+        check.fail("nearest_neighbors", contract, f"{tuple(query.shape)} and {tuple(bank.shape)}")
+    return ops.nearest_neighbors(*(x.detach() for x in check.common(query, bank)))

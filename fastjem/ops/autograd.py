@@ -58,6 +58,25 @@ class _TwoPasses(torch.autograd.Function):
         return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
 
 
+class _Known(torch.autograd.Function):
+    """Loss and gradients are there; each gradient is still to be multiplied by a factor of its own."""
+
+    @staticmethod
+    def forward(ctx, name: str, loss: Tensor, factors: Sequence, gradients: Sequence, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.name, ctx.factors, ctx.like = name, factors, [(x.dtype, x.shape) for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        _refuse_second_order(ctx.name)
+        scaled = []
+        for i, (g, factor, (dtype, shape)) in enumerate(zip(ctx.saved_tensors, ctx.factors, ctx.like, strict=True)):
+            wanted = ctx.needs_input_grad[4 + i]
+            scaled.append(_rescaled(g, upstream * factor).to(dtype).reshape(shape) if wanted else None)
+        return None, None, None, None, *scaled
+
+
 def _call(name, wanted, listed, arguments, inputs) -> tuple[Tensor, list[Tensor], Tensor]:
     op = getattr(ops, name)
     return op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
@@ -73,6 +92,13 @@ def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = Fal
     if not any(wanted):
         return _call(name, wanted, listed, arguments, inputs)[0]
     return _OnePass.apply(name, wanted, listed, arguments, *inputs)
+
+
+def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence) -> Tensor:
+    """`loss`, with the gradient for `inputs[i]` being `factors[i] * gradients[i]` (anything where none is required)."""
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return loss
+    return _Known.apply(name, loss, tuple(factors), tuple(gradients), *inputs)
 
 
 def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor], *arguments, scale: float) -> Tensor:

@@ -1,0 +1,196 @@
+#include "common.h"
+
+namespace fastjem {
+
+struct SimilarityTile {
+  Dtype dtype;   // float32 or float64
+  void* values;  // [rows, columns], rows `stride` elements apart
+  int64_t rows, columns, stride;
+  double factor;  // logits are values * factor
+  double shift;   // subtracted before exp, unless running
+  bool running;   // each row and column keeps a maximum of its own
+  // Row i shows image (row_start + i) % rows_period + offset, column j image (column_start + j) % columns_period; a row doesn't
+  // see its own image. With columns_period 0 it sees everything.
+  int64_t row_start, rows_period, offset, column_start, columns_period;
+};
+
+struct SimilaritySums {
+  bool keep;                 // the exponentials stay in the tile
+  double *row_max, *row_sum;  // [rows]
+  double* rescale;            // [rows], what earlier exponentials are to be multiplied by, or null
+  void *column_parts, *column_max_parts;  // [parts, columns], or null
+};
+
+struct SimilarityWeights {
+  const void *row, *column;            // [rows], [columns] or null
+  const void *row_rest, *column_rest;  // the same, if running
+  double* dots;              // [rows]: += the sum over columns of weight * value; or null
+};
+
+struct SimilaritySigmoid {
+  double bias;
+  double *losses, *sums, *dots;  // [rows], each is added to
+};
+
+struct SimilarityBest {
+  void* values;      // [rows]
+  int64_t* columns;  // [rows], -1 where there is none yet
+};
+
+struct UnitRows {
+  Dtype dtype;
+  const void* rows;
+  int64_t row_stride, width;
+  double eps;
+  void* out;         // [N, width] in the compute dtype
+  double* divisors;  // [N], or null
+};
+
+struct ThroughUnitRows {
+  Dtype dtype;  // of out
+  const void *gradient, *unit;
+  const double* divisors;
+  int64_t width;
+  double eps, factor;
+  void* out;
+};
+
+}  // namespace fastjem
+
+#define FASTJEM_KERNEL "similarity.h"
+#include "each_isa.h"
+
+namespace fastjem {
+
+template <class T>
+static T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride) {
+  return {static_cast<Dtype>(dtype), at<void>(values), rows, columns, stride, 1, 0, false, 0, 1, 0, 0, 0};
+}
+
+// (factor, shift, running), and (row_start, rows_period, offset, column_start, columns_period)
+using Scaling = std::tuple<double, double, bool>;
+using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, const Scaling& scaling,
+                           const Place& place) {
+  SimilarityTile t = tile(dtype, values, rows, columns, stride);
+  std::tie(t.factor, t.shift, t.running) = scaling;
+  std::tie(t.row_start, t.rows_period, t.offset, t.column_start, t.columns_period) = place;
+  return t;
+}
+
+// Rows that make a part worth a thread. How many parts there are depends on sizes and threads alone, so the bits do too.
+static int64_t parts_of(int64_t rows, int64_t columns, int threads) {
+  return std::max<int64_t>(1, std::min<int64_t>({threads, rows, rows * columns / 4096}));
+}
+
+template <class F>
+static void in_parts(int64_t rows, int64_t parts, F&& f) {
+  if (parts == 1) return f(int64_t{0}, rows, int64_t{0});
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+  for (int64_t part = 0; part < parts; ++part) f(rows * part / parts, rows * (part + 1) / parts, part);
+}
+
+template <class T>
+static void add_columns(const SimilarityTile& t, int64_t parts, const T* sums, const T* maxima, double* column_max,
+                        double* column_sum) {
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t j = 0; j < t.columns; ++j) {
+      const double sum = sums[part * t.columns + j];
+      if (!maxima) {
+        column_sum[j] += sum;
+        continue;
+      }
+      const double maximum = maxima[part * t.columns + j], before = column_max[j], now = std::max(before, maximum);
+      if (now == -std::numeric_limits<double>::infinity()) continue;
+      column_sum[j] = column_sum[j] * std::exp(before - now) + sum * std::exp(maximum - now);
+      column_max[j] = now;
+    }
+  }
+}
+
+static void sums(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, const Scaling& scaling,
+                 const Place& place, bool keep, uintptr_t row_max, uintptr_t row_sum, uintptr_t rescale, uintptr_t column_max,
+                 uintptr_t column_sum, int threads) {
+  const SimilarityTile t = tile(dtype, values, rows, columns, stride, scaling, place);
+  const int64_t parts = parts_of(rows, columns, threads);
+  const size_t size = t.dtype == Dtype::float64 ? 8 : 4;
+  std::vector<double> buffer(column_sum ? parts * columns * (t.running ? 2 : 1) : 0);  // double: aligned for either dtype
+  void* sum_parts = column_sum ? buffer.data() : nullptr;
+  void* max_parts =
+      column_sum && t.running ? reinterpret_cast<char*>(buffer.data()) + parts * columns * size : nullptr;
+  const SimilaritySums problem{keep, at<double>(row_max), at<double>(row_sum), at<double>(rescale), sum_parts, max_parts};
+  in_parts(rows, parts, [&](int64_t begin, int64_t end, int64_t part) {
+    FASTJEM_BEST(similarity_sums(t, problem, begin, end, part));
+  });
+  if (!column_sum) return;
+  if (t.dtype == Dtype::float64) {
+    add_columns(t, parts, static_cast<double*>(sum_parts), static_cast<double*>(max_parts), at<double>(column_max),
+                at<double>(column_sum));
+  } else {
+    add_columns(t, parts, static_cast<float*>(sum_parts), static_cast<float*>(max_parts), at<double>(column_max),
+                at<double>(column_sum));
+  }
+}
+
+static void weights(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, const Scaling& scaling,
+                    const Place& place, uintptr_t row, uintptr_t column, uintptr_t row_rest, uintptr_t column_rest,
+                    uintptr_t dots, int threads) {
+  const SimilarityTile t = tile(dtype, values, rows, columns, stride, scaling, place);
+  const SimilarityWeights problem{at<void>(row), at<void>(column), at<void>(row_rest), at<void>(column_rest),
+                                  at<double>(dots)};
+  in_parts(rows, parts_of(rows, columns, threads),
+           [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(similarity_weights(t, problem, begin, end)); });
+}
+
+static void sigmoid(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, double factor, double bias,
+                    int64_t row_start, int64_t offset, int64_t column_start, uintptr_t losses, uintptr_t totals, uintptr_t dots,
+                    int threads) {
+  SimilarityTile t = tile(dtype, values, rows, columns, stride);
+  t.factor = factor;
+  t.row_start = row_start, t.offset = offset, t.column_start = column_start;
+  const SimilaritySigmoid problem{bias, at<double>(losses), at<double>(totals), at<double>(dots)};
+  in_parts(rows, parts_of(rows, columns, threads),
+           [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(similarity_sigmoid(t, problem, begin, end)); });
+}
+
+static void best(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, int64_t column_start,
+                 uintptr_t best_values, uintptr_t best_columns, int threads) {
+  SimilarityTile t = tile(dtype, values, rows, columns, stride);
+  t.column_start = column_start;
+  const SimilarityBest problem{at<void>(best_values), at<int64_t>(best_columns)};
+  in_parts(rows, parts_of(rows, columns, threads),
+           [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(similarity_best(t, problem, begin, end)); });
+}
+
+static void unit_rows(int dtype, uintptr_t rows, int64_t count, int64_t width, int64_t row_stride, double eps, uintptr_t out,
+                      uintptr_t divisors, int threads) {
+  const UnitRows problem{static_cast<Dtype>(dtype), at<const void>(rows), row_stride, width, eps, at<void>(out),
+                         at<double>(divisors)};
+  in_parts(count, parts_of(count, width, threads),
+           [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(unit_rows(problem, begin, end)); });
+}
+
+static void through_unit_rows(int dtype, uintptr_t gradient, uintptr_t unit, uintptr_t divisors, int64_t count, int64_t width,
+                              double eps, double factor, uintptr_t out, int threads) {
+  const ThroughUnitRows problem{static_cast<Dtype>(dtype), at<const void>(gradient), at<const void>(unit),
+                                at<const double>(divisors), width, eps, factor, at<void>(out)};
+  in_parts(count, parts_of(count, width, threads),
+           [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(through_unit_rows(problem, begin, end)); });
+}
+
+void bind_similarity(pybind11::module_& m) {
+  const pybind11::call_guard<pybind11::gil_scoped_release> release;
+  m.def("similarity_sums", &sums, release);
+  m.def("similarity_weights", &weights, release);
+  m.def("similarity_sigmoid", &sigmoid, release);
+  m.def("similarity_best", &best, release);
+  m.def("unit_rows", &unit_rows, release);
+  m.def("through_unit_rows", &through_unit_rows, release);
+}
+
+}  // namespace fastjem

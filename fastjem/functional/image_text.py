@@ -1,0 +1,57 @@
+"""Contrastive losses of pairs from two encoders, with a learned scale: CLIP and SigLIP."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastjem.functional import _checks as check
+from fastjem.functional import _rings as rings
+
+
+def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        value = torch.tensor(float(value), device=like.device)
+    if value.numel() != 1:
+        check.fail(op, f"{name} must be a number or a tensor of one element", tuple(value.shape))
+    check.one_device(op, (like, value))
+    return value.reshape(())
+
+
+def clip_loss(x: Tensor, y: Tensor, logit_scale: Tensor | float, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """CLIP's loss (Radford et al. 2021, arXiv 2103.00020, figure 3).
+
+    `(cross_entropy(logits, arange(N)) + cross_entropy(logits.T, arange(N))) / 2` with `logits = logit_scale * x @ y.T`.
+
+    Args:
+        x, y: [N, D] each, pair by pair, as given: open_clip's convention is that they are normalised already.
+        logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter); 0-dim, with its gradient.
+        group: as for `nt_xent`.
+
+    Returns:
+        0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
+    """
+    check.matrices("clip_loss", "x and y must be [N, D] both", x, y)
+    x, y = check.common(x, y)
+    return rings.clip_loss(x, y, _scalar("clip_loss", "logit_scale", logit_scale, x), group)
+
+
+def siglip_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """SigLIP's loss (Zhai et al. 2023, arXiv 2303.15343): every pair is a binary decision of its own.
+
+    `-logsigmoid(labels * (logit_scale * x @ y.T + logit_bias)).sum() / N`, labels 1 on the diagonal and -1 elsewhere.
+
+    Args:
+        x, y, logit_scale, group: as for `clip_loss`.
+        logit_bias: 0-dim, with its gradient.
+    """
+    check.matrices("siglip_loss", "x and y must be [N, D] both", x, y)
+    x, y = check.common(x, y)
+    scale = _scalar("siglip_loss", "logit_scale", logit_scale, x)
+    return rings.siglip_loss(x, y, scale, _scalar("siglip_loss", "logit_bias", logit_bias, x), group)
