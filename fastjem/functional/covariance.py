@@ -41,17 +41,19 @@ def vicreg(
     mu_param: float = 25.0,
     nu_param: float = 1.0,
     eps: float = 1e-4,
+    variance_factor: float = 0.5,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """VICReg: invariance, variance, covariance (Bardes et al. 2022, arXiv 2105.04906, equation 6).
 
-    `lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))` with v the mean over dimensions of
-    `relu(1 - sqrt(var + eps))` and c = `sum_{i != j} cov_ij^2 / D`. The 1/2 on v is the official code's; the paper has none.
+    `lambda mse(z0, z1) + mu factor (v(z0) + v(z1)) + nu (c(z0) + c(z1))` with v the mean over dimensions of
+    `relu(1 - sqrt(var + eps))` and c = `sum_{i != j} cov_ij^2 / D`.
 
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
         eps: added to the variance.
+        variance_factor: 0.5 as in the official code (and lightly's), 1 as in the paper (and solo-learn's).
         group: the process group over whose global batch the statistics are taken (batches may be uneven).
 
     Returns:
@@ -60,9 +62,8 @@ def vicreg(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    return _of_global_batch(
-        "vicreg", z0, z1, group, float(lambda_param), float(mu_param), float(nu_param), float(eps)
-    )
+    mu = 2.0 * variance_factor * mu_param  # the operator halves it
+    return _of_global_batch("vicreg", z0, z1, group, float(lambda_param), mu, float(nu_param), float(eps))
 
 
 def _of_global_batch(op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, *arguments: float) -> Tensor:
