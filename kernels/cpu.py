@@ -4,11 +4,11 @@ Tensors of any layout are taken; rows that aren't dense are copied. Without a na
 """
 
 import torch
-from torch import Tensor
-
 from fastjem.kernels import _C, reference
 from fastjem.kernels.cpu_covariance import barlow_twins, vicreg  # noqa: F401
 from fastjem.kernels.cpu_tensors import DTYPES, _address, _flat, _gradient, _loss_dtype, _rows
+from torch import Tensor
+
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
     if gradient.dtype not in DTYPES or not _flat(gradient):
@@ -48,7 +48,11 @@ def cross_entropy(
         torch.get_num_threads(),
     )
     scale = 1 / counted if counted else float("inf")
-    return torch.tensor(total / counted if counted else float("nan"), dtype=dtype), [gradient], torch.tensor(scale, dtype=dtype)
+    return (
+        torch.tensor(total / counted if counted else float("nan"), dtype=dtype),
+        [gradient],
+        torch.tensor(scale, dtype=dtype),
+    )
 
 
 def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -1,15 +1,15 @@
 """The specification: every operator in a few lines of plain torch.
 
-Each function is the fallback where no faster implementation exists, the fake kernel that torch.compile traces, the oracle of
-the tests (run in float64) and the baseline of the benchmarks. It is written to be read, not to be fast.
+Each function is the fallback where no faster implementation exists, the fake kernel that torch.compile traces, the
+oracle of the tests (run in float64) and the baseline of the benchmarks. It is written to be read, not to be fast.
 
 Conventions
 -----------
-* Arithmetic is in float32, or in float64 where the inputs are float64; losses come out 0-dim in that dtype, gradients in the
-  dtype of their input.
-* A loss whose gradient can be had in the same pass returns `(loss, gradients, scale)`: one gradient per differentiable input,
-  empty where `wanted` says no. Gradients are *unscaled*: the gradient of the loss is `scale * gradient`. The scale (1/N, 1/tau)
-  is applied in backward in float32, because float16 gradients that carry it vanish.
+* Arithmetic is in float32, or in float64 where the inputs are float64; losses come out 0-dim in that dtype, gradients
+  in the dtype of their input.
+* A loss whose gradient can be had in the same pass returns `(loss, gradients, scale)`: one gradient per differentiable
+  input, empty where `wanted` says no. Gradients are *unscaled*: the gradient of the loss is `scale * gradient`. The
+  scale (1/N, 1/tau) is applied in backward in float32, because float16 gradients that carry it vanish.
 * A loss that needs a second pass is two operators, `name` and `name_backward`.
 * Shapes are checked by `fastjem.functional`, before an operator is called.
 
@@ -47,7 +47,7 @@ def _normalize_backward(gradient: Tensor, unit: Tensor, norm: Tensor, eps: float
     return (gradient - radial * (norm > eps)) / norm
 
 
-# Helpers of every loss and of the training step --------------------------------------------------------------------------
+# Helpers of every loss and of the training step ------------------------------------------------------
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
@@ -67,7 +67,7 @@ def cross_entropy(
     ignore_index: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index)`; a label outside [0, K) gives NaN."""
+    """`torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index)`; NaN for labels out of range."""
     counted = (labels != ignore_index)[:, None]  # [N, 1]
     valid = ((labels >= 0) & (labels < logits.shape[1]))[:, None]
     index = labels[:, None].where(valid, 0)
@@ -95,11 +95,11 @@ def negative_cosine(
     return loss, [p_gradient, z_gradient], _scale(p, 1 / len(p))
 
 
-# Contrastive losses ------------------------------------------------------------------------------------------------------
+# Contrastive losses ----------------------------------------------------------------------------------
 
 
 def _similarities(rows: Tensor, candidates: Tensor, offset: int, temperature: float):
-    """Cosines / temperature of every view of `rows` with all candidates, [V n, V N], and where each row meets itself."""
+    """Cosines / temperature of all `rows` with all candidates, [V n, V N], and where each row meets itself."""
     (v, n, d), total = rows.shape, candidates.shape[1]
     a, norm = _normalize(widen(rows).reshape(v * n, d))
     b, _ = _normalize(widen(candidates).reshape(v * total, d))
@@ -151,7 +151,7 @@ def info_nce(
     temperature: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows. MoCo, arXiv 1911.05722, eq. 1."""
+    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of unit rows. MoCo, 1911.05722, eq. 1."""
     (q, q_norm), (p, p_norm), (k, k_norm) = (_normalize(widen(x)) for x in (query, positive, negatives))
     logits = torch.cat([(q * p).sum(1, keepdim=True), q @ k.T], 1) / temperature  # [N, 1 + K]
     log_p = logits.log_softmax(1)
@@ -165,7 +165,7 @@ def info_nce(
     return -log_p[:, 0].mean(), gradients, _scale(query, 1 / (len(query) * temperature))
 
 
-# Prototypes --------------------------------------------------------------------------------------------------------------
+# Prototypes ------------------------------------------------------------------------------------------
 
 
 def sinkhorn_step(
@@ -173,7 +173,7 @@ def sinkhorn_step(
     bias: Tensor | None,  # [K]; None: samples are not normalised before
     epsilon: float,
 ) -> Tensor:
-    """[K]: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i = -logsumexp_k(s_ik + f_k)`.
+    """[K]: normalise samples, then sum each prototype: `logsumexp_i(s_ik + g_i)`, `g_i = -logsumexp_k(s_ik + f_k)`.
 
     The next bias f is the negative of the result; over several ranks, of the logsumexp of their results.
     """
@@ -221,7 +221,8 @@ def prototype_cross_entropy(
     weights: Tensor | None,  # [B]
     wanted: list[bool],  # one per student view
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias), log_softmax(s / tau_s)>`.
+    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias),
+    log_softmax(s / tau_s)>`.
 
     SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
     """
@@ -246,7 +247,7 @@ def prototype_cross_entropy(
     return loss, [g.to(x.dtype, copy=True) if k else _empty(x) for g, x, k in parts], scale
 
 
-# Covariance losses -------------------------------------------------------------------------------------------------------
+# Covariance losses -----------------------------------------------------------------------------------
 
 
 def barlow_twins(
@@ -255,7 +256,8 @@ def barlow_twins(
     lambda_param: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230, equation 1.
+    """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230,
+    equation 1.
 
     Batch norm without affine part: biased variance, eps = 1e-5.
     """
@@ -288,7 +290,8 @@ def vicreg(
     eps: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's factor 1/2 on v.
+    """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's
+    factor 1/2 on v.
 
     v = mean_d relu(1 - sqrt(var + eps)), c = sum_{i != j} cov_ij^2 / D, both with N - 1 in the denominator.
     """

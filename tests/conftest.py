@@ -1,8 +1,8 @@
 """Which tests run in which process, and the implementations that every operator test runs on.
 
 * `pytest`: everything but the two below. With a GPU, operator tests run on it too.
-* `TRITON_INTERPRET=1 pytest -m interpreter`: Triton's kernels on CPU tensors, through PyTorch's dispatcher. Triton reads the
-  variable when it is imported, hence a process of its own.
+* `TRITON_INTERPRET=1 pytest -m interpreter`: Triton's kernels on CPU tensors, through PyTorch's dispatcher. Triton
+  reads the variable when it is imported, hence a process of its own.
 * `pytest -m aot`: ahead-of-time compiles for several GPUs, with a stand-in for the GPU driver.
 """
 
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fastjem import ops
 from fastjem.kernels import reference
+
+from fastjem import ops
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING

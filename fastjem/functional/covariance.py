@@ -16,8 +16,8 @@ def barlow_twins(
 ) -> Tensor:
     """Barlow Twins' redundancy reduction (Zbontar et al. 2021, arXiv 2103.03230, equation 1).
 
-    `sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, where C = a^T b / N is the correlation of the batch-normalised views
-    (biased variance, eps = 1e-5, no affine part).
+    `sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, where C = a^T b / N is the correlation of the batch-normalised
+    views (biased variance, eps = 1e-5, no affine part).
 
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.

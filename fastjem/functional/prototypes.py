@@ -22,8 +22,8 @@ def sinkhorn(
 ) -> Tensor:
     """Sinkhorn-Knopp codes of SwAV (Caron et al. 2020, arXiv 2006.09882, section 3.1), DINOv2 and MSN.
 
-    Q = exp(scores / epsilon), then `iterations` times: each prototype divided by its sum over samples, each sample by its sum
-    over prototypes. In the log domain, so that no finite score overflows or underflows. Not differentiable.
+    Q = exp(scores / epsilon), then `iterations` times: each prototype divided by its sum over samples, each sample by
+    its sum over prototypes. In the log domain, so that no finite score overflows or underflows. Not differentiable.
 
     Args:
         scores: [B, K], samples by prototypes.
@@ -58,8 +58,8 @@ def sinkhorn_bias(
 ) -> Tensor:
     """The prototypes' log-potentials f [K] of `sinkhorn`: its codes are `softmax(scores / epsilon + f, 1)`.
 
-    Given as `teacher_bias` to `prototype_cross_entropy`, the codes never need to exist in memory. Arguments as for `sinkhorn`;
-    float32 (float64 for float64 scores).
+    Given as `teacher_bias` to `prototype_cross_entropy`, the codes never need to exist in memory. Arguments as for
+    `sinkhorn`; float32 (float64 for float64 scores).
     """
     _check_sinkhorn("sinkhorn_bias", scores, epsilon, iterations)
     if group is None:
@@ -98,9 +98,9 @@ def prototype_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of student views against teacher views, each a softmax over prototypes with its own temperature.
 
-    The mean over pairs (s, t) and rows of `-sum_k softmax(teacher_t / tau_t + bias)_k log_softmax(student_s / tau_s)_k`. It is
-    SwAV's loss with `teacher_bias=sinkhorn_bias(...)`, DINO's with `teacher_bias=-centre / tau_t` (Caron et al. 2021, arXiv
-    2104.14294, equation 1), iBOT's patch loss with pairs "same", MSN's with "all".
+    The mean over pairs (s, t) and rows of `-sum_k softmax(teacher_t / tau_t + bias)_k log_softmax(student_s /
+    tau_s)_k`. It is SwAV's loss with `teacher_bias=sinkhorn_bias(...)`, DINO's with `teacher_bias=-centre / tau_t`
+    (Caron et al. 2021, arXiv 2104.14294, equation 1), iBOT's patch loss with pairs "same", MSN's with "all".
 
     Args:
         student: [S, B, K], or a sequence of S tensors [B, K].
@@ -130,7 +130,9 @@ def prototype_cross_entropy(
         check.fail(op, 'pairs="different" needs at least two views on one side', "one student and one teacher view")
     if teacher_bias is not None:
         if teacher_bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
-            check.fail(op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", tuple(teacher_bias.shape))
+            check.fail(
+                op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", tuple(teacher_bias.shape)
+            )
         teacher_bias = teacher_bias.detach()
     if weights is not None:
         if weights.shape != (batch,):

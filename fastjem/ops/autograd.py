@@ -64,7 +64,8 @@ def _call(name, wanted, listed, arguments, inputs) -> tuple[Tensor, list[Tensor]
 
 
 def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor:
-    """The loss `name(*inputs, *arguments)`, differentiable for `inputs` (an operator may take them `listed`, as Tensor[]).
+    """The loss `name(*inputs, *arguments)`, differentiable for `inputs` (an operator may take them `listed`, as
+    Tensor[]).
 
     Gradients are asked for only where grad mode is on and the input requires one.
     """
