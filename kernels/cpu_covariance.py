@@ -1,14 +1,14 @@
 """Barlow Twins and VICReg on the CPU: column statistics and gradients in C++, products by torch.mm.
 
-The squared norm of a D x D covariance equals that of the N x N Gram matrix, `||A^T B||^2 = <A A^T, B B^T>`, and the gradient
+The squared norm of a D x D covariance equals that of the N x N Gram matrix, `||A^T B||^2 = <A A^T, B B^T>`, and the
+gradient
 needs `B (A^T B)^T = (B B^T) A`: whichever is smaller is computed, and its diagonal comes from the column statistics.
 """
 
 import torch
-from torch import Tensor
-
 from fastjem.kernels import _C, reference
 from fastjem.kernels.cpu_tensors import DTYPES, _address, _gradient, _loss_dtype, _rows
+from torch import Tensor
 
 PARTS = 4  # of a symmetric product: 10 of 16 blocks are computed, 6 mirrored
 
@@ -35,7 +35,8 @@ def _standardised(
     divide: bool,
     other: Tensor | None = None,  # [N, D]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The centred columns (over std if `divide`), std = sqrt(sum of squares / divisor + eps), and the dots with those of `other`."""
+    """The centred columns (over std if `divide`), std = sqrt(sum of squares / divisor + eps), and the dots with
+    those of `other`."""
     out = torch.empty(x.shape, dtype=_loss_dtype(x))
     std = torch.empty(x.shape[1], dtype=torch.float64)
     dots = None if other is None else torch.empty_like(std)
@@ -61,7 +62,9 @@ def _product_memory(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient if gradient.dtype == like.dtype else torch.empty_like(like)
 
 
-def barlow_twins(z0: Tensor, z1: Tensor, lambda_param: float, wanted: list[bool]) -> tuple[Tensor, list[Tensor], Tensor]:
+def barlow_twins(
+    z0: Tensor, z1: Tensor, lambda_param: float, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor]:
     if z0.dtype not in DTYPES:
         return reference.barlow_twins(z0, z1, lambda_param, wanted)
     z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape

@@ -1,10 +1,12 @@
-"""Barlow Twins and VICReg where Gram forms are delicate: N near D, constant columns, large means, half precision; and memory."""
+"""Barlow Twins and VICReg where Gram forms are delicate: N near D, constant columns, large means, half precision;
+and memory."""
 
 import cases
-import fastjem.functional as F
 import pytest
 import torch
 from torch import Tensor
+
+import fastjem.functional as F
 
 OPS = ("barlow_twins", "vicreg")
 EAGER = {"barlow_twins": cases.eager_barlow_twins, "vicreg": cases.eager_vicreg}
@@ -44,7 +46,9 @@ def run(function, inputs: list[Tensor], dtype: torch.dtype, device: str = "cpu")
 
 
 @op_parameter
-@pytest.mark.parametrize("change", [untouched, constant, duplicated, large_means, decorrelated], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change", [untouched, constant, duplicated, large_means, decorrelated], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("n, d", [(2, 9), (8, 70), (32, 33), (33, 33), (34, 33), (70, 8), (2, 1), (1500, 130)])
 def test_delicate_inputs(op, change, n, d, implementation, poisoned):
     if implementation.name == "triton" and n * d > 4000:
@@ -73,7 +77,9 @@ def test_delicate_inputs(op, change, n, d, implementation, poisoned):
         z = z.double() - z.double().mean(0)
         if op == "barlow_twins":
             return 2 / n / (z.var(0, correction=0) + 1e-5).sqrt().min().item()
-        centring = 12.5 * size / (z.var(0) + 1e-4).sqrt().min().item() / n / d  # the input's rounding, through the variance
+        centring = (
+            12.5 * size / (z.var(0) + 1e-4).sqrt().min().item() / n / d
+        )  # the input's rounding, through the variance
         return max(centring, 4 * (z.abs().max() * z.square().sum(0).max() / (n - 1) ** 2 / d).item())
 
     get = lambda r: r[0]  # noqa: E731

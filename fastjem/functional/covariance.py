@@ -74,7 +74,8 @@ def tico(
     rho: float = 8.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`1 - mean <a, b> + rho mean a^T C a`, C = beta covariance + (1 - beta) a^T a / N (Zhu et al. 2022, arXiv 2206.10698).
+    """`1 - mean <a, b> + rho mean a^T C a`, C = beta covariance + (1 - beta) a^T a / N (Zhu et al. 2022, arXiv
+    2206.10698).
 
     a and b are the normalised rows of the views; C is a constant, as far as gradients go.
 

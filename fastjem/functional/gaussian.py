@@ -42,7 +42,11 @@ class _Sigreg(torch.autograd.Function):
             errors = []
             for k, cos, sin in _rotations(theta, knots):
                 t = k * dt
-                phi = torch.exp(theta.new_tensor(-0.5 * t * t)) if theta.is_cpu else theta.new_full((), -0.5 * t * t).exp()
+                phi = (
+                    torch.exp(theta.new_tensor(-0.5 * t * t))
+                    if theta.is_cpu
+                    else theta.new_full((), -0.5 * t * t).exp()
+                )
                 weight = (dt if k == knots - 1 else 2 * dt) * phi
                 cos_error, sin_error = cos.mean(1) - phi, sin.mean(1)  # [L, slices]
                 statistic += weight * (cos_error.square().sum() + sin_error.square().sum())
@@ -65,9 +69,7 @@ class _Sigreg(torch.autograd.Function):
         return gradient * (upstream * ctx.scale), None, None, None
 
 
-def random_directions(
-    width: int, count: int, like: Tensor, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def random_directions(width: int, count: int, like: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """[D, S] random unit columns, on every rank of the group the same."""
     directions = torch.randn(width, count, device=like.device, dtype=in_float32(like)[0].dtype)
     if group is not None:
@@ -85,8 +87,8 @@ def sigreg(
 ) -> Tensor:
     """`N int w(t) (mean_n cos(t x) - e^(-t^2/2))^2 + (mean_n sin(t x))^2 dt`, x = z @ directions: LeJEPA's SIGReg.
 
-    The Epps-Pulley statistic of each slice, w = e^(-t^2/2), by the trapezoidal rule on [-t_max, t_max]; the mean over slices and
-    views (Balestriero and LeCun 2025, arXiv 2511.08544).
+    The Epps-Pulley statistic of each slice, w = e^(-t^2/2), by the trapezoidal rule on [-t_max, t_max]; the mean
+    over slices and views (Balestriero and LeCun 2025, arXiv 2511.08544).
 
     Args:
         z: [N, D] or [V, N, D].

@@ -32,12 +32,14 @@ def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
 def regression(
     prediction: Tensor, target: Tensor, *, beta: float = 1.0, normalize: bool = True, eps: float = 1e-5
 ) -> Tensor:
-    """`smooth_l1_loss(prediction, layer_norm(target, [D]), beta=beta)`: data2vec (Baevski et al. 2022, arXiv 2202.03555, eq. 2).
+    """`smooth_l1_loss(prediction, layer_norm(target, [D]), beta=beta)`: data2vec (Baevski et al. 2022, arXiv
+    2202.03555, eq. 2).
 
     Args:
         prediction: [..., D], the student's, at the masked positions.
         target: [..., D], the teacher's; it gets no gradient.
-        beta: from squared to absolute error (2 in data2vec's image models); 0: the squared error, as in the official code.
+        beta: from squared to absolute error (2 in data2vec's image models); 0: the squared error, as in the official
+            code.
         normalize: the target, by layer norm without affine part.
         eps: the layer norm's.
 

@@ -22,12 +22,14 @@ def without_autocast(x: Tensor) -> torch.autocast:
 
 
 def smaller_gram(z: Tensor) -> Tensor:
-    """`z @ z.mT` or `z.mT @ z`, [..., N, N] or [..., D, D], whichever is smaller: the nonzero eigenvalues are the same."""
+    """`z @ z.mT` or `z.mT @ z`, [..., N, N] or [..., D, D], whichever is smaller: the nonzero eigenvalues are the
+    same."""
     return z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
 
 
 def cholesky(x: Tensor, op: str) -> Tensor:
-    """The lower factor; a matrix that has none raises on the CPU and gives NaN on CUDA, where looking would stall the device."""
+    """The lower factor; a matrix that has none raises on the CPU and gives NaN on CUDA, where looking would stall
+    the device."""
     factor, info = torch.linalg.cholesky_ex(x)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         if info.any():
@@ -37,7 +39,8 @@ def cholesky(x: Tensor, op: str) -> Tensor:
 
 
 def total_coding_rate(z: Tensor, *, eps: float = 0.2) -> Tensor:
-    """`0.5 logdet(I + D / (N eps) Z^T Z)`, the mean over views: EMP-SSL's and MCR2's rate (Tong et al. 2023, arXiv 2304.03977).
+    """`0.5 logdet(I + D / (N eps) Z^T Z)`, the mean over views: EMP-SSL's and MCR2's rate (Tong et al. 2023, arXiv
+    2304.03977).
 
     It grows with the volume that the rows fill, so a loss *subtracts* it.
 
@@ -63,7 +66,8 @@ def total_coding_rate(z: Tensor, *, eps: float = 0.2) -> Tensor:
 
 
 def emp_ssl(z: Tensor, *, eps: float = 0.2, invariance: float = 200.0) -> Tensor:
-    """`-total_coding_rate(z) - invariance * mean cos(z, mean over views of z)`, to be minimised (arXiv 2304.03977, equation 4).
+    """`-total_coding_rate(z) - invariance * mean cos(z, mean over views of z)`, to be minimised (arXiv 2304.03977,
+    equation 4).
 
     Args:
         z: [V, N, D].
@@ -86,7 +90,8 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float = 5e-3) -> Tensor:
     """`-||mean over views||_* + lmda mean_b ||views of b||_*`, nuclear norms (Yerxa et al. 2023, arXiv 2303.03307).
 
     Args:
-        online, momentum: [B, V, D] each, the views of B images by the two encoders; 2 V views altogether. Rows as given.
+        online, momentum: [B, V, D] each, the views of B images by the two encoders; 2 V views altogether. Rows as
+            given.
         lmda: weight of the images' own manifolds.
 
     Returns:
@@ -104,7 +109,8 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float = 5e-3) -> Tensor:
 
 
 def frossl(views: Sequence[Tensor], *, invariance: float = 1.0) -> Tensor:
-    """Per view `log ||G / tr G||_F^2 + invariance V D mse(z, mean over views)`, summed; columns normalised (arXiv 2310.02903).
+    """Per view `log ||G / tr G||_F^2 + invariance V D mse(z, mean over views)`, summed; columns normalised (arXiv
+    2310.02903).
 
     G is the smaller Gram matrix of a view.
 
@@ -133,7 +139,8 @@ def frossl(views: Sequence[Tensor], *, invariance: float = 1.0) -> Tensor:
 
 
 def whiten(x: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with covariance I, by Cholesky: `(x - mean) L^-T`, `L L^T = (1 - eps) cov + eps I` (W-MSE, arXiv 2007.06346).
+    """Rows with covariance I, by Cholesky: `(x - mean) L^-T`, `L L^T = (1 - eps) cov + eps I` (W-MSE, arXiv
+    2007.06346).
 
     Args:
         x: [N, D], N > D unless eps > 0.
@@ -160,7 +167,8 @@ def whiten(x: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def w_mse(z0: Tensor, z1: Tensor, *, eps: float = 0.0) -> Tensor:
-    """`2 - 2 mean cos(whiten(z0), whiten(z1))`: W-MSE of two views of one batch (Ermolov et al. 2021, arXiv 2007.06346, eq. 5).
+    """`2 - 2 mean cos(whiten(z0), whiten(z1))`: W-MSE of two views of one batch (Ermolov et al. 2021, arXiv
+    2007.06346, eq. 5).
 
     The paper whitens sub-batches of random composition: see `fastjem.nn.WMSELoss`.
 
