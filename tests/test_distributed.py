@@ -12,7 +12,16 @@ import torch.multiprocessing as mp
 import fastjem.functional as F
 
 SIZES = {2: (5, 3), 3: (4, 1, 6)}  # rows of each rank
+
+
+def directions() -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.arange(35.0, dtype=torch.float64).reshape(7, 5).cos(), dim=0)
+
+
 LOSSES = {
+    "tico": lambda z0, z1, group=None: F.tico(z0, z1, group=group)[0],
+    "sigreg": lambda z0, z1, group=None: F.sigreg(torch.stack([z0, z1]), directions(), group=group),
+    "lejepa": lambda z0, z1, group=None: F.lejepa(z0[None], z1[None], directions(), group=group),
     "nt_xent": partial(F.nt_xent, temperature=0.2),
     "barlow_twins": F.barlow_twins,
     "vicreg": F.vicreg,

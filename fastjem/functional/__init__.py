@@ -1,10 +1,12 @@
 """Public functions without state: losses, Sinkhorn, the EMA update. Arguments after the tensors are keyword-only."""
 
 from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nt_xent, supcon
-from fastjem.functional.covariance import barlow_twins, vicreg
+from fastjem.functional.covariance import barlow_twins, tico, vicreg
+from fastjem.functional.gaussian import lejepa, random_directions, sigreg
 from fastjem.functional.image_text import clip_loss, siglip_loss
-from fastjem.functional.predictive import negative_cosine
+from fastjem.functional.predictive import negative_cosine, regression
 from fastjem.functional.prototypes import prototype_cross_entropy, sinkhorn, sinkhorn_bias
+from fastjem.functional.spectral import emp_ssl, frossl, mmcr, total_coding_rate, w_mse, whiten
 from fastjem.functional.supervised import cross_entropy
 from fastjem.functional.weights import ema_update_
 
@@ -15,14 +17,25 @@ __all__ = [
     "dcl",
     "dclw",
     "ema_update_",
+    "emp_ssl",
+    "frossl",
     "info_nce",
+    "lejepa",
+    "mmcr",
     "nearest_neighbors",
     "negative_cosine",
     "nt_xent",
     "prototype_cross_entropy",
+    "random_directions",
+    "regression",
     "siglip_loss",
+    "sigreg",
     "sinkhorn",
     "sinkhorn_bias",
     "supcon",
+    "tico",
+    "total_coding_rate",
     "vicreg",
+    "w_mse",
+    "whiten",
 ]

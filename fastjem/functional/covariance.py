@@ -1,13 +1,12 @@
-"""Losses on the covariance of embeddings: Barlow Twins and VICReg."""
-
-from collections.abc import Callable
+"""Losses on the covariance of embeddings: Barlow Twins, VICReg, TiCo."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.functional import _checks as check
-from fastjem.functional._collectives import gather_rows, world_size
+from fastjem.functional._global_batch import of_global_batch
+from fastjem.functional.spectral import in_float32, without_autocast
 from fastjem.ops.autograd import one_pass
 
 
@@ -30,7 +29,7 @@ def barlow_twins(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    return _of_global_batch("barlow_twins", z0, z1, group, float(lambda_param))
+    return _covariance_loss("barlow_twins", z0, z1, group, float(lambda_param))
 
 
 def vicreg(
@@ -41,18 +40,19 @@ def vicreg(
     mu_param: float = 25.0,
     nu_param: float = 1.0,
     eps: float = 1e-4,
+    variance_factor: float = 0.5,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """VICReg: invariance, variance, covariance (Bardes et al. 2022, arXiv 2105.04906, equation 6).
 
-    `lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))` with v the mean over dimensions of
-    `relu(1 - sqrt(var + eps))` and c = `sum_{i != j} cov_ij^2 / D`. The 1/2 on v is the official code's; the paper has
-    none.
+    `lambda mse(z0, z1) + mu factor (v(z0) + v(z1)) + nu (c(z0) + c(z1))` with v the mean over dimensions of
+    `relu(1 - sqrt(var + eps))` and c = `sum_{i != j} cov_ij^2 / D`.
 
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
         eps: added to the variance.
+        variance_factor: 0.5 as in the official code (and lightly's), 1 as in the paper (and solo-learn's).
         group: the process group over whose global batch the statistics are taken (batches may be uneven).
 
     Returns:
@@ -61,40 +61,64 @@ def vicreg(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    return _of_global_batch("vicreg", z0, z1, group, float(lambda_param), float(mu_param), float(nu_param), float(eps))
+    mu = 2.0 * variance_factor * mu_param  # the operator halves it
+    return _covariance_loss("vicreg", z0, z1, group, float(lambda_param), mu, float(nu_param), float(eps))
 
 
-def _of_global_batch(op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, *arguments: float) -> Tensor:
-    check.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
+def tico(
+    z0: Tensor,
+    z1: Tensor,
+    covariance: Tensor | None = None,
+    *,
+    beta: float = 0.9,
+    rho: float = 8.0,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`1 - mean <a, b> + rho mean a^T C a`, C = beta covariance + (1 - beta) a^T a / N (Zhu et al. 2022, arXiv
+    2206.10698).
+
+    a and b are the normalised rows of the views; C is a constant, as far as gradients go.
+
+    Args:
+        z0, z1: [N, D] each, two views of N images.
+        covariance: [D, D], the C of the step before; None: zeros.
+        beta: how much of it stays.
+        rho: weight of the covariance.
+        group: the process group whose ranks' rows are one global batch (batches may be uneven).
+
+    Returns:
+        The loss, 0-dim float32 (float64 for float64 inputs), the same on every rank of the group; and C, [D, D].
+
+    Raises:
+        ValueError: for other shapes or dtypes.
+    """
+    check.matrices("tico", "z0 and z1 must be [N, D] both", z0, z1)
     z0, z1 = check.common(z0, z1)
-    if group is None:
-        _check_rows(op, z0)
-        return one_pass(op, (z0, z1), *arguments)
-    return _ThisRanksPart.apply(lambda a, b: one_pass(op, (a, b), *arguments), op, group, z0, z1)
+    d = z0.shape[1]
+    if covariance is not None and covariance.shape != (d, d):
+        check.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
+    updated = []
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        x, y = in_float32(x, y)
+        with without_autocast(x):
+            a, b = (torch.nn.functional.normalize(z, dim=1) for z in (x, y))
+            own = a.detach()
+            c = own.T @ own * ((1 - beta) / len(a))
+            if covariance is not None:
+                c = c + beta * covariance.detach().to(c.dtype)
+            updated.append(c)
+            return 1 - (a * b).sum(1).mean() + rho * (a @ c * a).sum(1).mean()
+
+    return of_global_batch(loss_of, group, z0, z1), updated[0]
 
 
-def _check_rows(op: str, z: Tensor) -> None:
-    if len(z) < 2:
-        check.fail(op, "z0 and z1 must have N >= 2 rows, as their variance is needed", f"N = {len(z)}")
+def _covariance_loss(op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, *arguments: float) -> Tensor:
+    check.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
 
+    def loss_of(a: Tensor, b: Tensor) -> Tensor:
+        if len(a) < 2:
+            check.fail(op, "z0 and z1 must have N >= 2 rows, as their variance is needed", f"N = {len(a)}")
+        return one_pass(op, (a, b), *arguments)
 
-class _ThisRanksPart(torch.autograd.Function):
-    """The loss of all ranks' rows; its gradient for this rank's rows, times the ranks (which DDP divides by)."""
-
-    @staticmethod
-    def forward(ctx, loss_of: Callable, op: str, group: dist.ProcessGroup, *inputs: Tensor) -> Tensor:
-        gathered = [gather_rows(x, group) for x in inputs]
-        whole = [x.requires_grad_() for x, _ in gathered]
-        _check_rows(op, whole[0])
-        with torch.enable_grad():
-            loss = loss_of(*whole)
-        wanted = [x for x, needed in zip(whole, ctx.needs_input_grad[3:], strict=True) if needed]
-        gradients = iter(torch.autograd.grad(loss, wanted) if wanted else ())
-        offset, length = gathered[0][1], len(inputs[0])
-        mine = [next(gradients)[offset : offset + length] if needed else None for needed in ctx.needs_input_grad[3:]]
-        ctx.save_for_backward(*(None if g is None else g * world_size(group) for g in mine))
-        return loss.detach()
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        return None, None, None, *(None if g is None else g * upstream for g in ctx.saved_tensors)
+    return of_global_batch(loss_of, group, *check.common(z0, z1))

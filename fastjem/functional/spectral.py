@@ -1,0 +1,187 @@
+"""Losses on the spectrum of embeddings: total coding rate, MMCR, FroSSL, whitening; by the smaller Gram matrix.
+
+In plain torch: what they cost is a factorisation of a small matrix.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fastjem.functional import _checks as check
+
+
+def in_float32(*tensors: Tensor) -> list[Tensor]:
+    """float64 stays, everything else becomes float32: Gram matrices and factorisations have no digits to give away."""
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def smaller_gram(z: Tensor) -> Tensor:
+    """`z @ z.mT` or `z.mT @ z`, [..., N, N] or [..., D, D], whichever is smaller: the nonzero eigenvalues are the
+    same."""
+    return z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
+
+
+def cholesky(x: Tensor, op: str) -> Tensor:
+    """The lower factor; a matrix that has none raises on the CPU and gives NaN on CUDA, where looking would stall
+    the device."""
+    factor, info = torch.linalg.cholesky_ex(x)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if info.any():
+            check.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
+        return factor
+    return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+
+def total_coding_rate(z: Tensor, *, eps: float = 0.2) -> Tensor:
+    """`0.5 logdet(I + D / (N eps) Z^T Z)`, the mean over views: EMP-SSL's and MCR2's rate (Tong et al. 2023, arXiv
+    2304.03977).
+
+    It grows with the volume that the rows fill, so a loss *subtracts* it.
+
+    Args:
+        z: [N, D] or [V, N, D], rows as given (EMP-SSL normalises them before).
+        eps: the distortion, not squared (as in the official code).
+
+    Returns:
+        0-dim float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for other shapes, dtypes or eps.
+    """
+    check.matrices("total_coding_rate", "z must be [N, D] or [V, N, D]", z, dims=3 if getattr(z, "ndim", 2) == 3 else 2)
+    check.positive("total_coding_rate", eps=eps)
+    n, d = z.shape[-2:]
+    (z,) = in_float32(z)
+    with without_autocast(z):
+        gram = smaller_gram(z) * (d / (n * eps))
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        # logdet = 2 sum(log(diagonal of the factor)), and half of that is wanted
+        return cholesky(identity + gram, "total_coding_rate").diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
+
+
+def emp_ssl(z: Tensor, *, eps: float = 0.2, invariance: float = 200.0) -> Tensor:
+    """`-total_coding_rate(z) - invariance * mean cos(z, mean over views of z)`, to be minimised (arXiv 2304.03977,
+    equation 4).
+
+    Args:
+        z: [V, N, D].
+        eps: the rate's distortion.
+        invariance: weight of the invariance.
+
+    Returns:
+        0-dim float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for other shapes, dtypes or eps.
+    """
+    check.matrices("emp_ssl", "z must be [V, N, D]", z, dims=3)
+    (wide,) = in_float32(z)
+    alike = torch.nn.functional.cosine_similarity(wide, wide.mean(0, keepdim=True), dim=-1).mean()
+    return -total_coding_rate(z, eps=eps) - invariance * alike
+
+
+def mmcr(online: Tensor, momentum: Tensor, *, lmda: float = 5e-3) -> Tensor:
+    """`-||mean over views||_* + lmda mean_b ||views of b||_*`, nuclear norms (Yerxa et al. 2023, arXiv 2303.03307).
+
+    Args:
+        online, momentum: [B, V, D] each, the views of B images by the two encoders; 2 V views altogether. Rows as
+            given.
+        lmda: weight of the images' own manifolds.
+
+    Returns:
+        0-dim float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for other shapes or dtypes.
+    """
+    check.matrices("mmcr", "online and momentum must be [B, V, D] both", online, momentum, dims=3)
+    online, momentum = in_float32(*check.common(online, momentum))
+    with without_autocast(online):
+        z = torch.cat([online, momentum], 1)
+        own = torch.linalg.svdvals(z).sum() / len(z)
+        return lmda * own - torch.linalg.svdvals(z.mean(1)).sum()
+
+
+def frossl(views: Sequence[Tensor], *, invariance: float = 1.0) -> Tensor:
+    """Per view `log ||G / tr G||_F^2 + invariance V D mse(z, mean over views)`, summed; columns normalised (arXiv
+    2310.02903).
+
+    G is the smaller Gram matrix of a view.
+
+    Args:
+        views: V >= 2 tensors [N, D], or one [V, N, D].
+        invariance: weight of the second term.
+
+    Returns:
+        0-dim float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for other shapes or dtypes.
+    """
+    views = list(views)
+    if len(views) < 2:
+        check.fail("frossl", "views must be at least two", len(views))
+    check.matrices("frossl", "views must be [N, D] each", *views)
+    z = torch.stack(in_float32(*check.common(*views)))  # [V, N, D]
+    with without_autocast(z):
+        z = normalize(z, dim=1)
+        gram = smaller_gram(z)
+        # The trace is D (columns have length 1) but for columns of zeros: a constant, as far as gradients go.
+        trace = gram.diagonal(dim1=1, dim2=2).sum(1).detach()
+        entropy = gram.square().sum((1, 2)).log() - 2 * trace.log()
+        return entropy.sum() + invariance * len(z) * (z - z.mean(0)).square().sum((1, 2)).sum() / z.shape[1]
+
+
+def whiten(x: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with covariance I, by Cholesky: `(x - mean) L^-T`, `L L^T = (1 - eps) cov + eps I` (W-MSE, arXiv
+    2007.06346).
+
+    Args:
+        x: [N, D], N > D unless eps > 0.
+        eps: shrinks the covariance to the identity.
+
+    Returns:
+        The whitened rows [N, D], and the mean [D] and covariance [D, D] they had (detached).
+
+    Raises:
+        ValueError: for other shapes or dtypes; on the CPU, for a singular covariance.
+    """
+    check.matrices("whiten", "x must be [N, D]", x)
+    if len(x) < 2:
+        check.fail("whiten", "x must have N >= 2 rows, as their covariance is needed", f"N = {len(x)}")
+    (x,) = in_float32(x)
+    with without_autocast(x):
+        mean = x.mean(0)
+        centred = x - mean
+        covariance = centred.T @ centred / (len(x) - 1)
+        identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        factor = cholesky((1 - eps) * covariance + eps * identity, "whiten")
+        whitened = torch.linalg.solve_triangular(factor, centred.T, upper=False).T
+    return whitened, mean.detach(), covariance.detach()
+
+
+def w_mse(z0: Tensor, z1: Tensor, *, eps: float = 0.0) -> Tensor:
+    """`2 - 2 mean cos(whiten(z0), whiten(z1))`: W-MSE of two views of one batch (Ermolov et al. 2021, arXiv
+    2007.06346, eq. 5).
+
+    The paper whitens sub-batches of random composition: see `fastjem.nn.WMSELoss`.
+
+    Args:
+        z0, z1: [N, D] each, N > D unless eps > 0.
+        eps: shrinks the covariances to the identity.
+
+    Returns:
+        0-dim float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for other shapes or dtypes; on the CPU, for a singular covariance.
+    """
+    check.matrices("w_mse", "z0 and z1 must be [N, D] both", z0, z1)
+    a, b = (whiten(z, eps=eps)[0] for z in check.common(z0, z1))
+    return 2 - 2 * (normalize(a, dim=1) * normalize(b, dim=1)).sum(1).mean()

@@ -1,0 +1,179 @@
+"""Losses on covariance as modules, with lightly's names, arguments and defaults."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import fastjem.functional as F
+from fastjem.functional import _checks as check
+from fastjem.nn._groups import check_distributed, default_group
+from fastjem.nn.tokens import nearest_neighbors
+
+
+class BarlowTwinsLoss(nn.Module):
+    """`fastjem.functional.barlow_twins` of two views [N, D].
+
+    Args:
+        lambda_param: weight of the off-diagonal.
+        gather_distributed: take the statistics over the global batch of all ranks (lightly normalises each rank's
+            own batch and averages the correlations).
+    """
+
+    def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False):
+        super().__init__()
+        check_distributed(gather_distributed)
+        self.lambda_param, self.gather_distributed = lambda_param, gather_distributed
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        return F.barlow_twins(z_a, z_b, lambda_param=self.lambda_param, group=default_group(self.gather_distributed))
+
+
+class VICRegLoss(nn.Module):
+    """`fastjem.functional.vicreg` of two views [N, ..., D]; with dimensions between, statistics are of each position.
+
+    Args:
+        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
+        gather_distributed: take the loss over the global batch of all ranks.
+        eps: added to the variance.
+        variance_factor: 0.5 as in the official code and lightly, 1 as in the paper.
+    """
+
+    def __init__(
+        self,
+        lambda_param: float = 25.0,
+        mu_param: float = 25.0,
+        nu_param: float = 1.0,
+        gather_distributed: bool = False,
+        eps: float = 0.0001,
+        variance_factor: float = 0.5,
+    ):
+        super().__init__()
+        check_distributed(gather_distributed)
+        self.lambda_param, self.mu_param, self.nu_param, self.eps = lambda_param, mu_param, nu_param, eps
+        self.gather_distributed, self.variance_factor = gather_distributed, variance_factor
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        options = {
+            "lambda_param": self.lambda_param,
+            "mu_param": self.mu_param,
+            "nu_param": self.nu_param,
+            "eps": self.eps,
+            "variance_factor": self.variance_factor,
+            "group": default_group(self.gather_distributed),
+        }
+        if z_a.dim() <= 2:
+            return F.vicreg(z_a, z_b, **options)
+        if z_a.shape != z_b.shape:
+            check.fail("vicreg", "z0 and z1 must have one shape", f"{tuple(z_a.shape)} and {tuple(z_b.shape)}")
+        positions = zip(*(z.flatten(1, -2).unbind(1) for z in (z_a, z_b)), strict=True)
+        return torch.stack([F.vicreg(a, b, **options) for a, b in positions]).mean()
+
+
+class VICRegLLoss(nn.Module):
+    """VICRegL: VICReg of the views' global features and of matched local ones (Bardes et al. 2022, arXiv 2210.01571).
+
+    Args:
+        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
+        alpha: weight of the global loss; 1 - alpha is the local one's.
+        gather_distributed: take the statistics over the global batch of all ranks.
+        eps: added to the variance.
+        num_matches: how many nearest neighbours count from a to b, and from b to a.
+    """
+
+    def __init__(
+        self,
+        lambda_param: float = 25.0,
+        mu_param: float = 25.0,
+        nu_param: float = 1.0,
+        alpha: float = 0.75,
+        gather_distributed: bool = False,
+        eps: float = 0.0001,
+        num_matches: tuple[int, int] = (20, 4),
+    ):
+        super().__init__()
+        check_distributed(gather_distributed)
+        self.lambda_param, self.mu_param, self.nu_param, self.alpha, self.eps = (
+            lambda_param,
+            mu_param,
+            nu_param,
+            alpha,
+            eps,
+        )
+        self.gather_distributed, self.num_matches = gather_distributed, num_matches
+        self.vicreg_loss = VICRegLoss(lambda_param, mu_param, 0.5 * nu_param, gather_distributed, eps)
+
+    def forward(
+        self,
+        global_view_features: Sequence[tuple[Tensor, Tensor]],
+        global_view_grids: Sequence[Tensor],
+        local_view_features: Sequence[tuple[Tensor, Tensor]] | None = None,
+        local_view_grids: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """0-dim. Features are pairs ([N, D], [N, H, W, D_local]) per view, grids [N, H, W, 2]."""
+        if len(global_view_features) != len(global_view_grids):
+            came = f"{len(global_view_features)} and {len(global_view_grids)}"
+            check.fail("vicregl", "global_view_features and global_view_grids must be as many", came)
+        if (local_view_features is None) != (local_view_grids is None):
+            check.fail("vicregl", "local_view_features and local_view_grids must both be given or none", "one of them")
+        if local_view_features is not None and len(local_view_features) != len(local_view_grids):
+            came = f"{len(local_view_features)} and {len(local_view_grids)}"
+            check.fail("vicregl", "local_view_features and local_view_grids must be as many", came)
+        features = [*global_view_features, *(local_view_features or ())]
+        grids = [*global_view_grids, *(local_view_grids or ())]
+        pairs = [(i, j) for i in range(len(global_view_features)) for j in range(len(features)) if i != j]
+        if not pairs:
+            check.fail("vicregl", "there must be at least two views, one of them global", f"{len(features)}")
+        return self.alpha * self._global(features, pairs) + (1 - self.alpha) * self._local(features, grids, pairs)
+
+    def _global(self, features: Sequence[tuple[Tensor, Tensor]], pairs: list[tuple[int, int]]) -> Tensor:
+        invariance = torch.stack([nn.functional.mse_loss(features[i][0], features[j][0]) for i, j in pairs]).mean()
+        group = default_group(self.gather_distributed)
+        # vicreg of a view with itself: v / 2 and c are counted twice
+        own = {"lambda_param": 0.0, "mu_param": self.mu_param, "nu_param": self.nu_param / 2, "eps": self.eps}
+        statistics = [F.vicreg(z, z, **own, group=group) for z, _ in features]
+        return self.lambda_param * invariance + torch.stack(statistics).mean()
+
+    def _local(
+        self, features: Sequence[tuple[Tensor, Tensor]], grids: Sequence[Tensor], pairs: list[tuple[int, int]]
+    ) -> Tensor:
+        losses = []
+        for i, j in pairs:
+            a, b = (features[k][1].flatten(1, 2) for k in (i, j))  # [N, H W, D]
+            grid_a, grid_b = (grids[k].flatten(1, 2) for k in (i, j))
+            for distances in (torch.cdist(a.detach(), b.detach()), torch.cdist(grid_a, grid_b)):
+                to_b = nearest_neighbors(a, b, distances, self.num_matches[0])
+                to_a = nearest_neighbors(b, a, distances.mT, self.num_matches[1])
+                losses.append(0.5 * (self.vicreg_loss(*to_b) + self.vicreg_loss(*to_a)))
+        return torch.stack(losses).sum() / len(pairs)
+
+
+class TiCoLoss(nn.Module):
+    """`fastjem.functional.tico` of two views [N, D]; the covariance `C` is a buffer: it moves with the module and is
+    checkpointed.
+
+    Args:
+        beta: how much of the covariance stays at each step.
+        rho: weight of the covariance.
+        gather_distributed: take the global batch of all ranks.
+    """
+
+    C: Tensor | None
+
+    def __init__(self, beta: float = 0.9, rho: float = 8.0, gather_distributed: bool = False):
+        super().__init__()
+        check_distributed(gather_distributed)
+        self.beta, self.rho, self.gather_distributed = beta, rho, gather_distributed
+        self.register_buffer("C", None)
+
+    def forward(self, z_a: Tensor, z_b: Tensor, update_covariance_matrix: bool = True) -> Tensor:
+        group = default_group(self.gather_distributed)
+        loss, covariance = F.tico(z_a, z_b, self.C, beta=self.beta, rho=self.rho, group=group)
+        if update_covariance_matrix:
+            self.C = covariance
+        return loss
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        if (saved := state_dict.get(f"{prefix}C")) is not None and self.C is None:
+            self.C = torch.empty_like(saved)  # before the first step its width isn't known
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,91 @@
+"""SIGReg and LeJEPA as modules, with lightly's names, arguments and defaults."""
+
+import torch
+from torch import Tensor, nn
+
+import fastjem.functional as F
+from fastjem.functional import _checks as check
+from fastjem.nn._groups import check_distributed, default_group
+
+
+class SIGReg(nn.Module):
+    """`fastjem.functional.sigreg` of [..., N, D] with fresh random directions at each call.
+
+    Args:
+        knots: how many frequencies in [0, t_max].
+        t_max: the largest frequency.
+        num_vectors: how many directions.
+        gather_distributed: take the means over the global batch of all ranks, which draw the same directions.
+    """
+
+    def __init__(
+        self, *, knots: int = 17, t_max: float = 3.0, num_vectors: int = 1024, gather_distributed: bool = False
+    ):
+        super().__init__()
+        check_distributed(gather_distributed)
+        for name, value, least in (("knots", knots, 2), ("num_vectors", num_vectors, 1)):
+            if value < least:
+                check.fail("sigreg", f"{name} must be at least {least}", value)
+        check.positive("sigreg", t_max=t_max)
+        self.knots, self.t_max, self.num_vectors, self.gather_distributed = (
+            knots,
+            t_max,
+            num_vectors,
+            gather_distributed,
+        )
+        t = torch.linspace(0, t_max, knots)
+        phi, weights = torch.exp(-t.square() / 2), torch.full((knots,), 2 * t_max / (knots - 1))
+        weights[[0, -1]] /= 2
+        # for checkpoints of lightly's; the loss computes them as it goes
+        self.register_buffer("t", t)
+        self.register_buffer("phi", phi)
+        self.register_buffer("weights", weights * phi)
+
+    def _directions(self, proj: Tensor) -> Tensor:
+        return F.random_directions(proj.shape[-1], self.num_vectors, proj, default_group(self.gather_distributed))
+
+    def forward(self, proj: Tensor) -> Tensor:
+        proj = proj.flatten(0, -3) if proj.dim() > 3 else proj
+        group = default_group(self.gather_distributed)
+        return F.sigreg(proj, self._directions(proj), knots=self.knots, t_max=self.t_max, group=group)
+
+
+class LeJEPALoss(nn.Module):
+    """`fastjem.functional.lejepa`: `lambda SIGReg(all views) + (1 - lambda) invariance`.
+
+    Args:
+        lambda_param: weight of SIGReg in [0, 1].
+        gather_distributed: take the loss over the global batch of all ranks.
+        sigreg_knots, sigreg_t_max, sigreg_num_vectors: see `SIGReg`.
+    """
+
+    def __init__(
+        self,
+        lambda_param: float = 0.05,
+        gather_distributed: bool = False,
+        sigreg_knots: int = 17,
+        sigreg_t_max: float = 3.0,
+        sigreg_num_vectors: int = 1024,
+    ):
+        super().__init__()
+        if not 0 <= lambda_param <= 1:
+            check.fail("lejepa", "lambda_param must be in [0, 1]", lambda_param)
+        self.lambda_param = lambda_param
+        self.sigreg = SIGReg(
+            knots=sigreg_knots,
+            t_max=sigreg_t_max,
+            num_vectors=sigreg_num_vectors,
+            gather_distributed=gather_distributed,
+        )
+
+    def forward(self, *, local_proj: Tensor, global_proj: Tensor) -> Tensor:
+        """0-dim, of [V_local, N, D] and [V_global, N, D]."""
+        return F.lejepa(
+            local_proj,
+            global_proj,
+            self.sigreg._directions(global_proj),
+            lambda_param=self.lambda_param,
+            knots=self.sigreg.knots,
+            t_max=self.sigreg.t_max,
+            group=default_group(self.sigreg.gather_distributed),
+        )

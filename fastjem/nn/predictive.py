@@ -1,0 +1,23 @@
+"""Losses between a prediction and a target as modules, with lightly's names, arguments and defaults."""
+
+from torch import Tensor, nn
+
+import fastjem.functional as F
+
+
+class NegativeCosineSimilarity(nn.Module):
+    """`-cosine_similarity(x0, x1, dim, eps).mean()`; detaches nothing.
+
+    Args:
+        dim: along which the cosine is taken.
+        eps: the least a norm is taken for.
+    """
+
+    def __init__(self, dim: int = 1, eps: float = 1e-8):
+        super().__init__()
+        self.dim, self.eps = dim, eps
+
+    def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
+        if x0.dim() != 2 or self.dim not in (1, -1):
+            x0, x1 = (x.movedim(self.dim, -1).reshape(-1, x.shape[self.dim]) for x in (x0, x1))
+        return F.negative_cosine(x0, x1, eps=self.eps)

@@ -1,0 +1,144 @@
+"""Losses on the spectrum of embeddings as modules, with lightly's names, arguments and defaults."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import fastjem.functional as F
+from fastjem.functional import _checks as check
+
+
+class EMPSSLLoss(nn.Module):
+    """`fastjem.functional.emp_ssl` of a list of views [N, D].
+
+    The coding rate is *maximised*, as in the paper and the official code (lightly 1.6 adds it, and so shrinks it).
+
+    Args:
+        tcr_eps: the coding rate's distortion.
+        inv_coef: weight of the invariance.
+    """
+
+    def __init__(self, tcr_eps: float = 0.2, inv_coef: float = 200.0):
+        super().__init__()
+        self.tcr_eps, self.inv_coef = tcr_eps, inv_coef
+
+    def forward(self, z_views: Sequence[Tensor]) -> Tensor:
+        return F.emp_ssl(torch.stack(list(z_views)), eps=self.tcr_eps, invariance=self.inv_coef)
+
+
+class MMCRLoss(nn.Module):
+    """`fastjem.functional.mmcr` of online and momentum views, [B, V, D] each.
+
+    Args:
+        lmda: weight of the images' own manifolds.
+    """
+
+    def __init__(self, lmda: float = 5e-3):
+        super().__init__()
+        if lmda < 0:
+            check.fail("mmcr", "lmda must not be negative", lmda)
+        self.lmda = lmda
+
+    def forward(self, online: Tensor, momentum: Tensor) -> Tensor:
+        return F.mmcr(online, momentum, lmda=self.lmda)
+
+
+class FroSSLLoss(nn.Module):
+    """`fastjem.functional.frossl` of a list of views [N, D].
+
+    Args:
+        invariance_weight: weight of the invariance.
+    """
+
+    def __init__(self, invariance_weight: float = 1.0):
+        super().__init__()
+        self.invariance_weight = invariance_weight
+
+    def forward(self, z_views: Sequence[Tensor]) -> Tensor:
+        return F.frossl(z_views, invariance=self.invariance_weight)
+
+
+def norm_mse_loss(x0: Tensor, x1: Tensor) -> Tensor:
+    """`2 - 2 mean cos(x0, x1)`"""
+    return 2 + 2 * F.negative_cosine(x0, x1, eps=1e-12)
+
+
+class Whitening2d(nn.Module):
+    """Rows [N, D] with covariance I (`fastjem.functional.whiten`); with the running mean and covariance in evaluation.
+
+    Args:
+        num_features: D.
+        momentum: of the running mean and covariance, how much is new at each step.
+        track_running_stats: keep them.
+        eps: shrinks the covariance to the identity.
+    """
+
+    def __init__(self, num_features: int, momentum: float = 0.01, track_running_stats: bool = True, eps: float = 0):
+        super().__init__()
+        self.num_features, self.momentum, self.eps = num_features, momentum, eps
+        self.track_running_stats = track_running_stats
+        if track_running_stats:
+            self.register_buffer("running_mean", torch.zeros(1, num_features, 1, 1))
+            self.register_buffer("running_variance", torch.eye(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and self.track_running_stats:
+            shrunk = (1 - self.eps) * self.running_variance + self.eps * torch.eye(self.num_features, device=x.device)
+            factor = torch.linalg.cholesky_ex(shrunk).L
+            return torch.linalg.solve_triangular(factor, (x - self.running_mean.flatten()).T, upper=False).T
+        whitened, mean, covariance = F.whiten(x, eps=self.eps)
+        if self.track_running_stats:
+            self.running_mean.lerp_(mean.reshape(1, -1, 1, 1).to(self.running_mean.dtype), self.momentum)
+            self.running_variance.lerp_(covariance.to(self.running_variance.dtype), self.momentum)
+        return whitened
+
+
+class WMSELoss(nn.Module):
+    """W-MSE: the views of each sub-batch are whitened and compared (Ermolov et al. 2021, arXiv 2007.06346).
+
+    Args:
+        embedding_dim: D.
+        momentum, eps, track_running_stats: see `Whitening2d`.
+        w_iter: how many random partitions into sub-batches are averaged.
+        w_size: images of a sub-batch, which divides the batch; at least 2 D.
+        loss_fn: of two whitened views.
+        num_samples: views of each image.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int = 128,
+        momentum: float = 0.01,
+        eps: float = 0.0,
+        track_running_stats: bool = True,
+        w_iter: int = 1,
+        w_size: int = 256,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] = norm_mse_loss,
+        num_samples: int = 2,
+    ):
+        super().__init__()
+        self.whitening = Whitening2d(embedding_dim, momentum, track_running_stats, eps)
+        if w_size < 2 * embedding_dim:
+            check.fail("w_mse", f"w_size must be at least twice embedding_dim = {embedding_dim}", w_size)
+        self.w_iter, self.w_size, self.loss_f, self.num_samples = w_iter, w_size, loss_fn, num_samples
+        self.num_pairs = num_samples * (num_samples - 1) // 2
+
+    def forward(self, input: Tensor) -> Tensor:
+        """0-dim, of [num_samples B, D]: all first views, then all second ones, ..."""
+        if len(input) % self.num_samples:
+            raise RuntimeError(
+                f"w_mse: input must be a multiple of num_samples = {self.num_samples} rows, got {len(input)}"
+            )
+        views = input.unflatten(0, (self.num_samples, -1))  # [V, B, D]
+        batch = views.shape[1]
+        if batch < self.w_size or batch % self.w_size:
+            check.fail("w_mse", f"the batch must be a multiple of w_size = {self.w_size} images", batch)
+        losses = []
+        for _ in range(self.w_iter):
+            # the sub-batches stay together: the loss is a mean over images, whose order doesn't matter
+            order = torch.randperm(batch).view(-1, self.w_size).to(input.device, non_blocking=True)
+            parts = [[self.whitening(view[some]) for view in views] for some in order]
+            whitened = [torch.cat(view) for view in zip(*parts, strict=True)]
+            losses += [self.loss_f(a, b) for i, a in enumerate(whitened) for b in whitened[i + 1 :]]
+        return torch.stack(losses).sum() / (self.w_iter * self.num_pairs)

@@ -1,0 +1,153 @@
+"""Barlow Twins and VICReg on the CPU: column statistics and gradients in C++, products by torch.mm.
+
+The squared norm of a D x D covariance equals that of the N x N Gram matrix, `||A^T B||^2 = <A A^T, B B^T>`, and the
+gradient
+needs `B (A^T B)^T = (B B^T) A`: whichever is smaller is computed, and its diagonal comes from the column statistics.
+"""
+
+import torch
+from fastjem.kernels import _C, reference
+from fastjem.kernels.cpu_tensors import DTYPES, _address, _gradient, _loss_dtype, _rows
+from torch import Tensor
+
+PARTS = 4  # of a symmetric product: 10 of 16 blocks are computed, 6 mirrored
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    """`x @ x.T`"""
+    n = len(x)
+    step = max(64, -(-n // PARTS))
+    out = x.new_empty(n, n)
+    for i in range(0, n, step):
+        torch.mm(x[i : i + step], x[i:].T, out=out[i : i + step, i:])
+        out[i + step :, i : i + step] = out[i : i + step, i + step :].T
+    return out
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return _C.dot(DTYPES[x.dtype], _address(x), _address(y), x.numel(), torch.get_num_threads())
+
+
+def _standardised(
+    x: Tensor,  # [N, D]
+    divisor: float,
+    eps: float,
+    divide: bool,
+    other: Tensor | None = None,  # [N, D]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The centred columns (over std if `divide`), std = sqrt(sum of squares / divisor + eps), and the dots with
+    those of `other`."""
+    out = torch.empty(x.shape, dtype=_loss_dtype(x))
+    std = torch.empty(x.shape[1], dtype=torch.float64)
+    dots = None if other is None else torch.empty_like(std)
+    _C.standardise(
+        DTYPES[x.dtype],
+        _address(x),
+        x.stride(0),
+        *x.shape,
+        divisor,
+        eps,
+        divide,
+        _address(out),
+        _address(std),
+        0 if other is None else _address(other),
+        0 if dots is None else _address(dots),
+        torch.get_num_threads(),
+    )
+    return out, std, dots
+
+
+def _product_memory(gradient: Tensor, like: Tensor) -> Tensor:
+    """Where a product waits to become the gradient: in the gradient itself, if that is wide enough."""
+    return gradient if gradient.dtype == like.dtype else torch.empty_like(like)
+
+
+def barlow_twins(
+    z0: Tensor, z1: Tensor, lambda_param: float, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if z0.dtype not in DTYPES:
+        return reference.barlow_twins(z0, z1, lambda_param, wanted)
+    z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape
+    a, a_std, _ = _standardised(z0, n, 1e-5, True)
+    b, b_std, diagonal = _standardised(z1, n, 1e-5, True, a)
+    diagonal /= n
+    if n < d:
+        a_gram, b_gram = _symmetric(a), _symmetric(b)
+        total = _dot(a_gram, b_gram)
+    else:
+        cross = torch.mm(a.T, b)
+        total = _dot(cross, cross)
+        diagonal = cross.diagonal().double() / n  # the same numbers as in the total, which they are taken from
+    off_diagonal = total / n**2 - diagonal.square().sum()
+    loss = (diagonal - 1).square().sum() + lambda_param * off_diagonal
+
+    weights = (1 - lambda_param) * diagonal - 1
+    gradients = [_gradient(z0, wanted[0]), _gradient(z1, wanted[1])]
+    sides = ((z0, a, a_std, b), (z1, b, b_std, a))
+    for i, (z, own, std, other) in enumerate(sides):
+        if not wanted[i]:
+            continue
+        product = _product_memory(gradients[i], own)
+        if n < d:
+            torch.mm((b_gram, a_gram)[i], own, out=product)
+        else:
+            torch.mm(other, (cross.T, cross)[i], out=product)
+        _C.through_standardise(
+            DTYPES[z.dtype],
+            _address(product),
+            _address(own),
+            _address(other),
+            n,
+            d,
+            lambda_param / n,
+            _address(weights),
+            _address(std),
+            _address(gradients[i]),
+            torch.get_num_threads(),
+        )
+    return loss.to(dtype), gradients, torch.tensor(2 / n, dtype=dtype)
+
+
+def vicreg(
+    z0: Tensor, z1: Tensor, lambda_param: float, mu_param: float, nu_param: float, eps: float, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if z0.dtype not in DTYPES:
+        return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, wanted)
+    z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape
+    gradients = [_gradient(z0, wanted[0]), _gradient(z1, wanted[1])]
+    loss, views, kept = 0.0, [], []
+    for z, gradient in zip((z0, z1), gradients, strict=True):
+        centred, std, _ = _standardised(z, n - 1, eps, False)
+        diagonal = (std.square() - eps) * (n - 1)
+        square = _symmetric(centred if n < d else centred.T)
+        if n >= d:
+            diagonal = square.diagonal().double()
+        off_diagonal = _dot(square, square) - diagonal.square().sum()
+        loss = loss + mu_param / 2 * (1 - std).relu().mean() + nu_param / (n - 1) ** 2 / d * off_diagonal
+        if not gradient.numel():
+            views.append((0, 0, 0, 0))
+            continue
+        weights = (std < 1) / std * (-mu_param / 2 * n / (n - 1))
+        product = _product_memory(gradient, centred)
+        if n < d:
+            torch.mm(square, centred, out=product)
+            weights -= 4 * nu_param * n / (n - 1) ** 2 * diagonal
+        else:
+            torch.mm(centred, square.fill_diagonal_(0), out=product)
+        views.append((_address(centred), _address(product), _address(weights), _address(gradient)))
+        kept.append((centred, product, weights))
+    distances = _C.vicreg(
+        DTYPES[z0.dtype],
+        _address(z0),
+        z0.stride(0),
+        _address(z1),
+        z1.stride(0),
+        n,
+        d,
+        views,
+        4 * nu_param * n / (n - 1) ** 2,
+        2 * lambda_param,
+        torch.get_num_threads(),
+    )
+    loss = loss + lambda_param * distances / (n * d)
+    return loss.to(dtype), gradients, torch.tensor(1 / (n * d), dtype=dtype)

@@ -1,0 +1,155 @@
+"""Barlow Twins and VICReg where Gram forms are delicate: N near D, constant columns, large means, half precision;
+and memory."""
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+import fastjem.functional as F
+
+OPS = ("barlow_twins", "vicreg")
+EAGER = {"barlow_twins": cases.eager_barlow_twins, "vicreg": cases.eager_vicreg}
+op_parameter = pytest.mark.parametrize("op", OPS)
+
+
+def constant(a: Tensor, b: Tensor) -> None:
+    a[:, ::3] = 0.7
+    b[:, 1::3] = -1e3
+
+
+def duplicated(a: Tensor, b: Tensor) -> None:
+    a[1:] = a[0].clone() + 1e-3 * a[1:]
+    b[::2] = b[0].clone()
+
+
+def large_means(a: Tensor, b: Tensor) -> None:
+    a += 1000
+    b -= 300 * torch.arange(b.shape[1])
+
+
+def decorrelated(a: Tensor, b: Tensor) -> None:
+    """Orthogonal columns: all of the covariance is on the diagonal, which the Gram form subtracts from the total."""
+    for x in (a, b):
+        q = torch.linalg.qr(x.T if x.shape[0] < x.shape[1] else x)[0]
+        x.copy_((q.T if x.shape[0] < x.shape[1] else q) * 3)
+
+
+def untouched(a: Tensor, b: Tensor) -> None:
+    pass
+
+
+def run(function, inputs: list[Tensor], dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, list[Tensor]]:
+    leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+    loss = function(*leaves)
+    return loss.detach(), list(torch.autograd.grad(loss, leaves))
+
+
+@op_parameter
+@pytest.mark.parametrize(
+    "change", [untouched, constant, duplicated, large_means, decorrelated], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("n, d", [(2, 9), (8, 70), (32, 33), (33, 33), (34, 33), (70, 8), (2, 1), (1500, 130)])
+def test_delicate_inputs(op, change, n, d, implementation, poisoned):
+    if implementation.name == "triton" and n * d > 4000:
+        pytest.skip("too slow for the interpreter")
+    ours, eager, oracle = [], [], []
+    for seed in range(2):
+        g = torch.Generator().manual_seed(seed)
+        inputs = [torch.randn(n, d, generator=g) for _ in range(2)]
+        change(*inputs)
+        ours.append(run(getattr(F, op), inputs, torch.float32, implementation.device))
+        eager.append(run(EAGER[op], inputs, torch.float32, implementation.device))
+        oracle.append(run(EAGER[op], inputs, torch.float64, implementation.device))
+        # what rounding is relative to: the sum of the loss's positive terms (nothing cancels in eager), each input's
+        # gradient by its largest entry
+    unit = torch.finfo(torch.float32).eps
+
+    def worst(results, get) -> float:
+        return max((get(r).double() - get(o)).abs().max().item() for r, o in zip(results, oracle, strict=True))
+
+    def largest(get) -> float:
+        return max(get(o).abs().max().item() for o in oracle)
+
+    def terms(z: Tensor) -> float:
+        """The size of the gradient's terms before the batch norm or the subtraction of the diagonal cancels them."""
+        size = z.abs().max().item()
+        z = z.double() - z.double().mean(0)
+        if op == "barlow_twins":
+            return 2 / n / (z.var(0, correction=0) + 1e-5).sqrt().min().item()
+        centring = (
+            12.5 * size / (z.var(0) + 1e-4).sqrt().min().item() / n / d
+        )  # the input's rounding, through the variance
+        return max(centring, 4 * (z.abs().max() * z.square().sum(0).max() / (n - 1) ** 2 / d).item())
+
+    get = lambda r: r[0]  # noqa: E731
+    diagonal = d if op == "barlow_twins" else 2 * max((inputs[i].var(0) ** 2).mean().item() for i in (0, 1))
+    limit = 2 * worst(eager, get) + 8 * unit * (largest(get) + (diagonal if op == "vicreg" else 5e-3 * diagonal))
+    assert worst(ours, get) <= limit
+    for i in range(2):
+        get = lambda r: r[1][i]  # noqa: E731, B023
+        limit = 2 * worst(eager, get) + 8 * unit * max(largest(get), max(terms(x) for x in inputs))
+        assert worst(ours, get) <= limit, f"gradient {i}: error {worst(ours, get):.3g}, allowed {limit:.3g}"
+
+
+@op_parameter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n, d", [(16, 40), (40, 16)])
+def test_half_precision_is_rounded_once(op, dtype, n, d, implementation, poisoned):
+    """The oracle sees the same half-precision inputs: only the gradient is rounded."""
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, d, generator=g).to(dtype).float() for _ in range(2)]
+    loss, gradients = run(getattr(F, op), inputs, dtype, implementation.device)
+    expected, exact = run(EAGER[op], inputs, torch.float64, implementation.device)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    for gradient, e in zip(gradients, exact, strict=True):
+        assert gradient.dtype == dtype
+        # once more in backward, where the scale is applied
+        torch.testing.assert_close(gradient.double(), e, rtol=1.1 * torch.finfo(dtype).eps, atol=3e-8)
+
+
+@op_parameter
+def test_one_gradient_and_none(op, implementation):
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(6, 20, generator=g).to(implementation.device) for _ in range(2))
+    loss, (_, expected) = run(getattr(F, op), [a, b], torch.float32, implementation.device)
+    b = b.requires_grad_()
+    alone = getattr(F, op)(a, b)
+    alone.backward()
+    assert torch.equal(alone.detach(), loss) and torch.equal(b.grad, expected)
+    with torch.no_grad():
+        assert torch.equal(getattr(F, op)(a, b), loss)
+
+
+def test_the_papers_variance_weighs_twice():
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(12, 7, generator=g) * 0.3 for _ in range(2))
+    official, paper = F.vicreg(a, b), F.vicreg(a, b, variance_factor=1.0)
+    variance = sum((1 - (z.var(0) + 1e-4).sqrt()).relu().mean() for z in (a, b))
+    torch.testing.assert_close(paper - official, 25 * 0.5 * variance)
+
+
+@op_parameter
+def test_memory_without_the_square_of_the_wider_side(op):
+    """Peak of resident memory above the inputs, measured in a process of its own: D x D would be 1 GiB."""
+    import subprocess
+    import sys
+
+    script = f"""
+import resource, torch
+import fastjem.functional as F
+torch.set_num_threads(2)
+a, b = (torch.randn(64, 16384, requires_grad=True) for _ in range(2))
+small = torch.randn(8, 8, requires_grad=True)
+F.{op}(small, small).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+F.{op}(a, b).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    from fastjem import ops
+
+    if ops.implementations()[op]["cpu"] != "C++":
+        pytest.skip("the reference builds D x D")
+    grown = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert grown < 100  # two centred copies and two gradients are 16 MiB, products' work space the rest
