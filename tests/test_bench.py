@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,27 @@ def test_compare_really_alternates():
     assert "".join(blocks).endswith(
         "bcacababcbca"
     )  # rounds 2 to 5; a round that begins where one ended makes one block
+
+
+def test_rounds_fill_the_budget():
+    """As many turns as there is time for: the estimate is of the call alone, not of what surrounds its measurement."""
+    seconds = [1e-3] * 3
+
+    class Known(WallClock):
+        def samples(self):
+            return [(s, 0.0) for s in seconds]
+
+    def slow_peak(call, device):
+        call()
+        time.sleep(0.3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "WallClock", Known)
+        patch.setattr(timing, "peak", slow_peak)
+        x = torch.ones(3)
+        assert compare({"it": torch.sum}, (x,), budget=0.2).rounds == 10  # turns of 20 ms
+        assert compare({"it": torch.sum}, (x,), budget=9.0).rounds == 25
+        assert compare({"it": torch.sum, "same": torch.sum}, (x,), budget=0.01).rounds == 5
 
 
 def test_statistics():

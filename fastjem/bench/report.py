@@ -15,10 +15,10 @@ LEGEND = """\
 Times are minima of forward and backward together (of the call, where nothing is differentiated), the variants in turns
 on the same inputs. 1.50x (1.45): ours is 1.50 times faster by minima, 1.45 by medians. ~: noisy, some variant's median
 is more than 1.5 times its minimum. Floor: the share of our time that the least number of bytes takes at the measured
-copy bandwidth, or the matrix products at the measured rate, whichever is longer (above 100 % where an op mostly reads,
-which is faster than copying). MiB: peak beyond inputs, result and gradients. (host): what a call on tiny tensors costs
-the host. Runs as: C++, Triton, or reference, which is plain torch where there is no kernel yet. Before they are timed,
-each variant's result and gradients are compared with the eager formula's in float32."""
+copy bandwidth, or the matrix products at the measured rate, whichever is longer (above 100 % where an op mostly reads
+or works in place, which is faster than copying). MiB: peak beyond inputs, result and gradients. (host): what a call on
+tiny tensors costs the host. Runs as: C++, Triton, or reference, which is plain torch where there is no kernel yet.
+Before they are timed, each variant's result and gradients are compared with the eager formula's in float32."""
 
 
 def seconds(value: float) -> str:

@@ -164,20 +164,20 @@ def _first_call(step: Step, device: torch.device, verify: Callable[[list[Tensor]
 
 def _warm_up(step: Step, device: torch.device, clock: str) -> tuple[int | None, float]:
     """Peak bytes beyond what the call returns, and roughly how long a call takes."""
-    returned = []
+    returned = seconds = 0
 
     def call() -> list[Tensor]:
+        nonlocal returned, seconds
+        start = perf_counter()
         outputs = step.fresh()
-        returned.append(size(outputs))
+        returned, seconds = size(outputs), perf_counter() - start
         return outputs
 
-    start = perf_counter()
     most = peak(call, device)
-    seconds = perf_counter() - start
     if seconds < 0.2 or device.type == "cuda":
         sampler = EventClock(step, 3) if device.type == "cuda" and clock == "device" else WallClock(step, 3, device)
         seconds = min(map(sum, sampler.samples()))
-    return None if most is None else max(most - returned[0], 0), max(seconds, 1e-7)
+    return None if most is None else max(most - returned, 0), max(seconds, 1e-7)
 
 
 def _clock(step: Step, repeats: int, estimate: float, device: torch.device, clock: str, fast: bool) -> Clock:
