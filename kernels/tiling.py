@@ -46,3 +46,38 @@ def negative_cosine(width: int, compute: torch.dtype) -> dict | None:
 
 def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
+
+
+SIMILARITY_CHUNK = 256  # the widest rows whose sum fits in registers; wider ones are taken in chunks
+
+
+def _chunks(width: int) -> dict:
+    block = min(SIMILARITY_CHUNK, max(16, _next_power_of_2(width)))
+    return {"BLOCK_D": block, "CHUNKS": -(-width // block)}
+
+
+def similarity_forward(width: int, dtype: torch.dtype, with_sum: bool) -> dict:
+    """Log-sum-exps of rows, `with_sum` also the weighted sum of the candidates."""
+    chunks = _chunks(width)
+    wide = chunks["BLOCK_D"] > 128
+    if dtype.itemsize > 2:
+        tile = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 1 if wide else 2}
+    elif with_sum:
+        tile = {"BM": 128 if wide else 64, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 2}
+    else:
+        tile = {"BM": 128, "BN": 64 if wide else 128, "num_warps": 4, "num_stages": 2}
+    return chunks | tile
+
+
+def similarity_backward(width: int, dtype: torch.dtype) -> dict:
+    chunks = _chunks(width)
+    wide = chunks["BLOCK_D"] > 128
+    if dtype.itemsize > 2:
+        return chunks | {"BM": 64, "BN": 32, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2}
+    return chunks | ({"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2} if wide else {
+        "BM": 64, "BN": 128, "num_warps": 4, "num_stages": 2})  # fmt: skip
+
+
+def unit_rows(width: int) -> dict:
+    block = max(16, _next_power_of_2(width))
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
