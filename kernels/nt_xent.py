@@ -1,4 +1,5 @@
-"""NT-Xent, DCL and SupCon's log-sum-exps on a GPU: see contrastive.py for the composition, similarity.py for the kernels."""
+"""NT-Xent, DCL and SupCon's log-sum-exps on a GPU: see contrastive.py for the composition, similarity.py for the
+kernels."""
 
 from fastjem.kernels import contrastive, reference, similarity
 

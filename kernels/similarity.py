@@ -1,8 +1,9 @@
 """Tiles of similarities on a GPU: the engine that kernels/contrastive.py composes the contrastive operators of.
 
-Each program owns rows and walks over all candidates: nothing is added by two programs, so the bits repeat. Where there are few
-rows the candidates are split among programs, whose results are combined in a fixed order afterwards. The running maximum is
-kept in every row; for unit rows at temperatures of 0.0128 and more a constant shift takes its place.
+Each program owns rows and walks over all candidates: nothing is added by two programs, so the bits repeat. Where
+there are few rows the candidates are split among programs, whose results are combined in a fixed order afterwards.
+The running maximum is kept in every row; for unit rows at temperatures of 0.0128 and more a constant shift takes its
+place.
 
 Rows wider than 256 are multiplied in chunks; the gradient's columns are then chunks of programs of their own.
 """
@@ -28,7 +29,9 @@ def _load(x, i_row, N, D, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, b_a, i_a, i_b, N, M, D, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _product(
+    a, b, b_a, i_a, i_b, N, M, D, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
     """[BM, BN] float32: similarities; and the candidates' rows, if they are one chunk (so are the rows b_a then)."""
     b_b = _load(b, i_b, M, D, 0, BLOCK_D)
     s = tl.dot(b_a, tl.trans(b_b), input_precision="tf32x3")
@@ -331,7 +334,8 @@ def scaling(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor) -
 
 
 def _splits(n: int, m: int, tile: dict) -> tuple[int, int]:
-    """So many that two programs an SM have work, whatever GPU it is (the bits depend on it): (splits, blocks of each)."""
+    """So many that two programs an SM have work, whatever GPU it is (the bits depend on it): (splits, blocks of
+    each)."""
     blocks = triton.cdiv(m, tile["BN"])
     splits = min(blocks, max(1, 264 // triton.cdiv(n, tile["BM"])))
     each = triton.cdiv(blocks, splits)
@@ -383,12 +387,10 @@ def log_sum_exps(
     return rows, log_sum_exps(b, a, logits, _swapped(place))[0] if columns else None
 
 
-def attend(
-    q: Tensor, bank: Tensor, temperature: float, place: Place, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
+def attend(q: Tensor, bank: Tensor, temperature: float, place: Place, wanted: bool) -> tuple[Tensor, Tensor | None]:
     rows, _ = unit(bank, True)
     logits = scaling(1 / temperature, 1.0, q, rows)
-    one_pass = wanted and q.shape[1] <= tiling.SIMILARITY_CHUNK
+    one_pass = wanted and q.shape[1] <= tiling.similarity_chunk(q.dtype)
     maxima, totals, out = _row_sums(q, rows, logits, place, one_pass)
     parts = maxima + totals.log()  # [splits, N]
     lse = parts.logsumexp(0)
@@ -459,7 +461,7 @@ def sigmoid(
 ) -> tuple[Tensor, Tensor | None]:
     """[3, N] float32, the sums of each row over loss, G, G * similarities; and G @ b, if wanted."""
     (n, d), m = a.shape, len(b)
-    tile = tiling.similarity_backward(d, a.dtype)
+    tile = tiling.similarity_backward(d, a.dtype, sigmoid=True)
     sums = torch.empty(3, n, dtype=torch.float32, device=a.device)
     out = torch.empty(a.shape, dtype=torch.float32, device=a.device) if wanted else None
     grid = (triton.cdiv(n, tile["BM"]), tile["CHUNKS"] if wanted else 1)

@@ -48,34 +48,40 @@ def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
 
 
-SIMILARITY_CHUNK = 256  # the widest rows whose sum fits in registers; wider ones are taken in chunks
+def similarity_chunk(dtype: torch.dtype) -> int:
+    """The widest rows whose sum fits in registers; wider ones are taken in chunks. Float32 needs three products
+    for one."""
+    return 64 if dtype.itemsize > 2 else 256
 
 
-def _chunks(width: int) -> dict:
-    block = min(SIMILARITY_CHUNK, max(16, _next_power_of_2(width)))
+def _chunks(width: int, dtype: torch.dtype) -> dict:
+    block = min(similarity_chunk(dtype), max(16, _next_power_of_2(width)))
     return {"BLOCK_D": block, "CHUNKS": -(-width // block)}
 
 
 def similarity_forward(width: int, dtype: torch.dtype, with_sum: bool) -> dict:
     """Log-sum-exps of rows, `with_sum` also the weighted sum of the candidates."""
-    chunks = _chunks(width)
-    wide = chunks["BLOCK_D"] > 128
+    chunks = _chunks(width, dtype)
     if dtype.itemsize > 2:
-        tile = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 1 if wide else 2}
-    elif with_sum:
-        tile = {"BM": 128 if wide else 64, "BN": 64, "num_warps": 8 if wide else 4, "num_stages": 2}
+        tile = (64, 32, 4, 1)
+    elif chunks["CHUNKS"] > 1:
+        tile = (64, 32, 8, 1)
+    elif chunks["BLOCK_D"] > 128:
+        tile = (128, 64, 8, 2)
     else:
-        tile = {"BM": 128, "BN": 64 if wide else 128, "num_warps": 4, "num_stages": 2}
-    return chunks | tile
+        tile = (64, 64, 4, 2) if with_sum else (128, 128, 4, 2)
+    return chunks | dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
 
 
-def similarity_backward(width: int, dtype: torch.dtype) -> dict:
-    chunks = _chunks(width)
-    wide = chunks["BLOCK_D"] > 128
+def similarity_backward(width: int, dtype: torch.dtype, sigmoid: bool = False) -> dict:
+    chunks = _chunks(width, dtype)
     if dtype.itemsize > 2:
-        return chunks | {"BM": 64, "BN": 32, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2}
-    return chunks | ({"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2} if wide else {
-        "BM": 64, "BN": 128, "num_warps": 4, "num_stages": 2})  # fmt: skip
+        tile = (32, 32, 4, 1)
+    elif chunks["CHUNKS"] > 1 or sigmoid:
+        tile = (64, 32, 8, 1)
+    else:
+        tile = (64 if chunks["BLOCK_D"] > 128 else 128, 64, 8, 2)
+    return chunks | dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
 
 
 def unit_rows(width: int) -> dict:
