@@ -67,16 +67,16 @@ def similarity_forward(width: int, dtype: torch.dtype, with_sum: bool) -> dict:
     elif chunks["CHUNKS"] > 1:
         tile = (64, 32, 8, 1)
     elif chunks["BLOCK_D"] > 128:
-        tile = (128, 64, 8, 2)
+        tile = (64 if with_sum else 128, 64, 8, 2)
     else:
-        tile = (64, 64, 4, 2) if with_sum else (128, 128, 4, 2)
+        tile = (64, 64, 4, 2) if with_sum else (128, 128, 8, 2)
     return chunks | dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
 
 
 def similarity_backward(width: int, dtype: torch.dtype, sigmoid: bool = False) -> dict:
     chunks = _chunks(width, dtype)
     if dtype.itemsize > 2:
-        tile = (32, 32, 4, 1)
+        tile = (32, 16, 4, 1)
     elif chunks["CHUNKS"] > 1 or sigmoid:
         tile = (64, 32, 8, 1)
     else:

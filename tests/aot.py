@@ -180,7 +180,7 @@ def _nt_xent(d: int, dtype: str) -> Case:
         nt_xent.nt_xent(z, z, 0, 0.5, False, True)
         nt_xent.nt_xent_backward(z, z, lse, lse, None, 0, 0.5, False, True)
 
-    return Case("nt_xent", f"2 x N x {d}", dtype, call, wgmma=dtype != "fp32")
+    return Case("nt_xent", f"2 x N x {d}", dtype, call, wgmma=True)
 
 
 def _info_nce(d: int, dtype: str) -> Case:
