@@ -472,7 +472,7 @@ def sigmoid(
 def best(a: Tensor, b: Tensor) -> Tensor:
     """[N] int64: the row of b with which each row of a has the largest product."""
     (n, d), m = a.shape, len(b)
-    tile = tiling.similarity_forward(d, a.dtype, False)
+    tile = tiling.similarity_forward(d, a.dtype, True)
     splits, each = _splits(n, m, tile)
     values = torch.empty(splits, n, dtype=torch.float32, device=a.device)
     columns = torch.empty(splits, n, dtype=torch.int64, device=a.device)
