@@ -1,4 +1,5 @@
-"""What the contrastive operators are composed of, whoever computes the tiles: an `engine` is cpu_contrastive or similarity.
+"""What the contrastive operators are composed of, whoever computes the tiles: an `engine` is cpu_contrastive or
+similarity.
 
 An engine has
 * `unit(x, normalize)`: rows of unit length (or as they are) in the dtype of its products, and their divisors;
@@ -8,8 +9,9 @@ An engine has
 * `add_weighted(a, b, scaling, place, a_lse, b_lse, a_sum, b_sum, upper=)`: `a_sum += G @ b`, `b_sum += G.T @ a`, with
   G = exp(logit - a_lse) + exp(logit - b_lse); returns `sum(G * similarities)` of each row.
 
-A row's own image is never part of a tile's sums: its few logits are computed once, in float64, so that what is added to a
-log-sum-exp and subtracted as a positive has the same bits. At temperature 0.01 nothing else keeps a small loss exact.
+A row's own image is never part of a tile's sums: its few logits are computed once, in float64, so that what is added
+to a log-sum-exp and subtracted as a positive has the same bits. At temperature 0.01 nothing else keeps a small loss
+exact.
 """
 
 from dataclasses import dataclass

@@ -74,12 +74,12 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
     return torch.full((), total / len(p), dtype=dtype), gradients, torch.full((), 1 / len(p), dtype=dtype)
 
 
-from fastjem.kernels.cpu_contrastive import (  # noqa: E402
-    clip_loss as clip_loss,
-    clip_loss_backward as clip_loss_backward,
-    info_nce as info_nce,
-    nearest_neighbors as nearest_neighbors,
-    nt_xent as nt_xent,
-    nt_xent_backward as nt_xent_backward,
-    siglip_loss as siglip_loss,
+from fastjem.kernels.cpu_contrastive import (  # noqa: E402, F401
+    clip_loss,
+    clip_loss_backward,
+    info_nce,
+    nearest_neighbors,
+    nt_xent,
+    nt_xent_backward,
+    siglip_loss,
 )

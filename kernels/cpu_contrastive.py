@@ -1,4 +1,5 @@
-"""The contrastive losses on the CPU: torch.mm makes a tile of similarities, C++ turns it into exponentials and their sums.
+"""The contrastive losses on the CPU: torch.mm makes a tile of similarities, C++ turns it into exponentials and their
+sums.
 
 A tile is as large as a core's cache; nothing of N x N lives longer than that.
 """
@@ -46,14 +47,16 @@ def through_unit(gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype:
     native = dtype if dtype in CODES else gradient.dtype
     out = gradient if native == gradient.dtype else torch.empty(gradient.shape, dtype=native)
     _C.through_unit_rows(
-        CODES[native], _at(gradient), _at(unit), _at(divisors), *gradient.shape, EPS, 1.0, _at(out), torch.get_num_threads()
+        CODES[native], _at(gradient), _at(unit), _at(divisors), *gradient.shape, EPS, 1.0, _at(out),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out.to(dtype)
 
 
 @dataclass(frozen=True)
 class _Scaling:
-    """Logits are similarities times `factor`; `shift` is subtracted before exp where that is safe for every logit there can be."""
+    """Logits are similarities times `factor`; `shift` is subtracted before exp where that is safe for every logit
+    there can be."""
 
     factor: float
     shift: float
@@ -61,7 +64,8 @@ class _Scaling:
 
     @classmethod
     def of(cls, factor: float, bound: float, dtype: torch.dtype) -> "_Scaling":
-        """`bound`: of the similarities' size. In float32, exp(-86) is a normal number, and so is a sum of 1e7 times exp(70)."""
+        """`bound`: of the similarities' size. In float32, exp(-86) is a normal number, and so is a sum of 1e7
+        times exp(70)."""
         top, bottom = (600.0, 700.0) if dtype == torch.float64 else (70.0, 86.0)
         largest = abs(factor) * bound * 1.0001
         shift = max(0.0, largest - top)
@@ -119,7 +123,8 @@ def _tiles(a: Tensor, b: Tensor, upper: bool) -> Iterator[tuple[int, int, int, i
 def log_sum_exps(
     a: Tensor, b: Tensor, scaling: _Scaling, place: Place, *, upper: bool = False, columns: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of every row; and of every column, if wanted. `upper`: a is b, and half of the tiles are enough."""
+    """The log-sum-exp of every row; and of every column, if wanted. `upper`: a is b, and half of the tiles are
+    enough."""
     row_max, row_sum = scaling.start(len(a))
     column_max, column_sum = (row_max, row_sum) if upper else scaling.start(len(b))
     for i, _, j, _, tile in _tiles(a, b, upper):
@@ -154,7 +159,8 @@ def add_weighted(
     *,
     upper: bool = False,
 ) -> Tensor:
-    """`a_sum += G @ b` and `b_sum += G.T @ a`, G = exp(logit - a_lse) + exp(logit - b_lse); returns `sum(G * similarities)` by row."""
+    """`a_sum += G @ b` and `b_sum += G.T @ a`, G = exp(logit - a_lse) + exp(logit - b_lse); returns `sum(G *
+    similarities)` by row."""
     row, row_rest = scaling.weights(a_lse, a.dtype)
     column, column_rest = scaling.weights(b_lse, a.dtype)
     dots = torch.zeros(len(a), dtype=torch.float64)
@@ -265,7 +271,8 @@ def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
     index = torch.full((len(q),), -1, dtype=torch.int64)
     for i, _, j, _, tile in _bank_tiles(q, bank):
         _C.similarity_best(
-            CODES[q.dtype], _at(tile), *tile.shape, tile.stride(0), j, _at(best, i), _at(index, i), torch.get_num_threads()
+            CODES[q.dtype], _at(tile), *tile.shape, tile.stride(0), j, _at(best, i), _at(index, i),
+            torch.get_num_threads(),
         )  # fmt: skip
     return index
 

@@ -247,12 +247,12 @@ def vicreg(
     return loss, gradients, _scale(z0, 1 / (n * d))
 
 
-from fastjem.kernels.reference_contrastive import (  # noqa: E402 (it needs the helpers above)
-    clip_loss as clip_loss,
-    clip_loss_backward as clip_loss_backward,
-    info_nce as info_nce,
-    nearest_neighbors as nearest_neighbors,
-    nt_xent as nt_xent,
-    nt_xent_backward as nt_xent_backward,
-    siglip_loss as siglip_loss,
+from fastjem.kernels.reference_contrastive import (  # noqa: E402, F401 (it needs the helpers above)
+    clip_loss,
+    clip_loss_backward,
+    info_nce,
+    nearest_neighbors,
+    nt_xent,
+    nt_xent_backward,
+    siglip_loss,
 )

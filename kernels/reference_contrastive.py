@@ -1,7 +1,7 @@
 """The specification of the contrastive losses: a part of reference.py, whose conventions hold.
 
-Log-sum-exps and positives' logits are float64 vectors: a loss is their difference, which at temperature 0.01 would keep only
-two digits of a float32 log-sum-exp. Products and gradients stay in float32.
+Log-sum-exps and positives' logits are float64 vectors: a loss is their difference, which at temperature 0.01 would
+keep only two digits of a float32 log-sum-exp. Products and gradients stay in float32.
 """
 
 import math
@@ -16,7 +16,8 @@ def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
 
 
 def _views(rows: Tensor, candidates: Tensor, offset: int, temperature: float, normalize: bool):
-    """Logits of every view of `rows` with all candidates, [V n, V N]; where a row meets itself, and where its positives."""
+    """Logits of every view of `rows` with all candidates, [V n, V N]; where a row meets itself, and where its
+    positives."""
     (v, n, d), total = rows.shape, candidates.shape[1]
     a, norm = _unit(widen(rows).reshape(v * n, d), normalize)
     b, _ = _unit(widen(candidates).reshape(v * total, d), normalize)
@@ -37,9 +38,9 @@ def nt_xent(
 ) -> tuple[Tensor, Tensor]:
     """For each row the mean of s_ij over its V - 1 positives (0 without), and logsumexp_j(s_ij): both [V, n] float64.
 
-    s are cosines / temperature, or dot products / temperature if not `normalize`. A row's candidates are all rows but itself
-    (SimCLR, arXiv 2002.05709, equation 1; the loss is the mean of the difference), if `decoupled` all rows of other images
-    (DCL, arXiv 2110.06848, equation 6).
+    s are cosines / temperature, or dot products / temperature if not `normalize`. A row's candidates are all rows
+    but itself (SimCLR, arXiv 2002.05709, equation 1; the loss is the mean of the difference), if `decoupled` all
+    rows of other images (DCL, arXiv 2110.06848, equation 6).
     """
     *_, logits, itself, positive = _views(rows, candidates, offset, temperature, normalize)
     lse = logits.masked_fill(itself | positive if decoupled else itself, -math.inf).logsumexp(1)
@@ -58,7 +59,8 @@ def nt_xent_backward(
     decoupled: bool,
     normalize: bool,
 ) -> Tensor:
-    """[V, n, D]: temperature times the gradient, for `rows`, of `sum(lse - weights * positives)` over all candidates as rows.
+    """[V, n, D]: temperature times the gradient, for `rows`, of `sum(lse - weights * positives)` over all candidates
+    as rows.
 
     `sum_j (P_ij + P_ji) z_j - sum_j((w_i + w_j) z_j over positives) / (V - 1)`, then through the normalisation.
     """
@@ -83,7 +85,8 @@ def info_nce(
     temperature: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows. MoCo, arXiv 1911.05722, eq. 1."""
+    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows. MoCo, arXiv
+    1911.05722, eq. 1."""
     (q, q_norm), (p, p_norm), (k, k_norm) = (_normalize(widen(x)) for x in (query, positive, negatives))
     itself = torch.arange(len(k), device=k.device) == torch.arange(len(q), device=k.device)[:, None] + offset
     logits = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).masked_fill(itself, -math.inf)], 1)  # [N, 1 + K]
@@ -110,7 +113,8 @@ def clip_loss(
     logit_scale: Tensor,  # 0-dim
     offset: int,  # -n: y are other pairs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the logits `logit_scale * x @ y.T`: each pair's own [n] (0 without), logsumexp over y [n], logsumexp over x [m]; float64.
+    """Of the logits `logit_scale * x @ y.T`: each pair's own [n] (0 without), logsumexp over y [n], logsumexp over x
+    [m]; float64.
 
     CLIP, arXiv 2103.00020, figure 3: the loss is half the mean of both log-sum-exps less the pair's own logit.
     """
@@ -128,7 +132,8 @@ def clip_loss_backward(
     offset: int,
     wanted: list[bool],
 ) -> tuple[list[Tensor], Tensor]:
-    """The gradients of `sum(x_lse) + sum(y_lse) - 2 sum(own logits)` for x and y, over logit_scale, and for logit_scale (float64).
+    """The gradients of `sum(x_lse) + sum(y_lse) - 2 sum(own logits)` for x and y, over logit_scale, and for
+    logit_scale (float64).
 
     With G = softmax over y + softmax over x - 2 own: `G @ y`, `G.T @ x` and `sum(G * (x @ y.T))`.
     """
@@ -151,9 +156,11 @@ def siglip_loss(
     offset: int,  # -n: y are other pairs
     wanted: list[bool],  # for x and y
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """`-logsigmoid(labels * (logit_scale * x @ y.T + logit_bias)).sum()`, float64; labels are 1 for a pair's own, -1 elsewhere.
+    """`-logsigmoid(labels * (logit_scale * x @ y.T + logit_bias)).sum()`, float64; labels are 1 for a pair's own, -1
+    elsewhere.
 
-    Its gradients for x and y, over logit_scale, for logit_scale and for logit_bias (both float64). SigLIP, arXiv 2303.15343.
+    Its gradients for x and y, over logit_scale, for logit_scale and for logit_bias (both float64). SigLIP, arXiv
+    2303.15343.
     """
     similarities, own = _pairs(x, y, offset)
     labels = 2 * own.to(similarities.dtype) - 1

@@ -139,13 +139,17 @@ def _info_nce(
     def eager(q: Tensor, p: Tensor, negatives: Tensor) -> Tensor:
         if offset is None:
             return eager_info_nce(q, p, negatives, temperature)
-        (q, p, k), own = (TF.normalize(x, dim=1) for x in (q, p, negatives)), torch.arange(n, device=q.device) + offset
-        logits = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).scatter(1, own[:, None], -torch.inf)], 1) / temperature
+        q, p, k = (TF.normalize(x, dim=1) for x in (q, p, negatives))
+        own = torch.arange(n, device=q.device)[:, None] + offset
+        others = (q @ k.T).scatter(1, own, -torch.inf)
+        logits = torch.cat([(q * p).sum(1, keepdim=True), others], 1) / temperature
         return TF.cross_entropy(logits, torch.zeros(n, dtype=torch.long, device=q.device))
 
     return Case(
         "info_nce",
-        f"{n}x{k}x{d}-tau{temperature:g}" + ("-learned" if differentiable == 3 else "") + ("" if offset is None else f"-own{offset}"),
+        f"{n}x{k}x{d}-tau{temperature:g}"
+        + ("-learned" if differentiable == 3 else "")
+        + ("" if offset is None else f"-own{offset}"),
         make(normal(n, d), normal(n, d), normal(k, d)),
         lambda *x: F.info_nce(*x, temperature=temperature, label_offset=offset),
         eager,

@@ -36,8 +36,10 @@ REFERENCE = [
     Mutation(
         "negative_cosine", "kernels/reference.py", "_normalize_backward(-p_unit, z", "_normalize_backward(p_unit, z"
     ),
-    Mutation("nt_xent", "kernels/reference.py", "masked_fill(itself, -math.inf)", "masked_fill(itself, 0)"),
-    Mutation("info_nce", "kernels/reference.py", "weights[:, :1] - 1", "weights[:, :1] - 0.99"),
+    Mutation("nt_xent", "kernels/reference_contrastive.py", "else itself, -math.inf)", "else itself, 0)"),
+    Mutation("info_nce", "kernels/reference_contrastive.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
+    Mutation("clip_loss", "kernels/reference_contrastive.py", "- 2 * own", "- 1.99 * own"),
+    Mutation("siglip_loss", "kernels/reference_contrastive.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
     Mutation("prototype_cross_entropy", "kernels/reference.py", '"different": 1 - same', '"different": same'),
     Mutation("barlow_twins", "kernels/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
     Mutation("vicreg", "kernels/reference.py", "(n / (n - 1))", "1"),
@@ -47,6 +49,9 @@ CPU = [
     Mutation("cross_entropy", "csrc/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
     Mutation("negative_cosine", "csrc/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),
     Mutation("ema_update_", "csrc/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
+    Mutation("nt_xent", "csrc/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
+    Mutation("info_nce", "csrc/similarity.h", "p.row_sum[i] *= rescale", "p.row_sum[i] *= 1"),
+    Mutation("siglip_loss", "csrc/similarity.h", "sum += g - s[own]", "sum += g"),
 ]
 INTERPRETER = [
     Mutation("ema_update_", "kernels/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),

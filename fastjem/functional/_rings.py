@@ -1,7 +1,8 @@
 """Contrastive losses whose candidates are on other ranks.
 
-Each rank's rows are broadcast in turn, the next while the current ones are used: memory stays that of one batch, and every rank
-adds in the same order. No gradient is communicated: a row's owner computes all of it, from the rows and log-sum-exps of others.
+Each rank's rows are broadcast in turn, the next while the current ones are used: memory stays that of one batch, and
+every rank adds in the same order. No gradient is communicated: a row's owner computes all of it, from the rows and
+log-sum-exps of others.
 """
 
 from collections.abc import Iterator

@@ -53,14 +53,15 @@ def nt_xent(
 ) -> Tensor:
     """Normalised-temperature cross-entropy, SimCLR's loss (Chen et al. 2020, arXiv 2002.05709, equation 1).
 
-    The mean, over all V N rows and their V - 1 positives, of `cross_entropy(cosines with all other rows / temperature, positive)`.
+    The mean, over all V N rows and their V - 1 positives, of `cross_entropy(cosines with all other rows /
+    temperature, positive)`.
 
     Args:
         z0, z1: [N, D] each, two views of N images, or `z0` alone as [V, N, D]. Normalised inside.
         temperature: what the cosines are divided by.
         group: the process group whose ranks' rows are candidates and rows of one global batch (batches may be uneven);
-            None: this rank's alone. Ranks see each other's rows one rank at a time: memory stays that of one batch. All of
-            them must call backward.
+            None: this rank's alone. Ranks see each other's rows one rank at a time: memory stays that of one batch.
+            All of them must call backward.
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
@@ -83,8 +84,8 @@ def dcl(
 ) -> Tensor:
     """Decoupled contrastive learning (Yeh et al. 2021, arXiv 2110.06848, equation 6): no positive in the denominator.
 
-    The mean over all V N rows of `logsumexp(cosines with other images' rows / temperature) - weight * mean(positives' cosines)
-    / temperature`. With one image alone there is no other: -inf, as in lightly.
+    The mean over all V N rows of `logsumexp(cosines with other images' rows / temperature) - weight *
+    mean(positives' cosines) / temperature`. With one image alone there is no other: -inf, as in lightly.
 
     Args:
         z0, z1, temperature, group: as for `nt_xent`.
@@ -108,7 +109,8 @@ def dclw(
     sigma: float = 0.5,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`dcl` with the weights `2 - N softmax(cosine(z0, z1) / sigma)` over this rank's batch: hard positives count more."""
+    """`dcl` with the weights `2 - N softmax(cosine(z0, z1) / sigma)` over this rank's batch: hard positives count
+    more."""
     check.matrices("dclw", "z0 and z1 must be [N, D] both", z0, z1)
     check.positive("dclw", temperature=temperature, sigma=sigma)
     with torch.no_grad():
@@ -128,8 +130,8 @@ def supcon(
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2, L_out).
 
-    The mean over anchors of `logsumexp(s_i.) - mean(s_ij over positives j)`, with s = cosines / temperature and, as candidates,
-    all rows but the anchor. Positives are the rows of the same class; an anchor without any counts as 0.
+    The mean over anchors of `logsumexp(s_i.) - mean(s_ij over positives j)`, with s = cosines / temperature and, as
+    candidates, all rows but the anchor. Positives are the rows of the same class; an anchor without any counts as 0.
 
     Args:
         z: [V, N, D]; V may be 1.
@@ -165,9 +167,8 @@ def supcon(
         # in float64 index_put adds in one order on every device; where a class begins among sorted labels is its number
         where = torch.searchsorted(labels.sort().values, labels)
         sums = torch.zeros_like(by_image).index_put((where,), by_image, accumulate=True)[where]
-        counts = v * torch.zeros(n, dtype=rows.dtype, device=z.device).index_put(
-            (where,), rows.new_ones(n), accumulate=True
-        )[where]
+        ones = torch.ones(n, dtype=rows.dtype, device=z.device)
+        counts = v * torch.zeros_like(ones).index_put((where,), ones, accumulate=True)[where]
         own = torch.ones_like(counts)
     dots = (rows * sums).sum(2) - own * rows.square().sum(2)  # [V, N]
     counts = counts - own
@@ -201,11 +202,11 @@ def info_nce(
 
     Args:
         query, positive: [N, D] each.
-        negatives: [K, D], for example a queue. Constants unless they require a gradient; constants may be changed in place
-            before backward, as nothing of them is kept.
+        negatives: [K, D], for example a queue. Constants unless they require a gradient; constants may be changed in
+            place before backward, as nothing of them is kept.
         temperature: what the cosines are divided by.
-        label_offset: row `label_offset + i` of `negatives` is query i's own positive and doesn't count twice. So candidates
-            gathered from all ranks, or a shard of them, can be given as they are (MoCo v3: rank * N).
+        label_offset: row `label_offset + i` of `negatives` is query i's own positive and doesn't count twice. So
+            candidates gathered from all ranks, or a shard of them, can be given as they are (MoCo v3: rank * N).
 
     Returns:
         0-dim float32 (float64 for float64 inputs).
@@ -225,7 +226,8 @@ def info_nce(
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
-    """[N] int64: for each row of `query` [N, D] the row of `bank` [K, D] of the highest cosine (NNCLR, arXiv 2104.14548)."""
+    """[N] int64: for each row of `query` [N, D] the row of `bank` [K, D] of the highest cosine (NNCLR, arXiv
+    2104.14548)."""
     contract = "query must be [N, D] and bank [K, D]"
     check.matrices("nearest_neighbors", contract, query, bank, same=False)
     if query.shape[1] != bank.shape[1]:

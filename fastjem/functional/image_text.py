@@ -24,7 +24,8 @@ def clip_loss(x: Tensor, y: Tensor, logit_scale: Tensor | float, *, group: dist.
 
     Args:
         x, y: [N, D] each, pair by pair, as given: open_clip's convention is that they are normalised already.
-        logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter); 0-dim, with its gradient.
+        logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter); 0-dim, with its
+            gradient.
         group: as for `nt_xent`.
 
     Returns:

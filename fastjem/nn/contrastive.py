@@ -1,4 +1,5 @@
-"""Contrastive losses as modules: lightly's names, arguments and defaults; open_clip's for image-text pairs; SupCon's authors'."""
+"""Contrastive losses as modules: lightly's names, arguments and defaults; open_clip's for image-text pairs;
+SupCon's authors'."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,8 +16,8 @@ from fastjem.nn.memory_bank import MemoryBankModule, default_group
 def _needs_distributed(gather_distributed: bool) -> None:
     if gather_distributed and not dist.is_available():
         raise ValueError(
-            "gather_distributed is True but torch.distributed is not available. Please set gather_distributed=False or install "
-            "a torch version with distributed support."
+            "gather_distributed is True but torch.distributed is not available. Please set gather_distributed=False "
+            "or install a torch version with distributed support."
         )
 
 
@@ -139,8 +140,9 @@ class SupConLoss(nn.Module):
 class ClipLoss(nn.Module):
     """CLIP's loss with open_clip's arguments: `fastjem.functional.clip_loss`.
 
-    With `world_size` > 1 it is the loss of the global batch on every rank, its gradient exact after DistributedDataParallel's
-    averaging, and no rank ever holds all features; so `local_loss`, `gather_with_grad` and `cache_labels` change nothing.
+    With `world_size` > 1 it is the loss of the global batch on every rank, its gradient exact after
+    DistributedDataParallel's averaging, and no rank ever holds all features; so `local_loss`, `gather_with_grad` and
+    `cache_labels` change nothing.
     """
 
     def __init__(
@@ -175,8 +177,8 @@ class ClipLoss(nn.Module):
 class SigLipLoss(nn.Module):
     """SigLIP's loss with open_clip's arguments: `fastjem.functional.siglip_loss`.
 
-    With `world_size` > 1 it is the loss of the global batch; how ranks exchange features (`dist_impl`, `bidir`) and in which
-    chunks (`chunk_size`) is decided inside.
+    With `world_size` > 1 it is the loss of the global batch; how ranks exchange features (`dist_impl`, `bidir`) and
+    in which chunks (`chunk_size`) is decided inside.
     """
 
     def __init__(

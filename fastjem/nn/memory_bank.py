@@ -19,8 +19,8 @@ def default_group(gather_distributed: bool) -> dist.ProcessGroup | None:
 class MemoryBankModule(nn.Module):
     """A queue of the last `size[0]` rows that were enqueued, at first random ones of unit length.
 
-    Unlike lightly's it is in the state_dict (a resumed run goes on with it), loses no rows where it wraps around, keeps its
-    pointer on the device, and is copied only by a `forward` that enqueues.
+    Unlike lightly's it is in the state_dict (a resumed run goes on with it), loses no rows where it wraps around,
+    keeps its pointer on the device, and is copied only by a `forward` that enqueues.
 
     Args:
         size: (number of rows, dimension), or 0: no memory bank.
@@ -38,12 +38,13 @@ class MemoryBankModule(nn.Module):
             raise ValueError(f"Illegal memory bank size {size}, all entries must be non-negative.")
         if isinstance(size, int) and size > 0:
             raise ValueError(
-                f"Memory bank size 'size={size}' does not specify the feature dimension. Set it with 'size=({size}, dim)', or "
-                "pass 'size=0' to disable the memory bank."
+                f"Memory bank size 'size={size}' does not specify the feature dimension. Set it with "
+                f"'size=({size}, dim)', or pass 'size=0' to disable the memory bank."
             )
         if self.size != (0,) and len(self.size) != 2:
             raise ValueError(
-                f"Illegal memory bank size {size}, expected a (num_features, dim) tuple, or 'size=0' to disable the memory bank."
+                f"Illegal memory bank size {size}, expected a (num_features, dim) tuple, or 'size=0' "
+                "to disable the memory bank."
             )
         self.gather_distributed = gather_distributed
         self.feature_dim_first = feature_dim_first
@@ -52,8 +53,11 @@ class MemoryBankModule(nn.Module):
         self.register_buffer("bank", bank, persistent=used)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=used)
 
-    def forward(self, output: Tensor, labels: Tensor | None = None, update: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The output, and the bank as it was before the update: a view, or with `update` a copy. `labels` is ignored."""
+    def forward(
+        self, output: Tensor, labels: Tensor | None = None, update: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and the bank as it was before the update: a view, or with `update` a copy. `labels` is
+        ignored."""
         if self.size[0] == 0:
             return output, None
         bank = self.bank

@@ -31,13 +31,13 @@ SCHEMAS = {
     "negative_cosine": "(Tensor p, Tensor z, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "nt_xent": "(Tensor rows, Tensor candidates, int offset, float temperature, bool decoupled, bool normalize)"
     " -> (Tensor, Tensor)",
-    "nt_xent_backward": "(Tensor rows, Tensor candidates, Tensor rows_lse, Tensor candidates_lse, Tensor? weights, int offset,"
-    " float temperature, bool decoupled, bool normalize) -> Tensor",
+    "nt_xent_backward": "(Tensor rows, Tensor candidates, Tensor rows_lse, Tensor candidates_lse, Tensor? weights,"
+    " int offset, float temperature, bool decoupled, bool normalize) -> Tensor",
     "info_nce": "(Tensor query, Tensor positive, Tensor negatives, int offset, float temperature, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
     "clip_loss": "(Tensor x, Tensor y, Tensor logit_scale, int offset) -> (Tensor, Tensor, Tensor)",
-    "clip_loss_backward": "(Tensor x, Tensor y, Tensor logit_scale, Tensor x_lse, Tensor y_lse, int offset, bool[] wanted)"
-    " -> (Tensor[], Tensor)",
+    "clip_loss_backward": "(Tensor x, Tensor y, Tensor logit_scale, Tensor x_lse, Tensor y_lse, int offset,"
+    " bool[] wanted) -> (Tensor[], Tensor)",
     "siglip_loss": "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, int offset, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor, Tensor)",
     "nearest_neighbors": "(Tensor query, Tensor bank) -> Tensor",
