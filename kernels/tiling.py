@@ -46,3 +46,20 @@ def negative_cosine(width: int, compute: torch.dtype) -> dict | None:
 
 def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
+
+
+# Covariance losses
+-----------------------------------------------------------------------------------------------------
+
+
+def columns(dtype: torch.dtype) -> dict:
+    """16 columns a program: 64 bytes of float32, two whole sectors, and 32 programs for D = 512."""
+    return {"ROWS": 128 if dtype == torch.float32 else 64, "COLUMNS": 16, "num_warps": 4}
+
+
+def vicreg() -> dict:
+    return {"ROWS": 4, "COLUMNS": 512, "num_warps": 4}
+
+
+def dot() -> dict:
+    return {"BLOCK": 4096, "num_warps": 4}

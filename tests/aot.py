@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
-from fastjem.kernels import cross_entropy, ema_update, launch, negative_cosine, rescale
+from fastjem.kernels import barlow_twins, cross_entropy, ema_update, launch, negative_cosine, rescale, vicreg
 from triton.backends.compiler import GPUTarget
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program. Triton compiles programs that want more.
@@ -163,6 +163,17 @@ def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple
     return Case("negative_cosine", f"N x {d}" + ("" if all(wanted) else " p only"), dtype, call, vectors)
 
 
+def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
+    def call() -> None:
+        z0, z1 = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(n, d, dtype=DTYPES[dtype])
+        if op == "barlow_twins":
+            barlow_twins.barlow_twins(z0, z1, 5e-3, [True, True])
+        else:
+            vicreg.vicreg(z0, z1, 25.0, 25.0, 1.0, 1e-4, [True, True])
+
+    return Case(op, f"{n} x {d}", dtype, call)
+
+
 CASES = [
     _rescale(5000, "bf16", (4, 4)),
     _rescale(5000, "fp32", (4, 4)),
@@ -190,6 +201,11 @@ CASES = [
     _negative_cosine(2048, "bf16", (4, 4)),
     _negative_cosine(8192, "fp32", (8, 8)),
     _negative_cosine(65_536, "fp32", (8, 4)),
+    _covariance("barlow_twins", 64, 512, "fp32"),
+    _covariance("barlow_twins", 64, 512, "bf16"),
+    _covariance("vicreg", 64, 512, "fp32"),
+    _covariance("vicreg", 64, 512, "bf16"),
+    _covariance("vicreg", 64, 67, "fp64"),
 ]
 
 

@@ -97,6 +97,8 @@ def test_delicate_inputs(op, change, n, d, implementation, poisoned):
 @pytest.mark.parametrize("n, d", [(16, 40), (40, 16)])
 def test_half_precision_is_rounded_once(op, dtype, n, d, implementation, poisoned):
     """The oracle sees the same half-precision inputs: only the gradient is rounded."""
+    if dtype == torch.bfloat16 and implementation.name == "triton" and implementation.device == "cpu":
+        pytest.skip("the interpreter rounds bfloat16 towards zero")
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(n, d, generator=g).to(dtype).float() for _ in range(2)]
     loss, gradients = run(getattr(F, op), inputs, dtype, implementation.device)
