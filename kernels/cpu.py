@@ -49,9 +49,9 @@ def cross_entropy(
     )
     scale = 1 / counted if counted else float("inf")
     return (
-        torch.tensor(total / counted if counted else float("nan"), dtype=dtype),
+        torch.full((), total / counted if counted else float("nan"), dtype=dtype),
         [gradient],
-        torch.tensor(scale, dtype=dtype),
+        torch.full((), scale, dtype=dtype),
     )
 
 
@@ -71,4 +71,4 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         *map(_address, gradients),
         torch.get_num_threads(),
     )
-    return torch.tensor(total / len(p), dtype=dtype), gradients, torch.tensor(1 / len(p), dtype=dtype)
+    return torch.full((), total / len(p), dtype=dtype), gradients, torch.full((), 1 / len(p), dtype=dtype)

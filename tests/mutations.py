@@ -70,7 +70,7 @@ def run(mutation: Mutation, folder: Path, interpreter: bool = False) -> subproce
         _replace(package / mutation.file, mutation)
     where = "c++" if mutation.file.startswith("csrc/") else "interpreter" if interpreter else "reference"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    command += ["-k", f"{mutation.op} and {where} and (value or update or layouts)"]
+    command += ["-k", f"{mutation.op} and {where} and (value or contiguous or update or layouts)"]
     command += ["-m", "interpreter"] if interpreter else []
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

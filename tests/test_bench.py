@@ -12,7 +12,7 @@ import torch
 
 import fastjem.functional as F
 from fastjem.bench import cases as all_cases
-from fastjem.bench import clocks, main, report, run, timing
+from fastjem.bench import clocks, machine, main, report, run, timing
 from fastjem.bench.case import Case, Draw
 from fastjem.bench.clocks import Step, WallClock, copied
 from fastjem.bench.machine import Ceilings, slug
@@ -378,6 +378,15 @@ def test_losses_are_shown():
 )
 def test_seconds(value, shown):
     assert report.seconds(value) == shown
+
+
+def test_waiting_for_an_idle_machine(monkeypatch):
+    """Ticks of the CPUs and the idle ones among them: busy for two seconds, then idle."""
+    ticks = iter([(0, 0), (200, 20), (200, 20), (400, 150), (400, 150), (600, 345)])
+    monkeypatch.setattr(machine, "_cpu_times", lambda: next(ticks))
+    monkeypatch.setattr(machine.time, "sleep", lambda _: None)
+    assert machine.wait_until_idle(60) and next(ticks, None) is None
+    assert not machine.wait_until_idle(0)
 
 
 def test_slug():

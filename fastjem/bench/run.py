@@ -52,6 +52,7 @@ def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], 
     described, run = machine.describe(device), machine.now()
     run["options"] = {key: getattr(options, key) for key in ("filter", "dtype", "rounds", "quick", "full")}
     _say("measuring copy bandwidth and matrix products ...")
+    machine.wait_until_idle(options.wait)
     ceilings = machine.ceilings(device)
     run["ceilings"] = {"copy": {str(size): rate for size, rate in ceilings.copy.items()}, "matmul": ceilings.matmul}
     rows, budget = [], QUICK_BUDGET if options.quick else BUDGET
@@ -63,6 +64,7 @@ def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], 
                 torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
         try:
             for i, case in enumerate(chosen, 1):
+                machine.wait_until_idle(options.wait)
                 start = time.perf_counter()
                 rows.append(measure(case, device, ceilings, compiled, options.rounds, budget) | {"run": run["date"]})
                 _say(f"[{i}/{len(chosen)}] {case.name}: {time.perf_counter() - start:.1f} s")
@@ -181,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="short and without torch.compile: does everything run?")
     add("--full", action="store_true", help="slow and less usual cases too")
     add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--wait", type=float, default=0, metavar="S", help="before each case wait at most so long for an idle machine")
     add("--out", metavar="DIR", help="write DIR/<machine>.json and .md; other cases' rows in them stay")
     add("--list", action="store_true", help="print the names of the cases, run nothing")
     return parser
