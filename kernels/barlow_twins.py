@@ -13,10 +13,11 @@ def barlow_twins(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
     lambda_param: float,
+    statistics: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if z0.dtype not in launch.DTYPES:
-        return reference.barlow_twins(z0, z1, lambda_param, wanted)
+        return reference.barlow_twins(z0, z1, lambda_param, statistics, wanted)
     n, d = z0.shape
     a, a_std, _ = columns.standardised(z0, 0, 1e-5, True)
     b, b_std, dots = columns.standardised(z1, 0, 1e-5, True, a)
@@ -31,6 +32,8 @@ def barlow_twins(
             total = columns.dot(cross, cross)
             diagonal = cross.diagonal().double() / n  # the same numbers as in the total, which they are taken from
         loss = (diagonal - 1).square().sum() + lambda_param * (total / n**2 - diagonal.square().sum())
+        rank = ((diagonal.sum() * n).square() / total).expand(2, 1)
+        health = torch.cat([torch.stack([a_std, b_std]), rank], 1) if statistics else None
         weights = ((1 - lambda_param) * diagonal - 1).to(a.dtype)
         factor = torch.full((), lambda_param / n, dtype=a.dtype, device=a.device)
         gradients = [torch.empty((0,), dtype=z.dtype, device=z.device) for z in (z0, z1)]
@@ -41,4 +44,6 @@ def barlow_twins(
             product = squares[i] @ own if n < d else other @ squares[i]
             gradients[i] = product if z.dtype == product.dtype else torch.empty((n, d), dtype=z.dtype, device=z.device)
             columns.through_standardise(product, own, other, weights, std, factor, gradients[i])
+    if statistics:
+        gradients.append(health.to(a.dtype))
     return loss.to(a.dtype), gradients, torch.full((), 2 / n, dtype=a.dtype, device=a.device)

@@ -48,8 +48,7 @@ def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
 
 
-# Covariance losses
------------------------------------------------------------------------------------------------------
+# Covariance losses ----------------------------------------------------------------------------------------------------
 
 
 def columns(dtype: torch.dtype) -> dict:

@@ -64,20 +64,24 @@ def vicreg(
     mu_param: float,
     nu_param: float,
     eps: float,
+    statistics: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if z0.dtype not in launch.DTYPES:
-        return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, wanted)
+        return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, statistics, wanted)
     (n, d), z0, z1 = z0.shape, launch.rows(z0), launch.rows(z1)
     compute = launch.compute_dtype(z0.dtype)
-    loss, sides, gradients = 0.0, [], []
+    loss, sides, gradients, health = 0.0, [], [], []
     for z, want in zip((z0, z1), wanted, strict=True):
         centred, std, _ = columns.standardised(z, 1, eps, False)
         std = std.double()
         with columns.products_of(n, d):
             square = centred @ centred.T if n < d else centred.T @ centred
             diagonal = (std.square() - eps) * (n - 1) if n < d else square.diagonal().double()
-            off_diagonal = columns.dot(square, square) - diagonal.square().sum()
+            total = columns.dot(square, square)
+            off_diagonal = total - diagonal.square().sum()
+            if statistics:
+                health.append(torch.cat([std, (diagonal.sum().square() / total)[None]]))
             loss = loss + mu_param / 2 * (1 - std).relu().mean() + nu_param / (n - 1) ** 2 / d * off_diagonal
             if not want:
                 sides += [None] * 4
@@ -112,4 +116,6 @@ def vicreg(
         device_of=z0,
     )
     loss = loss + lambda_param / (n * d) * sums.double().sum()
+    if statistics:
+        gradients.append(torch.stack(health).to(compute))
     return loss.to(compute), gradients, torch.full((), 1 / (n * d), dtype=compute, device=z0.device)
