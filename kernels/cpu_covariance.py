@@ -63,10 +63,10 @@ def _product_memory(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 def barlow_twins(
-    z0: Tensor, z1: Tensor, lambda_param: float, wanted: list[bool]
+    z0: Tensor, z1: Tensor, lambda_param: float, statistics: bool, wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if z0.dtype not in DTYPES:
-        return reference.barlow_twins(z0, z1, lambda_param, wanted)
+        return reference.barlow_twins(z0, z1, lambda_param, statistics, wanted)
     z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape
     a, a_std, _ = _standardised(z0, n, 1e-5, True)
     b, b_std, diagonal = _standardised(z1, n, 1e-5, True, a)
@@ -81,6 +81,8 @@ def barlow_twins(
     off_diagonal = total / n**2 - diagonal.square().sum()
     loss = (diagonal - 1).square().sum() + lambda_param * off_diagonal
 
+    rank = ((diagonal.sum() * n).square() / total).expand(2, 1)
+    health = torch.cat([torch.stack([a_std, b_std]), rank], 1) if statistics else None
     weights = (1 - lambda_param) * diagonal - 1
     gradients = [_gradient(z0, wanted[0]), _gradient(z1, wanted[1])]
     sides = ((z0, a, a_std, b), (z1, b, b_std, a))
@@ -105,24 +107,36 @@ def barlow_twins(
             _address(gradients[i]),
             torch.get_num_threads(),
         )
+    if statistics:
+        gradients.append(health.to(dtype))
     return loss.to(dtype), gradients, torch.tensor(2 / n, dtype=dtype)
 
 
 def vicreg(
-    z0: Tensor, z1: Tensor, lambda_param: float, mu_param: float, nu_param: float, eps: float, wanted: list[bool]
+    z0: Tensor,
+    z1: Tensor,
+    lambda_param: float,
+    mu_param: float,
+    nu_param: float,
+    eps: float,
+    statistics: bool,
+    wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if z0.dtype not in DTYPES:
-        return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, wanted)
+        return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, statistics, wanted)
     z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape
     gradients = [_gradient(z0, wanted[0]), _gradient(z1, wanted[1])]
-    loss, views, kept = 0.0, [], []
+    loss, views, kept, health = 0.0, [], [], []
     for z, gradient in zip((z0, z1), gradients, strict=True):
         centred, std, _ = _standardised(z, n - 1, eps, False)
         diagonal = (std.square() - eps) * (n - 1)
         square = _symmetric(centred if n < d else centred.T)
         if n >= d:
             diagonal = square.diagonal().double()
-        off_diagonal = _dot(square, square) - diagonal.square().sum()
+        total = _dot(square, square)
+        off_diagonal = total - diagonal.square().sum()
+        if statistics:
+            health.append(torch.cat([std, (diagonal.sum().square() / total)[None]]))
         loss = loss + mu_param / 2 * (1 - std).relu().mean() + nu_param / (n - 1) ** 2 / d * off_diagonal
         if not gradient.numel():
             views.append((0, 0, 0, 0))
@@ -150,4 +164,6 @@ def vicreg(
         torch.get_num_threads(),
     )
     loss = loss + lambda_param * distances / (n * d)
+    if statistics:
+        gradients.append(torch.stack(health).to(dtype))
     return loss.to(dtype), gradients, torch.tensor(1 / (n * d), dtype=dtype)

@@ -184,12 +184,14 @@ def barlow_twins(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
     lambda_param: float,
+    statistics: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230,
     equation 1.
 
-    Batch norm without affine part: biased variance, eps = 1e-5.
+    Batch norm without affine part: biased variance, eps = 1e-5. `statistics` come last, [2, D + 1]: the columns'
+    standard deviations (with eps) of each view, then the participation ratio of C, `(sum_i C_ii)^2 / ||C||^2`.
     """
     n, d = z0.shape
 
@@ -208,6 +210,10 @@ def barlow_twins(
         through_batch_norm(b @ weighted.T, a, a_std).to(z0.dtype) if wanted[0] else _empty(z0),
         through_batch_norm(a @ weighted, b, b_std).to(z1.dtype) if wanted[1] else _empty(z1),
     ]
+    if statistics:
+        correlation = difference + identity
+        rank = correlation.trace().square() / correlation.square().sum()
+        gradients.append(torch.cat([torch.stack([a_std, b_std]), rank.expand(2, 1)], 1))
     return (difference * weighted).sum(), gradients, _scale(z0, 2 / n)
 
 
@@ -218,32 +224,38 @@ def vicreg(
     mu_param: float,
     nu_param: float,
     eps: float,
+    statistics: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's
     factor 1/2 on v.
 
     v = mean_d relu(1 - sqrt(var + eps)), c = sum_{i != j} cov_ij^2 / D, both with N - 1 in the denominator.
+    `statistics` come last, [2, D + 1]: the columns' standard deviations (with eps) of each view, then the participation
+    ratio of its covariance's spectrum, `(sum_i cov_ii)^2 / ||cov||^2`.
     """
     n, d = z0.shape
     a, b = widen(z0), widen(z1)
 
-    def regularise(x: Tensor) -> tuple[Tensor, Tensor]:
+    def regularise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centred = x - x.mean(0)
         std = (x.var(0) + eps).sqrt()  # [D]
         covariance = centred.T @ centred / (n - 1)
+        rank = covariance.trace().square() / covariance.square().sum()
         covariance = covariance - covariance.diag().diag()
         loss = mu_param * (1 - std).relu().mean() / 2 + nu_param * covariance.square().sum() / d
-        variance_part = -mu_param / 2 * (std < 1) / std * centred
-        return loss, (variance_part + 4 * nu_param * centred @ covariance) * (n / (n - 1))
+        variance_part = (std < 1) / std * (-mu_param / 2) * centred
+        return loss, (variance_part + 4 * nu_param * centred @ covariance) * (n / (n - 1)), torch.cat([std, rank[None]])
 
-    (a_loss, a_gradient), (b_loss, b_gradient) = regularise(a), regularise(b)
+    (a_loss, a_gradient, a_health), (b_loss, b_gradient, b_health) = regularise(a), regularise(b)
     difference = 2 * lambda_param * (a - b)
     loss = lambda_param * (a - b).square().mean() + a_loss + b_loss
     gradients = [
         (a_gradient + difference).to(z0.dtype) if wanted[0] else _empty(z0),
         (b_gradient - difference).to(z1.dtype) if wanted[1] else _empty(z1),
     ]
+    if statistics:
+        gradients.append(torch.stack([a_health, b_health]))
     return loss, gradients, _scale(z0, 1 / (n * d))
 
 

@@ -87,3 +87,19 @@ def similarity_backward(width: int, dtype: torch.dtype, sigmoid: bool = False) -
 def unit_rows(width: int) -> dict:
     block = max(16, _next_power_of_2(width))
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
+
+
+# Covariance losses ----------------------------------------------------------------------------------------------------
+
+
+def columns(dtype: torch.dtype) -> dict:
+    """16 columns a program: 64 bytes of float32, two whole sectors, and 32 programs for D = 512."""
+    return {"ROWS": 128 if dtype == torch.float32 else 64, "COLUMNS": 16, "num_warps": 4}
+
+
+def vicreg() -> dict:
+    return {"ROWS": 4, "COLUMNS": 512, "num_warps": 4}
+
+
+def dot() -> dict:
+    return {"BLOCK": 4096, "num_warps": 4}

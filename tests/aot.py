@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import triton
 from fastjem.kernels import (
+    barlow_twins,
     clip_loss,
     cross_entropy,
     ema_update,
@@ -30,6 +31,7 @@ from fastjem.kernels import (
     nt_xent,
     rescale,
     siglip_loss,
+    vicreg,
 )
 from triton.backends.compiler import GPUTarget
 
@@ -216,6 +218,17 @@ def _nearest_neighbors(d: int, dtype: str) -> Case:
     return Case("nearest_neighbors", f"N x K x {d}", dtype, call, wgmma=True)
 
 
+def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
+    def call() -> None:
+        z0, z1 = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(n, d, dtype=DTYPES[dtype])
+        if op == "barlow_twins":
+            barlow_twins.barlow_twins(z0, z1, 5e-3, True, [True, True])
+        else:
+            vicreg.vicreg(z0, z1, 25.0, 25.0, 1.0, 1e-4, True, [True, True])
+
+    return Case(op, f"{n} x {d}", dtype, call)
+
+
 CASES = [
     _nt_xent(128, "bf16"),
     _nt_xent(256, "bf16"),
@@ -251,6 +264,11 @@ CASES = [
     _negative_cosine(2048, "bf16", (4, 4)),
     _negative_cosine(8192, "fp32", (8, 8)),
     _negative_cosine(65_536, "fp32", (8, 4)),
+    _covariance("barlow_twins", 64, 512, "fp32"),
+    _covariance("barlow_twins", 64, 512, "bf16"),
+    _covariance("vicreg", 64, 512, "fp32"),
+    _covariance("vicreg", 64, 512, "bf16"),
+    _covariance("vicreg", 64, 67, "fp64"),
 ]
 
 

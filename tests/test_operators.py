@@ -41,8 +41,8 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             None,
             [True, True, False],
         ),
-        "barlow_twins": (x(4, 7), x(4, 7), 5e-3, [True, True]),
-        "vicreg": (x(4, 7), x(4, 7), 25.0, 25.0, 1.0, 1e-4, [True, True]),
+        "barlow_twins": (x(4, 7), x(4, 7), 5e-3, True, [True, True]),
+        "vicreg": (x(4, 7), x(4, 7), 25.0, 25.0, 1.0, 1e-4, True, [True, False]),
     }
 
 

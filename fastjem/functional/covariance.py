@@ -11,7 +11,12 @@ from fastjem.ops.autograd import one_pass
 
 
 def barlow_twins(
-    z0: Tensor, z1: Tensor, *, lambda_param: float = 5e-3, group: dist.ProcessGroup | None = None
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    lambda_param: float = 5e-3,
+    group: dist.ProcessGroup | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """Barlow Twins' redundancy reduction (Zbontar et al. 2021, arXiv 2103.03230, equation 1).
 
@@ -22,6 +27,8 @@ def barlow_twins(
         z0, z1: [N, D] each, two views of N images, N >= 2.
         lambda_param: weight of the off-diagonal.
         group: the process group over whose global batch the statistics are taken (batches may be uneven).
+        statistics: [2, D + 1], filled on the way: of each view the standard deviation of every dimension, then the
+            effective rank of the correlation C, `(sum_i C_ii)^2 / ||C||^2` (D when nothing is redundant, 1 at collapse).
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
@@ -29,7 +36,7 @@ def barlow_twins(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    return _covariance_loss("barlow_twins", z0, z1, group, float(lambda_param))
+    return _covariance_loss("barlow_twins", z0, z1, group, statistics, float(lambda_param))
 
 
 def vicreg(
@@ -42,6 +49,7 @@ def vicreg(
     eps: float = 1e-4,
     variance_factor: float = 0.5,
     group: dist.ProcessGroup | None = None,
+    statistics: Tensor | None = None,
 ) -> Tensor:
     """VICReg: invariance, variance, covariance (Bardes et al. 2022, arXiv 2105.04906, equation 6).
 
@@ -54,6 +62,9 @@ def vicreg(
         eps: added to the variance.
         variance_factor: 0.5 as in the official code (and lightly's), 1 as in the paper (and solo-learn's).
         group: the process group over whose global batch the statistics are taken (batches may be uneven).
+        statistics: [2, D + 1], filled on the way: of each view the standard deviation of every dimension (with
+            eps), then the effective rank of its covariance, `(sum_i cov_ii)^2 / ||cov||^2` (D when nothing is redundant, 1 at
+            collapse).
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
@@ -62,7 +73,7 @@ def vicreg(
         ValueError: for other shapes or dtypes, and for N = 1.
     """
     mu = 2.0 * variance_factor * mu_param  # the operator halves it
-    return _covariance_loss("vicreg", z0, z1, group, float(lambda_param), mu, float(nu_param), float(eps))
+    return _covariance_loss("vicreg", z0, z1, group, statistics, float(lambda_param), mu, float(nu_param), float(eps))
 
 
 def tico(
@@ -113,12 +124,20 @@ def tico(
     return of_global_batch(loss_of, group, z0, z1), updated[0]
 
 
-def _covariance_loss(op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, *arguments: float) -> Tensor:
+def _covariance_loss(
+    op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, statistics: Tensor | None, *arguments: float
+) -> Tensor:
     check.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
+    if statistics is not None:
+        wanted = (2, z0.shape[1] + 1)
+        if statistics.shape != wanted or not statistics.is_floating_point() or statistics.requires_grad:
+            came = f"{tuple(statistics.shape)} {statistics.dtype}"
+            check.fail(op, f"statistics must be [2, {wanted[1]}], floating-point, without gradient", came)
+        check.one_device(op, (z0, statistics))
 
     def loss_of(a: Tensor, b: Tensor) -> Tensor:
         if len(a) < 2:
             check.fail(op, "z0 and z1 must have N >= 2 rows, as their variance is needed", f"N = {len(a)}")
-        return one_pass(op, (a, b), *arguments)
+        return one_pass(op, (a, b), *arguments, statistics is not None, statistics=statistics)
 
     return of_global_batch(loss_of, group, *check.common(z0, z1))

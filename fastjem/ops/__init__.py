@@ -48,9 +48,10 @@ SCHEMAS = {
     "prototype_cross_entropy": "(Tensor[] student, Tensor[] teacher, float student_temperature,"
     " float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
-    "barlow_twins": "(Tensor z0, Tensor z1, float lambda_param, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
-    "vicreg": "(Tensor z0, Tensor z1, float lambda_param, float mu_param, float nu_param, float eps, bool[] wanted)"
+    "barlow_twins": "(Tensor z0, Tensor z1, float lambda_param, bool statistics, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
+    "vicreg": "(Tensor z0, Tensor z1, float lambda_param, float mu_param, float nu_param, float eps,"
+    " bool statistics, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
 }
 
 LIBRARY = torch.library.Library("fastjem", "DEF")
