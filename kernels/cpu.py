@@ -38,7 +38,8 @@ def _flat(*tensors: Tensor) -> bool:
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
     if gradient.dtype not in DTYPES or not _flat(gradient):
         return reference.rescale_(gradient, factor)
-    _C.rescale(DTYPES[gradient.dtype], _address(gradient), gradient.numel(), factor.item(), torch.get_num_threads())
+    if (by := factor.item()) != 1:
+        _C.rescale(DTYPES[gradient.dtype], _address(gradient), gradient.numel(), by, torch.get_num_threads())
 
 
 def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
@@ -93,3 +94,15 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         torch.get_num_threads(),
     )
     return torch.tensor(total / len(p), dtype=dtype), gradients, torch.tensor(1 / len(p), dtype=dtype)
+
+
+# Prototypes: last, because that module needs the helpers above -------------------------------------------------------------
+
+from fastjem.kernels.cpu_prototypes import (  # noqa: E402, F401
+    prototype_cross_entropy,
+    prototype_head_cross_entropy,
+    sinkhorn,
+    sinkhorn_bias,
+    sinkhorn_codes,
+    sinkhorn_step,
+)

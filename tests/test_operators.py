@@ -26,7 +26,15 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "sinkhorn_step": (x(4, 7), x(7), 0.05),
         "sinkhorn_bias": (x(4, 7), 0.05, 3, False),
         "sinkhorn": (x(4, 7), 0.05, 3, True, torch.bfloat16),
-        "prototype_cross_entropy": ([x(4, 7)] * 3, [x(4, 7)] * 2, 0.1, 0.04, x(7), "different", None, [True, True, False]),
+        "sinkhorn_codes": (x(4, 7), x(7), 0.05, torch.float32),
+        "prototype_cross_entropy": (
+            [x(4, 7)] * 3, [x(4, 7)] * 2, 0.1, 0.04, x(7), "different", None, True, [True, True, False],
+        ),
+        "prototype_head_cross_entropy": (
+            [x(4, 5), x(4, 5), x(7, 5)], [x(4, 5)] * 2, x(7, 5), 0.1, 0.04, x(2, 7), "all", x(4).abs(), [True, False, True],
+        ),
+        "mean_entropy": ([x(4, 7)] * 2, 0.1, None, None, [True, True]),
+        "koleo": (x(9, 7), 2.0, 1e-8, [True]),
         "barlow_twins": (x(4, 7), x(4, 7), 5e-3, [True, True]),
         "vicreg": (x(4, 7), x(4, 7), 25.0, 25.0, 1.0, 1e-4, [True, True]),
     }
