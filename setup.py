@@ -7,6 +7,7 @@ installs all the same and computes with plain torch (`fastjem doctor` says so).
 import shutil
 import sys
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
@@ -23,6 +24,16 @@ class CleanBuild(build_py):
 
 
 class OptionalExtension(build_ext):
+    """Where the build fails nothing is left of an earlier one, which would not fit the sources any more."""
+
+    def run(self) -> None:
+        in_place, name = self.inplace, Path(self.get_ext_filename(extension.name))
+        built = self.build_lib / name
+        built.unlink(missing_ok=True)
+        super().run()
+        if in_place and not built.exists():
+            Path("kernels", name.name).unlink(missing_ok=True)
+
     def warn(self, msg: str) -> None:
         super().warn(f"{msg} (the package works without it, and slower: plain torch computes instead of C++)")
 

@@ -1,7 +1,7 @@
-"""Implementations of fastjem's operators: plain torch (`reference`), C++ on the CPU (`cpu`), Triton on CUDA (one file per op).
+"""fastjem's operators: plain torch (`reference`), C++ on the CPU (`cpu`), Triton on CUDA (one file per operator).
 
-This package knows nothing of the rest of fastjem and is reached through `fastjem.ops`. Its folder stands at the root of the
-repository, yet it is importable only as `fastjem.kernels`.
+This package knows nothing of the rest of fastjem and is reached through `fastjem.ops`. Its folder stands at the root
+of the repository, yet it is importable only as `fastjem.kernels`.
 """
 
 if __name__ != "fastjem.kernels":

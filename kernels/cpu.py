@@ -4,9 +4,8 @@ Tensors of any layout are taken; rows that aren't dense are copied. Without a na
 """
 
 import torch
-from torch import Tensor
-
 from fastjem.kernels import _C, reference
+from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -74,7 +73,11 @@ def cross_entropy(
         torch.get_num_threads(),
     )
     scale = 1 / counted if counted else float("inf")
-    return torch.tensor(total / counted if counted else float("nan"), dtype=dtype), [gradient], torch.tensor(scale, dtype=dtype)
+    return (
+        torch.full((), total / counted if counted else float("nan"), dtype=dtype),
+        [gradient],
+        torch.full((), scale, dtype=dtype),
+    )
 
 
 def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -93,6 +96,7 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         *map(_address, gradients),
         torch.get_num_threads(),
     )
+<<<<<<< HEAD
     return torch.tensor(total / len(p), dtype=dtype), gradients, torch.tensor(1 / len(p), dtype=dtype)
 
 
@@ -106,3 +110,6 @@ from fastjem.kernels.cpu_prototypes import (  # noqa: E402, F401
     sinkhorn_codes,
     sinkhorn_step,
 )
+=======
+    return torch.full((), total / len(p), dtype=dtype), gradients, torch.full((), 1 / len(p), dtype=dtype)
+>>>>>>> main

@@ -1,15 +1,15 @@
 """The specification: every operator in a few lines of plain torch.
 
-Each function is the fallback where no faster implementation exists, the fake kernel that torch.compile traces, the oracle of
-the tests (run in float64) and the baseline of the benchmarks. It is written to be read, not to be fast.
+Each function is the fallback where no faster implementation exists, the fake kernel that torch.compile traces, the
+oracle of the tests (run in float64) and the baseline of the benchmarks. It is written to be read, not to be fast.
 
 Conventions
 -----------
-* Arithmetic is in float32, or in float64 where the inputs are float64; losses come out 0-dim in that dtype, gradients in the
-  dtype of their input.
-* A loss whose gradient can be had in the same pass returns `(loss, gradients, scale)`: one gradient per differentiable input,
-  empty where `wanted` says no. Gradients are *unscaled*: the gradient of the loss is `scale * gradient`. The scale (1/N, 1/tau)
-  is applied in backward in float32, because float16 gradients that carry it vanish.
+* Arithmetic is in float32, or in float64 where the inputs are float64; losses come out 0-dim in that dtype, gradients
+  in the dtype of their input.
+* A loss whose gradient can be had in the same pass returns `(loss, gradients, scale)`: one gradient per differentiable
+  input, empty where `wanted` says no. Gradients are *unscaled*: the gradient of the loss is `scale * gradient`. The
+  scale (1/N, 1/tau) is applied in backward in float32, because float16 gradients that carry it vanish.
 * A loss that needs a second pass is two operators, `name` and `name_backward`.
 * Shapes are checked by `fastjem.functional`, before an operator is called.
 
@@ -47,7 +47,7 @@ def _normalize_backward(gradient: Tensor, unit: Tensor, norm: Tensor, eps: float
     return (gradient - radial * (norm > eps)) / norm
 
 
-# Helpers of every loss and of the training step --------------------------------------------------------------------------
+# Helpers of every loss and of the training step ------------------------------------------------------
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
@@ -67,7 +67,7 @@ def cross_entropy(
     ignore_index: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index)`; a label outside [0, K) gives NaN."""
+    """`torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index)`; NaN for labels out of range."""
     counted = (labels != ignore_index)[:, None]  # [N, 1]
     valid = ((labels >= 0) & (labels < logits.shape[1]))[:, None]
     index = labels[:, None].where(valid, 0)
@@ -95,11 +95,11 @@ def negative_cosine(
     return loss, [p_gradient, z_gradient], _scale(p, 1 / len(p))
 
 
-# Contrastive losses ------------------------------------------------------------------------------------------------------
+# Contrastive losses ----------------------------------------------------------------------------------
 
 
 def _similarities(rows: Tensor, candidates: Tensor, offset: int, temperature: float):
-    """Cosines / temperature of every view of `rows` with all candidates, [V n, V N], and where each row meets itself."""
+    """Cosines / temperature of all `rows` with all candidates, [V n, V N], and where each row meets itself."""
     (v, n, d), total = rows.shape, candidates.shape[1]
     a, norm = _normalize(widen(rows).reshape(v * n, d))
     b, _ = _normalize(widen(candidates).reshape(v * total, d))
@@ -151,7 +151,7 @@ def info_nce(
     temperature: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows. MoCo, arXiv 1911.05722, eq. 1."""
+    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of unit rows. MoCo, 1911.05722, eq. 1."""
     (q, q_norm), (p, p_norm), (k, k_norm) = (_normalize(widen(x)) for x in (query, positive, negatives))
     logits = torch.cat([(q * p).sum(1, keepdim=True), q @ k.T], 1) / temperature  # [N, 1 + K]
     log_p = logits.log_softmax(1)
@@ -165,7 +165,93 @@ def info_nce(
     return -log_p[:, 0].mean(), gradients, _scale(query, 1 / (len(query) * temperature))
 
 
+<<<<<<< HEAD
 # Covariance losses -------------------------------------------------------------------------------------------------------
+=======
+# Prototypes ------------------------------------------------------------------------------------------
+
+
+def sinkhorn_step(
+    scores: Tensor,  # [B, K]
+    bias: Tensor | None,  # [K]; None: samples are not normalised before
+    epsilon: float,
+) -> Tensor:
+    """[K]: normalise samples, then sum each prototype: `logsumexp_i(s_ik + g_i)`, `g_i = -logsumexp_k(s_ik + f_k)`.
+
+    The next bias f is the negative of the result; over several ranks, of the logsumexp of their results.
+    """
+    scores = widen(scores) / epsilon
+    if bias is not None:
+        scores = scores - (scores + bias).logsumexp(1, keepdim=True)
+    return scores.logsumexp(0)
+
+
+def sinkhorn_bias(
+    scores: Tensor,  # [B, K]
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+) -> Tensor:
+    """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
+    bias = widen(scores).new_zeros(scores.shape[1]) if normalize_samples_first else None
+    for _ in range(iterations):
+        bias = -sinkhorn_step(scores, bias, epsilon)
+    return bias
+
+
+def sinkhorn(
+    scores: Tensor,  # [B, K]
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, K]: Q = exp(scores / epsilon), then `iterations` times: prototypes divided by their sums, samples by theirs.
+
+    SwAV, arXiv 2006.09882, section 3.1. Each row of the result sums to 1.
+    """
+    bias = sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
+    return (widen(scores) / epsilon + bias).softmax(1).to(dtype)
+
+
+def prototype_cross_entropy(
+    student: list[Tensor],  # S x [B, K]
+    teacher: list[Tensor],  # T x [B, K]
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,  # [K] or [T, K]
+    pairs: str,  # "different" | "same" | "all"
+    weights: Tensor | None,  # [B]
+    wanted: list[bool],  # one per student view
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias),
+    log_softmax(s / tau_s)>`.
+
+    SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
+    """
+    s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
+    t = widen(torch.stack(teacher)) / teacher_temperature  # [T, B, K]
+    if teacher_bias is not None:
+        t = t + (teacher_bias[None, None] if teacher_bias.dim() == 1 else teacher_bias[:, None])
+    same = torch.eye(len(s), len(t), dtype=s.dtype, device=s.device)
+    paired = {"different": 1 - same, "same": same, "all": torch.ones_like(same)}[pairs]  # [S, T]
+    matches = min(len(s), len(t))
+    count = {"different": len(s) * len(t) - matches, "same": matches, "all": len(s) * len(t)}[pairs]
+
+    targets = torch.einsum("st,tbk->sbk", paired, t.softmax(2))  # the sum of a view's targets
+    mass = paired.sum(1)[:, None, None]  # [S, 1, 1], how many they are
+    w = s.new_ones(s.shape[1]) if weights is None else weights.to(s.dtype)
+    scale = 1 / (w.sum() * count * student_temperature)
+    log_p = s.log_softmax(2)
+    loss = -(targets * log_p).sum((0, 2)).dot(w) * scale * student_temperature
+    gradients = (mass * log_p.exp() - targets) * w[:, None]  # [S, B, K]
+    # copies, as what an operator returns may not share memory
+    parts = zip(gradients, student, wanted, strict=True)
+    return loss, [g.to(x.dtype, copy=True) if k else _empty(x) for g, x, k in parts], scale
+
+
+# Covariance losses -----------------------------------------------------------------------------------
+>>>>>>> main
 
 
 def barlow_twins(
@@ -174,7 +260,8 @@ def barlow_twins(
     lambda_param: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230, equation 1.
+    """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230,
+    equation 1.
 
     Batch norm without affine part: biased variance, eps = 1e-5.
     """
@@ -207,7 +294,8 @@ def vicreg(
     eps: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's factor 1/2 on v.
+    """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's
+    factor 1/2 on v.
 
     v = mean_d relu(1 - sqrt(var + eps)), c = sum_{i != j} cov_ij^2 / D, both with N - 1 in the denominator.
     """

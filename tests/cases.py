@@ -1,16 +1,17 @@
 """Every operator's cases: inputs, the public function, and the formula that a user would write in plain torch.
 
-The formula in float64 is the oracle; in the input's own dtype it is the bar: an implementation may err at most twice as much,
-plus four units in the last place of the largest value (docs: DESIGN, "Value and gradient").
+The formula in float64 is the oracle; in the input's own dtype it is the bar: an implementation may err at most twice as
+much, plus four units in the last place of the largest value (docs: DESIGN, "Value and gradient").
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import fastjem.functional as F
 import torch
 import torch.nn.functional as TF
 from torch import Tensor
+
+import fastjem.functional as F
 
 DTYPES = {
     torch.float64: "float64",
@@ -23,7 +24,7 @@ ALL = tuple(DTYPES)
 
 @dataclass(frozen=True)
 class Case:
-    """`make(generator)` gives float64 tensors, the first `differentiable` of which get gradients and the case's dtype."""
+    """`make(generator)` gives float64 tensors, the first `differentiable` of which get gradients."""
 
     op: str
     name: str
@@ -41,7 +42,9 @@ class Case:
         tensors = self.make(torch.Generator().manual_seed(seed))
         return [x.to(device, dtype if x.is_floating_point() else None) for x in tensors]
 
-    def run(self, function: Callable[..., Tensor], inputs: list[Tensor], upstream: float) -> tuple[Tensor, list[Tensor]]:
+    def run(
+        self, function: Callable[..., Tensor], inputs: list[Tensor], upstream: float
+    ) -> tuple[Tensor, list[Tensor]]:
         """The loss, and the gradients of `upstream * loss`."""
         leaves = [x.detach().requires_grad_() if i < self.differentiable else x for i, x in enumerate(inputs)]
         loss = function(*leaves)
@@ -108,8 +111,10 @@ def eager_nt_xent(*views: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def _nt_xent(n: int, d: int, temperature: float, views: int = 2, **options) -> Case:
-    call = (lambda *z: F.nt_xent(*z, temperature=temperature)) if views == 2 else (
-        lambda *z: F.nt_xent(torch.stack(z), temperature=temperature)
+    call = (
+        (lambda *z: F.nt_xent(*z, temperature=temperature))
+        if views == 2
+        else (lambda *z: F.nt_xent(torch.stack(z), temperature=temperature))
     )
     return Case(
         "nt_xent",
@@ -157,14 +162,18 @@ def eager_prototype_cross_entropy(
     return torch.stack(terms).mean()
 
 
-def _prototype_cross_entropy(s: int, t: int, b: int, k: int, pairs: str, bias: str = "", weighted: bool = False) -> Case:
+def _prototype_cross_entropy(
+    s: int, t: int, b: int, k: int, pairs: str, bias: str = "", weighted: bool = False
+) -> Case:
     biases = {"": [], "K": [normal(k)], "TK": [normal(t, k)]}[bias]
     weights = [lambda g: torch.rand(b, generator=g, dtype=torch.float64) + 0.1] if weighted else []
 
     def through(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*x: Tensor) -> Tensor:
             rest = list(x[s + t :])
-            return function(list(x[:s]), list(x[s : s + t]), rest.pop(0) if bias else None, rest.pop(0) if weighted else None)
+            return function(
+                list(x[:s]), list(x[s : s + t]), rest.pop(0) if bias else None, rest.pop(0) if weighted else None
+            )
 
         return call
 
@@ -183,7 +192,11 @@ def _prototype_cross_entropy(s: int, t: int, b: int, k: int, pairs: str, bias: s
                 pairs=pairs,
             )
         ),
-        through(lambda student, teacher, bias, weights: eager_prototype_cross_entropy(student, teacher, pairs, bias, weights)),
+        through(
+            lambda student, teacher, bias, weights: eager_prototype_cross_entropy(
+                student, teacher, pairs, bias, weights
+            )
+        ),
         differentiable=s,
     )
 

@@ -1,8 +1,8 @@
 """Which tests run in which process, and the implementations that every operator test runs on.
 
 * `pytest`: everything but the two below. With a GPU, operator tests run on it too.
-* `TRITON_INTERPRET=1 pytest -m interpreter`: Triton's kernels on CPU tensors, through PyTorch's dispatcher. Triton reads the
-  variable when it is imported, hence a process of its own.
+* `TRITON_INTERPRET=1 pytest -m interpreter`: Triton's kernels on CPU tensors, through PyTorch's dispatcher. Triton
+  reads the variable when it is imported, hence a process of its own.
 * `pytest -m aot`: ahead-of-time compiles for several GPUs, with a stand-in for the GPU driver.
 """
 
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fastjem import ops
 from fastjem.kernels import reference
+
+from fastjem import ops
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
@@ -32,13 +33,9 @@ class Implementation:
     device: str = "cpu"
     isa: int | None = None
 
-    def skip_reason(self, op: str) -> str | None:
-        has = ops.implementations()[op]
-        if self.name == "triton" and has["cuda"] != "Triton":
-            return f"{op}: {has['cuda']} on cuda"
-        if self.name == "c++" and has["cpu"] != "C++":
-            return f"{op}: {has['cpu']} on cpu"
-        return None
+    def has(self, op: str) -> bool:
+        where = ops.implementations()[op]
+        return {"reference": True, "c++": where["cpu"] == "C++", "triton": where["cuda"] == "Triton"}[self.name]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -84,14 +81,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    """One implementation, active; skipped where the test's operator (its `op` or `case` parameter) hasn't got it."""
-    chosen: Implementation = request.param
-    case = request.node.callspec.params.get("case")
-    op = case.op if case is not None else request.node.callspec.params.get("op")
-    if op and (reason := chosen.skip_reason(op)):
-        pytest.skip(reason)
-    with chosen.active():
-        yield chosen
+    """One implementation, active."""
+    with request.param.active():
+        yield request.param
 
 
 @pytest.fixture
@@ -103,15 +95,21 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+def _exists(item: pytest.Item) -> bool:
+    """Whether the test's operator (its `op` or `case` parameter) has the implementation it would run on."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    op = parameters["case"].op if "case" in parameters else parameters.get("op")
+    return "implementation" not in parameters or op is None or parameters["implementation"].has(op)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     expression = config.getoption("markexpr")
 
     def belongs(item: pytest.Item) -> bool:
-        if INTERPRETING:
-            return item.get_closest_marker("interpreter") is not None
-        return "aot" in expression or item.get_closest_marker("aot") is None
+        if INTERPRETING and item.get_closest_marker("interpreter") is None:
+            return False
+        return _exists(item) and ("aot" in expression or item.get_closest_marker("aot") is None)
 
-    items_out = [item for item in items if not belongs(item)]
-    if items_out:
-        config.hook.pytest_deselected(items=items_out)
-        items[:] = [item for item in items if belongs(item)]
+    chosen = [belongs(item) for item in items]
+    config.hook.pytest_deselected(items=[item for item, wanted in zip(items, chosen, strict=True) if not wanted])
+    items[:] = [item for item, wanted in zip(items, chosen, strict=True) if wanted]

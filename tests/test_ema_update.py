@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastjem.functional import ema_update_
 
 SHAPES = [(), (1,), (7,), (3, 5), (0, 4), (64, 3, 7, 7), (1000,), (257, 129), (70_001,)]
@@ -57,7 +58,7 @@ def test_float64_teacher(op, implementation):
 
 @op
 def test_layouts(op, implementation):
-    """Both channels-last (one block of memory each), mixed layouts, views into larger tensors, addresses off 16 bytes."""
+    """Both channels-last (one block of memory each), mixed layouts, views of larger tensors, odd addresses."""
     g = torch.Generator().manual_seed(0)
 
     def tensor(*shape: int) -> torch.Tensor:

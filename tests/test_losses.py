@@ -6,7 +6,7 @@ from cases import DTYPES, LOSSES, Case
 
 SEEDS = range(5)
 UPSTREAM = -0.37  # neither 1 nor a power of two
-SMALL = [case for case in {case.op: case for case in LOSSES}.values()]  # one per operator
+SMALL = list({case.op: case for case in LOSSES}.values())  # one per operator
 by_name = {"ids": str}
 
 
@@ -16,7 +16,8 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def assert_as_good_as(ours, eager, oracle, size: float, what: str) -> None:
-    """Over the seeds: at most twice eager's largest error plus 4 eps of the largest value, and the RMS error closer still.
+    """Over the seeds: at most twice eager's largest error plus 4 eps of the largest value, and the RMS error closer
+    still.
 
     `size` is that of the terms a result is the sum of, where they may cancel: rounding errors are relative to it.
     """

@@ -2,9 +2,10 @@
 
 import re
 
-import fastjem.functional as F
 import pytest
 import torch
+
+import fastjem.functional as F
 from fastjem import ops
 
 
@@ -52,7 +53,10 @@ MISTAKES = [
     (lambda: F.cross_entropy(X[0], LABELS), "cross_entropy: logits must be [N, K], got (4,)"),
     (lambda: F.cross_entropy(X, LABELS[:2]), "cross_entropy: labels must be [3] int64, got (2,) torch.int64"),
     (lambda: F.cross_entropy(X, LABELS.int()), "cross_entropy: labels must be [3] int64, got (3,) torch.int32"),
-    (lambda: F.cross_entropy(X.long(), LABELS), "cross_entropy: logits must be [N, K], floating-point, got torch.int64"),
+    (
+        lambda: F.cross_entropy(X.long(), LABELS),
+        "cross_entropy: logits must be [N, K], floating-point, got torch.int64",
+    ),
     (lambda: F.cross_entropy(X[:0], LABELS[:0]), "cross_entropy: logits must be [N, K], got (0, 4)"),
     (lambda: F.negative_cosine(X, Y), "negative_cosine: p and z must be [N, D] both, got (3, 4) and (5, 4)"),
     (lambda: F.negative_cosine(X, [1]), "negative_cosine: p and z must be [N, D] both, got list"),
@@ -71,7 +75,8 @@ MISTAKES = [
     (lambda: F.sinkhorn_bias(X, epsilon=-1), "sinkhorn_bias: epsilon must be a positive finite number, got -1"),
     (
         lambda: F.prototype_cross_entropy([X], [X], student_temperature=0.1, teacher_temperature=0.1),
-        'prototype_cross_entropy: pairs="different" needs at least two views on one side, got one student and one teacher view',
+        'prototype_cross_entropy: pairs="different" needs at least two views on one side, '
+        "got one student and one teacher view",
     ),
     (
         lambda: F.prototype_cross_entropy([X], [X], student_temperature=0.1, teacher_temperature=0.1, pairs="any"),
@@ -85,7 +90,8 @@ MISTAKES = [
     ),
     (
         lambda: F.prototype_cross_entropy([X], [Y], student_temperature=0.1, teacher_temperature=0.1, pairs="all"),
-        "prototype_cross_entropy: student and teacher must be [S, B, K] and [T, B, K], or lists of [B, K], got (3, 4) and (5, 4)",
+        "prototype_cross_entropy: student and teacher must be [S, B, K] and [T, B, K], or lists of [B, K], "
+        "got (3, 4) and (5, 4)",
     ),
     (
         lambda: F.barlow_twins(X[:1], X[:1]),
@@ -99,7 +105,7 @@ MISTAKES = [
     ),
     (
         lambda: F.ema_update_([X.half()], [X], 0.9),
-        "ema_update_: teacher must be float32 or float64 (updates of half precision round to nothing), student floating-point, "
+        "ema_update_: teacher must be float32 or float64 (half precision rounds updates away), student floating-point, "
         "got torch.float16 and torch.float32 at 0",
     ),
     (lambda: F.ema_update_([X], [X], 1.5), "ema_update_: momentum must be in [0, 1], got 1.5"),

@@ -15,7 +15,7 @@ def shape(x: object) -> object:
 
 
 def matrices(op: str, contract: str, *tensors: Tensor, dims: int = 2, same: bool = True) -> None:
-    """Floating-point tensors on one device, of `dims` dimensions with at least one row and column, and of one shape if `same`."""
+    """Non-empty floating-point tensors of `dims` dimensions on one device, and of one shape if `same`."""
     for x in tensors:
         if not isinstance(x, Tensor):
             fail(op, contract, type(x).__name__)

@@ -1,7 +1,7 @@
 """What losses need of torch.distributed: sizes and gathering of uneven batches, all without gradients.
 
-No collective here is differentiable on purpose. Each loss computes the gradient of the *global* loss for this rank's rows by
-itself and multiplies it by the number of ranks, because DistributedDataParallel divides by it.
+No collective here is differentiable on purpose. Each loss computes the gradient of the *global* loss for this rank's
+rows by itself and multiplies it by the number of ranks, because DistributedDataParallel divides by it.
 """
 
 import torch
@@ -19,7 +19,9 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> tuple[Tens
     length = torch.tensor([len(x)], device=x.device)
     lengths = [torch.empty_like(length) for _ in range(world_size(group))]
     dist.all_gather(lengths, length, group=group)
-    sizes = torch.cat(lengths).tolist()  # shapes must be known on the host: the one synchronisation of a distributed loss
+    sizes = torch.cat(
+        lengths
+    ).tolist()  # shapes must be known on the host: the one synchronisation of a distributed loss
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)

@@ -18,7 +18,8 @@ def nt_xent(
 ) -> Tensor:
     """Normalised-temperature cross-entropy, SimCLR's loss (Chen et al. 2020, arXiv 2002.05709, equation 1).
 
-    The mean, over all V N rows and their V - 1 positives, of `cross_entropy(cosines with all other rows / temperature, positive)`.
+    The mean, over all V N rows and their V - 1 positives, of `cross_entropy(cosines with all other rows / temperature,
+    positive)`.
 
     Args:
         z0, z1: [N, D] each, two views of N images, or `z0` alone as [V, N, D]. Normalised inside.
@@ -51,9 +52,6 @@ def nt_xent(
     scale = world_size(group) / (count * temperature)
     saved = (candidates.detach(), lse, candidates_lse)
     return two_passes("nt_xent_backward", loss, z, saved, offset, float(temperature), scale=scale)
-
-
-    return torch.stack(check.common(*views))
 
 
 def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float = 0.1) -> Tensor:

@@ -16,8 +16,8 @@ def barlow_twins(
 ) -> Tensor:
     """Barlow Twins' redundancy reduction (Zbontar et al. 2021, arXiv 2103.03230, equation 1).
 
-    `sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, where C = a^T b / N is the correlation of the batch-normalised views
-    (biased variance, eps = 1e-5, no affine part).
+    `sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, where C = a^T b / N is the correlation of the batch-normalised
+    views (biased variance, eps = 1e-5, no affine part).
 
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
@@ -46,7 +46,8 @@ def vicreg(
     """VICReg: invariance, variance, covariance (Bardes et al. 2022, arXiv 2105.04906, equation 6).
 
     `lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))` with v the mean over dimensions of
-    `relu(1 - sqrt(var + eps))` and c = `sum_{i != j} cov_ij^2 / D`. The 1/2 on v is the official code's; the paper has none.
+    `relu(1 - sqrt(var + eps))` and c = `sum_{i != j} cov_ij^2 / D`. The 1/2 on v is the official code's; the paper has
+    none.
 
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
@@ -60,9 +61,7 @@ def vicreg(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    return _of_global_batch(
-        "vicreg", z0, z1, group, float(lambda_param), float(mu_param), float(nu_param), float(eps)
-    )
+    return _of_global_batch("vicreg", z0, z1, group, float(lambda_param), float(mu_param), float(nu_param), float(eps))
 
 
 def _of_global_batch(op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, *arguments: float) -> Tensor:

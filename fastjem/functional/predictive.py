@@ -7,7 +7,8 @@ from fastjem.ops.autograd import one_pass
 
 
 def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """`-cosine_similarity(p, z).mean()` (SimSiam, Chen and He 2021, arXiv 2011.10566, equation 1; BYOL's loss is 2 + 2 of it).
+    """`-cosine_similarity(p, z).mean()` (SimSiam, Chen and He 2021, arXiv 2011.10566, equation 1; BYOL's loss is 2 + 2
+    of it).
 
     Detaches nothing: stopping the gradient of `z` is the caller's part of the method, `negative_cosine(p, z.detach())`.
 

@@ -19,8 +19,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
         0-dim float32 (float64 for float64 logits); NaN where every row is ignored, as in torch.
 
     Raises:
-        ValueError: for other shapes or dtypes. A label outside [0, K) raises on the CPU; on CUDA, where looking would stall the
-            device, the loss and the row's gradient become NaN.
+        ValueError: for other shapes or dtypes. A label outside [0, K) raises on the CPU; on CUDA, where looking would
+            stall the device, the loss and the row's gradient become NaN.
     """
     check.matrices("cross_entropy", "logits must be [N, K]", logits)
     if not isinstance(labels, Tensor) or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:

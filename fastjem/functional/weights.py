@@ -14,10 +14,11 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     """`teacher = momentum * teacher + (1 - momentum) * student`, in place, for all pairs of tensors in one launch.
 
     Args:
-        teacher: float32 (or float64) tensors, for example `teacher.parameters()`. Half-precision teachers are refused: a
-            relative change of 1 - momentum is below their resolution, so that every update would round to nothing.
+        teacher: float32 (or float64) tensors, for example `teacher.parameters()`. Half-precision teachers are refused:
+            a relative change of 1 - momentum is below their resolution, so that every update would round to nothing.
         student: as many tensors of the same shapes, float64, float32, bfloat16 or float16.
-        momentum: in [0, 1], a number or a 0-dim tensor on the teacher's device (a schedule that never leaves the device).
+        momentum: in [0, 1], a number or a 0-dim tensor on the teacher's device (a schedule that never leaves the
+            device).
 
     Raises:
         ValueError: for other lengths, shapes, dtypes or devices, or a number outside [0, 1].
@@ -30,9 +31,11 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     check.one_device(op, [*teacher, *student])
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if t.shape != s.shape:
-            check.fail(op, "teacher and student must have the same shapes", f"{tuple(t.shape)} and {tuple(s.shape)} at {i}")
+            check.fail(
+                op, "teacher and student must have the same shapes", f"{tuple(t.shape)} and {tuple(s.shape)} at {i}"
+            )
         if t.dtype not in (torch.float32, torch.float64) or not s.is_floating_point():
-            contract = "teacher must be float32 or float64 (updates of half precision round to nothing), student floating-point"
+            contract = "teacher must be float32 or float64 (half precision rounds updates away), student floating-point"
             check.fail(op, contract, f"{t.dtype} and {s.dtype} at {i}")
     if isinstance(momentum, Tensor):
         if momentum.dim():

@@ -1,8 +1,8 @@
 """The operator table: each operator's schema, once, and which implementation PyTorch's dispatcher finds for it.
 
-`CompositeExplicitAutograd` is the reference (plain torch, any device), `CPU` the C++ kernel, `CUDA` the Triton kernel. The
-reference is the fake kernel as well, so torch.compile works with any of them. Operators never differentiate: `autograd.py`
-turns them into losses, and `fastjem.functional` is what users call.
+`CompositeExplicitAutograd` is the reference (plain torch, any device), `CPU` the C++ kernel, `CUDA` the Triton kernel.
+The reference is the fake kernel as well, so torch.compile works with any of them. Operators never differentiate:
+`autograd.py` turns them into losses, and `fastjem.functional` is what users call.
 
 To add an operator, see docs/adding-an-op.md.
 """
@@ -18,8 +18,8 @@ try:
     from fastjem.kernels import reference
 except ModuleNotFoundError as error:
     raise ImportError(
-        "fastjem is not installed: Python found its source folder, but kernels/ becomes fastjem.kernels only by installing. "
-        "Run `pip install -e .` in the source folder, or leave it if fastjem is installed."
+        "fastjem is not installed: Python found its source folder, but kernels/ becomes fastjem.kernels only by "
+        "installing. Run `pip install -e .` in the source folder, or leave it if fastjem is installed."
     ) from error
 
 # One pass: (Tensor loss, Tensor[] gradients, Tensor scale), and last among the arguments which gradients are wanted.
@@ -30,12 +30,13 @@ SCHEMAS = {
     "cross_entropy": "(Tensor logits, Tensor labels, int ignore_index, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "negative_cosine": "(Tensor p, Tensor z, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "nt_xent": "(Tensor rows, Tensor candidates, int offset, float temperature) -> (Tensor, Tensor)",
-    "nt_xent_backward": "(Tensor rows, Tensor candidates, Tensor rows_lse, Tensor candidates_lse, int offset, float temperature)"
-    " -> Tensor",
+    "nt_xent_backward": "(Tensor rows, Tensor candidates, Tensor rows_lse, Tensor candidates_lse, int offset,"
+    " float temperature) -> Tensor",
     "info_nce": "(Tensor query, Tensor positive, Tensor negatives, float temperature, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
     "sinkhorn_step": "(Tensor scores, Tensor? bias, float epsilon) -> Tensor",
     "sinkhorn_bias": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first) -> Tensor",
+<<<<<<< HEAD
     "sinkhorn": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, ScalarType dtype) -> Tensor",
     "sinkhorn_codes": "(Tensor scores, Tensor bias, float epsilon, ScalarType dtype) -> Tensor",
     "prototype_cross_entropy": "(Tensor[] student, Tensor[] teacher, float student_temperature, float teacher_temperature,"
@@ -45,6 +46,13 @@ SCHEMAS = {
     "mean_entropy": "(Tensor[] scores, float temperature, Tensor? total, Tensor? rows, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
     "koleo": "(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+=======
+    "sinkhorn": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, ScalarType dtype)"
+    " -> Tensor",
+    "prototype_cross_entropy": "(Tensor[] student, Tensor[] teacher, float student_temperature,"
+    " float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights, bool[] wanted)"
+    " -> (Tensor, Tensor[], Tensor)",
+>>>>>>> main
     "barlow_twins": "(Tensor z0, Tensor z1, float lambda_param, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "vicreg": "(Tensor z0, Tensor z1, float lambda_param, float mu_param, float nu_param, float eps, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
@@ -54,7 +62,7 @@ LIBRARY = torch.library.Library("fastjem", "DEF")
 
 
 def plain(implementation: Callable) -> Callable:
-    """Run without autograd and autocast: inside a Python kernel both would still act (autocast turns `@` into bfloat16)."""
+    """Run without autograd and autocast: inside a Python kernel both still act (autocast makes `@` bfloat16)."""
 
     @functools.wraps(implementation)
     def run(*args):

@@ -1,0 +1,7 @@
+"""NT-Xent and InfoNCE."""
+
+from fastjem.bench.cases.contrastive import CASES  # noqa: F401  (conftest.py runs them)
+
+
+def test_forward_and_backward(benchmark, step):
+    benchmark(step)

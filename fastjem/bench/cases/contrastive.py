@@ -1,0 +1,95 @@
+"""NT-Xent (SimCLR) and InfoNCE with a queue (MoCo)."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+import fastjem.functional as F
+from fastjem.bench.case import Case, Draw
+
+SIMCLR_TEMPERATURE, MOCO_TEMPERATURE = 0.5, 0.1
+
+
+def nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
+    z = normalize(torch.cat([z0, z1]), dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (z @ z.T / SIMCLR_TEMPERATURE).masked_fill(itself, -torch.inf)
+    return cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z0)))
+
+
+def lightly_nt_xent():
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss(temperature=SIMCLR_TEMPERATURE)
+
+
+def nt_xent_case(n: int, d: int, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """M = 2 N rows. FLOPs without ever holding M x M: half of the products forward (symmetric), again backward, and
+    the gradient's full product with the rows: 1 + 1 + 2 times M^2 D. Bytes: rows read, their gradient written."""
+    m = 2 * n
+    return Case(
+        "nt_xent", f"2 x {n} x {d}", lambda draw: draw.pair(n, d), nt_xent,
+        lambda z0, z1: F.nt_xent(z0, z1, temperature=SIMCLR_TEMPERATURE), dtype=dtype, uses=("nt_xent_backward",),
+        peers={"lightly": lightly_nt_xent}, bytes=2 * m * d * dtype.itemsize, flops=4 * m * m * d, **options,
+    )  # fmt: skip
+
+
+def enqueue(key: Tensor, queue: Tensor) -> None:
+    with torch.no_grad():
+        queue[: len(key)] = normalize(key, dim=1)
+
+
+def moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+    """As in the authors' code: the queue is copied, as it changes before backward."""
+    q, k, negatives = normalize(query, dim=1), normalize(key, dim=1), queue.clone()
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / MOCO_TEMPERATURE
+    enqueue(key, queue)
+    return cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+def our_moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+    loss = F.info_nce(query, key, queue, temperature=MOCO_TEMPERATURE)
+    enqueue(key, queue)
+    return loss
+
+
+def lightly_moco(k: int, d: int):
+    def load():
+        from lightly.loss import NTXentLoss
+
+        loss = NTXentLoss(temperature=MOCO_TEMPERATURE, memory_bank_size=(k, d))
+
+        def run(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+            loss.memory_bank.bank = queue
+            return loss(query, key)
+
+        return run
+
+    return load
+
+
+def moco_case(n: int, k: int, d: int, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """The keys are constants and enter the queue in the same call. FLOPs: the logits, and their weights times the
+    queue. Bytes: query, key, queue read; the query's gradient and the enqueued rows written."""
+
+    def inputs(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        return *draw.pair(n, d, (True, False)), normalize(draw.normal(k, d), dim=1)
+
+    # lightly's bank is always float32
+    return Case(
+        "info_nce", f"{n} x {k} x {d}, enqueue", inputs, moco, our_moco, dtype=dtype,
+        peers={"lightly": lightly_moco(k, d)} if dtype == torch.float32 else {},
+        bytes=(k + 4 * n) * d * dtype.itemsize, flops=4 * n * k * d, **options,
+    )  # fmt: skip
+
+
+CASES = [
+    nt_xent_case(1024, 128, full_only=("cuda",)),
+    nt_xent_case(1024, 128, torch.bfloat16, full_only=("cpu",)),
+    nt_xent_case(4096, 128, full_only=("cpu", "cuda")),
+    nt_xent_case(4096, 128, torch.bfloat16, devices=("cuda",)),
+    nt_xent_case(32768, 128, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
+    moco_case(256, 65536, 128, full_only=("cuda",)),
+    moco_case(4096, 65536, 128, torch.bfloat16, devices=("cuda",)),
+    nt_xent_case(4, 16, clock="host"),
+]

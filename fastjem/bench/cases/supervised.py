@@ -1,0 +1,27 @@
+"""Cross-entropy on labels."""
+
+import torch
+
+import fastjem.functional as F
+from fastjem.bench.case import Case
+
+
+def case(n: int, k: int, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """The logits are read and their gradient is written, the labels are read."""
+    return Case(
+        "cross_entropy", f"{n} x {k}", lambda draw: (draw.normal(n, k, gradient=True), draw.labels(n, k)),
+        eager=torch.nn.functional.cross_entropy, ours=F.cross_entropy, dtype=dtype,
+        bytes=2 * n * k * dtype.itemsize + 8 * n, **options,
+    )  # fmt: skip
+
+
+CASES = [
+    case(4096, 1000, full_only=("cuda",)),
+    case(4096, 1000, torch.bfloat16),
+    case(1024, 32768, full_only=("cuda",)),
+    case(1024, 32768, torch.bfloat16, full_only=("cpu",)),
+    case(256, 131072, full_only=("cpu", "cuda")),
+    case(256, 131072, torch.bfloat16, full_only=("cuda",)),
+    case(16384, 131072, torch.bfloat16, devices=("cuda",)),
+    case(8, 16, clock="host"),
+]

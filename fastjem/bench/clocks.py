@@ -1,0 +1,185 @@
+"""What is timed (a `Step`), and three clocks that time it: the host's, CUDA events, CUDA graph replay.
+
+Each clock's `samples()` are the seconds of (forward, backward) of a few calls in a row; `timing.compare` alternates the
+variants' clocks.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from time import perf_counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100
+GRAPH_SECONDS = 200e-6  # the least work of one replay, so that the replay's own few microseconds don't count
+MAX_SETS = 32
+
+
+def tensors(tree: object) -> Iterator[Tensor]:
+    """The tensors of nested tuples and lists, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from tensors(branch)
+
+
+def copied(tree: object, dtype: torch.dtype | None = None) -> object:
+    """The same nested tuples and lists of fresh copies, floating-point ones in `dtype` if it is given."""
+    if isinstance(tree, Tensor):
+        copy = tree.detach().clone()
+        if dtype is not None and copy.is_floating_point():
+            copy = copy.to(dtype)
+        return copy.requires_grad_(tree.requires_grad)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(copied(branch, dtype) for branch in tree)
+    return tree
+
+
+def size(tree: Iterable) -> int:
+    """Bytes of all tensors."""
+    return sum(x.nbytes for x in tensors(tree))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Step:
+    """`function(*inputs)`, and the gradients of its result for those inputs that require one."""
+
+    def __init__(self, function: Callable, inputs: tuple):
+        self.function, self.inputs = function, inputs
+        self.leaves = [x for x in tensors(inputs) if x.requires_grad]
+
+    def forward(self) -> Tensor | None:
+        return self.function(*self.inputs)
+
+    def backward(self, result: Tensor | None) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(result, self.leaves) if self.leaves else ()
+
+    def fresh(self) -> list[Tensor]:
+        """What a call has to return anyway: its result and the gradients. Their memory is nobody's overhead."""
+        result = self.forward()
+        gradients = self.backward(result)
+        return [*tensors(result), *gradients]
+
+    def outputs(self) -> list[Tensor]:
+        """All that the call computes. A function without a result works in place, on its first argument."""
+        return [x.detach() for x in self.fresh() or tensors(self.inputs[0])]
+
+
+class Clock(Protocol):
+    method: str  # in words, for the report
+
+    def samples(self) -> list[tuple[float, float]]:
+        """Seconds of forward and backward, for each of a few calls."""
+
+
+class WallClock:
+    """The host's clock. On a GPU nothing waits for the device in between: the host's overhead per call is timed."""
+
+    def __init__(self, step: Step, repeats: int, device: torch.device):
+        self.step, self.repeats, self.device = step, repeats, device
+        self.method = "host clock, same inputs again" if device.type == "cpu" else "host clock, device not waited for"
+
+    def samples(self) -> list[tuple[float, float]]:
+        step, spans = self.step, []
+        synchronize(self.device)
+        for _ in range(self.repeats):
+            start = perf_counter()
+            result = step.forward()
+            middle = perf_counter()
+            step.backward(result)
+            end = perf_counter()
+            spans.append((middle - start, end - middle))
+        synchronize(self.device)
+        return spans
+
+
+def _elapsed(marks: list[tuple[torch.cuda.Event, ...]], calls: int) -> list[tuple[float, float]]:
+    """Seconds between first and second, second and third event, shared by `calls` calls."""
+    torch.cuda.synchronize()
+    return [(a.elapsed_time(b) * 1e-3 / calls, b.elapsed_time(c) * 1e-3 / calls) for a, b, c in marks]
+
+
+def _events() -> tuple[torch.cuda.Event, ...]:
+    return tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))
+
+
+class EventClock:
+    """CUDA events around calls from Python; a large buffer is written before each call, which empties the L2 cache."""
+
+    method = "events, L2 flushed before each call"
+
+    def __init__(self, step: Step, repeats: int):
+        self.step, self.repeats = step, repeats
+
+    def samples(self) -> list[tuple[float, float]]:
+        device = next(tensors(self.step.inputs)).device
+        marks, flush = [], torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        for _ in range(self.repeats):
+            start, middle, end = _events()
+            flush.zero_()
+            start.record()
+            result = self.step.forward()
+            middle.record()
+            self.step.backward(result)
+            end.record()
+            marks.append((start, middle, end))
+        return _elapsed(marks, 1)
+
+
+class GraphClock:
+    """Replay of a CUDA graph with one call on each of several sets of inputs, together larger than the L2 cache.
+
+    The launches then cost the device a microsecond and the host nothing, as in a captured training step. Raises where
+    the step can't be captured, because it waits for the device (`.item()`, boolean indexing) for example.
+    """
+
+    def __init__(self, step: Step, repeats: int, estimate: float):
+        l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
+        one_set = size(step.inputs) + size(step.leaves)
+        wanted = max(math.ceil(2 * l2 / one_set), math.ceil(GRAPH_SECONDS / estimate))
+        self.steps = [Step(step.function, copied(step.inputs)) for _ in range(min(wanted, MAX_SETS))]
+        self.repeats, self.method = repeats, f"graph replay over {len(self.steps)} sets of inputs"
+
+        stream = torch.cuda.Stream()  # its own, so that a capture that fails leaves nothing behind for the next one
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for each in self.steps[:2]:
+                each.fresh()
+            _refuse_to_wait(step)
+        torch.cuda.synchronize()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, stream=stream):
+            results = [each.forward() for each in self.steps]
+        self.differentiable = bool(step.leaves)
+        if self.differentiable:
+            with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
+                self.kept = [each.backward(result) for each, result in zip(self.steps, results, strict=True)]
+
+    def samples(self) -> list[tuple[float, float]]:
+        marks = []
+        for _ in range(self.repeats):
+            start, middle, end = _events()
+            start.record()
+            self.forward.replay()
+            middle.record()
+            if self.differentiable:
+                self.backward.replay()  # after its forward each time: it may work in place on what forward left
+            end.record()
+            marks.append((start, middle, end))
+        return _elapsed(marks, len(self.steps))
+
+
+def _refuse_to_wait(step: Step) -> None:
+    """Raise where a call waits for the device: found before capture, as a capture that fails can disturb later ones."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.fresh()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,133 @@
+"""The machine: what it is, and the two rates that no computation on it can beat."""
+
+import datetime
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import fastjem
+from fastjem.bench.timing import compare
+
+PACKAGES = ("fastjem", "torch", "triton", "lightly", "numpy")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates. Copy bandwidth counts bytes read and written, at several sizes because caches have their own."""
+
+    copy: dict[int, float]  # bytes read and written by one copy -> bytes per second
+    matmul: dict[str, float]  # "float32", "bfloat16" -> FLOP per second
+
+    def bandwidth(self, count: int) -> float:
+        """Of the measured copy nearest in size."""
+        return self.copy[min(self.copy, key=lambda measured: abs(math.log(measured / count)))]
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """For half precision the better of the two: a CPU may be slower at it than at float32."""
+        return self.matmul["float32"] if dtype == torch.float32 else max(self.matmul.values())
+
+    def floor(self, count: int, flops: int, dtype: torch.dtype) -> tuple[float, str]:
+        """Seconds that `count` bytes and `flops` of matrix products take at the least, and which of the two binds."""
+        memory, products = count / self.bandwidth(count), flops / self.rate(dtype)
+        return (memory, "memory") if memory >= products else (products, "products")
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """Measure both with the clock that the benchmarks use, on random data (a GPU multiplies zeros faster)."""
+    on_cpu = device.type == "cpu"
+
+    def fastest(function, *inputs: torch.Tensor) -> float:
+        timing = compare({"it": function}, inputs, device=device, budget=0.5)
+        return timing.variants["it"].passes["total"].minimum
+
+    copy = {}
+    for megabytes in (2, 16, 128, 512) if on_cpu else (128, 512, 4096):
+        source = torch.randn(megabytes * 2**17, device=device)  # half of the bytes are read, half are written
+        copy[megabytes * 2**20] = megabytes * 2**20 / fastest(torch.Tensor.copy_, torch.empty_like(source), source)
+    matmul, n = {}, 1024 if on_cpu else 8192
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        time = fastest(lambda o, x, y: torch.mm(x, y, out=o), out, a, b)
+        matmul[str(dtype).removeprefix("torch.")] = 2 * n**3 / time
+    return Ceilings(copy, matmul)
+
+
+def describe(device: torch.device) -> dict:
+    """CPU, cores, threads, GPU and driver, system."""
+    facts = {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "vector_units": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def slug(machine: dict) -> str:
+    """A file name for the machine: `nvidia-h200`, `cpu-intel-xeon-processor-avx512-2-threads`."""
+    name = machine.get("gpu")
+    if name is None:
+        model = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", machine["cpu"].lower())
+        name = f"cpu {model} {machine['vector_units']} {machine['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def now() -> dict:
+    """What a result depends on beside the machine: date, how busy it was, versions, the source's commit."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return fastjem.__version__ if package == "fastjem" else None
+
+
+def _commit() -> str | None:
+    root = Path(fastjem.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed, not run from its source; a repository further up is somebody else's
+        return None
+    git = ("git", "-C", str(root))
+    commit = _output(*git, "rev-parse", "--short=12", "HEAD")
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", "fastjem", "kernels", "csrc")
+    return commit + (" with uncommitted changes" if changed else "") if commit else None
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or sys.platform

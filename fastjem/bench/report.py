@@ -1,0 +1,215 @@
+"""Results as JSON, as a Markdown page, and as a table in the terminal.
+
+A machine has one file, which later runs update row by row: each row was measured in one run, all its variants in turns,
+and says which run that was.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+LOST = 0.98  # ratios below it are listed as losses; what is nearer to 1 is noise
+NOISY = 1.5  # a median so many times the minimum says that the machine had other things to do
+
+LEGEND = """\
+Times are minima of forward and backward together (of the call, where nothing is differentiated), the variants in turns
+on the same inputs. 1.50x (1.45): ours is 1.50 times faster by minima, 1.45 by medians. ~: noisy, some variant's median
+is more than 1.5 times its minimum. Floor: the share of our time that the least number of bytes takes at the measured
+copy bandwidth, or the matrix products at the measured rate, whichever is longer (above 100 % where an op mostly reads,
+which is faster than copying). MiB: peak beyond inputs, result and gradients. (host): what a call on tiny tensors costs
+the host. Runs as: C++, Triton, or reference, which is plain torch where there is no kernel yet. Before they are timed,
+each variant's result and gradients are compared with the eager formula's in float32."""
+
+
+def seconds(value: float) -> str:
+    """Three digits: 8.12 us, 27.1 ms, 1.88 s."""
+    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if value >= unit * 0.9995 or name == "us":
+            digits = 2 if value / unit < 9.995 else 1 if value / unit < 99.95 else 0
+            return f"{value / unit:.{digits}f} {name}"
+    raise AssertionError
+
+
+def mebibytes(value: int | None) -> str:
+    return "?" if value is None else f"{value / 2**20:.1f}"
+
+
+def name_of(row: dict) -> str:
+    totals = [timing["passes"]["total"] for timing in row["variants"].values()]
+    noisy = any(total["median"] > NOISY * total["minimum"] for total in totals)
+    host = " (host)" if row["clock"] == "host" else ""
+    return f"{row['op']} {row['shape']} {row['dtype']}{host}{' ~' if noisy else ''}"
+
+
+def ratio(row: dict, baseline: str, which: str = "total") -> tuple[float, float] | None:
+    """How many times faster ours is than the baseline: by minima, by medians. None where one of the two is missing."""
+    ours, theirs = (row["variants"].get(name, {}).get("passes", {}).get(which) for name in ("ours", baseline))
+    return (theirs["minimum"] / ours["minimum"], theirs["median"] / ours["median"]) if ours and theirs else None
+
+
+def baselines(rows: Sequence[dict]) -> list[str]:
+    """All that ours is compared with in these rows, eager and compile first."""
+    names = {name for row in rows for name in (*row["variants"], *row["absent"])} - {"ours"}
+    first = [name for name in ("eager", "compile") if name in names]
+    return first + sorted(names - set(first))
+
+
+def summary(rows: Sequence[dict], short: bool = False) -> list[list[str]]:
+    """A line per case: our time, each baseline's (unless `short`) with the two ratios, share of the floor, memory."""
+    others = baselines(rows)
+    lines = [["case", "runs as", "ours", *others, "floor", f"MiB: {' / '.join(['ours', *others])}"]]
+    for row in rows:
+        variants, cells = row["variants"], []
+        ours = variants["ours"]["passes"]["total"]["minimum"] if "ours" in variants else None
+        for other in others:
+            if other in variants:
+                times = "" if short else seconds(variants[other]["passes"]["total"]["minimum"]) + " "
+                both = ratio(row, other)
+                cells.append(times + (f"{both[0]:.2f}x ({both[1]:.2f})" if both else ""))
+            else:
+                cells.append("wrong" if other in row["wrong"] else "-")
+        missing = "WRONG" if "ours" in row["wrong"] else "FAILED"
+        floor = f"{row['floor'] / ours:.0%} {row['floor_bound_by']}" if row["floor"] and ours else "-"
+        memory = [mebibytes(variants[name]["memory"]) if name in variants else "-" for name in ("ours", *others)]
+        time = seconds(ours) if ours else missing
+        lines.append([name_of(row), row["runs_as"], time, *cells, floor, " / ".join(memory)])
+    return lines
+
+
+def losses(rows: Sequence[dict]) -> list[str]:
+    """Where something else is faster than ours, or ours is missing: one line each."""
+    lines = []
+    for row in rows:
+        name = f"{name_of(row)}, {row['runs_as']}"
+        if "ours" in row["absent"]:
+            lines.append(f"{name}: ours is missing: {row['absent']['ours']}")
+        for other in baselines([row]):
+            if (both := ratio(row, other)) and both[0] < LOST:
+                lines.append(f"{name}: {other} is {1 / both[0]:.2f}x faster ({1 / both[1]:.2f}x by medians)")
+    return lines
+
+
+def text(results: dict) -> str:
+    """The table for the terminal."""
+    rows, run = results["rows"], results["runs"][-1]
+    lost = losses(rows)
+    return "\n".join([
+        "",
+        ", ".join(f"{key} {value}" for key, value in results["machine"].items()),
+        _versions(run),
+        _ceilings(run),
+        "",
+        LEGEND,
+        "",
+        *_aligned(summary(rows, short=True)),
+        "",
+        "Where something else is faster:" if lost else "Nothing else is faster in any case.",
+        *(f"  {line}" for line in lost),
+    ])  # fmt: skip
+
+
+def markdown(results: dict) -> str:
+    """The page: summary, losses, every pass of every variant, what is absent, the runs."""
+    rows, runs = results["rows"], results["runs"]
+    numbers = {run["date"]: str(i) for i, run in enumerate(runs, 1)}
+    missing = [f"- {name_of(row)}, {name}: {why}" for row in rows for name, why in row["absent"].items()]
+    facts = (f"- {key.replace('_', ' ')}: {value}" for key, value in results["machine"].items())
+    return "\n".join([
+        f"# {results['machine'].get('gpu') or results['machine']['cpu']}",
+        "",
+        *facts,
+        "",
+        *LEGEND.splitlines(),
+        "",
+        *_markdown(summary(rows)),
+        "",
+        "## Where something else is faster",
+        "",
+        *([f"- {line}" for line in losses(rows)] or ["Nowhere."]),
+        "",
+        "## Every pass",
+        "",
+        "Minima; of the total also median and spread. The first call is one forward and backward with all that is",
+        "compiled or loaded in it.",
+        "",
+        *_markdown(passes(rows, numbers)),
+        *(["", "## Not timed", "", *missing] if missing else []),
+        "",
+        "## Runs",
+        "",
+        *(f"{number}. {_versions(run)}. {_ceilings(run)}" for number, run in enumerate(runs, 1)),
+        "",
+    ])  # fmt: skip
+
+
+def passes(rows: Sequence[dict], numbers: dict[str, str]) -> list[list[str]]:
+    """A line per case and variant."""
+    head = "case, run, variant, timed by, rounds, first call, forward, backward, total, median, p20 - p80, MiB"
+    lines = [head.split(", ")]
+    for row in rows:
+        for variant, timing in row["variants"].items():
+            stats = timing["passes"]
+            total = stats["total"]
+            lines.append([
+                name_of(row),
+                numbers[row["run"]],
+                variant,
+                timing["method"],
+                str(row["rounds"]),
+                seconds(timing["first_call"]),
+                *(seconds(stats[p]["minimum"]) if p in stats else "" for p in ("forward", "backward")),
+                seconds(total["minimum"]),
+                seconds(total["median"]),
+                f"{seconds(total['p20'])} - {seconds(total['p80'])}",
+                mebibytes(timing["memory"]),
+            ])  # fmt: skip
+    return lines
+
+
+def merged(old: dict, new: dict) -> dict:
+    """The rows of both, the newer one of each case, and the runs that these rows come from."""
+    rows = {(row["op"], row["shape"], row["dtype"]): row for row in (*old["rows"], *new["rows"])}
+    used = {row["run"] for row in rows.values()}
+    runs = {run["date"]: run for run in (*old["runs"], *new["runs"]) if run["date"] in used}
+    return {"machine": new["machine"], "runs": list(runs.values()), "rows": list(rows.values())}
+
+
+def write(results: dict, folder: Path, name: str) -> list[Path]:
+    """Write or update `folder/name.json` and `.md`; the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, page = folder / f"{name}.json", folder / f"{name}.md"
+    if data.exists():
+        results = merged(load(data), results)
+    data.write_text(dumps(results))
+    page.write_text(markdown(results))
+    return [data, page]
+
+
+def dumps(results: dict) -> str:
+    return json.dumps(results, indent=1) + "\n"
+
+
+def load(path: Path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def _versions(run: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return f"{run['date']}, commit {run['commit'] or 'unknown'}, load average {run['load_average']}, {versions}"
+
+
+def _ceilings(run: dict) -> str:
+    rates = run["ceilings"]
+    copy = ", ".join(f"{rate / 1e9:.3g} GB/s at {int(size) >> 20} MiB" for size, rate in rates["copy"].items())
+    matmul = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates["matmul"].items())
+    return f"Copy, read + written: {copy}. Matrix products: {matmul}."
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _markdown(lines: list[list[str]]) -> list[str]:
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return [head, "|---" * len(lines[0]) + "|", *body]

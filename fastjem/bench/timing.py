@@ -1,0 +1,194 @@
+"""The one way to time: variants of one computation take turns on the same inputs, and ratios are taken within the run.
+
+A machine's speed drifts (clocks, neighbours), so times of different runs don't compare; times taken in turns do.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from fastjem.bench.clocks import Clock, EventClock, GraphClock, Step, WallClock, copied, size, synchronize
+from fastjem.bench.memory import peak
+
+BLOCK_SECONDS = 0.02  # a turn is as many calls as fit in this
+GRAPH_BELOW = 1e-3  # shorter calls are replayed from a CUDA graph: from Python their launches would be timed
+MIN_ROUNDS, MAX_ROUNDS = 5, 25
+
+
+class WrongResult(Exception):
+    """A variant that computes something else: its time is worth nothing."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Seconds per call, over all calls of all rounds."""
+
+    minimum: float
+    p20: float
+    median: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Stats":
+        ordered = sorted(samples)
+
+        def quantile(q: float) -> float:
+            return ordered[round(q * (len(ordered) - 1))]
+
+        return cls(ordered[0], quantile(0.2), median(ordered), quantile(0.8))
+
+
+@dataclass
+class Timing:
+    """One variant: the first call (with all that is compiled or loaded in it), then each pass."""
+
+    first_call: float  # seconds
+    memory: int | None  # peak bytes beyond inputs, result and gradients
+    method: str = ""
+    passes: dict[str, Stats] = field(default_factory=dict)  # "total"; with a gradient also "forward", "backward"
+
+
+@dataclass
+class Comparison:
+    """All variants of one run, and why those that are missing are missing."""
+
+    variants: dict[str, Timing]
+    absent: dict[str, str]
+    wrong: list[str]  # those of the absent whose result was wrong
+    rounds: int = 0
+
+    def ratio(self, variant: str, baseline: str, which: str = "total") -> tuple[float, float]:
+        """How many times faster `variant` is than `baseline`: by their minima, by their medians."""
+        ours, theirs = self.variants[variant].passes[which], self.variants[baseline].passes[which]
+        return theirs.minimum / ours.minimum, theirs.median / ours.median
+
+
+def turns(names: Sequence[str], rounds: int) -> list[str]:
+    """Who is timed when: every variant once a round, each round beginning with the next one."""
+    return [names[(start + i) % len(names)] for start in range(rounds) for i in range(len(names))]
+
+
+def compare(
+    variants: dict[str, Callable],
+    inputs: tuple,
+    *,
+    device: torch.device | str = "cpu",
+    verify: Callable[[list[Tensor]], None] | None = None,
+    clock: str = "device",
+    rounds: int | None = None,
+    budget: float = 5.0,
+) -> Comparison:
+    """Time `variant(*inputs)` and the backward pass to those inputs that require a gradient, the variants in turns.
+
+    Args:
+        variants: functions of the inputs; they return a tensor or, working in place on the first argument, nothing.
+        inputs: tensors, or nested lists of them; they stay as they are.
+        device: where the inputs are.
+        verify: called once with a variant's result and gradients; where it raises WrongResult, the variant isn't timed.
+        clock: "device" (on a GPU: graph replay where calls are short and capturable, else events with the L2 cache
+            flushed) or "host" (the host's time per call, without waiting for the device).
+        rounds: how many turns each variant gets; None: as many as `budget` (seconds) allows, from 5 to 25.
+    """
+    device = torch.device(device)
+    result = Comparison({}, {}, [])
+    steps, estimates = {}, {}
+    reused = copied(inputs)  # these may change in place; each variant's first call starts from `inputs`
+    for name, function in variants.items():
+        try:
+            result.variants[name] = _first_call(Step(function, copied(inputs)), device, verify)
+            steps[name] = Step(function, reused)
+            memory, estimates[name] = _warm_up(steps[name], device, clock)
+            result.variants[name].memory = memory
+        except WrongResult as error:
+            result.wrong.append(name)
+            result.absent[name] = str(error)
+        except Exception as error:  # out of memory, no compiler, a peer's limits: the others are still worth timing
+            result.absent[name] = reason(error)
+        if name in result.absent:
+            result.variants.pop(name, None)
+            steps.pop(name, None)
+    if not steps:
+        return result
+
+    fast = device.type == "cuda" and clock == "device" and min(estimates[name] for name in steps) < GRAPH_BELOW
+    clocks, round_seconds = {}, 0.0
+    for name, step in steps.items():
+        repeats = max(1, math.ceil(BLOCK_SECONDS / estimates[name]))
+        clocks[name] = _clock(step, repeats, estimates[name], device, clock, fast)
+        result.variants[name].method = clocks[name].method
+        round_seconds += repeats * estimates[name]
+    result.rounds = rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / round_seconds)))
+
+    for name, samples in _take_turns(clocks, result.rounds).items():
+        forward, backward = zip(*samples, strict=True)
+        passes = {"total": forward}
+        if steps[name].leaves:
+            passes = {"total": [sum(pair) for pair in samples], "forward": forward, "backward": backward}
+        result.variants[name].passes = {which: Stats.of(values) for which, values in passes.items()}
+    return result
+
+
+def _take_turns(clocks: dict[str, Clock], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    samples = {name: [] for name in clocks}
+    gc.collect()
+    gc.disable()  # a collection in the middle of a call is nobody's cost
+    try:
+        for name in turns(list(clocks), rounds):
+            samples[name] += clocks[name].samples()
+    finally:
+        gc.enable()
+    return samples
+
+
+def reason(error: Exception) -> str:
+    """The first line of it."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+def _first_call(step: Step, device: torch.device, verify: Callable[[list[Tensor]], None] | None) -> Timing:
+    synchronize(device)
+    start = perf_counter()
+    outputs = step.outputs()
+    synchronize(device)
+    timing = Timing(first_call=perf_counter() - start, memory=None)
+    if verify:
+        verify(outputs)
+    return timing
+
+
+def _warm_up(step: Step, device: torch.device, clock: str) -> tuple[int | None, float]:
+    """Peak bytes beyond what the call returns, and roughly how long a call takes."""
+    returned = []
+
+    def call() -> list[Tensor]:
+        outputs = step.fresh()
+        returned.append(size(outputs))
+        return outputs
+
+    start = perf_counter()
+    most = peak(call, device)
+    seconds = perf_counter() - start
+    if seconds < 0.2 or device.type == "cuda":
+        sampler = EventClock(step, 3) if device.type == "cuda" and clock == "device" else WallClock(step, 3, device)
+        seconds = min(map(sum, sampler.samples()))
+    return None if most is None else max(most - returned[0], 0), max(seconds, 1e-7)
+
+
+def _clock(step: Step, repeats: int, estimate: float, device: torch.device, clock: str, fast: bool) -> Clock:
+    if device.type == "cpu" or clock == "host":
+        most = 1000 if device.type == "cpu" else 30  # more launches than the queue holds would wait for the device
+        return WallClock(step, min(repeats, most), device)
+    if fast:
+        try:
+            graph = GraphClock(step, 1, estimate)
+            graph.repeats = max(3, math.ceil(BLOCK_SECONDS / max(estimate * len(graph.steps), 1e-6)) // 4)
+            return graph
+        except Exception:  # not capturable: it's timed from Python, and its row says so
+            torch.cuda.synchronize()
+    return EventClock(step, min(repeats, 100))

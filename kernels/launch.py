@@ -1,0 +1,78 @@
+"""What all Triton kernels share: the one launcher, the addressing of rows, and the mean of a loss over rows.
+
+Launchers call `launch.launch(...)` through the module, so that a test can replace it: to record, or to compile for a
+GPU that isn't there (tests/aot.py). Nothing here needs a GPU at import.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from fastjem.kernels import tiling
+from torch import Tensor
+
+DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def launch(kernel, grid: tuple[int, ...], *args, device_of: Tensor, **meta) -> None:
+    """`kernel[grid](*args, **meta)` on the device of a tensor, which needn't be the current one."""
+    with torch.cuda.device_of(device_of):
+        kernel[grid](*args, **meta)
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 where an input is float64, float32 otherwise."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def rows(x: Tensor) -> Tensor:
+    """[N, K] with dense rows; the rows themselves may be anywhere."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def alignment(*matrices: Tensor) -> int:
+    """The largest number of elements, at most 16 bytes of them, that divides the width and every row stride.
+
+    Kernels take widths and strides as multiples of it. Triton sees by itself only that an integer is divisible by 16;
+    K = 3000 isn't, though rows of 3000 bfloat16 are whole 128-bit words.
+    """
+    common = 16 // min(x.element_size() for x in matrices)
+    return math.gcd(common, matrices[0].shape[1], *(x.stride(0) for x in matrices))
+
+
+@triton.jit
+def row_start(i_row, s_row, ALIGN: tl.constexpr):
+    """Where a row, or each of several, begins; the stride is s_row * ALIGN elements. In int64: N x K may pass 2^31."""
+    return tl.cast(i_row, tl.int64) * s_row * ALIGN
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _mean_kernel(
+    sums,  # [parts] float
+    counts,  # [parts] int32
+    loss,  # 0-dim
+    scale,  # 0-dim
+    parts,
+    BLOCK: tl.constexpr,
+):
+    index = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], sums.dtype.element_ty)
+    b_count = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, parts, BLOCK):
+        mask = index < parts - i
+        b_sum += tl.load(sums + i + index, mask, 0)
+        b_count += tl.load(counts + i + index, mask, 0)
+    one_over = 1 / tl.sum(b_count, 0).to(sums.dtype.element_ty)
+    tl.store(loss, tl.sum(b_sum, 0) * one_over)
+    tl.store(scale, one_over)
+
+
+def mean(
+    sums: Tensor,  # [parts], of the loss over the rows of a part
+    counts: Tensor,  # [parts] int32, how many rows that is
+) -> tuple[Tensor, Tensor]:
+    """The mean over all rows and 1 / their number (NaN and infinity for none), by one program in a fixed order."""
+    loss, scale = sums.new_empty(()), sums.new_empty(())
+    launch(_mean_kernel, (1,), sums, counts, loss, scale, len(sums), **tiling.mean(), device_of=sums)
+    return loss, scale

@@ -1,0 +1,48 @@
+"""The one home of block sizes, warps and pipeline stages: keyword arguments of a launch, by width and dtype.
+
+No autotuning: the choices are few, they hold for every batch size, and nothing is tried inside a CUDA graph's capture.
+Registers and spills of each are in benchmarks/results/ahead-of-time.md.
+"""
+
+import torch
+
+WARP = 32
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def mean() -> dict:
+    return {"BLOCK": 4096, "num_warps": 16}
+
+
+def elementwise(dtype: torch.dtype) -> dict:
+    """Four 128-bit words a thread are enough bytes in flight. A VECTOR is at least one such word in every dtype."""
+    return {"BLOCK": 4 * 4 * WARP * 16 // dtype.itemsize, "VECTOR": 8, "num_warps": 4}
+
+
+def _rows(width: int, per_thread: int) -> dict | None:
+    """Whole rows in the registers of at most 16 warps, several rows where they are short; None: too wide."""
+    block = max(16, _next_power_of_2(width))
+    warps = max(4, block // (WARP * per_thread))
+    return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": warps} if warps <= 16 else None
+
+
+def cross_entropy(width: int, compute: torch.dtype) -> dict | None:
+    """Rows read once, up to 16,384 float32; None where `cross_entropy_long` must read them twice."""
+    return _rows(width, per_thread=128 // compute.itemsize)
+
+
+def cross_entropy_long(compute: torch.dtype) -> dict:
+    """One program an SM, because what all programs read once has to stay in the L2 cache until they read it again."""
+    return {"BLOCK": 65536 // compute.itemsize, "num_warps": 32, "STAGES": 3}
+
+
+def negative_cosine(width: int, compute: torch.dtype) -> dict | None:
+    """Pairs of rows read once, up to 8192 float32; None where `negative_cosine_long` must read them twice."""
+    return _rows(width, per_thread=64 // compute.itemsize)
+
+
+def negative_cosine_long(compute: torch.dtype) -> dict:
+    return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}

@@ -1,0 +1,245 @@
+"""What a GPU would run, compiled without one: `python tests/aot.py` writes benchmarks/results/ahead-of-time.{json,md}.
+
+A stand-in for Triton's driver names the architecture, `launch.launch` is replaced by a compile, and the launcher of an
+operator is called on CPU tensors: the host code is that of a real call, and so is what Triton specialises on.
+Registers, spills and the widths of memory accesses are read off the machine code.
+
+To cover an operator, add a line to CASES.
+"""
+
+import contextlib
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from fastjem.kernels import cross_entropy, ema_update, launch, negative_cosine, rescale
+from triton.backends.compiler import GPUTarget
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program. Triton compiles programs that want more.
+ARCHITECTURES = tuple(SHARED_LIMIT)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "ahead-of-time"
+
+
+class Driver:
+    """A GPU of which only the name is there. Its index keeps Triton's caches of the architectures apart."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Code:
+    """The machine code of one kernel."""
+
+    kernel: str
+    warps: int
+    registers: int
+    spills: int  # instructions that read or write local memory
+    shared: int  # bytes
+    loads: Counter  # instructions that read global memory, by bits a thread
+    stores: Counter
+    wgmma: int  # Hopper's tensor-core instructions
+
+    @classmethod
+    def of(cls, compiled: triton.compiler.CompiledKernel) -> "Code":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = _cuobjdump("-res-usage", file.name)
+            sass = _cuobjdump("-sass", file.name)
+        # "        /*0070*/              @!P0 LDG.E.128.CONSTANT R4, [R2.64] ;"
+        opcodes = [
+            o.split(".") for o in re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.M)
+        ]
+        return cls(
+            kernel=compiled.metadata.name,
+            warps=compiled.metadata.num_warps,
+            registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+            spills=sum(name in ("LDL", "STL") for name, *_ in opcodes),
+            shared=compiled.metadata.shared,  # the tools don't count dynamic shared memory
+            loads=Counter(_bits(m) for name, *m in opcodes if name in ("LDG", "LDGSTS")),
+            stores=Counter(_bits(m) for name, *m in opcodes if name == "STG"),
+            wgmma=sum(name in ("HGMMA", "QGMMA", "IGMMA") for name, *_ in opcodes),
+        )
+
+
+def _cuobjdump(*arguments: str) -> str:
+    return subprocess.run([TOOLS / "cuobjdump", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _bits(modifiers: list[str]) -> int:
+    """E.128.CONSTANT -> 128, E.U16 -> 16; an access that names no width is one of 32 bits."""
+    widths = [int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US]8|[US]16|64|128|256", m)]
+    return max(widths, default=32)
+
+
+@contextlib.contextmanager
+def compiling(arch: int) -> Iterator[list]:
+    """Inside, `launch.launch` compiles for an architecture instead of launching; what it compiled is in the list."""
+    compiled = []
+
+    def compile_only(kernel, grid, *args, device_of, **meta) -> None:
+        compiled.append(kernel.warmup(*args, grid=grid, **meta))
+
+    drivers = triton.runtime.driver
+    before = drivers._active, launch.launch
+    drivers.set_active(Driver(arch))
+    launch.launch = compile_only
+    try:
+        yield compiled
+    finally:
+        drivers._active, launch.launch = before
+
+
+def codes(call: Callable[[], object], arch: int) -> list[Code]:
+    """The machine code of every kernel that a call would launch."""
+    with compiling(arch) as compiled, torch.no_grad():
+        call()
+    return [Code.of(kernel) for kernel in compiled]
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: str
+    dtype: str
+    call: Callable[[], object]
+    vectors: tuple[int, int] = (0, 0)  # the least 128-bit loads and stores of a thread in the first kernel
+    wgmma: bool = False  # whether a kernel multiplies matrices, with wgmma on Hopper
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.shape}-{self.dtype}".replace(" ", "_")
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def _rescale(elements: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        rescale.rescale_(torch.zeros(elements, dtype=DTYPES[dtype]), torch.ones(()))
+
+    return Case("rescale_", str(elements), dtype, call, vectors)
+
+
+def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:
+    def call() -> None:
+        t, s = (torch.zeros(elements + offset, dtype=DTYPES[d])[offset:] for d in (teacher, student))
+        ema_update.ema_update_([t], [s], torch.ones((), dtype=torch.float64))
+
+    shape = str(elements) + (" unaligned" if offset else "")
+    return Case("ema_update_", shape, f"{teacher} <- {student}", call, vectors)
+
+
+def _cross_entropy(k: int, dtype: str, vectors: tuple[int, int], gradient: bool = True) -> Case:
+    def call() -> None:
+        logits, labels = torch.zeros(4, k, dtype=DTYPES[dtype]), torch.zeros(4, dtype=torch.int64)
+        cross_entropy.cross_entropy(logits, labels, -100, [gradient])
+
+    return Case("cross_entropy", f"N x {k}" + ("" if gradient else " loss only"), dtype, call, vectors)
+
+
+def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple[bool, bool] = (True, True)) -> Case:
+    def call() -> None:
+        p, z = torch.zeros(4, d, dtype=DTYPES[dtype]), torch.zeros(4, d, dtype=DTYPES[dtype])
+        negative_cosine.negative_cosine(p, z, 1e-8, list(wanted))
+
+    return Case("negative_cosine", f"N x {d}" + ("" if all(wanted) else " p only"), dtype, call, vectors)
+
+
+CASES = [
+    _rescale(5000, "bf16", (4, 4)),
+    _rescale(5000, "fp32", (4, 4)),
+    _ema_update(5000, "fp32", "fp32", (8, 4)),
+    _ema_update(5000, "fp32", "bf16", (6, 4)),
+    _ema_update(5000, "fp32", "fp16", (6, 4)),
+    _ema_update(5000, "fp64", "fp64", (16, 8)),
+    _ema_update(5000, "fp32", "fp32", (0, 0), offset=1),
+    _cross_entropy(1, "fp32", (0, 0)),
+    _cross_entropy(10, "fp32", (0, 0)),
+    _cross_entropy(1000, "bf16", (1, 1)),
+    _cross_entropy(1003, "bf16", (0, 0)),  # rows of any alignment
+    _cross_entropy(3000, "bf16", (4, 4)),  # 3000 = 8 x 375: whole words, though not divisible by 16
+    _cross_entropy(3000, "bf16", (4, 0), gradient=False),
+    _cross_entropy(3000, "fp32", (8, 8)),
+    _cross_entropy(16_384, "bf16", (4, 4)),
+    _cross_entropy(16_384, "fp32", (8, 8)),
+    _cross_entropy(131_072, "bf16", (4, 2)),
+    _cross_entropy(131_072, "bf16", (2, 0), gradient=False),
+    _cross_entropy(131_072, "fp32", (8, 4)),
+    _cross_entropy(131_072, "fp64", (8, 4)),
+    _negative_cosine(128, "bf16", (2, 2)),
+    _negative_cosine(256, "bf16", (2, 1), wanted=(True, False)),
+    _negative_cosine(256, "fp32", (4, 4)),
+    _negative_cosine(2048, "bf16", (4, 4)),
+    _negative_cosine(8192, "fp32", (8, 8)),
+    _negative_cosine(65_536, "fp32", (8, 4)),
+]
+
+
+def rows() -> list[dict]:
+    """One row for each case, architecture and kernel; a kernel that several cases share is listed with the first."""
+    table, seen = [], []
+    for case in CASES:
+        for arch in ARCHITECTURES:
+            for code in codes(case.call, arch):
+                if (arch, code) in seen:
+                    continue
+                seen.append((arch, code))
+                row = {
+                    "op": case.op,
+                    "kernel": code.kernel,
+                    "shape": case.shape,
+                    "dtype": case.dtype,
+                    "arch": f"sm_{arch}",
+                }
+                row |= {name: getattr(code, name) for name in ("warps", "registers", "spills", "shared")}
+                row |= {"loads": _widths(code.loads), "stores": _widths(code.stores), "wgmma": code.wgmma}
+                table.append(row)
+    return table
+
+
+def _widths(counter: Counter) -> str:
+    return " + ".join(f"{count} x {bits}" for bits, count in sorted(counter.items(), reverse=True)) or "-"
+
+
+HEAD = """# What the GPU kernels compile to
+
+Compiled ahead of time with Triton {triton} by `python tests/aot.py`; nothing was run or timed. `registers` of a thread;
+`spills`: instructions on local memory; `shared`: bytes a program; `loads` and `stores`: instructions on global memory
+in the program's code, by bits a thread; `wgmma`: Hopper's tensor-core instructions. A loop's body counts once, as often
+as the compiler wrote it (pipelining repeats loads).
+
+"""
+
+
+def main() -> None:
+    table = rows()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    lines = [[*table[0]], ["---"] * len(table[0]), *[[str(value) for value in row.values()] for row in table]]
+    markdown = HEAD.format(triton=triton.__version__) + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    RESULTS.with_suffix(".md").write_text(markdown)
+    RESULTS.with_suffix(".json").write_text(
+        json.dumps({"triton": triton.__version__, "kernels": table}, indent=1) + "\n"
+    )
+    print(f"{len(table)} rows in {RESULTS}.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Breaks one line of a kernel at a time and runs the contract's tests on it: each must fail, or the tests don't bite.
+
+A mutation is (operator, file, line as it stands, line broken). The package is copied, changed, and put first on the
+path of a pytest process, which must find failures; a C++ mutation is compiled first.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    op: str
+    file: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.file}: {self.old.strip()} -> {self.new.strip()}"
+
+
+REFERENCE = [
+    Mutation(
+        "cross_entropy",
+        "kernels/reference.py",
+        "index, -torch.ones_like(rows)",
+        "index, -0.999 * torch.ones_like(rows)",
+    ),
+    Mutation(
+        "negative_cosine", "kernels/reference.py", "_normalize_backward(-p_unit, z", "_normalize_backward(p_unit, z"
+    ),
+    Mutation("nt_xent", "kernels/reference.py", "masked_fill(itself, -math.inf)", "masked_fill(itself, 0)"),
+    Mutation("info_nce", "kernels/reference.py", "weights[:, :1] - 1", "weights[:, :1] - 0.99"),
+    Mutation("prototype_cross_entropy", "kernels/reference.py", '"different": 1 - same', '"different": same'),
+    Mutation("barlow_twins", "kernels/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
+    Mutation("vicreg", "kernels/reference.py", "(n / (n - 1))", "1"),
+]
+CPU = [
+    Mutation("cross_entropy", "csrc/cross_entropy.h", "block + 1024, k)", "block + 1023, k)"),
+    Mutation("cross_entropy", "csrc/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
+    Mutation("negative_cosine", "csrc/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),
+    Mutation("ema_update_", "csrc/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
+]
+INTERPRETER = [
+    Mutation("ema_update_", "kernels/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
+]
+
+
+def run(mutation: Mutation, folder: Path, interpreter: bool = False) -> subprocess.CompletedProcess:
+    """pytest on the mutated package, on the tests that name its operator."""
+    package = folder / "fastjem"
+    shutil.copytree(ROOT / "fastjem", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    if not list((package / "kernels").glob("_C.*.so")):
+        import fastjem.kernels._C as extension  # installed elsewhere
+
+        shutil.copy(extension.__file__, package / "kernels")
+    if mutation.file.startswith("csrc/"):
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        _replace(folder / mutation.file, mutation)
+        _compile(folder / "csrc", package / "kernels", mutation)
+    else:
+        _replace(package / mutation.file, mutation)
+    where = "c++" if mutation.file.startswith("csrc/") else "interpreter" if interpreter else "reference"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    command += ["-k", f"{mutation.op} and {where} and (value or contiguous or update or layouts)"]
+    command += ["-m", "interpreter"] if interpreter else []
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def _replace(file: Path, mutation: Mutation) -> None:
+    text = file.read_text()
+    assert text.count(mutation.old) == 1, f"{mutation}: {text.count(mutation.old)} such places; mend the mutation"
+    file.write_text(text.replace(mutation.old, mutation.new))
+
+
+def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
+    """An extension with the mutated operator alone (and rescale, which every backward needs): seconds, not minutes."""
+    import pybind11
+
+    stems = {Path(mutation.file).stem, "rescale"}
+    bindings = csrc / "bindings.cpp"
+    lines = bindings.read_text().splitlines()
+    bindings.write_text("\n".join(x for x in lines if "bind_" not in x or any(f"bind_{stem}(" in x for stem in stems)))
+    sources = [bindings, *(csrc / f"{stem}.cpp" for stem in sorted(stems))]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    (target,) = kernels.glob("_C.*.so")
+    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", *includes]
+    subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)

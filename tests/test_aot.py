@@ -1,0 +1,65 @@
+"""Every kernel, compiled for every architecture: no spills, shared memory within the chip's, wide memory accesses."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import aot  # noqa: E402
+import triton.language as tl  # noqa: E402
+from fastjem.kernels import tiling  # noqa: E402
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("case", aot.CASES, ids=str)
+def test_budget(case: aot.Case, arch: int):
+    codes = aot.codes(case.call, arch)
+    assert codes, "nothing was launched"
+    for code in codes:
+        assert code.spills == 0, code
+        assert code.shared <= aot.SHARED_LIMIT[arch], code
+    first = codes[0]
+    assert first.loads[128] >= case.vectors[0] and first.stores[128] >= case.vectors[1], first
+    assert any(code.wgmma for code in codes) == (case.wgmma and arch == 90), codes
+
+
+def only(codes: list[aot.Code]) -> aot.Code:
+    (code,) = codes
+    return code
+
+
+def test_a_row_in_too_few_registers_is_seen_to_spill(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiling, "cross_entropy", lambda *_: {"ROWS": 1, "BLOCK": 16_384, "num_warps": 1})
+    (case,) = (c for c in aot.CASES if str(c) == "cross_entropy-N_x_16384-fp32")
+    assert aot.codes(case.call, 90)[0].spills > 0
+
+
+def test_unaligned_memory_is_seen_to_have_no_wide_access():
+    (case,) = (c for c in aot.CASES if "unaligned" in c.shape)
+    code = only(aot.codes(case.call, 90))
+    assert code.loads[128] == 0 and code.stores[128] == 0 and code.loads[32] > 16
+
+
+@triton.jit
+def _product(a, b, c, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(c + index, tl.dot(tl.load(a + index), tl.load(b + index)))
+
+
+def test_wgmma_is_seen_on_hopper_and_nowhere_else():
+    a, c = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(64, 64)
+    seen = {}
+    for arch in aot.ARCHITECTURES:
+        with aot.compiling(arch) as compiled:
+            aot.launch.launch(_product, (1,), a, a, c, BLOCK=64, device_of=a)
+        seen[arch] = aot.Code.of(compiled[0]).wgmma > 0
+    assert seen == {80: False, 90: True, 100: False}
+
+
+def test_the_launcher_and_the_driver_are_put_back():
+    before = aot.launch.launch, triton.runtime.driver._active
+    with pytest.raises(ZeroDivisionError):
+        aot.codes(lambda: 1 / 0, 90)
+    assert (aot.launch.launch, triton.runtime.driver._active) == before

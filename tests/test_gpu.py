@@ -1,0 +1,105 @@
+"""What only a GPU can show: graph capture, no host sync, offsets past 2^31 elements, the device guard."""
+
+import pytest
+import torch
+from conftest import HAS_GPU
+
+import fastjem.functional as F
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
+
+
+def _cross_entropy():
+    x = torch.randn(64, 3000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = torch.randint(0, 3000, (64,), device="cuda")
+    return [x], lambda: F.cross_entropy(x, y)
+
+
+def _negative_cosine():
+    p, z = (torch.randn(64, 256, device="cuda", requires_grad=True) for _ in range(2))
+    return [p, z], lambda: F.negative_cosine(p, z)
+
+
+LOSSES = {"cross_entropy": _cross_entropy, "negative_cosine": _negative_cosine}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_host_sync(name):
+    inputs, loss = LOSSES[name]()
+    torch.autograd.grad(loss(), inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(loss(), inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_graph_replay_computes_on_new_data(name):
+    inputs, loss = LOSSES[name]()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(loss(), inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss()
+        gradients = torch.autograd.grad(captured, inputs)
+    with torch.no_grad():
+        for x in inputs:
+            x.normal_()
+    graph.replay()
+    expected = loss()
+    assert torch.equal(captured, expected)
+    for a, b in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ema_update_in_a_graph_follows_its_momentum():
+    teacher, student = ([torch.randn(n, device="cuda") for n in (5, 1000, 70_001)] for _ in range(2))
+    momentum = torch.tensor(0.9, dtype=torch.float64, device="cuda")
+    F.ema_update_(teacher, student, momentum)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        F.ema_update_(teacher, student, momentum)
+    momentum.fill_(0.25)
+    expected = [0.25 * t + 0.75 * s for t, s in zip(teacher, student, strict=True)]
+    graph.replay()
+    for t, e in zip(teacher, expected, strict=True):
+        torch.testing.assert_close(t, e, rtol=1e-6, atol=1e-6)
+
+
+def test_offsets_past_2_31_elements():
+    """The last rows of a matrix of more than 2^31 elements, and one tensor of that size."""
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of GPU memory")
+    k = 131_072
+    n = 2**31 // k + 3
+    x = torch.zeros(n, k, device="cuda", dtype=torch.float16)
+    x[-1].normal_()
+    y = torch.arange(n, device="cuda") % k
+    x.requires_grad_()
+    loss = F.cross_entropy(x, y)
+    (gradient,) = torch.autograd.grad(loss * n, x)
+    expected = x[-1].detach().float().softmax(0)
+    expected[y[-1]] -= 1
+    torch.testing.assert_close(gradient[-1].float(), expected, rtol=2e-3, atol=1e-6)
+    del gradient
+
+    tail = F.negative_cosine(x.detach()[-2:], x.detach()[-2:].flip(1))
+    assert tail.isfinite()
+    del x
+    teacher = torch.zeros(2**31 + 1025, device="cuda")
+    F.ema_update_([teacher], [torch.ones(1, device="cuda", dtype=torch.bfloat16).expand_as(teacher).contiguous()], 0.75)
+    assert (teacher[-1025:] == 0.25).all() and teacher[0] == 0.25
+
+
+def test_runs_on_the_tensors_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    p, z = (torch.randn(4, 8, device="cuda:1") for _ in range(2))
+    with torch.cuda.device(0):
+        assert F.negative_cosine(p, z).device.index == 1

@@ -1,0 +1,31 @@
+"""The tests bite: a kernel broken in one place fails them. See mutations.py."""
+
+import shutil
+
+import pytest
+from conftest import _C, INTERPRETING
+from mutations import CPU, INTERPRETER, REFERENCE, run
+
+MUTATIONS = [pytest.param(m, id=str(m)) for m in REFERENCE]
+if _C and shutil.which("g++"):
+    MUTATIONS += [pytest.param(m, id=str(m)) for m in CPU]
+
+
+def assert_caught(result) -> None:
+    assert result.returncode == 1, f"the broken kernel was not noticed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+    assert ("AssertionError" in result.stdout and " passed" in result.stdout) or " failed" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_kernel_is_caught(mutation, tmp_path):
+    assert_caught(run(mutation, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mutation", INTERPRETER, ids=str)
+def test_a_broken_triton_kernel_is_caught(mutation, tmp_path):
+    if not INTERPRETING:
+        pytest.skip("runs with the interpreter")
+    assert_caught(run(mutation, tmp_path, interpreter=True))
