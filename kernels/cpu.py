@@ -96,8 +96,7 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         *map(_address, gradients),
         torch.get_num_threads(),
     )
-<<<<<<< HEAD
-    return torch.tensor(total / len(p), dtype=dtype), gradients, torch.tensor(1 / len(p), dtype=dtype)
+    return torch.full((), total / len(p), dtype=dtype), gradients, torch.full((), 1 / len(p), dtype=dtype)
 
 
 # Prototypes: last, because that module needs the helpers above -------------------------------------------------------------
@@ -110,6 +109,3 @@ from fastjem.kernels.cpu_prototypes import (  # noqa: E402, F401
     sinkhorn_codes,
     sinkhorn_step,
 )
-=======
-    return torch.full((), total / len(p), dtype=dtype), gradients, torch.full((), 1 / len(p), dtype=dtype)
->>>>>>> main

@@ -70,7 +70,9 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
     return codes
 
 
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, dtype: torch.dtype) -> Tensor:
+def sinkhorn(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, dtype: torch.dtype
+) -> Tensor:
     scores = _rows(scores)
     return sinkhorn_codes(scores, sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
 
@@ -129,13 +131,13 @@ def prototype_cross_entropy(
         _optional(of_teacher),
         torch.get_num_threads(),
     )
-    loss = torch.tensor(total * _inverse(pairs_of_rows), dtype=dtype)
+    loss = torch.full((), total * _inverse(pairs_of_rows), dtype=dtype)
     extra = []
     if statistics:
         teacher_rows = rows * len(teacher)
         means = of_teacher.div_(teacher_rows)
-        extra = [*(x.to(dtype, copy=True) for x in means), torch.tensor(entropy / teacher_rows, dtype=dtype)]
-    return loss, gradients, torch.tensor(scale / factor, dtype=dtype), extra
+        extra = [*(x.to(dtype, copy=True) for x in means), torch.full((), entropy / teacher_rows, dtype=dtype)]
+    return loss, gradients, torch.full((), scale / factor, dtype=dtype), extra
 
 
 # The head-fused form -----------------------------------------------------------------------------------------------------
@@ -185,7 +187,14 @@ def prototype_head_cross_entropy(
             own = None if bias is None else (bias if bias.dim() == 1 else bias[t])[first:]
             rows = slice(t * images, (t + 1) * images)
             _C.head_logsumexp(
-                code, _address(of_teacher[rows]), images, n, 1 / teacher_temperature, _optional(own), _address(z_lse[rows]), threads
+                code,
+                _address(of_teacher[rows]),
+                images,
+                n,
+                1 / teacher_temperature,
+                _optional(own),
+                _address(z_lse[rows]),
+                threads,
             )
     for first in range(0, width, tile):
         of_student, of_teacher, w, n = products(first)
@@ -214,8 +223,8 @@ def prototype_head_cross_entropy(
             torch.mm(of_student.T, x, out=w_gradient[first : first + n])
 
     pairs_of_rows = (images if weights is None else weights.sum().item()) * _count(views, teachers, pairs)
-    scale = torch.tensor(_inverse(pairs_of_rows * student_temperature), dtype=dtype)
-    loss = torch.tensor(losses.sum().item() * _inverse(pairs_of_rows), dtype=dtype)
+    scale = torch.full((), _inverse(pairs_of_rows * student_temperature), dtype=dtype)
+    loss = torch.full((), losses.sum().item() * _inverse(pairs_of_rows), dtype=dtype)
     parts = [None] * views if x_gradient is None else x_gradient.split(images)
     gradients = [
         g.to(v.dtype, copy=True) if k else v.new_empty(0) for g, v, k in zip(parts, student, wanted[:-1], strict=True)

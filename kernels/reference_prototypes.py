@@ -124,10 +124,19 @@ def prototype_head_cross_entropy(
     logits = [x @ widen(prototypes).T for x in features]
     teacher_logits = [widen(x) @ widen(teacher_prototypes).T for x in teacher]
     loss, gradients, scale, _ = prototype_cross_entropy(
-        logits, teacher_logits, student_temperature, teacher_temperature, teacher_bias, pairs, weights, False, [True] * len(student)
+        logits,
+        teacher_logits,
+        student_temperature,
+        teacher_temperature,
+        teacher_bias,
+        pairs,
+        weights,
+        False,
+        [True] * len(student),
     )
     of_features = [
-        (g @ widen(prototypes)).to(x.dtype) if k else _empty(x) for g, x, k in zip(gradients, student, wanted[:-1], strict=True)
+        (g @ widen(prototypes)).to(x.dtype) if k else _empty(x)
+        for g, x, k in zip(gradients, student, wanted[:-1], strict=True)
     ]
     of_prototypes = torch.cat(gradients).T @ torch.cat(features) if wanted[-1] else _empty(prototypes)
     return loss, [*of_features, of_prototypes.to(prototypes.dtype)], scale
@@ -184,4 +193,6 @@ def koleo(
     slope = -direction / (distance + eps)
     # a fixed order of sums for the rows that are the nearest of many: index_put_ sorts, index_add_ would use atomics on CUDA
     gradient = slope.index_put((nearest,), -slope, accumulate=True)
-    return loss, [_normalize_backward(gradient, unit, norm, eps).to(x.dtype)], _scale(x, 1 / n)
+    gradient = _normalize_backward(gradient, unit, norm, eps)
+    largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16
+    return loss, [gradient.clamp(-largest, largest).to(x.dtype)], _scale(x, 1 / n)

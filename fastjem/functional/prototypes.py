@@ -8,86 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.functional import _checks as check
-<<<<<<< HEAD
 from fastjem.functional._collectives import world_size
 from fastjem.ops.autograd import one_pass
-=======
-from fastjem.functional._collectives import gather_rows
-from fastjem.ops.autograd import one_pass, ops
-
-
-def sinkhorn(
-    scores: Tensor,
-    *,
-    epsilon: float = 0.05,
-    iterations: int = 3,
-    normalize_samples_first: bool = False,
-    dtype: torch.dtype | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Sinkhorn-Knopp codes of SwAV (Caron et al. 2020, arXiv 2006.09882, section 3.1), DINOv2 and MSN.
-
-    Q = exp(scores / epsilon), then `iterations` times: each prototype divided by its sum over samples, each sample by
-    its sum over prototypes. In the log domain, so that no finite score overflows or underflows. Not differentiable.
-
-    Args:
-        scores: [B, K], samples by prototypes.
-        epsilon: temperature of the scores.
-        iterations: how often both are normalised, at least 1. Few iterations do not converge, and their order matters.
-        normalize_samples_first: divide each sample by its sum once before (MSN normalises probabilities).
-        dtype: of the codes; None: float32 (float64 for float64 scores).
-        group: the process group whose ranks hold the rest of the batch; prototypes are then normalised over all of it.
-
-    Returns:
-        [B, K] codes; every row sums to 1.
-
-    Raises:
-        ValueError: for other shapes, dtypes or options.
-    """
-    _check_sinkhorn("sinkhorn", scores, epsilon, iterations)
-    if dtype is None:
-        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    if group is None:
-        return ops.sinkhorn(scores.detach(), epsilon, iterations, normalize_samples_first, dtype)
-    bias = _distributed_bias(scores.detach(), epsilon, iterations, normalize_samples_first, group)
-    return (scores.detach().to(bias.dtype) / epsilon + bias).softmax(1).to(dtype)
-
-
-def sinkhorn_bias(
-    scores: Tensor,
-    *,
-    epsilon: float = 0.05,
-    iterations: int = 3,
-    normalize_samples_first: bool = False,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """The prototypes' log-potentials f [K] of `sinkhorn`: its codes are `softmax(scores / epsilon + f, 1)`.
-
-    Given as `teacher_bias` to `prototype_cross_entropy`, the codes never need to exist in memory. Arguments as for
-    `sinkhorn`; float32 (float64 for float64 scores).
-    """
-    _check_sinkhorn("sinkhorn_bias", scores, epsilon, iterations)
-    if group is None:
-        return ops.sinkhorn_bias(scores.detach(), epsilon, iterations, normalize_samples_first)
-    return _distributed_bias(scores.detach(), epsilon, iterations, normalize_samples_first, group)
-
-
-def _check_sinkhorn(op: str, scores: Tensor, epsilon: float, iterations: int) -> None:
-    check.matrices(op, "scores must be [B, K]", scores)
-    check.positive(op, epsilon=epsilon)
-    if iterations < 1:
-        check.fail(op, "iterations must be at least 1", iterations)
-
-
-def _distributed_bias(scores, epsilon, iterations, normalize_samples_first, group) -> Tensor:
-    """One gathering of [K] numbers per iteration: the prototypes' sums over all ranks."""
-    bias = scores.new_zeros(scores.shape[1]) if normalize_samples_first else None
-    for _ in range(iterations):
-        sums = ops.sinkhorn_step(scores, bias, epsilon)
-        bias = -gather_rows(sums[None], group)[0].logsumexp(0)
-    return bias
-
->>>>>>> main
 
 PAIRS = ("different", "same", "all")
 
@@ -199,12 +121,29 @@ def prototype_head_cross_entropy(
         check.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
     check.one_device(op, [student[0], student_prototypes])
     bias, weights = _check_options(
-        op, student, teacher, len(student_prototypes), student_temperature, teacher_temperature, teacher_bias, pairs, weights
+        op,
+        student,
+        teacher,
+        len(student_prototypes),
+        student_temperature,
+        teacher_temperature,
+        teacher_bias,
+        pairs,
+        weights,
     )
     inputs = check.common(*student, student_prototypes)
     *constants, prototypes = _constants([*teacher, teacher_prototypes], inputs)
     loss = one_pass(
-        op, inputs, constants, prototypes, float(student_temperature), float(teacher_temperature), bias, pairs, weights, listed=True
+        op,
+        inputs,
+        constants,
+        prototypes,
+        float(student_temperature),
+        float(teacher_temperature),
+        bias,
+        pairs,
+        weights,
+        listed=True,
     )
     return _mean_over_ranks(loss, len(student[0]) if weights is None else weights.sum(), group)
 
@@ -245,16 +184,11 @@ def _check_options(
         check.fail(op, 'pairs="different" needs at least two views on one side', "one student and one teacher view")
     if teacher_bias is not None:
         if teacher_bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
-<<<<<<< HEAD
-            check.fail(op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", tuple(teacher_bias.shape))
-        check.one_device(op, [teacher_bias, student[0]])
-        teacher_bias = teacher_bias.detach().to(torch.float64 if student[0].dtype == torch.float64 else torch.float32)
-=======
             check.fail(
                 op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", tuple(teacher_bias.shape)
             )
-        teacher_bias = teacher_bias.detach()
->>>>>>> main
+        check.one_device(op, [teacher_bias, student[0]])
+        teacher_bias = teacher_bias.detach().to(torch.float64 if student[0].dtype == torch.float64 else torch.float32)
     if weights is not None:
         if weights.shape != (len(student[0]),):
             check.fail(op, f"weights must be [{len(student[0])}]", tuple(weights.shape))
@@ -281,5 +215,9 @@ class _MeanOverRanks(torch.autograd.Function):
 def _mean_over_ranks(loss: Tensor, weight: float | Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return loss
-    weight = weight.double() if isinstance(weight, Tensor) else torch.full((), weight, dtype=torch.float64, device=loss.device)
+    weight = (
+        weight.double()
+        if isinstance(weight, Tensor)
+        else torch.full((), weight, dtype=torch.float64, device=loss.device)
+    )
     return _MeanOverRanks.apply(loss, weight, group)

@@ -36,7 +36,6 @@ SCHEMAS = {
     " -> (Tensor, Tensor[], Tensor)",
     "sinkhorn_step": "(Tensor scores, Tensor? bias, float epsilon) -> Tensor",
     "sinkhorn_bias": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first) -> Tensor",
-<<<<<<< HEAD
     "sinkhorn": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, ScalarType dtype) -> Tensor",
     "sinkhorn_codes": "(Tensor scores, Tensor bias, float epsilon, ScalarType dtype) -> Tensor",
     "prototype_cross_entropy": "(Tensor[] student, Tensor[] teacher, float student_temperature, float teacher_temperature,"
@@ -46,13 +45,6 @@ SCHEMAS = {
     "mean_entropy": "(Tensor[] scores, float temperature, Tensor? total, Tensor? rows, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
     "koleo": "(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
-=======
-    "sinkhorn": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, ScalarType dtype)"
-    " -> Tensor",
-    "prototype_cross_entropy": "(Tensor[] student, Tensor[] teacher, float student_temperature,"
-    " float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights, bool[] wanted)"
-    " -> (Tensor, Tensor[], Tensor)",
->>>>>>> main
     "barlow_twins": "(Tensor z0, Tensor z1, float lambda_param, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "vicreg": "(Tensor z0, Tensor z1, float lambda_param, float mu_param, float nu_param, float eps, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",

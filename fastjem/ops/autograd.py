@@ -66,14 +66,9 @@ def _call(name, wanted, listed, arguments, inputs) -> tuple[Tensor, list[Tensor]
     return op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
 
 
-<<<<<<< HEAD
 def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor | tuple[Tensor, ...]:
-    """The loss `name(*inputs, *arguments)`, differentiable for `inputs` (an operator may take them `listed`, as Tensor[]).
-=======
-def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor:
     """The loss `name(*inputs, *arguments)`, differentiable for `inputs` (an operator may take them `listed`, as
     Tensor[]).
->>>>>>> main
 
     Gradients are asked for only where grad mode is on and the input requires one. Where the operator returns statistics too,
     they follow the loss and are constants.
