@@ -99,7 +99,7 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
     return torch.full((), total / len(p), dtype=dtype), gradients, torch.full((), 1 / len(p), dtype=dtype)
 
 
-# Prototypes: last, because that module needs the helpers above -------------------------------------------------------------
+# Prototypes: last, because that module needs the helpers above ---------------------------------------
 
 from fastjem.kernels.cpu_prototypes import (  # noqa: E402, F401
     prototype_cross_entropy,

@@ -3,10 +3,9 @@
 import math
 
 import torch
-from torch import Tensor
-
 from fastjem.kernels import _C, reference
 from fastjem.kernels.cpu import DTYPES, _address, _gradient, _loss_dtype, _rows
+from torch import Tensor
 
 PAIRS = {"different": 0, "same": 1, "all": 2}
 
@@ -20,7 +19,7 @@ def _optional(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-# Sinkhorn ----------------------------------------------------------------------------------------------------------------
+# Sinkhorn --------------------------------------------------------------------------------------------
 
 
 def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -77,7 +76,7 @@ def sinkhorn(
     return sinkhorn_codes(scores, sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
 
 
-# Cross-entropy -----------------------------------------------------------------------------------------------------------
+# Cross-entropy ---------------------------------------------------------------------------------------
 
 
 def _count(students: int, teachers: int, pairs: str) -> int:
@@ -140,7 +139,7 @@ def prototype_cross_entropy(
     return loss, gradients, torch.full((), scale / factor, dtype=dtype), extra
 
 
-# The head-fused form -----------------------------------------------------------------------------------------------------
+# The head-fused form ---------------------------------------------------------------------------------
 
 TILE_BYTES = 8 << 20  # of logits at a time, student's and teacher's: the L2 caches hold most of it, products stay large
 
@@ -156,11 +155,12 @@ def prototype_head_cross_entropy(
     weights: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Twice over the prototypes in tiles: logits for the logsumexps; logits again, in whose place the gradient then stands."""
+    """Twice over the prototypes in tiles: logits for the logsumexps; logits again, in whose place the gradient then
+    stands."""
     *student, prototypes = inputs
     dtype, threads = _loss_dtype(student[0]), torch.get_num_threads()
     views, teachers, images = len(student), len(teacher), len(student[0])
-    width, d = prototypes.shape
+    width = len(prototypes)
     x = torch.cat([v.to(dtype) for v in student])  # [S B, D]
     z = torch.cat([v.to(dtype) for v in teacher])  # [T B, D]
     bias, weights = _wide(teacher_bias, dtype), _wide(weights, torch.float64)

@@ -1,16 +1,16 @@
 """The cross-entropy of student against teacher views, and the student's gradient, without a tensor of probabilities.
 
-First every row's logsumexp, then for an image and a block of prototypes all views at once: the teacher's probabilities are made
+First every row's logsumexp, then for an image and a block of prototypes all views at once: the teacher's
+probabilities are made
 there, for loss and gradient of every student view. Views are tuples of pointers: lists needn't lie in one tensor.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastjem.kernels import launch, reference, tiling
 from fastjem.kernels.row_logsumexp import dense, row_logsumexp
+from torch import Tensor
 
 PAIRS = {"different": 0, "same": 1, "all": 2}
 
@@ -43,6 +43,7 @@ def _prototype_cross_entropy_kernel(
     S: tl.constexpr,
     T: tl.constexpr,
     PAIRS: tl.constexpr,
+    MASSES: tl.constexpr,  # how many teacher views each student view is paired with
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -56,14 +57,13 @@ def _prototype_cross_entropy_kernel(
     if weights is not None:
         weight = tl.load(weights + i_row)
     total = tl.zeros([BLOCK], COMPUTE)
-    if PAIRS != 1 and S + PAIRS > (T if PAIRS == 0 else 0):
+    if PAIRS == 2 or (PAIRS == 0 and S > T):
         for t in tl.static_range(T):
             lse = tl.load(teacher_lse + t * B + i_row)
             total += _probability(teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], teacher_scale, COMPUTE)
     b_loss = tl.zeros([BLOCK], COMPUTE)
     for s in tl.static_range(S):
         y = total
-        mass: tl.constexpr = (1 if s < T else 0) if PAIRS == 1 else (T - 1 if PAIRS == 0 and s < T else T)
         if PAIRS != 2 and s < T:  # a sum of its own: subtracting from the total would cancel
             y = tl.zeros([BLOCK], COMPUTE)
             for t in tl.static_range(T):
@@ -72,12 +72,12 @@ def _prototype_cross_entropy_kernel(
                     y += _probability(
                         teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], teacher_scale, COMPUTE
                     )
-        if mass > 0:
+        if MASSES[s] > 0:
             x = tl.load(student[s] + tl.cast(i_row, tl.int64) * s_student[s] + column, inside, 0).to(COMPUTE)
             log_p = x * scale - tl.load(student_lse + s * B + i_row)
             b_loss -= tl.where(inside, y * log_p, 0.0)
             if gradients[s] is not None:
-                g = (mass * tl.exp(log_p) - y) * weight
+                g = (MASSES[s] * tl.exp(log_p) - y) * weight
                 tl.store(gradients[s] + tl.cast(i_row, tl.int64) * K + column, g, inside)
         else:
             if gradients[s] is not None:
@@ -126,6 +126,11 @@ def _statistics_kernel(
     tl.store(mean + column, logits / (B * T), inside)
     tl.store(usage + column, probabilities / (B * T), inside)
     tl.store(entropies + tl.program_id(0), tl.sum(entropy, 0) / (B * T))
+
+
+def _paired(view: int, teachers: int, pairs: str) -> int:
+    own = int(view < teachers)
+    return {"different": teachers - own, "same": own, "all": teachers}[pairs]
 
 
 def prototype_cross_entropy(
@@ -178,6 +183,7 @@ def prototype_cross_entropy(
         STUDENT_SCALE=1 / student_temperature,
         S=views,
         PAIRS=PAIRS[pairs],
+        MASSES=tuple(_paired(i, teachers, pairs) for i in range(views)),
         **constants,
         **tile,
         device_of=x,

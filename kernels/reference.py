@@ -235,7 +235,7 @@ def vicreg(
     return loss, gradients, _scale(z0, 1 / (n * d))
 
 
-# Prototypes: last, because that module needs the helpers above -------------------------------------------------------------
+# Prototypes: last, because that module needs the helpers above ---------------------------------------
 
 from fastjem.kernels.reference_prototypes import (  # noqa: E402, F401
     koleo,

@@ -3,9 +3,8 @@
 import math
 
 import torch
-from torch import Tensor
-
 from fastjem.kernels.reference import _empty, _normalize, _normalize_backward, _scale, widen
+from torch import Tensor
 
 
 def sinkhorn_step(
@@ -13,7 +12,8 @@ def sinkhorn_step(
     bias: Tensor | None,  # [K]; None: samples are not normalised before
     epsilon: float,
 ) -> Tensor:
-    """[K]: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i = -logsumexp_k(s_ik + f_k)`.
+    """[K]: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i =
+    -logsumexp_k(s_ik + f_k)`.
 
     The next bias f is the negative of the result; over several ranks, of the logsumexp of their results.
     """
@@ -80,10 +80,12 @@ def prototype_cross_entropy(
     statistics: bool,
     wanted: list[bool],  # one per student view
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias), log_softmax(s / tau_s)>`.
+    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias),
+    log_softmax(s / tau_s)>`.
 
     SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
-    With `statistics`, of the teacher: the mean logits [K], the mean probabilities [K] and the mean entropy of a row, 0-dim.
+    With `statistics`, of the teacher: the mean logits [K], the mean probabilities [K] and the mean entropy of a row,
+    0-dim.
     """
     s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
     raw = widen(torch.stack(teacher))  # [T, B, K]
@@ -149,7 +151,8 @@ def mean_entropy(
     rows: Tensor | None,  # 0-dim
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`sum_k p_k log p_k + log K`, p the mean over views and rows of `softmax(scores / temperature)`: 0 where prototypes are used alike.
+    """`sum_k p_k log p_k + log K`, p the mean over views and rows of `softmax(scores / temperature)`: 0 where
+    prototypes are used alike.
 
     MSN's mean entropy maximisation, arXiv 2204.07141, equation 2, with the constant that makes it a divergence.
     """
@@ -171,7 +174,8 @@ def koleo(
     eps: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`-log(||u_i - u_n(i) + eps||_p + eps).mean()`, u rows of unit length and n(i) the nearest other one. arXiv 1806.03198, section 3.
+    """`-log(||u_i - u_n(i) + eps||_p + eps).mean()`, u rows of unit length and n(i) the nearest other one. arXiv
+    1806.03198, section 3.
 
     Similarities are looked at in blocks of rows; no [N, N] exists where N is more than a block.
     """
@@ -191,7 +195,8 @@ def koleo(
         return loss, [_empty(x)], _scale(x, 1 / n)
     direction = difference.sgn() * (difference.abs() / distance).pow(p - 1)  # of the distance: x / |x| for p = 2
     slope = -direction / (distance + eps)
-    # a fixed order of sums for the rows that are the nearest of many: index_put_ sorts, index_add_ would use atomics on CUDA
+    # a fixed order of sums for the rows that are the nearest of many: index_put_ sorts, index_add_ would use atomics
+    # on CUDA
     gradient = slope.index_put((nearest,), -slope, accumulate=True)
     gradient = _normalize_backward(gradient, unit, norm, eps)
     largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16

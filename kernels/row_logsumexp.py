@@ -3,9 +3,8 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastjem.kernels import launch, tiling
+from torch import Tensor
 
 
 @triton.jit

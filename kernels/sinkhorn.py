@@ -1,17 +1,17 @@
 """Sinkhorn in the log domain: an iteration is the rows' logsumexp with the bias, then the columns' of what is left.
 
-Both keep running maxima, so that any finite score is right. The scores are only read: once for the first iteration, twice for
-each further one, and once for the codes beside their own logsumexp: 7 passes for 3 iterations. Columns are summed by blocks of
-rows into partial (maximum, sum), which one program a column block adds in a fixed order.
+Both keep running maxima, so that any finite score is right. The scores are only read: once for the first iteration,
+twice for
+each further one, and once for the codes beside their own logsumexp: 7 passes for 3 iterations. Columns are summed by
+blocks of rows into partial (maximum, sum), which one program a column block adds in a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastjem.kernels import launch, reference, tiling
 from fastjem.kernels.row_logsumexp import dense, row_logsumexp
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["N"])

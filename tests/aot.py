@@ -19,7 +19,15 @@ from pathlib import Path
 
 import torch
 import triton
-from fastjem.kernels import cross_entropy, ema_update, launch, negative_cosine, rescale
+from fastjem.kernels import (
+    cross_entropy,
+    ema_update,
+    launch,
+    negative_cosine,
+    prototype_cross_entropy,
+    rescale,
+    sinkhorn,
+)
 from triton.backends.compiler import GPUTarget
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program. Triton compiles programs that want more.
@@ -163,7 +171,33 @@ def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple
     return Case("negative_cosine", f"N x {d}" + ("" if all(wanted) else " p only"), dtype, call, vectors)
 
 
+def _sinkhorn(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        scores = torch.zeros(300, k, dtype=DTYPES[dtype])
+        sinkhorn.sinkhorn(scores, 0.05, 2, False, scores.dtype)
+
+    return Case("sinkhorn", f"N x {k}", dtype, call, vectors)
+
+
+def _prototype_cross_entropy(s: int, t: int, k: int, dtype: str, pairs: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        student, teacher = ([torch.zeros(4, k, dtype=DTYPES[dtype]) for _ in range(n)] for n in (s, t))
+        prototype_cross_entropy.prototype_cross_entropy(
+            student, teacher, 0.1, 0.04, torch.zeros(k), pairs, None, True, [True] * s
+        )
+
+    return Case("prototype_cross_entropy", f"{s} x {t} x N x {k} {pairs}", dtype, call, vectors)
+
+
 CASES = [
+    _sinkhorn(3000, "bf16", (1, 0)),
+    _sinkhorn(3000, "fp32", (1, 0)),
+    _sinkhorn(65_536, "bf16", (1, 0)),
+    _sinkhorn(65_536, "fp32", (1, 0)),
+    _prototype_cross_entropy(10, 2, 65_536, "bf16", "different", (1, 0)),
+    _prototype_cross_entropy(8, 2, 3000, "fp32", "different", (1, 0)),
+    _prototype_cross_entropy(1, 1, 8192, "bf16", "same", (1, 0)),
+    _prototype_cross_entropy(2, 1, 1024, "fp32", "all", (1, 0)),
     _rescale(5000, "bf16", (4, 4)),
     _rescale(5000, "fp32", (4, 4)),
     _ema_update(5000, "fp32", "fp32", (8, 4)),

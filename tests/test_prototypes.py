@@ -3,11 +3,12 @@
 import math
 import re
 
-import fastjem.functional as F
-import fastjem.nn as nn
 import pytest
 import torch
 import torch.nn.functional as TF
+
+import fastjem.functional as F
+import fastjem.nn as nn
 
 ITERATIONS = (1, 3, 10)
 # samples x prototypes: one sample; more and fewer samples than prototypes; K of a block and beyond, odd
@@ -44,6 +45,8 @@ def official_sinkhorn(scores: torch.Tensor, epsilon: float, iterations: int) -> 
 @pytest.mark.parametrize("iterations", ITERATIONS)
 @pytest.mark.parametrize("b, k", SHAPES)
 def test_sinkhorn_is_the_official_one(b, k, iterations, op, implementation, poisoned):
+    if implementation.name == "triton" and implementation.device == "cpu" and b * k * iterations > 20_000:
+        pytest.skip("too slow for the interpreter")
     scores = randn(b, k, scale=0.3).clamp(-1, 1)
     expected = official_sinkhorn(scores, 0.05, iterations)
     torch.testing.assert_close(log_sinkhorn(scores, 0.05, iterations), expected, rtol=1e-9, atol=1e-300)
@@ -103,9 +106,10 @@ def test_bias_gives_the_codes_and_takes_a_batch_in_parts(op, implementation):
 @pytest.mark.parametrize("op", ["prototype_cross_entropy"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_statistics_of_the_teacher(grad, op, implementation, poisoned):
-    student = [randn(70, 1100, seed=i).float().to(implementation.device).requires_grad_(grad) for i in range(3)]
-    teacher = [randn(70, 1100, seed=5 + i).float().to(implementation.device) for i in range(2)]
-    bias = randn(1100, seed=9).float().to(implementation.device)
+    n, k = (9, 130) if implementation.name == "triton" and implementation.device == "cpu" else (70, 1100)
+    student = [randn(n, k, seed=i).float().to(implementation.device).requires_grad_(grad) for i in range(3)]
+    teacher = [randn(n, k, seed=5 + i).float().to(implementation.device) for i in range(2)]
+    bias = randn(k, seed=9).float().to(implementation.device)
     options = {"student_temperature": 0.1, "teacher_temperature": 0.5, "teacher_bias": bias}
     loss, (mean, usage, entropy) = F.prototype_cross_entropy(student, teacher, **options, statistics=True)
     assert torch.equal(loss, F.prototype_cross_entropy(student, teacher, **options)) and loss.requires_grad == grad
@@ -189,14 +193,17 @@ MISTAKES = [
     (lambda: F.sinkhorn(torch.zeros(2, 3), dtype=torch.int64), "sinkhorn: dtype must be floating-point, got torch.int64"),
     (lambda: F.koleo(torch.zeros(3)), "koleo: x must be [N, D], got (3,)"),
     (lambda: F.koleo(torch.zeros(3, 4), p=0.5), "koleo: p must be at least 1, got 0.5"),
-    (lambda: F.mean_entropy(torch.zeros(3)), "mean_entropy: scores must be [B, K], [V, B, K] or a list of [B, K], got (3,)"),
+    (
+        lambda: F.mean_entropy(torch.zeros(3)),
+        "mean_entropy: scores must be [B, K], [V, B, K] or a list of [B, K], got (3,)",
+    ),
     (
         lambda: F.prototype_head_cross_entropy(
             [torch.zeros(2, 3)], [torch.zeros(2, 3)], torch.zeros(5, 4), torch.zeros(5, 4),
             student_temperature=0.1, teacher_temperature=0.1, pairs="all",
         ),
-        "prototype_head_cross_entropy: student and teacher must be [S, B, D] and [T, B, D], or lists of [B, D], both prototypes "
-        "[K, D], got (2, 3) and (5, 4)",
+        "prototype_head_cross_entropy: student and teacher must be [S, B, D] and [T, B, D], or lists of [B, D], "
+        "both prototypes [K, D], got (2, 3) and (5, 4)",
     ),
     (lambda: nn.DINOLoss(7, centering="no"), "DINOLoss: centering must be one of center, sinkhorn, got 'no'"),
     (lambda: nn.DINOLoss(7, center_mode="no"), "DINOLoss: the centre's mode must be mean, got 'no'"),
@@ -213,7 +220,7 @@ def test_a_mistake_is_told(mistake, message):
         mistake()
 
 
-# Modules against lightly's -----------------------------------------------------------------------------------------------
+# Modules against lightly's ---------------------------------------------------------------------------
 
 lightly_loss = pytest.importorskip("lightly.loss")
 
@@ -324,9 +331,8 @@ def test_sinkhorn_function():
 def test_dino_head(batch_norm):
     from lightly.models.modules.heads import DINOProjectionHead
 
-    options = dict(
-        input_dim=6, hidden_dim=9, bottleneck_dim=5, output_dim=20, batch_norm=batch_norm, freeze_last_layer=1
-    )
+    widths = {"input_dim": 6, "hidden_dim": 9, "bottleneck_dim": 5, "output_dim": 20}
+    options = {**widths, "batch_norm": batch_norm, "freeze_last_layer": 1}
     ours, theirs = nn.DINOProjectionHead(**options), DINOProjectionHead(**options)
     ours.load_state_dict(theirs.state_dict())  # strict
     assert [(n, p.requires_grad) for n, p in sorted(ours.named_parameters())] == [

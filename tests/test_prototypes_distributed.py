@@ -1,4 +1,5 @@
-"""With gloo, at two and three ranks and uneven batches: losses, codes and centre are those of one rank on the whole batch."""
+"""With gloo, at two and three ranks and uneven batches: losses, codes and centre are those of one rank on the whole
+batch."""
 
 import os
 from functools import partial
@@ -79,7 +80,9 @@ def check_rank(rank: int, world: int, store: str) -> None:
     dino([x[mine] for x in everything[:2]], [x[mine] for x in everything])
     torch.testing.assert_close(dino.center.flatten(), 0.1 * torch.stack(everything[:2]).mean((0, 1)))
     dino = nn.DINOLoss(K, centering="sinkhorn").double()
-    dino([x[mine] for x in everything[:2]], [x[mine] for x in everything])  # its Sinkhorn is over all ranks: must not hang
+    dino(
+        [x[mine] for x in everything[:2]], [x[mine] for x in everything]
+    )  # its Sinkhorn is over all ranks: must not hang
     dist.destroy_process_group()
 
 

@@ -94,9 +94,11 @@ def prototype_head_cross_entropy(
     weights: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`prototype_cross_entropy` of `features @ prototypes.T`, without logits in memory: they live in tiles, forward and backward.
+    """`prototype_cross_entropy` of `features @ prototypes.T`, without logits in memory: they live in tiles, forward
+    and backward.
 
-    For weight-normalised prototypes pass the weight itself, `g v / |v|` of width [K, D], as `DINOProjectionHead.prototypes()`
+    For weight-normalised prototypes pass the weight itself, `g v / |v|` of width [K, D], as
+    `DINOProjectionHead.prototypes()`
     gives it: autograd takes its gradient on to g and v.
 
     Args:
@@ -198,7 +200,8 @@ def _check_options(
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """The weighted mean of all ranks' losses; the gradient, times the ranks (which DDP divides by), is this rank's part."""
+    """The weighted mean of all ranks' losses; the gradient, times the ranks (which DDP divides by), is this rank's
+    part."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -13,9 +13,11 @@ from fastjem.ops.autograd import one_pass
 
 
 def koleo(x: Tensor, *, p: float = 2, eps: float = 1e-8) -> Tensor:
-    """KoLeo, the differential entropy of Kozachenko and Leonenko (Sablayrolles et al. 2019, arXiv 1806.03198, section 3).
+    """KoLeo, the differential entropy of Kozachenko and Leonenko (Sablayrolles et al. 2019, arXiv 1806.03198, section
+    3).
 
-    `-log(||u_i - u_n(i) + eps||_p + eps)`, the mean over rows: u are the rows at unit length, n(i) is the row of largest cosine with
+    `-log(||u_i - u_n(i) + eps||_p + eps)`, the mean over rows: u are the rows at unit length, n(i) is the row of
+    largest cosine with
     row i other than itself (itself for N = 1). Finite for equal rows, whose distance is taken for eps.
 
     Args:
@@ -41,7 +43,8 @@ def mean_entropy(
 ) -> Tensor:
     """MSN's mean entropy regulariser (Assran et al. 2022, arXiv 2204.07141, equation 2): `sum_k p_k log p_k + log K`.
 
-    p is the mean over all rows of `softmax(scores / temperature, 1)`; 0 where all prototypes are used alike, log K where one is.
+    p is the mean over all rows of `softmax(scores / temperature, 1)`; 0 where all prototypes are used alike, log K
+    where one is.
 
     Args:
         scores: [B, K], or a sequence of V tensors [B, K], or [V, B, K].

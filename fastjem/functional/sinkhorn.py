@@ -22,8 +22,8 @@ def sinkhorn(
 ) -> Tensor:
     """Sinkhorn-Knopp codes of SwAV (Caron et al. 2020, arXiv 2006.09882, section 3.1), DINOv2 and MSN.
 
-    Q = exp(scores / epsilon), then `iterations` times: each prototype divided by its sum over samples, each sample by its sum
-    over prototypes. In the log domain, so that no finite score overflows or underflows. Not differentiable.
+    Q = exp(scores / epsilon), then `iterations` times: each prototype divided by its sum over samples, each sample by
+    its sum over prototypes. In the log domain, so that no finite score overflows or underflows. Not differentiable.
 
     Args:
         scores: [B, K], samples by prototypes.
@@ -31,7 +31,8 @@ def sinkhorn(
         iterations: how often both are normalised, at least 1. Few iterations do not converge, and their order matters.
         normalize_samples_first: divide each sample by its sum once before (MSN normalises probabilities).
         dtype: of the codes; None: float32 (float64 for float64 scores).
-        group: the process group whose ranks hold the rest of the batch (batches may be uneven); prototypes are then normalised
+        group: the process group whose ranks hold the rest of the batch (batches may be uneven); prototypes are then
+        normalised
             over all of it.
 
     Returns:
@@ -61,9 +62,10 @@ def sinkhorn_bias(
 ) -> Tensor:
     """The prototypes' log-potentials f [K] of `sinkhorn`: its codes are `softmax(scores / epsilon + f, 1)`.
 
-    Given as `teacher_bias` to `prototype_cross_entropy`, the codes never need to exist in memory. Arguments as for `sinkhorn`,
-    but `scores` may be a list of [B, K], whose B differ: one batch in several tensors (the crop and the queue of SwAV, the
-    views of DINOv2), without a concatenation. float32 (float64 for float64 scores).
+    Given as `teacher_bias` to `prototype_cross_entropy`, the codes never need to exist in memory. Arguments as for
+    `sinkhorn`,
+    but `scores` may be a list of [B, K], whose B differ: one batch in several tensors (the crop and the queue of
+    SwAV, the views of DINOv2), without a concatenation. float32 (float64 for float64 scores).
     """
     parts = [scores] if isinstance(scores, Tensor) else scores
     if not isinstance(parts, (list, tuple)) or not parts:

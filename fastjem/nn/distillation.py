@@ -1,4 +1,5 @@
-"""Losses between a student's and a teacher's prototype scores: DINO, iBOT, and the centre. Arguments and defaults are lightly's."""
+"""Losses between a student's and a teacher's prototype scores: DINO, iBOT, and the centre. Arguments and defaults are
+lightly's."""
 
 import torch
 import torch.distributed as dist
@@ -91,11 +92,13 @@ class DINOLoss(_Distillation):
 
     Args:
         output_dim: K.
-        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: the teacher's temperature goes linearly from the first to
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: the teacher's temperature goes linearly from
+        the first to
             the second over so many epochs, where forward is told the epoch.
         student_temp: the student's temperature.
         center_momentum, center_mode: see `Center`.
-        centering: "center", or "sinkhorn" (DINOv2: 3 iterations over all teacher views together); then the centre stays.
+        centering: "center", or "sinkhorn" (DINOv2: 3 iterations over all teacher views together); then the centre
+        stays.
     """
 
     def __init__(
@@ -143,7 +146,8 @@ class DINOLoss(_Distillation):
 
 
 class IBOTPatchLoss(_Distillation):
-    """Cross-entropy of masked patches against the teacher's sight of them (Zhou et al. 2022, arXiv 2111.07832; as in DINOv2).
+    """Cross-entropy of masked patches against the teacher's sight of them (Zhou et al. 2022, arXiv 2111.07832; as in
+    DINOv2).
 
     Args:
         output_dim: K.
@@ -169,8 +173,8 @@ class IBOTPatchLoss(_Distillation):
     ) -> Tensor:
         """0-dim: the sum over patches of their cross-entropy / the masked patches of their image, / B.
 
-        teacher_out, student_out: [M, K], the masked patches in the mask's order. mask: [B, H, W] bool, M of it true. The
-        teacher's get no gradient.
+        teacher_out, student_out: [M, K], the masked patches in the mask's order. mask: [B, H, W] bool, M of it true.
+        The teacher's get no gradient.
         """
         if mask.dim() != 3 or mask.dtype != torch.bool:
             raise ValueError(f"IBOTPatchLoss: mask must be [B, H, W] bool, got {tuple(mask.shape)} {mask.dtype}")
@@ -179,8 +183,8 @@ class IBOTPatchLoss(_Distillation):
         counts = mask.sum((1, 2))  # [B]
         if not mask.is_cuda and int(counts.sum()) != len(student_out):  # on CUDA, looking would stall the device
             raise ValueError(
-                f"IBOTPatchLoss: the mask must have as many true entries as there are patches, got {int(counts.sum())} and "
-                f"{len(student_out)}"
+                "IBOTPatchLoss: the mask must have as many true entries as there are patches, "
+                f"got {int(counts.sum())} and {len(student_out)}"
             )
         wide = torch.float64 if student_out.dtype == torch.float64 else torch.float32
         of_image = 1 / counts.clamp_min(1).to(wide)

@@ -16,7 +16,8 @@ def everyone() -> dist.ProcessGroup | None:
 
 
 def sinkhorn(out: Tensor, iterations: int = 3, epsilon: float = 0.05, gather_distributed: bool = False) -> Tensor:
-    """Sinkhorn codes of prototype scores [B, K] (see `fastjem.functional.sinkhorn`), over all ranks if `gather_distributed`."""
+    """Sinkhorn codes of prototype scores [B, K] (see `fastjem.functional.sinkhorn`), over all ranks if
+    `gather_distributed`."""
     return F.sinkhorn(out, epsilon=epsilon, iterations=iterations, group=everyone() if gather_distributed else None)
 
 
@@ -52,11 +53,13 @@ class SwaVLoss(nn.Module):
         low_resolution_outputs: list[Tensor],
         queue_outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """0-dim. Scores [B, K] of each crop; `queue_outputs`, one [Q, K] per high-resolution crop, count in its Sinkhorn alone."""
+        """0-dim. Scores [B, K] of each crop; `queue_outputs`, one [Q, K] per high-resolution crop, count in its
+        Sinkhorn alone."""
         high, low = list(high_resolution_outputs), list(low_resolution_outputs)
         if queue_outputs is not None and len(queue_outputs) != len(high):
             raise ValueError(
-                f"SwaVLoss: queue_outputs must be one for each high-resolution crop, got {len(queue_outputs)} for {len(high)}"
+                "SwaVLoss: queue_outputs must be one for each high-resolution crop, "
+                f"got {len(queue_outputs)} for {len(high)}"
             )
         group = everyone() if self.sinkhorn_gather_distributed else None
         bias = [
@@ -143,7 +146,8 @@ class MSNLoss(nn.Module):
 
 
 class KoLeoLoss(nn.Module):
-    """Spreads a batch by the distance of each row to its nearest (see `fastjem.functional.koleo`); lightly's arguments."""
+    """Spreads a batch by the distance of each row to its nearest (see `fastjem.functional.koleo`); lightly's
+    arguments."""
 
     def __init__(self, p: float = 2, eps: float = 1e-8) -> None:
         super().__init__()
@@ -205,7 +209,8 @@ class _WeightNormLinear(nn.Module):
 
 
 class DINOProjectionHead(nn.Module):
-    """Three linear layers with GELU, L2 normalisation, and weight-normalised prototypes (Caron et al. 2021, arXiv 2104.14294).
+    """Three linear layers with GELU, L2 normalisation, and weight-normalised prototypes (Caron et al. 2021, arXiv
+    2104.14294).
 
     Args:
         input_dim, hidden_dim, bottleneck_dim, output_dim: widths; output_dim is K.

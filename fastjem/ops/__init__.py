@@ -36,12 +36,15 @@ SCHEMAS = {
     " -> (Tensor, Tensor[], Tensor)",
     "sinkhorn_step": "(Tensor scores, Tensor? bias, float epsilon) -> Tensor",
     "sinkhorn_bias": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first) -> Tensor",
-    "sinkhorn": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, ScalarType dtype) -> Tensor",
+    "sinkhorn": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, ScalarType dtype)"
+    " -> Tensor",
     "sinkhorn_codes": "(Tensor scores, Tensor bias, float epsilon, ScalarType dtype) -> Tensor",
-    "prototype_cross_entropy": "(Tensor[] student, Tensor[] teacher, float student_temperature, float teacher_temperature,"
-    " Tensor? teacher_bias, str pairs, Tensor? weights, bool statistics, bool[] wanted) -> (Tensor, Tensor[], Tensor, Tensor[])",
-    "prototype_head_cross_entropy": "(Tensor[] inputs, Tensor[] teacher, Tensor teacher_prototypes, float student_temperature,"
-    " float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+    "prototype_cross_entropy": "(Tensor[] student, Tensor[] teacher, float student_temperature,"
+    " float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights, bool statistics, bool[] wanted)"
+    " -> (Tensor, Tensor[], Tensor, Tensor[])",
+    "prototype_head_cross_entropy": "(Tensor[] inputs, Tensor[] teacher, Tensor teacher_prototypes,"
+    " float student_temperature, float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights,"
+    " bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "mean_entropy": "(Tensor[] scores, float temperature, Tensor? total, Tensor? rows, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
     "koleo": "(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",

@@ -61,7 +61,8 @@ class _TwoPasses(torch.autograd.Function):
         return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
 
 
-def _call(name, wanted, listed, arguments, inputs) -> tuple[Tensor, list[Tensor], Tensor, *tuple[list[Tensor], ...]]:
+def _call(name, wanted, listed, arguments, inputs) -> tuple:
+    """(loss, gradients, scale), and for some operators a list of statistics."""
     op = getattr(ops, name)
     return op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
 
@@ -70,8 +71,8 @@ def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = Fal
     """The loss `name(*inputs, *arguments)`, differentiable for `inputs` (an operator may take them `listed`, as
     Tensor[]).
 
-    Gradients are asked for only where grad mode is on and the input requires one. Where the operator returns statistics too,
-    they follow the loss and are constants.
+    Gradients are asked for only where grad mode is on and the input requires one. Where the operator returns
+    statistics too, they follow the loss and are constants.
     """
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
     if not any(wanted):
