@@ -30,6 +30,9 @@ void bind_ema_update(pybind11::module_&);
 void bind_negative_cosine(pybind11::module_&);
 void bind_rescale(pybind11::module_&);
 void bind_similarity(pybind11::module_&);
+void bind_prototype_cross_entropy(pybind11::module_&);
+void bind_prototype_head(pybind11::module_&);
+void bind_sinkhorn(pybind11::module_&);
 
 }  // namespace fastjem
 
@@ -43,4 +46,7 @@ PYBIND11_MODULE(_C, m) {
   fastjem::bind_negative_cosine(m);
   fastjem::bind_rescale(m);
   fastjem::bind_similarity(m);
+  fastjem::bind_prototype_cross_entropy(m);
+  fastjem::bind_prototype_head(m);
+  fastjem::bind_sinkhorn(m);
 }

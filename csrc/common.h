@@ -17,6 +17,13 @@
 #include <utility>
 #include <vector>
 
+// A call that stays a call keeps the loop around it scalar.
+#if defined(__GNUC__)
+#define FASTJEM_INLINE inline __attribute__((always_inline))
+#else
+#define FASTJEM_INLINE inline
+#endif
+
 namespace fastjem {
 
 enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };

@@ -9,7 +9,7 @@ struct float16 {
 };
 
 template <class To, class From>
-static inline To bit_cast(From from) {
+static FASTJEM_INLINE To bit_cast(From from) {
   To to;
   std::memcpy(&to, &from, sizeof(To));
   return to;
@@ -26,10 +26,10 @@ struct Wide<double> {
 template <class T>
 using wide = typename Wide<T>::type;
 
-static inline float widen(float x) { return x; }
-static inline double widen(double x) { return x; }
-static inline float widen(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-static inline float widen(float16 x) {
+static FASTJEM_INLINE float widen(float x) { return x; }
+static FASTJEM_INLINE double widen(double x) { return x; }
+static FASTJEM_INLINE float widen(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+static FASTJEM_INLINE float widen(float16 x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const float finite = bit_cast<float>(magnitude) * 0x1p112f;  // moves the exponent's bias; exact for subnormals too
@@ -37,16 +37,16 @@ static inline float widen(float16 x) {
   return bit_cast<float>(sign | (magnitude >= 0x0f800000u ? special : bit_cast<uint32_t>(finite)));
 }
 
-static inline void narrow(float x, float& out) { out = x; }
-static inline void narrow(double x, double& out) { out = x; }
-static inline void narrow(float x, double& out) { out = x; }
-static inline void narrow(double x, float& out) { out = static_cast<float>(x); }
-static inline void narrow(float x, bfloat16& out) {  // to nearest, ties to even
+static FASTJEM_INLINE void narrow(float x, float& out) { out = x; }
+static FASTJEM_INLINE void narrow(double x, double& out) { out = x; }
+static FASTJEM_INLINE void narrow(float x, double& out) { out = x; }
+static FASTJEM_INLINE void narrow(double x, float& out) { out = static_cast<float>(x); }
+static FASTJEM_INLINE void narrow(float x, bfloat16& out) {  // to nearest, ties to even
   const uint32_t u = bit_cast<uint32_t>(x);
   const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   out.bits = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
-static inline void narrow(float x, float16& out) {  // to nearest, ties to even
+static FASTJEM_INLINE void narrow(float x, float16& out) {  // to nearest, ties to even
   const uint32_t u = bit_cast<uint32_t>(x), magnitude = u & 0x7fffffff;
   const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // rounds at 2^-24
@@ -56,9 +56,9 @@ static inline void narrow(float x, float16& out) {  // to nearest, ties to even
   out.bits = static_cast<uint16_t>(half | ((u >> 16) & 0x8000));
 }
 
-static inline double exponential(double x) { return std::exp(x); }
+static FASTJEM_INLINE double exponential(double x) { return std::exp(x); }
 // exp for x <= 0 or so (no care above 88): 2^n exp(r), |r| <= ln(2) / 2, Taylor to r^7 (error below 1e-8); 0 below -87.3.
-static inline float exponential(float x) {
+static FASTJEM_INLINE float exponential(float x) {
   const float clamped = x < -87.3f ? -87.3f : x;  // NaN stays
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part is now in the low bits
   const float n = shifted - 12582912.0f;

@@ -15,7 +15,7 @@ def barlow_twins(
     lambda_param: float,
     statistics: bool,
     wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in launch.DTYPES:
         return reference.barlow_twins(z0, z1, lambda_param, statistics, wanted)
     n, d = z0.shape
@@ -44,6 +44,5 @@ def barlow_twins(
             product = squares[i] @ own if n < d else other @ squares[i]
             gradients[i] = product if z.dtype == product.dtype else torch.empty((n, d), dtype=z.dtype, device=z.device)
             columns.through_standardise(product, own, other, weights, std, factor, gradients[i])
-    if statistics:
-        gradients.append(health.to(a.dtype))
-    return loss.to(a.dtype), gradients, torch.full((), 2 / n, dtype=a.dtype, device=a.device)
+    scale = torch.full((), 2 / n, dtype=a.dtype, device=a.device)
+    return loss.to(a.dtype), gradients, scale, [health.to(a.dtype)] if statistics else []

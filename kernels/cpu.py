@@ -13,7 +13,8 @@ from torch import Tensor
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
     if gradient.dtype not in DTYPES or not _flat(gradient):
         return reference.rescale_(gradient, factor)
-    _C.rescale(DTYPES[gradient.dtype], _address(gradient), gradient.numel(), factor.item(), torch.get_num_threads())
+    if (by := factor.item()) != 1:
+        _C.rescale(DTYPES[gradient.dtype], _address(gradient), gradient.numel(), by, torch.get_num_threads())
 
 
 def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
@@ -82,4 +83,12 @@ from fastjem.kernels.cpu_contrastive import (  # noqa: E402, F401
     nt_xent,
     nt_xent_backward,
     siglip_loss,
+)
+from fastjem.kernels.cpu_prototypes import (  # noqa: E402, F401
+    prototype_cross_entropy,
+    prototype_head_cross_entropy,
+    sinkhorn,
+    sinkhorn_bias,
+    sinkhorn_codes,
+    sinkhorn_step,
 )

@@ -64,7 +64,7 @@ def _product_memory(gradient: Tensor, like: Tensor) -> Tensor:
 
 def barlow_twins(
     z0: Tensor, z1: Tensor, lambda_param: float, statistics: bool, wanted: list[bool]
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in DTYPES:
         return reference.barlow_twins(z0, z1, lambda_param, statistics, wanted)
     z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape
@@ -107,9 +107,7 @@ def barlow_twins(
             _address(gradients[i]),
             torch.get_num_threads(),
         )
-    if statistics:
-        gradients.append(health.to(dtype))
-    return loss.to(dtype), gradients, torch.tensor(2 / n, dtype=dtype)
+    return loss.to(dtype), gradients, torch.full((), 2 / n, dtype=dtype), [health.to(dtype)] if statistics else []
 
 
 def vicreg(
@@ -121,7 +119,7 @@ def vicreg(
     eps: float,
     statistics: bool,
     wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in DTYPES:
         return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, statistics, wanted)
     z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape
@@ -164,6 +162,5 @@ def vicreg(
         torch.get_num_threads(),
     )
     loss = loss + lambda_param * distances / (n * d)
-    if statistics:
-        gradients.append(torch.stack(health).to(dtype))
-    return loss.to(dtype), gradients, torch.tensor(1 / (n * d), dtype=dtype)
+    of_views = [torch.stack(health).to(dtype)] if statistics else []
+    return loss.to(dtype), gradients, torch.full((), 1 / (n * d), dtype=dtype), of_views

@@ -95,88 +95,6 @@ def negative_cosine(
     return loss, [p_gradient, z_gradient], _scale(p, 1 / len(p))
 
 
-# Prototypes ------------------------------------------------------------------------------------------
-
-
-def sinkhorn_step(
-    scores: Tensor,  # [B, K]
-    bias: Tensor | None,  # [K]; None: samples are not normalised before
-    epsilon: float,
-) -> Tensor:
-    """[K]: normalise samples, then sum each prototype: `logsumexp_i(s_ik + g_i)`, `g_i = -logsumexp_k(s_ik + f_k)`.
-
-    The next bias f is the negative of the result; over several ranks, of the logsumexp of their results.
-    """
-    scores = widen(scores) / epsilon
-    if bias is not None:
-        scores = scores - (scores + bias).logsumexp(1, keepdim=True)
-    return scores.logsumexp(0)
-
-
-def sinkhorn_bias(
-    scores: Tensor,  # [B, K]
-    epsilon: float,
-    iterations: int,
-    normalize_samples_first: bool,
-) -> Tensor:
-    """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
-    bias = widen(scores).new_zeros(scores.shape[1]) if normalize_samples_first else None
-    for _ in range(iterations):
-        bias = -sinkhorn_step(scores, bias, epsilon)
-    return bias
-
-
-def sinkhorn(
-    scores: Tensor,  # [B, K]
-    epsilon: float,
-    iterations: int,
-    normalize_samples_first: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """[B, K]: Q = exp(scores / epsilon), then `iterations` times: prototypes divided by their sums, samples by theirs.
-
-    SwAV, arXiv 2006.09882, section 3.1. Each row of the result sums to 1.
-    """
-    bias = sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
-    return (widen(scores) / epsilon + bias).softmax(1).to(dtype)
-
-
-def prototype_cross_entropy(
-    student: list[Tensor],  # S x [B, K]
-    teacher: list[Tensor],  # T x [B, K]
-    student_temperature: float,
-    teacher_temperature: float,
-    teacher_bias: Tensor | None,  # [K] or [T, K]
-    pairs: str,  # "different" | "same" | "all"
-    weights: Tensor | None,  # [B]
-    wanted: list[bool],  # one per student view
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias),
-    log_softmax(s / tau_s)>`.
-
-    SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
-    """
-    s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
-    t = widen(torch.stack(teacher)) / teacher_temperature  # [T, B, K]
-    if teacher_bias is not None:
-        t = t + (teacher_bias[None, None] if teacher_bias.dim() == 1 else teacher_bias[:, None])
-    same = torch.eye(len(s), len(t), dtype=s.dtype, device=s.device)
-    paired = {"different": 1 - same, "same": same, "all": torch.ones_like(same)}[pairs]  # [S, T]
-    matches = min(len(s), len(t))
-    count = {"different": len(s) * len(t) - matches, "same": matches, "all": len(s) * len(t)}[pairs]
-
-    targets = torch.einsum("st,tbk->sbk", paired, t.softmax(2))  # the sum of a view's targets
-    mass = paired.sum(1)[:, None, None]  # [S, 1, 1], how many they are
-    w = s.new_ones(s.shape[1]) if weights is None else weights.to(s.dtype)
-    scale = 1 / (w.sum() * count * student_temperature)
-    log_p = s.log_softmax(2)
-    loss = -(targets * log_p).sum((0, 2)).dot(w) * scale * student_temperature
-    gradients = (mass * log_p.exp() - targets) * w[:, None]  # [S, B, K]
-    # copies, as what an operator returns may not share memory
-    parts = zip(gradients, student, wanted, strict=True)
-    return loss, [g.to(x.dtype, copy=True) if k else _empty(x) for g, x, k in parts], scale
-
-
 # Covariance losses -----------------------------------------------------------------------------------
 
 
@@ -186,11 +104,11 @@ def barlow_twins(
     lambda_param: float,
     statistics: bool,
     wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230,
     equation 1.
 
-    Batch norm without affine part: biased variance, eps = 1e-5. `statistics` come last, [2, D + 1]: the columns'
+    Batch norm without affine part: biased variance, eps = 1e-5. The `statistics` are [2, D + 1]: the columns'
     standard deviations (with eps) of each view, then the participation ratio of C, `(sum_i C_ii)^2 / ||C||^2`.
     """
     n, d = z0.shape
@@ -210,11 +128,10 @@ def barlow_twins(
         through_batch_norm(b @ weighted.T, a, a_std).to(z0.dtype) if wanted[0] else _empty(z0),
         through_batch_norm(a @ weighted, b, b_std).to(z1.dtype) if wanted[1] else _empty(z1),
     ]
-    if statistics:
-        correlation = difference + identity
-        rank = correlation.trace().square() / correlation.square().sum()
-        gradients.append(torch.cat([torch.stack([a_std, b_std]), rank.expand(2, 1)], 1))
-    return (difference * weighted).sum(), gradients, _scale(z0, 2 / n)
+    correlation = difference + identity
+    rank = correlation.trace().square() / correlation.square().sum()
+    health = [torch.cat([torch.stack([a_std, b_std]), rank.expand(2, 1)], 1)] if statistics else []
+    return (difference * weighted).sum(), gradients, _scale(z0, 2 / n), health
 
 
 def vicreg(
@@ -226,12 +143,12 @@ def vicreg(
     eps: float,
     statistics: bool,
     wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's
     factor 1/2 on v.
 
     v = mean_d relu(1 - sqrt(var + eps)), c = sum_{i != j} cov_ij^2 / D, both with N - 1 in the denominator.
-    `statistics` come last, [2, D + 1]: the columns' standard deviations (with eps) of each view, then the participation
+    The `statistics` are [2, D + 1]: the columns' standard deviations (with eps) of each view, then the participation
     ratio of its covariance's spectrum, `(sum_i cov_ii)^2 / ||cov||^2`.
     """
     n, d = z0.shape
@@ -254,9 +171,7 @@ def vicreg(
         (a_gradient + difference).to(z0.dtype) if wanted[0] else _empty(z0),
         (b_gradient - difference).to(z1.dtype) if wanted[1] else _empty(z1),
     ]
-    if statistics:
-        gradients.append(torch.stack([a_health, b_health]))
-    return loss, gradients, _scale(z0, 1 / (n * d))
+    return loss, gradients, _scale(z0, 1 / (n * d)), [torch.stack([a_health, b_health])] if statistics else []
 
 
 from fastjem.kernels.reference_contrastive import (  # noqa: E402, F401 (it needs the helpers above)
@@ -267,4 +182,14 @@ from fastjem.kernels.reference_contrastive import (  # noqa: E402, F401 (it need
     nt_xent,
     nt_xent_backward,
     siglip_loss,
+)
+from fastjem.kernels.reference_prototypes import (  # noqa: E402, F401
+    koleo,
+    mean_entropy,
+    prototype_cross_entropy,
+    prototype_head_cross_entropy,
+    sinkhorn,
+    sinkhorn_bias,
+    sinkhorn_codes,
+    sinkhorn_step,
 )

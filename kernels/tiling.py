@@ -103,3 +103,34 @@ def vicreg() -> dict:
 
 def dot() -> dict:
     return {"BLOCK": 4096, "num_warps": 4}
+
+
+# Prototypes ----------------------------------------------------------------------------------------------------------
+
+
+def row_logsumexp(width: int, dtype: torch.dtype) -> dict:
+    """One program a row; half of it at once where it is short, so that padding to a power of two costs little."""
+    block = max(128, min(_next_power_of_2(width), 16384 // dtype.itemsize))
+    return {"BLOCK": block, "num_warps": 8 if block > 2048 else 4, "STAGES": 3}
+
+
+def column_logsumexp(dtype: torch.dtype) -> dict:
+    """Rows of 512 bytes of float32, whole sectors of any input, and enough programs at a few thousand rows."""
+    return {"PART": 128, "ROWS": 16, "BLOCK": 512 // dtype.itemsize, "num_warps": 4}
+
+
+def join() -> dict:
+    return {"BLOCK": 128, "num_warps": 4}
+
+
+def codes() -> dict:
+    return {"BLOCK": 1024, "num_warps": 4}
+
+
+def prototype_cross_entropy(dtype: torch.dtype) -> dict:
+    """Eight elements a thread: ten student views and two teacher views are in flight."""
+    return {"BLOCK": 4096 // dtype.itemsize, "num_warps": 4}
+
+
+def teacher_statistics(dtype: torch.dtype) -> dict:
+    return {"ROWS": 8, "BLOCK": 512 // dtype.itemsize, "num_warps": 4}

@@ -66,7 +66,7 @@ def vicreg(
     eps: float,
     statistics: bool,
     wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in launch.DTYPES:
         return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, statistics, wanted)
     (n, d), z0, z1 = z0.shape, launch.rows(z0), launch.rows(z1)
@@ -116,6 +116,5 @@ def vicreg(
         device_of=z0,
     )
     loss = loss + lambda_param / (n * d) * sums.double().sum()
-    if statistics:
-        gradients.append(torch.stack(health).to(compute))
-    return loss.to(compute), gradients, torch.full((), 1 / (n * d), dtype=compute, device=z0.device)
+    scale = torch.full((), 1 / (n * d), dtype=compute, device=z0.device)
+    return loss.to(compute), gradients, scale, [torch.stack(health).to(compute)] if statistics else []

@@ -29,8 +29,10 @@ from fastjem.kernels import (
     nearest_neighbors,
     negative_cosine,
     nt_xent,
+    prototype_cross_entropy,
     rescale,
     siglip_loss,
+    sinkhorn,
     vicreg,
 )
 from triton.backends.compiler import GPUTarget
@@ -229,6 +231,24 @@ def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
     return Case(op, f"{n} x {d}", dtype, call)
 
 
+def _sinkhorn(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        scores = torch.zeros(300, k, dtype=DTYPES[dtype])
+        sinkhorn.sinkhorn(scores, 0.05, 2, False, scores.dtype)
+
+    return Case("sinkhorn", f"N x {k}", dtype, call, vectors)
+
+
+def _prototype_cross_entropy(s: int, t: int, k: int, dtype: str, pairs: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        student, teacher = ([torch.zeros(4, k, dtype=DTYPES[dtype]) for _ in range(n)] for n in (s, t))
+        prototype_cross_entropy.prototype_cross_entropy(
+            student, teacher, 0.1, 0.04, torch.zeros(k), pairs, None, True, [True] * s
+        )
+
+    return Case("prototype_cross_entropy", f"{s} x {t} x N x {k} {pairs}", dtype, call, vectors)
+
+
 CASES = [
     _nt_xent(128, "bf16"),
     _nt_xent(256, "bf16"),
@@ -238,6 +258,14 @@ CASES = [
     _clip_loss(512, "bf16"),
     _siglip_loss(128, "bf16"),
     _nearest_neighbors(128, "bf16"),
+    _sinkhorn(3000, "bf16", (1, 0)),
+    _sinkhorn(3000, "fp32", (1, 0)),
+    _sinkhorn(65_536, "bf16", (1, 0)),
+    _sinkhorn(65_536, "fp32", (1, 0)),
+    _prototype_cross_entropy(10, 2, 65_536, "bf16", "different", (1, 0)),
+    _prototype_cross_entropy(8, 2, 3000, "fp32", "different", (1, 0)),
+    _prototype_cross_entropy(1, 1, 8192, "bf16", "same", (1, 0)),
+    _prototype_cross_entropy(2, 1, 1024, "fp32", "all", (1, 0)),
     _rescale(5000, "bf16", (4, 4)),
     _rescale(5000, "fp32", (4, 4)),
     _ema_update(5000, "fp32", "fp32", (8, 4)),

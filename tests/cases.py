@@ -4,6 +4,7 @@ The formula in float64 is the oracle; in the input's own dtype it is the bar: an
 much, plus four units in the last place of the largest value (docs: DESIGN, "Value and gradient").
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -288,6 +289,88 @@ def _prototype_cross_entropy(
     )
 
 
+def _prototype_head(s: int, t: int, b: int, k: int, d: int, pairs: str, bias: str = "", weighted: bool = False) -> Case:
+    biases = {"": [], "K": [normal(k)], "TK": [normal(t, k)]}[bias]
+    weights = [lambda g: torch.rand(b, generator=g, dtype=torch.float64) + 0.1] if weighted else []
+
+    def unpacked(x: tuple[Tensor, ...]) -> tuple:
+        rest = list(x[s + t + 2 :])
+        student, teacher = list(x[:s]), list(x[s + 1 : s + 1 + t])
+        return student, x[s], teacher, x[s + 1 + t], rest.pop(0) if bias else None, rest.pop(0) if weighted else None
+
+    def call(*x: Tensor) -> Tensor:
+        student, w, teacher, v, own, weight = unpacked(x)
+        return F.prototype_head_cross_entropy(
+            student,
+            teacher,
+            w,
+            v,
+            student_temperature=0.2,
+            teacher_temperature=0.3,
+            teacher_bias=own,
+            weights=weight,
+            pairs=pairs,
+        )
+
+    def eager(*x: Tensor) -> Tensor:
+        student, w, teacher, v, own, weight = unpacked(x)
+        logits = [z @ w.T for z in student], [z @ v.T for z in teacher]
+        return eager_prototype_cross_entropy(*logits, pairs, own, weight)
+
+    features, prototypes = normal(b, d, scale=d**-0.5), normal(k, d)
+    return Case(
+        "prototype_head_cross_entropy",
+        f"{s}x{t}x{b}x{k}x{d}-{pairs}" + (f"-bias{bias}" if bias else "") + ("-weighted" if weighted else ""),
+        make(*[features] * s, prototypes, *[features] * t, prototypes, *biases, *weights),
+        call,
+        eager,
+        differentiable=s + 1,
+        # logits of size 3 / temperature, known to a rounding each, in the loss and in the probabilities
+        loss_size=15.0,
+        gradient_size=lambda *x: 15.0 / b / (d**0.5),
+        # Half precision as a user would write it rounds the logits; the bar is float32's.
+        dtypes=(torch.float64, torch.float32),
+    )
+
+
+def _mean_entropy(v: int, b: int, k: int, scale: float = 1.0) -> Case:
+    def eager(*scores: Tensor) -> Tensor:
+        p = (torch.cat(scores) / 0.1).softmax(1).mean(0)
+        return (p * p.log()).sum() + math.log(k)
+
+    return Case(
+        "mean_entropy",
+        f"{v}x{b}x{k}-sd{scale:g}",
+        make(*[normal(b, k, scale=scale)] * v),
+        lambda *scores: F.mean_entropy(list(scores), temperature=0.1),
+        eager,
+        differentiable=v,
+        loss_size=math.log(k + 1),
+        gradient_size=lambda *x: 10 * math.log(k + 1) / (v * b),
+        dtypes=(torch.float64, torch.float32),
+    )
+
+
+def eager_koleo(x: Tensor) -> Tensor:
+    x = TF.normalize(x, dim=1, eps=1e-8)
+    similarities = (x @ x.T).fill_diagonal_(-2)
+    nearest = x[similarities.argmax(1)]
+    return -(TF.pairwise_distance(x, nearest, 2, 1e-8) + 1e-8).log().mean()
+
+
+def _koleo(n: int, d: int) -> Case:
+    return Case(
+        "koleo",
+        f"{n}x{d}",
+        make(normal(n, d)),
+        F.koleo,
+        eager_koleo,
+        loss_size=20,
+        gradient_size=lambda x: 10 / len(x) / x.norm(dim=1).min().item(),
+        dtypes=(torch.float64, torch.float32),  # in half precision another row may be the nearest
+    )
+
+
 def eager_barlow_twins(z0: Tensor, z1: Tensor) -> Tensor:
     a, b = (TF.batch_norm(z, None, None, training=True) for z in (z0, z1))
     c = a.T @ b / len(a)
@@ -345,12 +428,32 @@ LOSSES = [
     _nt_xent(700, 20, 0.1, interpreted=False),
     _nt_xent(600, 16, 0.01, interpreted=False),
     _nt_xent(20, 24, 0.01, views=3),
-    Case("nt_xent", "identical-tau0.01", alike(33, 64), lambda *z: F.nt_xent(*z, temperature=0.01),
-         lambda *z: eager_nt_xent(*z, temperature=0.01), differentiable=2, gradient_size=lambda *z: 1e-4),
-    Case("nt_xent", "opposite-tau0.01", alike(33, 64, -1), lambda *z: F.nt_xent(*z, temperature=0.01),
-         lambda *z: eager_nt_xent(*z, temperature=0.01), differentiable=2),
-    Case("nt_xent", "large-norm", make(normal(9, 40, scale=3000), normal(9, 40, scale=3000)), F.nt_xent, eager_nt_xent,
-         differentiable=2, dtypes=(torch.float64, torch.float32, torch.bfloat16)),
+    Case(
+        "nt_xent",
+        "identical-tau0.01",
+        alike(33, 64),
+        lambda *z: F.nt_xent(*z, temperature=0.01),
+        lambda *z: eager_nt_xent(*z, temperature=0.01),
+        differentiable=2,
+        gradient_size=lambda *z: 1e-4,
+    ),
+    Case(
+        "nt_xent",
+        "opposite-tau0.01",
+        alike(33, 64, -1),
+        lambda *z: F.nt_xent(*z, temperature=0.01),
+        lambda *z: eager_nt_xent(*z, temperature=0.01),
+        differentiable=2,
+    ),
+    Case(
+        "nt_xent",
+        "large-norm",
+        make(normal(9, 40, scale=3000), normal(9, 40, scale=3000)),
+        F.nt_xent,
+        eager_nt_xent,
+        differentiable=2,
+        dtypes=(torch.float64, torch.float32, torch.bfloat16),
+    ),
     Case("nt_xent", "dcl-12x33", make(normal(12, 33), normal(12, 33)), F.dcl, eager_dcl, differentiable=2),
     Case("nt_xent", "dclw-12x33", make(normal(12, 33), normal(12, 33)), F.dclw, eager_dclw, differentiable=2),
     _supcon(1, 20, 16, 5),
@@ -377,6 +480,20 @@ LOSSES = [
     _prototype_cross_entropy(3, 2, 6, 33, "different", bias="TK", weighted=True),
     _prototype_cross_entropy(2, 2, 5, 12, "same", weighted=True),
     _prototype_cross_entropy(3, 1, 4, 30, "all"),
+    # one image; three teachers (the sum of the other two); more than a block of 1024, in odd numbers
+    _prototype_cross_entropy(2, 2, 1, 3, "different"),
+    _prototype_cross_entropy(1, 3, 4, 17, "different", bias="TK"),
+    _prototype_cross_entropy(4, 3, 35, 1031, "different", bias="K"),
+    _prototype_cross_entropy(2, 3, 3, 1025, "same"),
+    _prototype_head(2, 2, 1, 3, 5, "different"),
+    _prototype_head(4, 2, 5, 130, 16, "different", bias="TK"),
+    _prototype_head(2, 3, 33, 700, 32, "different", bias="K", weighted=True),
+    _prototype_head(3, 1, 7, 67, 8, "all", weighted=True),
+    _prototype_head(2, 3, 5, 129, 40, "same"),
+    _mean_entropy(1, 1, 3),
+    _mean_entropy(4, 9, 100),
+    _koleo(3, 8),
+    _koleo(300, 33),
     _covariance("barlow_twins", 2, 3),
     _covariance("barlow_twins", 16, 40),
     _covariance("barlow_twins", 40, 16),

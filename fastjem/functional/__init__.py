@@ -5,12 +5,19 @@ from fastjem.functional.covariance import barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
 from fastjem.functional.image_text import clip_loss, siglip_loss
 from fastjem.functional.predictive import negative_cosine, regression
-from fastjem.functional.prototypes import prototype_cross_entropy, sinkhorn, sinkhorn_bias
+from fastjem.functional.prototypes import (
+    TeacherStatistics,
+    prototype_cross_entropy,
+    prototype_head_cross_entropy,
+)
+from fastjem.functional.regularizers import koleo, mean_entropy
+from fastjem.functional.sinkhorn import sinkhorn, sinkhorn_bias
 from fastjem.functional.spectral import emp_ssl, frossl, mmcr, total_coding_rate, w_mse, whiten
 from fastjem.functional.supervised import cross_entropy
 from fastjem.functional.weights import ema_update_
 
 __all__ = [
+    "TeacherStatistics",
     "barlow_twins",
     "clip_loss",
     "cross_entropy",
@@ -20,12 +27,15 @@ __all__ = [
     "emp_ssl",
     "frossl",
     "info_nce",
+    "koleo",
     "lejepa",
+    "mean_entropy",
     "mmcr",
     "nearest_neighbors",
     "negative_cosine",
     "nt_xent",
     "prototype_cross_entropy",
+    "prototype_head_cross_entropy",
     "random_directions",
     "regression",
     "siglip_loss",

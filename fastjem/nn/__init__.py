@@ -1,7 +1,8 @@
-"""Losses, heads and helpers as modules, with lightly's names, arguments and defaults (docs/drop-in.md)."""
+"""Modules: losses and heads under the names, with the arguments and the defaults that lightly's users know."""
 
 from fastjem.nn.contrastive import ClipLoss, DCLLoss, DCLWLoss, NTXentLoss, SigLipLoss, SupConLoss
 from fastjem.nn.covariance import BarlowTwinsLoss, TiCoLoss, VICRegLLoss, VICRegLoss
+from fastjem.nn.distillation import Center, DINOLoss, IBOTPatchLoss
 from fastjem.nn.gaussian import LeJEPALoss, SIGReg
 from fastjem.nn.heads import (
     BarlowTwinsProjectionHead,
@@ -37,6 +38,7 @@ from fastjem.nn.masks import (
 from fastjem.nn.memory_bank import MemoryBankModule, NNMemoryBankModule
 from fastjem.nn.momentum import activate_requires_grad, deactivate_requires_grad, update_momentum
 from fastjem.nn.predictive import NegativeCosineSimilarity
+from fastjem.nn.prototypes import DINOProjectionHead, KoLeoLoss, MSNLoss, SwaVLoss, SwaVPrototypes, sinkhorn
 from fastjem.nn.spectral import EMPSSLLoss, FroSSLLoss, MMCRLoss, Whitening2d, WMSELoss
 
 __all__ = [
@@ -44,17 +46,23 @@ __all__ = [
     "BYOLProjectionHead",
     "BarlowTwinsLoss",
     "BarlowTwinsProjectionHead",
+    "Center",
     "ClipLoss",
     "DCLLoss",
     "DCLWLoss",
+    "DINOLoss",
+    "DINOProjectionHead",
     "DenseCLProjectionHead",
     "EMPSSLLoss",
     "FroSSLLoss",
+    "IBOTPatchLoss",
+    "KoLeoLoss",
     "LeJEPALoss",
     "LeJEPAProjectionHead",
     "LeWMProjectionHead",
     "MMCRLoss",
     "MMCRProjectionHead",
+    "MSNLoss",
     "MSNProjectionHead",
     "MemoryBankModule",
     "MoCoProjectionHead",
@@ -72,7 +80,9 @@ __all__ = [
     "SimSiamPredictionHead",
     "SimSiamProjectionHead",
     "SupConLoss",
+    "SwaVLoss",
     "SwaVProjectionHead",
+    "SwaVPrototypes",
     "TiCoLoss",
     "TiCoProjectionHead",
     "VICRegLLoss",
@@ -89,5 +99,6 @@ __all__ = [
     "random_inverse_block_mask",
     "random_prefix_mask",
     "random_token_mask",
+    "sinkhorn",
     "update_momentum",
 ]

@@ -45,13 +45,20 @@ SCHEMAS = {
     "sinkhorn_bias": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first) -> Tensor",
     "sinkhorn": "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, ScalarType dtype)"
     " -> Tensor",
+    "sinkhorn_codes": "(Tensor scores, Tensor bias, float epsilon, ScalarType dtype) -> Tensor",
     "prototype_cross_entropy": "(Tensor[] student, Tensor[] teacher, float student_temperature,"
-    " float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights, bool[] wanted)"
+    " float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights, bool statistics, bool[] wanted)"
+    " -> (Tensor, Tensor[], Tensor, Tensor[])",
+    "prototype_head_cross_entropy": "(Tensor[] inputs, Tensor[] teacher, Tensor teacher_prototypes,"
+    " float student_temperature, float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights,"
+    " bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+    "mean_entropy": "(Tensor[] scores, float temperature, Tensor? total, Tensor? rows, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
+    "koleo": "(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "barlow_twins": "(Tensor z0, Tensor z1, float lambda_param, bool statistics, bool[] wanted)"
-    " -> (Tensor, Tensor[], Tensor)",
+    " -> (Tensor, Tensor[], Tensor, Tensor[])",
     "vicreg": "(Tensor z0, Tensor z1, float lambda_param, float mu_param, float nu_param, float eps,"
-    " bool statistics, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+    " bool statistics, bool[] wanted) -> (Tensor, Tensor[], Tensor, Tensor[])",
 }
 
 LIBRARY = torch.library.Library("fastjem", "DEF")
@@ -79,6 +86,7 @@ def _cpu_kernels():
 def triton_launcher(name: str) -> tuple[Callable | None, str | None]:
     """The Triton launcher of an operator, whose file is imported at the first call, or the reason why there is none."""
     module = name.removesuffix("_").removesuffix("_backward")  # nt_xent_backward lives in nt_xent.py
+    module = "sinkhorn" if name.startswith("sinkhorn_") else module
     if importlib.util.find_spec(f"fastjem.kernels.{module}") is None:
         return None, "no Triton kernel yet"
     if importlib.util.find_spec("triton") is None:

@@ -26,27 +26,22 @@ class _OnePass(torch.autograd.Function):
     """The gradients are computed along with the loss and wait, unscaled, for the upstream gradient."""
 
     @staticmethod
-    def forward(
-        ctx,
-        name: str,
-        wanted: tuple[bool, ...],
-        listed: bool,
-        statistics: Tensor | None,
-        arguments: tuple,
-        *inputs: Tensor,
-    ) -> Tensor:
-        loss, gradients, scale = _call(name, wanted, listed, statistics, arguments, inputs)
+    def forward(ctx, name: str, wanted: tuple[bool, ...], listed: bool, arguments: tuple, *inputs: Tensor):
+        loss, gradients, scale, *statistics = _call(name, wanted, listed, arguments, inputs)
         ctx.save_for_backward(scale, *gradients)
         ctx.name, ctx.wanted = name, wanted
-        return loss
+        if not (statistics and statistics[0]):
+            return loss
+        ctx.mark_non_differentiable(*statistics[0])
+        return loss, *statistics[0]
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, upstream: Tensor, *_):
         _refuse_second_order(ctx.name)
         scale, *gradients = ctx.saved_tensors
         factor = upstream * scale
         scaled = (_rescaled(g, factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
-        return None, None, None, None, None, *scaled
+        return None, None, None, None, *scaled
 
 
 class _TwoPasses(torch.autograd.Function):
@@ -85,27 +80,24 @@ class _Known(torch.autograd.Function):
         return None, None, None, None, *scaled
 
 
-def _call(name, wanted, listed, statistics, arguments, inputs) -> tuple[Tensor, list[Tensor], Tensor]:
+def _call(name, wanted, listed, arguments, inputs) -> tuple:
+    """(loss, gradients, scale), and for some operators a list of statistics."""
     op = getattr(ops, name)
-    loss, gradients, scale = op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
-    if statistics is not None:
-        statistics.copy_(gradients.pop())
-    return loss, gradients, scale
+    return op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
 
 
-def one_pass(
-    name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False, statistics: Tensor | None = None
-) -> Tensor:
+def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor | tuple[Tensor, ...]:
     """The loss `name(*inputs, *arguments)`, differentiable for `inputs` (an operator may take them `listed`, as
     Tensor[]).
 
-    Gradients are asked for only where grad mode is on and the input requires one. `statistics` is filled with what the
-    operator returns behind them, if it was asked to.
+    Gradients are asked for only where grad mode is on and the input requires one. Where the operator returns
+    statistics too, they follow the loss and are constants.
     """
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
     if not any(wanted):
-        return _call(name, wanted, listed, statistics, arguments, inputs)[0]
-    return _OnePass.apply(name, wanted, listed, statistics, arguments, *inputs)
+        loss, _, _, *statistics = _call(name, wanted, listed, arguments, inputs)
+        return (loss, *statistics[0]) if statistics and statistics[0] else loss
+    return _OnePass.apply(name, wanted, listed, arguments, *inputs)
 
 
 def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence) -> Tensor:

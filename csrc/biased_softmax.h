@@ -1,0 +1,69 @@
+// Softmax of a row in one read: exp is taken against the maximum of each block of 1024, which is still in the L1 cache, and what
+// makes it the softmax is one factor a block. Included by kernel headers inside their namespaces.
+
+constexpr int64_t softmax_block = 1024;
+
+// 1 / temperature in two parts: rounded to float alone, it would shift a logit of 10 by as much as its last digit.
+template <class W>
+struct Scale {
+  W high, low;
+  explicit Scale(double scale) : high(static_cast<W>(scale)), low(static_cast<W>(scale - static_cast<double>(high))) {}
+  FASTJEM_INLINE W operator()(W x) const { return x * high + x * low; }
+};
+
+template <bool biased, class T, class W>
+static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, const W* bias, int64_t j) {
+  return biased ? widen(x[j]) * scale.high + (widen(x[j]) * scale.low + bias[j]) : scale(widen(x[j]));
+}
+
+template <class W>
+struct BiasedSoftmax {
+  std::vector<W> shift;     // [blocks], the maximum of each block; 0 where all is -inf
+  std::vector<double> sum;  // [blocks]
+  std::vector<W> factor;    // [blocks], exp(shift - logsumexp)
+
+  explicit BiasedSoftmax(int64_t k)
+      : shift((k + softmax_block - 1) / softmax_block), sum(shift.size()), factor(shift.size()) {}
+
+  // From shift and sum: the factors. Returns the logsumexp of the row.
+  double finish() {
+    double maximum = -std::numeric_limits<double>::infinity(), total = 0;
+    for (size_t b = 0; b < shift.size(); ++b) {
+      maximum = sum[b] > 0 && shift[b] > maximum ? static_cast<double>(shift[b]) : maximum;
+    }
+    for (size_t b = 0; b < shift.size(); ++b) total += sum[b] == 0 ? 0 : sum[b] * std::exp(shift[b] - maximum);
+    const double lse = maximum + std::log(total);
+    for (size_t b = 0; b < shift.size(); ++b) factor[b] = static_cast<W>(std::exp(shift[b] - lse));
+    return lse;
+  }
+
+  // e[j] * factor[j / 1024] = softmax(x * scale + bias); returns the logsumexp. `bias` may be null.
+  template <class T>
+  double row(const T* x, Scale<W> scale, const W* bias, int64_t k, W* e) {
+    return bias ? row_of<true>(x, scale, bias, k, e) : row_of<false>(x, scale, bias, k, e);
+  }
+
+  template <bool biased, class T>
+  double row_of(const T* x, Scale<W> scale, const W* bias, int64_t k, W* e) {
+    for (int64_t begin = 0, b = 0; begin < k; begin += softmax_block, ++b) {
+      const int64_t end = std::min(begin + softmax_block, k);
+      W maximum = -std::numeric_limits<W>::infinity();
+#pragma omp simd reduction(max : maximum)
+      for (int64_t j = begin; j < end; ++j) {
+        const W v = biased_logit<biased>(x, scale, bias, j);
+        maximum = v > maximum ? v : maximum;
+      }
+      const W shifted = maximum == -std::numeric_limits<W>::infinity() ? W(0) : maximum;
+      W partial = 0;
+#pragma omp simd reduction(+ : partial)
+      for (int64_t j = begin; j < end; ++j) {
+        const W v = exponential(biased_logit<biased>(x, scale, bias, j) - shifted);
+        e[j] = v;
+        partial += v;
+      }
+      shift[b] = shifted;
+      sum[b] = partial;
+    }
+    return finish();
+  }
+};

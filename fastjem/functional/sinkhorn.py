@@ -1,0 +1,102 @@
+"""Sinkhorn codes: SwAV, DINOv2, MSN."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastjem.functional import _checks as check
+from fastjem.functional._collectives import world_size
+from fastjem.ops.autograd import ops
+
+
+def sinkhorn(
+    scores: Tensor,
+    *,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    normalize_samples_first: bool = False,
+    dtype: torch.dtype | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Sinkhorn-Knopp codes of SwAV (Caron et al. 2020, arXiv 2006.09882, section 3.1), DINOv2 and MSN.
+
+    Q = exp(scores / epsilon), then `iterations` times: each prototype divided by its sum over samples, each sample by
+    its sum over prototypes. In the log domain, so that no finite score overflows or underflows. Not differentiable.
+
+    Args:
+        scores: [B, K], samples by prototypes.
+        epsilon: temperature of the scores.
+        iterations: how often both are normalised, at least 1. Few iterations do not converge, and their order matters.
+        normalize_samples_first: divide each sample by its sum once before (MSN normalises probabilities).
+        dtype: of the codes; None: float32 (float64 for float64 scores).
+        group: the process group whose ranks hold the rest of the batch (batches may be uneven); prototypes are then
+        normalised
+            over all of it.
+
+    Returns:
+        [B, K] codes; every row sums to 1.
+
+    Raises:
+        ValueError: for other shapes, dtypes or options.
+    """
+    _check("sinkhorn", epsilon, iterations, scores)
+    if dtype is None:
+        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if not dtype.is_floating_point:
+        check.fail("sinkhorn", "dtype must be floating-point", dtype)
+    if group is None:
+        return ops.sinkhorn(scores.detach(), float(epsilon), iterations, normalize_samples_first, dtype)
+    bias = _bias([scores.detach()], float(epsilon), iterations, normalize_samples_first, group)
+    return ops.sinkhorn_codes(scores.detach(), bias, float(epsilon), dtype)
+
+
+def sinkhorn_bias(
+    scores: Tensor | Sequence[Tensor],
+    *,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    normalize_samples_first: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The prototypes' log-potentials f [K] of `sinkhorn`: its codes are `softmax(scores / epsilon + f, 1)`.
+
+    Given as `teacher_bias` to `prototype_cross_entropy`, the codes never need to exist in memory. Arguments as for
+    `sinkhorn`,
+    but `scores` may be a list of [B, K], whose B differ: one batch in several tensors (the crop and the queue of
+    SwAV, the views of DINOv2), without a concatenation. float32 (float64 for float64 scores).
+    """
+    parts = [scores] if isinstance(scores, Tensor) else scores
+    if not isinstance(parts, (list, tuple)) or not parts:
+        check.fail("sinkhorn_bias", "scores must be [B, K], or a list of them", check.shape(scores))
+    _check("sinkhorn_bias", epsilon, iterations, *parts)
+    parts = [x.detach() for x in parts]
+    if group is None and len(parts) == 1:
+        return ops.sinkhorn_bias(parts[0], float(epsilon), iterations, normalize_samples_first)
+    return _bias(parts, float(epsilon), iterations, normalize_samples_first, group)
+
+
+def _check(op: str, epsilon: float, iterations: int, *scores: Tensor) -> None:
+    contract = "scores must be [B, K]" if len(scores) == 1 else "scores must be [B, K] with the same K"
+    check.matrices(op, contract, *scores, same=False)
+    if len({x.shape[1] for x in scores}) > 1:
+        check.fail(op, contract, " and ".join(str(tuple(x.shape)) for x in scores))
+    check.positive(op, epsilon=epsilon)
+    if not isinstance(iterations, int) or iterations < 1:
+        check.fail(op, "iterations must be at least 1", iterations)
+
+
+def _bias(parts: list[Tensor], epsilon: float, iterations: int, normalize_samples_first: bool, group) -> Tensor:
+    """One collective of K numbers an iteration: each rank's logsumexp over its samples."""
+    wide = torch.float64 if torch.float64 in {x.dtype for x in parts} else torch.float32
+    bias = parts[0].new_zeros(parts[0].shape[1], dtype=wide) if normalize_samples_first else None
+    for _ in range(iterations):
+        sums = [ops.sinkhorn_step(x, bias, epsilon).to(wide) for x in parts]
+        total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)
+        if group is not None:
+            of_ranks = [torch.empty_like(total) for _ in range(world_size(group))]
+            dist.all_gather(of_ranks, total.contiguous(), group=group)
+            total = torch.stack(of_ranks).logsumexp(0)
+        bias = -total
+    return bias

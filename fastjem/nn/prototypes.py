@@ -1,0 +1,263 @@
+"""SwAV's and MSN's losses, and the heads that give prototype scores. Names, arguments and defaults are lightly's."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastjem.functional as F
+
+
+def everyone() -> dist.ProcessGroup | None:
+    """The group of all ranks where torch.distributed runs."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def sinkhorn(out: Tensor, iterations: int = 3, epsilon: float = 0.05, gather_distributed: bool = False) -> Tensor:
+    """Sinkhorn codes of prototype scores [B, K] (see `fastjem.functional.sinkhorn`), over all ranks if
+    `gather_distributed`."""
+    return F.sinkhorn(out, epsilon=epsilon, iterations=iterations, group=everyone() if gather_distributed else None)
+
+
+class SwaVLoss(nn.Module):
+    """Swapped assignments between views (Caron et al. 2020, arXiv 2006.09882), from prototype scores.
+
+    Args:
+        temperature: of the predictions.
+        sinkhorn_iterations, sinkhorn_epsilon: of the codes.
+        sinkhorn_gather_distributed: codes, and the mean of the loss, over the samples of all ranks.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sinkhorn_iterations: int = 3,
+        sinkhorn_epsilon: float = 0.05,
+        sinkhorn_gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        if sinkhorn_gather_distributed and not dist.is_available():
+            raise ValueError(
+                "SwaVLoss: sinkhorn_gather_distributed needs a torch with torch.distributed, got one without"
+            )
+        self.temperature = temperature
+        self.sinkhorn_iterations = sinkhorn_iterations
+        self.sinkhorn_epsilon = sinkhorn_epsilon
+        self.sinkhorn_gather_distributed = sinkhorn_gather_distributed
+
+    def forward(
+        self,
+        high_resolution_outputs: list[Tensor],
+        low_resolution_outputs: list[Tensor],
+        queue_outputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """0-dim. Scores [B, K] of each crop; `queue_outputs`, one [Q, K] per high-resolution crop, count in its
+        Sinkhorn alone."""
+        high, low = list(high_resolution_outputs), list(low_resolution_outputs)
+        if queue_outputs is not None and len(queue_outputs) != len(high):
+            raise ValueError(
+                "SwaVLoss: queue_outputs must be one for each high-resolution crop, "
+                f"got {len(queue_outputs)} for {len(high)}"
+            )
+        group = everyone() if self.sinkhorn_gather_distributed else None
+        bias = [
+            F.sinkhorn_bias(
+                crop if queue_outputs is None else [crop, queue_outputs[i]],
+                epsilon=self.sinkhorn_epsilon,
+                iterations=self.sinkhorn_iterations,
+                group=group,
+            )
+            for i, crop in enumerate(high)
+        ]
+        return F.prototype_cross_entropy(
+            [*high, *low],
+            high,
+            student_temperature=self.temperature,
+            teacher_temperature=self.sinkhorn_epsilon,
+            teacher_bias=torch.stack(bias),
+            group=group,
+        )
+
+
+class MSNLoss(nn.Module):
+    """Masked Siamese Networks (Assran et al. 2022, arXiv 2204.07141).
+
+    Args:
+        temperature: of the similarities with the prototypes, in (0, inf).
+        sinkhorn_iterations: on the sharpened targets; 0 for none.
+        regularization_weight: of the mean entropy regulariser; 0 for none.
+        gather_distributed: Sinkhorn, the regulariser and the mean of the loss over the samples of all ranks.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sinkhorn_iterations: int = 3,
+        regularization_weight: float = 1.0,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"MSNLoss: temperature must be in (0, inf), got {temperature}")
+        if sinkhorn_iterations < 0:
+            raise ValueError(f"MSNLoss: sinkhorn_iterations must be at least 0, got {sinkhorn_iterations}")
+        if gather_distributed and not dist.is_available():
+            raise ValueError("MSNLoss: gather_distributed needs a torch with torch.distributed, got one without")
+        self.temperature = temperature
+        self.sinkhorn_iterations = sinkhorn_iterations
+        self.regularization_weight = regularization_weight
+        self.gather_distributed = gather_distributed
+
+    def forward(
+        self, anchors: Tensor, targets: Tensor, prototypes: Tensor, target_sharpen_temperature: float = 0.25
+    ) -> Tensor:
+        """0-dim. anchors [V B, D], view after view; targets [B, D], constants; prototypes [K, D]. Normalised inside."""
+        if anchors.shape[0] % targets.shape[0]:
+            raise ValueError(
+                f"MSNLoss: anchors must be whole views of the {len(targets)} targets, got {len(anchors)} rows"
+            )
+        group = everyone() if self.gather_distributed else None
+        device = anchors.device.type
+        with torch.autocast(device, enabled=False):
+            wide = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+            anchors, targets, prototypes = (functional.normalize(x.to(wide)) for x in (anchors, targets, prototypes))
+            views = (anchors @ prototypes.T).split(len(targets))  # V x [B, K]
+            teacher = targets.detach() @ prototypes.detach().T
+        sharp = self.temperature * target_sharpen_temperature
+        bias = None
+        if self.sinkhorn_iterations:
+            bias = F.sinkhorn_bias(
+                teacher, epsilon=sharp, iterations=self.sinkhorn_iterations, normalize_samples_first=True, group=group
+            )
+        loss = F.prototype_cross_entropy(
+            views,
+            [teacher],
+            student_temperature=self.temperature,
+            teacher_temperature=sharp,
+            teacher_bias=bias,
+            pairs="all",
+            group=group,
+        )
+        if self.regularization_weight > 0:
+            loss = loss + self.regularization_weight * F.mean_entropy(views, temperature=self.temperature, group=group)
+        return loss
+
+
+class KoLeoLoss(nn.Module):
+    """Spreads a batch by the distance of each row to its nearest (see `fastjem.functional.koleo`); lightly's
+    arguments."""
+
+    def __init__(self, p: float = 2, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.p, self.eps = p, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.koleo(x, p=self.p, eps=self.eps)
+
+
+class SwaVPrototypes(nn.Module):
+    """Scores of normalised features with one or several sets of prototypes.
+
+    Args:
+        input_dim: D.
+        n_prototypes: K, or a list of them; with a list, forward returns a list.
+        n_steps_frozen_prototypes: so many steps the prototypes are constant.
+    """
+
+    def __init__(
+        self, input_dim: int = 128, n_prototypes: list[int] | int = 3000, n_steps_frozen_prototypes: int = 0
+    ) -> None:
+        super().__init__()
+        self.n_prototypes = n_prototypes if isinstance(n_prototypes, list) else [n_prototypes]
+        self._is_single_prototype = isinstance(n_prototypes, int)
+        self.heads = nn.ModuleList([nn.Linear(input_dim, k) for k in self.n_prototypes])
+        self.n_steps_frozen_prototypes = n_steps_frozen_prototypes
+
+    def forward(self, x: Tensor, step: int | None = None) -> Tensor | list[Tensor]:
+        """[B, D] -> [B, K], or a list of them."""
+        if self.n_steps_frozen_prototypes > 0:
+            if step is None:
+                raise ValueError("SwaVPrototypes: step must be given where n_steps_frozen_prototypes > 0, got None")
+            self.requires_grad_(step >= self.n_steps_frozen_prototypes)
+        scores = [head(x) for head in self.heads]
+        return scores[0] if self._is_single_prototype else scores
+
+    @torch.no_grad()
+    def normalize(self) -> None:
+        """Prototypes of unit length. A prototype of zeros stays."""
+        for head in self.heads:
+            head.weight.copy_(functional.normalize(head.weight))
+
+
+class _WeightNormLinear(nn.Module):
+    """`x @ (g v / |v|).T`; parameters are named as torch.nn.utils.weight_norm names them."""
+
+    def __init__(self, input_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(output_dim, 1))
+        self.weight_v = nn.Parameter(torch.empty(output_dim, input_dim))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear
+
+    @property
+    def weight(self) -> Tensor:
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+
+class DINOProjectionHead(nn.Module):
+    """Three linear layers with GELU, L2 normalisation, and weight-normalised prototypes (Caron et al. 2021, arXiv
+    2104.14294).
+
+    Args:
+        input_dim, hidden_dim, bottleneck_dim, output_dim: widths; output_dim is K.
+        batch_norm: after the first two layers; not with a vision transformer.
+        freeze_last_layer: `cancel_last_layer_gradients` cancels them in epochs before this one.
+        norm_last_layer: prototypes of length 1 (better stability) instead of a learned length.
+    """
+
+    def __init__(
+        self,
+        input_dim: int = 2048,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        output_dim: int = 65536,
+        batch_norm: bool = False,
+        freeze_last_layer: int = -1,
+        norm_last_layer: bool = True,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in (input_dim, hidden_dim):
+            layers.append(nn.Linear(width, hidden_dim, bias=not batch_norm))
+            layers += [nn.BatchNorm1d(hidden_dim)] * batch_norm
+            layers.append(nn.GELU())
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.freeze_last_layer = freeze_last_layer
+        self.last_layer = _WeightNormLinear(bottleneck_dim, output_dim)
+        self.last_layer.weight_g.requires_grad = not norm_last_layer
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, input_dim] -> [B, bottleneck_dim] of unit length: what `prototype_head_cross_entropy` takes."""
+        return functional.normalize(self.layers(x), dim=-1)
+
+    def prototypes(self) -> Tensor:
+        """[K, bottleneck_dim], differentiable."""
+        return self.last_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(self.features(x))
+
+    def cancel_last_layer_gradients(self, current_epoch: int) -> None:
+        """Drop the prototypes' gradients in the first `freeze_last_layer` epochs."""
+        if current_epoch < self.freeze_last_layer:
+            for parameter in self.last_layer.parameters():
+                parameter.grad = None

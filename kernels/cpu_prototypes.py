@@ -1,0 +1,233 @@
+"""The C++ kernels of the prototype operators; part of `cpu`: every check is here, before an address leaves Python."""
+
+import math
+
+import torch
+from fastjem.kernels import _C, reference
+from fastjem.kernels.cpu import DTYPES, _address, _gradient, _loss_dtype, _rows
+from torch import Tensor
+
+PAIRS = {"different": 0, "same": 1, "all": 2}
+
+
+def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Dense, in the dtype to compute in."""
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def _optional(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+# Sinkhorn --------------------------------------------------------------------------------------------
+
+
+def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    if scores.dtype not in DTYPES:
+        return reference.sinkhorn_step(scores, bias, epsilon)
+    scores, dtype = _rows(scores), _loss_dtype(scores)
+    bias = _wide(bias, dtype)
+    sums = torch.empty(scores.shape[1], dtype=dtype)
+    _C.sinkhorn_step(
+        DTYPES[scores.dtype],
+        _address(scores),
+        *scores.shape,
+        scores.stride(0),
+        1 / epsilon,
+        _optional(bias),
+        _address(sums),
+        torch.get_num_threads(),
+    )
+    return sums
+
+
+def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    scores = _rows(scores)
+    bias = torch.zeros(scores.shape[1], dtype=_loss_dtype(scores)) if normalize_samples_first else None
+    for _ in range(iterations):
+        bias = sinkhorn_step(scores, bias, epsilon).neg_()
+    return bias
+
+
+def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    if scores.dtype not in DTYPES or dtype not in DTYPES:
+        return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
+    scores, bias = _rows(scores), _wide(bias, _loss_dtype(scores))
+    codes = torch.empty(scores.shape, dtype=dtype)
+    _C.sinkhorn_codes(
+        DTYPES[scores.dtype],
+        _address(scores),
+        *scores.shape,
+        scores.stride(0),
+        1 / epsilon,
+        _address(bias),
+        DTYPES[dtype],
+        codes.nbytes,
+        _address(codes),
+        torch.get_num_threads(),
+    )
+    return codes
+
+
+def sinkhorn(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, dtype: torch.dtype
+) -> Tensor:
+    scores = _rows(scores)
+    return sinkhorn_codes(scores, sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
+
+
+# Cross-entropy ---------------------------------------------------------------------------------------
+
+
+def _count(students: int, teachers: int, pairs: str) -> int:
+    matches = min(students, teachers)
+    return {"different": students * teachers - matches, "same": matches, "all": students * teachers}[pairs]
+
+
+def _inverse(x: float) -> float:
+    return 1 / x if x else math.inf
+
+
+def prototype_cross_entropy(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,
+    pairs: str,
+    weights: Tensor | None,
+    statistics: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    dtype, (rows, width) = _loss_dtype(student[0]), student[0].shape
+    if student[0].dtype not in DTYPES or teacher[0].dtype not in DTYPES or _loss_dtype(teacher[0]) != dtype:
+        arguments = (student_temperature, teacher_temperature, teacher_bias, pairs, weights, statistics, wanted)
+        return reference.prototype_cross_entropy(student, teacher, *arguments)
+    student, teacher = [_rows(x) for x in student], [_rows(x) for x in teacher]
+    bias, weights = _wide(teacher_bias, dtype), _wide(weights, torch.float64)
+    gradients = [_gradient(x, k) for x, k in zip(student, wanted, strict=True)]
+    of_teacher = torch.empty(2, width, dtype=torch.float64) if statistics else None
+    pairs_of_rows = (rows if weights is None else weights.sum().item()) * _count(len(student), len(teacher), pairs)
+    scale = _inverse(pairs_of_rows * student_temperature)
+    # Half precision can't hold the scaled gradient; wider gradients needn't be read and written again to be scaled.
+    factor = 1.0 if student[0].dtype in (torch.bfloat16, torch.float16) else scale
+    total, entropy = _C.prototype_cross_entropy(
+        DTYPES[student[0].dtype],
+        [(_address(x), x.stride(0)) for x in student],
+        DTYPES[teacher[0].dtype],
+        [(_address(x), x.stride(0)) for x in teacher],
+        rows,
+        width,
+        1 / student_temperature,
+        1 / teacher_temperature,
+        _optional(bias),
+        0 if bias is None or bias.dim() == 1 else width,
+        _optional(weights),
+        factor,
+        PAIRS[pairs],
+        [_address(g) for g in gradients],
+        rows * width * student[0].element_size(),
+        _optional(of_teacher),
+        torch.get_num_threads(),
+    )
+    loss = torch.full((), total * _inverse(pairs_of_rows), dtype=dtype)
+    extra = []
+    if statistics:
+        teacher_rows = rows * len(teacher)
+        means = of_teacher.div_(teacher_rows)
+        extra = [*(x.to(dtype, copy=True) for x in means), torch.full((), entropy / teacher_rows, dtype=dtype)]
+    return loss, gradients, torch.full((), scale / factor, dtype=dtype), extra
+
+
+# The head-fused form ---------------------------------------------------------------------------------
+
+TILE_BYTES = 8 << 20  # of logits at a time, student's and teacher's: the L2 caches hold most of it, products stay large
+
+
+def prototype_head_cross_entropy(
+    inputs: list[Tensor],
+    teacher: list[Tensor],
+    teacher_prototypes: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,
+    pairs: str,
+    weights: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Twice over the prototypes in tiles: logits for the logsumexps; logits again, in whose place the gradient then
+    stands."""
+    *student, prototypes = inputs
+    dtype, threads = _loss_dtype(student[0]), torch.get_num_threads()
+    views, teachers, images = len(student), len(teacher), len(student[0])
+    width = len(prototypes)
+    x = torch.cat([v.to(dtype) for v in student])  # [S B, D]
+    z = torch.cat([v.to(dtype) for v in teacher])  # [T B, D]
+    bias, weights = _wide(teacher_bias, dtype), _wide(weights, torch.float64)
+    code = DTYPES[dtype]
+    tile = min(width, max(64, TILE_BYTES // (dtype.itemsize * (len(x) + len(z))) // 64 * 64))
+    logits = torch.empty((len(x) + len(z)) * tile, dtype=dtype)
+    x_lse, z_lse = (torch.full((len(v),), -math.inf, dtype=torch.float64) for v in (x, z))
+    losses = torch.zeros(images, dtype=torch.float64)
+    x_gradient = torch.zeros_like(x) if any(wanted[:-1]) else None
+    w_gradient = torch.empty(prototypes.shape, dtype=dtype) if wanted[-1] else None
+
+    def products(first: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The tile's logits of student and teacher, the student's prototypes, and the tile's width."""
+        w, v = (p[first : first + tile].to(dtype) for p in (prototypes, teacher_prototypes))
+        n = len(w)
+        of_student = logits[: len(x) * n].view(len(x), n)
+        of_teacher = logits[len(x) * n : (len(x) + len(z)) * n].view(len(z), n)
+        return torch.mm(x, w.T, out=of_student), torch.mm(z, v.T, out=of_teacher), w, n
+
+    for first in range(0, width, tile):
+        of_student, of_teacher, _, n = products(first)
+        _C.head_logsumexp(code, _address(of_student), len(x), n, 1 / student_temperature, 0, _address(x_lse), threads)
+        for t in range(teachers):  # each with its own bias
+            own = None if bias is None else (bias if bias.dim() == 1 else bias[t])[first:]
+            rows = slice(t * images, (t + 1) * images)
+            _C.head_logsumexp(
+                code,
+                _address(of_teacher[rows]),
+                images,
+                n,
+                1 / teacher_temperature,
+                _optional(own),
+                _address(z_lse[rows]),
+                threads,
+            )
+    for first in range(0, width, tile):
+        of_student, of_teacher, w, n = products(first)
+        _C.head_gradient(
+            code,
+            _address(of_student),
+            _address(of_teacher),
+            views,
+            teachers,
+            images,
+            n,
+            1 / student_temperature,
+            1 / teacher_temperature,
+            0 if bias is None else _address(bias[..., first:]),
+            0 if bias is None or bias.dim() == 1 else width,
+            _address(x_lse),
+            _address(z_lse),
+            _optional(weights),
+            PAIRS[pairs],
+            _address(losses),
+            threads,
+        )
+        if x_gradient is not None:
+            torch.addmm(x_gradient, of_student, w, out=x_gradient)
+        if w_gradient is not None:
+            torch.mm(of_student.T, x, out=w_gradient[first : first + n])
+
+    pairs_of_rows = (images if weights is None else weights.sum().item()) * _count(views, teachers, pairs)
+    scale = torch.full((), _inverse(pairs_of_rows * student_temperature), dtype=dtype)
+    loss = torch.full((), losses.sum().item() * _inverse(pairs_of_rows), dtype=dtype)
+    parts = [None] * views if x_gradient is None else x_gradient.split(images)
+    gradients = [
+        g.to(v.dtype, copy=True) if k else v.new_empty(0) for g, v, k in zip(parts, student, wanted[:-1], strict=True)
+    ]
+    of_prototypes = prototypes.new_empty(0) if w_gradient is None else w_gradient.to(prototypes.dtype)
+    return loss, [*gradients, of_prototypes], scale

@@ -1,0 +1,203 @@
+"""The specification of the prototype operators; part of `reference`, whose conventions hold here."""
+
+import math
+
+import torch
+from fastjem.kernels.reference import _empty, _normalize, _normalize_backward, _scale, widen
+from torch import Tensor
+
+
+def sinkhorn_step(
+    scores: Tensor,  # [B, K]
+    bias: Tensor | None,  # [K]; None: samples are not normalised before
+    epsilon: float,
+) -> Tensor:
+    """[K]: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i =
+    -logsumexp_k(s_ik + f_k)`.
+
+    The next bias f is the negative of the result; over several ranks, of the logsumexp of their results.
+    """
+    scores = widen(scores) / epsilon
+    if bias is not None:
+        scores = scores - (scores + bias).logsumexp(1, keepdim=True)
+    return scores.logsumexp(0)
+
+
+def sinkhorn_bias(
+    scores: Tensor,  # [B, K]
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+) -> Tensor:
+    """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
+    bias = widen(scores).new_zeros(scores.shape[1]) if normalize_samples_first else None
+    for _ in range(iterations):
+        bias = -sinkhorn_step(scores, bias, epsilon)
+    return bias
+
+
+def sinkhorn(
+    scores: Tensor,  # [B, K]
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, K]: Q = exp(scores / epsilon), then `iterations` times: prototypes divided by their sums, samples by theirs.
+
+    SwAV, arXiv 2006.09882, section 3.1. Each row of the result sums to 1.
+    """
+    bias = sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
+    return sinkhorn_codes(scores, bias, epsilon, dtype)
+
+
+def sinkhorn_codes(
+    scores: Tensor,  # [B, K]
+    bias: Tensor,  # [K]
+    epsilon: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, K]: `softmax(scores / epsilon + bias, 1)`"""
+    return (widen(scores) / epsilon + bias).softmax(1).to(dtype)
+
+
+def _pairing(students: int, teachers: int, pairs: str, like: Tensor) -> tuple[Tensor, int]:
+    """Which views are paired, [S, T] of 0 and 1, and how many pairs that is."""
+    same = torch.eye(students, teachers, dtype=like.dtype, device=like.device)
+    paired = {"different": 1 - same, "same": same, "all": torch.ones_like(same)}[pairs]
+    matches = min(students, teachers)
+    return paired, {"different": students * teachers - matches, "same": matches, "all": students * teachers}[pairs]
+
+
+def prototype_cross_entropy(
+    student: list[Tensor],  # S x [B, K]
+    teacher: list[Tensor],  # T x [B, K]
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,  # [K] or [T, K]
+    pairs: str,  # "different" | "same" | "all"
+    weights: Tensor | None,  # [B]
+    statistics: bool,
+    wanted: list[bool],  # one per student view
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias),
+    log_softmax(s / tau_s)>`.
+
+    SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
+    With `statistics`, of the teacher: the mean logits [K], the mean probabilities [K] and the mean entropy of a row,
+    0-dim.
+    """
+    s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
+    raw = widen(torch.stack(teacher))  # [T, B, K]
+    t = raw / teacher_temperature
+    if teacher_bias is not None:
+        t = t + (teacher_bias[None, None] if teacher_bias.dim() == 1 else teacher_bias[:, None])
+    paired, count = _pairing(len(s), len(t), pairs, s)
+
+    log_q = t.log_softmax(2)
+    q = log_q.exp()
+    targets = torch.einsum("st,tbk->sbk", paired, q)  # the sum of a view's targets
+    mass = paired.sum(1)[:, None, None]  # [S, 1, 1], how many they are
+    w = s.new_ones(s.shape[1]) if weights is None else weights.to(s.dtype)
+    scale = 1 / (w.sum() * count * student_temperature)
+    log_p = s.log_softmax(2)
+    loss = -(targets * log_p).sum((0, 2)).dot(w) * scale * student_temperature
+    gradients = (mass * log_p.exp() - targets) * w[:, None]  # [S, B, K]
+    # copies, as what an operator returns may not share memory
+    parts = zip(gradients, student, wanted, strict=True)
+    of_teacher = [raw.mean((0, 1)), q.mean((0, 1)), -torch.special.xlogy(q, q).sum(2).mean()] if statistics else []
+    return loss, [g.to(x.dtype, copy=True) if k else _empty(x) for g, x, k in parts], scale, of_teacher
+
+
+def prototype_head_cross_entropy(
+    inputs: list[Tensor],  # S x [B, D] student features, then [K, D] student prototypes
+    teacher: list[Tensor],  # T x [B, D] features
+    teacher_prototypes: Tensor,  # [K, D]
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,  # [K] or [T, K]
+    pairs: str,
+    weights: Tensor | None,  # [B]
+    wanted: list[bool],  # one per student view, and one for the prototypes
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`prototype_cross_entropy` of the logits `features @ prototypes.T`."""
+    *student, prototypes = inputs
+    features = [widen(x) for x in student]
+    logits = [x @ widen(prototypes).T for x in features]
+    teacher_logits = [widen(x) @ widen(teacher_prototypes).T for x in teacher]
+    loss, gradients, scale, _ = prototype_cross_entropy(
+        logits,
+        teacher_logits,
+        student_temperature,
+        teacher_temperature,
+        teacher_bias,
+        pairs,
+        weights,
+        False,
+        [True] * len(student),
+    )
+    of_features = [
+        (g @ widen(prototypes)).to(x.dtype) if k else _empty(x)
+        for g, x, k in zip(gradients, student, wanted[:-1], strict=True)
+    ]
+    of_prototypes = torch.cat(gradients).T @ torch.cat(features) if wanted[-1] else _empty(prototypes)
+    return loss, [*of_features, of_prototypes.to(prototypes.dtype)], scale
+
+
+def mean_entropy(
+    scores: list[Tensor],  # V x [B, K]
+    temperature: float,
+    total: Tensor | None,  # [K]: the sum of the probabilities of `rows` rows of all ranks; None: these rows are all
+    rows: Tensor | None,  # 0-dim
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`sum_k p_k log p_k + log K`, p the mean over views and rows of `softmax(scores / temperature)`: 0 where
+    prototypes are used alike.
+
+    MSN's mean entropy maximisation, arXiv 2204.07141, equation 2, with the constant that makes it a divergence.
+    """
+    log_p = (widen(torch.stack(scores)) / temperature).log_softmax(2)  # [V, B, K]
+    p = log_p.exp()
+    mean = p.mean((0, 1)) if total is None else total / rows  # [K]
+    loss = torch.special.xlogy(mean, mean).sum() + math.log(len(mean))
+    slope = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # [K]; the 1 of (m log m)' = log m + 1 cancels below
+    gradients = p * (slope - (p * slope).sum(2, keepdim=True))  # [V, B, K]
+    count = p.shape[0] * p.shape[1] if rows is None else rows
+    scale = 1 / (torch.ones_like(loss) * count * temperature)
+    parts = zip(gradients, scores, wanted, strict=True)
+    return loss, [g.to(x.dtype, copy=True) if k else _empty(x) for g, x, k in parts], scale
+
+
+def koleo(
+    x: Tensor,  # [N, D]
+    p: float,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`-log(||u_i - u_n(i) + eps||_p + eps).mean()`, u rows of unit length and n(i) the nearest other one. arXiv
+    1806.03198, section 3.
+
+    Similarities are looked at in blocks of rows; no [N, N] exists where N is more than a block.
+    """
+    unit, norm = _normalize(widen(x), eps)
+    n = len(x)
+    nearest = []
+    for first in range(0, n, 256):
+        similarities = unit[first : first + 256] @ unit.T
+        own = torch.arange(len(similarities), device=x.device)
+        similarities[own, own + first] = -2
+        nearest.append(similarities.argmax(1))
+    nearest = torch.cat(nearest)
+    difference = unit - unit[nearest] + eps  # [N, D]
+    distance = torch.linalg.vector_norm(difference, p, dim=1, keepdim=True)
+    loss = -(distance + eps).log().mean()
+    if not wanted[0]:
+        return loss, [_empty(x)], _scale(x, 1 / n)
+    direction = difference.sgn() * (difference.abs() / distance).pow(p - 1)  # of the distance: x / |x| for p = 2
+    slope = -direction / (distance + eps)
+    # a fixed order of sums for the rows that are the nearest of many: index_put_ sorts, index_add_ would use atomics
+    # on CUDA
+    gradient = slope.index_put((nearest,), -slope, accumulate=True)
+    gradient = _normalize_backward(gradient, unit, norm, eps)
+    largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16
+    return loss, [gradient.clamp(-largest, largest).to(x.dtype)], _scale(x, 1 / n)
