@@ -132,7 +132,7 @@ def markdown(results: dict) -> str:
         "",
         "## Every pass",
         "",
-        "Minima; of the total also median and spread. Others: the share of the CPUs that other processes had meanwhile.",
+        "Minima; of the total also median and spread. Others: the share of the CPUs that other processes had.",
         "The first call is one forward and backward with all that is compiled or loaded in it.",
         "",
         *_markdown(passes(rows, numbers)),
