@@ -47,6 +47,10 @@ CPU = [
     Mutation("cross_entropy", "csrc/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
     Mutation("negative_cosine", "csrc/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),
     Mutation("ema_update_", "csrc/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
+    Mutation(
+        "barlow_twins", "csrc/covariance.h", "- own[i * p.width + j] * along[j]", "- own[i * p.width + j] * mean[j]"
+    ),
+    Mutation("vicreg", "csrc/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [
     Mutation("ema_update_", "kernels/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
