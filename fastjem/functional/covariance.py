@@ -28,8 +28,7 @@ def barlow_twins(
         lambda_param: weight of the off-diagonal.
         group: the process group over whose global batch the statistics are taken (batches may be uneven).
         statistics: [2, D + 1], filled on the way: of each view the standard deviation of every dimension, then the
-            effective rank of the correlation C, `(sum_i C_ii)^2 / ||C||^2` (D when nothing is redundant, 1 at
-            collapse).
+            effective rank of the correlation C, `(sum_i C_ii)^2 / ||C||^2` (D when nothing is redundant, 1 at collapse).
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
@@ -65,8 +64,7 @@ def vicreg(
         group: the process group over whose global batch the statistics are taken (batches may be uneven).
         statistics: [2, D + 1], filled on the way: of each view the standard deviation of every dimension (with
             eps), then the effective rank of its covariance, `(sum_i cov_ii)^2 / ||cov||^2` (D when nothing is
-            redundant, 1 at
-            collapse).
+            redundant, 1 at collapse).
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
