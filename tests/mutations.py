@@ -52,6 +52,10 @@ CPU = [
     Mutation("nt_xent", "csrc/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("info_nce", "csrc/similarity.h", "p.row_sum[i] *= rescale", "p.row_sum[i] *= 1"),
     Mutation("siglip_loss", "csrc/similarity.h", "sum += g - s[own]", "sum += g"),
+    Mutation(
+        "barlow_twins", "csrc/covariance.h", "- own[i * p.width + j] * along[j]", "- own[i * p.width + j] * mean[j]"
+    ),
+    Mutation("vicreg", "csrc/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [
     Mutation("ema_update_", "kernels/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
