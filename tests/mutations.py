@@ -40,7 +40,9 @@ REFERENCE = [
     Mutation("info_nce", "kernels/reference_contrastive.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
     Mutation("clip_loss", "kernels/reference_contrastive.py", "- 2 * own", "- 1.99 * own"),
     Mutation("siglip_loss", "kernels/reference_contrastive.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
-    Mutation("prototype_cross_entropy", "kernels/reference.py", '"different": 1 - same', '"different": same'),
+    Mutation(
+        "prototype_cross_entropy", "kernels/reference_prototypes.py", '"different": 1 - same', '"different": same'
+    ),
     Mutation("barlow_twins", "kernels/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
     Mutation("vicreg", "kernels/reference.py", "(n / (n - 1))", "1"),
 ]
@@ -52,6 +54,9 @@ CPU = [
     Mutation("nt_xent", "csrc/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("info_nce", "csrc/similarity.h", "p.row_sum[i] *= rescale", "p.row_sum[i] *= 1"),
     Mutation("siglip_loss", "csrc/similarity.h", "sum += g - s[own]", "sum += g"),
+    Mutation(
+        "prototype_cross_entropy", "csrc/prototype_cross_entropy.h", "- y[j] * target", "- 0.999f * y[j] * target"
+    ),
     Mutation(
         "barlow_twins", "csrc/covariance.h", "- own[i * p.width + j] * along[j]", "- own[i * p.width + j] * mean[j]"
     ),

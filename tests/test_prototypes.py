@@ -89,7 +89,7 @@ def test_sinkhorn_of_any_layout_and_code_dtype(op, implementation, poisoned):
         torch.cat([scores, scores], 1)[:, :50],
         scores.repeat_interleave(2, 1)[:, ::2],
     ):
-        torch.testing.assert_close(F.sinkhorn(layout), codes, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(F.sinkhorn(layout), codes, rtol=2e-5, atol=1e-9)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         torch.testing.assert_close(F.sinkhorn(scores, dtype=dtype), codes.to(dtype), rtol=1e-6, atol=1e-7)
 
@@ -190,10 +190,7 @@ MISTAKES = [
         lambda: F.sinkhorn_bias([torch.zeros(2, 3), torch.zeros(2, 4)]),
         "sinkhorn_bias: scores must be [B, K] with the same K, got (2, 3) and (2, 4)",
     ),
-    (
-        lambda: F.sinkhorn(torch.zeros(2, 3), dtype=torch.int64),
-        "sinkhorn: dtype must be floating-point, got torch.int64",
-    ),
+    (lambda: F.sinkhorn(torch.ones(2, 3), dtype=torch.int8), "sinkhorn: dtype must be floating-point, got torch.int8"),
     (lambda: F.koleo(torch.zeros(3)), "koleo: x must be [N, D], got (3,)"),
     (lambda: F.koleo(torch.zeros(3, 4), p=0.5), "koleo: p must be at least 1, got 0.5"),
     (
