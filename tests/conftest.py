@@ -18,6 +18,7 @@ from fastjem.kernels import reference
 from fastjem import ops
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+MATRIX_PRODUCTS = {"nt_xent", "info_nce", "clip_loss", "siglip_loss", "barlow_twins", "vicreg"}
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
 try:
     from fastjem.kernels import _C
@@ -99,6 +100,11 @@ def _exists(item: pytest.Item) -> bool:
     """Whether the test's operator (its `op` or `case` parameter) has the implementation it would run on."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     op = parameters["case"].op if "case" in parameters else parameters.get("op")
+    if INTERPRETING and "case" in parameters:
+        # The interpreter computes bfloat16 products wrongly (errors of 1e10 in Triton 3.6).
+        wrong = op in MATRIX_PRODUCTS and parameters.get("dtype") == torch.bfloat16
+        if wrong or not parameters["case"].interpreted:
+            return False
     return "implementation" not in parameters or op is None or parameters["implementation"].has(op)
 
 
