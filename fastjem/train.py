@@ -76,17 +76,10 @@ def health(seen: dict[str, Tensor]) -> dict[str, Tensor]:
     if "projection" in seen:
         z = nn.functional.normalize(seen["projection"].float(), dim=1)
         out["std"] = z.std(0, correction=0).square().sum().sqrt()
+        out["projection_rank"] = _rank(z)
     x = seen["embedding"].float()
-    if len(x) > 512:
-        x = x[:512]
-    centred = x - x.mean(0)
-    scale = x.square().sum(1).mean().sqrt()
-    out["embedding_std"] = centred.square().sum(1).mean().sqrt() / (scale + 1e-12)
-    gram = centred @ centred.T if len(x) < x.shape[1] else centred.T @ centred
-    # The spectrum's entropy without an eigensolver's host sync on a GPU is not to be had; this runs on logged steps only.
-    spectrum = torch.linalg.eigvalsh(gram.double() if gram.device.type == "cpu" else gram).clamp(min=0)
-    share = spectrum / (spectrum.sum() + 1e-30)
-    out["effective_rank"] = torch.exp(-(share * torch.log(share + 1e-30)).sum())
+    out["embedding_std"] = (x - x.mean(0)).square().sum(1).mean().sqrt() / (x.square().sum(1).mean().sqrt() + 1e-12)
+    out["effective_rank"] = _rank(x)
     if "codes" in seen:
         log_p = seen["codes"][:512].float().log_softmax(1)
         prototypes = log_p.shape[1]
@@ -94,6 +87,17 @@ def health(seen: dict[str, Tensor]) -> dict[str, Tensor]:
         used = torch.zeros(prototypes, device=log_p.device).index_fill_(0, log_p.argmax(1), 1.0)
         out["prototype_usage"] = used.sum() / min(prototypes, len(log_p))
     return out
+
+
+def _rank(x: Tensor) -> Tensor:
+    """exp of the entropy of the covariance's spectrum, over the first 512 rows."""
+    x = x[:512]
+    x = x - x.mean(0)
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    # An eigensolver waits for a GPU's result: figures of health belong to logged steps only.
+    spectrum = torch.linalg.eigvalsh(gram.double() if gram.device.type == "cpu" else gram).clamp(min=0)
+    share = spectrum / (spectrum.sum() + 1e-30)
+    return torch.exp(-(share * torch.log(share + 1e-30)).sum())
 
 
 class Alarm:
