@@ -122,8 +122,6 @@ def check(config: Config) -> None:
             raise nearest(name, getattr(config, name), [a for a in allowed if a])
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
-    if config.method == "data2vec" and not config.backbone.startswith(("vit", "deit", "test_vit", "beit")):
-        pass  # said with the encoder at hand, in encoders.mask_needs_transformer
 
 
 class Stop:
@@ -188,6 +186,8 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     if kind.views.mask:
         encoders.mask_needs_transformer(config.method, encoder)
     views: Views = kind.views
+    if config.small_views and not views.small:
+        raise UserError(f"--small-views: {config.method} compares exactly {views.large} large views")
     if config.small_views is not None:
         views = dataclasses.replace(views, small=config.small_views)
     specs = views.specs(config.image_size, patch=encoders.patch_size(encoder), blur=config.blur)
@@ -288,8 +288,8 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         return asked
 
     bf16 = ranks.device.type == "cuda"
-    if config.accumulate < 1 or not state:
-        save(0)
+    if not state:
+        save(0)  # a run killed before its first checkpoint starts at step 0; a full disk is seen now
     try:
         done = loop(
             model, step, optimizer, schedule, batches(), start=start, accumulate=config.accumulate,
