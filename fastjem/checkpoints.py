@@ -38,7 +38,9 @@ def save(run: Path, state: dict[str, Any]) -> str | None:
     try:
         write_atomically(run / LAST, buffer.getvalue())
     except OSError as error:
-        return f"the checkpoint at step {state['step']} could not be written ({error.strerror}); the last good one stays"
+        return (
+            f"the checkpoint at step {state['step']} could not be written ({error.strerror}); the last good one stays"
+        )
     return None
 
 

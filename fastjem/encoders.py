@@ -104,5 +104,3 @@ def load(path: str) -> nn.Module:
     )
     encoder.load_state_dict(state)
     return encoder.eval()
-
-

@@ -11,7 +11,9 @@ class UserError(ValueError):
 def nearest(kind: str, name: str, known: Iterable[str], limit: int = 3) -> UserError:
     """`there is no method 'simclrr'; did you mean simclr?`, or the whole list where nothing is near."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.5) or [k for k in known if name and name in k][:limit]
+    near = (
+        difflib.get_close_matches(name, known, n=limit, cutoff=0.5) or [k for k in known if name and name in k][:limit]
+    )
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     else:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastjem import checkpoints, dist, encoders, optim
 from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader, normalise
-from fastjem.data.views import Views, ViewSpec
+from fastjem.data.views import Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS
 from fastjem.train import Alarm, Step, check_encoder, loop
@@ -317,9 +317,7 @@ def prepare_folder(config: Config, out: Path, ranks: dist.Ranks) -> dict[str, An
         theirs = json.loads(path.read_text())
         for name, value in theirs.items():
             if name not in MAY_CHANGE and mine.get(name, value) != value:
-                raise UserError(
-                    f"--resume: --{name.replace('_', '-')} was {value} in this run and is {mine[name]} now"
-                )
+                raise UserError(f"--resume: --{name.replace('_', '-')} was {value} in this run and is {mine[name]} now")
         return checkpoints.load(out)
     if path.exists() and ranks.first:
         raise UserError(f"{out} holds a run already; --resume goes on with it, another --out starts a new one")
@@ -338,7 +336,8 @@ class Reporter:
 
     def __init__(self, config: Config, out: Path, start: int, steps: int, per_epoch: int, ranks: dist.Ranks):
         self.config, self.steps, self.per_epoch, self.ranks = config, steps, per_epoch, ranks
-        self.alarm, self.last, self.bad = Alarm(), {}, set()
+        self.last, self.bad = {}, set()
+        self.alarm = Alarm(getattr(METHODS[config.method], "asymmetric", False))
         self.metrics = checkpoints.Metrics(out, start) if ranks.first else None
         self.board: Any = None
         if config.tensorboard and ranks.first:
@@ -352,7 +351,12 @@ class Reporter:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self.bar = Progress(*columns, console=Console(stderr=True))
             self.task = self.bar.add_task(config.method, total=steps, completed=start, text="")
             self.bar.start()

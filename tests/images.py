@@ -14,6 +14,10 @@ def make_folder(root: Path, images: int = 48, classes: int = 3, size: int = 24, 
         folder.mkdir(parents=True, exist_ok=True)
         y, x = np.mgrid[:size, :size] / size
         wave = np.sin(x * (3 + 4 * (i % max(classes, 1))) + y * random.uniform(0, 9) + random.uniform(0, 6))
-        pixels = wave[..., None] * random.uniform(40, 120, 3) + random.uniform(60, 190, 3) + random.normal(0, 9, (size, size, 3))
+        pixels = (
+            wave[..., None] * random.uniform(40, 120, 3)
+            + random.uniform(60, 190, 3)
+            + random.normal(0, 9, (size, size, 3))
+        )
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:04}.png")
     return root

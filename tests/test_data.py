@@ -63,7 +63,7 @@ def test_probabilities_and_ranges() -> None:
     assert -0.1 <= min(hues) < -0.09 and 0.09 < max(hues) <= 0.1
     assert len({tuple(name for name, _ in p.jitter) for p in drawn}) == 25  # 24 orders, and none
     areas = np.array([p.box[2] * p.box[3] for p in drawn]) / (400 * 500)
-    assert 0.079 < areas.min() and areas.max() <= 1
+    assert areas.min() > 0.079 and areas.max() <= 1
     assert all(t + h <= 400 and left + w <= 500 for t, left, h, w in (p.box for p in drawn))
 
 
@@ -142,3 +142,11 @@ def test_a_hundred_thousand_files_are_listed_in_seconds(tmp_path: Path) -> None:
     begin = time.perf_counter()
     assert len(ImageFolder(tmp_path)) == 100_000
     assert time.perf_counter() - begin < 20  # 1 s on an idle machine
+
+
+def test_knn() -> None:
+    from fastjem.evaluate import knn
+
+    bank = torch.tensor([[1.0, 0.1], [1.0, -0.1], [0.0, 2.0], [0.1, 3.0]])
+    found = knn(bank, torch.tensor([0, 0, 1, 1]), torch.tensor([[5.0, 0.2], [0.3, 0.9]]), k=3)
+    assert found.tolist() == [0, 1]

@@ -13,7 +13,6 @@ from fastjem.optim import Schedule, build, parameter_groups
 from fastjem.train import Alarm, Step, check_encoder, health
 
 
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny tensors: more threads would only wait for each other."""
@@ -198,7 +197,7 @@ def test_constant_embeddings_are_refused() -> None:
 def test_simsiam_without_stop_gradient_raises_the_alarm_within_50_steps(stop_gradient: bool) -> None:
     torch.manual_seed(0)
     step = Step(Encoder(32), METHODS["simsiam"](32, hidden=64, dim=64, bottleneck=16, stop_gradient=stop_gradient))
-    optimizer, alarm, said = build("sgd", parameter_groups(step)), Alarm(), []
+    optimizer, alarm, said = build("sgd", parameter_groups(step)), Alarm(asymmetric=True), []
     schedule = Schedule(steps=1000, learning_rate=0.1)
     base = torch.randn(64, 3, 8, 8)
     for i in range(50):
@@ -222,7 +221,9 @@ def test_what_decays() -> None:
 
 
 def test_schedule() -> None:
-    schedule = Schedule(steps=100, learning_rate=1.0, warmup=10, weight_decay=0.04, final_weight_decay=0.4, momentum=0.9)
+    schedule = Schedule(
+        steps=100, learning_rate=1.0, warmup=10, weight_decay=0.04, final_weight_decay=0.4, momentum=0.9
+    )
     rates = [schedule.at(i)["learning_rate"].item() for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1 and rates[-1] == pytest.approx(0)
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))

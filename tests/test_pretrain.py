@@ -16,11 +16,11 @@ from images import make_folder
 
 for package in ("timm", "torchvision", "safetensors"):
     pytest.importorskip(package)
-import fastjem
-from fastjem import checkpoints, encoders
-from fastjem.arguments import parse
-from fastjem.cli import main
-from fastjem.errors import UserError
+import fastjem  # noqa: E402
+from fastjem import checkpoints, encoders  # noqa: E402
+from fastjem.arguments import parse  # noqa: E402
+from fastjem.cli import main  # noqa: E402
+from fastjem.errors import UserError  # noqa: E402
 
 TINY = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -201,7 +201,9 @@ def test_two_ranks_follow_one(method: str, options: dict, images: str, tmp_path:
     one, two = (checkpoints.load(tmp_path / name)["model"] for name in ("one", "two"))
     for name, value in one.items():
         if value.is_floating_point():
-            torch.testing.assert_close(two[name], value, rtol=2e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                two[name], value, rtol=2e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -228,7 +230,10 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
         ([*tiny, "--batch-size", "1"], ["at least 2"]),
         ([*tiny, "--batch-size", "64"], ["more than the 48 images"]),
         ([*tiny, "--method", "data2vec"], ["vision transformer", "sliding windows"]),
-        ([*base, "--batch-size", "16", "--backbone", "vit_tiny_patch16_224", "--image-size", "40"], ["patch of 16", "32 is"]),
+        (
+            [*base, "--batch-size", "16", "--backbone", "vit_tiny_patch16_224", "--image-size", "40"],
+            ["patch of 16", "32 is"],
+        ),
         ([*tiny, "--resume"], ["no run in"]),
         ([*tiny, "--optimizer", "adam"], ["adamw"]),
     ):

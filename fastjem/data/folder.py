@@ -65,7 +65,15 @@ def read_image(path: str) -> Image.Image:
             if image.mode == "F":
                 values = np.nan_to_num(values, posinf=0, neginf=0)
             top = values.max(initial=0)
-            scale = 255.0 if top <= 1 and image.mode == "F" else 1.0 if top <= 255 else 255 / 65535 if top <= 65535 else 255 / top
+            scale = (
+                255.0
+                if top <= 1 and image.mode == "F"
+                else 1.0
+                if top <= 255
+                else 255 / 65535
+                if top <= 65535
+                else 255 / top
+            )
             image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")

@@ -52,9 +52,7 @@ RECIPES: dict[str, Recipe] = {
     # Caron et al. 2020, src/multicropdataset.py
     "swav": Recipe((_SWAV,), replace(_SWAV, scale=(0.05, 0.14))),
     # Caron et al. 2021, main_dino.py
-    "dino": Recipe(
-        (_DINO, replace(_DINO, blur=0.1, solarize=0.2)), replace(_DINO, scale=(0.05, 0.4), blur=0.5)
-    ),
+    "dino": Recipe((_DINO, replace(_DINO, blur=0.1, solarize=0.2)), replace(_DINO, scale=(0.05, 0.4), blur=0.5)),
     # Baevski et al. 2022 for images, as MAE's: crop and flip alone
     "crop": Recipe((ViewSpec(scale=(0.2, 1.0), bicubic=True, jitter_probability=0, grayscale=0, blur=0),)),
 }

@@ -28,4 +28,4 @@ METHODS: dict[str, type[nn.Module]] = {
     "data2vec": Data2Vec,
 }
 
-__all__ = ["METHODS", "BYOL", "DINO", "BarlowTwins", "Data2Vec", "MoCo", "SimCLR", "SimSiam", "SwAV", "VICReg"]
+__all__ = ["BYOL", "DINO", "METHODS", "BarlowTwins", "Data2Vec", "MoCo", "SimCLR", "SimSiam", "SwAV", "VICReg"]

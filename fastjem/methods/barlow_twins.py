@@ -14,7 +14,9 @@ class BarlowTwins(nn.Module):
 
     views = Views(large=2, recipe="byol")
     ema: tuple[str, ...] = ()
-    defaults = Defaults("lars", 0.2, 1.5e-6, source="section 2.2: LARS, 0.2 B/256, 1.5e-6, batch 2048; loss times 0.024 in main.py")
+    defaults = Defaults(
+        "lars", 0.2, 1.5e-6, source="section 2.2: LARS, 0.2 B/256, 1.5e-6, batch 2048; loss times 0.024 in main.py"
+    )
 
     def __init__(
         self,
@@ -32,7 +34,9 @@ class BarlowTwins(nn.Module):
         self.lambda_param, self.scale, self.group = lambda_param, scale, group
 
     def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:
-        return self.scale * symmetric(F.barlow_twins, student, teacher, views, lambda_param=self.lambda_param, group=self.group)
+        return self.scale * symmetric(
+            F.barlow_twins, student, teacher, views, lambda_param=self.lambda_param, group=self.group
+        )
 
 
 def symmetric(loss, student: Parts, teacher: Parts, views: list[Tensor], **options) -> Tensor:  # type: ignore

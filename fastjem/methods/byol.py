@@ -14,8 +14,11 @@ class BYOL(nn.Module):
 
     views = Views(large=2, recipe="byol")
     ema = ("encoder", "projector")
+    asymmetric = True  # see fastjem.train.Alarm
     constant_rate: tuple[str, ...] = ()
-    defaults = Defaults("lars", 0.2, 1.5e-6, momentum=0.996, source="section 3.3: LARS, 0.2 B/256, 1.5e-6; tau 0.996 to 1")
+    defaults = Defaults(
+        "lars", 0.2, 1.5e-6, momentum=0.996, source="section 3.3: LARS, 0.2 B/256, 1.5e-6; tau 0.996 to 1"
+    )
 
     def __init__(
         self,

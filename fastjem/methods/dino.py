@@ -19,7 +19,15 @@ class DINO(nn.Module):
 
     views = Views(large=2, small=8, recipe="dino")
     ema = ("encoder", "projector", "prototypes")
-    defaults = Defaults("adamw", 5e-4, 0.04, 0.4, clip=3.0, momentum=0.996, source="main_dino.py: AdamW, 5e-4 B/256, wd 0.04 to 0.4, clip 3")
+    defaults = Defaults(
+        "adamw",
+        5e-4,
+        0.04,
+        0.4,
+        clip=3.0,
+        momentum=0.996,
+        source="main_dino.py: AdamW, 5e-4 B/256, wd 0.04 to 0.4, clip 3",
+    )
     centre: Tensor
 
     def __init__(

@@ -17,8 +17,11 @@ class SimSiam(nn.Module):
 
     views = Views(large=2, recipe="moco")
     ema: tuple[str, ...] = ()
+    asymmetric = True  # see fastjem.train.Alarm
     constant_rate = ("predictor",)
-    defaults = Defaults("sgd", 0.05, 1e-4, warmup_epochs=0, source="section 3: SGD, 0.05 B/256, 1e-4, predictor's rate constant")
+    defaults = Defaults(
+        "sgd", 0.05, 1e-4, warmup_epochs=0, source="section 3: SGD, 0.05 B/256, 1e-4, predictor's rate constant"
+    )
 
     def __init__(
         self,

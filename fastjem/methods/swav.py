@@ -57,9 +57,7 @@ class SwAV(nn.Module):
             for i, target in enumerate(targets):
                 if self.queues:
                     target = torch.cat([target, teacher.prototypes(self.queues[i].rows, step).to(target.dtype)])
-                bias.append(
-                    F.sinkhorn_bias(target, epsilon=self.epsilon, iterations=self.iterations, group=self.group)
-                )
+                bias.append(F.sinkhorn_bias(target, epsilon=self.epsilon, iterations=self.iterations, group=self.group))
             for queue, key in zip(self.queues, keys, strict=False):
                 queue.push(key, self.group)
             student.seen["codes"] = targets[0] / self.epsilon + bias[0]
