@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import fastjem.functional as F
 from fastjem.bench import cases as all_cases
-from fastjem.bench import clocks, machine, main, report, run, timing
+from fastjem.bench import clocks, main, neighbours, report, run, timing
 from fastjem.bench.case import Case, Draw
 from fastjem.bench.clocks import Step, WallClock, copied
 from fastjem.bench.machine import Ceilings, slug
@@ -79,7 +80,7 @@ def test_a_wrong_variant_is_not_timed_and_the_run_fails(monkeypatch, capsys):
     eager = small("negative_cosine").eager
     case = Case("negative_cosine", "9 x 4", lambda draw: draw.pair(9, 4), eager, ours=wrong, bytes=1)
     monkeypatch.setattr(run, "cases", lambda: [case])
-    monkeypatch.setattr(run.machine, "ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(run.machine, "ceilings", lambda *_: CEILINGS)
     assert main(["--quick", "--device", "cpu"]) == 1
     table = capsys.readouterr().out
     assert "WRONG" in table and "ours is missing: result 0 differs" in table
@@ -146,6 +147,46 @@ def test_compare_really_alternates():
     assert "".join(blocks).endswith(
         "bcacababcbca"
     )  # rounds 2 to 5; a round that begins where one ended makes one block
+
+
+def test_rounds_fill_the_budget():
+    """As many turns as there is time for: the estimate is of the call alone, not of what surrounds its measurement."""
+    seconds = [1e-3] * 3
+
+    class Known(WallClock):
+        def samples(self):
+            return [(s, 0.0) for s in seconds]
+
+    def slow_peak(call, device):
+        call()
+        time.sleep(0.3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "WallClock", Known)
+        patch.setattr(timing, "peak", slow_peak)
+        x = torch.ones(3)
+        assert compare({"it": torch.sum}, (x,), budget=0.2).rounds == 10  # turns of 20 ms
+        assert compare({"it": torch.sum}, (x,), budget=9.0).rounds == 25
+        assert compare({"it": torch.sum, "same": torch.sum}, (x,), budget=0.01).rounds == 5
+
+
+def test_neighbours_share(monkeypatch):
+    """CPU seconds of all, idle, own: in ten seconds of two CPUs, 5 idle and 9 our own leave 6 to others."""
+    seconds = iter([(100.0, 50.0, 7.0), (120.0, 55.0, 16.0), (0, 0, 0), (0, 0, 0)])
+    monkeypatch.setattr(neighbours, "_cpu_seconds", lambda: next(seconds))
+    assert neighbours.Watch().others() == 0.3
+    assert neighbours.Watch().others() == 0.0  # a system that doesn't tell
+
+
+def test_a_disturbed_measurement_begins_again(monkeypatch):
+    shares, attempts = iter([0.5, 0.2, 0.01]), []
+    watch = type("Watch", (), {"others": lambda _: next(shares)})
+    monkeypatch.setattr(timing, "Watch", watch)
+    monkeypatch.setattr(timing, "wait_until_idle", attempts.append)
+    result = compare({"it": torch.sum}, (torch.ones(3),), rounds=1, patience=60)
+    assert result.others == 0.01 and len(attempts) == 3
+    shares = iter([0.5])
+    assert compare({"it": torch.sum}, (torch.ones(3),), rounds=1).others == 0.5  # no patience: one attempt
 
 
 def test_statistics():
@@ -380,15 +421,6 @@ def test_seconds(value, shown):
     assert report.seconds(value) == shown
 
 
-def test_waiting_for_an_idle_machine(monkeypatch):
-    """Ticks of the CPUs and the idle ones among them: busy for two seconds, then idle."""
-    ticks = iter([(0, 0), (200, 20), (200, 20), (400, 150), (400, 150), (600, 345)])
-    monkeypatch.setattr(machine, "_cpu_times", lambda: next(ticks))
-    monkeypatch.setattr(machine.time, "sleep", lambda _: None)
-    assert machine.wait_until_idle(60) and next(ticks, None) is None
-    assert not machine.wait_until_idle(0)
-
-
 def test_slug():
     xeon = {"cpu": "Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz", "vector_units": "AVX512", "threads": 2}
     assert slug(xeon) == "cpu-intel-xeon-e5-2680-v4-avx512-2-threads"
@@ -431,14 +463,14 @@ def test_list_and_filters(capsys):
 def test_an_interrupted_run_reports_what_it_has(monkeypatch, capsys, tmp_path):
     done = []
 
-    def measure(case, *_):
+    def measure(case, *_, **__):
         if done:
             raise KeyboardInterrupt
         done.append(case)
         return result_of("cross_entropy", 1.0, 2.0, "today")["rows"][0]
 
     monkeypatch.setattr(run, "measure", measure)
-    monkeypatch.setattr(run.machine, "ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(run.machine, "ceilings", lambda *_: CEILINGS)
     assert main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 130
     assert "2.00x (2.00)" in capsys.readouterr().out and list(tmp_path.glob("*.json"))
 

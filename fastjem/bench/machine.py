@@ -7,7 +7,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,12 +40,12 @@ class Ceilings:
         return (memory, "memory") if memory >= products else (products, "products")
 
 
-def ceilings(device: torch.device) -> Ceilings:
+def ceilings(device: torch.device, patience: float = 0.0) -> Ceilings:
     """Measure both with the clock that the benchmarks use, on random data (a GPU multiplies zeros faster)."""
     on_cpu = device.type == "cpu"
 
     def fastest(function, *inputs: torch.Tensor) -> float:
-        timing = compare({"it": function}, inputs, device=device, budget=0.5)
+        timing = compare({"it": function}, inputs, device=device, budget=0.5, patience=patience)
         return timing.variants["it"].passes["total"].minimum
 
     copy = {}
@@ -90,27 +89,6 @@ def slug(machine: dict) -> str:
         model = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", machine["cpu"].lower())
         name = f"cpu {model} {machine['vector_units']} {machine['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def wait_until_idle(patience: float, busy: float = 0.05) -> bool:
-    """Wait at most `patience` seconds until less than `busy` of the CPUs is in use; whether it is so (Linux only)."""
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
-        before = _cpu_times()
-        time.sleep(1)
-        total, idle = (after - start for after, start in zip(_cpu_times(), before, strict=True))
-        if total <= 0 or idle >= (1 - busy) * total:
-            return True
-    return False
-
-
-def _cpu_times() -> tuple[int, int]:
-    """Clock ticks of all CPUs since the start, and how many of them were idle."""
-    try:
-        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    except OSError:
-        return 0, 0
-    return sum(ticks), ticks[3] + ticks[4]
 
 
 def now() -> dict:

@@ -8,17 +8,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastjem.bench.neighbours import BUSY
+
 LOST = 0.98  # ratios below it are listed as losses; what is nearer to 1 is noise
 NOISY = 1.5  # a median so many times the minimum says that the machine had other things to do
 
 LEGEND = """\
 Times are minima of forward and backward together (of the call, where nothing is differentiated), the variants in turns
 on the same inputs. 1.50x (1.45): ours is 1.50 times faster by minima, 1.45 by medians. ~: noisy, some variant's median
-is more than 1.5 times its minimum. Floor: the share of our time that the least number of bytes takes at the measured
-copy bandwidth, or the matrix products at the measured rate, whichever is longer (above 100 % where an op mostly reads,
-which is faster than copying). MiB: peak beyond inputs, result and gradients. (host): what a call on tiny tensors costs
-the host. Runs as: C++, Triton, or reference, which is plain torch where there is no kernel yet. Before they are timed,
-each variant's result and gradients are compared with the eager formula's in float32."""
+is more than 1.5 times its minimum, or other processes had a tenth of the CPUs. Floor: the share of our time that the
+least number of bytes takes at the measured copy bandwidth, or the matrix products at the measured rate, whichever is
+longer (above 100 % where an op mostly reads or works in place, which is faster than copying). MiB: peak beyond inputs,
+result and gradients. (host): what a call on tiny tensors costs the host. Runs as: C++, Triton, or reference, which is
+plain torch where there is no kernel yet. Before they are timed, each variant's result and gradients are compared with
+the eager formula's in float32."""
 
 
 def seconds(value: float) -> str:
@@ -36,7 +39,7 @@ def mebibytes(value: int | None) -> str:
 
 def name_of(row: dict) -> str:
     totals = [timing["passes"]["total"] for timing in row["variants"].values()]
-    noisy = any(total["median"] > NOISY * total["minimum"] for total in totals)
+    noisy = row["others"] > BUSY or any(total["median"] > NOISY * total["minimum"] for total in totals)
     host = " (host)" if row["clock"] == "host" else ""
     return f"{row['op']} {row['shape']} {row['dtype']}{host}{' ~' if noisy else ''}"
 
@@ -129,8 +132,8 @@ def markdown(results: dict) -> str:
         "",
         "## Every pass",
         "",
-        "Minima; of the total also median and spread. The first call is one forward and backward with all that is",
-        "compiled or loaded in it.",
+        "Minima; of the total also median and spread. Others: the share of the CPUs that other processes had.",
+        "The first call is one forward and backward with all that is compiled or loaded in it.",
         "",
         *_markdown(passes(rows, numbers)),
         *(["", "## Not timed", "", *missing] if missing else []),
@@ -144,7 +147,7 @@ def markdown(results: dict) -> str:
 
 def passes(rows: Sequence[dict], numbers: dict[str, str]) -> list[list[str]]:
     """A line per case and variant."""
-    head = "case, run, variant, timed by, rounds, first call, forward, backward, total, median, p20 - p80, MiB"
+    head = "case, run, variant, timed by, rounds, others, first call, forward, backward, total, median, p20 - p80, MiB"
     lines = [head.split(", ")]
     for row in rows:
         for variant, timing in row["variants"].items():
@@ -156,6 +159,7 @@ def passes(rows: Sequence[dict], numbers: dict[str, str]) -> list[list[str]]:
                 variant,
                 timing["method"],
                 str(row["rounds"]),
+                f"{row['others']:.0%}",
                 seconds(timing["first_call"]),
                 *(seconds(stats[p]["minimum"]) if p in stats else "" for p in ("forward", "backward")),
                 seconds(total["minimum"]),

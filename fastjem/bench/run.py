@@ -52,8 +52,7 @@ def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], 
     described, run = machine.describe(device), machine.now()
     run["options"] = {key: getattr(options, key) for key in ("filter", "dtype", "rounds", "quick", "full")}
     _say("measuring copy bandwidth and matrix products ...")
-    machine.wait_until_idle(options.wait)
-    ceilings = machine.ceilings(device)
+    ceilings = machine.ceilings(device, options.wait)
     run["ceilings"] = {"copy": {str(size): rate for size, rate in ceilings.copy.items()}, "matmul": ceilings.matmul}
     rows, budget = [], QUICK_BUDGET if options.quick else BUDGET
     with _cold_caches(), warnings.catch_warnings():
@@ -64,9 +63,9 @@ def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], 
                 torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
         try:
             for i, case in enumerate(chosen, 1):
-                machine.wait_until_idle(options.wait)
                 start = time.perf_counter()
-                rows.append(measure(case, device, ceilings, compiled, options.rounds, budget) | {"run": run["date"]})
+                how = {"rounds": options.rounds, "budget": budget, "patience": options.wait}
+                rows.append(measure(case, device, ceilings, compiled, **how) | {"run": run["date"]})
                 _say(f"[{i}/{len(chosen)}] {case.name}: {time.perf_counter() - start:.1f} s")
         except KeyboardInterrupt:
             _say(f"stopped after {len(rows)} of {len(chosen)} cases")
@@ -86,19 +85,15 @@ def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], 
     return 130 if len(rows) < len(chosen) else int(any("ours" in row["absent"] for row in rows))
 
 
-def measure(
-    case: Case, device: torch.device, ceilings: machine.Ceilings, compiled: bool, rounds: int | None, budget: float
-) -> dict:
-    """Time one case: its row for the report."""
+def measure(case: Case, device: torch.device, ceilings: machine.Ceilings, compiled: bool, **how: float | None) -> dict:
+    """Time one case: its row for the report. `how` goes to `timing.compare`: rounds, budget, patience."""
     if compiled:
         torch._dynamo.reset()  # one formula at many shapes would meet dynamo's limit
     variants, not_installed = case.variants(compiled)
     try:
         inputs = case.draw(device)
         verify = case.verifier(inputs)
-        comparison = compare(
-            variants, inputs, device=device, verify=verify, clock=case.clock, rounds=rounds, budget=budget
-        )
+        comparison = compare(variants, inputs, device=device, verify=verify, clock=case.clock, **how)
     except Exception as error:  # too large for this machine, most likely; the other cases are still worth running
         comparison = Comparison({}, dict.fromkeys(variants, reason(error)), [])
     comparison.absent |= not_installed
@@ -119,6 +114,7 @@ def row(case: Case, device: torch.device, comparison: Comparison, ceilings: mach
         "runs_as": " + ".join(sorted(by)),
         "clock": case.clock,
         "rounds": comparison.rounds,
+        "others": round(comparison.others, 3),
         "bytes": case.bytes,
         "flops": case.flops,
         "floor": None if case.clock == "host" else floor,
@@ -183,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="short and without torch.compile: does everything run?")
     add("--full", action="store_true", help="slow and less usual cases too")
     add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--wait", type=float, default=0, metavar="S", help="before each case wait at most so long for an idle machine")
+    add("--wait", type=float, default=0, metavar="S", help="per case, wait at most so long for an idle machine")
     add("--out", metavar="DIR", help="write DIR/<machine>.json and .md; other cases' rows in them stay")
     add("--list", action="store_true", help="print the names of the cases, run nothing")
     return parser

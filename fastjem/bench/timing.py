@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import torch
 from torch import Tensor
 
 from fastjem.bench.clocks import Clock, EventClock, GraphClock, Step, WallClock, copied, size, synchronize
 from fastjem.bench.memory import peak
+from fastjem.bench.neighbours import BUSY, Watch, wait_until_idle
 
 BLOCK_SECONDS = 0.02  # a turn is as many calls as fit in this
 GRAPH_BELOW = 1e-3  # shorter calls are replayed from a CUDA graph: from Python their launches would be timed
@@ -62,6 +63,7 @@ class Comparison:
     absent: dict[str, str]
     wrong: list[str]  # those of the absent whose result was wrong
     rounds: int = 0
+    others: float = 0.0  # the share of the CPUs that other processes had during the rounds
 
     def ratio(self, variant: str, baseline: str, which: str = "total") -> tuple[float, float]:
         """How many times faster `variant` is than `baseline`: by their minima, by their medians."""
@@ -83,6 +85,7 @@ def compare(
     clock: str = "device",
     rounds: int | None = None,
     budget: float = 5.0,
+    patience: float = 0.0,
 ) -> Comparison:
     """Time `variant(*inputs)` and the backward pass to those inputs that require a gradient, the variants in turns.
 
@@ -94,6 +97,7 @@ def compare(
         clock: "device" (on a GPU: graph replay where calls are short and capturable, else events with the L2 cache
             flushed) or "host" (the host's time per call, without waiting for the device).
         rounds: how many turns each variant gets; None: as many as `budget` (seconds) allows, from 5 to 25.
+        patience: for at most so many seconds, wait for an idle machine, and begin again if it didn't stay so.
     """
     device = torch.device(device)
     result = Comparison({}, {}, [])
@@ -125,13 +129,30 @@ def compare(
         round_seconds += repeats * estimates[name]
     result.rounds = rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / round_seconds)))
 
-    for name, samples in _take_turns(clocks, result.rounds).items():
+    all_samples, result.others = _take_turns_undisturbed(clocks, result.rounds, patience)
+    for name, samples in all_samples.items():
         forward, backward = zip(*samples, strict=True)
         passes = {"total": forward}
         if steps[name].leaves:
             passes = {"total": [sum(pair) for pair in samples], "forward": forward, "backward": backward}
         result.variants[name].passes = {which: Stats.of(values) for which, values in passes.items()}
     return result
+
+
+def _take_turns_undisturbed(
+    clocks: dict[str, Clock], rounds: int, patience: float
+) -> tuple[dict[str, list[tuple[float, float]]], float]:
+    """The samples of the least disturbed of the attempts that patience allows, and what others had of the CPUs."""
+    end, best = monotonic() + patience, None
+    while True:
+        wait_until_idle(end - monotonic())
+        watch = Watch()
+        samples = _take_turns(clocks, rounds)
+        others = watch.others()
+        if best is None or others < best[1]:
+            best = samples, others
+        if others < BUSY or monotonic() > end:
+            return best
 
 
 def _take_turns(clocks: dict[str, Clock], rounds: int) -> dict[str, list[tuple[float, float]]]:
@@ -164,20 +185,20 @@ def _first_call(step: Step, device: torch.device, verify: Callable[[list[Tensor]
 
 def _warm_up(step: Step, device: torch.device, clock: str) -> tuple[int | None, float]:
     """Peak bytes beyond what the call returns, and roughly how long a call takes."""
-    returned = []
+    returned = seconds = 0
 
     def call() -> list[Tensor]:
+        nonlocal returned, seconds
+        start = perf_counter()
         outputs = step.fresh()
-        returned.append(size(outputs))
+        returned, seconds = size(outputs), perf_counter() - start
         return outputs
 
-    start = perf_counter()
     most = peak(call, device)
-    seconds = perf_counter() - start
     if seconds < 0.2 or device.type == "cuda":
         sampler = EventClock(step, 3) if device.type == "cuda" and clock == "device" else WallClock(step, 3, device)
         seconds = min(map(sum, sampler.samples()))
-    return None if most is None else max(most - returned[0], 0), max(seconds, 1e-7)
+    return None if most is None else max(most - returned, 0), max(seconds, 1e-7)
 
 
 def _clock(step: Step, repeats: int, estimate: float, device: torch.device, clock: str, fast: bool) -> Clock:

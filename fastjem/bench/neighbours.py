@@ -1,0 +1,40 @@
+"""Other processes on the machine: how much of the CPUs they have, and waiting until they have none (on Linux)."""
+
+import os
+import time
+from pathlib import Path
+
+BUSY = 0.1  # the share of the CPUs from which on others disturb a measurement
+
+
+class Watch:
+    """What all others had of the CPUs since it was made."""
+
+    def __init__(self):
+        self.all, self.idle, self.own = _cpu_seconds()
+
+    def others(self) -> float:
+        """From 0 to 1; 0 where the system doesn't tell."""
+        everything, idle, own = _cpu_seconds()
+        elapsed = everything - self.all
+        return max(0.0, elapsed - (idle - self.idle) - (own - self.own)) / elapsed if elapsed > 0 else 0.0
+
+
+def wait_until_idle(patience: float) -> None:
+    """Return when others left the CPUs alone for a second, or after `patience` seconds."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        watch = Watch()
+        time.sleep(1)
+        if watch.others() < BUSY:
+            return
+
+
+def _cpu_seconds() -> tuple[float, float, float]:
+    """Of all CPUs since the start: all, idle, and this process's."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0.0, 0.0, 0.0
+    second = os.sysconf("SC_CLK_TCK")
+    return sum(ticks) / second, (ticks[3] + ticks[4]) / second, time.process_time()
