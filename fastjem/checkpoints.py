@@ -1,5 +1,6 @@
 """Files that are whole or not there: checkpoints and metrics that outlive a kill at any moment and a full disk."""
 
+import contextlib
 import io
 import json
 import os
@@ -74,7 +75,5 @@ class Metrics:
         return None
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self.file.close()
-        except OSError:
-            pass

@@ -1,5 +1,6 @@
 """`fastjem pretrain` and `fastjem.pretrain(...)`: configuration, wiring, checkpoints, progress."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -132,10 +133,8 @@ class Stop:
     def __enter__(self) -> "Stop":
         self.old = {}
         for number in (signal.SIGTERM, signal.SIGINT):
-            try:
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller's business
                 self.old[number] = signal.signal(number, self.ask)
-            except ValueError:  # not in the main thread: the caller's business
-                pass
         return self
 
     def ask(self, number: int, frame: types.FrameType | None) -> None:

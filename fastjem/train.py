@@ -60,7 +60,9 @@ class Step(nn.Module):
             return
         live = {"encoder": self.encoder, **dict(self.method.named_children())}
         pairs = [
-            pair for name, module in self.teacher.items() for pair in zip(module.parameters(), live[name].parameters())
+            pair
+            for name, module in self.teacher.items()
+            for pair in zip(module.parameters(), live[name].parameters(), strict=True)
         ]
         F.ema_update_([t for t, _ in pairs], [s for _, s in pairs], momentum)
 
@@ -71,8 +73,8 @@ def health(seen: dict[str, Tensor]) -> dict[str, Tensor]:
 
     `std`: of the unit-length projections per dimension, times sqrt(D): 1 for directions spread evenly, 0 for a point.
     `embedding_std`: the embeddings' deviation over the batch as a share of their size.
-    `projection_rank`, `effective_rank` of projections and embeddings: exp of the entropy of the covariance's spectrum, at most
-    min(B, D).
+    `projection_rank`, `effective_rank` of projections and embeddings: exp of the entropy of the covariance's spectrum,
+    at most min(B, D).
     `teacher_entropy`, as a share of log K, and `prototype_usage`, the share of prototypes that the batch could use.
     """
     out = {}
@@ -141,7 +143,7 @@ class Alarm:
 
 
 def check_encoder(encoder: nn.Module, views: Tensor) -> int:
-    """The width D of the encoder's embeddings; ValueError if they aren't [B, D], not finite, or the same for all images."""
+    """The width D of the encoder's embeddings; ValueError if they aren't [B, D], not finite, or all the same."""
     training = encoder.training
     state = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
     with torch.no_grad():

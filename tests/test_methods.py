@@ -1,5 +1,6 @@
 """Nine methods: their targets, their heads, what is frozen, what collapse looks like."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -226,7 +227,7 @@ def test_schedule() -> None:
     )
     rates = [schedule.at(i)["learning_rate"].item() for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1 and rates[-1] == pytest.approx(0)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert schedule.at(0)["momentum"].item() == 0.9 and schedule.at(99)["momentum"].item() == 1
     assert schedule.at(99)["weight_decay"].item() == pytest.approx(0.4)
     assert all(value.dim() == 0 for value in schedule.at(5).values())

@@ -1,4 +1,4 @@
-"""Views from files on the CPU: Pillow decodes, torchvision moves the pixels, a DataLoader's workers do it in parallel."""
+"""Views of files on the CPU: Pillow reads, torchvision moves the pixels, a DataLoader's workers do so in parallel."""
 
 import warnings
 from collections.abc import Iterator, Sequence

@@ -32,7 +32,7 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`large[i]` is the i-th full-size view (the last one repeats); `small` is the multi-crop view, where there is one."""
+    """`large[i]` is the i-th full-size view (the last one repeats); `small` is multi-crop's, where there is one."""
 
     large: tuple[ViewSpec, ...]
     small: ViewSpec | None = None

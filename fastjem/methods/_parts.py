@@ -130,7 +130,7 @@ class Queue(nn.Module):
 
 
 def below(most: int, images: int) -> int:
-    """`most`, or the largest power of two that is at most a quarter of the images: a small data set has fewer clusters."""
+    """`most`, or the largest power of two up to a quarter of the images: a small data set has fewer clusters."""
     return min(most, max(2 ** ((max(images, 32) // 4).bit_length() - 1), 8)) if images else most
 
 
