@@ -215,7 +215,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    base = ["--data", images, "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "0"]
+    base = ["--data", images, "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--batch-size", "16"]
     tiny = [*base, "--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16"]
     for arguments, words in (
         (["--out", "x"], ["--data"]),
