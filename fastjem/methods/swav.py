@@ -56,7 +56,10 @@ class SwAV(nn.Module):
             bias = []
             for i, target in enumerate(targets):
                 if self.queues:
-                    target = torch.cat([target, teacher.prototypes(self.queues[i].rows, step).to(target.dtype)])
+                    # Every rank holds the whole queue and brings its share of it to the common Sinkhorn.
+                    rank, ranks = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
+                    rows = self.queues[i].rows[rank::ranks]
+                    target = torch.cat([target, teacher.prototypes(rows, step).to(target.dtype)])
                 bias.append(F.sinkhorn_bias(target, epsilon=self.epsilon, iterations=self.iterations, group=self.group))
             for queue, key in zip(self.queues, keys, strict=False):
                 queue.push(key, self.group)
