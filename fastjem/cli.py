@@ -33,7 +33,32 @@ def bench(argv: Sequence[str]) -> int:
     return importlib.import_module("fastjem.bench").main(list(argv))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"doctor": doctor, "bench": bench}
+def pretrain(argv: Sequence[str]) -> int:
+    """train an encoder on a folder of images"""
+    try:
+        return importlib.import_module("fastjem.arguments").main(list(argv))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "fastjem":
+            raise
+        print(f"fastjem pretrain: {error.name} is not installed; pip install 'fastjem[pretrain]'", file=sys.stderr)
+        return 2
+
+
+def methods(argv: Sequence[str]) -> int:
+    """what pretrain can train with"""
+    Parser("fastjem methods", description=methods.__doc__).parse_args(argv)
+    for name, method in importlib.import_module("fastjem.methods").METHODS.items():
+        source = importlib.import_module(method.__module__).__doc__
+        print(f"{name:<14}{source.splitlines()[0]}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pretrain": pretrain,
+    "methods": methods,
+    "doctor": doctor,
+    "bench": bench,
+}
 
 
 def usage() -> str:

@@ -23,7 +23,11 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["docter"], "did you mean doctor?"), (["benhc"], "did you mean bench?"), (["xyz"], "there are doctor, bench")],
+    [
+        (["docter"], "did you mean doctor?"),
+        (["benhc"], "did you mean bench?"),
+        (["xyz"], "there are pretrain, methods, doctor"),
+    ],
 )
 def test_unknown_command(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2

@@ -1,0 +1,21 @@
+"""The one exception that the command line turns into one line and exit code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """What the user asked for can't be done; the text says why and what could."""
+
+
+def nearest(kind: str, name: str, known: Iterable[str], limit: int = 3) -> UserError:
+    """`there is no method 'simclrr'; did you mean simclr?`, or the whole list where nothing is near."""
+    known = list(known)
+    near = (
+        difflib.get_close_matches(name, known, n=limit, cutoff=0.5) or [k for k in known if name and name in k][:limit]
+    )
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    else:
+        hint = f"there are {', '.join(known)}" if len(known) <= 30 else f"{len(known)} others are known"
+    return UserError(f"there is no {kind} {name!r}; {hint}")

@@ -1,0 +1,31 @@
+"""The methods: each a small module with its views, its heads, its defaults and its loss.
+
+A method is `Method(width, ...)` with `views` (data), `ema` (what has a momentum copy), `defaults` (what the paper
+trained with) and `loss(student, teacher, views, step)`. `fastjem.train.Step` holds one with an encoder.
+"""
+
+from torch import nn
+
+from fastjem.methods.barlow_twins import BarlowTwins
+from fastjem.methods.byol import BYOL
+from fastjem.methods.data2vec import Data2Vec
+from fastjem.methods.dino import DINO
+from fastjem.methods.moco import MoCo
+from fastjem.methods.simclr import SimCLR
+from fastjem.methods.simsiam import SimSiam
+from fastjem.methods.swav import SwAV
+from fastjem.methods.vicreg import VICReg
+
+METHODS: dict[str, type[nn.Module]] = {
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "swav": SwAV,
+    "dino": DINO,
+    "barlow_twins": BarlowTwins,
+    "vicreg": VICReg,
+    "data2vec": Data2Vec,
+}
+
+__all__ = ["BYOL", "DINO", "METHODS", "BarlowTwins", "Data2Vec", "MoCo", "SimCLR", "SimSiam", "SwAV", "VICReg"]

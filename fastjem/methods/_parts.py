@@ -1,0 +1,139 @@
+"""What several methods are made of: the encoder's calls, MLP heads, prototypes, a queue, defaults."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastjem.functional._collectives import gather_rows
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the paper trained with. The learning rate is for 256 images and grows with the batch."""
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    final_weight_decay: float | None = None
+    clip: float = 0.0
+    momentum: float = 0.99  # of the momentum encoder at the start; it ends at `final_momentum`, on a cosine
+    final_momentum: float = 1.0
+    warmup_epochs: float = 10
+    source: str = ""
+
+
+@dataclass
+class Parts:
+    """The encoder and its heads, the live ones or their momentum copies: what a method computes with.
+
+    `seen` collects figures of health: `embedding` [B, D] of the encoder, `projection` [B, D], `codes` [B, K] logits.
+    """
+
+    encoder: nn.Module
+    heads: Mapping[str, nn.Module]
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> nn.Module:
+        try:
+            return self.__dict__["heads"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def embed(self, views: Sequence[Tensor]) -> Tensor:
+        """V tensors [B, 3, H, W] -> [V B, D] in the views' order; views of one size go through in one call."""
+        groups = [list(group) for _, group in itertools.groupby(views, key=lambda view: view.shape)]
+        x = torch.cat([self.encoder(torch.cat(group) if len(group) > 1 else group[0]) for group in groups])
+        self.seen.setdefault("embedding", x.detach()[: len(views[0])])
+        return x
+
+    def project(self, views: Sequence[Tensor]) -> Tensor:
+        """[V B, D] through encoder and projector."""
+        z = self.heads["projector"](self.embed(views))
+        self.seen.setdefault("projection", z.detach()[: len(views[0])])
+        return z
+
+
+def mlp(
+    *widths: int,
+    norm: str = "batch",
+    activation: type[nn.Module] = nn.ReLU,
+    last_norm: bool = False,
+    last_affine: bool = True,
+    last_bias: bool = True,
+) -> nn.Sequential:
+    """Linear layers with norm and activation between them; `last_norm` normalises the output too.
+
+    A linear layer before a norm has no bias. norm: "batch", "layer" or "none".
+    """
+    layers: list[nn.Module] = []
+    for i, (inner, outer) in enumerate(itertools.pairwise(widths)):
+        last = i == len(widths) - 2
+        normed = norm != "none" and (last_norm or not last)
+        layers.append(nn.Linear(inner, outer, bias=last_bias if last and not normed else not normed))
+        if normed:
+            affine = last_affine or not last
+            layers.append(
+                nn.BatchNorm1d(outer, affine=affine)
+                if norm == "batch"
+                else nn.LayerNorm(outer, elementwise_affine=affine)
+            )
+        if not last:
+            layers.append(activation())
+    return nn.Sequential(*layers)
+
+
+class Prototypes(nn.Module):
+    """Scores [N, K] against prototypes of length one: `linear(x, normalize(weight))`.
+
+    Normalised in the forward pass, so that no step forgets it. Frozen for the first steps by a gradient scale, which
+    needs no host decision.
+    """
+
+    def __init__(self, width: int, prototypes: int, frozen_steps: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(nn.functional.normalize(torch.randn(prototypes, width), dim=1))
+        self.frozen_steps = frozen_steps
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        weight = nn.functional.normalize(self.weight, dim=1)
+        if self.frozen_steps and weight.requires_grad:
+            live = (step >= self.frozen_steps).to(weight.dtype)
+            weight = weight * live + weight.detach() * (1 - live)
+        return nn.functional.linear(x, weight)
+
+
+class Queue(nn.Module):
+    """The last `length` keys of all ranks, unit vectors from the start; pointer and rows are saved with the weights."""
+
+    rows: Tensor
+    pointer: Tensor
+
+    def __init__(self, length: int, width: int):
+        super().__init__()
+        self.register_buffer("rows", nn.functional.normalize(torch.randn(length, width), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, keys: Tensor, group: dist.ProcessGroup | None = None) -> None:
+        """[N, D] over the oldest rows, around the end; without a host sync."""
+        keys = nn.functional.normalize(keys.detach().to(self.rows.dtype), dim=1)
+        if group is not None:
+            keys = gather_rows(keys, group)[0]
+        keys = keys[-len(self.rows) :]
+        at = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.rows)
+        self.rows.index_copy_(0, at, keys)
+        self.pointer.add_(len(keys)).remainder_(len(self.rows))
+
+
+def below(most: int, images: int) -> int:
+    """`most`, or the largest power of two up to a quarter of the images: a small data set has fewer clusters."""
+    return min(most, max(2 ** ((max(images, 32) // 4).bit_length() - 1), 8)) if images else most
+
+
+def linear_warmup(step: Tensor, start: float, end: float, steps: int) -> Tensor:
+    """0-dim, on the step's device."""
+    return start + (end - start) * (step / max(steps, 1)).clamp(max=1)

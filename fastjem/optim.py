@@ -1,0 +1,89 @@
+"""Optimisers of torch and timm, what has no weight decay, and schedules per step as 0-dim tensors."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+OPTIMIZERS = ("adamw", "sgd", "lars")
+
+
+def parameter_groups(module: nn.Module, constant_rate: Sequence[str] = ()) -> list[dict]:
+    """Trainable parameters by whether they decay (matrices do; norms, biases and single vectors don't) and by whether
+    their learning rate follows the schedule. `constant_rate` names submodules whose doesn't.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and not name.endswith(("pos_embed", "cls_token", "mask_token", "reg_token"))
+            constant = any(f"{part}." in name for part in constant_rate)
+            groups.setdefault((decays, constant), []).append(parameter)
+    return [
+        {"params": parameters, "decays": decays, "constant_rate": constant}
+        for (decays, constant), parameters in sorted(groups.items())
+    ]
+
+
+def build(name: str, groups: list[dict], *, momentum: float = 0.9) -> torch.optim.Optimizer:
+    """AdamW, SGD with momentum, or LARS (timm's), which adapts only what decays. Rates come from `Schedule.apply`."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=torch.tensor(0.0), betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=torch.tensor(0.0), momentum=momentum, weight_decay=0.0, fused=True)
+    if name == "lars":
+        from timm.optim import Lars
+
+        return Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0)
+    raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
+
+
+def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> Tensor:
+    """0-dim float64 on the host: a line from 0 to `start` over `warmup` steps, then half a cosine, `end` at the last.
+
+    On the host, where the optimiser needs the number, so that no step waits for a device.
+    """
+    if step < warmup:
+        return torch.tensor(start * (step + 1) / warmup, dtype=torch.float64)
+    share = (step - warmup) / max(steps - 1 - warmup, 1)
+    return torch.tensor(end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate, weight decay and the momentum encoder's momentum at each step."""
+
+    steps: int
+    learning_rate: float
+    final_learning_rate: float = 0.0
+    warmup: int = 0
+    weight_decay: float = 0.0
+    final_weight_decay: float = 0.0
+    momentum: float = 0.99
+    final_momentum: float = 1.0
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        return {
+            "learning_rate": cosine(step, self.steps, self.learning_rate, self.final_learning_rate, self.warmup),
+            "weight_decay": cosine(step, self.steps, self.weight_decay, self.final_weight_decay),
+            "momentum": cosine(step, self.steps, self.momentum, self.final_momentum),
+        }
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
+        """The optimiser's groups get this step's figures, which are returned too."""
+        now = self.at(step)
+        for group in optimizer.param_groups:
+            rate = self.learning_rate if group["constant_rate"] else now["learning_rate"].item()
+            # In place where the optimiser keeps a tensor: a compiled step sees no new constant.
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+            group["weight_decay"] = now["weight_decay"].item() if group["decays"] else 0.0
+        return now
+
+
+def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `most`; the norm before, 0-dim, without a host sync."""
+    return nn.utils.clip_grad_norm_(parameters, most, foreach=True)

@@ -1,0 +1,413 @@
+"""`fastjem pretrain` and `fastjem.pretrain(...)`: configuration, wiring, checkpoints, progress."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjem import checkpoints, dist, encoders, optim
+from fastjem.data.folder import ImageFolder
+from fastjem.data.loader import ViewLoader, normalise
+from fastjem.data.views import Views
+from fastjem.errors import UserError, nearest
+from fastjem.methods import METHODS
+from fastjem.train import Alarm, Step, check_encoder, loop
+
+Option = bool | int | float | str
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. A field that is None takes the method's default (docs/methods.md)."""
+
+    data: str = field(metadata={"help": "folder of images, nested or flat"})
+    out: str = field(metadata={"help": "folder of the run"})
+    method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
+    backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
+    image_size: int = 224
+    epochs: int = 100
+    batch_size: int = field(default=256, metadata={"help": "images of one forward pass over all ranks"})
+    accumulate: int = field(default=1, metadata={"help": "batches that make one optimiser step"})
+    max_steps: int = field(default=0, metadata={"help": "end after so many steps; 0: after the epochs"})
+    optimizer: str | None = field(default=None, metadata={"help": " | ".join(optim.OPTIMIZERS)})
+    learning_rate: float | None = field(default=None, metadata={"help": "for 256 images; grows with the batch"})
+    weight_decay: float | None = None
+    warmup_epochs: float | None = field(default=None, metadata={"help": "at most a tenth of the run"})
+    clip: float | None = field(default=None, metadata={"help": "the gradient's largest norm; 0: no clipping"})
+    momentum: float | None = field(default=None, metadata={"help": "of the momentum encoder at the start"})
+    momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method a momentum encoder"})
+    options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
+    small_views: int | None = field(default=None, metadata={"help": "multi-crop's small views"})
+    blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
+    stem: str = field(default="auto", metadata={"help": "auto | standard | small"})
+    patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own"})
+    sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
+    device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
+    workers: int = field(default=-1, metadata={"help": "of the data loader, a rank; -1: one a core"})
+    seed: int = 0
+    compile: bool = False
+    tensorboard: bool = False
+    log_every: int = field(default=10, metadata={"help": "steps"})
+    checkpoint_every: float = field(default=300, metadata={"help": "seconds"})
+    checkpoint_steps: int = field(default=0, metadata={"help": "steps, in place of seconds"})
+    resume: bool = False
+
+
+MAY_CHANGE = {"out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
+              "compile", "max_steps", "data"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the run is, how far it came, and the last logged figures."""
+
+    out: Path
+    steps: int
+    finished: bool
+    metrics: dict[str, Any]
+
+
+def pretrain(config: Config | None = None, *, encoder: nn.Module | None = None, **fields: Any) -> Result:
+    """Pretrain an encoder on a folder of images; fields as in `Config`.
+
+    Args:
+        encoder: any module [B, 3, H, W] -> [B, D] in place of a backbone's name.
+
+    Raises:
+        UserError: (a ValueError) for what can't be done, with the reason.
+    """
+    if config is None:
+        known = [f.name for f in dataclasses.fields(Config)]
+        for name in fields:
+            if name not in known:
+                raise nearest("option", name, known)
+        if missing := [name for name in ("data", "out") if name not in fields]:
+            raise UserError(f"pretrain needs {' and '.join(missing)}")
+        config = Config(**fields)
+    check(config)
+    ranks = dist.join(config.device)
+    try:
+        with Stop() as stop:
+            return run(config, ranks, encoder, stop)
+    finally:
+        dist.leave(ranks)
+
+
+def check(config: Config) -> None:
+    """Mistakes that need no file and no model to be seen."""
+    if config.method not in METHODS:
+        raise nearest("method", config.method, METHODS)
+    for name in ("image_size", "epochs", "accumulate", "log_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    if config.batch_size < 2:
+        raise UserError(f"--batch-size must be at least 2, as every method compares images, got {config.batch_size}")
+    for name, allowed in (
+        ("stem", ("auto", "standard", "small")),
+        ("device", ("auto", "cpu", "cuda")),
+        ("optimizer", (*optim.OPTIMIZERS, None)),
+    ):
+        if getattr(config, name) not in allowed:
+            raise nearest(name, getattr(config, name), [a for a in allowed if a])
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask the loop to end after its step; a second Ctrl-C ends it at once."""
+
+    signal: int | None = None
+
+    def __enter__(self) -> "Stop":
+        self.old = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller's business
+                self.old[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number: int, frame: types.FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def build_method(config: Config, width: int, images: int, steps_per_epoch: int, steps: int, group: Any) -> nn.Module:
+    kind = METHODS[config.method]
+    accepted = list(inspect.signature(kind).parameters)[1:]
+    facts = {"images": images, "steps_per_epoch": steps_per_epoch, "steps": steps, "group": group}
+    own = [name for name in accepted if name not in facts]
+    for name in config.options:
+        if name not in own:
+            raise nearest(f"option of {config.method}", name, own)
+    try:
+        return kind(width, **{k: v for k, v in facts.items() if k in accepted}, **config.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop) -> Result:
+    out = Path(config.out)
+    state = prepare_folder(config, out, ranks)
+    folder = ImageFolder(config.data)
+    if config.batch_size > len(folder):
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(folder)} images in {config.data}")
+    if config.batch_size % ranks.size:
+        raise UserError(f"--batch-size {config.batch_size} can't be shared evenly by {ranks.size} ranks")
+    if config.batch_size // ranks.size < 2:
+        raise UserError(f"--batch-size {config.batch_size} leaves a rank with less than 2 images")
+    kind = METHODS[config.method]
+    defaults = kind.defaults
+    per_epoch = max(len(folder) // config.batch_size // config.accumulate, 1)
+    steps = config.max_steps or per_epoch * config.epochs
+
+    torch.manual_seed(config.seed)
+    if encoder is None:
+        pool = getattr(kind, "pool", None)
+        encoder = encoders.create(
+            config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=pool
+        )
+    if kind.views.mask:
+        encoders.mask_needs_transformer(config.method, encoder)
+    views: Views = kind.views
+    if config.small_views and not views.small:
+        raise UserError(f"--small-views: {config.method} compares exactly {views.large} large views")
+    if config.small_views is not None:
+        views = dataclasses.replace(views, small=config.small_views)
+    specs = views.specs(config.image_size, patch=encoders.patch_size(encoder), blur=config.blur)
+    workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 1) // ranks.size, 1)
+    start = state["step"] if state else 0
+    loader = ViewLoader(
+        folder, specs, batch=config.batch_size, seed=config.seed, start=start * config.accumulate,
+        stop=steps * config.accumulate, workers=workers, rank=ranks.rank, ranks=ranks.size,
+        pin_memory=ranks.device.type == "cuda",
+    )  # fmt: skip
+    encoder = encoder.to(ranks.device)
+    try:
+        sample = next(iter(ViewLoader(folder, specs, batch=min(config.batch_size, 16), seed=config.seed, stop=1)))
+        width = check_encoder(encoder, normalise(sample.views, specs, ranks.device)[0])
+    except RuntimeError as error:
+        raise UserError(f"the encoder can't take {config.image_size} x {config.image_size} images: {error}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    method = build_method(config, width, len(folder), per_epoch, steps, ranks.group).to(ranks.device)
+    try:
+        step = Step(encoder, method, config.momentum_encoder).to(ranks.device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+    def chosen(name: str) -> Any:
+        value = getattr(config, name)
+        return getattr(defaults, name) if value is None else value
+
+    rate = chosen("learning_rate") * config.batch_size * config.accumulate / 256
+    momentum = config.momentum if config.momentum is not None else min(defaults.momentum, max(1 - 10 / steps, 0.9))
+    schedule = optim.Schedule(
+        steps=steps,
+        learning_rate=rate,
+        warmup=min(round(chosen("warmup_epochs") * per_epoch), steps // 10),
+        weight_decay=chosen("weight_decay"),
+        final_weight_decay=defaults.final_weight_decay
+        if defaults.final_weight_decay is not None and config.weight_decay is None
+        else chosen("weight_decay"),
+        momentum=momentum,
+        final_momentum=max(defaults.final_momentum, momentum) if defaults.final_momentum == 1 else momentum,
+    )
+    groups = optim.parameter_groups(step, getattr(kind, "constant_rate", ()))
+    optimizer = optim.build(chosen("optimizer"), groups)
+    if state:
+        if start >= steps:
+            raise UserError(f"the run in {out} is already at its end, step {start}; --epochs says how long it is")
+        step.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    if config.sync_batch_norm and ranks.size > 1 and ranks.device.type == "cuda":
+        step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
+    model: nn.Module = step
+    if ranks.size > 1:
+        # Batch norm's running statistics stay each rank's own; queue and centre are equal on all ranks by construction.
+        model = nn.parallel.DistributedDataParallel(
+            step, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None, broadcast_buffers=False
+        )
+    if config.compile:
+        model = torch.compile(model)
+    reporter = Reporter(config, out, start, steps, per_epoch, ranks)
+
+    def batches() -> Iterator[tuple[list[Tensor], float]]:
+        source = iter(loader)
+        while True:
+            begin = time.perf_counter()
+            batch = next(source, None)
+            if batch is None:
+                return
+            reporter.unreadable(batch.unreadable)
+            yield normalise(batch.views, specs, ranks.device), time.perf_counter() - begin
+
+    saved_at = time.monotonic()
+
+    def save(done: int) -> None:
+        nonlocal saved_at
+        if ranks.first:
+            reporter.say(
+                checkpoints.save(
+                    out,
+                    {
+                        "step": done,
+                        "model": step.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "config": json.dumps(dataclasses.asdict(config)),
+                        "seed": config.seed,  # every generator follows from it and the step
+                    },
+                )
+            )
+        saved_at = time.monotonic()
+
+    def after_step(done: int) -> bool:
+        asked = ranks.any(stop.signal is not None)
+        if config.checkpoint_steps:
+            due = done % config.checkpoint_steps == 0
+        else:
+            due = ranks.any(ranks.first and time.monotonic() - saved_at > config.checkpoint_every)
+        if asked or due or done == steps:
+            save(done)
+        return asked
+
+    bf16 = ranks.device.type == "cuda"
+    if not state:
+        save(0)  # a run killed before its first checkpoint starts at step 0; a full disk is seen now
+    try:
+        done = loop(
+            model, step, optimizer, schedule, batches(), start=start, accumulate=config.accumulate,
+            clip=chosen("clip"), autocast=torch.bfloat16 if bf16 else None, seed=config.seed, rank=ranks.rank,
+            log_every=config.log_every, on_log=reporter.log, after_step=after_step,
+        )  # fmt: skip
+    finally:
+        reporter.close()
+    if ranks.first and done == steps and config.backbone:
+        metadata = {"backbone": config.backbone, "image_size": str(config.image_size), "stem": config.stem,
+                    "patch_size": str(config.patch_size), "pool": getattr(kind, "pool", "")}  # fmt: skip
+        encoders.save(step.encoder, str(out / "encoder.safetensors"), metadata)
+    ranks.barrier()
+    if stop.signal is not None and ranks.first:
+        print(f"stopped at step {done}; go on with --resume --out {out}", file=sys.stderr)
+    return Result(out, done, done == steps, reporter.last)
+
+
+def prepare_folder(config: Config, out: Path, ranks: dist.Ranks) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if any; the folder is there and holds this configuration afterwards."""
+    path, mine = out / "config.yaml", dataclasses.asdict(config)
+    if config.resume:
+        if not path.exists():
+            raise UserError(f"--resume: there is no run in {out}")
+        theirs = json.loads(path.read_text())
+        for name, value in theirs.items():
+            if name not in MAY_CHANGE and mine.get(name, value) != value:
+                raise UserError(f"--resume: --{name.replace('_', '-')} was {value} in this run and is {mine[name]} now")
+        return checkpoints.load(out)
+    if path.exists() and ranks.first:
+        raise UserError(f"{out} holds a run already; --resume goes on with it, another --out starts a new one")
+    ranks.barrier()
+    if ranks.first:
+        try:
+            # JSON is YAML; a run must not need a YAML library to start
+            checkpoints.write_atomically(path, (json.dumps(mine, indent=2) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}") from None
+    return None
+
+
+class Reporter:
+    """Metrics, progress, alarms: on the first rank only."""
+
+    def __init__(self, config: Config, out: Path, start: int, steps: int, per_epoch: int, ranks: dist.Ranks):
+        self.config, self.steps, self.per_epoch, self.ranks = config, steps, per_epoch, ranks
+        self.last, self.bad = {}, set()
+        self.alarm = Alarm(getattr(METHODS[config.method], "asymmetric", False))
+        self.metrics = checkpoints.Metrics(out, start) if ranks.first else None
+        self.board: Any = None
+        if config.tensorboard and ranks.first:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs the package tensorboard") from None
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start)
+        self.bar: Any = None
+        if ranks.first and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task(config.method, total=steps, completed=start, text="")
+            self.bar.start()
+
+    def say(self, text: str | None) -> None:
+        if text and self.ranks.first:
+            if self.bar:
+                self.bar.console.print(f"fastjem: {text}", markup=False, highlight=False)
+            else:
+                print(f"fastjem: {text}", file=sys.stderr, flush=True)
+
+    def unreadable(self, files: list[tuple[str, str]]) -> None:
+        for path, reason in files:
+            if path not in self.bad:
+                self.bad.add(path)
+                self.say(f"skipped {path}: {reason} ({len(self.bad)} so far)")
+
+    def log(self, step: int, figures: dict[str, Any]) -> None:
+        figures["images_per_second"] *= self.ranks.size
+        row = {"step": step, "epoch": (step - 1) // self.per_epoch, **figures}
+        if self.bad:
+            row["unreadable_files"] = len(self.bad)
+        self.last = row
+        self.say(self.alarm(step, figures) if self.ranks.first else None)
+        if self.metrics:
+            self.say(self.metrics.write(row))
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, step)
+        names = ("loss", "std", "effective_rank", "teacher_entropy", "prototype_usage")
+        text = "  ".join(f"{name} {figures[name]:.4g}" for name in names if name in figures)
+        left = (self.steps - step) * self.config.batch_size * self.config.accumulate / figures["images_per_second"]
+        text += f"  {figures['images_per_second']:.0f} img/s  waiting {figures['data_wait']:.0%}"
+        if self.bar:
+            self.bar.update(self.task, completed=step, text=text)
+        elif self.ranks.first and (step % (self.config.log_every * 10) == 0 or step == self.steps):
+            print(f"step {step}/{self.steps}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.metrics:
+            self.metrics.close()
+        if self.board:
+            self.board.close()
+
+
+class _Callable(types.ModuleType):
+    """`fastjem.pretrain(...)`, though `fastjem.pretrain` is this module."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Result:
+        return pretrain(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

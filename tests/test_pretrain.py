@@ -1,0 +1,269 @@
+"""`fastjem pretrain`: nothing is lost, ranks agree, and a mistake is one line."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from images import make_folder
+
+for package in ("timm", "torchvision", "safetensors"):
+    pytest.importorskip(package)
+import fastjem  # noqa: E402
+from fastjem import checkpoints, encoders  # noqa: E402
+from fastjem.arguments import parse  # noqa: E402
+from fastjem.cli import main  # noqa: E402
+from fastjem.errors import UserError  # noqa: E402
+
+TINY = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_folder(tmp_path_factory.mktemp("images"), 48))
+
+
+def rows(run: Path) -> list[dict]:
+    """Without what a clock measured."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
+
+
+def command(**fields: object) -> list[str]:
+    line = [sys.executable, "-m", "fastjem", "pretrain"]
+    for name, value in fields.items():
+        line += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
+    return line
+
+
+def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("the run made no progress in a minute")
+
+
+@pytest.mark.parametrize("method", ["moco", "swav", "dino"])
+def test_stopped_and_resumed_is_the_same_run(method: str, images: str, tmp_path: Path) -> None:
+    small = {"swav": {"queue": 24}, "moco": {"queue": 32}, "dino": {"hidden": 16}}[method]
+    common = {**TINY, "data": images, "method": method, "epochs": 3, "options": small}
+    if method != "moco":
+        common["small_views"] = 1
+    whole = fastjem.pretrain(**common, out=str(tmp_path / "whole"))
+    assert whole.finished and whole.steps == 9
+
+    # Not ended: broken off between two checkpoints, as by a kill
+    class Killed(BaseException):
+        pass
+
+    def kill(self, row: dict) -> None:
+        original(self, row)
+        if row["step"] == 5:
+            raise Killed
+
+    original = checkpoints.Metrics.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.Metrics, "write", kill)
+        with pytest.raises(Killed):
+            fastjem.pretrain(**common, out=str(tmp_path / "cut"), checkpoint_steps=2)
+    assert len(rows(tmp_path / "cut")) == 5
+    fastjem.pretrain(**common, out=str(tmp_path / "cut"), resume=True, checkpoint_steps=2)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    one, other = (checkpoints.load(tmp_path / name)["model"] for name in ("cut", "whole"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_kill_dash_nine(images: str, tmp_path: Path) -> None:
+    common = {**TINY, "data": images, "method": "byol", "epochs": 20}
+    fastjem.pretrain(**common, out=str(tmp_path / "whole"))
+    run = tmp_path / "cut"
+    line = command(**common, out=run, checkpoint_steps=3)
+    for i, step in enumerate((1, 4, 11)):
+        process = subprocess.Popen(line + ["--resume"] * (i > 0), env=ENVIRONMENT, stderr=subprocess.PIPE)
+        wait_for(run, step, process)
+        process.kill()
+        process.wait()
+    done = subprocess.run([*line, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert rows(run) == rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(number: int, images: str, tmp_path: Path) -> None:
+    line = command(**{**TINY, "workers": 1}, data=images, method="simsiam", epochs=2000, out=tmp_path / "run")
+    process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / "run", 2, process)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert "go on with --resume" in error
+    assert checkpoints.load(tmp_path / "run")["step"] == rows(tmp_path / "run")[-1]["step"]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    result = fastjem.pretrain(**TINY, data=images, epochs=2, out=str(tmp_path), checkpoint_steps=1)
+    assert result.finished
+    assert "No space left on device" in capsys.readouterr().err
+    state = checkpoints.load(tmp_path)
+    assert 0 < state["step"] < 6 and not list((tmp_path / "checkpoints").glob("*.part"))
+
+
+def test_export_goes_into_timm(images: str, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import load_file
+
+    fastjem.pretrain(**TINY, data=images, max_steps=1, out=str(tmp_path / "a"), stem="standard")
+    weights = load_file(tmp_path / "a" / "encoder.safetensors")
+    timm.create_model("test_resnet", num_classes=0).load_state_dict(weights, strict=True)
+    encoder = fastjem.load_encoder(str(tmp_path / "a" / "encoder.safetensors"))
+    state = checkpoints.load(tmp_path / "a")["model"]
+    assert all(torch.equal(value, state[f"encoder.{name}"]) for name, value in encoder.state_dict().items())
+
+
+def test_a_module_of_ones_own_and_accumulation(images: str, tmp_path: Path) -> None:
+    encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 8))
+    result = fastjem.pretrain(
+        **{**TINY, "batch_size": 8}, data=images, encoder=encoder, method="vicreg", accumulate=2, epochs=1, clip=1.0,
+        out=str(tmp_path / "a"), options={"hidden": 8},
+    )  # fmt: skip
+    assert result.steps == 3 and result.metrics["gradient_norm"] > 0
+
+
+def test_stems() -> None:
+    assert encoders.create("resnet18", 32).conv1.kernel_size == (3, 3)
+    assert encoders.create("resnet18", 32, stem="standard").conv1.kernel_size == (7, 7)
+    assert encoders.create("resnet18", 96).conv1.kernel_size == (7, 7)
+
+
+LAYER_NORM = """
+import sys, torch, fastjem
+from torch import nn
+torch.set_num_threads(1)
+torch.manual_seed(0)
+encoder = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16), nn.LayerNorm(16), nn.GELU())
+method, data, out, options = sys.argv[1], sys.argv[2], sys.argv[3], eval(sys.argv[4])
+fastjem.pretrain(data=data, out=out, encoder=encoder, method=method, image_size=16, batch_size=16, epochs=2, workers=0,
+                 device="cpu", log_every=1, options={"norm": "none", **options},
+                 small_views=1 if method in ("swav", "dino") else None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("simclr", {}), ("swav", {"queue": 24}), ("dino", {"hidden": 16}), ("vicreg", {"hidden": 16}), ("moco", {})],
+)
+def test_two_ranks_follow_one(method: str, options: dict, images: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LAYER_NORM)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, prefix in (("one", []), ("two", torchrun)):
+        line = [sys.executable, *prefix, str(script), method, images, str(tmp_path / name), repr(options)]
+        done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        # a loss of global negatives is the same number on each rank; others are this rank's half of a mean
+        if method in ("simclr", "vicreg"):
+            assert b["loss"] == pytest.approx(a["loss"], rel=2e-4)
+    one, two = (checkpoints.load(tmp_path / name)["model"] for name in ("one", "two"))
+    for name, value in one.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(
+                two[name], value, rtol=2e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["pretrain", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error, error
+    return error
+
+
+def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    base = ["--data", images, "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--batch-size", "16"]
+    tiny = [*base, "--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16"]
+    for arguments, words in (
+        (["--out", "x"], ["--data"]),
+        ([*tiny, "--batch-size", "16", "--small-views", "2"], ["simclr compares exactly 2"]),
+        (["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "r1")], ["not a folder"]),
+        (["--data", str(tmp_path / "empty"), "--out", str(tmp_path / "r2")], ["no images", ".jpg", ".webp"]),
+        ([*base, "--method", "simclrr"], ["did you mean simclr"]),
+        ([*base, "--backbone", "resnet118"], ["did you mean", "resnet18"]),
+        ([*base, "--bach-size", "4"], ["did you mean --batch-size"]),
+        ([*base, "--batch-size", "four"], ["--batch-size", "four"]),
+        ([*tiny, "--options", "temprature=0.2"], ["did you mean temperature"]),
+        ([*tiny, "--batch-size", "1"], ["at least 2"]),
+        ([*tiny, "--batch-size", "64"], ["more than the 48 images"]),
+        ([*tiny, "--method", "data2vec"], ["vision transformer", "sliding windows"]),
+        (
+            [*base, "--batch-size", "16", "--backbone", "vit_tiny_patch16_224", "--image-size", "40"],
+            ["patch of 16", "32 is"],
+        ),
+        ([*tiny, "--resume"], ["no run in"]),
+        ([*tiny, "--optimizer", "adam"], ["adamw"]),
+    ):
+        for name in ("run", "r1", "r2"):
+            (tmp_path / name / "config.yaml").unlink(missing_ok=True)
+        error = fails(capsys, *arguments)
+        assert all(word in error for word in words), error
+
+
+def test_mistakes_on_resume(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--data", images, "--out", str(tmp_path / "run"), "--backbone", "test_resnet", "--image-size", "32",
+            "--batch-size", "16", "--workers", "0", "--device", "cpu", "--epochs", "1"]  # fmt: skip
+    assert main(["pretrain", *tiny]) == 0
+    capsys.readouterr()
+    assert "holds a run already" in fails(capsys, *tiny)
+    error = fails(capsys, *tiny, "--resume", "--method", "byol")
+    assert "--method was simclr in this run and is byol now" in error
+    assert "already at its end" in fails(capsys, *tiny, "--resume")
+
+
+def test_unreadable_files_are_named_and_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "images", 16, classes=0)
+    (folder / "0003.png").write_bytes(b"")
+    result = fastjem.pretrain(**TINY, data=str(folder), epochs=2, out=str(tmp_path / "run"))
+    assert result.finished and result.metrics["unreadable_files"] == 1
+    assert capsys.readouterr().err.count("0003.png") == 1
+
+
+def test_the_command_line_is_the_dataclass() -> None:
+    config = parse(["--data", "a", "--out", "b", "--options", "temperature=0.2", "queue=8", "--no-blur", "--seed", "3"])
+    assert config.options == {"temperature": 0.2, "queue": 8} and config.blur is False and config.seed == 3
+    with pytest.raises(UserError, match="did you mean image_size"):
+        fastjem.pretrain(data="a", out="b", imagesize=3)
