@@ -48,47 +48,6 @@ def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
 
 
-def similarity_chunk(dtype: torch.dtype) -> int:
-    """The widest rows whose sum fits in registers; wider ones are taken in chunks. Float32 needs three products
-    for one."""
-    return 64 if dtype.itemsize > 2 else 256
-
-
-def _chunks(width: int, dtype: torch.dtype) -> dict:
-    block = min(similarity_chunk(dtype), max(16, _next_power_of_2(width)))
-    return {"BLOCK_D": block, "CHUNKS": -(-width // block)}
-
-
-def similarity_forward(width: int, dtype: torch.dtype, with_sum: bool) -> dict:
-    """Log-sum-exps of rows, `with_sum` also the weighted sum of the candidates."""
-    chunks = _chunks(width, dtype)
-    if dtype.itemsize > 2:
-        tile = (64, 32, 4, 1)
-    elif chunks["CHUNKS"] > 1:
-        tile = (64, 32, 8, 1)
-    elif chunks["BLOCK_D"] > 128:
-        tile = (64 if with_sum else 128, 64, 8, 2)
-    else:
-        tile = (64, 64, 4, 2) if with_sum else (128, 128, 8, 2)
-    return chunks | dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
-
-
-def similarity_backward(width: int, dtype: torch.dtype, sigmoid: bool = False) -> dict:
-    chunks = _chunks(width, dtype)
-    if dtype.itemsize > 2:
-        tile = (32, 16, 4, 1)
-    elif chunks["CHUNKS"] > 1 or sigmoid:
-        tile = (64, 32, 8, 1)
-    else:
-        tile = (64 if chunks["BLOCK_D"] > 128 else 128, 64, 8, 2)
-    return chunks | dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
-
-
-def unit_rows(width: int) -> dict:
-    block = max(16, _next_power_of_2(width))
-    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
-
-
 # Covariance losses ----------------------------------------------------------------------------------------------------
 
 
