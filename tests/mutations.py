@@ -52,7 +52,6 @@ CPU = [
     Mutation("negative_cosine", "csrc/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),
     Mutation("ema_update_", "csrc/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
     Mutation("nt_xent", "csrc/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
-    Mutation("info_nce", "csrc/similarity.h", "p.row_sum[i] *= rescale", "p.row_sum[i] *= 1"),
     Mutation("siglip_loss", "csrc/similarity.h", "sum += g - s[own]", "sum += g"),
     Mutation(
         "prototype_cross_entropy", "csrc/prototype_cross_entropy.h", "- y[j] * target", "- 0.999f * y[j] * target"

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as TF
+from conftest import INTERPRETING
 
 import fastjem.functional as F
 import fastjem.nn as nn
@@ -91,6 +92,8 @@ def test_sinkhorn_of_any_layout_and_code_dtype(op, implementation, poisoned):
     ):
         torch.testing.assert_close(F.sinkhorn(layout), codes, rtol=2e-5, atol=1e-9)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        if dtype == torch.bfloat16 and INTERPRETING:
+            continue  # the interpreter rounds to bfloat16 towards zero
         torch.testing.assert_close(F.sinkhorn(scores, dtype=dtype), codes.to(dtype), rtol=1e-6, atol=1e-7)
 
 
