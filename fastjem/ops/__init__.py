@@ -69,8 +69,16 @@ def plain(implementation: Callable) -> Callable:
 
     @functools.wraps(implementation)
     def run(*args):
-        with torch.no_grad(), torch._C._DisableAutocast():
-            return implementation(*args)
+        # By hand, as the two context managers take longer than a small loss (5 of 30 us).
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            if not torch._C._is_any_autocast_enabled():
+                return implementation(*args)
+            with torch._C._DisableAutocast():
+                return implementation(*args)
+        finally:
+            torch._C._set_grad_enabled(before)
 
     return run
 
