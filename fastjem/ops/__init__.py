@@ -55,10 +55,10 @@ SCHEMAS = {
     "mean_entropy": "(Tensor[] scores, float temperature, Tensor? total, Tensor? rows, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor)",
     "koleo": "(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
-    "barlow_twins": "(Tensor z0, Tensor z1, float lambda_param, bool statistics, bool[] wanted)"
+    "barlow_twins": "(Tensor z0, Tensor z1, float lambda_param, int statistics, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor, Tensor[])",
     "vicreg": "(Tensor z0, Tensor z1, float lambda_param, float mu_param, float nu_param, float eps,"
-    " bool statistics, bool[] wanted) -> (Tensor, Tensor[], Tensor, Tensor[])",
+    " int statistics, bool[] wanted) -> (Tensor, Tensor[], Tensor, Tensor[])",
 }
 
 LIBRARY = torch.library.Library("fastjem", "DEF")
