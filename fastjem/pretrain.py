@@ -311,7 +311,10 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     if ranks.first and done == steps:
         metadata = {"backbone": config.backbone, "image_size": str(config.image_size), "stem": config.stem,
                     "patch_size": str(config.patch_size), "pool": getattr(kind, "pool", "")}  # fmt: skip
-        encoders.save(step.encoder, str(out / ENCODER), metadata if named else {})
+        try:
+            encoders.save(step.encoder, str(out / ENCODER), metadata if named else {})
+        except OSError as error:
+            reporter.say(f"{ENCODER} could not be written ({error.strerror}); --resume tries again")
     ranks.barrier()
     if stop.signal is not None and ranks.first:
         print(f"stopped at step {done}; go on with --resume --out {out}", file=sys.stderr)

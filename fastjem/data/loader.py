@@ -141,6 +141,7 @@ class ViewLoader:
             pin_memory=pin_memory,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # else its first batch takes a number from the run's: not where it is resumed
         )
 
     def __iter__(self) -> Iterator[Batch]:
