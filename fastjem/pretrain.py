@@ -105,6 +105,11 @@ def pretrain(config: Config | None = None, *, encoder: nn.Module | None = None, 
         dist.leave(ranks)
 
 
+def main(config: Config) -> int:
+    """The command; 130 for a run that was asked to stop, in order, with everything saved."""
+    return 0 if pretrain(config).finished else 130
+
+
 def check(config: Config) -> None:
     """Mistakes that need no file and no model to be seen."""
     if config.method not in METHODS:

@@ -21,6 +21,7 @@ from fastjem import checkpoints, encoders  # noqa: E402
 from fastjem.arguments import parse  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
+from fastjem.pretrain import Config  # noqa: E402
 
 TINY = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -263,7 +264,8 @@ def test_unreadable_files_are_named_and_the_run_goes_on(tmp_path: Path, capsys: 
 
 
 def test_the_command_line_is_the_dataclass() -> None:
-    config = parse(["--data", "a", "--out", "b", "--options", "temperature=0.2", "queue=8", "--no-blur", "--seed", "3"])
+    line = "--data a --out b --options temperature=0.2 queue=8 --no-blur --seed 3"
+    config = parse(Config, "pretrain", line.split())
     assert config.options == {"temperature": 0.2, "queue": 8} and config.blur is False and config.seed == 3
     with pytest.raises(UserError, match="did you mean image_size"):
         fastjem.pretrain(data="a", out="b", imagesize=3)
