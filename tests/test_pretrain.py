@@ -219,7 +219,7 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
     base = ["--data", images, "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--batch-size", "16"]
     tiny = [*base, "--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16"]
     for arguments, words in (
-        (["--out", "x"], ["--data"]),
+        (["--data", "x"], ["--out"]),
         ([*tiny, "--batch-size", "16", "--small-views", "2"], ["simclr compares exactly 2"]),
         (["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "r1")], ["not a folder"]),
         (["--data", str(tmp_path / "empty"), "--out", str(tmp_path / "r2")], ["no images", ".jpg", ".webp"]),
