@@ -102,10 +102,19 @@ def save(encoder: nn.Module, path: str, metadata: dict[str, str]) -> None:
 
 def load(path: str) -> nn.Module:
     """The encoder that a run left in `encoder.safetensors`, small stem, patch size and all."""
-    from safetensors import safe_open
+    return load_with_metadata(path)[0]
 
-    with safe_open(path, "pt") as file:
-        metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+def load_with_metadata(path: str) -> tuple[nn.Module, dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no safetensors file: {error}") from None
     if "backbone" not in metadata:
         raise UserError(f"{path} names no backbone: its weights only fit into the module that they came from")
     encoder = create(
@@ -116,4 +125,4 @@ def load(path: str) -> nn.Module:
         pool=metadata.get("pool") or None,
     )
     encoder.load_state_dict(state)
-    return encoder.eval()
+    return encoder.eval(), metadata
