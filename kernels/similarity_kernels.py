@@ -4,8 +4,8 @@ Exponents are formed around a pivot in units of similarities, `exp2((s - pivot) 
 subtract exactly, an exponent's error is relative to its distance from the pivot and not to the logit. At temperature
 0.01 a logit of 100 in float32 has lost 4e-6.
 
-A candidates' tile is loaded as columns, [BLOCK_D, BN], so that the similarities' product transposes nothing; the
-gradient's product takes the same tile transposed, as attention's backward does.
+Candidates' tiles are loaded as columns, [BLOCK_D, BN], so that the similarities' product transposes nothing; the
+gradient's product takes the same tiles transposed, as attention's backward does.
 """
 
 import triton
@@ -32,14 +32,35 @@ def load_columns(x, i_row, N, D, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _high(x):
+    """The digits of float32 that TF32 has; what is left of x has few enough too."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BM, BN] float32; WHOLE: the rows b_a are in one block already."""
+    """[BM, BN] float32; WHOLE: the rows b_a are in one block already.
+
+    Of a pair of rows it gives the same bits whichever comes first, as a gradient needs the similarity that its
+    log-sum-exp was made of: at temperature 0.01 an asymmetric last digit doubles the error. Hence float32's three products
+    in sums of their own ("tf32x3" adds them in one order).
+    """
     if WHOLE:
-        return tl.dot(b_a, load_columns(b, i_b, M, D, 0, BLOCK_D), input_precision="tf32x3")
+        return tl.dot(b_a, load_columns(b, i_b, M, D, 0, BLOCK_D))
     s = tl.zeros([i_a.shape[0], i_b.shape[0]], tl.float32)
+    s_right = tl.zeros([i_a.shape[0], i_b.shape[0]], tl.float32)
+    s_left = tl.zeros([i_a.shape[0], i_b.shape[0]], tl.float32)
     for column in range(0, D, BLOCK_D):
-        b_left, b_right = load_rows(a, i_a, N, D, column, BLOCK_D), load_columns(b, i_b, M, D, column, BLOCK_D)
-        s = tl.dot(b_left, b_right, s, input_precision="tf32x3")
+        left, right = load_rows(a, i_a, N, D, column, BLOCK_D), load_columns(b, i_b, M, D, column, BLOCK_D)
+        if a.dtype.element_ty == tl.float32:
+            left_high, right_high = _high(left), _high(right)
+            s = tl.dot(left_high, right_high, s, input_precision="tf32")
+            s_right = tl.dot(left_high, right - right_high, s_right, input_precision="tf32")
+            s_left = tl.dot(left - left_high, right_high, s_left, input_precision="tf32")
+        else:
+            s = tl.dot(left, right, s)
+    if a.dtype.element_ty == tl.float32:
+        s += s_left + s_right
     return s
 
 
@@ -177,7 +198,7 @@ def attend_kernel(
     for t in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(M, BN))):
         i_b = t * BN + tl.arange(0, BN)
         b_b = load_columns(b, i_b, M, D, 0, BLOCK_D)
-        s = tl.dot(b_a, b_b, input_precision="tf32x3")
+        s = tl.dot(b_a, b_b)
         seen = seen_columns(i_a, i_b, N, M, start, rows_period, offset, columns_period, PERIODIC)
         now = tl.maximum(maximum, tl.max(tl.where(seen, s, -float("inf")), 1))
         base = _finite(now)
@@ -185,7 +206,7 @@ def attend_kernel(
         e = exponentials(s, seen, base[:, None], rate)
         total = total * kept + tl.sum(e, 1)
         acc = acc * kept[:, None]
-        acc = tl.dot((e * GAIN).to(b_b.dtype), tl.trans(b_b), acc, input_precision="tf32x3")
+        acc = tl.dot((e * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
         maximum = now
     at = launch.row_start(split, N, 1) + i_a
     tl.store(maxima + at, maximum, i_a < N)
