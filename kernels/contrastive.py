@@ -4,6 +4,7 @@ similarity.
 An engine has
 * `unit(x, normalize)`: rows of unit length (or as they are) in the dtype of its products, and their divisors;
 * `through_unit(gradient, unit, divisors, dtype)`: the gradient through that;
+* `dots(a, b)`: float64, of each row of a with that row of b;
 * `scaling(factor, bound, a, b)`: how similarities become logits;
 * `log_sum_exps(a, b, scaling, place, upper=, columns=)`: float64 for every row, and for every column if wanted;
 * `add_weighted(a, b, scaling, place, a_lse, b_lse, a_sum, b_sum, upper=)`: `a_sum += G @ b`, `b_sum += G.T @ a`, with
@@ -46,20 +47,13 @@ def _prepare(engine, rows: Tensor, candidates: Tensor, offset: int, temperature:
     return local, a, divisors, b, scaling, Place(n, offset, total)
 
 
-def dots(a: Tensor, b: Tensor) -> Tensor:
-    """[N] float64."""
-    if a.dtype not in (torch.float32, torch.float64):
-        a, b = a.float(), b.float()
-    return (a * b).sum(1, dtype=torch.float64)
-
-
-def _view_logits(unit: Tensor, temperature: float) -> Tensor:
+def _view_logits(engine, unit: Tensor, temperature: float) -> Tensor:
     """[V, V, n] float64: logits of views u and v of the same image; 0 on the diagonal."""
     v, n, _ = unit.shape
     logits = torch.zeros(v, v, n, dtype=torch.float64, device=unit.device)
     for i in range(v):
         for j in range(i + 1, v):
-            logits[i, j] = logits[j, i] = dots(unit[i], unit[j]) / temperature
+            logits[i, j] = logits[j, i] = engine.dots(unit[i], unit[j]) / temperature
     return logits
 
 
@@ -77,7 +71,7 @@ def nt_xent(
     lse = engine.log_sum_exps(a, b, scaling, place, upper=local)[0].view(v, n)
     if v == 1 or not _among(rows, candidates, offset):
         return torch.zeros_like(lse), lse
-    logits = _view_logits(a.view(v, n, d), temperature)
+    logits = _view_logits(engine, a.view(v, n, d), temperature)
     positives = logits.sum(1) / (v - 1)
     if not decoupled:
         torch.diagonal(logits).copy_(lse.T)
@@ -107,7 +101,7 @@ def nt_xent_backward(
         w = torch.ones_like(rows_lse) if weights is None else weights[:, offset : offset + n].double()
         pull = (w[:, None] + w) / (v - 1)  # [V, V, n]
         if not decoupled:
-            logits = _view_logits(unit, temperature)
+            logits = _view_logits(engine, unit, temperature)
             pull = pull - (logits - rows_lse[:, None]).exp() - (logits - rows_lse).exp()
         pull = pull.to(gradient.dtype)
         for i in range(v):
@@ -123,7 +117,7 @@ def info_nce(
     n, k = len(query), len(negatives)
     (q, q_divisors), (p, p_divisors) = engine.unit(query, True), engine.unit(positive, True)
     place = Place(n, offset, k) if -n < offset < k else Place()
-    own = dots(q, p) / temperature  # [N]
+    own = engine.dots(q, p) / temperature  # [N]
 
     # one pass over the negatives: their log-sum-exp, and softmax(logits) @ negatives
     negative_lse, q_gradient = engine.attend(q, negatives, temperature, place, wanted[0])
@@ -151,7 +145,7 @@ def _pairs(engine, x: Tensor, y: Tensor, offset: int):
     (a, _), (b, _) = engine.unit(x, False), engine.unit(y, False)
     first, last = max(0, -offset), min(len(x), len(y) - offset)  # the rows whose own pair is among y
     own = (slice(first, last), slice(first + offset, last + offset)) if first < last else (slice(0, 0), slice(0, 0))
-    return a, b, own, dots(a[own[0]], b[own[1]])
+    return a, b, own, engine.dots(a[own[0]], b[own[1]])
 
 
 def clip_loss(engine, x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:

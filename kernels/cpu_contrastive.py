@@ -53,6 +53,11 @@ def through_unit(gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype:
     return out.to(dtype)
 
 
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """[N] float64."""
+    return (a * b).sum(1, dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class _Scaling:
     """Logits are similarities times `factor`; `shift` is subtracted before exp where that is safe for every logit
@@ -163,7 +168,7 @@ def add_weighted(
     similarities)` by row."""
     row, row_rest = scaling.weights(a_lse, a.dtype)
     column, column_rest = scaling.weights(b_lse, a.dtype)
-    dots = torch.zeros(len(a), dtype=torch.float64)
+    row_dots = torch.zeros(len(a), dtype=torch.float64)
     for i, i2, j, j2, tile in _tiles(a, b, upper):
         _C.similarity_weights(
             CODES[a.dtype],
@@ -176,14 +181,14 @@ def add_weighted(
             _at(column, j),
             _at(row_rest, i),
             _at(column_rest, j),
-            0 if upper else _at(dots, i),
+            0 if upper else _at(row_dots, i),
             torch.get_num_threads(),
         )
         if a_sum is not None:
             a_sum[i:i2].addmm_(tile, b[j:j2])
         if b_sum is not None and not (upper and i == j):
             b_sum[j:j2].addmm_(tile.T, a[i:i2])
-    return dots
+    return row_dots
 
 
 def _bank_tiles(q: Tensor, bank: Tensor) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
@@ -242,7 +247,7 @@ def siglip_loss(
     (a, _), (b, _) = unit(x, False), unit(y, False)
     factor, bias = logit_scale.item(), logit_bias.item()
     sums = [torch.zeros_like(z) if w else None for z, w in zip((a, b), wanted, strict=True)]
-    losses, totals, dots = torch.zeros(3, len(a), dtype=torch.float64)
+    losses, totals, products = torch.zeros(3, len(a), dtype=torch.float64)
     for i, i2, j, j2, tile in _tiles(a, b, False):
         _C.similarity_sigmoid(
             CODES[a.dtype],
@@ -254,7 +259,7 @@ def siglip_loss(
             i,
             offset,
             j,
-            *(_at(v, i) for v in (losses, totals, dots)),
+            *(_at(v, i) for v in (losses, totals, products)),
             torch.get_num_threads(),
         )
         if wanted[0]:
@@ -262,7 +267,7 @@ def siglip_loss(
         if wanted[1]:
             sums[1][j:j2].addmm_(tile.T, a[i:i2])
     gradients = [z.new_empty(0) if s is None else s.to(z.dtype) for s, z in zip(sums, (x, y), strict=True)]
-    return losses.sum(), gradients, dots.sum(), totals.sum()
+    return losses.sum(), gradients, products.sum(), totals.sum()
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:

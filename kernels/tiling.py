@@ -48,6 +48,55 @@ def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
 
 
+# Similarities --------------------------------------------------------------------------------------------------------
+
+
+def _tile(bm: int, bn: int, warps: int, stages: int) -> dict:
+    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+
+
+def _whole(width: int, dtype: torch.dtype) -> int | None:
+    """The block of a row that stays on the chip; None: too wide. Float32 takes three products for one."""
+    block = max(16, _next_power_of_2(width))
+    return block if dtype.itemsize == 2 and block <= 256 else None
+
+
+def similarity_sums(width: int, dtype: torch.dtype, columns: bool) -> dict:
+    """Log-sum-exps of rows, and of `columns`. BM is a multiple of BN."""
+    if block := _whole(width, dtype):
+        return {"WHOLE": True, "BLOCK_D": block} | _tile(128, 128 if block <= 128 else 64, 8, 2)
+    if dtype.itemsize == 2:
+        return {"WHOLE": False, "BLOCK_D": 64} | _tile(128, 128, 8, 3)
+    return {"WHOLE": False, "BLOCK_D": 32} | _tile(64, 64, 4, 2)
+
+
+def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
+    """Log-sum-exps and the weighted sum of the candidates; None: too wide for registers."""
+    block = _whole(width, dtype)
+    return block and {"BLOCK_D": block} | _tile(64 if block > 128 else 128, 64, 8, 2)
+
+
+def similarity_owner(width: int, dtype: torch.dtype) -> dict | None:
+    """Gradients of rows; None: too wide for registers."""
+    block = _whole(width, dtype)
+    return block and {"BLOCK_D": block} | _tile(128, 64, 8, 2)
+
+
+def similarity_weights(dtype: torch.dtype) -> dict:
+    if dtype.itemsize == 2:
+        return {"BLOCK_D": 64} | _tile(128, 128, 8, 3)
+    return {"BLOCK_D": 32} | _tile(64, 64, 4, 2)
+
+
+def single_rows(width: int) -> dict:
+    block = max(16, _next_power_of_2(width))
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
+
+
+def join_similarities() -> dict:
+    return {"BLOCK": 128, "num_warps": 4}
+
+
 # Covariance losses ----------------------------------------------------------------------------------------------------
 
 
