@@ -23,6 +23,7 @@ from fastjem.data.loader import ViewLoader, normalise
 from fastjem.data.views import Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS
+from fastjem.report import Watch
 from fastjem.train import Alarm, Step, check_encoder, loop
 
 Option = bool | int | float | str
@@ -62,11 +63,15 @@ class Config:
     log_every: int = field(default=10, metadata={"help": "steps"})
     checkpoint_every: float = field(default=300, metadata={"help": "seconds"})
     checkpoint_steps: int = field(default=0, metadata={"help": "steps, in place of seconds"})
+    knn_every: float | None = field(
+        default=None, metadata={"help": "epochs; 0: at start and end; a twentieth of the run"}
+    )
+    report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
     resume: bool = False
 
 
 MAY_CHANGE = {"out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
-              "compile", "max_steps", "data"}  # fmt: skip
+              "compile", "max_steps", "data", "knn_every", "report"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -246,6 +251,10 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     if config.compile:
         model = torch.compile(model)
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
+    facts = {"steps": steps, "steps_per_epoch": per_epoch, "patch": encoders.patch_size(encoder), "ranks": ranks.size}
+    watch = Watch(
+        out, folder, config.image_size, facts, start=start, every=config.knn_every, page=config.report, say=reporter.say
+    )
 
     def batches() -> Iterator[tuple[list[Tensor], float]]:
         source = iter(loader)
@@ -277,6 +286,8 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         saved_at = time.monotonic()
 
     def after_step(done: int) -> bool:
+        if ranks.first:
+            watch.after_step(step.encoder, done)
         asked = ranks.any(stop.signal is not None)
         if config.checkpoint_steps:
             due = done % config.checkpoint_steps == 0
@@ -284,11 +295,15 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
             due = ranks.any(ranks.first and time.monotonic() - saved_at > config.checkpoint_every)
         if asked or due or done == steps:
             save(done)
+            if ranks.first and done < steps:
+                watch.refresh()
         return asked
 
     bf16 = ranks.device.type == "cuda"
     if not state:
         save(0)  # a run killed before its first checkpoint starts at step 0; a full disk is seen now
+    if ranks.first:
+        watch.begin(step.encoder)
     try:
         done = loop(
             model, step, optimizer, schedule, batches(), start=start, accumulate=config.accumulate,
@@ -301,6 +316,8 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         metadata = {"backbone": config.backbone, "image_size": str(config.image_size), "stem": config.stem,
                     "patch_size": str(config.patch_size), "pool": getattr(kind, "pool", "")}  # fmt: skip
         encoders.save(step.encoder, str(out / "encoder.safetensors"), metadata)
+    if ranks.first:
+        watch.end()
     ranks.barrier()
     if stop.signal is not None and ranks.first:
         print(f"stopped at step {done}; go on with --resume --out {out}", file=sys.stderr)
