@@ -27,6 +27,8 @@ class Quantity:
     percent: bool = False
     from_zero: bool = False
     knn: bool = False
+    if_it_varies: bool = False  # a constant stands in the configuration
+    teacher: bool = False  # for runs with a momentum encoder
 
 
 QUANTITIES = (
@@ -65,8 +67,8 @@ QUANTITIES = (
         from_zero=True,
     ),
     Quantity("Learning rate", "learning rate", {"learning_rate": ""}),
-    Quantity("Weight decay", "weight decay", {"weight_decay": ""}),
-    Quantity("Momentum encoder", "momentum", {"momentum": ""}),
+    Quantity("Weight decay", "weight decay", {"weight_decay": ""}, if_it_varies=True),
+    Quantity("Momentum encoder", "momentum", {"momentum": ""}, if_it_varies=True, teacher=True),
     Quantity("Gradient", "norm before clipping", {"gradient_norm": ""}, from_zero=True),
     Quantity("Speed", "images per second", {"images_per_second": ""}, from_zero=True),
     Quantity(
@@ -107,11 +109,13 @@ def chart(quantity: Quantity, runs: Sequence[Run]) -> str | None:
     epochs = in_epochs(runs)
     curves = []
     for i, run in enumerate(runs):
+        if quantity.teacher and not run.has_teacher:
+            continue
         for style, (key, name) in zip(STYLES, quantity.keys.items(), strict=False):
             x, y = series(run, quantity, key, epochs)
             if len(x):
                 curves.append((RUN.format(i), style, name, x, y))
-    if not curves:
+    if not curves or (quantity.if_it_varies and len({value for *_, y in curves for value in y}) == 1):
         return None
     import matplotlib
     from matplotlib.figure import Figure
@@ -142,7 +146,7 @@ def chart(quantity: Quantity, runs: Sequence[Run]) -> str | None:
         axes.set_ylabel(quantity.unit)
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.margins(x=0.02)
+        axes.set_xlim(0, max(x[-1] for *_, x, _ in curves) * 1.02)
         if len({name for _, _, name, _, _ in curves}) > 1:
             legend: dict[str, Any] = {}
             for line, (_, style, name, _, _) in zip(axes.get_lines(), curves, strict=False):
@@ -168,7 +172,7 @@ def themed(svg: str, title: str) -> str:
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
 
 
-def charts(runs: Sequence[Run], without: Sequence[str] = ()) -> list[tuple[Quantity, str]]:
+def charts(runs: Sequence[Run]) -> list[tuple[Quantity, str]]:
     """Those of `QUANTITIES` that any run has figures for."""
-    made = [(quantity, chart(quantity, runs)) for quantity in QUANTITIES if quantity.title not in without]
+    made = [(quantity, chart(quantity, runs)) for quantity in QUANTITIES]
     return [(quantity, svg) for quantity, svg in made if svg]

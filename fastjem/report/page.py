@@ -6,11 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fastjem.checkpoints import write_atomically
 from fastjem.errors import UserError
-from fastjem.methods import METHODS
 from fastjem.report.charts import charts
 from fastjem.report.pictures import neighbours, picture, view_table
 from fastjem.report.run import Run, read, spread
@@ -64,9 +62,18 @@ def page(runs: Sequence[Run], tsne: bool) -> str:
         body.append(summary(runs, names))
         for run, name in zip(runs, names, strict=True):
             body += [f'<p class="warn">{name}: {text}</p>' for text in warnings(run)]
-    body += ["<h2>Training</h2>", curves(runs), parts("Embeddings", runs, names, lambda run: scatter(run, tsne))]
-    body.append(parts("Nearest neighbours", runs, names, nearest))
-    body += [parts("Views", runs, names, seen), "<h2>Configuration</h2>", options(runs, names)]
+    body += ["<h2>Training</h2>", curves(runs)]
+    pictures: dict[str, Callable[[Run], str]] = {
+        "Embeddings": lambda run: scatter(run, tsne),
+        "Nearest neighbours": nearest,
+        "Views": seen,
+    }
+    if len(runs) == 1:
+        body += ["<h2>Images</h2>", cards(list(pictures), [make(runs[0]) for make in pictures.values()])]
+    else:
+        for title, make in pictures.items():
+            body += [f"<h2>{title}</h2>", cards(names, [make(run) for run in runs])]
+    body += ["<h2>Configuration</h2>", options(runs, names)]
     body += ["<h2>Where it ran</h2>", environment(runs, names)]
     written = time.strftime("%Y-%m-%d %H:%M")
     return (
@@ -97,11 +104,11 @@ def status(run: Run) -> Escaped:
 
 def warnings(run: Run) -> list[Escaped]:
     """What the run's own alarm said, and a loader that is too slow."""
-    alarm = Alarm(getattr(METHODS.get(run.config.get("method", "")), "asymmetric", False))
+    alarm = Alarm(getattr(run.method, "asymmetric", False))
     said = [alarm(row["step"], row) for row in run.rows if {"loss", "embedding_std", "effective_rank"} <= row.keys()]
     found = [text for text in said if text]
     if (waited := median(run, "data_wait")) > WAITED:
-        found.append(f"half of the time the steps waited for data for more than {waited:.0%}: more --workers help")
+        found.append(f"the steps waited for data {waited:.0%} of their time (the median): more --workers may help")
     return [html.escape(text) for text in found]
 
 
@@ -132,35 +139,31 @@ def summary(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
     columns = list(dict.fromkeys(name for one in found for name in one))
     lines = ["<tr><th>run</th><th></th>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
     for i, (run, name, one) in enumerate(zip(runs, names, found, strict=True)):
-        swatch = f'<i style="background:var(--run{i % 8})"></i>'
+        swatch = f'<i class="dot" style="background:var(--run{i % 8})"></i>'
         cells = "".join(f"<td>{one.get(column, '')}</td>" for column in columns)
-        lines.append(f'<tr><td class="legend">{swatch}{name}</td><td>{status(run)}</td>{cells}</tr>')
+        lines.append(f"<tr><td>{swatch}{name}</td><td>{status(run)}</td>{cells}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def curves(runs: Sequence[Run]) -> str:
-    without = [] if any(teacher(run) for run in runs) else ["Momentum encoder"]
-    made = charts(runs, without)
+    made = charts(runs)
     if not made:
         return '<p class="note">No step has been logged yet.</p>'
-    cards = []
+    sections = []
     for quantity, svg in made:
         note = f'<p class="note">{quantity.explained}</p>' if quantity.explained else ""
-        cards.append(f"<section><h3>{quantity.title}</h3>{svg}{note}</section>")
-    return f'<div class="charts">{"".join(cards)}</div>'
+        sections.append(f"<section><h3>{quantity.title}</h3>{svg}{note}</section>")
+    return f'<div class="charts">{"".join(sections)}</div>'
 
 
-def teacher(run: Run) -> bool:
-    return bool(run.config.get("momentum_encoder") or getattr(METHODS.get(run.config.get("method", "")), "ema", ()))
-
-
-def parts(title: str, runs: Sequence[Run], names: Sequence[Escaped], make: Callable[[Run], str]) -> str:
-    """A section with one card a run."""
-    made = []
-    for run, name in zip(runs, names, strict=True):
-        head = f"<h3>{name}</h3>" if len(runs) > 1 else ""
-        made.append(f'<section class="card">{head}{make(run)}</section>')
-    return f'<h2>{title}</h2><div class="side">{"".join(made)}</div>'
+def cards(heads: Sequence[Escaped], contents: Sequence[str]) -> str:
+    """Side by side."""
+    wide = ["Views"]  # up to ten pictures in a row
+    made = (
+        f'<section class="card{" wide" if head in wide else ""}"><h3>{head}</h3>{content}</section>'
+        for head, content in zip(heads, contents, strict=True)
+    )
+    return f'<div class="side">{"".join(made)}</div>'
 
 
 def scatter(run: Run, tsne: bool) -> str:
@@ -181,7 +184,7 @@ def nearest(run: Run) -> str:
 def seen(run: Run) -> str:
     """Of the first epoch."""
     config, found = run.config, run.embeddings
-    if found is None or config.get("method") not in METHODS:
+    if found is None or run.method is None:
         return '<p class="note">No images have been saved yet.</p>'
     views, patch = views_of(config["method"], config.get("small_views")), run.environment.get("patch", 1)
     specs = views.specs(config["image_size"], patch=patch, blur=config.get("blur"))
@@ -195,17 +198,16 @@ def seen(run: Run) -> str:
 
 
 def options(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
-    configs = [{k: v for k, v in run.config.items() if k not in NOT_SHOWN} for run in runs]
-    keys = list(dict.fromkeys(key for config in configs for key in config))
-    return table({key.replace("_", " "): [option(config, key) for config in configs] for key in keys}, names)
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.config) if key not in NOT_SHOWN]
+    return table({key.replace("_", " "): [option(run, key) for run in runs] for key in keys}, names)
 
 
-def option(config: dict[str, Any], key: str) -> str:
-    value = config.get(key)
+def option(run: Run, key: str) -> str:
+    value = run.config.get(key)
     if isinstance(value, dict):
         return ", ".join(f"{name}={x}" for name, x in value.items())
     if value is None:
-        default = getattr(getattr(METHODS.get(config.get("method", "")), "defaults", None), key, None)
+        default = getattr(getattr(run.method, "defaults", None), key, None)
         return "" if default is None else f"{default} (the method's)"
     return str(value)
 

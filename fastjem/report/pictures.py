@@ -18,7 +18,7 @@ from fastjem.report.views import Sample
 
 LEGEND = 20  # classes that still have a colour of their own and a legend
 WIDTH, HEIGHT, MARGIN = 720, 520, 34
-QUERIES, NEIGHBOURS = 8, 6
+QUERIES, NEIGHBOURS = 8, 5
 
 
 def data_url(image: Image.Image, *, lossless: bool) -> str:
@@ -71,7 +71,7 @@ def picture(embeddings: Embeddings, tsne: bool) -> str:
         from sklearn.manifold import TSNE
 
         perplexity = min(30.0, (len(rows) - 1) / 3)
-        at = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(components)
+        at = TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=0).fit_transform(components)
         names = (f"t-SNE, first axis (no unit; perplexity {perplexity:.0f})", "second axis")
     else:
         at = components[:, :2]
@@ -107,7 +107,7 @@ def legend(embeddings: Embeddings) -> str:
         text = f"{shown}, {len(classes):,} classes by hue. Point at a dot for its file."
         return f'<p class="note">{text}</p>'
     items = "".join(
-        f'<li><i style="background:{colour(i, len(classes))}"></i>{html.escape(name)}</li>'
+        f'<li><i class="dot" style="background:{colour(i, len(classes))}"></i>{html.escape(name)}</li>'
         for i, name in enumerate(classes)
     )
     return f'<ul class="legend">{items}</ul><p class="note">{shown}. Point at a dot for its file.</p>'
@@ -137,7 +137,7 @@ def neighbours(embeddings: Embeddings, queries: int = QUERIES, most: int = NEIGH
         cells += [cell(embeddings, i, cosine[i], embeddings.labels[i] == embeddings.labels[query]) for i in nearest]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     heads = "<th>image</th>" + "".join(f"<th>{i + 1}</th>" for i in range(min(most, len(rows) - 1)))
-    return f'<div class="scroll"><table class="images"><tr>{heads}</tr>{"".join(lines)}</table></div>'
+    return f'<div class="scroll"><table class="images even"><tr>{heads}</tr>{"".join(lines)}</table></div>'
 
 
 def cell(embeddings: Embeddings, i: int, cosine: float | None, same: bool) -> str:

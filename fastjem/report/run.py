@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastjem.errors import UserError
+from fastjem.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class Run:
     @property
     def name(self) -> str:
         return self.path.name or str(self.path)
+
+    @property
+    def method(self) -> type | None:
+        return METHODS.get(self.config.get("method", ""))
+
+    @property
+    def has_teacher(self) -> bool:
+        return bool(self.config.get("momentum_encoder") or getattr(self.method, "ema", ()))
 
     @property
     def steps_per_epoch(self) -> int:

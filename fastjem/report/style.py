@@ -28,22 +28,24 @@ p { margin: 4px 0; } .note, small { color: var(--soft); font-size: 13px; } a { c
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)); gap: 16px; }
 .charts section, .card { background: var(--card); border-radius: 8px; padding: 12px 14px; min-width: 0; }
 .charts svg { width: 100%; height: auto; display: block; }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(560px, 100%), 1fr)); gap: 16px; }
+.side { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(680px, 100%), 1fr)); gap: 16px; }
+.side .wide { grid-column: 1 / -1; }
 .scatter { width: 100%; max-width: 900px; height: auto; font: 13px system-ui, sans-serif; fill: var(--ink);
   display: block; }
 .scatter .frame { fill: none; stroke: var(--line); } .scatter circle { fill-opacity: .8; } .scatter circle:hover {
   stroke: var(--ink); stroke-width: 2; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; list-style: none; padding: 0; margin: 8px 0 0;
   font-size: 13px; }
-.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px; }
+.dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; } th { text-align: left; font-weight: 600; color: var(--soft); }
 th, td { padding: 3px 18px 3px 0; vertical-align: top; overflow-wrap: anywhere; } .config td:first-child {
   color: var(--soft); white-space: nowrap; }
 .config tr.differs td { background: var(--warn); }
-.images th, .images td { padding: 3px 5px; width: 106px; } .images img { display: block; width: 96px;
+.images th, .images td { padding: 3px 4px; white-space: nowrap; } .even td { width: 104px; } .images img { display: block; width: 96px;
   image-rendering: auto; }
-.images img.pixels { image-rendering: pixelated; } .images td.query { padding-right: 22px; }
+.even img { height: 96px; object-fit: cover; }
+.images img.pixels { image-rendering: pixelated; } .images td.query { padding-right: 12px; }
 .images small { display: block; max-width: 96px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .images td.other img { outline: 2px solid var(--run1); outline-offset: -1px; } .gone { width: 96px; height: 96px;
   border: 1px dashed var(--line); color: var(--soft); text-align: center; line-height: 96px; }

@@ -84,25 +84,26 @@ def masked(view: Image.Image, share: float, patch: int, random: np.random.Genera
     return Image.fromarray(pixels)
 
 
-def grid(shown: Sequence[Sample], columns: Sequence[str], *, cell: int) -> Image.Image:
+def grid(shown: Sequence[Sample], columns: Sequence[str], root: Path, *, cell: int) -> Image.Image:
     """Rows are images, the first column the file itself; cells of `cell` pixels, small views at their share of it."""
-    largest = max(view.width for view in shown[0].views)
-    width = (cell + MARGIN) * (1 + len(columns)) + MARGIN
-    height = LINE + MARGIN + (cell + LINE + MARGIN) * len(shown)
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column, title in enumerate(["image", *columns]):
-        pen.text((MARGIN + column * (cell + MARGIN), MARGIN // 2), title, INK, font)
+    font = ImageFont.load_default(13)
+    sizes = [round(cell * view.width / shown[0].views[0].width) for view in shown[0].views]
+    widths = [cell, *(max(size, round(font.getlength(title))) for size, title in zip(sizes, columns, strict=True))]
+    lefts = [MARGIN + sum(widths[:i]) + MARGIN * i for i in range(len(widths))]
+    width = lefts[-1] + widths[-1] + MARGIN
+    sheet = Image.new("RGB", (width, LINE + MARGIN + (cell + LINE + MARGIN) * len(shown)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for left, title in zip(lefts, ["image", *columns], strict=True):
+        pen.text((left, MARGIN // 2), title, INK, font)
     for row, sample in enumerate(shown):
         top = LINE + MARGIN + row * (cell + LINE + MARGIN)
-        whole = sample.image.copy()
-        scale = cell / max(whole.size)
-        whole = whole.resize((max(round(whole.width * scale), 1), max(round(whole.height * scale), 1)), magnify(scale))
-        sheet.paste(whole, (MARGIN, top))
-        for column, view in enumerate(sample.views, 1):
-            size = max(round(cell * view.width / largest), 1)
-            sheet.paste(view.resize((size, size), magnify(size / view.width)), (MARGIN + column * (cell + MARGIN), top))
-        pen.text((MARGIN, top + cell + 2), shorten(sample.path, width - 2 * MARGIN, font), INK, font)
+        scale = cell / max(sample.image.size)
+        fitted = (max(round(sample.image.width * scale), 1), max(round(sample.image.height * scale), 1))
+        sheet.paste(sample.image.resize(fitted, magnify(scale)), (MARGIN, top))
+        for left, size, view in zip(lefts[1:], sizes, sample.views, strict=True):
+            sheet.paste(view.resize((size, size), magnify(size / view.width)), (left, top))
+        name = shorten(os.path.relpath(sample.path, root), width - 2 * MARGIN, font)
+        pen.text((MARGIN, top + cell + 2), name, INK, font)
     return sheet
 
 
@@ -168,7 +169,7 @@ def draw_views(
     shown = samples(files, specs, images=images, seed=seed, epoch=epoch, mask=views.mask, patch=patch_size)
     if not shown:
         raise UserError(f"none of the files in {data} can be read")
-    sheet, file = grid(shown, titles(views), cell=min(max(image_size, 96), 224)), io.BytesIO()
+    sheet, file = grid(shown, titles(views), folder.root, cell=min(max(image_size, 96), 224)), io.BytesIO()
     sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
     try:
         write_atomically(out, file.getvalue())

@@ -33,10 +33,9 @@ SHARE_OF_TIME = 1 / 50  # that writing pages may take
 
 
 def choose(labels: np.ndarray, most: int = IMAGES) -> np.ndarray:
-    """Indices of at most `most` images, as many of each class; of fewer classes where a class had less than `EACH`."""
-    classes = np.unique(labels)
-    if len(classes) > max(most // EACH, 1):
-        classes = classes[spread(len(classes), most // EACH)]
+    """Indices of at most `most` images, as many of each class; of some classes, where `EACH` of each were too many."""
+    classes, sizes = np.unique(labels, return_counts=True)
+    classes = classes[spread(len(classes), most // min(EACH, int(np.median(sizes))))]
     members = [np.flatnonzero(labels == c) for c in classes]
     return np.sort(np.concatenate([at[spread(len(at), most // len(classes))] for at in members]))
 
