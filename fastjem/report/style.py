@@ -42,7 +42,8 @@ table { border-collapse: collapse; font-size: 14px; } th { text-align: left; fon
 th, td { padding: 3px 18px 3px 0; vertical-align: top; overflow-wrap: anywhere; } .config td:first-child {
   color: var(--soft); white-space: nowrap; }
 .config tr.differs td { background: var(--warn); }
-.images th, .images td { padding: 3px 4px; white-space: nowrap; } .even td { width: 104px; } .images img { display: block; width: 96px;
+.images th, .images td { padding: 3px 4px; white-space: nowrap; } .even td { width: 104px; }
+.images img { display: block; width: 96px;
   image-rendering: auto; }
 .even img { height: 96px; object-fit: cover; }
 .images img.pixels { image-rendering: pixelated; } .images td.query { padding-right: 12px; }
