@@ -24,6 +24,7 @@ from fastjem.data.loader import ViewLoader, normalise
 from fastjem.data.views import Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS
+from fastjem.report import Watch
 from fastjem.train import Alarm, Step, check_encoder, loop
 
 Option = bool | int | float | str
@@ -66,11 +67,15 @@ class Config:
     log_every: int = field(default=10, metadata={"help": "steps"})
     checkpoint_every: float = field(default=300, metadata={"help": "seconds"})
     checkpoint_steps: int = field(default=0, metadata={"help": "steps, in place of seconds"})
+    knn_every: float | None = field(
+        default=None, metadata={"help": "epochs; 0: at start and end; a twentieth of the run"}
+    )
+    report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
     resume: bool = False
 
 
 MAY_CHANGE = {"out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
-              "compile", "max_steps", "data"}  # fmt: skip
+              "compile", "max_steps", "data", "knn_every", "report"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -263,6 +268,10 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         model = torch.compile(model)
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
     reporter.bad.update(state.get("unreadable", ()) if state else ())
+    facts = {"steps": steps, "steps_per_epoch": per_epoch, "patch": encoders.patch_size(encoder), "ranks": ranks.size}
+    watch = Watch(
+        out, folder, config.image_size, facts, start=start, every=config.knn_every, page=config.report, say=reporter.say
+    )
 
     def batches() -> Iterator[tuple[list[Tensor], float]]:
         source = iter(loader)
@@ -295,6 +304,8 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         saved_at = time.monotonic()
 
     def after_step(done: int, flush: Callable[[], None]) -> bool:
+        if ranks.first:
+            watch.after_step(step.encoder, done)
         asked = ranks.any(stop.signal is not None)
         if config.checkpoint_steps:
             due = done % config.checkpoint_steps == 0
@@ -303,11 +314,15 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         if asked or due or done == steps:
             flush()  # a row that the checkpoint has passed would be lost with a kill
             save(done)
+            if ranks.first and done < steps:
+                watch.refresh()
         return asked
 
     bf16 = ranks.device.type == "cuda"
     if not state:
         save(0)  # a run killed before its first checkpoint starts at step 0; a full disk is seen now
+    if ranks.first:
+        watch.begin(step.encoder)
     try:
         done = loop(
             model, step, optimizer, schedule, batches(), start=start, accumulate=config.accumulate,
@@ -323,6 +338,8 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
             encoders.save(step.encoder, str(out / ENCODER), metadata if named else {})
         except OSError as error:
             reporter.say(f"{ENCODER} could not be written ({error.strerror}); --resume tries again")
+    if ranks.first:
+        watch.end()
     ranks.barrier()
     if stop.signal is not None and ranks.first:
         print(f"stopped at step {done}; go on with --resume --out {out}", file=sys.stderr)
