@@ -15,7 +15,8 @@ PART ?= tests bench
 python := $(VENV)/bin/python
 run := $(python) -m
 # 5 is pytest's "no test selected", which is no failure when ARGS chooses. .ci/run insists on tests in each of the three.
-pytest = $(run) pytest $(1) $(ARGS) || [ $$? -eq 5 ]
+# Two processes at a time, as most of a test's time is one thread's; waiting OpenMP threads sleep, or they would take the other's core.
+pytest = OMP_WAIT_POLICY=passive $(run) pytest -n 2 --dist worksteal $(1) $(ARGS) || [ $$? -eq 5 ]
 
 version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Newer than the files below: the environment is as they say, for this version of Python.
