@@ -95,6 +95,29 @@ def negative_cosine(
     return loss, [p_gradient, z_gradient], _scale(p, 1 / len(p))
 
 
+def regression(
+    prediction: Tensor,  # [N, D]
+    target: Tensor,  # [N, D]
+    beta: float,
+    normalize: bool,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`smooth_l1_loss(prediction, layer_norm(target, [D], eps=eps), beta=beta)`; beta = 0: `mse_loss`."""
+    error = widen(target)
+    if normalize:
+        error = torch.nn.functional.layer_norm(error, error.shape[1:], eps=eps)
+    error = widen(prediction) - error
+    if beta == 0:
+        losses, gradient = error.square(), 2 * error
+    else:
+        size = error.abs()
+        losses = torch.where(size < beta, error.square() / (2 * beta), size - beta / 2)
+        gradient = torch.where(size >= beta, error.sign(), error / beta)
+    gradient = gradient.to(prediction.dtype) if wanted[0] else _empty(prediction)
+    return losses.mean(), [gradient], _scale(prediction, 1 / error.numel())
+
+
 # Covariance losses -----------------------------------------------------------------------------------
 
 
@@ -192,6 +215,7 @@ from fastjem.kernels.reference_contrastive import (  # noqa: E402, F401 (it need
     nt_xent_backward,
     siglip_loss,
 )
+from fastjem.kernels.reference_gaussian import characteristic, characteristic_backward  # noqa: E402, F401
 from fastjem.kernels.reference_prototypes import (  # noqa: E402, F401
     koleo,
     mean_entropy,

@@ -29,6 +29,8 @@ SCHEMAS = {
     "ema_update_": "(Tensor(a!)[] teacher, Tensor[] student, Tensor momentum) -> ()",
     "cross_entropy": "(Tensor logits, Tensor labels, int ignore_index, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "negative_cosine": "(Tensor p, Tensor z, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+    "regression": "(Tensor prediction, Tensor target, float beta, bool normalize, float eps, bool[] wanted)"
+    " -> (Tensor, Tensor[], Tensor)",
     "nt_xent": "(Tensor rows, Tensor candidates, int offset, float temperature, bool decoupled, bool normalize)"
     " -> (Tensor, Tensor)",
     "nt_xent_backward": "(Tensor rows, Tensor candidates, Tensor rows_lse, Tensor candidates_lse, Tensor? weights,"
@@ -57,6 +59,8 @@ SCHEMAS = {
     "koleo": "(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "barlow_twins": "(Tensor z0, Tensor z1, float lambda_param, int statistics, bool[] wanted)"
     " -> (Tensor, Tensor[], Tensor, Tensor[])",
+    "characteristic": "(Tensor theta, int frequencies) -> Tensor",
+    "characteristic_backward": "(Tensor theta, Tensor weights) -> Tensor",
     "vicreg": "(Tensor z0, Tensor z1, float lambda_param, float mu_param, float nu_param, float eps,"
     " int statistics, bool[] wanted) -> (Tensor, Tensor[], Tensor, Tensor[])",
 }
