@@ -17,6 +17,7 @@ class DINO(nn.Module):
     centring: "mean" (a running mean of the teacher's logits) or "sinkhorn".
     """
 
+    family, prevents_collapse = "self-distillation", "centred and sharpened teacher"
     views = Views(large=2, small=8, recipe="dino")
     ema = ("encoder", "projector", "prototypes")
     defaults = Defaults(

@@ -17,6 +17,7 @@ class SwAV(nn.Module):
     batches that are small beside the prototypes).
     """
 
+    family, prevents_collapse = "clustering", "Sinkhorn's codes use all prototypes equally"
     views = Views(large=2, small=6, recipe="swav")
     ema: tuple[str, ...] = ()
     defaults = Defaults("lars", 0.6, 1e-6, source="main_swav.py, batch 256: base_lr 0.6, final_lr 0.0006, wd 1e-6")
