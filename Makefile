@@ -1,3 +1,4 @@
+## make demo        trains on the embedded data set (minutes) and shows what that was worth; makes .venv first
 ## make test        the whole test suite, in .venv, which it makes first (ARGS="-k sinkhorn" for a part of it)
 ## make lint        ruff: errors and format
 ## make bench       benchmarks on this machine; results in benchmarks/results/
@@ -24,7 +25,7 @@ ready := $(VENV)/ready-$(version)
 
 bounded := timeout --signal=INT --kill-after=15
 
-.PHONY: help test lint bench gpu-check clean
+.PHONY: help demo test lint bench gpu-check clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -40,6 +41,9 @@ $(ready): pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/*)
 	@$(python) -c 'from fastjem.kernels import _C' \
 	  || { echo "the C++ kernels were not built; this says why: $(run) pip install -v $(extension)"; exit 1; }
 	@touch $@
+
+demo: $(ready)
+	$(run) fastjem demo
 
 test: $(ready)
 	$(call pytest)

@@ -3,10 +3,11 @@
 import argparse
 import difflib
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,17 +51,66 @@ def _of_dataclass(command: str, module: str, argv: Sequence[str]) -> int:
         return 2
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """how well a run's features tell classes apart: kNN, linear probe, effective rank"""
+    return _of_dataclass("evaluate", "fastjem.evaluation", argv)
+
+
+def export(argv: Sequence[str]) -> int:
+    """write a run's encoder as safetensors (and ONNX)"""
+    return _of_dataclass("export", "fastjem.export", argv)
+
+
+def demo(argv: Sequence[str]) -> int:
+    """train on the embedded data set for some minutes and compare with no training"""
+    return _of_dataclass("demo", "fastjem.demo", argv)
+
+
 def methods(argv: Sequence[str]) -> int:
     """what pretrain can train with"""
     Parser("fastjem methods", description=methods.__doc__).parse_args(argv)
-    for name, method in importlib.import_module("fastjem.methods").METHODS.items():
-        source = importlib.import_module(method.__module__).__doc__
-        print(f"{name:<14}{source.splitlines()[0]}")
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        print("fastjem methods: rich is not installed; pip install 'fastjem[pretrain]'", file=sys.stderr)
+        return 2
+    columns = ("method", "family", "what prevents the trivial solution", "needs", "options with defaults", "paper")
+    table = Table(*columns, show_lines=True)
+    for name, kind in importlib.import_module("fastjem.methods").METHODS.items():
+        table.add_row(name, kind.family, kind.prevents_collapse, _needs(kind), _options(kind), _paper(kind))
+    wide = Console() if sys.stdout.isatty() else Console(width=160)
+    wide.print(table)
     return 0
+
+
+def _needs(kind: Any) -> str:
+    queue = inspect.signature(kind).parameters.get("queue")
+    parts = {
+        "momentum encoder": kind.ema,
+        "queue": queue is not None and queue.default,
+        "multi-crop": kind.views.small,
+        "vision transformer": kind.views.mask,
+    }
+    return ", ".join(name for name, needed in parts.items() if needed) or "-"
+
+
+def _options(kind: Any) -> str:
+    """Keyword arguments that --options takes; facts of the run aren't options."""
+    given = {"group", "images", "steps_per_epoch", "steps"}
+    found = inspect.signature(kind).parameters.values()
+    return " ".join(f"{p.name}={p.default}" for p in found if p.kind is p.KEYWORD_ONLY and p.name not in given)
+
+
+def _paper(kind: Any) -> str:
+    return importlib.import_module(kind.__module__).__doc__.splitlines()[0].partition(": ")[2].rstrip(".")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": pretrain,
+    "evaluate": evaluate,
+    "export": export,
+    "demo": demo,
     "methods": methods,
     "doctor": doctor,
     "bench": bench,

@@ -48,29 +48,37 @@ SHAPES: dict[str, Shape] = {
 
 
 def picture(name: str, random: np.random.Generator) -> np.ndarray:
-    """[64, 64, 3] uint8: one to three of the named shape, over a background that knows nothing of it."""
+    """[64, 64, 3] uint8: a loose grid of the named shape, each in a colour of its own, over any background.
+
+    Many of them, so that a crop shows one too, and colours differ within a picture: the shape is what crops share.
+    """
     y, x = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE * 2 - 1
-    back, front = _colours(random)
-    image = back + _texture(x, y, random)[..., None] * random.uniform(-0.25, 0.25, 3)
+    back = random.uniform(0.2, 0.8, 3)
+    image = back + _texture(x, y, random)[..., None] * random.uniform(-0.15, 0.15, 3)
     for _ in range(random.integers(0, 4)):  # clutter: straight strokes
         angle, shift = random.uniform(0, np.pi), random.uniform(-1, 1)
         stroke = _ink(random.uniform(0.01, 0.05) - abs(np.cos(angle) * x + np.sin(angle) * y - shift))
         image += stroke * random.uniform(-0.35, 0.35, 3)
-    many = random.integers(1, 4)
-    for place in random.permutation(4)[:many]:
-        if many == 1:
-            radius, centre = random.uniform(0.4, 0.75), random.uniform(-0.35, 0.35, 2)
-        else:
-            radius = random.uniform(0.3, 0.46)
-            centre = np.array([place % 2, place // 2]) - 0.5 + random.uniform(-0.1, 0.1, 2)
-        turn, stretch = random.normal(0, 0.35), random.uniform(0.85, 1.18)
-        c, s = np.cos(turn) / radius, np.sin(turn) / radius
-        u, v = (x - centre[0]) * stretch, (y - centre[1]) / stretch
-        inside = _ink(SHAPES[name](c * u + s * v, c * v - s * u) * radius)
-        fill = front + _texture(x, y, random)[..., None] * random.uniform(-0.15, 0.15, 3)
-        image = image * (1 - inside) + fill * inside
+    cell = random.uniform(0.7, 0.95)
+    shift, slant = random.uniform(0, cell, 2), random.uniform(-0.5, 0.5)
+    for i in range(-1, 4):
+        for j in range(-1, 4):
+            centre = np.array([j + slant * i, i]) * cell - 1 + shift + random.uniform(-0.12, 0.12, 2) * cell
+            radius, turn, stretch = cell * random.uniform(0.34, 0.48), random.normal(0, 0.3), random.uniform(0.87, 1.15)
+            if abs(centre).max() > 1 + radius:
+                continue
+            c, s = np.cos(turn) / radius, np.sin(turn) / radius
+            near = tuple(
+                slice(*((centre[d] + [1 - 1.6 * radius, 1 + 1.6 * radius]) * SIZE / 2).clip(0, SIZE).astype(int))
+                for d in (1, 0)
+            )  # the part of the picture that it can touch
+            dx, dy = x[near], y[near]
+            u, v = (dx - centre[0]) * stretch, (dy - centre[1]) / stretch
+            inside = _ink(SHAPES[name](c * u + s * v, c * v - s * u) * radius)
+            fill = _against(back, random) + _texture(dx, dy, random)[..., None] * random.uniform(-0.1, 0.1, 3)
+            image[near] = image[near] * (1 - inside) + fill * inside
     light = 1 + random.uniform(-0.3, 0.3) * x + random.uniform(-0.3, 0.3) * y
-    image = image * light[..., None] + random.normal(0, random.uniform(0, 0.06), image.shape)
+    image = image * light[..., None] + random.normal(0, random.uniform(0, 0.05), image.shape)
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -79,12 +87,12 @@ def _ink(distance: np.ndarray) -> np.ndarray:
     return (distance * SIZE / 2 + 0.5).clip(0, 1)[..., None]
 
 
-def _colours(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours, either of them the lighter one, far enough apart to be seen in grey."""
+def _against(back: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A colour, lighter or darker, that can be told from `back` in grey too."""
     while True:
-        a, b = random.uniform(0.1, 0.9, (2, 3))
-        if abs((a - b) @ (0.3, 0.59, 0.11)) > 0.3:
-            return a, b
+        front = random.uniform(0, 1, 3)
+        if abs((front - back) @ (0.3, 0.59, 0.11)) > 0.3:
+            return front
 
 
 def _texture(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> np.ndarray:

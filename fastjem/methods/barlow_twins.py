@@ -12,6 +12,7 @@ from fastjem.methods._parts import Defaults, Parts, mlp
 class BarlowTwins(nn.Module):
     """The cross-correlation of the two views' dimensions, drawn to the identity."""
 
+    family, prevents_collapse = "decorrelation", "cross-correlation near the identity"
     views = Views(large=2, recipe="byol")
     ema: tuple[str, ...] = ()
     defaults = Defaults(

@@ -12,6 +12,7 @@ from fastjem.methods._parts import Defaults, Parts, mlp
 class BYOL(nn.Module):
     """A predictor of the momentum encoder's projection of the other view; no negatives."""
 
+    family, prevents_collapse = "self-distillation", "predictor and momentum encoder: the two sides differ"
     views = Views(large=2, recipe="byol")
     ema = ("encoder", "projector")
     asymmetric = True  # see fastjem.train.Alarm

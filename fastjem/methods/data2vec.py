@@ -14,6 +14,7 @@ class Data2Vec(nn.Module):
     encoder's representation of the whole image: the mean of its top layers, layer-normalised.
     """
 
+    family, prevents_collapse = "masked prediction", "normalised targets of a momentum encoder"
     views = Views(large=1, recipe="crop", mask=0.75)
     ema = ("encoder",)
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding

@@ -19,6 +19,7 @@ class DINO(nn.Module):
         and none otherwise. Without it a convolutional encoder's first logits hardly differ between images.
     """
 
+    family, prevents_collapse = "self-distillation", "centred and sharpened teacher"
     views = Views(large=2, small=8, recipe="dino")
     ema = ("encoder", "projector", "prototypes")
     defaults = Defaults(

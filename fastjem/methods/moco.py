@@ -15,6 +15,7 @@ class MoCo(nn.Module):
     No shuffling batch norm: keys and queries of one batch share no statistics, as the encoders are called apart.
     """
 
+    family, prevents_collapse = "contrastive", "a queue of earlier images pushes away"
     views = Views(large=2, recipe="moco")
     ema = ("encoder", "projector")
     defaults = Defaults("sgd", 0.03, 1e-4, momentum=0.999, final_momentum=0.999, warmup_epochs=0,

@@ -17,6 +17,7 @@ class SwAV(nn.Module):
     batches that are small beside the prototypes).
     """
 
+    family, prevents_collapse = "clustering", "Sinkhorn's codes use all prototypes equally"
     views = Views(large=2, small=6, recipe="swav")
     ema: tuple[str, ...] = ()
     defaults = Defaults("lars", 1.2, 1e-6, source="main_swav.py: base_lr 4.8, final_lr 0.0048, wd 1e-6, batch 4096")
