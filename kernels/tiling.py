@@ -76,10 +76,12 @@ def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
     return block and {"BLOCK_D": block} | _tile(64 if block > 128 else 128, 64, 8, 2)
 
 
-def similarity_owner(width: int, dtype: torch.dtype) -> dict | None:
+def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | None:
     """Gradients of rows; None: too wide for registers."""
     block = _whole(width, dtype)
-    return block and {"BLOCK_D": block} | _tile(128, 64, 8, 2)
+    return block and {"BLOCK_D": block} | (
+        _tile(128, 64, 8, 2) if block > 128 else _tile(64, 32 if running else 64, 4, 2)
+    )
 
 
 def similarity_weights(dtype: torch.dtype) -> dict:
