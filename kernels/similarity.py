@@ -15,7 +15,7 @@ A bounded similarity (unit rows, temperatures of 0.0128 and more) needs no runni
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -240,7 +240,7 @@ def add_weighted(
     """With `upper` the rows' own walk has done both halves, and nobody asks for `sum(G * similarities)`."""
     a_state, b_state = (states(x, logits.factor, logits.pivot, logits.running) for x in (a_lse, b_lse))
     b_sum, with_dots = None if upper else b_sum, b_lse is not None and not upper
-    tile = tiling.similarity_owner(a.shape[1], a.dtype)
+    tile = tiling.similarity_owner(a.shape[1], a.dtype, logits.running)
     if tile is None or (a_sum is None and b_sum is None):
         return _add_weighted_bands(a, b, logits, place, a_state, b_state, a_sum, b_sum, with_dots)
     row_dots = None

@@ -64,9 +64,9 @@ def _whole(width: int, dtype: torch.dtype) -> int | None:
 def similarity_sums(width: int, dtype: torch.dtype, columns: bool) -> dict:
     """Log-sum-exps of rows, and of `columns`. BM is a multiple of BN."""
     if block := _whole(width, dtype):
-        return {"WHOLE": True, "BLOCK_D": block} | _tile(128, 128 if block <= 128 else 64, 8, 2)
+        return {"WHOLE": True, "BLOCK_D": block} | _tile(128, 64, 8, 2)
     if dtype.itemsize == 2:
-        return {"WHOLE": False, "BLOCK_D": 64} | _tile(128, 128, 8, 3)
+        return {"WHOLE": False, "BLOCK_D": 64} | _tile(128, 64, 8, 3)  # 128 x 128 spills beside two exponentials
     return {"WHOLE": False, "BLOCK_D": 32} | _tile(64, 64, 4, 2)
 
 
@@ -76,10 +76,12 @@ def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
     return block and {"BLOCK_D": block} | _tile(64 if block > 128 else 128, 64, 8, 2)
 
 
-def similarity_owner(width: int, dtype: torch.dtype) -> dict | None:
+def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | None:
     """Gradients of rows; None: too wide for registers."""
     block = _whole(width, dtype)
-    return block and {"BLOCK_D": block} | _tile(128, 64, 8, 2)
+    return block and {"BLOCK_D": block} | (
+        _tile(128, 64, 8, 2) if block > 128 else _tile(64, 32 if running else 64, 4, 2)
+    )
 
 
 def similarity_weights(dtype: torch.dtype) -> dict:

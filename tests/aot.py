@@ -21,12 +21,17 @@ import torch
 import triton
 from fastjem.kernels import (
     barlow_twins,
+    clip_loss,
     cross_entropy,
     ema_update,
+    info_nce,
     launch,
+    nearest_neighbors,
     negative_cosine,
+    nt_xent,
     prototype_cross_entropy,
     rescale,
+    siglip_loss,
     sinkhorn,
     vicreg,
 )
@@ -173,6 +178,48 @@ def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple
     return Case("negative_cosine", f"N x {d}" + ("" if all(wanted) else " p only"), dtype, call, vectors)
 
 
+def _nt_xent(d: int, dtype: str, temperature: float = 0.5) -> Case:
+    def call() -> None:
+        z, lse = torch.zeros(2, 300, d, dtype=DTYPES[dtype]), torch.zeros(2, 300, dtype=torch.float64)
+        nt_xent.nt_xent(z, z, 0, temperature, False, True)
+        nt_xent.nt_xent_backward(z, z, lse, lse, None, 0, temperature, False, True)
+
+    return Case("nt_xent", f"2 x N x {d} tau {temperature:g}", dtype, call, wgmma=True)
+
+
+def _info_nce(d: int, dtype: str) -> Case:
+    def call() -> None:
+        q, k = torch.zeros(300, d, dtype=DTYPES[dtype]), torch.zeros(3000, d, dtype=DTYPES[dtype])
+        info_nce.info_nce(q, q, k, -300, 0.1, [True, True, False])
+
+    return Case("info_nce", f"N x K x {d}", dtype, call, wgmma=True)
+
+
+def _clip_loss(d: int, dtype: str) -> Case:
+    def call() -> None:
+        x, scale = torch.zeros(300, d, dtype=DTYPES[dtype]), torch.ones(())
+        *_, x_lse, y_lse = clip_loss.clip_loss(x, x, scale, 0)
+        clip_loss.clip_loss_backward(x, x, scale, x_lse, y_lse, 0, [True, True])
+
+    return Case("clip_loss", f"N x {d}", dtype, call, wgmma=True)
+
+
+def _siglip_loss(d: int, dtype: str) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        siglip_loss.siglip_loss(x, x, torch.ones(()), torch.ones(()), 0, [True, True])
+
+    return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
+
+
+def _nearest_neighbors(d: int, dtype: str) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        nearest_neighbors.nearest_neighbors(x, x)
+
+    return Case("nearest_neighbors", f"N x K x {d}", dtype, call, wgmma=True)
+
+
 def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
     def call() -> None:
         z0, z1 = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(n, d, dtype=DTYPES[dtype])
@@ -203,6 +250,15 @@ def _prototype_cross_entropy(s: int, t: int, k: int, dtype: str, pairs: str, vec
 
 
 CASES = [
+    # the shapes of the goals: SimCLR at D = 128 and 256, MoCo, CLIP; a running maximum; float32
+    _nt_xent(128, "bf16"),
+    _nt_xent(256, "bf16"),
+    _nt_xent(128, "fp16", 0.01),
+    _nt_xent(128, "fp32", 0.01),
+    _info_nce(128, "bf16"),
+    _clip_loss(512, "bf16"),
+    _siglip_loss(512, "bf16"),
+    _nearest_neighbors(128, "bf16"),
     _sinkhorn(3000, "bf16", (1, 0)),
     _sinkhorn(3000, "fp32", (1, 0)),
     _sinkhorn(65_536, "bf16", (1, 0)),

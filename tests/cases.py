@@ -502,6 +502,7 @@ LOSSES = [
     _info_nce(1, 1, 5, 0.1),
     _info_nce(7, 2100, 128, 0.1, interpreted=False),
     _info_nce(12, 40, 24, 0.01, differentiable=3),
+    _info_nce(1100, 600, 8, 0.01, interpreted=False),  # more than one tile, each with a running maximum
     _info_nce(9, 30, 16, 0.1, differentiable=3, offset=4),
     _info_nce(12, 100, 32, 0.2),
     _info_nce(12, 50, 17, 0.07, differentiable=3),

@@ -52,6 +52,7 @@ CPU = [
     Mutation("negative_cosine", "csrc/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),
     Mutation("ema_update_", "csrc/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
     Mutation("nt_xent", "csrc/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
+    Mutation("info_nce", "csrc/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
     Mutation("siglip_loss", "csrc/similarity.h", "sum += g - s[own]", "sum += g"),
     Mutation(
         "prototype_cross_entropy", "csrc/prototype_cross_entropy.h", "- y[j] * target", "- 0.999f * y[j] * target"
@@ -65,6 +66,7 @@ CPU = [
     Mutation("vicreg", "csrc/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [
+    Mutation("nt_xent", "kernels/similarity_gradients.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
     Mutation("ema_update_", "kernels/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
 ]
 
