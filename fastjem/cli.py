@@ -35,12 +35,28 @@ def bench(argv: Sequence[str]) -> int:
 
 def pretrain(argv: Sequence[str]) -> int:
     """train an encoder on a folder of images"""
+    return _of_dataclass("pretrain", "fastjem.pretrain", argv)
+
+
+def report(argv: Sequence[str]) -> int:
+    """what a run did, or several side by side, on one page"""
+    return _of_dataclass("report", "fastjem.report.page", argv)
+
+
+def views(argv: Sequence[str]) -> int:
+    """what a method's augmentations do to your own images, as a picture"""
+    return _of_dataclass("views", "fastjem.report.views", argv)
+
+
+def _of_dataclass(command: str, module: str, argv: Sequence[str]) -> int:
+    """The module's dataclass `Config` says the options, its function `main(config)` gives the exit code."""
     try:
-        return importlib.import_module("fastjem.arguments").main(list(argv))
+        arguments, code = (importlib.import_module(name) for name in ("fastjem.arguments", module))
+        return arguments.run(code.Config, command, code.main, argv)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "fastjem":
             raise
-        print(f"fastjem pretrain: {error.name} is not installed; pip install 'fastjem[pretrain]'", file=sys.stderr)
+        print(f"fastjem {command}: {error.name} is not installed; pip install 'fastjem[pretrain]'", file=sys.stderr)
         return 2
 
 
@@ -55,6 +71,8 @@ def methods(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": pretrain,
+    "report": report,
+    "views": views,
     "methods": methods,
     "doctor": doctor,
     "bench": bench,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjem import checkpoints, dist, encoders, optim
+from fastjem.data import shapes
 from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader, normalise
 from fastjem.data.views import Views
@@ -33,8 +34,8 @@ Option = bool | int | float | str
 class Config:
     """Everything a run depends on. A field that is None takes the method's default (docs/methods.md)."""
 
-    data: str = field(metadata={"help": "folder of images, nested or flat"})
     out: str = field(metadata={"help": "folder of the run"})
+    data: str = field(default="", metadata={"help": "folder of images, nested or flat; none: the embedded data set"})
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
     image_size: int = 224
@@ -98,16 +99,23 @@ def pretrain(config: Config | None = None, *, encoder: nn.Module | None = None, 
         for name in fields:
             if name not in known:
                 raise nearest("option", name, known)
-        if missing := [name for name in ("data", "out") if name not in fields]:
-            raise UserError(f"pretrain needs {' and '.join(missing)}")
+        if "out" not in fields:
+            raise UserError("pretrain needs out")
         config = Config(**fields)
     check(config)
+    if not config.data:
+        config = dataclasses.replace(config, data=str(shapes.folder() / "train"))
     ranks = dist.join(config.device)
     try:
         with Stop() as stop:
             return run(config, ranks, encoder, stop)
     finally:
         dist.leave(ranks)
+
+
+def main(config: Config) -> int:
+    """The command; 130 for a run that was asked to stop, in order, with everything saved."""
+    return 0 if pretrain(config).finished else 130
 
 
 def check(config: Config) -> None:

@@ -21,6 +21,7 @@ from fastjem import checkpoints, encoders  # noqa: E402
 from fastjem.arguments import parse  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
+from fastjem.pretrain import Config  # noqa: E402
 
 TINY = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -218,7 +219,7 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
     base = ["--data", images, "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--batch-size", "16"]
     tiny = [*base, "--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16"]
     for arguments, words in (
-        (["--out", "x"], ["--data"]),
+        (["--data", "x"], ["--out"]),
         ([*tiny, "--batch-size", "16", "--small-views", "2"], ["simclr compares exactly 2"]),
         (["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "r1")], ["not a folder"]),
         (["--data", str(tmp_path / "empty"), "--out", str(tmp_path / "r2")], ["no images", ".jpg", ".webp"]),
@@ -263,7 +264,8 @@ def test_unreadable_files_are_named_and_the_run_goes_on(tmp_path: Path, capsys: 
 
 
 def test_the_command_line_is_the_dataclass() -> None:
-    config = parse(["--data", "a", "--out", "b", "--options", "temperature=0.2", "queue=8", "--no-blur", "--seed", "3"])
+    line = "--data a --out b --options temperature=0.2 queue=8 --no-blur --seed 3"
+    config = parse(Config, "pretrain", line.split())
     assert config.options == {"temperature": 0.2, "queue": 8} and config.blur is False and config.seed == 3
     with pytest.raises(UserError, match="did you mean image_size"):
         fastjem.pretrain(data="a", out="b", imagesize=3)
