@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each imports only from what stands before it, and from BESIDE; BESIDE knows nothing from `methods` on.
-CHAIN = ("kernels", "ops", "functional", "nn", "methods", "train", "report", "pretrain", "cli", "__main__")
+CHAIN = ("kernels", "ops", "functional", "nn", "methods", "train", "report", "progress", "pretrain", "cli", "__main__")
 BESIDE = (
     "arguments",
     "data",
