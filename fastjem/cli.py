@@ -39,6 +39,16 @@ def pretrain(argv: Sequence[str]) -> int:
     return _of_dataclass("pretrain", "fastjem.pretrain", argv)
 
 
+def report(argv: Sequence[str]) -> int:
+    """what a run did, or several side by side, on one page"""
+    return _of_dataclass("report", "fastjem.report.page", argv)
+
+
+def views(argv: Sequence[str]) -> int:
+    """what a method's augmentations do to your own images, as a picture"""
+    return _of_dataclass("views", "fastjem.report.views", argv)
+
+
 def _of_dataclass(command: str, module: str, argv: Sequence[str]) -> int:
     """The module's dataclass `Config` says the options, its function `main(config)` gives the exit code."""
     try:
@@ -111,6 +121,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "export": export,
     "demo": demo,
+    "report": report,
+    "views": views,
     "methods": methods,
     "doctor": doctor,
     "bench": bench,

@@ -19,6 +19,7 @@ CHAIN = (
     "methods",
     "train",
     "report",
+    "progress",
     "pretrain",
     "runs",
     "export",

@@ -18,6 +18,7 @@ from PIL import Image  # noqa: E402
 
 import fastjem  # noqa: E402
 from fastjem import checkpoints, report  # noqa: E402
+from fastjem.cli import main  # noqa: E402
 from fastjem.data.folder import ImageFolder  # noqa: E402
 from fastjem.data.loader import ViewLoader  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
@@ -315,3 +316,24 @@ def test_names_tell_runs_apart(run: Path) -> None:
     assert page.names_of(runs) == ["one/a", "two/a", "two/b"]
     assert page.names_of(runs[1:]) == ["a", "b"]
     assert page.names_of(runs[:1] * 2) == ["1: a", "2: a"]
+
+
+def test_commands(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(run)]) == 0 and capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert main(["report", str(run), str(run)]) == 0 and "1: a" in words(tmp_path / "report.html")
+    data = json.loads((run / "config.yaml").read_text())["data"]
+    assert main(["views", "--data", data, "--method", "byol", "--image-size", "32", "--no-blur"]) == 0
+    assert (tmp_path / "views.png").exists()
+    capsys.readouterr()
+    for line, says in (
+        (["report"], "needs RUNS"),
+        (["report", "nowhere"], "no run in nowhere"),
+        (["views", "--data", data, "--method", "dyno"], "did you mean dino"),
+        (["views", "--data", data, "--sead", "1"], "did you mean --seed"),
+    ):
+        assert main(line) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and says in error, error

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,28 @@ from fastjem.report.run import spread
 GREY, PAPER, INK = (128, 128, 128), (255, 255, 255), (40, 40, 40)
 MARGIN, LINE = 8, 20  # pixels
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass
+class Config:
+    """What a method's augmentations do to your own images: a picture, rows images, columns views."""
+
+    data: str = field(metadata={"help": "folder of images, nested or flat"})
+    out: str = field(default="views.png", metadata={"help": "the picture"})
+    method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
+    recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
+    image_size: int = 224
+    images: int = 6
+    small_views: int | None = field(default=None, metadata={"help": "multi-crop's small views"})
+    blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
+    patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
+    seed: int = field(default=0, metadata={"help": "the run's"})
+    epoch: int = field(default=0, metadata={"help": "the run's"})
+
+
+def main(config: Config) -> int:
+    print(draw_views(**dataclasses.asdict(config)))
+    return 0
 
 
 @dataclass(frozen=True)
