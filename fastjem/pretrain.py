@@ -118,8 +118,7 @@ def pretrain(config: Config | None = None, *, encoder: nn.Module | None = None, 
 
 
 def main(config: Config) -> int:
-    """The command; 130 for a run that was asked to stop, in order, with everything saved."""
-    return 0 if pretrain(config).finished else 130
+    return 0 if pretrain(config).finished else 130  # stopped as asked to, with everything saved
 
 
 def check(config: Config) -> None:

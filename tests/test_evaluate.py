@@ -11,11 +11,11 @@ from images import make_folder
 
 for package in ("timm", "torchvision", "safetensors", "tyro", "sklearn"):
     pytest.importorskip(package)
-import fastjem
-from fastjem.cli import main
-from fastjem.data import shapes
-from fastjem.data.folder import ImageFolder
-from fastjem.evaluate import Probe, embed, knn, moments, rankme
+import fastjem  # noqa: E402
+from fastjem.cli import main  # noqa: E402
+from fastjem.data import shapes  # noqa: E402
+from fastjem.data.folder import ImageFolder  # noqa: E402
+from fastjem.evaluate import Probe, embed, knn, moments, rankme  # noqa: E402
 
 CPU = ["--device", "cpu", "--workers", "0"]
 
@@ -84,7 +84,16 @@ def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["test"].endswith("test") and found["test_images"] == 48 and found["step"] == 1
     assert set(found["features"]) == {"encoder", "projector"}
     encoder = found["features"]["encoder"]
-    assert encoder["knn"] > 0.5 and encoder["linear_probe"] > 0.5 and 1 <= encoder["rankme"] <= 96
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    exported = fastjem.load_encoder(str(run / "encoder.safetensors"))
+    (x, labels), (q, truth) = (embed(exported, ImageFolder(run.parent / part), 32) for part in ("train", "test"))
+    assert encoder["knn"] == pytest.approx((knn(x, labels, q) == truth).double().mean().item())
+    scaler = StandardScaler().fit(x.double())
+    probe = LogisticRegression(C=1 / (len(x) * 1e-3), max_iter=5000).fit(scaler.transform(x.double()), labels)
+    assert encoder["linear_probe"] == pytest.approx(probe.score(scaler.transform(q.double()), truth), abs=0.05)
+    assert 1 <= encoder["rankme"] <= encoder["dimensions"] == x.shape[1]
     assert "projector" in table and f"{encoder['knn']:.1%}" in table
 
 
