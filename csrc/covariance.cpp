@@ -19,8 +19,10 @@ struct ThroughStandardise {
   Dtype dtype;
   const void *product, *own, *other;  // [rows, width] wide each
   int64_t rows, width;
-  double factor;
+  double factor, scale;         // of the product, of the result
   const double *weights, *std;  // [width]
+  const double* diagonal;       // [width]: means over rows of own * other
+  const double* dots;           // [width]: sums over rows of product * own, or null
   void* out;                    // [rows, width]; may be `product`
 };
 
@@ -41,6 +43,11 @@ struct Dot {
   const void *x, *y;
 };
 
+constexpr int64_t MAX_BLOCK = 256;
+
+// Columns at a time: the fewer the rows, the more, as each row's piece is a jump in memory.
+inline int64_t block_of(int64_t rows) { return std::max<int64_t>(64, std::min(MAX_BLOCK, 65536 / rows / 64 * 64)); }
+
 }  // namespace fastjem
 
 #define FASTJEM_KERNEL "covariance.h"
@@ -48,13 +55,11 @@ struct Dot {
 
 namespace fastjem {
 
-constexpr int64_t BLOCK = 64;
-
 template <class F>
 static void for_columns(int64_t rows, int64_t width, int threads, F&& f) {  // parts of whole blocks
-  const int64_t blocks = (width + BLOCK - 1) / BLOCK;
-  parallel_for(blocks, 1 + 32768 / (rows * BLOCK), threads,
-               [&](int64_t begin, int64_t end) { f(begin * BLOCK, std::min(end * BLOCK, width)); });
+  const int64_t step = block_of(rows), blocks = (width + step - 1) / step;
+  parallel_for(blocks, 1 + 32768 / (rows * step), threads,
+               [&](int64_t begin, int64_t end) { f(begin * step, std::min(end * step, width)); });
 }
 
 static void standardise(int dtype, uintptr_t x, int64_t stride, int64_t rows, int64_t width, double divisor, double eps,
@@ -76,7 +81,8 @@ static void standardise(int dtype, uintptr_t x, int64_t stride, int64_t rows, in
 }
 
 static void through_standardise(int dtype, uintptr_t product, uintptr_t own, uintptr_t other, int64_t rows, int64_t width,
-                                double factor, uintptr_t weights, uintptr_t std, uintptr_t out, int threads) {
+                                double factor, double scale, uintptr_t weights, uintptr_t std, uintptr_t diagonal,
+                                uintptr_t dots, uintptr_t out, int threads) {
   const ThroughStandardise problem{static_cast<Dtype>(dtype),
                                    reinterpret_cast<const void*>(product),
                                    reinterpret_cast<const void*>(own),
@@ -84,8 +90,11 @@ static void through_standardise(int dtype, uintptr_t product, uintptr_t own, uin
                                    rows,
                                    width,
                                    factor,
+                                   scale,
                                    reinterpret_cast<const double*>(weights),
                                    reinterpret_cast<const double*>(std),
+                                   reinterpret_cast<const double*>(diagonal),
+                                   reinterpret_cast<const double*>(dots),
                                    reinterpret_cast<void*>(out)};
   for_columns(rows, width, threads,
               [&](int64_t begin, int64_t end) { FASTJEM_BEST(through_standardise_columns(problem, begin, end)); });

@@ -69,22 +69,26 @@ def barlow_twins(
         return reference.barlow_twins(z0, z1, lambda_param, statistics, wanted)
     z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape
     a, a_std, _ = _standardised(z0, n, 1e-5, True)
-    b, b_std, diagonal = _standardised(z1, n, 1e-5, True, a)
-    diagonal /= n
+    b, b_std, dots = _standardised(z1, n, 1e-5, True, a if n < d else None)
     if n < d:
-        squares = [_symmetric(a), _symmetric(b)]
-        total = _dot(*squares)
+        squares, dots_of_products = [_symmetric(a), _symmetric(b)], [None, None]
+        diagonal, total = dots / n, _dot(*squares)
     else:
         cross = torch.mm(a.T, b)
-        squares = [cross]
-        total = _dot(cross, cross)
+        squares, total = [cross], _dot(cross, cross)
         diagonal = cross.diagonal().double() / n  # the same numbers as in the total, which they are taken from
+        # the columns of b C^T have with those of a the dots (C C^T)_ii
+        squared = cross.square()
+        dots_of_products = [squared.sum(i).double() for i in (1, 0)]
+        del squared
     off_diagonal = total / n**2 - diagonal.square().sum()
     loss = (diagonal - 1).square().sum() + lambda_param * off_diagonal
 
     rank = ((diagonal.sum() * n).square() / total).expand(2, 1)
     health = [torch.cat([torch.stack([a_std, b_std]), rank], 1).to(dtype)] if statistics else []
     weights = (1 - lambda_param) * diagonal - 1
+    scale = 2 / n
+    in_gradient = scale if z0.dtype == dtype else 1.0  # half precision can't hold the scaled gradient
     gradients = [_gradient(z0, wanted[0]), _gradient(z1, wanted[1])]
     sides = ((z0, a, a_std, b), (z1, b, b_std, a))
     for i, (z, own, std, other) in enumerate(sides):
@@ -103,13 +107,16 @@ def barlow_twins(
             n,
             d,
             lambda_param / n,
+            in_gradient,
             _address(weights),
             _address(std),
+            _address(diagonal),
+            0 if dots_of_products[i] is None else _address(dots_of_products[i]),
             _address(gradients[i]),
             torch.get_num_threads(),
         )
     health += squares if statistics > 1 else []
-    return loss.to(dtype), gradients, torch.full((), 2 / n, dtype=dtype), health
+    return loss.to(dtype), gradients, torch.full((), scale / in_gradient, dtype=dtype), health
 
 
 def vicreg(
@@ -127,6 +134,7 @@ def vicreg(
     z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape
     gradients = [_gradient(z0, wanted[0]), _gradient(z1, wanted[1])]
     factor = 4 * nu_param * n / (n - 1) ** 2 / d
+    in_gradient = 1 / n if z0.dtype == dtype else 1.0  # half precision can't hold the scaled gradient
     loss, views, kept, health, squares = 0.0, [], [], [], []
     for z, gradient in zip((z0, z1), gradients, strict=True):
         centred, std, _ = _standardised(z, n - 1, eps, False)
@@ -152,6 +160,7 @@ def vicreg(
         else:
             torch.mm(centred, square.fill_diagonal_(0), out=product)
             square.diagonal().copy_(diagonal)
+        weights *= in_gradient
         views.append((_address(centred), _address(product), _address(weights), _address(gradient)))
         kept.append((centred, product, weights))
     distances = _C.vicreg(
@@ -163,10 +172,10 @@ def vicreg(
         n,
         d,
         views,
-        factor,
-        2 * lambda_param / d,
+        factor * in_gradient,
+        2 * lambda_param / d * in_gradient,
         torch.get_num_threads(),
     )
     loss = loss + lambda_param * distances / (n * d)
     of_views = [torch.stack(health).to(dtype)] if statistics else []
-    return loss.to(dtype), gradients, torch.full((), 1 / n, dtype=dtype), of_views + squares
+    return loss.to(dtype), gradients, torch.full((), 1 / n / in_gradient, dtype=dtype), of_views + squares

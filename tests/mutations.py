@@ -57,9 +57,7 @@ CPU = [
     Mutation(
         "prototype_cross_entropy", "csrc/prototype_cross_entropy.h", "- y[j] * target", "- 0.999f * y[j] * target"
     ),
-    Mutation(
-        "barlow_twins", "csrc/covariance.h", "- own[i * p.width + j] * along[j]", "- own[i * p.width + j] * mean[j]"
-    ),
+    Mutation("barlow_twins", "csrc/covariance.h", "- own[at] * of_own[j]", "+ own[at] * of_own[j]"),
     Mutation("regression", "csrc/regression.h", "size < beta ?", "size < 2 * beta ?"),
     Mutation("characteristic", "csrc/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
     Mutation("characteristic", "csrc/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"),
