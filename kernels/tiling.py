@@ -114,10 +114,7 @@ def prototype_head(width: int, dtype: torch.dtype) -> dict:
     """
     largest = {8: 32, 4: 64, 2: 256 if width <= 256 else 128}[dtype.itemsize]
     block = min(largest, max(16, _next_power_of_2(width)))
-    if dtype.itemsize > 2:
-        tile = (32, 16, 4, 1)
-    else:
-        tile = (64, 32, 8, 1) if width > block else (128, 32, 8, 2)
+    tile = (32, 16, 4, 1) if dtype.itemsize > 2 else (64, 32, 8, 1) if width > block else (128, 32, 8, 2)
     chunks = {"BLOCK_D": block, "CHUNKS": -(-width // block)}
     return chunks | dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
 

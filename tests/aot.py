@@ -210,7 +210,7 @@ def _prototype_head(d: int, dtype: str) -> Case:
             [*x, w], x, w, 0.1, 0.04, torch.zeros(300), "different", None, [True] * 3
         )
 
-    return Case("prototype_head_cross_entropy", f"N x {d} x K", dtype, call, (1, 0), wgmma=dtype != "fp64")
+    return Case("prototype_head_cross_entropy", f"N x {d} x K", dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
 
 
 CASES = [
