@@ -297,7 +297,7 @@ def _attend(
     """(lse [parts, V N], means [parts, V N, D] or None, parts) of rows [V N, D]; bias [V, K] or None."""
     (rows, d), k, compute = x.shape, len(keys), launch.compute_dtype(x.dtype)
     views = 1 if bias is None else len(bias)
-    tile = tiling.prototype_head(d, x.dtype)
+    tile = tiling.prototype_head(d, x.dtype, owner=False)
     chunks = tile["CHUNKS"] = tile["CHUNKS"] if wanted else 1
     row_blocks, key_blocks = triton.cdiv(rows // views, tile["BM"]), triton.cdiv(k, tile["BN"])
     per_part = triton.cdiv(key_blocks, _parts(row_blocks * views, key_blocks, chunks))
@@ -398,7 +398,7 @@ def prototype_head_cross_entropy(
 
     of_prototypes = prototypes.new_empty(0)
     if wanted[-1]:
-        tile = tiling.prototype_head(d, dtype)
+        tile = tiling.prototype_head(d, dtype, owner=True)
         k, chunks = len(own), tile["CHUNKS"]
         blocks = triton.cdiv(k, tile["BM"])
         parts = _parts(blocks, triton.cdiv(views * b, tile["BN"]), chunks)

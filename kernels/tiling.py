@@ -106,15 +106,19 @@ def teacher_statistics(dtype: torch.dtype) -> dict:
 HEAD_PROGRAMS = 264  # two an SM of an H200, whatever GPU it is: the bits depend on it
 
 
-def prototype_head(width: int, dtype: torch.dtype) -> dict:
+def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
     """Rows of 256 half-precision numbers and their sum take a program's registers and its tiles half the shared memory.
 
     A block of 64 prototypes would read its rows half as often, and spills 4 to 10 instructions on sm_90 and sm_100.
-    Float32 takes three products for one, and their operands as many registers.
+    Float32 takes three products for one, and their operands as many registers: 32 x 32 spills on sm_80 in the kernel
+    that owns prototypes (`owner`), 32 x 16 on sm_90 in the other.
     """
     largest = {8: 32, 4: 64, 2: 256 if width <= 256 else 128}[dtype.itemsize]
     block = min(largest, max(16, _next_power_of_2(width)))
-    tile = (32, 16, 4, 1) if dtype.itemsize > 2 else (64, 32, 8, 1) if width > block else (128, 32, 8, 2)
+    if dtype.itemsize > 2:
+        tile = (32, 16 if owner or dtype.itemsize > 4 else 32, 4, 1)
+    else:
+        tile = (64, 32, 8, 1) if width > block else (128, 32, 8, 2)
     chunks = {"BLOCK_D": block, "CHUNKS": -(-width // block)}
     return chunks | dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
 
