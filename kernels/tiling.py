@@ -110,10 +110,10 @@ def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
     """Rows of 256 half-precision numbers and their sum take a program's registers and its tiles half the shared memory.
 
     A block of 64 prototypes would read its rows half as often, and spills 4 to 10 instructions on sm_90 and sm_100.
-    Float32 takes three products for one, and their operands as many registers: 32 x 32 spills on sm_80 in the kernel
-    that owns prototypes (`owner`), 32 x 16 on sm_90 in the other.
+    Float32 takes three products for one, and their operands as many registers: 64 columns, or 32 x 32
+    on sm_80, spill in the kernel that owns prototypes (`owner`).
     """
-    largest = {8: 32, 4: 64, 2: 256 if width <= 256 else 128}[dtype.itemsize]
+    largest = {8: 32, 4: 32 if owner else 64, 2: 256 if width <= 256 else 128}[dtype.itemsize]
     block = min(largest, max(16, _next_power_of_2(width)))
     if dtype.itemsize > 2:
         tile = (32, 16 if owner or dtype.itemsize > 4 else 32, 4, 1)
