@@ -110,13 +110,13 @@ def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
     """Rows of 256 half-precision numbers and their sum take a program's registers and its tiles half the shared memory.
 
     A block of 64 prototypes would read its rows half as often, and spills 4 to 10 instructions on sm_90 and sm_100.
-    Float32 takes three products for one, and their operands as many registers: 64 columns, or 32 x 32
-    on sm_80, spill in the kernel that owns prototypes (`owner`).
+    Float32 takes three products for one, and their operands as many registers: 64 columns, or 4
+    warps on sm_80, spill in the kernel that owns prototypes (`owner`).
     """
     largest = {8: 32, 4: 32 if owner else 64, 2: 256 if width <= 256 else 128}[dtype.itemsize]
     block = min(largest, max(16, _next_power_of_2(width)))
     if dtype.itemsize > 2:
-        tile = (32, 16 if owner or dtype.itemsize > 4 else 32, 4, 1)
+        tile = (32, 16 if dtype.itemsize > 4 else 32, 8 if owner and dtype.itemsize == 4 else 4, 1)
     else:
         tile = (64, 32, 8, 1) if width > block else (128, 32, 8, 2)
     chunks = {"BLOCK_D": block, "CHUNKS": -(-width // block)}
