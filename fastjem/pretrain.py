@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fastjem.report import Watch
 from fastjem.train import Step, check_encoder, loop
 
 Option = bool | int | float | str
+ENCODER = "encoder.safetensors"
 
 
 @dataclass
@@ -45,7 +46,9 @@ class Config:
     accumulate: int = field(default=1, metadata={"help": "batches that make one optimiser step"})
     max_steps: int = field(default=0, metadata={"help": "end after so many steps; 0: after the epochs"})
     optimizer: str | None = field(default=None, metadata={"help": " | ".join(optim.OPTIMIZERS)})
-    learning_rate: float | None = field(default=None, metadata={"help": "for 256 images; grows with the batch"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "for 256 images; grows with the batch, or its root"}
+    )
     weight_decay: float | None = None
     warmup_epochs: float | None = field(default=None, metadata={"help": "at most a tenth of the run"})
     clip: float | None = field(default=None, metadata={"help": "the gradient's largest norm; 0: no clipping"})
@@ -161,10 +164,10 @@ class Stop:
             signal.signal(number, handler)
 
 
-def build_method(config: Config, width: int, images: int, steps_per_epoch: int, steps: int, group: Any) -> nn.Module:
+def build_method(config: Config, width: int, facts: dict[str, Any]) -> nn.Module:
+    """`facts` of the run that a method may ask for by an argument's name; the other arguments are the user's."""
     kind = METHODS[config.method]
     accepted = list(inspect.signature(kind).parameters)[1:]
-    facts = {"images": images, "steps_per_epoch": steps_per_epoch, "steps": steps, "group": group}
     own = [name for name in accepted if name not in facts]
     for name in config.options:
         if name not in own:
@@ -191,6 +194,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     steps = config.max_steps or per_epoch * config.epochs
 
     torch.manual_seed(config.seed)
+    named = encoder is None  # else only its owner can build it again
     if encoder is None:
         pool = getattr(kind, "pool", None)
         encoder = encoders.create(
@@ -212,14 +216,18 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
     encoder = encoder.to(ranks.device)
+    layout = encoders.memory_format(encoder)
     try:
         sample = next(iter(ViewLoader(folder, specs, batch=min(config.batch_size, 16), seed=config.seed, stop=1)))
-        width = check_encoder(encoder, normalise(sample.views, specs, ranks.device)[0])
+        width = check_encoder(encoder, normalise(sample.views, specs, ranks.device, layout)[0])
     except RuntimeError as error:
         raise UserError(f"the encoder can't take {config.image_size} x {config.image_size} images: {error}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
-    method = build_method(config, width, len(folder), per_epoch, steps, ranks.group).to(ranks.device)
+    batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
+    facts = {"images": len(folder), "steps_per_epoch": per_epoch, "steps": steps, "group": ranks.group,
+             "batch_norm": batch_norm}  # fmt: skip
+    method = build_method(config, width, facts).to(ranks.device)
     try:
         step = Step(encoder, method, config.momentum_encoder).to(ranks.device)
     except ValueError as error:
@@ -229,7 +237,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         value = getattr(config, name)
         return getattr(defaults, name) if value is None else value
 
-    rate = chosen("learning_rate") * config.batch_size * config.accumulate / 256
+    rate = optim.scaled(chosen("optimizer"), chosen("learning_rate"), config.batch_size * config.accumulate)
     momentum = config.momentum if config.momentum is not None else min(defaults.momentum, max(1 - 10 / steps, 0.9))
     schedule = optim.Schedule(
         steps=steps,
@@ -245,7 +253,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     groups = optim.parameter_groups(step, getattr(kind, "constant_rate", ()))
     optimizer = optim.build(chosen("optimizer"), groups)
     if state:
-        if start >= steps:
+        if start > steps or (start == steps and (out / ENCODER).exists()):
             raise UserError(f"the run in {out} is already at its end, step {start}; --epochs says how long it is")
         step.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -260,6 +268,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     if config.compile:
         model = torch.compile(model)
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
+    reporter.bad.update(state.get("unreadable", ()) if state else ())
     facts = {"steps": steps, "steps_per_epoch": per_epoch, "patch": encoders.patch_size(encoder), "ranks": ranks.size}
     watch = Watch(
         out, folder, config.image_size, facts, start=start, every=config.knn_every, page=config.report, say=reporter.say
@@ -273,7 +282,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
             if batch is None:
                 return
             reporter.unreadable(batch.unreadable)
-            yield normalise(batch.views, specs, ranks.device), time.perf_counter() - begin
+            yield normalise(batch.views, specs, ranks.device, layout), time.perf_counter() - begin
 
     saved_at = time.monotonic()
 
@@ -288,13 +297,14 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
                         "model": step.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "config": json.dumps(dataclasses.asdict(config)),
+                        "unreadable": sorted(reporter.bad),
                         "seed": config.seed,  # every generator follows from it and the step
                     },
                 )
             )
         saved_at = time.monotonic()
 
-    def after_step(done: int) -> bool:
+    def after_step(done: int, flush: Callable[[], None]) -> bool:
         if ranks.first:
             watch.after_step(step.encoder, done)
         asked = ranks.any(stop.signal is not None)
@@ -303,6 +313,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         else:
             due = ranks.any(ranks.first and time.monotonic() - saved_at > config.checkpoint_every)
         if asked or due or done == steps:
+            flush()  # a row that the checkpoint has passed would be lost with a kill
             save(done)
             if ranks.first and done < steps:
                 watch.refresh()
@@ -321,10 +332,13 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         )  # fmt: skip
     finally:
         reporter.close()
-    if ranks.first and done == steps and config.backbone:
+    if ranks.first and done == steps:
         metadata = {"backbone": config.backbone, "image_size": str(config.image_size), "stem": config.stem,
                     "patch_size": str(config.patch_size), "pool": getattr(kind, "pool", "")}  # fmt: skip
-        encoders.save(step.encoder, str(out / "encoder.safetensors"), metadata)
+        try:
+            encoders.save(step.encoder, str(out / ENCODER), metadata if named else {})
+        except OSError as error:
+            reporter.say(f"{ENCODER} could not be written ({error.strerror}); --resume tries again")
     if ranks.first:
         watch.end()
     ranks.barrier()

@@ -183,14 +183,15 @@ def loop(
     rank: int = 0,
     log_every: int = 10,
     on_log: Callable[[int, Log], None] = lambda step, log: None,
-    after_step: Callable[[int], bool] = lambda done: False,
+    after_step: Callable[[int, Callable[[], None]], bool] = lambda done, flush: False,
 ) -> int:
-    """Train until the batches end or `after_step(steps done)` says stop; the number of steps done.
+    """Train until the batches end or `after_step(steps done, flush)` says stop; the number of steps done.
 
     Args:
         model: what is called: `step_module`, or DDP or a compiled module around it.
         batches: (views on the device, seconds waited for them); `accumulate` of them make one step.
         on_log: gets the figures of a logged step, one logged step late, so that no step waits for the device.
+        after_step: calls `flush()` before it writes a checkpoint: the figures up to that step are then logged.
     """
     device = next(step_module.parameters()).device
     parameters = [p for p in step_module.parameters() if p.requires_grad]
@@ -249,7 +250,7 @@ def loop(
             waited, steps_since, since = 0.0, 0, time.perf_counter()
             if device.type == "cpu":
                 flush()
-        if after_step(done):
+        if after_step(done, flush):
             break
     flush()
     return done

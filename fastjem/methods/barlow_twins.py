@@ -15,7 +15,7 @@ class BarlowTwins(nn.Module):
     views = Views(large=2, recipe="byol")
     ema: tuple[str, ...] = ()
     defaults = Defaults(
-        "lars", 0.2, 1.5e-6, source="section 2.2: LARS, 0.2 B/256, 1.5e-6, batch 2048; loss times 0.024 in main.py"
+        "lars", 0.57, 1.5e-6, source="section 2.2: LARS, 1.6 at batch 2048, 1.5e-6; loss times 0.024 in main.py"
     )
 
     def __init__(

@@ -17,7 +17,7 @@ class BYOL(nn.Module):
     asymmetric = True  # see fastjem.train.Alarm
     constant_rate: tuple[str, ...] = ()
     defaults = Defaults(
-        "lars", 0.2, 1.5e-6, momentum=0.996, source="section 3.3: LARS, 0.2 B/256, 1.5e-6; tau 0.996 to 1"
+        "lars", 0.8, 1.5e-6, momentum=0.996, source="section 3.3: LARS, 3.2 at batch 4096, 1.5e-6; tau 0.996 to 1"
     )
 
     def __init__(

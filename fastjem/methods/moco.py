@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.data.views import Views
-from fastjem.methods._parts import Defaults, Parts, Queue, below, mlp
+from fastjem.methods._parts import Defaults, Parts, Queue, at_most, mlp
 
 
 class MoCo(nn.Module):
@@ -34,7 +34,7 @@ class MoCo(nn.Module):
     ):
         super().__init__()
         self.projector = mlp(width, hidden or width, dim, norm=norm)
-        self.queue = Queue(below(queue, images), dim)
+        self.queue = Queue(at_most(queue, images, each=4), dim)
         self.temperature, self.group = temperature, group
 
     def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:

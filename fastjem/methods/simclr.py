@@ -14,7 +14,7 @@ class SimCLR(nn.Module):
 
     views = Views(large=2, recipe="simclr")
     ema: tuple[str, ...] = ()
-    defaults = Defaults("lars", 0.3, 1e-6, source="section 2.2 and B.6: LARS, 0.3 B/256, weight decay 1e-6")
+    defaults = Defaults("lars", 1.2, 1e-6, source="B.1: LARS, 0.075 sqrt(B), which is 4.8 at 4096; weight decay 1e-6")
 
     def __init__(
         self,
