@@ -14,7 +14,15 @@ from fastjem.cli import main
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-FACTS = ("self", "width", "images", "steps", "steps_per_epoch", "group")  # given by pretrain, not by the user
+FACTS = (
+    "self",
+    "width",
+    "images",
+    "steps",
+    "steps_per_epoch",
+    "group",
+    "batch_norm",
+)  # given by pretrain, not by the user
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
