@@ -85,12 +85,13 @@ def test_a_prototype_that_nobody_likes_and_samples_alike(op, implementation):
 @pytest.mark.parametrize("iterations", ITERATIONS)
 def test_a_prototype_at_the_end_of_the_world(iterations, op, implementation):
     """Potentials of 600,000, whose last float32 digit is 0.06; its codes are as exact as others all the same."""
+    exact = implementation.isa if implementation.name == "c++" else implementation.name == "triton"
+    if not exact or (implementation.name, implementation.device) == ("triton", "cpu"):
+        pytest.skip("potentials are float32 in eager, and without fused multiply-add (baseline, interpreter)")
     scores = randn(50, 70).float()
     scores[:, 7] -= 30_000
     codes = F.sinkhorn(scores.to(implementation.device), iterations=iterations).cpu().double()
-    truth = log_sinkhorn(scores.double(), 0.05, iterations)
-    exact = implementation.name == "c++" and implementation.isa  # no fused multiply-add in the baseline, as in the
-    torch.testing.assert_close(codes, truth, rtol=0, atol=3e-6 if exact else 0.1)  # interpreter; eager rounds as well
+    torch.testing.assert_close(codes, log_sinkhorn(scores.double(), 0.05, iterations), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("op", ["sinkhorn"])
