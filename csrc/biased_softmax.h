@@ -11,9 +11,22 @@ struct Scale {
   FASTJEM_INLINE W operator()(W x) const { return x * high + x * low; }
 };
 
-template <bool biased, class T, class W>
-static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, const W* bias, int64_t j) {
-  return biased ? widen(x[j]) * scale.high + (widen(x[j]) * scale.low + bias[j]) : scale(widen(x[j]));
+// What is added to each prototype's logits: one number, or (two_parts) high + low. A potential of Sinkhorn may be thousands, and
+// what it nearly cancels with is known to the last digit.
+template <class W>
+struct Bias {
+  const W* high = nullptr;  // [K], or null for none
+  const W* low = nullptr;   // [K], or null for none
+};
+
+enum class Biased { no, one_part, two_parts };
+
+template <Biased biased, class T, class W>
+static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, Bias<W> bias, int64_t j) {
+  const W v = widen(x[j]);
+  if (biased == Biased::no) return scale(v);
+  const W large = v * scale.high + bias.high[j];  // first, as these cancel
+  return biased == Biased::one_part ? large + v * scale.low : large + (v * scale.low + bias.low[j]);
 }
 
 template <class W>
@@ -37,14 +50,15 @@ struct BiasedSoftmax {
     return lse;
   }
 
-  // e[j] * factor[j / 1024] = softmax(x * scale + bias); returns the logsumexp. `bias` may be null.
+  // e[j] * factor[j / 1024] = softmax(x * scale + bias); returns the logsumexp.
   template <class T>
-  double row(const T* x, Scale<W> scale, const W* bias, int64_t k, W* e) {
-    return bias ? row_of<true>(x, scale, bias, k, e) : row_of<false>(x, scale, bias, k, e);
+  double row(const T* x, Scale<W> scale, Bias<W> bias, int64_t k, W* e) {
+    if (bias.low) return row_of<Biased::two_parts>(x, scale, bias, k, e);
+    return bias.high ? row_of<Biased::one_part>(x, scale, bias, k, e) : row_of<Biased::no>(x, scale, bias, k, e);
   }
 
-  template <bool biased, class T>
-  double row_of(const T* x, Scale<W> scale, const W* bias, int64_t k, W* e) {
+  template <Biased biased, class T>
+  double row_of(const T* x, Scale<W> scale, Bias<W> bias, int64_t k, W* e) {
     for (int64_t begin = 0, b = 0; begin < k; begin += softmax_block, ++b) {
       const int64_t end = std::min(begin + softmax_block, k);
       W maximum = -std::numeric_limits<W>::infinity();

@@ -29,12 +29,13 @@ using wide = typename Wide<T>::type;
 static FASTJEM_INLINE float widen(float x) { return x; }
 static FASTJEM_INLINE double widen(double x) { return x; }
 static FASTJEM_INLINE float widen(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-static FASTJEM_INLINE float widen(float16 x) {
+static FASTJEM_INLINE float widen(float16 x) {  // no float in it is subnormal: kernels may flush those to 0
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const float finite = bit_cast<float>(magnitude) * 0x1p112f;  // moves the exponent's bias; exact for subnormals too
-  const uint32_t special = magnitude | 0x7f800000u;             // infinity and NaN
-  return bit_cast<float>(sign | (magnitude >= 0x0f800000u ? special : bit_cast<uint32_t>(finite)));
+  const float subnormal = bit_cast<float>(magnitude + 0x38800000u) - bit_cast<float>(0x38800000u);  // 2^-14, and off again
+  const uint32_t finite = magnitude < 0x00800000u ? bit_cast<uint32_t>(subnormal) : magnitude + 0x38000000u;
+  const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN
+  return bit_cast<float>(sign | (magnitude >= 0x0f800000u ? special : finite));
 }
 
 static FASTJEM_INLINE void narrow(float x, float& out) { out = x; }

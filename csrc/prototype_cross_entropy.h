@@ -41,7 +41,7 @@ static void prototype_cross_entropy_rows_of(const PrototypeCrossEntropy& p, int6
       const T* x = static_cast<const T*>(p.teacher[t].address) + i * p.teacher[t].row_stride;
       const W* bias = p.bias ? static_cast<const W*>(p.bias) + t * p.bias_stride : nullptr;
       W* target = q.data() + t * k;
-      const double lse = softmax.row(x, teacher_scale, bias, k, target);
+      const double lse = softmax.row(x, teacher_scale, Bias<W>{bias}, k, target);
       for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
         const int64_t last = std::min(first + softmax_block, k);
         const W factor = softmax.factor[b];

@@ -9,7 +9,7 @@ static void update_logsumexp_of(const LogSumExpTile& p, int64_t begin, int64_t e
   std::vector<W> e(p.width);
   for (int64_t i = begin; i < end; ++i) {
     const double here = softmax.row(static_cast<const W*>(p.logits) + i * p.width, Scale<W>(p.scale),
-                                    static_cast<const W*>(p.bias), p.width, e.data());
+                                    Bias<W>{static_cast<const W*>(p.bias)}, p.width, e.data());
     const double before = p.logsumexp[i], maximum = before > here ? before : here;
     p.logsumexp[i] = before == here ? here + std::log(2.0) : maximum + std::log1p(std::exp(-std::abs(before - here)));
   }

@@ -10,7 +10,7 @@ struct Sinkhorn {
   const void* scores;  // [B, K], rows row_stride elements apart
   int64_t row_stride, rows, width;
   double scale;             // 1 / epsilon
-  const void* bias;         // [K] float (double for float64 scores), or null
+  const void *bias, *bias_low;  // [K] float, two parts of a double (one double for float64 scores), or null
   const double* offsets;    // [B], subtracted from each row, or null
   double* row_logsumexp;    // [B]
   Dtype code_dtype;
@@ -35,16 +35,29 @@ static std::vector<double> over_parts(int64_t rows, int64_t parts, int64_t width
   return sums;
 }
 
-static void store(const Sinkhorn& p, uintptr_t out, int64_t j, double value) {
-  if (p.dtype == Dtype::float64) {
-    reinterpret_cast<double*>(out)[j] = value;
-  } else {
-    reinterpret_cast<float*>(out)[j] = static_cast<float>(value);
+// A double as two floats, for scores of other dtypes than float64.
+struct BiasParts {
+  std::vector<float> high, low;
+  const void *first = nullptr, *second = nullptr;
+
+  BiasParts(Dtype dtype, const double* bias, int64_t k) {
+    if (bias == nullptr || dtype == Dtype::float64) {
+      first = bias;
+      return;
+    }
+    high.resize(k);
+    low.resize(k);
+    for (int64_t j = 0; j < k; ++j) {
+      high[j] = static_cast<float>(bias[j]);
+      low[j] = std::isfinite(high[j]) ? static_cast<float>(bias[j] - high[j]) : 0.0f;
+    }
+    first = high.data();
+    second = low.data();
   }
-}
+};
 
 // out_j = logsumexp_i(x_ij * scale - offset_i)
-static void columns(const Sinkhorn& p, int64_t parts, uintptr_t out, int threads) {
+static void columns(const Sinkhorn& p, int64_t parts, const double* bias, double* out, int threads) {
   const int64_t k = p.width;
   std::vector<double> maxima(parts * k);
   const auto sums = over_parts(p.rows, parts, k, [&](int64_t begin, int64_t end, int64_t part, double* sum) {
@@ -59,34 +72,38 @@ static void columns(const Sinkhorn& p, int64_t parts, uintptr_t out, int threads
         const double m = maxima[part * k + j];
         if (!(std::isinf(m) && m < 0) || sums[part * k + j] != 0) total += sums[part * k + j] * std::exp(m - shift);
       }
-      store(p, out, j, shift + std::log(total));
+      out[j] = shift + std::log(total) - (bias ? bias[j] : 0.0);
     }
   });
 }
 
+// `bias`: double [K], or 0; `out`: double [K].
 static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
-                          uintptr_t bias, uintptr_t out, int threads) {
+                          uintptr_t bias_address, uintptr_t out_address, int threads) {
+  const double* bias = reinterpret_cast<const double*>(bias_address);
+  double* out = reinterpret_cast<double*>(out_address);
   std::vector<double> row_logsumexp(bias ? rows : 0);
+  const BiasParts two(static_cast<Dtype>(dtype), bias, width);
   Sinkhorn p{static_cast<Dtype>(dtype),
              reinterpret_cast<const void*>(scores),
              row_stride,
              rows,
              width,
              scale,
-             reinterpret_cast<const void*>(bias),
+             two.first,
+             two.second,
              nullptr,
              row_logsumexp.data(),
              Dtype::float32,
              nullptr};
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, rows / 16, rows * width / 16384}));
-  if (!bias) return columns(p, parts, out, threads);
+  if (!bias) return columns(p, parts, nullptr, out, threads);
 
   const auto sums = over_parts(rows, parts, width, [&](int64_t begin, int64_t end, int64_t, double* sum) {
     FASTJEM_BEST(column_sums_of_softmax(p, begin, end, sum));
   });
   // A term below the least exponential counts as 0. Where all of a prototype's together could matter, add in the log domain.
-  const bool is_double = p.dtype == Dtype::float64;
-  const double least = static_cast<double>(rows) * (is_double ? 1e-290 : 1e-30);
+  const double least = static_cast<double>(rows) * (p.dtype == Dtype::float64 ? 1e-290 : 1e-30);
   std::atomic<bool> lost{false};
   parallel_for(width, 4096, threads, [&](int64_t begin, int64_t end) {
     bool low = false;
@@ -94,26 +111,27 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
       double total = 0;
       for (int64_t part = 0; part < parts; ++part) total += sums[part * width + j];
       low = low || total < least;
-      const double f = is_double ? static_cast<const double*>(p.bias)[j] : static_cast<const float*>(p.bias)[j];
-      store(p, out, j, std::log(total) - f);
+      out[j] = std::log(total) - bias[j];
     }
     if (low) lost = true;
   });
   if (lost) {
     p.offsets = row_logsumexp.data();
-    columns(p, parts, out, threads);
+    columns(p, parts, bias, out, threads);
   }
 }
 
 static void sinkhorn_codes(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
                            uintptr_t bias, int code_dtype, int64_t code_bytes, uintptr_t out, int threads) {
+  const BiasParts two(static_cast<Dtype>(dtype), reinterpret_cast<const double*>(bias), width);
   const Sinkhorn p{static_cast<Dtype>(dtype),
                    reinterpret_cast<const void*>(scores),
                    row_stride,
                    rows,
                    width,
                    scale,
-                   reinterpret_cast<const void*>(bias),
+                   two.first,
+                   two.second,
                    nullptr,
                    nullptr,
                    static_cast<Dtype>(code_dtype),

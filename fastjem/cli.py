@@ -107,7 +107,7 @@ def _needs(kind: Any) -> str:
 
 def _options(kind: Any) -> str:
     """Keyword arguments that --options takes; facts of the run aren't options."""
-    given = {"group", "images", "steps_per_epoch", "steps"}
+    given = importlib.import_module("fastjem.methods").FACTS
     found = inspect.signature(kind).parameters.values()
     return " ".join(f"{p.name}={p.default}" for p in found if p.kind is p.KEYWORD_ONLY and p.name not in given)
 

@@ -23,7 +23,7 @@ from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader, normalise
 from fastjem.data.views import Views
 from fastjem.errors import UserError, nearest
-from fastjem.methods import METHODS
+from fastjem.methods import FACTS, METHODS
 from fastjem.progress import Reporter
 from fastjem.report import Watch
 from fastjem.train import Step, check_encoder, loop
@@ -163,9 +163,14 @@ class Stop:
             signal.signal(number, handler)
 
 
-def build_method(config: Config, width: int, facts: dict[str, Any]) -> nn.Module:
-    """`facts` of the run that a method may ask for by an argument's name; the other arguments are the user's."""
+def build_method(
+    config: Config, encoder: nn.Module, width: int, images: int = 0, steps_per_epoch: int = 1, steps: int = 1,
+    group: Any = None,
+) -> nn.Module:  # fmt: skip
+    """The run's facts (`fastjem.methods.FACTS`) go to the method that names them, with the user's options."""
     kind = METHODS[config.method]
+    batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
+    facts = dict(zip(FACTS, (images, steps_per_epoch, steps, group, batch_norm), strict=True))
     accepted = list(inspect.signature(kind).parameters)[1:]
     own = [name for name in accepted if name not in facts]
     for name in config.options:
@@ -223,10 +228,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         raise UserError(f"the encoder can't take {config.image_size} x {config.image_size} images: {error}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
-    batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
-    facts = {"images": len(folder), "steps_per_epoch": per_epoch, "steps": steps, "group": ranks.group,
-             "batch_norm": batch_norm}  # fmt: skip
-    method = build_method(config, width, facts).to(ranks.device)
+    method = build_method(config, encoder, width, len(folder), per_epoch, steps, ranks.group).to(ranks.device)
     try:
         step = Step(encoder, method, config.momentum_encoder).to(ranks.device)
     except ValueError as error:
@@ -332,10 +334,8 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     finally:
         reporter.close()
     if ranks.first and done == steps:
-        metadata = {"backbone": config.backbone, "image_size": str(config.image_size), "stem": config.stem,
-                    "patch_size": str(config.patch_size), "pool": getattr(kind, "pool", "")}  # fmt: skip
         try:
-            encoders.save(step.encoder, str(out / ENCODER), metadata if named else {})
+            encoders.save(step.encoder, str(out / ENCODER), metadata(config) if named else {})
         except OSError as error:
             reporter.say(f"{ENCODER} could not be written ({error.strerror}); --resume tries again")
     if ranks.first:
@@ -344,6 +344,12 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     if stop.signal is not None and ranks.first:
         print(f"stopped at step {done}; go on with --resume --out {out}", file=sys.stderr)
     return Result(out, done, done == steps, reporter.last)
+
+
+def metadata(config: Config) -> dict[str, str]:
+    """What `fastjem.load_encoder` needs beside the weights."""
+    return {"backbone": config.backbone, "image_size": str(config.image_size), "stem": config.stem,
+            "patch_size": str(config.patch_size), "pool": getattr(METHODS[config.method], "pool", "")}  # fmt: skip
 
 
 def prepare_folder(config: Config, out: Path, ranks: dist.Ranks) -> dict[str, Any] | None:

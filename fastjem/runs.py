@@ -10,8 +10,7 @@ from torch import nn
 
 from fastjem import checkpoints, encoders
 from fastjem.errors import UserError
-from fastjem.methods import METHODS
-from fastjem.pretrain import Config, build_method
+from fastjem.pretrain import Config, build_method, metadata
 
 
 @dataclass
@@ -29,12 +28,6 @@ class Opened:
     @property
     def folder(self) -> Path:
         return self.path if self.path.is_dir() else self.path.parent
-
-
-def metadata(config: Config) -> dict[str, str]:
-    """What `fastjem.load_encoder` needs beside the weights."""
-    return {"backbone": config.backbone, "image_size": str(config.image_size), "stem": config.stem,
-            "patch_size": str(config.patch_size), "pool": getattr(METHODS[config.method], "pool", "")}  # fmt: skip
 
 
 def open_run(path: str | Path) -> Opened:
@@ -59,7 +52,7 @@ def open_run(path: str | Path) -> Opened:
                               pool=about["pool"] or None)  # fmt: skip
     try:
         encoder.load_state_dict(_below("encoder.", state["model"]))
-        method = build_method(config, getattr(encoder, "num_features", 0), 0, 1, 1, None)
+        method = build_method(config, encoder, getattr(encoder, "num_features", 0))
         projector = getattr(method, "projector", None)
         if projector is not None:
             projector.load_state_dict(_below("method.projector.", state["model"]))

@@ -22,12 +22,12 @@ def _optional(x: Tensor | None) -> int:
 # Sinkhorn --------------------------------------------------------------------------------------------
 
 
-def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    if scores.dtype not in DTYPES:
-        return reference.sinkhorn_step(scores, bias, epsilon)
-    scores, dtype = _rows(scores), _loss_dtype(scores)
-    bias = _wide(bias, dtype)
-    sums = torch.empty(scores.shape[1], dtype=dtype)
+# A potential may be thousands, and nearly cancels with what it is added to: within an operator it is float64.
+
+
+def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """[K] float64, from dense rows and float64."""
+    sums = torch.empty(scores.shape[1], dtype=torch.float64)
     _C.sinkhorn_step(
         DTYPES[scores.dtype],
         _address(scores),
@@ -41,18 +41,29 @@ def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor
     return sums
 
 
-def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
-    scores = _rows(scores)
-    bias = torch.zeros(scores.shape[1], dtype=_loss_dtype(scores)) if normalize_samples_first else None
+def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    bias = torch.zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
     for _ in range(iterations):
-        bias = sinkhorn_step(scores, bias, epsilon).neg_()
+        bias = _step(scores, bias, epsilon).neg_()
     return bias
+
+
+def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    if scores.dtype not in DTYPES:
+        return reference.sinkhorn_step(scores, bias, epsilon)
+    return _step(_rows(scores), _wide(bias, torch.float64), epsilon).to(_loss_dtype(scores))
+
+
+def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    if scores.dtype not in DTYPES:
+        return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
+    return _bias(_rows(scores), epsilon, iterations, normalize_samples_first).to(_loss_dtype(scores))
 
 
 def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     if scores.dtype not in DTYPES or dtype not in DTYPES:
         return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
-    scores, bias = _rows(scores), _wide(bias, _loss_dtype(scores))
+    scores, bias = _rows(scores), _wide(bias, torch.float64)
     codes = torch.empty(scores.shape, dtype=dtype)
     _C.sinkhorn_codes(
         DTYPES[scores.dtype],
@@ -72,8 +83,10 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
 def sinkhorn(
     scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, dtype: torch.dtype
 ) -> Tensor:
+    if scores.dtype not in DTYPES or dtype not in DTYPES:
+        return reference.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
     scores = _rows(scores)
-    return sinkhorn_codes(scores, sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
+    return sinkhorn_codes(scores, _bias(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
 
 
 # Cross-entropy ---------------------------------------------------------------------------------------

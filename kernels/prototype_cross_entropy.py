@@ -128,7 +128,7 @@ def _statistics_kernel(
     tl.store(entropies + tl.program_id(0), tl.sum(entropy, 0) / (B * T))
 
 
-def _paired(view: int, teachers: int, pairs: str) -> int:
+def paired(view: int, teachers: int, pairs: str) -> int:
     own = int(view < teachers)
     return {"different": teachers - own, "same": own, "all": teachers}[pairs]
 
@@ -183,7 +183,7 @@ def prototype_cross_entropy(
         STUDENT_SCALE=1 / student_temperature,
         S=views,
         PAIRS=PAIRS[pairs],
-        MASSES=tuple(_paired(i, teachers, pairs) for i in range(views)),
+        MASSES=tuple(paired(i, teachers, pairs) for i in range(views)),
         **constants,
         **tile,
         device_of=x,

@@ -1,8 +1,8 @@
 """Tiles of similarities on a GPU: the engine that kernels/contrastive.py composes the contrastive operators of.
 
-* Log-sum-exps: a program owns a block of rows and walks over tiles of candidates. The candidates' own sums, where they
-  are wanted, are written by tile, one line a block of rows, and added in a fixed order. So a symmetric matrix needs half
-  of its tiles, and CLIP's two directions one pass. Lines are bounded: a longer walk is taken in pieces.
+* Log-sum-exps: a program owns a block of rows and walks over tiles of candidates. The candidates' own sums, where
+  they are wanted, are written by tile, one line a block of rows, and added in a fixed order. So a symmetric matrix
+  needs half of its tiles, and CLIP's two directions one pass. Lines are bounded: a longer walk is taken in pieces.
 * Gradients of bfloat16 and float16 rows of at most 256 columns: a program owns rows, keeps their gradient in registers
   and walks over all candidates, computing the similarities again.
 * Others, where that sum doesn't fit in registers: weights of a band of rows in memory, and torch's products of them.
@@ -176,7 +176,8 @@ def _own(
     row_dots = torch.empty(splits, n, dtype=torch.float32, device=a.device) if with_dots else None
     launch.launch(
         owner_kernel, (blocks, splits), a, b, logits.factor, *a_state, *b_state, out, row_dots, n, m, d,
-        *_periods(place), each, logits.pivot, PERIODIC=place.columns > 0, RUNNING=logits.running, GAIN=_gain(a.dtype), **tile, device_of=a,
+        *_periods(place), each, logits.pivot, PERIODIC=place.columns > 0, RUNNING=logits.running,
+        GAIN=_gain(a.dtype), **tile, device_of=a,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0), row_dots.sum(0, dtype=torch.float64) if with_dots else None
 

@@ -1,7 +1,7 @@
 """The Triton kernels of the gradients' weights, on tiles of similarities: see similarity.py and similarity_kernels.py.
 
-With G = exp(logit - lse_row) + exp(logit - lse_column), a gradient is G @ b. A log-sum-exp comes as a pivot, in units of
-similarities, and the rest of its logarithm to base 2; where one pivot serves all of them, as its exponential.
+With G = exp(logit - lse_row) + exp(logit - lse_column), a gradient is G @ b. A log-sum-exp comes as a pivot, in units
+of similarities, and the rest of its logarithm to base 2; where one pivot serves all of them, as its exponential.
 """
 
 import triton
@@ -28,10 +28,7 @@ def _load_state(pivots, rests, i_row, N, RUNNING: tl.constexpr):
 @triton.jit
 def _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING: tl.constexpr):
     """[BM, BN], 0 where not seen. Rows or columns without log-sum-exps have no part in it."""
-    if RUNNING:
-        g = tl.zeros(s.shape, tl.float32)
-    else:
-        g = tl.zeros([1, 1], tl.float32)
+    g = tl.zeros(s.shape if RUNNING else [1, 1], tl.float32)
     if a_rests is not None:
         a_pivot, a_rest = _load_state(a_pivots, a_rests, i_a, N, RUNNING)
         if RUNNING:

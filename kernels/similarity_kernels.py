@@ -1,8 +1,8 @@
 """The Triton kernels on tiles of similarities; similarity.py says how they divide the work.
 
-Exponents are formed around a pivot in units of similarities, `exp2((s - pivot) * scale * log2(e))`: as near similarities
-subtract exactly, an exponent's error is relative to its distance from the pivot and not to the logit. At temperature
-0.01 a logit of 100 in float32 has lost 4e-6.
+Exponents are formed around a pivot in units of similarities, `exp2((s - pivot) * scale * log2(e))`: as near
+similarities subtract exactly, an exponent's error is relative to its distance from the pivot and not to the
+logit. At temperature 0.01 a logit of 100 in float32 has lost 4e-6.
 
 Candidates' tiles are loaded as columns, [BLOCK_D, BN], so that the similarities' product transposes nothing; the
 gradient's product takes the same tiles transposed, as attention's backward does.
@@ -42,8 +42,8 @@ def similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE: tl.constexpr, BLOCK_D: tl.
     """[BM, BN] float32; WHOLE: the rows b_a are in one block already.
 
     Of a pair of rows it gives the same bits whichever comes first, as a gradient needs the similarity that its
-    log-sum-exp was made of: at temperature 0.01 an asymmetric last digit doubles the error. Hence float32's three products
-    in sums of their own ("tf32x3" adds them in one order).
+    log-sum-exp was made of: at temperature 0.01 an asymmetric last digit doubles the error. Hence float32's three
+    products in sums of their own ("tf32x3" adds them in one order).
     """
     if WHOLE:
         return tl.dot(b_a, load_columns(b, i_b, M, D, 0, BLOCK_D))

@@ -133,8 +133,16 @@ def join() -> dict:
     return {"BLOCK": 128, "num_warps": 4}
 
 
+SINKHORN_PROGRAMS = 264  # two an SM of an H200, whatever GPU it is: the bits depend on it
+
+
+def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
+    """Rows read once, up to 8192 float32, beside their potentials and sums; None where they must be read twice."""
+    return _rows(width, per_thread=64 // compute.itemsize)
+
+
 def codes() -> dict:
-    return {"BLOCK": 1024, "num_warps": 4}
+    return {"ROWS": 1, "BLOCK": 1024, "num_warps": 4}
 
 
 def prototype_cross_entropy(dtype: torch.dtype) -> dict:
@@ -144,3 +152,27 @@ def prototype_cross_entropy(dtype: torch.dtype) -> dict:
 
 def teacher_statistics(dtype: torch.dtype) -> dict:
     return {"ROWS": 8, "BLOCK": 512 // dtype.itemsize, "num_warps": 4}
+
+
+HEAD_PROGRAMS = 264  # two an SM of an H200, whatever GPU it is: the bits depend on it
+
+
+def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
+    """Rows of 256 half-precision numbers and their sum take a program's registers and its tiles half the shared memory.
+
+    A block of 64 prototypes would read its rows half as often, and spills 4 to 10 instructions on sm_90 and sm_100.
+    Float32 takes three products for one, and their operands as many registers: 64 columns, or 4
+    warps on sm_80, spill in the kernel that owns prototypes (`owner`).
+    """
+    largest = {8: 32, 4: 32 if owner else 64, 2: 256 if width <= 256 else 128}[dtype.itemsize]
+    block = min(largest, max(16, _next_power_of_2(width)))
+    if dtype.itemsize > 2:
+        tile = (32, 16 if dtype.itemsize > 4 else 32, 8 if owner and dtype.itemsize == 4 else 4, 1)
+    else:
+        tile = (64, 32, 8, 1) if width > block else (128, 32, 8, 2)
+    chunks = {"BLOCK_D": block, "CHUNKS": -(-width // block)}
+    return chunks | dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
+
+
+def prototype_head_views(width: int) -> dict:
+    return {"BLOCK": min(1024, max(32, _next_power_of_2(width))), "num_warps": 4}

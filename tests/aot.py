@@ -30,6 +30,7 @@ from fastjem.kernels import (
     negative_cosine,
     nt_xent,
     prototype_cross_entropy,
+    prototype_head_cross_entropy,
     rescale,
     siglip_loss,
     sinkhorn,
@@ -249,6 +250,16 @@ def _prototype_cross_entropy(s: int, t: int, k: int, dtype: str, pairs: str, vec
     return Case("prototype_cross_entropy", f"{s} x {t} x N x {k} {pairs}", dtype, call, vectors)
 
 
+def _prototype_head(d: int, dtype: str) -> Case:
+    def call() -> None:
+        x, w = [torch.zeros(4, d, dtype=DTYPES[dtype]) for _ in range(2)], torch.zeros(300, d, dtype=DTYPES[dtype])
+        prototype_head_cross_entropy.prototype_head_cross_entropy(
+            [*x, w], x, w, 0.1, 0.04, torch.zeros(300), "different", None, [True] * 3
+        )
+
+    return Case("prototype_head_cross_entropy", f"N x {d} x K", dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
+
+
 CASES = [
     # the shapes of the goals: SimCLR at D = 128 and 256, MoCo, CLIP; a running maximum; float32
     _nt_xent(128, "bf16"),
@@ -259,6 +270,13 @@ CASES = [
     _clip_loss(512, "bf16"),
     _siglip_loss(512, "bf16"),
     _nearest_neighbors(128, "bf16"),
+    _prototype_head(128, "fp16"),
+    _prototype_head(256, "bf16"),
+    _prototype_head(256, "fp32"),
+    _prototype_head(384, "bf16"),
+    _prototype_head(64, "fp64"),
+    _sinkhorn(3, "fp32", (0, 0)),
+    _sinkhorn(8192, "fp32", (1, 0)),
     _sinkhorn(3000, "bf16", (1, 0)),
     _sinkhorn(3000, "fp32", (1, 0)),
     _sinkhorn(65_536, "bf16", (1, 0)),

@@ -342,8 +342,6 @@ def _prototype_head(s: int, t: int, b: int, k: int, d: int, pairs: str, bias: st
         # logits of size 3 / temperature, known to a rounding each, in the loss and in the probabilities
         loss_size=15.0,
         gradient_size=lambda *x: 15.0 / b / (d**0.5),
-        # Half precision as a user would write it rounds the logits; the bar is float32's.
-        dtypes=(torch.float64, torch.float32),
     )
 
 
@@ -530,6 +528,7 @@ LOSSES = [
     _prototype_head(2, 3, 33, 700, 32, "different", bias="K", weighted=True),
     _prototype_head(3, 1, 7, 67, 8, "all", weighted=True),
     _prototype_head(2, 3, 5, 129, 40, "same"),
+    _prototype_head(2, 2, 3, 20, 130, "different", weighted=True),  # on a GPU: chunks of 64 columns, the last of 2
     _mean_entropy(1, 1, 3),
     _mean_entropy(4, 9, 100),
     _koleo(3, 8),

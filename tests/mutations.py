@@ -65,6 +65,12 @@ CPU = [
 ]
 INTERPRETER = [
     Mutation("nt_xent", "kernels/similarity_gradients.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
+    Mutation(
+        "prototype_head_cross_entropy",
+        "kernels/prototype_head_kernels.py",
+        "(MASSES[s] * u - y) * weight",
+        "(MASSES[s] * u - 0.99 * y) * weight",
+    ),
     Mutation("ema_update_", "kernels/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
 ]
 

@@ -42,6 +42,20 @@ def test_unaligned_memory_is_seen_to_have_no_wide_access():
     assert code.loads[128] == 0 and code.stores[128] == 0 and code.loads[32] > 16
 
 
+@pytest.mark.parametrize("k, reads", [(3000, 4), (8192, 4), (8193, 7), (65_536, 7)])
+def test_how_often_sinkhorn_reads_its_scores(k: int, reads: int, monkeypatch: pytest.MonkeyPatch):
+    """3 iterations and the codes. Every kernel that is given the scores reads them once."""
+    scores, readers = torch.zeros(3, k), []
+
+    def record(kernel, grid, *args, device_of, **meta) -> None:
+        if any(isinstance(x, torch.Tensor) and x.data_ptr() == scores.data_ptr() for x in args):
+            readers.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(aot.launch, "launch", record)
+    aot.sinkhorn.sinkhorn(scores, 0.05, 3, False, torch.float32)
+    assert len(readers) == reads, readers
+
+
 @triton.jit
 def _product(a, b, c, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]

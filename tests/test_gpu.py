@@ -20,7 +20,30 @@ def _negative_cosine():
     return [p, z], lambda: F.negative_cosine(p, z)
 
 
-LOSSES = {"cross_entropy": _cross_entropy, "negative_cosine": _negative_cosine}
+def _nt_xent():
+    z = torch.randn(2, 300, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    return [z], lambda: F.nt_xent(z)
+
+
+def _info_nce():
+    q = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bank = torch.randn(5000, 128, device="cuda", dtype=torch.bfloat16)
+    return [q], lambda: F.info_nce(q, q.detach(), bank)
+
+
+def _clip_loss():
+    x, y = (torch.randn(300, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(0.1, device="cuda", requires_grad=True)
+    return [x, y, scale], lambda: F.clip_loss(x, y, scale)
+
+
+LOSSES = {
+    "cross_entropy": _cross_entropy,
+    "negative_cosine": _negative_cosine,
+    "nt_xent": _nt_xent,
+    "info_nce": _info_nce,
+    "clip_loss": _clip_loss,
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -28,7 +28,15 @@ from fastjem.data.views import Views  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.pretrain import Config  # noqa: E402
 
-TINY = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1}
+TINY = {
+    "backbone": "test_resnet",
+    "image_size": 32,
+    "batch_size": 16,
+    "workers": 0,
+    "device": "cpu",
+    "log_every": 1,
+    "report": False,
+}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -54,7 +62,8 @@ def rows(run: Path) -> list[dict]:
 def command(**fields: object) -> list[str]:
     line = [sys.executable, "-m", "fastjem", "pretrain"]
     for name, value in fields.items():
-        line += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
+        flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+        line += [flag] if isinstance(value, bool) else [flag, str(value)]
     return line
 
 
@@ -192,7 +201,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) > 8:
+        if len(calls) > 14:  # two a file: the run's, the report's, two checkpoints
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 

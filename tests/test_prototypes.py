@@ -82,6 +82,37 @@ def test_a_prototype_that_nobody_likes_and_samples_alike(op, implementation):
 
 
 @pytest.mark.parametrize("op", ["sinkhorn"])
+@pytest.mark.parametrize("iterations", ITERATIONS)
+def test_a_prototype_at_the_end_of_the_world(iterations, op, implementation):
+    """Potentials of 600,000, whose last float32 digit is 0.06; its codes are as exact as others all the same."""
+    exact = implementation.isa if implementation.name == "c++" else implementation.name == "triton"
+    if not exact or (implementation.name, implementation.device) == ("triton", "cpu"):
+        pytest.skip("potentials are float32 in eager, and without fused multiply-add (baseline, interpreter)")
+    scores = randn(50, 70).float()
+    scores[:, 7] -= 30_000
+    codes = F.sinkhorn(scores.to(implementation.device), iterations=iterations).cpu().double()
+    torch.testing.assert_close(codes, log_sinkhorn(scores.double(), 0.05, iterations), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("op", ["sinkhorn"])
+def test_subnormal_scores(op, implementation):
+    """float16 has few digits below 6e-5, but it has some: kernels flush what is subnormal in float32 alone."""
+    scores = (randn(40, 6, scale=3e-5)).half()
+    codes = F.sinkhorn(scores.to(implementation.device), epsilon=1e-4).cpu().double()
+    torch.testing.assert_close(codes, log_sinkhorn(scores.double(), 1e-4, 3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["sinkhorn"])
+def test_sinkhorn_of_many_rows_a_program(op, implementation, monkeypatch):
+    if implementation.name != "triton":
+        pytest.skip("how Triton's programs share the rows")
+    monkeypatch.setattr("fastjem.kernels.tiling.SINKHORN_PROGRAMS", 2)
+    scores = randn(29, 300, scale=2).float()
+    codes = F.sinkhorn(scores.to(implementation.device), iterations=4).cpu().double()
+    torch.testing.assert_close(codes, log_sinkhorn(scores.double(), 0.05, 4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["sinkhorn"])
 def test_sinkhorn_of_any_layout_and_code_dtype(op, implementation, poisoned):
     scores = randn(33, 50).float().to(implementation.device)
     codes = F.sinkhorn(scores)
@@ -125,6 +156,27 @@ def test_statistics_of_the_teacher(grad, op, implementation, poisoned):
 
 
 @pytest.mark.parametrize("op", ["prototype_cross_entropy"])
+@pytest.mark.parametrize("upstream", [0.0, math.inf, math.nan, 1e30, 1e-30])
+def test_upstream_gradients_at_the_ends(upstream, op, implementation):
+    """A float32 gradient may carry its scale from the forward pass: no upstream gradient tells, twice if need be."""
+    scores = [randn(5, 40, seed=i).float().to(implementation.device) for i in range(4)]
+    leaf = scores[0].requires_grad_()
+    options = {"student_temperature": 0.1, "teacher_temperature": 0.04}
+    loss = F.prototype_cross_entropy([leaf, scores[1]], scores[2:], **options)
+    exact = leaf.detach().double().requires_grad_()
+    truth = (scores[3].double() / 0.04).softmax(1), (exact / 0.1).log_softmax(1)
+    pair = -(truth[0] * truth[1]).sum(1).mean() / 2
+    (expected,) = torch.autograd.grad(pair, exact)
+    for retain in (True, False):
+        (gradient,) = torch.autograd.grad(loss * upstream, leaf, retain_graph=retain)
+        if math.isfinite(upstream):
+            error = (gradient.double() - expected * upstream).abs().max().item()
+            assert error <= 2e-6 * upstream * expected.abs().max().item()
+        else:  # as autograd multiplies: infinity with a sign, NaN where nothing is left of it
+            assert torch.equal(gradient.isnan(), torch.isnan(expected.float() * upstream))
+
+
+@pytest.mark.parametrize("op", ["prototype_cross_entropy"])
 @pytest.mark.parametrize("k", [3, 65_536, 131_072])
 def test_temperatures_and_sizes_of_dino(k, op, implementation):
     if implementation.name == "triton" and implementation.device == "cpu" and k > 3:
@@ -162,6 +214,8 @@ def test_head_fused_equals_plain_and_takes_weight_norm():
 def test_head_fused_in_many_tiles(op, implementation, monkeypatch):
     if implementation.name == "c++":
         monkeypatch.setattr("fastjem.kernels.cpu_prototypes.TILE_BYTES", 4096)
+    if implementation.name == "triton":
+        monkeypatch.setattr("fastjem.kernels.tiling.HEAD_PROGRAMS", 1)  # one program walks over all blocks
     x = [randn(9, 24, seed=i, scale=0.2).float().to(implementation.device).requires_grad_() for i in range(3)]
     w = randn(333, 24, seed=7).float().to(implementation.device).requires_grad_()
     options = {
@@ -170,12 +224,16 @@ def test_head_fused_in_many_tiles(op, implementation, monkeypatch):
         "teacher_bias": randn(2, 333).float().to(w.device),
     }
     fused = torch.autograd.grad(F.prototype_head_cross_entropy(x, x[:2], w, w, **options), [*x, w])
-    double = {**options, "teacher_bias": options["teacher_bias"].double()}
-    exact = [v.detach().double().requires_grad_() for v in [*x, w]]
-    logits = [v @ exact[-1].T for v in exact[:-1]]
-    truth = torch.autograd.grad(F.prototype_cross_entropy(logits, logits[:2], **double), exact)
-    for a, b in zip(fused, truth, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+    def unfused(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [v.detach().to(dtype).requires_grad_() for v in [*x, w]]
+        logits = [v @ leaves[-1].T for v in leaves[:-1]]
+        own = {**options, "teacher_bias": options["teacher_bias"].to(dtype)}
+        return torch.autograd.grad(F.prototype_cross_entropy(logits, logits[:2], **own), leaves)
+
+    for a, eager, truth in zip(fused, unfused(torch.float32), unfused(torch.float64), strict=True):
+        bar = 2 * (eager.double() - truth).abs().max() + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (a.double() - truth).abs().max() <= max(bar, 1e-5 * truth.abs().max())
 
 
 def test_koleo_is_finite_on_duplicates_one_row_and_zeros():

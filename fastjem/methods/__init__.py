@@ -28,4 +28,7 @@ METHODS: dict[str, type[nn.Module]] = {
     "data2vec": Data2Vec,
 }
 
-__all__ = ["BYOL", "DINO", "METHODS", "BarlowTwins", "Data2Vec", "MoCo", "SimCLR", "SimSiam", "SwAV", "VICReg"]
+# Arguments of a method that the run gives; every other one is the user's option.
+FACTS = ("images", "steps_per_epoch", "steps", "group", "batch_norm")
+
+__all__ = ["BYOL", "DINO", "FACTS", "METHODS", "BarlowTwins", "Data2Vec", "MoCo", "SimCLR", "SimSiam", "SwAV", "VICReg"]

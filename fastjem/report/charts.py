@@ -146,7 +146,7 @@ def chart(quantity: Quantity, runs: Sequence[Run]) -> str | None:
         axes.set_ylabel(quantity.unit)
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlim(0, max(x[-1] for *_, x, _ in curves) * 1.02)
+        axes.set_xlim(0, max(x[-1] for *_, x, _ in curves) * 1.02 or 1)
         if len({name for _, _, name, _, _ in curves}) > 1:
             legend: dict[str, Any] = {}
             for line, (_, style, name, _, _) in zip(axes.get_lines(), curves, strict=False):
