@@ -303,7 +303,9 @@ def _prototype_cross_entropy(
     )
 
 
-def _prototype_head(s: int, t: int, b: int, k: int, d: int, pairs: str, bias: str = "", weighted: bool = False) -> Case:
+def _prototype_head(
+    s: int, t: int, b: int, k: int, d: int, pairs: str, bias: str = "", weighted: bool = False, interpreted: bool = True
+) -> Case:
     biases = {"": [], "K": [normal(k)], "TK": [normal(t, k)]}[bias]
     weights = [lambda g: torch.rand(b, generator=g, dtype=torch.float64) + 0.1] if weighted else []
 
@@ -342,6 +344,7 @@ def _prototype_head(s: int, t: int, b: int, k: int, d: int, pairs: str, bias: st
         # logits of size 3 / temperature, known to a rounding each, in the loss and in the probabilities
         loss_size=15.0,
         gradient_size=lambda *x: 15.0 / b / (d**0.5),
+        interpreted=interpreted,
     )
 
 
@@ -525,8 +528,8 @@ LOSSES = [
     _prototype_cross_entropy(2, 3, 3, 1025, "same"),
     _prototype_head(2, 2, 1, 3, 5, "different"),
     _prototype_head(4, 2, 5, 130, 16, "different", bias="TK"),
-    _prototype_head(2, 3, 33, 700, 32, "different", bias="K", weighted=True),
-    _prototype_head(3, 1, 7, 67, 8, "all", weighted=True),
+    _prototype_head(2, 3, 33, 700, 32, "different", bias="K", weighted=True, interpreted=False),
+    _prototype_head(3, 1, 7, 67, 8, "all", bias="K", weighted=True),
     _prototype_head(2, 3, 5, 129, 40, "same"),
     _prototype_head(2, 2, 3, 20, 130, "different", weighted=True),  # on a GPU: chunks of 64 columns, the last of 2
     _mean_entropy(1, 1, 3),
