@@ -1,3 +1,4 @@
+## make demo        trains on the embedded data set (minutes) and shows what that was worth; makes .venv first
 ## make test        the whole test suite, in .venv, which it makes first (ARGS="-k sinkhorn" for a part of it)
 ## make lint        ruff: errors and format
 ## make bench       benchmarks on this machine; results in benchmarks/results/
@@ -15,7 +16,8 @@ PART ?= tests bench
 python := $(VENV)/bin/python
 run := $(python) -m
 # 5 is pytest's "no test selected", which is no failure when ARGS chooses. .ci/run insists on tests in each of the three.
-pytest = $(run) pytest $(1) $(ARGS) || [ $$? -eq 5 ]
+# Two processes at a time, as most of a test's time is one thread's; waiting OpenMP threads sleep, or they would take the other's core.
+pytest = OMP_WAIT_POLICY=passive $(run) pytest -n 2 --dist worksteal $(1) $(ARGS) || [ $$? -eq 5 ]
 
 version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Newer than the files below: the environment is as they say, for this version of Python.
@@ -23,7 +25,7 @@ ready := $(VENV)/ready-$(version)
 
 bounded := timeout --signal=INT --kill-after=15
 
-.PHONY: help test lint bench gpu-check clean
+.PHONY: help demo test lint bench gpu-check clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -39,6 +41,9 @@ $(ready): pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/*)
 	@$(python) -c 'from fastjem.kernels import _C' \
 	  || { echo "the C++ kernels were not built; this says why: $(run) pip install -v $(extension)"; exit 1; }
 	@touch $@
+
+demo: $(ready)
+	$(run) fastjem demo
 
 test: $(ready)
 	$(call pytest)

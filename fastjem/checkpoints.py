@@ -53,8 +53,8 @@ def load(run: Path) -> dict[str, Any] | None:
 class Metrics:
     """`metrics.jsonl`, one object a line. Opening it for a run that goes on from `step` cuts the rows past it."""
 
-    def __init__(self, run: Path, step: int):
-        self.path = run / "metrics.jsonl"
+    def __init__(self, run: Path, step: int, name: str = "metrics.jsonl"):
+        self.path = run / name
         rows = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -71,7 +71,7 @@ class Metrics:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as error:
-            return f"metrics.jsonl could not be written ({error.strerror})"
+            return f"{self.path.name} could not be written ({error.strerror})"
         return None
 
     def close(self) -> None:

@@ -3,10 +3,11 @@
 import argparse
 import difflib
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,26 +36,93 @@ def bench(argv: Sequence[str]) -> int:
 
 def pretrain(argv: Sequence[str]) -> int:
     """train an encoder on a folder of images"""
+    return _of_dataclass("pretrain", "fastjem.pretrain", argv)
+
+
+def report(argv: Sequence[str]) -> int:
+    """what a run did, or several side by side, on one page"""
+    return _of_dataclass("report", "fastjem.report.page", argv)
+
+
+def views(argv: Sequence[str]) -> int:
+    """what a method's augmentations do to your own images, as a picture"""
+    return _of_dataclass("views", "fastjem.report.views", argv)
+
+
+def _of_dataclass(command: str, module: str, argv: Sequence[str]) -> int:
+    """The module's dataclass `Config` says the options, its function `main(config)` gives the exit code."""
     try:
-        return importlib.import_module("fastjem.arguments").main(list(argv))
+        arguments, code = (importlib.import_module(name) for name in ("fastjem.arguments", module))
+        return arguments.run(code.Config, command, code.main, argv)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "fastjem":
             raise
-        print(f"fastjem pretrain: {error.name} is not installed; pip install 'fastjem[pretrain]'", file=sys.stderr)
+        print(f"fastjem {command}: {error.name} is not installed; pip install 'fastjem[pretrain]'", file=sys.stderr)
         return 2
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """how well a run's features tell classes apart: kNN, linear probe, effective rank"""
+    return _of_dataclass("evaluate", "fastjem.evaluation", argv)
+
+
+def export(argv: Sequence[str]) -> int:
+    """write a run's encoder as safetensors (and ONNX)"""
+    return _of_dataclass("export", "fastjem.export", argv)
+
+
+def demo(argv: Sequence[str]) -> int:
+    """train on the embedded data set for some minutes and compare with no training"""
+    return _of_dataclass("demo", "fastjem.demo", argv)
 
 
 def methods(argv: Sequence[str]) -> int:
     """what pretrain can train with"""
     Parser("fastjem methods", description=methods.__doc__).parse_args(argv)
-    for name, method in importlib.import_module("fastjem.methods").METHODS.items():
-        source = importlib.import_module(method.__module__).__doc__
-        print(f"{name:<14}{source.splitlines()[0]}")
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        print("fastjem methods: rich is not installed; pip install 'fastjem[pretrain]'", file=sys.stderr)
+        return 2
+    columns = ("method", "family", "what prevents the trivial solution", "needs", "options with defaults", "paper")
+    table = Table(*columns, show_lines=True)
+    for name, kind in importlib.import_module("fastjem.methods").METHODS.items():
+        table.add_row(name, kind.family, kind.prevents_collapse, _needs(kind), _options(kind), _paper(kind))
+    wide = Console() if sys.stdout.isatty() else Console(width=160)
+    wide.print(table)
     return 0
+
+
+def _needs(kind: Any) -> str:
+    queue = inspect.signature(kind).parameters.get("queue")
+    parts = {
+        "momentum encoder": kind.ema,
+        "queue": queue is not None and queue.default,
+        "multi-crop": kind.views.small,
+        "vision transformer": kind.views.mask,
+    }
+    return ", ".join(name for name, needed in parts.items() if needed) or "-"
+
+
+def _options(kind: Any) -> str:
+    """Keyword arguments that --options takes; facts of the run aren't options."""
+    given = {"group", "images", "steps_per_epoch", "steps"}
+    found = inspect.signature(kind).parameters.values()
+    return " ".join(f"{p.name}={p.default}" for p in found if p.kind is p.KEYWORD_ONLY and p.name not in given)
+
+
+def _paper(kind: Any) -> str:
+    return importlib.import_module(kind.__module__).__doc__.splitlines()[0].partition(": ")[2].rstrip(".")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": pretrain,
+    "evaluate": evaluate,
+    "export": export,
+    "demo": demo,
+    "report": report,
+    "views": views,
     "methods": methods,
     "doctor": doctor,
     "bench": bench,

@@ -39,6 +39,15 @@ def build(name: str, groups: list[dict], *, momentum: float = 0.9) -> torch.opti
     raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
 
 
+def scaled(name: str, rate: float, batch: int) -> float:
+    """The learning rate at `batch` images when it is `rate` at 256.
+
+    With the batch for SGD (Goyal et al. 2017); with its square root for AdamW (Malladi et al. 2022) and LARS (SimCLR's
+    B.1: better for small batches and short runs), whose step doesn't grow with the gradient.
+    """
+    return rate * (batch / 256) ** (1.0 if name == "sgd" else 0.5)
+
+
 def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> Tensor:
     """0-dim float64 on the host: a line from 0 to `start` over `warmup` steps, then half a cosine, `end` at the last.
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,26 @@ import torch
 from torch import Tensor, nn
 
 from fastjem import checkpoints, dist, encoders, optim
+from fastjem.data import shapes
 from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader, normalise
 from fastjem.data.views import Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS
-from fastjem.train import Alarm, Step, check_encoder, loop
+from fastjem.progress import Reporter
+from fastjem.report import Watch
+from fastjem.train import Step, check_encoder, loop
 
 Option = bool | int | float | str
+ENCODER = "encoder.safetensors"
 
 
 @dataclass
 class Config:
     """Everything a run depends on. A field that is None takes the method's default (docs/methods.md)."""
 
-    data: str = field(metadata={"help": "folder of images, nested or flat"})
     out: str = field(metadata={"help": "folder of the run"})
+    data: str = field(default="", metadata={"help": "folder of images, nested or flat; none: the embedded data set"})
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
     image_size: int = 224
@@ -42,7 +46,9 @@ class Config:
     accumulate: int = field(default=1, metadata={"help": "batches that make one optimiser step"})
     max_steps: int = field(default=0, metadata={"help": "end after so many steps; 0: after the epochs"})
     optimizer: str | None = field(default=None, metadata={"help": " | ".join(optim.OPTIMIZERS)})
-    learning_rate: float | None = field(default=None, metadata={"help": "for 256 images; grows with the batch"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "for 256 images; grows with the batch, or its root"}
+    )
     weight_decay: float | None = None
     warmup_epochs: float | None = field(default=None, metadata={"help": "at most a tenth of the run"})
     clip: float | None = field(default=None, metadata={"help": "the gradient's largest norm; 0: no clipping"})
@@ -62,11 +68,15 @@ class Config:
     log_every: int = field(default=10, metadata={"help": "steps"})
     checkpoint_every: float = field(default=300, metadata={"help": "seconds"})
     checkpoint_steps: int = field(default=0, metadata={"help": "steps, in place of seconds"})
+    knn_every: float | None = field(
+        default=None, metadata={"help": "epochs; 0: at start and end; a twentieth of the run"}
+    )
+    report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
     resume: bool = False
 
 
 MAY_CHANGE = {"out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
-              "compile", "max_steps", "data"}  # fmt: skip
+              "compile", "max_steps", "data", "knn_every", "report"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,16 +103,23 @@ def pretrain(config: Config | None = None, *, encoder: nn.Module | None = None, 
         for name in fields:
             if name not in known:
                 raise nearest("option", name, known)
-        if missing := [name for name in ("data", "out") if name not in fields]:
-            raise UserError(f"pretrain needs {' and '.join(missing)}")
+        if "out" not in fields:
+            raise UserError("pretrain needs out")
         config = Config(**fields)
     check(config)
+    if not config.data:
+        config = dataclasses.replace(config, data=str(shapes.folder() / "train"))
     ranks = dist.join(config.device)
     try:
         with Stop() as stop:
             return run(config, ranks, encoder, stop)
     finally:
         dist.leave(ranks)
+
+
+def main(config: Config) -> int:
+    """The command; 130 for a run that was asked to stop, in order, with everything saved."""
+    return 0 if pretrain(config).finished else 130
 
 
 def check(config: Config) -> None:
@@ -147,10 +164,10 @@ class Stop:
             signal.signal(number, handler)
 
 
-def build_method(config: Config, width: int, images: int, steps_per_epoch: int, steps: int, group: Any) -> nn.Module:
+def build_method(config: Config, width: int, facts: dict[str, Any]) -> nn.Module:
+    """`facts` of the run that a method may ask for by an argument's name; the other arguments are the user's."""
     kind = METHODS[config.method]
     accepted = list(inspect.signature(kind).parameters)[1:]
-    facts = {"images": images, "steps_per_epoch": steps_per_epoch, "steps": steps, "group": group}
     own = [name for name in accepted if name not in facts]
     for name in config.options:
         if name not in own:
@@ -177,6 +194,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     steps = config.max_steps or per_epoch * config.epochs
 
     torch.manual_seed(config.seed)
+    named = encoder is None  # else only its owner can build it again
     if encoder is None:
         pool = getattr(kind, "pool", None)
         encoder = encoders.create(
@@ -198,14 +216,18 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
     encoder = encoder.to(ranks.device)
+    layout = encoders.memory_format(encoder)
     try:
         sample = next(iter(ViewLoader(folder, specs, batch=min(config.batch_size, 16), seed=config.seed, stop=1)))
-        width = check_encoder(encoder, normalise(sample.views, specs, ranks.device)[0])
+        width = check_encoder(encoder, normalise(sample.views, specs, ranks.device, layout)[0])
     except RuntimeError as error:
         raise UserError(f"the encoder can't take {config.image_size} x {config.image_size} images: {error}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
-    method = build_method(config, width, len(folder), per_epoch, steps, ranks.group).to(ranks.device)
+    batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
+    facts = {"images": len(folder), "steps_per_epoch": per_epoch, "steps": steps, "group": ranks.group,
+             "batch_norm": batch_norm}  # fmt: skip
+    method = build_method(config, width, facts).to(ranks.device)
     try:
         step = Step(encoder, method, config.momentum_encoder).to(ranks.device)
     except ValueError as error:
@@ -215,7 +237,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         value = getattr(config, name)
         return getattr(defaults, name) if value is None else value
 
-    rate = chosen("learning_rate") * config.batch_size * config.accumulate / 256
+    rate = optim.scaled(chosen("optimizer"), chosen("learning_rate"), config.batch_size * config.accumulate)
     momentum = config.momentum if config.momentum is not None else min(defaults.momentum, max(1 - 10 / steps, 0.9))
     schedule = optim.Schedule(
         steps=steps,
@@ -231,7 +253,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     groups = optim.parameter_groups(step, getattr(kind, "constant_rate", ()))
     optimizer = optim.build(chosen("optimizer"), groups)
     if state:
-        if start >= steps:
+        if start > steps or (start == steps and (out / ENCODER).exists()):
             raise UserError(f"the run in {out} is already at its end, step {start}; --epochs says how long it is")
         step.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -246,6 +268,11 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     if config.compile:
         model = torch.compile(model)
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
+    reporter.bad.update(state.get("unreadable", ()) if state else ())
+    facts = {"steps": steps, "steps_per_epoch": per_epoch, "patch": encoders.patch_size(encoder), "ranks": ranks.size}
+    watch = Watch(
+        out, folder, config.image_size, facts, start=start, every=config.knn_every, page=config.report, say=reporter.say
+    )
 
     def batches() -> Iterator[tuple[list[Tensor], float]]:
         source = iter(loader)
@@ -255,7 +282,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
             if batch is None:
                 return
             reporter.unreadable(batch.unreadable)
-            yield normalise(batch.views, specs, ranks.device), time.perf_counter() - begin
+            yield normalise(batch.views, specs, ranks.device, layout), time.perf_counter() - begin
 
     saved_at = time.monotonic()
 
@@ -270,25 +297,33 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
                         "model": step.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "config": json.dumps(dataclasses.asdict(config)),
+                        "unreadable": sorted(reporter.bad),
                         "seed": config.seed,  # every generator follows from it and the step
                     },
                 )
             )
         saved_at = time.monotonic()
 
-    def after_step(done: int) -> bool:
+    def after_step(done: int, flush: Callable[[], None]) -> bool:
+        if ranks.first:
+            watch.after_step(step.encoder, done)
         asked = ranks.any(stop.signal is not None)
         if config.checkpoint_steps:
             due = done % config.checkpoint_steps == 0
         else:
             due = ranks.any(ranks.first and time.monotonic() - saved_at > config.checkpoint_every)
         if asked or due or done == steps:
+            flush()  # a row that the checkpoint has passed would be lost with a kill
             save(done)
+            if ranks.first and done < steps:
+                watch.refresh()
         return asked
 
     bf16 = ranks.device.type == "cuda"
     if not state:
         save(0)  # a run killed before its first checkpoint starts at step 0; a full disk is seen now
+    if ranks.first:
+        watch.begin(step.encoder)
     try:
         done = loop(
             model, step, optimizer, schedule, batches(), start=start, accumulate=config.accumulate,
@@ -297,10 +332,15 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         )  # fmt: skip
     finally:
         reporter.close()
-    if ranks.first and done == steps and config.backbone:
+    if ranks.first and done == steps:
         metadata = {"backbone": config.backbone, "image_size": str(config.image_size), "stem": config.stem,
                     "patch_size": str(config.patch_size), "pool": getattr(kind, "pool", "")}  # fmt: skip
-        encoders.save(step.encoder, str(out / "encoder.safetensors"), metadata)
+        try:
+            encoders.save(step.encoder, str(out / ENCODER), metadata if named else {})
+        except OSError as error:
+            reporter.say(f"{ENCODER} could not be written ({error.strerror}); --resume tries again")
+    if ranks.first:
+        watch.end()
     ranks.barrier()
     if stop.signal is not None and ranks.first:
         print(f"stopped at step {done}; go on with --resume --out {out}", file=sys.stderr)
@@ -328,79 +368,6 @@ def prepare_folder(config: Config, out: Path, ranks: dist.Ranks) -> dict[str, An
         except OSError as error:
             raise UserError(f"--out {out}: {error.strerror}") from None
     return None
-
-
-class Reporter:
-    """Metrics, progress, alarms: on the first rank only."""
-
-    def __init__(self, config: Config, out: Path, start: int, steps: int, per_epoch: int, ranks: dist.Ranks):
-        self.config, self.steps, self.per_epoch, self.ranks = config, steps, per_epoch, ranks
-        self.last, self.bad = {}, set()
-        self.alarm = Alarm(getattr(METHODS[config.method], "asymmetric", False))
-        self.metrics = checkpoints.Metrics(out, start) if ranks.first else None
-        self.board: Any = None
-        if config.tensorboard and ranks.first:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs the package tensorboard") from None
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start)
-        self.bar: Any = None
-        if ranks.first and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(config.method, total=steps, completed=start, text="")
-            self.bar.start()
-
-    def say(self, text: str | None) -> None:
-        if text and self.ranks.first:
-            if self.bar:
-                self.bar.console.print(f"fastjem: {text}", markup=False, highlight=False)
-            else:
-                print(f"fastjem: {text}", file=sys.stderr, flush=True)
-
-    def unreadable(self, files: list[tuple[str, str]]) -> None:
-        for path, reason in files:
-            if path not in self.bad:
-                self.bad.add(path)
-                self.say(f"skipped {path}: {reason} ({len(self.bad)} so far)")
-
-    def log(self, step: int, figures: dict[str, Any]) -> None:
-        figures["images_per_second"] *= self.ranks.size
-        row = {"step": step, "epoch": (step - 1) // self.per_epoch, **figures}
-        if self.bad:
-            row["unreadable_files"] = len(self.bad)
-        self.last = row
-        self.say(self.alarm(step, figures) if self.ranks.first else None)
-        if self.metrics:
-            self.say(self.metrics.write(row))
-        if self.board:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, step)
-        names = ("loss", "std", "effective_rank", "teacher_entropy", "prototype_usage")
-        text = "  ".join(f"{name} {figures[name]:.4g}" for name in names if name in figures)
-        left = (self.steps - step) * self.config.batch_size * self.config.accumulate / figures["images_per_second"]
-        text += f"  {figures['images_per_second']:.0f} img/s  waiting {figures['data_wait']:.0%}"
-        if self.bar:
-            self.bar.update(self.task, completed=step, text=text)
-        elif self.ranks.first and (step % (self.config.log_every * 10) == 0 or step == self.steps):
-            print(f"step {step}/{self.steps}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-        if self.metrics:
-            self.metrics.close()
-        if self.board:
-            self.board.close()
 
 
 class _Callable(types.ModuleType):

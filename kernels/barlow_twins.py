@@ -13,7 +13,7 @@ def barlow_twins(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
     lambda_param: float,
-    statistics: bool,
+    statistics: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in launch.DTYPES:
@@ -24,16 +24,17 @@ def barlow_twins(
     diagonal = dots.double() / n
     with columns.products_of(n, d):
         if n < d:
-            squares = [b @ b.T, a @ a.T]
+            squares = [a @ a.T, b @ b.T]
             total = columns.dot(*squares)
         else:
             cross = a.T @ b
-            squares = [cross.T, cross]
+            squares = [cross]
             total = columns.dot(cross, cross)
             diagonal = cross.diagonal().double() / n  # the same numbers as in the total, which they are taken from
         loss = (diagonal - 1).square().sum() + lambda_param * (total / n**2 - diagonal.square().sum())
         rank = ((diagonal.sum() * n).square() / total).expand(2, 1)
-        health = torch.cat([torch.stack([a_std, b_std]), rank], 1) if statistics else None
+        health = [torch.cat([torch.stack([a_std, b_std]), rank], 1).to(a.dtype)] if statistics else []
+        health += squares if statistics > 1 else []
         weights = ((1 - lambda_param) * diagonal - 1).to(a.dtype)
         factor = torch.full((), lambda_param / n, dtype=a.dtype, device=a.device)
         gradients = [torch.empty((0,), dtype=z.dtype, device=z.device) for z in (z0, z1)]
@@ -41,8 +42,8 @@ def barlow_twins(
         for i, (z, own, std, other) in enumerate(sides):
             if not wanted[i]:
                 continue
-            product = squares[i] @ own if n < d else other @ squares[i]
+            product = squares[1 - i] @ own if n < d else other @ (cross.T, cross)[i]
             gradients[i] = product if z.dtype == product.dtype else torch.empty((n, d), dtype=z.dtype, device=z.device)
             columns.through_standardise(product, own, other, weights, std, factor, gradients[i])
     scale = torch.full((), 2 / n, dtype=a.dtype, device=a.device)
-    return loss.to(a.dtype), gradients, scale, [health.to(a.dtype)] if statistics else []
+    return loss.to(a.dtype), gradients, scale, health

@@ -6,6 +6,7 @@ Tensors of any layout are taken; rows that aren't dense are copied. Without a na
 import torch
 from fastjem.kernels import _C, reference
 from fastjem.kernels.cpu_covariance import barlow_twins, vicreg  # noqa: F401
+from fastjem.kernels.cpu_gaussian import characteristic, characteristic_backward  # noqa: F401
 from fastjem.kernels.cpu_tensors import DTYPES, _address, _flat, _gradient, _loss_dtype, _rows
 from torch import Tensor
 
@@ -73,6 +74,29 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         torch.get_num_threads(),
     )
     return torch.full((), total / len(p), dtype=dtype), gradients, torch.full((), 1 / len(p), dtype=dtype)
+
+
+def regression(
+    prediction: Tensor, target: Tensor, beta: float, normalize: bool, eps: float, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if prediction.dtype not in DTYPES:
+        return reference.regression(prediction, target, beta, normalize, eps, wanted)
+    prediction, target, dtype = _rows(prediction), _rows(target), _loss_dtype(prediction)
+    gradient, scale = _gradient(prediction, wanted[0]), 1 / prediction.numel()
+    total = _C.regression(
+        DTYPES[prediction.dtype],
+        _address(prediction),
+        prediction.stride(0),
+        _address(target),
+        target.stride(0),
+        *prediction.shape,
+        beta,
+        normalize,
+        eps,
+        _address(gradient),
+        torch.get_num_threads(),
+    )
+    return torch.full((), total * scale, dtype=dtype), [gradient], torch.full((), scale, dtype=dtype)
 
 
 from fastjem.kernels.cpu_contrastive import (  # noqa: E402, F401

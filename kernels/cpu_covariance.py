@@ -1,8 +1,8 @@
 """Barlow Twins and VICReg on the CPU: column statistics and gradients in C++, products by torch.mm.
 
 The squared norm of a D x D covariance equals that of the N x N Gram matrix, `||A^T B||^2 = <A A^T, B B^T>`, and the
-gradient
-needs `B (A^T B)^T = (B B^T) A`: whichever is smaller is computed, and its diagonal comes from the column statistics.
+gradient needs `B (A^T B)^T = (B B^T) A`: whichever is smaller is computed, and its diagonal comes from the column
+statistics.
 """
 
 import torch
@@ -63,7 +63,7 @@ def _product_memory(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 def barlow_twins(
-    z0: Tensor, z1: Tensor, lambda_param: float, statistics: bool, wanted: list[bool]
+    z0: Tensor, z1: Tensor, lambda_param: float, statistics: int, wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in DTYPES:
         return reference.barlow_twins(z0, z1, lambda_param, statistics, wanted)
@@ -72,17 +72,18 @@ def barlow_twins(
     b, b_std, diagonal = _standardised(z1, n, 1e-5, True, a)
     diagonal /= n
     if n < d:
-        a_gram, b_gram = _symmetric(a), _symmetric(b)
-        total = _dot(a_gram, b_gram)
+        squares = [_symmetric(a), _symmetric(b)]
+        total = _dot(*squares)
     else:
         cross = torch.mm(a.T, b)
+        squares = [cross]
         total = _dot(cross, cross)
         diagonal = cross.diagonal().double() / n  # the same numbers as in the total, which they are taken from
     off_diagonal = total / n**2 - diagonal.square().sum()
     loss = (diagonal - 1).square().sum() + lambda_param * off_diagonal
 
     rank = ((diagonal.sum() * n).square() / total).expand(2, 1)
-    health = torch.cat([torch.stack([a_std, b_std]), rank], 1) if statistics else None
+    health = [torch.cat([torch.stack([a_std, b_std]), rank], 1).to(dtype)] if statistics else []
     weights = (1 - lambda_param) * diagonal - 1
     gradients = [_gradient(z0, wanted[0]), _gradient(z1, wanted[1])]
     sides = ((z0, a, a_std, b), (z1, b, b_std, a))
@@ -91,7 +92,7 @@ def barlow_twins(
             continue
         product = _product_memory(gradients[i], own)
         if n < d:
-            torch.mm((b_gram, a_gram)[i], own, out=product)
+            torch.mm(squares[1 - i], own, out=product)
         else:
             torch.mm(other, (cross.T, cross)[i], out=product)
         _C.through_standardise(
@@ -107,7 +108,8 @@ def barlow_twins(
             _address(gradients[i]),
             torch.get_num_threads(),
         )
-    return loss.to(dtype), gradients, torch.full((), 2 / n, dtype=dtype), [health.to(dtype)] if statistics else []
+    health += squares if statistics > 1 else []
+    return loss.to(dtype), gradients, torch.full((), 2 / n, dtype=dtype), health
 
 
 def vicreg(
@@ -117,35 +119,39 @@ def vicreg(
     mu_param: float,
     nu_param: float,
     eps: float,
-    statistics: bool,
+    statistics: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in DTYPES:
         return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, statistics, wanted)
     z0, z1, dtype, (n, d) = _rows(z0), _rows(z1), _loss_dtype(z0), z0.shape
     gradients = [_gradient(z0, wanted[0]), _gradient(z1, wanted[1])]
-    loss, views, kept, health = 0.0, [], [], []
+    factor = 4 * nu_param * n / (n - 1) ** 2 / d
+    loss, views, kept, health, squares = 0.0, [], [], [], []
     for z, gradient in zip((z0, z1), gradients, strict=True):
         centred, std, _ = _standardised(z, n - 1, eps, False)
         diagonal = (std.square() - eps) * (n - 1)
         square = _symmetric(centred if n < d else centred.T)
         if n >= d:
-            diagonal = square.diagonal().double()
+            diagonal = square.diagonal().to(torch.float64, copy=True)
         total = _dot(square, square)
         off_diagonal = total - diagonal.square().sum()
         if statistics:
             health.append(torch.cat([std, (diagonal.sum().square() / total)[None]]))
+        if statistics > 1:
+            squares.append(square)
         loss = loss + mu_param / 2 * (1 - std).relu().mean() + nu_param / (n - 1) ** 2 / d * off_diagonal
         if not gradient.numel():
             views.append((0, 0, 0, 0))
             continue
-        weights = (std < 1) / std * (-mu_param / 2 * n / (n - 1))
+        weights = (std < 1) / std * (-mu_param / 2 * n / (n - 1) / d)
         product = _product_memory(gradient, centred)
         if n < d:
             torch.mm(square, centred, out=product)
-            weights -= 4 * nu_param * n / (n - 1) ** 2 * diagonal
+            weights -= factor * diagonal
         else:
             torch.mm(centred, square.fill_diagonal_(0), out=product)
+            square.diagonal().copy_(diagonal)
         views.append((_address(centred), _address(product), _address(weights), _address(gradient)))
         kept.append((centred, product, weights))
     distances = _C.vicreg(
@@ -157,10 +163,10 @@ def vicreg(
         n,
         d,
         views,
-        4 * nu_param * n / (n - 1) ** 2,
-        2 * lambda_param,
+        factor,
+        2 * lambda_param / d,
         torch.get_num_threads(),
     )
     loss = loss + lambda_param * distances / (n * d)
     of_views = [torch.stack(health).to(dtype)] if statistics else []
-    return loss.to(dtype), gradients, torch.full((), 1 / (n * d), dtype=dtype), of_views
+    return loss.to(dtype), gradients, torch.full((), 1 / n, dtype=dtype), of_views + squares

@@ -95,6 +95,29 @@ def negative_cosine(
     return loss, [p_gradient, z_gradient], _scale(p, 1 / len(p))
 
 
+def regression(
+    prediction: Tensor,  # [N, D]
+    target: Tensor,  # [N, D]
+    beta: float,
+    normalize: bool,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`smooth_l1_loss(prediction, layer_norm(target, [D], eps=eps), beta=beta)`; beta = 0: `mse_loss`."""
+    error = widen(target)
+    if normalize:
+        error = torch.nn.functional.layer_norm(error, error.shape[1:], eps=eps)
+    error = widen(prediction) - error
+    if beta == 0:
+        losses, gradient = error.square(), 2 * error
+    else:
+        size = error.abs()
+        losses = torch.where(size < beta, error.square() / (2 * beta), size - beta / 2)
+        gradient = torch.where(size >= beta, error.sign(), error / beta)
+    gradient = gradient.to(prediction.dtype) if wanted[0] else _empty(prediction)
+    return losses.mean(), [gradient], _scale(prediction, 1 / error.numel())
+
+
 # Covariance losses -----------------------------------------------------------------------------------
 
 
@@ -102,14 +125,15 @@ def barlow_twins(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
     lambda_param: float,
-    statistics: bool,
+    statistics: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230,
     equation 1.
 
-    Batch norm without affine part: biased variance, eps = 1e-5. The `statistics` are [2, D + 1]: the columns'
-    standard deviations (with eps) of each view, then the participation ratio of C, `(sum_i C_ii)^2 / ||C||^2`.
+    Batch norm without affine part: biased variance, eps = 1e-5. The `statistics` (from 1 on) are [2, D + 1]: the
+    columns' standard deviations (with eps) of each view, then the participation ratio of C, `(sum_i C_ii)^2 / ||C||^2`;
+    from 2 on followed by the squares that it is computed from: a a^T and b b^T for N < D, else a^T b.
     """
     n, d = z0.shape
 
@@ -131,6 +155,8 @@ def barlow_twins(
     correlation = difference + identity
     rank = correlation.trace().square() / correlation.square().sum()
     health = [torch.cat([torch.stack([a_std, b_std]), rank.expand(2, 1)], 1)] if statistics else []
+    if statistics > 1:
+        health += [a @ a.T, b @ b.T] if n < d else [a.T @ b]
     return (difference * weighted).sum(), gradients, _scale(z0, 2 / n), health
 
 
@@ -141,21 +167,26 @@ def vicreg(
     mu_param: float,
     nu_param: float,
     eps: float,
-    statistics: bool,
+    statistics: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's
     factor 1/2 on v.
 
     v = mean_d relu(1 - sqrt(var + eps)), c = sum_{i != j} cov_ij^2 / D, both with N - 1 in the denominator.
-    The `statistics` are [2, D + 1]: the columns' standard deviations (with eps) of each view, then the participation
-    ratio of its covariance's spectrum, `(sum_i cov_ii)^2 / ||cov||^2`.
+    The `statistics` (from 1 on) are [2, D + 1]: the columns' standard deviations (with eps) of each view, then the
+    participation ratio of its covariance's spectrum, `(sum_i cov_ii)^2 / ||cov||^2`; from 2 on followed by each view's
+    smaller square, c c^T for N < D, else c^T c (c: centred).
+    Gradients carry 1 / D, without which a covariance of thousands of columns overflows float16.
     """
     n, d = z0.shape
     a, b = widen(z0), widen(z1)
+    squares = []
 
     def regularise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centred = x - x.mean(0)
+        if statistics > 1:
+            squares.append(centred @ centred.T if n < d else centred.T @ centred)
         std = (x.var(0) + eps).sqrt()  # [D]
         covariance = centred.T @ centred / (n - 1)
         rank = covariance.trace().square() / covariance.square().sum()
@@ -165,13 +196,14 @@ def vicreg(
         return loss, (variance_part + 4 * nu_param * centred @ covariance) * (n / (n - 1)), torch.cat([std, rank[None]])
 
     (a_loss, a_gradient, a_health), (b_loss, b_gradient, b_health) = regularise(a), regularise(b)
+    health = [torch.stack([a_health, b_health])] if statistics else []
     difference = 2 * lambda_param * (a - b)
     loss = lambda_param * (a - b).square().mean() + a_loss + b_loss
     gradients = [
-        (a_gradient + difference).to(z0.dtype) if wanted[0] else _empty(z0),
-        (b_gradient - difference).to(z1.dtype) if wanted[1] else _empty(z1),
+        ((a_gradient + difference) / d).to(z0.dtype) if wanted[0] else _empty(z0),
+        ((b_gradient - difference) / d).to(z1.dtype) if wanted[1] else _empty(z1),
     ]
-    return loss, gradients, _scale(z0, 1 / (n * d)), [torch.stack([a_health, b_health])] if statistics else []
+    return loss, gradients, _scale(z0, 1 / n), health + squares
 
 
 from fastjem.kernels.reference_contrastive import (  # noqa: E402, F401 (it needs the helpers above)
@@ -183,6 +215,7 @@ from fastjem.kernels.reference_contrastive import (  # noqa: E402, F401 (it need
     nt_xent_backward,
     siglip_loss,
 )
+from fastjem.kernels.reference_gaussian import characteristic, characteristic_backward  # noqa: E402, F401
 from fastjem.kernels.reference_prototypes import (  # noqa: E402, F401
     koleo,
     mean_entropy,

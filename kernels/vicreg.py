@@ -64,35 +64,41 @@ def vicreg(
     mu_param: float,
     nu_param: float,
     eps: float,
-    statistics: bool,
+    statistics: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in launch.DTYPES:
         return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, statistics, wanted)
     (n, d), z0, z1 = z0.shape, launch.rows(z0), launch.rows(z1)
     compute = launch.compute_dtype(z0.dtype)
-    loss, sides, gradients, health = 0.0, [], [], []
+    loss, sides, gradients, health, squares = 0.0, [], [], [], []
+    factor = 4 * nu_param * n / (n - 1) ** 2 / d
     for z, want in zip((z0, z1), wanted, strict=True):
         centred, std, _ = columns.standardised(z, 1, eps, False)
         std = std.double()
         with columns.products_of(n, d):
             square = centred @ centred.T if n < d else centred.T @ centred
-            diagonal = (std.square() - eps) * (n - 1) if n < d else square.diagonal().double()
+            diagonal = square.diagonal().to(torch.float64, copy=True)
+            if n < d:
+                diagonal = (std.square() - eps) * (n - 1)
             total = columns.dot(square, square)
             off_diagonal = total - diagonal.square().sum()
             if statistics:
                 health.append(torch.cat([std, (diagonal.sum().square() / total)[None]]))
+            if statistics > 1:
+                squares.append(square)
             loss = loss + mu_param / 2 * (1 - std).relu().mean() + nu_param / (n - 1) ** 2 / d * off_diagonal
             if not want:
                 sides += [None] * 4
                 gradients.append(z.new_empty(0))
                 continue
-            weights = (std < 1) / std * (-mu_param / 2 * n / (n - 1))
+            weights = (std < 1) / std * (-mu_param / 2 * n / (n - 1) / d)
             if n < d:
                 product = square @ centred
-                weights -= 4 * nu_param * n / (n - 1) ** 2 * diagonal
+                weights -= factor * diagonal
             else:
                 product = centred @ square.fill_diagonal_(0)
+                square.diagonal().copy_(diagonal)
         gradients.append(product if z.dtype == compute else torch.empty((n, d), dtype=z.dtype, device=z.device))
         sides += [centred, product, weights.to(compute), gradients[-1]]
     tile = tiling.vicreg()
@@ -104,17 +110,18 @@ def vicreg(
         z0,
         z1,
         *sides,
-        torch.full((), 4 * nu_param * n / (n - 1) ** 2, dtype=compute, device=z0.device),
+        torch.full((), factor, dtype=compute, device=z0.device),
         sums,
         n,
         d,
         z0.stride(0),
         z1.stride(0),
         COMPUTE=launch.DTYPES[compute],
-        INVARIANCE=2 * lambda_param,
+        INVARIANCE=2 * lambda_param / d,
         **tile,
         device_of=z0,
     )
     loss = loss + lambda_param / (n * d) * sums.double().sum()
-    scale = torch.full((), 1 / (n * d), dtype=compute, device=z0.device)
-    return loss.to(compute), gradients, scale, [torch.stack(health).to(compute)] if statistics else []
+    scale = torch.full((), 1 / n, dtype=compute, device=z0.device)
+    of_views = [torch.stack(health).to(compute)] if statistics else []
+    return loss.to(compute), gradients, scale, of_views + squares

@@ -224,9 +224,9 @@ def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
     def call() -> None:
         z0, z1 = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(n, d, dtype=DTYPES[dtype])
         if op == "barlow_twins":
-            barlow_twins.barlow_twins(z0, z1, 5e-3, True, [True, True])
+            barlow_twins.barlow_twins(z0, z1, 5e-3, 1, [True, True])
         else:
-            vicreg.vicreg(z0, z1, 25.0, 25.0, 1.0, 1e-4, True, [True, True])
+            vicreg.vicreg(z0, z1, 25.0, 25.0, 1.0, 1e-4, 1, [True, True])
 
     return Case(op, f"{n} x {d}", dtype, call)
 

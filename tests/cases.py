@@ -100,6 +100,20 @@ def _negative_cosine(n: int, d: int, scale: float = 1.0, shift: float = 0.0, **o
     )
 
 
+def _regression(n: int, d: int, beta: float = 2.0, normalize: bool = True, shift: float = 0.0) -> Case:
+    def eager(x: Tensor, y: Tensor) -> Tensor:
+        y = TF.layer_norm(y, y.shape[1:]) if normalize else y
+        return TF.smooth_l1_loss(x, y, beta=beta) if beta else TF.mse_loss(x, y)
+
+    return Case(
+        "regression",
+        f"{n}x{d}-beta{beta:g}" + ("" if normalize else "-asis") + (f"-mean{shift:g}" if shift else ""),
+        make(normal(n, d, scale=2), normal(n, d, shift=shift)),
+        lambda x, y: F.regression(x, y, beta=beta, normalize=normalize),
+        eager,
+    )
+
+
 def eager_nt_xent(*views: Tensor, temperature: float = 0.5) -> Tensor:
     z = TF.normalize(torch.cat([*views]), dim=1)
     n, v = len(views[0]), len(views)
@@ -371,6 +385,31 @@ def _koleo(n: int, d: int) -> Case:
     )
 
 
+def directions(d: int, slices: int, like: Tensor) -> Tensor:
+    x = torch.arange(1.0, d * slices + 1, dtype=torch.float64).square().cos().reshape(d, slices)
+    return TF.normalize(x, dim=0).to(like.device, like.dtype)
+
+
+def eager_sigreg(z: Tensor, slices: int, knots: int, t_max: float) -> Tensor:
+    t = torch.linspace(0, t_max, knots, dtype=z.dtype, device=z.device)
+    phi, weight = (-t.square() / 2).exp(), torch.full_like(t, 2 * t_max / (knots - 1))
+    weight[[0, -1]] /= 2
+    angles = (z @ directions(z.shape[-1], slices, z))[..., None] * t  # [V, N, S, knots]
+    error = (angles.cos().mean(1) - phi).square() + angles.sin().mean(1).square()
+    return z.shape[1] * (error * weight * phi).sum(-1).mean()
+
+
+def _sigreg(v: int, n: int, d: int, slices: int, knots: int = 17, t_max: float = 3.0, scale: float = 1.0) -> Case:
+    return Case(
+        "characteristic",
+        f"sigreg-{v}x{n}x{d}-{slices}-{knots}knots" + (f"-sd{scale:g}" if scale != 1 else ""),
+        make(normal(v, n, d, scale=scale)),
+        lambda z: F.sigreg(z, directions(d, slices, z), knots=knots, t_max=t_max),
+        lambda z: eager_sigreg(z, slices, knots, t_max),
+        dtypes=(torch.float64, torch.float32),  # cosines of angles rounded to half precision are no bar
+    )
+
+
 def eager_barlow_twins(z0: Tensor, z1: Tensor) -> Tensor:
     a, b = (TF.batch_norm(z, None, None, training=True) for z in (z0, z1))
     c = a.T @ b / len(a)
@@ -495,6 +534,17 @@ LOSSES = [
     _mean_entropy(4, 9, 100),
     _koleo(3, 8),
     _koleo(300, 33),
+    # odd widths, several blocks of 1024, large means, both kinds of error, squared error
+    _regression(1, 1),
+    _regression(5, 37),
+    _regression(9, 2050, beta=0.5),
+    _regression(7, 130, beta=0),
+    _regression(7, 130, normalize=False),
+    _regression(5, 96, shift=30),
+    # slices that fill lanes and don't; few and many frequencies; embeddings so large that angles wrap many times
+    _sigreg(2, 9, 5, 21),
+    _sigreg(1, 300, 8, 16, knots=2),
+    _sigreg(1, 33, 16, 40, knots=9, t_max=5.0, scale=100),
     _covariance("barlow_twins", 2, 3),
     _covariance("barlow_twins", 16, 40),
     _covariance("barlow_twins", 40, 16),

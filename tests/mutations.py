@@ -60,6 +60,9 @@ CPU = [
     Mutation(
         "barlow_twins", "csrc/covariance.h", "- own[i * p.width + j] * along[j]", "- own[i * p.width + j] * mean[j]"
     ),
+    Mutation("regression", "csrc/regression.h", "size < beta ?", "size < 2 * beta ?"),
+    Mutation("characteristic", "csrc/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
+    Mutation("characteristic", "csrc/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"),
     Mutation("vicreg", "csrc/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [

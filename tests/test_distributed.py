@@ -18,13 +18,28 @@ def directions() -> torch.Tensor:
     return torch.nn.functional.normalize(torch.arange(35.0, dtype=torch.float64).reshape(7, 5).cos(), dim=0)
 
 
+def wide(z: torch.Tensor) -> torch.Tensor:
+    return torch.cat([z, z.square()], 1)
+
+
+def seen(op: str, z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor:
+    """The health figures, added to the loss: they are of the global batch, too."""
+    health = F.Health(keep_spectrum=True)
+    loss = getattr(F, op)(z0, z1, group=group, health=health)
+    return loss + (health.std.sum() + health.effective_rank.sum() + health.spectrum().sum()).to(loss.dtype)
+
+
+# Of 8 and 11 rows and 7 columns, Barlow Twins adds squares and VICReg gathers rows; the narrow and wide ones differ.
 LOSSES = {
     "tico": lambda z0, z1, group=None: F.tico(z0, z1, group=group)[0],
     "sigreg": lambda z0, z1, group=None: F.sigreg(torch.stack([z0, z1]), directions(), group=group),
     "lejepa": lambda z0, z1, group=None: F.lejepa(z0[None], z1[None], directions(), group=group),
     "nt_xent": partial(F.nt_xent, temperature=0.2),
-    "barlow_twins": F.barlow_twins,
-    "vicreg": F.vicreg,
+    "barlow_twins": partial(seen, "barlow_twins"),
+    "barlow_twins_wide": lambda z0, z1, group=None: F.barlow_twins(wide(z0), wide(z1), group=group),
+    "vicreg": partial(seen, "vicreg"),
+    "vicreg_narrow": lambda z0, z1, group=None: seen("vicreg", z0[:, :3] / 3, z1[:, :3] / 3, group),
+    "tico_wide": lambda z0, z1, group=None: F.tico(wide(z0), wide(z1), group=group)[0],
 }
 CODES = {
     "sinkhorn": F.sinkhorn,

@@ -1,17 +1,74 @@
-"""The Python that the README shows runs as it stands."""
+"""What the README and the pages for a start show runs as it stands, and every method's page says its defaults."""
 
+import inspect
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from images import make_folder
+
+from fastjem.cli import main
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+FACTS = ("self", "width", "images", "steps", "steps_per_epoch", "group")  # given by pretrain, not by the user
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_example(code):
     exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/getting-started-*.md")), ids=lambda page: page.stem)
+def test_getting_started(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """In order, in an empty folder with `photos/`; on the smallest backbone, without worker processes."""
+    if "pretraining" in page.stem:
+        pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "photos", 48)
+    names: dict = {}
+    for kind, text in re.findall(r"```(sh|python)\n(.*?)```", page.read_text(), re.DOTALL):
+        text = text.replace("resnet18", "test_resnet")
+        if kind == "python":
+            text = text.replace('out="runs/', 'workers=0, out="runs/')
+            exec(compile(text, page.name, "exec"), names)
+            continue
+        for line in text.splitlines():
+            program, *words = shlex.split(line)
+            assert program == "fastjem", line
+            # measuring takes a minute: tests/test_bench.py does it
+            cheap = {"pretrain": ["--workers", "0"], "bench": ["--list"]}.get(words[0], [])
+            assert main([*words, *cheap]) == 0, line
+
+
+def test_every_method_has_its_page() -> None:
+    methods = pytest.importorskip("fastjem.methods").METHODS
+    assert {page.stem for page in ROOT.glob("docs/methods/*.md")} == set(methods)
+    index = (ROOT / "docs/methods.md").read_text()
+    for name, method in methods.items():
+        assert f"(methods/{name}.md)" in index
+        page = (ROOT / f"docs/methods/{name}.md").read_text()
+        said = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page, re.MULTILINE))
+        options = inspect.signature(method).parameters
+        assert said == {k: str(v.default) for k, v in options.items() if k not in FACTS}, name
+        assert re.search(r"arXiv \d{4}\.\d{5}", page)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_table_of_what_is_there_is_true():

@@ -11,13 +11,29 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each imports only from what stands before it, and from BESIDE; BESIDE knows nothing from `methods` on.
-CHAIN = ("kernels", "ops", "functional", "nn", "methods", "train", "pretrain", "arguments", "cli", "__main__")
+CHAIN = (
+    "kernels",
+    "ops",
+    "functional",
+    "nn",
+    "methods",
+    "train",
+    "report",
+    "progress",
+    "pretrain",
+    "runs",
+    "export",
+    "evaluation",
+    "demo",
+    "cli",
+    "__main__",
+)
 BESIDE = (
+    "arguments",
     "data",
     "dist",
     "optim",
     "evaluate",
-    "report",
     "bench",
     "doctor",
     "schedules",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.methods import METHODS
-from fastjem.methods._parts import Prototypes, Queue, below, mlp
-from fastjem.optim import Schedule, build, parameter_groups
+from fastjem.methods._parts import Prototypes, Queue, at_most, mlp
+from fastjem.optim import Schedule, build, parameter_groups, scaled
 from fastjem.train import Alarm, Step, check_encoder, health
 
 
@@ -181,7 +181,8 @@ def test_heads_have_the_papers_shapes() -> None:
         for name in ("barlow_twins", "vicreg"):
             assert shapes(METHODS[name](2048).projector) == [(8192, 2048), (8192, 8192), (8192, 8192)]
     assert all(layer.bias is None for layer in mlp(4, 4, 4, last_norm=True) if isinstance(layer, nn.Linear))
-    assert below(65536, 10_000) == 2048 and below(3000, 1_300_000) == 3000
+    assert at_most(65536, 10_000, each=4) == 2048 and at_most(65536, 10_000, each=16) == 512
+    assert at_most(65536, 1_281_167, each=16) == 65536 and at_most(65536, 20, each=16) == 8
 
 
 def test_constant_embeddings_are_refused() -> None:
@@ -219,6 +220,27 @@ def test_what_decays() -> None:
         assert all((p.dim() > 1) == group["decays"] for p in group["params"])
     listed = sum(len(group["params"]) for group in parameter_groups(step))
     assert listed == sum(p.requires_grad for p in step.parameters())
+
+
+def test_rates_grow_with_the_batch_by_the_optimisers_rule() -> None:
+    assert scaled("sgd", 0.03, 64) == pytest.approx(0.0075) and scaled("sgd", 0.05, 512) == pytest.approx(0.1)
+    # SimCLR's 4.8, BYOL's 3.2, DINO's 2e-3, each at the paper's batch
+    for name, batch, rate in (("simclr", 4096, 4.8), ("byol", 4096, 3.2), ("vicreg", 2048, 1.6), ("dino", 1024, 2e-3)):
+        defaults = METHODS[name].defaults
+        assert scaled(defaults.optimizer, defaults.learning_rate, batch) == pytest.approx(rate, rel=0.01)
+
+
+def test_no_wait_is_longer_than_a_tenth_of_the_run() -> None:
+    for name in ("swav", "dino"):
+        method = METHODS[name](32, images=64, steps_per_epoch=50, steps=100)
+        assert method.prototypes.frozen_steps == 10 and len(method.prototypes.weight) == 8
+        assert METHODS[name](32, images=64, steps_per_epoch=50, steps=5000).prototypes.frozen_steps == 50
+
+
+def test_dinos_head_has_batch_norm_where_the_encoder_has() -> None:
+    for batch_norm in (True, False):
+        head = METHODS["dino"](32, prototypes=8, batch_norm=batch_norm).projector
+        assert any(isinstance(layer, nn.BatchNorm1d) for layer in head) == batch_norm
 
 
 def test_schedule() -> None:

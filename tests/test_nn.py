@@ -21,8 +21,8 @@ from lightly.models.modules import heads as their_heads
 from lightly.utils import scheduler as their_schedules
 
 LOSSES = {
-    "BarlowTwinsLoss": {"track_health"},
-    "VICRegLoss": {"variance_factor", "track_health"},
+    "BarlowTwinsLoss": {"track_health", "track_spectrum"},
+    "VICRegLoss": {"variance_factor", "track_health", "track_spectrum"},
     "VICRegLLoss": {},
     "TiCoLoss": {},
     "EMPSSLLoss": {},

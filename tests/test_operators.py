@@ -21,6 +21,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "ema_update_": ([x(5), x(3, 4)], [x(5), x(3, 4)], torch.tensor(0.9, dtype=torch.float64, device=device)),
         "cross_entropy": (x(4, 7), labels, -100, [True]),
         "negative_cosine": (x(4, 7), x(4, 7), 1e-8, [True, False]),
+        "regression": (x(4, 7), x(4, 7), 2.0, True, 1e-5, [True]),
         "nt_xent": (x(2, 4, 7), x(2, 9, 7), 3, 0.5, False, True),
         "nt_xent_backward": (x(2, 4, 7), x(2, 9, 7), x(2, 4).double(), x(2, 9).double(), x(2, 9), 3, 0.5, True, False),
         "info_nce": (x(4, 7), x(4, 7), x(9, 7), 5, 0.1, [True, True, False]),
@@ -56,8 +57,10 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         ),
         "mean_entropy": ([x(4, 7)] * 2, 0.1, None, None, [True, True]),
         "koleo": (x(9, 7), 2.0, 1e-8, [True]),
-        "barlow_twins": (x(4, 7), x(4, 7), 5e-3, True, [True, True]),
-        "vicreg": (x(4, 7), x(4, 7), 25.0, 25.0, 1.0, 1e-4, True, [True, False]),
+        "characteristic": (x(2, 4, 7), 3),
+        "characteristic_backward": (x(2, 4, 7), x(2, 3, 2, 7)),
+        "barlow_twins": (x(4, 7), x(4, 7), 5e-3, 2, [True, True]),
+        "vicreg": (x(4, 7), x(4, 7), 25.0, 25.0, 1.0, 1e-4, 2, [True, False]),
     }
 
 
@@ -82,6 +85,12 @@ MISTAKES = [
     (lambda: F.negative_cosine(X, [1]), "negative_cosine: p and z must be [N, D] both, got list"),
     (lambda: F.negative_cosine(X, X, eps=0), "negative_cosine: eps must be a positive finite number, got 0"),
     (lambda: F.negative_cosine(X, X.to("meta")), "negative_cosine: tensors must be on one device, got cpu and meta"),
+    (
+        lambda: F.regression(X, Y),
+        "regression: prediction and target must be [..., D] both, got (3, 4) and (5, 4)",
+    ),
+    (lambda: F.regression(X, X, beta=-1), "regression: beta must not be negative, got -1"),
+    (lambda: F.sigreg(X, X), "sigreg: directions must be [4, S], got (3, 4)"),
     (lambda: F.nt_xent(X, Y), "nt_xent: z0 and z1 must be [N, D] both, got (3, 4) and (5, 4)"),
     (lambda: F.nt_xent(X), "nt_xent: z must be [V, N, D] with V >= 2, or two [N, D], got (3, 4)"),
     (lambda: F.nt_xent(X[None]), "nt_xent: z must be [V, N, D] with V >= 2, or two [N, D], got (1, 3, 4)"),

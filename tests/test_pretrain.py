@@ -16,11 +16,17 @@ from images import make_folder
 
 for package in ("timm", "torchvision", "safetensors"):
     pytest.importorskip(package)
+from safetensors.torch import load_file  # noqa: E402
+
 import fastjem  # noqa: E402
 from fastjem import checkpoints, encoders  # noqa: E402
 from fastjem.arguments import parse  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.data.folder import ImageFolder  # noqa: E402
+from fastjem.data.loader import ViewLoader, normalise  # noqa: E402
+from fastjem.data.views import Views  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
+from fastjem.pretrain import Config  # noqa: E402
 
 TINY = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -91,20 +97,79 @@ def test_stopped_and_resumed_is_the_same_run(method: str, images: str, tmp_path:
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.slow
-def test_kill_dash_nine(images: str, tmp_path: Path) -> None:
-    common = {**TINY, "data": images, "method": "byol", "epochs": 20}
-    fastjem.pretrain(**common, out=str(tmp_path / "whole"))
-    run = tmp_path / "cut"
-    line = command(**common, out=run, checkpoint_steps=3)
-    for i, step in enumerate((1, 4, 11)):
-        process = subprocess.Popen(line + ["--resume"] * (i > 0), env=ENVIRONMENT, stderr=subprocess.PIPE)
-        wait_for(run, step, process)
-        process.kill()
-        process.wait()
-    done = subprocess.run([*line, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert rows(run) == rows(tmp_path / "whole")
+def killed(at: tuple[str, int], **fields: object) -> None:
+    """`pretrain` in a fork that dies of SIGKILL at a moment: (what, step)."""
+    what, step = at
+    process = os.fork()
+    if process:
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL, f"{what}: it ended by itself"
+        return
+    save, write, replace = checkpoints.save, checkpoints.Metrics.write, os.replace
+    now = -1
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def saving(run: Path, state: dict) -> str | None:
+        nonlocal now
+        now = state["step"]
+        if (what, step) == ("before a checkpoint", now):
+            die()
+        said = save(run, state)
+        if (what, step) == ("after a checkpoint", now):
+            die()
+        return said
+
+    def replacing(part: Path, path: Path) -> None:
+        if (what, step) == ("in a checkpoint", now) and path.name == "last.pt":
+            die()
+        replace(part, path)
+
+    def writing(self: checkpoints.Metrics, row: dict) -> str | None:
+        if (what, step) == ("in a row", row["step"]):
+            self.file.write('{"step": ')
+            self.file.flush()
+            die()
+        return write(self, row)
+
+    checkpoints.save, checkpoints.Metrics.write, checkpoints.os.replace = saving, writing, replacing
+    try:
+        fastjem.pretrain(**fields)
+    finally:
+        os._exit(0)
+
+
+# 3 steps an epoch, 9 in all
+MOMENTS = (("before a checkpoint", 0), ("in a checkpoint", 2), ("in a row", 5), ("after a checkpoint", 6),
+           ("before a checkpoint", 8), ("after a checkpoint", 9))  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["byol", "data2vec"])
+def test_kill_dash_nine(method: str, tmp_path: Path) -> None:
+    def encoder() -> torch.nn.Module | None:
+        torch.manual_seed(0)
+        return None if method == "byol" else encoders.create("test_vit", 32, patch=8, pool="avg", drop_path=0.3)
+
+    images = make_folder(tmp_path / "images", 48)
+    (images / "broken.png").write_bytes(b"no image")
+    common = {
+        **TINY,
+        "data": str(images),
+        "method": method,
+        "epochs": 3,
+        "options": {"hidden": 64} if method == "byol" else {},
+    }
+    fastjem.pretrain(**common, encoder=encoder(), out=str(tmp_path / "whole"))
+    (tmp_path / "cut").mkdir()
+    for i, at in enumerate(MOMENTS):
+        killed(at, **common, encoder=encoder(), out=str(tmp_path / "cut"), checkpoint_steps=2, resume=i > 0)
+    fastjem.pretrain(**common, encoder=encoder(), out=str(tmp_path / "cut"), resume=True)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    one, other = (checkpoints.load(tmp_path / name)["model"] for name in ("cut", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    one, other = (load_file(tmp_path / name / "encoder.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert not list((tmp_path / "cut").rglob("*.part"))
 
 
 @pytest.mark.slow
@@ -141,7 +206,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 
 def test_export_goes_into_timm(images: str, tmp_path: Path) -> None:
     import timm
-    from safetensors.torch import load_file
 
     fastjem.pretrain(**TINY, data=images, max_steps=1, out=str(tmp_path / "a"), stem="standard")
     weights = load_file(tmp_path / "a" / "encoder.safetensors")
@@ -164,6 +228,23 @@ def test_stems() -> None:
     assert encoders.create("resnet18", 32).conv1.kernel_size == (3, 3)
     assert encoders.create("resnet18", 32, stem="standard").conv1.kernel_size == (7, 7)
     assert encoders.create("resnet18", 96).conv1.kernel_size == (7, 7)
+
+
+def test_images_come_in_the_layout_of_the_encoder(images: str) -> None:
+    convolutional, transformer = encoders.create("test_resnet", 32), encoders.create("test_vit", 32, patch=8)
+    assert encoders.memory_format(convolutional) == torch.channels_last
+    assert (
+        encoders.memory_format(transformer)
+        == encoders.memory_format(torch.nn.Conv2d(3, 4, 3))
+        == torch.contiguous_format
+    )
+    specs = Views(large=2).specs(32)
+    batch = next(iter(ViewLoader(ImageFolder(images), specs, batch=4, stop=1))).views
+    for layout in (torch.channels_last, torch.contiguous_format):
+        views = normalise(batch, specs, torch.device("cpu"), layout)
+        assert all(view.is_contiguous(memory_format=layout) and view.shape == (4, 3, 32, 32) for view in views)
+        expected = (batch[1][2, :, 3, 4] / 255 - torch.tensor(specs[1].mean)) / torch.tensor(specs[1].std)
+        torch.testing.assert_close(views[1][2, :, 3, 4], expected)
 
 
 LAYER_NORM = """
@@ -218,7 +299,7 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
     base = ["--data", images, "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--batch-size", "16"]
     tiny = [*base, "--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16"]
     for arguments, words in (
-        (["--out", "x"], ["--data"]),
+        (["--data", "x"], ["--out"]),
         ([*tiny, "--batch-size", "16", "--small-views", "2"], ["simclr compares exactly 2"]),
         (["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "r1")], ["not a folder"]),
         (["--data", str(tmp_path / "empty"), "--out", str(tmp_path / "r2")], ["no images", ".jpg", ".webp"]),
@@ -263,7 +344,8 @@ def test_unreadable_files_are_named_and_the_run_goes_on(tmp_path: Path, capsys: 
 
 
 def test_the_command_line_is_the_dataclass() -> None:
-    config = parse(["--data", "a", "--out", "b", "--options", "temperature=0.2", "queue=8", "--no-blur", "--seed", "3"])
+    line = "--data a --out b --options temperature=0.2 queue=8 --no-blur --seed 3"
+    config = parse(Config, "pretrain", line.split())
     assert config.options == {"temperature": 0.2, "queue": 8} and config.blur is False and config.seed == 3
     with pytest.raises(UserError, match="did you mean image_size"):
         fastjem.pretrain(data="a", out="b", imagesize=3)

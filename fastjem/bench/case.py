@@ -19,7 +19,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 class Case:
     """One row of the table. All variants take the same inputs and return the same, which is then differentiated."""
 
-    op: str  # its name in kernels/, csrc/ and tests/
+    op: str  # its name in kernels/, csrc/ and tests/; a loss without operator: in fastjem.functional
     shape: str
     inputs: Callable[["Draw"], tuple]  # differentiated for those that require a gradient
     eager: Callable  # plain torch, as a user would write it; torch.compile gets the same

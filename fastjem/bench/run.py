@@ -105,7 +105,8 @@ def measure(case: Case, device: torch.device, ceilings: machine.Ceilings, compil
 def row(case: Case, device: torch.device, comparison: Comparison, ceilings: machine.Ceilings) -> dict:
     """One case's results in plain data: everything in seconds and bytes."""
     table = ops.implementations()
-    by = {table[op][device.type].partition(" ")[0] for op in (case.op, *case.uses)}
+    # what has no operator is plain torch
+    by = {table[op][device.type].partition(" ")[0] if op in table else "torch" for op in (case.op, *case.uses)}
     floor, bound = ceilings.floor(case.bytes, case.flops, case.dtype)
     return {
         "op": case.op,

@@ -41,7 +41,7 @@ def execute(image: Image.Image, spec: ViewSpec, parameters: Parameters) -> Tenso
         view = V.gaussian_blur(view, [window, window], [parameters.sigma, parameters.sigma])
     if parameters.solarize:
         view = V.solarize(view, 128)
-    return torch.from_numpy(np.array(view)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(view)).permute(2, 0, 1)  # in memory the channels stay last
 
 
 @dataclass
@@ -84,7 +84,9 @@ def _collate(samples: list) -> Batch:
     views = [sample for sample, _ in samples]
     if any(sample is None for sample in views):
         return Batch([], unreadable)
-    return Batch([torch.stack(one) for one in zip(*views, strict=True)], unreadable)
+    # [B, H, W, 3] in memory, as it was decoded: no byte changes its place
+    stacked = [torch.stack([x.permute(1, 2, 0) for x in one]) for one in zip(*views, strict=True)]
+    return Batch([x.permute(0, 3, 1, 2) for x in stacked], unreadable)
 
 
 class _Order:
@@ -139,6 +141,7 @@ class ViewLoader:
             pin_memory=pin_memory,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # else its first batch takes a number from the run's: not where it is resumed
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -157,12 +160,18 @@ def _one_thread(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def normalise(views: Sequence[Tensor], specs: Sequence[ViewSpec], device: torch.device) -> list[Tensor]:
+def normalise(
+    views: Sequence[Tensor],
+    specs: Sequence[ViewSpec],
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> list[Tensor]:
     """uint8 -> float32 with the recipe's mean and deviation, on the device."""
     out = []
     for view, spec in zip(views, specs, strict=True):
         mean, std = _constants(spec.mean, spec.std, device)
-        out.append(view.to(device, non_blocking=True).float().sub_(mean).div_(std))
+        view = view.to(device, non_blocking=True)
+        out.append(view.to(torch.float32, memory_format=memory_format).sub_(mean).div_(std))
     return out
 
 

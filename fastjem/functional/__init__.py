@@ -1,7 +1,7 @@
 """Public functions without state: losses, Sinkhorn, the EMA update. Arguments after the tensors are keyword-only."""
 
 from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nt_xent, supcon
-from fastjem.functional.covariance import barlow_twins, tico, vicreg
+from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
 from fastjem.functional.image_text import clip_loss, siglip_loss
 from fastjem.functional.predictive import negative_cosine, regression
@@ -17,6 +17,7 @@ from fastjem.functional.supervised import cross_entropy
 from fastjem.functional.weights import ema_update_
 
 __all__ = [
+    "Health",
     "TeacherStatistics",
     "barlow_twins",
     "clip_loss",

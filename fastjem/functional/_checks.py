@@ -29,7 +29,8 @@ def matrices(op: str, contract: str, *tensors: Tensor, dims: int = 2, same: bool
 
 
 def one_device(op: str, tensors: Sequence[Tensor]) -> None:
-    if len({x.device for x in tensors}) > 1:
+    device = tensors[0].device
+    if any(x.device != device for x in tensors):
         fail(op, "tensors must be on one device", " and ".join(str(x.device) for x in tensors))
 
 
@@ -43,5 +44,5 @@ def common(*tensors: Tensor) -> list[Tensor]:
     """The tensors in their common dtype (torch's promotion), as one operator call wants them."""
     dtype = tensors[0].dtype
     for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return [x.to(dtype) for x in tensors]
+        dtype = dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]

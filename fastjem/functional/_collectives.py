@@ -13,15 +13,18 @@ def world_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def sizes_of_ranks(n: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """Each rank's number of rows, on the host: the one synchronisation of a distributed loss."""
+    mine = torch.tensor([n], device=device)
+    sizes = [torch.empty_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(sizes, mine, group=group)
+    return torch.cat(sizes).tolist()
+
+
 def gather_rows(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> tuple[Tensor, int]:
     """All ranks' `x` concatenated along `dim` (where they may differ in length), and where this rank's part begins."""
     x = x.detach().movedim(dim, 0).contiguous()
-    length = torch.tensor([len(x)], device=x.device)
-    lengths = [torch.empty_like(length) for _ in range(world_size(group))]
-    dist.all_gather(lengths, length, group=group)
-    sizes = torch.cat(
-        lengths
-    ).tolist()  # shapes must be known on the host: the one synchronisation of a distributed loss
+    sizes = sizes_of_ranks(len(x), group, x.device)
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.functional._collectives import gather_rows, world_size
+from fastjem.functional._collectives import gather_rows, sum_over_ranks, world_size
 
 
 def of_global_batch(loss_of: Callable[..., Tensor], group: dist.ProcessGroup | None, *inputs: Tensor) -> Tensor:
@@ -33,3 +33,20 @@ class _ThisRanksPart(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         return None, None, *(None if g is None else g * upstream for g in ctx.saved_tensors)
+
+
+def sum_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over ranks; its gradient for this rank's part is times the ranks, which DistributedDataParallel divides
+    by."""
+    return x if group is None else _SumOfRanks.apply(x, group)
+
+
+class _SumOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.ranks = world_size(group)
+        return sum_over_ranks(x, group)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return upstream * ctx.ranks, None

@@ -1,13 +1,69 @@
 """Losses on the covariance of embeddings: Barlow Twins, VICReg, TiCo."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.functional import _checks as check
-from fastjem.functional._global_batch import of_global_batch
+from fastjem.functional import _summed_squares
+from fastjem.functional._collectives import gather_rows, sizes_of_ranks, sum_over_ranks, world_size
+from fastjem.functional._global_batch import of_global_batch, sum_of_ranks
 from fastjem.functional.spectral import in_float32, without_autocast
-from fastjem.ops.autograd import one_pass
+from fastjem.ops.autograd import known, one_pass
+
+
+@dataclass
+class Health:
+    """What a covariance loss saw of its two views: made by the user, filled by the loss from what it computes anyway.
+
+    Tensors stay on their device and nothing waits for them. For VICReg the figures are of each view's covariance, for
+    Barlow Twins the rank and the spectrum are of the cross-correlation C, the same in both rows.
+
+    Args:
+        keep_spectrum: also keep the small squares, [min(N, D), min(N, D)] each, that `spectrum` is computed from.
+    """
+
+    keep_spectrum: bool = False
+    std: Tensor | None = field(default=None, init=False)  # [2, D], of every dimension; all near 0: collapse
+    # [2], (sum of eigenvalues)^2 / sum of their squares: D when nothing is redundant, 1 when all is
+    effective_rank: Tensor | None = field(default=None, init=False)
+    _spectrum: Callable[[], Tensor] | None = field(default=None, init=False, repr=False)
+
+    @torch.no_grad()
+    def spectrum(self) -> Tensor:
+        """[2, min(N, D)], descending: the covariances' eigenvalues (VICReg), C's singular values (Barlow Twins).
+
+        The eigensolver runs here, in float64, and waits for a GPU's result: call it on the steps that are logged.
+
+        Raises:
+            ValueError: without `keep_spectrum`, or before a loss has filled it.
+        """
+        if self._spectrum is None:
+            check.fail("health", "spectrum needs Health(keep_spectrum=True) that a loss has filled", "none")
+        return self._spectrum()
+
+    def fill(self, figures: Tensor, squares: list[Tensor], spectrum: Callable[..., Tensor], n: int) -> None:
+        """By a loss: figures [2, D + 1], the standard deviations and the rank."""
+        self.std, self.effective_rank = figures[:, :-1], figures[:, -1]
+        self._spectrum = (lambda: spectrum([x.double() for x in squares], n)) if squares else None
+
+
+def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:
+    return torch.linalg.eigvalsh(torch.stack(squares)).clamp(min=0).flip(1) / (n - 1)
+
+
+def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
+    """C = a^T b / N from a^T b, or from a a^T and b b^T: with a a^T = R R^T, C's squares are those of R^T b b^T R."""
+    if len(squares) == 1:
+        values = torch.linalg.svdvals(squares[0])
+    else:
+        eigenvalues, vectors = torch.linalg.eigh(squares[0])
+        root = vectors * eigenvalues.clamp(min=0).sqrt()
+        values = torch.linalg.eigvalsh(root.T @ squares[1] @ root).clamp(min=0).flip(0).sqrt()
+    return (values / n).expand(2, -1)
 
 
 def barlow_twins(
@@ -16,7 +72,7 @@ def barlow_twins(
     *,
     lambda_param: float = 5e-3,
     group: dist.ProcessGroup | None = None,
-    statistics: Tensor | None = None,
+    health: Health | None = None,
 ) -> Tensor:
     """Barlow Twins' redundancy reduction (Zbontar et al. 2021, arXiv 2103.03230, equation 1).
 
@@ -26,10 +82,9 @@ def barlow_twins(
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
         lambda_param: weight of the off-diagonal.
-        group: the process group over whose global batch the statistics are taken (batches may be uneven).
-        statistics: [2, D + 1], filled on the way: of each view the standard deviation of every dimension, then the
-            effective rank of the correlation C, `(sum_i C_ii)^2 / ||C||^2` (D when nothing is redundant, 1 at
-            collapse).
+        group: the process group over whose global batch the statistics are taken (batches may be uneven). Rows are
+            gathered, or D x D squares added, whichever is fewer bytes.
+        health: filled on the way.
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
@@ -37,7 +92,7 @@ def barlow_twins(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    return _covariance_loss("barlow_twins", z0, z1, group, statistics, float(lambda_param))
+    return _covariance_loss("barlow_twins", z0, z1, group, health, float(lambda_param))
 
 
 def vicreg(
@@ -50,7 +105,7 @@ def vicreg(
     eps: float = 1e-4,
     variance_factor: float = 0.5,
     group: dist.ProcessGroup | None = None,
-    statistics: Tensor | None = None,
+    health: Health | None = None,
 ) -> Tensor:
     """VICReg: invariance, variance, covariance (Bardes et al. 2022, arXiv 2105.04906, equation 6).
 
@@ -62,10 +117,9 @@ def vicreg(
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
         eps: added to the variance.
         variance_factor: 0.5 as in the official code (and lightly's), 1 as in the paper (and solo-learn's).
-        group: the process group over whose global batch the statistics are taken (batches may be uneven).
-        statistics: [2, D + 1], filled on the way: of each view the standard deviation of every dimension (with
-            eps), then the effective rank of its covariance, `(sum_i cov_ii)^2 / ||cov||^2` (D when nothing is
-            redundant, 1 at collapse).
+        group: the process group over whose global batch the statistics are taken (batches may be uneven). Rows are
+            gathered, or D x D squares added, whichever is fewer bytes.
+        health: filled on the way; its std is with eps.
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
@@ -74,7 +128,7 @@ def vicreg(
         ValueError: for other shapes or dtypes, and for N = 1.
     """
     mu = 2.0 * variance_factor * mu_param  # the operator halves it
-    return _covariance_loss("vicreg", z0, z1, group, statistics, float(lambda_param), mu, float(nu_param), float(eps))
+    return _covariance_loss("vicreg", z0, z1, group, health, float(lambda_param), mu, float(nu_param), float(eps))
 
 
 def tico(
@@ -109,40 +163,50 @@ def tico(
     d = z0.shape[1]
     if covariance is not None and covariance.shape != (d, d):
         check.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
-    updated = []
+    z0, z1 = in_float32(z0, z1)
+    with without_autocast(z0):
+        a, b = (torch.nn.functional.normalize(z, dim=1) for z in (z0, z1))
+        own, n = a.detach(), len(a)
+        if group is not None:
+            n = sum(sizes_of_ranks(n, group, a.device))
+        if group is not None and n < d:
+            own, _ = gather_rows(own, group)
+        c = own.T @ own
+        c = (sum_over_ranks(c, group) if n >= d else c) * ((1 - beta) / n)
+        if covariance is not None:
+            c = c + beta * covariance.detach().to(c.dtype)
+        return 1 + sum_of_ranks((rho * (a @ c * a) - a * b).sum(), group) / n, c
 
-    def loss_of(x: Tensor, y: Tensor) -> Tensor:
-        x, y = in_float32(x, y)
-        with without_autocast(x):
-            a, b = (torch.nn.functional.normalize(z, dim=1) for z in (x, y))
-            own = a.detach()
-            c = own.T @ own * ((1 - beta) / len(a))
-            if covariance is not None:
-                c = c + beta * covariance.detach().to(c.dtype)
-            updated.append(c)
-            return 1 - (a * b).sum(1).mean() + rho * (a @ c * a).sum(1).mean()
 
-    return of_global_batch(loss_of, group, z0, z1), updated[0]
+# operator -> how many squares an all-reduce would carry, the same of all ranks' rows, what its squares' spectra are
+_KINDS = {
+    "barlow_twins": (1, _summed_squares.barlow_twins, _correlation_spectrum),
+    "vicreg": (2, _summed_squares.vicreg, _covariance_spectra),
+}
 
 
 def _covariance_loss(
-    op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, statistics: Tensor | None, *arguments: float
+    op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, health: Health | None, *arguments: float
 ) -> Tensor:
     check.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
-    if statistics is not None:
-        wanted = (2, z0.shape[1] + 1)
-        if statistics.shape != wanted or not statistics.is_floating_point() or statistics.requires_grad:
-            came = f"{tuple(statistics.shape)} {statistics.dtype}"
-            check.fail(op, f"statistics must be [2, {wanted[1]}], floating-point, without gradient", came)
-        check.one_device(op, (z0, statistics))
+    z0, z1 = check.common(z0, z1)
+    squares, summed, spectrum = _KINDS[op]
+    statistics = 0 if health is None else 1 + health.keep_spectrum
+    n = len(z0) if group is None else sum(sizes_of_ranks(len(z0), group, z0.device))
+    if n < 2:
+        check.fail(op, "z0 and z1 must have N >= 2 rows, as their variance is needed", f"N = {n}")
 
     def loss_of(a: Tensor, b: Tensor) -> Tensor:
-        if len(a) < 2:
-            check.fail(op, "z0 and z1 must have N >= 2 rows, as their variance is needed", f"N = {len(a)}")
-        if statistics is None:
-            return one_pass(op, (a, b), *arguments, False)
-        loss, computed = one_pass(op, (a, b), *arguments, True)
-        statistics.copy_(computed)
+        if health is None:
+            return one_pass(op, (a, b), *arguments, 0)
+        loss, figures, *kept = one_pass(op, (a, b), *arguments, statistics)
+        health.fill(figures, kept, spectrum, n)
         return loss
 
-    return of_global_batch(loss_of, group, *check.common(z0, z1))
+    if group is None or not _summed_squares.fewer_bytes(squares, n, z0):
+        return of_global_batch(loss_of, group, z0, z1)
+    with torch.no_grad(), without_autocast(z0):
+        loss, gradients, scale, seen = summed(z0, z1, *arguments, statistics, n, group)
+    if health is not None:
+        health.fill(seen[0], seen[1:], spectrum, n)
+    return known(op, loss, (z0, z1), [g.to(z0.dtype) for g in gradients], [scale * world_size(group)] * 2)

@@ -1,72 +1,47 @@
 """SIGReg and LeJEPA: embeddings whose every projection is a standard normal variable.
 
-The characteristic function at frequency k dt is the k-th power of that at dt: one cosine and one sine an element, and a
-rotation for each further frequency. The slices go through in groups, so that nothing of size [V, N, S, knots] exists.
+The slices go through in groups, so that nothing of size [V, N, S], let alone [V, N, S, knots], exists.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastjem.functional import _checks as check
-from fastjem.functional._global_batch import of_global_batch
+from fastjem.functional._collectives import sizes_of_ranks, sum_over_ranks, world_size
+from fastjem.functional._global_batch import sum_of_ranks
 from fastjem.functional.spectral import in_float32, without_autocast
+from fastjem.ops.autograd import known, ops
 
-GROUP = 1 << 19  # elements [L, N, slices] at a time: a few of them stay in cache
-
-
-def _rotations(theta: Tensor, knots: int):
-    """cos(k theta), sin(k theta) for k = 1 .. knots - 1; the two tensors are overwritten by the next."""
-    one_cos, one_sin = theta.cos(), theta.sin()
-    cos, sin, rotated = one_cos.clone(), one_sin.clone(), torch.empty_like(theta)
-    for k in range(1, knots):
-        yield k, cos, sin
-        torch.mul(cos, one_sin, out=rotated)
-        cos.mul_(one_cos).addcmul_(sin, one_sin, value=-1)
-        sin.mul_(one_cos).add_(rotated)
+GROUP = 1 << 19  # elements [V, N, slices] at a time: a few of them stay in cache
 
 
-class _Sigreg(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z: Tensor, directions: Tensor, knots: int, t_max: float) -> Tensor:  # [L, N, D], [D, S]
-        (length, n, _), slices = z.shape, directions.shape[1]
-        dt = t_max / (knots - 1)
-        step = max(1, GROUP // (length * n))
-        statistic = z.new_zeros(())
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(z) if wanted else None
-        for start in range(0, slices, step):
-            some = directions[:, start : start + step]
-            theta = (z @ some).mul_(dt)
-            errors = []
-            for k, cos, sin in _rotations(theta, knots):
-                t = k * dt
-                phi = (
-                    torch.exp(theta.new_tensor(-0.5 * t * t))
-                    if theta.is_cpu
-                    else theta.new_full((), -0.5 * t * t).exp()
-                )
-                weight = (dt if k == knots - 1 else 2 * dt) * phi
-                cos_error, sin_error = cos.mean(1) - phi, sin.mean(1)  # [L, slices]
-                statistic += weight * (cos_error.square().sum() + sin_error.square().sum())
-                errors.append((2 * t * weight * cos_error, 2 * t * weight * sin_error))
-            if wanted:
-                inner = torch.zeros_like(theta)
-                for k, cos, sin in _rotations(theta, knots):
-                    cos_error, sin_error = errors[k - 1]
-                    inner.addcmul_(cos, sin_error[:, None]).addcmul_(sin, cos_error[:, None], value=-1)
-                gradient.add_(inner @ some.T)
+def _statistic(
+    z: Tensor,  # [V, N, D]
+    directions: Tensor,  # [D, S]
+    knots: int,
+    t_max: float,
+    sizes: list[int],  # rows of each rank
+    group: dist.ProcessGroup | None,
+    wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """The sum over views and slices, and its gradient for this rank's rows [V, N, D]."""
+    n, dt = sum(sizes), t_max / (knots - 1)
+    t = torch.arange(1, knots, dtype=z.dtype, device=z.device)[:, None, None] * dt  # [K, 1, 1]; at 0 there is no error
+    phi = (-0.5 * t.square()).exp()
+    weight = 2 * dt * phi
+    weight[-1] /= 2
+    step = max(1, GROUP // (len(z) * max(sizes)))  # on every rank the same
+    statistic, gradient = z.new_zeros(()), torch.zeros_like(z) if wanted else z.new_empty(0)
+    for start in range(0, directions.shape[1], step):
+        some = directions[:, start : start + step]
+        theta = (z @ some).mul_(dt)
+        errors = sum_over_ranks(ops.characteristic(theta, knots - 1), group) / n  # [2, K, V, slices]
+        errors[0] -= phi
+        statistic += (weight * errors.square()).sum()
         if wanted:
-            ctx.save_for_backward(gradient)
-        ctx.scale = 1 / (length * slices)
-        return statistic * (n * ctx.scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * (upstream * ctx.scale), None, None, None
+            gradient += ops.characteristic_backward(theta, errors * (2 * t * weight)) @ some.T
+    return statistic * n, gradient
 
 
 def random_directions(width: int, count: int, like: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -110,13 +85,14 @@ def sigreg(
         check.fail("sigreg", "knots must be at least 2", knots)
     check.positive("sigreg", t_max=t_max)
     z = z if z.dim() == 3 else z[None]
-
-    def statistic(rows: Tensor) -> Tensor:  # [N, V, D]
-        (wide,) = in_float32(rows)
-        with without_autocast(wide):
-            return _Sigreg.apply(wide.movedim(1, 0), directions.detach().to(wide.dtype), knots, float(t_max))
-
-    return of_global_batch(statistic, group, z.movedim(1, 0))
+    sizes = [z.shape[1]] if group is None else sizes_of_ranks(z.shape[1], group, z.device)
+    wanted = torch.is_grad_enabled() and z.requires_grad
+    with torch.no_grad(), without_autocast(z):
+        (wide,) = in_float32(z)
+        total, gradient = _statistic(wide, directions.to(wide.dtype), knots, float(t_max), sizes, group, wanted)
+        count = len(z) * directions.shape[1]
+        gradient = gradient.to(z.dtype)
+    return known("sigreg", total / count, (z,), [gradient], [world_size(group) / count])
 
 
 def lejepa(
@@ -148,10 +124,10 @@ def lejepa(
     if local_proj.shape[1:] != global_proj.shape[1:]:
         check.fail("lejepa", contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
 
-    def invariance(everything: Tensor) -> Tensor:  # [N, V, D]
-        (z,) = in_float32(everything)
-        return (z - z[:, : len(global_proj)].mean(1, keepdim=True)).square().mean()
-
-    views = torch.cat([*check.common(global_proj, local_proj)])
+    views = torch.cat([*check.common(global_proj, local_proj)])  # [V, N, D]
     regulariser = sigreg(views, directions, knots=knots, t_max=t_max, group=group)
-    return lambda_param * regulariser + (1 - lambda_param) * of_global_batch(invariance, group, views.movedim(1, 0))
+    (z,) = in_float32(views)
+    squares = (z - z[: len(global_proj)].mean(0)).square().sum()
+    n = z.shape[1] if group is None else sum(sizes_of_ranks(z.shape[1], group, z.device))
+    invariance = sum_of_ranks(squares, group) / (len(z) * n * z.shape[2])
+    return lambda_param * regulariser + (1 - lambda_param) * invariance

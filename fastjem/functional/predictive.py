@@ -1,10 +1,8 @@
 """Losses between a prediction and a target: BYOL, SimSiam, data2vec."""
 
-import torch
 from torch import Tensor
 
 from fastjem.functional import _checks as check
-from fastjem.functional.spectral import in_float32, without_autocast
 from fastjem.ops.autograd import one_pass
 
 
@@ -47,17 +45,12 @@ def regression(
         0-dim float32 (float64 for float64 inputs), the mean over all elements.
 
     Raises:
-        ValueError: for other shapes or dtypes, or a negative beta.
+        ValueError: for other shapes or dtypes, a negative beta, or an eps that isn't positive.
     """
     contract = "prediction and target must be [..., D] both"
     check.matrices("regression", contract, prediction, target, dims=max(1, getattr(prediction, "ndim", 1)))
     if beta < 0:
         check.fail("regression", "beta must not be negative", beta)
-    prediction, target = in_float32(*check.common(prediction, target))
-    with without_autocast(prediction):
-        target = target.detach()
-        if normalize:
-            target = torch.nn.functional.layer_norm(target, target.shape[-1:], eps=eps)
-        if beta == 0:
-            return torch.nn.functional.mse_loss(prediction, target)
-        return torch.nn.functional.smooth_l1_loss(prediction, target, beta=beta)
+    check.positive("regression", eps=eps)
+    rows, targets = (x.reshape(-1, x.shape[-1]) for x in check.common(prediction, target.detach()))
+    return one_pass("regression", (rows,), targets, float(beta), bool(normalize), float(eps))

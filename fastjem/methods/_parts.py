@@ -13,7 +13,9 @@ from fastjem.functional._collectives import gather_rows
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the paper trained with. The learning rate is for 256 images and grows with the batch."""
+    """What the paper trained with. The learning rate is for 256 images: the paper's, brought there from the paper's
+    batch by the optimiser's rule (`fastjem.optim.scaled`), and from there to the batch of the run.
+    """
 
     optimizer: str
     learning_rate: float
@@ -129,9 +131,18 @@ class Queue(nn.Module):
         self.pointer.add_(len(keys)).remainder_(len(self.rows))
 
 
-def below(most: int, images: int) -> int:
-    """`most`, or the largest power of two up to a quarter of the images: a small data set has fewer clusters."""
-    return min(most, max(2 ** ((max(images, 32) // 4).bit_length() - 1), 8)) if images else most
+def at_most(most: int, images: int, *, each: int) -> int:
+    """`most`, or the largest power of two so that there are `each` images for one, at least 8. images = 0: not known.
+
+    16 for prototypes (DINO's 65536 have 20 of ImageNet's images each), 4 for a queue's keys: an image rarely meets its
+    own older key.
+    """
+    return min(most, max(1 << max(images // each, 1).bit_length() - 1, 8)) if images else most
+
+
+def frozen(epochs: float, steps_per_epoch: int, steps: int) -> int:
+    """Steps for which prototypes stay fixed: so many epochs, at most a tenth of the run."""
+    return min(round(epochs * steps_per_epoch), steps // 10 if steps else 1 << 62)
 
 
 def linear_warmup(step: Tensor, start: float, end: float, steps: int) -> Tensor:

@@ -14,10 +14,11 @@ class Data2Vec(nn.Module):
     encoder's representation of the whole image: the mean of its top layers, layer-normalised.
     """
 
+    family, prevents_collapse = "masked prediction", "normalised targets of a momentum encoder"
     views = Views(large=1, recipe="crop", mask=0.75)
     ema = ("encoder",)
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
-    defaults = Defaults("adamw", 2.5e-4, 0.05, clip=3.0, momentum=0.9998, final_momentum=0.9998, warmup_epochs=40,
+    defaults = Defaults("adamw", 7e-4, 0.05, clip=3.0, momentum=0.9998, final_momentum=0.9998, warmup_epochs=40,
                         source="section 4.1, released configuration: AdamW, 2e-3 at batch 2048, wd 0.05")  # fmt: skip
 
     def __init__(

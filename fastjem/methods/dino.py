@@ -8,25 +8,28 @@ from torch.nn.functional import normalize
 import fastjem.functional as F
 from fastjem.data.views import Views
 from fastjem.functional._collectives import sum_over_ranks, world_size
-from fastjem.methods._parts import Defaults, Parts, Prototypes, below, linear_warmup, mlp
+from fastjem.methods._parts import Defaults, Parts, Prototypes, at_most, frozen, linear_warmup, mlp
 
 
 class DINO(nn.Module):
     """Every view predicts the momentum encoder's sharpened, centred softmax of the large views, never its own.
 
     centring: "mean" (a running mean of the teacher's logits) or "sinkhorn".
+    norm: of the head; "auto" is batch norm if the encoder has it (`batch_norm`), as `--use_bn_in_head` of main_dino.py,
+        and none otherwise. Without it a convolutional encoder's first logits hardly differ between images.
     """
 
+    family, prevents_collapse = "self-distillation", "centred and sharpened teacher"
     views = Views(large=2, small=8, recipe="dino")
     ema = ("encoder", "projector", "prototypes")
     defaults = Defaults(
         "adamw",
-        5e-4,
+        1e-3,
         0.04,
         0.4,
         clip=3.0,
         momentum=0.996,
-        source="main_dino.py: AdamW, 5e-4 B/256, wd 0.04 to 0.4, clip 3",
+        source="main_dino.py: AdamW, 2e-3 at batch 1024, wd 0.04 to 0.4, clip 3",
     )
     centre: Tensor
 
@@ -44,7 +47,8 @@ class DINO(nn.Module):
         frozen_epochs: float = 1,
         centring: str = "mean",
         centre_momentum: float = 0.9,
-        norm: str = "none",
+        norm: str = "auto",
+        batch_norm: bool = False,
         images: int = 0,
         steps_per_epoch: int = 1,
         steps: int = 0,
@@ -53,14 +57,16 @@ class DINO(nn.Module):
         super().__init__()
         if centring not in ("mean", "sinkhorn"):
             raise ValueError(f"dino: centring must be mean or sinkhorn, got {centring!r}")
+        if norm == "auto":
+            norm = "batch" if batch_norm else "none"
         self.projector = mlp(width, hidden, hidden, bottleneck, norm=norm, activation=nn.GELU)
         for layer in self.projector:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        prototypes = below(prototypes, images)
-        self.prototypes = Prototypes(bottleneck, prototypes, round(frozen_epochs * steps_per_epoch))
+        prototypes = at_most(prototypes, images, each=16)
+        self.prototypes = Prototypes(bottleneck, prototypes, frozen(frozen_epochs, steps_per_epoch, steps))
         self.register_buffer("centre", torch.zeros(prototypes))
         self.temperature, self.centring, self.centre_momentum = temperature, centring, centre_momentum
         self.teacher_temperature, self.warmup_teacher_temperature = teacher_temperature, warmup_teacher_temperature

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.data.views import Views
-from fastjem.methods._parts import Defaults, Parts, Queue, below, mlp
+from fastjem.methods._parts import Defaults, Parts, Queue, at_most, mlp
 
 
 class MoCo(nn.Module):
@@ -15,6 +15,7 @@ class MoCo(nn.Module):
     No shuffling batch norm: keys and queries of one batch share no statistics, as the encoders are called apart.
     """
 
+    family, prevents_collapse = "contrastive", "a queue of earlier images pushes away"
     views = Views(large=2, recipe="moco")
     ema = ("encoder", "projector")
     defaults = Defaults("sgd", 0.03, 1e-4, momentum=0.999, final_momentum=0.999, warmup_epochs=0,
@@ -34,7 +35,7 @@ class MoCo(nn.Module):
     ):
         super().__init__()
         self.projector = mlp(width, hidden or width, dim, norm=norm)
-        self.queue = Queue(below(queue, images), dim)
+        self.queue = Queue(at_most(queue, images, each=4), dim)
         self.temperature, self.group = temperature, group
 
     def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from fastjem.methods._parts import Defaults, Parts, mlp
 class SimCLR(nn.Module):
     """Each view must find the other view of its image among all views of the batch."""
 
+    family, prevents_collapse = "contrastive", "the other images of the batch push away"
     views = Views(large=2, recipe="simclr")
     ema: tuple[str, ...] = ()
-    defaults = Defaults("lars", 0.3, 1e-6, source="section 2.2 and B.6: LARS, 0.3 B/256, weight decay 1e-6")
+    defaults = Defaults("lars", 1.2, 1e-6, source="B.1: LARS, 0.075 sqrt(B), which is 4.8 at 4096; weight decay 1e-6")
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ class SimSiam(nn.Module):
     `stop_gradient=False` is the paper's figure 2: the representation collapses. It is there to see the alarm.
     """
 
+    family, prevents_collapse = "self-distillation", "predictor and stop-gradient: the two sides differ"
     views = Views(large=2, recipe="moco")
     ema: tuple[str, ...] = ()
     asymmetric = True  # see fastjem.train.Alarm

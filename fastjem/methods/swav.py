@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 import fastjem.functional as F
 from fastjem.data.views import Views
-from fastjem.methods._parts import Defaults, Parts, Prototypes, Queue, below, mlp
+from fastjem.methods._parts import Defaults, Parts, Prototypes, Queue, at_most, frozen, mlp
 
 
 class SwAV(nn.Module):
@@ -17,9 +17,10 @@ class SwAV(nn.Module):
     batches that are small beside the prototypes).
     """
 
+    family, prevents_collapse = "clustering", "Sinkhorn's codes use all prototypes equally"
     views = Views(large=2, small=6, recipe="swav")
     ema: tuple[str, ...] = ()
-    defaults = Defaults("lars", 0.6, 1e-6, source="main_swav.py, batch 256: base_lr 0.6, final_lr 0.0006, wd 1e-6")
+    defaults = Defaults("lars", 1.2, 1e-6, source="main_swav.py: base_lr 4.8, final_lr 0.0048, wd 1e-6, batch 4096")
 
     def __init__(
         self,
@@ -36,11 +37,13 @@ class SwAV(nn.Module):
         norm: str = "batch",
         images: int = 0,
         steps_per_epoch: int = 1,
+        steps: int = 0,
         group: dist.ProcessGroup | None = None,
     ):
         super().__init__()
         self.projector = mlp(width, hidden or width, dim, norm=norm)
-        self.prototypes = Prototypes(dim, below(prototypes, images), round(frozen_epochs * steps_per_epoch))
+        prototypes = at_most(prototypes, images, each=16)
+        self.prototypes = Prototypes(dim, prototypes, frozen(frozen_epochs, steps_per_epoch, steps))
         self.queues = nn.ModuleList(Queue(queue, dim) for _ in range(2 if queue else 0))
         self.temperature, self.epsilon, self.iterations, self.group = temperature, epsilon, iterations, group
 

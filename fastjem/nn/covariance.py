@@ -1,7 +1,6 @@
 """Losses on covariance as modules, with lightly's names, arguments and defaults."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +11,19 @@ from fastjem.nn._groups import check_distributed, default_group
 from fastjem.nn.tokens import nearest_neighbors
 
 
-class Health(NamedTuple):
-    """What a loss has seen of two views on its way; tensors on their device."""
-
-    std: Tensor  # [2, D]; all near 0: collapse
-    effective_rank: Tensor  # [2], from 1 to D; few: dimensional collapse
-
-
 class _TracksHealth(nn.Module):
-    def __init__(self, track_health: bool):
-        super().__init__()
-        self.track_health = track_health
-        self.health: Health | None = None
+    """Both switches may be turned at any time, for example on the steps that are logged."""
 
-    def _statistics(self, z: Tensor) -> Tensor | None:
-        if not self.track_health:
-            return None
-        dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-        statistics = torch.empty(2, z.shape[-1] + 1, dtype=dtype, device=z.device)
-        self.health = Health(statistics[:, :-1], statistics[:, -1])
-        return statistics
+    def __init__(self, track_health: bool, track_spectrum: bool):
+        super().__init__()
+        self.track_health, self.track_spectrum = track_health, track_spectrum
+        self.health: F.Health | None = None
+
+    def _new_health(self) -> F.Health | None:
+        if self.track_health or self.track_spectrum:
+            self.health = F.Health(keep_spectrum=self.track_spectrum)
+            return self.health
+        return None
 
 
 class BarlowTwinsLoss(_TracksHealth):
@@ -41,17 +33,24 @@ class BarlowTwinsLoss(_TracksHealth):
         lambda_param: weight of the off-diagonal.
         gather_distributed: take the statistics over the global batch of all ranks (lightly normalises each rank's
             own batch and averages the correlations).
-        track_health: keep `health`, the figures of the last call.
+        track_health: keep `health`, the figures of the last call: every dimension's std, the effective rank.
+        track_spectrum: so that `health.spectrum()` can be asked, too.
     """
 
-    def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False, track_health: bool = False):
-        super().__init__(track_health)
+    def __init__(
+        self,
+        lambda_param: float = 5e-3,
+        gather_distributed: bool = False,
+        track_health: bool = False,
+        track_spectrum: bool = False,
+    ):
+        super().__init__(track_health, track_spectrum)
         check_distributed(gather_distributed)
         self.lambda_param, self.gather_distributed = lambda_param, gather_distributed
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         group = default_group(self.gather_distributed)
-        return F.barlow_twins(z_a, z_b, lambda_param=self.lambda_param, group=group, statistics=self._statistics(z_a))
+        return F.barlow_twins(z_a, z_b, lambda_param=self.lambda_param, group=group, health=self._new_health())
 
 
 class VICRegLoss(_TracksHealth):
@@ -62,7 +61,9 @@ class VICRegLoss(_TracksHealth):
         gather_distributed: take the loss over the global batch of all ranks.
         eps: added to the variance.
         variance_factor: 0.5 as in the official code and lightly, 1 as in the paper.
-        track_health: keep `health`, the figures of the last call on [N, D] views.
+        track_health: keep `health`, the figures of the last call on [N, D] views: every dimension's std, the effective
+            rank.
+        track_spectrum: so that `health.spectrum()` can be asked, too.
     """
 
     def __init__(
@@ -74,8 +75,9 @@ class VICRegLoss(_TracksHealth):
         eps: float = 0.0001,
         variance_factor: float = 0.5,
         track_health: bool = False,
+        track_spectrum: bool = False,
     ):
-        super().__init__(track_health)
+        super().__init__(track_health, track_spectrum)
         check_distributed(gather_distributed)
         self.lambda_param, self.mu_param, self.nu_param, self.eps = lambda_param, mu_param, nu_param, eps
         self.gather_distributed, self.variance_factor = gather_distributed, variance_factor
@@ -90,7 +92,7 @@ class VICRegLoss(_TracksHealth):
             "group": default_group(self.gather_distributed),
         }
         if z_a.dim() <= 2:
-            return F.vicreg(z_a, z_b, **options, statistics=self._statistics(z_a))
+            return F.vicreg(z_a, z_b, **options, health=self._new_health())
         if z_a.shape != z_b.shape:
             check.fail("vicreg", "z0 and z1 must have one shape", f"{tuple(z_a.shape)} and {tuple(z_b.shape)}")
         positions = zip(*(z.flatten(1, -2).unbind(1) for z in (z_a, z_b)), strict=True)

@@ -5,9 +5,9 @@ ours, and its bytes and FLOPs; a peer is a function that imports it and returns 
 """
 
 from fastjem.bench.case import Case
-from fastjem.bench.cases import contrastive, covariance, predictive, prototypes, supervised, weights
+from fastjem.bench.cases import contrastive, covariance, predictive, prototypes, spectral, supervised, weights
 
-FAMILIES = (weights, supervised, predictive, contrastive, prototypes, covariance)
+FAMILIES = (weights, supervised, predictive, contrastive, prototypes, covariance, spectral)
 
 
 def cases() -> list[Case]:

@@ -1,4 +1,4 @@
-"""Negative cosine similarity, BYOL's and SimSiam's loss."""
+"""Negative cosine similarity, BYOL's and SimSiam's loss; data2vec's regression."""
 
 import torch
 from torch import Tensor
@@ -26,6 +26,19 @@ def case(n: int, d: int, dtype: torch.dtype = torch.float32, both: bool = False,
     )  # fmt: skip
 
 
+def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    target = torch.nn.functional.layer_norm(target, target.shape[-1:])
+    return torch.nn.functional.smooth_l1_loss(prediction, target, beta=2.0)
+
+
+def regression(n: int, d: int, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """Prediction and target are read, the prediction's gradient is written."""
+    return Case(
+        "regression", f"{n} x {d}", lambda draw: draw.pair(n, d, (True, False)), smooth_l1,
+        lambda p, t: F.regression(p, t, beta=2.0), dtype=dtype, bytes=3 * n * d * dtype.itemsize, **options,
+    )  # fmt: skip
+
+
 CASES = [
     case(4096, 256),
     case(4096, 256, torch.bfloat16),
@@ -33,4 +46,6 @@ CASES = [
     case(256, 2048),
     case(256, 2048, torch.bfloat16, full_only=("cpu", "cuda")),
     case(8, 16, clock="host"),
+    regression(4096, 768),
+    regression(4096, 768, torch.bfloat16, full_only=("cpu", "cuda")),
 ]

@@ -1,0 +1,119 @@
+"""Losses that are plain torch here, as on a factorisation of a small matrix there is nothing to fuse; and SIGReg."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import fastjem.functional as F
+from fastjem.bench.case import Case
+
+SLICES, KNOTS, T_MAX = 1024, 17, 3.0
+
+
+def tico(z0: Tensor, z1: Tensor) -> Tensor:
+    """The first step, from no covariance."""
+    a, b = normalize(z0, dim=1), normalize(z1, dim=1)
+    covariance = 0.1 * (a.T @ a).detach() / len(a)
+    return 1 - (a * b).sum(1).mean() + 8 * (a @ covariance * a).sum(1).mean()
+
+
+def total_coding_rate(z: Tensor) -> Tensor:
+    """The authors' code, D x D."""
+    n, d = z.shape
+    return torch.logdet(torch.eye(d, device=z.device) + d / (n * 0.2) * z.T @ z) / 2
+
+
+def mmcr(online: Tensor, momentum: Tensor) -> Tensor:
+    z = torch.cat([online, momentum], 1)
+    return 5e-3 * torch.linalg.svdvals(z).sum() / len(z) - torch.linalg.svdvals(z.mean(1)).sum()
+
+
+def frossl(z0: Tensor, z1: Tensor) -> Tensor:
+    loss, z = 0.0, torch.stack([normalize(z0, dim=0), normalize(z1, dim=0)])
+    for x in z:
+        gram = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
+        loss = loss + 2 * (gram / gram.trace().detach()).norm().log()
+        loss = loss + 2 * x.shape[1] * torch.nn.functional.mse_loss(x, z.mean(0))
+    return loss
+
+
+def w_mse(z0: Tensor, z1: Tensor) -> Tensor:
+    whitened = []
+    for z in (z0, z1):
+        z = z - z.mean(0)
+        factor = torch.linalg.cholesky(z.T @ z / (len(z) - 1))
+        whitened.append(normalize(torch.linalg.solve_triangular(factor, z.T, upper=False).T, dim=1))
+    return 2 - 2 * (whitened[0] * whitened[1]).sum(1).mean()
+
+
+def directions(like: Tensor) -> Tensor:
+    torch.manual_seed(0)  # what lightly's draws
+    x = torch.randn(like.shape[-1], SLICES, device=like.device)
+    return x / x.norm(dim=0)
+
+
+def sigreg(z: Tensor) -> Tensor:
+    """As published: [V, N, S, knots] three times."""
+    t = torch.linspace(0, T_MAX, KNOTS, device=z.device)
+    phi, weight = (-t.square() / 2).exp(), torch.full_like(t, 2 * T_MAX / (KNOTS - 1))
+    weight[[0, -1]] /= 2
+    angles = (z @ directions(z))[..., None] * t
+    error = (angles.cos().mean(1) - phi).square() + angles.sin().mean(1).square()
+    return z.shape[1] * (error @ (weight * phi)).mean()
+
+
+def _loss(name: str, adapt: Callable = lambda loss: loss, **options) -> Callable[[], Callable]:
+    def load() -> Callable:
+        import lightly.loss
+
+        return adapt(lambda: getattr(lightly.loss, name)(**options))
+
+    return load
+
+
+def _seeded(make: Callable) -> Callable:
+    loss = make()
+
+    def run(z: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return loss(z)
+
+    return run
+
+
+def pair(op: str, n: int, d: int, eager: Callable, ours: Callable, lightly: Callable, flops: int) -> Case:
+    return Case(
+        op, f"{n} x {d}", lambda draw: draw.pair(n, d), eager, ours, peers={"lightly": lightly},
+        bytes=4 * n * d * 4, flops=flops, devices=("cpu",), full_only=("cpu",),
+    )  # fmt: skip
+
+
+N, D, BATCH, VIEWS, WIDTH = 256, 2048, 512, 8, 64
+CASES = [
+    # a^T a, a C, and a^T's part of the gradient
+    pair("tico", 2048, 256, tico, lambda a, b: F.tico(a, b)[0],
+         _loss("TiCoLoss", lambda make: lambda a, b: make()(a, b)), 6 * 2048 * 256**2),
+    pair("frossl", N, D, frossl, lambda a, b: F.frossl([a, b]),
+         _loss("FroSSLLoss", lambda make: lambda a, b: make()([a, b])), 8 * N**2 * D),
+    pair("w_mse", N, 128, w_mse, F.w_mse,
+         _loss("WMSELoss", lambda make: lambda a, b: make()(torch.cat([a, b]))), 12 * N * 128**2),
+    Case(
+        "mmcr", "256 x 2 + 2 views x 128", lambda draw: tuple(draw.normal(N, 2, 128, gradient=True) for _ in range(2)),
+        mmcr, F.mmcr, peers={"lightly": _loss("MMCRLoss", lambda make: make())},
+        bytes=4 * N * 2 * 128 * 4, devices=("cpu",), full_only=("cpu",),
+    ),
+    Case(
+        "total_coding_rate", f"{N} x {D}", lambda draw: (draw.normal(N, D, gradient=True),),
+        total_coding_rate, F.total_coding_rate, bytes=2 * N * D * 4, flops=4 * N**2 * D, devices=("cpu",),
+        full_only=("cpu",),
+    ),
+    Case(
+        "characteristic", f"SIGReg {VIEWS} x {BATCH} x {WIDTH}, {SLICES} slices",
+        lambda draw: (draw.normal(VIEWS, BATCH, WIDTH, gradient=True),), sigreg,
+        lambda z: F.sigreg(z, directions(z), knots=KNOTS, t_max=T_MAX),
+        peers={"lightly": _loss("SIGReg", lambda make: _seeded(make))}, uses=("characteristic_backward",),
+        bytes=2 * VIEWS * BATCH * WIDTH * 4, flops=4 * VIEWS * BATCH * WIDTH * SLICES, full_only=("cpu",),
+    ),
+]  # fmt: skip

@@ -1,0 +1,77 @@
+"""`fastjem export`: the encoder alone, as safetensors, and as ONNX on request."""
+
+import contextlib
+import io
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastjem import encoders
+from fastjem.errors import UserError
+from fastjem.runs import open_run
+
+
+@dataclass
+class Config:
+    """Write a run's encoder without projector and predictor; from a run that was killed too."""
+
+    run: str = field(metadata={"help": "run folder", "positional": True})
+    out: str = field(default="encoder.safetensors", metadata={"help": "file to write"})
+    onnx: bool = field(default=False, metadata={"help": "an .onnx file beside it, checked against the encoder"})
+
+
+def export(config: Config) -> list[Path]:
+    """The files written."""
+    out = Path(config.out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out must end in .safetensors, got {out}")
+    opened = open_run(config.run)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        encoders.save(opened.encoder, str(out), opened.metadata)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from None
+    written = [out]
+    if config.onnx:
+        written.append(out.with_suffix(".onnx"))
+        to_onnx(opened.encoder, opened.image_size, written[-1])
+    return written
+
+
+def to_onnx(encoder: nn.Module, image_size: int, path: Path, tolerance: float = 1e-3) -> float:
+    """[B, 3, H, W] float32 `images` -> [B, D] `features`, any B; the largest difference as a share.
+
+    Raises:
+        UserError: where a package is missing, or onnxruntime's values differ from the encoder's by more than tolerance.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(f"--onnx: {error.name} is not installed; pip install 'fastjem[onnx]'") from None
+    encoder, images = encoder.cpu().eval(), torch.randn(2, 3, image_size, image_size)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(
+            encoder, (images,), str(path), input_names=["images"], output_names=["features"], dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False,
+        )  # fmt: skip
+    images = torch.randn(3, 3, image_size, image_size)
+    with torch.no_grad():
+        truth = encoder(images)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    values = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    difference = float((values - truth).abs().max() / truth.abs().max())
+    if not difference <= tolerance:
+        path.unlink()
+        raise UserError(f"--onnx: onnxruntime's values differ from the encoder's by {difference:.1e} of the largest")
+    return difference
+
+
+def main(config: Config) -> int:
+    for path in export(config):
+        print(path)
+    return 0

@@ -1,0 +1,249 @@
+"""The page: one run, or several side by side. Everything is inline; no script, no outside resource."""
+
+import html
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastjem.checkpoints import write_atomically
+from fastjem.errors import UserError
+from fastjem.report.charts import charts
+from fastjem.report.pictures import neighbours, picture, view_table
+from fastjem.report.run import Run, read, spread
+from fastjem.report.style import CSS
+from fastjem.report.views import samples, titles, views_of
+from fastjem.train import Alarm
+
+VIEWED = 4  # images whose views are shown
+WAITED = 0.2  # share of the time waited for data that is worth a word
+NOT_SHOWN = ("out", "resume")
+Escaped = str
+
+
+@dataclass
+class Config:
+    """What a run did: its report.html written anew; of several runs one page with all of them side by side."""
+
+    runs: list[str] = field(metadata={"positional": True, "help": "folders of runs"})
+    out: str | None = field(
+        default=None, metadata={"help": "the page; without it RUN/report.html, or report.html here for several runs"}
+    )
+
+
+def main(config: Config) -> int:
+    if len(config.runs) == 1 and config.out is None:
+        print(write(config.runs[0]))
+    else:
+        print(compare(config.runs, config.out or "report.html"))
+    return 0
+
+
+def write(run: str | os.PathLike[str], *, tsne: bool = True) -> Path:
+    """`report.html` in the run's folder, whole or not at all; its path.
+
+    Args:
+        tsne: draw the embeddings by t-SNE (seconds); False: by their two first principal components.
+
+    Raises:
+        UserError: there is no run in the folder, or the page can't be written there.
+    """
+    found = read(run)
+    return save(Path(run) / "report.html", page([found], tsne))
+
+
+def compare(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, tsne: bool = True) -> Path:
+    """One page for several runs: curves in the same charts, pictures and options next to each other."""
+    if not runs:
+        raise UserError("report needs the folder of a run")
+    return save(Path(out), page([read(run) for run in runs], tsne))
+
+
+def save(path: Path, text: str) -> Path:
+    try:
+        write_atomically(path, text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror}") from None
+    return path
+
+
+def page(runs: Sequence[Run], tsne: bool) -> str:
+    names = [html.escape(name) for name in names_of(runs)]
+    title = " and ".join(names) if len(runs) < 3 else f"{len(runs)} runs"
+    body = [f"<h1>{title}</h1>"]
+    if len(runs) == 1:
+        body += [f"<p>{status(runs[0])}</p>", *(f'<p class="warn">{text}</p>' for text in warnings(runs[0]))]
+        tiles = "".join(f"<div>{name}<b>{value}</b></div>" for name, value in figures(runs[0]).items())
+        body.append(f'<div class="tiles">{tiles}</div>')
+    else:
+        body.append(summary(runs, names))
+        for run, name in zip(runs, names, strict=True):
+            body += [f'<p class="warn">{name}: {text}</p>' for text in warnings(run)]
+    body += ["<h2>Training</h2>", curves(runs)]
+    pictures: dict[str, Callable[[Run], str]] = {
+        "Embeddings": lambda run: scatter(run, tsne),
+        "Nearest neighbours": nearest,
+        "Views": seen,
+    }
+    if len(runs) == 1:
+        body += ["<h2>Images</h2>", cards(list(pictures), [make(runs[0]) for make in pictures.values()])]
+    else:
+        for title, make in pictures.items():
+            body += [f"<h2>{title}</h2>", cards(names, [make(run) for run in runs])]
+    body += ["<h2>Configuration</h2>", options(runs, names)]
+    body += ["<h2>Where it ran</h2>", environment(runs, names)]
+    written = time.strftime("%Y-%m-%d %H:%M")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
+        f'<body>{"".join(body)}<p class="note">Written by fastjem on {written}.</p></body></html>\n'
+    )
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The folders' names, with as much of the path before them as tells them apart."""
+    for depth in range(1, max(len(run.path.parts) for run in runs)):
+        names = ["/".join(run.path.parts[-depth:]) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{i + 1}: {run.name}" for i, run in enumerate(runs)]
+
+
+def status(run: Run) -> Escaped:
+    config, steps = run.config, run.environment.get("steps", 0)
+    done = run.rows[-1]["step"] if run.rows else 0
+    how_far = "finished" if done and done == steps else f"{done:,} of {steps:,} steps" if steps else f"{done:,} steps"
+    images = run.environment.get("images")
+    data = f" on {images:,} images" if images else ""
+    return html.escape(f"{config.get('method')}, {config.get('backbone')} at {config.get('image_size')} pixels{data}: "
+                       f"{how_far}")  # fmt: skip
+
+
+def warnings(run: Run) -> list[Escaped]:
+    """What the run's own alarm said, and a loader that is too slow."""
+    alarm = Alarm(getattr(run.method, "asymmetric", False))
+    said = [alarm(row["step"], row) for row in run.rows if {"loss", "embedding_std", "effective_rank"} <= row.keys()]
+    found = [text for text in said if text]
+    if (waited := median(run, "data_wait")) > WAITED:
+        found.append(f"the steps waited for data {waited:.0%} of their time (the median): more --workers may help")
+    return [html.escape(text) for text in found]
+
+
+def median(run: Run, key: str) -> float:
+    return statistics.median([row[key] for row in run.rows if key in row] or [0.0])
+
+
+def figures(run: Run) -> dict[str, Escaped]:
+    out = {}
+    if run.rows:
+        last = run.rows[-1]
+        out["steps"] = f"{last['step']:,}"
+        if run.steps_per_epoch:
+            out["epochs"] = f"{last['step'] / run.steps_per_epoch:.4g}"
+        out["loss"] = f"{last['loss']:.4g}"
+    if run.knn:
+        out[f"kNN, {run.knn[-1]['classes']} classes"] = f"{run.knn[0]['knn']:.1%} → {run.knn[-1]['knn']:.1%}"
+    if run.rows:
+        if "effective_rank" in last:
+            out["effective rank"] = f"{last['effective_rank']:.1f}"
+        out["images per second"] = f"{median(run, 'images_per_second'):,.0f}"
+        out["waiting for data"] = f"{median(run, 'data_wait'):.0%}"
+    return out
+
+
+def summary(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
+    found = [figures(run) for run in runs]
+    columns = list(dict.fromkeys(name for one in found for name in one))
+    lines = ["<tr><th>run</th><th></th>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
+    for i, (run, name, one) in enumerate(zip(runs, names, found, strict=True)):
+        swatch = f'<i class="dot" style="background:var(--run{i % 8})"></i>'
+        cells = "".join(f"<td>{one.get(column, '')}</td>" for column in columns)
+        lines.append(f"<tr><td>{swatch}{name}</td><td>{status(run)}</td>{cells}</tr>")
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def curves(runs: Sequence[Run]) -> str:
+    made = charts(runs)
+    if not made:
+        return '<p class="note">No step has been logged yet.</p>'
+    sections = []
+    for quantity, svg in made:
+        note = f'<p class="note">{quantity.explained}</p>' if quantity.explained else ""
+        sections.append(f"<section><h3>{quantity.title}</h3>{svg}{note}</section>")
+    return f'<div class="charts">{"".join(sections)}</div>'
+
+
+def cards(heads: Sequence[Escaped], contents: Sequence[str]) -> str:
+    """Side by side."""
+    wide = ["Views"]  # up to ten pictures in a row
+    made = (
+        f'<section class="card{" wide" if head in wide else ""}"><h3>{head}</h3>{content}</section>'
+        for head, content in zip(heads, contents, strict=True)
+    )
+    return f'<div class="side">{"".join(made)}</div>'
+
+
+def scatter(run: Run, tsne: bool) -> str:
+    if run.embeddings is None:
+        return '<p class="note">No embeddings have been saved yet.</p>'
+    return picture(run.embeddings, tsne) + f'<p class="note">After step {run.embeddings.step:,}.</p>'
+
+
+def nearest(run: Run) -> str:
+    if run.embeddings is None:
+        return '<p class="note">No embeddings have been saved yet.</p>'
+    note = "By the cosine of their embeddings, which stands below each."
+    if run.embeddings.labelled:
+        note += " Framed: another class than the first image's."
+    return f'{neighbours(run.embeddings)}<p class="note">{note}</p>'
+
+
+def seen(run: Run) -> str:
+    """Of the first epoch."""
+    config, found = run.config, run.embeddings
+    if found is None or run.method is None:
+        return '<p class="note">No images have been saved yet.</p>'
+    views, patch = views_of(config["method"], config.get("small_views")), run.environment.get("patch", 1)
+    specs = views.specs(config["image_size"], patch=patch, blur=config.get("blur"))
+    order = dict.fromkeys([*spread(len(found.files), VIEWED).tolist(), *range(len(found.files))])
+    files = ((found.indices[i], os.path.join(found.root, found.files[i])) for i in order)
+    shown = samples(files, specs, images=VIEWED, seed=config.get("seed", 0), mask=views.mask, patch=patch)
+    if not shown:
+        return f'<p class="note">The images in {html.escape(found.root)} are gone.</p>'
+    note = " The mask is an example; each step draws its own." if views.mask else ""
+    return f'{view_table(shown, titles(views))}<p class="note">As in the first epoch.{note}</p>'
+
+
+def options(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.config) if key not in NOT_SHOWN]
+    return table({key.replace("_", " "): [option(run, key) for run in runs] for key in keys}, names)
+
+
+def option(run: Run, key: str) -> str:
+    value = run.config.get(key)
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={x}" for name, x in value.items())
+    if value is None:
+        default = getattr(getattr(run.method, "defaults", None), key, None)
+        return "" if default is None else f"{default} (the method's)"
+    return str(value)
+
+
+def environment(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
+    keys = list(dict.fromkeys(key for run in runs for key in run.environment))
+    if not keys:
+        return '<p class="note">Not recorded.</p>'
+    return table({key.replace("_", " "): [str(run.environment.get(key, "")) for run in runs] for key in keys}, names)
+
+
+def table(rows: dict[str, list[str]], names: Sequence[Escaped]) -> str:
+    """rows: name -> one value a run; rows whose values differ are marked."""
+    heads = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>" if len(names) > 1 else ""
+    lines = []
+    for name, values in rows.items():
+        mark = ' class="differs"' if len(set(values)) > 1 else ""
+        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
+        lines.append(f"<tr{mark}><td>{html.escape(name)}</td>{cells}</tr>")
+    return f'<div class="scroll"><table class="config">{heads}{"".join(lines)}</table></div>'

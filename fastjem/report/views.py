@@ -1,0 +1,200 @@
+"""What the augmentations do to real images: samples of views, and a picture of them."""
+
+import dataclasses
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from fastjem.checkpoints import write_atomically
+from fastjem.data.folder import ImageFolder, read_image
+from fastjem.data.loader import execute
+from fastjem.data.parameters import draw, generator
+from fastjem.data.views import RECIPES, Views, ViewSpec
+from fastjem.errors import UserError, nearest
+from fastjem.methods import METHODS
+from fastjem.report.run import spread
+
+GREY, PAPER, INK = (128, 128, 128), (255, 255, 255), (40, 40, 40)
+MARGIN, LINE = 8, 20  # pixels
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass
+class Config:
+    """What a method's augmentations do to your own images: a picture, rows images, columns views."""
+
+    data: str = field(metadata={"help": "folder of images, nested or flat"})
+    out: str = field(default="views.png", metadata={"help": "the picture"})
+    method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
+    recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
+    image_size: int = 224
+    images: int = 6
+    small_views: int | None = field(default=None, metadata={"help": "multi-crop's small views"})
+    blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
+    patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
+    seed: int = field(default=0, metadata={"help": "the run's"})
+    epoch: int = field(default=0, metadata={"help": "the run's"})
+
+
+def main(config: Config) -> int:
+    print(draw_views(**dataclasses.asdict(config)))
+    return 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    path: str
+    image: Image.Image
+    views: list[Image.Image]
+
+
+def views_of(method: str, small_views: int | None = None) -> Views:
+    views: Views = METHODS[method].views
+    return views if small_views is None else dataclasses.replace(views, small=small_views)
+
+
+def titles(views: Views) -> list[str]:
+    """One a view, in their order."""
+    large = [f"large {i + 1}" if views.large > 1 else "view" for i in range(views.large)]
+    return large + [f"small {i + 1}" for i in range(views.small)] + (["masked"] if views.mask else [])
+
+
+def samples(
+    files: Iterable[tuple[int, str]],
+    specs: Sequence[ViewSpec],
+    *,
+    images: int,
+    seed: int = 0,
+    epoch: int = 0,
+    mask: float = 0.0,
+    patch: int = 16,
+) -> list[Sample]:
+    """The views that training with that seed sees in that epoch of the first `images` files that can be read.
+
+    files: (index in the data, path). With a mask, a last view shows one draw of it on the first: hidden patches are
+    grey.
+    """
+    out: list[Sample] = []
+    for i, path in files:
+        try:
+            image = read_image(path)
+        except Exception:  # whatever a decoder may raise on a broken file
+            continue
+        drawn = [draw(s, image.height, image.width, generator(seed, epoch, i, v)) for v, s in enumerate(specs)]
+        tensors = [execute(image, spec, parameters) for spec, parameters in zip(specs, drawn, strict=True)]
+        views = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in tensors]
+        if mask:
+            views.append(masked(views[0], mask, patch, generator(seed, epoch, i, len(specs))))
+        out.append(Sample(path, image, views))
+        if len(out) == images:
+            break
+    return out
+
+
+def masked(view: Image.Image, share: float, patch: int, random: np.random.Generator) -> Image.Image:
+    """That share of the patches, the same number in every image, is grey."""
+    pixels, rows, columns = np.array(view), view.height // patch, view.width // patch
+    hidden = np.zeros(rows * columns, bool)
+    hidden[random.permutation(rows * columns)[: max(round(share * rows * columns), 1)]] = True
+    grid = np.kron(hidden.reshape(rows, columns), np.ones((patch, patch), bool))
+    pixels[: grid.shape[0], : grid.shape[1]][grid] = GREY
+    return Image.fromarray(pixels)
+
+
+def grid(shown: Sequence[Sample], columns: Sequence[str], root: Path, *, cell: int) -> Image.Image:
+    """Rows are images, the first column the file itself; cells of `cell` pixels, small views at their share of it."""
+    font = ImageFont.load_default(13)
+    sizes = [round(cell * view.width / shown[0].views[0].width) for view in shown[0].views]
+    widths = [cell, *(max(size, round(font.getlength(title))) for size, title in zip(sizes, columns, strict=True))]
+    lefts = [MARGIN + sum(widths[:i]) + MARGIN * i for i in range(len(widths))]
+    width = lefts[-1] + widths[-1] + MARGIN
+    sheet = Image.new("RGB", (width, LINE + MARGIN + (cell + LINE + MARGIN) * len(shown)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for left, title in zip(lefts, ["image", *columns], strict=True):
+        pen.text((left, MARGIN // 2), title, INK, font)
+    for row, sample in enumerate(shown):
+        top = LINE + MARGIN + row * (cell + LINE + MARGIN)
+        scale = cell / max(sample.image.size)
+        fitted = (max(round(sample.image.width * scale), 1), max(round(sample.image.height * scale), 1))
+        sheet.paste(sample.image.resize(fitted, magnify(scale)), (MARGIN, top))
+        for left, size, view in zip(lefts[1:], sizes, sample.views, strict=True):
+            sheet.paste(view.resize((size, size), magnify(size / view.width)), (left, top))
+        name = shorten(os.path.relpath(sample.path, root), width - 2 * MARGIN, font)
+        pen.text((MARGIN, top + cell + 2), name, INK, font)
+    return sheet
+
+
+def magnify(scale: float) -> Image.Resampling:
+    """Pixels stay pixels when they are magnified."""
+    return Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BICUBIC
+
+
+def shorten(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """The end of a name tells files apart."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength("..." + text) > width:
+        text = text[1:]
+    return "..." + text
+
+
+def draw_views(
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    method: str = "simclr",
+    recipe: str | None = None,
+    image_size: int = 224,
+    images: int = 6,
+    small_views: int | None = None,
+    blur: bool | None = None,
+    patch_size: int = 16,
+    seed: int = 0,
+    epoch: int = 0,
+) -> Path:
+    """A picture of what a method sees: rows are images of the folder, columns the views it trains on.
+
+    Args:
+        recipe: another method's augmentation in place of the method's own.
+        blur: None: as in pretraining, where 64 pixels and less aren't blurred.
+        patch_size: of the mask, for methods that hide patches.
+        seed, epoch: the views are those that a run with this seed sees in this epoch.
+
+    Raises:
+        UserError: for what can't be drawn, with the reason.
+    """
+    if method not in METHODS:
+        raise nearest("method", method, METHODS)
+    if recipe is not None and recipe not in RECIPES:
+        raise nearest("recipe", recipe, RECIPES)
+    for name, least, value in (("images", 1, images), ("image-size", 8, image_size), ("patch-size", 1, patch_size)):
+        if value < least:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
+    out = Path(out)
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {out}: the picture's name must end in {', '.join(FORMATS)}")
+    views = views_of(method, small_views)
+    if recipe is not None:
+        views = dataclasses.replace(views, recipe=recipe)
+    if views.mask and image_size % patch_size:
+        raise UserError(f"--image-size {image_size} is no multiple of --patch-size {patch_size}")
+    folder = ImageFolder(data)
+    specs = views.specs(image_size, patch=patch_size if views.mask else 1, blur=blur)
+    # evenly spread over the folder first; the others stand in for files that can't be read
+    order = dict.fromkeys([*spread(len(folder), images).tolist(), *range(len(folder))])
+    files = ((i, folder.path(i)) for i in order)
+    shown = samples(files, specs, images=images, seed=seed, epoch=epoch, mask=views.mask, patch=patch_size)
+    if not shown:
+        raise UserError(f"none of the files in {data} can be read")
+    sheet, file = grid(shown, titles(views), folder.root, cell=min(max(image_size, 96), 224)), io.BytesIO()
+    sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
+    try:
+        write_atomically(out, file.getvalue())
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    return out

@@ -1,0 +1,148 @@
+"""Evaluation against independent answers; export and what is loaded from it; mistakes in one line."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import make_folder
+
+for package in ("timm", "torchvision", "safetensors", "tyro", "sklearn"):
+    pytest.importorskip(package)
+import fastjem
+from fastjem.cli import main
+from fastjem.data import shapes
+from fastjem.data.folder import ImageFolder
+from fastjem.evaluate import Probe, embed, knn, moments, rankme
+
+CPU = ["--device", "cpu", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluated")
+    for part, seed in (("train", 0), ("test", 1)):
+        make_folder(root / part, 48, seed=seed)
+    fastjem.pretrain(data=str(root / "train"), out=str(root / "run"), backbone="test_resnet", image_size=32,
+                     batch_size=16, workers=0, device="cpu", max_steps=1, stem="standard")  # fmt: skip
+    return root / "run"
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.001])
+def test_knn_is_the_vote_of_all_similarities(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjem.evaluate.CHUNK", 17)
+    random = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(70, 5, generator=random), torch.randn(30, 5, generator=random)
+    labels = torch.randint(4, (70,), generator=random)
+    b, q = (torch.nn.functional.normalize(x.double(), dim=1) for x in (bank, queries))
+    expected = []
+    for row in q @ b.T:
+        near = row.topk(9).indices
+        votes = [((row[near] - row.max()) / temperature).exp()[labels[near] == c].sum() for c in range(4)]
+        expected.append(int(torch.stack(votes).argmax()))
+    assert knn(bank, labels, queries, k=9, temperature=temperature).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_probe_is_scikit_learns(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    monkeypatch.setattr("fastjem.evaluate.CHUNK", 64)
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 300)
+    x = torch.tensor(random.normal(size=(300, 6)) + labels[:, None] * random.normal(size=6) + 5, dtype=dtype)
+    ours, l2 = Probe(x, torch.tensor(labels), 3, l2=0.01), 0.01
+    rows = (x.double().numpy() - x.double().numpy().mean(0)) / x.double().numpy().std(0)
+    theirs = LogisticRegression(C=1 / (300 * l2), tol=1e-8, max_iter=2000).fit(rows, labels)
+    np.testing.assert_allclose(ours.weight.detach().numpy(), theirs.coef_, atol=2e-3)
+    assert (ours.predict(x).numpy() == theirs.predict(rows)).mean() > 0.99
+
+
+def test_rank_and_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastjem.evaluate.CHUNK", 64)
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(x.double())
+    share = values / values.sum()
+    assert rankme(x) == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
+    assert rankme(torch.ones(50, 8)) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(moments(x + 1000)[1], (x + 1000).double().std(0, correction=0))
+
+
+def test_embeddings_are_the_files_in_order(tmp_path: Path) -> None:
+    folder = ImageFolder(make_folder(tmp_path, 10, size=8))
+    rows, labels = embed(torch.nn.Flatten(), folder, 8, batch=3)
+    whole, _ = embed(torch.nn.Flatten(), folder, 8, batch=10)
+    assert torch.equal(rows, whole) and rows.std(0).min() > 0 and labels.tolist() == folder.labels.tolist()
+
+
+def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--features", "both", *CPU]) == 0
+    table = capsys.readouterr().out
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["test"].endswith("test") and found["test_images"] == 48 and found["step"] == 1
+    assert set(found["features"]) == {"encoder", "projector"}
+    encoder = found["features"]["encoder"]
+    assert encoder["knn"] > 0.5 and encoder["linear_probe"] > 0.5 and 1 <= encoder["rankme"] <= 96
+    assert "projector" in table and f"{encoder['knn']:.1%}" in table
+
+
+def test_export_is_the_encoder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import timm
+    from safetensors.torch import load_file
+
+    out = tmp_path / "a" / "encoder.safetensors"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    timm.create_model("test_resnet", num_classes=0).load_state_dict(load_file(out), strict=True)
+    state = torch.load(run / "checkpoints/last.pt", weights_only=True)["model"]
+    for name, value in fastjem.load_encoder(str(out)).state_dict().items():
+        assert torch.equal(value, state[f"encoder.{name}"])
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--train", str(run.parent / "train"), *CPU]) == 0
+    assert main(["evaluate", str(out), "--train", str(run.parent / "train"), "--features", "both", *CPU]) == 2
+    assert "no projector" in capsys.readouterr().err
+
+
+def test_onnx(run: Path, tmp_path: Path) -> None:
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    assert main(["export", str(run), "--out", str(tmp_path / "e.safetensors"), "--onnx"]) == 0
+    assert (tmp_path / "e.onnx").stat().st_size > 100_000
+
+
+def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = str(run.parent / "train")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.yaml").write_text((run / "config.yaml").read_text())
+    (tmp_path / "text.safetensors").write_text("no")
+    flat, one = make_folder(tmp_path / "flat", 4, classes=0), make_folder(tmp_path / "one", 4, classes=1)
+    other = make_folder(tmp_path / "other", 8, classes=4)
+    for line, says in (
+        (["evaluate", str(tmp_path / "none")], "no run in"),
+        (["evaluate", str(tmp_path / "bare")], "no checkpoint"),
+        (["evaluate", str(tmp_path / "text.safetensors")], "no safetensors file"),
+        (["evaluate", str(run), "--train", str(flat), *CPU], "is flat"),
+        (["evaluate", str(run), "--train", str(one), *CPU], "one class only"),
+        (["evaluate", str(run), "--train", train, "--test", str(other), *CPU], "class3"),
+        (["evaluate", str(run), "--train", str(tmp_path / "gone"), *CPU], "not a folder"),
+        (["evaluate", str(run), "--test", train], "--test needs --train"),
+        (["evaluate", str(run), "--k", "0"], "at least 1"),
+        (["export", str(tmp_path / "none")], "no run in"),
+        (["export", str(run), "--out", "encoder.pt"], ".safetensors"),
+    ):
+        assert main(line) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and says in error, error
+
+
+def test_the_embedded_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shapes.write, "__defaults__", ({"train": 20, "test": 10},))
+    made = shapes.folder()
+    assert [path.name for path in (tmp_path / "fastjem").iterdir()] == [made.name]
+    train, test = ImageFolder(made / "train"), ImageFolder(made / "test")
+    assert train.classes == test.classes == sorted(shapes.SHAPES) and (len(train), len(test)) == (20, 10)
+    before = (made / "train/star/0000.jpg").stat().st_mtime_ns
+    assert shapes.folder() == made and (made / "train/star/0000.jpg").stat().st_mtime_ns == before
+    assert (made / "train/star/0000.jpg").read_bytes() != (made / "test/star/0000.jpg").read_bytes()
