@@ -136,6 +136,7 @@ def test_open_clip():
     assert_same(SigLipLoss(), eager_siglip, [x, y, scale, bias])
     assert_same(lambda x, y, s: ClipLoss()(x, y, s, output_dict=True)["contrastive_loss"], eager_clip, [x, y, scale])
     assert_same(ClipLoss(), eager_clip, [x, y, -scale])
+    assert_same(ClipLoss(), eager_clip, [x, y, 0 * scale])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
