@@ -98,6 +98,7 @@ static void in_parts(int64_t rows, int64_t parts, F&& f) {
 template <class T>
 static void add_columns(const SimilarityTile& t, int64_t parts, const T* sums, const T* maxima, double* column_max,
                         double* column_sum) {
+  const double size = std::abs(t.factor);
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t j = 0; j < t.columns; ++j) {
       const double sum = sums[part * t.columns + j];
@@ -107,7 +108,7 @@ static void add_columns(const SimilarityTile& t, int64_t parts, const T* sums, c
       }
       const double maximum = maxima[part * t.columns + j], before = column_max[j], now = std::max(before, maximum);
       if (now == -std::numeric_limits<double>::infinity()) continue;
-      column_sum[j] = column_sum[j] * std::exp(before - now) + sum * std::exp(maximum - now);
+      column_sum[j] = column_sum[j] * std::exp((before - now) * size) + sum * std::exp((maximum - now) * size);
       column_max[j] = now;
     }
   }

@@ -20,10 +20,14 @@ static inline void each_excluded(const SimilarityTile& t, int64_t i, F&& f) {
 
 static constexpr int64_t block_of_columns = 1024;  // float sums of so many, then double
 
-// A state is (maximum, sum): the log-sum-exp seen so far is maximum + log(sum). With a shift, all maxima are that shift.
+// A state is (maximum, sum). Running, the maximum is of similarities (of their negatives, if the factor is negative), and the
+// log-sum-exp seen so far is maximum * |factor| + log(sum): near similarities subtract exactly, where logits of several
+// hundred have lost the digits that count. With a shift, all maxima are that shift, and it is shift + log(sum).
 template <class T>
 static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p, int64_t begin, int64_t end, int64_t part) {
-  const T factor = static_cast<T>(t.factor);
+  const T factor = static_cast<T>(t.factor), shift = static_cast<T>(t.shift);
+  const T sign = t.factor < 0 ? -1 : 1, size = std::abs(factor);
+  const double exact_size = std::abs(t.factor);
   const T lowest = -std::numeric_limits<T>::infinity();
   T* column_sum = p.column_parts ? static_cast<T*>(p.column_parts) + part * t.columns : nullptr;
   T* column_max = p.column_max_parts ? static_cast<T*>(p.column_max_parts) + part * t.columns : nullptr;
@@ -33,34 +37,44 @@ static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p,
   for (int64_t i = begin; i < end; ++i) {
     T* s = static_cast<T*>(t.values) + i * t.stride;
     each_excluded(t, i, [&](int64_t j) { s[j] = factor < 0 ? -lowest : lowest; });
-    T shift = static_cast<T>(t.shift);
+    T pivot = 0;
     if (t.running) {
       T maximum = lowest;
 #pragma omp simd reduction(max : maximum)
       for (int64_t j = 0; j < t.columns; ++j) {
-        const T x = s[j] * factor;
+        const T x = s[j] * sign;
         maximum = x > maximum ? x : maximum;
       }
       if (column_max) {
 #pragma omp simd
         for (int64_t j = 0; j < t.columns; ++j) {
-          const T x = s[j] * factor;
+          const T x = s[j] * sign;
           column_max[j] = x > column_max[j] ? x : column_max[j];
         }
       }
       const double before = p.row_max[i];
       const double now = std::max(before, static_cast<double>(maximum));
-      const double rescale = before == now ? 1 : std::exp(before - now);  // of -inf: 0
+      const double rescale = before == now ? 1 : std::exp((before - now) * exact_size);  // of -inf: 0
       p.row_max[i] = now;
       p.row_sum[i] *= rescale;
       if (p.rescale) p.rescale[i] = rescale;
-      shift = now == -std::numeric_limits<double>::infinity() ? T(0) : static_cast<T>(now);
+      pivot = now == -std::numeric_limits<double>::infinity() ? T(0) : static_cast<T>(now);
     }
     double sum = 0;
     for (int64_t block = 0; block < t.columns; block += block_of_columns) {
       const int64_t stop = std::min(block + block_of_columns, t.columns);
       T partial = 0;
-      if (column_sum && !t.running) {
+      if (t.running && p.keep) {
+#pragma omp simd reduction(+ : partial)
+        for (int64_t j = block; j < stop; ++j) {
+          const T e = exponential((s[j] * sign - pivot) * size);
+          s[j] = e;
+          partial += e;
+        }
+      } else if (t.running) {
+#pragma omp simd reduction(+ : partial)
+        for (int64_t j = block; j < stop; ++j) partial += exponential((s[j] * sign - pivot) * size);
+      } else if (column_sum) {
 #pragma omp simd reduction(+ : partial)
         for (int64_t j = block; j < stop; ++j) {
           const T e = exponential(s[j] * factor - shift);
@@ -87,8 +101,8 @@ static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p,
     const T* s = static_cast<const T*>(t.values) + i * t.stride;
 #pragma omp simd
     for (int64_t j = 0; j < t.columns; ++j) {
-      const T shift = column_max[j] == lowest ? T(0) : column_max[j];
-      column_sum[j] += exponential(s[j] * factor - shift);
+      const T pivot = column_max[j] == lowest ? T(0) : column_max[j];
+      column_sum[j] += exponential((s[j] * sign - pivot) * size);
     }
   }
 }
@@ -105,12 +119,12 @@ static void similarity_weights_of(const SimilarityTile& t, const SimilarityWeigh
     each_excluded(t, i, [&](int64_t j) { s[j] = factor < 0 ? -lowest : lowest; });
     const T row = static_cast<const T*>(p.row)[i];
     T partial = 0;
-    if (t.running) {  // row and column are log-sum-exps; the rest is what rounding to T took from exp(-lse)
+    if (t.running) {  // row and column are log-sum-exps / factor; the rest is what rounding to T took from exp(-lse)
       const T row_rest = static_cast<const T*>(p.row_rest)[i];
 #pragma omp simd reduction(+ : partial)
       for (int64_t j = 0; j < t.columns; ++j) {
-        const T x = s[j] * factor;
-        const T g = exponential(x - row) * row_rest + (column ? exponential(x - column[j]) * column_rest[j] : T(0));
+        const T g = exponential((s[j] - row) * factor) * row_rest +
+                    (column ? exponential((s[j] - column[j]) * factor) * column_rest[j] : T(0));
         partial += g == 0 ? T(0) : g * s[j];
         s[j] = g;
       }

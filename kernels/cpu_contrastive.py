@@ -65,7 +65,7 @@ class _Scaling:
 
     factor: float
     shift: float
-    running: bool  # not safe: every row and column keeps a maximum of its own
+    running: bool  # not safe: every row and column keeps a maximum of its own, in units of similarities
 
     @classmethod
     def of(cls, factor: float, bound: float, dtype: torch.dtype) -> "_Scaling":
@@ -74,6 +74,7 @@ class _Scaling:
         top, bottom = (600.0, 700.0) if dtype == torch.float64 else (70.0, 86.0)
         largest = abs(factor) * bound * 1.0001
         shift = max(0.0, largest - top)
+        factor = factor or 1e-37  # 0 times the -inf of what a row doesn't see would be NaN
         return cls(factor, shift, not largest + shift <= bottom)
 
     @property
@@ -81,9 +82,12 @@ class _Scaling:
         return self.factor, self.shift, self.running
 
     def start(self, n: int) -> tuple[Tensor, Tensor]:
-        """The log-sum-exp of nothing, as (maximum, sum of exp(logit - maximum))."""
+        """The log-sum-exp of nothing, as (maximum, sum of exp(logit - logit of the maximum))."""
         maximum = -math.inf if self.running else self.shift
         return torch.full((n,), maximum, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+
+    def log_sum_exp(self, maximum: Tensor, total: Tensor) -> Tensor:
+        return maximum * (abs(self.factor) if self.running else 1) + total.log()
 
     def weights(self, lse: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """What `similarity_weights` wants of rows or columns."""
@@ -91,8 +95,9 @@ class _Scaling:
             return None, None
         if not self.running:
             return (self.shift - lse).exp().clamp_max(1e38).to(dtype), None
-        rounded = lse.clamp(-1e30, 1e30).to(dtype)
-        return rounded, (rounded - lse).exp().nan_to_num(1.0, 1.0).clamp_max(2.0).to(dtype)
+        pivot = (lse / self.factor).clamp(-1e30, 1e30).to(dtype)
+        rest = (pivot.double() * self.factor - lse).where(lse.isfinite(), 0).exp()
+        return pivot, rest.clamp_max(1e38).to(dtype)
 
 
 def _largest_norm(x: Tensor) -> float:
@@ -149,7 +154,7 @@ def log_sum_exps(
             _at(column_sum, j) if both else 0,
             torch.get_num_threads(),
         )
-    return row_max + row_sum.log(), column_max + column_sum.log()
+    return scaling.log_sum_exp(row_max, row_sum), scaling.log_sum_exp(column_max, column_sum)
 
 
 def add_weighted(
@@ -238,7 +243,7 @@ def attend(
             result[i:i2].addmm_(tile, unit_rows)
     if wanted:
         result.mul_((1 / total).nan_to_num(posinf=0.0)[:, None])
-    return maximum + total.log(), result
+    return logits.log_sum_exp(maximum, total), result
 
 
 def siglip_loss(

@@ -511,7 +511,7 @@ LOSSES = [
     _image_text("clip_loss", 37, 33, 14.0),
     _image_text("clip_loss", 40, 64, 100.0),
     _image_text("clip_loss", 1100, 16, 30.0, interpreted=False),
-    _image_text("clip_loss", 12, 48, 10.0, length=3.0),
+    _image_text("clip_loss", 12, 48, 10.0, length=9.0),
     _image_text("clip_loss", 24, 40, 14.0),
     _image_text("siglip_loss", 1, 16, 10.0),
     _image_text("siglip_loss", 1100, 16, 10.0, interpreted=False),

@@ -63,31 +63,32 @@ class Implementation:
                 _C.use_isa(best)
 
 
-def _interpret_products_as_tensor_cores_do() -> None:
-    """Products of two numbers exact, a symmetric product symmetric.
+def _interpret_products_in_one_order() -> None:
+    """Each element of a float32 product is added up in float32 along the columns, one by one, as on a GPU.
 
-    numpy's isn't (one element in nine of z @ z.T differs from its mirror image), which no GPU's product shares, and the
-    interpreter hands it the bits of bfloat16 as integers.
+    numpy's blocked product adds in an order that depends on where an element stands: one element in nine of z @ z.T
+    differs from its mirror image, and a contrastive gradient is made of both. At temperature 0.01 (nt_xent of
+    3 x 20 x 24, 25 seeds) its RMS error is 1.2 to 1.9 times eager's with numpy's product and 0.85 to 1.0 times with
+    this one, which is no more exact; one interpreter case of 51 fails by a third with numpy's.
     """
-    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
-    def create_dot(self, a, b, d, *_):
-        wide = [
-            interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
-            if x.dtype.scalar == tl.bfloat16
-            else x.data
-            for x in (a, b)
-        ]
-        product = np.matmul(*(x.astype(np.float64) for x in wide)) + d.data
-        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
+    numpys = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *options):
+        if a.dtype.scalar != tl.float32:
+            return numpys(self, a, b, d, *options)
+        total = d.data.copy()
+        for k in range(a.data.shape[1]):
+            total += a.data[:, k, None] * b.data[k]
+        return interpreter.TensorHandle(total, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 if INTERPRETING:
-    _interpret_products_as_tensor_cores_do()
+    _interpret_products_in_one_order()
 
 
 def implementations() -> list:

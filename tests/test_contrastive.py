@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import LOSSES, eager_clip, eager_nt_xent, eager_siglip
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 import fastjem.functional as F
 from fastjem.nn import (
@@ -136,6 +136,7 @@ def test_open_clip():
     assert_same(SigLipLoss(), eager_siglip, [x, y, scale, bias])
     assert_same(lambda x, y, s: ClipLoss()(x, y, s, output_dict=True)["contrastive_loss"], eager_clip, [x, y, scale])
     assert_same(ClipLoss(), eager_clip, [x, y, -scale])
+    assert_same(ClipLoss(), eager_clip, [x, y, 0 * scale])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -201,6 +202,46 @@ RANKED = {
 }
 
 
+def check_classes_over_ranks(whole, mine: slice, world: int, group) -> None:
+    labels = torch.tensor([3, 0, 0, 3, 7, 1, 3, 7, 0, 1, 2])[: len(whole[0])]  # classes on several ranks, and on one
+    for mode in ("all", "one"):
+        for y in (labels, None):
+            leaves = [z.clone().requires_grad_() for z in whole]
+            ranked = partial(F.supcon, temperature=0.2, anchors=mode)
+            expected = ranked(torch.stack(leaves), y)
+            own = official_supcon(
+                normalize(torch.stack(leaves, 1), dim=2), y, temperature=0.2, mode=mode, base=0.2
+            )  # fmt: skip
+            torch.testing.assert_close(expected, own)
+            gradients = torch.autograd.grad(-0.7 * own, leaves)
+            parts = [z[mine].clone().requires_grad_() for z in whole]
+            loss = ranked(torch.stack(parts), None if y is None else y[mine], group=group)
+            torch.testing.assert_close(loss, expected, msg=f"supcon, {mode}")
+            for part, full in zip(torch.autograd.grad(-0.7 * loss, parts), gradients, strict=True):
+                torch.testing.assert_close(part / world, full[mine], msg=f"supcon, gradient, {mode}")
+
+
+def check_local_clip(whole, mine: slice, world: int, group) -> None:
+    """open_clip's: rows of this rank against all candidates, whose gradient arrives if they are gathered with it."""
+
+    def local(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor):
+        pairs = torch.arange(mine.start, mine.stop)
+        return (cross_entropy(scale * x @ ys.T, pairs) + cross_entropy(scale * y @ xs.T, pairs)) / 2
+
+    ours = [z[mine].clone().requires_grad_() for z in whole] + [SCALE.clone().requires_grad_()]
+    theirs = [z.detach().clone().requires_grad_() for z in ours]
+    loss, expected = ClipLoss(local_loss=True, world_size=world)(*ours), local(*theirs, *whole)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(-0.7 * loss, ours), torch.autograd.grad(-0.7 * expected, theirs))
+
+    loss = ClipLoss(local_loss=True, gather_with_grad=True, world_size=world)(*ours)
+    torch.testing.assert_close(loss, expected)
+    everything = [z.clone().requires_grad_() for z in whole]
+    of_all = torch.autograd.grad(eager_clip(*everything, SCALE), everything)
+    for part, full in zip(torch.autograd.grad(loss, ours[:2]), of_all, strict=True):
+        torch.testing.assert_close(part / world, full[mine])
+
+
 def check_rank(rank: int, world: int, store: str) -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     torch.set_num_threads(1)
@@ -225,6 +266,9 @@ def check_rank(rank: int, world: int, store: str) -> None:
         got = torch.stack(torch.autograd.grad(module(whole[0][mine], whole[1][mine], *leaves), leaves))
         dist.all_reduce(got)
         torch.testing.assert_close(got / world, torch.stack(expected))
+
+    check_classes_over_ranks(whole, mine, world, group)
+    check_local_clip(whole, mine, world, group)
 
     # distributed, but local negatives
     parts = [z[mine].clone() for z in whole]

@@ -53,16 +53,20 @@ def _wide(x: Tensor) -> Tensor:
 
 class _NTXent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z: Tensor, weights: Tensor | None, options: tuple, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx, z: Tensor, weights: Tensor | None, counted: Tensor | None, options: tuple, group: dist.ProcessGroup
+    ) -> Tensor:
         n = z.shape[1]
         ctx.sizes = _sizes(n, group, z.device)
         positives, lse = ops.nt_xent(z, z, 0, *options)
         for (others,) in _others([z], 1, ctx.sizes, group):
             lse = torch.logaddexp(lse, ops.nt_xent(z, others, -n, *options)[1])
-        total = (lse - (positives if weights is None else positives * weights)).sum()
+        terms = lse - (positives if weights is None else positives * weights)
+        if counted is not None:  # a row that doesn't count has no probabilities
+            terms, lse = terms.where(counted, 0), lse.where(counted, torch.inf)
         ctx.save_for_backward(z, lse, weights)
         ctx.options, ctx.group, ctx.count = options, group, len(z) * sum(ctx.sizes)
-        return (sum_over_ranks(total, group) / ctx.count).to(_loss_dtype(z))
+        return (sum_over_ranks(terms.sum(), group) / ctx.count).to(_loss_dtype(z))
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -72,16 +76,38 @@ class _NTXent(torch.autograd.Function):
         for others, their_lse in _others([z, lse], 1, ctx.sizes, ctx.group):
             gradient += ops.nt_xent_backward(z, others, lse, their_lse, None, -n, *ctx.options)
         scale = world_size(ctx.group) / (ctx.count * ctx.options[0])
-        return (gradient * (upstream * scale)).to(z.dtype), None, None, None
+        return (gradient * (upstream * scale)).to(z.dtype), None, None, None, None
 
 
-def nt_xent(z: Tensor, weights: Tensor | None, options: tuple, group: dist.ProcessGroup) -> Tensor:
-    return _NTXent.apply(z, weights, options, group)
+def nt_xent(
+    z: Tensor, weights: Tensor | None, options: tuple, group: dist.ProcessGroup, counted: Tensor | None = None
+) -> Tensor:
+    return _NTXent.apply(z, weights, counted, options, group)
+
+
+def sums_of_own_classes(
+    tensors: list[Tensor],  # [N, ...] each
+    labels: Tensor,  # [N]
+    group: dist.ProcessGroup,
+) -> list[Tensor]:
+    """For each of this rank's images the sums over the images of its class on other ranks; constants."""
+    sizes = _sizes(len(labels), group, labels.device)
+    sums = [torch.zeros_like(x, requires_grad=False) for x in tensors]
+    for *theirs, their_labels in _others([*tensors, labels], 0, sizes, group):
+        classes, order = their_labels.sort()
+        first, last = torch.searchsorted(classes, labels), torch.searchsorted(classes, labels, right=True)
+        # each of their images is added to the place where its class begins
+        where, found = torch.searchsorted(classes, classes), last > first
+        for total, x in zip(sums, theirs, strict=True):
+            by_class = torch.zeros_like(x).index_put((where,), x[order], accumulate=True)
+            part = by_class[first.clamp_max(len(x) - 1)]
+            total += part.where(found.view(-1, *[1] * (x.dim() - 1)), 0)
+    return sums
 
 
 class _Clip(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, scale: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx, x: Tensor, y: Tensor, scale: Tensor, group: dist.ProcessGroup | None, local: bool) -> Tensor:
         positives, x_lse, y_lse = ops.clip_loss(x, y, scale, 0)
         ctx.sizes = [len(x)]
         if group is not None:
@@ -92,6 +118,8 @@ class _Clip(torch.autograd.Function):
         total = ((x_lse - positives) + (y_lse - positives)).sum()
         ctx.save_for_backward(x, y, scale, x_lse, y_lse)
         ctx.group, ctx.count = group, 2 * sum(ctx.sizes)
+        if local:
+            return (total / (2 * len(x))).to(_loss_dtype(x))
         return (sum_over_ranks(total, group) / ctx.count).to(_loss_dtype(x))
 
     @staticmethod
@@ -114,11 +142,50 @@ class _Clip(torch.autograd.Function):
             if want:
                 ops.rescale_(gradient, factor * scale.to(factor.dtype))
             gradients.append(gradient.to(like.dtype) if want else None)
-        return *gradients, (scale_gradient * factor).to(scale.dtype) if ctx.needs_input_grad[2] else None, None
+        return *gradients, (scale_gradient * factor).to(scale.dtype) if ctx.needs_input_grad[2] else None, None, None
 
 
-def clip_loss(x: Tensor, y: Tensor, scale: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    return _Clip.apply(x, y, scale, group)
+def clip_loss(x: Tensor, y: Tensor, scale: Tensor, group: dist.ProcessGroup | None, local: bool = False) -> Tensor:
+    """`local`: the value is this rank's share; the gradient stays that of the global loss."""
+    return _Clip.apply(x, y, scale, group, local)
+
+
+def clip_loss_of_constant_candidates(x: Tensor, y: Tensor, scale: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of both directions; a candidate gets no gradient, not even one of this rank."""
+    wanted = [torch.is_grad_enabled() and z.requires_grad for z in (x, y)]
+    rows, columns, factor = (z.detach() for z in (x, y, scale))
+    sizes = _sizes(len(x), group, x.device)
+    positives, x_lse, y_lse = ops.clip_loss(rows, columns, factor, 0)
+    for xs, ys in _others([rows, columns], 0, sizes, group):
+        x_lse = torch.logaddexp(x_lse, ops.clip_loss(rows, ys, factor, -len(x))[1])
+        y_lse = torch.logaddexp(y_lse, ops.clip_loss(xs, columns, factor, -len(xs))[2])
+    loss = (((x_lse - positives) + (y_lse - positives)).sum() / (2 * len(x))).to(_loss_dtype(x))
+    if not (torch.is_grad_enabled() and any(z.requires_grad for z in (x, y, scale))):
+        return loss
+
+    def backward(a: Tensor, b: Tensor, offset: int) -> tuple:
+        """The gradients of a softmax of `rows` alone and of `columns` alone: the other's log-sum-exp is infinite."""
+        infinite = [torch.full((len(z),), torch.inf, dtype=x_lse.dtype, device=x.device) for z in (a, b)]
+        (x_part, _), x_share = ops.clip_loss_backward(rows, b, factor, x_lse, infinite[1], offset, [wanted[0], False])
+        offset = -len(a) if offset else 0
+        (_, y_part), y_share = ops.clip_loss_backward(
+            a, columns, factor, infinite[0], y_lse, offset, [False, wanted[1]]
+        )
+        return x_part, y_part, x_share + y_share
+
+    x_gradient, y_gradient, scale_gradient = backward(rows, columns, 0)
+    # a pair's logit was subtracted in both directions of each call
+    x_gradient, y_gradient = (
+        _wide(g) + _wide(z) if w else _wide(g)
+        for g, z, w in zip((x_gradient, y_gradient), (columns, rows), wanted, strict=True)
+    )
+    scale_gradient = scale_gradient + 2 * (rows.double() * columns.double()).sum()
+    for xs, ys in _others([rows, columns], 0, sizes, group):
+        parts = backward(xs, ys, -len(x))
+        x_gradient, y_gradient, scale_gradient = x_gradient + parts[0], y_gradient + parts[1], scale_gradient + parts[2]
+    share = 1 / (2 * len(x))
+    scales = (factor.to(x_gradient.dtype) * share,) * 2
+    return known("clip_loss", loss, (x, y, scale), (x_gradient, y_gradient, scale_gradient), (*scales, share))
 
 
 def siglip_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastjem.functional import _checks as check
 from fastjem.functional import _rings as rings
+from fastjem.functional._collectives import sizes_of_ranks, sum_over_ranks, world_size
 from fastjem.ops.autograd import one_pass, ops, two_passes
 
 
@@ -127,6 +128,7 @@ def supcon(
     temperature: float = 0.07,
     anchors: str = "all",
     normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2, L_out).
 
@@ -139,15 +141,18 @@ def supcon(
         mask: [N, N] instead of labels, how much image j is a positive of image i.
         anchors: "all" views, or "one": the first alone.
         normalize: False takes rows as they come (the authors' convention: they are of unit length already).
+        group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
     contract = "z must be [V, N, D]"
     check.matrices("supcon", contract, z, dims=3)
     check.positive("supcon", temperature=temperature)
-    (v, n, _), total = z.shape, z.shape[0] * z.shape[1]
+    v, n, _ = z.shape
     if anchors not in ("all", "one"):
         check.fail("supcon", "anchors must be one of all, one", repr(anchors))
     if labels is not None and mask is not None:
         check.fail("supcon", "labels or mask must be given, not both", "both")
+    if mask is not None and group is not None:
+        check.fail("supcon", "with a group, classes must be given as labels", "mask")
     if labels is not None and labels.shape != (n,):
         check.fail("supcon", f"labels must be [{n}]", tuple(labels.shape))
     if mask is not None and mask.shape != (n, n):
@@ -162,29 +167,45 @@ def supcon(
         weight = mask.to(by_image)
         sums, counts, own = weight @ by_image, v * weight.sum(1), weight.diagonal()
     else:
-        if labels is None:
-            labels = torch.arange(n, device=z.device)
+        classes = torch.arange(n, device=z.device) if labels is None else labels
         # in float64 index_put adds in one order on every device; where a class begins among sorted labels is its number
-        where = torch.searchsorted(labels.sort().values, labels)
+        where = torch.searchsorted(classes.sort().values, classes)
         sums = torch.zeros_like(by_image).index_put((where,), by_image, accumulate=True)[where]
         ones = torch.ones(n, dtype=rows.dtype, device=z.device)
         counts = v * torch.zeros_like(ones).index_put((where,), ones, accumulate=True)[where]
         own = torch.ones_like(counts)
+    images, anchors_elsewhere = n, None
+    if group is not None:
+        images = sum(sizes_of_ranks(n, group, z.device))
+        if labels is not None:
+            of_images = [torch.full_like(counts, v), by_image] + ([rows[0]] if anchors == "one" else [])
+            elsewhere = rings.sums_of_own_classes(of_images, labels, group)
+            counts, sums, anchors_elsewhere = counts + elsewhere[0], sums + elsewhere[1], elsewhere[-1]
     dots = (rows * sums).sum(2) - own * rows.square().sum(2)  # [V, N]
     counts = counts - own
-    counted = (counts.abs() >= 1e-6).expand(v, n)
+    has_positives = counts.abs() >= 1e-6
+    weight = (1 / (temperature * counts)).where(has_positives, 0)  # [N]
+    counted = has_positives.expand(v, n)
     if anchors == "one":
         counted = counted & (torch.arange(v, device=z.device) == 0)[:, None]
-    number = total if anchors == "all" else n
-    positives = (dots / temperature / counts.where(counts.abs() >= 1e-6, 1)).where(counted, 0).sum() / number
+    number = (v if anchors == "all" else 1) * images
+    positives = (dots * weight).where(counted, 0).sum() / number
 
-    options = (float(temperature), False, normalize)
-    constant = z.detach()
-    _, lse = ops.nt_xent(constant, constant, 0, *options)
-    spread = lse.where(counted, 0).sum() / number
-    lse = lse.where(counted, float("inf"))  # a row that is no anchor has no probabilities
-    saved = (constant, lse, lse, torch.zeros_like(lse))
-    spread = two_passes("nt_xent_backward", spread, z, saved, 0, *options, scale=1 / (number * temperature))
+    options, constant = (float(temperature), False, normalize), z.detach()
+    if group is None:
+        _, lse = ops.nt_xent(constant, constant, 0, *options)
+        spread = lse.where(counted, 0).sum() / number
+        lse = lse.where(counted, float("inf"))  # a row that is no anchor has no probabilities
+        saved = (constant, lse, lse, torch.zeros_like(lse))
+        spread = two_passes("nt_xent_backward", spread, z, saved, 0, *options, scale=1 / (number * temperature))
+    else:
+        nothing = torch.zeros_like(dots)
+        spread = rings.nt_xent(z, nothing, options, group, counted) * (v * images / number)
+        value = sum_over_ranks(positives, group)
+        if anchors_elsewhere is not None:  # a row is a positive of other ranks' anchors, too
+            positives = positives + ((rows * anchors_elsewhere).sum(2) * weight).sum() / number
+        positives = positives * world_size(group)
+        positives = positives + (value - positives).detach()
     return (spread - positives).to(_loss_dtype(z))
 
 

@@ -17,7 +17,15 @@ def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
     return value.reshape(())
 
 
-def clip_loss(x: Tensor, y: Tensor, logit_scale: Tensor | float, *, group: dist.ProcessGroup | None = None) -> Tensor:
+def clip_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    group: dist.ProcessGroup | None = None,
+    local_loss: bool = False,
+    gather_with_grad: bool = True,
+) -> Tensor:
     """CLIP's loss (Radford et al. 2021, arXiv 2103.00020, figure 3).
 
     `(cross_entropy(logits, arange(N)) + cross_entropy(logits.T, arange(N))) / 2` with `logits = logit_scale * x @ y.T`.
@@ -27,13 +35,21 @@ def clip_loss(x: Tensor, y: Tensor, logit_scale: Tensor | float, *, group: dist.
         logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter); 0-dim, with its
             gradient.
         group: as for `nt_xent`.
+        local_loss: with a group, the mean over this rank's rows (and, for `logits.T`, its columns) alone, each against
+            all ranks' candidates; the gradient is still that of the global loss, exact after averaging over ranks.
+        gather_with_grad: False makes the candidates of a local loss constants, this rank's own among them: the
+            gradient is that of this rank's rows alone, as open_clip's, and not the global loss's. Without `local_loss`
+            it changes nothing.
 
     Returns:
-        0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
+        0-dim float32 (float64 for float64 inputs); the same on every rank of the group, unless `local_loss`.
     """
     check.matrices("clip_loss", "x and y must be [N, D] both", x, y)
     x, y = check.common(x, y)
-    return rings.clip_loss(x, y, _scalar("clip_loss", "logit_scale", logit_scale, x), group)
+    scale = _scalar("clip_loss", "logit_scale", logit_scale, x)
+    if group is not None and local_loss and not gather_with_grad:
+        return rings.clip_loss_of_constant_candidates(x, y, scale, group)
+    return rings.clip_loss(x, y, scale, group, local_loss and group is not None)
 
 
 def siglip_loss(

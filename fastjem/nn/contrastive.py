@@ -141,8 +141,12 @@ class ClipLoss(nn.Module):
     """CLIP's loss with open_clip's arguments: `fastjem.functional.clip_loss`.
 
     With `world_size` > 1 it is the loss of the global batch on every rank, its gradient exact after
-    DistributedDataParallel's averaging, and no rank ever holds all features; so `local_loss`, `gather_with_grad` and
-    `cache_labels` change nothing.
+    DistributedDataParallel's averaging, and no rank ever holds all features. So `cache_labels` changes nothing.
+
+    Args:
+        local_loss: the loss of this rank's rows against all ranks' candidates.
+        gather_with_grad: with `local_loss`, whether candidates get gradients: True makes the gradient the global
+            loss's. Without `local_loss` the gradient is the global loss's anyway.
     """
 
     def __init__(
@@ -170,7 +174,8 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """Features [N, D], normalised by the caller. `logit_bias` shifts all logits alike: softmax doesn't see it."""
         group = default_group(self.world_size > 1)
-        loss = F.clip_loss(image_features, text_features, logit_scale, group=group)
+        options = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
+        loss = F.clip_loss(image_features, text_features, logit_scale, group=group, **options)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
