@@ -63,13 +63,12 @@ class Implementation:
                 _C.use_isa(best)
 
 
-def _interpret_products_in_one_order() -> None:
-    """Each element of a float32 product is added up in float32 along the columns, one by one, as on a GPU.
+def _interpret_products_as_tensor_cores_do() -> None:
+    """float32 products, 8 columns at a time: added exactly, then to the float32 sum, as TF32's instruction does.
 
     numpy's blocked product adds in an order that depends on where an element stands: one element in nine of z @ z.T
     differs from its mirror image, and a contrastive gradient is made of both. At temperature 0.01 (nt_xent of
-    3 x 20 x 24, 25 seeds) its RMS error is 1.2 to 1.9 times eager's with numpy's product and 0.85 to 1.0 times with
-    this one, which is no more exact; one interpreter case of 51 fails by a third with numpy's.
+    3 x 20 x 24, 25 seeds) its RMS error is 1.2 to 1.9 times eager's with numpy's product.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -79,16 +78,16 @@ def _interpret_products_in_one_order() -> None:
     def create_dot(self, a, b, d, *options):
         if a.dtype.scalar != tl.float32:
             return numpys(self, a, b, d, *options)
-        total = d.data.copy()
-        for k in range(a.data.shape[1]):
-            total += a.data[:, k, None] * b.data[k]
+        total, left, right = d.data.copy(), a.data.astype("float64"), b.data.astype("float64")
+        for k in range(0, left.shape[1], 8):
+            total += (left[:, k : k + 8] @ right[k : k + 8]).astype("float32")
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 if INTERPRETING:
-    _interpret_products_in_one_order()
+    _interpret_products_as_tensor_cores_do()
 
 
 def implementations() -> list:
