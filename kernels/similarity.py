@@ -258,7 +258,7 @@ def sigmoid(
     a: Tensor, b: Tensor, factor: Tensor, bias: Tensor, offset: int, a_sum: Tensor | None, b_sum: Tensor | None
 ) -> Tensor:
     """[3] float64: the sums of loss, G and G * similarities; `a_sum += G @ b`, `b_sum += G.T @ a`."""
-    tile = tiling.similarity_weights(a.dtype)
+    tile = tiling.similarity_sigmoid(a.dtype)
     totals = torch.zeros(3, dtype=torch.float64, device=a.device)
     for i, part, weights in _bands(a, b, a_sum is not None or b_sum is not None):
         (n, d), m = part.shape, len(b)

@@ -73,7 +73,8 @@ def similarity_sums(width: int, dtype: torch.dtype, columns: bool) -> dict:
 def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
     """Log-sum-exps and the weighted sum of the candidates; None: too wide for registers."""
     block = _whole(width, dtype)
-    return block and {"BLOCK_D": block} | _tile(64 if block > 128 else 128, 64, 8, 2)
+    # 128 rows of 128 columns spill on sm_80
+    return block and {"BLOCK_D": block} | _tile(64, 64, 8 if block > 128 else 4, 2)
 
 
 def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | None:
@@ -88,6 +89,11 @@ def similarity_weights(dtype: torch.dtype) -> dict:
     if dtype.itemsize == 2:
         return {"BLOCK_D": 64} | _tile(128, 128, 8, 3)
     return {"BLOCK_D": 32} | _tile(64, 64, 4, 2)
+
+
+def similarity_sigmoid(dtype: torch.dtype) -> dict:
+    """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
+    return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
 
 
 def single_rows(width: int) -> dict:
@@ -121,7 +127,7 @@ def dot() -> dict:
 def row_logsumexp(width: int, dtype: torch.dtype) -> dict:
     """One program a row; half of it at once where it is short, so that padding to a power of two costs little."""
     block = max(128, min(_next_power_of_2(width), 16384 // dtype.itemsize))
-    return {"BLOCK": block, "num_warps": 8 if block > 2048 else 4, "STAGES": 3}
+    return {"BLOCK": block, "num_warps": 16 if block > 2048 else 4, "STAGES": 3}  # 8 warps spill beside a float64 bias
 
 
 def column_logsumexp(dtype: torch.dtype) -> dict:
@@ -175,4 +181,5 @@ def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
 
 
 def prototype_head_views(width: int) -> dict:
-    return {"BLOCK": min(1024, max(32, _next_power_of_2(width))), "num_warps": 4}
+    block = min(1024, max(32, _next_power_of_2(width)))
+    return {"BLOCK": block, "num_warps": 4 if block > 64 else 1}
