@@ -22,7 +22,7 @@ from fastjem.runs import open_run
 # What learns in minutes on two cores: 0.4 M parameters at 48 pixels. AdamW, as LARS warms up longer than this lasts.
 RECIPE: dict[str, Any] = {
     "method": "simclr", "backbone": "test_resnet", "image_size": 48, "stem": "standard", "batch_size": 64,
-    "optimizer": "adamw", "learning_rate": 8e-3, "weight_decay": 1e-4, "options": {"temperature": 0.2},
+    "optimizer": "adamw", "learning_rate": 4e-3, "weight_decay": 1e-4, "options": {"temperature": 0.2},
     "log_every": 20, "epochs": 1000,
 }  # fmt: skip
 
