@@ -105,7 +105,7 @@ CASES = [
         bytes=4 * N * 2 * 128 * 4, devices=("cpu",), full_only=("cpu",),
     ),
     Case(
-        "total_coding_rate", f"{N} x {D}", lambda draw: (draw.normal(N, D, gradient=True),),
+        "total_coding_rate", f"{N} x {D}", lambda draw: (normalize(draw.normal(N, D), dim=1).requires_grad_(),),
         total_coding_rate, F.total_coding_rate, bytes=2 * N * D * 4, flops=4 * N**2 * D, devices=("cpu",),
         full_only=("cpu",),
     ),
