@@ -13,8 +13,17 @@ from fastjem.data.loader import normalise
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
-CHUNK = 8192  # rows that are widened to float32 at a time
+ELEMENTS = 2**20  # that are widened at a time
+BANK, QUERIES = 8192, 2048  # rows of one block of similarities
 Features = Callable[[Tensor], Sequence[Tensor]]
+
+
+def blocks(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Copies of the rows of [N, D], a few at a time and each in the place of the one before; free to be changed."""
+    rows = min(max(ELEMENTS // x.shape[1], 1), len(x))
+    buffer = torch.empty(rows, x.shape[1], dtype=dtype, device=x.device)
+    for part in x.split(rows):
+        yield buffer[: len(part)].copy_(part)
 
 
 class _Whole(Dataset):
@@ -75,10 +84,10 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 20, temperatu
     Queries go in chunks and the bank too; the matrix of all similarities never exists, nor a second bank.
     """
     k, classes, out = min(k, len(bank)), int(labels.max()) + 1, []
-    for chunk in queries.split(512):
+    for chunk in queries.split(QUERIES):
         chunk = nn.functional.normalize(chunk.float(), dim=1)
         best, index, start = None, None, 0
-        for part in bank.split(CHUNK):
+        for part in bank.split(BANK):
             part = nn.functional.normalize(part.float(), dim=1)
             similarity, near = (chunk @ part.T).topk(min(k, len(part)), dim=1)
             near, start = near + start, start + len(part)
@@ -106,9 +115,9 @@ def knn_accuracy(
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation [D] of the rows [N, D], in float64, a chunk at a time."""
-    mean = sum(part.double().sum(0) for part in x.split(CHUNK)) / len(x)
-    square = sum((part.double() - mean).square().sum(0) for part in x.split(CHUNK)) / len(x)
-    return mean, square.sqrt()
+    mean = sum(part.sum(0) for part in blocks(x, torch.float64)) / len(x)
+    variance = sum(part.sub_(mean).square_().sum(0) for part in blocks(x, torch.float64)) / len(x)
+    return mean, variance.sqrt()
 
 
 class Probe:
@@ -118,8 +127,8 @@ class Probe:
     """
 
     def __init__(self, x: Tensor, labels: Tensor, classes: int, *, l2: float = 1e-3, iterations: int = 200):
-        self.mean, deviation = moments(x)
-        self.scale = 1 / deviation.clamp(min=1e-12 + 1e-6 * float(deviation.max()))
+        mean, deviation = moments(x)
+        self.mean, self.scale = mean.float(), (1 / deviation.clamp(min=1e-12 + 1e-6 * float(deviation.max()))).float()
         self.weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
         self.bias = torch.zeros(classes, device=x.device, requires_grad=True)
         solver = torch.optim.LBFGS(
@@ -131,7 +140,9 @@ class Probe:
             solver.zero_grad()
             total = 0.5 * l2 * self.weight.square().sum()
             total.backward()
-            for part, truth in zip(self.chunks(x), labels.split(CHUNK), strict=True):
+            start = 0
+            for part in self.standardised(x):
+                truth, start = labels[start : start + len(part)], start + len(part)
                 part = nn.functional.cross_entropy(self.logits(part), truth, reduction="sum") / len(x)
                 part.backward()
                 total = total + part.detach()
@@ -139,21 +150,21 @@ class Probe:
 
         solver.step(loss)
 
-    def chunks(self, x: Tensor) -> Iterator[Tensor]:
-        for part in x.split(CHUNK):
-            yield ((part.double() - self.mean) * self.scale).float()
+    def standardised(self, x: Tensor) -> Iterator[Tensor]:
+        for part in blocks(x, torch.float32):
+            yield part.sub_(self.mean).mul_(self.scale)
 
     def logits(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        return torch.cat([self.logits(part).argmax(1) for part in self.chunks(x)])
+        return torch.cat([self.logits(part).argmax(1) for part in self.standardised(x)])
 
 
 def rankme(x: Tensor) -> float:
     """exp of the entropy of the singular values of [N, D], as shares of their sum (Garrido et al. 2023, eq. 1)."""
-    gram = sum(part.double().T @ part.double() for part in x.split(CHUNK))
+    gram = sum(part.T @ part for part in blocks(x, torch.float64))
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = values / (values.sum() + 1e-30) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
