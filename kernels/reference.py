@@ -206,6 +206,7 @@ def vicreg(
     return loss, gradients, _scale(z0, 1 / n), health + squares
 
 
+from fastjem.kernels.reference_augment import augment, crop_resize  # noqa: E402, F401
 from fastjem.kernels.reference_contrastive import (  # noqa: E402, F401 (it needs the helpers above)
     clip_loss,
     clip_loss_backward,

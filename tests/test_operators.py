@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from view_tables import view_table
 
 import fastjem.functional as F
 from fastjem import ops
@@ -16,6 +17,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         return torch.randn(*shape, generator=g).to(device)
 
     labels = torch.tensor([0, 3, -100, 6], device=device)
+    pictures = torch.randint(256, (3, 5, 6, 3), generator=g, dtype=torch.uint8).to(device)
     return {
         "rescale_": (x(5, 7), x(1)[0]),
         "ema_update_": ([x(5), x(3, 4)], [x(5), x(3, 4)], torch.tensor(0.9, dtype=torch.float64, device=device)),
@@ -60,6 +62,8 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "characteristic": (x(2, 4, 7), 3),
         "characteristic_backward": (x(2, 4, 7), x(2, 3, 2, 7)),
         "barlow_twins": (x(4, 7), x(4, 7), 5e-3, 2, [True, True]),
+        "augment": (pictures, view_table(3).to(device), [0.5] * 3, [0.2] * 3, torch.bfloat16, True, False, 128.0),
+        "crop_resize": (pictures, labels.clamp(0, 2), view_table(4).to(device), 4, True),
         "vicreg": (x(4, 7), x(4, 7), 25.0, 25.0, 1.0, 1e-4, 2, [True, False]),
     }
 
@@ -72,6 +76,7 @@ def test_opcheck(op, implementation):
 
 X, Y = torch.zeros(3, 4), torch.zeros(5, 4)
 LABELS = torch.zeros(3, dtype=torch.long)
+PICTURES, MEAN = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), (0.5, 0.5, 0.5)
 MISTAKES = [
     (lambda: F.cross_entropy(X[0], LABELS), "cross_entropy: logits must be [N, K], got (4,)"),
     (lambda: F.cross_entropy(X, LABELS[:2]), "cross_entropy: labels must be [3] int64, got (2,) torch.int64"),
@@ -125,6 +130,31 @@ MISTAKES = [
     (
         lambda: F.barlow_twins(X[:1], X[:1]),
         "barlow_twins: z0 and z1 must have N >= 2 rows, as their variance is needed, got N = 1",
+    ),
+    (lambda: F.augment(X, Y, mean=MEAN, std=MEAN), "augment: images must be [B, H, W, 3] uint8, got (3, 4)"),
+    (
+        lambda: F.augment(PICTURES.float(), Y, mean=MEAN, std=MEAN),
+        "augment: images must be [B, H, W, 3] uint8, got torch.float32",
+    ),
+    (
+        lambda: F.augment(PICTURES, Y, mean=MEAN, std=MEAN),
+        "augment: parameters must be [2, 13] float32, a row per image, got (5, 4)",
+    ),
+    (
+        lambda: F.augment(PICTURES, view_table(2), mean=MEAN, std=MEAN, dtype=torch.int8),
+        "augment: dtype must be float32, bfloat16 or float16, got torch.int8",
+    ),
+    (
+        lambda: F.augment(PICTURES, view_table(2), mean=MEAN, std=(0, 1, 1)),
+        "augment: mean and std must be 3 numbers each, std positive, got [0.5, 0.5, 0.5] and [0.0, 1.0, 1.0]",
+    ),
+    (
+        lambda: F.crop_resize(PICTURES, LABELS.int(), view_table(3), size=4),
+        "crop_resize: indices must be [B] int64, got (3,) torch.int32",
+    ),
+    (
+        lambda: F.crop_resize(PICTURES, LABELS, view_table(3), size=0),
+        "crop_resize: size must be a positive integer, got 0",
     ),
     (lambda: F.vicreg(X, Y), "vicreg: z0 and z1 must be [N, D] both, got (3, 4) and (5, 4)"),
     (lambda: F.ema_update_([X], [], 0.9), "ema_update_: teacher and student must be as many tensors, got 1 and 0"),

@@ -1,5 +1,9 @@
-"""Public functions without state: losses, Sinkhorn, the EMA update. Arguments after the tensors are keyword-only."""
+"""Public functions without state: losses, Sinkhorn, the EMA update, augmentation.
 
+Arguments after the tensors are keyword-only.
+"""
+
+from fastjem.functional.augment import augment, crop_resize
 from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nt_xent, supcon
 from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
@@ -19,8 +23,10 @@ from fastjem.functional.weights import ema_update_
 __all__ = [
     "Health",
     "TeacherStatistics",
+    "augment",
     "barlow_twins",
     "clip_loss",
+    "crop_resize",
     "cross_entropy",
     "dcl",
     "dclw",

@@ -61,6 +61,9 @@ SCHEMAS = {
     " -> (Tensor, Tensor[], Tensor, Tensor[])",
     "characteristic": "(Tensor theta, int frequencies) -> Tensor",
     "characteristic_backward": "(Tensor theta, Tensor weights) -> Tensor",
+    "augment": "(Tensor images, Tensor parameters, float[] mean, float[] std, ScalarType dtype, bool channels_last,"
+    " bool exact, float threshold) -> Tensor",
+    "crop_resize": "(Tensor images, Tensor indices, Tensor parameters, int size, bool bicubic) -> Tensor",
     "vicreg": "(Tensor z0, Tensor z1, float lambda_param, float mu_param, float nu_param, float eps,"
     " int statistics, bool[] wanted) -> (Tensor, Tensor[], Tensor, Tensor[])",
 }

@@ -1,0 +1,92 @@
+"""Images: a table of augmentation parameters carried out on a batch. Not differentiable."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastjem.functional import _checks as check
+
+COLUMNS = 13  # of the table; kernels/reference_augment.py describes them
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def augment(
+    images: Tensor,
+    parameters: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    exact: bool = False,
+    threshold: float = 128,
+) -> Tensor:
+    """Flip, colour jitter, grayscale, Gaussian blur, solarize and `(x / 255 - mean) / std` in one operator.
+
+    Args:
+        images: [B, H, W, 3] uint8, red, green and blue last.
+        parameters: [B, 13] float32 on the images' device, a row per image. Its columns (`fastjem.kernels.
+            reference_augment` names them): 0-3 the crop, not looked at here; 4 flip (0 or 1); 5, 6, 7 factors of
+            brightness, contrast and saturation (1: none); 8 hue in turns, -0.5 to 0.5 (0: none); 9 the order of these
+            four, an index into `itertools.permutations(range(4))`; 10 grayscale (0 or 1); 11 the blur's sigma in
+            pixels (0: none); 12 solarize (0 or 1). Float64 is computed in float64, by plain torch.
+        mean, std: of red, green and blue, where white is 1.
+        dtype: of the result: float32, bfloat16 or float16.
+        channels_last: the result is [B, 3, H, W] in either case; in memory the channels then come last.
+        exact: round after each step as torchvision does on uint8, for comparisons. Otherwise fractions of a level stay.
+        threshold: of solarizing: levels (0 to 255) from it on are inverted.
+
+    Returns [B, 3, H, W]. Definitions are torchvision's for tensors (v2.functional): contrast around the mean of the
+    gray image, hue in HSV, a true Gaussian with reflected borders and radius ceil(3 sigma), at most what fits the
+    image. A value out of its range is taken as the nearest in it. Raises ValueError for other shapes and dtypes.
+    """
+    contract = "images must be [B, H, W, 3] uint8"
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:
+        check.fail("augment", contract, check.shape(images))
+    if images.dtype != torch.uint8:
+        check.fail("augment", contract, images.dtype)
+    _table("augment", parameters, len(images))
+    check.one_device("augment", (images, parameters))
+    if dtype not in DTYPES and not (dtype == parameters.dtype == torch.float64):
+        check.fail("augment", "dtype must be float32, bfloat16 or float16", dtype)
+    mean, std = [float(x) for x in mean], [float(x) for x in std]
+    if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
+        check.fail("augment", "mean and std must be 3 numbers each, std positive", f"{mean} and {std}")
+    return torch.ops.fastjem.augment(images, parameters, mean, std, dtype, channels_last, exact, float(threshold))
+
+
+def crop_resize(images: Tensor, indices: Tensor, parameters: Tensor, *, size: int, bicubic: bool = False) -> Tensor:
+    """Cut a window out of each of the images asked for and resize it to a square, antialiased.
+
+    Args:
+        images: [N, H, W, 3] uint8: all images, in memory.
+        indices: [B] int64: which ones, on the same device; the same one may come more than once.
+        parameters: [B, 13] float32 as for `augment`: columns 0-3 are the window's top, left, height and width in
+            pixels; what lies outside the image is cut off.
+        size: of the result, in pixels.
+        bicubic: Keys' cubic (a = -0.5) in place of the triangle (bilinear).
+
+    Returns [B, size, size, 3] uint8, as Pillow's `resize` of the cut window does, within a level.
+    """
+    contract = "images must be [N, H, W, 3] uint8"
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:
+        check.fail("crop_resize", contract, check.shape(images))
+    if images.dtype != torch.uint8:
+        check.fail("crop_resize", contract, images.dtype)
+    if not isinstance(indices, Tensor) or indices.dim() != 1 or indices.dtype != torch.int64 or not len(indices):
+        came = f"{check.shape(indices)} {getattr(indices, 'dtype', '')}".strip()
+        check.fail("crop_resize", "indices must be [B] int64", came)
+    _table("crop_resize", parameters, len(indices))
+    check.one_device("crop_resize", (images, indices, parameters))
+    if not isinstance(size, int) or size < 1:
+        check.fail("crop_resize", "size must be a positive integer", size)
+    return torch.ops.fastjem.crop_resize(images, indices, parameters, size, bicubic)
+
+
+def _table(op: str, parameters: Tensor, rows: int) -> None:
+    contract = f"parameters must be [{rows}, {COLUMNS}] float32, a row per image"
+    if not isinstance(parameters, Tensor) or parameters.shape != (rows, COLUMNS):
+        check.fail(op, contract, check.shape(parameters))
+    if parameters.dtype not in (torch.float32, torch.float64):
+        check.fail(op, contract, parameters.dtype)

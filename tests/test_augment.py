@@ -1,0 +1,139 @@
+"""augment and crop_resize: against torchvision on uint8, and against the specification in float64."""
+
+import pytest
+import torch
+from fastjem.kernels import reference_augment as table
+from view_tables import neutral, pictures, view_table
+
+import fastjem.functional as F
+
+op = pytest.mark.parametrize("op", ["augment"])
+LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # the result in levels
+NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def torchvisions(image: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """[H, W, 3] uint8 -> [3, H, W] uint8 by torchvision's functions on uint8 tensors."""
+    V = pytest.importorskip("torchvision.transforms.v2.functional")
+    x, row = image.permute(2, 0, 1), row.tolist()
+    if row[table.FLIP]:
+        x = V.horizontal_flip(x)
+    steps = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
+    for i in table.ORDERS[int(row[table.ORDER])]:
+        factor = row[table.BRIGHTNESS + i]
+        if factor != (0 if i == 3 else 1):
+            x = steps[i](x, factor)
+    if row[table.GRAYSCALE]:
+        x = V.rgb_to_grayscale(x, num_output_channels=3)
+    if sigma := row[table.SIGMA]:
+        largest = [(size - 1) // 2 for size in (x.shape[2], x.shape[1])]
+        radii = [min(int(torch.tensor(3 * sigma).ceil()), most) for most in largest]
+        x = V.gaussian_blur(x, [2 * r + 1 for r in radii], [sigma, sigma])
+    if row[table.SOLARIZE]:
+        x = V.solarize(x, 128)
+    return x
+
+
+def against_torchvision(images, parameters, implementation, exact=True) -> torch.Tensor:
+    """[B, 3, H, W]: the difference in levels."""
+    ours = F.augment(images.to(implementation.device), parameters.to(implementation.device), exact=exact, **LEVELS)
+    theirs = torch.stack([torchvisions(*pair) for pair in zip(images, parameters, strict=True)])
+    return (ours.cpu() - theirs).abs()
+
+
+STEPS = [
+    ("flip", [1], 1e-3),
+    ("solarize", [1], 1e-3),
+    ("grayscale", [1], 1.001),
+    ("brightness", [0, 0.3, 1.7], 1.001),
+    ("contrast", [0, 0.3, 1.7], 1.001),
+    ("saturation", [0, 0.3, 1.7], 1.001),
+    ("hue", [-0.5, -0.21, 0.05, 0.3, 0.5], 1.001),
+    ("sigma", [0.1, 0.34, 1.1, 2.0, 5.5], 1.001),
+]
+
+
+@op
+@pytest.mark.parametrize("step, values, levels", STEPS, ids=[step for step, *_ in STEPS])
+def test_each_step_is_torchvisions(op, step, values, levels, implementation):
+    parameters = neutral(len(values))
+    parameters[:, getattr(table, step.upper())] = torch.tensor(values)
+    images = pictures(len(values), 27, 34)
+    difference = against_torchvision(images, parameters, implementation)
+    assert difference.max() <= levels
+    assert (difference > 0.5).float().mean() < 2e-3  # values that lie on the edge of being cut off
+    plain = F.augment(images.to(implementation.device), neutral(len(values)).to(implementation.device), **LEVELS)
+    assert (plain.cpu() - images.permute(0, 3, 1, 2)).abs().max() < 1e-3
+
+
+@op
+def test_all_orders_are_torchvisions(op, implementation):
+    images, parameters = pictures(24, 24, 30), view_table(24, seed=3)
+    exact = against_torchvision(images, parameters, implementation)
+    assert exact.max() <= 5 and exact.mean() < 0.02
+    fractions = against_torchvision(images, parameters, implementation, exact=False)
+    assert fractions.max() <= 7 and fractions.mean() <= 1.5
+
+
+@op
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 9), (2, 9, 1), (24, 12, 21), (3, 33, 40), (2, 20, 131)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_value_and_layouts(op, shape, dtype, implementation, poisoned):
+    """Solarizing at 127.5 doesn't jump there, so that fractions may be compared."""
+    images, parameters = pictures(*shape, seed=1), view_table(shape[0], seed=shape[0] + 1)
+    expected = F.augment(images, parameters.double(), dtype=torch.float64, threshold=127.5, **NORMAL)
+    x, p = images.to(implementation.device), parameters.to(implementation.device)
+    strided = x.new_zeros(shape[0] + 1, *shape[1:], 4)[1:, :, :, :3].copy_(x)
+    planes = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    for some, columns in ((x, p), (strided, p), (planes, p.T.contiguous().T)):
+        for last in (False, True):
+            y = F.augment(some, columns, dtype=dtype, channels_last=last, threshold=127.5, **NORMAL)
+            assert y.dtype == dtype and y.shape == (shape[0], 3, *shape[1:3])
+            layout = torch.channels_last if last else torch.contiguous_format
+            assert y.is_contiguous(memory_format=layout)
+            # fractions of a level: 1e-3 of 255 and 0.229; in half precision half a unit in the last place more
+            tolerance = 2e-5 + torch.finfo(dtype).eps * expected.abs() * (0.5001 if dtype != torch.float32 else 1)
+            assert ((y.cpu().double() - expected).abs() <= tolerance).all()
+
+
+@op
+@pytest.mark.parametrize("threshold", [0.0, 77.0, 128.0, 256.0])
+def test_the_threshold_of_solarizing(op, threshold, implementation):
+    images, parameters = pictures(2, 12, 20), neutral(2)
+    parameters[:, table.SOLARIZE] = 1
+    x, p = images.to(implementation.device), parameters.to(implementation.device)
+    y = F.augment(x, p, threshold=threshold, **LEVELS).cpu()
+    levels = images.permute(0, 3, 1, 2).float()
+    assert (y - torch.where(levels >= threshold, 255 - levels, levels)).abs().max() < 1e-3
+
+
+@op
+def test_an_image_alone_has_the_bits_it_has_in_a_batch(op, implementation):
+    images, p = pictures(7, 16, 18).to(implementation.device), view_table(7, seed=5).to(implementation.device)
+    together = F.augment(images, p, **NORMAL)
+    assert torch.equal(together, F.augment(images, p, **NORMAL))
+    if implementation.name != "reference":  # torch's sums depend on the number of threads
+        assert torch.equal(together[4:5], F.augment(images[4:5], p[4:5], **NORMAL))
+
+
+@op
+def test_values_out_of_range(op, implementation):
+    """The nearest in the range; and nothing hangs or reads outside at NaN and infinity."""
+    images, p = pictures(4, 16, 18), view_table(4, seed=2)
+    near = p.clone()
+    p[:, table.ORDER], near[:, table.ORDER] = torch.tensor([99.0, -3.0, 24.0, 1e30]), torch.tensor([23.0, 0, 23, 23])
+    p[:, table.SIGMA], near[:, table.SIGMA] = torch.tensor([-1.0, 0, 0, -5]), 0
+    x = images.to(implementation.device)
+    a, b = (F.augment(x, q.to(implementation.device), **NORMAL) for q in (p, near))
+    assert torch.equal(a, b)
+    if implementation.name != "reference":
+        p[0, 4:], p[1, 4:], p[2, table.SIGMA] = float("nan"), float("inf"), float("inf")
+        assert torch.equal(F.augment(x, p.to(implementation.device), **NORMAL)[3], b[3])
+
+
+@op
+def test_compiles_in_one_graph(op, implementation):
+    images, p = pictures(3, 8, 18).to(implementation.device), view_table(3).to(implementation.device)
+    torch._dynamo.reset()
+    step = torch.compile(lambda x, q: F.augment(x, q, **NORMAL) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(step(images, p), F.augment(images, p, **NORMAL) + 1)
