@@ -10,7 +10,6 @@ from torchvision.transforms.v2 import functional as V
 
 from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import normalise
-from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
 ELEMENTS = 2**20  # that are widened at a time
@@ -55,13 +54,12 @@ def features(
     chosen = range(len(folder)) if chosen is None else chosen
     loader, arrays, at = DataLoader(_Whole(folder, chosen, image_size), batch, num_workers=workers), [], 0
     for images in loader:
-        (x,) = normalise([images], [ViewSpec(size=image_size)], torch.device(device))
-        parts = compute(x)
+        parts = compute(normalise(images, device))
         if not arrays:
             arrays = [torch.empty(len(chosen), part.shape[1], dtype=dtype, device=part.device) for part in parts]
         for array, part in zip(arrays, parts, strict=True):
-            array[at : at + len(x)] = part
-        at += len(x)
+            array[at : at + len(part)] = part
+        at += len(images)
     return arrays
 
 

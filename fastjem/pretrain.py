@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fastjem import checkpoints, dist, encoders, optim
 from fastjem.data import shapes
 from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import ViewLoader, normalise
-from fastjem.data.views import Views
+from fastjem.data.loader import ViewLoader, augmented
+from fastjem.data.views import RECIPES, Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import FACTS, METHODS
 from fastjem.progress import Reporter
@@ -56,6 +56,11 @@ class Config:
     momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method a momentum encoder"})
     options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's small views"})
+    recipe: str | None = field(default=None, metadata={"help": f"augmentation: {', '.join(RECIPES)}"})
+    view: dict[str, Option] = field(
+        default_factory=dict,
+        metadata={"help": "fields of its views: flip=0 small.scale=0.05,0.2 ..."},
+    )
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     stem: str = field(default="auto", metadata={"help": "auto | standard | small"})
     patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own"})
@@ -211,7 +216,10 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         raise UserError(f"--small-views: {config.method} compares exactly {views.large} large views")
     if config.small_views is not None:
         views = dataclasses.replace(views, small=config.small_views)
-    specs = views.specs(config.image_size, patch=encoders.patch_size(encoder), blur=config.blur)
+    if config.recipe is not None:
+        views = dataclasses.replace(views, recipe=config.recipe)
+    patch = encoders.patch_size(encoder)
+    specs = views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view)
     workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 1) // ranks.size, 1)
     start = state["step"] if state else 0
     loader = ViewLoader(
@@ -220,10 +228,10 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
     encoder = encoder.to(ranks.device)
-    layout = encoders.memory_format(encoder)
+    last = encoders.memory_format(encoder) == torch.channels_last
     try:
         sample = next(iter(ViewLoader(folder, specs, batch=min(config.batch_size, 16), seed=config.seed, stop=1)))
-        width = check_encoder(encoder, normalise(sample.views, specs, ranks.device, layout)[0])
+        width = check_encoder(encoder, augmented(sample, specs, ranks.device, channels_last=last)[0])
     except RuntimeError as error:
         raise UserError(f"the encoder can't take {config.image_size} x {config.image_size} images: {error}") from None
     except ValueError as error:
@@ -283,7 +291,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
             if batch is None:
                 return
             reporter.unreadable(batch.unreadable)
-            yield normalise(batch.views, specs, ranks.device, layout), time.perf_counter() - begin
+            yield augmented(batch, specs, ranks.device, channels_last=last), time.perf_counter() - begin
 
     saved_at = time.monotonic()
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import fastjem  # noqa: E402
 from fastjem import checkpoints, report  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.data.loader import ViewLoader  # noqa: E402
+from fastjem.data.loader import ViewLoader, augmented  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import METHODS  # noqa: E402
 from fastjem.report import charts, page, pictures, views, watch  # noqa: E402
@@ -264,9 +265,11 @@ def test_degenerate_embeddings_are_said_not_drawn(what: str) -> None:
 def test_the_views_shown_are_the_views_trained_on(tmp_path: Path) -> None:
     folder = ImageFolder(make_folder(tmp_path, 6, classes=0))
     specs = views.views_of("dino", 2).specs(32)
+    specs = [replace(spec, mean=(0, 0, 0), std=(1, 1, 1)) for spec in specs]
     batch = next(iter(ViewLoader(folder, specs, batch=6, seed=5, start=3, stop=4)))
     shown = views.samples([(i, folder.path(i)) for i in range(6)], specs, images=6, seed=5, epoch=3)
-    loaded = [{tuple(view[row].flatten().tolist()) for row in range(6)} for view in batch.views]
+    trained = [(255 * x).round().to(torch.uint8) for x in augmented(batch, specs, torch.device("cpu"))]
+    loaded = [{tuple(view[row].flatten().tolist()) for row in range(6)} for view in trained]
     for v in range(4):
         drawn = {tuple(np.array(one.views[v]).transpose(2, 0, 1).flatten().tolist()) for one in shown}
         assert drawn == loaded[v]

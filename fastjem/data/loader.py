@@ -1,4 +1,5 @@
-"""Views of files on the CPU: Pillow reads, torchvision moves the pixels, a DataLoader's workers do so in parallel."""
+"""Crops of files on the CPU: Pillow reads and resizes, a DataLoader's workers do so in parallel. The rest of a view is
+one operator on the training's device, `augmented`."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,54 +10,40 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as V
 
+import fastjem.functional as F
 from fastjem.data.folder import ImageFolder
-from fastjem.data.parameters import Parameters, draw, generator
+from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
-
-ADJUST = {
-    "brightness": V.adjust_brightness,
-    "contrast": V.adjust_contrast,
-    "saturation": V.adjust_saturation,
-    "hue": V.adjust_hue,
-}
+from fastjem.kernels import reference_augment as column
 
 
-def execute(image: Image.Image, spec: ViewSpec, parameters: Parameters) -> Tensor:
-    """One view, [3, H, W] uint8."""
-    mode = InterpolationMode.BICUBIC if spec.bicubic else InterpolationMode.BILINEAR
-    view = V.resized_crop(image, *parameters.box, [spec.size, spec.size], interpolation=mode, antialias=True)
-    if parameters.flip:
-        view = V.horizontal_flip(view)
-    for name, factor in parameters.jitter:
-        view = ADJUST[name](view, factor)
-    if parameters.grayscale:
-        view = V.rgb_to_grayscale(view, num_output_channels=3)
-    if parameters.sigma is not None:
-        # 3 sigma each side; a window is at most the image
-        window = min(2 * int(np.ceil(3 * parameters.sigma)) + 1, (spec.size - 1) // 2 * 2 + 1)
-        view = V.gaussian_blur(view, [window, window], [parameters.sigma, parameters.sigma])
-    if parameters.solarize:
-        view = V.solarize(view, 128)
-    return torch.from_numpy(np.array(view)).permute(2, 0, 1)  # in memory the channels stay last
+def crop(image: Image.Image, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
+    """The window of a table's row, resized with antialiasing: [size, size, 3] uint8."""
+    top, left, height, width = (int(x) for x in row[column.TOP : column.WIDTH + 1])
+    mode = Image.Resampling.BICUBIC if spec.bicubic else Image.Resampling.BILINEAR
+    window = image.crop((left, top, left + width, top + height))
+    return np.asarray(window.resize((spec.size, spec.size), mode))
 
 
 @dataclass
 class Batch:
-    views: list[Tensor]  # V tensors [B, 3, H, W], uint8
+    """What an executor makes of B samples and V views."""
+
+    crops: list[Tensor]  # V tensors [B, size, size, 3], uint8
+    tables: list[Tensor]  # V tensors [B, P]: what is still to be done to them
     unreadable: list[tuple[str, str]]  # (path, reason) of files that another image replaced
 
 
 class _Samples(Dataset):
-    """(epoch, sample) -> its views. A file that can't be read is replaced by the next that can, and named."""
+    """(epoch, sample) -> its crops. A file that can't be read is replaced by the next that can, and named."""
 
     def __init__(self, folder: ImageFolder, specs: Sequence[ViewSpec], seed: int):
         self.folder, self.specs, self.seed = folder, list(specs), seed
+        self.parameters = Parameters(specs)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor] | None, list[tuple[str, str]]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[np.ndarray], np.ndarray | None, list[tuple[str, str]]]:
         epoch, sample = key
         unreadable = []
         for i in range(len(self.folder)):
@@ -71,22 +58,18 @@ class _Samples(Dataset):
                 path = self.folder.path(at)
                 unreadable.append((path, reason.replace(f" '{path}'", "")))
         else:
-            return None, unreadable
-        views = []
-        for view, spec in enumerate(self.specs):
-            random = generator(self.seed, epoch, sample, view)
-            views.append(execute(image, spec, draw(spec, image.height, image.width, random)))
-        return views, unreadable
+            return [], None, unreadable
+        table = self.parameters(self.seed, epoch, sample, image.height, image.width)[:, 0]  # [V, P]
+        return [crop(image, spec, row) for spec, row in zip(self.specs, table, strict=True)], table, unreadable
 
 
 def _collate(samples: list) -> Batch:
-    unreadable = [bad for _, some in samples for bad in some]
-    views = [sample for sample, _ in samples]
-    if any(sample is None for sample in views):
-        return Batch([], unreadable)
-    # [B, H, W, 3] in memory, as it was decoded: no byte changes its place
-    stacked = [torch.stack([x.permute(1, 2, 0) for x in one]) for one in zip(*views, strict=True)]
-    return Batch([x.permute(0, 3, 1, 2) for x in stacked], unreadable)
+    crops, tables, unreadable = zip(*samples, strict=True)
+    bad = [one for some in unreadable for one in some]
+    if any(table is None for table in tables):
+        return Batch([], [], bad)
+    stacked = [torch.from_numpy(np.stack(one)) for one in zip(*crops, strict=True)]
+    return Batch(stacked, list(torch.from_numpy(np.stack(tables, 1))), bad)
 
 
 class _Order:
@@ -146,7 +129,7 @@ class ViewLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
-            if not batch.views:
+            if not batch.crops:
                 path, reason = batch.unreadable[0]
                 raise UserError(f"none of the files can be read; the first: {path}: {reason}")
             yield batch
@@ -160,26 +143,23 @@ def _one_thread(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def normalise(
-    views: Sequence[Tensor],
-    specs: Sequence[ViewSpec],
-    device: torch.device,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> list[Tensor]:
-    """uint8 -> float32 with the recipe's mean and deviation, on the device."""
-    out = []
-    for view, spec in zip(views, specs, strict=True):
-        mean, std = _constants(spec.mean, spec.std, device)
-        view = view.to(device, non_blocking=True)
-        out.append(view.to(torch.float32, memory_format=memory_format).sub_(mean).div_(std))
-    return out
+def augmented(
+    batch: Batch, specs: Sequence[ViewSpec], device: torch.device, *, dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """The views as the encoder takes them: V tensors [B, 3, size, size] on the device."""
+    return [
+        F.augment(
+            crops.to(device, non_blocking=True), table.to(device, non_blocking=True), mean=spec.mean, std=spec.std,
+            dtype=dtype, channels_last=channels_last,
+        )
+        for crops, table, spec in zip(batch.crops, batch.tables, specs, strict=True)
+    ]  # fmt: skip
 
 
-_CACHE: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-
-def _constants(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
-    key = (mean, std, str(device))
-    if key not in _CACHE:
-        _CACHE[key] = tuple(torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (mean, std))  # type: ignore
-    return _CACHE[key]
+def normalise(images: Tensor, device: torch.device | str, channels_last: bool = False) -> Tensor:
+    """Whole images [B, 3, H, W] uint8 -> float32 with ImageNet's mean and deviation, on the device."""
+    images, spec = images.to(device, non_blocking=True), ViewSpec()
+    nothing = torch.zeros(len(images), column.COLUMNS, device=device)
+    nothing[:, column.BRIGHTNESS : column.HUE] = 1
+    return F.augment(images.permute(0, 2, 3, 1), nothing, mean=spec.mean, std=spec.std, channels_last=channels_last)

@@ -1,14 +1,23 @@
 """Recipes of augmentation as data: nothing here knows who draws the parameters or who moves the pixels.
 
-Each recipe names its source. Crops are RandomResizedCrop (area uniform in `scale`, aspect log-uniform in 3/4..4/3, ten
-tries, then the centre); jitter factors are (brightness, contrast, saturation, hue), hue in turns, applied in random
-order. The order of all steps: crop, flip, jitter, grayscale, blur, solarize, normalise.
+Each recipe names its source. Crops are RandomResizedCrop (area uniform in `scale`, aspect log-uniform in `ratio`,
+`tries` attempts, then the centre); jitter factors are (brightness, contrast, saturation, hue), hue in turns, applied
+in random order. All steps in order: crop, flip, jitter, grayscale, blur, solarize, normalise. Where a source flips last
+it is the same: a flip changes places with every step behind the crop. Blurs are true Gaussians of the sigma drawn, cut
+off at three of it, where sources take Pillow's three box blurs, 23 taps or 9.
 """
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from fastjem.errors import UserError, nearest
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST_WITHOUT_BLUR = 64  # at 64 pixels and less a blur removes what is left to see; CIFAR recipes leave it out
+
+
+Value = bool | int | float | str | Sequence
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,7 @@ class ViewSpec:
     size: int = 224
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    tries: int = 10
     bicubic: bool = False
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -39,22 +49,51 @@ class Recipe:
 
 
 _BYOL = ViewSpec(bicubic=True, blur=1.0)
-_DINO = replace(_BYOL, scale=(0.4, 1.0))
+_BYOL_PAIR = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))
 _SWAV = ViewSpec(scale=(0.14, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), std=(0.228, 0.224, 0.225))
+_SIMCLR = ViewSpec(jitter=(0.8, 0.8, 0.8, 0.2))
+_MSN = replace(_SIMCLR, scale=(0.3, 1.0), bicubic=False)
+_PLAIN = ViewSpec(bicubic=True, jitter_probability=0.0, grayscale=0.0, blur=0.0)
+
+
+def _dino(least: float, blurs: tuple[float, float, float], between: float) -> Recipe:
+    """DINO and its kin: large views of an area from `between`, small ones up to it; the second is solarized."""
+    first, second, small = (replace(_BYOL, blur=blur) for blur in blurs)
+    large = (replace(first, scale=(between, 1.0)), replace(second, scale=(between, 1.0), solarize=0.2))
+    return Recipe(large, replace(small, scale=(least, between)))
+
 
 RECIPES: dict[str, Recipe] = {
     # Chen et al. 2020, in the torch form that lightly and solo-learn use: bilinear, normalised
-    "simclr": Recipe((ViewSpec(jitter=(0.8, 0.8, 0.8, 0.2)),)),
-    # Chen et al. 2020 (MoCo v2), main_moco.py --aug-plus
-    "moco": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)),)),
-    # Grill et al. 2020, table 6; Barlow Twins and VICReg use the same
-    "byol": Recipe((_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))),
-    # Caron et al. 2020, src/multicropdataset.py
+    "simclr": Recipe((_SIMCLR,)),
+    # Chen et al. 2020, google-research/simclr data_util.py: bicubic, up to 100 tries, neither mean nor deviation
+    "simclr_tf": Recipe((replace(_SIMCLR, bicubic=True, tries=100, mean=(0.0,) * 3, std=(1.0,) * 3),)),
+    # Chen et al. 2020 (MoCo v2), main_moco.py --aug-plus; SimSiam takes it too
+    "mocov2": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)),)),
+    # Grill et al. 2020, table 6, by torchvision's definitions of the steps (the authors' code adds brightness)
+    "byol": Recipe(_BYOL_PAIR),
+    # Zbontar et al. 2021, main.py
+    "barlow": Recipe(_BYOL_PAIR),
+    # Bardes et al. 2022, augmentations.py
+    "vicreg": Recipe(_BYOL_PAIR),
+    # Caron et al. 2020, src/multicropdataset.py; the third deviation is theirs
     "swav": Recipe((_SWAV,), replace(_SWAV, scale=(0.05, 0.14))),
     # Caron et al. 2021, main_dino.py
-    "dino": Recipe((_DINO, replace(_DINO, blur=0.1, solarize=0.2)), replace(_DINO, scale=(0.05, 0.4), blur=0.5)),
-    # Baevski et al. 2022 for images, as MAE's: crop and flip alone
-    "crop": Recipe((ViewSpec(scale=(0.2, 1.0), bicubic=True, jitter_probability=0, grayscale=0, blur=0),)),
+    "dino": _dino(0.05, (1.0, 0.1, 0.5), 0.4),
+    # Zhou et al. 2022, the flags of iBOT's README
+    "ibot": _dino(0.05, (1.0, 0.1, 0.5), 0.25),
+    # Oquab et al. 2023 as its code ran: it passed the share that isn't blurred (facebookresearch/dinov3#286)
+    "dinov2": _dino(0.05, (0.0, 0.9, 0.5), 0.32),
+    # Oquab et al. 2023 as its code reads
+    "dinov2_intended": _dino(0.05, (1.0, 0.1, 0.5), 0.32),
+    # Assran et al. 2022, with the strengths of lightly's MSNTransform
+    "msn": Recipe((_MSN,), replace(_MSN, scale=(0.05, 0.3))),
+    # He et al. 2022, main_pretrain.py
+    "mae": Recipe((replace(_PLAIN, scale=(0.2, 1.0)),)),
+    # Baevski et al. 2022, mae_image_dataset.py of fairseq's data2vec
+    "data2vec": Recipe((replace(_PLAIN, scale=(0.2, 1.0)),)),
+    # Assran et al. 2023, configs/in1k_vith14_ep300.yaml: bilinear, no flip, no colour
+    "ijepa": Recipe((replace(_PLAIN, scale=(0.3, 1.0), bicubic=False, flip=0.0),)),
 }
 
 
@@ -67,8 +106,21 @@ class Views:
     recipe: str = "simclr"
     mask: float = 0.0
 
-    def specs(self, image_size: int, *, patch: int = 1, blur: bool | None = None) -> list[ViewSpec]:
-        """The large views and then the small ones, 96/224 of the image size, rounded to whole patches."""
+    def specs(
+        self, image_size: int, *, patch: int = 1, blur: bool | None = None, changes: Mapping[str, Value] | None = None
+    ) -> list[ViewSpec]:
+        """The large views and then the small ones, 96/224 of the image size, rounded to whole patches.
+
+        Args:
+            blur: None: as the recipe says, above 64 pixels.
+            changes: fields of all views, "large.NAME" of the large or "small.NAME" of the small ones alone:
+                `{"flip": 0, "small.scale": "0.05,0.2"}`.
+
+        Raises:
+            UserError: for a recipe or field that isn't there, or a value that isn't one.
+        """
+        if self.recipe not in RECIPES:
+            raise nearest("recipe", self.recipe, RECIPES)
         recipe = RECIPES[self.recipe]
         if blur is None:
             blur = image_size > LARGEST_WITHOUT_BLUR
@@ -76,4 +128,45 @@ class Views:
         if self.small:
             size = max(round(image_size * 96 / 224 / patch), 1) * patch
             specs += [replace(recipe.small or recipe.large[-1], size=size)] * self.small
-        return specs if blur else [replace(spec, blur=0.0) for spec in specs]
+        specs = specs if blur else [replace(spec, blur=0.0) for spec in specs]
+        return [changed(spec, changes or {}, "large" if i < self.large else "small") for i, spec in enumerate(specs)]
+
+
+def changed(spec: ViewSpec, changes: Mapping[str, Value], kind: str) -> ViewSpec:
+    """The spec of a "large" or "small" view with the changes that concern it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ViewSpec) if field.name != "size"}
+    for key, value in changes.items():
+        of, _, name = key.rpartition(".")
+        if of not in ("", "large", "small") or name not in defaults:
+            raise nearest("field of a view", key, [f"{x}{name}" for x in ("", "large.", "small.") for name in defaults])
+        old = defaults[name]
+        if isinstance(old, tuple):
+            parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+        else:
+            parts = [value]
+        try:
+            if isinstance(old, bool):
+                ok = isinstance(value, bool)
+                new: Value = value
+            else:
+                numbers = tuple(type(old[0] if isinstance(old, tuple) else old)(part) for part in parts)
+                ok = len(numbers) == (len(old) if isinstance(old, tuple) else 1) and _sensible(name, numbers)
+                new = numbers if isinstance(old, tuple) else numbers[0]
+        except (TypeError, ValueError):
+            ok = False
+        if not ok:
+            shape = ",".join(map(str, old)) if isinstance(old, tuple) else old
+            raise UserError(f"a view's {name} must be like {shape}, got {value}")
+        if of in ("", kind):
+            spec = replace(spec, **{name: new})
+    return spec
+
+
+def _sensible(name: str, numbers: tuple) -> bool:
+    if name in ("flip", "jitter_probability", "grayscale", "blur", "solarize"):
+        return 0 <= numbers[0] <= 1
+    if name in ("scale", "ratio", "sigma"):
+        return 0 < numbers[0] <= numbers[1] and (name != "scale" or numbers[1] <= 1)
+    if name == "jitter":
+        return min(numbers) >= 0 and numbers[3] <= 0.5
+    return name == "mean" or min(numbers) > 0

@@ -13,7 +13,7 @@ class BarlowTwins(nn.Module):
     """The cross-correlation of the two views' dimensions, drawn to the identity."""
 
     family, prevents_collapse = "decorrelation", "cross-correlation near the identity"
-    views = Views(large=2, recipe="byol")
+    views = Views(large=2, recipe="barlow")
     ema: tuple[str, ...] = ()
     defaults = Defaults(
         "lars", 0.57, 1.5e-6, source="section 2.2: LARS, 1.6 at batch 2048, 1.5e-6; loss times 0.024 in main.py"

@@ -15,7 +15,7 @@ class Data2Vec(nn.Module):
     """
 
     family, prevents_collapse = "masked prediction", "normalised targets of a momentum encoder"
-    views = Views(large=1, recipe="crop", mask=0.75)
+    views = Views(large=1, recipe="data2vec", mask=0.75)
     ema = ("encoder",)
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
     defaults = Defaults("adamw", 7e-4, 0.05, clip=3.0, momentum=0.9998, final_momentum=0.9998, warmup_epochs=40,

@@ -16,7 +16,7 @@ class MoCo(nn.Module):
     """
 
     family, prevents_collapse = "contrastive", "a queue of earlier images pushes away"
-    views = Views(large=2, recipe="moco")
+    views = Views(large=2, recipe="mocov2")
     ema = ("encoder", "projector")
     defaults = Defaults("sgd", 0.03, 1e-4, momentum=0.999, final_momentum=0.999, warmup_epochs=0,
                         source="main_moco.py --mlp --moco-t 0.2 --aug-plus --cos")  # fmt: skip

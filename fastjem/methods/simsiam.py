@@ -16,7 +16,7 @@ class SimSiam(nn.Module):
     """
 
     family, prevents_collapse = "self-distillation", "predictor and stop-gradient: the two sides differ"
-    views = Views(large=2, recipe="moco")
+    views = Views(large=2, recipe="mocov2")
     ema: tuple[str, ...] = ()
     asymmetric = True  # see fastjem.train.Alarm
     constant_rate = ("predictor",)

@@ -13,7 +13,7 @@ class VICReg(nn.Module):
     """Views alike, every dimension's deviation at least one, no two dimensions correlated."""
 
     family, prevents_collapse = "decorrelation", "variance kept above 1, covariance below"
-    views = Views(large=2, recipe="byol")
+    views = Views(large=2, recipe="vicreg")
     ema: tuple[str, ...] = ()
     defaults = Defaults("lars", 0.57, 1e-6, source="section 4.2: LARS, 1.6 at batch 2048, 1e-6")
 

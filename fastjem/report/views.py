@@ -3,18 +3,21 @@
 import dataclasses
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import fastjem.functional as F
 from fastjem.checkpoints import write_atomically
+from fastjem.data import shapes
 from fastjem.data.folder import ImageFolder, read_image
-from fastjem.data.loader import execute
-from fastjem.data.parameters import draw, generator
-from fastjem.data.views import RECIPES, Views, ViewSpec
+from fastjem.data.loader import crop
+from fastjem.data.parameters import Parameters
+from fastjem.data.views import RECIPES, Value, Views, ViewSpec
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS
 from fastjem.report.run import spread
@@ -28,10 +31,11 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class Config:
     """What a method's augmentations do to your own images: a picture, rows images, columns views."""
 
-    data: str = field(metadata={"help": "folder of images, nested or flat"})
+    data: str = field(default="", metadata={"help": "folder of images, nested or flat; none: the embedded data set"})
     out: str = field(default="views.png", metadata={"help": "the picture"})
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
     recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
+    view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
     image_size: int = 224
     images: int = 6
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's small views"})
@@ -53,9 +57,14 @@ class Sample:
     views: list[Image.Image]
 
 
-def views_of(method: str, small_views: int | None = None) -> Views:
+def views_of(method: str, small_views: int | None = None, recipe: str | None = None) -> Views:
+    """The method's, with what isn't None in place of its own."""
     views: Views = METHODS[method].views
-    return views if small_views is None else dataclasses.replace(views, small=small_views)
+    return dataclasses.replace(
+        views,
+        small=views.small if small_views is None else small_views,
+        recipe=views.recipe if recipe is None else recipe,
+    )
 
 
 def titles(views: Views) -> list[str]:
@@ -79,21 +88,26 @@ def samples(
     files: (index in the data, path). With a mask, a last view shows one draw of it on the first: hidden patches are
     grey.
     """
-    out: list[Sample] = []
+    out, parameters = list[Sample](), Parameters(specs)
     for i, path in files:
         try:
             image = read_image(path)
         except Exception:  # whatever a decoder may raise on a broken file
             continue
-        drawn = [draw(s, image.height, image.width, generator(seed, epoch, i, v)) for v, s in enumerate(specs)]
-        tensors = [execute(image, spec, parameters) for spec, parameters in zip(specs, drawn, strict=True)]
-        views = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in tensors]
+        table = parameters(seed, epoch, i, image.height, image.width)
+        views = [picture(crop(image, spec, row[0]), row) for spec, row in zip(specs, table, strict=True)]
         if mask:
-            views.append(masked(views[0], mask, patch, generator(seed, epoch, i, len(specs))))
+            views.append(masked(views[0], mask, patch, np.random.default_rng((seed, epoch, i))))
         out.append(Sample(path, image, views))
         if len(out) == images:
             break
     return out
+
+
+def picture(pixels: np.ndarray, row: np.ndarray) -> Image.Image:
+    """A crop [H, W, 3] and its row [1, P] of the table: the view, before it is normalised."""
+    x = F.augment(torch.from_numpy(pixels.copy())[None], torch.from_numpy(row), mean=(0, 0, 0), std=(1, 1, 1))
+    return Image.fromarray((x[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def masked(view: Image.Image, share: float, patch: int, random: np.random.Generator) -> Image.Image:
@@ -144,11 +158,12 @@ def shorten(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTyp
 
 
 def draw_views(
-    data: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    data: str | os.PathLike[str] = "",
+    out: str | os.PathLike[str] = "views.png",
     *,
     method: str = "simclr",
     recipe: str | None = None,
+    view: Mapping[str, Value] | None = None,
     image_size: int = 224,
     images: int = 6,
     small_views: int | None = None,
@@ -160,7 +175,9 @@ def draw_views(
     """A picture of what a method sees: rows are images of the folder, columns the views it trains on.
 
     Args:
-        recipe: another method's augmentation in place of the method's own.
+        data: none: the embedded data set.
+        recipe: another augmentation in place of the method's own.
+        view: changed fields of its views, as for `fastjem.data.views.Views.specs`.
         blur: None: as in pretraining, where 64 pixels and less aren't blurred.
         patch_size: of the mask, for methods that hide patches.
         seed, epoch: the views are those that a run with this seed sees in this epoch.
@@ -170,27 +187,23 @@ def draw_views(
     """
     if method not in METHODS:
         raise nearest("method", method, METHODS)
-    if recipe is not None and recipe not in RECIPES:
-        raise nearest("recipe", recipe, RECIPES)
     for name, least, value in (("images", 1, images), ("image-size", 8, image_size), ("patch-size", 1, patch_size)):
         if value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
     out = Path(out)
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: the picture's name must end in {', '.join(FORMATS)}")
-    views = views_of(method, small_views)
-    if recipe is not None:
-        views = dataclasses.replace(views, recipe=recipe)
+    views = views_of(method, small_views, recipe)
     if views.mask and image_size % patch_size:
         raise UserError(f"--image-size {image_size} is no multiple of --patch-size {patch_size}")
-    folder = ImageFolder(data)
-    specs = views.specs(image_size, patch=patch_size if views.mask else 1, blur=blur)
+    folder = ImageFolder(data or shapes.folder() / "train")
+    specs = views.specs(image_size, patch=patch_size if views.mask else 1, blur=blur, changes=view)
     # evenly spread over the folder first; the others stand in for files that can't be read
     order = dict.fromkeys([*spread(len(folder), images).tolist(), *range(len(folder))])
     files = ((i, folder.path(i)) for i in order)
     shown = samples(files, specs, images=images, seed=seed, epoch=epoch, mask=views.mask, patch=patch_size)
     if not shown:
-        raise UserError(f"none of the files in {data} can be read")
+        raise UserError(f"none of the files in {folder.root} can be read")
     sheet, file = grid(shown, titles(views), folder.root, cell=min(max(image_size, 96), 224)), io.BytesIO()
     sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
     try:

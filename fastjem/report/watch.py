@@ -24,7 +24,6 @@ from torchvision.transforms.v2 import functional as V
 from fastjem.checkpoints import Metrics, write_atomically
 from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import normalise
-from fastjem.data.views import ViewSpec
 from fastjem.report.page import write
 from fastjem.report.run import spread
 
@@ -76,8 +75,7 @@ class Probe:
         training, device = encoder.training, next(encoder.parameters()).device
         encoder.eval()
         try:
-            spec = [ViewSpec()]
-            rows = [encoder(normalise([part], spec, device)[0]).float().cpu() for part in self.images.split(batch)]
+            rows = [encoder(normalise(part, device)).float().cpu() for part in self.images.split(batch)]
         finally:
             encoder.train(training)
         return nn.functional.normalize(torch.cat(rows), dim=1)
