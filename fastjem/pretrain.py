@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjem import checkpoints, dist, encoders, optim
-from fastjem.data import shapes
+from fastjem.data import executors, shapes
 from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader, augmented
 from fastjem.data.views import RECIPES, Views
@@ -66,6 +66,7 @@ class Config:
     patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own"})
     sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
+    loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(executors.LOADERS)}"})
     workers: int = field(default=-1, metadata={"help": "of the data loader, a rank; -1: one a core"})
     seed: int = 0
     compile: bool = False
@@ -81,7 +82,7 @@ class Config:
 
 
 MAY_CHANGE = {"out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
-              "compile", "max_steps", "data", "knn_every", "report"}  # fmt: skip
+              "compile", "max_steps", "data", "knn_every", "report", "loader"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,9 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     specs = views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view)
     workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 1) // ranks.size, 1)
     start = state["step"] if state else 0
-    loader = ViewLoader(
-        folder, specs, batch=config.batch_size, seed=config.seed, start=start * config.accumulate,
-        stop=steps * config.accumulate, workers=workers, rank=ranks.rank, ranks=ranks.size,
-        pin_memory=ranks.device.type == "cuda",
+    loader, reads = executors.create(
+        config.loader, folder, specs, ranks.device, workers=workers, batch=config.batch_size, seed=config.seed,
+        start=start * config.accumulate, stop=steps * config.accumulate, rank=ranks.rank, ranks=ranks.size,
     )  # fmt: skip
     encoder = encoder.to(ranks.device)
     last = encoders.memory_format(encoder) == torch.channels_last
@@ -277,6 +277,8 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     if config.compile:
         model = torch.compile(model)
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
+    if ranks.first and ranks.device.type == "cuda":
+        reporter.say(reads)
     reporter.bad.update(state.get("unreadable", ()) if state else ())
     facts = {"steps": steps, "steps_per_epoch": per_epoch, "patch": encoders.patch_size(encoder), "ranks": ranks.size}
     watch = Watch(

@@ -44,7 +44,7 @@ def test_views_depend_on_nothing_but_their_key(tmp_path: Path) -> None:
 
 def test_every_epoch_has_every_image_once(tmp_path: Path) -> None:
     loader = ViewLoader(ImageFolder(make_folder(tmp_path, 24)), [ViewSpec(size=8)], batch=8, stop=6, seed=1)
-    keys = [key for batch in loader.loader.batch_sampler for key in batch]
+    keys = [key for batch in loader.loader.sampler for key in batch]
     for epoch in range(2):
         assert sorted(sample for e, sample in keys if e == epoch) == list(range(24))
     assert [s for e, s in keys if e == 0] != [s for e, s in keys if e == 1]

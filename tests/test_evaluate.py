@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("temperature", [0.07, 0.001])
 def test_knn_is_the_vote_of_all_similarities(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjem.evaluate.CHUNK", 17)
+    monkeypatch.setattr("fastjem.evaluate.BANK", 17)
     random = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(70, 5, generator=random), torch.randn(30, 5, generator=random)
     labels = torch.randint(4, (70,), generator=random)
@@ -49,7 +49,7 @@ def test_knn_is_the_vote_of_all_similarities(temperature: float, monkeypatch: py
 def test_the_probe_is_scikit_learns(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.linear_model import LogisticRegression
 
-    monkeypatch.setattr("fastjem.evaluate.CHUNK", 64)
+    monkeypatch.setattr("fastjem.evaluate.ELEMENTS", 384)
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 300)
     x = torch.tensor(random.normal(size=(300, 6)) + labels[:, None] * random.normal(size=6) + 5, dtype=dtype)
@@ -61,7 +61,7 @@ def test_the_probe_is_scikit_learns(dtype: torch.dtype, monkeypatch: pytest.Monk
 
 
 def test_rank_and_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjem.evaluate.CHUNK", 64)
+    monkeypatch.setattr("fastjem.evaluate.ELEMENTS", 384)
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(x.double())
     share = values / values.sum()

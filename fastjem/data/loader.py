@@ -2,8 +2,9 @@
 one operator on the training's device, `augmented`."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,43 +37,56 @@ class Batch:
     unreadable: list[tuple[str, str]]  # (path, reason) of files that another image replaced
 
 
-class _Samples(Dataset):
-    """(epoch, sample) -> its crops. A file that can't be read is replaced by the next that can, and named."""
+T = TypeVar("T")
+
+
+def readable(folder: ImageFolder, sample: int, read: Callable[[int], T]) -> tuple[T | None, list[tuple[str, str]]]:
+    """`read` of the sample's file, or of the next that can be read (None: there is none); and those that can't."""
+    unreadable = []
+    for i in range(len(folder)):
+        at = (sample + i) % len(folder)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
+                return read(at), unreadable
+        except Exception as error:  # whatever a decoder may raise on a broken file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            path = folder.path(at)
+            unreadable.append((path, reason.replace(f" '{path}'", "")))
+    return None, unreadable
+
+
+def nothing_readable(unreadable: Sequence[tuple[str, str]]) -> UserError:
+    path, reason = unreadable[0]
+    return UserError(f"none of the files can be read; the first: {path}: {reason}")
+
+
+class _Batches(Dataset):
+    """(epoch, sample) of a batch -> its crops. A file that can't be read is named; the next that can stands in."""
 
     def __init__(self, folder: ImageFolder, specs: Sequence[ViewSpec], seed: int):
         self.folder, self.specs, self.seed = folder, list(specs), seed
         self.parameters = Parameters(specs)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[np.ndarray], np.ndarray | None, list[tuple[str, str]]]:
-        epoch, sample = key
-        unreadable = []
-        for i in range(len(self.folder)):
-            at = (sample + i) % len(self.folder)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
-                    image = self.folder.image(at)
-                break
-            except Exception as error:  # whatever a decoder may raise on a broken file
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                path = self.folder.path(at)
-                unreadable.append((path, reason.replace(f" '{path}'", "")))
-        else:
-            return [], None, unreadable
-        table = self.parameters(self.seed, epoch, sample, image.height, image.width)[:, 0]  # [V, P]
-        return [crop(image, spec, row) for spec, row in zip(self.specs, table, strict=True)], table, unreadable
+    def __getitem__(self, keys: list[tuple[int, int]]) -> Batch:
+        images, unreadable = [], []
+        for _, sample in keys:
+            image, bad = readable(self.folder, sample, self.folder.image)
+            unreadable += bad
+            if image is None:
+                return Batch([], [], unreadable)
+            images.append(image)
+        epoch = keys[0][0]  # a batch lies in one epoch
+        samples, (widths, heights) = [sample for _, sample in keys], zip(*(image.size for image in images), strict=True)
+        tables = self.parameters(self.seed, epoch, samples, heights, widths)  # [V, B, P]
+        crops = [
+            torch.from_numpy(np.stack([crop(image, spec, row) for image, row in zip(images, table, strict=True)]))
+            for spec, table in zip(self.specs, tables, strict=True)
+        ]
+        return Batch(crops, list(torch.from_numpy(tables)), unreadable)
 
 
-def _collate(samples: list) -> Batch:
-    crops, tables, unreadable = zip(*samples, strict=True)
-    bad = [one for some in unreadable for one in some]
-    if any(table is None for table in tables):
-        return Batch([], [], bad)
-    stacked = [torch.from_numpy(np.stack(one)) for one in zip(*crops, strict=True)]
-    return Batch(stacked, list(torch.from_numpy(np.stack(tables, 1))), bad)
-
-
-class _Order:
+class Order:
     """The samples of each batch, from the first step asked for to the last: a permutation keyed (seed, epoch)."""
 
     def __init__(self, samples: int, batch: int, seed: int, start: int, stop: int, rank: int, ranks: int):
@@ -115,12 +129,12 @@ class ViewLoader:
         ranks: int = 1,
         pin_memory: bool = False,
     ):
-        order = _Order(len(folder), batch, seed, start, stop, rank, ranks)
+        order = Order(len(folder), batch, seed, start, stop, rank, ranks)
         self.loader = DataLoader(
-            _Samples(folder, specs, seed),
-            batch_sampler=order,  # type: ignore[arg-type]
+            _Batches(folder, specs, seed),
+            batch_size=None,
+            sampler=order,  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=_collate,
             pin_memory=pin_memory,
             prefetch_factor=4 if workers else None,
             worker_init_fn=_one_thread,
@@ -130,8 +144,7 @@ class ViewLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
             if not batch.crops:
-                path, reason = batch.unreadable[0]
-                raise UserError(f"none of the files can be read; the first: {path}: {reason}")
+                raise nothing_readable(batch.unreadable)
             yield batch
 
 

@@ -7,6 +7,7 @@ table's columns are named in `fastjem.kernels.reference_augment`.
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastjem.data.views import ViewSpec
 from fastjem.kernels import reference_augment as column
@@ -45,9 +46,7 @@ class Parameters:
         self.jitter, self.jittered = field("jitter"), field("jitter_probability")
         self.blur, self.sigma = field("blur"), field("sigma")
 
-    def __call__(
-        self, seed: int, epoch: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray
-    ) -> np.ndarray:
+    def __call__(self, seed: int, epoch: int, samples: ArrayLike, heights: ArrayLike, widths: ArrayLike) -> np.ndarray:
         """samples, heights, widths: [B], the images' indices in the data and sizes in pixels -> [V, B, P] float32."""
         views = len(self.specs)
         shape = (views, len(np.atleast_1d(samples)))
