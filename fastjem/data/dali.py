@@ -1,154 +1,301 @@
-"""Crops of files by NVIDIA DALI: it decodes each image once, crops and resizes it for all views, on the GPU or the CPU.
+"""Views of files by DALI: each file is decoded once, every view's window is cut and resized, on the GPU or the CPU.
 
-Windows come from our tables and the order of samples from us, so that a view is the torch loader's, up to rounding (a
-level) and the outermost pixels, for which DALI repeats the window's edge where Pillow leaves weights out.
+DALI decides nothing here: the order, the windows and what is done about a broken file are ours, so that a run sees the
+same crops whoever executes them. A file that DALI can't decode would end its pipeline; so each file's structure is read
+first, and all but plain JPEG files are decoded by Pillow and handed over as pixels.
 """
 
-import io
+import itertools
+import re
+import struct
+import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from fastjem.data.folder import ImageFolder, read_image
-from fastjem.data.loader import Batch, Order, nothing_readable, readable
-from fastjem.data.parameters import Parameters
+from fastjem.data.folder import ImageFolder, read_image, reason
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
-from fastjem.kernels import reference_augment as column
+from fastjem.kernels.reference_augment import HEIGHT, LEFT, TOP, WIDTH
 
-AHEAD = 2  # batches that DALI works on while one is trained on
-UPRIGHT = (None, 1)
+LOADERS = ("auto", "dali", "dali-cpu", "torch")
+SHARES = (0.0, 0.12, 0.25, 0.5, 0.65, 0.9)  # of the JPEG files that a GPU's fixed-function decoder may be given
+Key = tuple[int, int]  # (epoch, sample)
+Bad = tuple[str, str]  # (path, reason)
+# (keys of a batch, heights and widths [B, 2] of its images) -> a table [B, P] of each view: kernels.reference_augment
+Tables = Callable[[Sequence[Key], np.ndarray], Sequence[np.ndarray]]
+
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # what ends coded pixels; 00 is a coded FF, D0 to D7 are restarts
+_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: Huffman-coded
+_SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
+_HARMLESS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restart interval, comments, applications' own
 
 
-class DaliLoader:
-    """Batches of crops from step `start` to `stop`, as `fastjem.data.loader.ViewLoader`.
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width), the right way up, of a JPEG file whose structure is whole: 8 bits, gray or YCbCr, up to its end.
 
-    JPEG goes to DALI as it is. What its decoder wouldn't turn into the same pixels as Pillow (other formats, CMYK, EXIF
-    rotation) or would stop at (truncated) is decoded by Pillow, and a file that Pillow can't read either is named and
-    replaced by the next. Where DALI stops at a file nevertheless, its pipeline is built again, and the batches that
-    were under way go through Pillow.
+    None for everything else, of which Pillow will say whether it is an image. Nothing is decoded: some 0.1 ms.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    at, size, turned = 2, None, False
+    while (found := _MARKER.search(data, at)) is not None:
+        kind, at = data[found.end() - 1], found.end()
+        if kind == _END:
+            if size is None or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or 2**62):
+                return None
+            return size[::-1] if turned else size
+        length = int.from_bytes(data[at : at + 2], "big")
+        segment = data[at + 2 : at + length] if kind in _FRAMES or kind == _EXIF else b""
+        if kind in _FRAMES:
+            if size is not None or len(segment) < 6 or segment[0] != 8 or segment[5] not in (1, 3):
+                return None
+            size = struct.unpack(">HH", segment[1:5])
+            if 0 in size:
+                return None
+        elif segment[:6] == b"Exif\0\0":
+            turned = _orientation(segment) >= 5
+        elif kind not in _HARMLESS and (kind != _SCAN or size is None):
+            return None
+        at += length
+    return None
+
+
+def _orientation(segment: bytes) -> int:
+    exif = Image.Exif()
+    try:
+        exif.load(segment)
+        return int(exif.get(0x0112, 1))
+    except Exception:  # whatever is wrong with it: Pillow and DALI take such an image as it is
+        return 1
+
+
+@dataclass
+class Crops:
+    """One batch: all that is left to do is the colour step."""
+
+    views: list[Tensor]  # V tensors [B, size, size, 3], uint8
+    tables: list[np.ndarray]  # V tables [B, P], float32
+    unreadable: list[Bad]  # files that another image replaced
+
+
+@dataclass
+class _Fed:
+    """What DALI is given for a batch, kept until its views come out."""
+
+    keys: Sequence[Key]
+    encoded: list[np.ndarray]  # of each image: its file's bytes, or its pixels as a PPM file
+    sizes: np.ndarray  # [B, 2] heights and widths
+    original: np.ndarray  # [B] bool: its file's bytes
+    tables: Sequence[np.ndarray]
+    unreadable: list[Bad]
+    windows: list[np.ndarray] = field(init=False)  # of each view the corners [B, 2] and the extents [B, 2]
+
+    def __post_init__(self) -> None:
+        columns = ([TOP, LEFT], [HEIGHT, WIDTH])
+        self.windows = [np.ascontiguousarray(t[:, c], dtype=np.int32) for t in self.tables for c in columns]
+
+
+class DaliViews:
+    """Crops of a sequence of batches, made ahead by DALI's threads.
+
+    The windows are cut first and then resized with antialiasing, as torchvision's RandomResizedCrop does: on the CPU
+    within 1 level of it for bilinear views, but for the outermost 4 pixels, where DALI repeats the edge (up to 20
+    levels). A GPU's decoders have other pixels than a CPU's.
 
     Args:
-        threads: of DALI.
-        device: a CUDA device decodes and resizes there; the CPU needs no GPU.
+        order: the (epoch, sample) keys of each batch; all batches at most as large as `batch`.
+        tables: who draws the parameters.
+        device: "cpu", or "cuda" for decoding and resizing on the current GPU.
+        threads: DALI's, and as many that read files.
+        prefetch: batches made ahead.
+        hardware: the share of files for a GPU's fixed-function JPEG decoder, see `tune`; 0 if all pixels are to be the
+            same on another GPU of this architecture.
 
     Raises:
-        UserError: where DALI isn't installed or doesn't run on that device, with its reason.
+        UserError: if no file of the folder can be read.
+        RuntimeError: DALI's own, where it can't run; `choose` tells beforehand.
     """
 
     def __init__(
-        self,
-        folder: ImageFolder,
-        specs: Sequence[ViewSpec],
-        *,
-        batch: int,
-        seed: int = 0,
-        start: int = 0,
-        stop: int,
-        threads: int = 2,
-        rank: int = 0,
-        ranks: int = 1,
-        device: torch.device | str = "cpu",
-    ):
-        self.folder, self.specs, self.seed, self.threads = folder, list(specs), seed, max(threads, 1)
-        self.device, self.local = torch.device(device), batch // ranks
-        self.order = Order(len(folder), batch, seed, start, stop, rank, ranks)
-        self.parameters = Parameters(specs)
-        try:
-            import nvidia.dali
-        except ImportError as error:
-            raise UserError(f"DALI: {error}; pip install 'fastjem[dali]' brings it") from None
-        self.dali = nvidia.dali
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(file, "JPEG")
-        one = np.frombuffer(file.getvalue(), np.uint8), *[np.array([0, 0, 8, 8], np.int32)] * len(specs)
-        try:
-            self._pipeline(iter([[[x] for x in one]])).run()
-        except RuntimeError as error:
-            raise UserError(f"DALI doesn't run on {self.device}: {str(error).strip().splitlines()[0]}") from None
+        self, folder: ImageFolder, specs: Sequence[ViewSpec], order: Iterable[Sequence[Key]], tables: Tables, *,
+        batch: int, device: str = "cpu", threads: int = 2, prefetch: int = 2, hardware: float = 0.65,
+    ):  # fmt: skip
+        self.folder, self.specs, self.order, self.tables = folder, list(specs), order, tables
+        self.batch, self.device, self.threads = batch, device, max(threads, 1)
+        self.prefetch, self.hardware = prefetch, hardware
+        self.failures = 0  # pipelines that a file broke, though it looked whole
 
-    def _pipeline(self, source: Iterator) -> Any:
-        """source: (files' bytes, windows of each view [B, 4]) of a batch at a time."""
-        from nvidia.dali import fn, types
+    def __iter__(self) -> Iterator[Crops]:
+        again: deque[_Fed] = deque()  # handed to a pipeline that broke
+        waiting: deque[_Fed] = deque()  # handed to DALI, and not come out yet
+        with ThreadPoolExecutor(self.threads) as pool:
+            source = self._read_ahead(pool)
 
-        gpu = self.device.type == "cuda"
-        pipeline = self.dali.Pipeline(
-            self.local, self.threads, (self.device.index or 0) if gpu else None, exec_dynamic=True,
-            prefetch_queue_depth=AHEAD,
-        )  # fmt: skip
-        with pipeline:
-            files, *windows = fn.external_source(lambda: next(source), num_outputs=1 + len(self.specs))
-            images = fn.decoders.image(files, device="mixed" if gpu else "cpu", jpeg_fancy_upsampling=True)
-            crops = []
-            for window, spec in zip(windows, self.specs, strict=True):
-                cut = fn.slice(images, start=window[:2], shape=window[2:], axes=(0, 1))
-                kind = types.INTERP_CUBIC if spec.bicubic else types.INTERP_LINEAR
-                crops.append(fn.resize(cut, size=(spec.size, spec.size), interp_type=kind, antialias=True))
-            pipeline.set_outputs(*crops)
-        return pipeline
+            def feed() -> tuple:
+                waiting.append(again.popleft() if again else next(source))  # StopIteration is the end for DALI too
+                return (waiting[-1].encoded, *waiting[-1].windows)
 
-    def __iter__(self) -> Iterator[Batch]:
-        order, under_way, again = iter(self.order), deque[tuple](), deque[list]()
-
-        def source() -> Iterator[tuple]:
+            pipeline = self._build(feed)
             while True:
-                careful = bool(again)
-                keys = again.popleft() if again else next(order, None)
-                if keys is None:
+                try:
+                    outputs = pipeline.run()
+                except StopIteration:
                     return
-                files, tables, unreadable = self._read(keys, careful)
-                under_way.append((keys, careful, tables, unreadable))
-                yield files, *(table[:, column.TOP : column.WIDTH + 1].astype(np.int32) for table in tables)
+                except RuntimeError:
+                    if not any(batch.original.any() for batch in waiting):
+                        raise
+                    self.failures += 1
+                    again = deque([*(self._by_pillow(batch) for batch in waiting), *again])
+                    waiting.clear()
+                    pipeline = self._build(feed)
+                    continue
+                batch = waiting.popleft()
+                # The dynamic executor never writes again to memory that someone holds: no copy is needed.
+                views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+                yield Crops(views, list(batch.tables), batch.unreadable)
 
-        pipeline = self._pipeline(source())
-        while True:
-            try:
-                outputs = pipeline.run()
-            except StopIteration:
+    def _build(self, feed: Callable[[], tuple]) -> Any:
+        return pipeline(
+            feed, self.specs, batch=self.batch, device=self.device, threads=self.threads, prefetch=self.prefetch,
+            hardware=self.hardware,
+        )  # fmt: skip
+
+    def _read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[_Fed]:
+        ahead: deque = deque()
+        for keys in itertools.chain(self.order, itertools.repeat(None)):
+            if keys is not None:
+                ahead.append((keys, [pool.submit(self._read, sample) for _, sample in keys]))
+            if not ahead:
                 return
-            except RuntimeError:
-                if any(careful for _, careful, *_ in under_way):
-                    raise  # at what Pillow has read: that isn't the files' fault
-                again.extend(keys for keys, *_ in under_way)
-                under_way.clear()
-                pipeline = self._pipeline(source())
-                continue
-            _, _, tables, unreadable = under_way.popleft()
-            crops = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-            yield Batch(crops, [torch.from_numpy(table) for table in tables], unreadable)
+            if keys is None or len(ahead) > self.prefetch:
+                keys, files = ahead.popleft()
+                yield self._fed(keys, [file.result() for file in files])
 
-    def _read(self, keys: list[tuple[int, int]], careful: bool) -> tuple[list[np.ndarray], np.ndarray, list]:
-        """Bytes that DALI can decode, tables [V, B, P], and what couldn't be read."""
-        files, sizes, unreadable = [], [], []
-        for _, sample in keys:
-            found, bad = readable(self.folder, sample, lambda at: encoded(self.folder.path(at), careful))
-            if found is None:
-                raise nothing_readable(bad)
-            files.append(found[0])
-            sizes.append(found[1])
-            unreadable += bad
-        samples, (heights, widths) = [sample for _, sample in keys], zip(*sizes, strict=True)
-        epoch = keys[0][0]  # a batch lies in one epoch
-        return files, self.parameters(self.seed, epoch, samples, heights, widths), unreadable
+    def _fed(self, keys: Sequence[Key], read: list) -> _Fed:
+        encoded, sizes, original, bad = zip(*read, strict=True)
+        sizes = np.array(sizes)
+        unreadable = [one for some in bad for one in some]
+        return _Fed(keys, list(encoded), sizes, np.array(original), self.tables(keys, sizes), unreadable)
+
+    def _by_pillow(self, batch: _Fed) -> _Fed:
+        """The same batch without a file that DALI decodes: which one it was is not in its message."""
+        fed = self._fed(batch.keys, [self._read(sample, plain=False) for _, sample in batch.keys])
+        fed.unreadable = list(dict.fromkeys([*batch.unreadable, *fed.unreadable]))
+        return fed
+
+    def _read(self, sample: int, plain: bool = True) -> tuple[np.ndarray, tuple[int, int], bool, list[Bad]]:
+        """A file's bytes, or Pillow's pixels of it; one that can't be read is replaced by the next that can."""
+        unreadable: list[Bad] = []
+        for i in range(len(self.folder)):
+            path = self.folder.path((sample + i) % len(self.folder))
+            try:
+                with open(path, "rb") as file:
+                    data = file.read()
+                if plain and (size := jpeg_size(data)) is not None:
+                    return np.frombuffer(data, np.uint8), size, True, unreadable
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
+                    image = read_image(path)
+                return ppm(image), (image.height, image.width), False, unreadable
+            except Exception as error:  # whatever a decoder may raise on a broken file
+                unreadable.append((path, reason(error, path)))
+        path, why = unreadable[0]
+        raise UserError(f"none of the files can be read; the first: {path}: {why}")
 
 
-def encoded(path: str, careful: bool = False) -> tuple[np.ndarray, tuple[int, int]]:
-    """The file's bytes, or if DALI shouldn't see these the same pixels as BMP; and (height, width)."""
-    with open(path, "rb") as file:
-        data = file.read()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
-            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not careful
-            whole = data.rstrip(b"\0")[-2:] == b"\xff\xd9"
-            if plain and whole and image.getexif().get(0x0112) in UPRIGHT:
-                return np.frombuffer(data, np.uint8), (image.height, image.width)
-        image = read_image(path)  # 8-bit RGB, upright
-    buffer = io.BytesIO()
-    image.save(buffer, "BMP")
-    return np.frombuffer(buffer.getvalue(), np.uint8), (image.height, image.width)
+def ppm(image: Image.Image) -> np.ndarray:
+    """8-bit RGB pixels as the bytes of a file that DALI decodes by copying."""
+    return np.frombuffer(b"P6 %d %d 255\n" % image.size + image.tobytes(), np.uint8)
+
+
+def pipeline(
+    feed: Callable[[], tuple], specs: Sequence[ViewSpec], *, batch: int, device: str = "cpu", threads: int = 2,
+    prefetch: int = 2, hardware: float = 0.65,
+) -> Any:  # fmt: skip
+    """DALI's graph: files and windows in, a [size, size, 3] uint8 view of each spec out. A GPU is needed to run one
+    for it, not to describe it."""
+    from nvidia.dali import Pipeline, fn, types
+
+    gpu = device == "cuda"
+    made = Pipeline(
+        batch_size=batch, num_threads=threads, device_id=torch.cuda.current_device() if gpu else None, seed=0,
+        prefetch_queue_depth=prefetch, exec_dynamic=True,
+    )  # fmt: skip
+    with made:
+        encoded, *windows = fn.external_source(source=feed, num_outputs=1 + 2 * len(specs), batch=True)
+        options = {"hw_decoder_load": hardware, "jpeg_fancy_upsampling": True} if gpu else {}
+        images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, **options)
+        views = []
+        for spec, corner, extent in zip(specs, windows[::2], windows[1::2], strict=True):
+            # cut first: a resize of a region of interest sees pixels outside of it
+            cut = fn.slice(images, corner, extent, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
+            kind = types.INTERP_CUBIC if spec.bicubic else types.INTERP_LINEAR
+            views.append(fn.resize(cut, size=[spec.size, spec.size], interp_type=kind, antialias=True))
+        made.set_outputs(*views)
+    made.build()
+    return made
+
+
+def why_not(device: str) -> str:
+    """Why DALI can't make views on "cpu" or "cuda" here: one line, or "" where it can; tried on one picture."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    picture = ppm(Image.new("RGB", (8, 8), (90, 90, 90)))
+    zeros, eights = np.zeros((1, 2), np.int32), np.full((1, 2), 8, np.int32)
+    try:
+        (view,) = pipeline(lambda: ([picture], zeros, eights), [ViewSpec(size=4)], batch=1, device=device).run()
+        if not bool((torch.from_dlpack(view.as_tensor()) == 90).all()):
+            return "DALI's picture of one colour has others"
+    except ImportError:
+        return "DALI is not installed; pip install 'fastjem[dali]', or 'fastjem[dali-cuda12]'"
+    except Exception as error:  # missing drivers come as any of several
+        return " ".join(str(error).split())[:200]
+    return ""
+
+
+def choose(loader: str, device: torch.device | str) -> str:
+    """`loader` as the user named it -> "dali", "dali-cpu" or "torch": "auto" is the first of these that works.
+
+    Raises:
+        UserError: if the one that was named can't run here, with the reason.
+    """
+    if loader not in LOADERS:
+        raise UserError(f"--loader must be one of {', '.join(LOADERS)}, got {loader}")
+    if loader == "torch":
+        return loader
+    if loader == "auto":
+        if torch.device(device).type == "cuda" and not why_not("cuda"):
+            return "dali"
+        return "torch" if why_not("cpu") else "dali-cpu"
+    if why := why_not("cuda" if loader == "dali" else "cpu"):
+        raise UserError(f"--loader {loader} can't run here: {why}")
+    return loader
+
+
+def tune(measure: Callable[[float], Iterator[Crops]], *, warm: int = 5, batches: int = 20) -> dict[float, float]:
+    """Images a second by each of SHARES: `measure(share)` iterates over a `DaliViews` made with `hardware=share`.
+
+    The best share depends on the GPU, the host's cores and the files: 0.65 is DALI's own, 0.12 NVIDIA's on hosts of 70
+    cores. It changes pixels (the decoders round differently), so it is measured once and then written down.
+    """
+    rates = {}
+    for share in SHARES:
+        source = measure(share)
+        for _ in range(warm):
+            next(source)
+        begin, images = time.perf_counter(), 0
+        for crops in itertools.islice(source, batches):
+            images += len(crops.views[0])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        rates[share] = images / (time.perf_counter() - begin)
+    return rates

@@ -78,3 +78,9 @@ def read_image(path: str) -> Image.Image:
         elif image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def reason(error: Exception, path: str) -> str:
+    """What a decoder said of a file, in one line and without the file's name."""
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__).replace(f" '{path}'", "").replace(f": '{path}'", "")

@@ -1,0 +1,148 @@
+"""Batched masks against the reference samplers, one image at a time, in distribution."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from fastjem.data import masks
+from fastjem.nn.masks import random_block_mask
+
+GRID = (14, 14)
+
+
+def close(ours: np.ndarray, theirs: np.ndarray, sigmas: float = 4.5) -> None:
+    """Means over the first axis, within the noise of both samples."""
+    noise = np.sqrt(ours.var(0) / len(ours) + theirs.var(0) / len(theirs))
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) <= sigmas * noise + 1e-9).all()
+
+
+def runs(hidden: np.ndarray) -> np.ndarray:
+    """[B] how ragged a mask is: neighbours that differ, along both axes."""
+    return (hidden[:, 1:] != hidden[:, :-1]).sum((1, 2)) + (hidden[:, :, 1:] != hidden[:, :, :-1]).sum((1, 2))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_random_mask() -> None:
+    hidden = masks.random_mask(4000, GRID, 0.75, generator=generator())
+    assert hidden.shape == (4000, 14, 14) and (hidden.sum((1, 2)) == 196 - 49).all()
+    share = hidden.double().mean(0)  # every patch alike
+    assert (share - 0.75).abs().max() < 4.5 * math.sqrt(0.75 * 0.25 / 4000)
+    assert torch.equal(hidden, masks.random_mask(4000, GRID, 0.75, generator=generator()))
+    assert not torch.equal(hidden, masks.random_mask(4000, GRID, 0.75, generator=generator(1)))
+    assert not masks.random_mask(3, GRID, 0.0).any() and masks.random_mask(3, (2, 3), 1.0).all()
+    with pytest.raises(ValueError, match=r"random_mask: share must be between 0 and 1, got 75"):
+        masks.random_mask(3, GRID, 75)
+
+
+def naive_inverse_block(share: float, rng: np.random.Generator) -> np.ndarray:
+    """One image of data2vec 2.0: squares clamped to the grid, then single patches until the number is right."""
+    side, patches = GRID[0], GRID[0] * GRID[1]
+    seen = np.zeros(GRID, bool)
+    for centre in rng.integers(0, patches, int(patches * ((1 - share + 0.07) / 9))):
+        for i in (-1, 0, 1):
+            for j in (-1, 0, 1):
+                seen[np.clip(centre // side + i, 0, side - 1), np.clip(centre % side + j, 0, side - 1)] = True
+    flat, wanted = seen.reshape(-1), int(patches * (1 - share))
+    surplus = flat.sum() - wanted
+    flat[rng.choice(np.flatnonzero(flat == (surplus > 0)), abs(surplus), replace=False)] = surplus < 0
+    return ~seen
+
+
+def test_inverse_block_mask() -> None:
+    rng = np.random.default_rng(0)
+    hidden = masks.inverse_block_mask(800, GRID, 0.8, generator=generator()).numpy()
+    theirs = np.stack([naive_inverse_block(0.8, rng) for _ in range(800)])
+    assert (hidden.sum((1, 2)) == 196 - 39).all()
+    close(hidden.astype(float), theirs.astype(float))
+    close(runs(hidden), runs(theirs))
+    with pytest.raises(ValueError, match="block must be odd, got 4"):
+        masks.inverse_block_mask(1, GRID, block=4)
+
+
+def test_block_mask() -> None:
+    random.seed(0)
+    ours = torch.cat([masks.block_mask(200, GRID, generator=generator(i)) for i in range(10)]).numpy()
+    theirs = np.concatenate([random_block_mask((200, *GRID)).numpy() for _ in range(10)])
+    assert (ours.reshape(10, 200, -1).any(2).sum(1) == 100).all()  # half of the images of each batch
+    # sorted within a batch: shares are spread evenly, so sums over single images vary less than they seem to
+    ours, theirs = (x[x.any((1, 2))] for x in (ours, theirs))
+    close(ours.sum((1, 2)), theirs.sum((1, 2)))
+    assert abs(ours.sum((1, 2)).std() - theirs.sum((1, 2)).std()) < 2
+    close(ours.astype(float), theirs.astype(float))
+    close(runs(ours), runs(theirs))
+    assert ours.sum((1, 2)).max() <= 98
+    # iBOT: few large rectangles
+    few = masks.block_mask(300, GRID, images=1.0, least=16, generator=generator()).numpy()
+    assert runs(few).mean() < runs(ours).mean() and few.any((1, 2)).all()
+
+
+def test_block_mask_has_steps_enough(monkeypatch) -> None:
+    """More candidates would change nothing."""
+    candidates, first = (torch.rand(*shape, generator=generator()) for shape in ((masks.STEPS + 100, 4, 500), (500, 2)))
+    monkeypatch.setattr(masks, "_uniform", lambda shape, *_: candidates[: shape[0]] if len(shape) == 3 else first)
+    enough = masks.block_mask(500, (16, 16), images=1.0)
+    monkeypatch.setattr(masks, "STEPS", masks.STEPS + 100)
+    assert torch.equal(enough, masks.block_mask(500, (16, 16), images=1.0))
+
+
+def naive_multi_block(sizes: tuple, keep: int, rng: np.random.Generator, scale=(0.15, 0.2)) -> tuple:
+    """One image of I-JEPA: targets, then a context without them, tried again until enough is left."""
+    blocks = []
+    for (low, high), (a, b), u in ((scale, (0.75, 1.5), sizes[0]), ((0.85, 1.0), (1, 1), sizes[1])):
+        area, ratio = int(196 * (low + u * (high - low))), a + u * (b - a)
+        blocks.append([min(round(math.sqrt(x)), 13) for x in (area * ratio, area / ratio)])
+
+    def place(h: int, w: int) -> np.ndarray:
+        mask = np.zeros(GRID, bool)
+        top, left = rng.integers(14 - h), rng.integers(14 - w)
+        mask[top : top + h, left : left + w] = True
+        return mask
+
+    targets = [place(*blocks[0]) for _ in range(4)]
+    dropped, tries = 0, 0
+    while True:
+        context = place(*blocks[1])
+        for target in targets[: 4 - dropped]:
+            context &= ~target
+        if context.sum() > keep:
+            return targets, ~context
+        tries += 1
+        if tries % 20 == 0:
+            dropped += 1
+
+
+@pytest.mark.parametrize(("keep", "scale"), [(10, (0.15, 0.2)), (60, (0.3, 0.3))])
+def test_multi_block_mask(keep: int, scale: tuple[float, float]) -> None:
+    rng, sizes = np.random.default_rng(0), (0.3, 0.6)
+    options = {"keep": keep, "target_scale": scale, "sizes": sizes}
+    drawn = masks.multi_block_mask(800, GRID, generator=generator(), **options)
+    theirs = [naive_multi_block(sizes, keep, rng, scale) for _ in range(800)]
+    ours = torch.zeros(800, 4, 196).scatter_(2, drawn.targets, 1).view(800, 4, 14, 14).numpy()
+    close(ours, np.stack([np.stack(targets) for targets, _ in theirs]).astype(float))
+    hidden, reference = drawn.context.numpy(), np.stack([context for _, context in theirs])
+    close(hidden.astype(float), reference.astype(float))
+    close(hidden.sum((1, 2)), reference.sum((1, 2)))
+    assert (~hidden).sum((1, 2)).min() > keep
+    kept = masks.visible(drawn.context)
+    assert kept.shape[1] == (~hidden).sum((1, 2)).min()
+    assert not drawn.context.flatten(1).gather(1, kept).any() and (kept.diff(dim=1) > 0).all()
+
+
+def test_sizes_change_with_the_batch() -> None:
+    torch.manual_seed(0)
+    sizes = {masks.multi_block_mask(2, GRID).targets.shape[2] for _ in range(20)}
+    assert len(sizes) > 1
+
+
+def test_no_mask_waits_for_the_device() -> None:
+    """A meta tensor has no values: whoever asks for one raises."""
+    for draw in (masks.random_mask, masks.inverse_block_mask, masks.block_mask):
+        assert draw(4, GRID, device="meta").shape == (4, 14, 14)
+    drawn = masks.multi_block_mask(4, GRID, device="meta", sizes=(0.5, 0.5))
+    assert drawn.context.shape == (4, 14, 14) and drawn.targets.shape[:2] == (4, 4)
