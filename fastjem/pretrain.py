@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from fastjem import checkpoints, dist, encoders, optim
 from fastjem.data import executors, shapes
+from fastjem.data.batches import augmented
 from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import ViewLoader, augmented
+from fastjem.data.loader import ViewLoader
 from fastjem.data.views import RECIPES, Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import FACTS, METHODS
@@ -67,6 +68,7 @@ class Config:
     sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
     loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(executors.LOADERS)}"})
+    memory: float = field(default=4.0, metadata={"help": "GiB that --loader memory may take"})
     workers: int = field(default=-1, metadata={"help": "of the data loader, a rank; -1: one a core"})
     seed: int = 0
     compile: bool = False
@@ -82,7 +84,7 @@ class Config:
 
 
 MAY_CHANGE = {"out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
-              "compile", "max_steps", "data", "knn_every", "report", "loader"}  # fmt: skip
+              "compile", "max_steps", "data", "knn_every", "report"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,9 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 1) // ranks.size, 1)
     start = state["step"] if state else 0
     loader, reads = executors.create(
-        config.loader, folder, specs, ranks.device, workers=workers, batch=config.batch_size, seed=config.seed,
-        start=start * config.accumulate, stop=steps * config.accumulate, rank=ranks.rank, ranks=ranks.size,
+        config.loader, folder, specs, ranks.device, workers=workers, memory=config.memory, seed=config.seed,
+        batch=config.batch_size, start=start * config.accumulate, stop=steps * config.accumulate, rank=ranks.rank,
+        ranks=ranks.size,
     )  # fmt: skip
     encoder = encoder.to(ranks.device)
     last = encoders.memory_format(encoder) == torch.channels_last
@@ -277,7 +280,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     if config.compile:
         model = torch.compile(model)
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
-    if ranks.first and ranks.device.type == "cuda":
+    if ranks.first and config.loader != "torch" and (config.loader != "auto" or ranks.device.type == "cuda"):
         reporter.say(reads)
     reporter.bad.update(state.get("unreadable", ()) if state else ())
     facts = {"steps": steps, "steps_per_epoch": per_epoch, "patch": encoders.patch_size(encoder), "ranks": ranks.size}

@@ -13,8 +13,9 @@ from images import make_folder
 pytest.importorskip("torchvision")
 from PIL import Image
 
+from fastjem.data.batches import augmented
 from fastjem.data.folder import ImageFolder, read_image
-from fastjem.data.loader import ViewLoader, augmented, crop
+from fastjem.data.loader import ViewLoader, crop
 from fastjem.data.parameters import Parameters, philox
 from fastjem.data.views import RECIPES, Views, ViewSpec
 from fastjem.errors import UserError
@@ -30,16 +31,16 @@ def test_views_depend_on_nothing_but_their_key(tmp_path: Path) -> None:
     whole = batches(folder)
     late = batches(folder, start=5, workers=1)
     for one, other in zip(whole[5:], late, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.crops, other.crops, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(one.tables, other.tables, strict=True))
     ranks = [batches(folder, rank=rank, ranks=2) for rank in range(2)]
     for i, one in enumerate(whole):
-        for view, pixels in enumerate(one.crops):
-            assert torch.equal(pixels, torch.cat([ranks[0][i].crops[view], ranks[1][i].crops[view]]))
+        for view, pixels in enumerate(one.views):
+            assert torch.equal(pixels, torch.cat([ranks[0][i].views[view], ranks[1][i].views[view]]))
     # another epoch and another seed are other views
-    assert not torch.equal(whole[0].crops[0], whole[4].crops[0])
-    assert not torch.equal(whole[0].crops[0], batches(folder, seed=4)[0].crops[0])
-    assert [tuple(view.shape) for view in whole[0].crops] == [(8, 16, 16, 3), (8, 16, 16, 3), (8, 7, 7, 3)]
+    assert not torch.equal(whole[0].views[0], whole[4].views[0])
+    assert not torch.equal(whole[0].views[0], batches(folder, seed=4)[0].views[0])
+    assert [tuple(view.shape) for view in whole[0].views] == [(8, 16, 16, 3), (8, 16, 16, 3), (8, 7, 7, 3)]
 
 
 def test_every_epoch_has_every_image_once(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_views_reach_the_encoder_normalised(tmp_path: Path) -> None:
     changes = {"jitter_probability": 0, "grayscale": 0, "flip": 0, "large.solarize": 0, "blur": 0, "small.std": "1,1,1"}
     specs = Views(large=2, small=1, recipe="dino").specs(16, changes=changes)
     (batch,) = ViewLoader(ImageFolder(make_folder(tmp_path, 4)), specs, batch=4, stop=1)
-    for spec, pixels, view in zip(specs, batch.crops, augmented(batch, specs, torch.device("cpu")), strict=True):
+    for spec, pixels, view in zip(specs, batch.views, augmented(batch, specs, torch.device("cpu")), strict=True):
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (spec.mean, spec.std))
         assert torch.allclose(view, (pixels.permute(0, 3, 1, 2) / 255 - mean) / std, atol=1e-5)
     assert specs[2].std == (1, 1, 1) != specs[0].std
@@ -223,7 +224,7 @@ def test_broken_files_are_named_and_replaced(tmp_path: Path) -> None:
     (folder / "0011.png").write_text("no image at all")
     loader = ViewLoader(ImageFolder(folder), [ViewSpec(size=8)], batch=12, stop=1)
     (batch,) = loader
-    assert batch.crops[0].shape == (12, 8, 8, 3)
+    assert batch.views[0].shape == (12, 8, 8, 3)
     assert sorted(Path(path).name for path, _ in batch.unreadable) == ["0003.png", "0007.png", "0011.png"]
     assert all(reason for _, reason in batch.unreadable)
 

@@ -3,20 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from fastjem.kernels import reference_augment as table
 from images import make_folder
-from view_tables import pictures, view_table
+from view_tables import pictures
 
 import fastjem.functional as F
 from fastjem.data.memory import ImageArray, MemoryLoader
+from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
-
-
-def tables(spec, view, epoch, samples, height, width) -> np.ndarray:
-    rows = [view_table(1, seed=int(1000 * epoch + 10 * i + view), height=height, width=width) for i in samples]
-    return torch.cat(rows).numpy()
-
 
 SPECS = [ViewSpec(size=12), ViewSpec(size=12, bicubic=True), ViewSpec(size=6)]
 
@@ -63,7 +57,7 @@ def test_arrays_and_files_of_arrays(tmp_path):
 
 def test_views_are_the_tables_carried_out():
     array, indices = ImageArray(pictures(6, 20, 24)), torch.tensor([3, 0, 3])
-    drawn = [torch.from_numpy(tables(s, v, 0, indices.numpy(), 20, 24)) for v, s in enumerate(SPECS)]
+    drawn = list(torch.from_numpy(Parameters(SPECS)(3, 0, indices.numpy(), 20, 24)))
     views = array.views(indices, drawn, SPECS)
     assert [tuple(x.shape) for x in views] == [(3, 3, 12, 12)] * 2 + [(3, 3, 6, 6)]
     top, left, height, width = drawn[0][1, :4].int().tolist()
@@ -77,17 +71,15 @@ def test_batches_ranks_and_resuming_leave_a_sample_its_views():
     array = ImageArray(pictures(9, 16, 16), torch.arange(9))
 
     def loaded(**options) -> dict[tuple[int, int], list[torch.Tensor]]:
-        found, batch = {}, options["batch"] // options.get("ranks", 1)
-        for crops in MemoryLoader(array, SPECS, tables, seed=3, **options):
-            assert len(crops.labels) == batch and not crops.unreadable
-            for i, label in enumerate(crops.labels.tolist()):
-                found[label, len([k for k in found if k[0] == label])] = [
-                    x[i] for x in (*crops.views, *(t[:, table.FLIP :] for t in crops.tables))
-                ]
+        found, loader = {}, MemoryLoader(array, SPECS, seed=3, **options)
+        for keys, crops in zip(loader.order, loader, strict=True):
+            assert len(crops.views[0]) == len(keys) and not crops.unreadable
+            for i, key in enumerate(keys):
+                found[key] = [x[i] for x in (*crops.views, *crops.tables)]
         return found
 
     whole = loaded(batch=4, stop=2)  # an epoch: 8 of 9 images
-    assert len(whole) == 8 and len({label for label, _ in whole}) == 8
+    assert len(whole) == 8 and len({sample for _, sample in whole}) == 8
     parts = {
         **loaded(batch=4, start=1, stop=2),
         **loaded(batch=4, stop=1, ranks=2, rank=1),
@@ -99,4 +91,4 @@ def test_batches_ranks_and_resuming_leave_a_sample_its_views():
     for other in (parts, halves):
         assert all(torch.equal(a, b) for key in whole for a, b in zip(whole[key], other[key], strict=True))
     with pytest.raises(ValueError, match="MemoryLoader: batch must divide by 2 ranks and be at most 9 images, got 5"):
-        MemoryLoader(array, SPECS, tables, batch=5, stop=1, ranks=2)
+        MemoryLoader(array, SPECS, batch=5, stop=1, ranks=2)

@@ -22,8 +22,9 @@ import fastjem  # noqa: E402
 from fastjem import checkpoints, encoders  # noqa: E402
 from fastjem.arguments import parse  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.data.batches import augmented  # noqa: E402
 from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.data.loader import ViewLoader, augmented  # noqa: E402
+from fastjem.data.loader import ViewLoader  # noqa: E402
 from fastjem.data.views import Views  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.pretrain import Config  # noqa: E402

@@ -20,8 +20,9 @@ from PIL import Image  # noqa: E402
 import fastjem  # noqa: E402
 from fastjem import checkpoints, report  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.data.batches import augmented  # noqa: E402
 from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.data.loader import ViewLoader, augmented  # noqa: E402
+from fastjem.data.loader import ViewLoader  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import METHODS  # noqa: E402
 from fastjem.report import charts, page, pictures, views, watch  # noqa: E402

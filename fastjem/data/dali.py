@@ -19,16 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
+from fastjem.data.batches import Crops, Key
 from fastjem.data.folder import ImageFolder, read_image, reason
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 from fastjem.kernels.reference_augment import HEIGHT, LEFT, TOP, WIDTH
 
-LOADERS = ("auto", "dali", "dali-cpu", "torch")
+LOADERS = ("auto", "dali", "dali-cpu", "memory", "torch")
 SHARES = (0.0, 0.12, 0.25, 0.5, 0.65, 0.9)  # of the JPEG files that a GPU's fixed-function decoder may be given
-Key = tuple[int, int]  # (epoch, sample)
 Bad = tuple[str, str]  # (path, reason)
 # (keys of a batch, heights and widths [B, 2] of its images) -> a table [B, P] of each view: kernels.reference_augment
 Tables = Callable[[Sequence[Key], np.ndarray], Sequence[np.ndarray]]
@@ -76,15 +75,6 @@ def _orientation(segment: bytes) -> int:
         return int(exif.get(0x0112, 1))
     except Exception:  # whatever is wrong with it: Pillow and DALI take such an image as it is
         return 1
-
-
-@dataclass
-class Crops:
-    """One batch: all that is left to do is the colour step."""
-
-    views: list[Tensor]  # V tensors [B, size, size, 3], uint8
-    tables: list[np.ndarray]  # V tables [B, P], float32
-    unreadable: list[Bad]  # files that another image replaced
 
 
 @dataclass
@@ -161,7 +151,7 @@ class DaliViews:
                 batch = waiting.popleft()
                 # The dynamic executor never writes again to memory that someone holds: no copy is needed.
                 views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-                yield Crops(views, list(batch.tables), batch.unreadable)
+                yield Crops(views, [torch.from_numpy(table) for table in batch.tables], batch.unreadable)
 
     def _build(self, feed: Callable[[], tuple]) -> Any:
         return pipeline(
@@ -263,19 +253,22 @@ def why_not(device: str) -> str:
 
 
 def choose(loader: str, device: torch.device | str) -> str:
-    """`loader` as the user named it -> "dali", "dali-cpu" or "torch": "auto" is the first of these that works.
+    """`loader` as the user named it -> "dali", "dali-cpu", "memory" or "torch".
+
+    "auto" is "dali" where training runs on a GPU and DALI works there, "dali-cpu" where it works on the GPU's host
+    alone, else "torch". A run on the CPU takes DALI when it is named.
 
     Raises:
         UserError: if the one that was named can't run here, with the reason.
     """
     if loader not in LOADERS:
         raise UserError(f"--loader must be one of {', '.join(LOADERS)}, got {loader}")
-    if loader == "torch":
+    if loader in ("torch", "memory"):
         return loader
     if loader == "auto":
-        if torch.device(device).type == "cuda" and not why_not("cuda"):
-            return "dali"
-        return "torch" if why_not("cpu") else "dali-cpu"
+        if torch.device(device).type != "cuda":
+            return "torch"
+        return "torch" if why_not("cpu") else "dali-cpu" if why_not("cuda") else "dali"
     if why := why_not("cuda" if loader == "dali" else "cpu"):
         raise UserError(f"--loader {loader} can't run here: {why}")
     return loader

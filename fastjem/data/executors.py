@@ -1,51 +1,56 @@
-"""Who reads, decodes and crops: NVIDIA DALI on the GPU or the CPU, or Pillow in a torch DataLoader's workers."""
+"""Which loader a run reads its images by."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
+from fastjem.data import dali
+from fastjem.data.batches import Crops, Key, Order
 from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import Batch, ViewLoader
+from fastjem.data.loader import ViewLoader
+from fastjem.data.memory import GIBIBYTE, ImageArray, MemoryLoader
+from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
-from fastjem.errors import UserError, nearest
 
-LOADERS = ("auto", "dali", "dali-cpu", "torch")
+LOADERS = dali.LOADERS
 
 
 class Loader(Protocol):
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[Crops]: ...
 
 
 def create(
-    name: str, folder: ImageFolder, specs: Sequence[ViewSpec], device: torch.device, *, workers: int, **position: Any
-) -> tuple[Loader, str]:
-    """A loader, and in words which.
+    name: str, folder: ImageFolder, specs: Sequence[ViewSpec], device: torch.device, *, workers: int, memory: float,
+    batch: int, seed: int, start: int, stop: int, rank: int, ranks: int,
+) -> tuple[Loader, str]:  # fmt: skip
+    """The loader, and in words which.
 
     Args:
-        name: "auto": DALI on the GPU where training runs on one and DALI works there, else torch. Others must work.
+        name: see `fastjem.data.dali.choose`; "memory" holds all images, shrunk to 8/7 of the views' size at most.
         workers: processes of torch's loader, threads of DALI.
-        position: batch, seed, start, stop, rank, ranks, as of `ViewLoader`.
+        memory: GiB that the images may take.
 
     Raises:
-        UserError: for a loader asked for by name that can't run here, with its reason.
+        UserError: for one that was asked for by name and can't run here, with its reason.
     """
-    if name not in LOADERS:
-        raise nearest("loader", name, LOADERS)
-    if name == "dali" and device.type != "cuda":
-        raise UserError(f"--loader dali decodes on the GPU, and the run's device is {device}; --loader dali-cpu works")
-    if name in ("dali", "dali-cpu") or (name == "auto" and device.type == "cuda"):
-        from fastjem.data.dali import DaliLoader
+    name = dali.choose(name, device)
+    order = {"batch": batch, "seed": seed, "start": start, "stop": stop, "rank": rank, "ranks": ranks}
+    if name == "memory":
+        size = min(*folder.image(0).size, round(specs[0].size * 8 / 7))
+        array = ImageArray.from_folder(folder.root, size=size, budget=memory * GIBIBYTE)
+        said = f"{len(array)} images of {size} x {size} are held in memory on {device}"
+        return MemoryLoader(array.to(device), specs, **order), said
+    if name == "torch":
+        loader = ViewLoader(folder, specs, workers=workers, pin_memory=device.type == "cuda", **order)
+        return loader, f"images are decoded by Pillow in {workers} processes"
+    parameters = Parameters(specs)
 
-        place = torch.device("cpu") if name == "dali-cpu" else device
-        try:
-            loader = DaliLoader(folder, specs, threads=workers, device=place, **position)
-            return loader, f"DALI decodes on {place}"
-        except UserError as error:
-            if name != "auto":
-                raise
-            why = f" ({error})"
-    else:
-        why = ""
-    loader = ViewLoader(folder, specs, workers=workers, pin_memory=device.type == "cuda", **position)
-    return loader, f"Pillow decodes in {workers} worker processes{why}"
+    def tables(keys: Sequence[Key], sizes: np.ndarray) -> np.ndarray:  # a batch lies in one epoch
+        return parameters(seed, keys[0][0], [sample for _, sample in keys], *sizes.T)
+
+    place: Any = "cuda" if name == "dali" else "cpu"
+    keys = Order(len(folder), batch, seed, start, stop, rank, ranks)
+    loader = dali.DaliViews(folder, specs, keys, tables, batch=batch // ranks, device=place, threads=workers)
+    return loader, f"images are decoded by DALI on the {'GPU' if name == 'dali' else 'CPU'}"

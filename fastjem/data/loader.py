@@ -1,9 +1,7 @@
-"""Crops of files on the CPU: Pillow reads and resizes, a DataLoader's workers do so in parallel. The rest of a view is
-one operator on the training's device, `augmented`."""
+"""Crops of files by Pillow, in a torch DataLoader's workers."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -13,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import fastjem.functional as F
-from fastjem.data.folder import ImageFolder
+from fastjem.data.batches import Crops, Key, Order
+from fastjem.data.folder import ImageFolder, reason
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
@@ -26,15 +25,6 @@ def crop(image: Image.Image, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
     mode = Image.Resampling.BICUBIC if spec.bicubic else Image.Resampling.BILINEAR
     window = image.crop((left, top, left + width, top + height))
     return np.asarray(window.resize((spec.size, spec.size), mode))
-
-
-@dataclass
-class Batch:
-    """What an executor makes of B samples and V views."""
-
-    crops: list[Tensor]  # V tensors [B, size, size, 3], uint8
-    tables: list[Tensor]  # V tensors [B, P]: what is still to be done to them
-    unreadable: list[tuple[str, str]]  # (path, reason) of files that another image replaced
 
 
 T = TypeVar("T")
@@ -50,15 +40,8 @@ def readable(folder: ImageFolder, sample: int, read: Callable[[int], T]) -> tupl
                 warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
                 return read(at), unreadable
         except Exception as error:  # whatever a decoder may raise on a broken file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            path = folder.path(at)
-            unreadable.append((path, reason.replace(f" '{path}'", "")))
+            unreadable.append((folder.path(at), reason(error, folder.path(at))))
     return None, unreadable
-
-
-def nothing_readable(unreadable: Sequence[tuple[str, str]]) -> UserError:
-    path, reason = unreadable[0]
-    return UserError(f"none of the files can be read; the first: {path}: {reason}")
 
 
 class _Batches(Dataset):
@@ -68,13 +51,13 @@ class _Batches(Dataset):
         self.folder, self.specs, self.seed = folder, list(specs), seed
         self.parameters = Parameters(specs)
 
-    def __getitem__(self, keys: list[tuple[int, int]]) -> Batch:
+    def __getitem__(self, keys: list[Key]) -> Crops:
         images, unreadable = [], []
         for _, sample in keys:
             image, bad = readable(self.folder, sample, self.folder.image)
             unreadable += bad
             if image is None:
-                return Batch([], [], unreadable)
+                return Crops([], [], unreadable)
             images.append(image)
         epoch = keys[0][0]  # a batch lies in one epoch
         samples, (widths, heights) = [sample for _, sample in keys], zip(*(image.size for image in images), strict=True)
@@ -83,29 +66,7 @@ class _Batches(Dataset):
             torch.from_numpy(np.stack([crop(image, spec, row) for image, row in zip(images, table, strict=True)]))
             for spec, table in zip(self.specs, tables, strict=True)
         ]
-        return Batch(crops, list(torch.from_numpy(tables)), unreadable)
-
-
-class Order:
-    """The samples of each batch, from the first step asked for to the last: a permutation keyed (seed, epoch)."""
-
-    def __init__(self, samples: int, batch: int, seed: int, start: int, stop: int, rank: int, ranks: int):
-        self.samples, self.batch, self.seed = samples, batch, seed
-        self.start, self.stop, self.rank, self.ranks = start, stop, rank, ranks
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch, epoch_of_order, order = self.samples // self.batch, -1, np.arange(0)
-        local = self.batch // self.ranks
-        for step in range(self.start, self.stop):
-            epoch, position = divmod(step, per_epoch)
-            if epoch != epoch_of_order:
-                order = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1])).permutation(self.samples)
-                epoch_of_order = epoch
-            first = position * self.batch + self.rank * local
-            yield [(epoch, int(sample)) for sample in order[first : first + local]]
+        return Crops(crops, list(torch.from_numpy(tables)), unreadable)
 
 
 class ViewLoader:
@@ -141,10 +102,11 @@ class ViewLoader:
             generator=torch.Generator(),  # else its first batch takes a number from the run's: not where it is resumed
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Crops]:
         for batch in self.loader:
-            if not batch.crops:
-                raise nothing_readable(batch.unreadable)
+            if not batch.views:
+                path, why = batch.unreadable[0]
+                raise UserError(f"none of the files can be read; the first: {path}: {why}")
             yield batch
 
 
@@ -154,20 +116,6 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # both may go to the whole group; the main process ends the run
         signal.signal(number, signal.SIG_IGN)
-
-
-def augmented(
-    batch: Batch, specs: Sequence[ViewSpec], device: torch.device, *, dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """The views as the encoder takes them: V tensors [B, 3, size, size] on the device."""
-    return [
-        F.augment(
-            crops.to(device, non_blocking=True), table.to(device, non_blocking=True), mean=spec.mean, std=spec.std,
-            dtype=dtype, channels_last=channels_last,
-        )
-        for crops, table, spec in zip(batch.crops, batch.tables, specs, strict=True)
-    ]  # fmt: skip
 
 
 def normalise(images: Tensor, device: torch.device | str, channels_last: bool = False) -> Tensor:

@@ -4,43 +4,23 @@ For sets of small images (CIFAR), and for larger ones shrunk once until they fit
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import fastjem.functional as F
+from fastjem.data.batches import Crops, Order
+from fastjem.data.folder import ImageFolder, reason
+from fastjem.data.parameters import Parameters
+from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
 GIBIBYTE = 2**30
-
-
-class Spec(Protocol):
-    """What is needed of a `ViewSpec`."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def bicubic(self) -> bool: ...
-    @property
-    def mean(self) -> tuple[float, float, float]: ...
-    @property
-    def std(self) -> tuple[float, float, float]: ...
-
-
-@dataclass
-class Crops:
-    """The views of a batch, cut and resized; colours are still the images' own."""
-
-    views: list[Tensor]  # V tensors [B, size, size, 3], uint8
-    tables: list[Tensor]  # V tensors [B, P], for `fastjem.functional.augment`
-    labels: Tensor  # [B] int64
-    unreadable: list[tuple[str, str]]  # (path, reason): nothing, as all are read beforehand
 
 
 @dataclass
@@ -116,8 +96,6 @@ class ImageArray:
 
         A file that can't be read is left out and named in `unreadable`.
         """
-        from fastjem.data.folder import ImageFolder
-
         folder = ImageFolder(root)
         needed, count = len(folder) * size * size * 3, len(folder)
         if needed > budget:
@@ -132,25 +110,25 @@ class ImageArray:
             try:
                 images[i] = _square(folder.image(i), size)
             except Exception as error:  # whatever a decoder may raise on a broken file
-                bad[i] = str(error).splitlines()[0] if str(error) else type(error).__name__
+                bad[i] = reason(error, folder.path(i))
 
         with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
             list(pool.map(read, range(count)))
         good = np.array([i for i in range(count) if i not in bad], dtype=np.int64)
-        unreadable = [(folder.path(i), bad[i].replace(f" '{folder.path(i)}'", "")) for i in sorted(bad)]
+        unreadable = [(folder.path(i), bad[i]) for i in sorted(bad)]
         if not len(good):
             raise UserError("none of the files can be read; the first: {}: {}".format(*unreadable[0]))
         kept = images if len(good) == count else images[good]
         return cls(torch.from_numpy(kept), torch.from_numpy(folder.labels[good]), list(folder.classes), unreadable)
 
-    def crops(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[Spec]) -> list[Tensor]:
+    def crops(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec]) -> list[Tensor]:
         """V tensors [B, size, size, 3] uint8: the tables' windows of images `indices`, in the specs' sizes."""
         return [
             F.crop_resize(self.images, indices, table, size=spec.size, bicubic=spec.bicubic)
             for table, spec in zip(tables, specs, strict=True)
         ]
 
-    def views(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[Spec], **options) -> list[Tensor]:
+    def views(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec], **options) -> list[Tensor]:
         """V tensors [B, 3, size, size]: the tables carried out; options as of `fastjem.functional.augment`."""
         return [
             F.augment(crop, table, mean=spec.mean, std=spec.std, **options)
@@ -170,64 +148,39 @@ def _square(image, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-# (spec, view, epoch, samples [B], height, width) -> [B, P]: keyed so that no batch or rank changes a sample's views
-Tables = Callable[[Spec, int, int, np.ndarray, int, int], np.ndarray]
-
-
 class MemoryLoader:
     """Batches of crops of an `ImageArray` from step `start` to `stop`, on its device: `ViewLoader`'s interface.
 
     Args:
         array: the images.
         specs: one for each view.
-        tables: draws a view's table of parameters for samples of one epoch (see `Tables`).
         batch: images over all ranks; this rank gets batch / ranks of them. An epoch is the whole batches in the data.
-        seed, start, stop, rank, ranks: as for `ViewLoader`; the order of samples is a permutation keyed (seed, epoch).
+        seed, start, stop, rank, ranks: as for `ViewLoader`; samples are numbered as in the array.
     """
 
     def __init__(
-        self,
-        array: ImageArray,
-        specs: Sequence[Spec],
-        tables: Tables,
-        *,
-        batch: int,
-        seed: int = 0,
-        start: int = 0,
-        stop: int,
-        rank: int = 0,
-        ranks: int = 1,
-    ):
+        self, array: ImageArray, specs: Sequence[ViewSpec], *, batch: int, seed: int = 0, start: int = 0, stop: int,
+        rank: int = 0, ranks: int = 1,
+    ):  # fmt: skip
         if batch > len(array) or batch % ranks:
             raise ValueError(
                 f"MemoryLoader: batch must divide by {ranks} ranks and be at most {len(array)} images, got {batch}"
             )
-        self.array, self.specs, self.tables = array, list(specs), tables
-        self.batch, self.seed, self.start, self.stop, self.rank, self.ranks = batch, seed, start, stop, rank, ranks
+        self.array, self.specs, self.seed = array, list(specs), seed
+        self.order = Order(len(array), batch, seed, start, stop, rank, ranks)
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.order)
 
     def __iter__(self) -> Iterator[Crops]:
-        array, device = self.array, self.array.images.device
-        per_epoch, local = len(array) // self.batch, self.batch // self.ranks
-        epoch_of_order, order = -1, np.arange(0)
-        for step in range(self.start, self.stop):
-            epoch, position = divmod(step, per_epoch)
-            if epoch != epoch_of_order:
-                order = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1])).permutation(len(array))
-                epoch_of_order = epoch
-            first = position * self.batch + self.rank * local
-            samples = order[first : first + local]
-            drawn = [
-                self.tables(spec, view, epoch, samples, array.height, array.width)
-                for view, spec in enumerate(self.specs)
-            ]
-            tables = [
-                torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device, non_blocking=True) for x in drawn
-            ]
+        array, draw = self.array, Parameters(self.specs)
+        device = array.images.device
+        for keys in self.order:
+            samples = np.array([sample for _, sample in keys])
+            drawn = torch.from_numpy(draw(self.seed, keys[0][0], samples, array.height, array.width))
+            tables = list(drawn.to(device, non_blocking=True))
             indices = torch.from_numpy(samples).to(device, non_blocking=True)
-            yield Crops(array.crops(indices, tables, self.specs), tables, array.labels[indices], [])  # type: ignore
+            yield Crops(array.crops(indices, tables, self.specs), tables, [])
 
 
 def is_array(path: str | os.PathLike[str]) -> bool:
