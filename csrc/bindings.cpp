@@ -24,8 +24,10 @@ static void use_isa(int wanted) {
   chosen = static_cast<Isa>(wanted);
 }
 
+void bind_augment(pybind11::module_&);
 void bind_characteristic(pybind11::module_&);
 void bind_covariance(pybind11::module_&);
+void bind_crop_resize(pybind11::module_&);
 void bind_cross_entropy(pybind11::module_&);
 void bind_ema_update(pybind11::module_&);
 void bind_negative_cosine(pybind11::module_&);
@@ -42,8 +44,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of fastjem. Addresses come unchecked: call them through fastjem.kernels.cpu.";
   m.def("isa", [] { return static_cast<int>(fastjem::isa()); }, "The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.");
   m.def("use_isa", &fastjem::use_isa, "Use a lesser instruction set: for tests.");
+  fastjem::bind_augment(m);
   fastjem::bind_characteristic(m);
   fastjem::bind_covariance(m);
+  fastjem::bind_crop_resize(m);
   fastjem::bind_cross_entropy(m);
   fastjem::bind_ema_update(m);
   fastjem::bind_negative_cosine(m);

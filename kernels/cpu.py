@@ -99,6 +99,7 @@ def regression(
     return torch.full((), total * scale, dtype=dtype), [gradient], torch.full((), scale, dtype=dtype)
 
 
+from fastjem.kernels.cpu_augment import augment, crop_resize  # noqa: E402, F401
 from fastjem.kernels.cpu_contrastive import (  # noqa: E402, F401
     clip_loss,
     clip_loss_backward,

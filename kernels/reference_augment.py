@@ -141,7 +141,7 @@ def crop_resize(
 ) -> Tensor:
     """[B, size, size, 3] uint8: the windows TOP, LEFT, HEIGHT, WIDTH of images `indices`, resized with antialiasing.
 
-    Columns first, rounded to levels, then rows, as Pillow does. Windows are cut to the image.
+    Columns first, rounded to levels, then rows, as torch does on uint8. Windows are cut to the image.
     """
     top, left, height, width = parameters[:, : WIDTH + 1].unbind(1)
     x = images[indices].permute(0, 3, 1, 2).to(parameters.dtype)

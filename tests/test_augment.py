@@ -137,3 +137,42 @@ def test_compiles_in_one_graph(op, implementation):
     torch._dynamo.reset()
     step = torch.compile(lambda x, q: F.augment(x, q, **NORMAL) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(step(images, p), F.augment(images, p, **NORMAL) + 1)
+
+
+crop = pytest.mark.parametrize("op", ["crop_resize"])
+
+
+@crop
+@pytest.mark.parametrize("bicubic", [False, True], ids=["bilinear", "bicubic"])
+@pytest.mark.parametrize("height, width, size", [(40, 53, 24), (32, 32, 32), (9, 14, 31), (1, 1, 3), (70, 3, 5)])
+def test_the_values_of_a_window_are_torchs(op, bicubic, height, width, size, implementation):
+    """Within a level of torch on uint8, whose weights have 16 bits, and mostly the same."""
+    images = pictures(3, height, width, seed=2)
+    indices = torch.tensor([2, 0, 1, 1, 2, 0, 0, 2])
+    p = view_table(8, seed=4, height=height, width=width)
+    p[0, : table.WIDTH + 1] = torch.tensor([0, 0, height, width])
+    ours = F.crop_resize(*(x.to(implementation.device) for x in (images, indices, p)), size=size, bicubic=bicubic)
+    theirs = torch.empty_like(ours, device="cpu")
+    for view, index, (top, left, h, w) in zip(theirs, indices, p[:, :4].int().tolist(), strict=True):
+        window = images[index, top : top + h, left : left + w].permute(2, 0, 1)[None]
+        mode = "bicubic" if bicubic else "bilinear"
+        resized = torch.nn.functional.interpolate(window, (size, size), mode=mode, antialias=True)
+        view.copy_(resized[0].permute(1, 2, 0))
+    difference = (ours.cpu().int() - theirs.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.06
+
+
+@crop
+def test_windows_are_cut_to_the_image(op, implementation):
+    images = pictures(2, 12, 15)
+    wild, tame = neutral(4), neutral(4)
+    wild[:, :4] = torch.tensor([[-5, 3, 99, 6], [4, -1e30, 5, 1e30], [50, 50, 3, 3], [2.5, 3.5, 4.9, 0]])
+    tame[:, :4] = torch.tensor([[0, 3, 12, 6], [4, 0, 5, 15], [11, 14, 1, 1], [2, 3, 4, 1]])
+    indices = torch.tensor([1, 0, 1, 0])
+    a, b = (F.crop_resize(*(x.to(implementation.device) for x in (images, indices, p)), size=7) for p in (wild, tame))
+    assert torch.equal(a, b)
+    strided = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).to(implementation.device)
+    assert torch.equal(b, F.crop_resize(strided, indices.to(a.device), tame.to(a.device), size=7))
+    if implementation.device == "cpu" and implementation.name != "triton":
+        with pytest.raises(IndexError):
+            F.crop_resize(images, indices + 1, tame, size=7)

@@ -39,7 +39,8 @@ def augment(
 
     Returns [B, 3, H, W]. Definitions are torchvision's for tensors (v2.functional): contrast around the mean of the
     gray image, hue in HSV, a true Gaussian with reflected borders and radius ceil(3 sigma), at most what fits the
-    image. A value out of its range is taken as the nearest in it. Raises ValueError for other shapes and dtypes.
+    image. An order or a sigma out of its range is taken as the nearest in it. Raises ValueError for other shapes and
+    dtypes.
     """
     contract = "images must be [B, H, W, 3] uint8"
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:
@@ -67,7 +68,7 @@ def crop_resize(images: Tensor, indices: Tensor, parameters: Tensor, *, size: in
         size: of the result, in pixels.
         bicubic: Keys' cubic (a = -0.5) in place of the triangle (bilinear).
 
-    Returns [B, size, size, 3] uint8, as Pillow's `resize` of the cut window does, within a level.
+    Returns [B, size, size, 3] uint8, within a level of torch's `interpolate(antialias=True)` of the window as uint8.
     """
     contract = "images must be [N, H, W, 3] uint8"
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:

@@ -1,0 +1,100 @@
+"""Views from a table of parameters, drawn as SimCLR's recipe says (jitter 0.8, 0.8, 0.8, 0.2; blur for one in two)."""
+
+import torch
+from torch import Tensor
+
+import fastjem.functional as F
+from fastjem.bench.case import Case, Draw
+from fastjem.kernels import reference
+from fastjem.kernels import reference_augment as table
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def draw_table(draw: Draw, rows: int, blur: bool, height: int, width: int) -> Tensor:
+    """[B, P]"""
+    u = torch.rand(rows, 14, generator=draw.generator, device=draw.device)
+    p = torch.zeros(rows, table.COLUMNS, device=draw.device)
+    p[:, table.HEIGHT], p[:, table.WIDTH] = (
+        (height * (0.3 + 0.7 * u[:, 0])).floor(),
+        (width * (0.3 + 0.7 * u[:, 1])).floor(),
+    )
+    p[:, table.TOP] = (u[:, 2] * (height + 1 - p[:, table.HEIGHT])).floor()
+    p[:, table.LEFT] = (u[:, 3] * (width + 1 - p[:, table.WIDTH])).floor()
+    p[:, table.FLIP] = (u[:, 4] < 0.5).float()
+    jitter = u[:, 5:6] < 0.8
+    p[:, table.BRIGHTNESS : table.HUE] = torch.where(jitter, 0.2 + 1.6 * u[:, 6:9], 1)
+    p[:, table.HUE] = torch.where(jitter[:, 0], 0.4 * u[:, 9] - 0.2, 0)
+    p[:, table.ORDER] = (24 * u[:, 10]).floor()
+    p[:, table.GRAYSCALE] = (u[:, 11] < 0.2).float()
+    if blur:
+        p[:, table.SIGMA] = torch.where(u[:, 12] < 0.5, 0.1 + 1.9 * u[:, 13], 0)
+    return p
+
+
+def torchvision():
+    """One image after the other, as a loader's workers do it; on floats, so that results compare."""
+    from torchvision.transforms.v2 import functional as V
+
+    steps = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
+
+    def one(image: Tensor, row: list[float]) -> Tensor:
+        x = image.permute(2, 0, 1).float() / 255
+        if row[table.FLIP]:
+            x = V.horizontal_flip(x)
+        for i in table.ORDERS[int(row[table.ORDER])]:
+            if row[table.BRIGHTNESS + i] != (0 if i == 3 else 1):
+                x = steps[i](x, row[table.BRIGHTNESS + i])
+        if row[table.GRAYSCALE]:
+            x = V.rgb_to_grayscale(x, num_output_channels=3)
+        if sigma := row[table.SIGMA]:
+            x = V.gaussian_blur(x, [2 * min(-int(-3 * sigma // 1), (x.shape[1] - 1) // 2) + 1] * 2, [sigma, sigma])
+        return V.normalize(x, MEAN, STD)
+
+    def run(images: Tensor, parameters: Tensor) -> Tensor:
+        return torch.stack([one(*pair) for pair in zip(images, parameters.tolist(), strict=True)])
+
+    return run
+
+
+def case(batch: int, size: int, dtype: torch.dtype = torch.float32, blur: bool = True, **options) -> Case:
+    """uint8 pixels and the table are read, the result is written."""
+
+    def inputs(draw: Draw) -> tuple[Tensor, Tensor]:
+        coarse = torch.rand(batch, 3, 8, 8, generator=draw.generator, device=draw.device)
+        images = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255
+        return images.byte().permute(0, 2, 3, 1).contiguous(), draw_table(draw, batch, blur, size, size)
+
+    return Case(
+        "augment", f"{batch} x {size} x {size}" + ("" if blur else ", no blur"), inputs,
+        lambda x, p: reference.augment(x, p, MEAN, STD, dtype, False, False, 128.0),
+        lambda x, p: F.augment(x, p, mean=MEAN, std=STD, dtype=dtype), dtype=dtype, peers={"torchvision": torchvision},
+        bytes=batch * (size * size * 3 * (1 + dtype.itemsize) + 4 * table.COLUMNS), **options,
+    )  # fmt: skip
+
+
+def crop_case(count: int, source: int, size: int, bicubic: bool = False, **options) -> Case:
+    """Of each window, about 0.42 of the image, every pixel is read; the views are written."""
+
+    def inputs(draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        images = torch.randint(256, (count, source, source, 3), generator=draw.generator, device=draw.device)
+        indices = torch.randint(count, (count,), generator=draw.generator, device=draw.device)
+        return images.byte(), indices, draw_table(draw, count, False, source, source)
+
+    return Case(
+        "crop_resize", f"{count} x {source} -> {size}" + (", bicubic" if bicubic else ""), inputs,
+        lambda *x: reference.crop_resize(*x, size, bicubic),
+        lambda *x: F.crop_resize(*x, size=size, bicubic=bicubic), dtype=torch.uint8,
+        bytes=count * 3 * (int(0.42 * source * source) + size * size), **options,
+    )  # fmt: skip
+
+
+CASES = [
+    case(16, 224, devices=("cpu",)),
+    case(256, 32, blur=False, devices=("cpu",)),
+    case(2048, 224, torch.bfloat16, devices=("cuda",)),
+    case(8192, 32, torch.bfloat16, blur=False, devices=("cuda",)),
+    crop_case(256, 32, 32, devices=("cpu",)),
+    crop_case(8192, 32, 32, devices=("cuda",)),
+    crop_case(16, 256, 224, bicubic=True),
+]

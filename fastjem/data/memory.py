@@ -1,0 +1,235 @@
+"""All images in memory as one uint8 array, of the CPU or a GPU, and views of them without any decoding.
+
+For sets of small images (CIFAR), and for larger ones shrunk once until they fit a stated number of bytes.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastjem.functional as F
+from fastjem.errors import UserError
+
+GIBIBYTE = 2**30
+
+
+class Spec(Protocol):
+    """What is needed of a `ViewSpec`."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def bicubic(self) -> bool: ...
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+
+
+@dataclass
+class Crops:
+    """The views of a batch, cut and resized; colours are still the images' own."""
+
+    views: list[Tensor]  # V tensors [B, size, size, 3], uint8
+    tables: list[Tensor]  # V tensors [B, P], for `fastjem.functional.augment`
+    labels: Tensor  # [B] int64
+    unreadable: list[tuple[str, str]]  # (path, reason): nothing, as all are read beforehand
+
+
+@dataclass
+class ImageArray:
+    """N images of one size with their labels.
+
+    Args:
+        images: [N, H, W, 3] uint8, on any device.
+        labels: [N] int64, zeros if there are none.
+        classes: the labels' names, if they have any.
+        unreadable: (path, reason) of files that were left out.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    classes: list[str] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        x = self.images
+        if x.dim() != 4 or x.dtype != torch.uint8 or 0 in x.shape or 3 not in (x.shape[1], x.shape[3]):
+            raise ValueError(
+                f"ImageArray: images must be [N, H, W, 3] or [N, 3, H, W] uint8, got {tuple(x.shape)} {x.dtype}"
+            )
+        self.images = (x if x.shape[3] == 3 else x.permute(0, 2, 3, 1)).contiguous()
+        if self.labels is None:
+            self.labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        self.labels = self.labels.to(x.device, torch.int64)
+        if self.labels.shape != (len(x),):
+            raise ValueError(f"ImageArray: labels must be [{len(x)}], got {tuple(self.labels.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def height(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.images.shape[2]
+
+    def to(self, device: torch.device | str) -> "ImageArray":
+        return ImageArray(self.images.to(device), self.labels.to(device), self.classes, self.unreadable)  # type: ignore
+
+    @classmethod
+    def from_npz(cls, path: str | os.PathLike[str]) -> "ImageArray":
+        """A .npz (or .npy, without labels) with `images` [N, H, W, 3] or [N, 3, H, W] uint8, and `labels` [N]."""
+        try:
+            loaded = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} can't be read as .npz or .npy: {error}") from None
+        arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        if "images" not in arrays:
+            raise UserError(f"{path} must hold an array `images`, and may hold `labels`; it holds {sorted(arrays)}")
+        labels = torch.from_numpy(arrays["labels"].astype(np.int64).reshape(-1)) if "labels" in arrays else None
+        try:
+            return cls(torch.from_numpy(arrays["images"]), labels)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_folder(
+        cls, root: str | os.PathLike[str], *, size: int, budget: float = 4 * GIBIBYTE, threads: int = 0
+    ) -> "ImageArray":
+        """Every image of a folder, its shorter side resized to `size` pixels and the middle square kept.
+
+        Args:
+            root: nested or flat; the first level of folders are the classes.
+            size: in pixels, H and W of the array; images of that size already stay as they are.
+            budget: the most bytes that the array may take. Beyond it a UserError says which size would fit.
+            threads: that decode; 0: as many as there are cores.
+
+        A file that can't be read is left out and named in `unreadable`.
+        """
+        from fastjem.data.folder import ImageFolder
+
+        folder = ImageFolder(root)
+        needed, count = len(folder) * size * size * 3, len(folder)
+        if needed > budget:
+            fits = int((budget / 3 / count) ** 0.5)
+            raise UserError(
+                f"{count} images of {size} x {size} take {needed / GIBIBYTE:.2f} GiB, more than the budget of "
+                f"{budget / GIBIBYTE:.2f} GiB; {fits} x {fits} would fit"
+            )
+        images, bad = np.empty((count, size, size, 3), np.uint8), {}
+
+        def read(i: int) -> None:
+            try:
+                images[i] = _square(folder.image(i), size)
+            except Exception as error:  # whatever a decoder may raise on a broken file
+                bad[i] = str(error).splitlines()[0] if str(error) else type(error).__name__
+
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+            list(pool.map(read, range(count)))
+        good = np.array([i for i in range(count) if i not in bad], dtype=np.int64)
+        unreadable = [(folder.path(i), bad[i].replace(f" '{folder.path(i)}'", "")) for i in sorted(bad)]
+        if not len(good):
+            raise UserError("none of the files can be read; the first: {}: {}".format(*unreadable[0]))
+        kept = images if len(good) == count else images[good]
+        return cls(torch.from_numpy(kept), torch.from_numpy(folder.labels[good]), list(folder.classes), unreadable)
+
+    def crops(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[Spec]) -> list[Tensor]:
+        """V tensors [B, size, size, 3] uint8: the tables' windows of images `indices`, in the specs' sizes."""
+        return [
+            F.crop_resize(self.images, indices, table, size=spec.size, bicubic=spec.bicubic)
+            for table, spec in zip(tables, specs, strict=True)
+        ]
+
+    def views(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[Spec], **options) -> list[Tensor]:
+        """V tensors [B, 3, size, size]: the tables carried out; options as of `fastjem.functional.augment`."""
+        return [
+            F.augment(crop, table, mean=spec.mean, std=spec.std, **options)
+            for crop, table, spec in zip(self.crops(indices, tables, specs), tables, specs, strict=True)
+        ]
+
+
+def _square(image, size: int) -> np.ndarray:
+    """A Pillow image -> [size, size, 3]."""
+    if image.size != (size, size):
+        from PIL import Image
+
+        short = min(image.size)
+        left, top = (image.width - short) / 2, (image.height - short) / 2
+        box = (left, top, left + short, top + short)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image)
+
+
+# (spec, view, epoch, samples [B], height, width) -> [B, P]: keyed so that no batch or rank changes a sample's views
+Tables = Callable[[Spec, int, int, np.ndarray, int, int], np.ndarray]
+
+
+class MemoryLoader:
+    """Batches of crops of an `ImageArray` from step `start` to `stop`, on its device: `ViewLoader`'s interface.
+
+    Args:
+        array: the images.
+        specs: one for each view.
+        tables: draws a view's table of parameters for samples of one epoch (see `Tables`).
+        batch: images over all ranks; this rank gets batch / ranks of them. An epoch is the whole batches in the data.
+        seed, start, stop, rank, ranks: as for `ViewLoader`; the order of samples is a permutation keyed (seed, epoch).
+    """
+
+    def __init__(
+        self,
+        array: ImageArray,
+        specs: Sequence[Spec],
+        tables: Tables,
+        *,
+        batch: int,
+        seed: int = 0,
+        start: int = 0,
+        stop: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        if batch > len(array) or batch % ranks:
+            raise ValueError(
+                f"MemoryLoader: batch must divide by {ranks} ranks and be at most {len(array)} images, got {batch}"
+            )
+        self.array, self.specs, self.tables = array, list(specs), tables
+        self.batch, self.seed, self.start, self.stop, self.rank, self.ranks = batch, seed, start, stop, rank, ranks
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[Crops]:
+        array, device = self.array, self.array.images.device
+        per_epoch, local = len(array) // self.batch, self.batch // self.ranks
+        epoch_of_order, order = -1, np.arange(0)
+        for step in range(self.start, self.stop):
+            epoch, position = divmod(step, per_epoch)
+            if epoch != epoch_of_order:
+                order = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1])).permutation(len(array))
+                epoch_of_order = epoch
+            first = position * self.batch + self.rank * local
+            samples = order[first : first + local]
+            drawn = [
+                self.tables(spec, view, epoch, samples, array.height, array.width)
+                for view, spec in enumerate(self.specs)
+            ]
+            tables = [
+                torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device, non_blocking=True) for x in drawn
+            ]
+            indices = torch.from_numpy(samples).to(device, non_blocking=True)
+            yield Crops(array.crops(indices, tables, self.specs), tables, array.labels[indices], [])  # type: ignore
+
+
+def is_array(path: str | os.PathLike[str]) -> bool:
+    """Whether `--data` names a file for `ImageArray.from_npz`."""
+    return Path(path).suffix in (".npz", ".npy")

@@ -1,0 +1,102 @@
+"""Images held in memory: what is read, what a budget refuses, and that views depend on nothing but their key."""
+
+import numpy as np
+import pytest
+import torch
+from fastjem.kernels import reference_augment as table
+from images import make_folder
+from view_tables import pictures, view_table
+
+import fastjem.functional as F
+from fastjem.data.memory import ImageArray, MemoryLoader
+from fastjem.data.views import ViewSpec
+from fastjem.errors import UserError
+
+
+def tables(spec, view, epoch, samples, height, width) -> np.ndarray:
+    rows = [view_table(1, seed=int(1000 * epoch + 10 * i + view), height=height, width=width) for i in samples]
+    return torch.cat(rows).numpy()
+
+
+SPECS = [ViewSpec(size=12), ViewSpec(size=12, bicubic=True), ViewSpec(size=6)]
+
+
+def test_a_folder_is_held_as_its_pixels(tmp_path):
+    from PIL import Image
+
+    make_folder(tmp_path, images=10, classes=2, size=24)
+    (tmp_path / "class1" / "broken.png").write_bytes(b"\x89PNG")
+    array = ImageArray.from_folder(tmp_path, size=24, threads=2)
+    files = sorted(p for p in tmp_path.rglob("*.png") if p.name != "broken.png")
+    assert len(array) == 10 and array.classes == ["class0", "class1"]
+    for image, label, path in zip(array.images, array.labels, files, strict=True):
+        assert np.array_equal(image.numpy(), np.asarray(Image.open(path))) and path.parent.name == f"class{label}"
+    ((path, reason),) = array.unreadable
+    assert path.endswith("broken.png") and reason
+    Image.new("RGB", (50, 24), (0, 0, 255)).save(tmp_path / "class0" / "wide.png")
+    small = ImageArray.from_folder(tmp_path, size=16)
+    assert small.images.shape == (11, 16, 16, 3) and (small.images == torch.tensor([0, 0, 255])).all(3).any()
+
+
+def test_a_budget_refuses_with_what_would_fit(tmp_path):
+    make_folder(tmp_path, images=4, classes=0, size=24)
+    with pytest.raises(UserError, match=r"4 images of 24 x 24 take .* GiB; 16 x 16 would fit"):
+        ImageArray.from_folder(tmp_path, size=24, budget=4 * 3 * 16 * 16)
+    assert len(ImageArray.from_folder(tmp_path, size=16, budget=4 * 3 * 16 * 16)) == 4
+
+
+def test_arrays_and_files_of_arrays(tmp_path):
+    images, labels = pictures(5, 8, 9), torch.arange(5)
+    np.savez(tmp_path / "a.npz", images=images.numpy(), labels=labels.numpy()[:, None])
+    np.save(tmp_path / "b.npy", images.permute(0, 3, 1, 2).numpy())
+    a, b = ImageArray.from_npz(tmp_path / "a.npz"), ImageArray.from_npz(tmp_path / "b.npy")
+    assert torch.equal(a.images, images) and torch.equal(b.images, images)
+    assert torch.equal(a.labels, labels) and not b.labels.any()
+    np.savez(tmp_path / "c.npz", pixels=images.numpy())
+    with pytest.raises(UserError, match=r"must hold an array `images`.*pixels"):
+        ImageArray.from_npz(tmp_path / "c.npz")
+    with pytest.raises(ValueError, match=r"ImageArray: images must be .* got \(5, 8, 9, 3\) torch.float32"):
+        ImageArray(images.float())
+    with pytest.raises(ValueError, match=r"ImageArray: labels must be \[5\], got \(4,\)"):
+        ImageArray(images, labels[:4])
+
+
+def test_views_are_the_tables_carried_out():
+    array, indices = ImageArray(pictures(6, 20, 24)), torch.tensor([3, 0, 3])
+    drawn = [torch.from_numpy(tables(s, v, 0, indices.numpy(), 20, 24)) for v, s in enumerate(SPECS)]
+    views = array.views(indices, drawn, SPECS)
+    assert [tuple(x.shape) for x in views] == [(3, 3, 12, 12)] * 2 + [(3, 3, 6, 6)]
+    top, left, height, width = drawn[0][1, :4].int().tolist()
+    window = array.images[:1, top : top + height, left : left + width].permute(0, 3, 1, 2)
+    crop = torch.nn.functional.interpolate(window, (12, 12), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    expected = F.augment(crop, drawn[0][1:2], mean=SPECS[0].mean, std=SPECS[0].std)
+    assert ((views[0][1] - expected[0]).abs() * 58).mean() < 0.3  # levels; a level's difference in the crop at most
+
+
+def test_batches_ranks_and_resuming_leave_a_sample_its_views():
+    array = ImageArray(pictures(9, 16, 16), torch.arange(9))
+
+    def loaded(**options) -> dict[tuple[int, int], list[torch.Tensor]]:
+        found, batch = {}, options["batch"] // options.get("ranks", 1)
+        for crops in MemoryLoader(array, SPECS, tables, seed=3, **options):
+            assert len(crops.labels) == batch and not crops.unreadable
+            for i, label in enumerate(crops.labels.tolist()):
+                found[label, len([k for k in found if k[0] == label])] = [
+                    x[i] for x in (*crops.views, *(t[:, table.FLIP :] for t in crops.tables))
+                ]
+        return found
+
+    whole = loaded(batch=4, stop=2)  # an epoch: 8 of 9 images
+    assert len(whole) == 8 and len({label for label, _ in whole}) == 8
+    parts = {
+        **loaded(batch=4, start=1, stop=2),
+        **loaded(batch=4, stop=1, ranks=2, rank=1),
+        **loaded(batch=4, stop=1, ranks=2),
+    }
+    assert parts.keys() == whole.keys()
+    halves = loaded(batch=2, stop=4)
+    assert halves.keys() == whole.keys()
+    for other in (parts, halves):
+        assert all(torch.equal(a, b) for key in whole for a, b in zip(whole[key], other[key], strict=True))
+    with pytest.raises(ValueError, match="MemoryLoader: batch must divide by 2 ranks and be at most 9 images, got 5"):
+        MemoryLoader(array, SPECS, tables, batch=5, stop=1, ranks=2)
