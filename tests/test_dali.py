@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
+import fastjem.functional as F
 from fastjem.data import dali
 from fastjem.data.dali import DaliViews, jpeg_size
 from fastjem.data.folder import ImageFolder, read_image
-from fastjem.data.views import ViewSpec
+from fastjem.data.loader import execute
+from fastjem.data.parameters import draw, generator
+from fastjem.data.views import RECIPES, ViewSpec
 from fastjem.errors import UserError
 
 SPECS = [ViewSpec(size=48), ViewSpec(size=32, bicubic=True)]
@@ -187,6 +191,24 @@ def test_the_graph_for_a_gpu_is_on_the_gpu(monkeypatch) -> None:
     assert sorted(kind for kind in kinds if "xternal" not in kind[0]) == [
         ("Image", "gpu"), ("Resize", "gpu"), ("Resize", "gpu"), ("Slice", "gpu"), ("Slice", "gpu")
     ]  # fmt: skip
+
+
+def test_tables_are_the_parameters_drawn() -> None:
+    """Carried out by the operator and by torchvision: the same picture."""
+    spec = replace(RECIPES["byol"].large[1], size=64, blur=0.5, jitter_probability=0.9)
+    keys, sizes = [(2, 7 * i) for i in range(40)], np.array([[90, 120]] * 40)
+    (rows,) = dali.drawn([spec], 3)(keys, sizes)
+    off = []
+    for (epoch, sample), row in zip(keys, torch.from_numpy(rows), strict=True):
+        image, parameters = picture(sample), draw(spec, 90, 120, generator(3, epoch, sample, 0))
+        true = execute(image, spec, parameters).float()
+        crop = execute(
+            image, spec, replace(parameters, flip=False, jitter=(), grayscale=False, sigma=None, solarize=False)
+        )
+        x = F.augment(crop.permute(1, 2, 0)[None].contiguous(), row[None], mean=(0, 0, 0), std=(1, 1, 1), exact=True)
+        off.append((x[0] * 255 - true).abs())
+    # Pillow's hue is in 8 bits, and a level at the threshold of solarize is a flip: most, not all
+    assert torch.stack(off).mean() < 1.5 and np.median([x.max() for x in off]) <= 12
 
 
 def test_tune_measures_every_share() -> None:

@@ -161,11 +161,7 @@ def render(found: dict[str, Any], show: int = 20) -> str:
     lines = [("files", f"{found['files']} {kind}, {found['bytes'] / 1e6:.1f} MB")]
     if "median" in found:
         sizes = ", ".join(f"{name} {found[name][0]} x {found[name][1]}" for name in ("smallest", "median", "largest"))
-        marks = {
-            "progressive": found["progressive"],
-            "turned by EXIF": found["turned"],
-            "copies of others": found["copies"],
-        }
+        marks = {"progressive": "progressive", "turned": "turned by EXIF", "copies": "copies of others"}
         lines += [
             ("formats", listed(found["formats"])),
             ("modes", listed(found["modes"])),

@@ -22,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastjem.data.folder import ImageFolder, read_image, reason
+from fastjem.data.parameters import draw, generator
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
-from fastjem.kernels.reference_augment import HEIGHT, LEFT, TOP, WIDTH
+from fastjem.kernels import reference_augment as table
 
 LOADERS = ("auto", "dali", "dali-cpu", "torch")
 SHARES = (0.0, 0.12, 0.25, 0.5, 0.65, 0.9)  # of the JPEG files that a GPU's fixed-function decoder may be given
@@ -83,7 +84,7 @@ class Crops:
     """One batch: all that is left to do is the colour step."""
 
     views: list[Tensor]  # V tensors [B, size, size, 3], uint8
-    tables: list[np.ndarray]  # V tables [B, P], float32
+    tables: list[Tensor]  # V tables [B, P], for `fastjem.functional.augment`
     unreadable: list[Bad]  # files that another image replaced
 
 
@@ -100,8 +101,8 @@ class _Fed:
     windows: list[np.ndarray] = field(init=False)  # of each view the corners [B, 2] and the extents [B, 2]
 
     def __post_init__(self) -> None:
-        columns = ([TOP, LEFT], [HEIGHT, WIDTH])
-        self.windows = [np.ascontiguousarray(t[:, c], dtype=np.int32) for t in self.tables for c in columns]
+        columns = ([table.TOP, table.LEFT], [table.HEIGHT, table.WIDTH])
+        self.windows = [np.ascontiguousarray(np.asarray(t)[:, c], dtype=np.int32) for t in self.tables for c in columns]
 
 
 class DaliViews:
@@ -161,7 +162,7 @@ class DaliViews:
                 batch = waiting.popleft()
                 # The dynamic executor never writes again to memory that someone holds: no copy is needed.
                 views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-                yield Crops(views, list(batch.tables), batch.unreadable)
+                yield Crops(views, [torch.as_tensor(x) for x in batch.tables], batch.unreadable)
 
     def _build(self, feed: Callable[[], tuple]) -> Any:
         return pipeline(
@@ -210,6 +211,25 @@ class DaliViews:
                 unreadable.append((path, reason(error, path)))
         path, why = unreadable[0]
         raise UserError(f"none of the files can be read; the first: {path}: {why}")
+
+
+def drawn(specs: Sequence[ViewSpec], seed: int) -> Tables:
+    """The parameters that `data.parameters.draw` has for each key and view, as tables."""
+
+    def tables(keys: Sequence[Key], sizes: np.ndarray) -> list[np.ndarray]:
+        out = [np.zeros((len(keys), table.COLUMNS), np.float32) for _ in specs]
+        for view, (spec, rows) in enumerate(zip(specs, out, strict=True)):
+            for row, (epoch, sample), (height, width) in zip(rows, keys, sizes.tolist(), strict=True):
+                p = draw(spec, height, width, generator(seed, epoch, sample, view))
+                row[: table.WIDTH + 1], row[table.FLIP], row[table.BRIGHTNESS : table.HUE] = p.box, p.flip, 1
+                steps = [table.JITTER.index(name) for name, _ in p.jitter]
+                for step, (_, value) in zip(steps, p.jitter, strict=True):
+                    row[table.BRIGHTNESS + step] = value
+                row[table.ORDER] = table.ORDERS.index((*steps, *(i for i in range(4) if i not in steps)))
+                row[table.GRAYSCALE], row[table.SIGMA], row[table.SOLARIZE] = p.grayscale, p.sigma or 0, p.solarize
+        return out
+
+    return tables
 
 
 def ppm(image: Image.Image) -> np.ndarray:
