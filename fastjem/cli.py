@@ -49,6 +49,11 @@ def views(argv: Sequence[str]) -> int:
     return _of_dataclass("views", "fastjem.report.views", argv)
 
 
+def check_data(argv: Sequence[str]) -> int:
+    """which files of a folder training would skip and why, sizes, counts, expected time of an epoch"""
+    return _of_dataclass("check-data", "fastjem.data.check", argv)
+
+
 def _of_dataclass(command: str, module: str, argv: Sequence[str]) -> int:
     """The module's dataclass `Config` says the options, its function `main(config)` gives the exit code."""
     try:
@@ -123,6 +128,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
     "report": report,
     "views": views,
+    "check-data": check_data,
     "methods": methods,
     "doctor": doctor,
     "bench": bench,
@@ -131,7 +137,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def usage() -> str:
     lines = ["usage: fastjem COMMAND [options]", ""]
-    lines += [f"  {name:<10} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<11} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "fastjem COMMAND --help says more; fastjem --version says which fastjem this is."])
 
 

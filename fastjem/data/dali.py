@@ -22,9 +22,10 @@ from PIL import Image
 
 from fastjem.data.batches import Crops, Key
 from fastjem.data.folder import ImageFolder, read_image, reason
+from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
-from fastjem.kernels.reference_augment import HEIGHT, LEFT, TOP, WIDTH
+from fastjem.kernels import reference_augment as table
 
 LOADERS = ("auto", "dali", "dali-cpu", "memory", "torch")
 SHARES = (0.0, 0.12, 0.25, 0.5, 0.65, 0.9)  # of the JPEG files that a GPU's fixed-function decoder may be given
@@ -90,8 +91,8 @@ class _Fed:
     windows: list[np.ndarray] = field(init=False)  # of each view the corners [B, 2] and the extents [B, 2]
 
     def __post_init__(self) -> None:
-        columns = ([TOP, LEFT], [HEIGHT, WIDTH])
-        self.windows = [np.ascontiguousarray(t[:, c], dtype=np.int32) for t in self.tables for c in columns]
+        columns = ([table.TOP, table.LEFT], [table.HEIGHT, table.WIDTH])
+        self.windows = [np.ascontiguousarray(np.asarray(t)[:, c], dtype=np.int32) for t in self.tables for c in columns]
 
 
 class DaliViews:
@@ -200,6 +201,12 @@ class DaliViews:
                 unreadable.append((path, reason(error, path)))
         path, why = unreadable[0]
         raise UserError(f"none of the files can be read; the first: {path}: {why}")
+
+
+def drawn(specs: Sequence[ViewSpec], seed: int) -> Tables:
+    """A batch lies in one epoch."""
+    parameters = Parameters(specs)
+    return lambda keys, sizes: parameters(seed, keys[0][0], [sample for _, sample in keys], *sizes.T)
 
 
 def ppm(image: Image.Image) -> np.ndarray:

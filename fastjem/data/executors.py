@@ -3,15 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from fastjem.data import dali
-from fastjem.data.batches import Crops, Key, Order
+from fastjem.data.batches import Crops, Order
 from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader
 from fastjem.data.memory import GIBIBYTE, ImageArray, MemoryLoader
-from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 
 LOADERS = dali.LOADERS
@@ -45,12 +43,9 @@ def create(
     if name == "torch":
         loader = ViewLoader(folder, specs, workers=workers, pin_memory=device.type == "cuda", **order)
         return loader, f"images are decoded by Pillow in {workers} processes"
-    parameters = Parameters(specs)
-
-    def tables(keys: Sequence[Key], sizes: np.ndarray) -> np.ndarray:  # a batch lies in one epoch
-        return parameters(seed, keys[0][0], [sample for _, sample in keys], *sizes.T)
-
     place: Any = "cuda" if name == "dali" else "cpu"
     keys = Order(len(folder), batch, seed, start, stop, rank, ranks)
-    loader = dali.DaliViews(folder, specs, keys, tables, batch=batch // ranks, device=place, threads=workers)
+    loader = dali.DaliViews(
+        folder, specs, keys, dali.drawn(specs, seed), batch=batch // ranks, device=place, threads=workers
+    )
     return loader, f"images are decoded by DALI on the {'GPU' if name == 'dali' else 'CPU'}"

@@ -1,0 +1,198 @@
+"""`fastjem check-data DIR`: every file is opened and decoded before a run has to."""
+
+import collections
+import concurrent.futures
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+import warnings
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastjem.data.folder import ImageFolder, read_image, reason
+from fastjem.errors import UserError
+
+MEASURED = 256  # files whose crops are timed; decoding is timed on all
+
+
+@dataclass
+class Config:
+    """What training would make of a folder: files that would be skipped and why, sizes, counts, time of an epoch."""
+
+    data: str = field(metadata={"help": "folder of images, nested or flat", "positional": True})
+    views: int = field(default=2, metadata={"help": "of an image, for the expected time"})
+    image_size: int = field(default=224, metadata={"help": "of a view; smaller images are counted"})
+    workers: int = field(default=-1, metadata={"help": "processes; -1: one a core"})
+    show: int = field(default=20, metadata={"help": "skipped files that are named; 0: all"})
+    json: bool = field(default=False, metadata={"help": "everything as one JSON object, all skipped files in it"})
+
+
+@dataclass
+class File:
+    """What one file is; `why` says what is wrong with one that can't be read."""
+
+    bytes: int = 0
+    digest: bytes = b""
+    kind: str = ""  # "JPEG"
+    mode: str = ""  # as it is stored: "L", "CMYK"
+    width: int = 0
+    height: int = 0
+    turned: bool = False  # by its EXIF orientation
+    progressive: bool = False
+    read: float = 0.0  # seconds of one core
+    crop: float = 0.0
+    why: str = ""
+
+
+def examine(path: str, crop: int = 0) -> File:
+    """Read and decode a file as training does; with `crop`, also resize half of its area to crop x crop, timed."""
+    found, begin = File(), time.thread_time()
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        found.bytes, found.digest = len(data), hashlib.blake2b(data, digest_size=16).digest()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble
+            with Image.open(io.BytesIO(data)) as image:
+                found.kind, found.mode = image.format or "", image.mode
+                found.turned = image.getexif().get(0x0112, 1) != 1
+                found.progressive = bool(image.info.get("progressive"))
+            begin = time.thread_time()
+            image = read_image(path)
+    except Exception as error:  # whatever a decoder may raise on a broken file
+        found.why = reason(error, path)
+        return found
+    found.read = time.thread_time() - begin
+    found.width, found.height = image.size
+    if crop:
+        begin = time.thread_time()
+        side = 0.5**0.5
+        window = (0, 0, max(side * image.width, 1), max(side * image.height, 1))
+        np.asarray(image.resize((crop, crop), Image.Resampling.BILINEAR, window))
+        found.crop = time.thread_time() - begin
+    return found
+
+
+def scan(folder: ImageFolder, image_size: int, workers: int) -> list[File]:
+    """All files, in order, by `workers` processes."""
+    every = max(len(folder) // MEASURED, 1)
+    paths = [folder.path(i) for i in range(len(folder))]
+    crops = [image_size if i % every == 0 else 0 for i in range(len(folder))]
+    if workers <= 1 or len(folder) < 64:
+        return [examine(path, crop) for path, crop in zip(paths, crops, strict=True)]
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        found, shown = [], time.monotonic()
+        try:
+            for file in pool.map(examine, paths, crops, chunksize=32):
+                found.append(file)
+                if sys.stderr.isatty() and time.monotonic() - shown > 1:
+                    shown = time.monotonic()
+                    print(f"\r{len(found)} of {len(paths)} files", end="", file=sys.stderr, flush=True)
+        except BrokenProcessPool:
+            near = folder.path(min(len(found), len(paths) - 1))
+            raise UserError(f"a decoder ended its process at {near} or one of the files behind it") from None
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    return found
+
+
+def check_data(data: str, *, views: int = 2, image_size: int = 224, workers: int = -1) -> dict[str, Any]:
+    """Counts, sizes, skipped files [(path, reason)] and expected seconds of an epoch of a folder.
+
+    Raises:
+        UserError: if there is no folder, no image in it, or no option like that.
+    """
+    for name, least, value in (("views", 1, views), ("image-size", 1, image_size)):
+        if value < least:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
+    workers = workers if workers > 0 else len(os.sched_getaffinity(0))
+    folder = ImageFolder(data)
+    begin = time.perf_counter()
+    files = scan(folder, image_size, workers)
+    good = [file for file in files if not file.why]
+    skipped = [(folder.path(i), file.why) for i, file in enumerate(files) if file.why]
+    copies = collections.Counter(file.digest for file in good)
+    result: dict[str, Any] = {
+        "data": str(folder.root),
+        "files": len(files),
+        "bytes": sum(file.bytes for file in files),
+        "classes": 0 if folder.classes == [""] else len(folder.classes),
+        "formats": dict(collections.Counter(file.kind for file in good).most_common()),
+        "modes": dict(collections.Counter(file.mode for file in good).most_common()),
+        "progressive": sum(file.progressive for file in good),
+        "turned": sum(file.turned for file in good),
+        "copies": len(good) - len(copies),
+        "seconds": time.perf_counter() - begin,
+        "workers": workers,
+        "views": views,
+        "image_size": image_size,
+        "skipped": skipped,
+    }
+    if good:
+        sizes = np.array([(file.width, file.height) for file in good])
+        area = sizes.prod(1)
+        for name, i in (
+            ("smallest", area.argmin()),
+            ("median", area.argsort()[len(area) // 2]),
+            ("largest", area.argmax()),
+        ):
+            result[name] = sizes[i].tolist()
+        result["small"] = int((sizes.min(1) < image_size).sum())
+        crop = [file.crop for file in good if file.crop]
+        each = float(np.mean([file.read for file in good])) + views * (float(np.mean(crop)) if crop else 0.0)
+        result["epoch_seconds"] = each * len(good) / workers
+    return result
+
+
+def render(found: dict[str, Any], show: int = 20) -> str:
+    """The result in lines for people."""
+
+    def listed(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {count}" for name, count in counts.items()) or "-"
+
+    kind = f"in {found['classes']} class folders" if found["classes"] else "in one class"
+    lines = [("files", f"{found['files']} {kind}, {found['bytes'] / 1e6:.1f} MB")]
+    if "median" in found:
+        sizes = ", ".join(f"{name} {found[name][0]} x {found[name][1]}" for name in ("smallest", "median", "largest"))
+        marks = {"progressive": "progressive", "turned": "turned by EXIF", "copies": "copies of others"}
+        lines += [
+            ("formats", listed(found["formats"])),
+            ("modes", listed(found["modes"])),
+            ("pixels", f"{sizes}; a side below {found['image_size']}: {found['small']}"),
+            ("also", listed({mark: found[name] for name, mark in marks.items()})),
+            (
+                "an epoch",
+                f"about {_seconds(found['epoch_seconds'])} of reading, decoding and cropping {found['views']} views of "
+                f"{found['image_size']} pixels by {found['workers']} processes, whatever the model takes",
+            ),
+        ]
+    skipped = found["skipped"]
+    share = len(skipped) / found["files"]
+    lines.append(
+        ("skipped", f"{len(skipped)} ({share:.1%}); training puts other images in their place" if skipped else "none")
+    )
+    out = [f"{name:<10}{text}" for name, text in lines]
+    out += [f"  {os.path.relpath(path, found['data'])}: {why}" for path, why in skipped[: show or None]]
+    if show and len(skipped) > show:
+        out.append(f"  and {len(skipped) - show} more; --show 0 names all")
+    return "\n".join(out)
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def main(config: Config) -> int:
+    """0, or 1 where files would be skipped: a script can ask."""
+    found = check_data(config.data, views=config.views, image_size=config.image_size, workers=config.workers)
+    print(json.dumps(found, indent=2) if config.json else render(found, config.show))
+    return 1 if found["skipped"] else 0
