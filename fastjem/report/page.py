@@ -205,7 +205,8 @@ def seen(run: Run) -> str:
     config, found = run.config, run.embeddings
     if found is None or run.method is None:
         return '<p class="note">No images have been saved yet.</p>'
-    views, patch = views_of(config["method"], config.get("small_views")), run.environment.get("patch", 1)
+    views = views_of(config["method"], config["image_size"], config.get("small_views"))
+    patch = run.environment.get("patch", 1)
     specs = views.specs(config["image_size"], patch=patch, blur=config.get("blur"))
     order = dict.fromkeys([*spread(len(found.files), VIEWED).tolist(), *range(len(found.files))])
     files = ((found.indices[i], os.path.join(found.root, found.files[i])) for i in order)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fastjem.checkpoints import write_atomically
@@ -16,7 +17,8 @@ from fastjem.data.loader import execute
 from fastjem.data.parameters import draw, generator
 from fastjem.data.views import RECIPES, Views, ViewSpec
 from fastjem.errors import UserError, nearest
-from fastjem.methods import METHODS
+from fastjem.methods import METHODS, views_of
+from fastjem.methods.data2vec import blocks
 from fastjem.report.run import spread
 
 GREY, PAPER, INK = (128, 128, 128), (255, 255, 255), (40, 40, 40)
@@ -34,7 +36,7 @@ class Config:
     recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
     image_size: int = 224
     images: int = 6
-    small_views: int | None = field(default=None, metadata={"help": "multi-crop's small views"})
+    small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
     seed: int = field(default=0, metadata={"help": "the run's"})
@@ -51,11 +53,6 @@ class Sample:
     path: str
     image: Image.Image
     views: list[Image.Image]
-
-
-def views_of(method: str, small_views: int | None = None) -> Views:
-    views: Views = METHODS[method].views
-    return views if small_views is None else dataclasses.replace(views, small=small_views)
 
 
 def titles(views: Views) -> list[str]:
@@ -97,10 +94,11 @@ def samples(
 
 
 def masked(view: Image.Image, share: float, patch: int, random: np.random.Generator) -> Image.Image:
-    """That share of the patches, the same number in every image, is grey."""
+    """That share of the patches, in blocks, the same number in every image, is grey."""
     pixels, rows, columns = np.array(view), view.height // patch, view.width // patch
     hidden = np.zeros(rows * columns, bool)
-    hidden[random.permutation(rows * columns)[: max(round(share * rows * columns), 1)]] = True
+    seeded = torch.Generator().manual_seed(int(random.integers(1 << 62)))
+    hidden[blocks(1, rows, columns, share, torch.device("cpu"), seeded)[0]] = True
     grid = np.kron(hidden.reshape(rows, columns), np.ones((patch, patch), bool))
     pixels[: grid.shape[0], : grid.shape[1]][grid] = GREY
     return Image.fromarray(pixels)
@@ -178,7 +176,7 @@ def draw_views(
     out = Path(out)
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: the picture's name must end in {', '.join(FORMATS)}")
-    views = views_of(method, small_views)
+    views = views_of(method, image_size, small_views)
     if recipe is not None:
         views = dataclasses.replace(views, recipe=recipe)
     if views.mask and image_size % patch_size:
