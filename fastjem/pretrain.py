@@ -22,9 +22,9 @@ from fastjem.data import executors, shapes
 from fastjem.data.batches import augmented
 from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader
-from fastjem.data.views import RECIPES, Views
+from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
-from fastjem.methods import FACTS, METHODS
+from fastjem.methods import FACTS, METHODS, views_of
 from fastjem.progress import Reporter
 from fastjem.report import Watch
 from fastjem.train import Step, check_encoder, loop
@@ -56,7 +56,7 @@ class Config:
     momentum: float | None = field(default=None, metadata={"help": "of the momentum encoder at the start"})
     momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method a momentum encoder"})
     options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
-    small_views: int | None = field(default=None, metadata={"help": "multi-crop's small views"})
+    small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     recipe: str | None = field(default=None, metadata={"help": f"augmentation: {', '.join(RECIPES)}"})
     view: dict[str, Option] = field(
         default_factory=dict,
@@ -136,6 +136,13 @@ def check(config: Config) -> None:
     for name in ("image_size", "epochs", "accumulate", "log_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    for name in ("learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "small_views", "max_steps",
+                 "patch_size", "seed", "log_every", "checkpoint_every", "checkpoint_steps", "knn_every"):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must be a finite number, at least 0, got {value}")
+    if config.momentum is not None and config.momentum > 1:
+        raise UserError(f"--momentum must be between 0 and 1, got {config.momentum}")
     if config.batch_size < 2:
         raise UserError(f"--batch-size must be at least 2, as every method compares images, got {config.batch_size}")
     for name, allowed in (
@@ -184,6 +191,10 @@ def build_method(
     for name in config.options:
         if name not in own:
             raise nearest(f"option of {config.method}", name, own)
+        default, value = inspect.signature(kind).parameters[name].default, config.options[name]
+        wanted = (int, float) if isinstance(default, float | None) else type(default)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise UserError(f"--options {name} is {default} by default and can't be {value!r}")
     try:
         return kind(width, **{k: v for k, v in facts.items() if k in accepted}, **config.options)
     except (TypeError, ValueError) as error:
@@ -193,6 +204,18 @@ def build_method(
 def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop) -> Result:
     out = Path(config.out)
     state = prepare_folder(config, out, ranks)
+    try:
+        return train(config, ranks, encoder, stop, out, state)
+    except UserError:
+        if ranks.first and not config.resume and (checkpoints.load(out) or {"step": 0})["step"] == 0:
+            for name in (checkpoints.LAST, "config.yaml"):  # no run began: the corrected command needs no other folder
+                (out / name).unlink(missing_ok=True)
+        raise
+
+
+def train(
+    config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop, out: Path, state: dict[str, Any] | None
+) -> Result:
     folder = ImageFolder(config.data)
     if config.batch_size > len(folder):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(folder)} images in {config.data}")
@@ -214,13 +237,9 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
         )
     if kind.views.mask:
         encoders.mask_needs_transformer(config.method, encoder)
-    views: Views = kind.views
-    if config.small_views and not views.small:
-        raise UserError(f"--small-views: {config.method} compares exactly {views.large} large views")
-    if config.small_views is not None:
-        views = dataclasses.replace(views, small=config.small_views)
-    if config.recipe is not None:
-        views = dataclasses.replace(views, recipe=config.recipe)
+    if config.small_views and not kind.views.small:
+        raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
+    views = views_of(config.method, config.image_size, config.small_views, config.recipe)
     patch = encoders.patch_size(encoder)
     specs = views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view)
     workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 1) // ranks.size, 1)
@@ -344,6 +363,8 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
             clip=chosen("clip"), autocast=torch.bfloat16 if bf16 else None, seed=config.seed, rank=ranks.rank,
             log_every=config.log_every, on_log=reporter.log, after_step=after_step,
         )  # fmt: skip
+    except ValueError as error:  # an operator's contract, broken by an option: a temperature of 0
+        raise UserError(str(error)) from error
     finally:
         reporter.close()
     if ranks.first and done == steps:

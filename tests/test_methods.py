@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.methods import METHODS
+from fastjem.methods import METHODS, views_of
 from fastjem.methods._parts import Prototypes, Queue, at_most, mlp
+from fastjem.methods.data2vec import blocks
 from fastjem.optim import Schedule, build, parameter_groups, scaled
 from fastjem.train import Alarm, Step, check_encoder, health
 
@@ -163,6 +164,16 @@ def test_data2vec_hides_three_quarters_from_the_student() -> None:
     assert len({tuple(row.tolist()) for row in same}) > 1
 
 
+def test_masks_are_blocks_everywhere_in_the_image() -> None:
+    torch.manual_seed(0)
+    masked = blocks(400, 10, 14, 0.6, torch.device("cpu"))
+    hidden = torch.zeros(400, 140).scatter_(1, masked, 1).view(400, 10, 14)
+    assert masked.shape == (400, 84) and (hidden.sum((1, 2)) == 84).all()
+    assert (hidden.mean(0) - 0.6).abs().max() < 0.12  # 5 standard deviations
+    for alike in (hidden[:, 1:] == hidden[:, :-1], hidden[..., 1:] == hidden[..., :-1]):
+        assert alike.float().mean() > 0.75  # by lot 0.52
+
+
 def test_heads_have_the_papers_shapes() -> None:
     def shapes(module: nn.Module) -> list[tuple[int, ...]]:
         return [tuple(layer.weight.shape) for layer in module if isinstance(layer, nn.Linear)]
@@ -214,6 +225,19 @@ def test_simsiam_without_stop_gradient_raises_the_alarm_within_50_steps(stop_gra
     assert any(said) != stop_gradient, (loss.item(), health(seen))
 
 
+def test_a_rank_that_learning_lowers_is_no_alarm() -> None:
+    figures = {"loss": 1.0, "std": 0.9, "embedding_std": 0.8, "effective_rank": 10.0}
+    for asymmetric, steps, alarmed in (
+        (False, (5, 20, 30, 40), False),
+        (True, (5, 20, 30, 40), True),
+        (True, (5, 60, 70), False),
+    ):
+        alarm = Alarm(asymmetric)
+        said = [alarm(step, {**figures, "projection_rank": 41.0 if step == 5 else 8.0}) for step in steps]
+        assert any(said) == alarmed, (asymmetric, said)
+    assert not METHODS["byol"].__dict__.get("asymmetric", False) and METHODS["simsiam"].asymmetric
+
+
 def test_what_decays() -> None:
     step, _ = make("byol")
     for group in parameter_groups(step):
@@ -235,6 +259,18 @@ def test_no_wait_is_longer_than_a_tenth_of_the_run() -> None:
         method = METHODS[name](32, images=64, steps_per_epoch=50, steps=100)
         assert method.prototypes.frozen_steps == 10 and len(method.prototypes.weight) == 8
         assert METHODS[name](32, images=64, steps_per_epoch=50, steps=5000).prototypes.frozen_steps == 50
+
+
+def test_short_runs_of_dino_and_swav_keep_their_targets_sharp() -> None:
+    """At 0.07 and 0.05 the targets of an encoder that knows nothing are uniform: the loss stays at log K."""
+    assert METHODS["dino"](32, prototypes=8, steps_per_epoch=50, steps=100).warmup_steps == 1500
+    assert [METHODS["swav"](32, prototypes=8, steps=steps).epsilon for steps in (0, 9999, 10_000)] == [0.05, 0.03, 0.05]
+    assert METHODS["swav"](32, prototypes=8, steps=100, epsilon=0.05).epsilon == 0.05
+
+
+def test_small_views_are_for_images_in_which_they_show_something() -> None:
+    assert [views_of("swav", size).small for size in (32, 64, 96, 224)] == [0, 0, 6, 6]
+    assert views_of("dino", 32, 4).small == 4 and views_of("dino", 224, 0).small == 0
 
 
 def test_dinos_head_has_batch_norm_where_the_encoder_has() -> None:

@@ -316,6 +316,9 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
         ([*base, "--bach-size", "4"], ["did you mean --batch-size"]),
         ([*base, "--batch-size", "four"], ["--batch-size", "four"]),
         ([*tiny, "--options", "temprature=0.2"], ["did you mean temperature"]),
+        ([*tiny, "--options", "temperature=warm"], ["temperature is 0.1 by default", "'warm'"]),
+        ([*tiny, "--learning-rate", "-1"], ["--learning-rate must be", "-1"]),
+        ([*tiny, "--momentum", "2"], ["--momentum must be between 0 and 1"]),
         ([*tiny, "--batch-size", "1"], ["at least 2"]),
         ([*tiny, "--batch-size", "64"], ["more than the 48 images"]),
         ([*tiny, "--method", "data2vec"], ["vision transformer", "sliding windows"]),
@@ -326,10 +329,16 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
         ([*tiny, "--resume"], ["no run in"]),
         ([*tiny, "--optimizer", "adam"], ["adamw"]),
     ):
-        for name in ("run", "r1", "r2"):
-            (tmp_path / name / "config.yaml").unlink(missing_ok=True)
         error = fails(capsys, *arguments)
         assert all(word in error for word in words), error
+        assert not (tmp_path / "run" / "config.yaml").exists(), "the corrected command would find a run there"
+
+
+def test_an_operators_contract_broken_by_an_option(images: str, tmp_path: Path) -> None:
+    """Seen in the first step, with a checkpoint of step 0 written: the corrected command still starts afresh."""
+    with pytest.raises(UserError, match="nt_xent: temperature must be"):
+        fastjem.pretrain(**TINY, data=images, options={"temperature": -1}, max_steps=1, out=str(tmp_path))
+    assert fastjem.pretrain(**TINY, data=images, max_steps=1, out=str(tmp_path)).finished
 
 
 def test_mistakes_on_resume(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

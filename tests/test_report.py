@@ -265,7 +265,7 @@ def test_degenerate_embeddings_are_said_not_drawn(what: str) -> None:
 
 def test_the_views_shown_are_the_views_trained_on(tmp_path: Path) -> None:
     folder = ImageFolder(make_folder(tmp_path, 6, classes=0))
-    specs = views.views_of("dino", 2).specs(32)
+    specs = views.views_of("dino", 32, 2).specs(32)
     specs = [replace(spec, mean=(0, 0, 0), std=(1, 1, 1)) for spec in specs]
     batch = next(iter(ViewLoader(folder, specs, batch=6, seed=5, start=3, stop=4)))
     shown = views.samples([(i, folder.path(i)) for i in range(6)], specs, images=6, seed=5, epoch=3)
@@ -288,7 +288,7 @@ def test_a_picture_of_every_methods_views(method: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 5, classes=0)
     (folder / "0000.png").write_bytes(b"")  # another takes its place
     out = report.draw_views(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
-    found = METHODS[method].views
+    found = views.views_of(method, 32)
     assert len(views.titles(found)) == found.large + found.small + bool(found.mask)
     with Image.open(out) as sheet:
         assert sheet.height == views.LINE + views.MARGIN + 3 * (96 + views.LINE + views.MARGIN)

@@ -15,7 +15,6 @@ class BYOL(nn.Module):
     family, prevents_collapse = "self-distillation", "predictor and momentum encoder: the two sides differ"
     views = Views(large=2, recipe="byol")
     ema = ("encoder", "projector")
-    asymmetric = True  # see fastjem.train.Alarm
     constant_rate: tuple[str, ...] = ()
     defaults = Defaults(
         "lars", 0.8, 1.5e-6, momentum=0.996, source="section 3.3: LARS, 3.2 at batch 4096, 1.5e-6; tau 0.996 to 1"

@@ -70,8 +70,9 @@ class DINO(nn.Module):
         self.register_buffer("centre", torch.zeros(prototypes))
         self.temperature, self.centring, self.centre_momentum = temperature, centring, centre_momentum
         self.teacher_temperature, self.warmup_teacher_temperature = teacher_temperature, warmup_teacher_temperature
-        # A run shorter than the warm-up spends a third of itself on it.
-        self.warmup_steps = min(round(warmup_epochs * steps_per_epoch), steps // 3 if steps else 1 << 62)
+        # Not hurried in a short run, which stays near the first temperature: at 0.07 the targets of an encoder that
+        # knows nothing yet are all but uniform, and the loss goes to log K and stays there (docs/log.md).
+        self.warmup_steps = round(warmup_epochs * steps_per_epoch)
         self.group = group
 
     def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:

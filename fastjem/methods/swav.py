@@ -14,7 +14,8 @@ class SwAV(nn.Module):
     """Every view predicts the Sinkhorn codes of the two large views, never its own.
 
     `queue` > 0 keeps that many projections of each large view, which take part in Sinkhorn only (the paper's 3840 for
-    batches that are small beside the prototypes).
+    batches that are small beside the prototypes). `epsilon` None is the paper's 0.05, and 0.03 in a run of less than
+    10,000 steps, whose codes would otherwise become uniform before the encoder knows anything (docs/log.md).
     """
 
     family, prevents_collapse = "clustering", "Sinkhorn's codes use all prototypes equally"
@@ -30,7 +31,7 @@ class SwAV(nn.Module):
         dim: int = 128,
         prototypes: int = 3000,
         temperature: float = 0.1,
-        epsilon: float = 0.05,
+        epsilon: float | None = None,
         iterations: int = 3,
         queue: int = 0,
         frozen_epochs: float = 1,
@@ -45,7 +46,8 @@ class SwAV(nn.Module):
         prototypes = at_most(prototypes, images, each=16)
         self.prototypes = Prototypes(dim, prototypes, frozen(frozen_epochs, steps_per_epoch, steps))
         self.queues = nn.ModuleList(Queue(queue, dim) for _ in range(2 if queue else 0))
-        self.temperature, self.epsilon, self.iterations, self.group = temperature, epsilon, iterations, group
+        self.epsilon = (0.03 if 0 < steps < 10_000 else 0.05) if epsilon is None else epsilon
+        self.temperature, self.iterations, self.group = temperature, iterations, group
 
     def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:
         z = normalize(student.project(views), dim=1)

@@ -205,7 +205,7 @@ def seen(run: Run) -> str:
     config, found = run.config, run.embeddings
     if found is None or run.method is None:
         return '<p class="note">No images have been saved yet.</p>'
-    views = views_of(config["method"], config.get("small_views"), config.get("recipe"))
+    views = views_of(config["method"], config["image_size"], config.get("small_views"), config.get("recipe"))
     patch = run.environment.get("patch", 1)
     specs = views.specs(config["image_size"], patch=patch, blur=config.get("blur"), changes=config.get("view"))
     order = dict.fromkeys([*spread(len(found.files), VIEWED).tolist(), *range(len(found.files))])

@@ -19,7 +19,8 @@ from fastjem.data.loader import crop
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import RECIPES, Value, Views, ViewSpec
 from fastjem.errors import UserError, nearest
-from fastjem.methods import METHODS
+from fastjem.methods import METHODS, views_of
+from fastjem.methods.data2vec import blocks
 from fastjem.report.run import spread
 
 GREY, PAPER, INK = (128, 128, 128), (255, 255, 255), (40, 40, 40)
@@ -38,7 +39,7 @@ class Config:
     view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
     image_size: int = 224
     images: int = 6
-    small_views: int | None = field(default=None, metadata={"help": "multi-crop's small views"})
+    small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
     seed: int = field(default=0, metadata={"help": "the run's"})
@@ -55,16 +56,6 @@ class Sample:
     path: str
     image: Image.Image
     views: list[Image.Image]
-
-
-def views_of(method: str, small_views: int | None = None, recipe: str | None = None) -> Views:
-    """The method's, with what isn't None in place of its own."""
-    views: Views = METHODS[method].views
-    return dataclasses.replace(
-        views,
-        small=views.small if small_views is None else small_views,
-        recipe=views.recipe if recipe is None else recipe,
-    )
 
 
 def titles(views: Views) -> list[str]:
@@ -111,10 +102,11 @@ def picture(pixels: np.ndarray, row: np.ndarray) -> Image.Image:
 
 
 def masked(view: Image.Image, share: float, patch: int, random: np.random.Generator) -> Image.Image:
-    """That share of the patches, the same number in every image, is grey."""
+    """That share of the patches, in blocks, the same number in every image, is grey."""
     pixels, rows, columns = np.array(view), view.height // patch, view.width // patch
     hidden = np.zeros(rows * columns, bool)
-    hidden[random.permutation(rows * columns)[: max(round(share * rows * columns), 1)]] = True
+    seeded = torch.Generator().manual_seed(int(random.integers(1 << 62)))
+    hidden[blocks(1, rows, columns, share, torch.device("cpu"), seeded)[0]] = True
     grid = np.kron(hidden.reshape(rows, columns), np.ones((patch, patch), bool))
     pixels[: grid.shape[0], : grid.shape[1]][grid] = GREY
     return Image.fromarray(pixels)
@@ -193,7 +185,7 @@ def draw_views(
     out = Path(out)
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: the picture's name must end in {', '.join(FORMATS)}")
-    views = views_of(method, small_views, recipe)
+    views = views_of(method, image_size, small_views, recipe)
     if views.mask and image_size % patch_size:
         raise UserError(f"--image-size {image_size} is no multiple of --patch-size {patch_size}")
     folder = ImageFolder(data or shapes.folder() / "train")
