@@ -29,6 +29,21 @@ static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, Bias<W> bias, i
   return biased == Biased::one_part ? large + v * scale.low : large + (v * scale.low + bias.low[j]);
 }
 
+// What a - b has lost, if it came out as `difference`.
+template <class W>
+static FASTJEM_INLINE W lost(W a, W b, W difference) {
+  const W minus_b = difference - a;
+  return (a - (difference - minus_b)) - (b + minus_b);
+}
+
+// biased_logit - shift - shift_low. Bias and shift may be thousands and nearly cancel: what their difference loses is added again.
+template <class T, class W>
+static FASTJEM_INLINE W logit_above(const T* x, Scale<W> scale, Bias<W> bias, W shift, W shift_low, int64_t j) {
+  const W v = widen(x[j]), difference = bias.high[j] - shift;
+  const W low = bias.low[j] - shift_low + lost(bias.high[j], shift, difference);
+  return (v * scale.high + difference) + (v * scale.low + low);
+}
+
 template <class W>
 struct BiasedSoftmax {
   std::vector<W> shift;     // [blocks], the maximum of each block; 0 where all is -inf
@@ -71,9 +86,10 @@ struct BiasedSoftmax {
       W partial = 0;
 #pragma omp simd reduction(+ : partial)
       for (int64_t j = begin; j < end; ++j) {
-        const W v = exponential(biased_logit<biased>(x, scale, bias, j) - shifted);
-        e[j] = v;
-        partial += v;
+        const W v = biased == Biased::two_parts ? logit_above(x, scale, bias, shifted, W(0), j)
+                                                : biased_logit<biased>(x, scale, bias, j) - shifted;
+        e[j] = exponential(v);
+        partial += e[j];
       }
       shift[b] = shifted;
       sum[b] = partial;

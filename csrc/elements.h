@@ -76,6 +76,22 @@ static FASTJEM_INLINE float exponential(float x) {
   return x < -87.3f ? 0.0f : p * power;
 }
 
+// 2^x, x beyond +-126 being taken for that; NaN stays. A minimax polynomial of 2^r, |r| <= 1/2, with an error below 2e-8.
+static FASTJEM_INLINE float power_of_2(float x) {
+  x = x < -126.0f ? -126.0f : x;
+  x = x > 126.0f ? 126.0f : x;
+  const float shifted = x + 12582912.0f;
+  const float r = x - (shifted - 12582912.0f);
+  float p = 1.5345811e-4f;
+  p = p * r + 1.3399931e-3f;
+  p = p * r + 9.6184891e-3f;
+  p = p * r + 5.5503286e-2f;
+  p = p * r + 2.4022646e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+  return p * bit_cast<float>((bit_cast<uint32_t>(shifted) - 0x4b400000u + 127u) << 23);
+}
+
 // Calls f with a null pointer of the dtype's element type.
 template <class F>
 static inline void with_dtype(Dtype dtype, F&& f) {

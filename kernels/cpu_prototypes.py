@@ -51,7 +51,7 @@ def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_fir
 def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     if scores.dtype not in DTYPES:
         return reference.sinkhorn_step(scores, bias, epsilon)
-    return _step(_rows(scores), _wide(bias, torch.float64), epsilon).to(_loss_dtype(scores))
+    return _step(_rows(scores), _wide(bias, torch.float64), epsilon)
 
 
 def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
