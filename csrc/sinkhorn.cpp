@@ -12,7 +12,8 @@ struct Sinkhorn {
   double scale;             // 1 / epsilon
   const void *bias, *bias_low;  // [K] float, two parts of a double (one double for float64 scores), or null
   const float* u;           // [K], exp(bias - largest_bias), or null where that isn't at least exp(-40)
-  double largest_bias, near_shift;
+  double largest_bias;
+  double near_shift;        // of all samples' logits that are near each other: a whole power of 2
   const double* offsets;    // [B], subtracted from each row, or null
   double* row_logsumexp;    // [B]
   Dtype code_dtype;
@@ -64,16 +65,20 @@ struct Potentials {
     parallel_for(p.width, 4096, threads, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) u[j] = static_cast<float>(std::exp(bias[j] - p.largest_bias));
     });
-    p.u = u.data();
-    FASTJEM_BEST(first_logsumexp(p, &p.near_shift));
-    p.near_shift -= p.largest_bias + 3;  // as sums from 0.01 to 1e6 are safe
+    double first;
+    FASTJEM_BEST(first_logsumexp(p, &first));
+    p.near_shift = std::round((first - p.largest_bias - 3) / std::log(2.0));  // 3, as sums from 0.01 to 1e6 are safe
+    if (std::abs(p.near_shift) < 1e6) p.u = u.data();
   }
 };
 
 // out_j = logsumexp_i(x_ij * scale) without maxima; false where that isn't safe.
 static bool near_columns(Sinkhorn p, int64_t parts, double* out, int threads) {
   if (p.dtype == Dtype::float64) return false;
-  FASTJEM_BEST(first_logsumexp(p, &p.near_shift));
+  double first;
+  FASTJEM_BEST(first_logsumexp(p, &first));
+  p.near_shift = std::round(first / std::log(2.0));
+  if (!(std::abs(p.near_shift) < 1e6)) return false;
   const auto sums = over_parts(p.rows, parts, p.width, [&](int64_t begin, int64_t end, int64_t, double* sum) {
     FASTJEM_BEST(near_column_sums(p, begin, end, sum));
   });
@@ -84,7 +89,7 @@ static bool near_columns(Sinkhorn p, int64_t parts, double* out, int threads) {
       double total = 0;
       for (int64_t part = 0; part < parts; ++part) total += sums[part * p.width + j];
       all = all && total > 1e-20 && total < 1e30;
-      out[j] = p.near_shift + std::log(total);
+      out[j] = p.near_shift * std::log(2.0) + std::log(total);
     }
     if (!all) safe = false;
   });

@@ -17,27 +17,43 @@ static FASTJEM_INLINE W column_value(const T* x, Scale<W> scale, Bias<W> bias, W
   return logit_above(x, scale, bias, offset, offset_low, j);
 }
 
-// Samples whose logits are near the first one's, as those of cosines, need no maxima: with one shift for all, in powers of 2, and
+// Samples whose logits are near the first one's, as those of cosines, need no maxima: with one shift for all and
 // u = exp(bias - largest bias) every exponential that matters is a normal number.
 struct Near {
   const Scale<float> scale;
+  const float rate;  // about the scale, and not it: a product used twice would be rounded, where it should be fused with a sum
   const float shift;
-  const float* const u;  // [K], or null: 1
 
-  explicit Near(const Sinkhorn& p) : scale(p.scale * log2_e), shift(static_cast<float>(p.near_shift * log2_e)), u(p.u) {}
+  explicit Near(const Sinkhorn& p)
+      : scale(p.scale * log2_e), rate(scale.high * 0.9999998f), shift(static_cast<float>(p.near_shift)) {}
 
+  // 2^(x_j * scale - shift) = 2^n 2^r, |r| <= 1/2, with a minimax polynomial of 2^r (error below 2e-8). As the shift is a whole
+  // number, r has its own last digit, not that of the logit. Above 2^126: that or more; below 2^-126: less than 2^-125.
   template <class T>
   FASTJEM_INLINE float exp(const T* x, int64_t j) const {
     const float v = widen(x[j]);
-    return power_of_2((v * scale.high - shift) + v * scale.low);
+    float rough = v * rate - shift;
+    rough = rough < -126.0f ? -126.0f : rough;
+    rough = rough > 126.0f ? 126.0f : rough;
+    const float shifted = rough + 12582912.0f;  // 1.5 * 2^23: the integer part is now in the low bits
+    float r = (v * scale.high - (shifted - 12582912.0f + shift)) + v * scale.low;
+    r = r < -1.0f ? -1.0f : r;
+    float p = 1.5345811e-4f;
+    p = p * r + 1.3399931e-3f;
+    p = p * r + 9.6184891e-3f;
+    p = p * r + 5.5503286e-2f;
+    p = p * r + 2.4022646e-1f;
+    p = p * r + 6.9314718e-1f;
+    p = p * r + 1.0f;
+    return p * bit_cast<float>((bit_cast<uint32_t>(shifted) - 0x4b400000u + 127u) << 23);
   }
 };
 
 template <class T>
-static float near_block(const Near near, const T* x, const float* u, int64_t n, float* e) {
+static float near_block(const Near near, const T* x, const float* u, int64_t begin, int64_t end, float* e) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
+  for (int64_t j = begin; j < end; ++j) {
     e[j] = near.exp(x, j) * u[j];
     sum += e[j];
   }
@@ -52,12 +68,12 @@ static double sample_softmax(const Sinkhorn& p, const T* x, BiasedSoftmax<wide<T
     if (p.u) {
       const Near near(p);
       double total = 0;
-      for (int64_t first = 0; first < p.width; first += softmax_block) {
-        total += near_block(near, x + first, p.u + first, std::min(softmax_block, p.width - first), e + first);
+      for (int64_t first = 0; first < p.width; first += sum_block) {
+        total += near_block(near, x, p.u, first, std::min(first + sum_block, p.width), e);
       }
       if (total > 1e-2 && total < 1e6) {  // nothing large was cut off, as u > 4e-18; what is small is 1e-36 of the total
         std::fill(softmax.factor.begin(), softmax.factor.end(), static_cast<float>(1 / total));
-        return near.shift / log2_e + std::log(total) + p.largest_bias;
+        return p.near_shift / log2_e + std::log(total) + p.largest_bias;
       }
     }
   }
@@ -73,7 +89,7 @@ static void first_logsumexp_of(const Sinkhorn& p, double* out) {
 
 static constexpr int64_t block_rows = 16, block_width = 4096;  // fit in the L2 cache
 
-// sum_j += exp(x_ij * scale - near_shift) over the rows.
+// sum_j += 2^(x_ij * scale / log(2) - near_shift) over the rows.
 template <class T>
 static void near_column_sums_of(const Sinkhorn& p, int64_t begin, int64_t end, double* sum) {
   if constexpr (std::is_same<wide<T>, float>::value) {
