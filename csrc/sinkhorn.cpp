@@ -14,6 +14,7 @@ struct Sinkhorn {
   const float* u;           // [K], exp(bias - largest_bias), or null where that isn't at least exp(-40)
   double largest_bias;
   double near_shift;        // of all samples' logits that are near each other: a whole power of 2
+  float near_range;         // of their powers of 2: 126
   const double* offsets;    // [B], subtracted from each row, or null
   double* row_logsumexp;    // [B]
   Dtype code_dtype;
@@ -123,6 +124,7 @@ static Sinkhorn problem(int dtype, uintptr_t scores, int64_t rows, int64_t width
   p.scores = reinterpret_cast<const void*>(scores);
   p.row_stride = row_stride, p.rows = rows, p.width = width;
   p.scale = scale;
+  p.near_range = 126;
   return p;
 }
 

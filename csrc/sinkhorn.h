@@ -22,10 +22,15 @@ static FASTJEM_INLINE W column_value(const T* x, Scale<W> scale, Bias<W> bias, W
 struct Near {
   const Scale<float> scale;
   const float rate;  // about the scale, and not it: a product used twice would be rounded, where it should be fused with a sum
-  const float shift;
+  const float shift, most, least, minus_one;  // limits: as constants GCC 12 makes 8 instructions of comparing with two of them
 
   explicit Near(const Sinkhorn& p)
-      : scale(p.scale * log2_e), rate(scale.high * 0.9999998f), shift(static_cast<float>(p.near_shift)) {}
+      : scale(p.scale * log2_e),
+        rate(scale.high * 0.9999998f),
+        shift(static_cast<float>(p.near_shift)),
+        most(p.near_range),
+        least(-p.near_range),
+        minus_one(least / 126) {}
 
   // 2^(x_j * scale - shift) = 2^n 2^r, |r| <= 1/2, with a minimax polynomial of 2^r (error below 2e-8). As the shift is a whole
   // number, r has its own last digit, not that of the logit. Above 2^126: that or more; below 2^-126: less than 2^-125.
@@ -33,11 +38,11 @@ struct Near {
   FASTJEM_INLINE float exp(const T* x, int64_t j) const {
     const float v = widen(x[j]);
     float rough = v * rate - shift;
-    rough = rough < -126.0f ? -126.0f : rough;
-    rough = rough > 126.0f ? 126.0f : rough;
+    rough = rough < least ? least : rough;
+    rough = rough > most ? most : rough;
     const float shifted = rough + 12582912.0f;  // 1.5 * 2^23: the integer part is now in the low bits
     float r = (v * scale.high - (shifted - 12582912.0f + shift)) + v * scale.low;
-    r = r < -1.0f ? -1.0f : r;
+    r = r < minus_one ? minus_one : r;
     float p = 1.5345811e-4f;
     p = p * r + 1.3399931e-3f;
     p = p * r + 9.6184891e-3f;
