@@ -2,6 +2,7 @@
 // makes it the softmax is one factor a block. Included by kernel headers inside their namespaces.
 
 constexpr int64_t softmax_block = 1024;
+constexpr int64_t sum_block = 256;  // float sums of so many, then double: alike numbers round alike, 4e-7 of their sum by now
 
 // 1 / temperature in two parts: rounded to float alone, it would shift a logit of 10 by as much as its last digit.
 template <class W>
@@ -27,6 +28,21 @@ static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, Bias<W> bias, i
   if (biased == Biased::no) return scale(v);
   const W large = v * scale.high + bias.high[j];  // first, as these cancel
   return biased == Biased::one_part ? large + v * scale.low : large + (v * scale.low + bias.low[j]);
+}
+
+// What a - b has lost, if it came out as `difference`.
+template <class W>
+static FASTJEM_INLINE W lost(W a, W b, W difference) {
+  const W minus_b = difference - a;
+  return (a - (difference - minus_b)) - (b + minus_b);
+}
+
+// biased_logit - shift - shift_low. Bias and shift may be thousands and nearly cancel: what their difference loses is added again.
+template <class T, class W>
+static FASTJEM_INLINE W logit_above(const T* x, Scale<W> scale, Bias<W> bias, W shift, W shift_low, int64_t j) {
+  const W v = widen(x[j]), difference = bias.high[j] - shift;
+  const W low = bias.low[j] - shift_low + lost(bias.high[j], shift, difference);
+  return (v * scale.high + difference) + (v * scale.low + low);
 }
 
 template <class W>
@@ -57,6 +73,20 @@ struct BiasedSoftmax {
     return bias.high ? row_of<Biased::one_part>(x, scale, bias, k, e) : row_of<Biased::no>(x, scale, bias, k, e);
   }
 
+  // e = exp(logit - shift) and its sum.
+  template <Biased biased, class T>
+  static W exponentials(const T* x, Scale<W> scale, Bias<W> bias, W shifted, int64_t begin, int64_t end, W* e) {
+    W partial = 0;
+#pragma omp simd reduction(+ : partial)
+    for (int64_t j = begin; j < end; ++j) {
+      const W v = biased == Biased::two_parts ? logit_above(x, scale, bias, shifted, W(0), j)
+                                              : biased_logit<biased>(x, scale, bias, j) - shifted;
+      e[j] = exponential(v);
+      partial += e[j];
+    }
+    return partial;
+  }
+
   template <Biased biased, class T>
   double row_of(const T* x, Scale<W> scale, Bias<W> bias, int64_t k, W* e) {
     for (int64_t begin = 0, b = 0; begin < k; begin += softmax_block, ++b) {
@@ -68,15 +98,11 @@ struct BiasedSoftmax {
         maximum = v > maximum ? v : maximum;
       }
       const W shifted = maximum == -std::numeric_limits<W>::infinity() ? W(0) : maximum;
-      W partial = 0;
-#pragma omp simd reduction(+ : partial)
-      for (int64_t j = begin; j < end; ++j) {
-        const W v = exponential(biased_logit<biased>(x, scale, bias, j) - shifted);
-        e[j] = v;
-        partial += v;
-      }
       shift[b] = shifted;
-      sum[b] = partial;
+      sum[b] = 0;
+      for (int64_t first = begin; first < end; first += sum_block) {
+        sum[b] += exponentials<biased>(x, scale, bias, shifted, first, std::min(first + sum_block, end), e);
+      }
     }
     return finish();
   }

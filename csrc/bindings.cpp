@@ -37,6 +37,7 @@ void bind_similarity(pybind11::module_&);
 void bind_prototype_cross_entropy(pybind11::module_&);
 void bind_prototype_head(pybind11::module_&);
 void bind_sinkhorn(pybind11::module_&);
+void bind_softmax_slope(pybind11::module_&);
 
 }  // namespace fastjem
 
@@ -57,4 +58,5 @@ PYBIND11_MODULE(_C, m) {
   fastjem::bind_prototype_cross_entropy(m);
   fastjem::bind_prototype_head(m);
   fastjem::bind_sinkhorn(m);
+  fastjem::bind_softmax_slope(m);
 }

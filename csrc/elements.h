@@ -76,6 +76,20 @@ static FASTJEM_INLINE float exponential(float x) {
   return x < -87.3f ? 0.0f : p * power;
 }
 
+static FASTJEM_INLINE double log1p_of_unit(double e) { return std::log1p(e); }
+// log(1 + e) for 0 <= e <= 1: 2 atanh(s), s = e / (2 + e) <= 1 / 3, to s^15 (error below 1e-8 of it).
+static FASTJEM_INLINE float log1p_of_unit(float e) {
+  const float s = e / (2.0f + e), z = s * s;
+  float p = 2.0f / 15;
+  p = p * z + 2.0f / 13;
+  p = p * z + 2.0f / 11;
+  p = p * z + 2.0f / 9;
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  return s * (p * z + 2.0f);
+}
+
 // Calls f with a null pointer of the dtype's element type.
 template <class F>
 static inline void with_dtype(Dtype dtype, F&& f) {

@@ -18,7 +18,8 @@ struct SimilaritySums {
   bool keep;                 // the exponentials stay in the tile
   double *row_max, *row_sum;  // [rows]
   double* rescale;            // [rows], what earlier exponentials are to be multiplied by, or null
-  void *column_parts, *column_max_parts;  // [parts, columns], or null
+  double* column_parts;     // [parts, columns], or null
+  void* column_max_parts;   // the same
 };
 
 struct SimilarityWeights {
@@ -96,7 +97,7 @@ static void in_parts(int64_t rows, int64_t parts, F&& f) {
 }
 
 template <class T>
-static void add_columns(const SimilarityTile& t, int64_t parts, const T* sums, const T* maxima, double* column_max,
+static void add_columns(const SimilarityTile& t, int64_t parts, const double* sums, const T* maxima, double* column_max,
                         double* column_sum) {
   const double size = std::abs(t.factor);
   for (int64_t part = 0; part < parts; ++part) {
@@ -119,22 +120,18 @@ static void sums(int dtype, uintptr_t values, int64_t rows, int64_t columns, int
                  uintptr_t column_sum, int threads) {
   const SimilarityTile t = tile(dtype, values, rows, columns, stride, scaling, place);
   const int64_t parts = parts_of(rows, columns, threads);
-  const size_t size = t.dtype == Dtype::float64 ? 8 : 4;
-  std::vector<double> buffer(column_sum ? parts * columns * (t.running ? 2 : 1) : 0);  // double: aligned for either dtype
-  void* sum_parts = column_sum ? buffer.data() : nullptr;
-  void* max_parts =
-      column_sum && t.running ? reinterpret_cast<char*>(buffer.data()) + parts * columns * size : nullptr;
+  std::vector<double> sum_buffer(column_sum ? parts * columns : 0), max_buffer(t.running ? sum_buffer.size() : 0);
+  double* sum_parts = column_sum ? sum_buffer.data() : nullptr;
+  void* max_parts = column_sum && t.running ? max_buffer.data() : nullptr;
   const SimilaritySums problem{keep, at<double>(row_max), at<double>(row_sum), at<double>(rescale), sum_parts, max_parts};
   in_parts(rows, parts, [&](int64_t begin, int64_t end, int64_t part) {
     FASTJEM_BEST(similarity_sums(t, problem, begin, end, part));
   });
   if (!column_sum) return;
   if (t.dtype == Dtype::float64) {
-    add_columns(t, parts, static_cast<double*>(sum_parts), static_cast<double*>(max_parts), at<double>(column_max),
-                at<double>(column_sum));
+    add_columns(t, parts, sum_parts, static_cast<double*>(max_parts), at<double>(column_max), at<double>(column_sum));
   } else {
-    add_columns(t, parts, static_cast<float*>(sum_parts), static_cast<float*>(max_parts), at<double>(column_max),
-                at<double>(column_sum));
+    add_columns(t, parts, sum_parts, static_cast<float*>(max_parts), at<double>(column_max), at<double>(column_sum));
   }
 }
 

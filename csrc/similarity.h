@@ -19,6 +19,7 @@ static inline void each_excluded(const SimilarityTile& t, int64_t i, F&& f) {
 }
 
 static constexpr int64_t block_of_columns = 1024;  // float sums of so many, then double
+static constexpr int64_t block_of_rows = 32;       // the same: what is below a float sum's last digit would be lost
 
 // A state is (maximum, sum). Running, the maximum is of similarities (of their negatives, if the factor is negative), and the
 // log-sum-exp seen so far is maximum * |factor| + log(sum): near similarities subtract exactly, where logits of several
@@ -29,9 +30,18 @@ static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p,
   const T sign = t.factor < 0 ? -1 : 1, size = std::abs(factor);
   const double exact_size = std::abs(t.factor);
   const T lowest = -std::numeric_limits<T>::infinity();
-  T* column_sum = p.column_parts ? static_cast<T*>(p.column_parts) + part * t.columns : nullptr;
+  double* column_total = p.column_parts ? p.column_parts + part * t.columns : nullptr;
+  std::vector<T> column_sums(column_total ? t.columns : 0, T(0));
+  T* column_sum = column_total ? column_sums.data() : nullptr;
+  const auto end_of_block = [&](int64_t i) {
+    if ((i - begin) % block_of_rows != block_of_rows - 1 && i + 1 != end) return;
+#pragma omp simd
+    for (int64_t j = 0; j < t.columns; ++j) {
+      column_total[j] += column_sum[j];
+      column_sum[j] = 0;
+    }
+  };
   T* column_max = p.column_max_parts ? static_cast<T*>(p.column_max_parts) + part * t.columns : nullptr;
-  if (column_sum) std::fill(column_sum, column_sum + t.columns, T(0));
   if (column_max) std::fill(column_max, column_max + t.columns, lowest);
 
   for (int64_t i = begin; i < end; ++i) {
@@ -95,6 +105,7 @@ static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p,
       sum += partial;
     }
     p.row_sum[i] += sum;
+    if (column_sum && !column_max) end_of_block(i);
   }
   if (!column_max) return;
   for (int64_t i = begin; i < end; ++i) {  // the columns' own maxima are known now
@@ -104,6 +115,7 @@ static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p,
       const T pivot = column_max[j] == lowest ? T(0) : column_max[j];
       column_sum[j] += exponential((s[j] * sign - pivot) * size);
     }
+    end_of_block(i);
   }
 }
 
@@ -155,25 +167,27 @@ static void similarity_sigmoid_of(const SimilarityTile& t, const SimilaritySigmo
     const int64_t own = t.row_start + i + t.offset - t.column_start;
     const bool paired = own >= 0 && own < t.columns;
     const T own_value = paired ? s[own] : T(0);
-    T log_sum = 0, sum = 0, dot = 0;
-    double loss = 0;
+    double loss = 0, sum = 0, dot = 0;
     for (int64_t block = 0; block < t.columns; block += block_of_columns) {
       const int64_t stop = std::min(block + block_of_columns, t.columns);
-      log_sum = 0;
+      T log_sum = 0, block_sum = 0, block_dot = 0;
+#pragma omp simd reduction(+ : log_sum, block_sum, block_dot)
       for (int64_t j = block; j < stop; ++j) {  // softplus(x) = max(x, 0) + log1p(exp(-|x|)), and its derivative
         const T x = s[j] * factor + bias;
         const T e = exponential(x < 0 ? x : -x);
-        log_sum += (x > 0 ? x : T(0)) + std::log1p(e);
+        log_sum += (x > 0 ? x : T(0)) + log1p_of_unit(e);
         const T g = (x > 0 ? T(1) : e) / (1 + e);
-        sum += g;
-        dot += g * s[j];
+        block_sum += g;
+        block_dot += g * s[j];
         s[j] = g;
       }
+      sum += block_sum;
+      dot += block_dot;
       loss += log_sum;
     }
     if (paired) {  // softplus(-x) = softplus(x) - x
       const T x = own_value * factor + bias, e = exponential(x < 0 ? x : -x);
-      const T negative = (x > 0 ? x : T(0)) + std::log1p(e), positive = (x > 0 ? T(0) : -x) + std::log1p(e);
+      const T negative = (x > 0 ? x : T(0)) + log1p_of_unit(e), positive = (x > 0 ? T(0) : -x) + log1p_of_unit(e);
       const T g = -(x > 0 ? e : T(1)) / (1 + e);
       loss += positive - static_cast<double>(negative);
       sum += g - s[own];

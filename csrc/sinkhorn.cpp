@@ -11,6 +11,10 @@ struct Sinkhorn {
   int64_t row_stride, rows, width;
   double scale;             // 1 / epsilon
   const void *bias, *bias_low;  // [K] float, two parts of a double (one double for float64 scores), or null
+  const float* u;           // [K], exp(bias - largest_bias), or null where that isn't at least exp(-40)
+  double largest_bias;
+  double near_shift;        // of all samples' logits that are near each other: a whole power of 2
+  float near_range;         // of their powers of 2: 126
   const double* offsets;    // [B], subtracted from each row, or null
   double* row_logsumexp;    // [B]
   Dtype code_dtype;
@@ -35,26 +39,63 @@ static std::vector<double> over_parts(int64_t rows, int64_t parts, int64_t width
   return sums;
 }
 
-// A double as two floats, for scores of other dtypes than float64.
-struct BiasParts {
-  std::vector<float> high, low;
-  const void *first = nullptr, *second = nullptr;
+// Potentials for scores of other dtypes than float64: each as two floats, and as a factor, if they lie near each other.
+struct Potentials {
+  std::vector<float> high, low, u;
 
-  BiasParts(Dtype dtype, const double* bias, int64_t k) {
-    if (bias == nullptr || dtype == Dtype::float64) {
-      first = bias;
+  // Sets all that depends on them in p.
+  Potentials(Sinkhorn& p, const double* bias, int threads) {
+    if (bias == nullptr || p.dtype == Dtype::float64) {
+      p.bias = bias;
       return;
     }
-    high.resize(k);
-    low.resize(k);
-    for (int64_t j = 0; j < k; ++j) {
+    high.resize(p.width);
+    low.resize(p.width);
+    double lowest = bias[0];
+    p.largest_bias = bias[0];
+    for (int64_t j = 0; j < p.width; ++j) {
       high[j] = static_cast<float>(bias[j]);
       low[j] = std::isfinite(high[j]) ? static_cast<float>(bias[j] - high[j]) : 0.0f;
+      lowest = std::min(lowest, bias[j]);
+      p.largest_bias = std::max(p.largest_bias, bias[j]);
     }
-    first = high.data();
-    second = low.data();
+    p.bias = high.data();
+    p.bias_low = low.data();
+    if (!(p.largest_bias - lowest < 40)) return;
+    u.resize(p.width);
+    parallel_for(p.width, 4096, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) u[j] = static_cast<float>(std::exp(bias[j] - p.largest_bias));
+    });
+    double first;
+    FASTJEM_BEST(first_logsumexp(p, &first));
+    p.near_shift = std::round((first - p.largest_bias - 3) / std::log(2.0));  // 3, as sums from 0.01 to 1e6 are safe
+    if (std::abs(p.near_shift) < 1e6) p.u = u.data();
   }
 };
+
+// out_j = logsumexp_i(x_ij * scale) without maxima; false where that isn't safe.
+static bool near_columns(Sinkhorn p, int64_t parts, double* out, int threads) {
+  if (p.dtype == Dtype::float64) return false;
+  double first;
+  FASTJEM_BEST(first_logsumexp(p, &first));
+  p.near_shift = std::round(first / std::log(2.0));
+  if (!(std::abs(p.near_shift) < 1e6)) return false;
+  const auto sums = over_parts(p.rows, parts, p.width, [&](int64_t begin, int64_t end, int64_t, double* sum) {
+    FASTJEM_BEST(near_column_sums(p, begin, end, sum));
+  });
+  std::atomic<bool> safe{true};
+  parallel_for(p.width, 4096, threads, [&](int64_t begin, int64_t end) {
+    bool all = true;
+    for (int64_t j = begin; j < end; ++j) {
+      double total = 0;
+      for (int64_t part = 0; part < parts; ++part) total += sums[part * p.width + j];
+      all = all && total > 1e-20 && total < 1e30;
+      out[j] = p.near_shift * std::log(2.0) + std::log(total);
+    }
+    if (!all) safe = false;
+  });
+  return safe;
+}
 
 // out_j = logsumexp_i(x_ij * scale - offset_i)
 static void columns(const Sinkhorn& p, int64_t parts, const double* bias, double* out, int threads) {
@@ -77,33 +118,36 @@ static void columns(const Sinkhorn& p, int64_t parts, const double* bias, double
   });
 }
 
+static Sinkhorn problem(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale) {
+  Sinkhorn p{};
+  p.dtype = static_cast<Dtype>(dtype);
+  p.scores = reinterpret_cast<const void*>(scores);
+  p.row_stride = row_stride, p.rows = rows, p.width = width;
+  p.scale = scale;
+  p.near_range = 126;
+  return p;
+}
+
 // `bias`: double [K], or 0; `out`: double [K].
 static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
                           uintptr_t bias_address, uintptr_t out_address, int threads) {
   const double* bias = reinterpret_cast<const double*>(bias_address);
   double* out = reinterpret_cast<double*>(out_address);
   std::vector<double> row_logsumexp(bias ? rows : 0);
-  const BiasParts two(static_cast<Dtype>(dtype), bias, width);
-  Sinkhorn p{static_cast<Dtype>(dtype),
-             reinterpret_cast<const void*>(scores),
-             row_stride,
-             rows,
-             width,
-             scale,
-             two.first,
-             two.second,
-             nullptr,
-             row_logsumexp.data(),
-             Dtype::float32,
-             nullptr};
+  Sinkhorn p = problem(dtype, scores, rows, width, row_stride, scale);
+  const Potentials potentials(p, bias, threads);
+  p.row_logsumexp = row_logsumexp.data();
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, rows / 16, rows * width / 16384}));
-  if (!bias) return columns(p, parts, nullptr, out, threads);
+  if (!bias) {
+    if (!near_columns(p, parts, out, threads)) columns(p, parts, nullptr, out, threads);
+    return;
+  }
 
   const auto sums = over_parts(rows, parts, width, [&](int64_t begin, int64_t end, int64_t, double* sum) {
     FASTJEM_BEST(column_sums_of_softmax(p, begin, end, sum));
   });
   // A term below the least exponential counts as 0. Where all of a prototype's together could matter, add in the log domain.
-  const double least = static_cast<double>(rows) * (p.dtype == Dtype::float64 ? 1e-290 : 1e-30);
+  const double least = static_cast<double>(rows) * (p.dtype == Dtype::float64 ? 1e-290 : p.u ? 1e-27 : 1e-30);
   std::atomic<bool> lost{false};
   parallel_for(width, 4096, threads, [&](int64_t begin, int64_t end) {
     bool low = false;
@@ -123,19 +167,10 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
 
 static void sinkhorn_codes(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
                            uintptr_t bias, int code_dtype, int64_t code_bytes, uintptr_t out, int threads) {
-  const BiasParts two(static_cast<Dtype>(dtype), reinterpret_cast<const double*>(bias), width);
-  const Sinkhorn p{static_cast<Dtype>(dtype),
-                   reinterpret_cast<const void*>(scores),
-                   row_stride,
-                   rows,
-                   width,
-                   scale,
-                   two.first,
-                   two.second,
-                   nullptr,
-                   nullptr,
-                   static_cast<Dtype>(code_dtype),
-                   reinterpret_cast<void*>(out)};
+  Sinkhorn p = problem(dtype, scores, rows, width, row_stride, scale);
+  const Potentials potentials(p, reinterpret_cast<const double*>(bias), threads);
+  p.code_dtype = static_cast<Dtype>(code_dtype);
+  p.codes = reinterpret_cast<void*>(out);
   prefer_huge_pages(p.codes, code_bytes);
   parallel_for(rows, 1 + 16384 / width, threads, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;

@@ -110,6 +110,7 @@ from fastjem.kernels.cpu_contrastive import (  # noqa: E402, F401
     siglip_loss,
 )
 from fastjem.kernels.cpu_prototypes import (  # noqa: E402, F401
+    mean_entropy,
     prototype_cross_entropy,
     prototype_head_cross_entropy,
     sinkhorn,

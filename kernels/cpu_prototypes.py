@@ -51,7 +51,7 @@ def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_fir
 def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     if scores.dtype not in DTYPES:
         return reference.sinkhorn_step(scores, bias, epsilon)
-    return _step(_rows(scores), _wide(bias, torch.float64), epsilon).to(_loss_dtype(scores))
+    return _step(_rows(scores), _wide(bias, torch.float64), epsilon)
 
 
 def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
@@ -150,6 +150,43 @@ def prototype_cross_entropy(
         means = of_teacher.div_(teacher_rows)
         extra = [*(x.to(dtype, copy=True) for x in means), torch.full((), entropy / teacher_rows, dtype=dtype)]
     return loss, gradients, torch.full((), scale / factor, dtype=dtype), extra
+
+
+def mean_entropy(
+    scores: list[Tensor], temperature: float, total: Tensor | None, rows: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    dtype, k = _loss_dtype(scores[0]), scores[0].shape[1]
+    if scores[0].dtype not in DTYPES:
+        return reference.mean_entropy(scores, temperature, total, rows, wanted)
+    scores = [_rows(x) for x in scores]
+    if total is None:  # a prototype's logsumexp of probabilities is what Sinkhorn's first iteration of samples gives
+        count, zeros = sum(map(len, scores)), torch.zeros(k, dtype=torch.float64)
+        log_mean = torch.stack([_step(x, zeros, temperature) for x in scores]).logsumexp(0) - math.log(count)
+    else:
+        count = rows.item()
+        log_mean = (total.double() / count).log()
+    log_mean = log_mean.clamp_min(-1e4)  # 0 log 0 is 0
+    mean = log_mean.exp()
+    negative_entropy = mean @ log_mean
+    slope = (log_mean - negative_entropy).to(dtype)  # a constant changes nothing, and this one leaves small numbers
+    scale = 1 / (count * temperature)
+    factor = scale if scores[0].dtype == dtype else 1.0  # half precision can't hold the scaled gradient
+    gradients = [_gradient(x, k) for x, k in zip(scores, wanted, strict=True)]
+    for x, gradient in zip(scores, gradients, strict=True):
+        if gradient.numel():
+            _C.softmax_slope(
+                DTYPES[x.dtype],
+                _address(x),
+                *x.shape,
+                x.stride(0),
+                1 / temperature,
+                _address(slope),
+                factor,
+                _address(gradient),
+                torch.get_num_threads(),
+            )
+    loss = (negative_entropy + math.log(k)).to(dtype)
+    return loss, gradients, torch.full((), scale / factor, dtype=dtype)
 
 
 # The head-fused form ---------------------------------------------------------------------------------

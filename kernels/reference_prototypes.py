@@ -9,18 +9,19 @@ from torch import Tensor
 
 def sinkhorn_step(
     scores: Tensor,  # [B, K]
-    bias: Tensor | None,  # [K]; None: samples are not normalised before
+    bias: Tensor | None,  # [K] float64; None: samples are not normalised before
     epsilon: float,
 ) -> Tensor:
-    """[K]: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i =
+    """[K] float64: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i =
     -logsumexp_k(s_ik + f_k)`.
 
-    The next bias f is the negative of the result; over several ranks, of the logsumexp of their results.
+    The next bias f is the negative of the result; over several ranks, of the logsumexp of their results. It may be
+    thousands and nearly cancels with what it is added to: hence float64.
     """
     scores = widen(scores) / epsilon
     if bias is not None:
         scores = scores - (scores + bias).logsumexp(1, keepdim=True)
-    return scores.logsumexp(0)
+    return scores.logsumexp(0).double()
 
 
 def sinkhorn_bias(
@@ -30,7 +31,11 @@ def sinkhorn_bias(
     normalize_samples_first: bool,
 ) -> Tensor:
     """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
-    bias = widen(scores).new_zeros(scores.shape[1]) if normalize_samples_first else None
+    return _potentials(scores, epsilon, iterations, normalize_samples_first).to(widen(scores[:0]).dtype)
+
+
+def _potentials(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    bias = scores.new_zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
     for _ in range(iterations):
         bias = -sinkhorn_step(scores, bias, epsilon)
     return bias
@@ -47,13 +52,12 @@ def sinkhorn(
 
     SwAV, arXiv 2006.09882, section 3.1. Each row of the result sums to 1.
     """
-    bias = sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
-    return sinkhorn_codes(scores, bias, epsilon, dtype)
+    return sinkhorn_codes(scores, _potentials(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
 
 
 def sinkhorn_codes(
     scores: Tensor,  # [B, K]
-    bias: Tensor,  # [K]
+    bias: Tensor,  # [K] float64
     epsilon: float,
     dtype: torch.dtype,
 ) -> Tensor:

@@ -236,8 +236,7 @@ def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_fir
 def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     if scores.dtype not in launch.DTYPES:
         return reference.sinkhorn_step(scores, bias, epsilon)
-    step = _step(launch.rows(scores), dense(bias, torch.float64), epsilon)
-    return step.neg_().to(launch.compute_dtype(scores.dtype))
+    return _step(launch.rows(scores), dense(bias, torch.float64), epsilon).neg_()
 
 
 def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:

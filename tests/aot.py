@@ -33,10 +33,13 @@ from fastjem.kernels import (
     prototype_head_cross_entropy,
     rescale,
     siglip_loss,
+    similarity,
     sinkhorn,
     vicreg,
 )
 from triton.backends.compiler import GPUTarget
+
+from fastjem.bench.cases import contrastive, prototypes
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program. Triton compiles programs that want more.
 ARCHITECTURES = tuple(SHARED_LIMIT)
@@ -108,20 +111,23 @@ def _bits(modifiers: list[str]) -> int:
 
 @contextlib.contextmanager
 def compiling(arch: int) -> Iterator[list]:
-    """Inside, `launch.launch` compiles for an architecture instead of launching; what it compiled is in the list."""
+    """Inside, `launch.launch` compiles for an architecture instead of launching; what it compiled is in the list, each
+    kernel once. Products that are torch's are left out."""
     compiled = []
 
     def compile_only(kernel, grid, *args, device_of, **meta) -> None:
-        compiled.append(kernel.warmup(*args, grid=grid, **meta))
+        code = kernel.warmup(*args, grid=grid, **meta)
+        if all(code is not other for other in compiled):
+            compiled.append(code)
 
     drivers = triton.runtime.driver
-    before = drivers._active, launch.launch
+    before = drivers._active, launch.launch, similarity._add_product
     drivers.set_active(Driver(arch))
-    launch.launch = compile_only
+    launch.launch, similarity._add_product = compile_only, lambda *_: None
     try:
         yield compiled
     finally:
-        drivers._active, launch.launch = before
+        drivers._active, launch.launch, similarity._add_product = before
 
 
 def codes(call: Callable[[], object], arch: int) -> list[Code]:
@@ -179,26 +185,26 @@ def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple
     return Case("negative_cosine", f"N x {d}" + ("" if all(wanted) else " p only"), dtype, call, vectors)
 
 
-def _nt_xent(d: int, dtype: str, temperature: float = 0.5) -> Case:
+def _nt_xent(d: int, dtype: str, temperature: float = 0.5, n: int = 300) -> Case:
     def call() -> None:
-        z, lse = torch.zeros(2, 300, d, dtype=DTYPES[dtype]), torch.zeros(2, 300, dtype=torch.float64)
+        z, lse = torch.zeros(2, n, d, dtype=DTYPES[dtype]), torch.zeros(2, n, dtype=torch.float64)
         nt_xent.nt_xent(z, z, 0, temperature, False, True)
         nt_xent.nt_xent_backward(z, z, lse, lse, None, 0, temperature, False, True)
 
     return Case("nt_xent", f"2 x N x {d} tau {temperature:g}", dtype, call, wgmma=True)
 
 
-def _info_nce(d: int, dtype: str) -> Case:
+def _info_nce(d: int, dtype: str, n: int = 300, k: int = 3000) -> Case:
     def call() -> None:
-        q, k = torch.zeros(300, d, dtype=DTYPES[dtype]), torch.zeros(3000, d, dtype=DTYPES[dtype])
-        info_nce.info_nce(q, q, k, -300, 0.1, [True, True, False])
+        q, bank = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(k, d, dtype=DTYPES[dtype])
+        info_nce.info_nce(q, q, bank, -n, 0.1, [True, True, False])
 
     return Case("info_nce", f"N x K x {d}", dtype, call, wgmma=True)
 
 
-def _clip_loss(d: int, dtype: str) -> Case:
+def _clip_loss(d: int, dtype: str, n: int = 300) -> Case:
     def call() -> None:
-        x, scale = torch.zeros(300, d, dtype=DTYPES[dtype]), torch.ones(())
+        x, scale = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.ones(())
         *_, x_lse, y_lse = clip_loss.clip_loss(x, x, scale, 0)
         clip_loss.clip_loss_backward(x, x, scale, x_lse, y_lse, 0, [True, True])
 
@@ -232,17 +238,19 @@ def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
     return Case(op, f"{n} x {d}", dtype, call)
 
 
-def _sinkhorn(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+def _sinkhorn(k: int, dtype: str, vectors: tuple[int, int], n: int = 300) -> Case:
     def call() -> None:
-        scores = torch.zeros(300, k, dtype=DTYPES[dtype])
+        scores = torch.zeros(n, k, dtype=DTYPES[dtype])
         sinkhorn.sinkhorn(scores, 0.05, 2, False, scores.dtype)
 
     return Case("sinkhorn", f"N x {k}", dtype, call, vectors)
 
 
-def _prototype_cross_entropy(s: int, t: int, k: int, dtype: str, pairs: str, vectors: tuple[int, int]) -> Case:
+def _prototype_cross_entropy(
+    s: int, t: int, k: int, dtype: str, pairs: str, vectors: tuple[int, int], images: int = 4
+) -> Case:
     def call() -> None:
-        student, teacher = ([torch.zeros(4, k, dtype=DTYPES[dtype]) for _ in range(n)] for n in (s, t))
+        student, teacher = ([torch.zeros(images, k, dtype=DTYPES[dtype]) for _ in range(n)] for n in (s, t))
         prototype_cross_entropy.prototype_cross_entropy(
             student, teacher, 0.1, 0.04, torch.zeros(k), pairs, None, True, [True] * s
         )
@@ -250,11 +258,12 @@ def _prototype_cross_entropy(s: int, t: int, k: int, dtype: str, pairs: str, vec
     return Case("prototype_cross_entropy", f"{s} x {t} x N x {k} {pairs}", dtype, call, vectors)
 
 
-def _prototype_head(d: int, dtype: str) -> Case:
+def _prototype_head(d: int, dtype: str, students: int = 2, images: int = 4, k: int = 300) -> Case:
     def call() -> None:
-        x, w = [torch.zeros(4, d, dtype=DTYPES[dtype]) for _ in range(2)], torch.zeros(300, d, dtype=DTYPES[dtype])
+        x, w = torch.zeros(images, d, dtype=DTYPES[dtype]), torch.zeros(k, d, dtype=DTYPES[dtype])
+        inputs, wanted = [*[x] * students, w], [True] * (students + 1)
         prototype_head_cross_entropy.prototype_head_cross_entropy(
-            [*x, w], x, w, 0.1, 0.04, torch.zeros(300), "different", None, [True] * 3
+            inputs, [x] * 2, w, 0.1, 0.04, torch.zeros(k), "different", None, wanted
         )
 
     return Case("prototype_head_cross_entropy", f"N x {d} x K", dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
@@ -319,6 +328,35 @@ CASES = [
 ]
 
 
+# The shapes that the goals on an H200 are set for: what runs there, and the benchmark's case, which counts its cost.
+BF16 = torch.bfloat16
+GOALS = [
+    (_nt_xent(128, "bf16", n=32768), contrastive.nt_xent_case(32768, 128, BF16)),
+    (_nt_xent(256, "bf16", n=32768), contrastive.nt_xent_case(32768, 256, BF16)),
+    (_clip_loss(512, "bf16", 32768), contrastive.image_text_case("clip_loss", 32768, 512, BF16)),
+    (_info_nce(128, "bf16", 4096, 65_536), contrastive.moco_case(4096, 65_536, 128, BF16)),
+    (_sinkhorn(3000, "bf16", (1, 0), 16_384), prototypes.sinkhorn_case(16_384, 3000, BF16)),
+    (_sinkhorn(65_536, "bf16", (1, 0), 2048), prototypes.sinkhorn_case(2048, 65_536, BF16)),
+    (_prototype_cross_entropy(10, 2, 65_536, "bf16", "different", (1, 0), 64),
+     prototypes.dino_case(2, 10, 64, 65_536, BF16)),
+    (_prototype_head(256, "bf16", 10, 1024, 65_536), prototypes.head_case(2, 10, 1024, 65_536, 256, BF16)),
+]  # fmt: skip
+
+
+def goals() -> list[dict]:
+    """For each kernel that a goal's shape launches on an H200."""
+    table = []
+    for case, cost in GOALS:
+        row = {"op": cost.op, "shape": cost.shape, "dtype": case.dtype}
+        row |= {"GFLOP": round(cost.flops / 1e9, 1), "MB": round(cost.bytes / 1e6, 1)}
+        table += [row | _facts(code) for code in codes(case.call, 90)]
+    return table
+
+
+def _facts(code: Code) -> dict:
+    return {name: getattr(code, name) for name in ("kernel", "warps", "registers", "spills", "shared", "wgmma")}
+
+
 def rows() -> list[dict]:
     """One row for each case, architecture and kernel; a kernel that several cases share is listed with the first."""
     table, seen = [], []
@@ -328,13 +366,8 @@ def rows() -> list[dict]:
                 if (arch, code) in seen:
                     continue
                 seen.append((arch, code))
-                row = {
-                    "op": case.op,
-                    "kernel": code.kernel,
-                    "shape": case.shape,
-                    "dtype": case.dtype,
-                    "arch": f"sm_{arch}",
-                }
+                row = {"op": case.op, "kernel": code.kernel, "shape": case.shape, "dtype": case.dtype}
+                row["arch"] = f"sm_{arch}"
                 row |= {name: getattr(code, name) for name in ("warps", "registers", "spills", "shared")}
                 row |= {"loads": _widths(code.loads), "stores": _widths(code.stores), "wgmma": code.wgmma}
                 table.append(row)
@@ -355,14 +388,28 @@ as the compiler wrote it (pipelining repeats loads).
 """
 
 
-def main() -> None:
-    table = rows()
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+GOALS_HEAD = """
+## The shapes of the goals on an H200
+
+What these shapes launch there (sm_90). `GFLOP`: matrix products, `MB`: inputs, results and passes that no algorithm
+avoids, both at the least and of the whole operation, forward and backward. CLIP's gradients at D = 512 are torch's
+products of weights that `weights_kernel` writes.
+
+"""
+
+
+def _markdown(table: list[dict]) -> str:
     lines = [[*table[0]], ["---"] * len(table[0]), *[[str(value) for value in row.values()] for row in table]]
-    markdown = HEAD.format(triton=triton.__version__) + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    table, of_goals = rows(), goals()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    markdown = HEAD.format(triton=triton.__version__) + _markdown(table) + GOALS_HEAD + _markdown(of_goals)
     RESULTS.with_suffix(".md").write_text(markdown)
     RESULTS.with_suffix(".json").write_text(
-        json.dumps({"triton": triton.__version__, "kernels": table}, indent=1) + "\n"
+        json.dumps({"triton": triton.__version__, "kernels": table, "goals": of_goals}, indent=1) + "\n"
     )
     print(f"{len(table)} rows in {RESULTS}.md")
 

@@ -348,7 +348,7 @@ def _prototype_head(
     )
 
 
-def _mean_entropy(v: int, b: int, k: int, scale: float = 1.0) -> Case:
+def _mean_entropy(v: int, b: int, k: int, scale: float = 1.0, dtypes=(torch.float64, torch.float32)) -> Case:
     def eager(*scores: Tensor) -> Tensor:
         p = (torch.cat(scores) / 0.1).softmax(1).mean(0)
         return (p * p.log()).sum() + math.log(k)
@@ -362,7 +362,7 @@ def _mean_entropy(v: int, b: int, k: int, scale: float = 1.0) -> Case:
         differentiable=v,
         loss_size=math.log(k + 1),
         gradient_size=lambda *x: 10 * math.log(k + 1) / (v * b),
-        dtypes=(torch.float64, torch.float32),
+        dtypes=dtypes,  # eager's 0 log 0 is NaN in float16 where scores are large
     )
 
 
@@ -511,6 +511,7 @@ LOSSES = [
     _image_text("clip_loss", 37, 33, 14.0),
     _image_text("clip_loss", 40, 64, 100.0),
     _image_text("clip_loss", 1100, 16, 30.0, interpreted=False),
+    _image_text("clip_loss", 1500, 8, 20.0, interpreted=False),  # columns' sums of many small numbers
     _image_text("clip_loss", 12, 48, 10.0, length=9.0),
     _image_text("clip_loss", 24, 40, 14.0),
     _image_text("siglip_loss", 1, 16, 10.0),
@@ -534,6 +535,7 @@ LOSSES = [
     _prototype_head(2, 2, 3, 20, 130, "different", weighted=True),  # on a GPU: chunks of 64 columns, the last of 2
     _mean_entropy(1, 1, 3),
     _mean_entropy(4, 9, 100),
+    _mean_entropy(2, 3, 1500, scale=0.1, dtypes=ALL),
     _koleo(3, 8),
     _koleo(300, 33),
     # odd widths, several blocks of 1024, large means, both kinds of error, squared error

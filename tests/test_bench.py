@@ -36,7 +36,14 @@ def small(op: str) -> Case:
         "negative_cosine": lambda: all_cases.predictive.case(9, 11, both=True),
         "nt_xent": lambda: all_cases.contrastive.nt_xent_case(9, 11),
         "info_nce": lambda: all_cases.contrastive.moco_case(9, 31, 11),
+        "nearest_neighbors": lambda: all_cases.contrastive.nearest_neighbors_case(9, 31, 11),
+        "clip_loss": lambda: all_cases.contrastive.image_text_case("clip_loss", 9, 11),
+        "siglip_loss": lambda: all_cases.contrastive.image_text_case("siglip_loss", 9, 11),
         "sinkhorn": lambda: all_cases.prototypes.sinkhorn_case(9, 11),
+        "sinkhorn_bias": lambda: all_cases.prototypes.sinkhorn_bias_case(9, 11),
+        "prototype_head_cross_entropy": lambda: all_cases.prototypes.head_case(2, 5, 9, 31, 11),
+        "koleo": lambda: all_cases.prototypes.koleo_case(9, 11),
+        "mean_entropy": lambda: all_cases.prototypes.mean_entropy_case(2, 9, 11),
         "swav": lambda: all_cases.prototypes.swav_case(2, 3, 9, 11),
         "dino": lambda: all_cases.prototypes.dino_case(2, 5, 9, 11),
         "barlow_twins": lambda: all_cases.covariance.case("barlow_twins", 9, 5),
@@ -46,7 +53,8 @@ def small(op: str) -> Case:
 
 
 OPS = ("ema_update_", "cross_entropy", "negative_cosine", "nt_xent", "info_nce", "sinkhorn", "swav", "dino")
-OPS += ("barlow_twins", "vicreg")
+OPS += ("barlow_twins", "vicreg", "nearest_neighbors", "clip_loss", "siglip_loss", "sinkhorn_bias")
+OPS += ("prototype_head_cross_entropy", "koleo", "mean_entropy")
 
 
 # What is timed ------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Case:
     flops: int = 0  # of matrix products at the least, forward and backward
     peers: Mapping[str, Callable[[], Callable]] = field(default_factory=dict)  # package -> imports and makes it
     dtype: torch.dtype = torch.float32
+    compiled: Callable[[], Callable] | None = None  # makes torch.compile's variant, where it can't take `eager` whole
     uses: tuple[str, ...] = ()  # further operators that `ours` consists of
     devices: tuple[str, ...] = ("cpu", "cuda")
     full_only: tuple[str, ...] = ()  # devices on which only `--full` runs it, because it takes too long
@@ -45,7 +46,7 @@ class Case:
         """Name -> function of the inputs, eager first and ours last; and, for peers that can't be had, why."""
         functions, absent = {"eager": self.eager}, {}
         if compiled:
-            functions["compile"] = torch.compile(self.eager, dynamic=False)
+            functions["compile"] = self.compiled() if self.compiled else torch.compile(self.eager, dynamic=False)
         for package, load in self.peers.items():
             try:
                 functions[package] = load()

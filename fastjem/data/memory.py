@@ -173,14 +173,15 @@ class MemoryLoader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[Crops]:
-        array, draw = self.array, Parameters(self.specs)
+        array, draw, unreadable = self.array, Parameters(self.specs), self.array.unreadable
         device = array.images.device
         for keys in self.order:
             samples = np.array([sample for _, sample in keys])
             drawn = torch.from_numpy(draw(self.seed, keys[0][0], samples, array.height, array.width))
             tables = list(drawn.to(device, non_blocking=True))
             indices = torch.from_numpy(samples).to(device, non_blocking=True)
-            yield Crops(array.crops(indices, tables, self.specs), tables, [])
+            yield Crops(array.crops(indices, tables, self.specs), tables, unreadable)
+            unreadable = []
 
 
 def is_array(path: str | os.PathLike[str]) -> bool:

@@ -48,7 +48,7 @@ def sinkhorn(
         check.fail("sinkhorn", "dtype must be floating-point", dtype)
     if group is None:
         return ops.sinkhorn(scores.detach(), float(epsilon), iterations, normalize_samples_first, dtype)
-    bias = _bias([scores.detach()], float(epsilon), iterations, normalize_samples_first, group)
+    bias = _potentials([scores.detach()], float(epsilon), iterations, normalize_samples_first, group)
     return ops.sinkhorn_codes(scores.detach(), bias, float(epsilon), dtype)
 
 
@@ -74,7 +74,8 @@ def sinkhorn_bias(
     parts = [x.detach() for x in parts]
     if group is None and len(parts) == 1:
         return ops.sinkhorn_bias(parts[0], float(epsilon), iterations, normalize_samples_first)
-    return _bias(parts, float(epsilon), iterations, normalize_samples_first, group)
+    wide = torch.float64 if torch.float64 in {x.dtype for x in parts} else torch.float32
+    return _potentials(parts, float(epsilon), iterations, normalize_samples_first, group).to(wide)
 
 
 def _check(op: str, epsilon: float, iterations: int, *scores: Tensor) -> None:
@@ -87,12 +88,11 @@ def _check(op: str, epsilon: float, iterations: int, *scores: Tensor) -> None:
         check.fail(op, "iterations must be at least 1", iterations)
 
 
-def _bias(parts: list[Tensor], epsilon: float, iterations: int, normalize_samples_first: bool, group) -> Tensor:
-    """One collective of K numbers an iteration: each rank's logsumexp over its samples."""
-    wide = torch.float64 if torch.float64 in {x.dtype for x in parts} else torch.float32
-    bias = parts[0].new_zeros(parts[0].shape[1], dtype=wide) if normalize_samples_first else None
+def _potentials(parts: list[Tensor], epsilon: float, iterations: int, normalize_samples_first: bool, group) -> Tensor:
+    """[K] float64. One collective of K numbers an iteration: each rank's logsumexp over its samples."""
+    bias = parts[0].new_zeros(parts[0].shape[1], dtype=torch.float64) if normalize_samples_first else None
     for _ in range(iterations):
-        sums = [ops.sinkhorn_step(x, bias, epsilon).to(wide) for x in parts]
+        sums = [ops.sinkhorn_step(x, bias, epsilon) for x in parts]
         total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)
         if group is not None:
             of_ranks = [torch.empty_like(total) for _ in range(world_size(group))]

@@ -1,8 +1,10 @@
-"""NT-Xent (SimCLR) and InfoNCE with a queue (MoCo)."""
+"""NT-Xent (SimCLR), InfoNCE with a queue (MoCo), nearest neighbours (NNCLR), image-text pairs (CLIP, SigLIP)."""
+
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 import fastjem.functional as F
 from fastjem.bench.case import Case, Draw
@@ -39,12 +41,23 @@ def enqueue(key: Tensor, queue: Tensor) -> None:
         queue[: len(key)] = normalize(key, dim=1)
 
 
-def moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
-    """As in the authors' code: the queue is copied, as it changes before backward."""
-    q, k, negatives = normalize(query, dim=1), normalize(key, dim=1), queue.clone()
+def moco_loss(query: Tensor, key: Tensor, negatives: Tensor) -> Tensor:
+    q, k = normalize(query, dim=1), normalize(key, dim=1)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / MOCO_TEMPERATURE
-    enqueue(key, queue)
     return cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+def moco(query: Tensor, key: Tensor, queue: Tensor, loss=moco_loss) -> Tensor:
+    """As in the authors' code: the queue is copied, as it changes before backward."""
+    result = loss(query, key, queue.clone())
+    enqueue(key, queue)
+    return result
+
+
+def compiled_moco():
+    """Inductor (torch 2.11) drops the copy if it sees it, and differentiates with the queue as it is after enqueueing:
+    silently wrong."""
+    return partial(moco, loss=torch.compile(moco_loss, dynamic=False))
 
 
 def our_moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
@@ -78,8 +91,56 @@ def moco_case(n: int, k: int, d: int, dtype: torch.dtype = torch.float32, **opti
     # lightly's bank is always float32
     return Case(
         "info_nce", f"{n} x {k} x {d}, enqueue", inputs, moco, our_moco, dtype=dtype,
-        peers={"lightly": lightly_moco(k, d)} if dtype == torch.float32 else {},
+        peers={"lightly": lightly_moco(k, d)} if dtype == torch.float32 else {}, compiled=compiled_moco,
         bytes=(k + 4 * n) * d * dtype.itemsize, flops=4 * n * k * d, **options,
+    )  # fmt: skip
+
+
+def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
+    return (normalize(query, dim=1) @ normalize(bank, dim=1).T).argmax(1)
+
+
+def nearest_neighbors_case(n: int, k: int, d: int, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """Bytes: queries and bank read."""
+    return Case(
+        "nearest_neighbors", f"{n} x {k} x {d}", lambda draw: (draw.normal(n, d), draw.normal(k, d)),
+        nearest_neighbors, F.nearest_neighbors, dtype=dtype, bytes=(n + k) * d * dtype.itemsize, flops=2 * n * k * d,
+        **options,
+    )  # fmt: skip
+
+
+def clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    logits, own = scale * (x @ y.T), torch.arange(len(x), device=x.device)
+    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+
+def open_clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The formula of open_clip's ClipLoss: each direction is a product of its own."""
+    own = torch.arange(len(x), device=x.device)
+    return (cross_entropy(scale * x @ y.T, own) + cross_entropy(scale * y @ x.T, own)) / 2
+
+
+def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The formula of open_clip's SigLipLoss."""
+    labels = 2 * torch.eye(len(x), dtype=x.dtype, device=x.device) - 1
+    return -logsigmoid(labels * (scale * x @ y.T + bias)).sum() / len(x)
+
+
+def image_text_case(op: str, n: int, d: int, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """FLOPs without ever holding N x N: CLIP's similarities forward and again backward, and both gradients; SigLIP's
+    gradients come with the loss. Bytes: rows read, their gradients written."""
+    eager, ours, peers, products, scalars = {
+        "clip_loss": (clip, F.clip_loss, {"open_clip's formula": lambda: open_clip}, 4, (14.0,)),
+        "siglip_loss": (siglip, F.siglip_loss, {}, 3, (10.0, -10.0)),
+    }[op]
+
+    def inputs(draw: Draw) -> tuple[Tensor, ...]:
+        x, y = (normalize(z, dim=1).requires_grad_() for z in draw.pair(n, d, (False, False)))
+        return x, y, *(torch.tensor(value, device=draw.device, requires_grad=True) for value in scalars)
+
+    return Case(
+        op, f"{n} x {d}", inputs, eager, ours, dtype=dtype, peers=peers, bytes=4 * n * d * dtype.itemsize,
+        flops=2 * products * n * n * d, uses=("clip_loss_backward",) if op == "clip_loss" else (), **options,
     )  # fmt: skip
 
 
@@ -91,5 +152,10 @@ CASES = [
     nt_xent_case(32768, 128, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
     moco_case(256, 65536, 128, full_only=("cuda",)),
     moco_case(4096, 65536, 128, torch.bfloat16, devices=("cuda",)),
+    nearest_neighbors_case(256, 65536, 128, full_only=("cpu", "cuda")),
+    image_text_case("clip_loss", 512, 512, full_only=("cuda",)),
+    image_text_case("clip_loss", 4096, 512, full_only=("cpu", "cuda")),
+    image_text_case("clip_loss", 32768, 512, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
+    image_text_case("siglip_loss", 1024, 512, full_only=("cpu", "cuda")),
     nt_xent_case(4, 16, clock="host"),
 ]

@@ -1,8 +1,11 @@
-"""Sinkhorn, and the cross-entropy between prototype scores: SwAV, DINO."""
+"""Sinkhorn, the cross-entropy between prototype scores (SwAV, DINO), and what keeps both apart (KoLeo, MSN)."""
+
+import math
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, softmax
+from torch.nn.functional import log_softmax, normalize, pairwise_distance, softmax
 
 import fastjem.functional as F
 from fastjem.bench.case import Case, Draw
@@ -38,6 +41,32 @@ def sinkhorn_case(b: int, k: int, dtype: torch.dtype = torch.float32, **options)
         lambda scores: F.sinkhorn(scores, epsilon=EPSILON, iterations=ITERATIONS), dtype=dtype,
         peers={"lightly": lightly_sinkhorn} if dtype == torch.float32 else {},  # in half precision theirs overflows
         bytes=b * k * ((ITERATIONS + 1) * dtype.itemsize + 4), **options,
+    )  # fmt: skip
+
+
+def potentials(codes: Tensor, scores: Tensor) -> Tensor:
+    """What the codes' first row says of the prototypes' potentials, which a constant shifts at will."""
+    f = codes[0].log() - scores[0].float() / EPSILON
+    return f - f.mean()
+
+
+def our_potentials(scores: Tensor) -> Tensor:
+    f = F.sinkhorn_bias(scores, epsilon=EPSILON, iterations=ITERATIONS)
+    return f - f.mean()
+
+
+def lightly_potentials():
+    theirs = lightly_sinkhorn()
+    return lambda scores: potentials(theirs(scores), scores)
+
+
+def sinkhorn_bias_case(b: int, k: int, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """Sinkhorn where the codes needn't exist: the matrix is read once per iteration. Others have codes only."""
+    return Case(
+        "sinkhorn_bias", f"{b} x {k}", lambda draw: (draw.normal(b, k, scale=SCORE_STD),),
+        lambda scores: potentials(sinkhorn(scores), scores), our_potentials, dtype=dtype,
+        peers={"lightly": lightly_potentials} if dtype == torch.float32 else {},
+        bytes=b * k * ITERATIONS * dtype.itemsize, **options,
     )  # fmt: skip
 
 
@@ -86,7 +115,7 @@ def update_center(teacher: list[Tensor], center: Tensor) -> None:
         center.lerp_(sum(x.float().mean(0) for x in teacher) / len(teacher), 1 - CENTER_MOMENTUM)
 
 
-def dino(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor:
+def dino_loss(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor:
     loss, pairs = 0.0, 0
     targets = [softmax((t - center) / TEACHER_TEMPERATURE, 1) for t in teacher]
     predictions = [log_softmax(s / DINO_TEMPERATURE, 1) for s in student]
@@ -94,8 +123,26 @@ def dino(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor
         for j, prediction in enumerate(predictions):
             if i != j:
                 loss, pairs = loss - (target * prediction).sum(1).mean(), pairs + 1
-    update_center(teacher, center)
     return loss / pairs
+
+
+def dino(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor:
+    loss = dino_loss(student, teacher, center)
+    update_center(teacher, center)
+    return loss
+
+
+def compiled_dino():
+    """Inductor (torch 2.11) computes the targets again in backward, with the centre as it is after the update if it
+    sees that: silently wrong."""
+    loss = torch.compile(dino_loss, dynamic=False)
+
+    def run(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor:
+        result = loss(student, teacher, center.clone())
+        update_center(teacher, center)
+        return result
+
+    return run
 
 
 def our_dino(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor:
@@ -134,13 +181,87 @@ def dino_case(teachers: int, students: int, b: int, k: int, dtype: torch.dtype =
 
     return Case(
         "prototype_cross_entropy", f"DINO {teachers} + {students - teachers}, {b} x {k}", inputs, dino, our_dino,
-        dtype=dtype, peers={"lightly": lightly_dino(k)},
+        dtype=dtype, peers={"lightly": lightly_dino(k)}, compiled=compiled_dino,
         bytes=b * k * dtype.itemsize * (2 * students + teachers), **options,
+    )  # fmt: skip
+
+
+HEAD = {"student_temperature": DINO_TEMPERATURE, "teacher_temperature": TEACHER_TEMPERATURE}
+
+
+def head(logits_and_loss, student: list[Tensor], w: Tensor, teacher: list[Tensor], v: Tensor) -> Tensor:
+    return logits_and_loss([x @ w.T for x in student], [x @ v.T for x in teacher])
+
+
+def eager_head(*inputs) -> Tensor:
+    return head(lambda s, t: dino_loss(s, t, torch.zeros((), device=s[0].device)), *inputs)
+
+
+def plain_head(*inputs) -> Tensor:
+    return head(partial(F.prototype_cross_entropy, **HEAD), *inputs)
+
+
+def our_head(student: list[Tensor], w: Tensor, teacher: list[Tensor], v: Tensor) -> Tensor:
+    return F.prototype_head_cross_entropy(student, teacher, w, v, **HEAD)
+
+
+def head_case(teachers: int, students: int, b: int, k: int, d: int, dtype=torch.float32, **options) -> Case:
+    """DINO from the features that the last layer takes; beside it our own loss of logits that exist. FLOPs without
+    logits in memory: the student's twice, its features' and its prototypes' gradients; the teacher's twice."""
+
+    def inputs(draw: Draw) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
+        def features(n: int, gradient: bool) -> list[Tensor]:
+            return [normalize(draw.normal(b, d), dim=1).requires_grad_(gradient) for _ in range(n)]
+
+        w, v = (normalize(draw.normal(k, d), dim=1) for _ in range(2))
+        return features(students, True), w.requires_grad_(), features(teachers, False), v
+
+    return Case(
+        "prototype_head_cross_entropy", f"DINO {teachers} + {students - teachers}, {b} x {k} x {d}", inputs,
+        eager_head, our_head, dtype=dtype, peers={"our plain form": lambda: plain_head},
+        bytes=dtype.itemsize * d * (3 * k + b * (2 * students + teachers)),
+        flops=2 * k * d * b * (4 * students + 2 * teachers), **options,
+    )  # fmt: skip
+
+
+def koleo(x: Tensor) -> Tensor:
+    x = normalize(x, dim=1, eps=1e-8)
+    with torch.no_grad():
+        nearest = (x @ x.T).fill_diagonal_(-1).argmax(1)
+    return -(pairwise_distance(x, x[nearest], 2, 1e-8) + 1e-8).log().mean()
+
+
+def lightly_koleo():
+    from lightly.loss import KoLeoLoss
+
+    return KoLeoLoss()
+
+
+def koleo_case(n: int, d: int, **options) -> Case:
+    return Case(
+        "koleo", f"{n} x {d}", lambda draw: (draw.normal(n, d, gradient=True),), koleo, F.koleo,
+        peers={"lightly": lightly_koleo}, bytes=2 * n * d * 4, flops=2 * n * n * d, **options,
+    )  # fmt: skip
+
+
+def mean_entropy(*scores: Tensor) -> Tensor:
+    p = softmax(torch.cat(scores) / DINO_TEMPERATURE, 1).mean(0)
+    return (p * p.log()).sum() + math.log(len(p))
+
+
+def mean_entropy_case(views: int, b: int, k: int, **options) -> Case:
+    """The gradient needs the mean over all rows: scores are read twice, their gradients written."""
+    return Case(
+        "mean_entropy", f"{views} x {b} x {k}",
+        lambda draw: tuple(draw.normal(b, k, scale=SCORE_STD, gradient=True) for _ in range(views)),
+        mean_entropy, lambda *scores: F.mean_entropy(scores, temperature=DINO_TEMPERATURE),
+        bytes=views * b * k * 4 * 3, **options,
     )  # fmt: skip
 
 
 CASES = [
     sinkhorn_case(4096, 3000),
+    sinkhorn_bias_case(4096, 3000, full_only=("cuda",)),
     sinkhorn_case(16384, 3000, torch.bfloat16, devices=("cuda",)),
     sinkhorn_case(2048, 65536, torch.bfloat16, devices=("cuda",)),
     swav_case(2, 6, 256, 3000, full_only=("cuda",)),
@@ -148,4 +269,8 @@ CASES = [
     dino_case(2, 10, 64, 65536, full_only=("cuda",)),
     dino_case(2, 10, 64, 65536, torch.bfloat16, devices=("cuda",)),
     dino_case(2, 10, 1024, 65536, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
+    head_case(2, 10, 16, 65536, 256, full_only=("cpu", "cuda")),
+    head_case(2, 10, 1024, 65536, 256, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
+    koleo_case(1024, 384, full_only=("cpu", "cuda")),
+    mean_entropy_case(2, 256, 1024, full_only=("cpu", "cuda")),
 ]
