@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import types
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +142,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be a finite number, at least 0, got {value}")
+    if config.workers < -1:
+        raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
     if config.momentum is not None and config.momentum > 1:
         raise UserError(f"--momentum must be between 0 and 1, got {config.momentum}")
     if config.batch_size < 2:
@@ -191,10 +194,12 @@ def build_method(
     for name in config.options:
         if name not in own:
             raise nearest(f"option of {config.method}", name, own)
-        default, value = inspect.signature(kind).parameters[name].default, config.options[name]
-        wanted = (int, float) if isinstance(default, float | None) else type(default)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise UserError(f"--options {name} is {default} by default and can't be {value!r}")
+        parameter, value = inspect.signature(kind).parameters[name], config.options[name]
+        kinds = set(typing.get_args(parameter.annotation)) or {parameter.annotation}
+        if type(value) not in (kinds | {int} if float in kinds else kinds):
+            raise UserError(f"--options {name} is {parameter.default} by default and can't be {value!r}")
+        if isinstance(value, int) and kinds <= {int, types.NoneType} and value < (parameter.default != 0):
+            raise UserError(f"--options {name} must be at least {int(parameter.default != 0)}, got {value}")
     try:
         return kind(width, **{k: v for k, v in facts.items() if k in accepted}, **config.options)
     except (TypeError, ValueError) as error:
@@ -223,6 +228,8 @@ def train(
         raise UserError(f"--batch-size {config.batch_size} can't be shared evenly by {ranks.size} ranks")
     if config.batch_size // ranks.size < 2:
         raise UserError(f"--batch-size {config.batch_size} leaves a rank with less than 2 images")
+    if config.sync_batch_norm and ranks.device.type != "cuda":
+        raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
     kind = METHODS[config.method]
     defaults = kind.defaults
     per_epoch = max(len(folder) // config.batch_size // config.accumulate, 1)
@@ -288,7 +295,7 @@ def train(
             raise UserError(f"the run in {out} is already at its end, step {start}; --epochs says how long it is")
         step.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    if config.sync_batch_norm and ranks.size > 1 and ranks.device.type == "cuda":
+    if config.sync_batch_norm and ranks.size > 1:
         step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
     model: nn.Module = step
     if ranks.size > 1:

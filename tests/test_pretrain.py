@@ -317,6 +317,8 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
         ([*base, "--batch-size", "four"], ["--batch-size", "four"]),
         ([*tiny, "--options", "temprature=0.2"], ["did you mean temperature"]),
         ([*tiny, "--options", "temperature=warm"], ["temperature is 0.1 by default", "'warm'"]),
+        ([*tiny, "--options", "hidden=0"], ["hidden must be at least 1, got 0"]),
+        ([*tiny, "--method", "dino", "--options", "prototypes=0"], ["prototypes must be at least 1"]),
         ([*tiny, "--learning-rate", "-1"], ["--learning-rate must be", "-1"]),
         ([*tiny, "--momentum", "2"], ["--momentum must be between 0 and 1"]),
         ([*tiny, "--batch-size", "1"], ["at least 2"]),
@@ -328,6 +330,7 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
         ),
         ([*tiny, "--resume"], ["no run in"]),
         ([*tiny, "--optimizer", "adam"], ["adamw"]),
+        ([*tiny, "--sync-batch-norm"], ["--sync-batch-norm needs CUDA"]),
     ):
         error = fails(capsys, *arguments)
         assert all(word in error for word in words), error
