@@ -38,7 +38,7 @@ FACTS = ("images", "steps_per_epoch", "steps", "group", "batch_norm")
 def views_of(method: str, image_size: int, small_views: int | None = None, recipe: str | None = None) -> Views:
     """What a method sees, with what isn't None in place of its own.
 
-    At 64 pixels and less no small views unless they are asked for: of 32 pixels they would have 14, blown up from 8 x 8,
+    At 64 pixels and less no small views unless they are asked for: of 32 pixels they would have 14, blown up from 8,
     and hardly anything in them can be told; recipes for CIFAR leave them out.
     """
     views: Views = METHODS[method].views
