@@ -1,11 +1,9 @@
 """`fastjem pretrain` and `fastjem.pretrain(...)`: configuration, wiring, checkpoints, progress."""
 
-import contextlib
 import dataclasses
 import inspect
 import json
 import os
-import signal
 import sys
 import time
 import types
@@ -26,7 +24,7 @@ from fastjem.data.loader import ViewLoader
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
 from fastjem.methods import FACTS, METHODS, views_of
-from fastjem.progress import Reporter
+from fastjem.progress import Reporter, Stop
 from fastjem.report import Watch
 from fastjem.train import Step, check_encoder, loop
 
@@ -157,28 +155,6 @@ def check(config: Config) -> None:
             raise nearest(name, getattr(config, name), [a for a in allowed if a])
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
-
-
-class Stop:
-    """SIGTERM and Ctrl-C ask the loop to end after its step; a second Ctrl-C ends it at once."""
-
-    signal: int | None = None
-
-    def __enter__(self) -> "Stop":
-        self.old = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not in the main thread: the caller's business
-                self.old[number] = signal.signal(number, self.ask)
-        return self
-
-    def ask(self, number: int, frame: types.FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
 
 
 def build_method(

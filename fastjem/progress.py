@@ -1,6 +1,9 @@
-"""What a run says while it trains: `metrics.jsonl`, TensorBoard, the progress line, alarms."""
+"""What a run says while it trains: `metrics.jsonl`, TensorBoard, the progress line, alarms; and what it is told."""
 
+import contextlib
+import signal
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +84,25 @@ class Reporter:
             self.metrics.close()
         if self.board:
             self.board.close()
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask the loop to end after its step; a second Ctrl-C ends it at once."""
+
+    signal: int | None = None
+
+    def __enter__(self) -> "Stop":
+        self.old = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller's business
+                self.old[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number: int, frame: types.FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
