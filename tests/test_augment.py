@@ -93,7 +93,8 @@ def test_value_and_layouts(op, dtype, shape, implementation, poisoned):
     x, p = images.to(implementation.device), parameters.to(implementation.device)
     strided = x.new_zeros(shape[0] + 1, *shape[1:], 4)[1:, :, :, :3].copy_(x)
     planes = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    for some, columns, last in ((x, p, False), (strided, p, True), (planes, p.T.contiguous().T, False)):
+    layouts = ((x, p, False), (strided, p, True), (planes, p.T.contiguous().T, False))
+    for some, columns, last in layouts[: 2 if interpreted else 3]:  # the interpreter is slow
         y = F.augment(some, columns, dtype=dtype, channels_last=last, threshold=127.5, **NORMAL)
         assert y.dtype == dtype and y.shape == (shape[0], 3, *shape[1:3])
         assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -152,8 +153,9 @@ crop = pytest.mark.parametrize("op", ["crop_resize"])
 def test_the_values_of_a_window_are_torchs(op, bicubic, height, width, size, implementation):
     """Within a level of torch on uint8, whose weights have 16 bits, and mostly the same."""
     images = pictures(3, height, width, seed=2)
-    indices = torch.tensor([2, 0, 1, 1, 2, 0, 0, 2])
-    p = view_table(8, seed=4, height=height, width=width)
+    few = 3 if implementation.name == "triton" and implementation.device == "cpu" else 8
+    indices = torch.tensor([2, 0, 1, 1, 2, 0, 0, 2])[:few]
+    p = view_table(few, seed=4, height=height, width=width)
     p[0, : table.WIDTH + 1] = torch.tensor([0, 0, height, width])
     ours = F.crop_resize(*(x.to(implementation.device) for x in (images, indices, p)), size=size, bicubic=bicubic)
     theirs = torch.empty_like(ours, device="cpu")
