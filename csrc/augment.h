@@ -25,20 +25,22 @@ static FASTJEM_INLINE float gray(float r, float g, float b) {
   return EXACT ? static_cast<float>(static_cast<int32_t>(y)) : y;
 }
 
-static inline void read_row(const uint8_t* in, int64_t width, bool flip, float* r, float* g, float* b) {
-  if (flip) {
+static inline void read_row(const uint8_t* in, int64_t width, bool flip, float* row) {
+  float *r = row, *g = row + width, *b = row + 2 * width;
 #pragma omp simd
-    for (int64_t x = 0; x < width; ++x) {
-      r[width - 1 - x] = in[3 * x];
-      g[width - 1 - x] = in[3 * x + 1];
-      b[width - 1 - x] = in[3 * x + 2];
-    }
-  } else {
+  for (int64_t x = 0; x < width; ++x) {
+    r[x] = in[3 * x];
+    g[x] = in[3 * x + 1];
+    b[x] = in[3 * x + 2];
+  }
+  if (!flip) return;
+  for (int c = 0; c < 3; ++c) {  // a loop that reads threes and writes backwards isn't vectorised
+    float *left = row + c * width, *right = left + width - 1;
 #pragma omp simd
-    for (int64_t x = 0; x < width; ++x) {
-      r[x] = in[3 * x];
-      g[x] = in[3 * x + 1];
-      b[x] = in[3 * x + 2];
+    for (int64_t x = 0; x < width / 2; ++x) {
+      const float other = right[-x];
+      right[-x] = left[x];
+      left[x] = other;
     }
   }
 }
@@ -194,7 +196,7 @@ static inline float gray_mean(const Augment& a, const uint8_t* in, bool flip, co
   const int64_t w = a.width;
   double total = 0;
   for (int64_t y = 0; y < a.height; ++y) {
-    read_row(in + 3 * w * y, w, flip, row, row + w, row + 2 * w);
+    read_row(in + 3 * w * y, w, flip, row);
     apply<EXACT>(steps, count, row, w);
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -236,7 +238,7 @@ static void augment_images_as(const Augment& a, int64_t begin, int64_t end) {
     int64_t made = 0;
     for (int64_t y = 0; y < h; ++y) {
       for (; made <= std::min(y + above, h - 1); ++made) {
-        read_row(in + 3 * w * made, w, flip, line.data(), line.data() + w, line.data() + 2 * w);
+        read_row(in + 3 * w * made, w, flip, line.data());
         apply<EXACT>(steps, count, line.data(), w);
         if (grayscale) {
 #pragma omp simd

@@ -48,6 +48,21 @@ def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
 
 
+# Images --------------------------------------------------------------------------------------------------------------
+
+AUGMENT_PROGRAMS = 512  # at the least, where there are rows enough: fewer images are divided
+
+
+def augment(width: int) -> dict | None:
+    """Whole rows, about 512 pixels of them (1024 spill on sm_100); None: too wide."""
+    block = max(16, _next_power_of_2(width))
+    return {"ROWS": max(1, 512 // block), "BLOCK": block, "num_warps": 8} if block <= 2048 else None
+
+
+def crop_resize(size: int) -> dict:
+    return {"BLOCK": min(256, max(32, _next_power_of_2(size * size))), "num_warps": 4}
+
+
 # Similarities --------------------------------------------------------------------------------------------------------
 
 

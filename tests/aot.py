@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 import triton
 from fastjem.kernels import (
+    augment,
     barlow_twins,
     clip_loss,
+    crop_resize,
     cross_entropy,
     ema_update,
     info_nce,
@@ -269,7 +271,27 @@ def _prototype_head(d: int, dtype: str, students: int = 2, images: int = 4, k: i
     return Case("prototype_head_cross_entropy", f"N x {d} x K", dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
 
 
+def _augment(size: int, dtype: str, channels_last: bool = False, exact: bool = False) -> Case:
+    def call() -> None:
+        images, table = torch.zeros(3, size, size, 3, dtype=torch.uint8), torch.zeros(3, 13)
+        augment.augment(images, table, [0.5] * 3, [0.2] * 3, DTYPES[dtype], channels_last, exact, 128.0)
+
+    options = (" channels last" if channels_last else "") + (" exact" if exact else "")
+    return Case("augment", f"B x {size} x {size}{options}", dtype, call)
+
+
+def _crop_resize(size: int, bicubic: bool) -> Case:
+    def call() -> None:
+        images, table = torch.zeros(3, 40, 50, 3, dtype=torch.uint8), torch.zeros(3, 13)
+        crop_resize.crop_resize(images, torch.zeros(3, dtype=torch.int64), table, size, bicubic)
+
+    return Case("crop_resize", f"B x {size}" + (" bicubic" if bicubic else ""), "uint8", call)
+
+
 CASES = [
+    _augment(224, "bf16"),
+    _augment(32, "fp32", channels_last=True, exact=True),
+    _crop_resize(224, True),
     # the shapes of the goals: SimCLR at D = 128 and 256, MoCo, CLIP; a running maximum; float32
     _nt_xent(128, "bf16"),
     _nt_xent(256, "bf16"),

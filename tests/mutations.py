@@ -48,9 +48,7 @@ REFERENCE = [
     Mutation("crop_resize", "kernels/reference_augment.py", "-0.5 * x + 2.5", "-0.6 * x + 2.6"),
 ]
 CPU = [
-    Mutation("augment", "csrc/augment.h", "h - 6.0f : h", "h - 5.99f : h"),
     Mutation("augment", "csrc/augment.h", "padded[left - k] = from[k]", "padded[left - k] = from[k - 1]"),
-    Mutation("crop_resize", "csrc/crop_resize.h", "std::floor(centre - support + 0.5)", "std::floor(centre - support)"),
     Mutation("cross_entropy", "csrc/cross_entropy.h", "block + 1024, k)", "block + 1023, k)"),
     Mutation("cross_entropy", "csrc/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
     Mutation("negative_cosine", "csrc/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),

@@ -68,36 +68,41 @@ def test_each_step_is_torchvisions(op, step, values, levels, implementation):
 
 @op
 def test_all_orders_are_torchvisions(op, implementation):
-    images, parameters = pictures(24, 24, 30), view_table(24, seed=3)
+    images, parameters = pictures(24, 15, 30), view_table(24, seed=3)
     exact = against_torchvision(images, parameters, implementation)
     assert exact.max() <= 5 and exact.mean() < 0.02
     fractions = against_torchvision(images, parameters, implementation, exact=False)
     assert fractions.max() <= 7 and fractions.mean() <= 1.5
 
 
+SHAPES = [(1, 1, 1), (2, 1, 9), (2, 9, 1), (24, 9, 21), (3, 33, 40), (2, 20, 131)]
+VALUES = [(torch.float32, shape) for shape in SHAPES] + [(torch.bfloat16, (6, 9, 21)), (torch.float16, (6, 9, 21))]
+
+
 @op
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 9), (2, 9, 1), (24, 12, 21), (3, 33, 40), (2, 20, 131)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_value_and_layouts(op, shape, dtype, implementation, poisoned):
+@pytest.mark.parametrize("dtype, shape", VALUES, ids=str)
+def test_value_and_layouts(op, dtype, shape, implementation, poisoned):
     """Solarizing at 127.5 doesn't jump there, so that fractions may be compared."""
     images, parameters = pictures(*shape, seed=1), view_table(shape[0], seed=shape[0] + 1)
     expected = F.augment(images, parameters.double(), dtype=torch.float64, threshold=127.5, **NORMAL)
+    # A thousandth of a level (255 x 0.229 of them are 1). In half precision half a unit in the last place (Triton's
+    # interpreter cuts bfloat16 off: a whole one), and 1/256 of a level: a GPU sets blurred rows aside in 16 bits.
+    half, interpreted = dtype != torch.float32, implementation.name == "triton" and implementation.device == "cpu"
+    tolerance = torch.finfo(dtype).eps * expected.abs() * (0.5001 if half and not interpreted else 1)
+    tolerance += 1e-4 if half else 2e-5
     x, p = images.to(implementation.device), parameters.to(implementation.device)
     strided = x.new_zeros(shape[0] + 1, *shape[1:], 4)[1:, :, :, :3].copy_(x)
     planes = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    for some, columns in ((x, p), (strided, p), (planes, p.T.contiguous().T)):
-        for last in (False, True):
-            y = F.augment(some, columns, dtype=dtype, channels_last=last, threshold=127.5, **NORMAL)
-            assert y.dtype == dtype and y.shape == (shape[0], 3, *shape[1:3])
-            layout = torch.channels_last if last else torch.contiguous_format
-            assert y.is_contiguous(memory_format=layout)
-            # fractions of a level: 1e-3 of 255 and 0.229; in half precision half a unit in the last place more
-            tolerance = 2e-5 + torch.finfo(dtype).eps * expected.abs() * (0.5001 if dtype != torch.float32 else 1)
-            assert ((y.cpu().double() - expected).abs() <= tolerance).all()
+    layouts = ((x, p, False), (strided, p, True), (planes, p.T.contiguous().T, False))
+    for some, columns, last in layouts[: 2 if interpreted else 3]:  # the interpreter is slow
+        y = F.augment(some, columns, dtype=dtype, channels_last=last, threshold=127.5, **NORMAL)
+        assert y.dtype == dtype and y.shape == (shape[0], 3, *shape[1:3])
+        assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        assert ((y.cpu().double() - expected).abs() <= tolerance).all()
 
 
 @op
-@pytest.mark.parametrize("threshold", [0.0, 77.0, 128.0, 256.0])
+@pytest.mark.parametrize("threshold", [0.0, 77.0, 256.0])
 def test_the_threshold_of_solarizing(op, threshold, implementation):
     images, parameters = pictures(2, 12, 20), neutral(2)
     parameters[:, table.SOLARIZE] = 1
@@ -148,8 +153,9 @@ crop = pytest.mark.parametrize("op", ["crop_resize"])
 def test_the_values_of_a_window_are_torchs(op, bicubic, height, width, size, implementation):
     """Within a level of torch on uint8, whose weights have 16 bits, and mostly the same."""
     images = pictures(3, height, width, seed=2)
-    indices = torch.tensor([2, 0, 1, 1, 2, 0, 0, 2])
-    p = view_table(8, seed=4, height=height, width=width)
+    few = 3 if implementation.name == "triton" and implementation.device == "cpu" else 8
+    indices = torch.tensor([2, 0, 1, 1, 2, 0, 0, 2])[:few]
+    p = view_table(few, seed=4, height=height, width=width)
     p[0, : table.WIDTH + 1] = torch.tensor([0, 0, height, width])
     ours = F.crop_resize(*(x.to(implementation.device) for x in (images, indices, p)), size=size, bicubic=bicubic)
     theirs = torch.empty_like(ours, device="cpu")
