@@ -69,20 +69,26 @@ def dali_alone(folder: ImageFolder, specs: list[ViewSpec]) -> Iterator[int]:
     torchvision's (fixed order, hue in YIQ, contrast around the middle)."""
     from nvidia.dali import fn, pipeline_def, types
 
+    paths = [folder.path(i) for i in range(len(folder))]
+    factors = [[[max(1 - x, 0.0), 1 + x] for x in spec.jitter[:3]] for spec in specs]
+
     @pipeline_def(
         batch_size=BATCH, num_threads=WORKERS, device_id=None, seed=0, enable_conditionals=True, exec_dynamic=True
     )
     def graph():
-        encoded, _ = fn.readers.file(files=[folder.path(i) for i in range(len(folder))], random_shuffle=True)
+        encoded, _ = fn.readers.file(files=paths, random_shuffle=True)
         images = fn.decoders.image(encoded, output_type=types.RGB)
         out = []
-        for spec in specs:
+        for spec, (brightness, contrast, saturation) in zip(specs, factors):  # noqa: B905 (DALI's zip knows no strict)
             kind = types.INTERP_CUBIC if spec.bicubic else types.INTERP_LINEAR
             x = fn.random_resized_crop(
                 images, size=[spec.size, spec.size], random_area=spec.scale, interp_type=kind, antialias=True
             )
-            low = [max(1 - v, 0.0) for v in spec.jitter[:3]]
-            b, c, s = (fn.random.uniform(range=[v, 1 + w]) for v, w in zip(low, spec.jitter[:3], strict=True))
+            b, c, s = (
+                fn.random.uniform(range=brightness),
+                fn.random.uniform(range=contrast),
+                fn.random.uniform(range=saturation),
+            )
             hue = fn.random.uniform(range=[-360 * spec.jitter[3], 360 * spec.jitter[3]])
             if fn.random.coin_flip(probability=spec.jitter_probability, dtype=types.BOOL):
                 x = fn.color_twist(x, brightness=b, contrast=c, saturation=s, hue=hue)
