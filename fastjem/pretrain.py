@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjem import checkpoints, dist, encoders, optim
-from fastjem.data import shapes
+from fastjem.data import dali, executors, shapes
 from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader, normalise
 from fastjem.data.views import Views
@@ -62,6 +62,7 @@ class Config:
     sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
     workers: int = field(default=-1, metadata={"help": "of the data loader, a rank; -1: one a core"})
+    loader: str = field(default="torch", metadata={"help": " | ".join(dali.LOADERS)})
     seed: int = 0
     compile: bool = False
     tensorboard: bool = False
@@ -111,6 +112,8 @@ def pretrain(config: Config | None = None, *, encoder: nn.Module | None = None, 
         config = dataclasses.replace(config, data=str(shapes.folder() / "train"))
     ranks = dist.join(config.device)
     try:
+        # what `auto` found is written down: another loader would be other pixels after a resume
+        config = dataclasses.replace(config, loader=dali.choose(config.loader, ranks.device))
         with Stop() as stop:
             return run(config, ranks, encoder, stop)
     finally:
@@ -214,11 +217,6 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     specs = views.specs(config.image_size, patch=encoders.patch_size(encoder), blur=config.blur)
     workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 1) // ranks.size, 1)
     start = state["step"] if state else 0
-    loader = ViewLoader(
-        folder, specs, batch=config.batch_size, seed=config.seed, start=start * config.accumulate,
-        stop=steps * config.accumulate, workers=workers, rank=ranks.rank, ranks=ranks.size,
-        pin_memory=ranks.device.type == "cuda",
-    )  # fmt: skip
     encoder = encoder.to(ranks.device)
     layout = encoders.memory_format(encoder)
     try:
@@ -271,19 +269,27 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
     reporter.bad.update(state.get("unreadable", ()) if state else ())
     facts = {"steps": steps, "steps_per_epoch": per_epoch, "patch": encoders.patch_size(encoder), "ranks": ranks.size}
+    if ranks.first:
+        reporter.say(
+            {"dali": "views by DALI on the GPU", "dali-cpu": "views by DALI on the CPU"}.get(config.loader, "")
+        )
     watch = Watch(
         out, folder, config.image_size, facts, start=start, every=config.knn_every, page=config.report, say=reporter.say
     )
 
     def batches() -> Iterator[tuple[list[Tensor], float]]:
-        source = iter(loader)
+        source = executors.batches(
+            config.loader, folder, specs, device=ranks.device, layout=layout, batch=config.batch_size,
+            seed=config.seed, start=start * config.accumulate, stop=steps * config.accumulate, workers=workers,
+            rank=ranks.rank, ranks=ranks.size,
+        )  # fmt: skip
         while True:
             begin = time.perf_counter()
             batch = next(source, None)
             if batch is None:
                 return
             reporter.unreadable(batch.unreadable)
-            yield normalise(batch.views, specs, ranks.device, layout), time.perf_counter() - begin
+            yield batch.views, time.perf_counter() - begin
 
     saved_at = time.monotonic()
 

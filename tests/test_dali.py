@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
 import fastjem.functional as F
-from fastjem.data import dali
+from fastjem.data import dali, executors
 from fastjem.data.dali import DaliViews, jpeg_size
 from fastjem.data.folder import ImageFolder, read_image
 from fastjem.data.loader import execute
@@ -209,6 +209,27 @@ def test_tables_are_the_parameters_drawn() -> None:
         off.append((x[0] * 255 - true).abs())
     # Pillow's hue is in 8 bits, and a level at the threshold of solarize is a flip: most, not all
     assert torch.stack(off).mean() < 1.5 and np.median([x.max() for x in off]) <= 12
+
+
+def test_executors_agree_from_any_step_and_rank(tmp_path: Path) -> None:
+    write(tmp_path, {f"{i:02}.jpg": encoded(picture(i), quality=90) for i in range(12)})
+    specs = [replace(RECIPES["dino"].large[1], size=32), replace(RECIPES["simclr"].large[0], size=48, blur=0)]
+
+    def made(loader: str, **options) -> list[list[torch.Tensor]]:
+        common = {"device": torch.device("cpu"), "layout": torch.channels_last, "batch": 4, "seed": 5, "workers": 0}
+        found = executors.batches(loader, ImageFolder(tmp_path), specs, **common | {"start": 0, "stop": 5} | options)
+        return [batch.views for batch in found]
+
+    whole = made("dali-cpu")
+    assert len(whole) == 5 and [view.shape for view in whole[0]] == [(4, 3, 32, 32), (4, 3, 48, 48)]
+    for one, other in zip(whole[3:], made("dali-cpu", start=3), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for one, first, second in zip(whole, *(made("dali-cpu", rank=rank, ranks=2) for rank in range(2)), strict=True):
+        assert all(torch.equal(a, torch.cat([b, c])) for a, b, c in zip(one, first, second, strict=True))
+    for one, other in zip(whole, made("torch"), strict=True):
+        # normalised units; the two hues differ by up to 12 levels, DALI's edges by up to 25
+        assert all(0 < (a - b).abs().mean() < 0.08 for a, b in zip(one, other, strict=True))
+        assert not any(torch.equal(a, b.flip(3)) for a, b in zip(one, other, strict=True))
 
 
 def test_tune_measures_every_share() -> None:
