@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader
 from fastjem.data.views import Views, ViewSpec
 
-BATCH, WARM = 32, 3
+BATCH, WARM = 32, 2
 WORKERS = len(os.sched_getaffinity(0))
 CASES = {
     "simclr": ("SimCLR, 2 x 224", Views(large=2, recipe="simclr")),
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     folder = ImageFolder(arguments.folder)
-    described = machine.describe(torch.device("cpu")) | machine.now()
+    described = machine.describe(torch.device("cpu")) | machine.now() | {"load_before": os.getloadavg()[0]}
     for case in arguments.case:
         title, views = CASES[case]
         specs = views.specs(224)
@@ -203,6 +204,7 @@ def main() -> None:
             order = list(VARIANTS)[turn:] + list(VARIANTS)[:turn]
             for name in order:
                 rates[name].append(rate(VARIANTS[name], folder, specs, arguments.images))
+                print(f"{case}, round {turn + 1}: {name}: {rates[name][-1]:.0f} images/s", file=sys.stderr, flush=True)
         best = {name: max(each) for name, each in rates.items()}
         base, lines = best["ours, DALI on the CPU"], []
         for name, each in rates.items():
@@ -213,7 +215,8 @@ def main() -> None:
         page = [
             f"# Input: {title}\n",
             f"{len(folder)} files of {folder.root.name}, batches of {BATCH}, {WORKERS} cores, {described['cpu']}; "
-            f"{arguments.rounds} rounds of {arguments.images} images a variant, in turns.\n",
+            f"{arguments.rounds} rounds of {arguments.images} images a variant, in turns. Load average before the run: "
+            f"{described['load_before']:.1f}.\n",
             "| | images/s, best | median | ours is so many times as fast, by best (median) |",
             "|---|---|---|---|",
             *lines,

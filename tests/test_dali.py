@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
-from fastjem.data import dali
-from fastjem.data.batches import Crops
+from fastjem.data import dali, executors
+from fastjem.data.batches import Crops, augmented
 from fastjem.data.dali import DaliViews, jpeg_size
 from fastjem.data.folder import ImageFolder, read_image
-from fastjem.data.views import ViewSpec
+from fastjem.data.views import RECIPES, ViewSpec
 from fastjem.errors import UserError
 
 SPECS = [ViewSpec(size=48), ViewSpec(size=32, bicubic=True)]
@@ -188,6 +189,43 @@ def test_the_graph_for_a_gpu_is_on_the_gpu(monkeypatch) -> None:
     assert sorted(kind for kind in kinds if "xternal" not in kind[0]) == [
         ("Image", "gpu"), ("Resize", "gpu"), ("Resize", "gpu"), ("Slice", "gpu"), ("Slice", "gpu")
     ]  # fmt: skip
+
+
+def test_executors_agree_from_any_step_and_rank(tmp_path: Path) -> None:
+    write(tmp_path, {f"{i:02}.jpg": encoded(picture(i), quality=90) for i in range(12)})
+    specs = [replace(RECIPES["dino"].large[1], size=32), replace(RECIPES["simclr"].large[0], size=48, blur=0)]
+
+    def made(name: str, **options) -> list[list[torch.Tensor]]:
+        cpu, given = (
+            torch.device("cpu"),
+            {"batch": 4, "seed": 5, "start": 0, "stop": 5, "rank": 0, "ranks": 1} | options,
+        )
+        loader, _ = executors.create(name, ImageFolder(tmp_path), specs, cpu, workers=0, memory=1, **given)
+        return [augmented(crops, specs, cpu) for crops in loader]
+
+    whole = made("dali-cpu")
+    assert len(whole) == 5 and [view.shape for view in whole[0]] == [(4, 3, 32, 32), (4, 3, 48, 48)]
+    for one, other in zip(whole[3:], made("dali-cpu", start=3), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for one, first, second in zip(whole, *(made("dali-cpu", rank=rank, ranks=2) for rank in range(2)), strict=True):
+        assert all(torch.equal(a, torch.cat([b, c])) for a, b, c in zip(one, first, second, strict=True))
+    for one, other in zip(whole, made("torch"), strict=True):
+        # normalised units; DALI's edges differ by up to 25 levels
+        assert all(0 < (a - b).abs().mean() < 0.04 for a, b in zip(one, other, strict=True))
+        assert not any(torch.equal(a, b.flip(3)) for a, b in zip(one, other, strict=True))
+
+
+def test_memory_is_a_loader_too(tmp_path: Path) -> None:
+    """Images that already have the array's size: the views of the torch loader, by another resize."""
+    write(tmp_path, {f"{i}.png": encoded(picture(i, 40, 40), "PNG") for i in range(6)} | {"9.png": b"no image"})
+    folder, specs, cpu = ImageFolder(tmp_path), [ViewSpec(size=36)], torch.device("cpu")
+    options = {"workers": 0, "batch": 6, "seed": 1, "start": 0, "stop": 3, "rank": 0, "ranks": 1}
+    loader, said = executors.create("memory", folder, specs, cpu, memory=1, **options)
+    first, *others = loader
+    assert "6 images of 40 x 40" in said and len(others) == 2
+    assert [Path(path).name for path, _ in first.unreadable] == ["9.png"] and not others[0].unreadable
+    with pytest.raises(UserError, match="more than the budget"):
+        executors.create("memory", folder, specs, cpu, memory=1e-6, **options)
 
 
 def test_tune_measures_every_share() -> None:
