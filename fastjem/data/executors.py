@@ -8,9 +8,10 @@ import torch
 from fastjem.data import dali
 from fastjem.data.batches import Crops, Order
 from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import ViewLoader
+from fastjem.data.loader import ViewLoader, readable
 from fastjem.data.memory import GIBIBYTE, ImageArray, MemoryLoader
 from fastjem.data.views import ViewSpec
+from fastjem.errors import UserError
 
 LOADERS = dali.LOADERS
 
@@ -36,7 +37,10 @@ def create(
     name = dali.choose(name, device)
     order = {"batch": batch, "seed": seed, "start": start, "stop": stop, "rank": rank, "ranks": ranks}
     if name == "memory":
-        size = min(*folder.image(0).size, round(specs[0].size * 8 / 7))
+        image, bad = readable(folder, 0, folder.image)
+        if image is None:
+            raise UserError(f"none of the files can be read; the first: {': '.join(bad[0])}")
+        size = min(*image.size, round(specs[0].size * 8 / 7))
         array = ImageArray.from_folder(folder.root, size=size, budget=memory * GIBIBYTE)
         said = f"{len(array)} images of {size} x {size} are held in memory on {device}"
         return MemoryLoader(array.to(device), specs, **order), said
