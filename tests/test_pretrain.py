@@ -156,6 +156,13 @@ MOMENTS = (("before a checkpoint", 0), ("in a checkpoint", 2), ("in a row", 5), 
 
 @pytest.mark.parametrize("method", ["byol", "data2vec"])
 def test_kill_dash_nine(method: str, tmp_path: Path) -> None:
+    if "FORKS" not in os.environ:  # where a test before has compiled something, autograd refuses to run in a fork
+        test = f"{__file__}::test_kill_dash_nine[{method}]"
+        line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+        done = subprocess.run(line, env={**os.environ, "FORKS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+        return
+
     def encoder() -> torch.nn.Module | None:
         torch.manual_seed(0)
         return None if method == "byol" else encoders.create("test_vit", 32, patch=8, pool="avg", drop_path=0.3)
