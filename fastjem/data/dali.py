@@ -9,7 +9,6 @@ import itertools
 import re
 import struct
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 
 from fastjem.data.batches import Crops, Key
-from fastjem.data.folder import ImageFolder, read_image, reason
+from fastjem.data.folder import ImageFolder, none_readable, read_image, readable
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
@@ -185,22 +184,20 @@ class DaliViews:
 
     def _read(self, sample: int, plain: bool = True) -> tuple[np.ndarray, tuple[int, int], bool, list[Bad]]:
         """A file's bytes, or Pillow's pixels of it; one that can't be read is replaced by the next that can."""
-        unreadable: list[Bad] = []
-        for i in range(len(self.folder)):
-            path = self.folder.path((sample + i) % len(self.folder))
-            try:
-                with open(path, "rb") as file:
-                    data = file.read()
-                if plain and (size := jpeg_size(data)) is not None:
-                    return np.frombuffer(data, np.uint8), size, True, unreadable
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
-                    image = read_image(path)
-                return ppm(image), (image.height, image.width), False, unreadable
-            except Exception as error:  # whatever a decoder may raise on a broken file
-                unreadable.append((path, reason(error, path)))
-        path, why = unreadable[0]
-        raise UserError(f"none of the files can be read; the first: {path}: {why}")
+
+        def read(at: int) -> tuple[np.ndarray, tuple[int, int], bool]:
+            path = self.folder.path(at)
+            with open(path, "rb") as file:
+                data = file.read()
+            if plain and (size := jpeg_size(data)) is not None:
+                return np.frombuffer(data, np.uint8), size, True
+            image = read_image(path)
+            return ppm(image), (image.height, image.width), False
+
+        found, unreadable = readable(self.folder, sample, read)
+        if found is None:
+            raise none_readable(unreadable)
+        return *found, unreadable
 
 
 def drawn(specs: Sequence[ViewSpec], seed: int) -> Tables:

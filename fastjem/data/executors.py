@@ -7,11 +7,10 @@ import torch
 
 from fastjem.data import dali
 from fastjem.data.batches import Crops, Order
-from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import ViewLoader, readable
+from fastjem.data.folder import ImageFolder, none_readable, readable
+from fastjem.data.loader import ViewLoader
 from fastjem.data.memory import GIBIBYTE, ImageArray, MemoryLoader
 from fastjem.data.views import ViewSpec
-from fastjem.errors import UserError
 
 LOADERS = dali.LOADERS
 
@@ -39,7 +38,7 @@ def create(
     if name == "memory":
         image, bad = readable(folder, 0, folder.image)
         if image is None:
-            raise UserError(f"none of the files can be read; the first: {': '.join(bad[0])}")
+            raise none_readable(bad)
         size = min(*image.size, round(specs[0].size * 8 / 7))
         array = ImageArray.from_folder(folder.root, size=size, budget=memory * GIBIBYTE)
         said = f"{len(array)} images of {size} x {size} are held in memory on {device}"

@@ -1,13 +1,17 @@
 """A folder of images: which files there are, and one file's pixels."""
 
 import os
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from fastjem.errors import UserError
 
+T = TypeVar("T")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -84,3 +88,22 @@ def reason(error: Exception, path: str) -> str:
     """What a decoder said of a file, in one line and without the file's name."""
     lines = str(error).splitlines()
     return (lines[0] if lines else type(error).__name__).replace(f" '{path}'", "").replace(f": '{path}'", "")
+
+
+def readable(folder: ImageFolder, sample: int, read: Callable[[int], T]) -> tuple[T | None, list[tuple[str, str]]]:
+    """`read` of the sample's file, or of the next that can be read (None: there is none); and those that can't."""
+    unreadable = []
+    for i in range(len(folder)):
+        at = (sample + i) % len(folder)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
+                return read(at), unreadable
+        except Exception as error:  # whatever a decoder may raise on a broken file
+            unreadable.append((folder.path(at), reason(error, folder.path(at))))
+    return None, unreadable
+
+
+def none_readable(unreadable: Sequence[tuple[str, str]]) -> UserError:
+    path, why = unreadable[0]
+    return UserError(f"none of the files can be read; the first: {path}: {why}")

@@ -1,8 +1,6 @@
 """Crops of files by Pillow, in a torch DataLoader's workers."""
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,10 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastjem.functional as F
 from fastjem.data.batches import Crops, Key, Order
-from fastjem.data.folder import ImageFolder, reason
+from fastjem.data.folder import ImageFolder, none_readable, readable
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
-from fastjem.errors import UserError
 from fastjem.kernels import reference_augment as column
 
 
@@ -25,23 +22,6 @@ def crop(image: Image.Image, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
     mode = Image.Resampling.BICUBIC if spec.bicubic else Image.Resampling.BILINEAR
     window = image.crop((left, top, left + width, top + height))
     return np.asarray(window.resize((spec.size, spec.size), mode))
-
-
-T = TypeVar("T")
-
-
-def readable(folder: ImageFolder, sample: int, read: Callable[[int], T]) -> tuple[T | None, list[tuple[str, str]]]:
-    """`read` of the sample's file, or of the next that can be read (None: there is none); and those that can't."""
-    unreadable = []
-    for i in range(len(folder)):
-        at = (sample + i) % len(folder)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
-                return read(at), unreadable
-        except Exception as error:  # whatever a decoder may raise on a broken file
-            unreadable.append((folder.path(at), reason(error, folder.path(at))))
-    return None, unreadable
 
 
 class _Batches(Dataset):
@@ -105,8 +85,7 @@ class ViewLoader:
     def __iter__(self) -> Iterator[Crops]:
         for batch in self.loader:
             if not batch.views:
-                path, why = batch.unreadable[0]
-                raise UserError(f"none of the files can be read; the first: {path}: {why}")
+                raise none_readable(batch.unreadable)
             yield batch
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem.data.batches import Crops, Order
-from fastjem.data.folder import ImageFolder, reason
+from fastjem.data.folder import ImageFolder, none_readable, reason
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
@@ -117,7 +117,7 @@ class ImageArray:
         good = np.array([i for i in range(count) if i not in bad], dtype=np.int64)
         unreadable = [(folder.path(i), bad[i]) for i in sorted(bad)]
         if not len(good):
-            raise UserError("none of the files can be read; the first: {}: {}".format(*unreadable[0]))
+            raise none_readable(unreadable)
         kept = images if len(good) == count else images[good]
         return cls(torch.from_numpy(kept), torch.from_numpy(folder.labels[good]), list(folder.classes), unreadable)
 
