@@ -17,11 +17,13 @@
 #include <utility>
 #include <vector>
 
-// A call that stays a call keeps the loop around it scalar.
+// A call that stays a call keeps the loop around it scalar; and some loops GCC 12 vectorises only in a function of their own.
 #if defined(__GNUC__)
 #define FASTJEM_INLINE inline __attribute__((always_inline))
+#define FASTJEM_NOINLINE __attribute__((noinline))
 #else
 #define FASTJEM_INLINE inline
+#define FASTJEM_NOINLINE
 #endif
 
 namespace fastjem {

@@ -34,13 +34,17 @@ static void head_gradient_rows_of(const HeadGradient& p, int64_t begin, int64_t 
       W* q = static_cast<W*>(p.teacher) + (t * images + i) * n;
       const W* bias = p.bias ? static_cast<const W*>(p.bias) + t * p.bias_stride : nullptr;
       const Shift<W> shift(p.teacher_logsumexp[t * images + i]);
+      if (bias) {  // rounded as in the logsumexp, or its last digit would be in every probability
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        // Rounded as in the logsumexp, or its last digit would be in every probability.
-        const W v = bias ? biased_logit<Biased::one_part>(q, teacher_scale, Bias<W>{bias}, j) : teacher_scale(q[j]);
-        q[j] = exponential(shift(v));
-        total[j] = t ? total[j] + q[j] : q[j];
+        for (int64_t j = 0; j < n; ++j) {
+          q[j] = exponential(shift(biased_logit<Biased::one_part>(q, teacher_scale, Bias<W>{bias}, j)));
+        }
+      } else {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) q[j] = exponential(shift(teacher_scale(q[j])));
       }
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) total[j] = t ? total[j] + q[j] : q[j];
     }
     const double weight = p.weights ? p.weights[i] : 1.0;
     double loss = 0;

@@ -119,6 +119,19 @@ static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p,
   }
 }
 
+// s becomes its weights; returns the sum of weight * s.
+template <class T, class Weight>
+static FASTJEM_INLINE T weigh(T* s, int64_t n, Weight weight) {
+  T dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t j = 0; j < n; ++j) {
+    const T g = weight(s[j], j);
+    dot += g * s[j];
+    s[j] = g;
+  }
+  return dot;
+}
+
 // exp(x - lse_row) + exp(x - lse_column), or one of them: what softmax gives, along rows and along columns.
 template <class T>
 static void similarity_weights_of(const SimilarityTile& t, const SimilarityWeights& p, int64_t begin, int64_t end) {
@@ -127,34 +140,21 @@ static void similarity_weights_of(const SimilarityTile& t, const SimilarityWeigh
   const T* column_rest = static_cast<const T*>(p.column_rest);
   for (int64_t i = begin; i < end; ++i) {
     T* s = static_cast<T*>(t.values) + i * t.stride;
-    const T lowest = -std::numeric_limits<T>::infinity();
+    const T lowest = std::numeric_limits<T>::lowest();  // exp is 0, and finite: so is exp times this
     each_excluded(t, i, [&](int64_t j) { s[j] = factor < 0 ? -lowest : lowest; });
     const T row = static_cast<const T*>(p.row)[i];
-    T partial = 0;
-    if (t.running) {  // row and column are log-sum-exps / factor; the rest is what rounding to T took from exp(-lse)
-      const T row_rest = static_cast<const T*>(p.row_rest)[i];
-#pragma omp simd reduction(+ : partial)
-      for (int64_t j = 0; j < t.columns; ++j) {
-        const T g = exponential((s[j] - row) * factor) * row_rest +
-                    (column ? exponential((s[j] - column[j]) * factor) * column_rest[j] : T(0));
-        partial += g == 0 ? T(0) : g * s[j];
-        s[j] = g;
-      }
-    } else if (p.dots) {  // row and column are exp(shift - log-sum-exp)
-#pragma omp simd reduction(+ : partial)
-      for (int64_t j = 0; j < t.columns; ++j) {
-        const T g = exponential(s[j] * factor - shift) * (row + (column ? column[j] : T(0)));
-        partial += g == 0 ? T(0) : g * s[j];
-        s[j] = g;
-      }
-    } else if (column) {
-#pragma omp simd
-      for (int64_t j = 0; j < t.columns; ++j) s[j] = exponential(s[j] * factor - shift) * (row + column[j]);
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < t.columns; ++j) s[j] = exponential(s[j] * factor - shift) * row;
-    }
-    if (p.dots) p.dots[i] += partial;
+    const T row_rest = t.running ? static_cast<const T*>(p.row_rest)[i] : T(1);
+    // Running: row and column are log-sum-exps / factor, the rest is what rounding to T took from exp(-lse). Else they are
+    // exp(shift - log-sum-exp).
+    const auto along_row = [=](T x, int64_t) { return exponential((x - row) * factor) * row_rest; };
+    const auto along_both = [=](T x, int64_t j) {
+      return exponential((x - row) * factor) * row_rest + exponential((x - column[j]) * factor) * column_rest[j];
+    };
+    const auto shifted_row = [=](T x, int64_t) { return exponential(x * factor - shift) * row; };
+    const auto shifted_both = [=](T x, int64_t j) { return exponential(x * factor - shift) * (row + column[j]); };
+    const T dot = t.running ? (column ? weigh(s, t.columns, along_both) : weigh(s, t.columns, along_row))
+                            : (column ? weigh(s, t.columns, shifted_both) : weigh(s, t.columns, shifted_row));
+    if (p.dots) p.dots[i] += dot;
   }
 }
 
