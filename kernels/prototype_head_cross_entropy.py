@@ -12,7 +12,7 @@ Features wider than a block are multiplied in chunks; each chunk of the result's
 import torch
 import triton
 from fastjem.kernels import launch, reference, tiling
-from fastjem.kernels.prototype_cross_entropy import PAIRS, paired
+from fastjem.kernels.prototype_cross_entropy import PAIRS
 from fastjem.kernels.prototype_head_kernels import attend_kernel, prototypes_kernel, views_kernel
 from fastjem.kernels.row_logsumexp import dense
 from torch import Tensor
@@ -122,7 +122,6 @@ def prototype_head_cross_entropy(
         S=views,
         T=teachers,
         PAIRS=PAIRS[pairs],
-        MASSES=tuple(paired(i, teachers, pairs) for i in range(views)),
         COMPUTE=launch.DTYPES[compute],
         **tiling.prototype_head_views(d),
         device_of=x,

@@ -121,6 +121,12 @@ def _join_means(means, lse, row_lse, i_row, rows, parts, D, column, inside, like
     return out
 
 
+@triton.jit
+def _pairs(s, t, PAIRS: tl.constexpr):
+    """Whether student view s is paired with teacher view t, both known only as the kernel runs."""
+    return (PAIRS == 2) | ((t == s) == (PAIRS == 1))
+
+
 @triton.jit(do_not_specialize=["B", "student_parts", "teacher_parts"])
 def views_kernel(
     x,  # [S, B, D]
@@ -143,22 +149,24 @@ def views_kernel(
     S: tl.constexpr,
     T: tl.constexpr,
     PAIRS: tl.constexpr,
-    MASSES: tl.constexpr,  # how many teacher views each student view is paired with
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i = tl.program_id(0)
+    i = tl.program_id(0)  # an image; its views are looped over, as ten of them unrolled are more than registers hold
     weight = tl.full((), 1.0, COMPUTE)
     if weights is not None:
         weight = tl.load(weights + i)
     loss = tl.zeros((), COMPUTE)
     for t in tl.static_range(T):
         tl.store(teacher_lse + t * B + i, _join_lse(teacher_part_lse, t * B + i, T * B, teacher_parts, COMPUTE))
-    for s in tl.static_range(S):
+    for s in range(S):
         row_lse = _join_lse(student_part_lse, s * B + i, S * B, student_parts, COMPUTE)
+        mass = tl.zeros((), COMPUTE)
+        for t in tl.static_range(T):
+            mass += tl.where(_pairs(s, t, PAIRS), 1.0, 0.0)
         tl.store(student_lse + s * B + i, row_lse)
-        tl.store(masses + s * B + i, weight * MASSES[s])
-        loss += MASSES[s] * row_lse
+        tl.store(masses + s * B + i, weight * mass)
+        loss += mass * row_lse
     tl.debug_barrier()  # what was stored is loaded below
     scale = tl.full((), STUDENT_SCALE, COMPUTE)
     b_dot = tl.zeros([BLOCK], COMPUTE)
@@ -166,29 +174,30 @@ def views_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < D
         zeros = tl.zeros([BLOCK], COMPUTE)
-        for s in tl.static_range(S):
+        for s in range(S):
             at = (tl.cast(s * B + i, tl.int64)) * D + column
             y = zeros
+            mass = tl.zeros((), COMPUTE)
             for t in tl.static_range(T):
-                if PAIRS == 2 or (t == s) == (PAIRS == 1):
-                    y = _join_means(
-                        teacher_means, teacher_part_lse, tl.load(teacher_lse + t * B + i), t * B + i, T * B,
-                        teacher_parts, D, column, inside, y,
-                    )  # fmt: skip
+                is_paired = _pairs(s, t, PAIRS)
+                mass += tl.where(is_paired, 1.0, 0.0)
+                y = _join_means(
+                    teacher_means, teacher_part_lse, tl.load(teacher_lse + t * B + i), t * B + i, T * B,
+                    teacher_parts, D, column, inside & is_paired, y,
+                )  # fmt: skip
             b_dot += y * tl.load(x + at, inside, 0).to(COMPUTE)
             if gradient is not None:
                 u = _join_means(
                     student_means, student_part_lse, tl.load(student_lse + s * B + i), s * B + i, S * B,
                     student_parts, D, column, inside, zeros,
                 )  # fmt: skip
-                tl.store(gradient + at, (MASSES[s] * u - y) * weight, inside)
+                tl.store(gradient + at, (mass * u - y) * weight, inside)
         if paired is not None:
             for t in tl.static_range(T):
                 b_sum = zeros
-                for s in tl.static_range(S):
-                    if PAIRS == 2 or (t == s) == (PAIRS == 1):
-                        at = (tl.cast(s * B + i, tl.int64)) * D + column
-                        b_sum += tl.load(x + at, inside, 0).to(COMPUTE)
+                for s in range(S):
+                    at = (tl.cast(s * B + i, tl.int64)) * D + column
+                    b_sum += tl.load(x + at, inside & _pairs(s, t, PAIRS), 0).to(COMPUTE)
                 tl.store(paired + (tl.cast(t * B + i, tl.int64)) * D + column, b_sum * weight, inside)
     tl.store(losses + i, (loss - tl.sum(b_dot, 0) * scale) * weight)
 

@@ -268,7 +268,8 @@ def _prototype_head(d: int, dtype: str, students: int = 2, images: int = 4, k: i
             inputs, [x] * 2, w, 0.1, 0.04, torch.zeros(k), "different", None, wanted
         )
 
-    return Case("prototype_head_cross_entropy", f"N x {d} x K", dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
+    shape = f"N x {d} x K" + (f", {students} views" if students > 2 else "")
+    return Case("prototype_head_cross_entropy", shape, dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
 
 
 def _augment(size: int, dtype: str, channels_last: bool = False, exact: bool = False) -> Case:
@@ -303,6 +304,7 @@ CASES = [
     _nearest_neighbors(128, "bf16"),
     _prototype_head(128, "fp16"),
     _prototype_head(256, "bf16"),
+    _prototype_head(256, "bf16", students=10),
     _prototype_head(256, "fp32"),
     _prototype_head(384, "bf16"),
     _prototype_head(64, "fp64"),

@@ -70,8 +70,8 @@ INTERPRETER = [
     Mutation(
         "prototype_head_cross_entropy",
         "kernels/prototype_head_kernels.py",
-        "(MASSES[s] * u - y) * weight",
-        "(MASSES[s] * u - 0.99 * y) * weight",
+        "(mass * u - y) * weight",
+        "(mass * u - 0.99 * y) * weight",
     ),
     Mutation("ema_update_", "kernels/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
 ]

@@ -40,6 +40,15 @@ def test_random_mask() -> None:
         masks.random_mask(3, GRID, 75)
 
 
+def test_even_block_mask() -> None:
+    hidden = masks.even_block_mask(400, (10, 14), 0.6, generator=generator())
+    assert hidden.shape == (400, 10, 14) and (hidden.sum((1, 2)) == masks.hidden_patches((10, 14), 0.6)).all()
+    assert (hidden.double().mean(0) - 0.6).abs().max() < 0.12  # everywhere alike: 5 standard deviations
+    for alike in (hidden[:, 1:] == hidden[:, :-1], hidden[..., 1:] == hidden[..., :-1]):
+        assert alike.float().mean() > 0.75  # by lot 0.52
+    assert not masks.even_block_mask(3, GRID, 0.0).any() and masks.even_block_mask(3, (2, 3), 1.0).all()
+
+
 def naive_inverse_block(share: float, rng: np.random.Generator) -> np.ndarray:
     """One image of data2vec 2.0: squares clamped to the grid, then single patches until the number is right."""
     side, patches = GRID[0], GRID[0] * GRID[1]

@@ -20,6 +20,7 @@ from PIL import Image  # noqa: E402
 import fastjem  # noqa: E402
 from fastjem import checkpoints, report  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.data import masks  # noqa: E402
 from fastjem.data.batches import augmented  # noqa: E402
 from fastjem.data.folder import ImageFolder  # noqa: E402
 from fastjem.data.loader import ViewLoader  # noqa: E402
@@ -278,9 +279,20 @@ def test_the_views_shown_are_the_views_trained_on(tmp_path: Path) -> None:
 
 def test_masked_patches_are_grey() -> None:
     view = Image.fromarray(np.full((32, 32, 3), 255, np.uint8))
-    pixels = np.array(views.masked(view, 0.75, 8, np.random.default_rng(0)))
-    patches = pixels.reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, -1)
-    assert (patches == views.GREY[0]).all(1).sum() == 12 and (patches == 255).all(1).sum() == 4
+    for mask in masks.SAMPLERS:
+        pixels = np.array(views.masked(view, mask, 0.75, 8, np.random.default_rng(0)))
+        patches = pixels.reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, -1)
+        assert (patches == views.GREY[0]).all(1).sum() == 12 and (patches == 255).all(1).sum() == 4
+
+
+@pytest.mark.parametrize("mask", views.MASKS)
+def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", 2, classes=0)
+    out = report.draw_views(folder, tmp_path / "views.png", mask=mask, image_size=64, images=2, patch_size=8)
+    with Image.open(out) as sheet:
+        last = np.array(sheet)[:, -(96 + views.MARGIN) : -views.MARGIN]
+    share = (last == views.GREY[0]).all(2).sum() / (2 * 96 * 96)
+    assert 0.05 < share < 0.9, share
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -289,7 +301,7 @@ def test_a_picture_of_every_methods_views(method: str, tmp_path: Path) -> None:
     (folder / "0000.png").write_bytes(b"")  # another takes its place
     out = report.draw_views(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
     found = views.views_of(method, 32)
-    assert len(views.titles(found)) == found.large + found.small + bool(found.mask)
+    assert len(views.titles(found)) == found.large + found.small
     with Image.open(out) as sheet:
         assert sheet.height == views.LINE + views.MARGIN + 3 * (96 + views.LINE + views.MARGIN)
         whole = views.MARGIN + (1 + found.large + bool(found.mask)) * (96 + views.MARGIN)
@@ -305,7 +317,7 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         ({"out": tmp_path / "x.pdf"}, "must end in"),
         ({"out": folder / "0000.png" / "x.png"}, "--out"),
         ({"data": tmp_path / "nowhere"}, "not a folder"),
-        ({"method": "data2vec", "image_size": 50}, "no multiple"),
+        ({"method": "data2vec", "image_size": 50}, "must be a multiple"),
     ):
         with pytest.raises(UserError, match=words):
             report.draw_views(**{"data": folder, "out": tmp_path / "v.png", "image_size": 32, **changes})

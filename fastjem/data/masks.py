@@ -39,15 +39,42 @@ def _share(name: str, share: float) -> None:
         raise ValueError(f"{name}: share must be between 0 and 1, got {share}")
 
 
+def hidden_patches(grid: Grid, share: float) -> int:
+    """How many of H W patches the samplers in `SAMPLERS` hide in every image: H W - int(H W (1 - share))."""
+    patches = grid[0] * grid[1]
+    return patches - int(patches * (1 - share))
+
+
 def random_mask(
     batch: int, grid: Grid, share: float = 0.75, *, generator: torch.Generator | None = None, device: Device = None
 ) -> Tensor:
-    """[B, H, W]: H W - int(H W (1 - share)) patches anywhere, the same number in every image (MAE,
-    arXiv 2111.06377: `random_masking` of models_mae.py)."""
+    """[B, H, W]: `hidden_patches` anywhere (MAE, arXiv 2111.06377: `random_masking` of models_mae.py)."""
     _share("random_mask", share)
-    patches = grid[0] * grid[1]
-    noise = _uniform((batch, patches), generator, device)
-    return _hide(noise, patches - int(patches * (1 - share)), grid)
+    return _hide(_uniform((batch, grid[0] * grid[1]), generator, device), hidden_patches(grid, share), grid)
+
+
+def even_block_mask(
+    batch: int, grid: Grid, share: float = 0.75, *, generator: torch.Generator | None = None, device: Device = None
+) -> Tensor:
+    """[B, H, W]: rectangles of an aspect in 0.3 .. 1 / 0.3, one on another until `hidden_patches` are covered (BEiT,
+    arXiv 2106.08254, algorithm 1), the same number in every image.
+
+    A rectangle covers 8 % (BEiT's 16 patches of 196) to 40 % of the patches.
+    """
+    _share("even_block_mask", share)
+    (height, width), rectangles = grid, 32
+    random = _uniform((4, batch, rectangles, 1), generator, device)
+    area, aspect = height * width * (0.08 + 0.32 * random[0]), (1 / 0.3) ** (2 * random[1] - 1)
+    tall, broad = (area * aspect).sqrt().round().clamp(1, height), (area / aspect).sqrt().round().clamp(1, width)
+    top, left = (random[2] * height).floor(), (random[3] * width).floor()
+    at = torch.arange(height * width, device=random.device)
+    row, column = at // width, at % width
+    # Around the edges: inside them, as BEiT's, they would hide the centre of nearly every image.
+    inside = ((row - top) % height < tall) & ((column - left) % width < broad)  # [B, 32, L]
+    # The first rectangle over a patch is its turn; patches under none come last, and within a rectangle by lot.
+    turn = torch.where(inside.any(1), inside.int().argmax(1), rectangles)
+    turn = turn + _uniform(turn.shape, generator, random.device)
+    return _hide(-turn, hidden_patches(grid, share), grid)
 
 
 def inverse_block_mask(
@@ -76,6 +103,10 @@ def inverse_block_mask(
     seen = torch.nn.functional.max_pool2d(seen, block, stride=1, padding=block // 2).flatten(1)
     scores = seen + _uniform((batch, patches), generator, seen.device)  # seen ones first, in random order
     return ~_hide(scores, int(patches * (1 - share)), grid)
+
+
+# With the same number of patches in every image, as a batch of what is hidden, or of what is seen, needs.
+SAMPLERS = {"even_block": even_block_mask, "random": random_mask, "inverse_block": inverse_block_mask}
 
 
 def block_mask(

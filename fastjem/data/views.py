@@ -99,12 +99,15 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Views:
-    """What a method wants to see: how many views of which recipe, and the share of patches that a mask hides."""
+    """What a method wants to see: how many views of which recipe, and the share of patches that a mask hides, drawn by
+    one of `fastjem.data.masks.SAMPLERS`.
+    """
 
     large: int = 2
     small: int = 0
     recipe: str = "simclr"
     mask: float = 0.0
+    masking: str = "even_block"
 
     def specs(
         self, image_size: int, *, patch: int = 1, blur: bool | None = None, changes: Mapping[str, Value] | None = None

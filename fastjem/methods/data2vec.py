@@ -5,13 +5,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, smooth_l1_loss
 
+from fastjem.data.masks import SAMPLERS, hidden_patches, visible
 from fastjem.data.views import Views
+from fastjem.errors import nearest
 from fastjem.methods._parts import Defaults, Parts
 
 
 class Data2Vec(nn.Module):
     """The student sees an image with blocks of its patches replaced by a mask token, and predicts at those patches the
     momentum encoder's representation of the whole image: the mean of its top layers, layer-normalised.
+
+    mask: the share of the patches that is hidden; masking: how, a name in `fastjem.data.masks.SAMPLERS`.
     """
 
     family, prevents_collapse = "masked prediction", "normalised targets of a momentum encoder"
@@ -28,21 +32,26 @@ class Data2Vec(nn.Module):
         layers: int = 6,
         beta: float = 2.0,
         mask: float = 0.75,
+        masking: str = "even_block",
         group: dist.ProcessGroup | None = None,
     ):
         super().__init__()
         if not 0 < mask < 1:
             raise ValueError(f"data2vec: mask must be a share between 0 and 1, got {mask}")
+        if masking not in SAMPLERS:
+            raise nearest("masking", masking, SAMPLERS)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
         self.projector = nn.Linear(width, width)
-        self.layers, self.beta, self.mask = layers, beta, mask
+        self.layers, self.beta, self.mask, self.masking = layers, beta, mask, masking
 
     def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:
         with torch.no_grad():
             outputs = tokens(teacher.encoder, views[0])[-self.layers :]
             target = sum(layer_norm(x.float(), x.shape[-1:]) for x in outputs) / len(outputs)
             target = layer_norm(target, target.shape[-1:])  # [B, L, D]
-            masked = blocks(len(target), *grid(teacher.encoder, views[0]), self.mask, target.device)
+            size = grid(teacher.encoder, views[0])
+            hidden = SAMPLERS[self.masking](len(target), size, self.mask, device=target.device)
+            masked = visible(~hidden, hidden_patches(size, self.mask))  # [B, M]
         x = student.encoder.norm(tokens(student.encoder, views[0], masked, self.mask_token)[-1])
         student.seen["embedding"] = x.detach().mean(1)
         at = masked[..., None].expand(-1, -1, x.shape[-1])
@@ -55,29 +64,6 @@ def grid(vit: nn.Module, x: Tensor) -> tuple[int, int]:
     patch = vit.patch_embed.patch_size
     tall, broad = (patch, patch) if isinstance(patch, int) else patch
     return x.shape[-2] // tall, x.shape[-1] // broad
-
-
-def blocks(
-    images: int, height: int, width: int, share: float, device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
-    """Indices [B, M] of the masked patches, M = share * height * width: rectangles of an aspect in 0.3 .. 1 / 0.3, one
-    on another until enough is covered (BEiT, arXiv 2106.08254, algorithm 1); the same number in every image, no sync.
-
-    A rectangle covers 8 % (BEiT's 16 patches of 196) to 40 % of the patches.
-    """
-    patches, rectangles = height * width, 32
-    random = torch.rand(4, images, rectangles, 1, device=device, generator=generator)
-    area, aspect = patches * (0.08 + 0.32 * random[0]), (1 / 0.3) ** (2 * random[1] - 1)
-    tall, broad = (area * aspect).sqrt().round().clamp(1, height), (area / aspect).sqrt().round().clamp(1, width)
-    top, left = (random[2] * height).floor(), (random[3] * width).floor()
-    at = torch.arange(patches, device=device)
-    row, column = at // width, at % width
-    # Around the edges: inside them, as BEiT's, they would hide the centre of nearly every image.
-    inside = ((row - top) % height < tall) & ((column - left) % width < broad)  # [B, 32, L]
-    # The first rectangle over a patch is its turn; patches under none come last, and within a rectangle by lot.
-    turn = torch.where(inside.any(1), inside.int().argmax(1), rectangles)
-    turn = turn + torch.rand(images, patches, device=device, generator=generator)
-    return turn.argsort(1)[:, : max(round(share * patches), 1)]
 
 
 def tokens(vit: nn.Module, x: Tensor, masked: Tensor | None = None, mask_token: Tensor | None = None) -> list[Tensor]:

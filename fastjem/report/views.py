@@ -13,18 +13,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 import fastjem.functional as F
 from fastjem.checkpoints import write_atomically
-from fastjem.data import shapes
+from fastjem.data import masks, shapes
 from fastjem.data.folder import ImageFolder, read_image
 from fastjem.data.loader import crop
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import RECIPES, Value, Views, ViewSpec
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, views_of
-from fastjem.methods.data2vec import blocks
 from fastjem.report.run import spread
 
 GREY, PAPER, INK = (128, 128, 128), (255, 255, 255), (40, 40, 40)
 MARGIN, LINE = 8, 20  # pixels
+MASKS = (*masks.SAMPLERS, "block", "multi_block")
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -41,6 +41,9 @@ class Config:
     images: int = 6
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
+    mask: str | None = field(
+        default=None, metadata={"help": f"a last view through such a mask: {', '.join(MASKS)}; none: the method's"}
+    )
     patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
     seed: int = field(default=0, metadata={"help": "the run's"})
     epoch: int = field(default=0, metadata={"help": "the run's"})
@@ -58,10 +61,10 @@ class Sample:
     views: list[Image.Image]
 
 
-def titles(views: Views) -> list[str]:
+def titles(views: Views, mask: str = "") -> list[str]:
     """One a view, in their order."""
     large = [f"large {i + 1}" if views.large > 1 else "view" for i in range(views.large)]
-    return large + [f"small {i + 1}" for i in range(views.small)] + (["masked"] if views.mask else [])
+    return large + [f"small {i + 1}" for i in range(views.small)] + (["masked"] if mask else [])
 
 
 def samples(
@@ -71,13 +74,14 @@ def samples(
     images: int,
     seed: int = 0,
     epoch: int = 0,
-    mask: float = 0.0,
+    mask: str = "",
+    share: float = 0.75,
     patch: int = 16,
 ) -> list[Sample]:
     """The views that training with that seed sees in that epoch of the first `images` files that can be read.
 
-    files: (index in the data, path). With a mask, a last view shows one draw of it on the first: hidden patches are
-    grey.
+    files: (index in the data, path). With a mask, one of `MASKS`, a last view shows one draw of it on the first: hidden
+    patches are grey; I-JEPA's targets, which its context doesn't see, are framed.
     """
     out, parameters = list[Sample](), Parameters(specs)
     for i, path in files:
@@ -88,7 +92,7 @@ def samples(
         table = parameters(seed, epoch, i, image.height, image.width)
         views = [picture(crop(image, spec, row[0]), row) for spec, row in zip(specs, table, strict=True)]
         if mask:
-            views.append(masked(views[0], mask, patch, np.random.default_rng((seed, epoch, i))))
+            views.append(masked(views[0], mask, share, patch, np.random.default_rng((seed, epoch, i))))
         out.append(Sample(path, image, views))
         if len(out) == images:
             break
@@ -101,15 +105,25 @@ def picture(pixels: np.ndarray, row: np.ndarray) -> Image.Image:
     return Image.fromarray((x[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def masked(view: Image.Image, share: float, patch: int, random: np.random.Generator) -> Image.Image:
-    """That share of the patches, in blocks, the same number in every image, is grey."""
-    pixels, rows, columns = np.array(view), view.height // patch, view.width // patch
-    hidden = np.zeros(rows * columns, bool)
-    seeded = torch.Generator().manual_seed(int(random.integers(1 << 62)))
-    hidden[blocks(1, rows, columns, share, torch.device("cpu"), seeded)[0]] = True
-    grid = np.kron(hidden.reshape(rows, columns), np.ones((patch, patch), bool))
-    pixels[: grid.shape[0], : grid.shape[1]][grid] = GREY
-    return Image.fromarray(pixels)
+def masked(view: Image.Image, mask: str, share: float, patch: int, random: np.random.Generator) -> Image.Image:
+    """What a transformer sees through one draw of a mask; hidden patches are grey."""
+    pixels, size = np.array(view), (view.height // patch, view.width // patch)
+    seeded, targets = torch.Generator().manual_seed(int(random.integers(1 << 62))), torch.empty(0, 0, dtype=torch.int64)
+    if mask == "multi_block":
+        drawn = masks.multi_block_mask(1, size, generator=seeded, sizes=tuple(random.random(2)))
+        hidden, targets = drawn.context, drawn.targets[0]
+    elif mask == "block":
+        hidden = masks.block_mask(1, size, images=1.0, generator=seeded)
+    else:
+        hidden = masks.SAMPLERS[mask](1, size, share, generator=seeded)
+    whole = np.kron(hidden[0].numpy(), np.ones((patch, patch), bool))
+    pixels[: whole.shape[0], : whole.shape[1]][whole] = GREY
+    out = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(out)
+    for target in targets.tolist():
+        (top, left), (bottom, right) = divmod(target[0], size[1]), divmod(target[-1], size[1])
+        pen.rectangle((left * patch, top * patch, (right + 1) * patch - 1, (bottom + 1) * patch - 1), outline=INK)
+    return out
 
 
 def grid(shown: Sequence[Sample], columns: Sequence[str], root: Path, *, cell: int) -> Image.Image:
@@ -160,6 +174,7 @@ def draw_views(
     images: int = 6,
     small_views: int | None = None,
     blur: bool | None = None,
+    mask: str | None = None,
     patch_size: int = 16,
     seed: int = 0,
     epoch: int = 0,
@@ -171,7 +186,9 @@ def draw_views(
         recipe: another augmentation in place of the method's own.
         view: changed fields of its views, as for `fastjem.data.views.Views.specs`.
         blur: None: as in pretraining, where 64 pixels and less aren't blurred.
-        patch_size: of the mask, for methods that hide patches.
+        mask: one of `MASKS` in place of the method's own, if it has one, in a last column. Shares of the patches are the
+            method's, or 75 %; of "block" DINOv2's (10 to 50 %), of "multi_block" I-JEPA's, whose targets are framed.
+        patch_size: of the mask.
         seed, epoch: the views are those that a run with this seed sees in this epoch.
 
     Raises:
@@ -186,17 +203,21 @@ def draw_views(
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: the picture's name must end in {', '.join(FORMATS)}")
     views = views_of(method, image_size, small_views, recipe)
-    if views.mask and image_size % patch_size:
-        raise UserError(f"--image-size {image_size} is no multiple of --patch-size {patch_size}")
+    if mask is None:
+        mask = views.masking if views.mask else ""
+    elif mask not in MASKS:
+        raise nearest("mask", mask, MASKS)
+    if mask and (image_size % patch_size or image_size < 2 * patch_size):
+        raise UserError(f"--image-size {image_size} must be a multiple of --patch-size {patch_size}, two at least")
     folder = ImageFolder(data or shapes.folder() / "train")
-    specs = views.specs(image_size, patch=patch_size if views.mask else 1, blur=blur, changes=view)
+    specs = views.specs(image_size, patch=patch_size if mask else 1, blur=blur, changes=view)
     # evenly spread over the folder first; the others stand in for files that can't be read
     order = dict.fromkeys([*spread(len(folder), images).tolist(), *range(len(folder))])
     files = ((i, folder.path(i)) for i in order)
-    shown = samples(files, specs, images=images, seed=seed, epoch=epoch, mask=views.mask, patch=patch_size)
+    shown = samples(files, specs, images=images, seed=seed, epoch=epoch, mask=mask, share=views.mask or 0.75, patch=patch_size)
     if not shown:
         raise UserError(f"none of the files in {folder.root} can be read")
-    sheet, file = grid(shown, titles(views), folder.root, cell=min(max(image_size, 96), 224)), io.BytesIO()
+    sheet, file = grid(shown, titles(views, mask), folder.root, cell=min(max(image_size, 96), 224)), io.BytesIO()
     sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
     try:
         write_atomically(out, file.getvalue())
