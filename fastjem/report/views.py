@@ -186,8 +186,8 @@ def draw_views(
         recipe: another augmentation in place of the method's own.
         view: changed fields of its views, as for `fastjem.data.views.Views.specs`.
         blur: None: as in pretraining, where 64 pixels and less aren't blurred.
-        mask: one of `MASKS` in place of the method's own, if it has one, in a last column. Shares of the patches are the
-            method's, or 75 %; of "block" DINOv2's (10 to 50 %), of "multi_block" I-JEPA's, whose targets are framed.
+        mask: one of `MASKS` in place of the method's own, if it has one, in a last column. The share of the patches is
+            the method's, or 75 %; "block" has DINOv2's (10 to 50 %), "multi_block" I-JEPA's, whose targets are framed.
         patch_size: of the mask.
         seed, epoch: the views are those that a run with this seed sees in this epoch.
 
@@ -214,7 +214,10 @@ def draw_views(
     # evenly spread over the folder first; the others stand in for files that can't be read
     order = dict.fromkeys([*spread(len(folder), images).tolist(), *range(len(folder))])
     files = ((i, folder.path(i)) for i in order)
-    shown = samples(files, specs, images=images, seed=seed, epoch=epoch, mask=mask, share=views.mask or 0.75, patch=patch_size)
+    share = views.mask or 0.75
+    shown = samples(
+        files, specs, images=images, seed=seed, epoch=epoch, mask=mask, share=share, patch=patch_size
+    )  # fmt: skip
     if not shown:
         raise UserError(f"none of the files in {folder.root} can be read")
     sheet, file = grid(shown, titles(views, mask), folder.root, cell=min(max(image_size, 96), 224)), io.BytesIO()
