@@ -30,6 +30,18 @@ static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, Bias<W> bias, i
   return biased == Biased::one_part ? large + v * scale.low : large + (v * scale.low + bias.low[j]);
 }
 
+// The largest logit of x[begin, end); -inf of none. The unbiased one is scalar where GCC 12 inlines it.
+template <Biased biased, class T, class W>
+FASTJEM_NOINLINE static W largest_logit(const T* x, Scale<W> scale, Bias<W> bias, int64_t begin, int64_t end) {
+  W maximum = -std::numeric_limits<W>::infinity();
+#pragma omp simd reduction(max : maximum)
+  for (int64_t j = begin; j < end; ++j) {
+    const W v = biased_logit<biased>(x, scale, bias, j);
+    maximum = v > maximum ? v : maximum;
+  }
+  return maximum;
+}
+
 // What a - b has lost, if it came out as `difference`.
 template <class W>
 static FASTJEM_INLINE W lost(W a, W b, W difference) {
@@ -91,12 +103,7 @@ struct BiasedSoftmax {
   double row_of(const T* x, Scale<W> scale, Bias<W> bias, int64_t k, W* e) {
     for (int64_t begin = 0, b = 0; begin < k; begin += softmax_block, ++b) {
       const int64_t end = std::min(begin + softmax_block, k);
-      W maximum = -std::numeric_limits<W>::infinity();
-#pragma omp simd reduction(max : maximum)
-      for (int64_t j = begin; j < end; ++j) {
-        const W v = biased_logit<biased>(x, scale, bias, j);
-        maximum = v > maximum ? v : maximum;
-      }
+      const W maximum = largest_logit<biased>(x, scale, bias, begin, end);
       const W shifted = maximum == -std::numeric_limits<W>::infinity() ? W(0) : maximum;
       shift[b] = shifted;
       sum[b] = 0;

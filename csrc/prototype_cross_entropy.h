@@ -7,18 +7,6 @@ struct BlockSums {
   W exp, y, dot;
 };
 
-// The largest x * scale; -inf of none.
-template <class S, class W>
-FASTJEM_NOINLINE static W block_maximum(const S* x, Scale<W> scale, int64_t n) {
-  W maximum = -std::numeric_limits<W>::infinity();
-#pragma omp simd reduction(max : maximum)
-  for (int64_t j = 0; j < n; ++j) {
-    const W v = scale(widen(x[j]));
-    maximum = v > maximum ? v : maximum;
-  }
-  return maximum;
-}
-
 // e = exp(v), v = x * scale - shift; the sums of e, y and y v.
 template <class S, class W>
 FASTJEM_NOINLINE static BlockSums<W> student_block(const S* x, Scale<W> scale, W shift, const W* y, int64_t n, W* e) {
@@ -119,7 +107,7 @@ static void prototype_cross_entropy_rows_of(const PrototypeCrossEntropy& p, int6
       W* e = in_place && gradient ? reinterpret_cast<W*>(gradient) : scratch.data();
       for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
         const int64_t last = std::min(first + softmax_block, k);
-        const W maximum = block_maximum(x + first, scale, last - first);
+        const W maximum = largest_logit<Biased::no>(x, scale, Bias<W>{}, first, last);
         const W shift = maximum == -std::numeric_limits<W>::infinity() ? W(0) : maximum;
         const BlockSums<W> sums = student_block(x + first, scale, shift, y + first, last - first, e + first);
         softmax.shift[b] = shift;

@@ -127,6 +127,15 @@ def _pairs(s, t, PAIRS: tl.constexpr):
     return (PAIRS == 2) | ((t == s) == (PAIRS == 1))
 
 
+@triton.jit
+def _mass(s, T: tl.constexpr, PAIRS: tl.constexpr, COMPUTE: tl.constexpr):
+    """With how many teacher views student view s is paired."""
+    mass = tl.zeros((), COMPUTE)
+    for t in tl.static_range(T):
+        mass += tl.where(_pairs(s, t, PAIRS), 1.0, 0.0)
+    return mass
+
+
 @triton.jit(do_not_specialize=["B", "student_parts", "teacher_parts"])
 def views_kernel(
     x,  # [S, B, D]
@@ -161,9 +170,7 @@ def views_kernel(
         tl.store(teacher_lse + t * B + i, _join_lse(teacher_part_lse, t * B + i, T * B, teacher_parts, COMPUTE))
     for s in range(S):
         row_lse = _join_lse(student_part_lse, s * B + i, S * B, student_parts, COMPUTE)
-        mass = tl.zeros((), COMPUTE)
-        for t in tl.static_range(T):
-            mass += tl.where(_pairs(s, t, PAIRS), 1.0, 0.0)
+        mass = _mass(s, T, PAIRS, COMPUTE)
         tl.store(student_lse + s * B + i, row_lse)
         tl.store(masses + s * B + i, weight * mass)
         loss += mass * row_lse
@@ -177,13 +184,10 @@ def views_kernel(
         for s in range(S):
             at = (tl.cast(s * B + i, tl.int64)) * D + column
             y = zeros
-            mass = tl.zeros((), COMPUTE)
             for t in tl.static_range(T):
-                is_paired = _pairs(s, t, PAIRS)
-                mass += tl.where(is_paired, 1.0, 0.0)
                 y = _join_means(
                     teacher_means, teacher_part_lse, tl.load(teacher_lse + t * B + i), t * B + i, T * B,
-                    teacher_parts, D, column, inside & is_paired, y,
+                    teacher_parts, D, column, inside & _pairs(s, t, PAIRS), y,
                 )  # fmt: skip
             b_dot += y * tl.load(x + at, inside, 0).to(COMPUTE)
             if gradient is not None:
@@ -191,6 +195,7 @@ def views_kernel(
                     student_means, student_part_lse, tl.load(student_lse + s * B + i), s * B + i, S * B,
                     student_parts, D, column, inside, zeros,
                 )  # fmt: skip
+                mass = _mass(s, T, PAIRS, COMPUTE)
                 tl.store(gradient + at, (mass * u - y) * weight, inside)
         if paired is not None:
             for t in tl.static_range(T):

@@ -102,7 +102,7 @@ def inverse_block_mask(
     seen = torch.zeros(batch, patches, device=at.device).scatter_(1, at, 1.0).view(batch, 1, *grid)
     seen = torch.nn.functional.max_pool2d(seen, block, stride=1, padding=block // 2).flatten(1)
     scores = seen + _uniform((batch, patches), generator, seen.device)  # seen ones first, in random order
-    return ~_hide(scores, int(patches * (1 - share)), grid)
+    return ~_hide(scores, patches - hidden_patches(grid, share), grid)
 
 
 # With the same number of patches in every image, as a batch of what is hidden, or of what is seen, needs.

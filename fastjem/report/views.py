@@ -208,16 +208,15 @@ def draw_views(
     elif mask not in MASKS:
         raise nearest("mask", mask, MASKS)
     if mask and (image_size % patch_size or image_size < 2 * patch_size):
-        raise UserError(f"--image-size {image_size} must be a multiple of --patch-size {patch_size}, two at least")
+        what = "no multiple of" if image_size % patch_size else "less than two of"
+        raise UserError(f"--image-size {image_size} is {what} --patch-size {patch_size}")
     folder = ImageFolder(data or shapes.folder() / "train")
     specs = views.specs(image_size, patch=patch_size if mask else 1, blur=blur, changes=view)
     # evenly spread over the folder first; the others stand in for files that can't be read
     order = dict.fromkeys([*spread(len(folder), images).tolist(), *range(len(folder))])
     files = ((i, folder.path(i)) for i in order)
-    share = views.mask or 0.75
-    shown = samples(
-        files, specs, images=images, seed=seed, epoch=epoch, mask=mask, share=share, patch=patch_size
-    )  # fmt: skip
+    drawn = {"mask": mask, "share": views.mask or 0.75, "patch": patch_size}
+    shown = samples(files, specs, images=images, seed=seed, epoch=epoch, **drawn)
     if not shown:
         raise UserError(f"none of the files in {folder.root} can be read")
     sheet, file = grid(shown, titles(views, mask), folder.root, cell=min(max(image_size, 96), 224)), io.BytesIO()
