@@ -183,7 +183,7 @@ def views_kernel(
         zeros = tl.zeros([BLOCK], COMPUTE)
         for s in range(S):
             at = (tl.cast(s * B + i, tl.int64)) * D + column
-            y = zeros
+            y, mass = zeros, _mass(s, T, PAIRS, COMPUTE)
             for t in tl.static_range(T):
                 y = _join_means(
                     teacher_means, teacher_part_lse, tl.load(teacher_lse + t * B + i), t * B + i, T * B,
@@ -195,7 +195,6 @@ def views_kernel(
                     student_means, student_part_lse, tl.load(student_lse + s * B + i), s * B + i, S * B,
                     student_parts, D, column, inside, zeros,
                 )  # fmt: skip
-                mass = _mass(s, T, PAIRS, COMPUTE)
                 tl.store(gradient + at, (mass * u - y) * weight, inside)
         if paired is not None:
             for t in tl.static_range(T):
