@@ -16,6 +16,12 @@ class Ranks:
     control: dist.ProcessGroup | None = None  # gloo, on the host: agreeing on a stop costs the device nothing
 
     @property
+    def cores(self) -> int:
+        """Of this machine that this process may use, a fair share of them; at least 1."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+        return max(len(os.sched_getaffinity(0)) // here, 1)
+
+    @property
     def first(self) -> bool:
         return self.rank == 0
 
@@ -26,6 +32,14 @@ class Ranks:
         votes = torch.tensor([int(flag)])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return bool(votes.item())
+
+    def agree(self, value: float) -> float:
+        """The first rank's value. A collective call."""
+        if self.control is None:
+            return value
+        said = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(said, 0, group=self.control)
+        return said.item()
 
     def barrier(self) -> None:
         if self.control is not None:

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-import os
 import sys
 import time
 import types
@@ -68,6 +67,9 @@ class Config:
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
     loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(executors.LOADERS)}"})
     memory: float = field(default=4.0, metadata={"help": "GiB that --loader memory may take"})
+    decoder_share: float | None = field(
+        default=None, metadata={"help": "of JPEG files, for a GPU's fixed-function decoder; none: measured"}
+    )
     workers: int = field(default=-1, metadata={"help": "of the data loader, a rank; -1: one a core"})
     seed: int = 0
     compile: bool = False
@@ -135,15 +137,18 @@ def check(config: Config) -> None:
     for name in ("image_size", "epochs", "accumulate", "log_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    for name in ("learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "small_views", "max_steps",
-                 "patch_size", "seed", "log_every", "checkpoint_every", "checkpoint_steps", "knn_every"):  # fmt: skip
+    for name in ("learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views",
+                 "max_steps", "patch_size", "seed", "log_every", "checkpoint_every", "checkpoint_steps",
+                 "knn_every"):  # fmt: skip
         value = getattr(config, name)
         if value is not None and not 0 <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} must be a finite number, at least 0, got {value}")
     if config.workers < -1:
         raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
-    if config.momentum is not None and config.momentum > 1:
-        raise UserError(f"--momentum must be between 0 and 1, got {config.momentum}")
+    for name in ("momentum", "decoder_share"):
+        value = getattr(config, name)
+        if value is not None and value > 1:
+            raise UserError(f"--{name.replace('_', '-')} must be between 0 and 1, got {value}")
     if config.batch_size < 2:
         raise UserError(f"--batch-size must be at least 2, as every method compares images, got {config.batch_size}")
     for name, allowed in (
@@ -225,12 +230,12 @@ def train(
     views = views_of(config.method, config.image_size, config.small_views, config.recipe)
     patch = encoders.patch_size(encoder)
     specs = views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view)
-    workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 1) // ranks.size, 1)
+    workers = config.workers if config.workers >= 0 else ranks.cores
     start = state["step"] if state else 0
     loader, reads = executors.create(
         config.loader, folder, specs, ranks.device, workers=workers, memory=config.memory, seed=config.seed,
         batch=config.batch_size, start=start * config.accumulate, stop=steps * config.accumulate, rank=ranks.rank,
-        ranks=ranks.size,
+        ranks=ranks.size, share=(state or {}).get("decoder_share", config.decoder_share), agree=ranks.agree,
     )  # fmt: skip
     encoder = encoder.to(ranks.device)
     last = encoders.memory_format(encoder) == torch.channels_last
@@ -290,6 +295,10 @@ def train(
         out, folder, config.image_size, facts, start=start, every=config.knn_every, page=config.report, say=reporter.say
     )
 
+    bf16 = ranks.device.type == "cuda"
+    # half the bytes for what autocast would round anyway; a module of one's own may look at its images first
+    images = {"dtype": torch.bfloat16 if bf16 and named else torch.float32, "channels_last": last}
+
     def batches() -> Iterator[tuple[list[Tensor], float]]:
         source = iter(loader)
         while True:
@@ -298,7 +307,7 @@ def train(
             if batch is None:
                 return
             reporter.unreadable(batch.unreadable)
-            yield augmented(batch, specs, ranks.device, channels_last=last), time.perf_counter() - begin
+            yield augmented(batch, specs, ranks.device, **images), time.perf_counter() - begin
 
     saved_at = time.monotonic()
 
@@ -314,6 +323,7 @@ def train(
                         "optimizer": optimizer.state_dict(),
                         "config": json.dumps(dataclasses.asdict(config)),
                         "unreadable": sorted(reporter.bad),
+                        "decoder_share": getattr(loader, "hardware", config.decoder_share),  # it decides about pixels
                         "seed": config.seed,  # every generator follows from it and the step
                     },
                 )
@@ -335,7 +345,6 @@ def train(
                 watch.refresh()
         return asked
 
-    bf16 = ranks.device.type == "cuda"
     if not state:
         save(0)  # a run killed before its first checkpoint starts at step 0; a full disk is seen now
     if ranks.first:

@@ -234,8 +234,20 @@ def test_memory_is_a_loader_too(tmp_path: Path) -> None:
         executors.create("memory", folder, specs, cpu, memory=1e-6, **options)
 
 
-def test_tune_measures_every_share() -> None:
-    def measure(share: float):
-        return iter([Crops([torch.zeros(3, 1, 1, 3)], [], [])] * 8)
+def test_the_share_for_a_gpus_own_decoder_is_measured(tmp_path: Path, monkeypatch) -> None:
+    """On a CPU all are as fast: what is measured, taken and said, not which is best."""
+    write(tmp_path, {f"{i}.jpg": encoded(picture(i), quality=90) for i in range(4)})
+    on_cpu = dali.pipeline
+    monkeypatch.setattr(dali, "why_not", lambda device: "")
+    monkeypatch.setattr(dali, "pipeline", lambda *args, **options: on_cpu(*args, **options | {"device": "cpu"}))
+    options = {"workers": 1, "memory": 1, "batch": 2, "seed": 1, "start": 0, "rank": 0, "ranks": 1}
 
-    assert set(dali.tune(measure, warm=2, batches=6)) == set(dali.SHARES)
+    def made(stop: int, **more):
+        return executors.create("dali", ImageFolder(tmp_path), SPECS, torch.device("cpu"), stop=stop, **options, **more)
+
+    loader, said = made(1000, agree=lambda share: share if share in dali.SHARES else -1)
+    assert loader.hardware in dali.SHARES and all(f"{share:g}: " in said for share in dali.SHARES)
+    assert made(1000, agree=lambda share: 0.5)[0].hardware == 0.5
+    for stop, share in ((999, None), (1000, 0.25)):  # too short to be worth it; told
+        loader, said = made(stop, share=share)
+        assert loader.hardware == (share or 0.65) and "second" not in said

@@ -1,7 +1,7 @@
 """Which loader a run reads its images by."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -13,6 +13,7 @@ from fastjem.data.memory import GIBIBYTE, ImageArray, MemoryLoader
 from fastjem.data.views import ViewSpec
 
 LOADERS = dali.LOADERS
+SHARE, WORTH_TUNING = 0.65, 1000  # DALI's own; batches of a run that is long enough to measure a better one
 
 
 class Loader(Protocol):
@@ -22,6 +23,7 @@ class Loader(Protocol):
 def create(
     name: str, folder: ImageFolder, specs: Sequence[ViewSpec], device: torch.device, *, workers: int, memory: float,
     batch: int, seed: int, start: int, stop: int, rank: int, ranks: int,
+    share: float | None = None, agree: Callable[[float], float] = float,
 ) -> tuple[Loader, str]:  # fmt: skip
     """The loader, and in words which.
 
@@ -29,6 +31,8 @@ def create(
         name: see `fastjem.data.dali.choose`; "memory" holds all images, shrunk to 8/7 of the views' size at most.
         workers: processes of torch's loader, threads of DALI.
         memory: GiB that the images may take.
+        share: of the JPEG files, for a GPU's fixed-function decoder. None: measured, where the run is long enough.
+        agree: what all ranks take when each has measured its own share.
 
     Raises:
         UserError: for one that was asked for by name and can't run here, with its reason.
@@ -46,9 +50,20 @@ def create(
     if name == "torch":
         loader = ViewLoader(folder, specs, workers=workers, pin_memory=device.type == "cuda", **order)
         return loader, f"images are decoded by Pillow in {workers} processes"
-    place: Any = "cuda" if name == "dali" else "cpu"
-    keys = Order(len(folder), batch, seed, start, stop, rank, ranks)
-    loader = dali.DaliViews(
-        folder, specs, keys, dali.drawn(specs, seed), batch=batch // ranks, device=place, threads=workers
-    )
-    return loader, f"images are decoded by DALI on the {'GPU' if name == 'dali' else 'CPU'}"
+
+    def views(place: str, share: float) -> dali.DaliViews:
+        keys, tables = Order(len(folder), batch, seed, start, stop, rank, ranks), dali.drawn(specs, seed)
+        return dali.DaliViews(
+            folder, specs, keys, tables, batch=batch // ranks, device=place, threads=workers, hardware=share
+        )
+
+    if name == "dali-cpu":
+        return views("cpu", 0.0), "images are decoded by DALI on the CPU"
+    why = ""
+    if share is None and stop - start >= WORTH_TUNING:
+        rates = dali.tune(lambda share: iter(views("cuda", share)))
+        share = agree(max(rates, key=rates.__getitem__))
+        why = f"; images a second by share: {', '.join(f'{one:g}: {rate:.0f}' for one, rate in rates.items())}"
+    share = SHARE if share is None else share
+    said = f"images are decoded by DALI on the GPU, {share:.0%} of JPEG files by its fixed-function decoder{why}"
+    return views("cuda", share), said
