@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 
-def make_folder(root: Path, images: int = 48, classes: int = 3, size: int = 24, seed: int = 0) -> Path:
-    """`images` PNG files in `classes` folders (0: flat)."""
+def make_folder(root: Path, images: int = 48, classes: int = 3, size: int = 24, seed: int = 0, kind: str = "png"):
+    """`images` files of a kind in `classes` folders (0: flat)."""
     random = np.random.default_rng(seed)
     for i in range(images):
         folder = root / f"class{i % classes}" if classes else root
@@ -19,5 +19,5 @@ def make_folder(root: Path, images: int = 48, classes: int = 3, size: int = 24, 
             + random.uniform(60, 190, 3)
             + random.normal(0, 9, (size, size, 3))
         )
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:04}.png")
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:04}.{kind}")
     return root

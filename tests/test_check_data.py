@@ -36,6 +36,7 @@ def test_counts_and_reasons(tmp_path: Path, images: int, workers: int, capsys: p
     assert (found["copies"], found["turned"], found["progressive"]) == (1, 1, 1)
     assert found["largest"] == [48, 64] and found["smallest"] == [40, 40] and found["small"] == images + 2
     assert [Path(path).name for path, _ in found["skipped"]] == ["empty.jpg", "half.png"]
+    assert dict(found["skipped"])[str(root / "class1" / "empty.jpg")] == "cannot identify image file"
     assert all(why and str(root) not in why for _, why in found["skipped"])
     assert found["bytes"] == sum(file.stat().st_size for file in root.rglob("*.*"))
     assert 0 < found["epoch_seconds"] < 60

@@ -51,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_folder(tmp_path_factory.mktemp("images"), 48))
+    return str(make_folder(tmp_path_factory.mktemp("images"), 48, kind="jpg"))
 
 
 def rows(run: Path) -> list[dict]:
@@ -77,10 +77,12 @@ def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError("the run made no progress in a minute")
 
 
-@pytest.mark.parametrize("method", ["moco", "swav", "dino"])
-def test_stopped_and_resumed_is_the_same_run(method: str, images: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "loader"), [("moco", "dali-cpu"), ("swav", "memory"), ("dino", "torch")])
+def test_stopped_and_resumed_is_the_same_run(method: str, loader: str, images: str, tmp_path: Path) -> None:
+    if loader == "dali-cpu":
+        pytest.importorskip("nvidia.dali")
     small = {"swav": {"queue": 24}, "moco": {"queue": 32}, "dino": {"hidden": 16}}[method]
-    common = {**TINY, "data": images, "method": method, "epochs": 3, "options": small}
+    common = {**TINY, "data": images, "method": method, "loader": loader, "epochs": 3, "options": small}
     if method != "moco":
         common["small_views"] = 1
     whole = fastjem.pretrain(**common, out=str(tmp_path / "whole"))

@@ -86,8 +86,11 @@ def read_image(path: str) -> Image.Image:
 
 def reason(error: Exception, path: str) -> str:
     """What a decoder said of a file, in one line and without the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = str(error).splitlines()
-    return (lines[0] if lines else type(error).__name__).replace(f" '{path}'", "").replace(f": '{path}'", "")
+    said = (lines[0] if lines else type(error).__name__).replace(f" '{path}'", "").replace(f": '{path}'", "")
+    return said.partition(" <_io")[0]
 
 
 def readable(folder: ImageFolder, sample: int, read: Callable[[int], T]) -> tuple[T | None, list[tuple[str, str]]]:
