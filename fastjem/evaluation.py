@@ -77,12 +77,12 @@ def _folders(config: Config, opened: Opened) -> tuple[ImageFolder, ImageFolder |
     if config.test and not config.train:
         raise UserError("--test needs --train, the images whose labels are known")
     root = Path(config.train or (opened.config.data if opened.config else "") or shapes.folder() / "train")
-    if not root.is_dir() and not config.train:
+    if not root.exists() and not config.train:
         raise UserError(f"the run's data, {root}, is no longer there; --train and --test say what to use")
-    beside = root.parent / "test" if root.name == "train" else None
+    beside = root.with_name(f"test{root.suffix}") if root.stem == "train" else None
     if config.test:
         return ImageFolder(root), ImageFolder(config.test)
-    return ImageFolder(root), ImageFolder(beside) if beside and beside.is_dir() else None
+    return ImageFolder(root), ImageFolder(beside) if beside and beside.exists() else None
 
 
 def main(config: Config) -> int:

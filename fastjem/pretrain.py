@@ -36,7 +36,10 @@ class Config:
     """Everything a run depends on. A field that is None takes the method's default (docs/methods.md)."""
 
     out: str = field(metadata={"help": "folder of the run"})
-    data: str = field(default="", metadata={"help": "folder of images, nested or flat; none: the embedded data set"})
+    data: str = field(
+        default="",
+        metadata={"help": "folder of images, nested or flat, or a .npz of them; none: the embedded data set"},
+    )
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
     image_size: int = 224
@@ -287,7 +290,8 @@ def train(
     if config.compile:
         model = torch.compile(model)
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
-    if ranks.first and config.loader != "torch" and (config.loader != "auto" or ranks.device.type == "cuda"):
+    chosen_here = config.loader == "auto" and (ranks.device.type == "cuda" or folder.arrays)
+    if ranks.first and (chosen_here or config.loader not in ("auto", "torch")):
         reporter.say(reads)
     reporter.bad.update(state.get("unreadable", ()) if state else ())
     facts = {"steps": steps, "steps_per_epoch": per_epoch, "patch": encoders.patch_size(encoder), "ranks": ranks.size}

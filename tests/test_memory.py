@@ -7,6 +7,8 @@ from images import make_folder
 from view_tables import pictures
 
 import fastjem.functional as F
+from fastjem.data.executors import create
+from fastjem.data.folder import ImageFolder
 from fastjem.data.memory import ImageArray, MemoryLoader
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
@@ -92,3 +94,38 @@ def test_batches_ranks_and_resuming_leave_a_sample_its_views():
         assert all(torch.equal(a, b) for key in whole for a, b in zip(whole[key], other[key], strict=True))
     with pytest.raises(ValueError, match="MemoryLoader: batch must divide by 2 ranks and be at most 9 images, got 5"):
         MemoryLoader(array, SPECS, batch=5, stop=1, ranks=2)
+
+
+def test_a_file_of_arrays_is_a_folder(tmp_path):
+    """Every loader's views of it, its labels and names; what is wrong with one is said."""
+    images, path = pictures(12, 16, 16), tmp_path / "a.npz"
+    labels, names = np.array([2, 0, 0] * 4), np.array(["ant", "bee", "cat"])
+    np.savez(path, images=images.numpy(), labels=labels, classes=names)
+    folder = ImageFolder(path)
+    assert (len(folder), folder.classes, folder.labels.tolist()) == (12, ["ant", "cat"], [1, 0, 0] * 4)
+    assert np.array_equal(np.asarray(folder.image(11)), images[11])
+    options = {"workers": 0, "batch": 4, "seed": 1, "start": 2, "stop": 5, "rank": 0, "ranks": 1}
+    specs, cpu = [ViewSpec(size=16)], torch.device("cpu")
+    batches = []
+    for name, memory in (("auto", 1), ("auto", 1e-9), ("torch", 1)):
+        loader, said = create(name, folder, specs, cpu, memory=memory, **options)
+        assert ("held in memory" in said) == (memory == 1 and name == "auto")
+        batches.append(list(loader))
+    for one, other, third in zip(*batches, strict=True):
+        assert torch.equal(other.views[0], third.views[0]) and torch.equal(one.tables[0], other.tables[0])
+        assert (one.views[0].int() - other.views[0].int()).abs().max() <= 1
+    with pytest.raises(UserError, match=r"--loader dali-cpu reads files, and .*a.npz holds pixels"):
+        create("dali-cpu", folder, specs, cpu, memory=1, **options)
+    np.savez(path, images=images.numpy()[:3])  # another version of the file is read again
+    assert ImageFolder(path).classes == [""] and len(ImageFolder(path)) == 3
+    for wrong, message in (
+        ({"images": images.numpy(), "labels": labels[:3]}, r"labels must be \[12\] integers, got \(3,\) int64"),
+        ({"images": images.numpy(), "labels": labels, "classes": names[:2]}, "labels must number the 2 classes"),
+        ({"images": images.float().numpy()}, r"images must be .*, got \(12, 16, 16, 3\) float32"),
+    ):
+        np.savez(path, **wrong)
+        with pytest.raises(UserError, match=message):
+            ImageFolder(path)
+    path.write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"a.npz can't be read as .npz or .npy"):
+        ImageFolder(path)

@@ -114,6 +114,8 @@ def check_data(data: str, *, views: int = 2, image_size: int = 224, workers: int
             raise UserError(f"--{name} must be at least {least}, got {value}")
     workers = workers if workers > 0 else len(os.sched_getaffinity(0))
     folder = ImageFolder(data)
+    if folder.arrays:
+        raise UserError(f"{data} holds pixels, not files: none of its images can be broken")
     begin = time.perf_counter()
     files = scan(folder, image_size, workers)
     good = [file for file in files if not file.why]

@@ -11,6 +11,7 @@ from fastjem.data.folder import ImageFolder, none_readable, readable
 from fastjem.data.loader import ViewLoader
 from fastjem.data.memory import GIBIBYTE, ImageArray, MemoryLoader
 from fastjem.data.views import ViewSpec
+from fastjem.errors import UserError
 
 LOADERS = dali.LOADERS
 SHARE, WORTH_TUNING = 0.65, 1000  # DALI's own; batches of a run that is long enough to measure a better one
@@ -28,7 +29,8 @@ def create(
     """The loader, and in words which.
 
     Args:
-        name: see `fastjem.data.dali.choose`; "memory" holds all images, shrunk to 8/7 of the views' size at most.
+        name: see `fastjem.data.dali.choose`; "memory" holds all images, shrunk to 8/7 of the views' size at most; for a
+            file of arrays within the budget it is the choice.
         workers: processes of torch's loader, threads of DALI.
         memory: GiB that the images may take.
         share: of the JPEG files, for a GPU's fixed-function decoder. None: measured, where the run is long enough.
@@ -37,13 +39,14 @@ def create(
     Raises:
         UserError: for one that was asked for by name and can't run here, with its reason.
     """
+    if folder.arrays and name.startswith("dali"):
+        raise UserError(f"--loader {name} reads files, and {folder.root} holds pixels; memory or torch can")
+    if folder.arrays and name == "auto":
+        name = "memory" if 3 * len(folder) * _side(folder, specs) ** 2 <= memory * GIBIBYTE else "torch"
     name = dali.choose(name, device)
     order = {"batch": batch, "seed": seed, "start": start, "stop": stop, "rank": rank, "ranks": ranks}
     if name == "memory":
-        image, bad = readable(folder, 0, folder.image)
-        if image is None:
-            raise none_readable(bad)
-        size = min(*image.size, round(specs[0].size * 8 / 7))
+        size = _side(folder, specs)
         array = ImageArray.from_folder(folder.root, size=size, budget=memory * GIBIBYTE)
         said = f"{len(array)} images of {size} x {size} are held in memory on {device}"
         return MemoryLoader(array.to(device), specs, **order), said
@@ -67,3 +70,11 @@ def create(
     share = SHARE if share is None else share
     said = f"images are decoded by DALI on the GPU, {share:.0%} of JPEG files by its fixed-function decoder{why}"
     return views("cuda", share), said
+
+
+def _side(folder: ImageFolder, specs: Sequence[ViewSpec]) -> int:
+    """Pixels of the images that are held in memory: no more than the first image has, or than the views need."""
+    image, bad = readable(folder, 0, folder.image)
+    if image is None:
+        raise none_readable(bad)
+    return min(*image.size, round(specs[0].size * 8 / 7))

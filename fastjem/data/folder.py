@@ -1,5 +1,6 @@
-"""A folder of images: which files there are, and one file's pixels."""
+"""A folder of images, or a file of arrays that stands for one: which there are, and one image's pixels."""
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,16 +14,67 @@ from fastjem.errors import UserError
 
 T = TypeVar("T")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+ARRAYS = (".npz", ".npy")
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """What a .npz or .npy file holds: `images` [N, H, W, 3] uint8, stored so or as [N, 3, H, W]; in a .npz file perhaps
+    `labels` [N] int64 and `classes`, the names that they number.
+
+    Raises:
+        UserError: for anything else, with what came.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        found = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except Exception as error:  # a broken archive raises whatever zipfile, zlib or numpy may
+        raise UserError(f"{path} can't be read as .npz or .npy: {str(error).partition('. ')[0]}") from None
+    if "images" not in found:
+        raise UserError(f"{path} must hold an array `images`, and may hold `labels`; it holds {sorted(found)}")
+    x = found["images"]
+    if x.ndim != 4 or x.dtype != np.uint8 or 0 in x.shape or 3 not in (x.shape[1], x.shape[3]):
+        raise UserError(f"{path}: images must be [N, H, W, 3] or [N, 3, H, W] uint8, got {x.shape} {x.dtype}")
+    out = {"images": x if x.shape[3] == 3 else x.transpose(0, 2, 3, 1)}
+    if "labels" in found:
+        labels = found["labels"]
+        if labels.size != len(x) or labels.dtype.kind not in "iu":
+            raise UserError(f"{path}: labels must be [{len(x)}] integers, got {labels.shape} {labels.dtype}")
+        out["labels"] = labels.astype(np.int64).reshape(-1)
+        if "classes" in found:
+            out["classes"] = found["classes"]
+            if out["labels"].min() < 0 or out["labels"].max() >= found["classes"].size:
+                raise UserError(f"{path}: labels must number the {found['classes'].size} classes")
+    return out
+
+
+@functools.lru_cache(maxsize=4)
+def _held(path: str, changed: int) -> dict[str, np.ndarray]:
+    return read_arrays(path)
+
+
+def held(path: str) -> dict[str, np.ndarray]:
+    """`read_arrays`, once a process for each version of the file: forks share its pages."""
+    return _held(path, os.stat(path).st_mtime_ns)
 
 
 class ImageFolder:
     """The image files below a folder, nested or flat; nothing is opened until it is asked for.
 
     `labels` is the index of each file's first-level folder in `classes`; a flat folder has one class, "".
+
+    A .npz or .npy file (`read_arrays`) is a folder whose files are called 0, 1, 2, ...: `arrays` is then true.
     """
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = Path(root)
+        self.arrays = self.root.suffix in ARRAYS and self.root.is_file()
+        if self.arrays:
+            found = held(os.fspath(root))
+            self.files = np.array([b"%d" % i for i in range(len(found["images"]))])
+            names, self.labels = np.unique(found.get("labels", np.zeros(len(self.files), int)), return_inverse=True)
+            given = found.get("classes")
+            self.classes = [str(i if given is None else given[i]) for i in names] if len(names) > 1 else [""]
+            return
         if not self.root.is_dir():
             raise UserError(f"{root} is {'a file, no' if self.root.exists() else 'not a'} folder")
         base, found, seen = os.fspath(self.root), [], set()
@@ -60,6 +112,9 @@ class ImageFolder:
 
 def read_image(path: str) -> Image.Image:
     """Any mode (16-bit, grayscale, palette, CMYK, with alpha) and EXIF orientation -> 8-bit RGB."""
+    root, name = os.path.split(path)
+    if root.endswith(ARRAYS) and os.path.isfile(root):
+        return Image.fromarray(held(root)["images"][int(name)])
     with Image.open(path) as image:
         image.load()
         if image.getexif().get(0x0112, 1) != 1:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem.data.batches import Crops, Order
-from fastjem.data.folder import ImageFolder, none_readable, reason
+from fastjem.data.folder import ImageFolder, none_readable, read_arrays, reason
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
@@ -68,19 +67,10 @@ class ImageArray:
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike[str]) -> "ImageArray":
-        """A .npz (or .npy, without labels) with `images` [N, H, W, 3] or [N, 3, H, W] uint8, and `labels` [N]."""
-        try:
-            loaded = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} can't be read as .npz or .npy: {error}") from None
-        arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-        if "images" not in arrays:
-            raise UserError(f"{path} must hold an array `images`, and may hold `labels`; it holds {sorted(arrays)}")
-        labels = torch.from_numpy(arrays["labels"].astype(np.int64).reshape(-1)) if "labels" in arrays else None
-        try:
-            return cls(torch.from_numpy(arrays["images"]), labels)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from None
+        """A .npz or .npy file, as `fastjem.data.folder.read_arrays` describes it."""
+        found = read_arrays(path)
+        labels = torch.from_numpy(found["labels"]) if "labels" in found else None
+        return cls(torch.from_numpy(found["images"]), labels, [str(name) for name in found.get("classes", ())])
 
     @classmethod
     def from_folder(
@@ -182,8 +172,3 @@ class MemoryLoader:
             indices = torch.from_numpy(samples).to(device, non_blocking=True)
             yield Crops(array.crops(indices, tables, self.specs), tables, unreadable)
             unreadable = []
-
-
-def is_array(path: str | os.PathLike[str]) -> bool:
-    """Whether `--data` names a file for `ImageArray.from_npz`."""
-    return Path(path).suffix in (".npz", ".npy")
