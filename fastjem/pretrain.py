@@ -22,7 +22,7 @@ from fastjem.data.folder import ImageFolder
 from fastjem.data.loader import ViewLoader
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
-from fastjem.methods import FACTS, METHODS, views_of
+from fastjem.methods import FACTS, METHODS, Defaults, views_of
 from fastjem.progress import Reporter, Stop
 from fastjem.report import Watch
 from fastjem.train import Step, check_encoder, loop
@@ -215,9 +215,10 @@ def train(
     if config.sync_batch_norm and ranks.device.type != "cuda":
         raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
     kind = METHODS[config.method]
-    defaults = kind.defaults
     per_epoch = max(len(folder) // config.batch_size // config.accumulate, 1)
     steps = config.max_steps or per_epoch * config.epochs
+    own = config.optimizer is not None or config.learning_rate is not None
+    defaults = Defaults(**state["defaults"]) if state else kind.defaults.of_run(steps, own=own)
 
     torch.manual_seed(config.seed)
     named = encoder is None  # else only its owner can build it again
@@ -260,7 +261,7 @@ def train(
         return getattr(defaults, name) if value is None else value
 
     rate = optim.scaled(chosen("optimizer"), chosen("learning_rate"), config.batch_size * config.accumulate)
-    momentum = config.momentum if config.momentum is not None else min(defaults.momentum, max(1 - 10 / steps, 0.9))
+    momentum = chosen("momentum")
     schedule = optim.Schedule(
         steps=steps,
         learning_rate=rate,
@@ -325,6 +326,7 @@ def train(
                         "step": done,
                         "model": step.state_dict(),
                         "optimizer": optimizer.state_dict(),
+                        "defaults": dataclasses.asdict(defaults),  # of the run as it was begun; --max-steps may change
                         "config": json.dumps(dataclasses.asdict(config)),
                         "unreadable": sorted(reporter.bad),
                         "decoder_share": getattr(loader, "hardware", config.decoder_share),  # it decides about pixels

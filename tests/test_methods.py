@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fastjem.functional as F
 from fastjem.data.masks import SAMPLERS
 from fastjem.methods import METHODS, views_of
-from fastjem.methods._parts import Prototypes, Queue, at_most, mlp
+from fastjem.methods._parts import Defaults, Prototypes, Queue, at_most, mlp, unit_keys
 from fastjem.optim import Schedule, build, parameter_groups, scaled
 from fastjem.train import Alarm, Step, check_encoder, health
 
@@ -143,11 +143,24 @@ def test_frozen_prototypes_get_no_gradient_until_their_step() -> None:
 def test_queue_goes_around_the_end() -> None:
     queue = Queue(5, 2)
     for start in (0, 3, 6):
-        queue.push(torch.tensor([[i + 1.0, 1.0] for i in range(start, start + 3)]))
+        keys = unit_keys(torch.tensor([[i + 1.0, 1.0] for i in range(start, start + 3)]))
+        queue.begin(keys)
+        if not start:
+            assert torch.equal(queue.rows, keys[[0, 1, 2, 0, 1]])  # of no consequence once there are others
+        queue.push(keys)
     newest_first = [(i % 5, i + 1.0) for i in range(8, 3, -1)]
     for row, value in newest_first:
         torch.testing.assert_close(queue.rows[row], nn.functional.normalize(torch.tensor([value, 1.0]), dim=0))
     assert queue.pointer == 9 % 5
+
+
+def test_short_runs_have_their_own_defaults() -> None:
+    paper = Defaults("sgd", 0.03, 1e-4, momentum=0.999, short=("lars", 1.2), least_momentum=0.99)
+    assert paper.of_run(10_000) == paper
+    short, chosen = paper.of_run(9_999), paper.of_run(100, own=True)
+    assert (short.optimizer, short.learning_rate, short.momentum) == ("lars", 1.2, 1 - 10 / 9_999)
+    assert (chosen.optimizer, chosen.learning_rate, chosen.momentum) == ("sgd", 0.03, 0.99)
+    assert Defaults("adamw", 1e-3, 0.1).of_run(20) == Defaults("adamw", 1e-3, 0.1, momentum=0.9)
 
 
 @pytest.mark.parametrize("masking", SAMPLERS)
@@ -216,15 +229,20 @@ def test_simsiam_without_stop_gradient_raises_the_alarm_within_50_steps(stop_gra
     assert any(said) != stop_gradient, (loss.item(), health(seen))
 
 
-def test_a_rank_that_learning_lowers_is_no_alarm() -> None:
-    figures = {"loss": 1.0, "std": 0.9, "embedding_std": 0.8, "effective_rank": 10.0}
-    for asymmetric, steps, alarmed in (
-        (False, (5, 20, 30, 40), False),
-        (True, (5, 20, 30, 40), True),
-        (True, (5, 60, 70), False),
+def test_a_std_that_falls_is_an_alarm_where_a_batch_norm_keeps_it() -> None:
+    """And a rank that learning lowers is none."""
+    for asymmetric, steps, std, alarmed in (
+        (False, (5, 20, 30), 0.9, False),
+        (True, (5, 20, 30), 0.9, True),
+        (True, (5, 20, 30), 0.96, False),
+        (True, (5, 60, 70), 0.9, False),
+        (True, (5, 60, 70), 0.6, True),
     ):
-        alarm = Alarm(asymmetric)
-        said = [alarm(step, {**figures, "projection_rank": 41.0 if step == 5 else 8.0}) for step in steps]
+        alarm, figures = Alarm(asymmetric), {"loss": 1.0, "embedding_std": 0.8, "effective_rank": 10.0}
+        said = [
+            alarm(step, {**figures, "std": 0.99 if step == 5 else std, "projection_rank": 200.0 / step})
+            for step in steps
+        ]
         assert any(said) == alarmed, (asymmetric, said)
     assert not METHODS["byol"].__dict__.get("asymmetric", False) and METHODS["simsiam"].asymmetric
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from fastjem.data.views import LARGEST_WITHOUT_BLUR, Views
+from fastjem.methods._parts import Defaults
 from fastjem.methods.barlow_twins import BarlowTwins
 from fastjem.methods.byol import BYOL
 from fastjem.methods.data2vec import Data2Vec
@@ -58,6 +59,7 @@ __all__ = [
     "METHODS",
     "BarlowTwins",
     "Data2Vec",
+    "Defaults",
     "MoCo",
     "SimCLR",
     "SimSiam",

@@ -2,13 +2,15 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastjem.functional._collectives import gather_rows
+
+SHORT = 10_000  # steps of a run below which papers' values, made for a hundred times as many, are replaced
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,17 @@ class Defaults:
     final_momentum: float = 1.0
     warmup_epochs: float = 10
     source: str = ""
+    short: tuple[str, float] | None = None  # optimiser and rate of a short run, where the paper's hardly move anything
+    least_momentum: float = 0.9  # in a run however short
+
+    def of_run(self, steps: int, *, own: bool = False) -> "Defaults":
+        """In a run of so many steps: a short one may have another optimiser, unless the user chose one or a rate
+        (`own`), and the momentum encoder remembers at most a tenth of it."""
+        optimizer, rate = self.optimizer, self.learning_rate
+        if self.short and steps < SHORT and not own:
+            optimizer, rate = self.short
+        momentum = min(self.momentum, max(1 - 10 / steps, self.least_momentum))
+        return replace(self, optimizer=optimizer, learning_rate=rate, momentum=momentum)
 
 
 @dataclass
@@ -113,22 +126,38 @@ class Queue(nn.Module):
 
     rows: Tensor
     pointer: Tensor
+    used: Tensor
 
     def __init__(self, length: int, width: int):
         super().__init__()
         self.register_buffer("rows", nn.functional.normalize(torch.randn(length, width), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+        self.register_buffer("used", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
-    def push(self, keys: Tensor, group: dist.ProcessGroup | None = None) -> None:
-        """[N, D] over the oldest rows, around the end; without a host sync."""
-        keys = nn.functional.normalize(keys.detach().to(self.rows.dtype), dim=1)
-        if group is not None:
-            keys = gather_rows(keys, group)[0]
-        keys = keys[-len(self.rows) :]
+    def begin(self, keys: Tensor) -> None:
+        """Before the first `push` all rows become copies of these unit vectors [N, D]; afterwards nothing changes.
+
+        Against random directions, which no image resembles, all images would learn to point the same way.
+        """
+        copies = keys[torch.arange(len(self.rows), device=keys.device) % len(keys)].to(self.rows.dtype)
+        self.rows.copy_(torch.where(self.used, self.rows, copies))
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Unit vectors [N, D] over the oldest rows, around the end; without a host sync."""
+        keys = keys[-len(self.rows) :].to(self.rows.dtype)
         at = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.rows)
         self.rows.index_copy_(0, at, keys)
         self.pointer.add_(len(keys)).remainder_(len(self.rows))
+        self.used.fill_(True)
+
+
+@torch.no_grad()
+def unit_keys(keys: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """All ranks' rows [N, D], of length one: what a `Queue` takes."""
+    keys = nn.functional.normalize(keys.detach().float(), dim=1)
+    return keys if group is None else gather_rows(keys, group)[0]
 
 
 def at_most(most: int, images: int, *, each: int) -> int:

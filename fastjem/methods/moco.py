@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.data.views import Views
-from fastjem.methods._parts import Defaults, Parts, Queue, at_most, mlp
+from fastjem.methods._parts import Defaults, Parts, Queue, at_most, mlp, unit_keys
 
 
 class MoCo(nn.Module):
@@ -19,6 +19,7 @@ class MoCo(nn.Module):
     views = Views(large=2, recipe="mocov2")
     ema = ("encoder", "projector")
     defaults = Defaults("sgd", 0.03, 1e-4, momentum=0.999, final_momentum=0.999, warmup_epochs=0,
+                        short=("lars", 1.2), least_momentum=0.99,
                         source="main_moco.py --mlp --moco-t 0.2 --aug-plus --cos")  # fmt: skip
 
     def __init__(
@@ -42,6 +43,8 @@ class MoCo(nn.Module):
         query = student.project(views[:1])
         with torch.no_grad():
             key = teacher.project(views[1:])
+            keys = unit_keys(key, self.group)
+            self.queue.begin(keys)
         loss = F.info_nce(query, key, self.queue.rows.clone(), temperature=self.temperature)
-        self.queue.push(key, self.group)
+        self.queue.push(keys)
         return loss

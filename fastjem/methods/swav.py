@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 import fastjem.functional as F
 from fastjem.data.views import Views
-from fastjem.methods._parts import Defaults, Parts, Prototypes, Queue, at_most, frozen, mlp
+from fastjem.methods._parts import SHORT, Defaults, Parts, Prototypes, Queue, at_most, frozen, mlp, unit_keys
 
 
 class SwAV(nn.Module):
@@ -46,7 +46,7 @@ class SwAV(nn.Module):
         prototypes = at_most(prototypes, images, each=16)
         self.prototypes = Prototypes(dim, prototypes, frozen(frozen_epochs, steps_per_epoch, steps))
         self.queues = nn.ModuleList(Queue(queue, dim) for _ in range(2 if queue else 0))
-        self.epsilon = (0.03 if 0 < steps < 10_000 else 0.05) if epsilon is None else epsilon
+        self.epsilon = (0.03 if 0 < steps < SHORT else 0.05) if epsilon is None else epsilon
         self.temperature, self.iterations, self.group = temperature, iterations, group
 
     def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class SwAV(nn.Module):
                     target = torch.cat([target, teacher.prototypes(rows, step).to(target.dtype)])
                 bias.append(F.sinkhorn_bias(target, epsilon=self.epsilon, iterations=self.iterations, group=self.group))
             for queue, key in zip(self.queues, keys, strict=False):
-                queue.push(key, self.group)
+                queue.push(unit_keys(key, self.group))
             student.seen["codes"] = targets[0] / self.epsilon + bias[0]
         return F.prototype_cross_entropy(
             list(scores),
