@@ -291,6 +291,7 @@ def train(
     if config.compile:
         model = torch.compile(model)
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
+    reporter.say("" if state else defaults.unlike(kind.defaults))
     chosen_here = config.loader == "auto" and (ranks.device.type == "cuda" or folder.arrays)
     if ranks.first and (chosen_here or config.loader not in ("auto", "torch")):
         reporter.say(reads)

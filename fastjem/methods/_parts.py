@@ -40,6 +40,13 @@ class Defaults:
         momentum = min(self.momentum, max(1 - 10 / steps, self.least_momentum))
         return replace(self, optimizer=optimizer, learning_rate=rate, momentum=momentum)
 
+    def unlike(self, paper: "Defaults") -> str:
+        """In words, if the optimiser isn't the paper's."""
+        if self.optimizer == paper.optimizer:
+            return ""
+        theirs = f"{paper.optimizer} at {paper.learning_rate}, which --optimizer {paper.optimizer} brings back"
+        return f"in so short a run {self.optimizer} at {self.learning_rate} in place of the paper's {theirs}"
+
 
 @dataclass
 class Parts:
