@@ -163,7 +163,7 @@ class Queue(nn.Module):
 @torch.no_grad()
 def unit_keys(keys: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """All ranks' rows [N, D], of length one: what a `Queue` takes."""
-    keys = nn.functional.normalize(keys.detach().float(), dim=1)
+    keys = nn.functional.normalize(keys.detach().to(torch.promote_types(keys.dtype, torch.float32)), dim=1)
     return keys if group is None else gather_rows(keys, group)[0]
 
 
