@@ -20,7 +20,7 @@ class SimSiam(nn.Module):
     ema: tuple[str, ...] = ()
     asymmetric = True  # see fastjem.train.Alarm
     constant_rate = ("predictor",)
-    defaults = Defaults("sgd", 0.05, 1e-4, warmup_epochs=0, short=("lars", 0.8),
+    defaults = Defaults("sgd", 0.05, 1e-4, warmup_epochs=0, short=("lars", 2.4),
                         source="section 3: SGD, 0.05 B/256, 1e-4, predictor's rate constant")  # fmt: skip
 
     def __init__(
