@@ -154,6 +154,17 @@ def test_queue_goes_around_the_end() -> None:
     assert queue.pointer == 9 % 5
 
 
+def test_moco_begins_against_real_keys() -> None:
+    step, views = make("moco")
+    loss, _ = step(views, 0)
+    with torch.no_grad():
+        query = step.method.projector(step.encoder(views[0]))
+        keys = unit_keys(step.teacher["projector"](step.teacher["encoder"](views[1])))
+    rows = keys[torch.arange(24) % len(keys)]
+    torch.testing.assert_close(step.method.queue.rows, rows)
+    torch.testing.assert_close(loss, F.info_nce(query, keys, rows, temperature=0.2))
+
+
 def test_short_runs_have_their_own_defaults() -> None:
     paper = Defaults("sgd", 0.03, 1e-4, momentum=0.999, short=("lars", 1.2), least_momentum=0.99)
     assert paper.of_run(10_000) == paper
