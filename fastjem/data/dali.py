@@ -27,7 +27,8 @@ from fastjem.errors import UserError
 from fastjem.kernels import reference_augment as table
 
 LOADERS = ("auto", "dali", "dali-cpu", "memory", "torch")
-SHARES = (0.0, 0.12, 0.25, 0.5, 0.65, 0.9)  # of the JPEG files that a GPU's fixed-function decoder may be given
+SHARE = 0.65  # of the JPEG files, for a GPU's fixed-function decoder: DALI's own default
+SHARES = (0.0, 0.12, 0.25, 0.5, SHARE, 0.9)  # what `tune` compares
 Bad = tuple[str, str]  # (path, reason)
 # (keys of a batch, heights and widths [B, 2] of its images) -> a table [B, P] of each view: kernels.reference_augment
 Tables = Callable[[Sequence[Key], np.ndarray], Sequence[np.ndarray]]
@@ -121,7 +122,7 @@ class DaliViews:
 
     def __init__(
         self, folder: ImageFolder, specs: Sequence[ViewSpec], order: Iterable[Sequence[Key]], tables: Tables, *,
-        batch: int, device: str = "cpu", threads: int = 2, prefetch: int = 2, hardware: float = 0.65,
+        batch: int, device: str = "cpu", threads: int = 2, prefetch: int = 2, hardware: float = SHARE,
     ):  # fmt: skip
         self.folder, self.specs, self.order, self.tables = folder, list(specs), order, tables
         self.batch, self.device, self.threads = batch, device, max(threads, 1)
@@ -227,7 +228,7 @@ def ppm(image: Image.Image) -> np.ndarray:
 
 def pipeline(
     feed: Callable[[], tuple], specs: Sequence[ViewSpec], *, batch: int, device: str = "cpu", threads: int = 2,
-    prefetch: int = 2, hardware: float = 0.65,
+    prefetch: int = 2, hardware: float = SHARE,
 ) -> Any:  # fmt: skip
     """DALI's graph: files and windows in, a [size, size, 3] uint8 view of each spec out. A GPU is needed to run one
     for it, not to describe it."""

@@ -14,7 +14,7 @@ from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
 LOADERS = dali.LOADERS
-SHARE, WORTH_TUNING = 0.65, 1000  # DALI's own; batches of a run that is long enough to measure a better one
+WORTH_TUNING = 1000  # batches of a run that is long enough to measure the decoder's share
 
 
 class Loader(Protocol):
@@ -67,7 +67,7 @@ def create(
         rates = dali.tune(lambda share: iter(views("cuda", share)))
         share = agree(max(rates, key=rates.__getitem__))
         why = f"; images a second by share: {', '.join(f'{one:g}: {rate:.0f}' for one, rate in rates.items())}"
-    share = SHARE if share is None else share
+    share = dali.SHARE if share is None else share
     said = f"images are decoded by DALI on the GPU, {share:.0%} of JPEG files by its fixed-function decoder{why}"
     return views("cuda", share), said
 

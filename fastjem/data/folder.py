@@ -17,6 +17,12 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 ARRAYS = (".npz", ".npy")
 
 
+def is_rgb(x) -> bool:
+    """Whether an array or a tensor is [N, H, W, 3] or [N, 3, H, W] uint8, and not empty."""
+    uint8 = str(x.dtype).rpartition(".")[2] == "uint8"
+    return x.ndim == 4 and uint8 and 0 not in x.shape and 3 in (x.shape[1], x.shape[3])
+
+
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """What a .npz or .npy file holds: `images` [N, H, W, 3] uint8, stored so or as [N, 3, H, W]; in a .npz file perhaps
     `labels` [N] int64 and `classes`, the names that they number.
@@ -32,7 +38,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if "images" not in found:
         raise UserError(f"{path} must hold an array `images`, and may hold `labels`; it holds {sorted(found)}")
     x = found["images"]
-    if x.ndim != 4 or x.dtype != np.uint8 or 0 in x.shape or 3 not in (x.shape[1], x.shape[3]):
+    if not is_rgb(x):
         raise UserError(f"{path}: images must be [N, H, W, 3] or [N, 3, H, W] uint8, got {x.shape} {x.dtype}")
     out = {"images": x if x.shape[3] == 3 else x.transpose(0, 2, 3, 1)}
     if "labels" in found:
@@ -144,8 +150,7 @@ def reason(error: Exception, path: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).splitlines()
-    said = (lines[0] if lines else type(error).__name__).replace(f" '{path}'", "").replace(f": '{path}'", "")
-    return said.partition(" <_io")[0]
+    return (lines[0] if lines else type(error).__name__).replace(f" '{path}'", "").partition(" <_io")[0]
 
 
 def readable(folder: ImageFolder, sample: int, read: Callable[[int], T]) -> tuple[T | None, list[tuple[str, str]]]:

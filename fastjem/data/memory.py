@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem.data.batches import Crops, Order
-from fastjem.data.folder import ImageFolder, none_readable, read_arrays, reason
+from fastjem.data.folder import ImageFolder, is_rgb, none_readable, read_arrays, reason
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
@@ -40,7 +40,7 @@ class ImageArray:
 
     def __post_init__(self) -> None:
         x = self.images
-        if x.dim() != 4 or x.dtype != torch.uint8 or 0 in x.shape or 3 not in (x.shape[1], x.shape[3]):
+        if not is_rgb(x):
             raise ValueError(
                 f"ImageArray: images must be [N, H, W, 3] or [N, 3, H, W] uint8, got {tuple(x.shape)} {x.dtype}"
             )

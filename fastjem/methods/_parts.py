@@ -142,13 +142,17 @@ class Queue(nn.Module):
         self.register_buffer("used", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
-    def begin(self, keys: Tensor) -> None:
+    def begin(self, keys: Tensor) -> Tensor:
         """Before the first `push` all rows become copies of these unit vectors [N, D]; afterwards nothing changes.
 
         Against random directions, which no image resembles, all images would learn to point the same way.
+
+        Returns the rows, which no later `push` writes to.
         """
         copies = keys[torch.arange(len(self.rows), device=keys.device) % len(keys)].to(self.rows.dtype)
-        self.rows.copy_(torch.where(self.used, self.rows, copies))
+        rows = torch.where(self.used, self.rows, copies)
+        self.rows.copy_(rows)
+        return rows
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:

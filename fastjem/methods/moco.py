@@ -44,7 +44,7 @@ class MoCo(nn.Module):
         with torch.no_grad():
             key = teacher.project(views[1:])
             keys = unit_keys(key, self.group)
-            self.queue.begin(keys)
-        loss = F.info_nce(query, key, self.queue.rows.clone(), temperature=self.temperature)
+            negatives = self.queue.begin(keys)
+        loss = F.info_nce(query, key, negatives, temperature=self.temperature)
         self.queue.push(keys)
         return loss
