@@ -25,19 +25,19 @@ ORDER = (
     "methods",
     "config",
     "health",
+    "step",
     "build",
     "runs",
     "probes",
+    "journal",
     "report",
     "run",
-    "export",
-    "doctor",
     "commands",
     "cli",
     "__main__",
 )
 # What knows no method. From each other and from `nn` and below, never from `methods` and above.
-BESIDE = ("data", "encoders", "optim", "ranks", "checkpoints", "loggers", "progress", "bench")
+BESIDE = ("data", "encoders", "optim", "ranks", "checkpoints", "loggers", "bench")
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
 LEAVES = ("errors", "arguments", "collectives", "schedules")
 
