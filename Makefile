@@ -2,6 +2,7 @@
 ## make test        every operator, module and method, in .venv, which it makes first (ARGS="-k sinkhorn" for a part of it)
 ## make test-all    that and the exhaustive tests: cross products, ranks by method, broken kernels, clean builds
 ## make lint        ruff (errors, format), basedpyright (types), clang-format (csrc/)
+## make docs        whether the pages' examples, commands, tables and links are right
 ## make bench       benchmarks on this machine; results in benchmarks/results/
 ## make gpu-check   on a machine with a GPU and PyTorch, without network or .venv: build, GPU tests, benchmarks (PART=tests|bench)
 ## make clean       remove all that was made here, .venv too
@@ -27,7 +28,7 @@ ready := $(VENV)/ready-$(version)
 
 bounded := timeout --signal=INT --kill-after=15
 
-.PHONY: help demo test test-all lint bench gpu-check clean
+.PHONY: help demo test test-all lint docs bench gpu-check clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -62,6 +63,9 @@ lint: $(ready)
 	$(run) ruff format --check .
 	$(VENV)/bin/basedpyright --pythonpath $(python)
 	find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+docs: $(ready)
+	$(run) pytest -q tests/test_docs.py $(ARGS)
 
 bench: $(ready)
 	$(run) fastjem bench --out $(OUT)
