@@ -30,6 +30,7 @@ CHAIN = (
 )
 BESIDE = (
     "arguments",
+    "collectives",
     "data",
     "dist",
     "optim",
