@@ -193,6 +193,11 @@ def memory_format(module: nn.Module) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any layer normalises over the batch."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
 def measured_width(module: nn.Module, images: Tensor) -> int:
     """The width D of a module's embeddings of images [B, C, H, W], found by computing them.
 
@@ -340,6 +345,7 @@ __all__ = [
     "Features",
     "TransformerEncoder",
     "create",
+    "has_batch_norm",
     "is_transformer",
     "load",
     "load_with_metadata",

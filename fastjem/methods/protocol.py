@@ -100,9 +100,7 @@ class Branch:
         """Leave figures for the log: `embedding` [B, D], `projection` [B, D], `codes`, or any 0-dim tensor by name."""
         self.notes |= figures
 
-    def encode(
-        self, views: Sequence[Tensor], masks: Mapping[int, Masks] | None = None, *, layers: int = 0
-    ) -> Features:
+    def encode(self, views: Sequence[Tensor], masks: Mapping[int, Masks] | None = None, *, layers: int = 0) -> Features:
         """V tensors [B, C, H, W] -> features of V B rows in the views' order.
 
         Neighbouring views of one size go through the encoder in one call.
@@ -177,7 +175,7 @@ class Method(nn.Module):
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced, for which the encoder needs a token
     asymmetric: ClassVar[bool] = False  # only asymmetry forbids collapse: fastjem.health.Alarm listens more closely
 
-    def __init__(self, width: int, run: RunFacts = RunFacts()):  # noqa: B008, frozen
+    def __init__(self, width: int, run: RunFacts = RunFacts()):
         super().__init__()
         self.width = width
         self.run = run
