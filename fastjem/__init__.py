@@ -12,7 +12,7 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
 def __getattr__(name: str) -> object:
     """`fastjem.pretrain(...)` and `fastjem.load_encoder(path)` load what they need when they are first asked for."""
     if name == "pretrain":
-        return importlib.import_module("fastjem.pretrain")  # a module that can be called
+        return importlib.import_module("fastjem.run").pretrain
     if name == "load_encoder":
         return importlib.import_module("fastjem.encoders").load
     raise AttributeError(f"module 'fastjem' has no attribute {name!r}")

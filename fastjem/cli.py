@@ -36,7 +36,7 @@ def bench(argv: Sequence[str]) -> int:
 
 def pretrain(argv: Sequence[str]) -> int:
     """train an encoder on a folder of images"""
-    return _of_dataclass("pretrain", "fastjem.pretrain", argv)
+    return _of_dataclass("pretrain", "fastjem.run", argv)
 
 
 def report(argv: Sequence[str]) -> int:
