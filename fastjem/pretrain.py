@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastjem import checkpoints, dist, encoders, optim
-from fastjem.data import executors, shapes
-from fastjem.data.batches import augmented
-from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import ViewLoader
+from fastjem.data import loaders, shapes
+from fastjem.data.batch import finish
+from fastjem.data.loaders import Budget, Order
+from fastjem.data.loaders.torch import TorchLoader
+from fastjem.data.source import open_source
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
 from fastjem.methods import FACTS, METHODS, Defaults, views_of
@@ -68,7 +69,7 @@ class Config:
     patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own"})
     sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
-    loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(executors.LOADERS)}"})
+    loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(loaders.NAMES)}"})
     memory: float = field(default=4.0, metadata={"help": "GiB that --loader memory may take"})
     decoder_share: float | None = field(
         default=None, metadata={"help": "of JPEG files, for a GPU's fixed-function decoder; none: measured"}
@@ -205,7 +206,7 @@ def run(config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop
 def train(
     config: Config, ranks: dist.Ranks, encoder: nn.Module | None, stop: Stop, out: Path, state: dict[str, Any] | None
 ) -> Result:
-    folder = ImageFolder(config.data)
+    folder = open_source(config.data)
     if config.batch_size > len(folder):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(folder)} images in {config.data}")
     if config.batch_size % ranks.size:
@@ -236,16 +237,17 @@ def train(
     specs = views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view)
     workers = config.workers if config.workers >= 0 else ranks.cores
     start = state["step"] if state else 0
-    loader, reads = executors.create(
-        config.loader, folder, specs, ranks.device, workers=workers, memory=config.memory, seed=config.seed,
-        batch=config.batch_size, start=start * config.accumulate, stop=steps * config.accumulate, rank=ranks.rank,
-        ranks=ranks.size, share=(state or {}).get("decoder_share", config.decoder_share), agree=ranks.agree,
-    )  # fmt: skip
+    order = Order(samples=len(folder), batch=config.batch_size, seed=config.seed, start=start * config.accumulate,
+                  stop=steps * config.accumulate, rank=ranks.rank, ranks=ranks.size)  # fmt: skip
+    share = (state or {}).get("decoder_share", config.decoder_share)
+    budget = Budget(workers=workers, memory=config.memory, device=ranks.device, decoder_share=share, agree=ranks.agree)
+    loader = loaders.create(config.loader, folder, specs, order, budget)
     encoder = encoder.to(ranks.device)
     last = encoders.memory_format(encoder) == torch.channels_last
     try:
-        sample = next(iter(ViewLoader(folder, specs, batch=min(config.batch_size, 16), seed=config.seed, stop=1)))
-        width = check_encoder(encoder, augmented(sample, specs, ranks.device, channels_last=last)[0])
+        few = Order(samples=len(folder), batch=min(config.batch_size, 16), seed=config.seed, stop=1)
+        sample = next(iter(TorchLoader(folder, specs, few, Budget())))
+        width = check_encoder(encoder, finish(sample, specs, ranks.device, channels_last=last).views[0])
     except RuntimeError as error:
         raise UserError(f"the encoder can't take {config.image_size} x {config.image_size} images: {error}") from None
     except ValueError as error:
@@ -292,9 +294,9 @@ def train(
         model = torch.compile(model)
     reporter = Reporter(config, out, start, steps, per_epoch, ranks)
     reporter.say("" if state else defaults.unlike(kind.defaults))
-    chosen_here = config.loader == "auto" and (ranks.device.type == "cuda" or folder.arrays)
+    chosen_here = config.loader == "auto" and (ranks.device.type == "cuda" or folder.decoded)
     if ranks.first and (chosen_here or config.loader not in ("auto", "torch")):
-        reporter.say(reads)
+        reporter.say(loader.reads)
     reporter.bad.update(state.get("unreadable", ()) if state else ())
     facts = {"steps": steps, "steps_per_epoch": per_epoch, "patch": encoders.patch_size(encoder), "ranks": ranks.size}
     watch = Watch(
@@ -313,7 +315,7 @@ def train(
             if batch is None:
                 return
             reporter.unreadable(batch.unreadable)
-            yield augmented(batch, specs, ranks.device, **images), time.perf_counter() - begin
+            yield finish(batch, specs, ranks.device, **images).views, time.perf_counter() - begin
 
     saved_at = time.monotonic()
 
@@ -330,7 +332,7 @@ def train(
                         "defaults": dataclasses.asdict(defaults),  # of the run as it was begun; --max-steps may change
                         "config": json.dumps(dataclasses.asdict(config)),
                         "unreadable": sorted(reporter.bad),
-                        "decoder_share": getattr(loader, "hardware", config.decoder_share),  # it decides about pixels
+                        "decoder_share": loader.decoder_share,  # it decides about pixels
                         "seed": config.seed,  # every generator follows from it and the step
                     },
                 )

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as V
 
 from fastjem.checkpoints import Metrics, write_atomically
-from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import normalise
+from fastjem.data.pixels import Pixels, whole_image
+from fastjem.data.source import Source, decode
+from fastjem.evaluate import labels_of
 from fastjem.report.page import write
 from fastjem.report.run import spread
 
@@ -51,22 +51,22 @@ def knn_without_itself(rows: Tensor, labels: Tensor, k: int, temperature: float 
 class Probe:
     """Some of the folder's images, whole and without augmentation, held as uint8; what can't be read is left out."""
 
-    def __init__(self, folder: ImageFolder, image_size: int):
+    def __init__(self, folder: Source, image_size: int):
         def read(i: int) -> Tensor | None:
             try:
-                image = V.resize(folder.image(i), [image_size])
+                return whole_image(decode(folder, i), image_size)
             except Exception:  # the loader names broken files
                 return None
-            return V.pil_to_tensor(V.center_crop(image, [image_size]))
 
-        chosen = choose(folder.labels)
+        self.pixels = Pixels(image_size)
+        chosen = choose(labels_of(folder))
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
             images = list(threads.map(read, chosen.tolist()))
         found = [(i, image) for i, image in zip(chosen.tolist(), images, strict=True) if image is not None]
         self.indices, self.folder = [i for i, _ in found], folder
         self.images = torch.stack([image for _, image in found])
-        present, labels = np.unique(folder.labels[self.indices], return_inverse=True)
-        self.classes, self.labels = [folder.classes[i] for i in present], torch.from_numpy(labels)
+        present, labels = np.unique(labels_of(folder)[self.indices], return_inverse=True)
+        self.classes, self.labels = [(folder.classes or [""])[i] for i in present], torch.from_numpy(labels)
         self.labelled = 1 < len(self.classes) <= len(found) // 2
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class Probe:
         training, device = encoder.training, next(encoder.parameters()).device
         encoder.eval()
         try:
-            rows = [encoder(normalise(part, device)).float().cpu() for part in self.images.split(batch)]
+            rows = [encoder(self.pixels.normalise(part, device)).float().cpu() for part in self.images.split(batch)]
         finally:
             encoder.train(training)
         return nn.functional.normalize(torch.cat(rows), dim=1)
@@ -90,7 +90,7 @@ class Probe:
             step=step,
             rows=rows.half().numpy(),
             indices=np.array(self.indices),
-            files=np.array([os.path.relpath(self.folder.path(i), self.folder.root) for i in self.indices]),
+            files=np.array([self.folder.name(i) for i in self.indices]),
             root=os.path.abspath(self.folder.root),
             labels=self.labels.numpy(),
             classes=np.array(self.classes),
@@ -113,7 +113,7 @@ class Watch:
     def __init__(
         self,
         run: Path,
-        folder: ImageFolder,
+        folder: Source,
         image_size: int,
         facts: dict[str, Any],
         *,
@@ -127,7 +127,7 @@ class Watch:
         if every is None:
             every = max(math.ceil(self.steps / self.per_epoch / 20), 1)
         self.every = max(round(every * self.per_epoch), 1) if every else 0
-        self.facts = {**facts, "images": len(folder), "classes": len(folder.classes), **versions()}
+        self.facts = {**facts, "images": len(folder), "classes": max(len(folder.classes), 1), **versions()}
         self.probe: Probe | None = None
         self.log: Metrics | None = None
         self.written_at, self.cost, self.failed = -math.inf, 0.0, False
