@@ -12,7 +12,7 @@ from torch import nn
 
 from fastjem import encoders
 from fastjem.data import shapes
-from fastjem.data.folder import ImageFolder
+from fastjem.data.source import open_source
 from fastjem.errors import UserError
 from fastjem.evaluate import knn_accuracy
 from fastjem.pretrain import Config as Training
@@ -46,7 +46,7 @@ def demo(config: Config) -> tuple[dict[str, float], Path]:
         number += 1
         out = Path(f"{config.out}-{number}")
     root = shapes.folder()
-    train, test = ImageFolder(root / "train"), ImageFolder(root / "test")
+    train, test = open_source(root / "train"), open_source(root / "test")
     size = RECIPE["image_size"]
     torch.manual_seed(config.seed)
     untrained = encoders.create(RECIPE["backbone"], size, stem=RECIPE["stem"])

@@ -3,13 +3,13 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as V
+from torch.utils.data import DataLoader
 
-from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import normalise
+from fastjem.data.pixels import Pixels, whole_images
+from fastjem.data.source import Source
 from fastjem.errors import UserError
 
 ELEMENTS = 2**20  # that are widened at a time
@@ -25,26 +25,9 @@ def blocks(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield buffer[: len(part)].copy_(part)
 
 
-class _Whole(Dataset):
-    """The middle of each chosen image, [3, H, W] uint8."""
-
-    def __init__(self, folder: ImageFolder, chosen: Sequence[int], size: int):
-        self.folder, self.chosen, self.size = folder, chosen, [size, size]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, i: int) -> Tensor:
-        try:
-            image = self.folder.image(self.chosen[i])
-        except Exception as error:
-            raise UserError(f"{self.folder.path(self.chosen[i])} can't be read: {error}") from None
-        return V.pil_to_tensor(V.center_crop(V.resize(image, self.size[:1]), self.size))
-
-
 @torch.no_grad()
 def features(
-    compute: Features, folder: ImageFolder, image_size: int, *, chosen: Sequence[int] | None = None, batch: int = 256,
+    compute: Features, folder: Source, image_size: int, *, chosen: Sequence[int] | None = None, batch: int = 256,
     workers: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> list[Tensor]:  # fmt: skip
     """What `compute` makes of the images, normalised [B, 3, H, W] -> [B, D] each: one array [N, D] each, held once.
@@ -52,9 +35,10 @@ def features(
     chosen: indices of images (None: all); dtype: of the arrays, float16 halves them.
     """
     chosen = range(len(folder)) if chosen is None else chosen
-    loader, arrays, at = DataLoader(_Whole(folder, chosen, image_size), batch, num_workers=workers), [], 0
+    pixels = Pixels(image_size)
+    loader, arrays, at = DataLoader(whole_images(folder, chosen, pixels), batch, num_workers=workers), [], 0
     for images in loader:
-        parts = compute(normalise(images, device))
+        parts = compute(pixels.normalise(images, device))
         if not arrays:
             arrays = [torch.empty(len(chosen), part.shape[1], dtype=dtype, device=part.device) for part in parts]
         for array, part in zip(arrays, parts, strict=True):
@@ -63,7 +47,7 @@ def features(
     return arrays
 
 
-def embed(encoder: nn.Module, folder: ImageFolder, image_size: int, *, limit: int = 0, batch: int = 256) -> tuple:
+def embed(encoder: nn.Module, folder: Source, image_size: int, *, limit: int = 0, batch: int = 256) -> tuple:
     """(embeddings [N, D], labels [N]) of the folder's images, or of `limit` of them spread evenly over it."""
     size = len(folder)
     chosen = range(size) if not limit or limit >= size else [i * size // limit for i in range(limit)]
@@ -72,7 +56,12 @@ def embed(encoder: nn.Module, folder: ImageFolder, image_size: int, *, limit: in
     encoder.eval()
     (rows,) = features(lambda x: [encoder(x)], folder, image_size, chosen=chosen, batch=batch, device=device)
     encoder.train(training)
-    return rows, torch.as_tensor(folder.labels[list(chosen)], device=rows.device)
+    return rows, torch.as_tensor(labels_of(folder)[list(chosen)], device=rows.device)
+
+
+def labels_of(folder: Source) -> np.ndarray:
+    """[N]; zeros where there are none."""
+    return np.zeros(len(folder), int) if folder.labels is None else folder.labels
 
 
 @torch.no_grad()
@@ -101,7 +90,7 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 20, temperatu
 
 
 def knn_accuracy(
-    encoder: nn.Module, train: ImageFolder, test: ImageFolder, image_size: int, *, k: int = 20, limit: int = 0
+    encoder: nn.Module, train: Source, test: Source, image_size: int, *, k: int = 20, limit: int = 0
 ) -> float:
     """Share of `limit` test images (0: all) whose label the k nearest training images tell."""
     if train.classes != test.classes:
@@ -168,10 +157,10 @@ def rankme(x: Tensor) -> float:
     return float(torch.exp(-(share * share.log()).sum()))
 
 
-def split(train: ImageFolder, test: ImageFolder | None) -> tuple[ImageFolder, list[int], ImageFolder, list[int]]:
+def split(train: Source, test: Source | None) -> tuple[Source, list[int], Source, list[int]]:
     """(bank, its images, queries, their images); without a test folder each tenth image of `train` is held out."""
     for folder in filter(None, (train, test)):
-        if folder.classes == [""]:
+        if folder.labels is None:
             raise UserError(f"{folder.root} is flat: a folder for each class is needed to know what is right")
         if len(folder.classes) == 1:
             raise UserError(f"{folder.root} has one class only, {folder.classes[0]}: there is nothing to tell apart")

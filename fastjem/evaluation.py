@@ -9,7 +9,7 @@ import torch
 
 from fastjem import checkpoints
 from fastjem.data import shapes
-from fastjem.data.folder import ImageFolder
+from fastjem.data.source import Source, open_source
 from fastjem.errors import UserError
 from fastjem.evaluate import default_workers, features, measure, split
 from fastjem.runs import Opened, open_run
@@ -73,7 +73,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     return result
 
 
-def _folders(config: Config, opened: Opened) -> tuple[ImageFolder, ImageFolder | None]:
+def _folders(config: Config, opened: Opened) -> tuple[Source, Source | None]:
     if config.test and not config.train:
         raise UserError("--test needs --train, the images whose labels are known")
     root = Path(config.train or (opened.config.data if opened.config else "") or shapes.folder() / "train")
@@ -81,8 +81,8 @@ def _folders(config: Config, opened: Opened) -> tuple[ImageFolder, ImageFolder |
         raise UserError(f"the run's data, {root}, is no longer there; --train and --test say what to use")
     beside = root.with_name(f"test{root.suffix}") if root.stem == "train" else None
     if config.test:
-        return ImageFolder(root), ImageFolder(config.test)
-    return ImageFolder(root), ImageFolder(beside) if beside and beside.exists() else None
+        return open_source(root), open_source(config.test)
+    return open_source(root), open_source(beside) if beside and beside.exists() else None
 
 
 def main(config: Config) -> int:

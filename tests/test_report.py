@@ -21,9 +21,10 @@ import fastjem  # noqa: E402
 from fastjem import checkpoints, report  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.data import masks  # noqa: E402
-from fastjem.data.batches import augmented  # noqa: E402
-from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.data.loader import ViewLoader  # noqa: E402
+from fastjem.data.batch import finish  # noqa: E402
+from fastjem.data.loaders import Budget, Order  # noqa: E402
+from fastjem.data.loaders.torch import TorchLoader  # noqa: E402
+from fastjem.data.source import open_source  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import METHODS  # noqa: E402
 from fastjem.report import charts, page, pictures, views, watch  # noqa: E402
@@ -169,7 +170,7 @@ def test_images_are_chosen_evenly() -> None:
 def test_probe_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, 12, classes=0)
     (folder / "0003.png").write_bytes(b"")
-    probe = watch.Probe(ImageFolder(folder), 16)
+    probe = watch.Probe(open_source(folder), 16)
     assert len(probe.images) == 11 and 3 not in probe.indices and not probe.labelled
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(768)).train()
     before = encoder[1].running_mean.clone()
@@ -265,12 +266,12 @@ def test_degenerate_embeddings_are_said_not_drawn(what: str) -> None:
 
 
 def test_the_views_shown_are_the_views_trained_on(tmp_path: Path) -> None:
-    folder = ImageFolder(make_folder(tmp_path, 6, classes=0))
+    folder = open_source(make_folder(tmp_path, 6, classes=0))
     specs = views.views_of("dino", 32, 2).specs(32)
     specs = [replace(spec, mean=(0, 0, 0), std=(1, 1, 1)) for spec in specs]
-    batch = next(iter(ViewLoader(folder, specs, batch=6, seed=5, start=3, stop=4)))
-    shown = views.samples([(i, folder.path(i)) for i in range(6)], specs, images=6, seed=5, epoch=3)
-    trained = [(255 * x).round().to(torch.uint8) for x in augmented(batch, specs, torch.device("cpu"))]
+    batch = next(iter(TorchLoader(folder, specs, Order(samples=6, batch=6, seed=5, start=3, stop=4), Budget())))
+    shown = views.samples([(i, folder.name(i)) for i in range(6)], specs, root=folder.root, images=6, seed=5, epoch=3)
+    trained = [(255 * x).round().to(torch.uint8) for x in finish(batch, specs, "cpu").views]
     loaded = [{tuple(view[row].flatten().tolist()) for row in range(6)} for view in trained]
     for v in range(4):
         drawn = {tuple(np.array(one.views[v]).transpose(2, 0, 1).flatten().tolist()) for one in shown}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastjem.data.folder import ImageFolder, read_image, reason
+from fastjem.data.source import Source, open_source, path_of, reason, to_image
 from fastjem.errors import UserError
 
 MEASURED = 256  # files whose crops are timed; decoding is timed on all
@@ -65,7 +65,7 @@ def examine(path: str, crop: int = 0) -> File:
                 found.turned = image.getexif().get(0x0112, 1) != 1
                 found.progressive = bool(image.info.get("progressive"))
             begin = time.thread_time()
-            image = read_image(path)
+            image = to_image(data)
     except Exception as error:  # whatever a decoder may raise on a broken file
         found.why = reason(error, path)
         return found
@@ -80,10 +80,10 @@ def examine(path: str, crop: int = 0) -> File:
     return found
 
 
-def scan(folder: ImageFolder, image_size: int, workers: int) -> list[File]:
+def scan(folder: Source, image_size: int, workers: int) -> list[File]:
     """All files, in order, by `workers` processes."""
     every = max(len(folder) // MEASURED, 1)
-    paths = [folder.path(i) for i in range(len(folder))]
+    paths = [path_of(folder, i) for i in range(len(folder))]
     crops = [image_size if i % every == 0 else 0 for i in range(len(folder))]
     if workers <= 1 or len(folder) < 64:
         return [examine(path, crop) for path, crop in zip(paths, crops, strict=True)]
@@ -96,7 +96,7 @@ def scan(folder: ImageFolder, image_size: int, workers: int) -> list[File]:
                     shown = time.monotonic()
                     print(f"\r{len(found)} of {len(paths)} files", end="", file=sys.stderr, flush=True)
         except BrokenProcessPool:
-            near = folder.path(min(len(found), len(paths) - 1))
+            near = paths[min(len(found), len(paths) - 1)]
             raise UserError(f"a decoder ended its process at {near} or one of the files behind it") from None
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
@@ -113,19 +113,19 @@ def check_data(data: str, *, views: int = 2, image_size: int = 224, workers: int
         if value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
     workers = workers if workers > 0 else len(os.sched_getaffinity(0))
-    folder = ImageFolder(data)
-    if folder.arrays:
+    folder = open_source(data)
+    if folder.decoded:
         raise UserError(f"{data} holds pixels, not files: none of its images can be broken")
     begin = time.perf_counter()
     files = scan(folder, image_size, workers)
     good = [file for file in files if not file.why]
-    skipped = [(folder.path(i), file.why) for i, file in enumerate(files) if file.why]
+    skipped = [(path_of(folder, i), file.why) for i, file in enumerate(files) if file.why]
     copies = collections.Counter(file.digest for file in good)
     result: dict[str, Any] = {
         "data": str(folder.root),
         "files": len(files),
         "bytes": sum(file.bytes for file in files),
-        "classes": 0 if folder.classes == [""] else len(folder.classes),
+        "classes": 0 if folder.labels is None else len(folder.classes),
         "formats": dict(collections.Counter(file.kind for file in good).most_common()),
         "modes": dict(collections.Counter(file.mode for file in good).most_common()),
         "progressive": sum(file.progressive for file in good),

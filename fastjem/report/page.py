@@ -209,11 +209,11 @@ def seen(run: Run) -> str:
     patch = run.environment.get("patch", 1)
     specs = views.specs(config["image_size"], patch=patch, blur=config.get("blur"), changes=config.get("view"))
     order = dict.fromkeys([*spread(len(found.files), VIEWED).tolist(), *range(len(found.files))])
-    files = ((found.indices[i], os.path.join(found.root, found.files[i])) for i in order)
+    files = ((found.indices[i], found.files[i]) for i in order)
     options = config.get("options") or {}
     mask, share = options.get("masking", views.masking) if views.mask else "", options.get("mask", views.mask)
     seed = config.get("seed", 0)
-    shown = samples(files, specs, images=VIEWED, seed=seed, mask=mask, share=share, patch=patch)
+    shown = samples(files, specs, root=found.root, images=VIEWED, seed=seed, mask=mask, share=share, patch=patch)
     if not shown:
         return f'<p class="note">The images in {html.escape(found.root)} are gone.</p>'
     note = " The mask is an example; each step draws its own." if mask else ""

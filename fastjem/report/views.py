@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 import fastjem.functional as F
 from fastjem.checkpoints import write_atomically
 from fastjem.data import masks, shapes
-from fastjem.data.folder import ImageFolder, read_image
-from fastjem.data.loader import crop
+from fastjem.data.loaders.torch import crop
 from fastjem.data.parameters import Parameters
+from fastjem.data.source import decode_named, open_source
 from fastjem.data.views import RECIPES, Value, Views, ViewSpec
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, views_of
@@ -71,6 +71,7 @@ def samples(
     files: Iterable[tuple[int, str]],
     specs: Sequence[ViewSpec],
     *,
+    root: str,
     images: int,
     seed: int = 0,
     epoch: int = 0,
@@ -80,20 +81,20 @@ def samples(
 ) -> list[Sample]:
     """The views that training with that seed sees in that epoch of the first `images` files that can be read.
 
-    files: (index in the data, path). With a mask, one of `MASKS`, a last view shows one draw of it on the first: hidden
-    patches are grey; I-JEPA's targets, which its context doesn't see, are framed.
+    files: (index in the data, name in the source at `root`). With a mask, one of `MASKS`, a last view shows one draw of
+    it on the first: hidden patches are grey; I-JEPA's targets, which its context doesn't see, are framed.
     """
     out, parameters = list[Sample](), Parameters(specs)
-    for i, path in files:
+    for i, name in files:
         try:
-            image = read_image(path)
+            image = decode_named(root, name)
         except Exception:  # whatever a decoder may raise on a broken file
             continue
         table = parameters(seed, epoch, i, image.height, image.width)
         views = [picture(crop(image, spec, row[0]), row) for spec, row in zip(specs, table, strict=True)]
         if mask:
             views.append(masked(views[0], mask, share, patch, np.random.default_rng((seed, epoch, i))))
-        out.append(Sample(path, image, views))
+        out.append(Sample(os.path.join(root, name), image, views))
         if len(out) == images:
             break
     return out
@@ -210,13 +211,13 @@ def draw_views(
     if mask and (image_size % patch_size or image_size < 2 * patch_size):
         what = "no multiple of" if image_size % patch_size else "less than two of"
         raise UserError(f"--image-size {image_size} is {what} --patch-size {patch_size}")
-    folder = ImageFolder(data or shapes.folder() / "train")
+    folder = open_source(data or shapes.folder() / "train")
     specs = views.specs(image_size, patch=patch_size if mask else 1, blur=blur, changes=view)
     # evenly spread over the folder first; the others stand in for files that can't be read
     order = dict.fromkeys([*spread(len(folder), images).tolist(), *range(len(folder))])
-    files = ((i, folder.path(i)) for i in order)
+    files = ((i, folder.name(i)) for i in order)
     drawn = {"mask": mask, "share": views.mask or 0.75, "patch": patch_size}
-    shown = samples(files, specs, images=images, seed=seed, epoch=epoch, **drawn)
+    shown = samples(files, specs, root=folder.root, images=images, seed=seed, epoch=epoch, **drawn)
     if not shown:
         raise UserError(f"none of the files in {folder.root} can be read")
     sheet, file = grid(shown, titles(views, mask), folder.root, cell=min(max(image_size, 96), 224)), io.BytesIO()
