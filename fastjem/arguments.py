@@ -4,6 +4,7 @@ A field's help is `metadata["help"]`; `metadata["positional"]` makes it an argum
 None and isn't given stays None; `bool | None` takes `--name` and `--no-name`; a dict takes NAME=VALUE pairs.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -14,11 +15,18 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from fastjem.errors import UserError
 
 T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """For commands that run without tyro: a mistake on their command line is one line and exit code 2 as well."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
 
 
 def value(text: str) -> bool | int | float | str:

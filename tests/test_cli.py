@@ -7,8 +7,9 @@ import types
 
 import pytest
 
-from fastjem import __version__, doctor, ops
+from fastjem import __version__, ops
 from fastjem.cli import main
+from fastjem.commands import doctor
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,9 +46,9 @@ def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bench_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = types.ModuleType("fastjem.bench")
+    fake = types.ModuleType("fastjem.commands.bench")
     fake.main = lambda argv: 3 if argv == ["--out", "folder"] else 1
-    monkeypatch.setitem(sys.modules, "fastjem.bench", fake)
+    monkeypatch.setitem(sys.modules, "fastjem.commands.bench", fake)
     assert main(["bench", "--out", "folder"]) == 3
 
 
@@ -131,12 +132,12 @@ def test_dali_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_methods_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
-    from fastjem.cli import _needs
+    from fastjem.commands.methods import needs
     from fastjem.methods import METHODS
 
     assert main(["methods"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in METHODS) and "2006.07733" in out and "temperature=0.1" in out
-    needs = {name: _needs(kind) for name, kind in METHODS.items()}
-    assert needs["simclr"] == "-" and needs["swav"] == "multi-crop" and needs["moco"] == "momentum encoder, queue"
-    assert needs["data2vec"] == "momentum encoder, vision transformer"
+    needed = {name: needs(kind) for name, kind in METHODS.items()}
+    assert needed["simclr"] == "-" and needed["swav"] == "multi-crop" and needed["moco"] == "momentum encoder, queue"
+    assert needed["data2vec"] == "momentum encoder, vision transformer"

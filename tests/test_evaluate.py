@@ -15,7 +15,7 @@ import fastjem  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.data import shapes  # noqa: E402
 from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.evaluate import Probe, embed, knn, moments, rankme  # noqa: E402
+from fastjem.probes import LinearProbe, embed, knn, moments, rankme  # noqa: E402
 
 CPU = ["--device", "cpu", "--workers", "0"]
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("temperature", [0.07, 0.001])
 def test_knn_is_the_vote_of_all_similarities(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjem.evaluate.BANK", 17)
+    monkeypatch.setattr("fastjem.probes.BANK", 17)
     random = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(70, 5, generator=random), torch.randn(30, 5, generator=random)
     labels = torch.randint(4, (70,), generator=random)
@@ -49,11 +49,11 @@ def test_knn_is_the_vote_of_all_similarities(temperature: float, monkeypatch: py
 def test_the_probe_is_scikit_learns(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.linear_model import LogisticRegression
 
-    monkeypatch.setattr("fastjem.evaluate.ELEMENTS", 384)
+    monkeypatch.setattr("fastjem.probes.ELEMENTS", 384)
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 300)
     x = torch.tensor(random.normal(size=(300, 6)) + labels[:, None] * random.normal(size=6) + 5, dtype=dtype)
-    ours, l2 = Probe(x, torch.tensor(labels), 3, l2=0.01), 0.01
+    ours, l2 = LinearProbe(x, torch.tensor(labels), 3, l2=0.01), 0.01
     rows = (x.double().numpy() - x.double().numpy().mean(0)) / x.double().numpy().std(0)
     theirs = LogisticRegression(C=1 / (300 * l2), tol=1e-8, max_iter=2000).fit(rows, labels)
     np.testing.assert_allclose(ours.weight.detach().numpy(), theirs.coef_, atol=2e-3)
@@ -61,7 +61,7 @@ def test_the_probe_is_scikit_learns(dtype: torch.dtype, monkeypatch: pytest.Monk
 
 
 def test_rank_and_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjem.evaluate.ELEMENTS", 384)
+    monkeypatch.setattr("fastjem.probes.ELEMENTS", 384)
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(x.double())
     share = values / values.sum()

@@ -20,12 +20,13 @@ from PIL import Image  # noqa: E402
 import fastjem  # noqa: E402
 from fastjem import checkpoints, report  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.commands.views import LINE, MARGIN, draw_views  # noqa: E402
 from fastjem.data import masks  # noqa: E402
 from fastjem.data.batches import augmented  # noqa: E402
 from fastjem.data.folder import ImageFolder  # noqa: E402
 from fastjem.data.loader import ViewLoader  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
-from fastjem.methods import METHODS  # noqa: E402
+from fastjem.methods import METHODS, views_of  # noqa: E402
 from fastjem.report import charts, page, pictures, views, watch  # noqa: E402
 from fastjem.report.run import Embeddings, Run, read  # noqa: E402
 
@@ -266,7 +267,7 @@ def test_degenerate_embeddings_are_said_not_drawn(what: str) -> None:
 
 def test_the_views_shown_are_the_views_trained_on(tmp_path: Path) -> None:
     folder = ImageFolder(make_folder(tmp_path, 6, classes=0))
-    specs = views.views_of("dino", 32, 2).specs(32)
+    specs = views_of("dino", 32, 2).specs(32)
     specs = [replace(spec, mean=(0, 0, 0), std=(1, 1, 1)) for spec in specs]
     batch = next(iter(ViewLoader(folder, specs, batch=6, seed=5, start=3, stop=4)))
     shown = views.samples([(i, folder.path(i)) for i in range(6)], specs, images=6, seed=5, epoch=3)
@@ -288,9 +289,9 @@ def test_masked_patches_are_grey() -> None:
 @pytest.mark.parametrize("mask", views.MASKS)
 def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 2, classes=0)
-    out = report.draw_views(folder, tmp_path / "views.png", mask=mask, image_size=64, images=2, patch_size=8)
+    out = draw_views(folder, tmp_path / "views.png", mask=mask, image_size=64, images=2, patch_size=8)
     with Image.open(out) as sheet:
-        last = np.array(sheet)[:, -(96 + views.MARGIN) : -views.MARGIN]
+        last = np.array(sheet)[:, -(96 + MARGIN) : -MARGIN]
     share = (last == views.GREY[0]).all(2).sum() / (2 * 96 * 96)
     assert 0.05 < share < 0.9, share
 
@@ -299,13 +300,13 @@ def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
 def test_a_picture_of_every_methods_views(method: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 5, classes=0)
     (folder / "0000.png").write_bytes(b"")  # another takes its place
-    out = report.draw_views(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
-    found = views.views_of(method, 32)
+    out = draw_views(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
+    found = views_of(method, 32)
     mask = found.masking if found.mask else ""
     assert len(views.titles(found, mask)) == found.large + found.small + bool(found.mask)
     with Image.open(out) as sheet:
-        assert sheet.height == views.LINE + views.MARGIN + 3 * (96 + views.LINE + views.MARGIN)
-        whole = views.MARGIN + (1 + found.large + bool(found.mask)) * (96 + views.MARGIN)
+        assert sheet.height == LINE + MARGIN + 3 * (96 + LINE + MARGIN)
+        whole = MARGIN + (1 + found.large + bool(found.mask)) * (96 + MARGIN)
         assert sheet.width >= whole and (found.small > 0) == (sheet.width > whole)
 
 
@@ -321,11 +322,11 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         ({"method": "data2vec", "image_size": 50}, "no multiple"),
     ):
         with pytest.raises(UserError, match=words):
-            report.draw_views(**{"data": folder, "out": tmp_path / "v.png", "image_size": 32, **changes})
+            draw_views(**{"data": folder, "out": tmp_path / "v.png", "image_size": 32, **changes})
     for file in folder.iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError, match="can be read"):
-        report.draw_views(folder, tmp_path / "v.png")
+        draw_views(folder, tmp_path / "v.png")
 
 
 def test_names_tell_runs_apart(run: Path) -> None:

@@ -5,40 +5,22 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
 from fastjem.errors import UserError
+from fastjem.methods import views_of
 from fastjem.report.charts import charts
 from fastjem.report.pictures import neighbours, picture, view_table
 from fastjem.report.run import Run, read, spread
 from fastjem.report.style import CSS
-from fastjem.report.views import samples, titles, views_of
+from fastjem.report.views import samples, titles
 from fastjem.train import Alarm
 
 VIEWED = 4  # images whose views are shown
 WAITED = 0.2  # share of the time waited for data that is worth a word
 NOT_SHOWN = ("out", "resume")
 Escaped = str
-
-
-@dataclass
-class Config:
-    """What a run did: its report.html written anew; of several runs one page with all of them side by side."""
-
-    runs: list[str] = field(metadata={"positional": True, "help": "folders of runs"})
-    out: str | None = field(
-        default=None, metadata={"help": "the page; without it RUN/report.html, or report.html here for several runs"}
-    )
-
-
-def main(config: Config) -> int:
-    if len(config.runs) == 1 and config.out is None:
-        print(write(config.runs[0]))
-    else:
-        print(compare(config.runs, config.out or "report.html"))
-    return 0
 
 
 def write(run: str | os.PathLike[str], *, tsne: bool = True) -> Path:

@@ -1,15 +1,18 @@
 """What is installed, what the hardware offers, and which implementation each operator has here: `fastjem doctor`."""
 
 import importlib
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from fastjem.arguments import Parser
 
 PACKAGES = ("fastjem", "torch", "triton", "numpy", "timm", "torchvision", "lightly")
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -223,3 +226,12 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(
         [*(f"{name.ljust(width)}{text}" for name, text in facts), "", *_operator_lines(found["operators"])]
     )
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("fastjem doctor", description="what is installed, and which implementation each operator has here")
+    parser.add_argument("--json", action="store_true", help="the same as data")
+    arguments = parser.parse_args(argv)
+    found = report()
+    print(json.dumps(found, indent=2) if arguments.json else render(found))
+    return 0

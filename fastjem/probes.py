@@ -118,7 +118,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance.sqrt()
 
 
-class Probe:
+class LinearProbe:
     """Multinomial logistic regression on standardised features, the optimum by torch's L-BFGS.
 
     The loss is mean cross-entropy + l2 / 2 ||W||^2, scikit-learn's with C = 1 / (N l2); the bias is free.
@@ -192,7 +192,7 @@ def measure(
 ) -> dict[str, float]:
     """Every figure of one kind of features: accuracies are shares of the queries."""
     deviation = moments(bank)[1]
-    probe = Probe(bank, labels, int(labels.max()) + 1)
+    probe = LinearProbe(bank, labels, int(labels.max()) + 1)
     return {
         "knn": (knn(bank, labels, queries, k=k, temperature=temperature) == truth).double().mean().item(),
         "linear_probe": (probe.predict(queries) == truth).double().mean().item(),

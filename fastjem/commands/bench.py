@@ -1,4 +1,4 @@
-"""The command: which cases, in which order, and where their results go."""
+"""`fastjem bench`: which cases, in which order, and where their results go."""
 
 import argparse
 import contextlib

@@ -15,7 +15,7 @@ from fastjem.runs import open_run
 
 
 @dataclass
-class Config:
+class ExportOptions:
     """Write a run's encoder without projector and predictor; from a run that was killed too."""
 
     run: str = field(metadata={"help": "run folder", "positional": True})
@@ -23,19 +23,19 @@ class Config:
     onnx: bool = field(default=False, metadata={"help": "an .onnx file beside it, checked against the encoder"})
 
 
-def export(config: Config) -> list[Path]:
+def export(options: ExportOptions) -> list[Path]:
     """The files written."""
-    out = Path(config.out)
+    out = Path(options.out)
     if out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, got {out}")
-    opened = open_run(config.run)
+    opened = open_run(options.run)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         encoders.save(opened.encoder, str(out), opened.metadata)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from None
     written = [out]
-    if config.onnx:
+    if options.onnx:
         written.append(out.with_suffix(".onnx"))
         to_onnx(opened.encoder, opened.image_size, written[-1])
     return written
@@ -71,7 +71,7 @@ def to_onnx(encoder: nn.Module, image_size: int, path: Path, tolerance: float = 
     return difference
 
 
-def main(config: Config) -> int:
-    for path in export(config):
+def main(options: ExportOptions) -> int:
+    for path in export(options):
         print(path)
     return 0

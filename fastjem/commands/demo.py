@@ -14,9 +14,8 @@ from fastjem import encoders
 from fastjem.data import shapes
 from fastjem.data.folder import ImageFolder
 from fastjem.errors import UserError
-from fastjem.evaluate import knn_accuracy
-from fastjem.pretrain import Config as Training
-from fastjem.pretrain import pretrain
+from fastjem.pretrain import Config, pretrain
+from fastjem.probes import knn_accuracy
 from fastjem.runs import open_run
 
 # What learns in minutes on two cores: 0.4 M parameters at 48 pixels. AdamW, as LARS warms up longer than this lasts.
@@ -28,7 +27,7 @@ RECIPE: dict[str, Any] = {
 
 
 @dataclass
-class Config:
+class DemoOptions:
     """Train on the embedded data set (ten shapes) and compare: raw pixels, untrained encoder, trained encoder."""
 
     out: str = field(default="runs/demo", metadata={"help": "folder of the run; a number is added if it is taken"})
@@ -37,26 +36,26 @@ class Config:
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
 
 
-def demo(config: Config) -> tuple[dict[str, float], Path]:
+def demo(options: DemoOptions) -> tuple[dict[str, float], Path]:
     """kNN accuracy of pixels, untrained and trained encoder on the test images, and the run's folder."""
-    if config.steps < 1:
-        raise UserError(f"--steps must be at least 1, got {config.steps}")
-    out, number = Path(config.out), 1
-    while (out / "config.yaml").exists():
+    if options.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {options.steps}")
+    out, number = Path(options.out), 1
+    while (out / "options.yaml").exists():
         number += 1
-        out = Path(f"{config.out}-{number}")
+        out = Path(f"{options.out}-{number}")
     root = shapes.folder()
     train, test = ImageFolder(root / "train"), ImageFolder(root / "test")
     size = RECIPE["image_size"]
-    torch.manual_seed(config.seed)
+    torch.manual_seed(options.seed)
     untrained = encoders.create(RECIPE["backbone"], size, stem=RECIPE["stem"])
     found = {
         "raw pixels": knn_accuracy(nn.Flatten(), train, test, size),
         "untrained encoder": knn_accuracy(untrained, train, test, size),
     }
-    training = Training(
-        **RECIPE, out=str(out), data=str(root / "train"), max_steps=config.steps, seed=config.seed,
-        device=config.device, workers=min(len(os.sched_getaffinity(0)), 2),
+    training = Config(
+        **RECIPE, out=str(out), data=str(root / "train"), max_steps=options.steps, seed=options.seed,
+        device=options.device, workers=min(len(os.sched_getaffinity(0)), 2),
     )  # fmt: skip
     if not pretrain(training).finished:
         raise KeyboardInterrupt
@@ -64,11 +63,11 @@ def demo(config: Config) -> tuple[dict[str, float], Path]:
     return found, out
 
 
-def main(config: Config) -> int:
+def main(options: DemoOptions) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    found, out = demo(config)
+    found, out = demo(options)
     table = Table("compared by", "right of 1000 test images (kNN, k = 20)", title="ten shapes; chance is 10.0%")
     for name, accuracy in found.items():
         table.add_row(name, f"{accuracy:.1%}")

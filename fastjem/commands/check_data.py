@@ -23,7 +23,7 @@ MEASURED = 256  # files whose crops are timed; decoding is timed on all
 
 
 @dataclass
-class Config:
+class CheckDataOptions:
     """What training would make of a folder: files that would be skipped and why, sizes, counts, time of an epoch."""
 
     data: str = field(metadata={"help": "folder of images, nested or flat", "positional": True})
@@ -193,8 +193,8 @@ def _seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def main(config: Config) -> int:
+def main(options: CheckDataOptions) -> int:
     """0, or 1 where files would be skipped: a script can ask."""
-    found = check_data(config.data, views=config.views, image_size=config.image_size, workers=config.workers)
-    print(json.dumps(found, indent=2) if config.json else render(found, config.show))
+    found = check_data(options.data, views=options.views, image_size=options.image_size, workers=options.workers)
+    print(json.dumps(found, indent=2) if options.json else render(found, options.show))
     return 1 if found["skipped"] else 0

@@ -11,12 +11,12 @@ from fastjem import checkpoints
 from fastjem.data import shapes
 from fastjem.data.folder import ImageFolder
 from fastjem.errors import UserError
-from fastjem.evaluate import default_workers, features, measure, split
+from fastjem.probes import default_workers, features, measure, split
 from fastjem.runs import Opened, open_run
 
 
 @dataclass
-class Config:
+class EvaluateOptions:
     """How well an encoder's features tell classes apart: kNN, linear probe, effective rank, deviations."""
 
     run: str = field(metadata={"help": "run folder, or an exported encoder.safetensors", "positional": True})
@@ -30,40 +30,40 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where the encoder runs"})
 
 
-def evaluate(config: Config) -> dict[str, Any]:
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Every figure, also written to `evaluation.json` in the run's folder (beside an export)."""
-    if config.k < 1:
-        raise UserError(f"--k must be at least 1, got {config.k}")
-    if config.temperature <= 0:
-        raise UserError(f"--temperature must be positive, got {config.temperature}")
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if options.k < 1:
+        raise UserError(f"--k must be at least 1, got {options.k}")
+    if options.temperature <= 0:
+        raise UserError(f"--temperature must be positive, got {options.temperature}")
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
-    opened = open_run(config.run)
-    names = ["encoder", "projector"] if config.features == "both" else [config.features]
+    opened = open_run(options.run)
+    names = ["encoder", "projector"] if options.features == "both" else [options.features]
     if "projector" in names and opened.projector is None:
-        raise UserError(f"{config.run} has no projector (an export holds the encoder alone); --features encoder works")
-    train, test = _folders(config, opened)
+        raise UserError(f"{options.run} has no projector (an export holds the encoder alone); --features encoder works")
+    train, test = _folders(options, opened)
     bank_folder, bank_rows, query_folder, query_rows = split(train, test)
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     encoder, projector = opened.encoder.to(device), opened.projector and opened.projector.to(device)
 
     def compute(images: torch.Tensor) -> list[torch.Tensor]:
         x = encoder(images)
         return [x if name == "encoder" else projector(x) for name in names]
 
-    options: dict[str, Any] = {"dtype": torch.float16 if config.half else torch.float32, "device": device}
-    options["workers"] = default_workers() if config.workers < 0 else config.workers
-    bank = features(compute, bank_folder, opened.image_size, chosen=bank_rows, **options)
-    queries = features(compute, query_folder, opened.image_size, chosen=query_rows, **options)
+    reading: dict[str, Any] = {"dtype": torch.float16 if options.half else torch.float32, "device": device}
+    reading["workers"] = default_workers() if options.workers < 0 else options.workers
+    bank = features(compute, bank_folder, opened.image_size, chosen=bank_rows, **reading)
+    queries = features(compute, query_folder, opened.image_size, chosen=query_rows, **reading)
     labels = torch.as_tensor(bank_folder.labels[bank_rows], device=bank[0].device)
     truth = torch.as_tensor(query_folder.labels[query_rows], device=bank[0].device)
     found = {
-        name: measure(b, labels, q, truth, k=config.k, temperature=config.temperature)
+        name: measure(b, labels, q, truth, k=options.k, temperature=options.temperature)
         for name, b, q in zip(names, bank, queries, strict=True)
     }
     result = {"run": str(opened.path), "step": opened.step, "train": str(bank_folder.root), "test":
               str(query_folder.root), "held_out": test is None, "train_images": len(labels), "test_images": len(truth),
-              "classes": len(bank_folder.classes), "k": config.k, "temperature": config.temperature,
+              "classes": len(bank_folder.classes), "k": options.k, "temperature": options.temperature,
               "features": found}  # fmt: skip
     text = json.dumps(result, indent=2) + "\n"
     try:
@@ -73,23 +73,23 @@ def evaluate(config: Config) -> dict[str, Any]:
     return result
 
 
-def _folders(config: Config, opened: Opened) -> tuple[ImageFolder, ImageFolder | None]:
-    if config.test and not config.train:
+def _folders(options: EvaluateOptions, opened: Opened) -> tuple[ImageFolder, ImageFolder | None]:
+    if options.test and not options.train:
         raise UserError("--test needs --train, the images whose labels are known")
-    root = Path(config.train or (opened.config.data if opened.config else "") or shapes.folder() / "train")
-    if not root.exists() and not config.train:
+    root = Path(options.train or (opened.config.data if opened.config else "") or shapes.folder() / "train")
+    if not root.exists() and not options.train:
         raise UserError(f"the run's data, {root}, is no longer there; --train and --test say what to use")
     beside = root.with_name(f"test{root.suffix}") if root.stem == "train" else None
-    if config.test:
-        return ImageFolder(root), ImageFolder(config.test)
+    if options.test:
+        return ImageFolder(root), ImageFolder(options.test)
     return ImageFolder(root), ImageFolder(beside) if beside and beside.exists() else None
 
 
-def main(config: Config) -> int:
+def main(options: EvaluateOptions) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    result = evaluate(config)
+    result = evaluate(options)
     held = ", each tenth image held out" if result["held_out"] else ""
     title = f"{result['test_images']} images of {result['classes']} classes, {result['train_images']} known{held}"
     table = Table("features", f"kNN, k = {result['k']}", "linear probe", "RankMe", "std: min, median, max", title=title)
