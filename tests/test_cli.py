@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from fastjem import __version__, ops
 from fastjem.cli import main
@@ -72,6 +73,8 @@ def report(**changes: object) -> dict:
         "import_milliseconds": 20.0,
         "machine": {"platform": "Linux", "cpu": "Some CPU", "threads": 2, "cpp_kernels": "AVX2"},
         "gpu": {
+            "build": "CUDA",
+            "operators": None,
             "cuda": "13.0",
             "driver": "580.1",
             "devices": [{"name": "H100", "capability": "9.0", "memory_gib": 79.2, "problem": None}],
@@ -94,6 +97,32 @@ def test_doctor_in_words() -> None:
     ):
         assert words in text
     assert text.splitlines()[-1].split() == ["ema_update_", "C++", "Triton"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "build"),
+    [({"cuda": "13.0"}, "CUDA"), ({"hip": "6.4"}, "ROCm"), ({"xpu": "20250301"}, "XPU"), ({}, "CPU")],
+)
+def test_other_accelerators_run_the_reference_by_rule(
+    versions: dict[str, str], build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cuda", "hip", "xpu"):
+        monkeypatch.setattr(torch.version, name, versions.get(name))
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+    found = doctor.gpu()
+    assert found["build"] == build
+    text = doctor.render(report(gpu=found))
+    assert ("plain torch, the reference, by rule" in text) == (build in ("ROCm", "XPU"))
+
+
+def test_mps_runs_the_reference_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda", "hip", "xpu"):
+        monkeypatch.setattr(torch.version, name, None)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    lines = doctor.render(report(gpu=doctor.gpu())).splitlines()
+    assert [line.split() for line in lines if line.startswith("on MPS")] == [
+        ["on", "MPS", "operators", "are", "plain", "torch,", "the", "reference,", "by", "rule"]
+    ]
 
 
 def test_a_reason_is_said_once() -> None:
