@@ -1,7 +1,5 @@
 """`fastjem demo`: train on the embedded data set for minutes, and say what that was worth."""
 
-import importlib
-import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from fastjem.data.folder import ImageFolder
 from fastjem.errors import UserError
 from fastjem.pretrain import Config, pretrain
 from fastjem.probes import knn_accuracy
+from fastjem.report import write
 from fastjem.runs import open_run
 
 # What learns in minutes on two cores: 0.4 M parameters at 48 pixels. AdamW, as LARS warms up longer than this lasts.
@@ -40,12 +39,10 @@ def demo(options: DemoOptions) -> tuple[dict[str, float], Path]:
     """kNN accuracy of pixels, untrained and trained encoder on the test images, and the run's folder."""
     if options.steps < 1:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
-    out, number = Path(options.out), 1
-    while (out / "options.yaml").exists():
-        number += 1
-        out = Path(f"{options.out}-{number}")
+    out = free_folder(options.out)
     root = shapes.folder()
-    train, test = ImageFolder(root / "train"), ImageFolder(root / "test")
+    train = ImageFolder(root / "train")
+    test = ImageFolder(root / "test")
     size = RECIPE["image_size"]
     torch.manual_seed(options.seed)
     untrained = encoders.create(RECIPE["backbone"], size, stem=RECIPE["stem"])
@@ -63,6 +60,16 @@ def demo(options: DemoOptions) -> tuple[dict[str, float], Path]:
     return found, out
 
 
+def free_folder(name: str) -> Path:
+    """`name`, or name-2, name-3, ... where there is a run in it already."""
+    folder = Path(name)
+    number = 1
+    while (folder / "config.yaml").exists():
+        number += 1
+        folder = Path(f"{name}-{number}")
+    return folder
+
+
 def main(options: DemoOptions) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -72,8 +79,5 @@ def main(options: DemoOptions) -> int:
     for name, accuracy in found.items():
         table.add_row(name, f"{accuracy:.1%}")
     Console().print(table)
-    report = out / "report.html"
-    if importlib.util.find_spec("fastjem.report"):
-        report = importlib.import_module("fastjem.report").write(out)
-    print(f"report: {report}" if report.exists() else f"run: {out}")
+    print(f"report: {write(out)}")
     return 0
