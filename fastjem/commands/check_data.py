@@ -53,15 +53,17 @@ class File:
 
 def examine(path: str, crop: int = 0) -> File:
     """Read and decode a file as training does; with `crop`, also resize half of its area to crop x crop, timed."""
-    found, begin = File(), time.thread_time()
+    found = File()
     try:
         with open(path, "rb") as file:
             data = file.read()
-        found.bytes, found.digest = len(data), hashlib.blake2b(data, digest_size=16).digest()
+        found.bytes = len(data)
+        found.digest = hashlib.blake2b(data, digest_size=16).digest()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble
             with Image.open(io.BytesIO(data)) as image:
-                found.kind, found.mode = image.format or "", image.mode
+                found.kind = image.format or ""
+                found.mode = image.mode
                 found.turned = image.getexif().get(0x0112, 1) != 1
                 found.progressive = bool(image.info.get("progressive"))
             begin = time.thread_time()
@@ -73,7 +75,7 @@ def examine(path: str, crop: int = 0) -> File:
     found.width, found.height = image.size
     if crop:
         begin = time.thread_time()
-        side = 0.5**0.5
+        side = 0.5**0.5  # of half the area, a crop's usual size
         window = (0, 0, max(side * image.width, 1), max(side * image.height, 1))
         np.asarray(image.resize((crop, crop), Image.Resampling.BILINEAR, window))
         found.crop = time.thread_time() - begin
@@ -85,22 +87,23 @@ def scan(folder: ImageFolder, image_size: int, workers: int) -> list[File]:
     every = max(len(folder) // MEASURED, 1)
     paths = [folder.path(i) for i in range(len(folder))]
     crops = [image_size if i % every == 0 else 0 for i in range(len(folder))]
-    if workers <= 1 or len(folder) < 64:
+    if workers <= 1 or len(folder) < 64:  # starting processes takes longer
         return [examine(path, crop) for path, crop in zip(paths, crops, strict=True)]
+    files = []
+    shown_at = time.monotonic()
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        found, shown = [], time.monotonic()
         try:
             for file in pool.map(examine, paths, crops, chunksize=32):
-                found.append(file)
-                if sys.stderr.isatty() and time.monotonic() - shown > 1:
-                    shown = time.monotonic()
-                    print(f"\r{len(found)} of {len(paths)} files", end="", file=sys.stderr, flush=True)
+                files.append(file)
+                if sys.stderr.isatty() and time.monotonic() - shown_at > 1:
+                    shown_at = time.monotonic()
+                    print(f"\r{len(files)} of {len(paths)} files", end="", file=sys.stderr, flush=True)
         except BrokenProcessPool:
-            near = folder.path(min(len(found), len(paths) - 1))
+            near = folder.path(min(len(files), len(paths) - 1))
             raise UserError(f"a decoder ended its process at {near} or one of the files behind it") from None
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
-    return found
+    return files
 
 
 def check_data(data: str, *, views: int = 2, image_size: int = 224, workers: int = -1) -> dict[str, Any]:
@@ -118,76 +121,78 @@ def check_data(data: str, *, views: int = 2, image_size: int = 224, workers: int
         raise UserError(f"{data} holds pixels, not files: none of its images can be broken")
     begin = time.perf_counter()
     files = scan(folder, image_size, workers)
-    good = [file for file in files if not file.why]
-    skipped = [(folder.path(i), file.why) for i, file in enumerate(files) if file.why]
-    copies = collections.Counter(file.digest for file in good)
+    seconds = time.perf_counter() - begin
+    readable = [file for file in files if not file.why]
+    distinct = {file.digest for file in readable}
     result: dict[str, Any] = {
         "data": str(folder.root),
         "files": len(files),
         "bytes": sum(file.bytes for file in files),
         "classes": 0 if folder.classes == [""] else len(folder.classes),
-        "formats": dict(collections.Counter(file.kind for file in good).most_common()),
-        "modes": dict(collections.Counter(file.mode for file in good).most_common()),
-        "progressive": sum(file.progressive for file in good),
-        "turned": sum(file.turned for file in good),
-        "copies": len(good) - len(copies),
-        "seconds": time.perf_counter() - begin,
+        "formats": dict(collections.Counter(file.kind for file in readable).most_common()),
+        "modes": dict(collections.Counter(file.mode for file in readable).most_common()),
+        "progressive": sum(file.progressive for file in readable),
+        "turned": sum(file.turned for file in readable),
+        "copies": len(readable) - len(distinct),
+        "seconds": seconds,
         "workers": workers,
         "views": views,
         "image_size": image_size,
-        "skipped": skipped,
+        "skipped": [(folder.path(i), file.why) for i, file in enumerate(files) if file.why],
     }
-    if good:
-        sizes = np.array([(file.width, file.height) for file in good])
-        area = sizes.prod(1)
-        for name, i in (
-            ("smallest", area.argmin()),
-            ("median", area.argsort()[len(area) // 2]),
-            ("largest", area.argmax()),
-        ):
-            result[name] = sizes[i].tolist()
-        result["small"] = int((sizes.min(1) < image_size).sum())
-        crop = [file.crop for file in good if file.crop]
-        each = float(np.mean([file.read for file in good])) + views * (float(np.mean(crop)) if crop else 0.0)
-        result["epoch_seconds"] = each * len(good) / workers
+    if readable:
+        result |= _sizes(readable, image_size)
+        crops = [file.crop for file in readable if file.crop]
+        seconds_each = float(np.mean([file.read for file in readable]))
+        if crops:
+            seconds_each += views * float(np.mean(crops))
+        result["epoch_seconds"] = seconds_each * len(readable) / workers
     return result
 
 
+def _sizes(files: list[File], image_size: int) -> dict[str, Any]:
+    """Smallest, median and largest [width, height] by area, and how many images have a side below `image_size`."""
+    sizes = np.array([(file.width, file.height) for file in files])
+    area = sizes.prod(1)
+    return {
+        "smallest": sizes[area.argmin()].tolist(),
+        "median": sizes[area.argsort()[len(area) // 2]].tolist(),
+        "largest": sizes[area.argmax()].tolist(),
+        "small": int((sizes.min(1) < image_size).sum()),
+    }
+
+
 def render(found: dict[str, Any], show: int = 20) -> str:
-    """The result in lines for people."""
-
-    def listed(counts: dict[str, int]) -> str:
-        return ", ".join(f"{name} {count}" for name, count in counts.items()) or "-"
-
-    kind = f"in {found['classes']} class folders" if found["classes"] else "in one class"
-    lines = [("files", f"{found['files']} {kind}, {found['bytes'] / 1e6:.1f} MB")]
+    """The result in lines for people; `show`: so many of the skipped files are named, 0: all."""
+    where = f"in {found['classes']} class folders" if found["classes"] else "in one class"
+    facts = {"files": f"{found['files']} {where}, {found['bytes'] / 1e6:.1f} MB"}
     if "median" in found:
         sizes = ", ".join(f"{name} {found[name][0]} x {found[name][1]}" for name in ("smallest", "median", "largest"))
-        marks = {"progressive": "progressive", "turned": "turned by EXIF", "copies": "copies of others"}
-        lines += [
-            ("formats", listed(found["formats"])),
-            ("modes", listed(found["modes"])),
-            ("pixels", f"{sizes}; a side below {found['image_size']}: {found['small']}"),
-            ("also", listed({mark: found[name] for name, mark in marks.items()})),
-            (
-                "an epoch",
-                f"about {_seconds(found['epoch_seconds'])} of reading, decoding and cropping {found['views']} views of "
-                f"{found['image_size']} pixels by {found['workers']} processes, whatever the model takes",
-            ),
-        ]
+        others = {"progressive": "progressive", "turned": "turned by EXIF", "copies": "copies of others"}
+        facts |= {
+            "formats": _listed(found["formats"]),
+            "modes": _listed(found["modes"]),
+            "pixels": f"{sizes}; a side below {found['image_size']}: {found['small']}",
+            "also": _listed({words: found[name] for name, words in others.items()}),
+            "an epoch": f"about {_duration(found['epoch_seconds'])} of reading, decoding and cropping "
+            f"{found['views']} views of {found['image_size']} pixels by {found['workers']} processes, whatever the "
+            "model takes",
+        }
     skipped = found["skipped"]
     share = len(skipped) / found["files"]
-    lines.append(
-        ("skipped", f"{len(skipped)} ({share:.1%}); training puts other images in their place" if skipped else "none")
-    )
-    out = [f"{name:<10}{text}" for name, text in lines]
-    out += [f"  {os.path.relpath(path, found['data'])}: {why}" for path, why in skipped[: show or None]]
+    facts["skipped"] = f"{len(skipped)} ({share:.1%}); training puts other images in their place" if skipped else "none"
+    lines = [f"{name:<10}{text}" for name, text in facts.items()]
+    lines += [f"  {os.path.relpath(path, found['data'])}: {why}" for path, why in skipped[: show or None]]
     if show and len(skipped) > show:
-        out.append(f"  and {len(skipped) - show} more; --show 0 names all")
-    return "\n".join(out)
+        lines.append(f"  and {len(skipped) - show} more; --show 0 names all")
+    return "\n".join(lines)
 
 
-def _seconds(seconds: float) -> str:
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "-"
+
+
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.2g} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
