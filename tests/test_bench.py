@@ -321,7 +321,7 @@ def test_what_waits_for_the_device_is_timed_with_events(monkeypatch):
         return x + 1
 
     def chosen(function):
-        return timing._clock(Step(function, (x,)), 5, 1e-5, torch.device("cuda"), "device", fast=True)
+        return timing._clock(Step(function, (x,)), 5, 1e-5, torch.device("cuda"), "device", graphs=True)
 
     assert isinstance(chosen(waits), clocks.EventClock) and fake.mode == "default" and fake.captures == 0
     assert isinstance(chosen(torch.neg), clocks.GraphClock) and fake.captures == 1

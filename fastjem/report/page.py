@@ -20,7 +20,7 @@ from fastjem.train import Alarm
 VIEWED = 4  # images whose views are shown
 WAITED = 0.2  # share of the time waited for data that is worth a word
 NOT_SHOWN = ("out", "resume")
-Escaped = str
+Escaped = str  # safe within HTML
 
 
 def write(run: str | os.PathLike[str], *, tsne: bool = True) -> Path:
@@ -94,23 +94,26 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def status(run: Run) -> Escaped:
-    config, steps = run.config, run.environment.get("steps", 0)
+    config = run.config
+    steps = run.environment.get("steps", 0)
     done = run.rows[-1]["step"] if run.rows else 0
-    how_far = "finished" if done and done == steps else f"{done:,} of {steps:,} steps" if steps else f"{done:,} steps"
+    of_all = f" of {steps:,}" if steps else ""
+    progress = "finished" if done and done == steps else f"{done:,}{of_all} steps"
     images = run.environment.get("images")
     data = f" on {images:,} images" if images else ""
-    return html.escape(f"{config.get('method')}, {config.get('backbone')} at {config.get('image_size')} pixels{data}: "
-                       f"{how_far}")  # fmt: skip
+    what = f"{config.get('method')}, {config.get('backbone')} at {config.get('image_size')} pixels{data}"
+    return html.escape(f"{what}: {progress}")
 
 
 def warnings(run: Run) -> list[Escaped]:
     """What the run's own alarm said, and a loader that is too slow."""
     alarm = Alarm(getattr(run.method, "asymmetric", False))
-    said = [alarm(row["step"], row) for row in run.rows if {"loss", "embedding_std", "effective_rank"} <= row.keys()]
-    found = [text for text in said if text]
-    if (waited := median(run, "data_wait")) > WAITED:
-        found.append(f"the steps waited for data {waited:.0%} of their time (the median): more --workers may help")
-    return [html.escape(text) for text in found]
+    complete = [row for row in run.rows if {"loss", "embedding_std", "effective_rank"} <= row.keys()]
+    texts = [text for row in complete if (text := alarm(row["step"], row))]
+    waited = median(run, "data_wait")
+    if waited > WAITED:
+        texts.append(f"the steps waited for data {waited:.0%} of their time (the median): more --workers may help")
+    return [html.escape(text) for text in texts]
 
 
 def median(run: Run, key: str) -> float:
@@ -118,53 +121,54 @@ def median(run: Run, key: str) -> float:
 
 
 def figures(run: Run) -> dict[str, Escaped]:
-    out = {}
+    """What a reader wants to know first, by name."""
+    found = {}
+    newest = run.rows[-1] if run.rows else {}
     if run.rows:
-        last = run.rows[-1]
-        out["steps"] = f"{last['step']:,}"
+        found["steps"] = f"{newest['step']:,}"
         if run.steps_per_epoch:
-            out["epochs"] = f"{last['step'] / run.steps_per_epoch:.4g}"
-        out["loss"] = f"{last['loss']:.4g}"
+            found["epochs"] = f"{newest['step'] / run.steps_per_epoch:.4g}"
+        found["loss"] = f"{newest['loss']:.4g}"
     if run.knn:
-        out[f"kNN, {run.knn[-1]['classes']} classes"] = f"{run.knn[0]['knn']:.1%} → {run.knn[-1]['knn']:.1%}"
+        found[f"kNN, {run.knn[-1]['classes']} classes"] = f"{run.knn[0]['knn']:.1%} → {run.knn[-1]['knn']:.1%}"
     if run.rows:
-        if "effective_rank" in last:
-            out["effective rank"] = f"{last['effective_rank']:.1f}"
-        out["images per second"] = f"{median(run, 'images_per_second'):,.0f}"
-        out["waiting for data"] = f"{median(run, 'data_wait'):.0%}"
-    return out
+        if "effective_rank" in newest:
+            found["effective rank"] = f"{newest['effective_rank']:.1f}"
+        found["images per second"] = f"{median(run, 'images_per_second'):,.0f}"
+        found["waiting for data"] = f"{median(run, 'data_wait'):.0%}"
+    return found
 
 
 def summary(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
-    found = [figures(run) for run in runs]
-    columns = list(dict.fromkeys(name for one in found for name in one))
-    lines = ["<tr><th>run</th><th></th>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
-    for i, (run, name, one) in enumerate(zip(runs, names, found, strict=True)):
+    """A table: a line for each run, with the colour that its curves have."""
+    rows = [figures(run) for run in runs]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = ["<tr><th>run</th><th></th>" + "".join(f"<th>{column}</th>" for column in columns) + "</tr>"]
+    for i, (run, name, row) in enumerate(zip(runs, names, rows, strict=True)):
         swatch = f'<i class="dot" style="background:var(--run{i % 8})"></i>'
-        cells = "".join(f"<td>{one.get(column, '')}</td>" for column in columns)
+        cells = "".join(f"<td>{row.get(column, '')}</td>" for column in columns)
         lines.append(f"<tr><td>{swatch}{name}</td><td>{status(run)}</td>{cells}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def curves(runs: Sequence[Run]) -> str:
-    made = charts(runs)
-    if not made:
+    drawn = charts(runs)
+    if not drawn:
         return '<p class="note">No step has been logged yet.</p>'
     sections = []
-    for quantity, svg in made:
+    for quantity, svg in drawn:
         note = f'<p class="note">{quantity.explained}</p>' if quantity.explained else ""
         sections.append(f"<section><h3>{quantity.title}</h3>{svg}{note}</section>")
     return f'<div class="charts">{"".join(sections)}</div>'
 
 
 def cards(heads: Sequence[Escaped], contents: Sequence[str]) -> str:
-    """Side by side."""
-    wide = ["Views"]  # up to ten pictures in a row
-    made = (
-        f'<section class="card{" wide" if head in wide else ""}"><h3>{head}</h3>{content}</section>'
+    """Sections side by side; views, up to ten pictures in a row, have a line of their own."""
+    sections = (
+        f'<section class="card{" wide" if head == "Views" else ""}"><h3>{head}</h3>{content}</section>'
         for head, content in zip(heads, contents, strict=True)
     )
-    return f'<div class="side">{"".join(made)}</div>'
+    return f'<div class="side">{"".join(sections)}</div>'
 
 
 def scatter(run: Run, tsne: bool) -> str:
@@ -226,7 +230,9 @@ def environment(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
 
 def table(rows: dict[str, list[str]], names: Sequence[Escaped]) -> str:
     """rows: name -> one value a run; rows whose values differ are marked."""
-    heads = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>" if len(names) > 1 else ""
+    heads = ""
+    if len(names) > 1:
+        heads = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
     lines = []
     for name, values in rows.items():
         mark = ' class="differs"' if len(set(values)) > 1 else ""
