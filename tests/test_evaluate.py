@@ -11,10 +11,12 @@ from images import make_folder
 
 for package in ("timm", "torchvision", "safetensors", "tyro", "sklearn"):
     pytest.importorskip(package)
+from fastjem.data.pixels import Pixels  # noqa: E402
+from fastjem.data.source import open_source  # noqa: E402
+
 import fastjem  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.data import shapes  # noqa: E402
-from fastjem.data.folder import ImageFolder  # noqa: E402
 from fastjem.probes import LinearProbe, embed, knn, moments, rankme  # noqa: E402
 
 CPU = ["--device", "cpu", "--workers", "0"]
@@ -71,9 +73,9 @@ def test_rank_and_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_embeddings_are_the_files_in_order(tmp_path: Path) -> None:
-    folder = ImageFolder(make_folder(tmp_path, 10, size=8))
-    rows, labels = embed(torch.nn.Flatten(), folder, 8, batch=3)
-    whole, _ = embed(torch.nn.Flatten(), folder, 8, batch=10)
+    folder = open_source(make_folder(tmp_path, 10, size=8))
+    rows, labels = embed(torch.nn.Flatten(), folder, Pixels(8), batch=3)
+    whole, _ = embed(torch.nn.Flatten(), folder, Pixels(8), batch=10)
     assert torch.equal(rows, whole) and rows.std(0).min() > 0 and labels.tolist() == folder.labels.tolist()
 
 
@@ -88,7 +90,8 @@ def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from sklearn.preprocessing import StandardScaler
 
     exported = fastjem.load_encoder(str(run / "encoder.safetensors"))
-    (x, labels), (q, truth) = (embed(exported, ImageFolder(run.parent / part), 32) for part in ("train", "test"))
+    sources = [open_source(run.parent / part) for part in ("train", "test")]
+    (x, labels), (q, truth) = (embed(exported, source, Pixels(32)) for source in sources)
     assert encoder["knn"] == pytest.approx((knn(x, labels, q) == truth).double().mean().item())
     scaler = StandardScaler().fit(x.double())
     probe = LogisticRegression(C=1 / (len(x) * 1e-3), max_iter=5000).fit(scaler.transform(x.double()), labels)
@@ -150,7 +153,7 @@ def test_the_embedded_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(shapes.write, "__defaults__", ({"train": 20, "test": 10},))
     made = shapes.folder()
     assert [path.name for path in (tmp_path / "fastjem").iterdir()] == [made.name]
-    train, test = ImageFolder(made / "train"), ImageFolder(made / "test")
+    train, test = open_source(made / "train"), open_source(made / "test")
     assert train.classes == test.classes == sorted(shapes.SHAPES) and (len(train), len(test)) == (20, 10)
     before = (made / "train/star/0000.jpg").stat().st_mtime_ns
     assert shapes.folder() == made and (made / "train/star/0000.jpg").stat().st_mtime_ns == before

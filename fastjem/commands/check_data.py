@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastjem.data.folder import ImageFolder, read_image, reason
+from fastjem.data.source import ORIENTATION, Source, open_source, path_of, reason, to_image
 from fastjem.errors import UserError
 
 MEASURED = 256  # files whose crops are timed; decoding is timed on all
@@ -46,8 +46,8 @@ class File:
     height: int = 0
     turned: bool = False  # by its EXIF orientation
     progressive: bool = False
-    read: float = 0.0  # seconds of one core
-    crop: float = 0.0
+    read: float = 0.0  # seconds of one core, decoding included
+    crop: float = 0.0  # seconds of one core, where it was timed
     why: str = ""
 
 
@@ -55,8 +55,10 @@ def examine(path: str, crop: int = 0) -> File:
     """Read and decode a file as training does; with `crop`, also resize half of its area to crop x crop, timed."""
     found = File()
     try:
+        begin = time.thread_time()
         with open(path, "rb") as file:
             data = file.read()
+        found.read = time.thread_time() - begin
         found.bytes = len(data)
         found.digest = hashlib.blake2b(data, digest_size=16).digest()
         with warnings.catch_warnings():
@@ -64,14 +66,14 @@ def examine(path: str, crop: int = 0) -> File:
             with Image.open(io.BytesIO(data)) as image:
                 found.kind = image.format or ""
                 found.mode = image.mode
-                found.turned = image.getexif().get(0x0112, 1) != 1
+                found.turned = image.getexif().get(ORIENTATION, 1) != 1
                 found.progressive = bool(image.info.get("progressive"))
             begin = time.thread_time()
-            image = read_image(path)
+            image = to_image(data)
+            found.read += time.thread_time() - begin
     except Exception as error:  # whatever a decoder may raise on a broken file
         found.why = reason(error, path)
         return found
-    found.read = time.thread_time() - begin
     found.width, found.height = image.size
     if crop:
         begin = time.thread_time()
@@ -82,12 +84,12 @@ def examine(path: str, crop: int = 0) -> File:
     return found
 
 
-def scan(folder: ImageFolder, image_size: int, workers: int) -> list[File]:
+def scan(source: Source, image_size: int, workers: int) -> list[File]:
     """All files, in order, by `workers` processes."""
-    every = max(len(folder) // MEASURED, 1)
-    paths = [folder.path(i) for i in range(len(folder))]
-    crops = [image_size if i % every == 0 else 0 for i in range(len(folder))]
-    if workers <= 1 or len(folder) < 64:  # starting processes takes longer
+    every = max(len(source) // MEASURED, 1)
+    paths = [path_of(source, i) for i in range(len(source))]
+    crops = [image_size if i % every == 0 else 0 for i in range(len(source))]
+    if workers <= 1 or len(source) < 64:  # starting processes takes longer
         return [examine(path, crop) for path, crop in zip(paths, crops, strict=True)]
     files = []
     shown_at = time.monotonic()
@@ -99,36 +101,36 @@ def scan(folder: ImageFolder, image_size: int, workers: int) -> list[File]:
                     shown_at = time.monotonic()
                     print(f"\r{len(files)} of {len(paths)} files", end="", file=sys.stderr, flush=True)
         except BrokenProcessPool:
-            near = folder.path(min(len(files), len(paths) - 1))
+            near = paths[min(len(files), len(paths) - 1)]
             raise UserError(f"a decoder ended its process at {near} or one of the files behind it") from None
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
     return files
 
 
-def check_data(data: str, *, views: int = 2, image_size: int = 224, workers: int = -1) -> dict[str, Any]:
+def check_data(options: CheckDataOptions) -> dict[str, Any]:
     """Counts, sizes, skipped files [(path, reason)] and expected seconds of an epoch of a folder.
 
     Raises:
         UserError: if there is no folder, no image in it, or no option like that.
     """
-    for name, least, value in (("views", 1, views), ("image-size", 1, image_size)):
-        if value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
-    workers = workers if workers > 0 else len(os.sched_getaffinity(0))
-    folder = ImageFolder(data)
-    if folder.arrays:
-        raise UserError(f"{data} holds pixels, not files: none of its images can be broken")
+    for name, value in (("views", options.views), ("image-size", options.image_size)):
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    workers = options.workers if options.workers > 0 else len(os.sched_getaffinity(0))
+    source = open_source(options.data)
+    if source.decoded:
+        raise UserError(f"{options.data} holds pixels, not files: none of its images can be broken")
     begin = time.perf_counter()
-    files = scan(folder, image_size, workers)
+    files = scan(source, options.image_size, workers)
     seconds = time.perf_counter() - begin
     readable = [file for file in files if not file.why]
     distinct = {file.digest for file in readable}
     result: dict[str, Any] = {
-        "data": str(folder.root),
+        "data": source.root,
         "files": len(files),
         "bytes": sum(file.bytes for file in files),
-        "classes": 0 if folder.classes == [""] else len(folder.classes),
+        "classes": len(source.classes),
         "formats": dict(collections.Counter(file.kind for file in readable).most_common()),
         "modes": dict(collections.Counter(file.mode for file in readable).most_common()),
         "progressive": sum(file.progressive for file in readable),
@@ -136,16 +138,16 @@ def check_data(data: str, *, views: int = 2, image_size: int = 224, workers: int
         "copies": len(readable) - len(distinct),
         "seconds": seconds,
         "workers": workers,
-        "views": views,
-        "image_size": image_size,
-        "skipped": [(folder.path(i), file.why) for i, file in enumerate(files) if file.why],
+        "views": options.views,
+        "image_size": options.image_size,
+        "skipped": [(path_of(source, i), file.why) for i, file in enumerate(files) if file.why],
     }
     if readable:
-        result |= _sizes(readable, image_size)
+        result |= _sizes(readable, options.image_size)
         crops = [file.crop for file in readable if file.crop]
         seconds_each = float(np.mean([file.read for file in readable]))
         if crops:
-            seconds_each += views * float(np.mean(crops))
+            seconds_each += options.views * float(np.mean(crops))
         result["epoch_seconds"] = seconds_each * len(readable) / workers
     return result
 
@@ -200,6 +202,6 @@ def _duration(seconds: float) -> str:
 
 def main(options: CheckDataOptions) -> int:
     """0, or 1 where files would be skipped: a script can ask."""
-    found = check_data(options.data, views=options.views, image_size=options.image_size, workers=options.workers)
+    found = check_data(options)
     print(json.dumps(found, indent=2) if options.json else render(found, options.show))
     return 1 if found["skipped"] else 0

@@ -10,7 +10,8 @@ from torch import nn
 
 from fastjem import encoders
 from fastjem.data import shapes
-from fastjem.data.folder import ImageFolder
+from fastjem.data.pixels import Pixels
+from fastjem.data.source import open_source
 from fastjem.errors import UserError
 from fastjem.pretrain import Config, pretrain
 from fastjem.probes import knn_accuracy
@@ -41,14 +42,14 @@ def demo(options: DemoOptions) -> tuple[dict[str, float], Path]:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
     out = free_folder(options.out)
     root = shapes.folder()
-    train = ImageFolder(root / "train")
-    test = ImageFolder(root / "test")
-    size = RECIPE["image_size"]
+    train = open_source(root / "train")
+    test = open_source(root / "test")
+    pixels = Pixels(RECIPE["image_size"])
     torch.manual_seed(options.seed)
-    untrained = encoders.create(RECIPE["backbone"], size, stem=RECIPE["stem"])
+    untrained = encoders.create(RECIPE["backbone"], pixels.size, stem=RECIPE["stem"])
     found = {
-        "raw pixels": knn_accuracy(nn.Flatten(), train, test, size),
-        "untrained encoder": knn_accuracy(untrained, train, test, size),
+        "raw pixels": knn_accuracy(nn.Flatten(), train, test, pixels),
+        "untrained encoder": knn_accuracy(untrained, train, test, pixels),
     }
     training = Config(
         **RECIPE, out=str(out), data=str(root / "train"), max_steps=options.steps, seed=options.seed,
@@ -56,7 +57,8 @@ def demo(options: DemoOptions) -> tuple[dict[str, float], Path]:
     )  # fmt: skip
     if not pretrain(training).finished:
         raise KeyboardInterrupt
-    found["trained encoder"] = knn_accuracy(open_run(out).encoder, train, test, size)
+    opened = open_run(out)
+    found["trained encoder"] = knn_accuracy(opened.encoder, train, test, opened.pixels)
     return found, out
 
 

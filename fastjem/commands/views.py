@@ -1,9 +1,8 @@
 """`fastjem views`: a picture of what the augmentations do to real images."""
 
-import dataclasses
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastjem.checkpoints import write_atomically
 from fastjem.data import shapes
-from fastjem.data.folder import ImageFolder
-from fastjem.data.views import RECIPES, Value
+from fastjem.data.source import open_source
+from fastjem.data.views import RECIPES, MaskSpec, Value, Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, views_of
 from fastjem.report.run import spread
@@ -45,14 +44,15 @@ class ViewsOptions:
 
 
 def main(options: ViewsOptions) -> int:
-    print(draw_views(**dataclasses.asdict(options)))
+    print(draw_views(options))
     return 0
 
 
 def grid(shown: Sequence[Sample], columns: Sequence[str], root: Path, *, cell: int) -> Image.Image:
     """Rows are images, the first column the file itself; cells of `cell` pixels, small views at their share of it."""
     font = ImageFont.load_default(13)
-    sizes = [round(cell * view.width / shown[0].views[0].width) for view in shown[0].views]
+    views = shown[0].views
+    sizes = [round(cell * view.width / views[0].width) for view in views]
     widths = [cell, *(max(size, round(font.getlength(title))) for size, title in zip(sizes, columns, strict=True))]
     lefts = [MARGIN + sum(widths[:i]) + MARGIN * i for i in range(len(widths))]
     width = lefts[-1] + widths[-1] + MARGIN
@@ -86,66 +86,68 @@ def shorten(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTyp
     return "..." + text
 
 
-def draw_views(
-    data: str | os.PathLike[str] = "",
-    out: str | os.PathLike[str] = "views.png",
-    *,
-    method: str = "simclr",
-    recipe: str | None = None,
-    view: Mapping[str, Value] | None = None,
-    image_size: int = 224,
-    images: int = 6,
-    small_views: int | None = None,
-    blur: bool | None = None,
-    mask: str | None = None,
-    patch_size: int = 16,
-    seed: int = 0,
-    epoch: int = 0,
-) -> Path:
-    """A picture of what a method sees: rows are images of the folder, columns the views it trains on.
+def draw_views(options: ViewsOptions) -> Path:
+    """A picture of what a method sees: rows are images of the folder, columns the views it trains on; its path.
 
-    Args:
-        data: none: the embedded data set.
-        recipe: another augmentation in place of the method's own.
-        view: changed fields of its views, as for `fastjem.data.views.Views.specs`.
-        blur: None: as in pretraining, where 64 pixels and less aren't blurred.
-        mask: one of `MASKS` in place of the method's own, if it has one, in a last column. The share of the patches is
-            the method's, or 75 %; "block" has DINOv2's (10 to 50 %), "multi_block" I-JEPA's, whose targets are framed.
-        patch_size: of the mask.
-        seed, epoch: the views are those that a run with this seed sees in this epoch.
+    With a mask there is a last column. The share of the patches that it hides is the method's, or 75 %; "block" has
+    DINOv2's (10 to 50 %), "multi_block" I-JEPA's, whose targets are framed.
 
     Raises:
         UserError: for what can't be drawn, with the reason.
     """
-    if method not in METHODS:
-        raise nearest("method", method, METHODS)
-    for name, least, value in (("images", 1, images), ("image-size", 8, image_size), ("patch-size", 1, patch_size)):
-        if value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
-    out = Path(out)
-    if out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {out}: the picture's name must end in {', '.join(FORMATS)}")
-    views = views_of(method, image_size, small_views, recipe)
-    if mask is None:
-        mask = views.masking if views.mask else ""
-    elif mask not in MASKS:
-        raise nearest("mask", mask, MASKS)
-    if mask and (image_size % patch_size or image_size < 2 * patch_size):
-        what = "no multiple of" if image_size % patch_size else "less than two of"
-        raise UserError(f"--image-size {image_size} is {what} --patch-size {patch_size}")
-    folder = ImageFolder(data or shapes.folder() / "train")
-    specs = views.specs(image_size, patch=patch_size if mask else 1, blur=blur, changes=view)
-    # evenly spread over the folder first; the others stand in for files that can't be read
-    order = dict.fromkeys([*spread(len(folder), images).tolist(), *range(len(folder))])
-    files = ((i, folder.path(i)) for i in order)
-    drawn = {"mask": mask, "share": views.mask or 0.75, "patch": patch_size}
-    shown = samples(files, specs, images=images, seed=seed, epoch=epoch, **drawn)
+    _check(options)
+    out = Path(options.out)
+    size = options.image_size
+    views = views_of(options.method, size, options.small_views, options.recipe)
+    mask = _mask(options, views)
+    source = open_source(options.data or shapes.folder() / "train")
+    specs = views.specs(size, patch=options.patch_size if mask else 1, blur=options.blur, changes=options.view)
+    # Evenly spread over the folder first; the others stand in for files that can't be read.
+    order = dict.fromkeys([*spread(len(source), options.images).tolist(), *range(len(source))])
+    shown = samples(
+        ((i, source.name(i)) for i in order),
+        specs,
+        root=source.root,
+        images=options.images,
+        seed=options.seed,
+        epoch=options.epoch,
+        mask=mask,
+    )
     if not shown:
-        raise UserError(f"none of the files in {folder.root} can be read")
-    sheet, file = grid(shown, titles(views, mask), folder.root, cell=min(max(image_size, 96), 224)), io.BytesIO()
+        raise UserError(f"none of the files in {source.root} can be read")
+    sheet = grid(shown, titles(views, mask is not None), source.root, cell=min(max(size, 96), 224))
+    file = io.BytesIO()
     sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
     try:
         write_atomically(out, file.getvalue())
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     return out
+
+
+def _mask(options: ViewsOptions, views: Views) -> MaskSpec | None:
+    """The mask that is asked for, or the method's own on its first view."""
+    masking = options.mask
+    if masking is None:
+        masking = views.masking if views.mask else ""
+    if not masking:
+        return None
+    size = options.image_size
+    patch = options.patch_size
+    if size % patch or size < 2 * patch:
+        what = "no multiple of" if size % patch else "less than two of"
+        raise UserError(f"--image-size {size} is {what} --patch-size {patch}")
+    return MaskSpec(0, (size // patch, size // patch), views.mask or 0.75, masking)
+
+
+def _check(options: ViewsOptions) -> None:
+    if options.method not in METHODS:
+        raise nearest("method", options.method, METHODS)
+    if options.mask is not None and options.mask not in MASKS:
+        raise nearest("mask", options.mask, MASKS)
+    for name, least in (("images", 1), ("image_size", 8), ("patch_size", 1)):
+        value = getattr(options, name)
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if Path(options.out).suffix.lower() not in FORMATS:
+        raise UserError(f"--out {options.out}: the picture's name must end in {', '.join(FORMATS)}")

@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
@@ -187,23 +188,31 @@ def nearest(run: Run) -> str:
 
 
 def seen(run: Run) -> str:
-    """Of the first epoch."""
-    config, found = run.config, run.embeddings
-    if found is None or run.method is None:
+    """The views that the run had of some images in its first epoch, and the mask if it has one."""
+    config = run.config
+    embeddings = run.embeddings
+    if embeddings is None or run.method is None:
         return '<p class="note">No images have been saved yet.</p>'
-    views = views_of(config["method"], config["image_size"], config.get("small_views"), config.get("recipe"))
+    size = config["image_size"]
     patch = run.environment.get("patch", 1)
-    specs = views.specs(config["image_size"], patch=patch, blur=config.get("blur"), changes=config.get("view"))
-    order = dict.fromkeys([*spread(len(found.files), VIEWED).tolist(), *range(len(found.files))])
-    files = ((found.indices[i], os.path.join(found.root, found.files[i])) for i in order)
-    options = config.get("options") or {}
-    mask, share = options.get("masking", views.masking) if views.mask else "", options.get("mask", views.mask)
-    seed = config.get("seed", 0)
-    shown = samples(files, specs, images=VIEWED, seed=seed, mask=mask, share=share, patch=patch)
+    views = views_of(config["method"], size, config.get("small_views"), config.get("recipe"))
+    given = config.get("options") or {}
+    if views.mask:  # an option may change how much is hidden, and how
+        views = replace(views, mask=given.get("mask", views.mask), masking=given.get("masking", views.masking))
+    mask = next(iter(views.mask_specs(size, patch)), None)
+    # Evenly spread over the images first; the others stand in for files that can't be read.
+    order = dict.fromkeys([*spread(len(embeddings.files), VIEWED).tolist(), *range(len(embeddings.files))])
+    shown = samples(
+        ((embeddings.indices[i], embeddings.files[i]) for i in order),
+        views.specs(size, patch=patch, blur=config.get("blur"), changes=config.get("view")),
+        root=embeddings.root,
+        images=VIEWED,
+        seed=config.get("seed", 0),
+        mask=mask,
+    )
     if not shown:
-        return f'<p class="note">The images in {html.escape(found.root)} are gone.</p>'
-    note = " The mask is an example; each step draws its own." if mask else ""
-    return f'{view_table(shown, titles(views, mask))}<p class="note">As in the first epoch.{note}</p>'
+        return f'<p class="note">The images in {html.escape(embeddings.root)} are gone.</p>'
+    return f'{view_table(shown, titles(views, mask is not None))}<p class="note">As in the first epoch.</p>'
 
 
 def options(runs: Sequence[Run], names: Sequence[Escaped]) -> str:

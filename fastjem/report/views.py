@@ -1,18 +1,20 @@
-"""What the augmentations do to real images: samples of views, and one of their masks."""
+"""What the augmentations do to real images: the views and the masks of some of them."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 import fastjem.functional as F
 from fastjem.data import masks
-from fastjem.data.folder import read_image
-from fastjem.data.loader import crop
+from fastjem.data.loaders.torch import crop
 from fastjem.data.parameters import Parameters
-from fastjem.data.views import Views, ViewSpec
+from fastjem.data.source import decode_named
+from fastjem.data.views import MaskSpec, Views, ViewSpec
 
 GREY, INK = (128, 128, 128), (40, 40, 40)  # hidden patches, and the frames of I-JEPA's targets
 MASKS = (*masks.SAMPLERS, "block", "multi_block")
@@ -21,46 +23,48 @@ MASKS = (*masks.SAMPLERS, "block", "multi_block")
 @dataclass(frozen=True)
 class Sample:
     path: str
-    image: Image.Image
+    image: Image.Image  # whole, without augmentation
     views: list[Image.Image]
 
 
-def titles(views: Views, mask: str = "") -> list[str]:
-    """One a view, in their order."""
-    large = [f"large {i + 1}" if views.large > 1 else "view" for i in range(views.large)]
-    return large + [f"small {i + 1}" for i in range(views.small)] + (["masked"] if mask else [])
+def titles(views: Views, mask: bool) -> list[str]:
+    """One a view, in their order; mask: whether a masked one stands last."""
+    large = [f"large {i + 1}" for i in range(views.large)] if views.large > 1 else ["view"]
+    small = [f"small {i + 1}" for i in range(views.small)]
+    return [*large, *small, *(["masked"] if mask else [])]
 
 
 def samples(
     files: Iterable[tuple[int, str]],
     specs: Sequence[ViewSpec],
     *,
+    root: str,
     images: int,
     seed: int = 0,
     epoch: int = 0,
-    mask: str = "",
-    share: float = 0.75,
-    patch: int = 16,
+    mask: MaskSpec | None = None,
 ) -> list[Sample]:
     """The views that training with that seed sees in that epoch of the first `images` files that can be read.
 
-    files: (index in the data, path). With a mask, one of `MASKS`, a last view shows one draw of it on the first: hidden
-    patches are grey; I-JEPA's targets, which its context doesn't see, are framed.
+    Args:
+        files: (index, name) of images of the source at `root`.
+        mask: of a last view, which shows what a transformer sees of the view that the mask is for.
     """
-    out, parameters = list[Sample](), Parameters(specs)
-    for i, path in files:
+    parameters = Parameters(specs)
+    found: list[Sample] = []
+    for index, name in files:
         try:
-            image = read_image(path)
+            image = decode_named(root, name)
         except Exception:  # whatever a decoder may raise on a broken file
             continue
-        table = parameters(seed, epoch, i, image.height, image.width)
+        table = parameters(seed, epoch, index, image.height, image.width)
         views = [picture(crop(image, spec, row[0]), row) for spec, row in zip(specs, table, strict=True)]
         if mask:
-            views.append(masked(views[0], mask, share, patch, np.random.default_rng((seed, epoch, i))))
-        out.append(Sample(path, image, views))
-        if len(out) == images:
+            views.append(masked(views[mask.view], mask, seed, epoch, index))
+        found.append(Sample(os.path.join(root, name), image, views))
+        if len(found) == images:
             break
-    return out
+    return found
 
 
 def picture(pixels: np.ndarray, row: np.ndarray) -> Image.Image:
@@ -69,22 +73,34 @@ def picture(pixels: np.ndarray, row: np.ndarray) -> Image.Image:
     return Image.fromarray((x[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def masked(view: Image.Image, mask: str, share: float, patch: int, random: np.random.Generator) -> Image.Image:
-    """What a transformer sees through one draw of a mask; hidden patches are grey."""
-    pixels, size = np.array(view), (view.height // patch, view.width // patch)
-    seeded, targets = torch.Generator().manual_seed(int(random.integers(1 << 62))), torch.empty(0, 0, dtype=torch.int64)
-    if mask == "multi_block":
-        drawn = masks.multi_block_mask(1, size, generator=seeded, sizes=tuple(random.random(2)))
-        hidden, targets = drawn.context, drawn.targets[0]
-    elif mask == "block":
-        hidden = masks.block_mask(1, size, images=1.0, generator=seeded)
-    else:
-        hidden = masks.SAMPLERS[mask](1, size, share, generator=seeded)
-    whole = np.kron(hidden[0].numpy(), np.ones((patch, patch), bool))
-    pixels[: whole.shape[0], : whole.shape[1]][whole] = GREY
-    out = Image.fromarray(pixels)
-    pen = ImageDraw.Draw(out)
-    for target in targets.tolist():
-        (top, left), (bottom, right) = divmod(target[0], size[1]), divmod(target[-1], size[1])
+def masked(view: Image.Image, spec: MaskSpec, seed: int, epoch: int, sample: int) -> Image.Image:
+    """What a transformer sees of a view in that epoch: hidden patches are grey, and I-JEPA's targets, which its context
+    doesn't see, are framed.
+    """
+    hidden, targets = drawn_mask(spec, seed, epoch, sample)
+    columns = spec.grid[1]
+    patch = view.width // columns
+    pixels = np.array(view)
+    covered = np.kron(hidden.numpy(), np.ones((patch, patch), bool))
+    pixels[: covered.shape[0], : covered.shape[1]][covered] = GREY
+    shown = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(shown)
+    for target in targets.tolist():  # patches of a rectangle, ascending
+        top, left = divmod(target[0], columns)
+        bottom, right = divmod(target[-1], columns)
         pen.rectangle((left * patch, top * patch, (right + 1) * patch - 1, (bottom + 1) * patch - 1), outline=INK)
-    return out
+    return shown
+
+
+def drawn_mask(spec: MaskSpec, seed: int, epoch: int, sample: int) -> tuple[Tensor, Tensor]:
+    """(hidden patches [h, w] bool, patches of target blocks [T, P] int64) of one image; T = 0 but for "multi_block"."""
+    index = torch.tensor([sample])
+    no_targets = torch.empty(0, 0, dtype=torch.int64)
+    if spec.masking in masks.SAMPLERS:
+        return masks.draw_hidden(spec, seed, epoch, index)[0], no_targets
+    uniform = masks.Keyed(index, seed, epoch, spec.view)
+    if spec.masking == "block":
+        return masks.block_mask(1, spec.grid, images=1.0, uniform=uniform)[0], no_targets
+    of_target, of_context = np.random.default_rng((seed, epoch, sample)).random(2)
+    blocks = masks.multi_block_mask(1, spec.grid, uniform=uniform, sizes=(of_target, of_context))
+    return blocks.context[0], blocks.targets[0]
