@@ -28,6 +28,7 @@ CHAIN = (
 )
 BESIDE = (
     "arguments",
+    "collectives",
     "data",
     "dist",
     "optim",

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fastjem.methods._parts import Defaults, Prototypes, Queue, at_most, mlp, unit_keys
+from fastjem.train import Alarm, Step, check_encoder, health
 from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.data.masks import SAMPLERS
 from fastjem.methods import METHODS, views_of
-from fastjem.methods._parts import Defaults, Prototypes, Queue, at_most, mlp, unit_keys
 from fastjem.optim import Schedule, build, parameter_groups, scaled
-from fastjem.train import Alarm, Step, check_encoder, health
 
 
 @pytest.fixture(autouse=True)

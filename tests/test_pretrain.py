@@ -16,6 +16,7 @@ from images import make_folder
 
 for package in ("timm", "torchvision", "safetensors"):
     pytest.importorskip(package)
+from fastjem.pretrain import Config  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import fastjem  # noqa: E402
@@ -27,7 +28,6 @@ from fastjem.data.folder import ImageFolder  # noqa: E402
 from fastjem.data.loader import ViewLoader  # noqa: E402
 from fastjem.data.views import Views  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
-from fastjem.pretrain import Config  # noqa: E402
 
 TINY = {
     "backbone": "test_resnet",
