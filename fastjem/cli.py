@@ -19,7 +19,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "pretrain": Command(
-        "fastjem.commands.pretrain", "Config", "main",
+        "fastjem.run", "Config", "main",
         "train an encoder on a folder of images",
     ),
     "evaluate": Command(

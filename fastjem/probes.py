@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from fastjem.data.pixels import Pixels, whole_images
 from fastjem.data.source import Source
 from fastjem.errors import UserError
+from fastjem.optim import widest_dtype
 
 ELEMENTS = 2**20  # that are widened at a time
 BANK, QUERIES = 8192, 2048  # rows of one block of similarities
@@ -134,14 +135,9 @@ def blocks(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield buffer[: len(part)].copy_(part)
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """float64, but on MPS, which has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation [D] of the rows [N, D], in float64, a block of rows at a time."""
-    wide = widest(x.device)
+    wide = widest_dtype(x.device)
     mean = sum(part.sum(0) for part in blocks(x, wide)) / len(x)
     variance = sum(part.sub_(mean).square_().sum(0) for part in blocks(x, wide)) / len(x)
     return mean, variance.sqrt()
@@ -202,7 +198,7 @@ class LinearProbe:
 
 def rankme(x: Tensor) -> float:
     """exp of the entropy of the singular values of [N, D], as shares of their sum (Garrido et al. 2023, eq. 1)."""
-    gram = sum(part.T @ part for part in blocks(x, widest(x.device)))
+    gram = sum(part.T @ part for part in blocks(x, widest_dtype(x.device)))
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = values / (values.sum() + 1e-30) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))

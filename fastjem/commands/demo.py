@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from fastjem import encoders
+from fastjem.config import Config
 from fastjem.data import shapes
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import open_source
 from fastjem.errors import UserError
-from fastjem.pretrain import Config, pretrain
 from fastjem.probes import knn_accuracy
 from fastjem.report import write
+from fastjem.run import pretrain
 from fastjem.runs import open_run
 
 # What learns in minutes on two cores: 0.4 M parameters at 48 pixels. AdamW, as LARS warms up longer than this lasts.

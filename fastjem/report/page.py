@@ -5,18 +5,18 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
 from fastjem.errors import UserError
+from fastjem.health import Alarm
 from fastjem.methods import views_of
 from fastjem.report.charts import charts
 from fastjem.report.pictures import neighbours, picture, view_table
 from fastjem.report.run import Run, read, spread
 from fastjem.report.style import CSS
 from fastjem.report.views import samples, titles
-from fastjem.train import Alarm
 
 VIEWED = 4  # images whose views are shown
 WAITED = 0.2  # share of the time waited for data that is worth a word
@@ -108,7 +108,7 @@ def status(run: Run) -> Escaped:
 
 def warnings(run: Run) -> list[Escaped]:
     """What the run's own alarm said, and a loader that is too slow."""
-    alarm = Alarm(getattr(run.method, "asymmetric", False))
+    alarm = Alarm(run.method is not None and run.method.asymmetric)
     complete = [row for row in run.rows if {"loss", "embedding_std", "effective_rank"} <= row.keys()]
     texts = [text for row in complete if (text := alarm(row["step"], row))]
     waited = median(run, "data_wait")
@@ -224,10 +224,11 @@ def option(run: Run, key: str) -> str:
     value = run.config.get(key)
     if isinstance(value, dict):
         return ", ".join(f"{name}={x}" for name, x in value.items())
-    if value is None:
-        default = getattr(getattr(run.method, "defaults", None), key, None)
-        return "" if default is None else f"{default} (the method's)"
-    return str(value)
+    if value is not None:
+        return str(value)
+    defaults = asdict(run.method.defaults) if run.method else {}
+    default = defaults.get(key)
+    return "" if default is None else f"{default} (the method's)"
 
 
 def environment(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
