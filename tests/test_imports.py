@@ -103,7 +103,7 @@ def test_import_direction(path: Path) -> None:
         ("fastjem.ops.autograd", "def f():\n    import fastjem.functional as F"),
         ("fastjem.functional.contrastive", "from fastjem import nn"),
         ("fastjem.functional.contrastive", "from ..methods import simclr"),
-        ("fastjem.data.folder", "from fastjem.methods import METHODS"),
+        ("fastjem.data.source", "from fastjem.methods import METHODS"),
         ("fastjem.nn.losses", "import kernels"),
     ],
 )

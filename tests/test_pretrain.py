@@ -23,9 +23,10 @@ import fastjem  # noqa: E402
 from fastjem import checkpoints, encoders  # noqa: E402
 from fastjem.arguments import parse  # noqa: E402
 from fastjem.cli import main  # noqa: E402
-from fastjem.data.batches import augmented  # noqa: E402
-from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.data.loader import ViewLoader  # noqa: E402
+from fastjem.data.batch import finish  # noqa: E402
+from fastjem.data.loaders import Budget, Order  # noqa: E402
+from fastjem.data.loaders.torch import TorchLoader  # noqa: E402
+from fastjem.data.source import open_source  # noqa: E402
 from fastjem.data.views import Views  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 
@@ -258,9 +259,10 @@ def test_images_come_in_the_layout_of_the_encoder(images: str) -> None:
         == torch.contiguous_format
     )
     specs = Views(large=2).specs(32)
-    batch = next(iter(ViewLoader(ImageFolder(images), specs, batch=4, stop=1)))
+    source = open_source(images)
+    batch = next(iter(TorchLoader(source, specs, Order(samples=len(source), batch=4, stop=1), Budget())))
     for layout in (torch.channels_last, torch.contiguous_format):
-        views = augmented(batch, specs, torch.device("cpu"), channels_last=layout == torch.channels_last)
+        views = finish(batch, specs, "cpu", channels_last=layout == torch.channels_last).views
         assert all(view.is_contiguous(memory_format=layout) and view.shape == (4, 3, 32, 32) for view in views)
 
 
