@@ -202,6 +202,7 @@ def test_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     text = words(out)
     assert "other/a" in text and f"{run.parent.name}/a" in text and "Momentum encoder" in text
     html = out.read_text()
+    assert f"<title>{run.parent.name}/a and other/a</title>" in html
     assert html.count('aria-label="Loss"') == 1 and html.count("Embeddings") >= 2
     marked = re.findall(r'<tr class="differs"><td>([^<]*)', html)
     assert {"method", "seed"} <= set(marked) and "batch size" not in marked
