@@ -1,4 +1,4 @@
-"""Everything a run depends on: what the command line and `fastjem.pretrain(...)` fill in, and its file in the folder."""
+"""Everything a run depends on: filled in by the command line or `fastjem.pretrain(...)`, kept in the run's folder."""
 
 import dataclasses
 import json
