@@ -150,7 +150,7 @@ def test_what_is_no_source() -> None:
         given.labels, given.classes = labels, classes
         with pytest.raises(UserError, match=message):
             open_source(given)
-    with pytest.raises(NoneReadable, match="none of the files can be read; the first: Drawers/[0-9]+: Truncated"):
+    with pytest.raises(NoneReadable, match=r"none of the files can be read; the first: Drawers/[0-9]+: Truncated"):
         list(loaded("torch", Drawers(broken=tuple(range(12)))))
 
 
