@@ -2,6 +2,9 @@
 
 import io
 import pickle
+import re
+import sqlite3
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from PIL import Image
 from fastjem.data import loaders, source
 from fastjem.data.batch import Crops, finish
 from fastjem.data.loaders import Budget, Order
+from fastjem.data.loaders.torch import TorchLoader
 from fastjem.data.source import NoneReadable, Source, decode, decode_named, open_source, path_of
 from fastjem.data.sources.arrays import Arrays
 from fastjem.data.views import ViewSpec
@@ -207,3 +211,30 @@ def test_an_order_is_its_seed_and_its_step() -> None:
     for epoch in range(3):
         keys = batches[2 * epoch] + batches[2 * epoch + 1]
         assert {key[0] for key in keys} == {epoch} and len({sample for _, sample in keys}) == 8
+
+
+def test_the_page_on_adding_a_source_holds(tmp_path: Path, monkeypatch) -> None:
+    """Its two examples as they stand there: crops of a database and of a .zip file are those of the folder."""
+    page = (Path(__file__).parents[1] / "docs" / "adding-a-source.md").read_text()
+    own, _, zipped, line = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    folder = open_source(make_folder(tmp_path / "images", 12))
+    with sqlite3.connect("photos.db") as database, zipfile.ZipFile("photos.zip", "w") as archive:
+        database.execute("CREATE TABLE photos (number INTEGER, file BLOB, label INTEGER)")
+        for i in range(12):
+            database.execute("INSERT INTO photos VALUES (?, ?, ?)", (i, folder.read(i), int(folder.labels[i])))
+            archive.writestr(folder.name(i), folder.read(i))
+    names = dict(vars(source))
+    exec(own + zipped + line, names)
+    monkeypatch.setattr(source, "SOURCES", names["SOURCES"])
+    database, archive = open_source(names["Database"]("photos.db")), open_source("photos.zip")
+    assert archive.classes == folder.classes and [archive.name(i) for i in range(12)] == [
+        folder.name(i) for i in range(12)
+    ]
+    for opened in (database, archive):
+        assert opened.labels.tolist() == folder.labels.tolist()
+        loader = TorchLoader(opened, SPECS, Order(samples=12, batch=4, stop=3), Budget(workers=2))
+        for crops, expected in zip(loader, loaded("torch", folder, seed=0, stop=3), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(crops.views, expected.views, strict=True))
+            assert torch.equal(crops.labels, expected.labels)
+    assert np.array_equal(np.asarray(decode_named("photos.zip", folder.name(5))), np.asarray(decode(folder, 5)))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 FIRST_CROP_BLOCK = 0  # the i-th attempt at a crop takes block i
@@ -29,7 +30,7 @@ def round_keys(seed: int) -> list[tuple[int, int]]:
     return [(low + i * WEYL[0] & WORD, high + i * WEYL[1] & WORD) for i in range(ROUNDS)]
 
 
-def philox(counter: Sequence[np.ndarray], seed: int) -> np.ndarray:
+def philox(counter: Sequence[ArrayLike], seed: int) -> np.ndarray:
     """Four words [N] (any integers; their low 32 bits count) -> [4, N] float64, uniform in (0, 1)."""
     c = [np.asarray(word).astype(np.uint64) & WORD for word in counter]
     for low, high in round_keys(seed):

@@ -180,13 +180,12 @@ def _checked(name: str, value: Value, default: Any) -> Any:
     """The value of a field as its default is: a number, as many numbers, or a truth value."""
     try:
         new = _like(value, default)
-        sensible = isinstance(new, bool) or _sensible(name, new if isinstance(new, tuple) else (new,))
+        if isinstance(new, bool) or _sensible(name, new if isinstance(new, tuple) else (new,)):
+            return new
     except (TypeError, ValueError):
-        sensible = False
-    if not sensible:
-        example = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        raise UserError(f"a view's {name} must be like {example}, got {value}")
-    return new
+        pass
+    example = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    raise UserError(f"a view's {name} must be like {example}, got {value}")
 
 
 def _like(value: Any, default: Any) -> Any:

@@ -275,10 +275,10 @@ def drawn(specs: Sequence[ViewSpec], seed: int) -> Tables:
     """The parameters that every loader takes."""
     parameters = Parameters(specs)
 
-    def tables(keys: Sequence[Key], sizes: np.ndarray) -> np.ndarray:  # [V, B, P]
+    def tables(keys: Sequence[Key], sizes: np.ndarray) -> list[np.ndarray]:
         epoch = keys[0][0]  # a batch lies in one epoch
         heights, widths = sizes.T
-        return parameters(seed, epoch, [sample for _, sample in keys], heights, widths)
+        return list(parameters(seed, epoch, [sample for _, sample in keys], heights, widths))
 
     return tables
 
