@@ -254,7 +254,7 @@ def test_a_hundred_thousand_files_are_listed_in_seconds(tmp_path: Path) -> None:
 
 
 def test_knn() -> None:
-    from fastjem.evaluate import knn
+    from fastjem.probes import knn
 
     bank = torch.tensor([[1.0, 0.1], [1.0, -0.1], [0.0, 2.0], [0.1, 3.0]])
     found = knn(bank, torch.tensor([0, 0, 1, 1]), torch.tensor([[5.0, 0.2], [0.3, 0.9]]), k=3)
