@@ -180,7 +180,8 @@ def rate(variant: Variant, folder: Source, specs: list[ViewSpec], images: int) -
     batches = variant(folder, specs)
     for _ in range(WARM):
         next(batches)
-    begin, seen = time.perf_counter(), 0
+    seen = 0
+    begin = time.perf_counter()
     while seen < images:
         seen += next(batches)
     seconds = time.perf_counter() - begin
@@ -208,7 +209,8 @@ def main() -> None:
                 rates[name].append(rate(VARIANTS[name], folder, specs, arguments.images))
                 print(f"{case}, round {turn + 1}: {name}: {rates[name][-1]:.0f} images/s", file=sys.stderr, flush=True)
         best = {name: max(each) for name, each in rates.items()}
-        base, lines = best["ours, DALI on the CPU"], []
+        base = best["ours, DALI on the CPU"]
+        lines = []
         for name, each in rates.items():
             ratio = np.median(rates["ours, DALI on the CPU"]) / np.median(each)
             lines.append(

@@ -2,6 +2,7 @@
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 try:
     __version__ = version("fastjem")
@@ -16,7 +17,7 @@ LAZY = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in LAZY:
         raise AttributeError(f"module 'fastjem' has no attribute {name!r}")
     module, attribute = LAZY[name]

@@ -138,8 +138,9 @@ def blocks(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation [D] of the rows [N, D], in float64, a block of rows at a time."""
     wide = widest_dtype(x.device)
-    mean = sum(part.sum(0) for part in blocks(x, wide)) / len(x)
-    variance = sum(part.sub_(mean).square_().sum(0) for part in blocks(x, wide)) / len(x)
+    zeros = torch.zeros(x.shape[1], dtype=wide, device=x.device)
+    mean = sum((part.sum(0) for part in blocks(x, wide)), zeros) / len(x)
+    variance = sum((part.sub_(mean).square_().sum(0) for part in blocks(x, wide)), zeros) / len(x)
     return mean, variance.sqrt()
 
 

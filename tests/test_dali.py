@@ -197,7 +197,7 @@ def test_the_graph_for_a_gpu_is_on_the_gpu(monkeypatch) -> None:
 
     monkeypatch.setattr(Pipeline, "build", lambda self: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    made = dali.pipeline(lambda: (), SPECS, batch=2, device="cuda", decoder_share=0.25)
+    made = dali.build_pipeline(lambda: (), SPECS, batch=2, device="cuda", decoder_share=0.25)
     made._build_graph()
     kinds = [(op.name.strip("_").partition("_")[0], op.outputs[0].device) for op in made._ops]
     assert sorted(kind for kind in kinds if "xternal" not in kind[0]) == [
@@ -242,9 +242,9 @@ def test_memory_is_a_loader_too(tmp_path: Path) -> None:
 def test_the_share_for_a_gpus_own_decoder_is_measured(tmp_path: Path, monkeypatch) -> None:
     """On a CPU all are as fast: what is measured, taken and said, not which is best."""
     write(tmp_path, {f"{i}.jpg": encoded(picture(i), quality=90) for i in range(4)})
-    on_cpu = dali.pipeline
+    on_cpu = dali.build_pipeline
     monkeypatch.setattr(dali, "why_not", lambda device: "")
-    monkeypatch.setattr(dali, "pipeline", lambda *args, **options: on_cpu(*args, **options | {"device": "cpu"}))
+    monkeypatch.setattr(dali, "build_pipeline", lambda *args, **options: on_cpu(*args, **options | {"device": "cpu"}))
 
     def made(stop: int, **budget) -> loaders.Loader:
         order = Order(samples=4, batch=2, seed=1, stop=stop)

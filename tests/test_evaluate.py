@@ -11,13 +11,13 @@ from images import make_folder
 
 for package in ("timm", "torchvision", "safetensors", "tyro", "sklearn"):
     pytest.importorskip(package)
-from fastjem.data.pixels import Pixels  # noqa: E402
-from fastjem.data.source import open_source  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import fastjem  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.data import shapes  # noqa: E402
+from fastjem.data.pixels import Pixels  # noqa: E402
+from fastjem.data.source import open_source  # noqa: E402
 from fastjem.probes import LinearProbe, embed, knn, moments, rankme  # noqa: E402
 from fastjem.runs import Opened, open_run  # noqa: E402
 

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,17 +15,19 @@ from images import make_folder
 
 for package in ("timm", "torchvision", "safetensors", "matplotlib", "sklearn"):
     pytest.importorskip(package)
-from fastjem.data.batch import finish  # noqa: E402
-from fastjem.data.loaders import Budget, Order  # noqa: E402
-from fastjem.data.loaders.torch import TorchLoader  # noqa: E402
-from fastjem.data.source import open_source  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import fastjem  # noqa: E402
 from fastjem import checkpoints, report  # noqa: E402
+from fastjem import config as configuration  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.commands.views import LINE, MARGIN, ViewsOptions, draw_views  # noqa: E402
 from fastjem.data import masks  # noqa: E402
+from fastjem.data.batch import finish  # noqa: E402
+from fastjem.data.loaders import Budget, Order  # noqa: E402
+from fastjem.data.loaders.torch import TorchLoader  # noqa: E402
+from fastjem.data.pixels import Pixels  # noqa: E402
+from fastjem.data.source import open_source  # noqa: E402
 from fastjem.data.views import MaskSpec  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import METHODS, views_of  # noqa: E402
@@ -51,6 +53,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     out = tmp_path_factory.mktemp("runs") / "a"
     fastjem.pretrain(**TINY, data=str(images), out=str(out), epochs=3, knn_every=1, checkpoint_steps=3)
     return out
+
+
+def fields_of(run: Path) -> dict[str, object]:
+    """The run's configuration as `fastjem.pretrain` takes it."""
+    config, _ = configuration.read(run)
+    return asdict(config)
 
 
 class Balanced(HTMLParser):
@@ -105,7 +113,7 @@ def test_a_run_leaves_its_report(run: Path) -> None:
 
 
 def test_watching_changes_nothing_and_a_resumed_run_lacks_nothing(run: Path, tmp_path: Path) -> None:
-    config = json.loads((run / "config.yaml").read_text())
+    config = fields_of(run)
     blind = {**config, "report": False, "knn_every": 0.0, "out": str(tmp_path / "blind")}
     fastjem.pretrain(**blind)
     assert not (tmp_path / "blind" / "report.html").exists()
@@ -115,8 +123,8 @@ def test_watching_changes_nothing_and_a_resumed_run_lacks_nothing(run: Path, tmp
     class Killed(BaseException):
         pass
 
-    def kill(self, encoder: torch.nn.Module, done: int) -> None:
-        original(self, encoder, done)
+    def kill(self, done: int) -> None:
+        original(self, done)
         if done == 6:  # measured, but not in a checkpoint yet
             raise Killed
 
@@ -137,8 +145,8 @@ def test_a_broken_report_ends_no_run(
         raise RuntimeError("no room\nat all")
 
     monkeypatch.setattr(watch, "write", fail)
-    monkeypatch.setattr(watch.Probe, "embed", fail)
-    config = {**json.loads((run / "config.yaml").read_text()), "out": str(tmp_path / "a"), "epochs": 1}
+    monkeypatch.setattr(watch.SampleImages, "embed", fail)
+    config = {**fields_of(run), "out": str(tmp_path / "a"), "epochs": 1}
     assert fastjem.pretrain(**config).finished
     assert capsys.readouterr().err.count("the report is incomplete (RuntimeError: no room)") == 1
 
@@ -172,7 +180,7 @@ def test_images_are_chosen_evenly() -> None:
 def test_probe_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, 12, classes=0)
     (folder / "0003.png").write_bytes(b"")
-    probe = watch.Probe(open_source(folder), 16)
+    probe = watch.SampleImages(open_source(folder), Pixels(16))
     assert len(probe.images) == 11 and 3 not in probe.indices and not probe.labelled
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(768)).train()
     before = encoder[1].running_mean.clone()
@@ -194,6 +202,7 @@ def test_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     text = words(out)
     assert "other/a" in text and f"{run.parent.name}/a" in text and "Momentum encoder" in text
     html = out.read_text()
+    assert f"<title>{run.parent.name}/a and other/a</title>" in html
     assert html.count('aria-label="Loss"') == 1 and html.count("Embeddings") >= 2
     marked = re.findall(r'<tr class="differs"><td>([^<]*)', html)
     assert {"method", "seed"} <= set(marked) and "batch size" not in marked

@@ -7,7 +7,7 @@ variants' clocks.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def tensors(tree: object) -> Iterator[Tensor]:
             yield from tensors(branch)
 
 
-def copied(tree: object, dtype: torch.dtype | None = None) -> object:
+def copied(tree: Any, dtype: torch.dtype | None = None) -> Any:
     """The same nested tuples and lists of fresh copies, floating-point ones in `dtype` if it is given."""
     if isinstance(tree, Tensor):
         copy = tree.detach().clone()
@@ -60,7 +60,9 @@ class Step:
         return self.function(*self.inputs)
 
     def backward(self, result: Tensor | None) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(result, self.leaves) if self.leaves else ()
+        if result is None or not self.leaves:
+            return ()
+        return torch.autograd.grad(result, self.leaves)
 
     def fresh(self) -> list[Tensor]:
         """What a call has to return anyway: its result and the gradients. Their memory is nobody's overhead."""
@@ -78,6 +80,7 @@ class Clock(Protocol):
 
     def samples(self) -> list[tuple[float, float]]:
         """Seconds of forward and backward, for each of a few calls."""
+        ...
 
 
 class WallClock:

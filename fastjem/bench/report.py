@@ -158,7 +158,7 @@ def markdown(results: dict) -> str:
 def passes(rows: Sequence[dict], numbers: dict[str, str]) -> list[list[str]]:
     """A line per case and variant; numbers: date of a run -> its number on the page."""
     head = "case, run, variant, timed by, rounds, others, first call, forward, backward, total, median, p20 - p80, MiB"
-    lines = [head.split(", ")]
+    lines: list[list[str]] = [[*head.split(", ")]]
     for row in rows:
         for variant, timing in row["variants"].items():
             stats = timing["passes"]

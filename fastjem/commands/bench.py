@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,9 +102,7 @@ def _measured(
     return rows
 
 
-def measure(
-    case: Case, device: torch.device, ceilings: machine.Ceilings, compiled: bool, **limits: float | None
-) -> dict:
+def measure(case: Case, device: torch.device, ceilings: machine.Ceilings, compiled: bool, **limits: Any) -> dict:
     """Time one case: its row for the report. `limits` go to `compare`: rounds, budget, patience."""
     if compiled:
         torch._dynamo.reset()  # one formula at many shapes would meet dynamo's limit

@@ -38,7 +38,7 @@ class CheckDataOptions:
 class File:
     """What one file is; `why` says what is wrong with one that can't be read."""
 
-    bytes: int = 0
+    size: int = 0  # bytes
     digest: bytes = b""
     kind: str = ""  # "JPEG"
     mode: str = ""  # as it is stored: "L", "CMYK"
@@ -59,7 +59,7 @@ def examine(path: str, crop: int = 0) -> File:
         with open(path, "rb") as file:
             data = file.read()
         found.read = time.thread_time() - begin
-        found.bytes = len(data)
+        found.size = len(data)
         found.digest = hashlib.blake2b(data, digest_size=16).digest()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble
@@ -129,7 +129,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
     result: dict[str, Any] = {
         "data": source.root,
         "files": len(files),
-        "bytes": sum(file.bytes for file in files),
+        "bytes": sum(file.size for file in files),
         "classes": len(source.classes),
         "formats": dict(collections.Counter(file.kind for file in readable).most_common()),
         "modes": dict(collections.Counter(file.mode for file in readable).most_common()),

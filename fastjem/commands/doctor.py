@@ -192,16 +192,16 @@ def _machine_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _gpu_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    platform = "ROCm" if found.get("build") == "ROCm" else "CUDA"
+    name = "ROCm" if found.get("build") == "ROCm" else "CUDA"
     if found["problem"]:
         yield "GPU", f"none: {found['problem']}"
         if "cuda" in found:
-            yield platform, found["cuda"] or "none"
+            yield name, found["cuda"] or "none"
     else:
         for device in found["devices"]:
             line = f"{device['name']}, capability {device['capability']}, {device['memory_gib']} GiB"
             yield "GPU", f"{line}: DOESN'T WORK: {device['problem']}" if device["problem"] else line
-        yield platform, f"{found['cuda']}, driver {found['driver'] or 'unknown'}"
+        yield name, f"{found['cuda']}, driver {found['driver'] or 'unknown'}"
     if found.get("operators"):
         yield f"on {found['build']}", f"operators are {found['operators']}"
 

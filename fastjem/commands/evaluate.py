@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastjem import checkpoints
 from fastjem.data import shapes
@@ -46,7 +46,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     known = split(train, test)
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     encoder = opened.encoder.to(device)
-    projector = opened.projector.to(device) if opened.projector is not None else None
+    projector = nn.Identity() if opened.projector is None else opened.projector.to(device)
 
     def compute(images: Tensor) -> list[Tensor]:
         embeddings = encoder(images)

@@ -74,6 +74,7 @@ def to_onnx(
             encoder, (torch.randn(2, *shape),), input_names=["images"], output_names=["features"], dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
         )  # fmt: skip
+        assert program is not None  # torch.onnx.export has given it since dynamo=True
         program.model.metadata_props.update(metadata)
         program.save(str(path), external_data=False)
     images = torch.randn(3, *shape)  # another batch size than the graph was traced with

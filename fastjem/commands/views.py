@@ -48,7 +48,7 @@ def main(options: ViewsOptions) -> int:
     return 0
 
 
-def grid(shown: Sequence[Sample], columns: Sequence[str], root: Path, *, cell: int) -> Image.Image:
+def grid(shown: Sequence[Sample], columns: Sequence[str], root: str, *, cell: int) -> Image.Image:
     """Rows are images, the first column the file itself; cells of `cell` pixels, small views at their share of it."""
     font = ImageFont.load_default(13)
     views = shown[0].views

@@ -22,7 +22,6 @@ from fastjem.errors import UserError
 
 T = TypeVar("T")
 ORIENTATION = 0x0112  # the EXIF tag
-SOURCES: dict[str, Any] = {"arrays": Arrays, "folder": Folder}  # the first that recognises what the user named
 
 
 class Source(Protocol):
@@ -44,6 +43,27 @@ class Source(Protocol):
         ...
 
 
+class Format(Protocol):
+    """A class of sources that a path names."""
+
+    def __call__(self, root: Path) -> Source: ...
+
+    def recognises(self, root: Path) -> bool:
+        """Whether the path is one of this format; nothing but its name and kind is looked at."""
+        ...
+
+    def read_named(self, root: str, name: str) -> bytes | np.ndarray:
+        """`read` of the image called `name`, without opening the whole source: for reports."""
+        ...
+
+
+SOURCES: dict[str, Format] = {"arrays": Arrays, "folder": Folder}  # the first that recognises a path opens it
+
+
+def format_of(root: Path) -> Format:
+    return next(kind for kind in SOURCES.values() if kind.recognises(root))
+
+
 def open_source(data: str | os.PathLike[str] | Any) -> Source:
     """A source of what the user named: a folder, a .npz or .npy file, or an object of their own with `len` and `read`.
 
@@ -52,10 +72,10 @@ def open_source(data: str | os.PathLike[str] | Any) -> Source:
     """
     if isinstance(data, (str, os.PathLike)):
         path = Path(data)
-        kind = next(kind for kind in SOURCES.values() if kind.recognises(path))
-        return kind(path)
-    complete = (*SOURCES.values(), Completed)
-    return data if isinstance(data, complete) else Completed(data)
+        return format_of(path)(path)
+    if isinstance(data, Completed) or type(data) in SOURCES.values():
+        return data
+    return Completed(data)
 
 
 class Completed:
@@ -123,8 +143,7 @@ def decode(source: Source, i: int) -> Image.Image:
 
 def decode_named(root: str, name: str) -> Image.Image:
     """The image called `name` of the source that `open_source(root)` opens, which isn't listed for it."""
-    kind = next(kind for kind in SOURCES.values() if kind.recognises(Path(root)))
-    return to_image(kind.read_named(root, name))
+    return to_image(format_of(Path(root)).read_named(root, name))
 
 
 def to_image(data: bytes | np.ndarray) -> Image.Image:

@@ -140,7 +140,7 @@ def chart(quantity: Quantity, runs: Sequence[Run]) -> str | None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none", "svg.hashsalt": quantity.title, "font.family": "sans-serif", "font.size": 9,
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": FAINT,
         "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False,
@@ -186,7 +186,7 @@ def _add_legend(figure: Any, curves: Sequence[Curve]) -> None:
     """The line style of each key; colours are the runs', which the page names."""
     from matplotlib.lines import Line2D
 
-    styles = {curve.name: curve.style for curve in curves}
+    styles: dict[str, Any] = {curve.name: curve.style for curve in curves}
     if len(styles) > 1:
         lines = [Line2D([], [], color=INK, linestyle=style, linewidth=1.5) for style in styles.values()]
         figure.legend(lines, list(styles), loc="outside upper right", ncols=len(styles), frameon=False)

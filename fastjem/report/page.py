@@ -53,6 +53,7 @@ def save(path: Path, text: str) -> Path:
 
 
 def page(runs: Sequence[Run], tsne: bool) -> str:
+    """The whole page."""
     names = [html.escape(name) for name in names_of(runs)]
     title = " and ".join(names) if len(runs) < 3 else f"{len(runs)} runs"
     body = [f"<h1>{title}</h1>"]
@@ -73,8 +74,8 @@ def page(runs: Sequence[Run], tsne: bool) -> str:
     if len(runs) == 1:
         body += ["<h2>Images</h2>", cards(list(pictures), [make(runs[0]) for make in pictures.values()])]
     else:
-        for title, make in pictures.items():
-            body += [f"<h2>{title}</h2>", cards(names, [make(run) for run in runs])]
+        for heading, make in pictures.items():
+            body += [f"<h2>{heading}</h2>", cards(names, [make(run) for run in runs])]
     body += ["<h2>Configuration</h2>", options(runs, names)]
     body += ["<h2>Where it ran</h2>", environment(runs, names)]
     written = time.strftime("%Y-%m-%d %H:%M")
@@ -191,7 +192,9 @@ def seen(run: Run) -> str:
     """The views that the run had of some images in its first epoch, and the mask if it has one."""
     config = run.config
     embeddings = run.embeddings
-    if embeddings is None or run.method is None:
+    if run.method is None:
+        return '<p class="note">The method is no part of fastjem, so its views are not known here.</p>'
+    if embeddings is None:
         return '<p class="note">No images have been saved yet.</p>'
     size = config["image_size"]
     patch = run.environment.get("patch", 1)

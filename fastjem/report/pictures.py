@@ -141,7 +141,8 @@ def neighbours(embeddings: Embeddings, queries: int = QUERIES, most: int = NEIGH
         cosine[query] = -np.inf
         nearest = np.argsort(-cosine)[:most]
         cells = [cell(embeddings, query, None, True)]
-        cells += [cell(embeddings, i, cosine[i], embeddings.labels[i] == embeddings.labels[query]) for i in nearest]
+        for i in nearest:
+            cells.append(cell(embeddings, i, float(cosine[i]), embeddings.labels[i] == embeddings.labels[query]))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     heads = "<th>image</th>" + "".join(f"<th>{i + 1}</th>" for i in range(most))
     return f'<div class="scroll"><table class="images even"><tr>{heads}</tr>{"".join(lines)}</table></div>'

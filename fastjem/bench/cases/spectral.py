@@ -1,6 +1,7 @@
 """Losses that are plain torch here, as on a factorisation of a small matrix there is nothing to fuse; and SIGReg."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def mmcr(online: Tensor, momentum: Tensor) -> Tensor:
 
 
 def frossl(z0: Tensor, z1: Tensor) -> Tensor:
-    loss = 0.0
+    loss: Any = 0.0
     z = torch.stack([normalize(z0, dim=0), normalize(z1, dim=0)])
     for x in z:
         gram = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T

@@ -48,11 +48,15 @@ def lightly():
 
     modules = {}
 
+    def module(tensors: list[Tensor]) -> torch.nn.Module:
+        return torch.nn.ParameterList(torch.nn.Parameter(x, False) for x in tensors)
+
     def run(teacher: list[Tensor], student: list[Tensor]) -> None:
-        if teacher[0].data_ptr() not in modules:
-            parameters = (torch.nn.ParameterList(torch.nn.Parameter(x, False) for x in xs) for xs in (student, teacher))
-            modules[teacher[0].data_ptr()] = tuple(parameters)
-        update_momentum(*modules[teacher[0].data_ptr()], MOMENTUM)
+        key = teacher[0].data_ptr()
+        if key not in modules:
+            modules[key] = (module(student), module(teacher))
+        live, copy = modules[key]
+        update_momentum(live, copy, MOMENTUM)
 
     return run
 

@@ -132,7 +132,7 @@ class DaliLoader:
                 yield waiting.popleft().crops(views, self.source)
 
     def _build(self, feed: Callable[[], tuple]) -> Any:
-        return pipeline(
+        return build_pipeline(
             feed, self.specs, batch=self.batch, device=self.device, threads=self.threads, prefetch=self.prefetch,
             decoder_share=self.decoder_share,
         )  # fmt: skip
@@ -158,7 +158,8 @@ class DaliLoader:
     def _by_pillow(self, batches: Iterable[_EncodedBatch]) -> list[_EncodedBatch]:
         """The same batches without a file that DALI decodes: which one broke it is not in its message."""
         out = []
-        refused, whole = set(), set()
+        refused: set[int] = set()  # samples that DALI was to decode, and Pillow can't
+        whole: set[int] = set()  # those that Pillow can
         for batch in batches:
             images = [self._read(sample, by_dali=False) for _, sample in batch.keys]
             decoded = self._encoded_batch(batch.keys, images)
@@ -190,20 +191,22 @@ def ppm(image: Image.Image) -> np.ndarray:
     return np.frombuffer(b"P6 %d %d 255\n" % image.size + image.tobytes(), np.uint8)
 
 
-def pipeline(
+def build_pipeline(
     feed: Callable[[], tuple], specs: Sequence[ViewSpec], *, batch: int, device: str = "cpu", threads: int = 2,
     prefetch: int = 2, decoder_share: float | None = DECODER_SHARE,
 ) -> Any:  # fmt: skip
-    """DALI's graph: files and windows in, a [size, size, 3] uint8 view of each spec out. A GPU is needed to run one
-    for it, not to describe it."""
+    """DALI's graph: files and windows in, a [size, size, 3] uint8 view of each spec out.
+
+    One for the GPU can be described without a GPU, but not run.
+    """
     from nvidia.dali import Pipeline, fn, types
 
     gpu = device == "cuda"
-    made = Pipeline(
+    pipeline = Pipeline(
         batch_size=batch, num_threads=threads, device_id=torch.cuda.current_device() if gpu else None, seed=0,
         prefetch_queue_depth=prefetch, exec_dynamic=True,
     )  # fmt: skip
-    with made:
+    with pipeline:
         encoded, *windows = fn.external_source(source=feed, num_outputs=1 + 2 * len(specs), batch=True)
         options = {"hw_decoder_load": decoder_share, "jpeg_fancy_upsampling": True} if gpu else {}
         images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, **options)
@@ -213,9 +216,9 @@ def pipeline(
             cut = fn.slice(images, corner, extent, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
             kind = types.INTERP_CUBIC if spec.bicubic else types.INTERP_LINEAR
             views.append(fn.resize(cut, size=[spec.size, spec.size], interp_type=kind, antialias=True))
-        made.set_outputs(*views)
-    made.build()
-    return made
+        pipeline.set_outputs(*views)
+    pipeline.build()
+    return pipeline
 
 
 def why_not(device: str) -> str:
@@ -223,9 +226,10 @@ def why_not(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     picture = ppm(Image.new("RGB", (8, 8), (90, 90, 90)))
-    zeros, eights = np.zeros((1, 2), np.int32), np.full((1, 2), 8, np.int32)
+    corner = np.zeros((1, 2), np.int32)
+    extent = np.full((1, 2), 8, np.int32)
     try:
-        (view,) = pipeline(lambda: ([picture], zeros, eights), [ViewSpec(size=4)], batch=1, device=device).run()
+        (view,) = build_pipeline(lambda: ([picture], corner, extent), [ViewSpec(size=4)], batch=1, device=device).run()
         if not bool((torch.from_dlpack(view.as_tensor()) == 90).all()):
             return "DALI's picture of one colour has others"
     except ImportError:
@@ -257,7 +261,8 @@ def measure_shares(
         loaded = measure(share)
         for _ in range(warm):
             next(loaded)
-        begin, images = time.perf_counter(), 0
+        images = 0
+        begin = time.perf_counter()
         for crops in itertools.islice(loaded, batches):
             images += len(crops.views[0])
         if torch.cuda.is_available():
@@ -270,10 +275,10 @@ def drawn(specs: Sequence[ViewSpec], seed: int) -> Tables:
     """The parameters that every loader takes."""
     parameters = Parameters(specs)
 
-    def tables(keys: Sequence[Key], sizes: np.ndarray) -> np.ndarray:  # [V, B, P]
+    def tables(keys: Sequence[Key], sizes: np.ndarray) -> list[np.ndarray]:
         epoch = keys[0][0]  # a batch lies in one epoch
         heights, widths = sizes.T
-        return parameters(seed, epoch, [sample for _, sample in keys], heights, widths)
+        return list(parameters(seed, epoch, [sample for _, sample in keys], heights, widths))
 
     return tables
 

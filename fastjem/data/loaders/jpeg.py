@@ -52,7 +52,8 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 def _upright(size: tuple[int, int] | None, turned: bool) -> tuple[int, int] | None:
     if size is None or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or 2**62):
         return None
-    return size[::-1] if turned else size
+    height, width = size
+    return (width, height) if turned else (height, width)
 
 
 def _orientation(segment: bytes) -> int:
