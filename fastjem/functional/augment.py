@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastjem.functional import _checks as check
+from fastjem.functional import checks
 
 COLUMNS = 13  # of the table; kernels/reference_augment.py describes them
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,16 +44,16 @@ def augment(
     """
     contract = "images must be [B, H, W, 3] uint8"
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:
-        check.fail("augment", contract, check.shape(images))
+        checks.fail("augment", contract, checks.shape(images))
     if images.dtype != torch.uint8:
-        check.fail("augment", contract, images.dtype)
+        checks.fail("augment", contract, images.dtype)
     _table("augment", parameters, len(images))
-    check.one_device("augment", (images, parameters))
+    checks.one_device("augment", (images, parameters))
     if dtype not in DTYPES and not (dtype == parameters.dtype == torch.float64):
-        check.fail("augment", "dtype must be float32, bfloat16 or float16", dtype)
+        checks.fail("augment", "dtype must be float32, bfloat16 or float16", dtype)
     mean, std = [float(x) for x in mean], [float(x) for x in std]
     if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
-        check.fail("augment", "mean and std must be 3 numbers each, std positive", f"{mean} and {std}")
+        checks.fail("augment", "mean and std must be 3 numbers each, std positive", f"{mean} and {std}")
     return torch.ops.fastjem.augment(images, parameters, mean, std, dtype, channels_last, exact, float(threshold))
 
 
@@ -72,22 +72,22 @@ def crop_resize(images: Tensor, indices: Tensor, parameters: Tensor, *, size: in
     """
     contract = "images must be [N, H, W, 3] uint8"
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:
-        check.fail("crop_resize", contract, check.shape(images))
+        checks.fail("crop_resize", contract, checks.shape(images))
     if images.dtype != torch.uint8:
-        check.fail("crop_resize", contract, images.dtype)
+        checks.fail("crop_resize", contract, images.dtype)
     if not isinstance(indices, Tensor) or indices.dim() != 1 or indices.dtype != torch.int64 or not len(indices):
-        came = f"{check.shape(indices)} {getattr(indices, 'dtype', '')}".strip()
-        check.fail("crop_resize", "indices must be [B] int64", came)
+        came = f"{checks.shape(indices)} {getattr(indices, 'dtype', '')}".strip()
+        checks.fail("crop_resize", "indices must be [B] int64", came)
     _table("crop_resize", parameters, len(indices))
-    check.one_device("crop_resize", (images, indices, parameters))
+    checks.one_device("crop_resize", (images, indices, parameters))
     if not isinstance(size, int) or size < 1:
-        check.fail("crop_resize", "size must be a positive integer", size)
+        checks.fail("crop_resize", "size must be a positive integer", size)
     return torch.ops.fastjem.crop_resize(images, indices, parameters, size, bicubic)
 
 
 def _table(op: str, parameters: Tensor, rows: int) -> None:
     contract = f"parameters must be [{rows}, {COLUMNS}] float32, a row per image"
     if not isinstance(parameters, Tensor) or parameters.shape != (rows, COLUMNS):
-        check.fail(op, contract, check.shape(parameters))
+        checks.fail(op, contract, checks.shape(parameters))
     if parameters.dtype not in (torch.float32, torch.float64):
-        check.fail(op, contract, parameters.dtype)
+        checks.fail(op, contract, parameters.dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastjem.functional._collectives import gather_rows
+from fastjem.collectives import gather_rows
 
 SHORT = 10_000  # steps of a run below which papers' values, made for a hundred times as many, are replaced
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastjem.functional as F
+from fastjem.collectives import sum_over_ranks, world_size
 from fastjem.data.views import Views
-from fastjem.functional._collectives import sum_over_ranks, world_size
 from fastjem.methods._parts import Defaults, Parts, Prototypes, at_most, frozen, linear_warmup, mlp
 
 

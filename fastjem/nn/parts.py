@@ -66,6 +66,15 @@ class MLP(nn.Sequential):
         return super().__getitem__(index)
 
 
+def init_as_vision_transformer(module: nn.Module) -> None:
+    """Linear layers' weights from a normal distribution of deviation 0.02, cut off; biases 0. DINO's heads have it."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class Prototypes(nn.Module):
     """Scores against prototypes of unit length: `linear(x, normalize(weight))`, [N, D] -> [N, K].
 

@@ -8,7 +8,7 @@ from torch import Tensor
 ops = torch.ops.fastjem
 
 
-def _refuse_second_order(name: str) -> None:
+def refuse_second_order(name: str) -> None:
     # autograd's once_differentiable would let a constant pass where the upstream gradient requires none
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: differentiable once only, got create_graph=True")
@@ -37,7 +37,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_):
-        _refuse_second_order(ctx.name)
+        refuse_second_order(ctx.name)
         scale, *gradients = ctx.saved_tensors
         factor = upstream * scale
         scaled = (_rescaled(g, factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
@@ -55,7 +55,7 @@ class _TwoPasses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        _refuse_second_order(ctx.name)
+        refuse_second_order(ctx.name)
         gradient = getattr(ops, ctx.name)(*ctx.saved_tensors, *ctx.arguments)
         ops.rescale_(gradient, upstream * ctx.scale)
         return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
@@ -72,7 +72,7 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        _refuse_second_order(ctx.name)
+        refuse_second_order(ctx.name)
         scaled = []
         for i, (g, factor, (dtype, shape)) in enumerate(zip(ctx.saved_tensors, ctx.factors, ctx.like, strict=True)):
             wanted = ctx.needs_input_grad[4 + i]
