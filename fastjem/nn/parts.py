@@ -248,7 +248,8 @@ class HeldMean(nn.Module):
         """
         total, rows = sum_and_count_of_ranks(self.total, self.rows, group)
         mean = (total / rows.clamp(min=1)).to(average.dtype)
-        average.lerp_(mean.reshape(average.shape), ((1 - momentum) * (rows > 0)).to(average.dtype))
+        weight = (rows > 0).to(average.dtype) * (1 - momentum)
+        average.lerp_(mean.reshape(average.shape), weight)
         self.total.zero_()
         self.rows.zero_()
 
