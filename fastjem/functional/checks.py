@@ -1,4 +1,4 @@
-"""Errors that say which operator, its contract, and what came."""
+"""Errors that say which function was called (`op`), its contract, and what came."""
 
 from collections.abc import Sequence
 
@@ -11,6 +11,7 @@ def fail(op: str, contract: str, came: object) -> None:
 
 
 def shape(x: object) -> object:
+    """For a message: the shape of a tensor, the type of anything else."""
     return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 

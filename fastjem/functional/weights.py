@@ -23,7 +23,9 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     Raises:
         ValueError: for other lengths, shapes, dtypes or devices, or a number outside [0, 1].
     """
-    op, teacher, student = "ema_update_", list(teacher), list(student)
+    op = "ema_update_"
+    teacher = list(teacher)
+    student = list(student)
     if len(teacher) != len(student):
         checks.fail(op, "teacher and student must be as many tensors", f"{len(teacher)} and {len(student)}")
     if not teacher:
@@ -31,9 +33,8 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     checks.one_device(op, [*teacher, *student])
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if t.shape != s.shape:
-            checks.fail(
-                op, "teacher and student must have the same shapes", f"{tuple(t.shape)} and {tuple(s.shape)} at {i}"
-            )
+            came = f"{tuple(t.shape)} and {tuple(s.shape)} at {i}"
+            checks.fail(op, "teacher and student must have the same shapes", came)
         if t.dtype not in (torch.float32, torch.float64) or not s.is_floating_point():
             contract = "teacher must be float32 or float64 (half precision rounds updates away), student floating-point"
             checks.fail(op, contract, f"{t.dtype} and {s.dtype} at {i}")

@@ -17,7 +17,8 @@ class _TracksHealth(nn.Module):
 
     def __init__(self, track_health: bool, track_spectrum: bool):
         super().__init__()
-        self.track_health, self.track_spectrum = track_health, track_spectrum
+        self.track_health = track_health
+        self.track_spectrum = track_spectrum
         self.health: F.Health | None = None
 
     def _new_health(self) -> F.Health | None:

@@ -91,7 +91,8 @@ def random_inverse_block_mask(
     side = _square("random_inverse_block_mask", length, num_prefix_tokens)
     patches = side * side
     seen = patches - int(patches * mask_ratio)
-    low, high = math.log(min_aspect), math.log(max_aspect or 1 / min_aspect)
+    low = math.log(min_aspect)
+    high = math.log(max_aspect or 1 / min_aspect)
     visible = torch.zeros(batch, side, side, dtype=torch.bool)
     for grid in visible:
         if seen == patches:
@@ -208,10 +209,12 @@ def _blocks(
         for _ in range(attempts):
             area = random.uniform(least, room)
             aspect = math.exp(random.uniform(math.log(min_aspect), math.log(max_aspect)))
-            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            height = round(math.sqrt(area * aspect))
+            width = round(math.sqrt(area / aspect))
             if height >= size[0] or width >= size[1]:
                 continue
-            top, left = random.randint(0, size[0] - height), random.randint(0, size[1] - width)
+            top = random.randint(0, size[0] - height)
+            left = random.randint(0, size[1] - width)
             block = mask[top : top + height, left : left + width]
             new = block.size - int(block.sum())
             if 0 < new <= room:

@@ -72,7 +72,8 @@ def get_weight_decay_parameters(
     norm_layers: tuple[type[nn.Module], ...] = NORMS,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters that weight decay is for, and those it isn't for: norms' and biases, unless asked for."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in modules:
         for part in module.modules():
             norm = isinstance(part, norm_layers)
