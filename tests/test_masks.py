@@ -96,11 +96,11 @@ def test_block_mask() -> None:
 
 def test_block_mask_has_steps_enough(monkeypatch) -> None:
     """More candidates would change nothing."""
-    candidates, first = (torch.rand(*shape, generator=generator()) for shape in ((masks.STEPS + 100, 4, 500), (500, 2)))
-    monkeypatch.setattr(masks, "_uniform", lambda shape, *_: candidates[: shape[0]] if len(shape) == 3 else first)
-    enough = masks.block_mask(500, (16, 16), images=1.0)
+    drawn = torch.rand(500, 2 + 4 * (masks.STEPS + 100), generator=generator())
+    options = {"images": 1.0, "uniform": lambda count: drawn[:, :count]}
+    enough = masks.block_mask(500, (16, 16), **options)
     monkeypatch.setattr(masks, "STEPS", masks.STEPS + 100)
-    assert torch.equal(enough, masks.block_mask(500, (16, 16), images=1.0))
+    assert torch.equal(enough, masks.block_mask(500, (16, 16), **options))
 
 
 def naive_multi_block(sizes: tuple, keep: int, rng: np.random.Generator, scale=(0.15, 0.2)) -> tuple:

@@ -15,17 +15,20 @@ from images import make_folder
 
 for package in ("timm", "torchvision", "safetensors", "matplotlib", "sklearn"):
     pytest.importorskip(package)
+from fastjem.data.batch import finish  # noqa: E402
+from fastjem.data.loaders import Budget, Order  # noqa: E402
+from fastjem.data.loaders.torch import TorchLoader  # noqa: E402
+from fastjem.data.source import open_source  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import fastjem  # noqa: E402
 from fastjem import checkpoints, report  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.commands.views import LINE, MARGIN, ViewsOptions, draw_views  # noqa: E402
 from fastjem.data import masks  # noqa: E402
-from fastjem.data.batches import augmented  # noqa: E402
-from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.data.loader import ViewLoader  # noqa: E402
+from fastjem.data.views import MaskSpec  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
-from fastjem.methods import METHODS  # noqa: E402
+from fastjem.methods import METHODS, views_of  # noqa: E402
 from fastjem.report import charts, page, pictures, views, watch  # noqa: E402
 from fastjem.report.run import Embeddings, Run, read  # noqa: E402
 
@@ -169,7 +172,7 @@ def test_images_are_chosen_evenly() -> None:
 def test_probe_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, 12, classes=0)
     (folder / "0003.png").write_bytes(b"")
-    probe = watch.Probe(ImageFolder(folder), 16)
+    probe = watch.Probe(open_source(folder), 16)
     assert len(probe.images) == 11 and 3 not in probe.indices and not probe.labelled
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(768)).train()
     before = encoder[1].running_mean.clone()
@@ -265,12 +268,12 @@ def test_degenerate_embeddings_are_said_not_drawn(what: str) -> None:
 
 
 def test_the_views_shown_are_the_views_trained_on(tmp_path: Path) -> None:
-    folder = ImageFolder(make_folder(tmp_path, 6, classes=0))
-    specs = views.views_of("dino", 32, 2).specs(32)
+    folder = open_source(make_folder(tmp_path, 6, classes=0))
+    specs = views_of("dino", 32, 2).specs(32)
     specs = [replace(spec, mean=(0, 0, 0), std=(1, 1, 1)) for spec in specs]
-    batch = next(iter(ViewLoader(folder, specs, batch=6, seed=5, start=3, stop=4)))
-    shown = views.samples([(i, folder.path(i)) for i in range(6)], specs, images=6, seed=5, epoch=3)
-    trained = [(255 * x).round().to(torch.uint8) for x in augmented(batch, specs, torch.device("cpu"))]
+    batch = next(iter(TorchLoader(folder, specs, Order(samples=6, batch=6, seed=5, start=3, stop=4), Budget())))
+    shown = views.samples([(i, folder.name(i)) for i in range(6)], specs, root=folder.root, images=6, seed=5, epoch=3)
+    trained = [(255 * x).round().to(torch.uint8) for x in finish(batch, specs, "cpu").views]
     loaded = [{tuple(view[row].flatten().tolist()) for row in range(6)} for view in trained]
     for v in range(4):
         drawn = {tuple(np.array(one.views[v]).transpose(2, 0, 1).flatten().tolist()) for one in shown}
@@ -280,17 +283,33 @@ def test_the_views_shown_are_the_views_trained_on(tmp_path: Path) -> None:
 def test_masked_patches_are_grey() -> None:
     view = Image.fromarray(np.full((32, 32, 3), 255, np.uint8))
     for mask in masks.SAMPLERS:
-        pixels = np.array(views.masked(view, mask, 0.75, 8, np.random.default_rng(0)))
+        pixels = np.array(views.masked(view, MaskSpec(0, (4, 4), 0.75, mask), seed=0, epoch=0, sample=0))
         patches = pixels.reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, -1)
         assert (patches == views.GREY[0]).all(1).sum() == 12 and (patches == 255).all(1).sum() == 4
+
+
+def test_the_mask_shown_is_the_mask_trained_on(tmp_path: Path) -> None:
+    """The report's grey patches are those that a batch of the first epoch hides."""
+    folder = open_source(make_folder(tmp_path, 6, classes=0))
+    found = views_of("data2vec", 32)
+    specs = found.specs(32, patch=4)
+    mask = found.mask_specs(32, 4)[0]
+    batch = next(iter(TorchLoader(folder, specs, Order(samples=6, batch=6, seed=5, stop=1), Budget())))
+    trained = finish(batch, specs, "cpu", masks=[mask], seed=5)
+    files = [(i, folder.name(i)) for i in trained.index.tolist()]
+    shown = views.samples(files, specs, root=folder.root, images=6, seed=5, mask=mask)
+    for sample, hidden in zip(shown, trained.masks[0].hidden, strict=True):
+        patches = np.array(sample.views[-1]).reshape(8, 4, 8, 4, 3).swapaxes(1, 2).reshape(64, -1)
+        assert ((patches == views.GREY[0]).all(1) == hidden.flatten().numpy()).all()
 
 
 @pytest.mark.parametrize("mask", views.MASKS)
 def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 2, classes=0)
-    out = report.draw_views(folder, tmp_path / "views.png", mask=mask, image_size=64, images=2, patch_size=8)
+    options = ViewsOptions(folder, tmp_path / "views.png", mask=mask, image_size=64, images=2, patch_size=8)
+    out = draw_views(options)
     with Image.open(out) as sheet:
-        last = np.array(sheet)[:, -(96 + views.MARGIN) : -views.MARGIN]
+        last = np.array(sheet)[:, -(96 + MARGIN) : -MARGIN]
     share = (last == views.GREY[0]).all(2).sum() / (2 * 96 * 96)
     assert 0.05 < share < 0.9, share
 
@@ -299,13 +318,13 @@ def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
 def test_a_picture_of_every_methods_views(method: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 5, classes=0)
     (folder / "0000.png").write_bytes(b"")  # another takes its place
-    out = report.draw_views(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
-    found = views.views_of(method, 32)
-    mask = found.masking if found.mask else ""
-    assert len(views.titles(found, mask)) == found.large + found.small + bool(found.mask)
+    options = ViewsOptions(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
+    out = draw_views(options)
+    found = views_of(method, 32)
+    assert len(views.titles(found, found.mask > 0)) == found.large + found.small + bool(found.mask)
     with Image.open(out) as sheet:
-        assert sheet.height == views.LINE + views.MARGIN + 3 * (96 + views.LINE + views.MARGIN)
-        whole = views.MARGIN + (1 + found.large + bool(found.mask)) * (96 + views.MARGIN)
+        assert sheet.height == LINE + MARGIN + 3 * (96 + LINE + MARGIN)
+        whole = MARGIN + (1 + found.large + bool(found.mask)) * (96 + MARGIN)
         assert sheet.width >= whole and (found.small > 0) == (sheet.width > whole)
 
 
@@ -321,11 +340,11 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         ({"method": "data2vec", "image_size": 50}, "no multiple"),
     ):
         with pytest.raises(UserError, match=words):
-            report.draw_views(**{"data": folder, "out": tmp_path / "v.png", "image_size": 32, **changes})
+            draw_views(ViewsOptions(**{"data": folder, "out": tmp_path / "v.png", "image_size": 32, **changes}))
     for file in folder.iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError, match="can be read"):
-        report.draw_views(folder, tmp_path / "v.png")
+        draw_views(ViewsOptions(folder, tmp_path / "v.png"))
 
 
 def test_names_tell_runs_apart(run: Path) -> None:

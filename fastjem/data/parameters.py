@@ -9,22 +9,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastjem.data.philox import FIRST_COLOUR_BLOCK, FIRST_CROP_BLOCK, philox
 from fastjem.data.views import ViewSpec
 from fastjem.kernels import reference_augment as column
 
-REST = 1 << 31  # first block of numbers behind those of the crop, whose try i takes block i
 Numbers = Callable[[int, np.ndarray], np.ndarray]
-
-
-def philox(counter: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al. 2011): four arrays [N] of 32 bits -> [4, N] uniform in (0, 1)."""
-    c = [np.asarray(x).astype(np.uint64) & 0xFFFFFFFF for x in counter]
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    for _ in range(10):
-        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [b >> 32 ^ c[1] ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k1, a & 0xFFFFFFFF]
-        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
-    return (np.stack(np.broadcast_arrays(*c)).astype(np.float64) + 0.5) * 2.0**-32
 
 
 class Parameters:
@@ -61,9 +50,9 @@ class Parameters:
         table = np.empty((len(view), column.COLUMNS))
         table[:, column.TOP : column.WIDTH + 1] = self._crop(height, width, view, numbers)
         # All are drawn whether used or not: changing one probability leaves every other parameter as it was.
-        flip, jitter, gray, blur = numbers(REST)
-        solarize, *factors = numbers(REST + 1)
-        hue, order, sigma, _ = numbers(REST + 2)
+        flip, jitter, gray, blur = numbers(FIRST_COLOUR_BLOCK)
+        solarize, *factors = numbers(FIRST_COLOUR_BLOCK + 1)
+        hue, order, sigma, _ = numbers(FIRST_COLOUR_BLOCK + 2)
         table[:, column.FLIP] = flip < self.flip[view]
         on = jitter < self.jittered[view]
         for i, u in enumerate(factors):  # torchvision's: uniform from max(0, 1 - x) to 1 + x
@@ -92,7 +81,7 @@ class Parameters:
             rest = rest[self.tries[view[rest]] > i]
             if not len(rest):
                 break
-            of, u = view[rest], numbers(i, rest)
+            of, u = view[rest], numbers(FIRST_CROP_BLOCK + i, rest)
             area = height[rest] * width[rest] * (self.scale[of, 0] + (self.scale[of, 1] - self.scale[of, 0]) * u[0])
             ratio = np.exp(self.ratio[of, 0] + (self.ratio[of, 1] - self.ratio[of, 0]) * u[1])
             w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))

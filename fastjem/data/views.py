@@ -41,6 +41,16 @@ class ViewSpec:
 
 
 @dataclass(frozen=True)
+class MaskSpec:
+    """The mask of one view: a share of its patches is hidden, in each image as many."""
+
+    view: int  # its number among the views
+    grid: tuple[int, int]  # patches in its height and width
+    share: float
+    masking: str  # which sampler draws it, a name in `fastjem.data.masks.SAMPLERS`
+
+
+@dataclass(frozen=True)
 class Recipe:
     """`large[i]` is the i-th full-size view (the last one repeats); `small` is multi-crop's, where there is one."""
 
@@ -133,6 +143,21 @@ class Views:
             specs += [replace(recipe.small or recipe.large[-1], size=size)] * self.small
         specs = specs if blur else [replace(spec, blur=0.0) for spec in specs]
         return [changed(spec, changes or {}, "large" if i < self.large else "small") for i, spec in enumerate(specs)]
+
+    def mask_specs(self, image_size: int, patch: int) -> list[MaskSpec]:
+        """The masks of the large views in patches of `patch` pixels; none where the method hides nothing.
+
+        Raises:
+            UserError: for a sampler that isn't there.
+        """
+        if not self.mask:
+            return []
+        from fastjem.data.masks import SAMPLERS  # loads torch, which recipes alone don't need
+
+        if self.masking not in SAMPLERS:
+            raise nearest("masking", self.masking, SAMPLERS)
+        side = image_size // patch
+        return [MaskSpec(view, (side, side), self.mask, self.masking) for view in range(self.large)]
 
 
 def changed(spec: ViewSpec, changes: Mapping[str, Value], kind: str) -> ViewSpec:

@@ -45,7 +45,7 @@ def sinkhorn_case(b: int, k: int, dtype: torch.dtype = torch.float32, **options)
 
 
 def potentials(codes: Tensor, scores: Tensor) -> Tensor:
-    """What the codes' first row says of the prototypes' potentials, which a constant shifts at will."""
+    """The prototypes' potentials [K], by the codes' first row; less their mean, a constant that codes don't tell."""
     f = codes[0].log() - scores[0].float() / EPSILON
     return f - f.mean()
 
@@ -71,7 +71,8 @@ def sinkhorn_bias_case(b: int, k: int, dtype: torch.dtype = torch.float32, **opt
 
 
 def swav(high: list[Tensor], low: list[Tensor]) -> Tensor:
-    loss, crops = 0.0, [*high, *low]
+    loss = 0.0
+    crops = [*high, *low]
     for i, crop in enumerate(high):
         codes = sinkhorn(crop.detach())
         for v, scores in enumerate(crops):
@@ -122,7 +123,8 @@ def dino_loss(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> T
     for i, target in enumerate(targets):
         for j, prediction in enumerate(predictions):
             if i != j:
-                loss, pairs = loss - (target * prediction).sum(1).mean(), pairs + 1
+                loss = loss - (target * prediction).sum(1).mean()
+                pairs += 1
     return loss / pairs
 
 

@@ -15,7 +15,8 @@ def resnet50() -> list[tuple[int, ...]]:
     def convolution(width_in: int, width_out: int, kernel: int) -> list[tuple[int, ...]]:
         return [(width_out, width_in, kernel, kernel), (width_out,), (width_out,)]  # the last two are the batch norm's
 
-    shapes, width_in = convolution(3, 64, 7), 64
+    shapes = convolution(3, 64, 7)
+    width_in = 64
     for blocks, width in zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True):
         for block in range(blocks):
             shapes += convolution(width_in, width, 1) + convolution(width, width, 3) + convolution(width, 4 * width, 1)

@@ -1,7 +1,5 @@
 """`fastjem demo`: train on the embedded data set for minutes, and say what that was worth."""
 
-import importlib
-import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +9,14 @@ import torch
 from torch import nn
 
 from fastjem import encoders
+from fastjem.config import Config
 from fastjem.data import shapes
-from fastjem.data.folder import ImageFolder
+from fastjem.data.pixels import Pixels
+from fastjem.data.source import open_source
 from fastjem.errors import UserError
-from fastjem.evaluate import knn_accuracy
-from fastjem.pretrain import Config as Training
-from fastjem.pretrain import pretrain
+from fastjem.probes import knn_accuracy
+from fastjem.report import write
+from fastjem.run import pretrain
 from fastjem.runs import open_run
 
 # What learns in minutes on two cores: 0.4 M parameters at 48 pixels. AdamW, as LARS warms up longer than this lasts.
@@ -28,7 +28,7 @@ RECIPE: dict[str, Any] = {
 
 
 @dataclass
-class Config:
+class DemoOptions:
     """Train on the embedded data set (ten shapes) and compare: raw pixels, untrained encoder, trained encoder."""
 
     out: str = field(default="runs/demo", metadata={"help": "folder of the run; a number is added if it is taken"})
@@ -37,44 +37,50 @@ class Config:
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
 
 
-def demo(config: Config) -> tuple[dict[str, float], Path]:
+def demo(options: DemoOptions) -> tuple[dict[str, float], Path]:
     """kNN accuracy of pixels, untrained and trained encoder on the test images, and the run's folder."""
-    if config.steps < 1:
-        raise UserError(f"--steps must be at least 1, got {config.steps}")
-    out, number = Path(config.out), 1
-    while (out / "config.yaml").exists():
-        number += 1
-        out = Path(f"{config.out}-{number}")
+    if options.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {options.steps}")
+    out = free_folder(options.out)
     root = shapes.folder()
-    train, test = ImageFolder(root / "train"), ImageFolder(root / "test")
-    size = RECIPE["image_size"]
-    torch.manual_seed(config.seed)
-    untrained = encoders.create(RECIPE["backbone"], size, stem=RECIPE["stem"])
+    train = open_source(root / "train")
+    test = open_source(root / "test")
+    pixels = Pixels(RECIPE["image_size"])
+    torch.manual_seed(options.seed)
+    untrained = encoders.create(RECIPE["backbone"], pixels.size, stem=RECIPE["stem"])
     found = {
-        "raw pixels": knn_accuracy(nn.Flatten(), train, test, size),
-        "untrained encoder": knn_accuracy(untrained, train, test, size),
+        "raw pixels": knn_accuracy(nn.Flatten(), train, test, pixels),
+        "untrained encoder": knn_accuracy(untrained, train, test, pixels),
     }
-    training = Training(
-        **RECIPE, out=str(out), data=str(root / "train"), max_steps=config.steps, seed=config.seed,
-        device=config.device, workers=min(len(os.sched_getaffinity(0)), 2),
+    training = Config(
+        **RECIPE, out=str(out), data=str(root / "train"), max_steps=options.steps, seed=options.seed,
+        device=options.device, workers=min(len(os.sched_getaffinity(0)), 2),
     )  # fmt: skip
     if not pretrain(training).finished:
         raise KeyboardInterrupt
-    found["trained encoder"] = knn_accuracy(open_run(out).encoder, train, test, size)
+    opened = open_run(out)
+    found["trained encoder"] = knn_accuracy(opened.encoder, train, test, opened.pixels)
     return found, out
 
 
-def main(config: Config) -> int:
+def free_folder(name: str) -> Path:
+    """`name`, or name-2, name-3, ... where there is a run in it already."""
+    folder = Path(name)
+    number = 1
+    while (folder / "config.yaml").exists():
+        number += 1
+        folder = Path(f"{name}-{number}")
+    return folder
+
+
+def main(options: DemoOptions) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    found, out = demo(config)
+    found, out = demo(options)
     table = Table("compared by", "right of 1000 test images (kNN, k = 20)", title="ten shapes; chance is 10.0%")
     for name, accuracy in found.items():
         table.add_row(name, f"{accuracy:.1%}")
     Console().print(table)
-    report = out / "report.html"
-    if importlib.util.find_spec("fastjem.report"):
-        report = importlib.import_module("fastjem.report").write(out)
-    print(f"report: {report}" if report.exists() else f"run: {out}")
+    print(f"report: {write(out)}")
     return 0

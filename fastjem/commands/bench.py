@@ -1,4 +1,4 @@
-"""The command: which cases, in which order, and where their results go."""
+"""`fastjem bench`: which cases, in which order, and where their results go."""
 
 import argparse
 import contextlib
@@ -48,27 +48,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], left_out: int) -> int:
+    """Measure the machine and the chosen cases, write and print the results; the exit code."""
     begin = time.perf_counter()
-    described, run = machine.describe(device), machine.now()
+    described = machine.describe(device)
+    run = machine.now()
     run["options"] = {key: getattr(options, key) for key in ("filter", "dtype", "rounds", "quick", "full")}
     _say("measuring copy bandwidth and matrix products ...")
     ceilings = machine.ceilings(device, options.wait)
     run["ceilings"] = {"copy": {str(size): rate for size, rate in ceilings.copy.items()}, "matmul": ceilings.matmul}
-    rows, budget = [], QUICK_BUDGET if options.quick else BUDGET
-    with _cold_caches(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = not (options.no_compile or options.quick)
-        if compiled:
-            with contextlib.suppress(Exception):  # what torch.compile imports at its first use is no case's cost
-                torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-        try:
-            for i, case in enumerate(chosen, 1):
-                start = time.perf_counter()
-                how = {"rounds": options.rounds, "budget": budget, "patience": options.wait}
-                rows.append(measure(case, device, ceilings, compiled, **how) | {"run": run["date"]})
-                _say(f"[{i}/{len(chosen)}] {case.name}: {time.perf_counter() - start:.1f} s")
-        except KeyboardInterrupt:
-            _say(f"stopped after {len(rows)} of {len(chosen)} cases")
+    rows = [found | {"run": run["date"]} for found in _measured(options, device, chosen, ceilings)]
     if not rows:
         return 130
     run["seconds"] = round(time.perf_counter() - begin)
@@ -82,18 +70,48 @@ def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], 
         print(f"{left_out} slow or less usual case{'s' * (left_out > 1)} left out; --full runs them too.")
     for path in written:
         print(f"wrote {path}")
-    return 130 if len(rows) < len(chosen) else int(any("ours" in row["absent"] for row in rows))
+    if len(rows) < len(chosen):
+        return 130
+    return int(any("ours" in row["absent"] for row in rows))
 
 
-def measure(case: Case, device: torch.device, ceilings: machine.Ceilings, compiled: bool, **how: float | None) -> dict:
-    """Time one case: its row for the report. `how` goes to `timing.compare`: rounds, budget, patience."""
+def _measured(
+    options: argparse.Namespace, device: torch.device, chosen: list[Case], ceilings: machine.Ceilings
+) -> list[dict]:
+    """The rows of the chosen cases, or of the first of them where Ctrl-C ends it."""
+    rows: list[dict] = []
+    compiled = not (options.no_compile or options.quick)
+    budget = QUICK_BUDGET if options.quick else BUDGET
+    with _cold_caches(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if compiled:
+            with contextlib.suppress(Exception):  # what torch.compile imports at its first use is no case's cost
+                torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        try:
+            for i, case in enumerate(chosen, 1):
+                start = time.perf_counter()
+                rows.append(
+                    measure(
+                        case, device, ceilings, compiled, rounds=options.rounds, budget=budget, patience=options.wait
+                    )
+                )
+                _say(f"[{i}/{len(chosen)}] {case.name}: {time.perf_counter() - start:.1f} s")
+        except KeyboardInterrupt:
+            _say(f"stopped after {len(rows)} of {len(chosen)} cases")
+    return rows
+
+
+def measure(
+    case: Case, device: torch.device, ceilings: machine.Ceilings, compiled: bool, **limits: float | None
+) -> dict:
+    """Time one case: its row for the report. `limits` go to `compare`: rounds, budget, patience."""
     if compiled:
         torch._dynamo.reset()  # one formula at many shapes would meet dynamo's limit
     variants, not_installed = case.variants(compiled)
     try:
         inputs = case.draw(device)
         verify = case.verifier(inputs)
-        comparison = compare(variants, inputs, device=device, verify=verify, clock=case.clock, **how)
+        comparison = compare(variants, inputs, device=device, verify=verify, clock=case.clock, **limits)
     except Exception as error:  # too large for this machine, most likely; the other cases are still worth running
         comparison = Comparison({}, dict.fromkeys(variants, reason(error)), [])
     comparison.absent |= not_installed
@@ -104,26 +122,30 @@ def measure(case: Case, device: torch.device, ceilings: machine.Ceilings, compil
 
 def row(case: Case, device: torch.device, comparison: Comparison, ceilings: machine.Ceilings) -> dict:
     """One case's results in plain data: everything in seconds and bytes."""
-    table = ops.implementations()
-    # what has no operator is plain torch
-    by = {table[op][device.type].partition(" ")[0] if op in table else "torch" for op in (case.op, *case.uses)}
-    floor, bound = ceilings.floor(case.bytes, case.flops, case.dtype)
+    floor, bound_by = ceilings.floor(case.bytes, case.flops, case.dtype)
     return {
         "op": case.op,
         "shape": case.shape,
         "dtype": dtype_name(case.dtype),
-        "runs_as": " + ".join(sorted(by)),
+        "runs_as": _runs_as(case, device),
         "clock": case.clock,
         "rounds": comparison.rounds,
         "others": round(comparison.others, 3),
         "bytes": case.bytes,
         "flops": case.flops,
         "floor": None if case.clock == "host" else floor,
-        "floor_bound_by": None if case.clock == "host" else bound,
+        "floor_bound_by": None if case.clock == "host" else bound_by,
         "variants": {name: asdict(timing) for name, timing in comparison.variants.items()},
         "absent": comparison.absent,
         "wrong": comparison.wrong,
     }
+
+
+def _runs_as(case: Case, device: torch.device) -> str:
+    """Which implementations `ours` consists of: "C++", "C++ + reference"; a loss without operator is "torch"."""
+    table = ops.implementations()
+    kinds = {table[op][device.type].partition(" ")[0] if op in table else "torch" for op in (case.op, *case.uses)}
+    return " + ".join(sorted(kinds))
 
 
 @contextlib.contextmanager
@@ -172,7 +194,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastjem bench",
         description="Time fastjem's operators against eager torch, torch.compile and, if installed, lightly, in turns.",
     )
-    add, here = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
     add("--filter", default="", type=_pattern, metavar="REGEX", help="only cases whose name matches, e.g. 'cosine|ema'")
     add("--device", choices=("cpu", "cuda"), default=here, help=f"here: {here}")
     add("--dtype", choices=("fp32", "bf16"), help="only cases with such inputs")

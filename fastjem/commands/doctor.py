@@ -1,18 +1,22 @@
-"""What is installed, what the hardware offers, and which implementation each operator has here: `fastjem doctor`."""
+"""`fastjem doctor`: what is installed, what the hardware offers, and which implementation each operator has here."""
 
 import importlib
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from fastjem.arguments import Parser
+
 PACKAGES = ("fastjem", "torch", "triton", "numpy", "timm", "torchvision", "lightly")
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+REFERENCE_ONLY = ("ROCm", "XPU", "MPS")  # the C++ kernels are for CPUs, the Triton kernels for CUDA
 ISA = ("baseline", "AVX2", "AVX-512")  # by the number that fastjem.kernels._C.isa() returns
 
 # Runs in a process of its own: a driver that doesn't suit DALI may end the process instead of raising.
@@ -71,13 +75,27 @@ def _driver() -> str | None:
         return None
 
 
+def build() -> str:
+    """What this torch was built to compute on beside the CPU; "CPU" for nothing."""
+    import torch
+
+    numbers = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": getattr(torch.version, "xpu", None)}
+    for name, number in numbers.items():
+        if number:
+            return name
+    return "MPS" if torch.backends.mps.is_built() else "CPU"
+
+
 def gpu() -> dict[str, Any]:
+    """The devices that `--device cuda` means, which are ROCm's too, and why there are none."""
     import torch
 
     found: dict[str, Any] = {
+        "build": build(),
         "cuda": torch.version.cuda or torch.version.hip,
         "driver": None,
         "devices": [],
+        "operators": "plain torch, the reference, by rule" if build() in REFERENCE_ONLY else None,
         "problem": None,
     }
     if found["cuda"] is None:
@@ -115,18 +133,20 @@ def _dali_problem(device: str) -> str | None:
         run = subprocess.run([sys.executable, "-c", DALI_PROBE, device], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return "a small pipeline didn't finish in 60 s"
+    if run.returncode == 0:
+        return None
     last_line = run.stderr.strip().rpartition("\n")[2]
-    return None if run.returncode == 0 else last_line or f"a small pipeline ended with status {run.returncode}"
+    return last_line or f"a small pipeline ended with status {run.returncode}"
 
 
 def dali() -> dict[str, Any]:
     import torch
 
-    found = {package: number for package in DALI if (number := _version(package))}
-    if not found:
+    packages = {package: number for package in DALI if (number := _version(package))}
+    if not packages:
         return {"packages": {}, "problem": "not installed: pip install 'fastjem[dali]', or [dali-cuda12] for CUDA 12"}
     return {
-        "packages": found,
+        "packages": packages,
         "cpu_problem": _dali_problem("cpu"),
         "gpu_problem": _dali_problem("gpu") if torch.cuda.is_available() else "no GPU",
     }
@@ -172,15 +192,18 @@ def _machine_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _gpu_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    platform = "ROCm" if found.get("build") == "ROCm" else "CUDA"
     if found["problem"]:
         yield "GPU", f"none: {found['problem']}"
         if "cuda" in found:
-            yield "CUDA", found["cuda"] or "none"
-        return
-    for device in found["devices"]:
-        line = f"{device['name']}, capability {device['capability']}, {device['memory_gib']} GiB"
-        yield "GPU", f"{line}: DOESN'T WORK: {device['problem']}" if device["problem"] else line
-    yield "CUDA", f"{found['cuda']}, driver {found['driver'] or 'unknown'}"
+            yield platform, found["cuda"] or "none"
+    else:
+        for device in found["devices"]:
+            line = f"{device['name']}, capability {device['capability']}, {device['memory_gib']} GiB"
+            yield "GPU", f"{line}: DOESN'T WORK: {device['problem']}" if device["problem"] else line
+        yield platform, f"{found['cuda']}, driver {found['driver'] or 'unknown'}"
+    if found.get("operators"):
+        yield f"on {found['build']}", f"operators are {found['operators']}"
 
 
 def _dali_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -198,11 +221,14 @@ def _operator_lines(found: dict[str, dict[str, str]]) -> Iterator[str]:
     if "problem" in found:
         yield f"operators: {found['problem']}"
         return
-    reasons: dict[str, int] = {}
+    reasons: dict[str, int] = {}  # reason -> its number
 
     def cell(text: str) -> str:
         name, _, reason = text.partition(" (")
-        return f"{name} [{reasons.setdefault(reason.removesuffix(')'), len(reasons) + 1)}]" if reason else name
+        if not reason:
+            return name
+        number = reasons.setdefault(reason.removesuffix(")"), len(reasons) + 1)
+        return f"{name} [{number}]"
 
     rows = [("operator", "cpu", "cuda"), *((name, cell(on["cpu"]), cell(on["cuda"])) for name, on in found.items())]
     widths = [max(len(row[column]) for row in rows) + 3 for column in range(3)]
@@ -220,6 +246,14 @@ def render(found: dict[str, Any]) -> str:
         facts.append(("import", f"{cost:g} ms beyond torch's own"))
     facts += [*_machine_lines(found["machine"]), *_gpu_lines(found["gpu"]), *_dali_lines(found["dali"])]
     width = max(len(name) for name, _ in facts) + 3
-    return "\n".join(
-        [*(f"{name.ljust(width)}{text}" for name, text in facts), "", *_operator_lines(found["operators"])]
-    )
+    lines = [f"{name.ljust(width)}{text}" for name, text in facts]
+    return "\n".join([*lines, "", *_operator_lines(found["operators"])])
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser("fastjem doctor", description="what is installed, and which implementation each operator has here")
+    parser.add_argument("--json", action="store_true", help="the same as data")
+    arguments = parser.parse_args(argv)
+    found = report()
+    print(json.dumps(found, indent=2) if arguments.json else render(found))
+    return 0

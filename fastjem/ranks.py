@@ -37,9 +37,9 @@ class Ranks:
         """The first rank's value. A collective call."""
         if self.control is None:
             return value
-        said = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(said, 0, group=self.control)
-        return said.item()
+        agreed = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(agreed, 0, group=self.control)
+        return agreed.item()
 
     def barrier(self) -> None:
         if self.control is not None:
@@ -48,7 +48,8 @@ class Ranks:
 
 def join(device: str = "auto") -> Ranks:
     """Initialise torch.distributed when torchrun's variables are there. device: "auto", "cpu" or "cuda"."""
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
