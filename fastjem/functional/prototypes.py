@@ -64,21 +64,10 @@ def prototype_cross_entropy(
     teacher = list_of_views(op, contract, teacher)
     checks.matrices(op, contract, *student, *teacher)
     batch, prototypes = student[0].shape
-    bias, weights = _check_options(
-        op, student, teacher, prototypes, student_temperature, teacher_temperature, teacher_bias, pairs, weights
-    )
-    loss = one_pass(
-        op,
-        checks.common(*student),
-        _constants(teacher, student),
-        float(student_temperature),
-        float(teacher_temperature),
-        bias,
-        pairs,
-        weights,
-        statistics,
-        listed=True,
-    )
+    temperatures = (student_temperature, teacher_temperature)
+    options = _options(op, student, teacher, prototypes, temperatures, teacher_bias, pairs, weights)
+    constants = _constants(teacher, student)
+    loss = one_pass(op, checks.common(*student), constants, *options, statistics, listed=True)
     loss, *of_teacher = loss if statistics else (loss,)
     loss = _mean_of_ranks(loss, batch, weights, group)
     return (loss, TeacherStatistics(*of_teacher)) if statistics else loss
@@ -124,31 +113,11 @@ def prototype_head_cross_entropy(
     if student_prototypes.shape[1] != student[0].shape[1]:
         checks.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
     checks.one_device(op, [student[0], student_prototypes])
-    bias, weights = _check_options(
-        op,
-        student,
-        teacher,
-        len(student_prototypes),
-        student_temperature,
-        teacher_temperature,
-        teacher_bias,
-        pairs,
-        weights,
-    )
+    temperatures = (student_temperature, teacher_temperature)
+    options = _options(op, student, teacher, len(student_prototypes), temperatures, teacher_bias, pairs, weights)
     inputs = checks.common(*student, student_prototypes)
     *constants, prototypes = _constants([*teacher, teacher_prototypes], inputs)
-    loss = one_pass(
-        op,
-        inputs,
-        constants,
-        prototypes,
-        float(student_temperature),
-        float(teacher_temperature),
-        bias,
-        pairs,
-        weights,
-        listed=True,
-    )
+    loss = one_pass(op, inputs, constants, prototypes, *options, listed=True)
     return _mean_of_ranks(loss, len(student[0]), weights, group)
 
 
@@ -170,19 +139,18 @@ def _constants(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[Ten
     return teacher
 
 
-def _check_options(
+def _options(
     op: str,
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     prototypes: int,
-    student_temperature: float,
-    teacher_temperature: float,
+    temperatures: tuple[float, float],
     teacher_bias: Tensor | None,
     pairs: str,
     weights: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The bias and the weights as the operators want them: constants."""
-    checks.positive(op, student_temperature=student_temperature, teacher_temperature=teacher_temperature)
+) -> tuple[float, float, Tensor | None, str, Tensor | None]:
+    """The options, checked, as both operators take them: temperatures, bias, pairs, weights; the tensors constants."""
+    checks.positive(op, student_temperature=temperatures[0], teacher_temperature=temperatures[1])
     if pairs not in PAIRS:
         checks.fail(op, f"pairs must be one of {', '.join(PAIRS)}", repr(pairs))
     if pairs == "different" and len(student) == len(teacher) == 1:
@@ -198,7 +166,7 @@ def _check_options(
             checks.fail(op, f"weights must be [{len(student[0])}]", tuple(weights.shape))
         checks.one_device(op, [weights, student[0]])
         weights = weights.detach()
-    return teacher_bias, weights
+    return float(temperatures[0]), float(temperatures[1]), teacher_bias, pairs, weights
 
 
 def _mean_of_ranks(loss: Tensor, rows: int, weights: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
