@@ -1,12 +1,13 @@
 """Errors that say which function was called (`op`), its contract, and what came."""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 
-def fail(op: str, contract: str, came: object) -> None:
+def fail(op: str, contract: str, came: object) -> NoReturn:
     raise ValueError(f"{op}: {contract}, got {came}")
 
 

@@ -17,7 +17,7 @@ from fastjem.collectives import (
 )
 from fastjem.functional import checks, summed_squares
 from fastjem.functional.precision import in_float32, without_autocast
-from fastjem.ops.autograd import known, one_pass
+from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
 
 
 @dataclass
@@ -213,7 +213,7 @@ def _covariance_loss(
     def loss_of(a: Tensor, b: Tensor) -> Tensor:
         if health is None:
             return one_pass(op, (a, b), *arguments, 0)
-        loss, figures, *kept = one_pass(op, (a, b), *arguments, statistics)
+        loss, figures, *kept = one_pass_with_statistics(op, (a, b), *arguments, statistics)
         health.fill(figures, kept, kind.spectrum, n)
         return loss
 

@@ -1,7 +1,7 @@
 """The cross-entropy between two temperature-scaled softmaxes over prototypes: SwAV, DINO, iBOT, MSN."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastjem.collectives import mean_loss_of_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
-from fastjem.ops.autograd import one_pass
+from fastjem.ops.autograd import one_pass, one_pass_with_statistics
 
 PAIRS = ("different", "same", "all")
 
@@ -23,6 +23,32 @@ class TeacherStatistics(NamedTuple):
     entropy: Tensor  # 0-dim: of a row's probabilities, the mean; 0 is a hard choice, log K no choice at all
 
 
+@overload
+def prototype_cross_entropy(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None = None,
+    pairs: str = "different",
+    weights: Tensor | None = None,
+    statistics: Literal[False] = False,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor: ...
+@overload
+def prototype_cross_entropy(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None = None,
+    pairs: str = "different",
+    weights: Tensor | None = None,
+    statistics: Literal[True],
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, TeacherStatistics]: ...
 def prototype_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
@@ -67,8 +93,8 @@ def prototype_cross_entropy(
     temperatures = (student_temperature, teacher_temperature)
     options = _options(op, student, teacher, prototypes, temperatures, teacher_bias, pairs, weights)
     constants = _constants(teacher, student)
-    loss = one_pass(op, checks.common(*student), constants, *options, statistics, listed=True)
-    loss, *of_teacher = loss if statistics else (loss,)
+    inputs = checks.common(*student)
+    loss, *of_teacher = one_pass_with_statistics(op, inputs, constants, *options, statistics, listed=True)
     loss = _mean_of_ranks(loss, batch, weights, group)
     return (loss, TeacherStatistics(*of_teacher)) if statistics else loss
 

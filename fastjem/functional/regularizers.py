@@ -58,8 +58,7 @@ def mean_entropy(
     """
     op = "mean_entropy"
     contract = "scores must be [B, K], [V, B, K] or a list of [B, K]"
-    single = isinstance(scores, Tensor) and scores.dim() == 2
-    views = [scores] if single else list_of_views(op, contract, scores)
+    views = [scores] if isinstance(scores, Tensor) and scores.dim() == 2 else list_of_views(op, contract, scores)
     checks.matrices(op, contract, *views)
     checks.positive(op, temperature=temperature)
     views = checks.common(*views)
@@ -68,7 +67,7 @@ def mean_entropy(
         return one_pass(op, views, temperature, None, None, listed=True)
     wide = loss_dtype(views[0])
     with torch.no_grad():
-        of_rank = sum((x.to(wide) / temperature).softmax(1).sum(0) for x in views)
+        of_rank = torch.stack([(x.to(wide) / temperature).softmax(1).sum(0) for x in views]).sum(0)  # [K]
         of_all, rows = sum_and_count_of_ranks(of_rank, len(views) * len(views[0]), group)
     loss = one_pass(op, views, temperature, of_all.clone(), rows.clone(), listed=True)
     return global_loss(loss, loss, group)

@@ -102,12 +102,18 @@ def _potentials(
     normalize_samples_first: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """[K] float64. One collective of K numbers an iteration: each rank's log-sum-exp over its samples."""
-    bias = parts[0].new_zeros(parts[0].shape[1], dtype=torch.float64) if normalize_samples_first else None
-    for _ in range(iterations):
-        sums = [ops.sinkhorn_step(x, bias, epsilon) for x in parts]
-        total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)
-        if group is not None:
-            total = stack_of_ranks(total, group).logsumexp(0)
-        bias = -total
-    return bias
+    """[K] float64."""
+    start = parts[0].new_zeros(parts[0].shape[1], dtype=torch.float64) if normalize_samples_first else None
+    potentials = -_log_sums(parts, start, epsilon, group)
+    for _ in range(iterations - 1):
+        potentials = -_log_sums(parts, potentials, epsilon, group)
+    return potentials
+
+
+def _log_sums(
+    parts: list[Tensor], potentials: Tensor | None, epsilon: float, group: dist.ProcessGroup | None
+) -> Tensor:
+    """[K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials). One collective."""
+    sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts]
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)
+    return total if group is None else stack_of_ranks(total, group).logsumexp(0)

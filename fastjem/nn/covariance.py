@@ -153,11 +153,13 @@ class VICRegLLoss(nn.Module):
             checks.fail(
                 "VICRegLLoss", "local_view_features and local_view_grids must both be given or none", "one of them"
             )
-        if local_view_features is not None and len(local_view_features) != len(local_view_grids):
-            came = f"{len(local_view_features)} and {len(local_view_grids)}"
+        local_features = list(local_view_features or ())
+        local_grids = list(local_view_grids or ())
+        if len(local_features) != len(local_grids):
+            came = f"{len(local_features)} and {len(local_grids)}"
             checks.fail("VICRegLLoss", "local_view_features and local_view_grids must be as many", came)
-        features = [*global_view_features, *(local_view_features or ())]
-        grids = [*global_view_grids, *(local_view_grids or ())]
+        features = [*global_view_features, *local_features]
+        grids = [*global_view_grids, *local_grids]
         pairs = [(i, j) for i in range(len(global_view_features)) for j in range(len(features)) if i != j]
         if not pairs:
             checks.fail("VICRegLLoss", "there must be at least two views, one of them global", f"{len(features)}")
@@ -167,8 +169,11 @@ class VICRegLLoss(nn.Module):
         invariance = torch.stack([nn.functional.mse_loss(features[i][0], features[j][0]) for i, j in pairs]).mean()
         group = default_group(self.gather_distributed)
         # vicreg of a view with itself: v / 2 and c are counted twice
-        options = {"lambda_param": 0.0, "mu_param": self.mu_param, "nu_param": self.nu_param / 2, "eps": self.eps}
-        statistics = [F.vicreg(z, z, **options, group=group) for z, _ in features]
+        nu = self.nu_param / 2
+        statistics = [
+            F.vicreg(z, z, lambda_param=0.0, mu_param=self.mu_param, nu_param=nu, eps=self.eps, group=group)
+            for z, _ in features
+        ]
         return self.lambda_param * invariance + torch.stack(statistics).mean()
 
     def _local(

@@ -93,11 +93,8 @@ class DINOLoss(_Distillation):
         epoch: int | None = None,
     ) -> Tensor:
         """0-dim. Scores [B, K] of each view; views of one index are the same view. The teacher's get no gradient."""
-        if teacher_temp is None:
-            warming = epoch is not None and epoch < self.warmup_teacher_temp_epochs
-            teacher_temp = self.teacher_temp_schedule[epoch] if warming else self.teacher_temp
         teacher = list(teacher_out)
-        temperature = float(teacher_temp)
+        temperature = self._temperature(teacher_temp, epoch)
         loss, self.statistics = F.prototype_cross_entropy(
             student_out,
             teacher,
@@ -112,6 +109,13 @@ class DINOLoss(_Distillation):
             else:
                 self._move_center(self.statistics.mean, len(teacher) * len(teacher[0]))
         return loss
+
+    def _temperature(self, teacher_temp: float | None, epoch: int | None) -> float:
+        if teacher_temp is not None:
+            return float(teacher_temp)
+        if epoch is not None and epoch < self.warmup_teacher_temp_epochs:
+            return float(self.teacher_temp_schedule[epoch])
+        return float(self.teacher_temp)
 
     def _move_center(self, mean: Tensor, rows: int) -> None:
         if self.held is not None:

@@ -36,7 +36,7 @@ class MemoryBankModule(nn.Module):
         rows_per_step: int = 0,
     ):
         super().__init__()
-        self.size = (size,) if isinstance(size, int) else tuple(size)
+        self.size: tuple[int, ...] = (size,) if isinstance(size, int) else tuple(size)
         if any(x < 0 for x in self.size):
             raise ValueError(f"Illegal memory bank size {size}, all entries must be non-negative.")
         if isinstance(size, int) and size > 0:
@@ -55,7 +55,7 @@ class MemoryBankModule(nn.Module):
         bank = nn.functional.normalize(torch.randn(self.size), dim=-1) if used else torch.empty(self.size)
         self.register_buffer("bank", bank, persistent=used)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=used)
-        self.held = HeldRows(min(rows_per_step, self.size[0]), self.size[1]) if used and rows_per_step else None
+        self.held = HeldRows(min(rows_per_step, self.size[0]), self.size[-1]) if used and rows_per_step else None
 
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False

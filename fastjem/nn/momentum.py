@@ -26,8 +26,8 @@ def update_momentum(model: nn.Module, model_ema: nn.Module, m: float | Tensor, *
     """
     if buffers not in BUFFERS:
         checks.fail("update_momentum", f"buffers must be one of {', '.join(BUFFERS)}", repr(buffers))
-    teacher = list(model_ema.parameters())
-    student = list(model.parameters())
+    teacher: list[Tensor] = list(model_ema.parameters())
+    student: list[Tensor] = list(model.parameters())
     if buffers != "leave":
         pairs = list(zip(model_ema.buffers(), model.buffers(), strict=True))
         for ours, theirs in pairs:

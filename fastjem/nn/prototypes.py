@@ -189,7 +189,8 @@ class SwaVPrototypes(nn.Module):
     def normalize(self) -> None:
         """Prototypes of unit length. A prototype of zeros stays."""
         for head in self.heads:
-            head.weight.copy_(functional.normalize(head.weight))
+            weight = head.get_parameter("weight")
+            weight.copy_(functional.normalize(weight))
 
 
 class _WeightNormLinear(nn.Module):

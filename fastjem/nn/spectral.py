@@ -75,6 +75,9 @@ class Whitening2d(nn.Module):
         eps: shrinks the covariance to the identity.
     """
 
+    running_mean: Tensor
+    running_variance: Tensor
+
     def __init__(self, num_features: int, momentum: float = 0.01, track_running_stats: bool = True, eps: float = 0):
         super().__init__()
         self.num_features = num_features

@@ -30,8 +30,8 @@ class _OnePass(torch.autograd.Function):
         loss, gradients, scale, *statistics = _call(name, wanted, listed, arguments, inputs)
         ctx.save_for_backward(scale, *gradients)
         ctx.name, ctx.wanted = name, wanted
-        if not (statistics and statistics[0]):
-            return loss
+        if not statistics:
+            return (loss,)
         ctx.mark_non_differentiable(*statistics[0])
         return loss, *statistics[0]
 
@@ -86,18 +86,24 @@ def _call(name, wanted, listed, arguments, inputs) -> tuple:
     return op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
 
 
-def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor | tuple[Tensor, ...]:
-    """The loss `name(*inputs, *arguments)`, differentiable for `inputs` (an operator may take them `listed`, as
-    Tensor[]).
+def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor:
+    """The loss `name(*inputs, *arguments)`, differentiable for `inputs`.
 
-    Gradients are asked for only where grad mode is on and the input requires one. Where the operator returns
-    statistics too, they follow the loss and are constants.
+    An operator may take its inputs `listed`, as Tensor[]. Gradients are asked for only where grad mode is on and the
+    input requires one.
     """
+    return one_pass_with_statistics(name, inputs, *arguments, listed=listed)[0]
+
+
+def one_pass_with_statistics(
+    name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False
+) -> tuple[Tensor, ...]:
+    """The loss of `one_pass`, and behind it what statistics the operator was asked for: constants."""
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    if not any(wanted):
-        loss, _, _, *statistics = _call(name, wanted, listed, arguments, inputs)
-        return (loss, *statistics[0]) if statistics and statistics[0] else loss
-    return _OnePass.apply(name, wanted, listed, arguments, *inputs)
+    if any(wanted):
+        return _OnePass.apply(name, wanted, listed, arguments, *inputs)
+    loss, _, _, *statistics = _call(name, wanted, listed, arguments, inputs)
+    return (loss, *statistics[0]) if statistics else (loss,)
 
 
 def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence) -> Tensor:
@@ -107,7 +113,7 @@ def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence
     return _Known.apply(name, loss, tuple(factors), tuple(gradients), *inputs)
 
 
-def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor], *arguments, scale: float) -> Tensor:
+def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None], *arguments, scale: float) -> Tensor:
     """`loss`, with the gradient for `x` being `scale * name(x, *saved, *arguments)`."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return loss
