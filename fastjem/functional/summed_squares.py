@@ -1,7 +1,7 @@
 """Barlow Twins and VICReg of all ranks' rows, where D x D squares are fewer bytes than the rows.
 
-Sums of columns and squares are added over ranks; each rank computes the gradient of its own rows alone. In plain torch:
-next to the products, which are the vendor's, the rest is little.
+Sums of columns and squares are added over ranks; each rank computes the gradient of its own rows alone, not yet times
+the ranks. In plain torch: next to the products, which are the vendor's library's, everything else costs little.
 """
 
 import contextlib
@@ -11,22 +11,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.functional._collectives import sum_over_ranks
+from fastjem.collectives import sum_over_ranks
+from fastjem.functional.precision import in_float32, loss_dtype
 
 Result = tuple[Tensor, list[Tensor], float, list[Tensor]]  # loss, unscaled gradients, their scale, statistics
 
 
 def fewer_bytes(squares: int, n: int, z: Tensor) -> bool:
     """Whether an all-reduce of so many D x D squares moves fewer bytes than an all-gather of two views' n rows."""
-    d, wide = z.shape[1], 8 if z.dtype == torch.float64 else 4
-    return 2 * squares * d * d * wide < 2 * n * d * z.element_size()  # a ring's all-reduce sends everything twice
+    d = z.shape[1]
+    bytes_of_squares = squares * d * d * loss_dtype(z).itemsize
+    bytes_of_rows = 2 * n * d * z.element_size()
+    return 2 * bytes_of_squares < bytes_of_rows  # a ring's all-reduce sends everything twice
 
 
 @contextlib.contextmanager
 def _float32_products() -> Iterator[None]:
     """No TF32: the off-diagonal is what total and diagonal leave of each other."""
     matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
@@ -46,7 +50,8 @@ def _centred(views: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def _column_squares(centred: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return sum_over_ranks(centred.square().sum(1, dtype=torch.float64), group)  # [2, D]
+    """[2, D]"""
+    return sum_over_ranks(centred.square().sum(1, dtype=torch.float64), group)
 
 
 def barlow_twins(
@@ -64,9 +69,9 @@ def barlow_twins(
     loss = (diagonal - 1).square().sum() + lambda_param * (total / n**2 - diagonal.square().sum())
 
     weights = ((1 - lambda_param) * diagonal - 1).to(views.dtype)
-    g = products.mul_(lambda_param / n).addcmul_(views.flip(0), weights)
-    through = sum_over_ranks(torch.stack([g.sum(1), (g * views).sum(1)]), group) / n  # [2, 2, D]
-    g = (g - through[0][:, None] - views * through[1][:, None]) / std[:, None].to(g.dtype)
+    g = products.mul_(lambda_param / n).addcmul_(views.flip(0), weights)  # for the normalised views
+    through_mean, through_std = sum_over_ranks(torch.stack([g.sum(1), (g * views).sum(1)]), group) / n  # [2, D] each
+    g = (g - through_mean[:, None] - views * through_std[:, None]) / std[:, None].to(g.dtype)
     rank = ((diagonal.sum() * n).square() / total).expand(2, 1)
     health = [torch.cat([std, rank], 1).to(views.dtype)] if statistics else []
     return loss.to(views.dtype), list(g), 2 / n, health + ([cross] if statistics > 1 else [])
@@ -112,4 +117,5 @@ def vicreg(
 
 
 def _wide(*views: Tensor) -> Tensor:
-    return torch.stack([x.detach() if x.dtype == torch.float64 else x.detach().float() for x in views])
+    """[2, N_r, D], float32 at least."""
+    return torch.stack([in_float32(x.detach()) for x in views])

@@ -1,16 +1,18 @@
-"""Errors that say which operator, its contract, and what came."""
+"""Errors that say which function was called (`op`), its contract, and what came."""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 
-def fail(op: str, contract: str, came: object) -> None:
+def fail(op: str, contract: str, came: object) -> NoReturn:
     raise ValueError(f"{op}: {contract}, got {came}")
 
 
 def shape(x: object) -> object:
+    """For a message: the shape of a tensor, the type of anything else."""
     return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 
