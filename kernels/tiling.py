@@ -8,6 +8,18 @@ import torch
 
 WARP = 32
 
+# How many programs share the work where something is split among them: two for each SM of an H200. A constant for every
+# GPU, as the order of sums, and so their bits, depend on it.
+PROGRAMS = 264
+AUGMENT_PROGRAMS = 512  # at the least, where there are rows enough: of fewer images, rows are divided
+
+# Memory that work is cut into pieces for
+COLUMN_SUMS = 1 << 24  # float32 numbers, 64 MiB: what log-sum-exps of columns are joined from
+WEIGHTS_BYTES = 1 << 27  # of a band of rows of a contrastive gradient's weights
+CPU_TILE = 1024  # rows and columns of similarities: 4 MiB of float32, the second-level caches of two cores
+CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
+CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
+
 
 def _next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
@@ -50,8 +62,6 @@ def negative_cosine_long(compute: torch.dtype) -> dict:
 
 # Images --------------------------------------------------------------------------------------------------------------
 
-AUGMENT_PROGRAMS = 512  # at the least, where there are rows enough: fewer images are divided
-
 
 def augment(width: int) -> dict | None:
     """Whole rows, about 512 pixels of them (1024 spill on sm_100); None: too wide."""
@@ -76,8 +86,8 @@ def _whole(width: int, dtype: torch.dtype) -> int | None:
     return block if dtype.itemsize == 2 and block <= 256 else None
 
 
-def similarity_sums(width: int, dtype: torch.dtype, columns: bool) -> dict:
-    """Log-sum-exps of rows, and of `columns`. BM is a multiple of BN."""
+def similarity_sums(width: int, dtype: torch.dtype) -> dict:
+    """Log-sum-exps of rows and columns. BM is a multiple of BN."""
     if block := _whole(width, dtype):
         return {"WHOLE": True, "BLOCK_D": block} | _tile(128, 64, 8, 2)
     if dtype.itemsize == 2:
@@ -154,9 +164,6 @@ def join() -> dict:
     return {"BLOCK": 128, "num_warps": 4}
 
 
-SINKHORN_PROGRAMS = 264  # two an SM of an H200, whatever GPU it is: the bits depend on it
-
-
 def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
     """Rows read once, up to 8192 float32, beside their potentials and sums; None where they must be read twice."""
     return _rows(width, per_thread=64 // compute.itemsize)
@@ -173,9 +180,6 @@ def prototype_cross_entropy(dtype: torch.dtype) -> dict:
 
 def teacher_statistics(dtype: torch.dtype) -> dict:
     return {"ROWS": 8, "BLOCK": 512 // dtype.itemsize, "num_warps": 4}
-
-
-HEAD_PROGRAMS = 264  # two an SM of an H200, whatever GPU it is: the bits depend on it
 
 
 def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:

@@ -24,13 +24,13 @@ from fastjem.data.folder import ImageFolder, none_readable, read_image, readable
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
-from fastjem.kernels import reference_augment as table
+from fastjem.kernels.augment import columns as table
 
 LOADERS = ("auto", "dali", "dali-cpu", "memory", "torch")
 SHARE = 0.65  # of the JPEG files, for a GPU's fixed-function decoder: DALI's own default
 SHARES = (0.0, 0.12, 0.25, 0.5, SHARE, 0.9)  # what `tune` compares
 Bad = tuple[str, str]  # (path, reason)
-# (keys of a batch, heights and widths [B, 2] of its images) -> a table [B, P] of each view: kernels.reference_augment
+# (keys of a batch, heights and widths [B, 2] of its images) -> a table [B, P] of each view: kernels.augment.columns
 Tables = Callable[[Sequence[Key], np.ndarray], Sequence[np.ndarray]]
 
 _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # what ends coded pixels; 00 is a coded FF, D0 to D7 are restarts

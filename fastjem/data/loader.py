@@ -13,7 +13,7 @@ from fastjem.data.batches import Crops, Key, Order
 from fastjem.data.folder import ImageFolder, none_readable, readable
 from fastjem.data.parameters import Parameters
 from fastjem.data.views import ViewSpec
-from fastjem.kernels import reference_augment as column
+from fastjem.kernels.augment import columns as column
 
 
 def crop(image: Image.Image, spec: ViewSpec, row: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Augmentation parameters, drawn by us: a function of (seed, epoch, sample, view) and the image's size, nothing else.
 
 Whoever carries them out, in whatever batch, on whatever rank and after whatever resume, sees the same views. The
-table's columns are named in `fastjem.kernels.reference_augment`.
+table's columns are named in `fastjem.kernels.augment.columns`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastjem.data.views import ViewSpec
-from fastjem.kernels import reference_augment as column
+from fastjem.kernels.augment import columns as column
 
 REST = 1 << 31  # first block of numbers behind those of the crop, whose try i takes block i
 Numbers = Callable[[int, np.ndarray], np.ndarray]

@@ -1,0 +1,186 @@
+"""Log-sum-exps"""
+
+import triton
+import triton.language as tl
+
+from .. import launch
+from .tiles import LOG2_E, load_columns, load_rows, seen_columns, similarities
+
+
+@triton.jit
+def exponentials(s, seen, pivot, rate):
+    return tl.where(seen, tl.exp2((s - pivot) * rate), 0.0)
+
+
+@triton.jit
+def _finite(maximum):
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit(do_not_specialize=["N", "M", "start", "rows_period", "offset", "columns_period", "first", "stop", "each"])
+def sums_kernel(
+    a,  # [N, D]
+    b,  # [M, D]; a itself, if SYMMETRIC
+    factor,  # 0-dim
+    row_max,  # [splits, N], in units of similarities; None unless RUNNING
+    row_sum,  # [splits, N], of exp(logit - maximum * factor)
+    column_max,  # the same for columns, by block of rows [blocks, M], or by distance from the diagonal; or None
+    column_sum,
+    N,
+    M,
+    D,
+    start,
+    rows_period,
+    offset,
+    columns_period,
+    first,  # the walk of a block of rows: tiles first .. stop, `each` of them a program
+    stop,
+    each,
+    pivot,  # every maximum, unless RUNNING
+    HAS_OWN_IMAGE: tl.constexpr,
+    RUNNING: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    block, split = tl.program_id(0), tl.program_id(1)
+    i_a = block * BM + tl.arange(0, BM)
+    scale = tl.load(factor).to(tl.float64)
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    rate = (tl.abs(scale) * LOG2_E).to(tl.float32)
+    maximum = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    b_a = tl.zeros([1], tl.float32)
+    if WHOLE:
+        b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    blocks = tl.cdiv(N, BM)
+    begin, end = first + split * each, tl.minimum(first + (split + 1) * each, stop)
+    if SYMMETRIC:
+        # Row block i meets i, i + 1, ..., i + blocks / 2 (mod blocks): each pair once. Of an even number of blocks the
+        # last distance would pair twice: the first half of them walks it.
+        walk = blocks // 2 + 1
+        if blocks % 2 == 0 and block >= blocks // 2:
+            walk -= 1
+        end = tl.minimum(end, walk * (BM // BN))
+    for t in range(begin, end):
+        if SYMMETRIC:
+            distance = t // (BM // BN)
+            i_b = (block + distance) % blocks * BM + t % (BM // BN) * BN + tl.arange(0, BN)
+            line = distance - tl.maximum(first // (BM // BN), 1)  # -1: the diagonal, whose tile is whole
+        else:
+            i_b = t * BN + tl.arange(0, BN)
+            line = block
+        s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
+        seen = seen_columns(i_a, i_b, N, M, start, rows_period, offset, columns_period, HAS_OWN_IMAGE)
+        at = launch.row_start(line, M, 1) + i_b
+        written = (i_b < M) & (line >= 0)
+        if RUNNING:
+            s *= sign
+            visible = tl.where(seen, s, -float("inf"))
+            now = tl.maximum(maximum, tl.max(visible, 1))
+            base = _finite(now)
+            kept = tl.where(maximum == -float("inf"), 0.0, tl.exp2((maximum - base) * rate))
+            total = total * kept + tl.sum(exponentials(s, seen, base[:, None], rate), 1)
+            maximum = now
+            if column_sum is not None:
+                highest = tl.max(visible, 0)
+                tl.store(column_max + at, highest, written)
+                e = exponentials(s, seen, _finite(highest)[None, :], rate)
+                tl.store(column_sum + at, tl.sum(e, 0), written)
+        else:
+            e = exponentials(s, seen, pivot, rate)
+            total += tl.sum(e, 1)
+            if column_sum is not None:
+                tl.store(column_sum + at, tl.sum(e, 0), written)
+    at = launch.row_start(split, N, 1) + i_a
+    tl.store(row_sum + at, total, i_a < N)
+    if RUNNING:
+        tl.store(row_max + at, maximum, i_a < N)
+
+
+@triton.jit(do_not_specialize=["N", "M", "start", "rows_period", "offset", "columns_period", "each"])
+def attend_kernel(
+    a,  # [N, D]
+    b,  # [M, D]
+    factor,  # 0-dim, positive
+    maxima,  # [splits, N]
+    sums,  # [splits, N]
+    out,  # [splits, N, D] float32: sum_j exp(logit - maximum * factor) b_j
+    N,
+    M,
+    D,
+    start,
+    rows_period,
+    offset,
+    columns_period,
+    each,  # tiles of a program
+    HAS_OWN_IMAGE: tl.constexpr,
+    GAIN: tl.constexpr,  # without, most float16 weights would be subnormal numbers
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    split = tl.program_id(1)
+    i_a = tl.program_id(0) * BM + tl.arange(0, BM)
+    rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
+    b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    maximum = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BLOCK_D], tl.float32)
+    for t in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(M, BN))):
+        i_b = t * BN + tl.arange(0, BN)
+        b_b = load_columns(b, i_b, M, D, 0, BLOCK_D)
+        s = tl.dot(b_a, b_b)
+        seen = seen_columns(i_a, i_b, N, M, start, rows_period, offset, columns_period, HAS_OWN_IMAGE)
+        now = tl.maximum(maximum, tl.max(tl.where(seen, s, -float("inf")), 1))
+        base = _finite(now)
+        kept = tl.where(maximum == -float("inf"), 0.0, tl.exp2((maximum - base) * rate))
+        e = exponentials(s, seen, base[:, None], rate)
+        total = total * kept + tl.sum(e, 1)
+        acc = acc * kept[:, None]
+        acc = tl.dot((e * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
+        maximum = now
+    at = launch.row_start(split, N, 1) + i_a
+    tl.store(maxima + at, maximum, i_a < N)
+    tl.store(sums + at, total, i_a < N)
+    column = tl.arange(0, BLOCK_D)
+    mask = (i_a < N)[:, None] & (column < D)[None, :]
+    tl.store(out + (at * D)[:, None] + column[None, :], acc / GAIN, mask)
+
+
+@triton.jit(do_not_specialize=["N", "M", "each"])
+def best_kernel(
+    a,  # [N, D]
+    b,  # [M, D]
+    values,  # [splits, N]
+    columns,  # [splits, N] int64
+    N,
+    M,
+    D,
+    each,
+    WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    split = tl.program_id(1)
+    i_a = tl.program_id(0) * BM + tl.arange(0, BM)
+    b_a = tl.zeros([1], tl.float32)
+    if WHOLE:
+        b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    best = tl.full([BM], -float("inf"), tl.float32)
+    where = tl.zeros([BM], tl.int32)
+    for t in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(M, BN))):
+        i_b = t * BN + tl.arange(0, BN)
+        s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
+        s = tl.where((i_b < M)[None, :], s, -float("inf"))
+        now = tl.max(s, 1)
+        lowest = tl.min(tl.where(s == now[:, None], i_b[None, :], 2147483647), 1)
+        better = now > best
+        where = tl.where(better, lowest, where)
+        best = tl.where(better, now, best)
+    at = launch.row_start(split, N, 1) + i_a
+    tl.store(values + at, best, i_a < N)
+    tl.store(columns + at, where.to(tl.int64), i_a < N)

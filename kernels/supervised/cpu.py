@@ -1,0 +1,32 @@
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..arithmetic import compute_dtype, dense_rows
+from ..native import CODES, address, gradient_for
+from . import reference
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if logits.dtype not in CODES:
+        return reference.cross_entropy(logits, labels, ignore_index, wanted)
+    logits, labels, dtype = dense_rows(logits), labels.contiguous(), compute_dtype(logits.dtype)
+    gradient = gradient_for(logits, wanted[0])
+    total, counted = _C.cross_entropy(
+        CODES[logits.dtype],
+        address(logits),
+        *logits.shape,
+        logits.stride(0),
+        address(labels),
+        ignore_index,
+        address(gradient),
+        torch.get_num_threads(),
+    )
+    scale = 1 / counted if counted else float("inf")
+    return (
+        torch.full((), total / counted if counted else float("nan"), dtype=dtype),
+        [gradient],
+        torch.full((), scale, dtype=dtype),
+    )

@@ -1,0 +1,27 @@
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..native import CODES, address, same_layout
+from . import reference
+
+
+def rescale_(gradient: Tensor, factor: Tensor) -> None:
+    if gradient.dtype not in CODES or not same_layout(gradient):
+        return reference.rescale_(gradient, factor)
+    if (by := factor.item()) != 1:
+        _C.rescale(CODES[gradient.dtype], address(gradient), gradient.numel(), by, torch.get_num_threads())
+
+
+def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
+    table, others = [], []
+    for t, s in zip(teacher, student, strict=True):
+        if s.dtype in CODES and same_layout(t, s):
+            table.append((address(t), address(s), t.numel(), CODES[t.dtype], CODES[s.dtype]))
+        else:
+            others.append((t, s))
+    if len({row[0] for row in table if row[2]}) < sum(row[2] > 0 for row in table):
+        raise ValueError("ema_update_: teacher tensors must be memory of their own, got the same address twice")
+    _C.ema_update(table, momentum.item(), torch.get_num_threads())
+    for t, s in others:
+        reference.ema_update_([t], [s], momentum)
