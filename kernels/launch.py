@@ -73,5 +73,5 @@ def mean(
 ) -> tuple[Tensor, Tensor]:
     """The mean over all rows and 1 / their number (NaN and infinity for none), by one program in a fixed order."""
     loss, scale = sums.new_empty(()), sums.new_empty(())
-    launch(_mean_kernel, (1,), sums, counts, loss, scale, len(sums), **tiling.mean(), device_of=sums)
+    launch(_mean_kernel, (1,), sums, counts, loss, scale, len(sums), **tiling.mean_of_rows(), device_of=sums)
     return loss, scale

@@ -1,4 +1,4 @@
-"""The C++ kernels of the image operators; part of `cpu`."""
+"""The image operators on the CPU, in C++."""
 
 import torch
 from torch import Tensor

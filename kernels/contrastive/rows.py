@@ -1,5 +1,8 @@
-"""Triton kernels on single rows, around the tiles of similarity.py: unit length, its gradient, dot products, and the
-join of log-sum-exps that several programs began."""
+"""Triton kernels on single rows, before and after the walks over tiles.
+
+Unit length and its gradient, dot products, the join of log-sum-exps that several programs began, and their form for the
+kernels of gradients.
+"""
 
 import torch
 import triton
@@ -7,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch, tiling
-from ..arithmetic import dense_rows
-
-EPS = 1e-12
+from ..arithmetic import UNIT_EPS, dense_rows
+from .tiles import LOG2_E
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -77,6 +79,7 @@ def _dots_kernel(
 
 @triton.jit
 def _largest(maxima, i_row, N, parts, largest):
+    """The largest of `largest` and of the maxima [parts, N] of each row."""
     for part in range(0, parts):
         largest = tl.maximum(largest, tl.load(maxima + launch.row_start(part, N, 1) + i_row, i_row < N, 0))
     return largest
@@ -84,31 +87,32 @@ def _largest(maxima, i_row, N, parts, largest):
 
 @triton.jit
 def _total(maxima, sums, i_row, N, parts, base, scale, RUNNING: tl.constexpr):
+    """The sum of exp(logit - base * scale) of each row, from sums [parts, N] around maxima [parts, N]."""
     total = tl.zeros(i_row.shape, tl.float64)
     for part in range(0, parts):
         at = launch.row_start(part, N, 1) + i_row
-        share = tl.load(sums + at, i_row < N, 0).to(tl.float64)
+        part_sum = tl.load(sums + at, i_row < N, 0).to(tl.float64)
         if RUNNING:
             maximum = tl.load(maxima + at, i_row < N, 0)
             # a part that has seen nothing has the maximum -inf and the sum 0
             far = tl.where(maximum == -float("inf"), 0.0, (maximum - base).to(tl.float64) * scale)
-            share *= tl.exp(far)
-        total += share
+            part_sum *= tl.exp(far)
+        total += part_sum
     return total
 
 
 @triton.jit(do_not_specialize=["N", "row_parts", "column_parts"])
 def _join_kernel(
-    row_max,  # [row_parts, N] float32, in units of similarities, or None
-    row_sum,  # [row_parts, N] float32, sums of exp(logit - maximum * scale)
-    column_max,  # [column_parts, N], or None; likewise column_sum
-    column_sum,
+    row_max,  # [row_parts, N] float32, in units of similarities; None unless RUNNING
+    row_sum,  # [row_parts, N] float32, the sums of exp(logit - maximum * scale)
+    column_max,  # [column_parts, N] float32, of what the rows are as columns; None unless RUNNING
+    column_sum,  # [column_parts, N] float32, or None
     factor,  # 0-dim
     out,  # [N] float64
     N,
     row_parts,
     column_parts,
-    pivot,  # every part's maximum, unless RUNNING
+    pivot,  # in the place of every maximum, unless RUNNING
     RUNNING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -133,11 +137,10 @@ def _state_kernel(
     pivots,  # [N] float32, in units of similarities; None unless RUNNING
     rests,  # [N] float32
     N,
-    pivot,
+    pivot,  # of all rows, unless RUNNING
     RUNNING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """exp(logit - lse) is exp2((s - pivot) * factor * log2(e) + rest); one pivot: ... * rest."""
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale = tl.load(factor).to(tl.float64)
     b_lse = tl.load(lse + i_row, i_row < N, 0.0)
@@ -145,7 +148,7 @@ def _state_kernel(
         b_pivot = (b_lse / scale).to(tl.float32)
         infinite = tl.abs(b_lse) == float("inf")
         b_pivot = tl.where((tl.abs(b_pivot) < float("inf")) | infinite, b_pivot, 0.0)
-        rest = tl.where(infinite, 0.0, (b_pivot.to(tl.float64) * scale - b_lse) * 1.4426950408889634)
+        rest = tl.where(infinite, 0.0, (b_pivot.to(tl.float64) * scale - b_lse) * LOG2_E)
         tl.store(pivots + i_row, b_pivot, i_row < N)
     else:
         rest = tl.exp(tl.minimum(pivot * scale - b_lse, 87.0))
@@ -153,15 +156,15 @@ def _state_kernel(
 
 
 def unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """In the dtype of the input, which is that of the products; float32 sums."""
+    """Rows in the dtype of the input, which is that of the products; divisors [N] float32."""
     if not normalize:
         return x.contiguous(), None
     x = dense_rows(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     divisors = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    tile = tiling.single_rows(x.shape[1])
+    tile = tiling.similarity_rows(x.shape[1])
     grid = (triton.cdiv(len(x), tile["ROWS"]),)
-    launch.launch(_unit_kernel, grid, x, out, divisors, *x.shape, x.stride(0), EPS=EPS, **tile, device_of=x)
+    launch.launch(_unit_kernel, grid, x, out, divisors, *x.shape, x.stride(0), EPS=UNIT_EPS, **tile, device_of=x)
     return out, divisors
 
 
@@ -169,10 +172,10 @@ def through_unit(gradient: Tensor, rows: Tensor, divisors: Tensor | None, dtype:
     if divisors is None:
         return gradient.to(dtype)
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    tile = tiling.single_rows(gradient.shape[1])
+    tile = tiling.similarity_rows(gradient.shape[1])
     grid = (triton.cdiv(len(gradient), tile["ROWS"]),)
     launch.launch(
-        _through_unit_kernel, grid, gradient, rows, divisors, out, *out.shape, EPS=EPS, **tile, device_of=out
+        _through_unit_kernel, grid, gradient, rows, divisors, out, *out.shape, EPS=UNIT_EPS, **tile, device_of=out
     )  # fmt: skip
     return out
 
@@ -181,7 +184,7 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
     """[N] float64, of dense rows."""
     out = torch.empty(len(a), dtype=torch.float64, device=a.device)
     if len(a):
-        tile = tiling.single_rows(a.shape[1])
+        tile = tiling.similarity_rows(a.shape[1])
         grid = (triton.cdiv(len(a), tile["ROWS"]),)
         launch.launch(_dots_kernel, grid, a, b, out, *a.shape, **tile, device_of=a)
     return out
@@ -194,26 +197,30 @@ def join(
     pivot: float,
     running: bool,
 ) -> Tensor:
-    """[N] float64: the log-sum-exp of all parts of a row, added in their order."""
+    """[N] float64: each row's log-sum-exp, of all its parts in their order."""
     parts, n = rows[1].shape
     out = torch.empty(n, dtype=torch.float64, device=factor.device)
-    more = (None, None) if columns is None else columns
-    tile = tiling.join_similarities()
+    column_max, column_sum = (None, None) if columns is None else columns
+    tile = tiling.similarity_join()
     launch.launch(
-        _join_kernel, (triton.cdiv(n, tile["BLOCK"]),), *rows, *more, factor, out, n, parts,
-        0 if columns is None else len(columns[1]), pivot, RUNNING=running, **tile, device_of=factor,
+        _join_kernel, (triton.cdiv(n, tile["BLOCK"]),), *rows, column_max, column_sum, factor, out, n,
+        parts, 0 if column_sum is None else len(column_sum), pivot, RUNNING=running, **tile, device_of=factor,
     )  # fmt: skip
     return out
 
 
 def states(lse: Tensor | None, factor: Tensor, pivot: float, running: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Log-sum-exps as the kernels of gradients take them, see `_state_kernel`."""
+    """Log-sum-exps [N] as the kernels of gradients take them: (pivots, rests), [N] float32 each.
+
+    Running: `exp(logit - lse) = exp2((s - pivot) * rate + rest)`, the pivot being lse / factor rounded, and the rest
+    what that rounding lost. Otherwise: `exp2((s - pivot) * rate) * rest` with the one pivot of all rows, and no pivots.
+    """
     if lse is None:
         return None, None
     lse = lse.contiguous()
     pivots, rests = torch.empty(2, len(lse), dtype=torch.float32, device=lse.device)
     pivots = pivots if running else None
-    tile = tiling.join_similarities()
+    tile = tiling.similarity_join()
     grid = (triton.cdiv(len(lse), tile["BLOCK"]),)
     launch.launch(
         _state_kernel, grid, lse, factor, pivots, rests, len(lse), pivot, RUNNING=running, **tile, device_of=lse

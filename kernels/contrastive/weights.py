@@ -1,7 +1,7 @@
-"""The Triton kernels of the gradients' weights, on tiles of similarities: see similarity.py and similarity_kernels.py.
+"""Triton kernels of the gradients' weights, on tiles of similarities.
 
-With G = exp(logit - lse_row) + exp(logit - lse_column), a gradient is G @ b. A log-sum-exp comes as a pivot, in units
-of similarities, and the rest of its logarithm to base 2; where one pivot serves all of them, as its exponential.
+With the weights G = exp(logit - lse_row) + exp(logit - lse_column), a gradient is G @ b. A log-sum-exp comes as a pivot
+and a rest (`rows.states`); rows or columns without log-sum-exps have None, and no term in G.
 """
 
 import triton
@@ -13,6 +13,7 @@ from .tiles import LOG2_E, load_columns, load_rows, seen_columns, similarities
 
 @triton.jit
 def _load_state(pivots, rests, i_row, N, RUNNING: tl.constexpr):
+    """(pivot, rest) of rows. Unless RUNNING one pivot serves all, and what is returned in its place isn't used."""
     b_rest = tl.load(rests + i_row, i_row < N, 0.0)
     b_pivot = b_rest
     if RUNNING:
@@ -22,7 +23,7 @@ def _load_state(pivots, rests, i_row, N, RUNNING: tl.constexpr):
 
 @triton.jit
 def _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING: tl.constexpr):
-    """[BM, BN], 0 where not seen. Rows or columns without log-sum-exps have no part in it."""
+    """G of a tile, [BM, BN]; 0 where a column isn't seen."""
     g = tl.zeros(s.shape if RUNNING else [1, 1], tl.float32)
     if a_rests is not None:
         a_pivot, a_rest = _load_state(a_pivots, a_rests, i_a, N, RUNNING)
@@ -41,29 +42,29 @@ def _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivo
     return tl.where(seen, g, 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "M", "start", "rows_period", "offset", "columns_period", "each"])
+@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "each"])
 def owner_kernel(
     a,  # [N, D]
     b,  # [M, D]
     factor,  # 0-dim
-    a_pivots,  # [N], None unless RUNNING
-    a_rests,  # [N], None if rows have no log-sum-exp; likewise b_pivots and b_rests [M]
-    b_pivots,
-    b_rests,
+    a_pivots,  # [N] float32; None unless RUNNING
+    a_rests,  # [N] float32; None if rows have no log-sum-exp
+    b_pivots,  # [M] float32; None unless RUNNING
+    b_rests,  # [M] float32; None if columns have no log-sum-exp
     out,  # [splits, N, D] float32: G @ b
-    dots,  # [splits, N] float32, the sum of G * similarities by row; or None
+    dots,  # [splits, N] float32, (G * similarities).sum(1); or None
     N,
     M,
     D,
     start,
-    rows_period,
+    row_period,
     offset,
-    columns_period,
+    column_period,
     each,  # tiles of a program
     pivot,
     HAS_OWN_IMAGE: tl.constexpr,
     RUNNING: tl.constexpr,
-    GAIN: tl.constexpr,  # without, most float16 weights would be subnormal numbers
+    GAIN: tl.constexpr,  # see launch.gain
     BLOCK_D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -78,7 +79,7 @@ def owner_kernel(
         i_b = t * BN + tl.arange(0, BN)
         b_b = load_columns(b, i_b, M, D, 0, BLOCK_D)
         s = tl.dot(b_a, b_b)
-        seen = seen_columns(i_a, i_b, N, M, start, rows_period, offset, columns_period, HAS_OWN_IMAGE)
+        seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
         g = _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING)
         if dots is not None:
             dot += tl.sum(g * s, 1)
@@ -97,24 +98,24 @@ def _store_tile(out, i_a, i_b, N, M, s_out, tile):
     tl.store(out + at, tile.to(out.dtype.element_ty), (i_a < N)[:, None] & (i_b < M)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "M", "start", "rows_period", "offset", "columns_period", "s_out"])
+@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "s_out"])
 def weights_kernel(
     a,  # [N, D]
     b,  # [M, D]
     factor,  # 0-dim
-    a_pivots,  # [N], None unless RUNNING
-    a_rests,  # [N], None if rows have no log-sum-exp; likewise b_pivots and b_rests [M]
-    b_pivots,
-    b_rests,
+    a_pivots,  # [N] float32; None unless RUNNING
+    a_rests,  # [N] float32; None if rows have no log-sum-exp
+    b_pivots,  # [M] float32; None unless RUNNING
+    b_rests,  # [M] float32; None if columns have no log-sum-exp
     out,  # [N, M], rows s_out * 8 apart: G * GAIN; or None
-    dots,  # [blocks of columns, N] float32, the sum of G * similarities; or None
+    dots,  # [blocks of columns, N] float32, (G * similarities).sum(1) of a tile; or None
     N,
     M,
     D,
     start,
-    rows_period,
+    row_period,
     offset,
-    columns_period,
+    column_period,
     s_out,
     pivot,
     HAS_OWN_IMAGE: tl.constexpr,
@@ -128,7 +129,7 @@ def weights_kernel(
     i_b = tl.program_id(1) * BN + tl.arange(0, BN)
     rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
-    seen = seen_columns(i_a, i_b, N, M, start, rows_period, offset, columns_period, HAS_OWN_IMAGE)
+    seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
     g = _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING)
     if dots is not None:
         tl.store(dots + launch.row_start(tl.program_id(1), N, 1) + i_a, tl.sum(g * s, 1), i_a < N)
@@ -142,8 +143,8 @@ def sigmoid_kernel(
     b,  # [M, D]
     factor,  # 0-dim
     bias,  # 0-dim
-    out,  # [N, M], rows s_out * 8 apart: GAIN * d loss / d logit; or None
-    sums,  # [3, blocks of columns, N] float32, the sums of loss, G, G * similarity
+    out,  # [N, M], rows s_out * 8 apart: G * GAIN; or None
+    sums,  # [3, blocks of columns, N] float32, the sums of loss, G = d loss / d logit, and G * similarity of a tile
     N,
     M,
     D,
@@ -157,7 +158,7 @@ def sigmoid_kernel(
     i_a = tl.program_id(0) * BM + tl.arange(0, BM)
     i_b = tl.program_id(1) * BN + tl.arange(0, BN)
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
-    label = tl.where(i_b[None, :] == (i_a + offset)[:, None], -1.0, 1.0)
+    label = tl.where(i_b[None, :] == (i_a + offset)[:, None], -1.0, 1.0)  # -1: the row's own pair
     x = label * (s * tl.load(factor).to(tl.float32) + tl.load(bias).to(tl.float32))  # the loss is softplus(x)
     e = tl.exp(-tl.abs(x))
     one_more = 1 + e

@@ -90,7 +90,7 @@ def standardised(
     out = torch.empty((n, d), dtype=compute, device=x.device)
     std = out.new_empty(d)
     dots = None if other is None else out.new_empty(d)
-    tile = tiling.columns(x.dtype)
+    tile = tiling.covariance_columns(x.dtype)
     launch.launch(
         _standardise_kernel,
         (triton.cdiv(d, tile["COLUMNS"]),),
@@ -169,7 +169,7 @@ def through_standardise(
 ) -> None:
     """out = the gradient g = product * factor + other * weights, back through `standardised`."""
     n, d = own.shape
-    tile = tiling.columns(out.dtype)
+    tile = tiling.covariance_columns(out.dtype)
     launch.launch(
         _through_standardise_kernel,
         (triton.cdiv(d, tile["COLUMNS"]),),
@@ -204,7 +204,7 @@ def _dot_kernel(
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """`(x.double() * y.double()).sum()` of two contiguous tensors."""
-    tile = tiling.dot()
+    tile = tiling.covariance_dot()
     sums = torch.empty(triton.cdiv(x.numel(), tile["BLOCK"]), dtype=torch.float64, device=x.device)
     launch.launch(_dot_kernel, (len(sums),), x, y, sums, x.numel(), **tile, device_of=x)
     return sums.sum()

@@ -36,8 +36,9 @@ def _standardised(
     divide: bool,
     other: Tensor | None = None,  # [N, D]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The centred columns (over std if `divide`), std = sqrt(sum of squares / divisor + eps), and the dots with
-    those of `other`."""
+    """The centred columns [N, D] (over std if `divide`), std = sqrt(sum of squares / divisor + eps) [D] float64, and
+    the dot product [D] of each column with that of `other`.
+    """
     out = torch.empty(x.shape, dtype=compute_dtype(x.dtype))
     std = torch.empty(x.shape[1], dtype=torch.float64)
     dots = None if other is None else torch.empty_like(std)
@@ -51,8 +52,8 @@ def _standardised(
         divide,
         address(out),
         address(std),
-        0 if other is None else address(other),
-        0 if dots is None else address(dots),
+        address(other),
+        address(dots),
         torch.get_num_threads(),
     )
     return out, std, dots
@@ -68,19 +69,25 @@ def barlow_twins(
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in CODES:
         return reference.barlow_twins(z0, z1, lambda_param, statistics, wanted)
-    z0, z1, dtype, (n, d) = dense_rows(z0), dense_rows(z1), compute_dtype(z0.dtype), z0.shape
+    z0 = dense_rows(z0)
+    z1 = dense_rows(z1)
+    dtype = compute_dtype(z0.dtype)
+    n, d = z0.shape
     a, a_std, _ = _standardised(z0, n, 1e-5, True)
     b, b_std, dots = _standardised(z1, n, 1e-5, True, a if n < d else None)
     if n < d:
-        squares, dots_of_products = [_symmetric(a), _symmetric(b)], [None, None]
-        diagonal, total = dots / n, _dot(*squares)
+        squares = [_symmetric(a), _symmetric(b)]
+        total = _dot(*squares)
+        diagonal = dots / n
+        dots_of_products = [None, None]
     else:
         cross = torch.mm(a.T, b)
-        squares, total = [cross], _dot(cross, cross)
-        diagonal = cross.diagonal().double() / n  # the same numbers as in the total, which they are taken from
-        # the columns of b C^T have with those of a the dots (C C^T)_ii
+        squares = [cross]
+        total = _dot(cross, cross)
+        diagonal = cross.diagonal().double() / n  # of the total's own numbers, as it is subtracted from the total
+        # The gradient's product for a is b C^T; its columns' dot products with those of a are (C C^T)_ii.
         squared = cross.square()
-        dots_of_products = [squared.sum(i).double() for i in (1, 0)]
+        dots_of_products = [squared.sum(1).double(), squared.sum(0).double()]
         del squared
     off_diagonal = total / n**2 - diagonal.square().sum()
     loss = (diagonal - 1).square().sum() + lambda_param * off_diagonal
@@ -92,18 +99,18 @@ def barlow_twins(
     in_gradient = scale if z0.dtype == dtype else 1.0  # half precision can't hold the scaled gradient
     gradients = [gradient_for(z0, wanted[0]), gradient_for(z1, wanted[1])]
     sides = ((z0, a, a_std, b), (z1, b, b_std, a))
-    for i, (z, own, std, other) in enumerate(sides):
+    for i, (z, columns, std, other) in enumerate(sides):
         if not wanted[i]:
             continue
-        product = _product_memory(gradients[i], own)
+        product = _product_memory(gradients[i], columns)
         if n < d:
-            torch.mm(squares[1 - i], own, out=product)
+            torch.mm(squares[1 - i], columns, out=product)
         else:
-            torch.mm(other, (cross.T, cross)[i], out=product)
+            torch.mm(other, cross if i else cross.T, out=product)
         _C.through_standardise(
             CODES[z.dtype],
             address(product),
-            address(own),
+            address(columns),
             address(other),
             n,
             d,
@@ -112,7 +119,7 @@ def barlow_twins(
             address(weights),
             address(std),
             address(diagonal),
-            0 if dots_of_products[i] is None else address(dots_of_products[i]),
+            address(dots_of_products[i]),
             address(gradients[i]),
             torch.get_num_threads(),
         )
@@ -132,11 +139,18 @@ def vicreg(
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in CODES:
         return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, statistics, wanted)
-    z0, z1, dtype, (n, d) = dense_rows(z0), dense_rows(z1), compute_dtype(z0.dtype), z0.shape
+    z0 = dense_rows(z0)
+    z1 = dense_rows(z1)
+    dtype = compute_dtype(z0.dtype)
+    n, d = z0.shape
     gradients = [gradient_for(z0, wanted[0]), gradient_for(z1, wanted[1])]
     factor = 4 * nu_param * n / (n - 1) ** 2 / d
     in_gradient = 1 / n if z0.dtype == dtype else 1.0  # half precision can't hold the scaled gradient
-    loss, views, kept, health, squares = 0.0, [], [], [], []
+    loss = 0.0
+    views = []  # four addresses each, for C++
+    kept = []  # the tensors at these addresses, until it has run
+    health = []
+    squares = []
     for z, gradient in zip((z0, z1), gradients, strict=True):
         centred, std, _ = _standardised(z, n - 1, eps, False)
         diagonal = (std.square() - eps) * (n - 1)

@@ -1,4 +1,4 @@
-"""SIGReg's sums on the CPU."""
+"""SIGReg's sums on the CPU, in C++."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ WIDE = (torch.float32, torch.float64)
 def characteristic(theta: Tensor, frequencies: int) -> Tensor:
     if theta.dtype not in WIDE:
         return reference.characteristic(theta, frequencies)
-    theta, (views, _, slices) = theta.contiguous(), theta.shape
+    theta = theta.contiguous()
+    views, _, slices = theta.shape
     out = theta.new_empty(2, frequencies, views, slices)
     _C.characteristic(
         CODES[theta.dtype], address(theta), *theta.shape, frequencies, address(out), torch.get_num_threads()
@@ -24,7 +25,8 @@ def characteristic(theta: Tensor, frequencies: int) -> Tensor:
 def characteristic_backward(theta: Tensor, weights: Tensor) -> Tensor:
     if theta.dtype not in WIDE or weights.dtype != theta.dtype:
         return reference.characteristic_backward(theta, weights)
-    theta, weights = theta.contiguous(), weights.contiguous()
+    theta = theta.contiguous()
+    weights = weights.contiguous()
     out = torch.empty_like(theta)
     _C.characteristic_backward(
         CODES[theta.dtype],

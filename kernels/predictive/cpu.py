@@ -1,3 +1,5 @@
+"""The losses between predictions and targets on the CPU, in C++."""
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from . import reference
 def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tuple[Tensor, list[Tensor], Tensor]:
     if p.dtype not in CODES:
         return reference.negative_cosine(p, z, eps, wanted)
-    p, z, dtype = dense_rows(p), dense_rows(z), compute_dtype(p.dtype)
+    p = dense_rows(p)
+    z = dense_rows(z)
+    dtype = compute_dtype(p.dtype)
     gradients = [gradient_for(p, wanted[0]), gradient_for(z, wanted[1])]
     total = _C.negative_cosine(
         CODES[p.dtype],
@@ -20,10 +24,12 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         z.stride(0),
         *p.shape,
         eps,
-        *map(address, gradients),
+        address(gradients[0]),
+        address(gradients[1]),
         torch.get_num_threads(),
     )
-    return torch.full((), total / len(p), dtype=dtype), gradients, torch.full((), 1 / len(p), dtype=dtype)
+    loss = torch.full((), total / len(p), dtype=dtype)
+    return loss, gradients, torch.full((), 1 / len(p), dtype=dtype)
 
 
 def regression(
@@ -31,8 +37,11 @@ def regression(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if prediction.dtype not in CODES:
         return reference.regression(prediction, target, beta, normalize, eps, wanted)
-    prediction, target, dtype = dense_rows(prediction), dense_rows(target), compute_dtype(prediction.dtype)
-    gradient, scale = gradient_for(prediction, wanted[0]), 1 / prediction.numel()
+    prediction = dense_rows(prediction)
+    target = dense_rows(target)
+    dtype = compute_dtype(prediction.dtype)
+    gradient = gradient_for(prediction, wanted[0])
+    scale = 1 / prediction.numel()
     total = _C.regression(
         CODES[prediction.dtype],
         address(prediction),

@@ -1,30 +1,31 @@
-"""The C++ kernels of the prototype operators; part of `cpu`: every check is here, before an address leaves Python."""
+"""The prototype operators on the CPU, in C++."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import _C, tiling
-from ..arithmetic import compute_dtype, dense_rows
+from ..arithmetic import compute_dtype, dense_rows, no_gradient
 from ..native import CODES, address, gradient_for
 from . import reference
 from .pairing import PAIRS, count
 
 
-def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Dense, in the dtype to compute in."""
+def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
 
 
-# Sinkhorn --------------------------------------------------------------------------------------------
-
-
-# A potential may be thousands, and nearly cancels with what it is added to: within an operator it is float64.
+# Sinkhorn ------------------------------------------------------------------------------------------------------------
 
 
 def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """[K] float64, from dense rows and float64."""
+    """`reference.sinkhorn_step` of dense rows and a float64 bias: [K] float64.
+
+    A potential may be thousands, and nearly cancels with what it is added to: within an operator it stays float64.
+    """
     sums = torch.empty(scores.shape[1], dtype=torch.float64)
     _C.sinkhorn_step(
         CODES[scores.dtype],
@@ -40,6 +41,7 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
 
 
 def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    """`reference.sinkhorn_bias` in float64."""
     bias = torch.zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
     for _ in range(iterations):
         bias = _step(scores, bias, epsilon).neg_()
@@ -49,7 +51,7 @@ def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_fir
 def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     if scores.dtype not in CODES:
         return reference.sinkhorn_step(scores, bias, epsilon)
-    return _step(dense_rows(scores), _wide(bias, torch.float64), epsilon)
+    return _step(dense_rows(scores), _dense(bias, torch.float64), epsilon)
 
 
 def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
@@ -61,7 +63,8 @@ def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_sam
 def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     if scores.dtype not in CODES or dtype not in CODES:
         return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
-    scores, bias = dense_rows(scores), _wide(bias, torch.float64)
+    scores = dense_rows(scores)
+    bias = _dense(bias, torch.float64)
     codes = torch.empty(scores.shape, dtype=dtype)
     _C.sinkhorn_codes(
         CODES[scores.dtype],
@@ -84,10 +87,11 @@ def sinkhorn(
     if scores.dtype not in CODES or dtype not in CODES:
         return reference.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
     scores = dense_rows(scores)
-    return sinkhorn_codes(scores, _bias(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
+    bias = _bias(scores, epsilon, iterations, normalize_samples_first)
+    return sinkhorn_codes(scores, bias, epsilon, dtype)
 
 
-# Cross-entropy ---------------------------------------------------------------------------------------
+# Cross-entropy -------------------------------------------------------------------------------------------------------
 
 
 def _inverse(x: float) -> float:
@@ -105,14 +109,17 @@ def prototype_cross_entropy(
     statistics: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    dtype, (rows, width) = compute_dtype(student[0].dtype), student[0].shape
+    dtype = compute_dtype(student[0].dtype)
+    rows, width = student[0].shape
     if student[0].dtype not in CODES or teacher[0].dtype not in CODES or compute_dtype(teacher[0].dtype) != dtype:
         arguments = (student_temperature, teacher_temperature, teacher_bias, pairs, weights, statistics, wanted)
         return reference.prototype_cross_entropy(student, teacher, *arguments)
-    student, teacher = [dense_rows(x) for x in student], [dense_rows(x) for x in teacher]
-    bias, weights = _wide(teacher_bias, dtype), _wide(weights, torch.float64)
+    student = [dense_rows(x) for x in student]
+    teacher = [dense_rows(x) for x in teacher]
+    bias = _dense(teacher_bias, dtype)
+    weights = _dense(weights, torch.float64)
     gradients = [gradient_for(x, k) for x, k in zip(student, wanted, strict=True)]
-    of_teacher = torch.empty(2, width, dtype=torch.float64) if statistics else None
+    sums = torch.empty(2, width, dtype=torch.float64) if statistics else None  # the teacher's logits, probabilities
     pairs_of_rows = (rows if weights is None else weights.sum().item()) * count(len(student), len(teacher), pairs)
     scale = _inverse(pairs_of_rows * student_temperature)
     # Half precision can't hold the scaled gradient; wider gradients needn't be read and written again to be scaled.
@@ -133,36 +140,39 @@ def prototype_cross_entropy(
         PAIRS[pairs],
         [address(g) for g in gradients],
         rows * width * student[0].element_size(),
-        address(of_teacher),
+        address(sums),
         torch.get_num_threads(),
     )
     loss = torch.full((), total * _inverse(pairs_of_rows), dtype=dtype)
-    extra = []
-    if statistics:
+    of_teacher = []
+    if sums is not None:
         teacher_rows = rows * len(teacher)
-        means = of_teacher.div_(teacher_rows)
-        extra = [*(x.to(dtype, copy=True) for x in means), torch.full((), entropy / teacher_rows, dtype=dtype)]
-    return loss, gradients, torch.full((), scale / factor, dtype=dtype), extra
+        mean_logits, mean_probabilities = sums.div_(teacher_rows)
+        mean_entropy = torch.full((), entropy / teacher_rows, dtype=dtype)
+        of_teacher = [mean_logits.to(dtype, copy=True), mean_probabilities.to(dtype, copy=True), mean_entropy]
+    return loss, gradients, torch.full((), scale / factor, dtype=dtype), of_teacher
 
 
 def mean_entropy(
     scores: list[Tensor], temperature: float, total: Tensor | None, rows: Tensor | None, wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    dtype, k = compute_dtype(scores[0].dtype), scores[0].shape[1]
+    dtype = compute_dtype(scores[0].dtype)
     if scores[0].dtype not in CODES:
         return reference.mean_entropy(scores, temperature, total, rows, wanted)
     scores = [dense_rows(x) for x in scores]
-    if total is None:  # a prototype's logsumexp of probabilities is what Sinkhorn's first iteration of samples gives
-        count, zeros = sum(map(len, scores)), torch.zeros(k, dtype=torch.float64)
-        log_mean = torch.stack([_step(x, zeros, temperature) for x in scores]).logsumexp(0) - math.log(count)
+    prototypes = scores[0].shape[1]
+    if total is None or rows is None:  # Sinkhorn's step from a bias of 0 gives each prototype's logsumexp of log p
+        zeros = torch.zeros(prototypes, dtype=torch.float64)
+        n = sum(map(len, scores))
+        log_mean = torch.stack([_step(x, zeros, temperature) for x in scores]).logsumexp(0) - math.log(n)
     else:
-        count = rows.item()
-        log_mean = (total.double() / count).log()
+        n = rows.item()
+        log_mean = (total.double() / n).log()
     log_mean = log_mean.clamp_min(-1e4)  # 0 log 0 is 0
     mean = log_mean.exp()
     negative_entropy = mean @ log_mean
     slope = (log_mean - negative_entropy).to(dtype)  # a constant changes nothing, and this one leaves small numbers
-    scale = 1 / (count * temperature)
+    scale = 1 / (n * temperature)
     factor = scale if scores[0].dtype == dtype else 1.0  # half precision can't hold the scaled gradient
     gradients = [gradient_for(x, k) for x, k in zip(scores, wanted, strict=True)]
     for x, gradient in zip(scores, gradients, strict=True):
@@ -178,11 +188,72 @@ def mean_entropy(
                 address(gradient),
                 torch.get_num_threads(),
             )
-    loss = (negative_entropy + math.log(k)).to(dtype)
+    loss = (negative_entropy + math.log(prototypes)).to(dtype)
     return loss, gradients, torch.full((), scale / factor, dtype=dtype)
 
 
-# The head-fused form ---------------------------------------------------------------------------------
+# Cross-entropy fused with the head -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _HeadTiles:
+    """Logits of all rows with some prototypes at a time: a walk over tiles of the prototypes.
+
+    The next tile overwrites the logits of the one before, and kernels write gradients in their place.
+    """
+
+    student: Tensor  # [S B, D]
+    teacher: Tensor  # [T B, D]
+    prototypes: Tensor  # [K, D]
+    teacher_prototypes: Tensor  # [K, D]
+
+    def __post_init__(self) -> None:
+        rows = len(self.student) + len(self.teacher)
+        at_once = tiling.CPU_HEAD_BYTES // (self.student.element_size() * rows) // 64 * 64
+        self.width = min(len(self.prototypes), max(64, at_once))
+        self.memory = torch.empty(rows * self.width, dtype=self.student.dtype)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(which prototypes, their student logits [S B, n], their teacher logits [T B, n], themselves [n, D])."""
+        dtype = self.student.dtype
+        for first in range(0, len(self.prototypes), self.width):
+            tile = slice(first, min(first + self.width, len(self.prototypes)))
+            prototypes = self.prototypes[tile].to(dtype)
+            teacher_prototypes = self.teacher_prototypes[tile].to(dtype)
+            n = len(prototypes)
+            split = len(self.student) * n
+            student_logits = self.memory[:split].view(len(self.student), n)
+            teacher_logits = self.memory[split : split + len(self.teacher) * n].view(len(self.teacher), n)
+            torch.mm(self.student, prototypes.T, out=student_logits)
+            torch.mm(self.teacher, teacher_prototypes.T, out=teacher_logits)
+            yield tile, student_logits, teacher_logits, prototypes
+
+
+def _head_logsumexps(
+    tiles: _HeadTiles, images: int, student_temperature: float, teacher_temperature: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of the student's rows [S B] and the teacher's [T B], float64."""
+    student_lse = torch.full((len(tiles.student),), -math.inf, dtype=torch.float64)
+    teacher_lse = torch.full((len(tiles.teacher),), -math.inf, dtype=torch.float64)
+
+    def add(logits: Tensor, temperature: float, view_bias: Tensor | None, lse: Tensor) -> None:
+        _C.head_logsumexp(
+            CODES[logits.dtype],
+            address(logits),
+            *logits.shape,
+            1 / temperature,
+            address(view_bias),
+            address(lse),
+            torch.get_num_threads(),
+        )
+
+    for tile, student_logits, teacher_logits, _ in tiles:
+        add(student_logits, student_temperature, None, student_lse)
+        views = zip(teacher_logits.split(images), teacher_lse.split(images), strict=True)
+        for i, (view_logits, view_lse) in enumerate(views):
+            view_bias = bias if bias is None or bias.dim() == 1 else bias[i]
+            add(view_logits, teacher_temperature, None if view_bias is None else view_bias[tile], view_lse)
+    return student_lse, teacher_lse
 
 
 def prototype_head_cross_entropy(
@@ -196,79 +267,52 @@ def prototype_head_cross_entropy(
     weights: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Twice over the prototypes in tiles: logits for the logsumexps; logits again, in whose place the gradient then
-    stands."""
+    """Two walks over the prototypes: logits for the logsumexps; the logits again, for loss and gradients."""
     *student, prototypes = inputs
-    dtype, threads = compute_dtype(student[0].dtype), torch.get_num_threads()
+    dtype = compute_dtype(student[0].dtype)
     views, teachers, images = len(student), len(teacher), len(student[0])
-    width = len(prototypes)
     x = torch.cat([v.to(dtype) for v in student])  # [S B, D]
     z = torch.cat([v.to(dtype) for v in teacher])  # [T B, D]
-    bias, weights = _wide(teacher_bias, dtype), _wide(weights, torch.float64)
-    code = CODES[dtype]
-    tile = min(width, max(64, tiling.CPU_HEAD_BYTES // (dtype.itemsize * (len(x) + len(z))) // 64 * 64))
-    logits = torch.empty((len(x) + len(z)) * tile, dtype=dtype)
-    x_lse, z_lse = (torch.full((len(v),), -math.inf, dtype=torch.float64) for v in (x, z))
+    bias = _dense(teacher_bias, dtype)
+    weights = _dense(weights, torch.float64)
+    tiles = _HeadTiles(x, z, prototypes, teacher_prototypes)
+    student_lse, teacher_lse = _head_logsumexps(tiles, images, student_temperature, teacher_temperature, bias)
     losses = torch.zeros(images, dtype=torch.float64)
     x_gradient = torch.zeros_like(x) if any(wanted[:-1]) else None
     w_gradient = torch.empty(prototypes.shape, dtype=dtype) if wanted[-1] else None
-
-    def products(first: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The tile's logits of student and teacher, the student's prototypes, and the tile's width."""
-        w, v = (p[first : first + tile].to(dtype) for p in (prototypes, teacher_prototypes))
-        n = len(w)
-        of_student = logits[: len(x) * n].view(len(x), n)
-        of_teacher = logits[len(x) * n : (len(x) + len(z)) * n].view(len(z), n)
-        return torch.mm(x, w.T, out=of_student), torch.mm(z, v.T, out=of_teacher), w, n
-
-    for first in range(0, width, tile):
-        of_student, of_teacher, _, n = products(first)
-        _C.head_logsumexp(code, address(of_student), len(x), n, 1 / student_temperature, 0, address(x_lse), threads)
-        for t in range(teachers):  # each with its own bias
-            own = None if bias is None else (bias if bias.dim() == 1 else bias[t])[first:]
-            rows = slice(t * images, (t + 1) * images)
-            _C.head_logsumexp(
-                code,
-                address(of_teacher[rows]),
-                images,
-                n,
-                1 / teacher_temperature,
-                address(own),
-                address(z_lse[rows]),
-                threads,
-            )
-    for first in range(0, width, tile):
-        of_student, of_teacher, w, n = products(first)
+    for tile, student_logits, teacher_logits, w in tiles:
         _C.head_gradient(
-            code,
-            address(of_student),
-            address(of_teacher),
+            CODES[dtype],
+            address(student_logits),
+            address(teacher_logits),
             views,
             teachers,
             images,
-            n,
+            len(w),
             1 / student_temperature,
             1 / teacher_temperature,
-            0 if bias is None else address(bias[..., first:]),
-            0 if bias is None or bias.dim() == 1 else width,
-            address(x_lse),
-            address(z_lse),
+            0 if bias is None else address(bias[..., tile.start :]),
+            0 if bias is None or bias.dim() == 1 else len(prototypes),
+            address(student_lse),
+            address(teacher_lse),
             address(weights),
             PAIRS[pairs],
             address(losses),
-            threads,
+            torch.get_num_threads(),
         )
+        logits_gradient = student_logits  # in whose place it is now
         if x_gradient is not None:
-            torch.addmm(x_gradient, of_student, w, out=x_gradient)
+            x_gradient.addmm_(logits_gradient, w)
         if w_gradient is not None:
-            torch.mm(of_student.T, x, out=w_gradient[first : first + n])
+            torch.mm(logits_gradient.T, x, out=w_gradient[tile])
 
     pairs_of_rows = (images if weights is None else weights.sum().item()) * count(views, teachers, pairs)
     scale = torch.full((), _inverse(pairs_of_rows * student_temperature), dtype=dtype)
     loss = torch.full((), losses.sum().item() * _inverse(pairs_of_rows), dtype=dtype)
-    parts = [None] * views if x_gradient is None else x_gradient.split(images)
-    gradients = [
-        g.to(v.dtype, copy=True) if k else v.new_empty(0) for g, v, k in zip(parts, student, wanted[:-1], strict=True)
-    ]
-    of_prototypes = prototypes.new_empty(0) if w_gradient is None else w_gradient.to(prototypes.dtype)
-    return loss, [*gradients, of_prototypes], scale
+    gradients = [no_gradient(v) for v in inputs]
+    for i, view in enumerate(student):
+        if wanted[i]:
+            gradients[i] = x_gradient[i * images : (i + 1) * images].to(view.dtype, copy=True)
+    if w_gradient is not None:
+        gradients[-1] = w_gradient.to(prototypes.dtype)
+    return loss, gradients, scale

@@ -166,7 +166,7 @@ def _constants(scores: Tensor, epsilon: float) -> dict:
 
 def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """[K] float64: the next potentials."""
-    (parts, k), tile = sums.shape, tiling.join()
+    (parts, k), tile = sums.shape, tiling.sinkhorn_join()
     out = torch.empty(k, dtype=torch.float64, device=sums.device)
     grid = (triton.cdiv(k, tile["BLOCK"]),)
     launch.launch(_join_kernel, grid, maxima, sums, bias, out, parts, k, SCALE=scale, **tile, device_of=sums)
@@ -255,7 +255,7 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
     (n, k), scores, compute = scores.shape, dense_rows(scores), compute_dtype(scores.dtype)
     bias, row_lse, tile = dense(bias, torch.float64), None, tiling.sinkhorn_rows(k, compute)
     if tile is None:
-        tile, row_lse = tiling.codes(), torch.empty(n, dtype=compute, device=scores.device)
+        tile, row_lse = tiling.sinkhorn_codes(), torch.empty(n, dtype=compute, device=scores.device)
         row_logsumexp(scores, bias, 1 / epsilon, row_lse)
     codes, constants = torch.empty((n, k), dtype=dtype, device=scores.device), _constants(scores, epsilon)
     align = constants["ALIGN"]

@@ -1,3 +1,7 @@
+"""Cross-entropy on the CPU, in C++."""
+
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +16,9 @@ def cross_entropy(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if logits.dtype not in CODES:
         return reference.cross_entropy(logits, labels, ignore_index, wanted)
-    logits, labels, dtype = dense_rows(logits), labels.contiguous(), compute_dtype(logits.dtype)
+    logits = dense_rows(logits)
+    labels = labels.contiguous()
+    dtype = compute_dtype(logits.dtype)
     gradient = gradient_for(logits, wanted[0])
     total, counted = _C.cross_entropy(
         CODES[logits.dtype],
@@ -24,9 +30,6 @@ def cross_entropy(
         address(gradient),
         torch.get_num_threads(),
     )
-    scale = 1 / counted if counted else float("inf")
-    return (
-        torch.full((), total / counted if counted else float("nan"), dtype=dtype),
-        [gradient],
-        torch.full((), scale, dtype=dtype),
-    )
+    loss = torch.full((), total / counted if counted else math.nan, dtype=dtype)
+    scale = torch.full((), 1 / counted if counted else math.inf, dtype=dtype)
+    return loss, [gradient], scale

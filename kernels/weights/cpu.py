@@ -1,3 +1,5 @@
+"""The operators on weights and gradients on the CPU, in C++."""
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,15 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
 
 
 def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
-    table, others = [], []
+    table = []  # of the pairs that C++ takes: both addresses, elements, both dtypes
+    others = []
     for t, s in zip(teacher, student, strict=True):
         if s.dtype in CODES and same_layout(t, s):
             table.append((address(t), address(s), t.numel(), CODES[t.dtype], CODES[s.dtype]))
         else:
             others.append((t, s))
-    if len({row[0] for row in table if row[2]}) < sum(row[2] > 0 for row in table):
+    teachers = [teacher_address for teacher_address, _, elements, _, _ in table if elements]
+    if len(set(teachers)) < len(teachers):
         raise ValueError("ema_update_: teacher tensors must be memory of their own, got the same address twice")
     _C.ema_update(table, momentum.item(), torch.get_num_threads())
     for t, s in others:
