@@ -51,9 +51,11 @@ extension = Pybind11Extension(
 )
 extension.optional = True
 
+families = [f"fastjem.kernels.{name}" for name in find_packages("kernels")]
+
 with ParallelCompile():
     setup(
-        packages=[*find_packages(include=["fastjem", "fastjem.*"]), "fastjem.kernels"],
+        packages=[*find_packages(include=["fastjem", "fastjem.*"]), "fastjem.kernels", *families],
         package_dir={"fastjem": "fastjem", "fastjem.kernels": "kernels"},
         ext_modules=[extension],
         cmdclass={"build_py": CleanBuild, "build_ext": OptionalExtension},

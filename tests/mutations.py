@@ -29,23 +29,26 @@ class Mutation:
 REFERENCE = [
     Mutation(
         "cross_entropy",
-        "kernels/reference.py",
+        "kernels/supervised/reference.py",
         "index, -torch.ones_like(rows)",
         "index, -0.999 * torch.ones_like(rows)",
     ),
     Mutation(
-        "negative_cosine", "kernels/reference.py", "_normalize_backward(-p_unit, z", "_normalize_backward(p_unit, z"
+        "negative_cosine",
+        "kernels/predictive/reference.py",
+        "through_unit_rows(-p_unit, z",
+        "through_unit_rows(p_unit, z",
     ),
-    Mutation("nt_xent", "kernels/reference_contrastive.py", "else itself, -math.inf)", "else itself, 0)"),
-    Mutation("info_nce", "kernels/reference_contrastive.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
-    Mutation("clip_loss", "kernels/reference_contrastive.py", "- 2 * own", "- 1.99 * own"),
-    Mutation("siglip_loss", "kernels/reference_contrastive.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
+    Mutation("nt_xent", "kernels/contrastive/reference.py", "else itself, -math.inf)", "else itself, 0)"),
+    Mutation("info_nce", "kernels/contrastive/reference.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
+    Mutation("clip_loss", "kernels/contrastive/reference.py", "- 2 * own", "- 1.99 * own"),
+    Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
     Mutation(
-        "prototype_cross_entropy", "kernels/reference_prototypes.py", '"different": 1 - same', '"different": same'
+        "prototype_cross_entropy", "kernels/prototypes/reference.py", '"different": 1 - same', '"different": same'
     ),
-    Mutation("barlow_twins", "kernels/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
-    Mutation("vicreg", "kernels/reference.py", "(n / (n - 1))", "1"),
-    Mutation("crop_resize", "kernels/reference_augment.py", "-0.5 * x + 2.5", "-0.6 * x + 2.6"),
+    Mutation("barlow_twins", "kernels/covariance/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
+    Mutation("vicreg", "kernels/covariance/reference.py", "(n / (n - 1))", "1"),
+    Mutation("crop_resize", "kernels/augment/reference.py", "-0.5 * x + 2.5", "-0.6 * x + 2.6"),
 ]
 CPU = [
     Mutation("augment", "csrc/augment.h", "padded[left - k] = from[k]", "padded[left - k] = from[k - 1]"),
@@ -66,14 +69,14 @@ CPU = [
     Mutation("vicreg", "csrc/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [
-    Mutation("nt_xent", "kernels/similarity_gradients.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
+    Mutation("nt_xent", "kernels/contrastive/weights.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
     Mutation(
         "prototype_head_cross_entropy",
-        "kernels/prototype_head_kernels.py",
+        "kernels/prototypes/prototype_head_kernels.py",
         "(mass * u - y) * weight",
         "(mass * u - 0.99 * y) * weight",
     ),
-    Mutation("ema_update_", "kernels/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
+    Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
 ]
 
 

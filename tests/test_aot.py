@@ -52,7 +52,7 @@ def test_how_often_sinkhorn_reads_its_scores(k: int, reads: int, monkeypatch: py
             readers.append(kernel.fn.__name__)
 
     monkeypatch.setattr(aot.launch, "launch", record)
-    aot.sinkhorn.sinkhorn(scores, 0.05, 3, False, torch.float32)
+    aot.prototypes.sinkhorn(scores, 0.05, 3, False, torch.float32)
     assert len(readers) == reads, readers
 
 

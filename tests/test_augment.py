@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastjem.kernels import reference_augment as table
+from fastjem.kernels.augment import columns as table
 from view_tables import neutral, pictures, view_table
 
 import fastjem.functional as F

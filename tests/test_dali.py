@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("torchvision")
-from fastjem.kernels.reference_augment import COLUMNS
+from fastjem.kernels.augment.columns import COLUMNS
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastjem.kernels import reference_augment as column
+from fastjem.kernels.augment import columns as column
 from images import make_folder
 
 pytest.importorskip("torchvision")

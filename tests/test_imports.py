@@ -39,7 +39,7 @@ BESIDE = (
     "encoders",
     "checkpoints",
 )
-SOURCES = sorted([*ROOT.glob("fastjem/**/*.py"), *ROOT.glob("kernels/*.py")])
+SOURCES = sorted([*ROOT.glob("fastjem/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 
 
 def layer(module: str) -> str:

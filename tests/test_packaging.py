@@ -130,13 +130,13 @@ def files(folder: Path, *patterns: str) -> set[str]:
 
 
 def test_sdist_is_whole_and_its_wheel_works(source: Path, sdist: Path, tmp_path: Path) -> None:
-    code = ("csrc/*", "kernels/*.py", "fastjem/**/*.py")
+    code = ("csrc/*", "kernels/**/*.py", "fastjem/**/*.py")
     assert files(source, *code) == files(sdist, *code)
     assert not files(sdist, "**/*.so", "**/*.pyc")
 
     wheel, _ = build("wheel", sdist)
     names = zipfile.ZipFile(wheel).namelist()
-    modules = files(source, "fastjem/**/*.py") | {f"fastjem/{name}" for name in files(source, "kernels/*.py")}
+    modules = files(source, "fastjem/**/*.py") | {f"fastjem/{name}" for name in files(source, "kernels/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert {name.split("/")[0] for name in names} == {"fastjem", f"fastjem-{version('fastjem')}.dist-info"}
     assert sum(name.startswith("fastjem/kernels/_C.") for name in names) == 1

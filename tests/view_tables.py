@@ -1,7 +1,7 @@
 """Tables of augmentation parameters, and pictures to try them on."""
 
 import torch
-from fastjem.kernels import reference_augment as table
+from fastjem.kernels.augment import columns as table
 from torch import Tensor
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastjem.functional import checks
+from fastjem.kernels.augment.columns import COLUMNS
 
-COLUMNS = 13  # of the table; kernels/reference_augment.py describes them
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,8 +26,8 @@ def augment(
 
     Args:
         images: [B, H, W, 3] uint8, red, green and blue last.
-        parameters: [B, 13] float32 on the images' device, a row per image. Its columns (`fastjem.kernels.
-            reference_augment` names them): 0-3 the crop, not looked at here; 4 flip (0 or 1); 5, 6, 7 factors of
+        parameters: [B, 13] float32 on the images' device, a row per image. Its columns (named in
+            `fastjem.kernels.augment.columns`): 0-3 the crop, not looked at here; 4 flip (0 or 1); 5, 6, 7 factors of
             brightness, contrast and saturation (1: none); 8 hue in turns, -0.5 to 0.5 (0: none); 9 the order of these
             four, an index into `itertools.permutations(range(4))`; 10 grayscale (0 or 1); 11 the blur's sigma in
             pixels (0: none); 12 solarize (0 or 1). Float64 is computed in float64, by plain torch.
