@@ -11,7 +11,7 @@ struct CropResize {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "crop_resize.h"
+#define FASTJEM_KERNEL "augment/crop_resize.h"
 #include "each_isa.h"
 
 namespace fastjem {

@@ -22,7 +22,7 @@ struct Sinkhorn {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "sinkhorn.h"
+#define FASTJEM_KERNEL "prototypes/sinkhorn.h"
 #include "each_isa.h"
 
 namespace fastjem {

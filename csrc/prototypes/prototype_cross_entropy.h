@@ -1,6 +1,6 @@
 // Images [begin, end): each teacher row's softmax once, for all the student's rows of that image, which are read once from memory.
 
-#include "biased_softmax.h"
+#include "prototypes/biased_softmax.h"
 
 template <class W>
 struct BlockSums {

@@ -12,7 +12,7 @@ struct Regression {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "regression.h"
+#define FASTJEM_KERNEL "predictive/regression.h"
 #include "each_isa.h"
 
 namespace fastjem {

@@ -58,7 +58,7 @@ struct ThroughUnitRows {
 
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "similarity.h"
+#define FASTJEM_KERNEL "contrastive/similarity.h"
 #include "each_isa.h"
 
 namespace fastjem {

@@ -9,7 +9,7 @@ struct EmaPair {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "ema_update.h"
+#define FASTJEM_KERNEL "weights/ema_update.h"
 #include "each_isa.h"
 
 namespace fastjem {

@@ -12,7 +12,7 @@ struct CrossEntropy {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "cross_entropy.h"
+#define FASTJEM_KERNEL "supervised/cross_entropy.h"
 #include "each_isa.h"
 
 namespace fastjem {

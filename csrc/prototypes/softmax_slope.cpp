@@ -13,7 +13,7 @@ struct SoftmaxSlope {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "softmax_slope.h"
+#define FASTJEM_KERNEL "prototypes/softmax_slope.h"
 #include "each_isa.h"
 
 namespace fastjem {

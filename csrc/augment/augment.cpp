@@ -13,7 +13,7 @@ struct Augment {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "augment.h"
+#define FASTJEM_KERNEL "augment/augment.h"
 #include "each_isa.h"
 
 namespace fastjem {

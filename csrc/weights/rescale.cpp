@@ -1,6 +1,6 @@
 #include "common.h"
 
-#define FASTJEM_KERNEL "rescale.h"
+#define FASTJEM_KERNEL "weights/rescale.h"
 #include "each_isa.h"
 
 namespace fastjem {

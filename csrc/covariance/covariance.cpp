@@ -50,7 +50,7 @@ inline int64_t block_of(int64_t rows) { return std::max<int64_t>(64, std::min(MA
 
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "covariance.h"
+#define FASTJEM_KERNEL "covariance/covariance.h"
 #include "each_isa.h"
 
 namespace fastjem {

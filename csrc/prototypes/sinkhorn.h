@@ -1,6 +1,6 @@
 // One Sinkhorn iteration over rows [begin, end), and the codes. One read of the scores each.
 
-#include "biased_softmax.h"
+#include "prototypes/biased_softmax.h"
 
 static constexpr double log2_e = 1.4426950408889634;
 

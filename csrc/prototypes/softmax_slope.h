@@ -1,6 +1,6 @@
 // The gradient through a softmax of rows of what has one slope for each prototype: p_j (slope_j - sum_k p_k slope_k).
 
-#include "biased_softmax.h"
+#include "prototypes/biased_softmax.h"
 
 template <class T>
 static void softmax_slope_of(const SoftmaxSlope& p, int64_t begin, int64_t end) {

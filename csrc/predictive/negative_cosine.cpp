@@ -11,7 +11,7 @@ struct NegativeCosine {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "negative_cosine.h"
+#define FASTJEM_KERNEL "predictive/negative_cosine.h"
 #include "each_isa.h"
 
 namespace fastjem {

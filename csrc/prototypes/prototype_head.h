@@ -1,7 +1,7 @@
 // A tile of logits [rows, n], n of all prototypes, between two matrix products: its part of the rows' logsumexp, or the loss and
 // the gradient where it stands.
 
-#include "biased_softmax.h"
+#include "prototypes/biased_softmax.h"
 
 template <class W>
 static void update_logsumexp_of(const LogSumExpTile& p, int64_t begin, int64_t end) {

@@ -25,7 +25,7 @@ struct HeadGradient {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "prototype_head.h"
+#define FASTJEM_KERNEL "prototypes/prototype_head.h"
 #include "each_isa.h"
 
 namespace fastjem {

@@ -24,7 +24,7 @@ struct PrototypeCrossEntropy {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "prototype_cross_entropy.h"
+#define FASTJEM_KERNEL "prototypes/prototype_cross_entropy.h"
 #include "each_isa.h"
 
 namespace fastjem {

@@ -11,7 +11,7 @@ struct Characteristic {
 };
 }  // namespace fastjem
 
-#define FASTJEM_KERNEL "characteristic.h"
+#define FASTJEM_KERNEL "gaussian/characteristic.h"
 #include "each_isa.h"
 
 namespace fastjem {
