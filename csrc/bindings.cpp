@@ -32,7 +32,9 @@ static void use_isa(int wanted) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of fastjem. Addresses come unchecked: call them through fastjem.kernels.cpu.";
-  m.def("isa", [] { return static_cast<int>(fastjem::isa()); }, "The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.");
+  m.def(
+      "isa", [] { return static_cast<int>(fastjem::isa()); },
+      "The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.");
   m.def("use_isa", &fastjem::use_isa, "Use a lesser instruction set: for tests.");
 #define OPERATOR(name) fastjem::bind_##name(m);
 #include "operators.h"

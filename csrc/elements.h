@@ -32,7 +32,8 @@ static FASTJEM_INLINE float widen(bfloat16 x) { return bit_cast<float>(static_ca
 static FASTJEM_INLINE float widen(float16 x) {  // no float in it is subnormal: kernels may flush those to 0
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const float subnormal = bit_cast<float>(magnitude + 0x38800000u) - bit_cast<float>(0x38800000u);  // 2^-14, and off again
+  const float subnormal =
+      bit_cast<float>(magnitude + 0x38800000u) - bit_cast<float>(0x38800000u);  // 2^-14, and off again
   const uint32_t finite = magnitude < 0x00800000u ? bit_cast<uint32_t>(subnormal) : magnitude + 0x38000000u;
   const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN
   return bit_cast<float>(sign | (magnitude >= 0x0f800000u ? special : finite));
@@ -58,9 +59,10 @@ static FASTJEM_INLINE void narrow(float x, float16& out) {  // to nearest, ties 
 }
 
 static FASTJEM_INLINE double exponential(double x) { return std::exp(x); }
-// exp for x <= 0 or so (no care above 88): 2^n exp(r), |r| <= ln(2) / 2, Taylor to r^7 (error below 1e-8); 0 below -87.3.
+// exp for x <= 0 or so (no care above 88): 2^n exp(r), |r| <= ln(2) / 2, Taylor to r^7 (error below 1e-8); 0 below
+// -87.3.
 static FASTJEM_INLINE float exponential(float x) {
-  const float clamped = x < -87.3f ? -87.3f : x;  // NaN stays
+  const float clamped = x < -87.3f ? -87.3f : x;              // NaN stays
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part is now in the low bits
   const float n = shifted - 12582912.0f;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;

@@ -1,4 +1,5 @@
-// Probabilities below 1e-38 as 0 while an object of this lives, in its thread: arithmetic on subnormals takes a hundred cycles.
+// Probabilities below 1e-38 as 0 while an object of this lives, in its thread: arithmetic on subnormals takes a hundred
+// cycles.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)

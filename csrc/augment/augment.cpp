@@ -19,8 +19,8 @@ struct Augment {
 namespace fastjem {
 
 static void augment(int dtype, uintptr_t images, uintptr_t parameters, int64_t batch, int64_t height, int64_t width,
-                    const std::vector<double>& mean, const std::vector<double>& std, float threshold, bool channels_last,
-                    bool exact, uintptr_t out, int threads) {
+                    const std::vector<double>& mean, const std::vector<double>& std, float threshold,
+                    bool channels_last, bool exact, uintptr_t out, int threads) {
   Augment problem{static_cast<Dtype>(dtype),
                   reinterpret_cast<const uint8_t*>(images),
                   reinterpret_cast<const float*>(parameters),

@@ -1,12 +1,12 @@
-// Images [begin, end), a row of pixels at a time in float planes that stay in the L1 cache: colour steps, the horizontal blur
-// into a ring of as many rows as the vertical blur looks at, that blur, solarize, normalise, store. The mean that contrast
-// needs takes a pass of its own before, over the steps that come before it.
+// Images [begin, end), a row of pixels at a time in float planes that stay in the L1 cache: colour steps, the
+// horizontal blur into a ring of as many rows as the vertical blur looks at, that blur, solarize, normalise, store. The
+// mean that contrast needs takes a pass of its own before, over the steps that come before it.
 
 static constexpr float kGray[3] = {0.2989f, 0.587f, 0.114f};
-static constexpr int kOrders[24][4] = {{0, 1, 2, 3}, {0, 1, 3, 2}, {0, 2, 1, 3}, {0, 2, 3, 1}, {0, 3, 1, 2}, {0, 3, 2, 1},
-                                       {1, 0, 2, 3}, {1, 0, 3, 2}, {1, 2, 0, 3}, {1, 2, 3, 0}, {1, 3, 0, 2}, {1, 3, 2, 0},
-                                       {2, 0, 1, 3}, {2, 0, 3, 1}, {2, 1, 0, 3}, {2, 1, 3, 0}, {2, 3, 0, 1}, {2, 3, 1, 0},
-                                       {3, 0, 1, 2}, {3, 0, 2, 1}, {3, 1, 0, 2}, {3, 1, 2, 0}, {3, 2, 0, 1}, {3, 2, 1, 0}};
+static constexpr int kOrders[24][4] = {
+    {0, 1, 2, 3}, {0, 1, 3, 2}, {0, 2, 1, 3}, {0, 2, 3, 1}, {0, 3, 1, 2}, {0, 3, 2, 1}, {1, 0, 2, 3}, {1, 0, 3, 2},
+    {1, 2, 0, 3}, {1, 2, 3, 0}, {1, 3, 0, 2}, {1, 3, 2, 0}, {2, 0, 1, 3}, {2, 0, 3, 1}, {2, 1, 0, 3}, {2, 1, 3, 0},
+    {2, 3, 0, 1}, {2, 3, 1, 0}, {3, 0, 1, 2}, {3, 0, 2, 1}, {3, 1, 0, 2}, {3, 1, 2, 0}, {3, 2, 0, 1}, {3, 2, 1, 0}};
 static constexpr int kBrightness = 0, kContrast = 1, kSaturation = 2, kHue = 3;
 
 static FASTJEM_INLINE float at_least_0(float x) { return x > 0.0f ? x : 0.0f; }  // NaN becomes 0
@@ -101,7 +101,8 @@ static inline void apply(const Step* steps, int count, float* row, int64_t width
   }
 }
 
-// out[x] = (ADD ? out[x] : 0) + middle[x] * weights[0] + the sum over k = 1 .. N of weights[k] * (before[k][x] + behind[k][x]).
+// out[x] = (ADD ? out[x] : 0) + middle[x] * weights[0] + the sum over k = 1 .. N of weights[k] * (before[k][x] +
+// behind[k][x]).
 template <int N, bool ADD>
 static inline void symmetric_taps(const float* middle, const float* const* before, const float* const* behind,
                                   const float* weights, int64_t width, float* out) {
@@ -133,7 +134,7 @@ static inline void symmetric(const std::vector<const float*>& before, const std:
   };
   begin(middle, before.data(), behind.data(), weights.data(), width, out);
   for (int k = first; k < radius; k += 4) {
-    const float* const *p = before.data() + k, * const *q = behind.data() + k;
+    const float *const *p = before.data() + k, *const *q = behind.data() + k;
     switch (radius - k) {
       case 1: symmetric_taps<1, true>(middle, p, q, weights.data() + k, width, out); break;
       case 2: symmetric_taps<2, true>(middle, p, q, weights.data() + k, width, out); break;
@@ -192,7 +193,8 @@ static inline void finish_row(const Augment& a, float* row, bool solarize, bool 
 }
 
 template <bool EXACT>
-static inline float gray_mean(const Augment& a, const uint8_t* in, bool flip, const Step* steps, int count, float* row) {
+static inline float gray_mean(const Augment& a, const uint8_t* in, bool flip, const Step* steps, int count,
+                              float* row) {
   const int64_t w = a.width;
   double total = 0;
   for (int64_t y = 0; y < a.height; ++y) {
@@ -254,7 +256,8 @@ static void augment_images_as(const Augment& a, int64_t begin, int64_t end) {
             padded[left - k] = from[k];
             padded[left + w - 1 + k] = from[w - 1 - k];
           }
-          for (int64_t k = 0; k <= left; ++k) before[k] = padded.data() + left - k, behind[k] = padded.data() + left + k;
+          for (int64_t k = 0; k <= left; ++k)
+            before[k] = padded.data() + left - k, behind[k] = padded.data() + left + k;
           symmetric(before, behind, across, w, ring.data() + 3 * w * (made % rows) + c * w);
         }
       }
@@ -273,8 +276,11 @@ static void augment_images_as(const Augment& a, int64_t begin, int64_t end) {
 static void augment_images(const Augment& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    if constexpr (std::is_same<T, double>::value) return;  // the reference's
-    else if (a.exact) augment_images_as<T, true>(a, begin, end);
-    else augment_images_as<T, false>(a, begin, end);
+    if constexpr (std::is_same<T, double>::value)
+      return;  // the reference's
+    else if (a.exact)
+      augment_images_as<T, true>(a, begin, end);
+    else
+      augment_images_as<T, false>(a, begin, end);
   });
 }

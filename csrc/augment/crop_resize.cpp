@@ -16,8 +16,8 @@ struct CropResize {
 
 namespace fastjem {
 
-static void crop_resize(uintptr_t images, uintptr_t indices, uintptr_t parameters, int64_t batch, int64_t height, int64_t width,
-                        int64_t size, bool bicubic, uintptr_t out, int threads) {
+static void crop_resize(uintptr_t images, uintptr_t indices, uintptr_t parameters, int64_t batch, int64_t height,
+                        int64_t width, int64_t size, bool bicubic, uintptr_t out, int threads) {
   const CropResize problem{reinterpret_cast<const uint8_t*>(images),
                            reinterpret_cast<const int64_t*>(indices),
                            reinterpret_cast<const float*>(parameters),

@@ -1,4 +1,5 @@
-// Views [begin, end): the window's columns first, into levels, then its rows, as torch does on uint8. Weights in double, once a view.
+// Views [begin, end): the window's columns first, into levels, then its rows, as torch does on uint8. Weights in
+// double, once a view.
 
 static inline double triangle(double x) { return x < 1 ? 1 - x : 0; }
 static inline double cubic(double x) {

@@ -9,23 +9,23 @@ struct SimilarityTile {
   double factor;  // logits are values * factor
   double shift;   // subtracted before exp, unless running
   bool running;   // each row and column keeps a maximum of its own
-  // Row i shows image (row_start + i) % rows_period + offset, column j image (column_start + j) % columns_period; a row doesn't
-  // see its own image. With columns_period 0 it sees everything.
+  // Row i shows image (row_start + i) % rows_period + offset, column j image (column_start + j) % columns_period; a row
+  // doesn't see its own image. With columns_period 0 it sees everything.
   int64_t row_start, rows_period, offset, column_start, columns_period;
 };
 
 struct SimilaritySums {
-  bool keep;                 // the exponentials stay in the tile
+  bool keep;                  // the exponentials stay in the tile
   double *row_max, *row_sum;  // [rows]
   double* rescale;            // [rows], what earlier exponentials are to be multiplied by, or null
-  double* column_parts;     // [parts, columns], or null
-  void* column_max_parts;   // the same
+  double* column_parts;       // [parts, columns], or null
+  void* column_max_parts;     // the same
 };
 
 struct SimilarityWeights {
   const void *row, *column;            // [rows], [columns] or null
   const void *row_rest, *column_rest;  // the same, if running
-  double* dots;              // [rows]: += the sum over columns of weight * value; or null
+  double* dots;                        // [rows]: += the sum over columns of weight * value; or null
 };
 
 struct SimilaritySigmoid {
@@ -76,15 +76,16 @@ static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t co
 using Scaling = std::tuple<double, double, bool>;
 using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, const Scaling& scaling,
-                           const Place& place) {
+static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride,
+                           const Scaling& scaling, const Place& place) {
   SimilarityTile t = tile(dtype, values, rows, columns, stride);
   std::tie(t.factor, t.shift, t.running) = scaling;
   std::tie(t.row_start, t.rows_period, t.offset, t.column_start, t.columns_period) = place;
   return t;
 }
 
-// Rows that make a part worth a thread. How many parts there are depends on sizes and threads alone, so the bits do too.
+// Rows that make a part worth a thread. How many parts there are depends on sizes and threads alone, so the bits do
+// too.
 static int64_t parts_of(int64_t rows, int64_t columns, int threads) {
   return std::max<int64_t>(1, std::min<int64_t>({threads, rows, rows * columns / 4096}));
 }
@@ -116,14 +117,15 @@ static void add_columns(const SimilarityTile& t, int64_t parts, const double* su
 }
 
 static void sums(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, const Scaling& scaling,
-                 const Place& place, bool keep, uintptr_t row_max, uintptr_t row_sum, uintptr_t rescale, uintptr_t column_max,
-                 uintptr_t column_sum, int threads) {
+                 const Place& place, bool keep, uintptr_t row_max, uintptr_t row_sum, uintptr_t rescale,
+                 uintptr_t column_max, uintptr_t column_sum, int threads) {
   const SimilarityTile t = tile(dtype, values, rows, columns, stride, scaling, place);
   const int64_t parts = parts_of(rows, columns, threads);
   std::vector<double> sum_buffer(column_sum ? parts * columns : 0), max_buffer(t.running ? sum_buffer.size() : 0);
   double* sum_parts = column_sum ? sum_buffer.data() : nullptr;
   void* max_parts = column_sum && t.running ? max_buffer.data() : nullptr;
-  const SimilaritySums problem{keep, at<double>(row_max), at<double>(row_sum), at<double>(rescale), sum_parts, max_parts};
+  const SimilaritySums problem{keep,     at<double>(row_max), at<double>(row_sum), at<double>(rescale), sum_parts,
+                               max_parts};
   in_parts(rows, parts, [&](int64_t begin, int64_t end, int64_t part) {
     FASTJEM_BEST(similarity_sums(t, problem, begin, end, part));
   });
@@ -145,9 +147,9 @@ static void weights(int dtype, uintptr_t values, int64_t rows, int64_t columns, 
            [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(similarity_weights(t, problem, begin, end)); });
 }
 
-static void sigmoid(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, double factor, double bias,
-                    int64_t row_start, int64_t offset, int64_t column_start, uintptr_t losses, uintptr_t totals, uintptr_t dots,
-                    int threads) {
+static void sigmoid(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, double factor,
+                    double bias, int64_t row_start, int64_t offset, int64_t column_start, uintptr_t losses,
+                    uintptr_t totals, uintptr_t dots, int threads) {
   SimilarityTile t = tile(dtype, values, rows, columns, stride);
   t.factor = factor;
   t.row_start = row_start, t.offset = offset, t.column_start = column_start;
@@ -165,18 +167,24 @@ static void best(int dtype, uintptr_t values, int64_t rows, int64_t columns, int
            [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(similarity_best(t, problem, begin, end)); });
 }
 
-static void unit_rows(int dtype, uintptr_t rows, int64_t count, int64_t width, int64_t row_stride, double eps, uintptr_t out,
-                      uintptr_t divisors, int threads) {
+static void unit_rows(int dtype, uintptr_t rows, int64_t count, int64_t width, int64_t row_stride, double eps,
+                      uintptr_t out, uintptr_t divisors, int threads) {
   const UnitRows problem{static_cast<Dtype>(dtype), at<const void>(rows), row_stride, width, eps, at<void>(out),
                          at<double>(divisors)};
   in_parts(count, parts_of(count, width, threads),
            [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(unit_rows(problem, begin, end)); });
 }
 
-static void through_unit_rows(int dtype, uintptr_t gradient, uintptr_t unit, uintptr_t divisors, int64_t count, int64_t width,
-                              double eps, double factor, uintptr_t out, int threads) {
-  const ThroughUnitRows problem{static_cast<Dtype>(dtype), at<const void>(gradient), at<const void>(unit),
-                                at<const double>(divisors), width, eps, factor, at<void>(out)};
+static void through_unit_rows(int dtype, uintptr_t gradient, uintptr_t unit, uintptr_t divisors, int64_t count,
+                              int64_t width, double eps, double factor, uintptr_t out, int threads) {
+  const ThroughUnitRows problem{static_cast<Dtype>(dtype),
+                                at<const void>(gradient),
+                                at<const void>(unit),
+                                at<const double>(divisors),
+                                width,
+                                eps,
+                                factor,
+                                at<void>(out)};
   in_parts(count, parts_of(count, width, threads),
            [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(through_unit_rows(problem, begin, end)); });
 }

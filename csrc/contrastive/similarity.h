@@ -1,5 +1,5 @@
-// Tiles of similarities: what happens between two matrix products. A tile is the product of some rows with some candidates;
-// here it becomes exponentials and their sums, or the weights of a gradient, in place.
+// Tiles of similarities: what happens between two matrix products. A tile is the product of some rows with some
+// candidates; here it becomes exponentials and their sums, or the weights of a gradient, in place.
 
 template <class F>
 static inline void with_compute_dtype(Dtype dtype, F&& f) {
@@ -21,11 +21,12 @@ static inline void each_excluded(const SimilarityTile& t, int64_t i, F&& f) {
 static constexpr int64_t block_of_columns = 1024;  // float sums of so many, then double
 static constexpr int64_t block_of_rows = 32;       // the same: what is below a float sum's last digit would be lost
 
-// A state is (maximum, sum). Running, the maximum is of similarities (of their negatives, if the factor is negative), and the
-// log-sum-exp seen so far is maximum * |factor| + log(sum): near similarities subtract exactly, where logits of several
-// hundred have lost the digits that count. With a shift, all maxima are that shift, and it is shift + log(sum).
+// A state is (maximum, sum). Running, the maximum is of similarities (of their negatives, if the factor is negative),
+// and the log-sum-exp seen so far is maximum * |factor| + log(sum): near similarities subtract exactly, where logits of
+// several hundred have lost the digits that count. With a shift, all maxima are that shift, and it is shift + log(sum).
 template <class T>
-static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p, int64_t begin, int64_t end, int64_t part) {
+static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p, int64_t begin, int64_t end,
+                               int64_t part) {
   const T factor = static_cast<T>(t.factor), shift = static_cast<T>(t.shift);
   const T sign = t.factor < 0 ? -1 : 1, size = std::abs(factor);
   const double exact_size = std::abs(t.factor);
@@ -144,8 +145,8 @@ static void similarity_weights_of(const SimilarityTile& t, const SimilarityWeigh
     each_excluded(t, i, [&](int64_t j) { s[j] = factor < 0 ? -lowest : lowest; });
     const T row = static_cast<const T*>(p.row)[i];
     const T row_rest = t.running ? static_cast<const T*>(p.row_rest)[i] : T(1);
-    // Running: row and column are log-sum-exps / factor, the rest is what rounding to T took from exp(-lse). Else they are
-    // exp(shift - log-sum-exp).
+    // Running: row and column are log-sum-exps / factor, the rest is what rounding to T took from exp(-lse). Else they
+    // are exp(shift - log-sum-exp).
     const auto along_row = [=](T x, int64_t) { return exponential((x - row) * factor) * row_rest; };
     const auto along_both = [=](T x, int64_t j) {
       return exponential((x - row) * factor) * row_rest + exponential((x - column[j]) * factor) * column_rest[j];
@@ -286,17 +287,22 @@ static void through_unit_rows_of(const ThroughUnitRows& p, int64_t begin, int64_
   }
 }
 
-static void similarity_sums(const SimilarityTile& t, const SimilaritySums& p, int64_t begin, int64_t end, int64_t part) {
-  with_compute_dtype(t.dtype, [&](auto* x) { similarity_sums_of<std::remove_pointer_t<decltype(x)>>(t, p, begin, end, part); });
+static void similarity_sums(const SimilarityTile& t, const SimilaritySums& p, int64_t begin, int64_t end,
+                            int64_t part) {
+  with_compute_dtype(t.dtype,
+                     [&](auto* x) { similarity_sums_of<std::remove_pointer_t<decltype(x)>>(t, p, begin, end, part); });
 }
 static void similarity_weights(const SimilarityTile& t, const SimilarityWeights& p, int64_t begin, int64_t end) {
-  with_compute_dtype(t.dtype, [&](auto* x) { similarity_weights_of<std::remove_pointer_t<decltype(x)>>(t, p, begin, end); });
+  with_compute_dtype(t.dtype,
+                     [&](auto* x) { similarity_weights_of<std::remove_pointer_t<decltype(x)>>(t, p, begin, end); });
 }
 static void similarity_sigmoid(const SimilarityTile& t, const SimilaritySigmoid& p, int64_t begin, int64_t end) {
-  with_compute_dtype(t.dtype, [&](auto* x) { similarity_sigmoid_of<std::remove_pointer_t<decltype(x)>>(t, p, begin, end); });
+  with_compute_dtype(t.dtype,
+                     [&](auto* x) { similarity_sigmoid_of<std::remove_pointer_t<decltype(x)>>(t, p, begin, end); });
 }
 static void similarity_best(const SimilarityTile& t, const SimilarityBest& p, int64_t begin, int64_t end) {
-  with_compute_dtype(t.dtype, [&](auto* x) { similarity_best_of<std::remove_pointer_t<decltype(x)>>(t, p, begin, end); });
+  with_compute_dtype(t.dtype,
+                     [&](auto* x) { similarity_best_of<std::remove_pointer_t<decltype(x)>>(t, p, begin, end); });
 }
 static void unit_rows(const UnitRows& p, int64_t begin, int64_t end) {
   with_dtype(p.dtype, [&](auto* x) { unit_rows_of<std::remove_pointer_t<decltype(x)>>(p, begin, end); });

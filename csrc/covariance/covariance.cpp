@@ -30,9 +30,9 @@ struct VicregRows {
   Dtype dtype;
   const void *x, *y;  // [rows, width], rows strides apart
   int64_t x_stride, y_stride, width;
-  const void* centred[2];     // [rows, width] wide each
-  const void* product[2];     // the same
-  const double* weights[2];   // [width] each
+  const void* centred[2];    // [rows, width] wide each
+  const void* product[2];    // the same
+  const double* weights[2];  // [width] each
   double factor, invariance;
   void* out[2];       // [rows, width] each, may be `product`, or null
   double* distances;  // [rows]
@@ -80,9 +80,9 @@ static void standardise(int dtype, uintptr_t x, int64_t stride, int64_t rows, in
               [&](int64_t begin, int64_t end) { FASTJEM_BEST(standardise_columns(problem, begin, end)); });
 }
 
-static void through_standardise(int dtype, uintptr_t product, uintptr_t own, uintptr_t other, int64_t rows, int64_t width,
-                                double factor, double scale, uintptr_t weights, uintptr_t std, uintptr_t diagonal,
-                                uintptr_t dots, uintptr_t out, int threads) {
+static void through_standardise(int dtype, uintptr_t product, uintptr_t own, uintptr_t other, int64_t rows,
+                                int64_t width, double factor, double scale, uintptr_t weights, uintptr_t std,
+                                uintptr_t diagonal, uintptr_t dots, uintptr_t out, int threads) {
   const ThroughStandardise problem{static_cast<Dtype>(dtype),
                                    reinterpret_cast<const void*>(product),
                                    reinterpret_cast<const void*>(own),
@@ -101,9 +101,9 @@ static void through_standardise(int dtype, uintptr_t product, uintptr_t own, uin
 }
 
 // One (centred, product, weights, out) per view. Returns the sum of squared distances.
-static double vicreg(int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride, int64_t rows, int64_t width,
-                     const std::vector<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>>& views, double factor,
-                     double invariance, int threads) {
+static double vicreg(int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride, int64_t rows,
+                     int64_t width, const std::vector<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>>& views,
+                     double factor, double invariance, int threads) {
   std::vector<double> distances(rows);
   VicregRows problem{static_cast<Dtype>(dtype),
                      reinterpret_cast<const void*>(x),
@@ -151,9 +151,9 @@ void bind_covariance(pybind11::module_& m) {
   m.def("standardise", &standardise, nogil);
   m.def("through_standardise", &through_standardise, nogil);
   m.def("dot", &dot, nogil);
-  m.def("vicreg", [](int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride, int64_t rows, int64_t width,
-                     const std::vector<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>>& views, double factor,
-                     double invariance, int threads) {
+  m.def("vicreg", [](int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride, int64_t rows,
+                     int64_t width, const std::vector<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>>& views,
+                     double factor, double invariance, int threads) {
     const pybind11::gil_scoped_release release;
     return vicreg(dtype, x, x_stride, y, y_stride, rows, width, views, factor, invariance, threads);
   });

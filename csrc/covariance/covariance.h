@@ -1,6 +1,7 @@
 // Columns [begin, end) of a matrix, or rows of it: what Barlow Twins and VICReg do besides matrix products.
 
-// A block of columns is copied into dense memory first: N rows that lie a power of two apart would share few cache lines.
+// A block of columns is copied into dense memory first: N rows that lie a power of two apart would share few cache
+// lines.
 constexpr int64_t ROWS = 1024;  // so many are summed in W, then in double
 
 // sums_j += sum_n f(n, j)
@@ -29,10 +30,12 @@ static void standardise_of(const Standardise& p, int64_t begin, int64_t end) {
     W* out = static_cast<W*>(p.out) + column;
 
     double mean[MAX_BLOCK] = {}, squares[MAX_BLOCK] = {};
-    column_sums<double>(p.rows, width, mean, [&](int64_t i, int64_t j) {  // in double: a large mean has no digits to lose
-      return static_cast<double>(block[i * step + j] = widen(x[i * p.stride + j]));
-    });
-    W high[MAX_BLOCK], low[MAX_BLOCK];  // the mean in two parts, as one may be far larger than what is left of a column without it
+    column_sums<double>(p.rows, width, mean,
+                        [&](int64_t i, int64_t j) {  // in double: a large mean has no digits to lose
+                          return static_cast<double>(block[i * step + j] = widen(x[i * p.stride + j]));
+                        });
+    W high[MAX_BLOCK],
+        low[MAX_BLOCK];  // the mean in two parts, as one may be far larger than what is left of a column without it
     for (int64_t j = 0; j < width; ++j) {
       mean[j] /= p.rows;
       high[j] = static_cast<W>(mean[j]);
@@ -55,9 +58,8 @@ static void standardise_of(const Standardise& p, int64_t begin, int64_t end) {
     if (p.other) {
       const W* other = static_cast<const W*>(p.other) + column;
       double dots[MAX_BLOCK] = {};
-      column_sums<W>(p.rows, width, dots, [&](int64_t i, int64_t j) {
-        return block[i * step + j] * factor[j] * other[i * p.width + j];
-      });
+      column_sums<W>(p.rows, width, dots,
+                     [&](int64_t i, int64_t j) { return block[i * step + j] * factor[j] * other[i * p.width + j]; });
       for (int64_t j = 0; j < width; ++j) p.dots[column + j] = dots[j];
     }
   }
@@ -67,8 +69,8 @@ static void standardise_columns(const Standardise& p, int64_t begin, int64_t end
   with_dtype(p.dtype, [&](auto* element) { standardise_of<std::remove_pointer_t<decltype(element)>>(p, begin, end); });
 }
 
-// g = product * factor + other * weights, then back through the standardisation: (g - own mean(g own)) / std. Columns of
-// products with centred rows are centred: g has no mean to take off.
+// g = product * factor + other * weights, then back through the standardisation: (g - own mean(g own)) / std. Columns
+// of products with centred rows are centred: g has no mean to take off.
 template <class T>
 static void through_standardise_of(const ThroughStandardise& p, int64_t begin, int64_t end) {
   using W = wide<T>;
@@ -104,9 +106,8 @@ static void through_standardise_of(const ThroughStandardise& p, int64_t begin, i
 }
 
 static void through_standardise_columns(const ThroughStandardise& p, int64_t begin, int64_t end) {
-  with_dtype(p.dtype, [&](auto* element) {
-    through_standardise_of<std::remove_pointer_t<decltype(element)>>(p, begin, end);
-  });
+  with_dtype(p.dtype,
+             [&](auto* element) { through_standardise_of<std::remove_pointer_t<decltype(element)>>(p, begin, end); });
 }
 
 // Rows: the squared distances, and the gradients centred * weights + product * factor +- invariance * (x - y).

@@ -25,17 +25,24 @@ static void for_units(const Characteristic& p, int threads, F&& f) {
 
 static void characteristic(int dtype, uintptr_t theta, int64_t views, int64_t rows, int64_t slices, int64_t frequencies,
                            uintptr_t out, int threads) {
-  const Characteristic problem{static_cast<Dtype>(dtype), reinterpret_cast<const void*>(theta), nullptr, views, rows, slices,
-                               frequencies, reinterpret_cast<void*>(out)};
+  const Characteristic problem{
+      static_cast<Dtype>(dtype),   reinterpret_cast<const void*>(theta), nullptr, views, rows, slices, frequencies,
+      reinterpret_cast<void*>(out)};
   for_units(problem, threads, [&](int64_t begin, int64_t end) { FASTJEM_BEST(characteristic(problem, begin, end)); });
 }
 
-static void characteristic_backward(int dtype, uintptr_t theta, uintptr_t weights, int64_t views, int64_t rows, int64_t slices,
-                                    int64_t frequencies, uintptr_t out, int threads) {
-  const Characteristic problem{static_cast<Dtype>(dtype), reinterpret_cast<const void*>(theta),
-                               reinterpret_cast<const void*>(weights), views, rows, slices, frequencies,
+static void characteristic_backward(int dtype, uintptr_t theta, uintptr_t weights, int64_t views, int64_t rows,
+                                    int64_t slices, int64_t frequencies, uintptr_t out, int threads) {
+  const Characteristic problem{static_cast<Dtype>(dtype),
+                               reinterpret_cast<const void*>(theta),
+                               reinterpret_cast<const void*>(weights),
+                               views,
+                               rows,
+                               slices,
+                               frequencies,
                                reinterpret_cast<void*>(out)};
-  for_units(problem, threads, [&](int64_t begin, int64_t end) { FASTJEM_BEST(characteristic_backward(problem, begin, end)); });
+  for_units(problem, threads,
+            [&](int64_t begin, int64_t end) { FASTJEM_BEST(characteristic_backward(problem, begin, end)); });
 }
 
 void bind_characteristic(pybind11::module_& m) {

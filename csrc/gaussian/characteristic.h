@@ -1,5 +1,6 @@
-// Sums over rows of cos(k theta) and sin(k theta), k = 1 .. K, and the gradient of a weighted sum of them: one sine and cosine
-// an element, and a rotation by theta for each further k, all in registers. A unit of work is LANES slices of one view.
+// Sums over rows of cos(k theta) and sin(k theta), k = 1 .. K, and the gradient of a weighted sum of them: one sine and
+// cosine an element, and a rotation by theta for each further k, all in registers. A unit of work is LANES slices of
+// one view.
 
 constexpr int64_t LANES = 16;
 constexpr int64_t PARTIAL = 256;  // so many rows are summed in W, then in double
@@ -99,7 +100,8 @@ static void characteristic_backward_of(const Characteristic& p, int64_t begin, i
     const int64_t view = unit / blocks, column = unit % blocks * LANES, width = std::min(LANES, p.slices - column);
     for (int64_t k = 0; k < p.frequencies; ++k) {
       for (int64_t part = 0; part < 2; ++part) {
-        const W* from = static_cast<const W*>(p.weights) + ((part * p.frequencies + k) * p.views + view) * p.slices + column;
+        const W* from =
+            static_cast<const W*>(p.weights) + ((part * p.frequencies + k) * p.views + view) * p.slices + column;
         for (int64_t j = 0; j < width; ++j) weights[(2 * k + part) * LANES + j] = from[j];
       }
     }

@@ -44,7 +44,6 @@ static void negative_cosine_rows_of(const NegativeCosine& c, int64_t begin, int6
 }
 
 static void negative_cosine_rows(const NegativeCosine& c, int64_t begin, int64_t end) {
-  with_dtype(c.dtype, [&](auto* element) {
-    negative_cosine_rows_of<std::remove_pointer_t<decltype(element)>>(c, begin, end);
-  });
+  with_dtype(c.dtype,
+             [&](auto* element) { negative_cosine_rows_of<std::remove_pointer_t<decltype(element)>>(c, begin, end); });
 }

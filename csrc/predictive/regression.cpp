@@ -18,9 +18,9 @@ struct Regression {
 namespace fastjem {
 
 // Returns the sum of the elements' losses.
-static double regression(int dtype, uintptr_t prediction, int64_t prediction_stride, uintptr_t target, int64_t target_stride,
-                         int64_t rows, int64_t width, double beta, bool normalize, double eps, uintptr_t gradient,
-                         int threads) {
+static double regression(int dtype, uintptr_t prediction, int64_t prediction_stride, uintptr_t target,
+                         int64_t target_stride, int64_t rows, int64_t width, double beta, bool normalize, double eps,
+                         uintptr_t gradient, int threads) {
   std::vector<double> losses(rows);
   const Regression problem{static_cast<Dtype>(dtype),
                            reinterpret_cast<const void*>(prediction),

@@ -73,5 +73,6 @@ static void regression_rows_of(const Regression& r, int64_t begin, int64_t end) 
 }
 
 static void regression_rows(const Regression& r, int64_t begin, int64_t end) {
-  with_dtype(r.dtype, [&](auto* element) { regression_rows_of<std::remove_pointer_t<decltype(element)>>(r, begin, end); });
+  with_dtype(r.dtype,
+             [&](auto* element) { regression_rows_of<std::remove_pointer_t<decltype(element)>>(r, begin, end); });
 }

@@ -1,8 +1,9 @@
-// Softmax of a row in one read: exp is taken against the maximum of each block of 1024, which is still in the L1 cache, and what
-// makes it the softmax is one factor a block. Included by kernel headers inside their namespaces.
+// Softmax of a row in one read: exp is taken against the maximum of each block of 1024, which is still in the L1 cache,
+// and what makes it the softmax is one factor a block. Included by kernel headers inside their namespaces.
 
 constexpr int64_t softmax_block = 1024;
-constexpr int64_t sum_block = 256;  // float sums of so many, then double: alike numbers round alike, 4e-7 of their sum by now
+constexpr int64_t sum_block =
+    256;  // float sums of so many, then double: alike numbers round alike, 4e-7 of their sum by now
 
 // 1 / temperature in two parts: rounded to float alone, it would shift a logit of 10 by as much as its last digit.
 template <class W>
@@ -12,8 +13,8 @@ struct Scale {
   FASTJEM_INLINE W operator()(W x) const { return x * high + x * low; }
 };
 
-// What is added to each prototype's logits: one number, or (two_parts) high + low. A potential of Sinkhorn may be thousands, and
-// what it nearly cancels with is known to the last digit.
+// What is added to each prototype's logits: one number, or (two_parts) high + low. A potential of Sinkhorn may be
+// thousands, and what it nearly cancels with is known to the last digit.
 template <class W>
 struct Bias {
   const W* high = nullptr;  // [K], or null for none
@@ -49,7 +50,8 @@ static FASTJEM_INLINE W lost(W a, W b, W difference) {
   return (a - (difference - minus_b)) - (b + minus_b);
 }
 
-// biased_logit - shift - shift_low. Bias and shift may be thousands and nearly cancel: what their difference loses is added again.
+// biased_logit - shift - shift_low. Bias and shift may be thousands and nearly cancel: what their difference loses is
+// added again.
 template <class T, class W>
 static FASTJEM_INLINE W logit_above(const T* x, Scale<W> scale, Bias<W> bias, W shift, W shift_low, int64_t j) {
   const W v = widen(x[j]), difference = bias.high[j] - shift;

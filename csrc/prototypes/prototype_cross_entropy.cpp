@@ -37,12 +37,14 @@ static std::vector<Rows> rows_of(const Table& table) {
   return rows;
 }
 
-// Returns the weighted sum of the losses over rows and pairs, and of the teacher's entropies over rows and views. `statistics` is
-// 0 or the address of double [2, K]: the sums of the teacher's logits, and of its probabilities.
-static std::pair<double, double> prototype_cross_entropy(
-    int student_dtype, const Table& student, int teacher_dtype, const Table& teacher, int64_t rows, int64_t width,
-    double student_scale, double teacher_scale, uintptr_t bias, int64_t bias_stride, uintptr_t weights, double factor, int pairs,
-    const std::vector<uintptr_t>& gradients, int64_t gradient_bytes, uintptr_t statistics, int threads) {
+// Returns the weighted sum of the losses over rows and pairs, and of the teacher's entropies over rows and views.
+// `statistics` is 0 or the address of double [2, K]: the sums of the teacher's logits, and of its probabilities.
+static std::pair<double, double> prototype_cross_entropy(int student_dtype, const Table& student, int teacher_dtype,
+                                                         const Table& teacher, int64_t rows, int64_t width,
+                                                         double student_scale, double teacher_scale, uintptr_t bias,
+                                                         int64_t bias_stride, uintptr_t weights, double factor,
+                                                         int pairs, const std::vector<uintptr_t>& gradients,
+                                                         int64_t gradient_bytes, uintptr_t statistics, int threads) {
   std::vector<double> losses(rows), entropies(rows);
   PrototypeCrossEntropy p{static_cast<Dtype>(student_dtype),
                           static_cast<Dtype>(teacher_dtype),

@@ -1,4 +1,5 @@
-// Images [begin, end): each teacher row's softmax once, for all the student's rows of that image, which are read once from memory.
+// Images [begin, end): each teacher row's softmax once, for all the student's rows of that image, which are read once
+// from memory.
 
 #include "prototypes/biased_softmax.h"
 
@@ -87,7 +88,7 @@ static void prototype_cross_entropy_rows_of(const PrototypeCrossEntropy& p, int6
       } else if (p.pairs == Pairs::different && has_own) {
         mass -= 1;
         y = q.data() + (1 - s) * k;  // of two
-        if (teachers > 2) {  // a sum of the others: subtracting the own one from the total would cancel
+        if (teachers > 2) {          // a sum of the others: subtracting the own one from the total would cancel
           std::fill(others.begin(), others.end(), W(0));
           for (int64_t t = 0; t < teachers; ++t) {
             if (t == s) continue;

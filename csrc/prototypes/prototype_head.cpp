@@ -3,16 +3,16 @@
 
 namespace fastjem {
 struct LogSumExpTile {
-  Dtype dtype;          // float32 or float64
-  const void* logits;   // [rows, n] dense
-  int64_t width;        // n
-  double scale;         // 1 / temperature
-  const void* bias;     // [n], or null
-  double* logsumexp;    // [rows], of the prototypes before; -infinity for none
+  Dtype dtype;         // float32 or float64
+  const void* logits;  // [rows, n] dense
+  int64_t width;       // n
+  double scale;        // 1 / temperature
+  const void* bias;    // [n], or null
+  double* logsumexp;   // [rows], of the prototypes before; -infinity for none
 };
 enum class Pairs : int { different = 0, same = 1, all = 2 };
 struct HeadGradient {
-  Dtype dtype;           // float32 or float64
+  Dtype dtype;              // float32 or float64
   void *student, *teacher;  // [S, B, n] and [T, B, n] logits, dense; the student's become the unscaled gradient
   int64_t students, teachers, images, width;
   double student_scale, teacher_scale;
@@ -40,10 +40,10 @@ static void head_logsumexp(int dtype, uintptr_t logits, int64_t rows, int64_t wi
   });
 }
 
-static void head_gradient(int dtype, uintptr_t student, uintptr_t teacher, int64_t students, int64_t teachers, int64_t images,
-                          int64_t width, double student_scale, double teacher_scale, uintptr_t bias, int64_t bias_stride,
-                          uintptr_t student_logsumexp, uintptr_t teacher_logsumexp, uintptr_t weights, int pairs,
-                          uintptr_t losses, int threads) {
+static void head_gradient(int dtype, uintptr_t student, uintptr_t teacher, int64_t students, int64_t teachers,
+                          int64_t images, int64_t width, double student_scale, double teacher_scale, uintptr_t bias,
+                          int64_t bias_stride, uintptr_t student_logsumexp, uintptr_t teacher_logsumexp,
+                          uintptr_t weights, int pairs, uintptr_t losses, int threads) {
   const HeadGradient p{static_cast<Dtype>(dtype),
                        reinterpret_cast<void*>(student),
                        reinterpret_cast<void*>(teacher),

@@ -1,5 +1,5 @@
-// A tile of logits [rows, n], n of all prototypes, between two matrix products: its part of the rows' logsumexp, or the loss and
-// the gradient where it stands.
+// A tile of logits [rows, n], n of all prototypes, between two matrix products: its part of the rows' logsumexp, or the
+// loss and the gradient where it stands.
 
 #include "prototypes/biased_softmax.h"
 
@@ -15,8 +15,8 @@ static void update_logsumexp_of(const LogSumExpTile& p, int64_t begin, int64_t e
   }
 }
 
-// A logsumexp in two parts: rounded to float alone, a teacher's of 15 would change the sum of its probabilities, and with it
-// the loss, by 5e-7 of itself.
+// A logsumexp in two parts: rounded to float alone, a teacher's of 15 would change the sum of its probabilities, and
+// with it the loss, by 5e-7 of itself.
 template <class W>
 struct Shift {
   W high, low;

@@ -9,14 +9,14 @@ struct Sinkhorn {
   Dtype dtype;
   const void* scores;  // [B, K], rows row_stride elements apart
   int64_t row_stride, rows, width;
-  double scale;             // 1 / epsilon
+  double scale;                 // 1 / epsilon
   const void *bias, *bias_low;  // [K] float, two parts of a double (one double for float64 scores), or null
-  const float* u;           // [K], exp(bias - largest_bias), or null where that isn't at least exp(-40)
+  const float* u;               // [K], exp(bias - largest_bias), or null where that isn't at least exp(-40)
   double largest_bias;
-  double near_shift;        // of all samples' logits that are near each other: a whole power of 2
-  float near_range;         // of their powers of 2: 126
-  const double* offsets;    // [B], subtracted from each row, or null
-  double* row_logsumexp;    // [B]
+  double near_shift;      // of all samples' logits that are near each other: a whole power of 2
+  float near_range;       // of their powers of 2: 126
+  const double* offsets;  // [B], subtracted from each row, or null
+  double* row_logsumexp;  // [B]
   Dtype code_dtype;
   void* codes;  // [B, K]
 };
@@ -146,7 +146,8 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
   const auto sums = over_parts(rows, parts, width, [&](int64_t begin, int64_t end, int64_t, double* sum) {
     FASTJEM_BEST(column_sums_of_softmax(p, begin, end, sum));
   });
-  // A term below the least exponential counts as 0. Where all of a prototype's together could matter, add in the log domain.
+  // A term below the least exponential counts as 0. Where all of a prototype's together could matter, add in the log
+  // domain.
   const double least = static_cast<double>(rows) * (p.dtype == Dtype::float64 ? 1e-290 : p.u ? 1e-27 : 1e-30);
   std::atomic<bool> lost{false};
   parallel_for(width, 4096, threads, [&](int64_t begin, int64_t end) {

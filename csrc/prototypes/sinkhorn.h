@@ -21,8 +21,10 @@ static FASTJEM_INLINE W column_value(const T* x, Scale<W> scale, Bias<W> bias, W
 // u = exp(bias - largest bias) every exponential that matters is a normal number.
 struct Near {
   const Scale<float> scale;
-  const float rate;  // about the scale, and not it: a product used twice would be rounded, where it should be fused with a sum
-  const float shift, most, least, minus_one;  // limits: as constants GCC 12 makes 8 instructions of comparing with two of them
+  const float
+      rate;  // about the scale, and not it: a product used twice would be rounded, where it should be fused with a sum
+  const float shift, most, least,
+      minus_one;  // limits: as constants GCC 12 makes 8 instructions of comparing with two of them
 
   explicit Near(const Sinkhorn& p)
       : scale(p.scale * log2_e),
@@ -32,8 +34,9 @@ struct Near {
         least(-p.near_range),
         minus_one(least / 126) {}
 
-  // 2^(x_j * scale - shift) = 2^n 2^r, |r| <= 1/2, with a minimax polynomial of 2^r (error below 2e-8). As the shift is a whole
-  // number, r has its own last digit, not that of the logit. Above 2^126: that or more; below 2^-126: less than 2^-125.
+  // 2^(x_j * scale - shift) = 2^n 2^r, |r| <= 1/2, with a minimax polynomial of 2^r (error below 2e-8). As the shift is
+  // a whole number, r has its own last digit, not that of the logit. Above 2^126: that or more; below 2^-126: less than
+  // 2^-125.
   template <class T>
   FASTJEM_INLINE float exp(const T* x, int64_t j) const {
     const float v = widen(x[j]);
@@ -76,7 +79,8 @@ static double sample_softmax(const Sinkhorn& p, const T* x, BiasedSoftmax<wide<T
       for (int64_t first = 0; first < p.width; first += sum_block) {
         total += near_block(near, x, p.u, first, std::min(first + sum_block, p.width), e);
       }
-      if (total > 1e-2 && total < 1e6) {  // nothing large was cut off, as u > 4e-18; what is small is 1e-36 of the total
+      if (total > 1e-2 &&
+          total < 1e6) {  // nothing large was cut off, as u > 4e-18; what is small is 1e-36 of the total
         std::fill(softmax.factor.begin(), softmax.factor.end(), static_cast<float>(1 / total));
         return p.near_shift / log2_e + std::log(total) + p.largest_bias;
       }
@@ -118,14 +122,16 @@ static void near_column_sums_of(const Sinkhorn& p, int64_t begin, int64_t end, d
   }
 }
 
-// maximum + log(sum) = logsumexp_i of each column j, of x_ij * scale or, with offsets, of x_ij * scale + bias_j - offset_i. Running
-// maxima, raised once per 16 rows; without offsets they are of x itself, so that what is subtracted is exact.
+// maximum + log(sum) = logsumexp_i of each column j, of x_ij * scale or, with offsets, of x_ij * scale + bias_j -
+// offset_i. Running maxima, raised once per 16 rows; without offsets they are of x itself, so that what is subtracted
+// is exact.
 template <bool offsets, class T>
 static void column_logsumexp_of(const Sinkhorn& p, int64_t begin, int64_t end, double* out_maximum, double* sum) {
   using W = wide<T>;
   const Scale<W> scale(p.scale);
   const W lowest = -std::numeric_limits<W>::infinity(), per_unit = offsets ? W(1) : scale.high;
-  std::vector<W> maximum(p.width, lowest), shift(block_width), partial(block_width), above(block_width), above_low(block_width);
+  std::vector<W> maximum(p.width, lowest), shift(block_width), partial(block_width), above(block_width),
+      above_low(block_width);
   for (int64_t first = begin; first < end; first += block_rows) {
     const int64_t last = std::min(first + block_rows, end);
     for (int64_t left = 0; left < p.width; left += block_width) {
@@ -244,9 +250,8 @@ static void column_logsumexp(const Sinkhorn& p, int64_t begin, int64_t end, doub
 }
 
 static void column_sums_of_softmax(const Sinkhorn& p, int64_t begin, int64_t end, double* sum) {
-  with_dtype(p.dtype, [&](auto* x) {
-    column_sums_of_softmax_of<std::remove_pointer_t<decltype(x)>>(p, begin, end, sum);
-  });
+  with_dtype(p.dtype,
+             [&](auto* x) { column_sums_of_softmax_of<std::remove_pointer_t<decltype(x)>>(p, begin, end, sum); });
 }
 
 static void codes(const Sinkhorn& p, int64_t begin, int64_t end) {

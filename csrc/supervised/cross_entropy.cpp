@@ -18,8 +18,9 @@ struct CrossEntropy {
 namespace fastjem {
 
 // Returns the sum of the losses, and how many rows count.
-static std::pair<double, int64_t> cross_entropy(int dtype, uintptr_t logits, int64_t rows, int64_t classes, int64_t row_stride,
-                                                uintptr_t labels, int64_t ignore_index, uintptr_t gradient, int threads) {
+static std::pair<double, int64_t> cross_entropy(int dtype, uintptr_t logits, int64_t rows, int64_t classes,
+                                                int64_t row_stride, uintptr_t labels, int64_t ignore_index,
+                                                uintptr_t gradient, int threads) {
   std::vector<double> losses(rows);
   const CrossEntropy problem{static_cast<Dtype>(dtype),
                              reinterpret_cast<const void*>(logits),
@@ -36,8 +37,9 @@ static std::pair<double, int64_t> cross_entropy(int dtype, uintptr_t logits, int
     if (label != ignore_index && (label < 0 || label >= classes)) bad = i;
   }
   if (bad >= 0) {
-    throw std::invalid_argument("cross_entropy: labels must be in [0, " + std::to_string(classes) + ") or ignore_index, got " +
-                                std::to_string(problem.labels[bad]) + " at row " + std::to_string(bad));
+    throw std::invalid_argument("cross_entropy: labels must be in [0, " + std::to_string(classes) +
+                                ") or ignore_index, got " + std::to_string(problem.labels[bad]) + " at row " +
+                                std::to_string(bad));
   }
   parallel_for(rows, 1 + 16384 / classes, threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(cross_entropy_rows(problem, begin, end)); });

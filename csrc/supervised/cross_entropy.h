@@ -49,7 +49,6 @@ static void cross_entropy_rows_of(const CrossEntropy& p, int64_t begin, int64_t 
 }
 
 static void cross_entropy_rows(const CrossEntropy& p, int64_t begin, int64_t end) {
-  with_dtype(p.dtype, [&](auto* element) {
-    cross_entropy_rows_of<std::remove_pointer_t<decltype(element)>>(p, begin, end);
-  });
+  with_dtype(p.dtype,
+             [&](auto* element) { cross_entropy_rows_of<std::remove_pointer_t<decltype(element)>>(p, begin, end); });
 }
