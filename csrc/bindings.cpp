@@ -31,7 +31,7 @@ static void use_isa(int wanted) {
 }  // namespace fastjem
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ kernels of fastjem. Addresses come unchecked: call them through fastjem.kernels.cpu.";
+  m.doc() = "C++ kernels of fastjem. Addresses are trusted: call them through the launchers in fastjem.kernels.";
   m.def(
       "isa", [] { return static_cast<int>(fastjem::isa()); },
       "The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.");

@@ -1,8 +1,8 @@
-// Compiles FASTJEM_KERNEL once per instruction set, in namespaces of their own; FASTJEM_BEST(call) runs the best one.
+// Compiles FASTJEM_KERNEL, a header of plain loops that the compiler vectorises, once for each instruction set, in a
+// namespace of its own: fastjem::baseline, fastjem::avx2, fastjem::avx512. FASTJEM_BEST(call) runs the best one.
 //
-// The kernels are plain loops that the compiler vectorises. Standard headers must be included before (their inline
-// functions must not be compiled for one instruction set and linked into another's code), so kernel headers include
-// nothing.
+// Standard headers have to be included before this: their inline functions must not be compiled for one instruction
+// set and then linked into another's code. So kernel headers include nothing but other kernel headers.
 
 namespace fastjem::baseline {
 #include "elements.h"

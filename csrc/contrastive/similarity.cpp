@@ -2,35 +2,50 @@
 
 namespace fastjem {
 
+// The product of some rows with some candidates, which are its columns.
+//
+// Own image: a row's sums leave out the columns that show the row's own image, and theirs leave out the row. Views of
+// the same images are stacked, so images repeat with a period: row i shows image (row_start + i) % row_period + offset,
+// column j image (column_start + j) % column_period. With column_period 0 every row sees every column.
+//
+// Logits are values * factor. There are two ways for their exponentials to stay finite, and whoever calls chooses:
+// * `shift`, the same for all, is subtracted from each logit. It is safe where no logit can be large.
+// * `running`: each row, and each column, has a maximum of its own, which rises tile by tile. The maximum is one of
+//   similarities (of their negatives if the factor is negative): similarities near each other subtract exactly, where
+//   logits of several hundred have lost the digits that count.
 struct SimilarityTile {
   Dtype dtype;   // float32 or float64
   void* values;  // [rows, columns], rows `stride` elements apart
   int64_t rows, columns, stride;
-  double factor;  // logits are values * factor
-  double shift;   // subtracted before exp, unless running
-  bool running;   // each row and column keeps a maximum of its own
-  // Row i shows image (row_start + i) % rows_period + offset, column j image (column_start + j) % columns_period; a row
-  // doesn't see its own image. With columns_period 0 it sees everything.
-  int64_t row_start, rows_period, offset, column_start, columns_period;
+  double factor;
+  double shift;
+  bool running;
+  int64_t row_start, row_period, offset, column_start, column_period;
 };
 
+// The log-sum-exp of the logits seen so far is kept as a maximum and a sum: running, it is maximum * |factor| +
+// log(sum); with a shift, which is then every maximum, shift + log(sum).
 struct SimilaritySums {
   bool keep;                  // the exponentials stay in the tile
   double *row_max, *row_sum;  // [rows]
   double* rescale;            // [rows], what earlier exponentials are to be multiplied by, or null
   double* column_parts;       // [parts, columns], or null
-  void* column_max_parts;     // the same
+  void* column_max_parts;     // [parts, columns], if running, or null
 };
 
+// What is needed of the rows' and the columns' log-sum-exps (lse) for exp(logit - lse). With a shift, `row` and
+// `column` are exp(shift - lse), a factor of exp(logit - shift). Running, they are pivots, lse / factor rounded, and
+// the weight is exp((value - pivot) * factor) * rest: as the pivot is a similarity, its difference from one near it is
+// exact, and `row_rest`, a number near 1, makes up for its rounding.
 struct SimilarityWeights {
-  const void *row, *column;            // [rows], [columns] or null
+  const void *row, *column;            // [rows], and [columns] or null
   const void *row_rest, *column_rest;  // the same, if running
   double* dots;                        // [rows]: += the sum over columns of weight * value; or null
 };
 
 struct SimilaritySigmoid {
   double bias;
-  double *losses, *sums, *dots;  // [rows], each is added to
+  double *losses, *sums, *dots;  // [rows], each is added to: the losses, their derivatives, derivative * value
 };
 
 struct SimilarityBest {
@@ -40,20 +55,20 @@ struct SimilarityBest {
 
 struct UnitRows {
   Dtype dtype;
-  const void* rows;
+  const void* rows;  // [N, width], row_stride elements apart
   int64_t row_stride, width;
   double eps;
-  void* out;         // [N, width] in the compute dtype
+  void* out;         // [N, width] wide
   double* divisors;  // [N], or null
 };
 
 struct ThroughUnitRows {
-  Dtype dtype;  // of out
-  const void *gradient, *unit;
-  const double* divisors;
+  Dtype dtype;                  // of out
+  const void *gradient, *unit;  // [N, width] wide; without divisors, `unit` isn't needed
+  const double* divisors;       // [N], or null
   int64_t width;
   double eps, factor;
-  void* out;
+  void* out;  // [N, width]
 };
 
 }  // namespace fastjem
@@ -63,33 +78,36 @@ struct ThroughUnitRows {
 
 namespace fastjem {
 
-template <class T>
-static T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride) {
-  return {static_cast<Dtype>(dtype), at<void>(values), rows, columns, stride, 1, 0, false, 0, 1, 0, 0, 0};
-}
-
-// (factor, shift, running), and (row_start, rows_period, offset, column_start, columns_period)
-using Scaling = std::tuple<double, double, bool>;
-using Place = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
-
-static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride,
-                           const Scaling& scaling, const Place& place) {
-  SimilarityTile t = tile(dtype, values, rows, columns, stride);
-  std::tie(t.factor, t.shift, t.running) = scaling;
-  std::tie(t.row_start, t.rows_period, t.offset, t.column_start, t.columns_period) = place;
+  SimilarityTile t{};
+  t.dtype = static_cast<Dtype>(dtype);
+  t.values = at<void>(values);
+  t.rows = rows;
+  t.columns = columns;
+  t.stride = stride;
+  t.factor = 1;
+  t.row_period = 1;
   return t;
 }
 
-// Rows that make a part worth a thread. How many parts there are depends on sizes and threads alone, so the bits do
-// too.
+using Scaling = std::tuple<double, double, bool>;                          // factor, shift, running
+using OwnImage = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // row_start, row_period, ..., column_period
+
+static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride,
+                           const Scaling& scaling, const OwnImage& own_image) {
+  SimilarityTile t = tile(dtype, values, rows, columns, stride);
+  std::tie(t.factor, t.shift, t.running) = scaling;
+  std::tie(t.row_start, t.row_period, t.offset, t.column_start, t.column_period) = own_image;
+  return t;
+}
+
+// Into how many parts the rows are cut, each of them worth a thread. Sizes and the number of threads alone decide, so
+// that the same call gives the same bits.
 static int64_t parts_of(int64_t rows, int64_t columns, int threads) {
   return std::max<int64_t>(1, std::min<int64_t>({threads, rows, rows * columns / 4096}));
 }
 
+// Calls f(begin, end, part).
 template <class F>
 static void in_parts(int64_t rows, int64_t parts, F&& f) {
   if (parts == 1) return f(int64_t{0}, rows, int64_t{0});
@@ -97,10 +115,11 @@ static void in_parts(int64_t rows, int64_t parts, F&& f) {
   for (int64_t part = 0; part < parts; ++part) f(rows * part / parts, rows * (part + 1) / parts, part);
 }
 
+// Adds each part's sums of columns to those of the tiles before; `maxima` [parts, columns], or null with a shift.
 template <class T>
 static void add_columns(const SimilarityTile& t, int64_t parts, const double* sums, const T* maxima, double* column_max,
                         double* column_sum) {
-  const double size = std::abs(t.factor);
+  const double scale = std::abs(t.factor);
   for (int64_t part = 0; part < parts; ++part) {
     for (int64_t j = 0; j < t.columns; ++j) {
       const double sum = sums[part * t.columns + j];
@@ -108,20 +127,23 @@ static void add_columns(const SimilarityTile& t, int64_t parts, const double* su
         column_sum[j] += sum;
         continue;
       }
-      const double maximum = maxima[part * t.columns + j], before = column_max[j], now = std::max(before, maximum);
+      const double maximum = maxima[part * t.columns + j];
+      const double before = column_max[j];
+      const double now = std::max(before, maximum);
       if (now == -std::numeric_limits<double>::infinity()) continue;
-      column_sum[j] = column_sum[j] * std::exp((before - now) * size) + sum * std::exp((maximum - now) * size);
+      column_sum[j] = column_sum[j] * std::exp((before - now) * scale) + sum * std::exp((maximum - now) * scale);
       column_max[j] = now;
     }
   }
 }
 
 static void sums(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, const Scaling& scaling,
-                 const Place& place, bool keep, uintptr_t row_max, uintptr_t row_sum, uintptr_t rescale,
+                 const OwnImage& own_image, bool keep, uintptr_t row_max, uintptr_t row_sum, uintptr_t rescale,
                  uintptr_t column_max, uintptr_t column_sum, int threads) {
-  const SimilarityTile t = tile(dtype, values, rows, columns, stride, scaling, place);
+  const SimilarityTile t = tile(dtype, values, rows, columns, stride, scaling, own_image);
   const int64_t parts = parts_of(rows, columns, threads);
-  std::vector<double> sum_buffer(column_sum ? parts * columns : 0), max_buffer(t.running ? sum_buffer.size() : 0);
+  std::vector<double> sum_buffer(column_sum ? parts * columns : 0);
+  std::vector<double> max_buffer(t.running ? sum_buffer.size() : 0);
   double* sum_parts = column_sum ? sum_buffer.data() : nullptr;
   void* max_parts = column_sum && t.running ? max_buffer.data() : nullptr;
   const SimilaritySums problem{keep,     at<double>(row_max), at<double>(row_sum), at<double>(rescale), sum_parts,
@@ -138,9 +160,9 @@ static void sums(int dtype, uintptr_t values, int64_t rows, int64_t columns, int
 }
 
 static void weights(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, const Scaling& scaling,
-                    const Place& place, uintptr_t row, uintptr_t column, uintptr_t row_rest, uintptr_t column_rest,
-                    uintptr_t dots, int threads) {
-  const SimilarityTile t = tile(dtype, values, rows, columns, stride, scaling, place);
+                    const OwnImage& own_image, uintptr_t row, uintptr_t column, uintptr_t row_rest,
+                    uintptr_t column_rest, uintptr_t dots, int threads) {
+  const SimilarityTile t = tile(dtype, values, rows, columns, stride, scaling, own_image);
   const SimilarityWeights problem{at<void>(row), at<void>(column), at<void>(row_rest), at<void>(column_rest),
                                   at<double>(dots)};
   in_parts(rows, parts_of(rows, columns, threads),
@@ -149,11 +171,13 @@ static void weights(int dtype, uintptr_t values, int64_t rows, int64_t columns, 
 
 static void sigmoid(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride, double factor,
                     double bias, int64_t row_start, int64_t offset, int64_t column_start, uintptr_t losses,
-                    uintptr_t totals, uintptr_t dots, int threads) {
+                    uintptr_t sums, uintptr_t dots, int threads) {
   SimilarityTile t = tile(dtype, values, rows, columns, stride);
   t.factor = factor;
-  t.row_start = row_start, t.offset = offset, t.column_start = column_start;
-  const SimilaritySigmoid problem{bias, at<double>(losses), at<double>(totals), at<double>(dots)};
+  t.row_start = row_start;
+  t.offset = offset;
+  t.column_start = column_start;
+  const SimilaritySigmoid problem{bias, at<double>(losses), at<double>(sums), at<double>(dots)};
   in_parts(rows, parts_of(rows, columns, threads),
            [&](int64_t begin, int64_t end, int64_t) { FASTJEM_BEST(similarity_sigmoid(t, problem, begin, end)); });
 }
