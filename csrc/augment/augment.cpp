@@ -22,8 +22,8 @@ static void augment(int dtype, uintptr_t images, uintptr_t parameters, int64_t b
                     const std::vector<double>& mean, const std::vector<double>& std, float threshold,
                     bool channels_last, bool exact, uintptr_t out, int threads) {
   Augment problem{static_cast<Dtype>(dtype),
-                  reinterpret_cast<const uint8_t*>(images),
-                  reinterpret_cast<const float*>(parameters),
+                  at<const uint8_t>(images),
+                  at<const float>(parameters),
                   height,
                   width,
                   {},
@@ -31,7 +31,7 @@ static void augment(int dtype, uintptr_t images, uintptr_t parameters, int64_t b
                   threshold,
                   channels_last,
                   exact,
-                  reinterpret_cast<void*>(out)};
+                  at<void>(out)};
   for (int c = 0; c < 3; ++c) {
     problem.scale[c] = static_cast<float>(1 / (255 * std.at(c)));
     problem.shift[c] = static_cast<float>(-mean.at(c) / std.at(c));

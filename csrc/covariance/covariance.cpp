@@ -65,17 +65,17 @@ static void for_columns(int64_t rows, int64_t width, int threads, F&& f) {  // p
 static void standardise(int dtype, uintptr_t x, int64_t stride, int64_t rows, int64_t width, double divisor, double eps,
                         bool divide, uintptr_t out, uintptr_t std, uintptr_t other, uintptr_t dots, int threads) {
   const Standardise problem{static_cast<Dtype>(dtype),
-                            reinterpret_cast<const void*>(x),
+                            at<const void>(x),
                             stride,
                             rows,
                             width,
                             divisor,
                             eps,
                             divide,
-                            reinterpret_cast<void*>(out),
-                            reinterpret_cast<double*>(std),
-                            reinterpret_cast<const void*>(other),
-                            reinterpret_cast<double*>(dots)};
+                            at<void>(out),
+                            at<double>(std),
+                            at<const void>(other),
+                            at<double>(dots)};
   for_columns(rows, width, threads,
               [&](int64_t begin, int64_t end) { FASTJEM_BEST(standardise_columns(problem, begin, end)); });
 }
@@ -84,18 +84,18 @@ static void through_standardise(int dtype, uintptr_t product, uintptr_t own, uin
                                 int64_t width, double factor, double scale, uintptr_t weights, uintptr_t std,
                                 uintptr_t diagonal, uintptr_t dots, uintptr_t out, int threads) {
   const ThroughStandardise problem{static_cast<Dtype>(dtype),
-                                   reinterpret_cast<const void*>(product),
-                                   reinterpret_cast<const void*>(own),
-                                   reinterpret_cast<const void*>(other),
+                                   at<const void>(product),
+                                   at<const void>(own),
+                                   at<const void>(other),
                                    rows,
                                    width,
                                    factor,
                                    scale,
-                                   reinterpret_cast<const double*>(weights),
-                                   reinterpret_cast<const double*>(std),
-                                   reinterpret_cast<const double*>(diagonal),
-                                   reinterpret_cast<const double*>(dots),
-                                   reinterpret_cast<void*>(out)};
+                                   at<const double>(weights),
+                                   at<const double>(std),
+                                   at<const double>(diagonal),
+                                   at<const double>(dots),
+                                   at<void>(out)};
   for_columns(rows, width, threads,
               [&](int64_t begin, int64_t end) { FASTJEM_BEST(through_standardise_columns(problem, begin, end)); });
 }
@@ -106,8 +106,8 @@ static double vicreg(int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int6
                      double factor, double invariance, int threads) {
   std::vector<double> distances(rows);
   VicregRows problem{static_cast<Dtype>(dtype),
-                     reinterpret_cast<const void*>(x),
-                     reinterpret_cast<const void*>(y),
+                     at<const void>(x),
+                     at<const void>(y),
                      x_stride,
                      y_stride,
                      width,
@@ -120,10 +120,10 @@ static double vicreg(int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int6
                      distances.data()};
   for (size_t side = 0; side < 2; ++side) {
     const auto& [centred, product, weights, out] = views.at(side);
-    problem.centred[side] = reinterpret_cast<const void*>(centred);
-    problem.product[side] = reinterpret_cast<const void*>(product);
-    problem.weights[side] = reinterpret_cast<const double*>(weights);
-    problem.out[side] = reinterpret_cast<void*>(out);
+    problem.centred[side] = at<const void>(centred);
+    problem.product[side] = at<const void>(product);
+    problem.weights[side] = at<const double>(weights);
+    problem.out[side] = at<void>(out);
   }
   parallel_for(rows, 1 + 65536 / width, threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(vicreg_rows(problem, begin, end)); });
@@ -133,7 +133,7 @@ static double vicreg(int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int6
 }
 
 static double dot(int dtype, uintptr_t x, uintptr_t y, int64_t size, int threads) {
-  const Dot problem{static_cast<Dtype>(dtype), reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(y)};
+  const Dot problem{static_cast<Dtype>(dtype), at<const void>(x), at<const void>(y)};
   constexpr int64_t part = 65536;
   std::vector<double> sums((size + part - 1) / part);
   parallel_for(static_cast<int64_t>(sums.size()), 1, threads, [&](int64_t begin, int64_t end) {

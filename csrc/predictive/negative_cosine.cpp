@@ -21,14 +21,14 @@ static double negative_cosine(int dtype, uintptr_t p, int64_t p_stride, uintptr_
                               int64_t width, double eps, uintptr_t p_gradient, uintptr_t z_gradient, int threads) {
   std::vector<double> losses(rows);
   const NegativeCosine problem{static_cast<Dtype>(dtype),
-                               reinterpret_cast<const void*>(p),
-                               reinterpret_cast<const void*>(z),
+                               at<const void>(p),
+                               at<const void>(z),
                                p_stride,
                                z_stride,
                                width,
                                eps,
-                               reinterpret_cast<void*>(p_gradient),
-                               reinterpret_cast<void*>(z_gradient),
+                               at<void>(p_gradient),
+                               at<void>(z_gradient),
                                losses.data()};
   parallel_for(rows, 1 + 65536 / width, threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(negative_cosine_rows(problem, begin, end)); });

@@ -23,15 +23,15 @@ static double regression(int dtype, uintptr_t prediction, int64_t prediction_str
                          uintptr_t gradient, int threads) {
   std::vector<double> losses(rows);
   const Regression problem{static_cast<Dtype>(dtype),
-                           reinterpret_cast<const void*>(prediction),
-                           reinterpret_cast<const void*>(target),
+                           at<const void>(prediction),
+                           at<const void>(target),
                            prediction_stride,
                            target_stride,
                            width,
                            beta,
                            eps,
                            normalize,
-                           reinterpret_cast<void*>(gradient),
+                           at<void>(gradient),
                            losses.data()};
   parallel_for(rows, 1 + 32768 / width, threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(regression_rows(problem, begin, end)); });

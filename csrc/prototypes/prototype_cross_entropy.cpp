@@ -1,13 +1,15 @@
 #include "common.h"
 #include "flush_subnormals.h"
 #include "huge_pages.h"
+#include "prototypes/pairs.h"
 
 namespace fastjem {
+
 struct Rows {
   const void* address;  // [B, K]
   int64_t row_stride;
 };
-enum class Pairs : int { different = 0, same = 1, all = 2 };
+
 struct PrototypeCrossEntropy {
   Dtype student_dtype, teacher_dtype;
   std::vector<Rows> student, teacher;
@@ -22,6 +24,7 @@ struct PrototypeCrossEntropy {
   std::vector<void*> gradients;  // [B, K] each, or null
   double *losses, *entropies;    // [B]
 };
+
 }  // namespace fastjem
 
 #define FASTJEM_KERNEL "prototypes/prototype_cross_entropy.h"
@@ -33,7 +36,7 @@ using Table = std::vector<std::pair<uintptr_t, int64_t>>;
 
 static std::vector<Rows> rows_of(const Table& table) {
   std::vector<Rows> rows;
-  for (const auto& [address, stride] : table) rows.push_back({reinterpret_cast<const void*>(address), stride});
+  for (const auto& [address, stride] : table) rows.push_back({at<const void>(address), stride});
   return rows;
 }
 
@@ -53,9 +56,9 @@ static std::pair<double, double> prototype_cross_entropy(int student_dtype, cons
                           width,
                           student_scale,
                           teacher_scale,
-                          reinterpret_cast<const void*>(bias),
+                          at<const void>(bias),
                           bias_stride,
-                          reinterpret_cast<const double*>(weights),
+                          at<const double>(weights),
                           factor,
                           static_cast<Pairs>(pairs),
                           statistics != 0,
@@ -63,7 +66,7 @@ static std::pair<double, double> prototype_cross_entropy(int student_dtype, cons
                           losses.data(),
                           entropies.data()};
   for (const uintptr_t gradient : gradients) {
-    p.gradients.push_back(reinterpret_cast<void*>(gradient));
+    p.gradients.push_back(at<void>(gradient));
     if (gradient) prefer_huge_pages(p.gradients.back(), gradient_bytes);
   }
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows));
@@ -71,12 +74,12 @@ static std::pair<double, double> prototype_cross_entropy(int student_dtype, cons
 #pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
   for (int64_t part = 0; part < parts; ++part) {
     const FlushSubnormals flush;
-    double* own = statistics ? sums.data() + part * 2 * width : nullptr;
-    FASTJEM_BEST(prototype_cross_entropy_rows(p, rows * part / parts, rows * (part + 1) / parts, own,
-                                              statistics ? own + width : nullptr));
+    double* logits = statistics ? sums.data() + part * 2 * width : nullptr;
+    double* usage = statistics ? logits + width : nullptr;
+    FASTJEM_BEST(prototype_cross_entropy_rows(p, rows * part / parts, rows * (part + 1) / parts, logits, usage));
   }
   if (statistics) {
-    double* out = reinterpret_cast<double*>(statistics);
+    double* out = at<double>(statistics);
     for (int64_t j = 0; j < 2 * width; ++j) {
       double total = 0;
       for (int64_t part = 0; part < parts; ++part) total += sums[part * 2 * width + j];

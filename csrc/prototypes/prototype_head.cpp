@@ -1,16 +1,18 @@
 #include "common.h"
 #include "flush_subnormals.h"
+#include "prototypes/pairs.h"
 
 namespace fastjem {
+
 struct LogSumExpTile {
   Dtype dtype;         // float32 or float64
   const void* logits;  // [rows, n] dense
   int64_t width;       // n
   double scale;        // 1 / temperature
   const void* bias;    // [n], or null
-  double* logsumexp;   // [rows], of the prototypes before; -infinity for none
+  double* logsumexp;   // [rows], of the tiles before, to which this one is added; -infinity where there are none
 };
-enum class Pairs : int { different = 0, same = 1, all = 2 };
+
 struct HeadGradient {
   Dtype dtype;              // float32 or float64
   void *student, *teacher;  // [S, B, n] and [T, B, n] logits, dense; the student's become the unscaled gradient
@@ -21,8 +23,9 @@ struct HeadGradient {
   const double *student_logsumexp, *teacher_logsumexp;  // [S, B], [T, B]
   const double* weights;                                // [B], or null
   Pairs pairs;
-  double* losses;  // [B], added to
+  double* losses;  // [B], to which this tile's part is added
 };
+
 }  // namespace fastjem
 
 #define FASTJEM_KERNEL "prototypes/prototype_head.h"
@@ -32,8 +35,8 @@ namespace fastjem {
 
 static void head_logsumexp(int dtype, uintptr_t logits, int64_t rows, int64_t width, double scale, uintptr_t bias,
                            uintptr_t logsumexp, int threads) {
-  const LogSumExpTile p{static_cast<Dtype>(dtype),           reinterpret_cast<const void*>(logits), width, scale,
-                        reinterpret_cast<const void*>(bias), reinterpret_cast<double*>(logsumexp)};
+  const LogSumExpTile p{static_cast<Dtype>(dtype), at<const void>(logits), width, scale,
+                        at<const void>(bias),      at<double>(logsumexp)};
   parallel_for(rows, 1 + 16384 / width, threads, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
     FASTJEM_BEST(update_logsumexp(p, begin, end));
@@ -45,21 +48,21 @@ static void head_gradient(int dtype, uintptr_t student, uintptr_t teacher, int64
                           int64_t bias_stride, uintptr_t student_logsumexp, uintptr_t teacher_logsumexp,
                           uintptr_t weights, int pairs, uintptr_t losses, int threads) {
   const HeadGradient p{static_cast<Dtype>(dtype),
-                       reinterpret_cast<void*>(student),
-                       reinterpret_cast<void*>(teacher),
+                       at<void>(student),
+                       at<void>(teacher),
                        students,
                        teachers,
                        images,
                        width,
                        student_scale,
                        teacher_scale,
-                       reinterpret_cast<const void*>(bias),
+                       at<const void>(bias),
                        bias_stride,
-                       reinterpret_cast<const double*>(student_logsumexp),
-                       reinterpret_cast<const double*>(teacher_logsumexp),
-                       reinterpret_cast<const double*>(weights),
+                       at<const double>(student_logsumexp),
+                       at<const double>(teacher_logsumexp),
+                       at<const double>(weights),
                        static_cast<Pairs>(pairs),
-                       reinterpret_cast<double*>(losses)};
+                       at<double>(losses)};
   parallel_for(images, 1 + 16384 / (width * students), threads, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
     FASTJEM_BEST(head_gradient_rows(p, begin, end));

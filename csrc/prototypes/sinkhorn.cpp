@@ -9,13 +9,14 @@ struct Sinkhorn {
   Dtype dtype;
   const void* scores;  // [B, K], rows row_stride elements apart
   int64_t row_stride, rows, width;
-  double scale;                 // 1 / epsilon
-  const void *bias, *bias_low;  // [K] float, two parts of a double (one double for float64 scores), or null
-  const float* u;               // [K], exp(bias - largest_bias), or null where that isn't at least exp(-40)
+  double scale;              // 1 / epsilon
+  const void* bias;          // [K], the potentials rounded to float (doubles as they are for float64 scores), or null
+  const void* bias_low;      // [K] float, what they have lost by it, or null
+  const float* bias_factor;  // [K], exp(bias - largest_bias), or null where one would be below exp(-40)
   double largest_bias;
-  double near_shift;      // of all samples' logits that are near each other: a whole power of 2
-  float near_range;       // of their powers of 2: 126
-  const double* offsets;  // [B], subtracted from each row, or null
+  double near_shift;      // for logits that lie near each other (see Near): a whole power of 2
+  float near_range;       // the highest power of 2 above the shift: 126
+  const double* offsets;  // [B], subtracted from each row's logits, or null
   double* row_logsumexp;  // [B]
   Dtype code_dtype;
   void* codes;  // [B, K]
@@ -27,7 +28,7 @@ struct Sinkhorn {
 
 namespace fastjem {
 
-// Sums over samples, by parts of the rows with sums of their own, added in order.
+// Calls f(begin, end, part, sums) for each part of the rows; returns the sums [parts, width], to be added in order.
 template <class F>
 static std::vector<double> over_parts(int64_t rows, int64_t parts, int64_t width, F&& f) {
   std::vector<double> sums(parts * width, 0.0);
@@ -39,11 +40,12 @@ static std::vector<double> over_parts(int64_t rows, int64_t parts, int64_t width
   return sums;
 }
 
-// Potentials for scores of other dtypes than float64: each as two floats, and as a factor, if they lie near each other.
+// The memory of potentials for scores of other dtypes than float64: each in two parts, and as a factor, if they lie
+// near each other.
 struct Potentials {
-  std::vector<float> high, low, u;
+  std::vector<float> high, low, factor;
 
-  // Sets all that depends on them in p.
+  // Sets in p all that depends on them.
   Potentials(Sinkhorn& p, const double* bias, int threads) {
     if (bias == nullptr || p.dtype == Dtype::float64) {
       p.bias = bias;
@@ -62,14 +64,15 @@ struct Potentials {
     p.bias = high.data();
     p.bias_low = low.data();
     if (!(p.largest_bias - lowest < 40)) return;
-    u.resize(p.width);
+    factor.resize(p.width);
     parallel_for(p.width, 4096, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) u[j] = static_cast<float>(std::exp(bias[j] - p.largest_bias));
+      for (int64_t j = begin; j < end; ++j) factor[j] = static_cast<float>(std::exp(bias[j] - p.largest_bias));
     });
     double first;
     FASTJEM_BEST(first_logsumexp(p, &first));
-    p.near_shift = std::round((first - p.largest_bias - 3) / std::log(2.0));  // 3, as sums from 0.01 to 1e6 are safe
-    if (std::abs(p.near_shift) < 1e6) p.u = u.data();
+    // The first sample's sum becomes exp(3), in the middle of those that sample_softmax takes, 0.01 to 1e6.
+    p.near_shift = std::round((first - p.largest_bias - 3) / std::log(2.0));
+    if (std::abs(p.near_shift) < 1e6) p.bias_factor = factor.data();
   }
 };
 
@@ -106,7 +109,8 @@ static void columns(const Sinkhorn& p, int64_t parts, const double* bias, double
   });
   parallel_for(k, 4096, threads, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      double maximum = maxima[j], total = 0;
+      double maximum = maxima[j];
+      double total = 0;
       for (int64_t part = 1; part < parts; ++part) maximum = std::max(maximum, maxima[part * k + j]);
       const double shift = std::isinf(maximum) && maximum < 0 ? 0 : maximum;
       for (int64_t part = 0; part < parts; ++part) {
@@ -121,8 +125,10 @@ static void columns(const Sinkhorn& p, int64_t parts, const double* bias, double
 static Sinkhorn problem(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale) {
   Sinkhorn p{};
   p.dtype = static_cast<Dtype>(dtype);
-  p.scores = reinterpret_cast<const void*>(scores);
-  p.row_stride = row_stride, p.rows = rows, p.width = width;
+  p.scores = at<const void>(scores);
+  p.row_stride = row_stride;
+  p.rows = rows;
+  p.width = width;
   p.scale = scale;
   p.near_range = 126;
   return p;
@@ -131,8 +137,8 @@ static Sinkhorn problem(int dtype, uintptr_t scores, int64_t rows, int64_t width
 // `bias`: double [K], or 0; `out`: double [K].
 static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
                           uintptr_t bias_address, uintptr_t out_address, int threads) {
-  const double* bias = reinterpret_cast<const double*>(bias_address);
-  double* out = reinterpret_cast<double*>(out_address);
+  const double* bias = at<const double>(bias_address);
+  double* out = at<double>(out_address);
   std::vector<double> row_logsumexp(bias ? rows : 0);
   Sinkhorn p = problem(dtype, scores, rows, width, row_stride, scale);
   const Potentials potentials(p, bias, threads);
@@ -148,7 +154,7 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
   });
   // A term below the least exponential counts as 0. Where all of a prototype's together could matter, add in the log
   // domain.
-  const double least = static_cast<double>(rows) * (p.dtype == Dtype::float64 ? 1e-290 : p.u ? 1e-27 : 1e-30);
+  const double least = static_cast<double>(rows) * (p.dtype == Dtype::float64 ? 1e-290 : p.bias_factor ? 1e-27 : 1e-30);
   std::atomic<bool> lost{false};
   parallel_for(width, 4096, threads, [&](int64_t begin, int64_t end) {
     bool low = false;
@@ -169,9 +175,9 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
 static void sinkhorn_codes(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
                            uintptr_t bias, int code_dtype, int64_t code_bytes, uintptr_t out, int threads) {
   Sinkhorn p = problem(dtype, scores, rows, width, row_stride, scale);
-  const Potentials potentials(p, reinterpret_cast<const double*>(bias), threads);
+  const Potentials potentials(p, at<const double>(bias), threads);
   p.code_dtype = static_cast<Dtype>(code_dtype);
-  p.codes = reinterpret_cast<void*>(out);
+  p.codes = at<void>(out);
   prefer_huge_pages(p.codes, code_bytes);
   parallel_for(rows, 1 + 16384 / width, threads, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;

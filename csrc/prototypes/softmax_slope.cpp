@@ -20,14 +20,9 @@ namespace fastjem {
 
 static void softmax_slope(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
                           uintptr_t slope, double factor, uintptr_t gradient, int threads) {
-  const SoftmaxSlope p{static_cast<Dtype>(dtype),
-                       reinterpret_cast<const void*>(scores),
-                       row_stride,
-                       width,
-                       scale,
-                       reinterpret_cast<const void*>(slope),
-                       factor,
-                       reinterpret_cast<void*>(gradient)};
+  const SoftmaxSlope p{
+      static_cast<Dtype>(dtype), at<const void>(scores), row_stride, width, scale, at<const void>(slope), factor,
+      at<void>(gradient)};
   parallel_for(rows, 1 + 16384 / width, threads, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
     FASTJEM_BEST(softmax_slope(p, begin, end));

@@ -23,12 +23,12 @@ static std::pair<double, int64_t> cross_entropy(int dtype, uintptr_t logits, int
                                                 uintptr_t gradient, int threads) {
   std::vector<double> losses(rows);
   const CrossEntropy problem{static_cast<Dtype>(dtype),
-                             reinterpret_cast<const void*>(logits),
+                             at<const void>(logits),
                              row_stride,
                              classes,
-                             reinterpret_cast<const int64_t*>(labels),
+                             at<const int64_t>(labels),
                              ignore_index,
-                             reinterpret_cast<void*>(gradient),
+                             at<void>(gradient),
                              losses.data()};
   int64_t counted = 0, bad = -1;
   for (int64_t i = 0; i < rows && bad < 0; ++i) {

@@ -21,7 +21,7 @@ static void ema_update(const std::vector<std::tuple<uintptr_t, uintptr_t, int64_
   std::vector<int64_t> ends;  // the pairs laid end to end, so that threads share the elements evenly
   int64_t total = 0;
   for (const auto& [teacher, student, size, teacher_dtype, student_dtype] : table) {
-    pairs.push_back({reinterpret_cast<void*>(teacher), reinterpret_cast<const void*>(student), size,
+    pairs.push_back({at<void>(teacher), at<const void>(student), size,
                      static_cast<Dtype>(teacher_dtype), static_cast<Dtype>(student_dtype)});
     ends.push_back(total += size);
   }

@@ -7,7 +7,7 @@ namespace fastjem {
 
 static void rescale(int dtype, uintptr_t x, int64_t size, double factor, int threads) {
   parallel_for(size, 65536, threads, [&](int64_t begin, int64_t end) {
-    FASTJEM_BEST(rescale_range(static_cast<Dtype>(dtype), reinterpret_cast<void*>(x), begin, end, factor));
+    FASTJEM_BEST(rescale_range(static_cast<Dtype>(dtype), at<void>(x), begin, end, factor));
   });
 }
 
