@@ -7,6 +7,7 @@ triton = pytest.importorskip("triton")
 
 import aot  # noqa: E402
 import triton.language as tl  # noqa: E402
+
 from fastjem.kernels import tiling  # noqa: E402
 
 pytestmark = pytest.mark.aot

@@ -25,7 +25,7 @@ def _can_build() -> bool:
         return False
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _can_build(), reason="needs setuptools>=77 and pybind11")]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.skipif(not _can_build(), reason="needs setuptools>=77 and pybind11")]
 
 
 def python(code: str, cwd: Path, **environment: str) -> str:
