@@ -36,7 +36,7 @@ everything := -c constraints.txt -e ".[pretrain,dev]"
 # When csrc/ alone changed, the extension is built again with what the environment holds: seconds, and no package index.
 extension := --no-build-isolation --no-deps -e .
 
-$(ready): pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/*)
+$(ready): pyproject.toml setup.py constraints.txt $(shell find csrc)
 	@[ "$$($(python) -c 'import pip, sys; print("%d.%d" % sys.version_info[:2])' 2>&1)" = "$(version)" ] \
 	  || $(PYTHON) -m venv --clear $(VENV)
 	@echo "$(if $(filter-out csrc%,$?),installing into $(VENV): minutes the first time (PyTorch),building the C++ kernels)"

@@ -13,12 +13,14 @@ import torch
 
 import fastjem.functional as F
 from fastjem.bench import cases as all_cases
-from fastjem.bench import clocks, main, neighbours, report, run, timing
+from fastjem.bench import clocks, neighbours, report, timing
 from fastjem.bench.case import Case, Draw
 from fastjem.bench.clocks import Step, WallClock, copied
 from fastjem.bench.machine import Ceilings, slug
 from fastjem.bench.memory import peak
 from fastjem.bench.timing import Comparison, Stats, Timing, WrongResult, compare, turns
+from fastjem.commands import bench as command
+from fastjem.commands.bench import main
 
 CPU = torch.device("cpu")
 CASES = all_cases.cases()
@@ -87,8 +89,8 @@ def test_a_wrong_variant_is_not_timed_and_the_run_fails(monkeypatch, capsys):
 
     eager = small("negative_cosine").eager
     case = Case("negative_cosine", "9 x 4", lambda draw: draw.pair(9, 4), eager, ours=wrong, bytes=1)
-    monkeypatch.setattr(run, "cases", lambda: [case])
-    monkeypatch.setattr(run.machine, "ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(command, "cases", lambda: [case])
+    monkeypatch.setattr(command.machine, "ceilings", lambda *_: CEILINGS)
     assert main(["--quick", "--device", "cpu"]) == 1
     table = capsys.readouterr().out
     assert "WRONG" in table and "ours is missing: result 0 differs" in table
@@ -98,7 +100,7 @@ def test_every_case_is_complete():
     assert len({case.name for case in CASES}) == len(CASES)
     for case in CASES:
         assert case.bytes > 0 and case.flops >= 0 and set(case.full_only) <= set(case.devices), case.name
-        assert all(op in run.ops.SCHEMAS or hasattr(F, op) for op in (case.op, *case.uses)), case.name
+        assert all(op in command.ops.OPERATORS or hasattr(F, op) for op in (case.op, *case.uses)), case.name
 
 
 def test_inputs_are_drawn_anew_and_alike():
@@ -319,7 +321,7 @@ def test_what_waits_for_the_device_is_timed_with_events(monkeypatch):
         return x + 1
 
     def chosen(function):
-        return timing._clock(Step(function, (x,)), 5, 1e-5, torch.device("cuda"), "device", fast=True)
+        return timing._clock(Step(function, (x,)), 5, 1e-5, torch.device("cuda"), "device", graphs=True)
 
     assert isinstance(chosen(waits), clocks.EventClock) and fake.mode == "default" and fake.captures == 0
     assert isinstance(chosen(torch.neg), clocks.GraphClock) and fake.captures == 1
@@ -388,7 +390,7 @@ def result_of(op: str, ours: float, eager: float, date: str) -> dict:
         for name, t in (("eager", eager), ("ours", ours))
     }
     comparison = Comparison(timings, {"lightly": "not installed"}, [], rounds=5)
-    row = run.row(small(op), CPU, comparison, CEILINGS) | {"run": date}
+    row = command.row(small(op), CPU, comparison, CEILINGS) | {"run": date}
     runs = [{"date": date, "commit": None, "versions": {"torch": "2"}, "load_average": 0.1}]
     runs[0]["ceilings"] = {"copy": {"1048576": 1e9}, "matmul": {"float32": 1e12}}
     return {"machine": {"cpu": "Some CPU", "threads": 2}, "runs": runs, "rows": [row]}
@@ -477,8 +479,8 @@ def test_an_interrupted_run_reports_what_it_has(monkeypatch, capsys, tmp_path):
         done.append(case)
         return result_of("cross_entropy", 1.0, 2.0, "today")["rows"][0]
 
-    monkeypatch.setattr(run, "measure", measure)
-    monkeypatch.setattr(run.machine, "ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(command.machine, "ceilings", lambda *_: CEILINGS)
     assert main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 130
     assert "2.00x (2.00)" in capsys.readouterr().out and list(tmp_path.glob("*.json"))
 

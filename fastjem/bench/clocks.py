@@ -7,7 +7,7 @@ variants' clocks.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def tensors(tree: object) -> Iterator[Tensor]:
             yield from tensors(branch)
 
 
-def copied(tree: object, dtype: torch.dtype | None = None) -> object:
+def copied(tree: Any, dtype: torch.dtype | None = None) -> Any:
     """The same nested tuples and lists of fresh copies, floating-point ones in `dtype` if it is given."""
     if isinstance(tree, Tensor):
         copy = tree.detach().clone()
@@ -52,14 +52,17 @@ class Step:
     """`function(*inputs)`, and the gradients of its result for those inputs that require one."""
 
     def __init__(self, function: Callable, inputs: tuple):
-        self.function, self.inputs = function, inputs
+        self.function = function
+        self.inputs = inputs
         self.leaves = [x for x in tensors(inputs) if x.requires_grad]
 
     def forward(self) -> Tensor | None:
         return self.function(*self.inputs)
 
     def backward(self, result: Tensor | None) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(result, self.leaves) if self.leaves else ()
+        if result is None or not self.leaves:
+            return ()
+        return torch.autograd.grad(result, self.leaves)
 
     def fresh(self) -> list[Tensor]:
         """What a call has to return anyway: its result and the gradients. Their memory is nobody's overhead."""
@@ -77,23 +80,26 @@ class Clock(Protocol):
 
     def samples(self) -> list[tuple[float, float]]:
         """Seconds of forward and backward, for each of a few calls."""
+        ...
 
 
 class WallClock:
     """The host's clock. On a GPU nothing waits for the device in between: the host's overhead per call is timed."""
 
     def __init__(self, step: Step, repeats: int, device: torch.device):
-        self.step, self.repeats, self.device = step, repeats, device
+        self.step = step
+        self.repeats = repeats
+        self.device = device
         self.method = "host clock, same inputs again" if device.type == "cpu" else "host clock, device not waited for"
 
     def samples(self) -> list[tuple[float, float]]:
-        step, spans = self.step, []
+        spans = []
         synchronize(self.device)
         for _ in range(self.repeats):
             start = perf_counter()
-            result = step.forward()
+            result = self.step.forward()
             middle = perf_counter()
-            step.backward(result)
+            self.step.backward(result)
             end = perf_counter()
             spans.append((middle - start, end - middle))
         synchronize(self.device)
@@ -101,12 +107,16 @@ class WallClock:
 
 
 def _elapsed(marks: list[tuple[torch.cuda.Event, ...]], calls: int) -> list[tuple[float, float]]:
-    """Seconds between first and second, second and third event, shared by `calls` calls."""
+    """Seconds of forward and backward of one call; `calls` of each lie between two events, which tell milliseconds."""
     torch.cuda.synchronize()
-    return [(a.elapsed_time(b) * 1e-3 / calls, b.elapsed_time(c) * 1e-3 / calls) for a, b, c in marks]
+    return [
+        (start.elapsed_time(middle) * 1e-3 / calls, middle.elapsed_time(end) * 1e-3 / calls)
+        for start, middle, end in marks
+    ]
 
 
 def _events() -> tuple[torch.cuda.Event, ...]:
+    """Before forward, between forward and backward, after backward."""
     return tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))
 
 
@@ -116,11 +126,13 @@ class EventClock:
     method = "events, L2 flushed before each call"
 
     def __init__(self, step: Step, repeats: int):
-        self.step, self.repeats = step, repeats
+        self.step = step
+        self.repeats = repeats
 
     def samples(self) -> list[tuple[float, float]]:
         device = next(tensors(self.step.inputs)).device
-        marks, flush = [], torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        marks = []
         for _ in range(self.repeats):
             start, middle, end = _events()
             flush.zero_()
@@ -145,7 +157,8 @@ class GraphClock:
         one_set = size(step.inputs) + size(step.leaves)
         wanted = max(math.ceil(2 * l2 / one_set), math.ceil(GRAPH_SECONDS / estimate))
         self.steps = [Step(step.function, copied(step.inputs)) for _ in range(min(wanted, MAX_SETS))]
-        self.repeats, self.method = repeats, f"graph replay over {len(self.steps)} sets of inputs"
+        self.repeats = repeats
+        self.method = f"graph replay over {len(self.steps)} sets of inputs"
 
         stream = torch.cuda.Stream()  # its own, so that a capture that fails leaves nothing behind for the next one
         stream.wait_stream(torch.cuda.current_stream())
@@ -154,13 +167,15 @@ class GraphClock:
                 each.fresh()
             _refuse_to_wait(step)
         torch.cuda.synchronize()
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.forward = torch.cuda.CUDAGraph()
+        self.backward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, stream=stream):
             results = [each.forward() for each in self.steps]
         self.differentiable = bool(step.leaves)
         if self.differentiable:
             with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
-                self.kept = [each.backward(result) for each, result in zip(self.steps, results, strict=True)]
+                # Held, as the next step of the capture would get the memory of gradients that nobody holds.
+                self.gradients = [each.backward(result) for each, result in zip(self.steps, results, strict=True)]
 
     def samples(self) -> list[tuple[float, float]]:
         marks = []
