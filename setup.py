@@ -42,8 +42,9 @@ openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 extension = Pybind11Extension(
     "fastjem.kernels._C",
-    sources=sorted(glob("csrc/*.cpp")),
-    depends=sorted(glob("csrc/*.h")),
+    sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
+    depends=sorted(glob("csrc/**/*.h", recursive=True)),
+    include_dirs=["csrc"],
     cxx_std=17,
     # No -ffast-math: sums keep their order, and NaN and infinity stay what they are.
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *openmp],
@@ -51,9 +52,11 @@ extension = Pybind11Extension(
 )
 extension.optional = True
 
+families = [f"fastjem.kernels.{name}" for name in find_packages("kernels")]
+
 with ParallelCompile():
     setup(
-        packages=[*find_packages(include=["fastjem", "fastjem.*"]), "fastjem.kernels"],
+        packages=[*find_packages(include=["fastjem", "fastjem.*"]), "fastjem.kernels", *families],
         package_dir={"fastjem": "fastjem", "fastjem.kernels": "kernels"},
         ext_modules=[extension],
         cmdclass={"build_py": CleanBuild, "build_ext": OptionalExtension},

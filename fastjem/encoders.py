@@ -5,6 +5,7 @@ encoder gives `Features`, and a vision transformer also takes masks. What is exp
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,11 +165,8 @@ def is_transformer(module: nn.Module) -> bool:
     mix or merge neighbouring patches, or hold their positions elsewhere."""
     if isinstance(module, Encoder):
         return isinstance(module, TransformerEncoder)
-    try:
-        from timm.models import Eva, VisionTransformer
-    except ImportError:
-        return False
-    return isinstance(module, (VisionTransformer, Eva))
+    timm = sys.modules.get("timm.models")  # a module of timm's has imported it
+    return timm is not None and isinstance(module, (timm.VisionTransformer, timm.Eva))
 
 
 def no_patches(module: nn.Module) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.data.batch import Batch
-from fastjem.encoders import Encoder
+from fastjem.encoders import wrap
 from fastjem.methods.protocol import Branch, Method
 
 TARGET_PARTS = ("projector", "prototypes")  # what makes targets, in any method: copied with the encoder where asked for
@@ -18,8 +18,8 @@ class Step(nn.Module):
     """A batch and the number of the step -> the loss and what is noted of it. DDP and torch.compile wrap this.
 
     Args:
-        encoder: see `fastjem.encoders.wrap`.
-        method: made for that encoder's width.
+        encoder: an `Encoder`, or any module [B, C, H, W] -> [B, D], which `fastjem.encoders.wrap` makes one of.
+        method: made for that width D.
         momentum_encoder: None: as the method says; True gives any method momentum copies of what makes its targets.
 
     In a loop of your own: `loss, notes = step(batch, i)`, backward, optimiser, `step.step_ends(i, momentum)`.
@@ -28,9 +28,9 @@ class Step(nn.Module):
         ValueError: where a method that needs its momentum encoder shall do without.
     """
 
-    def __init__(self, encoder: Encoder, method: Method, momentum_encoder: bool | None = None):
+    def __init__(self, encoder: nn.Module, method: Method, momentum_encoder: bool | None = None):
         super().__init__()
-        self.encoder = encoder
+        self.encoder = wrap(encoder, method.width, mask_token=method.mask_token)
         self.method = method
         copied = method.momentum
         if momentum_encoder and not copied:

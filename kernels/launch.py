@@ -9,8 +9,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastjem.kernels import tiling
 from torch import Tensor
+
+from . import tiling
 
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -21,14 +22,12 @@ def launch(kernel, grid: tuple[int, ...], *args, device_of: Tensor, **meta) -> N
         kernel[grid](*args, **meta)
 
 
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 where an input is float64, float32 otherwise."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+def gain(dtype: torch.dtype) -> int:
+    """What probabilities are multiplied by before a product in this dtype, and its result divided by.
 
-
-def rows(x: Tensor) -> Tensor:
-    """[N, K] with dense rows; the rows themselves may be anywhere."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    Below 6e-5 float16 has subnormal numbers, of few digits; most probabilities of thousands of columns are there.
+    """
+    return 1024 if dtype == torch.float16 else 1
 
 
 def alignment(*matrices: Tensor) -> int:
@@ -74,5 +73,5 @@ def mean(
 ) -> tuple[Tensor, Tensor]:
     """The mean over all rows and 1 / their number (NaN and infinity for none), by one program in a fixed order."""
     loss, scale = sums.new_empty(()), sums.new_empty(())
-    launch(_mean_kernel, (1,), sums, counts, loss, scale, len(sums), **tiling.mean(), device_of=sums)
+    launch(_mean_kernel, (1,), sums, counts, loss, scale, len(sums), **tiling.mean_of_rows(), device_of=sums)
     return loss, scale

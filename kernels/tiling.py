@@ -1,10 +1,30 @@
-"""The one home of block sizes, warps and pipeline stages: keyword arguments of a launch, by width and dtype.
+"""The one home of block sizes, warps, pipeline stages, program counts and memory budgets.
 
-No autotuning: the choices are few, they hold for every batch size, and nothing is tried inside a CUDA graph's capture.
-Registers and spills of each are in benchmarks/results/ahead-of-time.md.
+A function returns a launch's keyword arguments, by width and dtype. There is no autotuning: the choices are few, they
+hold for every batch size, and nothing is tried inside a CUDA graph's capture. Registers and spills of each are in
+benchmarks/results/ahead-of-time.md.
+
+BM rows x BN columns x BLOCK_D of the width: a tile of a product. ROWS, BLOCK: rows and columns of what a program reads
+at a time. STAGES, num_stages: how many such reads are in flight.
 """
 
 import torch
+
+# Program counts and memory budgets ------------------------------------------------------------------------------------
+
+# How many programs share the work where something is split among them: two for each SM of an H200. A constant for every
+# GPU, as the order of sums, and so their bits, depend on it.
+PROGRAMS = 264
+AUGMENT_PROGRAMS = 512  # at the least, where there are rows enough: a few images are divided by rows
+
+COLUMN_SUMS = 1 << 24  # float32 numbers, 64 MiB: the parts that columns' log-sum-exps are joined from
+WEIGHTS_BYTES = 1 << 27  # the weights of a contrastive gradient, a band of rows at a time
+
+CPU_TILE = 1024  # rows and columns of similarities: 4 MiB of float32, the second-level caches of two cores
+CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
+CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
+
+# Shared ---------------------------------------------------------------------------------------------------------------
 
 WARP = 32
 
@@ -13,8 +33,23 @@ def _next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def mean() -> dict:
+def _block(width: int) -> int:
+    """The columns of a block that holds whole rows."""
+    return max(16, _next_power_of_2(width))
+
+
+def _rows(width: int, per_thread: int) -> dict | None:
+    """Whole rows in the registers of at most 16 warps, several rows where they are short; None: too wide."""
+    block = _block(width)
+    warps = max(4, block // (WARP * per_thread))
+    return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": warps} if warps <= 16 else None
+
+
+def mean_of_rows() -> dict:
     return {"BLOCK": 4096, "num_warps": 16}
+
+
+# weights --------------------------------------------------------------------------------------------------------------
 
 
 def elementwise(dtype: torch.dtype) -> dict:
@@ -22,11 +57,7 @@ def elementwise(dtype: torch.dtype) -> dict:
     return {"BLOCK": 4 * 4 * WARP * 16 // dtype.itemsize, "VECTOR": 8, "num_warps": 4}
 
 
-def _rows(width: int, per_thread: int) -> dict | None:
-    """Whole rows in the registers of at most 16 warps, several rows where they are short; None: too wide."""
-    block = max(16, _next_power_of_2(width))
-    warps = max(4, block // (WARP * per_thread))
-    return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": warps} if warps <= 16 else None
+# supervised and predictive --------------------------------------------------------------------------------------------
 
 
 def cross_entropy(width: int, compute: torch.dtype) -> dict | None:
@@ -48,14 +79,12 @@ def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
 
 
-# Images --------------------------------------------------------------------------------------------------------------
-
-AUGMENT_PROGRAMS = 512  # at the least, where there are rows enough: fewer images are divided
+# augment --------------------------------------------------------------------------------------------------------------
 
 
 def augment(width: int) -> dict | None:
     """Whole rows, about 512 pixels of them (1024 spill on sm_100); None: too wide."""
-    block = max(16, _next_power_of_2(width))
+    block = _block(width)
     return {"ROWS": max(1, 512 // block), "BLOCK": block, "num_warps": 8} if block <= 2048 else None
 
 
@@ -63,22 +92,31 @@ def crop_resize(size: int) -> dict:
     return {"BLOCK": min(256, max(32, _next_power_of_2(size * size))), "num_warps": 4}
 
 
-# Similarities --------------------------------------------------------------------------------------------------------
+# contrastive ----------------------------------------------------------------------------------------------------------
 
 
-def _tile(bm: int, bn: int, warps: int, stages: int) -> dict:
-    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+def _tile(rows: int, columns: int, warps: int, stages: int) -> dict:
+    return {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
 
 
-def _whole(width: int, dtype: torch.dtype) -> int | None:
-    """The block of a row that stays on the chip; None: too wide. Float32 takes three products for one."""
-    block = max(16, _next_power_of_2(width))
+def _block_on_chip(width: int, dtype: torch.dtype) -> int | None:
+    """The columns of rows that stay on the chip; None: too wide, or float32, which takes three products for one."""
+    block = _block(width)
     return block if dtype.itemsize == 2 and block <= 256 else None
 
 
-def similarity_sums(width: int, dtype: torch.dtype, columns: bool) -> dict:
-    """Log-sum-exps of rows, and of `columns`. BM is a multiple of BN."""
-    if block := _whole(width, dtype):
+def similarity_rows(width: int) -> dict:
+    block = _block(width)
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
+
+
+def similarity_join() -> dict:
+    return {"BLOCK": 128, "num_warps": 4}
+
+
+def similarity_sums(width: int, dtype: torch.dtype) -> dict:
+    """Log-sum-exps of rows and columns. BM is a multiple of BN."""
+    if block := _block_on_chip(width, dtype):
         return {"WHOLE": True, "BLOCK_D": block} | _tile(128, 64, 8, 2)
     if dtype.itemsize == 2:
         return {"WHOLE": False, "BLOCK_D": 64} | _tile(128, 64, 8, 3)  # 128 x 128 spills beside two exponentials
@@ -87,17 +125,19 @@ def similarity_sums(width: int, dtype: torch.dtype, columns: bool) -> dict:
 
 def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
     """Log-sum-exps and the weighted sum of the candidates; None: too wide for registers."""
-    block = _whole(width, dtype)
-    # 128 rows of 128 columns spill on sm_80
-    return block and {"BLOCK_D": block} | _tile(64, 64, 8 if block > 128 else 4, 2)
+    block = _block_on_chip(width, dtype)
+    if block is None:
+        return None
+    return {"BLOCK_D": block} | _tile(64, 64, 8 if block > 128 else 4, 2)  # 128 rows of 128 columns spill on sm_80
 
 
 def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | None:
     """Gradients of rows; None: too wide for registers."""
-    block = _whole(width, dtype)
-    return block and {"BLOCK_D": block} | (
-        _tile(128, 64, 8, 2) if block > 128 else _tile(64, 32 if running else 64, 4, 2)
-    )
+    block = _block_on_chip(width, dtype)
+    if block is None:
+        return None
+    tile = _tile(128, 64, 8, 2) if block > 128 else _tile(64, 32 if running else 64, 4, 2)
+    return {"BLOCK_D": block} | tile
 
 
 def similarity_weights(dtype: torch.dtype) -> dict:
@@ -111,32 +151,23 @@ def similarity_sigmoid(dtype: torch.dtype) -> dict:
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
 
 
-def single_rows(width: int) -> dict:
-    block = max(16, _next_power_of_2(width))
-    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
+# covariance -----------------------------------------------------------------------------------------------------------
 
 
-def join_similarities() -> dict:
-    return {"BLOCK": 128, "num_warps": 4}
-
-
-# Covariance losses ----------------------------------------------------------------------------------------------------
-
-
-def columns(dtype: torch.dtype) -> dict:
+def covariance_columns(dtype: torch.dtype) -> dict:
     """16 columns a program: 64 bytes of float32, two whole sectors, and 32 programs for D = 512."""
     return {"ROWS": 128 if dtype == torch.float32 else 64, "COLUMNS": 16, "num_warps": 4}
+
+
+def covariance_dot() -> dict:
+    return {"BLOCK": 4096, "num_warps": 4}
 
 
 def vicreg() -> dict:
     return {"ROWS": 4, "COLUMNS": 512, "num_warps": 4}
 
 
-def dot() -> dict:
-    return {"BLOCK": 4096, "num_warps": 4}
-
-
-# Prototypes ----------------------------------------------------------------------------------------------------------
+# prototypes -----------------------------------------------------------------------------------------------------------
 
 
 def row_logsumexp(width: int, dtype: torch.dtype) -> dict:
@@ -150,11 +181,8 @@ def column_logsumexp(dtype: torch.dtype) -> dict:
     return {"PART": 128, "ROWS": 16, "BLOCK": 512 // dtype.itemsize, "num_warps": 4}
 
 
-def join() -> dict:
+def sinkhorn_join() -> dict:
     return {"BLOCK": 128, "num_warps": 4}
-
-
-SINKHORN_PROGRAMS = 264  # two an SM of an H200, whatever GPU it is: the bits depend on it
 
 
 def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
@@ -162,7 +190,7 @@ def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
     return _rows(width, per_thread=64 // compute.itemsize)
 
 
-def codes() -> dict:
+def sinkhorn_codes() -> dict:
     return {"ROWS": 1, "BLOCK": 1024, "num_warps": 4}
 
 
@@ -175,24 +203,25 @@ def teacher_statistics(dtype: torch.dtype) -> dict:
     return {"ROWS": 8, "BLOCK": 512 // dtype.itemsize, "num_warps": 4}
 
 
-HEAD_PROGRAMS = 264  # two an SM of an H200, whatever GPU it is: the bits depend on it
-
-
 def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
-    """Rows of 256 half-precision numbers and their sum take a program's registers and its tiles half the shared memory.
+    """Rows of 256 half-precision numbers and their sum take the registers, their tiles half of the shared memory.
 
     A block of 64 prototypes would read its rows half as often, and spills 4 to 10 instructions on sm_90 and sm_100.
-    Float32 takes three products for one, and their operands as many registers: 64 columns, or 4
-    warps on sm_80, spill in the kernel that owns prototypes (`owner`).
+    Float32 takes three products for one, and their operands as many registers: 64 columns, or 4 warps on sm_80, spill
+    in the kernel that owns prototypes (`owner`).
     """
-    largest = {8: 32, 4: 32 if owner else 64, 2: 256 if width <= 256 else 128}[dtype.itemsize]
-    block = min(largest, max(16, _next_power_of_2(width)))
-    if dtype.itemsize > 2:
-        tile = (32, 16 if dtype.itemsize > 4 else 32, 8 if owner and dtype.itemsize == 4 else 4, 1)
+    size = dtype.itemsize
+    largest = {8: 32, 4: 32 if owner else 64, 2: 256 if width <= 256 else 128}[size]
+    block = min(largest, _block(width))
+    if size == 8:
+        tile = _tile(32, 16, 4, 1)
+    elif size == 4:
+        tile = _tile(32, 32, 8 if owner else 4, 1)
+    elif width > block:
+        tile = _tile(64, 32, 8, 1)
     else:
-        tile = (64, 32, 8, 1) if width > block else (128, 32, 8, 2)
-    chunks = {"BLOCK_D": block, "CHUNKS": -(-width // block)}
-    return chunks | dict(zip(("BM", "BN", "num_warps", "num_stages"), tile, strict=True))
+        tile = _tile(128, 32, 8, 2)
+    return {"BLOCK_D": block, "CHUNKS": -(-width // block)} | tile
 
 
 def prototype_head_views(width: int) -> dict:

@@ -19,29 +19,19 @@ from pathlib import Path
 
 import torch
 import triton
-from fastjem.kernels import (
-    augment,
-    barlow_twins,
-    clip_loss,
-    crop_resize,
-    cross_entropy,
-    ema_update,
-    info_nce,
-    launch,
-    nearest_neighbors,
-    negative_cosine,
-    nt_xent,
-    prototype_cross_entropy,
-    prototype_head_cross_entropy,
-    rescale,
-    siglip_loss,
-    similarity,
-    sinkhorn,
-    vicreg,
-)
 from triton.backends.compiler import GPUTarget
 
-from fastjem.bench.cases import contrastive, prototypes
+from fastjem.bench.cases import contrastive as contrastive_cases
+from fastjem.bench.cases import prototypes as prototype_cases
+from fastjem.kernels import launch
+from fastjem.kernels.augment import gpu as augment
+from fastjem.kernels.contrastive import gpu as contrastive
+from fastjem.kernels.contrastive import gpu_engine
+from fastjem.kernels.covariance import gpu as covariance
+from fastjem.kernels.predictive import gpu as predictive
+from fastjem.kernels.prototypes import gpu as prototypes
+from fastjem.kernels.supervised import gpu as supervised
+from fastjem.kernels.weights import gpu as weights
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program. Triton compiles programs that want more.
 ARCHITECTURES = tuple(SHARED_LIMIT)
@@ -123,13 +113,13 @@ def compiling(arch: int) -> Iterator[list]:
             compiled.append(code)
 
     drivers = triton.runtime.driver
-    before = drivers._active, launch.launch, similarity._add_product
+    before = drivers._active, launch.launch, gpu_engine.add_product
     drivers.set_active(Driver(arch))
-    launch.launch, similarity._add_product = compile_only, lambda *_: None
+    launch.launch, gpu_engine.add_product = compile_only, lambda *_: None
     try:
         yield compiled
     finally:
-        drivers._active, launch.launch, similarity._add_product = before
+        drivers._active, launch.launch, gpu_engine.add_product = before
 
 
 def codes(call: Callable[[], object], arch: int) -> list[Code]:
@@ -157,7 +147,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 def _rescale(elements: int, dtype: str, vectors: tuple[int, int]) -> Case:
     def call() -> None:
-        rescale.rescale_(torch.zeros(elements, dtype=DTYPES[dtype]), torch.ones(()))
+        weights.rescale_(torch.zeros(elements, dtype=DTYPES[dtype]), torch.ones(()))
 
     return Case("rescale_", str(elements), dtype, call, vectors)
 
@@ -165,7 +155,7 @@ def _rescale(elements: int, dtype: str, vectors: tuple[int, int]) -> Case:
 def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:
     def call() -> None:
         t, s = (torch.zeros(elements + offset, dtype=DTYPES[d])[offset:] for d in (teacher, student))
-        ema_update.ema_update_([t], [s], torch.ones((), dtype=torch.float64))
+        weights.ema_update_([t], [s], torch.ones((), dtype=torch.float64))
 
     shape = str(elements) + (" unaligned" if offset else "")
     return Case("ema_update_", shape, f"{teacher} <- {student}", call, vectors)
@@ -174,7 +164,7 @@ def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, i
 def _cross_entropy(k: int, dtype: str, vectors: tuple[int, int], gradient: bool = True) -> Case:
     def call() -> None:
         logits, labels = torch.zeros(4, k, dtype=DTYPES[dtype]), torch.zeros(4, dtype=torch.int64)
-        cross_entropy.cross_entropy(logits, labels, -100, [gradient])
+        supervised.cross_entropy(logits, labels, -100, [gradient])
 
     return Case("cross_entropy", f"N x {k}" + ("" if gradient else " loss only"), dtype, call, vectors)
 
@@ -182,7 +172,7 @@ def _cross_entropy(k: int, dtype: str, vectors: tuple[int, int], gradient: bool 
 def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple[bool, bool] = (True, True)) -> Case:
     def call() -> None:
         p, z = torch.zeros(4, d, dtype=DTYPES[dtype]), torch.zeros(4, d, dtype=DTYPES[dtype])
-        negative_cosine.negative_cosine(p, z, 1e-8, list(wanted))
+        predictive.negative_cosine(p, z, 1e-8, list(wanted))
 
     return Case("negative_cosine", f"N x {d}" + ("" if all(wanted) else " p only"), dtype, call, vectors)
 
@@ -190,8 +180,8 @@ def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple
 def _nt_xent(d: int, dtype: str, temperature: float = 0.5, n: int = 300) -> Case:
     def call() -> None:
         z, lse = torch.zeros(2, n, d, dtype=DTYPES[dtype]), torch.zeros(2, n, dtype=torch.float64)
-        nt_xent.nt_xent(z, z, 0, temperature, False, True)
-        nt_xent.nt_xent_backward(z, z, lse, lse, None, 0, temperature, False, True)
+        contrastive.nt_xent(z, z, 0, temperature, False, True)
+        contrastive.nt_xent_backward(z, z, lse, lse, None, 0, temperature, False, True)
 
     return Case("nt_xent", f"2 x N x {d} tau {temperature:g}", dtype, call, wgmma=True)
 
@@ -199,7 +189,7 @@ def _nt_xent(d: int, dtype: str, temperature: float = 0.5, n: int = 300) -> Case
 def _info_nce(d: int, dtype: str, n: int = 300, k: int = 3000) -> Case:
     def call() -> None:
         q, bank = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(k, d, dtype=DTYPES[dtype])
-        info_nce.info_nce(q, q, bank, -n, 0.1, [True, True, False])
+        contrastive.info_nce(q, q, bank, -n, 0.1, [True, True, False])
 
     return Case("info_nce", f"N x K x {d}", dtype, call, wgmma=True)
 
@@ -207,8 +197,8 @@ def _info_nce(d: int, dtype: str, n: int = 300, k: int = 3000) -> Case:
 def _clip_loss(d: int, dtype: str, n: int = 300) -> Case:
     def call() -> None:
         x, scale = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.ones(())
-        *_, x_lse, y_lse = clip_loss.clip_loss(x, x, scale, 0)
-        clip_loss.clip_loss_backward(x, x, scale, x_lse, y_lse, 0, [True, True])
+        *_, x_lse, y_lse = contrastive.clip_loss(x, x, scale, 0)
+        contrastive.clip_loss_backward(x, x, scale, x_lse, y_lse, 0, [True, True])
 
     return Case("clip_loss", f"N x {d}", dtype, call, wgmma=True)
 
@@ -216,7 +206,7 @@ def _clip_loss(d: int, dtype: str, n: int = 300) -> Case:
 def _siglip_loss(d: int, dtype: str) -> Case:
     def call() -> None:
         x = torch.zeros(300, d, dtype=DTYPES[dtype])
-        siglip_loss.siglip_loss(x, x, torch.ones(()), torch.ones(()), 0, [True, True])
+        contrastive.siglip_loss(x, x, torch.ones(()), torch.ones(()), 0, [True, True])
 
     return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
 
@@ -224,7 +214,7 @@ def _siglip_loss(d: int, dtype: str) -> Case:
 def _nearest_neighbors(d: int, dtype: str) -> Case:
     def call() -> None:
         x = torch.zeros(300, d, dtype=DTYPES[dtype])
-        nearest_neighbors.nearest_neighbors(x, x)
+        contrastive.nearest_neighbors(x, x)
 
     return Case("nearest_neighbors", f"N x K x {d}", dtype, call, wgmma=True)
 
@@ -233,9 +223,9 @@ def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
     def call() -> None:
         z0, z1 = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(n, d, dtype=DTYPES[dtype])
         if op == "barlow_twins":
-            barlow_twins.barlow_twins(z0, z1, 5e-3, 1, [True, True])
+            covariance.barlow_twins(z0, z1, 5e-3, 1, [True, True])
         else:
-            vicreg.vicreg(z0, z1, 25.0, 25.0, 1.0, 1e-4, 1, [True, True])
+            covariance.vicreg(z0, z1, 25.0, 25.0, 1.0, 1e-4, 1, [True, True])
 
     return Case(op, f"{n} x {d}", dtype, call)
 
@@ -243,7 +233,7 @@ def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
 def _sinkhorn(k: int, dtype: str, vectors: tuple[int, int], n: int = 300) -> Case:
     def call() -> None:
         scores = torch.zeros(n, k, dtype=DTYPES[dtype])
-        sinkhorn.sinkhorn(scores, 0.05, 2, False, scores.dtype)
+        prototypes.sinkhorn(scores, 0.05, 2, False, scores.dtype)
 
     return Case("sinkhorn", f"N x {k}", dtype, call, vectors)
 
@@ -253,9 +243,7 @@ def _prototype_cross_entropy(
 ) -> Case:
     def call() -> None:
         student, teacher = ([torch.zeros(images, k, dtype=DTYPES[dtype]) for _ in range(n)] for n in (s, t))
-        prototype_cross_entropy.prototype_cross_entropy(
-            student, teacher, 0.1, 0.04, torch.zeros(k), pairs, None, True, [True] * s
-        )
+        prototypes.prototype_cross_entropy(student, teacher, 0.1, 0.04, torch.zeros(k), pairs, None, True, [True] * s)
 
     return Case("prototype_cross_entropy", f"{s} x {t} x N x {k} {pairs}", dtype, call, vectors)
 
@@ -264,7 +252,7 @@ def _prototype_head(d: int, dtype: str, students: int = 2, images: int = 4, k: i
     def call() -> None:
         x, w = torch.zeros(images, d, dtype=DTYPES[dtype]), torch.zeros(k, d, dtype=DTYPES[dtype])
         inputs, wanted = [*[x] * students, w], [True] * (students + 1)
-        prototype_head_cross_entropy.prototype_head_cross_entropy(
+        prototypes.prototype_head_cross_entropy(
             inputs, [x] * 2, w, 0.1, 0.04, torch.zeros(k), "different", None, wanted
         )
 
@@ -284,7 +272,7 @@ def _augment(size: int, dtype: str, channels_last: bool = False, exact: bool = F
 def _crop_resize(size: int, bicubic: bool) -> Case:
     def call() -> None:
         images, table = torch.zeros(3, 40, 50, 3, dtype=torch.uint8), torch.zeros(3, 13)
-        crop_resize.crop_resize(images, torch.zeros(3, dtype=torch.int64), table, size, bicubic)
+        augment.crop_resize(images, torch.zeros(3, dtype=torch.int64), table, size, bicubic)
 
     return Case("crop_resize", f"B x {size}" + (" bicubic" if bicubic else ""), "uint8", call)
 
@@ -355,15 +343,15 @@ CASES = [
 # The shapes that the goals on an H200 are set for: what runs there, and the benchmark's case, which counts its cost.
 BF16 = torch.bfloat16
 GOALS = [
-    (_nt_xent(128, "bf16", n=32768), contrastive.nt_xent_case(32768, 128, BF16)),
-    (_nt_xent(256, "bf16", n=32768), contrastive.nt_xent_case(32768, 256, BF16)),
-    (_clip_loss(512, "bf16", 32768), contrastive.image_text_case("clip_loss", 32768, 512, BF16)),
-    (_info_nce(128, "bf16", 4096, 65_536), contrastive.moco_case(4096, 65_536, 128, BF16)),
-    (_sinkhorn(3000, "bf16", (1, 0), 16_384), prototypes.sinkhorn_case(16_384, 3000, BF16)),
-    (_sinkhorn(65_536, "bf16", (1, 0), 2048), prototypes.sinkhorn_case(2048, 65_536, BF16)),
+    (_nt_xent(128, "bf16", n=32768), contrastive_cases.nt_xent_case(32768, 128, BF16)),
+    (_nt_xent(256, "bf16", n=32768), contrastive_cases.nt_xent_case(32768, 256, BF16)),
+    (_clip_loss(512, "bf16", 32768), contrastive_cases.image_text_case("clip_loss", 32768, 512, BF16)),
+    (_info_nce(128, "bf16", 4096, 65_536), contrastive_cases.moco_case(4096, 65_536, 128, BF16)),
+    (_sinkhorn(3000, "bf16", (1, 0), 16_384), prototype_cases.sinkhorn_case(16_384, 3000, BF16)),
+    (_sinkhorn(65_536, "bf16", (1, 0), 2048), prototype_cases.sinkhorn_case(2048, 65_536, BF16)),
     (_prototype_cross_entropy(10, 2, 65_536, "bf16", "different", (1, 0), 64),
-     prototypes.dino_case(2, 10, 64, 65_536, BF16)),
-    (_prototype_head(256, "bf16", 10, 1024, 65_536), prototypes.head_case(2, 10, 1024, 65_536, 256, BF16)),
+     prototype_cases.dino_case(2, 10, 64, 65_536, BF16)),
+    (_prototype_head(256, "bf16", 10, 1024, 65_536), prototype_cases.head_case(2, 10, 1024, 65_536, 256, BF16)),
 ]  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fastjem.kernels import reference
 
 from fastjem import ops
 
@@ -45,10 +44,10 @@ class Implementation:
         key = self.device.upper()
         with torch.library._scoped_library("fastjem", "IMPL") as library:
             if self.name == "reference":
-                for name in ops.SCHEMAS:
-                    library.impl(name, ops.plain(getattr(reference, name)), key, allow_override=True)
+                for name in ops.OPERATORS:
+                    library.impl(name, ops.plain(ops.reference(name)), key, allow_override=True)
             if self.name == "triton" and self.device == "cpu":
-                for name in ops.SCHEMAS:
+                for name in ops.OPERATORS:
                     launcher, _ = ops.triton_launcher(name)
                     if launcher:
                         library.impl(name, ops.plain(launcher), key, allow_override=True)

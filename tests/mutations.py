@@ -29,51 +29,59 @@ class Mutation:
 REFERENCE = [
     Mutation(
         "cross_entropy",
-        "kernels/reference.py",
+        "kernels/supervised/reference.py",
         "index, -torch.ones_like(rows)",
         "index, -0.999 * torch.ones_like(rows)",
     ),
     Mutation(
-        "negative_cosine", "kernels/reference.py", "_normalize_backward(-p_unit, z", "_normalize_backward(p_unit, z"
+        "negative_cosine",
+        "kernels/predictive/reference.py",
+        "through_unit_rows(-p_unit, z",
+        "through_unit_rows(p_unit, z",
     ),
-    Mutation("nt_xent", "kernels/reference_contrastive.py", "else itself, -math.inf)", "else itself, 0)"),
-    Mutation("info_nce", "kernels/reference_contrastive.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
-    Mutation("clip_loss", "kernels/reference_contrastive.py", "- 2 * own", "- 1.99 * own"),
-    Mutation("siglip_loss", "kernels/reference_contrastive.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
+    Mutation("nt_xent", "kernels/contrastive/reference.py", "else itself, -math.inf)", "else itself, 0)"),
+    Mutation("info_nce", "kernels/contrastive/reference.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
+    Mutation("clip_loss", "kernels/contrastive/reference.py", "- 2 * own", "- 1.99 * own"),
+    Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
     Mutation(
-        "prototype_cross_entropy", "kernels/reference_prototypes.py", '"different": 1 - same', '"different": same'
+        "prototype_cross_entropy", "kernels/prototypes/reference.py", '"different": 1 - same', '"different": same'
     ),
-    Mutation("barlow_twins", "kernels/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
-    Mutation("vicreg", "kernels/reference.py", "(n / (n - 1))", "1"),
-    Mutation("crop_resize", "kernels/reference_augment.py", "-0.5 * x + 2.5", "-0.6 * x + 2.6"),
+    Mutation("barlow_twins", "kernels/covariance/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
+    Mutation("vicreg", "kernels/covariance/reference.py", "(n / (n - 1))", "1"),
+    Mutation("crop_resize", "kernels/augment/reference.py", "-0.5 * x + 2.5", "-0.6 * x + 2.6"),
 ]
 CPU = [
-    Mutation("augment", "csrc/augment.h", "padded[left - k] = from[k]", "padded[left - k] = from[k - 1]"),
-    Mutation("cross_entropy", "csrc/cross_entropy.h", "block + 1024, k)", "block + 1023, k)"),
-    Mutation("cross_entropy", "csrc/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
-    Mutation("negative_cosine", "csrc/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),
-    Mutation("ema_update_", "csrc/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
-    Mutation("nt_xent", "csrc/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
-    Mutation("info_nce", "csrc/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
-    Mutation("siglip_loss", "csrc/similarity.h", "sum += g - s[own]", "sum += g"),
+    Mutation("augment", "csrc/augment/augment.h", "padded[left - k] = from[k]", "padded[left - k] = from[k - 1]"),
+    Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", "block + 1024, k)", "block + 1023, k)"),
+    Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
+    Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),
+    Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
+    Mutation("nt_xent", "csrc/contrastive/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
+    Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
+    Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sum += g - s[own]", "sum += g"),
     Mutation(
-        "prototype_cross_entropy", "csrc/prototype_cross_entropy.h", "- y[j] * target", "- 0.999f * y[j] * target"
+        "prototype_cross_entropy",
+        "csrc/prototypes/prototype_cross_entropy.h",
+        "- y[j] * target",
+        "- 0.999f * y[j] * target",
     ),
-    Mutation("barlow_twins", "csrc/covariance.h", "- own[at] * of_own[j]", "+ own[at] * of_own[j]"),
-    Mutation("regression", "csrc/regression.h", "size < beta ?", "size < 2 * beta ?"),
-    Mutation("characteristic", "csrc/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
-    Mutation("characteristic", "csrc/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"),
-    Mutation("vicreg", "csrc/covariance.h", "side ? -invariance : invariance", "invariance"),
+    Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[at] * of_own[j]", "+ own[at] * of_own[j]"),
+    Mutation("regression", "csrc/predictive/regression.h", "size < beta ?", "size < 2 * beta ?"),
+    Mutation("characteristic", "csrc/gaussian/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
+    Mutation(
+        "characteristic", "csrc/gaussian/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"
+    ),
+    Mutation("vicreg", "csrc/covariance/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [
-    Mutation("nt_xent", "kernels/similarity_gradients.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
+    Mutation("nt_xent", "kernels/contrastive/weights.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
     Mutation(
         "prototype_head_cross_entropy",
-        "kernels/prototype_head_kernels.py",
+        "kernels/prototypes/prototype_head_kernels.py",
         "(mass * u - y) * weight",
         "(mass * u - 0.99 * y) * weight",
     ),
-    Mutation("ema_update_", "kernels/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
+    Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
 ]
 
 
@@ -110,12 +118,10 @@ def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
     """An extension with the mutated operator alone (and rescale, which every backward needs): seconds, not minutes."""
     import pybind11
 
-    stems = {Path(mutation.file).stem, "rescale"}
-    bindings = csrc / "bindings.cpp"
-    lines = bindings.read_text().splitlines()
-    bindings.write_text("\n".join(x for x in lines if "bind_" not in x or any(f"bind_{stem}(" in x for stem in stems)))
-    sources = [bindings, *(csrc / f"{stem}.cpp" for stem in sorted(stems))]
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    operator = csrc.parent / Path(mutation.file).with_suffix(".cpp")
+    (csrc / "operators.h").write_text(f"OPERATOR({operator.stem})\nOPERATOR(rescale)\n")
+    sources = [csrc / "bindings.cpp", operator, csrc / "weights/rescale.cpp"]
+    includes = [f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     (target,) = kernels.glob("_C.*.so")
     command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", *includes]
     subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)

@@ -7,6 +7,7 @@ triton = pytest.importorskip("triton")
 
 import aot  # noqa: E402
 import triton.language as tl  # noqa: E402
+
 from fastjem.kernels import tiling  # noqa: E402
 
 pytestmark = pytest.mark.aot
@@ -52,7 +53,7 @@ def test_how_often_sinkhorn_reads_its_scores(k: int, reads: int, monkeypatch: py
             readers.append(kernel.fn.__name__)
 
     monkeypatch.setattr(aot.launch, "launch", record)
-    aot.sinkhorn.sinkhorn(scores, 0.05, 3, False, torch.float32)
+    aot.prototypes.sinkhorn(scores, 0.05, 3, False, torch.float32)
     assert len(readers) == reads, readers
 
 

@@ -100,7 +100,7 @@ def test_every_case_is_complete():
     assert len({case.name for case in CASES}) == len(CASES)
     for case in CASES:
         assert case.bytes > 0 and case.flops >= 0 and set(case.full_only) <= set(case.devices), case.name
-        assert all(op in command.ops.SCHEMAS or hasattr(F, op) for op in (case.op, *case.uses)), case.name
+        assert all(op in command.ops.OPERATORS or hasattr(F, op) for op in (case.op, *case.uses)), case.name
 
 
 def test_inputs_are_drawn_anew_and_alike():

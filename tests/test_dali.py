@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("torchvision")
-from fastjem.kernels.reference_augment import COLUMNS
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
@@ -24,6 +23,7 @@ from fastjem.data.loaders.jpeg import jpeg_size
 from fastjem.data.source import open_source, path_of, to_image
 from fastjem.data.views import RECIPES, ViewSpec
 from fastjem.errors import UserError
+from fastjem.kernels.augment.columns import COLUMNS
 
 SPECS = [ViewSpec(size=48), ViewSpec(size=32, bicubic=True)]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastjem.kernels import reference_augment as column
 from images import make_folder
+
+from fastjem.kernels.augment import columns as column
 
 pytest.importorskip("torchvision")
 from PIL import Image
@@ -242,7 +243,7 @@ def test_no_readable_file_at_all(tmp_path: Path) -> None:
         list(loaded(open_source(tmp_path), [ViewSpec(size=8)], batch=2, stop=1))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_hundred_thousand_files_are_listed_in_seconds(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / f"{i:03}").mkdir()

@@ -16,13 +16,13 @@ def assert_caught(result) -> None:
     assert ("AssertionError" in result.stdout and " passed" in result.stdout) or " failed" in result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_kernel_is_caught(mutation, tmp_path):
     assert_caught(run(mutation, tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.interpreter
 @pytest.mark.parametrize("mutation", INTERPRETER, ids=str)
 def test_a_broken_triton_kernel_is_caught(mutation, tmp_path):

@@ -195,7 +195,7 @@ def test_kill_dash_nine(method: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "cut").rglob("*.part"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop(number: int, images: str, tmp_path: Path) -> None:
     line = command(**{**TINY, "workers": 1}, data=images, method="simsiam", epochs=2000, out=tmp_path / "run")
@@ -349,7 +349,7 @@ fastjem.pretrain(data=data, out=out, encoder=encoder, method=method, image_size=
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "options"),
     [("simclr", {}), ("swav", {"queue": 24}), ("dino", {"hidden": 16}), ("vicreg", {"hidden": 16}), ("moco", {})],

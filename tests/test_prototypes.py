@@ -126,7 +126,7 @@ def test_subnormal_scores(op, implementation):
 def test_sinkhorn_of_many_rows_a_program(op, implementation, monkeypatch):
     if implementation.name != "triton":
         pytest.skip("how Triton's programs share the rows")
-    monkeypatch.setattr("fastjem.kernels.tiling.SINKHORN_PROGRAMS", 2)
+    monkeypatch.setattr("fastjem.kernels.tiling.PROGRAMS", 2)
     scores = randn(29, 300, scale=2).float()
     codes = F.sinkhorn(scores.to(implementation.device), iterations=4).cpu().double()
     torch.testing.assert_close(codes, log_sinkhorn(scores.double(), 0.05, 4), rtol=0, atol=1e-5)
@@ -244,9 +244,9 @@ def test_head_fused_equals_plain_and_takes_weight_norm():
 @pytest.mark.parametrize("op", ["prototype_head_cross_entropy"])
 def test_head_fused_in_many_tiles(op, implementation, monkeypatch):
     if implementation.name == "c++":
-        monkeypatch.setattr("fastjem.kernels.cpu_prototypes.TILE_BYTES", 4096)
+        monkeypatch.setattr("fastjem.kernels.tiling.CPU_HEAD_BYTES", 4096)
     if implementation.name == "triton":
-        monkeypatch.setattr("fastjem.kernels.tiling.HEAD_PROGRAMS", 1)  # one program walks over all blocks
+        monkeypatch.setattr("fastjem.kernels.tiling.PROGRAMS", 1)  # one program walks over all blocks
     x = [randn(9, 24, seed=i, scale=0.2).float().to(implementation.device).requires_grad_() for i in range(3)]
     w = randn(333, 24, seed=7).float().to(implementation.device).requires_grad_()
     options = {

@@ -1,7 +1,7 @@
 """Augmentation parameters, drawn by us: a function of (seed, epoch, sample, view) and the image's size, nothing else.
 
-Whoever carries them out, in whatever batch, on whatever rank and after whatever resume, sees the same views. `column`
-names the columns of the table that they are handed over in.
+Whoever carries them out, in whatever batch, on whatever rank and after whatever resume, sees the same views. The
+table that they are handed over in has the columns of `fastjem.kernels.augment.columns`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from fastjem.data.philox import FIRST_COLOUR_BLOCK, FIRST_CROP_BLOCK, philox
 from fastjem.data.views import ViewSpec
-from fastjem.kernels import reference_augment as column
+from fastjem.kernels.augment import columns as column
 
 Numbers = Callable[[int, np.ndarray], np.ndarray]  # (block, N of the rows) -> [4, N] uniform in (0, 1)
 

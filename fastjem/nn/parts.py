@@ -66,6 +66,15 @@ class MLP(nn.Sequential):
         return super().__getitem__(index)
 
 
+def init_as_vision_transformer(module: nn.Module) -> None:
+    """Linear layers' weights from a normal distribution of deviation 0.02, cut off; biases 0. DINO's heads have it."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class Prototypes(nn.Module):
     """Scores against prototypes of unit length: `linear(x, normalize(weight))`, [N, D] -> [N, K].
 
@@ -239,7 +248,8 @@ class HeldMean(nn.Module):
         """
         total, rows = sum_and_count_of_ranks(self.total, self.rows, group)
         mean = (total / rows.clamp(min=1)).to(average.dtype)
-        average.lerp_(mean.reshape(average.shape), ((1 - momentum) * (rows > 0)).to(average.dtype))
+        weight = (rows > 0).to(average.dtype) * (1 - momentum)
+        average.lerp_(mean.reshape(average.shape), weight)
         self.total.zero_()
         self.rows.zero_()
 

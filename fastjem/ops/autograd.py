@@ -8,7 +8,7 @@ from torch import Tensor
 ops = torch.ops.fastjem
 
 
-def _refuse_second_order(name: str) -> None:
+def refuse_second_order(name: str) -> None:
     # autograd's once_differentiable would let a constant pass where the upstream gradient requires none
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: differentiable once only, got create_graph=True")
@@ -30,14 +30,14 @@ class _OnePass(torch.autograd.Function):
         loss, gradients, scale, *statistics = _call(name, wanted, listed, arguments, inputs)
         ctx.save_for_backward(scale, *gradients)
         ctx.name, ctx.wanted = name, wanted
-        if not (statistics and statistics[0]):
-            return loss
+        if not statistics:
+            return (loss,)
         ctx.mark_non_differentiable(*statistics[0])
         return loss, *statistics[0]
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_):
-        _refuse_second_order(ctx.name)
+        refuse_second_order(ctx.name)
         scale, *gradients = ctx.saved_tensors
         factor = upstream * scale
         scaled = (_rescaled(g, factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
@@ -55,7 +55,7 @@ class _TwoPasses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        _refuse_second_order(ctx.name)
+        refuse_second_order(ctx.name)
         gradient = getattr(ops, ctx.name)(*ctx.saved_tensors, *ctx.arguments)
         ops.rescale_(gradient, upstream * ctx.scale)
         return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
@@ -72,7 +72,7 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        _refuse_second_order(ctx.name)
+        refuse_second_order(ctx.name)
         scaled = []
         for i, (g, factor, (dtype, shape)) in enumerate(zip(ctx.saved_tensors, ctx.factors, ctx.like, strict=True)):
             wanted = ctx.needs_input_grad[4 + i]
@@ -86,18 +86,24 @@ def _call(name, wanted, listed, arguments, inputs) -> tuple:
     return op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
 
 
-def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor | tuple[Tensor, ...]:
-    """The loss `name(*inputs, *arguments)`, differentiable for `inputs` (an operator may take them `listed`, as
-    Tensor[]).
+def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor:
+    """The loss `name(*inputs, *arguments)`, differentiable for `inputs`.
 
-    Gradients are asked for only where grad mode is on and the input requires one. Where the operator returns
-    statistics too, they follow the loss and are constants.
+    An operator may take its inputs `listed`, as Tensor[]. Gradients are asked for only where grad mode is on and the
+    input requires one.
     """
+    return one_pass_with_statistics(name, inputs, *arguments, listed=listed)[0]
+
+
+def one_pass_with_statistics(
+    name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False
+) -> tuple[Tensor, ...]:
+    """The loss of `one_pass`, and behind it what statistics the operator was asked for: constants."""
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    if not any(wanted):
-        loss, _, _, *statistics = _call(name, wanted, listed, arguments, inputs)
-        return (loss, *statistics[0]) if statistics and statistics[0] else loss
-    return _OnePass.apply(name, wanted, listed, arguments, *inputs)
+    if any(wanted):
+        return _OnePass.apply(name, wanted, listed, arguments, *inputs)
+    loss, _, _, *statistics = _call(name, wanted, listed, arguments, inputs)
+    return (loss, *statistics[0]) if statistics else (loss,)
 
 
 def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence) -> Tensor:
@@ -107,7 +113,7 @@ def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence
     return _Known.apply(name, loss, tuple(factors), tuple(gradients), *inputs)
 
 
-def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor], *arguments, scale: float) -> Tensor:
+def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None], *arguments, scale: float) -> Tensor:
     """`loss`, with the gradient for `x` being `scale * name(x, *saved, *arguments)`."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return loss

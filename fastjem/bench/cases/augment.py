@@ -7,8 +7,8 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem.bench.case import Case, Draw
-from fastjem.kernels import reference
-from fastjem.kernels import reference_augment as table
+from fastjem.kernels.augment import columns as table
+from fastjem.kernels.augment import reference
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

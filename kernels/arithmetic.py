@@ -1,0 +1,43 @@
+"""What specifications and launchers share: the dtype to compute in, dense rows, rows of unit length."""
+
+import torch
+from torch import Tensor
+
+UNIT_EPS = 1e-12  # a shorter row is divided by this instead of its length, as in torch.nn.functional.normalize
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 where an input is float64, float32 otherwise."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in the dtype to compute in: float64 stays, everything else becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """[N, D] whose rows are dense, copied only where they aren't; the rows themselves may be anywhere."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def no_gradient(x: Tensor) -> Tensor:
+    """An empty tensor: what an operator returns in place of a gradient for x that isn't wanted."""
+    return x.new_empty(0)
+
+
+def scalar_like(x: Tensor, value: float) -> Tensor:
+    """0-dim, in the dtype to compute in for x."""
+    return torch.full((), value, dtype=compute_dtype(x.dtype), device=x.device)
+
+
+def unit_rows(x: Tensor, eps: float = UNIT_EPS) -> tuple[Tensor, Tensor]:
+    """Rows [..., D] of unit length and what they were divided by, `max(||x||, eps)` [..., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
+    return x / norm, norm
+
+
+def through_unit_rows(gradient: Tensor, unit: Tensor, norm: Tensor, eps: float = UNIT_EPS) -> Tensor:
+    """The gradient for x, given that for its `unit_rows`: without its radial part, unless eps was the divisor."""
+    radial = (gradient * unit).sum(-1, keepdim=True) * unit
+    return (gradient - radial * (norm > eps)) / norm

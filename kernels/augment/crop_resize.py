@@ -1,0 +1,130 @@
+"""Windows of images in memory, resized with antialiasing: see `reference_augment.resize_matrix`. One launch.
+
+A program makes a block of a view's pixels, each from the pixels of the window that it covers.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launch, tiling
+from . import reference
+
+
+@triton.jit
+def _window(start, length, source):
+    """Cut to the image: the first pixel and how many."""
+    start = tl.minimum(tl.maximum(start, 0.0), source - 1.0).to(tl.int32)
+    return start, tl.minimum(tl.maximum(length, 1.0), (source - start).to(tl.float32)).to(tl.int32)
+
+
+@triton.jit
+def _weight(x, BICUBIC: tl.constexpr):
+    x = tl.abs(x)
+    if BICUBIC:
+        far = tl.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0)
+        return tl.where(x < 1, (1.5 * x - 2.5) * x * x + 1, far)
+    return tl.maximum(1 - x, 0.0)
+
+
+@triton.jit
+def _level(x):
+    return tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), 255.0)
+
+
+@triton.jit
+def _crop_resize_kernel(
+    images,  # [N, H, W, 3] uint8
+    indices,  # [B] int64
+    parameters,  # [B, P] float32
+    out,  # [B, size, size, 3] uint8
+    N,
+    H,
+    W,
+    size,
+    BICUBIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    view = tl.program_id(0).to(tl.int64)
+    row = parameters + view * 13
+    top, height = _window(tl.load(row), tl.load(row + 2), H)
+    left, width = _window(tl.load(row + 1), tl.load(row + 3), W)
+    index = tl.load(indices + view)
+    index = tl.minimum(tl.maximum(index, 0), N - 1)  # never a foreign address
+    images += (index * H + top) * W * 3 + left * 3
+
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < size * size
+    radius: tl.constexpr = 2.0 if BICUBIC else 1.0
+    y_scale, x_scale = height.to(tl.float32) / size, width.to(tl.float32) / size
+    y_wide, x_wide = tl.maximum(y_scale, 1.0), tl.maximum(x_scale, 1.0)
+    y_centre = y_scale * ((pixel // size).to(tl.float32) + 0.5)
+    x_centre = x_scale * ((pixel % size).to(tl.float32) + 0.5)
+    y_first = tl.floor(y_centre - radius * y_wide + 0.5).to(tl.int32)
+    x_first = tl.floor(x_centre - radius * x_wide + 0.5).to(tl.int32)
+    y_taps = tl.ceil(2 * radius * y_wide).to(tl.int32)
+    x_taps = tl.ceil(2 * radius * x_wide).to(tl.int32)
+
+    red = tl.zeros([BLOCK], tl.float32)
+    green = tl.zeros([BLOCK], tl.float32)
+    blue = tl.zeros([BLOCK], tl.float32)
+    weights = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, y_taps):
+        y = y_first + i
+        y_inside = mask & (y >= 0) & (y < height)
+        y_weight = tl.where(y_inside, _weight((y.to(tl.float32) + 0.5 - y_centre) / y_wide, BICUBIC), 0.0)
+        a = tl.zeros([BLOCK], tl.float32)
+        b = tl.zeros([BLOCK], tl.float32)
+        c = tl.zeros([BLOCK], tl.float32)
+        across = tl.zeros([BLOCK], tl.float32)
+        for j in range(0, x_taps):
+            x = x_first + j
+            inside = y_inside & (x >= 0) & (x < width)
+            weight = tl.where(inside, _weight((x.to(tl.float32) + 0.5 - x_centre) / x_wide, BICUBIC), 0.0)
+            source = images + (y * W + x) * 3
+            a += weight * tl.load(source, inside, 0).to(tl.float32)
+            b += weight * tl.load(source + 1, inside, 0).to(tl.float32)
+            c += weight * tl.load(source + 2, inside, 0).to(tl.float32)
+            across += weight
+        over = 1 / tl.where(across > 0, across, 1.0)
+        red += y_weight * _level(a * over)
+        green += y_weight * _level(b * over)
+        blue += y_weight * _level(c * over)
+        weights += y_weight
+    over = 1 / tl.where(weights > 0, weights, 1.0)
+    out += view * size * size * 3 + pixel * 3
+    tl.store(out, _level(red * over).to(tl.uint8), mask)
+    tl.store(out + 1, _level(green * over).to(tl.uint8), mask)
+    tl.store(out + 2, _level(blue * over).to(tl.uint8), mask)
+
+
+def crop_resize(
+    images: Tensor,  # [N, H, W, 3] uint8
+    indices: Tensor,  # [B] int64
+    parameters: Tensor,  # [B, P]
+    size: int,
+    bicubic: bool,
+) -> Tensor:
+    if parameters.dtype != torch.float32:
+        return reference.crop_resize(images, indices, parameters, size, bicubic)
+    images, indices, parameters = images.contiguous(), indices.contiguous(), parameters.contiguous()
+    out = torch.empty((len(indices), size, size, 3), dtype=torch.uint8, device=images.device)
+    tile = tiling.crop_resize(size)
+    grid = len(indices), math.ceil(size * size / tile["BLOCK"])
+    launch.launch(
+        _crop_resize_kernel,
+        grid,
+        images,
+        indices,
+        parameters,
+        out,
+        *images.shape[:3],
+        size,
+        BICUBIC=bicubic,
+        **tile,
+        device_of=images,
+    )
+    return out

@@ -1,0 +1,47 @@
+"""Losses on the similarities of rows: NT-Xent and its kin, InfoNCE, CLIP, SigLIP, nearest neighbours, KoLeo.
+
+* `composed.py`: what the log-sum-exp losses are composed of, and the `Engine` that computes tiles of similarities.
+* `cpu_engine.py`: the engine on the CPU; torch.mm makes tiles, C++ works on them. `cpu.py`: the operators.
+* `gpu_engine.py`: the engine on a GPU, of Triton kernels on `tiles.py`: `sums.py` (log-sum-exps), `weights.py`
+  (gradients), `rows.py` (single rows). `gpu.py`: the operators.
+"""
+
+from ..table import Operator
+
+OPERATORS = {
+    "nt_xent": Operator(
+        "(Tensor rows, Tensor candidates, int offset, float temperature, bool decoupled, bool normalize)"
+        " -> (Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "nt_xent_backward": Operator(
+        "(Tensor rows, Tensor candidates, Tensor rows_lse, Tensor candidates_lse, Tensor? weights,"
+        " int offset, float temperature, bool decoupled, bool normalize) -> Tensor",
+        cpu=True,
+        gpu=True,
+    ),
+    "info_nce": Operator(
+        "(Tensor query, Tensor positive, Tensor negatives, int offset, float temperature, bool[] wanted)"
+        " -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "clip_loss": Operator(
+        "(Tensor x, Tensor y, Tensor logit_scale, int offset) -> (Tensor, Tensor, Tensor)", cpu=True, gpu=True
+    ),
+    "clip_loss_backward": Operator(
+        "(Tensor x, Tensor y, Tensor logit_scale, Tensor x_lse, Tensor y_lse, int offset,"
+        " bool[] wanted) -> (Tensor[], Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "siglip_loss": Operator(
+        "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, int offset, bool[] wanted)"
+        " -> (Tensor, Tensor[], Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "nearest_neighbors": Operator("(Tensor query, Tensor bank) -> Tensor", cpu=True, gpu=True),
+    "koleo": Operator("(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)"),
+}

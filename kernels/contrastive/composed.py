@@ -1,0 +1,320 @@
+"""The contrastive operators, composed of what an engine computes on tiles of similarities.
+
+There are two engines, `cpu_engine` and `gpu_engine`: modules with the functions of the protocol `Engine`.
+
+A row's own image is never part of a tile's sums. The few logits of its views are computed once, in float64, so that
+what is added to a log-sum-exp and subtracted as a positive has the same bits. At temperature 0.01 nothing else keeps a
+small loss exact.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OwnImage:
+    """Which columns show a row's own image: they are left out of the row's sums, and it of theirs.
+
+    Views of the same images are stacked, so images repeat with a period. Row i shows image `i % row_period`, and the
+    columns j with `j % column_period == i % row_period + offset` show the same one. For V views of n images among V
+    views of N, the periods are n and N; where row i has one partner, column i + offset, they are the numbers of rows
+    and columns.
+    """
+
+    row_period: int = 1
+    offset: int = 0
+    column_period: int = 0  # 0: no column shows a row's image
+
+
+Scaling = TypeVar("Scaling")  # how similarities become logits, and their exponentials stay finite: an engine's own
+
+
+class Engine(Protocol[Scaling]):
+    """Similarities are dot products of rows a [N, D] and b [M, D]; logits are similarities times a factor."""
+
+    def unit(self, x: Tensor, normalize: bool, /) -> tuple[Tensor, Tensor | None]:
+        """Rows of unit length in the dtype of the engine's products, and what they were divided by.
+
+        Without `normalize` the rows are as they come, and there are no divisors.
+        """
+        ...
+
+    def through_unit(self, gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype, /) -> Tensor:
+        """The gradient for x, in its dtype, given that for `unit(x)`, which may be overwritten."""
+        ...
+
+    def sum_dtype(self, x: Tensor, /) -> torch.dtype:
+        """Of sums of products of the rows x."""
+        ...
+
+    def dots(self, a: Tensor, b: Tensor, /) -> Tensor:
+        """[N] float64: of each row of a [N, D] with that row of b [N, D]."""
+        ...
+
+    def scaling(self, factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor, /) -> Scaling:
+        """For logits `factor * a @ b.T`; `bound`, if given, is how large a similarity can be."""
+        ...
+
+    def log_sum_exps(
+        self,
+        a: Tensor,
+        b: Tensor,
+        scaling: Scaling,
+        own_image: OwnImage,
+        /,
+        *,
+        symmetric: bool = False,  # b is a: half of the tiles are enough
+        columns: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of every row's logits [N] float64; and of every column's [M], if `columns` are wanted."""
+        ...
+
+    def add_weighted(
+        self,
+        a: Tensor,
+        b: Tensor,
+        scaling: Scaling,
+        own_image: OwnImage,
+        a_lse: Tensor,  # [N] float64
+        b_lse: Tensor | None,  # [M] float64; None: without the second term of G
+        a_sum: Tensor | None,  # [N, D]
+        b_sum: Tensor | None,  # [M, D]
+        /,
+        *,
+        symmetric: bool = False,  # b is a, and b_sum is a_sum
+    ) -> Tensor | None:
+        """`a_sum += G @ b` and `b_sum += G.T @ a`, where G = exp(logits - a_lse) + exp(logits - b_lse).
+
+        Returns `(G * similarities).sum(1)`, [N] float64, where both log-sum-exps are given and not `symmetric`.
+        """
+        ...
+
+    def attend(
+        self,
+        query: Tensor,  # [N, D] of unit length
+        bank: Tensor,  # [K, D] of any length
+        temperature: float,
+        own_image: OwnImage,
+        wanted: bool,
+        /,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[N] float64: the log-sum-exp of the logits over the bank; and `softmax(logits) @ unit(bank)`, if wanted."""
+        ...
+
+
+class _Views(NamedTuple):
+    """What NT-Xent's two operators begin with."""
+
+    symmetric: bool  # the candidates are the rows
+    rows: Tensor  # [V n, D], of unit length if they are normalised
+    divisors: Tensor | None
+    candidates: Tensor  # [V N, D]
+    own_image: OwnImage
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
+
+
+def _has_positives(rows: Tensor, candidates: Tensor, offset: int) -> bool:
+    """Whether the rows' images are among the candidates; they are all or none."""
+    return len(rows) > 1 and 0 <= offset <= candidates.shape[1] - rows.shape[1]
+
+
+def _flat_views(engine: Engine, rows: Tensor, candidates: Tensor, offset: int, normalize: bool) -> _Views:
+    views, n, width = rows.shape
+    total = candidates.shape[1]
+    symmetric = offset == 0 and _same_memory(rows, candidates)
+    a, divisors = engine.unit(rows.reshape(views * n, width), normalize)
+    b = a if symmetric else engine.unit(candidates.reshape(views * total, width), normalize)[0]
+    return _Views(symmetric, a, divisors, b, OwnImage(n, offset, total))
+
+
+def _logits_within_images(engine: Engine, unit: Tensor, temperature: float) -> Tensor:
+    """[V, V, n] float64 for [V, n, D]: logits of every two views of an image; 0 on the diagonal."""
+    views, n, _ = unit.shape
+    logits = torch.zeros(views, views, n, dtype=torch.float64, device=unit.device)
+    for i in range(views):
+        for j in range(i + 1, views):
+            logits[i, j] = logits[j, i] = engine.dots(unit[i], unit[j]) / temperature
+    return logits
+
+
+def nt_xent(
+    engine: Engine,
+    rows: Tensor,  # [V, n, D]
+    candidates: Tensor,  # [V, N, D]
+    offset: int,
+    temperature: float,
+    decoupled: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    symmetric, a, _, b, own_image = _flat_views(engine, rows, candidates, offset, normalize)
+    scaling = engine.scaling(1 / temperature, 1.0 if normalize else None, a, b)
+    lse = engine.log_sum_exps(a, b, scaling, own_image, symmetric=symmetric)[0].view(rows.shape[:2])
+    if not _has_positives(rows, candidates, offset):
+        return torch.zeros_like(lse), lse
+    logits = _logits_within_images(engine, a.view(rows.shape), temperature)
+    positives = logits.sum(1) / (len(rows) - 1)
+    if not decoupled:
+        torch.diagonal(logits).copy_(lse.T)
+        lse = logits.logsumexp(1)
+    return positives, lse
+
+
+def nt_xent_backward(
+    engine: Engine,
+    rows: Tensor,  # [V, n, D]
+    candidates: Tensor,  # [V, N, D]
+    rows_lse: Tensor,  # [V, n]
+    candidates_lse: Tensor,  # [V, N]
+    weights: Tensor | None,  # [V, N]
+    offset: int,
+    temperature: float,
+    decoupled: bool,
+    normalize: bool,
+) -> Tensor:
+    symmetric, a, divisors, b, own_image = _flat_views(engine, rows, candidates, offset, normalize)
+    scaling = engine.scaling(1 / temperature, 1.0 if normalize else None, a, b)
+    gradient = torch.zeros(a.shape, dtype=engine.sum_dtype(a), device=a.device)
+    a_lse = rows_lse.reshape(-1)
+    b_lse = candidates_lse.reshape(-1)
+    b_sum = gradient if symmetric else None
+    engine.add_weighted(a, b, scaling, own_image, a_lse, b_lse, gradient, b_sum, symmetric=symmetric)
+    if _has_positives(rows, candidates, offset):
+        _pull_views_together(
+            engine, a.view(rows.shape), gradient.view(rows.shape), rows_lse, weights, offset, temperature, decoupled
+        )
+    return engine.through_unit(gradient, a, divisors, rows.dtype).view(rows.shape)
+
+
+def _pull_views_together(
+    engine: Engine,
+    unit: Tensor,  # [V, n, D]
+    gradient: Tensor,  # [V, n, D], which the views of an image are still missing in
+    rows_lse: Tensor,  # [V, n]
+    weights: Tensor | None,  # [V, N]
+    offset: int,
+    temperature: float,
+    decoupled: bool,
+) -> None:
+    views, n, _ = unit.shape
+    w = torch.ones_like(rows_lse) if weights is None else weights[:, offset : offset + n].double()
+    pull = (w[:, None] + w) / (views - 1)  # [V, V, n]
+    if not decoupled:
+        logits = _logits_within_images(engine, unit, temperature)
+        pull = pull - (logits - rows_lse[:, None]).exp() - (logits - rows_lse).exp()
+    pull = pull.to(gradient.dtype)
+    for i in range(views):
+        for j in range(views):
+            if i != j:
+                gradient[i].addcmul_(pull[i, j, :, None], unit[j].to(gradient.dtype), value=-1)
+
+
+def info_nce(
+    engine: Engine,
+    query: Tensor,  # [N, D]
+    positive: Tensor,  # [N, D]
+    negatives: Tensor,  # [K, D]
+    offset: int,
+    temperature: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    n, k = len(query), len(negatives)
+    q, q_divisors = engine.unit(query, True)
+    p, p_divisors = engine.unit(positive, True)
+    own_image = OwnImage(n, offset, k) if -n < offset < k else OwnImage()
+    positive_logits = engine.dots(q, p) / temperature  # [N]
+
+    # one pass over the negatives: their log-sum-exp, and softmax(logits) @ negatives
+    negative_lse, q_gradient = engine.attend(q, negatives, temperature, own_image, wanted[0])
+    lse = torch.logaddexp(negative_lse, positive_logits)
+    dtype = engine.sum_dtype(q)
+    p_weight = (positive_logits - lse).expm1().to(dtype)[:, None]  # the positive's probability - 1
+
+    gradients = [x.new_empty(0) for x in (query, positive, negatives)]
+    if wanted[0]:
+        negatives_probability = (negative_lse - lse).exp().to(dtype)[:, None]
+        q_gradient = q_gradient.mul_(negatives_probability).addcmul_(p_weight, p.to(dtype))
+        gradients[0] = engine.through_unit(q_gradient, q, q_divisors, query.dtype)
+    if wanted[1]:
+        gradients[1] = engine.through_unit(p_weight * q, p, p_divisors, positive.dtype)
+    if wanted[2]:
+        unit, divisors = engine.unit(negatives, True)
+        gradient = torch.zeros(unit.shape, dtype=dtype, device=unit.device)
+        scaling = engine.scaling(1 / temperature, 1.0, q, unit)
+        engine.add_weighted(q, unit, scaling, own_image, lse, None, None, gradient)
+        gradients[2] = engine.through_unit(gradient, unit, divisors, negatives.dtype)
+    scale = torch.full((), 1 / (n * temperature), dtype=dtype, device=q.device)
+    return (lse - positive_logits).mean().to(dtype), gradients, scale
+
+
+class _Pairs(NamedTuple):
+    """What CLIP's two operators begin with."""
+
+    a: Tensor  # [n, D]
+    b: Tensor  # [m, D]
+    rows: slice  # of a, whose partners are among b
+    columns: slice  # these partners
+    similarities: Tensor  # float64, of rows and partners
+    own_image: OwnImage
+
+
+def _pairs(engine: Engine, x: Tensor, y: Tensor, offset: int) -> _Pairs:
+    a, _ = engine.unit(x, False)
+    b, _ = engine.unit(y, False)
+    first = max(0, -offset)
+    stop = max(first, min(len(x), len(y) - offset))
+    rows = slice(first, stop)
+    columns = slice(first + offset, stop + offset)
+    return _Pairs(a, b, rows, columns, engine.dots(a[rows], b[columns]), OwnImage(len(x), offset, len(y)))
+
+
+def clip_loss(
+    engine: Engine,
+    x: Tensor,  # [n, D]
+    y: Tensor,  # [m, D]
+    logit_scale: Tensor,  # 0-dim
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, b, rows, columns, similarities, own_image = _pairs(engine, x, y, offset)
+    scaling = engine.scaling(logit_scale, None, a, b)
+    x_lse, y_lse = engine.log_sum_exps(a, b, scaling, own_image, columns=True)
+    positives = torch.zeros_like(x_lse)
+    positives[rows] = similarities * logit_scale.double()
+    x_lse[rows] = torch.logaddexp(x_lse[rows], positives[rows])
+    y_lse[columns] = torch.logaddexp(y_lse[columns], positives[rows])
+    return positives, x_lse, y_lse
+
+
+def clip_loss_backward(
+    engine: Engine,
+    x: Tensor,  # [n, D]
+    y: Tensor,  # [m, D]
+    logit_scale: Tensor,  # 0-dim
+    x_lse: Tensor,  # [n]
+    y_lse: Tensor,  # [m]
+    offset: int,
+    wanted: list[bool],
+) -> tuple[list[Tensor], Tensor]:
+    a, b, rows, columns, similarities, own_image = _pairs(engine, x, y, offset)
+    dtype = engine.sum_dtype(a)
+    a_sum = torch.zeros(a.shape, dtype=dtype, device=a.device) if wanted[0] else None
+    b_sum = torch.zeros(b.shape, dtype=dtype, device=b.device) if wanted[1] else None
+    scaling = engine.scaling(logit_scale, None, a, b)
+    row_dots = engine.add_weighted(a, b, scaling, own_image, x_lse, y_lse, a_sum, b_sum)
+    logits = similarities * logit_scale.double()
+    g = (logits - x_lse[rows]).expm1() + (logits - y_lse[columns]).expm1()
+    weight = g.to(dtype)[:, None]
+    if a_sum is not None:
+        a_sum[rows].addcmul_(weight, b[columns].to(dtype))
+    if b_sum is not None:
+        b_sum[columns].addcmul_(weight, a[rows].to(dtype))
+    gradients = [
+        x.new_empty(0) if a_sum is None else a_sum.to(x.dtype),
+        y.new_empty(0) if b_sum is None else b_sum.to(y.dtype),
+    ]
+    return gradients, row_dots.sum() + (g * similarities).sum()

@@ -1,0 +1,66 @@
+"""The contrastive operators on the CPU: composed.py with cpu_engine.py; SigLIP and nearest neighbours use its tiles."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..native import address_of_row
+from . import composed, cpu_engine
+
+nt_xent = partial(composed.nt_xent, cpu_engine)
+nt_xent_backward = partial(composed.nt_xent_backward, cpu_engine)
+info_nce = partial(composed.info_nce, cpu_engine)
+clip_loss = partial(composed.clip_loss, cpu_engine)
+clip_loss_backward = partial(composed.clip_loss_backward, cpu_engine)
+
+
+def siglip_loss(
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    a, _ = cpu_engine.unit(x, False)
+    b, _ = cpu_engine.unit(y, False)
+    factor, bias = logit_scale.item(), logit_bias.item()
+    a_sum = torch.zeros_like(a) if wanted[0] else None
+    b_sum = torch.zeros_like(b) if wanted[1] else None
+    losses, weight_sums, dots = torch.zeros(3, len(a), dtype=torch.float64)
+    for tile in cpu_engine.tiles(a, b):
+        _C.similarity_sigmoid(
+            *tile.arguments,
+            factor,
+            bias,
+            tile.row,
+            offset,
+            tile.column,
+            address_of_row(losses, tile.row),
+            address_of_row(weight_sums, tile.row),
+            address_of_row(dots, tile.row),
+            torch.get_num_threads(),
+        )
+        weights = tile.similarities  # in whose place they are now
+        if a_sum is not None:
+            a_sum[tile.rows].addmm_(weights, b[tile.columns])
+        if b_sum is not None:
+            b_sum[tile.columns].addmm_(weights.T, a[tile.rows])
+    gradients = [
+        x.new_empty(0) if a_sum is None else a_sum.to(x.dtype),
+        y.new_empty(0) if b_sum is None else b_sum.to(y.dtype),
+    ]
+    return losses.sum(), gradients, dots.sum(), weight_sums.sum()
+
+
+def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
+    unit, _ = cpu_engine.unit(query, True)
+    best = torch.full((len(unit),), -math.inf, dtype=unit.dtype)
+    index = torch.full((len(unit),), -1, dtype=torch.int64)
+    for tile, _ in cpu_engine.bank_tiles(unit, bank):
+        _C.similarity_best(
+            *tile.arguments,
+            tile.column,
+            address_of_row(best, tile.row),
+            address_of_row(index, tile.row),
+            torch.get_num_threads(),
+        )
+    return index

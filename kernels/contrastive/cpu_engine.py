@@ -1,0 +1,262 @@
+"""The contrastive engine on the CPU: torch.mm makes a tile of similarities, C++ turns it into exponentials and sums.
+
+A tile is as large as a core's cache; nothing of N x M lives longer than that. `composed.Engine` says what the functions
+do that are named there.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C, tiling
+from ..arithmetic import UNIT_EPS, compute_dtype
+from ..native import CODES, address, address_of_row
+from .composed import OwnImage
+
+
+def unit(x: Tensor, normalize: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Rows in the dtype to compute in, and their divisors [N] float64."""
+    dtype = compute_dtype(x.dtype)
+    if x.dtype not in CODES:
+        x = x.float()
+    if not normalize and x.dtype == dtype:
+        return x.contiguous(), None
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=dtype) if out is None else out[: len(x)]
+    divisors = torch.empty(len(x), dtype=torch.float64) if normalize else None
+    _C.unit_rows(
+        CODES[x.dtype],
+        address(x),
+        *x.shape,
+        x.stride(0),
+        UNIT_EPS,
+        address(out),
+        address(divisors),
+        torch.get_num_threads(),
+    )
+    return out, divisors
+
+
+def through_unit(gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if divisors is None:
+        return gradient.to(dtype)
+    native = dtype if dtype in CODES else gradient.dtype
+    out = gradient if native == gradient.dtype else torch.empty(gradient.shape, dtype=native)
+    _C.through_unit_rows(
+        CODES[native],
+        address(gradient),
+        address(unit),
+        address(divisors),
+        *gradient.shape,
+        UNIT_EPS,
+        1.0,
+        address(out),
+        torch.get_num_threads(),
+    )
+    return out.to(dtype)
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(1, dtype=torch.float64)
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Logits are similarities times `factor`; `shift` is subtracted before exp where that is safe for every logit
+    there can be."""
+
+    factor: float
+    shift: float
+    running: bool  # not safe: every row and column keeps a maximum of its own, in units of similarities
+
+    @classmethod
+    def of(cls, factor: float, bound: float, dtype: torch.dtype) -> "Scaling":
+        """`bound`: of the similarities' size. In float32, exp(-86) is a normal number, and so is a sum of 1e7
+        times exp(70)."""
+        top, bottom = (600.0, 700.0) if dtype == torch.float64 else (70.0, 86.0)
+        largest = abs(factor) * bound * 1.0001
+        shift = max(0.0, largest - top)
+        factor = factor or 1e-37  # 0 times the -inf of what a row doesn't see would be NaN
+        return cls(factor, shift, not largest + shift <= bottom)
+
+    @property
+    def values(self) -> tuple[float, float, bool]:
+        return self.factor, self.shift, self.running
+
+    def start(self, n: int) -> tuple[Tensor, Tensor]:
+        """The log-sum-exp of nothing, as (maximum, sum of exp(logit - logit of the maximum))."""
+        maximum = -math.inf if self.running else self.shift
+        return torch.full((n,), maximum, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+
+    def log_sum_exp(self, maximum: Tensor, total: Tensor) -> Tensor:
+        return maximum * (abs(self.factor) if self.running else 1) + total.log()
+
+    def weights(self, lse: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """What `similarity_weights` wants of rows or columns: two vectors, of which exp(logit - lse) is computed.
+
+        Running: exp((similarity - pivot) * factor) * rest, with the pivot lse / factor rounded and the rest what
+        rounding left, near 1. So the exponent is near 0 where the result is large, and keeps its digits. Otherwise:
+        exp(logit - shift) times the first vector.
+        """
+        if lse is None:
+            return None, None
+        if not self.running:
+            return (self.shift - lse).exp().clamp_max(1e38).to(dtype), None
+        pivot = (lse / self.factor).clamp(-1e30, 1e30).to(dtype)
+        rest = (pivot.double() * self.factor - lse).where(lse.isfinite(), 0).exp()
+        return pivot, rest.clamp_max(1e38).to(dtype)
+
+
+def scaling(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor) -> Scaling:
+    bound = _largest_norm(a) * _largest_norm(b) if bound is None else bound
+    return Scaling.of(float(factor), bound, a.dtype)
+
+
+def _largest_norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x, dim=1).max().item()
+
+
+class Tile(NamedTuple):
+    """`a[rows] @ b[columns].T` in memory that the next tile overwrites."""
+
+    row: int  # the first
+    column: int
+    rows: slice
+    columns: slice
+    similarities: Tensor
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int, int]:
+        """How every kernel is told of it: dtype, address, shape, stride."""
+        tile = self.similarities
+        return CODES[tile.dtype], address(tile), *tile.shape, tile.stride(0)
+
+    def own_image(self, own: OwnImage) -> tuple[int, int, int, int, int]:
+        return self.row, own.row_period, own.offset, self.column, own.column_period
+
+
+def tiles(a: Tensor, b: Tensor, symmetric: bool = False) -> Iterator[Tile]:
+    """All tiles of `a @ b.T`, or those on and above the diagonal."""
+    height = min(tiling.CPU_TILE, len(a))
+    width = height if symmetric else min(len(b), max(tiling.CPU_TILE, tiling.CPU_TILE**2 // height))
+    memory = torch.empty(height * width, dtype=a.dtype)
+    for row in range(0, len(a), height):
+        rows = slice(row, min(row + height, len(a)))
+        for column in range(row if symmetric else 0, len(b), width):
+            columns = slice(column, min(column + width, len(b)))
+            shape = rows.stop - row, columns.stop - column
+            out = memory[: shape[0] * shape[1]].view(shape)
+            yield Tile(row, column, rows, columns, torch.mm(a[rows], b[columns].T, out=out))
+
+
+def log_sum_exps(
+    a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False, columns: bool = False
+) -> tuple[Tensor, Tensor]:
+    row_max, row_sum = scaling.start(len(a))
+    column_max, column_sum = (row_max, row_sum) if symmetric else scaling.start(len(b))
+    for tile in tiles(a, b, symmetric):
+        both = columns or (symmetric and tile.column > tile.row)
+        _C.similarity_sums(
+            *tile.arguments,
+            scaling.values,
+            tile.own_image(own_image),
+            False,
+            address_of_row(row_max, tile.row),
+            address_of_row(row_sum, tile.row),
+            0,
+            address_of_row(column_max, tile.column) if both else 0,
+            address_of_row(column_sum, tile.column) if both else 0,
+            torch.get_num_threads(),
+        )
+    return scaling.log_sum_exp(row_max, row_sum), scaling.log_sum_exp(column_max, column_sum)
+
+
+def add_weighted(
+    a: Tensor,
+    b: Tensor,
+    scaling: Scaling,
+    own_image: OwnImage,
+    a_lse: Tensor,
+    b_lse: Tensor | None,
+    a_sum: Tensor | None,
+    b_sum: Tensor | None,
+    *,
+    symmetric: bool = False,
+) -> Tensor:
+    a_weights, a_rest = scaling.weights(a_lse, a.dtype)
+    b_weights, b_rest = scaling.weights(b_lse, a.dtype)
+    row_dots = torch.zeros(len(a), dtype=torch.float64)
+    for tile in tiles(a, b, symmetric):
+        _C.similarity_weights(
+            *tile.arguments,
+            scaling.values,
+            tile.own_image(own_image),
+            address_of_row(a_weights, tile.row),
+            address_of_row(b_weights, tile.column),
+            address_of_row(a_rest, tile.row),
+            address_of_row(b_rest, tile.column),
+            0 if symmetric else address_of_row(row_dots, tile.row),
+            torch.get_num_threads(),
+        )
+        weights = tile.similarities  # in whose place they are now
+        if a_sum is not None:
+            a_sum[tile.rows].addmm_(weights, b[tile.columns])
+        if b_sum is not None and not (symmetric and tile.row == tile.column):
+            b_sum[tile.columns].addmm_(weights.T, a[tile.rows])
+    return row_dots
+
+
+def bank_tiles(query: Tensor, bank: Tensor) -> Iterator[tuple[Tile, Tensor]]:
+    """Tiles of `query @ unit(bank).T`, each with its rows of unit(bank): the bank is normalised a tile at a time."""
+    n, d = query.shape
+    height = min(tiling.CPU_TILE, n)
+    width = max(64, min(len(bank), tiling.CPU_TILE**2 // 2 // max(height, d)))
+    unit_memory = torch.empty(width, d, dtype=query.dtype)
+    memory = torch.empty(height * width, dtype=query.dtype)
+    for column in range(0, len(bank), width):
+        columns = slice(column, min(column + width, len(bank)))
+        unit_rows, _ = unit(bank[columns], True, out=unit_memory)
+        for row in range(0, n, height):
+            rows = slice(row, min(row + height, n))
+            shape = rows.stop - row, len(unit_rows)
+            out = memory[: shape[0] * shape[1]].view(shape)
+            yield Tile(row, column, rows, columns, torch.mm(query[rows], unit_rows.T, out=out)), unit_rows
+
+
+def attend(
+    query: Tensor, bank: Tensor, temperature: float, own_image: OwnImage, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    logits = scaling(1 / temperature, 1.0, query, query)
+    maximum, total = logits.start(len(query))
+    rescale = torch.empty(len(query), dtype=torch.float64) if logits.running else None
+    result = torch.zeros_like(query) if wanted else None
+    for tile, unit_rows in bank_tiles(query, bank):
+        _C.similarity_sums(
+            *tile.arguments,
+            logits.values,
+            tile.own_image(own_image),
+            wanted,
+            address_of_row(maximum, tile.row),
+            address_of_row(total, tile.row),
+            address_of_row(rescale, tile.row),
+            0,
+            0,
+            torch.get_num_threads(),
+        )
+        if result is not None:
+            exponentials = tile.similarities  # in whose place they are now
+            if rescale is not None:  # for the maximum that the rows have now
+                result[tile.rows].mul_(rescale[tile.rows, None])
+            result[tile.rows].addmm_(exponentials, unit_rows)
+    if result is not None:
+        result.mul_((1 / total).nan_to_num(posinf=0.0)[:, None])
+    return logits.log_sum_exp(maximum, total), result

@@ -1,0 +1,64 @@
+"""The contrastive operators on a GPU: composed.py with gpu_engine.py. float64 is the reference's."""
+
+import torch
+from torch import Tensor
+
+from . import composed, gpu_engine, reference
+
+
+def _supported(*tensors: Tensor) -> bool:
+    return all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors)
+
+
+def nt_xent(rows: Tensor, candidates: Tensor, *options) -> tuple[Tensor, Tensor]:
+    if not _supported(rows, candidates):
+        return reference.nt_xent(rows, candidates, *options)
+    return composed.nt_xent(gpu_engine, rows, candidates, *options)
+
+
+def nt_xent_backward(rows: Tensor, candidates: Tensor, *options) -> Tensor:
+    if not _supported(rows, candidates):
+        return reference.nt_xent_backward(rows, candidates, *options)
+    return composed.nt_xent_backward(gpu_engine, rows, candidates, *options)
+
+
+def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *options) -> tuple[Tensor, list[Tensor], Tensor]:
+    if not _supported(query, positive, negatives):
+        return reference.info_nce(query, positive, negatives, *options)
+    return composed.info_nce(gpu_engine, query, positive, negatives, *options)
+
+
+def clip_loss(x: Tensor, y: Tensor, *options) -> tuple[Tensor, Tensor, Tensor]:
+    if not _supported(x, y):
+        return reference.clip_loss(x, y, *options)
+    return composed.clip_loss(gpu_engine, x, y, *options)
+
+
+def clip_loss_backward(x: Tensor, y: Tensor, *options) -> tuple[list[Tensor], Tensor]:
+    if not _supported(x, y):
+        return reference.clip_loss_backward(x, y, *options)
+    return composed.clip_loss_backward(gpu_engine, x, y, *options)
+
+
+def siglip_loss(
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    if not _supported(x, y):
+        return reference.siglip_loss(x, y, logit_scale, logit_bias, offset, wanted)
+    x, y = x.contiguous(), y.contiguous()
+    x_sum = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if wanted[0] else None
+    y_sum = torch.zeros(y.shape, dtype=torch.float32, device=y.device) if wanted[1] else None
+    loss, weights, dots = gpu_engine.sigmoid(x, y, logit_scale, logit_bias, offset, x_sum, y_sum).unbind()
+    gradients = [
+        x.new_empty(0) if x_sum is None else x_sum.to(x.dtype),
+        y.new_empty(0) if y_sum is None else y_sum.to(y.dtype),
+    ]
+    return loss.clone(), gradients, dots.clone(), weights.clone()
+
+
+def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
+    if not _supported(query, bank):
+        return reference.nearest_neighbors(query, bank)
+    unit_query, _ = gpu_engine.unit(query, True)
+    unit_bank, _ = gpu_engine.unit(bank, True)
+    return gpu_engine.best(unit_query, unit_bank)

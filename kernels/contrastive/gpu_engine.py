@@ -1,0 +1,359 @@
+"""The contrastive engine on a GPU: how kernels on tiles of similarities divide the work.
+
+* Log-sum-exps: a program owns a block of rows and walks over tiles of candidates. The candidates' own sums, where
+  they are wanted, are written by tile, one line a block of rows, and added in a fixed order. So a symmetric matrix
+  needs half of its tiles, and CLIP's two directions one pass. Lines are bounded: a longer walk is taken in pieces.
+* Gradients of bfloat16 and float16 rows of at most 256 columns: a program owns rows, keeps their gradient in registers
+  and walks over all candidates, computing the similarities again.
+* Others, where that sum doesn't fit in registers: weights of a band of rows in memory, and torch's products of them.
+
+No float is added by two programs in an order of their own: the bits repeat. Where there are few rows, candidates are
+split among programs, whose results are added in a fixed order.
+
+A bounded similarity (unit rows, temperatures of 0.0128 and more) needs no running maximum: one pivot serves all (see
+tiles.py). `composed.Engine` says what the functions do that are named there.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import launch, tiling
+from .composed import OwnImage
+from .rows import dots, join, states, through_unit, unit
+from .sums import attend_kernel, best_kernel, sums_kernel
+from .weights import owner_kernel, sigmoid_kernel, weights_kernel
+
+__all__ = ["add_weighted", "attend", "dots", "log_sum_exps", "scaling", "sum_dtype", "through_unit", "unit"]
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Logits are similarities times `factor`, and exponentials are formed around a pivot: see tiles.py."""
+
+    factor: Tensor  # 0-dim
+    running: bool  # every row has a pivot of its own
+    pivot: float  # otherwise: the one for all, a float32 number
+
+
+def scaling(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor) -> Scaling:
+    """A tensor's value isn't known on the host, and neither are the norms of rows that come as they are."""
+    if isinstance(factor, Tensor):
+        return Scaling(factor, True, 0.0)
+    tensor = torch.full((), factor, dtype=torch.float64, device=a.device)
+    if bound is None:
+        return Scaling(tensor, True, 0.0)
+    largest = factor * bound * (1.0001 if a.dtype == torch.float32 else 1.01)  # rounded rows may be longer than 1
+    pivot = math.ceil(max(0.0, largest - 70) / factor * 1024) / 1024
+    return Scaling(tensor, largest + pivot * factor > 86, pivot)
+
+
+def _splits(blocks: int, tiles: int) -> tuple[int, int]:
+    """How many programs share the walk of a block of rows, and how many tiles each takes."""
+    each = triton.cdiv(tiles, min(tiles, max(1, tiling.PROGRAMS // blocks)))
+    return triton.cdiv(tiles, each), each
+
+
+def _own_image_arguments(own_image: OwnImage, start: int = 0) -> tuple[int, int, int, int]:
+    """As kernels take it, for rows of which the first is row `start`."""
+    return start, own_image.row_period, own_image.offset, max(own_image.column_period, 1)
+
+
+def _transposed(own_image: OwnImage) -> OwnImage:
+    """The same for columns as rows."""
+    if not own_image.column_period:
+        return own_image
+    return OwnImage(own_image.column_period, -own_image.offset, own_image.row_period)
+
+
+# Log-sum-exps --------------------------------------------------------------------------------------------------------
+
+
+class _Parts(NamedTuple):
+    """Log-sum-exps in parts, to be joined: the sums of exponentials, and where pivots are running the maxima."""
+
+    maxima: Tensor | None  # [parts, N]
+    sums: Tensor  # [parts, N]
+
+    @classmethod
+    def empty(cls, parts: int, n: int, logits: Scaling) -> "_Parts":
+        sums = torch.empty(parts, n, dtype=torch.float32, device=logits.factor.device)
+        return cls(torch.empty_like(sums) if logits.running else None, sums)
+
+
+def _walk(
+    a: Tensor,
+    b: Tensor,
+    logits: Scaling,
+    own_image: OwnImage,
+    tile: dict,
+    tiles: range,  # which tiles of a block of rows
+    lines: int,  # of the columns' sums
+    start: int = 0,  # the number of the first row
+    symmetric: bool = False,
+) -> tuple[_Parts, _Parts | None]:
+    """The rows' sums by program, and the columns' by line if there are lines."""
+    (n, d), m = a.shape, len(b)
+    blocks = triton.cdiv(n, tile["BM"])
+    splits, each = _splits(blocks, len(tiles))
+    rows = _Parts.empty(splits, n, logits)
+    columns = _Parts.empty(lines, m, logits) if lines else None
+    launch.launch(
+        sums_kernel, (blocks, splits), a, b, logits.factor, *rows, *(columns or (None, None)), n, m, d,
+        *_own_image_arguments(own_image, start), tiles.start, tiles.stop, each, logits.pivot,
+        HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=logits.running, SYMMETRIC=symmetric, **tile, device_of=a,
+    )  # fmt: skip
+    return rows, columns
+
+
+def _join(rows: _Parts, columns: _Parts | None, logits: Scaling) -> Tensor:
+    return join(rows, columns, logits.factor, logits.pivot, logits.running)
+
+
+def _symmetric(a: Tensor, logits: Scaling, own_image: OwnImage, tile: dict) -> Tensor:
+    """[N] float64, from tiles at distances 0 .. blocks / 2 of the diagonal, a bounded number of distances at once.
+
+    The diagonal's tiles are whole and have no line of columns' sums, so the first walk takes one distance more.
+    """
+    n = len(a)
+    blocks = triton.cdiv(n, tile["BM"])
+    tiles_per_block = tile["BM"] // tile["BN"]
+    distances = blocks // 2 + 1
+    lines_at_once = max(1, tiling.COLUMN_SUMS // (n * (1 + logits.running)))
+    lse = None
+    first = 0
+    while first < distances:
+        stop = min(first + lines_at_once + (first == 0), distances)
+        tiles = range(first * tiles_per_block, stop * tiles_per_block)
+        rows, columns = _walk(a, a, logits, own_image, tile, tiles, stop - max(first, 1), symmetric=True)
+        if columns and blocks % 2 == 0 and stop == distances:
+            # The farthest blocks meet once: the first half of the blocks walks there and writes no line for itself.
+            met_once = blocks // 2 * tile["BM"]
+            columns.sums[-1, :met_once] = 0
+            if columns.maxima is not None:
+                columns.maxima[-1, :met_once] = -math.inf
+        part = _join(rows, columns, logits)
+        lse = part if lse is None else torch.logaddexp(lse, part)
+        first = stop
+    return lse
+
+
+def log_sum_exps(
+    a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False, columns: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    tile = tiling.similarity_sums(a.shape[1], a.dtype)
+    if symmetric:
+        return _symmetric(a, scaling, own_image, tile), None
+    tiles = range(triton.cdiv(len(b), tile["BN"]))
+    if not columns:
+        rows, _ = _walk(a, b, scaling, own_image, tile, tiles, 0)
+        return _join(rows, None, scaling), None
+    band = max(1, tiling.COLUMN_SUMS // (len(b) * (1 + scaling.running))) * tile["BM"]
+    row_lse = []
+    column_lse = None
+    for start in range(0, len(a), band):
+        part_of_a = a[start : start + band]
+        lines = triton.cdiv(len(part_of_a), tile["BM"])
+        rows, by_line = _walk(part_of_a, b, scaling, own_image, tile, tiles, lines, start)
+        row_lse.append(_join(rows, None, scaling))
+        part = _join(by_line, None, scaling)
+        column_lse = part if column_lse is None else torch.logaddexp(column_lse, part)
+    return torch.cat(row_lse), column_lse
+
+
+def attend(
+    query: Tensor, bank: Tensor, temperature: float, own_image: OwnImage, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    rows, _ = unit(bank, True)
+    logits = scaling(1 / temperature, 1.0, query, rows)
+    tile = tiling.similarity_attend(query.shape[1], query.dtype)
+    if not wanted or tile is None:
+        lse, _ = log_sum_exps(query, rows, logits, own_image)
+        out = torch.zeros(query.shape, dtype=torch.float32, device=query.device) if wanted else None
+        if wanted:
+            add_weighted(query, rows, logits, own_image, lse, None, out, None)
+        return lse, out
+    (n, d), m = query.shape, len(rows)
+    blocks = triton.cdiv(n, tile["BM"])
+    splits, each = _splits(blocks, triton.cdiv(m, tile["BN"]))
+    maxima, sums = torch.empty(2, splits, n, dtype=torch.float32, device=query.device)
+    out = torch.empty(splits, n, d, dtype=torch.float32, device=query.device)
+    launch.launch(
+        attend_kernel, (blocks, splits), query, rows, logits.factor, maxima, sums, out, n, m, d,
+        *_own_image_arguments(own_image), each, HAS_OWN_IMAGE=own_image.column_period > 0,
+        GAIN=launch.gain(query.dtype), **tile, device_of=query,
+    )  # fmt: skip
+    lse = join((maxima, sums), None, logits.factor, 0.0, True)
+    probabilities = (maxima.double() * logits.factor - lse).exp().nan_to_num(0.0).float()  # of a part's pivot
+    return lse, out.mul_(probabilities[:, :, None]).sum(0)
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------
+
+
+class _Side(NamedTuple):
+    """The rows of one side of a product, and their log-sum-exps as the kernels of weights take them."""
+
+    rows: Tensor  # [N, D]
+    pivots: Tensor | None  # [N]
+    rests: Tensor | None  # [N]; None: this side has no log-sum-exps
+
+    @classmethod
+    def of(cls, rows: Tensor, lse: Tensor | None, logits: Scaling) -> "_Side":
+        return cls(rows, *states(lse, logits.factor, logits.pivot, logits.running))
+
+    def part(self, rows: slice) -> "_Side":
+        return _Side(*(None if x is None else x[rows] for x in self))
+
+
+def _owned(
+    a: _Side, b: _Side, logits: Scaling, own_image: OwnImage, tile: dict, with_dots: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`G @ b` [N, D] float32 by programs that own rows of a; and the sums of G * similarities by row."""
+    (n, d), m = a.rows.shape, len(b.rows)
+    blocks = triton.cdiv(n, tile["BM"])
+    splits, each = _splits(blocks, triton.cdiv(m, tile["BN"]))
+    out = torch.empty(splits, n, d, dtype=torch.float32, device=a.rows.device)
+    row_dots = torch.empty(splits, n, dtype=torch.float32, device=a.rows.device) if with_dots else None
+    launch.launch(
+        owner_kernel, (blocks, splits), a.rows, b.rows, logits.factor, a.pivots, a.rests, b.pivots, b.rests, out,
+        row_dots, n, m, d, *_own_image_arguments(own_image), each, logits.pivot,
+        HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=logits.running, GAIN=launch.gain(a.rows.dtype), **tile,
+        device_of=a.rows,
+    )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0), row_dots.sum(0, dtype=torch.float64) if with_dots else None
+
+
+def _bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
+    """Some rows of a at a time, with memory for their weights [rows, M] if it is wanted.
+
+    Rows of memory are whole 16-byte words apart.
+    """
+    stride = triton.cdiv(len(b), 8) * 8
+    at_once = min(len(a), max(128, tiling.WEIGHTS_BYTES // (stride * a.element_size()) // 128 * 128))
+    memory = torch.empty(at_once, stride, dtype=a.dtype, device=a.device) if wanted else None
+    for start in range(0, len(a), at_once):
+        rows = slice(start, min(start + at_once, len(a)))
+        yield rows, None if memory is None else memory[: rows.stop - start, : len(b)]
+
+
+def add_product(out: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """`out += weights @ rows / gain` in float32."""
+    alpha = 1 / launch.gain(rows.dtype)
+    if rows.dtype == torch.float32 or not rows.is_cuda:
+        out.addmm_(weights.float(), rows.float(), alpha=alpha)
+    else:
+        torch.ops.aten.addmm.dtype_out(out, weights, rows, torch.float32, alpha=alpha, out=out)
+
+
+def _add_weighted_by_bands(
+    a: _Side,
+    b: _Side,
+    logits: Scaling,
+    own_image: OwnImage,
+    a_sum: Tensor | None,
+    b_sum: Tensor | None,
+    with_dots: bool,
+) -> Tensor | None:
+    tile = tiling.similarity_weights(a.rows.dtype)
+    row_dots = []
+    for rows, weights in _bands(a.rows, b.rows, a_sum is not None or b_sum is not None):
+        part = a.part(rows)
+        (n, d), m = part.rows.shape, len(b.rows)
+        grid = (triton.cdiv(n, tile["BM"]), triton.cdiv(m, tile["BN"]))
+        dots_by_tile = torch.empty(grid[1], n, dtype=torch.float32, device=b.rows.device) if with_dots else None
+        launch.launch(
+            weights_kernel, grid, part.rows, b.rows, logits.factor, part.pivots, part.rests, b.pivots, b.rests,
+            weights, dots_by_tile, n, m, d, *_own_image_arguments(own_image, rows.start),
+            0 if weights is None else weights.stride(0) // 8, logits.pivot,
+            HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=logits.running, GAIN=launch.gain(b.rows.dtype), **tile,
+            device_of=b.rows,
+        )  # fmt: skip
+        if a_sum is not None:
+            add_product(a_sum[rows], weights, b.rows)
+        if b_sum is not None:
+            add_product(b_sum, weights.T, part.rows)
+        if dots_by_tile is not None:
+            row_dots.append(dots_by_tile.sum(0, dtype=torch.float64))
+    return torch.cat(row_dots) if with_dots else None
+
+
+def add_weighted(
+    a: Tensor,
+    b: Tensor,
+    scaling: Scaling,
+    own_image: OwnImage,
+    a_lse: Tensor,
+    b_lse: Tensor | None,
+    a_sum: Tensor | None,
+    b_sum: Tensor | None,
+    *,
+    symmetric: bool = False,
+) -> Tensor | None:
+    """If `symmetric`, the rows' own walk does both halves, and there are no sums of G * similarities."""
+    of_a = _Side.of(a, a_lse, scaling)
+    of_b = _Side.of(b, b_lse, scaling)
+    with_dots = b_lse is not None and not symmetric
+    if symmetric:
+        b_sum = None
+    tile = tiling.similarity_owner(a.shape[1], a.dtype, scaling.running)
+    if tile is None or (a_sum is None and b_sum is None):
+        return _add_weighted_by_bands(of_a, of_b, scaling, own_image, a_sum, b_sum, with_dots)
+    row_dots = None
+    if a_sum is not None or with_dots:
+        out, row_dots = _owned(of_a, of_b, scaling, own_image, tile, with_dots)
+        if a_sum is not None:
+            a_sum += out
+    if b_sum is not None:
+        b_sum += _owned(of_b, of_a, scaling, _transposed(own_image), tile, False)[0]
+    return row_dots
+
+
+# What is not composed ------------------------------------------------------------------------------------------------
+
+
+def sigmoid(
+    a: Tensor, b: Tensor, factor: Tensor, bias: Tensor, offset: int, a_sum: Tensor | None, b_sum: Tensor | None
+) -> Tensor:
+    """SigLIP's sums over all pairs [3] float64: of loss, G and G * similarities; `a_sum += G @ b`, `b_sum += G.T @ a`.
+
+    G is the loss's derivative for the logits.
+    """
+    tile = tiling.similarity_sigmoid(a.dtype)
+    totals = torch.zeros(3, dtype=torch.float64, device=a.device)
+    for rows, weights in _bands(a, b, a_sum is not None or b_sum is not None):
+        part = a[rows]
+        (n, d), m = part.shape, len(b)
+        grid = (triton.cdiv(n, tile["BM"]), triton.cdiv(m, tile["BN"]))
+        sums = torch.empty(3, grid[1], n, dtype=torch.float32, device=a.device)
+        launch.launch(
+            sigmoid_kernel, grid, part, b, factor, bias, weights, sums, n, m, d, offset + rows.start,
+            0 if weights is None else weights.stride(0) // 8, GAIN=launch.gain(a.dtype), **tile, device_of=a,
+        )  # fmt: skip
+        totals += sums.sum((1, 2), dtype=torch.float64)
+        if a_sum is not None:
+            add_product(a_sum[rows], weights, b)
+        if b_sum is not None:
+            add_product(b_sum, weights.T, part)
+    return totals
+
+
+def best(a: Tensor, b: Tensor) -> Tensor:
+    """[N] int64: the row of b with which each row of a has the largest product."""
+    (n, d), m = a.shape, len(b)
+    tile = tiling.similarity_sums(d, a.dtype)
+    blocks = triton.cdiv(n, tile["BM"])
+    splits, each = _splits(blocks, triton.cdiv(m, tile["BN"]))
+    values = torch.empty(splits, n, dtype=torch.float32, device=a.device)
+    columns = torch.empty(splits, n, dtype=torch.int64, device=a.device)
+    launch.launch(best_kernel, (blocks, splits), a, b, values, columns, n, m, d, each, **tile, device_of=a)
+    return columns.gather(0, values.argmax(0, keepdim=True))[0]

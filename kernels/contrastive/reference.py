@@ -1,0 +1,218 @@
+"""The specification of the contrastive losses: a part of reference.py, whose conventions hold.
+
+Log-sum-exps and positives' logits are float64 vectors: a loss is their difference, which at temperature 0.01 would
+keep only two digits of a float32 log-sum-exp. Products and gradients stay in float32.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import no_gradient, scalar_like, through_unit_rows, unit_rows, widen
+
+
+def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    return unit_rows(x) if normalize else (x, torch.ones_like(x[..., :1]))
+
+
+def _views(rows: Tensor, candidates: Tensor, offset: int, temperature: float, normalize: bool):
+    """Logits of every view of `rows` with all candidates, [V n, V N]; where a row meets itself, and where its
+    positives."""
+    (v, n, d), total = rows.shape, candidates.shape[1]
+    a, norm = _unit(widen(rows).reshape(v * n, d), normalize)
+    b, _ = _unit(widen(candidates).reshape(v * total, d), normalize)
+    image = torch.arange(v * n, device=rows.device) % n + offset  # [V n], the image that a row shows
+    columns = torch.arange(v * total, device=rows.device)
+    same_image = columns % total == image[:, None]  # [V n, V N]
+    itself = same_image & (columns // total == (torch.arange(v * n, device=rows.device) // n)[:, None])
+    return a, norm, b, (a @ b.T).double() / temperature, itself, same_image & ~itself
+
+
+def nt_xent(
+    rows: Tensor,  # [V, n, D], the images offset .. offset + n of the candidates
+    candidates: Tensor,  # [V, N, D]
+    offset: int,  # -n: the candidates are other images
+    temperature: float,
+    decoupled: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """For each row the mean of s_ij over its V - 1 positives (0 without), and logsumexp_j(s_ij): both [V, n] float64.
+
+    s are cosines / temperature, or dot products / temperature if not `normalize`. A row's candidates are all rows
+    but itself (SimCLR, arXiv 2002.05709, equation 1; the loss is the mean of the difference), if `decoupled` all
+    rows of other images (DCL, arXiv 2110.06848, equation 6).
+    """
+    *_, logits, itself, positive = _views(rows, candidates, offset, temperature, normalize)
+    lse = logits.masked_fill(itself | positive if decoupled else itself, -math.inf).logsumexp(1)
+    positives = logits.masked_fill(~positive, 0).sum(1) / max(len(rows) - 1, 1)
+    return positives.reshape(rows.shape[:2]), lse.reshape(rows.shape[:2])
+
+
+def nt_xent_backward(
+    rows: Tensor,  # [V, n, D]
+    candidates: Tensor,  # [V, N, D]
+    rows_lse: Tensor,  # [V, n]
+    candidates_lse: Tensor,  # [V, N]
+    weights: Tensor | None,  # [V, N] of the candidates' positive terms; None: ones
+    offset: int,
+    temperature: float,
+    decoupled: bool,
+    normalize: bool,
+) -> Tensor:
+    """[V, n, D]: temperature times the gradient, for `rows`, of `sum(lse - weights * positives)` over all candidates
+    as rows.
+
+    `sum_j (P_ij + P_ji) z_j - sum_j((w_i + w_j) z_j over positives) / (V - 1)`, then through the normalisation.
+    """
+    v = len(rows)
+    a, norm, b, logits, itself, positive = _views(rows, candidates, offset, temperature, normalize)
+    p = (logits - rows_lse.reshape(-1, 1)).exp() + (logits - candidates_lse.reshape(1, -1)).exp()
+    p = p.masked_fill(itself | positive if decoupled else itself, 0)
+    w = torch.ones_like(candidates_lse) if weights is None else weights.to(p.dtype)  # [V, N]
+    image = (torch.arange(rows.shape[1], device=rows.device) + offset).clamp(0, w.shape[1] - 1)
+    pulled = (w[:, image].reshape(-1, 1) + w.reshape(1, -1)) / max(v - 1, 1)
+    gradient = (p - pulled.masked_fill(~positive, 0)).to(b.dtype) @ b
+    if normalize:
+        gradient = through_unit_rows(gradient, a, norm)
+    return gradient.reshape(rows.shape).to(rows.dtype)
+
+
+def info_nce(
+    query: Tensor,  # [N, D]
+    positive: Tensor,  # [N, D]
+    negatives: Tensor,  # [K, D]
+    offset: int,  # row offset + i of the negatives is query i's positive, not a negative; -N: none is
+    temperature: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows. MoCo, arXiv
+    1911.05722, eq. 1."""
+    (q, q_norm), (p, p_norm), (k, k_norm) = (unit_rows(widen(x)) for x in (query, positive, negatives))
+    itself = torch.arange(len(k), device=k.device) == torch.arange(len(q), device=k.device)[:, None] + offset
+    logits = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).masked_fill(itself, -math.inf)], 1)  # [N, 1 + K]
+    log_p = (logits.double() / temperature).log_softmax(1)
+    weights = log_p.exp().to(q.dtype)
+    p_weight, k_weights = log_p[:, :1].expm1().to(q.dtype), weights[:, 1:]
+    gradients = [
+        through_unit_rows(p_weight * p + k_weights @ k, q, q_norm).to(query.dtype) if wanted[0] else no_gradient(query),
+        through_unit_rows(p_weight * q, p, p_norm).to(positive.dtype) if wanted[1] else no_gradient(positive),
+        through_unit_rows(k_weights.T @ q, k, k_norm).to(negatives.dtype) if wanted[2] else no_gradient(negatives),
+    ]
+    return -log_p[:, 0].mean().to(q.dtype), gradients, scalar_like(query, 1 / (len(query) * temperature))
+
+
+def _pairs(x: Tensor, y: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """The similarities [n, m], and whether column j is row i's own pair, j = offset + i."""
+    own = torch.arange(len(y), device=y.device) == torch.arange(len(x), device=x.device)[:, None] + offset
+    return widen(x) @ widen(y).T, own
+
+
+def clip_loss(
+    x: Tensor,  # [n, D], the pairs offset .. offset + n of y
+    y: Tensor,  # [m, D]
+    logit_scale: Tensor,  # 0-dim
+    offset: int,  # -n: y are other pairs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the logits `logit_scale * x @ y.T`: each pair's own [n] (0 without), logsumexp over y [n], logsumexp over x
+    [m]; float64.
+
+    CLIP, arXiv 2103.00020, figure 3: the loss is half the mean of both log-sum-exps less the pair's own logit.
+    """
+    similarities, own = _pairs(x, y, offset)
+    logits = similarities.double() * logit_scale.double()
+    return logits.masked_fill(~own, 0).sum(1), logits.logsumexp(1), logits.logsumexp(0)
+
+
+def clip_loss_backward(
+    x: Tensor,  # [n, D]
+    y: Tensor,  # [m, D]
+    logit_scale: Tensor,  # 0-dim
+    x_lse: Tensor,  # [n], over all y that there are; likewise y_lse
+    y_lse: Tensor,  # [m]
+    offset: int,
+    wanted: list[bool],
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of `sum(x_lse) + sum(y_lse) - 2 sum(own logits)` for x and y, over logit_scale, and for
+    logit_scale (float64).
+
+    With G = softmax over y + softmax over x - 2 own: `G @ y`, `G.T @ x` and `sum(G * (x @ y.T))`.
+    """
+    similarities, own = _pairs(x, y, offset)
+    logits = similarities.double() * logit_scale.double()
+    g = (logits - x_lse[:, None]).exp() + (logits - y_lse).exp() - 2 * own
+    narrow = g.to(similarities.dtype)
+    gradients = [
+        (narrow @ widen(y)).to(x.dtype) if wanted[0] else no_gradient(x),
+        (narrow.T @ widen(x)).to(y.dtype) if wanted[1] else no_gradient(y),
+    ]
+    return gradients, (g * similarities).sum()
+
+
+def siglip_loss(
+    x: Tensor,  # [n, D], the pairs offset .. offset + n of y
+    y: Tensor,  # [m, D]
+    logit_scale: Tensor,  # 0-dim
+    logit_bias: Tensor,  # 0-dim
+    offset: int,  # -n: y are other pairs
+    wanted: list[bool],  # for x and y
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """`-logsigmoid(labels * (logit_scale * x @ y.T + logit_bias)).sum()`, float64; labels are 1 for a pair's own, -1
+    elsewhere.
+
+    Its gradients for x and y, over logit_scale, for logit_scale and for logit_bias (both float64). SigLIP, arXiv
+    2303.15343.
+    """
+    similarities, own = _pairs(x, y, offset)
+    labels = 2 * own.to(similarities.dtype) - 1
+    logits = labels * (similarities * logit_scale.to(similarities.dtype) + logit_bias.to(similarities.dtype))
+    g = -labels * (-logits).sigmoid()
+    gradients = [
+        (g @ widen(y)).to(x.dtype) if wanted[0] else no_gradient(x),
+        (g.T @ widen(x)).to(y.dtype) if wanted[1] else no_gradient(y),
+    ]
+    loss = -torch.nn.functional.logsigmoid(logits).double().sum()
+    return loss, gradients, (g.double() * similarities).sum(), g.double().sum()
+
+
+def nearest_neighbors(
+    query: Tensor,  # [N, D]
+    bank: Tensor,  # [K, D]
+) -> Tensor:
+    """[N] int64: for each query the row of the bank of the highest cosine. NNCLR, arXiv 2104.14548."""
+    return (unit_rows(widen(query))[0] @ unit_rows(widen(bank))[0].T).argmax(1)
+
+
+def koleo(
+    x: Tensor,  # [N, D]
+    p: float,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`-log(||u_i - u_n(i) + eps||_p + eps).mean()`, u rows of unit length and n(i) the nearest other one. arXiv
+    1806.03198, section 3.
+
+    Similarities are looked at in blocks of rows; no [N, N] exists where N is more than a block.
+    """
+    unit, norm = unit_rows(widen(x), eps)
+    n = len(x)
+    nearest = []
+    for first in range(0, n, 256):
+        similarities = unit[first : first + 256] @ unit.T
+        own = torch.arange(len(similarities), device=x.device)
+        similarities[own, own + first] = -2
+        nearest.append(similarities.argmax(1))
+    nearest = torch.cat(nearest)
+    difference = unit - unit[nearest] + eps  # [N, D]
+    distance = torch.linalg.vector_norm(difference, p, dim=1, keepdim=True)
+    loss = -(distance + eps).log().mean()
+    if not wanted[0]:
+        return loss, [no_gradient(x)], scalar_like(x, 1 / n)
+    direction = difference.sgn() * (difference.abs() / distance).pow(p - 1)  # of the distance: x / |x| for p = 2
+    slope = -direction / (distance + eps)
+    # a fixed order of sums for the rows that are the nearest of many: index_put_ sorts, index_add_ would use atomics
+    # on CUDA
+    gradient = slope.index_put((nearest,), -slope, accumulate=True)
+    gradient = through_unit_rows(gradient, unit, norm, eps)
+    largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16
+    return loss, [gradient.clamp(-largest, largest).to(x.dtype)], scalar_like(x, 1 / n)

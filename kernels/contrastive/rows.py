@@ -1,0 +1,228 @@
+"""Triton kernels on single rows, before and after the walks over tiles.
+
+Unit length and its gradient, dot products, the join of log-sum-exps that several programs began, and their form for the
+kernels of gradients.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launch, tiling
+from ..arithmetic import UNIT_EPS, dense_rows
+from .tiles import LOG2_E
+
+
+@triton.jit(do_not_specialize=["N"])
+def _unit_kernel(
+    x,  # [N, D], rows s_x apart
+    out,  # [N, D]
+    divisors,  # [N] float32
+    N,
+    D,
+    s_x,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (i_row < N)[:, None] & (column < D)[None, :]
+    b_x = tl.load(x + launch.row_start(i_row, s_x, 1)[:, None] + column[None, :], mask, 0).to(tl.float64)
+    # float64: at temperature 0.01 the digits that a float32 norm loses are a hundred times as many in the logits
+    divisor = tl.maximum(tl.sqrt(tl.sum(b_x * b_x, 1)), EPS)
+    b_y = (b_x * (1 / divisor)[:, None]).to(tl.float32)
+    tl.store(out + launch.row_start(i_row, D, 1)[:, None] + column[None, :], b_y, mask)
+    tl.store(divisors + i_row, divisor.to(tl.float32), i_row < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _through_unit_kernel(
+    gradient,  # [N, D] float32
+    unit,  # [N, D]
+    divisors,  # [N] float32
+    out,  # [N, D]
+    N,
+    D,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (i_row < N)[:, None] & (column < D)[None, :]
+    at = launch.row_start(i_row, D, 1)[:, None] + column[None, :]
+    b_g, b_u = tl.load(gradient + at, mask, 0), tl.load(unit + at, mask, 0).to(tl.float32)
+    divisor = tl.load(divisors + i_row, i_row < N, 1.0)
+    radial = tl.where(divisor > EPS, tl.sum(b_g * b_u, 1), 0.0)
+    tl.store(out + at, (b_g - radial[:, None] * b_u) / divisor[:, None], mask)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _dots_kernel(
+    a,  # [N, D]
+    b,  # [N, D]
+    out,  # [N] float64
+    N,
+    D,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    mask = (i_row < N)[:, None] & (column < D)[None, :]
+    at = launch.row_start(i_row, D, 1)[:, None] + column[None, :]
+    product = tl.load(a + at, mask, 0).to(tl.float32) * tl.load(b + at, mask, 0).to(tl.float32)
+    tl.store(out + i_row, tl.sum(product.to(tl.float64), 1), i_row < N)
+
+
+@triton.jit
+def _largest(maxima, i_row, N, parts, largest):
+    """The largest of `largest` and of the maxima [parts, N] of each row."""
+    for part in range(0, parts):
+        largest = tl.maximum(largest, tl.load(maxima + launch.row_start(part, N, 1) + i_row, i_row < N, 0))
+    return largest
+
+
+@triton.jit
+def _total(maxima, sums, i_row, N, parts, base, scale, RUNNING: tl.constexpr):
+    """The sum of exp(logit - base * scale) of each row, from sums [parts, N] around maxima [parts, N]."""
+    total = tl.zeros(i_row.shape, tl.float64)
+    for part in range(0, parts):
+        at = launch.row_start(part, N, 1) + i_row
+        part_sum = tl.load(sums + at, i_row < N, 0).to(tl.float64)
+        if RUNNING:
+            maximum = tl.load(maxima + at, i_row < N, 0)
+            # a part that has seen nothing has the maximum -inf and the sum 0
+            far = tl.where(maximum == -float("inf"), 0.0, (maximum - base).to(tl.float64) * scale)
+            part_sum *= tl.exp(far)
+        total += part_sum
+    return total
+
+
+@triton.jit(do_not_specialize=["N", "row_parts", "column_parts"])
+def _join_kernel(
+    row_max,  # [row_parts, N] float32, in units of similarities; None unless RUNNING
+    row_sum,  # [row_parts, N] float32, the sums of exp(logit - maximum * scale)
+    column_max,  # [column_parts, N] float32, of what the rows are as columns; None unless RUNNING
+    column_sum,  # [column_parts, N] float32, or None
+    factor,  # 0-dim
+    out,  # [N] float64
+    N,
+    row_parts,
+    column_parts,
+    pivot,  # in the place of every maximum, unless RUNNING
+    RUNNING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = tl.abs(tl.load(factor).to(tl.float64))
+    base = tl.zeros([BLOCK], tl.float32) + pivot
+    if RUNNING:
+        base = _largest(row_max, i_row, N, row_parts, tl.full([BLOCK], -float("inf"), tl.float32))
+        if column_sum is not None:
+            base = _largest(column_max, i_row, N, column_parts, base)
+        base = tl.where(base == -float("inf"), 0.0, base)
+    total = _total(row_max, row_sum, i_row, N, row_parts, base, scale, RUNNING)
+    if column_sum is not None:
+        total += _total(column_max, column_sum, i_row, N, column_parts, base, scale, RUNNING)
+    tl.store(out + i_row, base.to(tl.float64) * scale + tl.log(total), i_row < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _state_kernel(
+    lse,  # [N] float64
+    factor,  # 0-dim
+    pivots,  # [N] float32, in units of similarities; None unless RUNNING
+    rests,  # [N] float32
+    N,
+    pivot,  # of all rows, unless RUNNING
+    RUNNING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale = tl.load(factor).to(tl.float64)
+    b_lse = tl.load(lse + i_row, i_row < N, 0.0)
+    if RUNNING:
+        b_pivot = (b_lse / scale).to(tl.float32)
+        infinite = tl.abs(b_lse) == float("inf")
+        b_pivot = tl.where((tl.abs(b_pivot) < float("inf")) | infinite, b_pivot, 0.0)
+        rest = tl.where(infinite, 0.0, (b_pivot.to(tl.float64) * scale - b_lse) * LOG2_E)
+        tl.store(pivots + i_row, b_pivot, i_row < N)
+    else:
+        rest = tl.exp(tl.minimum(pivot * scale - b_lse, 87.0))
+    tl.store(rests + i_row, rest.to(tl.float32), i_row < N)
+
+
+def unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows in the dtype of the input, which is that of the products; divisors [N] float32."""
+    if not normalize:
+        return x.contiguous(), None
+    x = dense_rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    divisors = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    tile = tiling.similarity_rows(x.shape[1])
+    grid = (triton.cdiv(len(x), tile["ROWS"]),)
+    launch.launch(_unit_kernel, grid, x, out, divisors, *x.shape, x.stride(0), EPS=UNIT_EPS, **tile, device_of=x)
+    return out, divisors
+
+
+def through_unit(gradient: Tensor, rows: Tensor, divisors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if divisors is None:
+        return gradient.to(dtype)
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    tile = tiling.similarity_rows(gradient.shape[1])
+    grid = (triton.cdiv(len(gradient), tile["ROWS"]),)
+    launch.launch(
+        _through_unit_kernel, grid, gradient, rows, divisors, out, *out.shape, EPS=UNIT_EPS, **tile, device_of=out
+    )  # fmt: skip
+    return out
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """[N] float64, of dense rows."""
+    out = torch.empty(len(a), dtype=torch.float64, device=a.device)
+    if len(a):
+        tile = tiling.similarity_rows(a.shape[1])
+        grid = (triton.cdiv(len(a), tile["ROWS"]),)
+        launch.launch(_dots_kernel, grid, a, b, out, *a.shape, **tile, device_of=a)
+    return out
+
+
+def join(
+    rows: tuple[Tensor | None, Tensor],  # maxima and sums, [parts, N]
+    columns: tuple[Tensor | None, Tensor] | None,
+    factor: Tensor,
+    pivot: float,
+    running: bool,
+) -> Tensor:
+    """[N] float64: each row's log-sum-exp, of all its parts in their order."""
+    parts, n = rows[1].shape
+    out = torch.empty(n, dtype=torch.float64, device=factor.device)
+    column_max, column_sum = (None, None) if columns is None else columns
+    tile = tiling.similarity_join()
+    launch.launch(
+        _join_kernel, (triton.cdiv(n, tile["BLOCK"]),), *rows, column_max, column_sum, factor, out, n,
+        parts, 0 if column_sum is None else len(column_sum), pivot, RUNNING=running, **tile, device_of=factor,
+    )  # fmt: skip
+    return out
+
+
+def states(lse: Tensor | None, factor: Tensor, pivot: float, running: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Log-sum-exps [N] as the kernels of gradients take them: (pivots, rests), [N] float32 each.
+
+    Running: `exp(logit - lse) = exp2((s - pivot) * rate + rest)`, the pivot being lse / factor rounded, and the rest
+    what that rounding lost. Otherwise: `exp2((s - pivot) * rate) * rest` with the one pivot of all rows, and no pivots.
+    """
+    if lse is None:
+        return None, None
+    lse = lse.contiguous()
+    pivots, rests = torch.empty(2, len(lse), dtype=torch.float32, device=lse.device)
+    pivots = pivots if running else None
+    tile = tiling.similarity_join()
+    grid = (triton.cdiv(len(lse), tile["BLOCK"]),)
+    launch.launch(
+        _state_kernel, grid, lse, factor, pivots, rests, len(lse), pivot, RUNNING=running, **tile, device_of=lse
+    )  # fmt: skip
+    return pivots, rests

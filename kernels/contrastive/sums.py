@@ -1,0 +1,192 @@
+"""Triton kernels that walk over tiles of similarities and keep something by row: log-sum-exps, attention, the best.
+
+A program owns a block of rows. Where rows are few, `splits` programs share the walk of a block; each writes a line of
+its own, [splits, N], and lines are joined later in their order (`rows.join`).
+"""
+
+import triton
+import triton.language as tl
+
+from .. import launch
+from .tiles import LOG2_E, load_columns, load_rows, seen_columns, similarities
+
+
+@triton.jit
+def _exponentials(s, seen, pivot, rate):
+    return tl.where(seen, tl.exp2((s - pivot) * rate), 0.0)
+
+
+@triton.jit
+def _finite(maximum):
+    """The maximum as a shift of exponents: 0 where nothing has been seen, as -inf less -inf is NaN."""
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "first", "stop", "each"])
+def sums_kernel(
+    a,  # [N, D]
+    b,  # [M, D]; if SYMMETRIC, a itself
+    factor,  # 0-dim
+    row_max,  # [splits, N] float32, in units of similarities; None unless RUNNING
+    row_sum,  # [splits, N] float32, the sum of exp(logit - row_max * factor)
+    column_max,  # [lines, M] float32; None unless RUNNING, and where columns aren't wanted
+    column_sum,  # [lines, M] float32, or None. A line is a block of rows; if SYMMETRIC, a distance from the diagonal
+    N,
+    M,
+    D,
+    start,
+    row_period,
+    offset,
+    column_period,
+    first,  # a block of rows walks over tiles first .. stop,
+    stop,
+    each,  # and each of its programs over so many of them
+    pivot,  # in the place of every maximum, unless RUNNING
+    HAS_OWN_IMAGE: tl.constexpr,
+    RUNNING: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    block, split = tl.program_id(0), tl.program_id(1)
+    i_a = block * BM + tl.arange(0, BM)
+    scale = tl.load(factor).to(tl.float64)
+    sign = tl.where(scale < 0, -1.0, 1.0)  # of a negative factor the largest logit is that of the smallest similarity
+    rate = (tl.abs(scale) * LOG2_E).to(tl.float32)
+    maximum = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    b_a = tl.zeros([1], tl.float32)
+    if WHOLE:
+        b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    blocks = tl.cdiv(N, BM)
+    begin = first + split * each
+    end = tl.minimum(begin + each, stop)
+    if SYMMETRIC:
+        # Row block i meets blocks i, i + 1, ..., i + blocks / 2 (mod blocks), so every two blocks meet once. At the
+        # largest distance two of an even number of blocks would meet twice: the first half of them walks there.
+        walk = blocks // 2 + 1
+        if blocks % 2 == 0 and block >= blocks // 2:
+            walk -= 1
+        end = tl.minimum(end, walk * (BM // BN))
+    for t in range(begin, end):
+        if SYMMETRIC:
+            distance = t // (BM // BN)
+            i_b = (block + distance) % blocks * BM + t % (BM // BN) * BN + tl.arange(0, BN)
+            line = distance - tl.maximum(first // (BM // BN), 1)  # -1: the diagonal; its rows see both halves
+        else:
+            i_b = t * BN + tl.arange(0, BN)
+            line = block
+        s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
+        seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
+        at = launch.row_start(line, M, 1) + i_b
+        written = (i_b < M) & (line >= 0)
+        if RUNNING:
+            s *= sign
+            visible = tl.where(seen, s, -float("inf"))
+            new = tl.maximum(maximum, tl.max(visible, 1))
+            shift = _finite(new)
+            fade = tl.where(maximum == -float("inf"), 0.0, tl.exp2((maximum - shift) * rate))
+            total = total * fade + tl.sum(_exponentials(s, seen, shift[:, None], rate), 1)
+            maximum = new
+            if column_sum is not None:
+                highest = tl.max(visible, 0)
+                tl.store(column_max + at, highest, written)
+                e = _exponentials(s, seen, _finite(highest)[None, :], rate)
+                tl.store(column_sum + at, tl.sum(e, 0), written)
+        else:
+            e = _exponentials(s, seen, pivot, rate)
+            total += tl.sum(e, 1)
+            if column_sum is not None:
+                tl.store(column_sum + at, tl.sum(e, 0), written)
+    at = launch.row_start(split, N, 1) + i_a
+    tl.store(row_sum + at, total, i_a < N)
+    if RUNNING:
+        tl.store(row_max + at, maximum, i_a < N)
+
+
+@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "each"])
+def attend_kernel(
+    a,  # [N, D]
+    b,  # [M, D]
+    factor,  # 0-dim, positive
+    maxima,  # [splits, N] float32, in units of similarities
+    sums,  # [splits, N] float32, the sum of exp(logit - maximum * factor)
+    out,  # [splits, N, D] float32: sum_j exp(logit_j - maximum * factor) b_j
+    N,
+    M,
+    D,
+    start,
+    row_period,
+    offset,
+    column_period,
+    each,  # tiles of a program
+    HAS_OWN_IMAGE: tl.constexpr,
+    GAIN: tl.constexpr,  # see launch.gain
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    split = tl.program_id(1)
+    i_a = tl.program_id(0) * BM + tl.arange(0, BM)
+    rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
+    b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    maximum = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BLOCK_D], tl.float32)
+    for t in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(M, BN))):
+        i_b = t * BN + tl.arange(0, BN)
+        b_b = load_columns(b, i_b, M, D, 0, BLOCK_D)
+        s = tl.dot(b_a, b_b)
+        seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
+        new = tl.maximum(maximum, tl.max(tl.where(seen, s, -float("inf")), 1))
+        shift = _finite(new)
+        fade = tl.where(maximum == -float("inf"), 0.0, tl.exp2((maximum - shift) * rate))
+        e = _exponentials(s, seen, shift[:, None], rate)
+        total = total * fade + tl.sum(e, 1)
+        acc = acc * fade[:, None]
+        acc = tl.dot((e * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
+        maximum = new
+    at = launch.row_start(split, N, 1) + i_a
+    tl.store(maxima + at, maximum, i_a < N)
+    tl.store(sums + at, total, i_a < N)
+    column = tl.arange(0, BLOCK_D)
+    mask = (i_a < N)[:, None] & (column < D)[None, :]
+    tl.store(out + (at * D)[:, None] + column[None, :], acc / GAIN, mask)
+
+
+@triton.jit(do_not_specialize=["N", "M", "each"])
+def best_kernel(
+    a,  # [N, D]
+    b,  # [M, D]
+    values,  # [splits, N] float32, the largest similarity
+    columns,  # [splits, N] int64, the first column that has it
+    N,
+    M,
+    D,
+    each,  # tiles of a program
+    WHOLE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    split = tl.program_id(1)
+    i_a = tl.program_id(0) * BM + tl.arange(0, BM)
+    b_a = tl.zeros([1], tl.float32)
+    if WHOLE:
+        b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    best = tl.full([BM], -float("inf"), tl.float32)
+    where = tl.zeros([BM], tl.int32)
+    for t in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(M, BN))):
+        i_b = t * BN + tl.arange(0, BN)
+        s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
+        s = tl.where((i_b < M)[None, :], s, -float("inf"))
+        highest = tl.max(s, 1)
+        first = tl.min(tl.where(s == highest[:, None], i_b[None, :], 2147483647), 1)
+        better = highest > best
+        where = tl.where(better, first, where)
+        best = tl.where(better, highest, best)
+    at = launch.row_start(split, N, 1) + i_a
+    tl.store(values + at, best, i_a < N)
+    tl.store(columns + at, where.to(tl.int64), i_a < N)

@@ -1,0 +1,87 @@
+"""Triton functions on tiles of similarities, of which the kernels in sums.py and weights.py are made.
+
+Pivots. A logit is `s * factor` of a similarity s. At temperature 0.01 a logit of 100 has lost 4e-6 in float32, and its
+exponential as much of itself. So exponents are formed around a pivot, in units of similarities: with
+`rate = factor * log2(e)`,
+
+    exp(logit - pivot * factor) = exp2((s - pivot) * rate)
+
+Near similarities subtract exactly, so an exponent's error is relative to its distance from the pivot, and not to the
+logit. Where similarities are bounded, one pivot serves all rows. Otherwise it is running (RUNNING): while log-sum-exps
+are summed, each row's largest similarity so far; in gradients, where `exp(logit - lse)` is wanted, the row's
+`lse / factor` rounded to float32. What that rounding lost is the row's `rest`, see `rows.states`.
+
+Layout. Candidates' tiles are loaded as columns, [BLOCK_D, BN], so that the similarities' product transposes nothing;
+the gradient's product takes the same tiles transposed, as attention's backward does.
+"""
+
+import triton
+import triton.language as tl
+
+from .. import launch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(x, i_row, N, D, start, BLOCK: tl.constexpr):
+    """Rows i_row, columns start .. start + BLOCK of a dense [N, D]: [rows, BLOCK]; zeros outside."""
+    column = start + tl.arange(0, BLOCK)
+    mask = (i_row < N)[:, None] & (column < D)[None, :]
+    return tl.load(x + launch.row_start(i_row, D, 1)[:, None] + column[None, :], mask, 0)
+
+
+@triton.jit
+def load_columns(x, i_row, N, D, start, BLOCK: tl.constexpr):
+    """`load_rows(...).T`, loaded in that layout: [BLOCK, rows]."""
+    column = start + tl.arange(0, BLOCK)
+    mask = (column < D)[:, None] & (i_row < N)[None, :]
+    return tl.load(x + launch.row_start(i_row, D, 1)[None, :] + column[:, None], mask, 0)
+
+
+@triton.jit
+def _high(x):
+    """x rounded to the digits that TF32 has.
+
+    Rounded and not cut off: the remainder `x - high` is half as large and has either sign, so that the products of two
+    remainders, which nobody adds, cancel. Cut off, similarities were too small by 1e-7 of themselves.
+    """
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`a[i_a] @ b[i_b].T`, [BM, BN] float32. WHOLE: a row is one block, and `b_a` holds those of a already.
+
+    A pair of rows gives the same bits whichever comes first, as a gradient needs the very similarity that its
+    log-sum-exp was made of: at temperature 0.01 an asymmetric last digit doubles the error. Hence each of float32's
+    three TF32 products has a sum of its own ("tf32x3" adds them in one order).
+    """
+    if WHOLE:
+        return tl.dot(b_a, load_columns(b, i_b, M, D, 0, BLOCK_D))
+    s = tl.zeros([i_a.shape[0], i_b.shape[0]], tl.float32)
+    s_right = tl.zeros([i_a.shape[0], i_b.shape[0]], tl.float32)
+    s_left = tl.zeros([i_a.shape[0], i_b.shape[0]], tl.float32)
+    for column in range(0, D, BLOCK_D):
+        left = load_rows(a, i_a, N, D, column, BLOCK_D)
+        right = load_columns(b, i_b, M, D, column, BLOCK_D)
+        if a.dtype.element_ty == tl.float32:
+            left_high = _high(left)
+            right_high = _high(right)
+            s = tl.dot(left_high, right_high, s, input_precision="tf32")
+            s_right = tl.dot(left_high, right - right_high, s_right, input_precision="tf32")
+            s_left = tl.dot(left - left_high, right_high, s_left, input_precision="tf32")
+        else:
+            s = tl.dot(left, right, s)
+    if a.dtype.element_ty == tl.float32:
+        s += s_left + s_right
+    return s
+
+
+@triton.jit
+def seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE: tl.constexpr):
+    """[BM, BN]: which columns exist and don't show the row's own image (composed.OwnImage); i_a counts from `start`."""
+    seen = (i_a < N)[:, None] & (i_b < M)[None, :]
+    if HAS_OWN_IMAGE:
+        seen = seen & ((i_b % column_period)[None, :] != ((start + i_a) % row_period + offset)[:, None])
+    return seen

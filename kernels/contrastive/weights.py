@@ -1,0 +1,175 @@
+"""Triton kernels of the gradients' weights, on tiles of similarities.
+
+With the weights G = exp(logit - lse_row) + exp(logit - lse_column), a gradient is G @ b. A log-sum-exp comes as a pivot
+and a rest (`rows.states`); rows or columns without log-sum-exps have None, and no term in G.
+"""
+
+import triton
+import triton.language as tl
+
+from .. import launch
+from .tiles import LOG2_E, load_columns, load_rows, seen_columns, similarities
+
+
+@triton.jit
+def _load_state(pivots, rests, i_row, N, RUNNING: tl.constexpr):
+    """(pivot, rest) of rows. Unless RUNNING one pivot serves all, and what is returned in its place isn't used."""
+    b_rest = tl.load(rests + i_row, i_row < N, 0.0)
+    b_pivot = b_rest
+    if RUNNING:
+        b_pivot = tl.load(pivots + i_row, i_row < N, 0.0)
+    return b_pivot, b_rest
+
+
+@triton.jit
+def _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING: tl.constexpr):
+    """G of a tile, [BM, BN]; 0 where a column isn't seen."""
+    g = tl.zeros(s.shape if RUNNING else [1, 1], tl.float32)
+    if a_rests is not None:
+        a_pivot, a_rest = _load_state(a_pivots, a_rests, i_a, N, RUNNING)
+        if RUNNING:
+            g += tl.exp2((s - a_pivot[:, None]) * rate + a_rest[:, None])
+        else:
+            g += a_rest[:, None]
+    if b_rests is not None:
+        b_pivot, b_rest = _load_state(b_pivots, b_rests, i_b, M, RUNNING)
+        if RUNNING:
+            g += tl.exp2((s - b_pivot[None, :]) * rate + b_rest[None, :])
+        else:
+            g += b_rest[None, :]
+    if not RUNNING:
+        g = tl.exp2((s - pivot) * rate) * g
+    return tl.where(seen, g, 0.0)
+
+
+@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "each"])
+def owner_kernel(
+    a,  # [N, D]
+    b,  # [M, D]
+    factor,  # 0-dim
+    a_pivots,  # [N] float32; None unless RUNNING
+    a_rests,  # [N] float32; None if rows have no log-sum-exp
+    b_pivots,  # [M] float32; None unless RUNNING
+    b_rests,  # [M] float32; None if columns have no log-sum-exp
+    out,  # [splits, N, D] float32: G @ b
+    dots,  # [splits, N] float32, (G * similarities).sum(1); or None
+    N,
+    M,
+    D,
+    start,
+    row_period,
+    offset,
+    column_period,
+    each,  # tiles of a program
+    pivot,
+    HAS_OWN_IMAGE: tl.constexpr,
+    RUNNING: tl.constexpr,
+    GAIN: tl.constexpr,  # see launch.gain
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    split = tl.program_id(1)
+    i_a = tl.program_id(0) * BM + tl.arange(0, BM)
+    rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
+    b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    acc = tl.zeros([BM, BLOCK_D], tl.float32)
+    dot = tl.zeros([BM], tl.float32)
+    for t in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(M, BN))):
+        i_b = t * BN + tl.arange(0, BN)
+        b_b = load_columns(b, i_b, M, D, 0, BLOCK_D)
+        s = tl.dot(b_a, b_b)
+        seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
+        g = _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING)
+        if dots is not None:
+            dot += tl.sum(g * s, 1)
+        acc = tl.dot((g * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
+    at = launch.row_start(split, N, 1) + i_a
+    column = tl.arange(0, BLOCK_D)
+    mask = (i_a < N)[:, None] & (column < D)[None, :]
+    tl.store(out + (at * D)[:, None] + column[None, :], acc / GAIN, mask)
+    if dots is not None:
+        tl.store(dots + at, dot, i_a < N)
+
+
+@triton.jit
+def _store_tile(out, i_a, i_b, N, M, s_out, tile):
+    at = launch.row_start(i_a, s_out, 8)[:, None] + i_b[None, :]
+    tl.store(out + at, tile.to(out.dtype.element_ty), (i_a < N)[:, None] & (i_b < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "s_out"])
+def weights_kernel(
+    a,  # [N, D]
+    b,  # [M, D]
+    factor,  # 0-dim
+    a_pivots,  # [N] float32; None unless RUNNING
+    a_rests,  # [N] float32; None if rows have no log-sum-exp
+    b_pivots,  # [M] float32; None unless RUNNING
+    b_rests,  # [M] float32; None if columns have no log-sum-exp
+    out,  # [N, M], rows s_out * 8 apart: G * GAIN; or None
+    dots,  # [blocks of columns, N] float32, (G * similarities).sum(1) of a tile; or None
+    N,
+    M,
+    D,
+    start,
+    row_period,
+    offset,
+    column_period,
+    s_out,
+    pivot,
+    HAS_OWN_IMAGE: tl.constexpr,
+    RUNNING: tl.constexpr,
+    GAIN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_a = tl.program_id(0) * BM + tl.arange(0, BM)
+    i_b = tl.program_id(1) * BN + tl.arange(0, BN)
+    rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
+    s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
+    seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
+    g = _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING)
+    if dots is not None:
+        tl.store(dots + launch.row_start(tl.program_id(1), N, 1) + i_a, tl.sum(g * s, 1), i_a < N)
+    if out is not None:
+        _store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
+
+
+@triton.jit(do_not_specialize=["N", "M", "offset", "s_out"])
+def sigmoid_kernel(
+    a,  # [N, D]
+    b,  # [M, D]
+    factor,  # 0-dim
+    bias,  # 0-dim
+    out,  # [N, M], rows s_out * 8 apart: G * GAIN; or None
+    sums,  # [3, blocks of columns, N] float32, the sums of loss, G = d loss / d logit, and G * similarity of a tile
+    N,
+    M,
+    D,
+    offset,
+    s_out,
+    GAIN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_a = tl.program_id(0) * BM + tl.arange(0, BM)
+    i_b = tl.program_id(1) * BN + tl.arange(0, BN)
+    s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
+    label = tl.where(i_b[None, :] == (i_a + offset)[:, None], -1.0, 1.0)  # -1: the row's own pair
+    x = label * (s * tl.load(factor).to(tl.float32) + tl.load(bias).to(tl.float32))  # the loss is softplus(x)
+    e = tl.exp(-tl.abs(x))
+    one_more = 1 + e
+    # log(1 + e) loses e below 1e-7; Kahan's correction gives log1p
+    log1p = tl.where(one_more == 1, e, tl.log(one_more) * (e / tl.where(one_more == 1, 1.0, one_more - 1)))
+    seen = (i_b < M)[None, :]
+    g = tl.where(seen, label * tl.where(x > 0, 1.0, e) / one_more, 0.0)
+    at = launch.row_start(tl.program_id(1), N, 1) + i_a
+    one_sum = launch.row_start(tl.num_programs(1), N, 1)
+    tl.store(sums + at, tl.sum(tl.where(seen, tl.maximum(x, 0.0) + log1p, 0.0), 1), i_a < N)
+    tl.store(sums + one_sum + at, tl.sum(g, 1), i_a < N)
+    tl.store(sums + 2 * one_sum + at, tl.sum(g * s, 1), i_a < N)
+    if out is not None:
+        _store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)

@@ -1,0 +1,32 @@
+"""What every launcher of a C++ kernel needs of a tensor: its dtype's code and its address.
+
+C++ is given addresses and trusts them: launchers check everything before an address leaves Python. Tensors of any
+layout are taken; rows that aren't dense are copied. A dtype without a code is computed by the reference.
+"""
+
+import torch
+from torch import Tensor
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common.h: enum Dtype
+
+
+def address(x: Tensor | None) -> int:
+    """0 for no tensor, and for an empty one, which stands for a gradient that isn't wanted."""
+    return 0 if x is None else x.data_ptr()
+
+
+def address_of_row(x: Tensor | None, row: int) -> int:
+    """Where row `row` of x begins; 0 for no tensor."""
+    return 0 if x is None else x.data_ptr() + row * x.stride(0) * x.element_size()
+
+
+def gradient_for(x: Tensor, wanted: bool) -> Tensor:
+    """Memory for the gradient of x, contiguous; empty where it isn't wanted."""
+    return torch.empty(x.shape, dtype=x.dtype) if wanted else x.new_empty(0)
+
+
+def same_layout(*tensors: Tensor) -> bool:
+    """Whether the same index into each one's memory is the same element of each: one block, in one order."""
+    return all(x.is_contiguous() for x in tensors) or (
+        tensors[0].dim() == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
+    )

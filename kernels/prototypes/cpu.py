@@ -1,0 +1,318 @@
+"""The prototype operators on the CPU, in C++."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _C, tiling
+from ..arithmetic import compute_dtype, dense_rows, no_gradient
+from ..native import CODES, address, gradient_for
+from . import reference
+from .pairing import PAIRS, count
+
+
+def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+# Sinkhorn ------------------------------------------------------------------------------------------------------------
+
+
+def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """`reference.sinkhorn_step` of dense rows and a float64 bias: [K] float64.
+
+    A potential may be thousands, and nearly cancels with what it is added to: within an operator it stays float64.
+    """
+    sums = torch.empty(scores.shape[1], dtype=torch.float64)
+    _C.sinkhorn_step(
+        CODES[scores.dtype],
+        address(scores),
+        *scores.shape,
+        scores.stride(0),
+        1 / epsilon,
+        address(bias),
+        address(sums),
+        torch.get_num_threads(),
+    )
+    return sums
+
+
+def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    """`reference.sinkhorn_bias` in float64."""
+    bias = torch.zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
+    for _ in range(iterations):
+        bias = _step(scores, bias, epsilon).neg_()
+    return bias
+
+
+def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    if scores.dtype not in CODES:
+        return reference.sinkhorn_step(scores, bias, epsilon)
+    return _step(dense_rows(scores), _dense(bias, torch.float64), epsilon)
+
+
+def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    if scores.dtype not in CODES:
+        return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
+    return _bias(dense_rows(scores), epsilon, iterations, normalize_samples_first).to(compute_dtype(scores.dtype))
+
+
+def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    if scores.dtype not in CODES or dtype not in CODES:
+        return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
+    scores = dense_rows(scores)
+    bias = _dense(bias, torch.float64)
+    codes = torch.empty(scores.shape, dtype=dtype)
+    _C.sinkhorn_codes(
+        CODES[scores.dtype],
+        address(scores),
+        *scores.shape,
+        scores.stride(0),
+        1 / epsilon,
+        address(bias),
+        CODES[dtype],
+        codes.nbytes,
+        address(codes),
+        torch.get_num_threads(),
+    )
+    return codes
+
+
+def sinkhorn(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, dtype: torch.dtype
+) -> Tensor:
+    if scores.dtype not in CODES or dtype not in CODES:
+        return reference.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
+    scores = dense_rows(scores)
+    bias = _bias(scores, epsilon, iterations, normalize_samples_first)
+    return sinkhorn_codes(scores, bias, epsilon, dtype)
+
+
+# Cross-entropy -------------------------------------------------------------------------------------------------------
+
+
+def _inverse(x: float) -> float:
+    return 1 / x if x else math.inf
+
+
+def prototype_cross_entropy(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,
+    pairs: str,
+    weights: Tensor | None,
+    statistics: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    dtype = compute_dtype(student[0].dtype)
+    rows, width = student[0].shape
+    if student[0].dtype not in CODES or teacher[0].dtype not in CODES or compute_dtype(teacher[0].dtype) != dtype:
+        arguments = (student_temperature, teacher_temperature, teacher_bias, pairs, weights, statistics, wanted)
+        return reference.prototype_cross_entropy(student, teacher, *arguments)
+    student = [dense_rows(x) for x in student]
+    teacher = [dense_rows(x) for x in teacher]
+    bias = _dense(teacher_bias, dtype)
+    weights = _dense(weights, torch.float64)
+    gradients = [gradient_for(x, k) for x, k in zip(student, wanted, strict=True)]
+    sums = torch.empty(2, width, dtype=torch.float64) if statistics else None  # the teacher's logits, probabilities
+    pairs_of_rows = (rows if weights is None else weights.sum().item()) * count(len(student), len(teacher), pairs)
+    scale = _inverse(pairs_of_rows * student_temperature)
+    # Half precision can't hold the scaled gradient; wider gradients needn't be read and written again to be scaled.
+    factor = 1.0 if student[0].dtype in (torch.bfloat16, torch.float16) else scale
+    total, entropy = _C.prototype_cross_entropy(
+        CODES[student[0].dtype],
+        [(address(x), x.stride(0)) for x in student],
+        CODES[teacher[0].dtype],
+        [(address(x), x.stride(0)) for x in teacher],
+        rows,
+        width,
+        1 / student_temperature,
+        1 / teacher_temperature,
+        address(bias),
+        0 if bias is None or bias.dim() == 1 else width,
+        address(weights),
+        factor,
+        PAIRS[pairs],
+        [address(g) for g in gradients],
+        rows * width * student[0].element_size(),
+        address(sums),
+        torch.get_num_threads(),
+    )
+    loss = torch.full((), total * _inverse(pairs_of_rows), dtype=dtype)
+    of_teacher = []
+    if sums is not None:
+        teacher_rows = rows * len(teacher)
+        mean_logits, mean_probabilities = sums.div_(teacher_rows)
+        mean_entropy = torch.full((), entropy / teacher_rows, dtype=dtype)
+        of_teacher = [mean_logits.to(dtype, copy=True), mean_probabilities.to(dtype, copy=True), mean_entropy]
+    return loss, gradients, torch.full((), scale / factor, dtype=dtype), of_teacher
+
+
+def mean_entropy(
+    scores: list[Tensor], temperature: float, total: Tensor | None, rows: Tensor | None, wanted: list[bool]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    dtype = compute_dtype(scores[0].dtype)
+    if scores[0].dtype not in CODES:
+        return reference.mean_entropy(scores, temperature, total, rows, wanted)
+    scores = [dense_rows(x) for x in scores]
+    prototypes = scores[0].shape[1]
+    if total is None or rows is None:  # Sinkhorn's step from a bias of 0 gives each prototype's logsumexp of log p
+        zeros = torch.zeros(prototypes, dtype=torch.float64)
+        n = sum(map(len, scores))
+        log_mean = torch.stack([_step(x, zeros, temperature) for x in scores]).logsumexp(0) - math.log(n)
+    else:
+        n = rows.item()
+        log_mean = (total.double() / n).log()
+    log_mean = log_mean.clamp_min(-1e4)  # 0 log 0 is 0
+    mean = log_mean.exp()
+    negative_entropy = mean @ log_mean
+    slope = (log_mean - negative_entropy).to(dtype)  # a constant changes nothing, and this one leaves small numbers
+    scale = 1 / (n * temperature)
+    factor = scale if scores[0].dtype == dtype else 1.0  # half precision can't hold the scaled gradient
+    gradients = [gradient_for(x, k) for x, k in zip(scores, wanted, strict=True)]
+    for x, gradient in zip(scores, gradients, strict=True):
+        if gradient.numel():
+            _C.softmax_slope(
+                CODES[x.dtype],
+                address(x),
+                *x.shape,
+                x.stride(0),
+                1 / temperature,
+                address(slope),
+                factor,
+                address(gradient),
+                torch.get_num_threads(),
+            )
+    loss = (negative_entropy + math.log(prototypes)).to(dtype)
+    return loss, gradients, torch.full((), scale / factor, dtype=dtype)
+
+
+# Cross-entropy fused with the head -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _HeadTiles:
+    """Logits of all rows with some prototypes at a time: a walk over tiles of the prototypes.
+
+    The next tile overwrites the logits of the one before, and kernels write gradients in their place.
+    """
+
+    student: Tensor  # [S B, D]
+    teacher: Tensor  # [T B, D]
+    prototypes: Tensor  # [K, D]
+    teacher_prototypes: Tensor  # [K, D]
+
+    def __post_init__(self) -> None:
+        rows = len(self.student) + len(self.teacher)
+        at_once = tiling.CPU_HEAD_BYTES // (self.student.element_size() * rows) // 64 * 64
+        self.width = min(len(self.prototypes), max(64, at_once))
+        self.memory = torch.empty(rows * self.width, dtype=self.student.dtype)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(which prototypes, their student logits [S B, n], their teacher logits [T B, n], themselves [n, D])."""
+        dtype = self.student.dtype
+        for first in range(0, len(self.prototypes), self.width):
+            tile = slice(first, min(first + self.width, len(self.prototypes)))
+            prototypes = self.prototypes[tile].to(dtype)
+            teacher_prototypes = self.teacher_prototypes[tile].to(dtype)
+            n = len(prototypes)
+            split = len(self.student) * n
+            student_logits = self.memory[:split].view(len(self.student), n)
+            teacher_logits = self.memory[split : split + len(self.teacher) * n].view(len(self.teacher), n)
+            torch.mm(self.student, prototypes.T, out=student_logits)
+            torch.mm(self.teacher, teacher_prototypes.T, out=teacher_logits)
+            yield tile, student_logits, teacher_logits, prototypes
+
+
+def _head_logsumexps(
+    tiles: _HeadTiles, images: int, student_temperature: float, teacher_temperature: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of the student's rows [S B] and the teacher's [T B], float64."""
+    student_lse = torch.full((len(tiles.student),), -math.inf, dtype=torch.float64)
+    teacher_lse = torch.full((len(tiles.teacher),), -math.inf, dtype=torch.float64)
+
+    def add(logits: Tensor, temperature: float, view_bias: Tensor | None, lse: Tensor) -> None:
+        _C.head_logsumexp(
+            CODES[logits.dtype],
+            address(logits),
+            *logits.shape,
+            1 / temperature,
+            address(view_bias),
+            address(lse),
+            torch.get_num_threads(),
+        )
+
+    for tile, student_logits, teacher_logits, _ in tiles:
+        add(student_logits, student_temperature, None, student_lse)
+        views = zip(teacher_logits.split(images), teacher_lse.split(images), strict=True)
+        for i, (view_logits, view_lse) in enumerate(views):
+            view_bias = bias if bias is None or bias.dim() == 1 else bias[i]
+            add(view_logits, teacher_temperature, None if view_bias is None else view_bias[tile], view_lse)
+    return student_lse, teacher_lse
+
+
+def prototype_head_cross_entropy(
+    inputs: list[Tensor],
+    teacher: list[Tensor],
+    teacher_prototypes: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,
+    pairs: str,
+    weights: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Two walks over the prototypes: logits for the logsumexps; the logits again, for loss and gradients."""
+    *student, prototypes = inputs
+    dtype = compute_dtype(student[0].dtype)
+    views, teachers, images = len(student), len(teacher), len(student[0])
+    x = torch.cat([v.to(dtype) for v in student])  # [S B, D]
+    z = torch.cat([v.to(dtype) for v in teacher])  # [T B, D]
+    bias = _dense(teacher_bias, dtype)
+    weights = _dense(weights, torch.float64)
+    tiles = _HeadTiles(x, z, prototypes, teacher_prototypes)
+    student_lse, teacher_lse = _head_logsumexps(tiles, images, student_temperature, teacher_temperature, bias)
+    losses = torch.zeros(images, dtype=torch.float64)
+    x_gradient = torch.zeros_like(x) if any(wanted[:-1]) else None
+    w_gradient = torch.empty(prototypes.shape, dtype=dtype) if wanted[-1] else None
+    for tile, student_logits, teacher_logits, w in tiles:
+        _C.head_gradient(
+            CODES[dtype],
+            address(student_logits),
+            address(teacher_logits),
+            views,
+            teachers,
+            images,
+            len(w),
+            1 / student_temperature,
+            1 / teacher_temperature,
+            0 if bias is None else address(bias[..., tile.start :]),
+            0 if bias is None or bias.dim() == 1 else len(prototypes),
+            address(student_lse),
+            address(teacher_lse),
+            address(weights),
+            PAIRS[pairs],
+            address(losses),
+            torch.get_num_threads(),
+        )
+        logits_gradient = student_logits  # in whose place it is now
+        if x_gradient is not None:
+            x_gradient.addmm_(logits_gradient, w)
+        if w_gradient is not None:
+            torch.mm(logits_gradient.T, x, out=w_gradient[tile])
+
+    pairs_of_rows = (images if weights is None else weights.sum().item()) * count(views, teachers, pairs)
+    scale = torch.full((), _inverse(pairs_of_rows * student_temperature), dtype=dtype)
+    loss = torch.full((), losses.sum().item() * _inverse(pairs_of_rows), dtype=dtype)
+    gradients = [no_gradient(v) for v in inputs]
+    for i, view in enumerate(student):
+        if wanted[i]:
+            gradients[i] = x_gradient[i * images : (i + 1) * images].to(view.dtype, copy=True)
+    if w_gradient is not None:
+        gradients[-1] = w_gradient.to(prototypes.dtype)
+    return loss, gradients, scale

@@ -1,0 +1,17 @@
+"""Which student views are paired with which teacher views: view i of both shows the same crop of an image.
+
+"different": all pairs but those (SwAV, DINO); "same": only those (iBOT's patches); "all": every pair (MSN).
+"""
+
+PAIRS = {"different": 0, "same": 1, "all": 2}  # as the kernels know them
+
+
+def count(students: int, teachers: int, pairs: str) -> int:
+    """How many pairs of views there are."""
+    return sum(partners(view, teachers, pairs) for view in range(students))
+
+
+def partners(view: int, teachers: int, pairs: str) -> int:
+    """With how many teacher views a student view is paired."""
+    same = int(view < teachers)
+    return {"different": teachers - same, "same": same, "all": teachers}[pairs]

@@ -1,0 +1,173 @@
+"""The specification of the prototype operators; part of `reference`, whose conventions hold here."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import no_gradient, widen
+
+
+def sinkhorn_step(
+    scores: Tensor,  # [B, K]
+    bias: Tensor | None,  # [K] float64; None: samples are not normalised before
+    epsilon: float,
+) -> Tensor:
+    """[K] float64: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i =
+    -logsumexp_k(s_ik + f_k)`.
+
+    The next bias f is the negative of the result; over several ranks, of the logsumexp of their results. It may be
+    thousands and nearly cancels with what it is added to: hence float64.
+    """
+    scores = widen(scores) / epsilon
+    if bias is not None:
+        scores = scores - (scores + bias).logsumexp(1, keepdim=True)
+    return scores.logsumexp(0).double()
+
+
+def sinkhorn_bias(
+    scores: Tensor,  # [B, K]
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+) -> Tensor:
+    """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
+    return _potentials(scores, epsilon, iterations, normalize_samples_first).to(widen(scores[:0]).dtype)
+
+
+def _potentials(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    bias = scores.new_zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
+    for _ in range(iterations):
+        bias = -sinkhorn_step(scores, bias, epsilon)
+    return bias
+
+
+def sinkhorn(
+    scores: Tensor,  # [B, K]
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, K]: Q = exp(scores / epsilon), then `iterations` times: prototypes divided by their sums, samples by theirs.
+
+    SwAV, arXiv 2006.09882, section 3.1. Each row of the result sums to 1.
+    """
+    return sinkhorn_codes(scores, _potentials(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
+
+
+def sinkhorn_codes(
+    scores: Tensor,  # [B, K]
+    bias: Tensor,  # [K] float64
+    epsilon: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, K]: `softmax(scores / epsilon + bias, 1)`"""
+    return (widen(scores) / epsilon + bias).softmax(1).to(dtype)
+
+
+def _pairing(students: int, teachers: int, pairs: str, like: Tensor) -> tuple[Tensor, int]:
+    """Which views are paired, [S, T] of 0 and 1, and how many pairs that is."""
+    same = torch.eye(students, teachers, dtype=like.dtype, device=like.device)
+    paired = {"different": 1 - same, "same": same, "all": torch.ones_like(same)}[pairs]
+    matches = min(students, teachers)
+    return paired, {"different": students * teachers - matches, "same": matches, "all": students * teachers}[pairs]
+
+
+def prototype_cross_entropy(
+    student: list[Tensor],  # S x [B, K]
+    teacher: list[Tensor],  # T x [B, K]
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,  # [K] or [T, K]
+    pairs: str,  # "different" | "same" | "all"
+    weights: Tensor | None,  # [B]
+    statistics: bool,
+    wanted: list[bool],  # one per student view
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias),
+    log_softmax(s / tau_s)>`.
+
+    SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
+    With `statistics`, of the teacher: the mean logits [K], the mean probabilities [K] and the mean entropy of a row,
+    0-dim.
+    """
+    s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
+    raw = widen(torch.stack(teacher))  # [T, B, K]
+    t = raw / teacher_temperature
+    if teacher_bias is not None:
+        t = t + (teacher_bias[None, None] if teacher_bias.dim() == 1 else teacher_bias[:, None])
+    paired, count = _pairing(len(s), len(t), pairs, s)
+
+    log_q = t.log_softmax(2)
+    q = log_q.exp()
+    targets = torch.einsum("st,tbk->sbk", paired, q)  # the sum of a view's targets
+    mass = paired.sum(1)[:, None, None]  # [S, 1, 1], how many they are
+    w = s.new_ones(s.shape[1]) if weights is None else weights.to(s.dtype)
+    scale = 1 / (w.sum() * count * student_temperature)
+    log_p = s.log_softmax(2)
+    loss = -(targets * log_p).sum((0, 2)).dot(w) * scale * student_temperature
+    gradients = (mass * log_p.exp() - targets) * w[:, None]  # [S, B, K]
+    # copies, as what an operator returns may not share memory
+    parts = zip(gradients, student, wanted, strict=True)
+    of_teacher = [raw.mean((0, 1)), q.mean((0, 1)), -torch.special.xlogy(q, q).sum(2).mean()] if statistics else []
+    return loss, [g.to(x.dtype, copy=True) if k else no_gradient(x) for g, x, k in parts], scale, of_teacher
+
+
+def prototype_head_cross_entropy(
+    inputs: list[Tensor],  # S x [B, D] student features, then [K, D] student prototypes
+    teacher: list[Tensor],  # T x [B, D] features
+    teacher_prototypes: Tensor,  # [K, D]
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,  # [K] or [T, K]
+    pairs: str,
+    weights: Tensor | None,  # [B]
+    wanted: list[bool],  # one per student view, and one for the prototypes
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`prototype_cross_entropy` of the logits `features @ prototypes.T`."""
+    *student, prototypes = inputs
+    features = [widen(x) for x in student]
+    logits = [x @ widen(prototypes).T for x in features]
+    teacher_logits = [widen(x) @ widen(teacher_prototypes).T for x in teacher]
+    loss, gradients, scale, _ = prototype_cross_entropy(
+        logits,
+        teacher_logits,
+        student_temperature,
+        teacher_temperature,
+        teacher_bias,
+        pairs,
+        weights,
+        False,
+        [True] * len(student),
+    )
+    of_features = [
+        (g @ widen(prototypes)).to(x.dtype) if k else no_gradient(x)
+        for g, x, k in zip(gradients, student, wanted[:-1], strict=True)
+    ]
+    of_prototypes = torch.cat(gradients).T @ torch.cat(features) if wanted[-1] else no_gradient(prototypes)
+    return loss, [*of_features, of_prototypes.to(prototypes.dtype)], scale
+
+
+def mean_entropy(
+    scores: list[Tensor],  # V x [B, K]
+    temperature: float,
+    total: Tensor | None,  # [K]: the sum of the probabilities of `rows` rows of all ranks; None: these rows are all
+    rows: Tensor | None,  # 0-dim
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`sum_k p_k log p_k + log K`, p the mean over views and rows of `softmax(scores / temperature)`: 0 where
+    prototypes are used alike.
+
+    MSN's mean entropy maximisation, arXiv 2204.07141, equation 2, with the constant that makes it a divergence.
+    """
+    log_p = (widen(torch.stack(scores)) / temperature).log_softmax(2)  # [V, B, K]
+    p = log_p.exp()
+    mean = p.mean((0, 1)) if total is None else total / rows  # [K]
+    loss = torch.special.xlogy(mean, mean).sum() + math.log(len(mean))
+    slope = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # [K]; the 1 of (m log m)' = log m + 1 cancels below
+    gradients = p * (slope - (p * slope).sum(2, keepdim=True))  # [V, B, K]
+    count = p.shape[0] * p.shape[1] if rows is None else rows
+    scale = 1 / (torch.ones_like(loss) * count * temperature)
+    parts = zip(gradients, scores, wanted, strict=True)
+    return loss, [g.to(x.dtype, copy=True) if k else no_gradient(x) for g, x, k in parts], scale

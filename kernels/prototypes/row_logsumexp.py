@@ -1,0 +1,92 @@
+"""`(x * scale + bias).logsumexp(1)`: what Sinkhorn and the prototype losses know of a row before they read it again."""
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launch, tiling
+
+
+@triton.jit
+def biased(x, bias, SCALE: tl.constexpr, LOW: tl.constexpr, COMPUTE: tl.constexpr):
+    """`x * (SCALE + LOW) + bias`, rounded once: a float64 bias of thousands nearly cancels with what it is added to."""
+    v = x.to(COMPUTE) * tl.full((), SCALE, COMPUTE)
+    if bias.dtype == COMPUTE:
+        v += bias
+    else:
+        high = bias.to(COMPUTE)
+        low = tl.where(tl.abs(high) == float("inf"), 0.0, (bias - high).to(COMPUTE))
+        v = (v + high) + tl.where(tl.abs(v) == float("inf"), 0.0, x.to(COMPUTE) * LOW + low)
+    return v
+
+
+@triton.jit
+def _row_logsumexp_kernel(
+    x,  # [N, K], rows s_row * ALIGN apart
+    bias,  # [K], or None
+    out,  # [N]
+    K,  # / ALIGN
+    s_row,  # / ALIGN
+    SCALE: tl.constexpr,  # a float argument would be float32
+    LOW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i_row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    row = x + launch.row_start(i_row, s_row, ALIGN)
+    scale = tl.full((), SCALE, COMPUTE)
+    maximum = tl.full(
+        (), -float("inf"), COMPUTE
+    )  # one for the block: one for each element would cost a second exponential
+    shift = tl.zeros((), COMPUTE)
+    b_total = tl.zeros([BLOCK], COMPUTE)
+    for i in tl.range(0, K * ALIGN, BLOCK, num_stages=STAGES):
+        mask = column < K * ALIGN - i
+        b_x = tl.load(row + i + column, mask, -float("inf"))
+        if bias is not None:
+            v = biased(b_x, tl.load(bias + i + column, mask, 0), SCALE, LOW, COMPUTE)
+        else:
+            v = b_x.to(COMPUTE) * scale
+        new = tl.maximum(maximum, tl.max(v, 0))
+        shift = tl.where(new == -float("inf"), 0.0, new)
+        b_total = b_total * tl.exp(maximum - shift) + tl.exp(v - shift)
+        maximum = new
+    tl.store(out + i_row, shift + tl.log(tl.sum(b_total, 0)))
+
+
+def row_logsumexp(
+    x: Tensor,  # [N, K] with dense rows
+    bias: Tensor | None,  # [K], dense, in the dtype to compute in or float64
+    scale: float,
+    out: Tensor,  # [N]
+) -> None:
+    align = launch.alignment(x)
+    launch.launch(
+        _row_logsumexp_kernel,
+        (len(x),),
+        x,
+        bias,
+        out,
+        x.shape[1] // align,
+        x.stride(0) // align,
+        **two_parts(scale, out.dtype),
+        COMPUTE=launch.DTYPES[out.dtype],
+        ALIGN=align,
+        **tiling.row_logsumexp(x.shape[1], out.dtype),
+        device_of=x,
+    )
+
+
+def dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype).contiguous()
+
+
+def two_parts(scale: float, compute: torch.dtype) -> dict[str, float]:
+    """SCALE as the kernels' arithmetic knows it, and LOW, what that leaves of it."""
+    high = scale if compute == torch.float64 else float(numpy.float32(scale))
+    return {"SCALE": high, "LOW": scale - high}

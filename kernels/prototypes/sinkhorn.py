@@ -1,0 +1,285 @@
+"""Sinkhorn in the log domain. The scores are only read; what changes are the prototypes' potentials f, float64 [K].
+
+The first iteration sums prototypes over samples with running maxima. In each further one a sample's softmax of
+`scores / epsilon + f` is normalised already, so prototypes are plain sums of it, which can't underflow: after the
+iteration before, every prototype has a sample with exp(s / epsilon + f - lse) >= 1 / (B K). Up to 8192 prototypes a
+row stays in registers between its two uses: 4 reads for 3 iterations and the codes. Wider rows are read twice, but in
+the first iteration: 7 reads. `sinkhorn_step` takes any bias, so it keeps running maxima and reads twice.
+
+Columns are summed by programs into partial sums, which one program a column block adds in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launch, tiling
+from ..arithmetic import compute_dtype, dense_rows
+from . import reference
+from .row_logsumexp import biased, dense, row_logsumexp, two_parts
+
+
+@triton.jit(do_not_specialize=["N"])
+def _column_logsumexp_kernel(
+    x,  # [N, K], rows s_row * ALIGN apart
+    bias,  # [K] float64, or None
+    offsets,  # [N], subtracted from rows; None where bias is None
+    maxima,  # [parts, K]
+    sums,  # [parts, K]
+    N,
+    K,  # / ALIGN
+    s_row,  # / ALIGN
+    SCALE: tl.constexpr,
+    LOW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PART: tl.constexpr,  # rows of a program
+    ROWS: tl.constexpr,  # rows at a time
+    BLOCK: tl.constexpr,
+):
+    """Logsumexp over rows of `x * scale + bias - offset`. Without bias the maxima are of x itself: those are exact."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < K * ALIGN
+    per_unit = tl.full((), SCALE if bias is None else 1.0, COMPUTE)
+    maximum = tl.full([BLOCK], -float("inf"), COMPUTE)
+    total = tl.zeros([BLOCK], COMPUTE)
+    if bias is not None:
+        b_bias = tl.load(bias + column, inside, 0)[None, :]
+    for i in range(0, PART, ROWS):
+        i_row = tl.program_id(1) * PART + i + tl.arange(0, ROWS)
+        mask = (i_row < N)[:, None] & inside[None, :]
+        start = launch.row_start(i_row, s_row, ALIGN)
+        v = tl.load(x + start[:, None] + column[None, :], mask, -float("inf")).to(COMPUTE)  # [ROWS, BLOCK]
+        if bias is not None:
+            v = biased(v, b_bias, SCALE, LOW, COMPUTE) - tl.load(offsets + i_row, i_row < N, 0)[:, None]
+        new = tl.maximum(maximum, tl.max(v, 0))
+        shift = tl.where(new == -float("inf"), 0.0, new)
+        total = total * tl.exp((maximum - shift) * per_unit) + tl.sum(tl.exp((v - shift[None, :]) * per_unit), 0)
+        maximum = new
+    out = launch.row_start(tl.program_id(1), K, ALIGN) + column
+    tl.store(maxima + out, maximum, inside)
+    tl.store(sums + out, total, inside)
+
+
+@triton.jit(do_not_specialize=["N", "per_program"])
+def _softmax_sums_kernel(
+    x,  # [N, K], rows s_row * ALIGN apart
+    bias,  # [K] float64
+    sums,  # [programs, K]
+    N,
+    K,  # / ALIGN
+    s_row,  # / ALIGN
+    per_program,  # rows, a multiple of ROWS
+    SCALE: tl.constexpr,
+    LOW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sums over rows of `softmax(x * scale + bias, 1)`, each row read once."""
+    column = tl.arange(0, BLOCK)
+    inside = column < K * ALIGN
+    b_bias = tl.load(bias + column, inside, 0)[None, :]
+    acc = tl.zeros([ROWS, BLOCK], COMPUTE)
+    first = tl.program_id(0) * per_program
+    for i in tl.range(first, min(first + per_program, N), ROWS, num_stages=STAGES):
+        i_row = i + tl.arange(0, ROWS)
+        mask = (i_row < N)[:, None] & inside[None, :]
+        b_x = tl.load(x + launch.row_start(i_row, s_row, ALIGN)[:, None] + column[None, :], mask, -float("inf"))
+        v = biased(b_x, b_bias, SCALE, LOW, COMPUTE)
+        e = tl.exp(v - tl.max(v, 1)[:, None])
+        p = e / tl.sum(e, 1)[:, None]
+        acc += tl.where((i_row < N)[:, None], p, 0.0)
+    tl.store(sums + launch.row_start(tl.program_id(0), K, ALIGN) + column, tl.sum(acc, 0), inside)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _join_kernel(
+    maxima,  # [parts, K]; None: all 0
+    sums,  # [parts, K]
+    bias,  # [K] float64, or None
+    out,  # [K] float64: bias - the logsumexp of all parts
+    parts,
+    K,
+    SCALE: tl.constexpr,  # of the maxima
+    BLOCK: tl.constexpr,
+):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < K
+    scale = tl.full((), SCALE, tl.float64)
+    maximum = tl.full([BLOCK], 0.0 if maxima is None else -float("inf"), tl.float64)
+    total = tl.zeros([BLOCK], tl.float64)
+    for i in range(0, parts):
+        start = launch.row_start(i, K, 1)
+        b_sum = tl.load(sums + start + column, inside, 0).to(tl.float64)
+        if maxima is None:
+            total += b_sum
+        else:
+            b_maximum = tl.load(maxima + start + column, inside, -float("inf")).to(tl.float64)
+            new = tl.maximum(maximum, b_maximum)
+            shift = tl.where(new == -float("inf"), 0.0, new)
+            total = total * tl.exp((maximum - shift) * scale) + b_sum * tl.exp((b_maximum - shift) * scale)
+            maximum = new
+    f = -(tl.where(maximum == -float("inf"), 0.0, maximum * scale) + tl.log(total))
+    if bias is not None:
+        f += tl.load(bias + column, inside, 0)
+    tl.store(out + column, f, inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _codes_kernel(
+    x,  # [N, K], rows s_row * ALIGN apart
+    bias,  # [K] float64
+    row_lse,  # [N]; None: a row is one block
+    codes,  # [N, K] contiguous
+    N,
+    K,  # / ALIGN
+    s_row,  # / ALIGN
+    SCALE: tl.constexpr,
+    LOW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < K * ALIGN
+    mask = (i_row < N)[:, None] & inside[None, :]
+    b_x = tl.load(x + launch.row_start(i_row, s_row, ALIGN)[:, None] + column[None, :], mask, -float("inf"))
+    v = biased(b_x, tl.load(bias + column, inside, 0)[None, :], SCALE, LOW, COMPUTE)
+    if row_lse is None:
+        e = tl.exp(v - tl.max(v, 1)[:, None])
+        p = e / tl.sum(e, 1)[:, None]
+    else:
+        p = tl.exp(v - tl.load(row_lse + i_row, i_row < N, 0)[:, None])
+    tl.store(codes + launch.row_start(i_row, K, ALIGN)[:, None] + column[None, :], p, mask)
+
+
+def _constants(scores: Tensor, epsilon: float) -> dict:
+    compute = compute_dtype(scores.dtype)
+    return two_parts(1 / epsilon, compute) | {"COMPUTE": launch.DTYPES[compute], "ALIGN": launch.alignment(scores)}
+
+
+def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """[K] float64: the next potentials."""
+    (parts, k), tile = sums.shape, tiling.sinkhorn_join()
+    out = torch.empty(k, dtype=torch.float64, device=sums.device)
+    grid = (triton.cdiv(k, tile["BLOCK"]),)
+    launch.launch(_join_kernel, grid, maxima, sums, bias, out, parts, k, SCALE=scale, **tile, device_of=sums)
+    return out
+
+
+def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """[K] float64: the next potentials after any others, which are not balanced perhaps."""
+    (n, k), constants, compute = scores.shape, _constants(scores, epsilon), compute_dtype(scores.dtype)
+    offsets = None
+    if bias is not None:
+        offsets = torch.empty(n, dtype=compute, device=scores.device)
+        row_logsumexp(scores, bias, 1 / epsilon, offsets)
+    tile, align = tiling.column_logsumexp(compute), constants["ALIGN"]
+    parts = triton.cdiv(n, tile["PART"])
+    maxima, sums = (torch.empty((parts, k), dtype=compute, device=scores.device) for _ in range(2))
+    launch.launch(
+        _column_logsumexp_kernel,
+        (triton.cdiv(k, tile["BLOCK"]), parts),
+        scores,
+        bias,
+        offsets,
+        maxima,
+        sums,
+        n,
+        k // align,
+        scores.stride(0) // align,
+        **constants,
+        **tile,
+        device_of=scores,
+    )
+    return _join(maxima, sums, bias, 1 / epsilon if bias is None else 1.0)
+
+
+def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """[K] float64: the next potentials after those of an iteration, in one read where a row fits in registers."""
+    (n, k), constants, compute = scores.shape, _constants(scores, epsilon), compute_dtype(scores.dtype)
+    tile, align = tiling.sinkhorn_rows(k, compute), constants["ALIGN"]
+    if tile is None:
+        return _step(scores, bias, epsilon)
+    per_program = triton.cdiv(triton.cdiv(n, tile["ROWS"]), tiling.PROGRAMS) * tile["ROWS"]
+    programs = triton.cdiv(n, per_program)
+    sums = torch.empty((programs, k), dtype=compute, device=scores.device)
+    launch.launch(
+        _softmax_sums_kernel,
+        (programs,),
+        scores,
+        bias,
+        sums,
+        n,
+        k // align,
+        scores.stride(0) // align,
+        per_program,
+        STAGES=3,
+        **constants,
+        **tile,
+        device_of=scores,
+    )
+    return _join(None, sums, bias, 1.0)
+
+
+def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    zeros = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device) if normalize_samples_first else None
+    bias = _step(scores, zeros, epsilon)
+    for _ in range(iterations - 1):
+        bias = _balanced_step(scores, bias, epsilon)
+    return bias
+
+
+def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    if scores.dtype not in launch.DTYPES:
+        return reference.sinkhorn_step(scores, bias, epsilon)
+    return _step(dense_rows(scores), dense(bias, torch.float64), epsilon).neg_()
+
+
+def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    if scores.dtype not in launch.DTYPES:
+        return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
+    bias = _bias(dense_rows(scores), epsilon, iterations, normalize_samples_first)
+    return bias.to(compute_dtype(scores.dtype))
+
+
+def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    if scores.dtype not in launch.DTYPES or dtype not in launch.DTYPES:
+        return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
+    (n, k), scores, compute = scores.shape, dense_rows(scores), compute_dtype(scores.dtype)
+    bias, row_lse, tile = dense(bias, torch.float64), None, tiling.sinkhorn_rows(k, compute)
+    if tile is None:
+        tile, row_lse = tiling.sinkhorn_codes(), torch.empty(n, dtype=compute, device=scores.device)
+        row_logsumexp(scores, bias, 1 / epsilon, row_lse)
+    codes, constants = torch.empty((n, k), dtype=dtype, device=scores.device), _constants(scores, epsilon)
+    align = constants["ALIGN"]
+    launch.launch(
+        _codes_kernel,
+        (triton.cdiv(k, tile["BLOCK"]), triton.cdiv(n, tile["ROWS"])),
+        scores,
+        bias,
+        row_lse,
+        codes,
+        n,
+        k // align,
+        scores.stride(0) // align,
+        **constants,
+        **tile,
+        device_of=scores,
+    )
+    return codes
+
+
+def sinkhorn(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, dtype: torch.dtype
+) -> Tensor:
+    if scores.dtype not in launch.DTYPES or dtype not in launch.DTYPES:
+        return reference.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
+    scores = dense_rows(scores)
+    return sinkhorn_codes(scores, _bias(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)

@@ -1,0 +1,145 @@
+"""`torch.nn.functional.cross_entropy(logits, labels)` and its gradient `softmax(logits) - one_hot(labels)`, unscaled.
+
+A row that fits in registers is read once. A longer one is read twice: once for the maximum and the sum of exponentials,
+with one running maximum for the whole block (one for each element would cost a second exponential), and once for the
+gradient, backwards: what was read last is still in the L2 cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launch, tiling
+from ..arithmetic import compute_dtype, dense_rows
+from . import reference
+
+
+@triton.jit
+def _gradient(p, column, label, ignored, valid):
+    """softmax - one_hot; 0 where the row is ignored, NaN where the label is none."""
+    g = tl.where(column == label, p - 1, p)
+    return tl.where(ignored, 0.0, tl.where(valid, g, float("nan")))
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def _cross_entropy_kernel(
+    logits,  # [N, K], rows s_row * ALIGN apart
+    labels,  # [N] int64
+    gradient,  # [N, K] contiguous, or None
+    sums,  # [programs], the losses of a program's rows
+    counts,  # [programs] int32, how many aren't ignored
+    N,
+    K,  # / ALIGN
+    s_row,  # / ALIGN
+    ignore_index,
+    COMPUTE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # >= K * ALIGN
+):
+    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = i_row < N
+    mask = inside[:, None] & (column < K * ALIGN)
+    label = tl.load(labels + i_row, inside, ignore_index).to(tl.int64)
+    ignored = label == ignore_index
+    valid = (label >= 0) & (label < K * ALIGN)
+
+    b_logits = logits + launch.row_start(i_row, s_row, ALIGN)  # [ROWS]
+    x = tl.load(b_logits[:, None] + column, mask, -float("inf")).to(COMPUTE)  # [ROWS, BLOCK]
+    x_label = tl.load(b_logits + label, valid & inside, float("nan")).to(COMPUTE)
+    maximum = tl.max(x, 1)
+    e = tl.exp(x - maximum[:, None])
+    total = tl.sum(e, 1)
+    loss = tl.where(ignored, 0.0, tl.log(total) + (maximum - x_label))
+    tl.store(sums + tl.program_id(0), tl.sum(loss, 0))
+    tl.store(counts + tl.program_id(0), tl.sum((label != ignore_index).to(tl.int32), 0))
+    if gradient is not None:
+        g = _gradient(e * (1 / total)[:, None], column, label[:, None], ignored[:, None], valid[:, None])
+        tl.store(gradient + launch.row_start(i_row, K, ALIGN)[:, None] + column, g, mask)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _cross_entropy_long_kernel(
+    logits,  # [N, K], rows s_row * ALIGN apart
+    labels,  # [N] int64
+    gradient,  # [N, K] contiguous, or None
+    sums,  # [N]
+    counts,  # [N] int32
+    K,  # / ALIGN
+    s_row,  # / ALIGN
+    ignore_index,
+    COMPUTE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i_row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    label = tl.load(labels + i_row)
+    ignored = label == ignore_index
+    valid = (label >= 0) & (label < K * ALIGN)
+
+    row = logits + launch.row_start(i_row, s_row, ALIGN)
+    x_label = tl.load(row + label, valid, float("nan")).to(COMPUTE)
+    maximum = tl.full((), -float("inf"), COMPUTE)
+    shift = tl.zeros((), COMPUTE)  # the maximum, but 0 as long as every logit is -inf
+    b_total = tl.zeros([BLOCK], COMPUTE)
+    for i in tl.range(0, K * ALIGN, BLOCK, num_stages=STAGES):
+        mask = column < K * ALIGN - i
+        x = tl.load(row + i + column, mask, -float("inf"), eviction_policy="evict_last").to(COMPUTE)
+        new = tl.maximum(maximum, tl.max(x, 0))
+        shift = tl.where(new == -float("inf"), 0.0, new)
+        b_total = b_total * tl.exp(maximum - shift) + tl.exp(x - shift)
+        maximum = new
+    total = tl.sum(b_total, 0)
+    loss = tl.where(ignored, 0.0, tl.log(total) + (maximum - x_label))
+    tl.store(sums + i_row, loss)
+    tl.store(counts + i_row, (label != ignore_index).to(tl.int32))
+    if gradient is not None:
+        out = gradient + launch.row_start(i_row, K, ALIGN)
+        last = (K * ALIGN - 1) // BLOCK * BLOCK
+        for done in tl.range(0, K * ALIGN, BLOCK, num_stages=STAGES):
+            i = last - done
+            mask = column < K * ALIGN - i
+            x = tl.load(row + i + column, mask, 0, eviction_policy="evict_first").to(COMPUTE)
+            g = _gradient(tl.exp(x - shift) * (1 / total), i + column, label, ignored, valid)
+            tl.store(out + i + column, g, mask, eviction_policy="evict_first")
+
+
+def cross_entropy(
+    logits: Tensor,  # [N, K]
+    labels: Tensor,  # [N] int64
+    ignore_index: int,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if logits.dtype not in launch.DTYPES:
+        return reference.cross_entropy(logits, labels, ignore_index, wanted)
+    (n, k), logits = logits.shape, dense_rows(logits)
+    compute = compute_dtype(logits.dtype)
+    gradient = torch.empty((n, k), dtype=logits.dtype, device=logits.device) if wanted[0] else None
+    align = launch.alignment(logits)
+    tile = tiling.cross_entropy(k, compute)
+    programs = n if tile is None else triton.cdiv(n, tile["ROWS"])
+    sums = torch.empty(programs, dtype=compute, device=logits.device)
+    counts = torch.empty(programs, dtype=torch.int32, device=logits.device)
+    launch.launch(
+        _cross_entropy_long_kernel if tile is None else _cross_entropy_kernel,
+        (programs,),
+        logits,
+        labels.contiguous(),
+        gradient,
+        sums,
+        counts,
+        *([] if tile is None else [n]),
+        k // align,
+        logits.stride(0) // align,
+        ignore_index,
+        COMPUTE=launch.DTYPES[compute],
+        ALIGN=align,
+        **(tile or tiling.cross_entropy_long(compute)),
+        device_of=logits,
+    )
+    loss, scale = launch.mean(sums, counts)
+    return loss, [logits.new_empty(0) if gradient is None else gradient], scale

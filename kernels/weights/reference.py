@@ -1,0 +1,16 @@
+"""The specification of what happens to gradients and weights around a loss; see kernels/arithmetic.py."""
+
+from torch import Tensor
+
+from ..arithmetic import widen
+
+
+def rescale_(gradient: Tensor, factor: Tensor) -> None:
+    """`gradient *= factor` in float32, rounded once (torch rounds a 0-dim CUDA factor to float16 first)."""
+    gradient.copy_(widen(gradient) * factor)
+
+
+def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
+    """`teacher = momentum * teacher + (1 - momentum) * student`, in place, for each pair of tensors."""
+    for t, s in zip(teacher, student, strict=True):
+        t.lerp_(s.to(t.dtype), (1 - momentum.double()).to(t.dtype))
