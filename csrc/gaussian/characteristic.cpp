@@ -26,8 +26,7 @@ static void for_units(const Characteristic& p, int threads, F&& f) {
 static void characteristic(int dtype, uintptr_t theta, int64_t views, int64_t rows, int64_t slices, int64_t frequencies,
                            uintptr_t out, int threads) {
   const Characteristic problem{
-      static_cast<Dtype>(dtype),   at<const void>(theta), nullptr, views, rows, slices, frequencies,
-      at<void>(out)};
+      static_cast<Dtype>(dtype), at<const void>(theta), nullptr, views, rows, slices, frequencies, at<void>(out)};
   for_units(problem, threads, [&](int64_t begin, int64_t end) { FASTJEM_BEST(characteristic(problem, begin, end)); });
 }
 
