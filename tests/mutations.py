@@ -62,7 +62,7 @@ CPU = [
         "- y[j] * target",
         "- 0.999f * y[j] * target",
     ),
-    Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[at] * of_own[j]", "+ own[at] * of_own[j]"),
+    Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
     Mutation("regression", "csrc/predictive/regression.h", "size < beta ?", "size < 2 * beta ?"),
     Mutation("characteristic", "csrc/gaussian/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
     Mutation(
