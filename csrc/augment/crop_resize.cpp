@@ -1,14 +1,17 @@
+#include "augment/columns.h"
 #include "common.h"
 
 namespace fastjem {
+
 struct CropResize {
   const uint8_t* images;    // [N, H, W, 3]
   const int64_t* indices;   // [B], in [0, N)
-  const float* parameters;  // [B, 13]
+  const float* parameters;  // [B, COLUMNS]
   int64_t height, width, size;
   bool bicubic;
   uint8_t* out;  // [B, size, size, 3]
 };
+
 }  // namespace fastjem
 
 #define FASTJEM_KERNEL "augment/crop_resize.h"

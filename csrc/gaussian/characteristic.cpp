@@ -27,31 +27,28 @@ static void for_units(const Characteristic& p, int threads, F&& f) {
   parallel_for(units, 1 + 16384 / (p.rows * slices_per_unit * p.frequencies), threads, f);
 }
 
+static Characteristic problem(int dtype, uintptr_t theta, uintptr_t weights, int64_t views, int64_t rows,
+                              int64_t slices, int64_t frequencies, uintptr_t out) {
+  return {static_cast<Dtype>(dtype),
+          at<const void>(theta),
+          at<const void>(weights),
+          views,
+          rows,
+          slices,
+          frequencies,
+          at<void>(out)};
+}
+
 static void characteristic(int dtype, uintptr_t theta, int64_t views, int64_t rows, int64_t slices, int64_t frequencies,
                            uintptr_t out, int threads) {
-  Characteristic problem{};
-  problem.dtype = static_cast<Dtype>(dtype);
-  problem.theta = at<const void>(theta);
-  problem.views = views;
-  problem.rows = rows;
-  problem.slices = slices;
-  problem.frequencies = frequencies;
-  problem.out = at<void>(out);
-  for_units(problem, threads, [&](int64_t begin, int64_t end) { FASTJEM_BEST(characteristic(problem, begin, end)); });
+  const Characteristic p = problem(dtype, theta, 0, views, rows, slices, frequencies, out);
+  for_units(p, threads, [&](int64_t begin, int64_t end) { FASTJEM_BEST(characteristic(p, begin, end)); });
 }
 
 static void characteristic_backward(int dtype, uintptr_t theta, uintptr_t weights, int64_t views, int64_t rows,
                                     int64_t slices, int64_t frequencies, uintptr_t out, int threads) {
-  const Characteristic problem{static_cast<Dtype>(dtype),
-                               at<const void>(theta),
-                               at<const void>(weights),
-                               views,
-                               rows,
-                               slices,
-                               frequencies,
-                               at<void>(out)};
-  for_units(problem, threads,
-            [&](int64_t begin, int64_t end) { FASTJEM_BEST(characteristic_backward(problem, begin, end)); });
+  const Characteristic p = problem(dtype, theta, weights, views, rows, slices, frequencies, out);
+  for_units(p, threads, [&](int64_t begin, int64_t end) { FASTJEM_BEST(characteristic_backward(p, begin, end)); });
 }
 
 void bind_characteristic(pybind11::module_& m) {
