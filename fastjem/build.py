@@ -4,7 +4,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from fastjem import encoders, optim
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import Batch, Crops, finish
+from fastjem.data.masks import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Source, open_source
 from fastjem.data.views import MaskSpec, ViewSpec
@@ -109,7 +110,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         step.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     if config.sync_batch_norm and ranks.size > 1:
-        step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
+        step = cast(Step, nn.SyncBatchNorm.convert_sync_batchnorm(step))
     # Half the bytes for what autocast would round anyway; a module of one's own may look at its images first.
     half = ranks.device.type == "cuda" and objects.encoder is None
     channels_last = encoders.memory_format(encoder) == torch.channels_last
@@ -119,7 +120,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         ranks=ranks,
         source=source,
         specs=specs,
-        masks=method.views.mask_specs(config.image_size, encoder.patch),
+        masks=mask_specs(method.views, config.image_size, encoder.patch),
         pixels=Pixels.of(specs),
         loader=loader,
         step=step,

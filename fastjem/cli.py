@@ -8,11 +8,14 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """A command: `module.function` gives its exit code."""
+    """A command: `module.function(options)` gives its exit code.
+
+    `options` names the dataclass in the module that the words of the command line become. Without one the function
+    takes the words themselves: doctor, methods and bench run where tyro isn't installed.
+    """
 
     module: str
-    options: str  # the dataclass in the module that the words become; "": the function takes the words themselves,
-    # as doctor, methods and bench do, which run where the command line's package isn't installed
+    options: str
     function: str
     about: str
 

@@ -7,7 +7,7 @@ encoder gives `Features`, and a vision transformer also takes masks. What is exp
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,17 @@ class Encoder(nn.Module):
     DDP, FSDP2 and torch.compile see every call, as methods call `forward` and nothing inside it.
     """
 
+    backbone: Any  # any module; a transformer's parts are looked up in it
     width: int  # D
-    patch: int = 1  # pixels of a patch's side; 1: the encoder has no patches
-    prefix_tokens: int = 0  # class and register tokens before those of the patches
+    patch: int  # pixels of a patch's side; 1: the encoder has no patches
+    prefix_tokens: int  # class and register tokens before those of the patches
 
-    def __init__(self, backbone: nn.Module, width: int):
+    def __init__(self, backbone: nn.Module, width: int, *, patch: int = 1, prefix_tokens: int = 0):
         super().__init__()
         self.backbone = backbone
         self.width = width
+        self.patch = patch
+        self.prefix_tokens = prefix_tokens
 
     def forward(
         self, images: Tensor, *, hidden: Tensor | None = None, visible: Tensor | None = None, layers: int = 0
@@ -69,10 +72,9 @@ class TransformerEncoder(Encoder):
     mask_token: for methods that replace hidden patches. It is trained with the encoder and isn't exported.
     """
 
-    def __init__(self, backbone: nn.Module, *, mask_token: bool = False):
-        super().__init__(backbone, backbone.num_features)
-        self.patch = patch_size(backbone)
-        self.prefix_tokens = backbone.num_prefix_tokens
+    def __init__(self, backbone: Any, *, mask_token: bool = False):
+        width = backbone.num_features
+        super().__init__(backbone, width, patch=patch_size(backbone), prefix_tokens=backbone.num_prefix_tokens)
         self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02) if mask_token else None
 
     def forward(
@@ -154,9 +156,11 @@ def wrap(module: nn.Module, width: int | None = None, *, mask_token: bool = Fals
     if is_transformer(module):
         return TransformerEncoder(module, mask_token=mask_token)
     if width is None:
-        if not hasattr(module, "num_features"):
-            raise ValueError(f"wrap: width must be given, as {type(module).__name__} has no num_features")
-        width = int(module.num_features)
+        try:
+            width = int(cast(Any, module).num_features)
+        except AttributeError:
+            text = f"wrap: width must be given, as {type(module).__name__} has no num_features"
+            raise ValueError(text) from None
     return Encoder(module, width)
 
 
@@ -286,7 +290,7 @@ def create(
     if stem == "auto" and image_size <= 64:
         small_stem(module)
     # A ResNet-18's step on 32-pixel images: 1.38 times as many images a second on one AVX2 core.
-    return module if is_transformer(module) else module.to(memory_format=torch.channels_last)
+    return module if is_transformer(module) else cast(Any, module).to(memory_format=torch.channels_last)
 
 
 def metadata(backbone: str, stem: str, patch_size: int, pool: str | None, pixels: Pixels) -> dict[str, str]:

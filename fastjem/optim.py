@@ -35,7 +35,7 @@ def build(name: str, groups: list[dict], *, momentum: float = 0.9) -> torch.opti
     if name == "lars":
         from timm.optim import Lars
 
-        return Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0)
+        return Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0)  # pyright: ignore[reportArgumentType]
     raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
 
 

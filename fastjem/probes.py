@@ -83,7 +83,7 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 20, temperatu
     classes = int(labels.max()) + 1
     predicted = []
     for chunk in queries.split(QUERIES):
-        cosine, index = nearest(bank, chunk, min(k, len(bank)))
+        cosine, index = nearest_rows(bank, chunk, min(k, len(bank)))
         # Less the largest: exp(1 / temperature) overflows at small temperatures.
         weights = ((cosine - cosine[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(chunk), classes).scatter_add_(1, labels[index], weights)
@@ -91,7 +91,7 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 20, temperatu
     return torch.cat(predicted)
 
 
-def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest_rows(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(cosines, indices), [Q, k] each, of the k rows of the bank [N, D] nearest to each query [Q, D], nearest first.
 
     The bank goes in blocks: neither the matrix of all similarities nor a normalised copy of the bank ever exists.

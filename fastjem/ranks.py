@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,8 @@ def join(device: str = "auto") -> Ranks:
         return Ranks(0, 1, here)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
-    return Ranks(rank, size, here, dist.group.WORLD, dist.new_group(backend="gloo"))
+    control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank belongs to it
+    return Ranks(rank, size, here, dist.group.WORLD, control)
 
 
 def leave(ranks: Ranks) -> None:

@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -232,7 +232,7 @@ def forward_backward(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The detached loss of a micro-batch and its notes; gradients are added up, and over ranks with the last one."""
     model = training.model
-    together = contextlib.nullcontext() if synchronise or training.ranks.size == 1 else model.no_sync()
+    together = contextlib.nullcontext() if synchronise or training.ranks.size == 1 else cast(Any, model).no_sync()
     with together:
         with torch.autocast(training.ranks.device.type, training.autocast, enabled=training.autocast is not None):
             loss, notes = model(batch, number)

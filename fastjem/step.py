@@ -1,14 +1,14 @@
 """One training step as a module: an encoder, a method, and the momentum copies of what the method names."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.data.batch import Batch
-from fastjem.encoders import wrap
+from fastjem.encoders import Encoder, wrap
 from fastjem.methods.protocol import Branch, Method
 
 TARGET_PARTS = ("projector", "prototypes")  # what makes targets, in any method: copied with the encoder where asked for
@@ -52,7 +52,7 @@ class Step(nn.Module):
         if not self.teacher:
             return student, student
         copies = dict(self.teacher.items())
-        encoder = copies.pop("encoder", self.encoder)
+        encoder = cast(Encoder, copies.pop("encoder", self.encoder))
         return student, Branch(encoder, {**heads, **copies}, momentum=True)
 
     def forward(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -52,20 +52,25 @@ REFERENCE = [
 ]
 CPU = [
     Mutation("augment", "csrc/augment/augment.h", "padded[left - k] = from[k]", "padded[left - k] = from[k - 1]"),
-    Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", "block + 1024, k)", "block + 1023, k)"),
+    Mutation(
+        "cross_entropy",
+        "csrc/supervised/cross_entropy.h",
+        "block + terms_per_block, k)",
+        "block + terms_per_block - 1, k)",
+    ),
     Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
-    Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),
+    Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "block_zz += b * b", "block_zz += a * b"),
     Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
     Mutation("nt_xent", "csrc/contrastive/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
-    Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sum += g - s[own]", "sum += g"),
+    Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sum += g - s[partner]", "sum += g"),
     Mutation(
         "prototype_cross_entropy",
         "csrc/prototypes/prototype_cross_entropy.h",
         "- y[j] * target",
         "- 0.999f * y[j] * target",
     ),
-    Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[at] * of_own[j]", "+ own[at] * of_own[j]"),
+    Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
     Mutation("regression", "csrc/predictive/regression.h", "size < beta ?", "size < 2 * beta ?"),
     Mutation("characteristic", "csrc/gaussian/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
     Mutation(

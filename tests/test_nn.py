@@ -157,7 +157,7 @@ def test_mmcr_and_frossl():
 def test_sigreg_and_lejepa(knots, vectors, monkeypatch):
     from fastjem.functional import gaussian
 
-    monkeypatch.setattr(gaussian, "GROUP", 500)  # many groups of slices
+    monkeypatch.setattr(gaussian, "ELEMENTS_AT_ONCE", 500)  # many groups of slices
     options = {"knots": knots, "num_vectors": vectors}
     z = [normal(3, 10, 6, dtype=torch.float32), normal(2, 10, 6, seed=1, dtype=torch.float32)]
     mine, other = ours.SIGReg(**options), theirs.SIGReg(**options)

@@ -15,6 +15,7 @@ import torch
 from images import make_folder
 from PIL import Image
 
+from fastjem.commands.check_data import CheckDataOptions, check_data
 from fastjem.data import loaders, source
 from fastjem.data.batch import Crops, finish
 from fastjem.data.loaders import Budget, Order
@@ -237,4 +238,5 @@ def test_the_page_on_adding_a_source_holds(tmp_path: Path, monkeypatch) -> None:
         for crops, expected in zip(loader, loaded("torch", folder, seed=0, stop=3), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(crops.views, expected.views, strict=True))
             assert torch.equal(crops.labels, expected.labels)
+    assert check_data(CheckDataOptions("photos.zip"))["skipped"] == []
     assert np.array_equal(np.asarray(decode_named("photos.zip", folder.name(5))), np.asarray(decode(folder, 5)))

@@ -1,16 +1,20 @@
+#include "augment/columns.h"
 #include "common.h"
 
 namespace fastjem {
+
 struct Augment {
   Dtype dtype;
   const uint8_t* images;    // [B, H, W, 3]
-  const float* parameters;  // [B, 13]
+  const float* parameters;  // [B, COLUMNS]
   int64_t height, width;
-  float scale[3], shift[3];  // normalised = level * scale + shift
-  float threshold;
-  bool channels_last, exact;
-  void* out;  // [B, 3, H, W], or [B, H, W, 3] where channels come last
+  float scale[3], shift[3];  // normalised = level * scale + shift, of red, green, blue
+  float threshold;           // the level from which on solarize inverts
+  bool channels_last;
+  bool exact;  // between steps levels become whole, where torchvision's do
+  void* out;   // [B, 3, H, W], or [B, H, W, 3] where channels come last
 };
+
 }  // namespace fastjem
 
 #define FASTJEM_KERNEL "augment/augment.h"
@@ -40,7 +44,16 @@ static void augment(int dtype, uintptr_t images, uintptr_t parameters, int64_t b
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(augment_images(problem, begin, end)); });
 }
 
+static pybind11::dict augment_columns() {
+  pybind11::dict columns;
+#define FASTJEM_ENTRY(name) columns[#name] = static_cast<int>(name);
+  FASTJEM_AUGMENT_COLUMNS(FASTJEM_ENTRY)
+#undef FASTJEM_ENTRY
+  return columns;
+}
+
 void bind_augment(pybind11::module_& m) {
+  m.def("augment_columns", &augment_columns, "The columns of the table of parameters, by name; COLUMNS of them.");
   m.def("augment", &augment, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

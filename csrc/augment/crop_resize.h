@@ -1,5 +1,5 @@
-// Views [begin, end): the window's columns first, into levels, then its rows, as torch does on uint8. Weights in
-// double, once a view.
+// Views [begin, end): the window is resized across first, into whole levels, and then down, as torch does on uint8. An
+// axis' weights are computed once for each view, in double.
 
 static inline double triangle(double x) { return x < 1 ? 1 - x : 0; }
 static inline double cubic(double x) {
@@ -26,20 +26,24 @@ static FASTJEM_INLINE Pixel load_pixel(const float* from) {
   return p;
 }
 
-// One axis: output j is the sum of weights[taps * j + t] * (pixel first[j] + t of the window), t < taps.
+// One axis. The window is [start, start + length) of the source; output j is the sum over t < taps of
+// weights[j, t] * window[first[j] + t].
 struct Axis {
   int64_t start, length, taps;
-  std::vector<int64_t> first;
-  std::vector<float> weights;
+  std::vector<int64_t> first;  // [size]
+  std::vector<float> weights;  // [size, taps]
 };
 
 static inline void set_axis(Axis& axis, float start, float length, int64_t source, int64_t size, bool bicubic) {
-  const float last = static_cast<float>(source - 1), from = start > 0.0f ? start : 0.0f;  // NaN becomes 0
+  const float from = start > 0.0f ? start : 0.0f;  // NaN becomes 0
+  const float last = static_cast<float>(source - 1);
   axis.start = static_cast<int64_t>(from < last ? from : last);
-  const float room = static_cast<float>(source - axis.start), wanted = length > 1.0f ? length : 1.0f;
+  const float wanted = length > 1.0f ? length : 1.0f;
+  const float room = static_cast<float>(source - axis.start);
   axis.length = static_cast<int64_t>(wanted < room ? wanted : room);
-  const double scale = static_cast<double>(axis.length) / size, wide = std::max(scale, 1.0);
-  const double support = (bicubic ? 2 : 1) * wide;
+  const double scale = static_cast<double>(axis.length) / size;
+  const double stretch = std::max(scale, 1.0);  // of the filter: where the window shrinks, it averages
+  const double support = (bicubic ? 2 : 1) * stretch;
   axis.taps = std::min<int64_t>(static_cast<int64_t>(std::ceil(2 * support)), axis.length);
   axis.first.resize(size);
   axis.weights.assign(size * axis.taps, 0.0f);
@@ -50,27 +54,29 @@ static inline void set_axis(Axis& axis, float start, float length, int64_t sourc
     const int64_t first = std::max<int64_t>(0, std::min(lowest, axis.length - axis.taps));
     double sum = 0;
     for (int64_t t = 0; t < axis.taps; ++t) {
-      const double x = std::fabs(first + t + 0.5 - centre) / wide;
-      sum += raw[t] = bicubic ? cubic(x) : triangle(x);
+      const double x = std::fabs(first + t + 0.5 - centre) / stretch;
+      raw[t] = bicubic ? cubic(x) : triangle(x);
+      sum += raw[t];
     }
     axis.first[j] = first;
     for (int64_t t = 0; t < axis.taps; ++t) axis.weights[axis.taps * j + t] = static_cast<float>(raw[t] / sum);
   }
 }
 
-static FASTJEM_INLINE uint8_t level(float x) {  // x is half a level too high: cut off is rounded
+static FASTJEM_INLINE uint8_t level(float x) {  // x is half a level too high, so that cutting it off rounds
   x = x > 0.0f ? x : 0.0f;
   return static_cast<uint8_t>(static_cast<int32_t>(x < 255.0f ? x : 255.0f));
 }
 
 static void crop_resize_views(const CropResize& c, int64_t begin, int64_t end) {
   Axis across, down;
-  std::vector<float> pixels, sums(3 * c.size);
-  std::vector<uint8_t> narrowed;
+  std::vector<float> pixels;      // [length across, 4], a row of the window: three channels and nothing
+  std::vector<uint8_t> narrowed;  // [length down, size, 3], resized across
+  std::vector<float> sums(3 * c.size);
   for (int64_t view = begin; view < end; ++view) {
-    const float* p = c.parameters + 13 * view;
-    set_axis(across, p[1], p[3], c.width, c.size, c.bicubic);
-    set_axis(down, p[0], p[2], c.height, c.size, c.bicubic);
+    const float* p = c.parameters + COLUMNS * view;
+    set_axis(across, p[LEFT], p[WIDTH], c.width, c.size, c.bicubic);
+    set_axis(down, p[TOP], p[HEIGHT], c.height, c.size, c.bicubic);
     const uint8_t* window = c.images + 3 * ((c.indices[view] * c.height + down.start) * c.width + across.start);
     pixels.resize(4 * across.length);
     narrowed.resize(3 * c.size * down.length);
@@ -81,7 +87,8 @@ static void crop_resize_views(const CropResize& c, int64_t begin, int64_t end) {
       }
       uint8_t* out = narrowed.data() + 3 * c.size * y;
       for (int64_t j = 0; j < c.size; ++j) {
-        const float *from = pixels.data() + 4 * across.first[j], *weight = across.weights.data() + across.taps * j;
+        const float* from = pixels.data() + 4 * across.first[j];
+        const float* weight = across.weights.data() + across.taps * j;
         Pixel sum = {0.5f, 0.5f, 0.5f, 0.5f};
         for (int64_t t = 0; t < across.taps; ++t) sum += weight[t] * load_pixel(from + 4 * t);
         for (int i = 0; i < 3; ++i) out[3 * j + i] = level(sum[i]);

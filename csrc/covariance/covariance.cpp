@@ -2,7 +2,8 @@
 
 namespace fastjem {
 
-// "Wide" is float for every dtype but float64; wide matrices are contiguous.
+// Wide matrices (float, double for float64) are contiguous.
+
 struct Standardise {
   Dtype dtype;
   const void* x;  // [rows, width], rows `stride` elements apart
@@ -12,12 +13,13 @@ struct Standardise {
   void* out;            // [rows, width] wide
   double* std;          // [width]
   const void* other;    // [rows, width] wide, or null
-  double* dots;         // [width]: of the columns of out and other
+  double* dots;         // [width]: of the columns of out with those of other
 };
 
 struct ThroughStandardise {
   Dtype dtype;
-  const void *product, *own, *other;  // [rows, width] wide each
+  const void* product;      // [rows, width] wide
+  const void *own, *other;  // [rows, width] wide: the standardised columns of this view and of the other one
   int64_t rows, width;
   double factor, scale;         // of the product, of the result
   const double *weights, *std;  // [width]
@@ -28,10 +30,10 @@ struct ThroughStandardise {
 
 struct VicregRows {
   Dtype dtype;
-  const void *x, *y;  // [rows, width], rows strides apart
+  const void *x, *y;  // [rows, width], rows x_stride and y_stride elements apart
   int64_t x_stride, y_stride, width;
   const void* centred[2];    // [rows, width] wide each
-  const void* product[2];    // the same
+  const void* product[2];    // [rows, width] wide each
   const double* weights[2];  // [width] each
   double factor, invariance;
   void* out[2];       // [rows, width] each, may be `product`, or null
@@ -39,14 +41,17 @@ struct VicregRows {
 };
 
 struct Dot {
-  Dtype dtype;
+  Dtype dtype;  // float32 or float64
   const void *x, *y;
 };
 
-constexpr int64_t MAX_BLOCK = 256;
+constexpr int64_t max_columns = 256;
 
-// Columns at a time: the fewer the rows, the more, as each row's piece is a jump in memory.
-inline int64_t block_of(int64_t rows) { return std::max<int64_t>(64, std::min(MAX_BLOCK, 65536 / rows / 64 * 64)); }
+// Columns are computed by blocks of this width: 64 or more, as each row's piece is a jump in memory, and not so many
+// that all rows of a block outgrow the L2 cache.
+inline int64_t columns_at_a_time(int64_t rows) {
+  return std::max<int64_t>(64, std::min(max_columns, 65536 / rows / 64 * 64));
+}
 
 }  // namespace fastjem
 
@@ -55,9 +60,11 @@ inline int64_t block_of(int64_t rows) { return std::max<int64_t>(64, std::min(MA
 
 namespace fastjem {
 
+// Calls f(begin, end) for parts of the columns, of whole blocks.
 template <class F>
-static void for_columns(int64_t rows, int64_t width, int threads, F&& f) {  // parts of whole blocks
-  const int64_t step = block_of(rows), blocks = (width + step - 1) / step;
+static void for_columns(int64_t rows, int64_t width, int threads, F&& f) {
+  const int64_t step = columns_at_a_time(rows);
+  const int64_t blocks = (width + step - 1) / step;
   parallel_for(blocks, 1 + 32768 / (rows * step), threads,
                [&](int64_t begin, int64_t end) { f(begin * step, std::min(end * step, width)); });
 }
@@ -100,7 +107,7 @@ static void through_standardise(int dtype, uintptr_t product, uintptr_t own, uin
               [&](int64_t begin, int64_t end) { FASTJEM_BEST(through_standardise_columns(problem, begin, end)); });
 }
 
-// One (centred, product, weights, out) per view. Returns the sum of squared distances.
+// `views`: (centred, product, weights, out) of each. Returns the sum of squared distances.
 static double vicreg(int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride, int64_t rows,
                      int64_t width, const std::vector<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>>& views,
                      double factor, double invariance, int threads) {

@@ -1,15 +1,17 @@
 #include "common.h"
 
 namespace fastjem {
+
 struct Regression {
   Dtype dtype;
-  const void *prediction, *target;  // [N, D], rows strides apart
+  const void *prediction, *target;  // [N, D], rows prediction_stride and target_stride elements apart
   int64_t prediction_stride, target_stride, width;
   double beta, eps;
   bool normalize;
   void* gradient;  // [N, D], or null
   double* losses;  // [N]
 };
+
 }  // namespace fastjem
 
 #define FASTJEM_KERNEL "predictive/regression.h"

@@ -1,6 +1,7 @@
 #include "common.h"
 
 namespace fastjem {
+
 struct CrossEntropy {
   Dtype dtype;
   const void* logits;  // [N, K], rows row_stride elements apart
@@ -10,6 +11,7 @@ struct CrossEntropy {
   void* gradient;  // [N, K], or null
   double* losses;  // [N]
 };
+
 }  // namespace fastjem
 
 #define FASTJEM_KERNEL "supervised/cross_entropy.h"
@@ -22,15 +24,10 @@ static std::pair<double, int64_t> cross_entropy(int dtype, uintptr_t logits, int
                                                 int64_t row_stride, uintptr_t labels, int64_t ignore_index,
                                                 uintptr_t gradient, int threads) {
   std::vector<double> losses(rows);
-  const CrossEntropy problem{static_cast<Dtype>(dtype),
-                             at<const void>(logits),
-                             row_stride,
-                             classes,
-                             at<const int64_t>(labels),
-                             ignore_index,
-                             at<void>(gradient),
-                             losses.data()};
-  int64_t counted = 0, bad = -1;
+  const CrossEntropy problem{static_cast<Dtype>(dtype), at<const void>(logits), row_stride,         classes,
+                             at<const int64_t>(labels), ignore_index,           at<void>(gradient), losses.data()};
+  int64_t counted = 0;
+  int64_t bad = -1;
   for (int64_t i = 0; i < rows && bad < 0; ++i) {
     const int64_t label = problem.labels[i];
     counted += label != ignore_index;

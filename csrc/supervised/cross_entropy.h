@@ -1,4 +1,4 @@
-// Rows [begin, end) of the cross-entropy: one read of the logits from memory, the rest from cache.
+// Rows [begin, end) of the cross-entropy. A row's logits are read from memory once, and then from the cache.
 
 template <class T>
 static void cross_entropy_rows_of(const CrossEntropy& p, int64_t begin, int64_t end) {
@@ -25,8 +25,8 @@ static void cross_entropy_rows_of(const CrossEntropy& p, int64_t begin, int64_t 
       maximum = v > maximum ? v : maximum;
     }
     double sum = 0;
-    for (int64_t block = 0; block < k; block += 1024) {  // float sums of 1024, then double: 131,072 terms lose nothing
-      const int64_t stop = std::min(block + 1024, k);
+    for (int64_t block = 0; block < k; block += terms_per_block) {
+      const int64_t stop = std::min(block + terms_per_block, k);
       W partial = 0;
 #pragma omp simd reduction(+ : partial)
       for (int64_t j = block; j < stop; ++j) {

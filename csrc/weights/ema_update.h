@@ -1,8 +1,9 @@
-// Elements [begin, end) of one pair of tensors: torch's lerp, exact at momentum 0 and 1.
+// Elements [begin, end) of one pair of tensors: torch.lerp, which is exact at momentum 0 and 1.
 
 template <class T, class S>
 static void ema_update_range_of(T* teacher, const S* student, int64_t begin, int64_t end, double momentum) {
-  const T weight = static_cast<T>(1 - momentum), rest = 1 - weight;
+  const T weight = static_cast<T>(1 - momentum);  // of the student
+  const T teacher_weight = 1 - weight;
   if (weight < T(0.5)) {
 #pragma omp simd
     for (int64_t j = begin; j < end; ++j) {
@@ -13,7 +14,7 @@ static void ema_update_range_of(T* teacher, const S* student, int64_t begin, int
 #pragma omp simd
     for (int64_t j = begin; j < end; ++j) {
       const T s = static_cast<T>(widen(student[j]));
-      teacher[j] = s - (s - teacher[j]) * rest;
+      teacher[j] = s - (s - teacher[j]) * teacher_weight;
     }
   }
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastjem.bench.clocks import Step, copied
+from fastjem.bench.clocks import Call, copied
 from fastjem.bench.timing import WrongResult
 
 # Relative error, norm over norm, against the eager formula in float32 on the same inputs. Float32: rounding of sums
@@ -58,7 +58,7 @@ class Case:
 
     def verifier(self, inputs: tuple) -> Callable[[list[Tensor]], None]:
         """Raises WrongResult unless result and gradients equal those of the eager formula on float32 inputs."""
-        expected = Step(self.eager, copied(inputs, torch.float32)).outputs()
+        expected = Call(self.eager, copied(inputs, torch.float32)).outputs()
         tolerance = TOLERANCES[self.dtype]
 
         def verify(outputs: list[Tensor]) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 BUSY = 0.1  # the share of the CPUs from which on others disturb a measurement
 
 
-class Watch:
+class OtherProcesses:
     """What all other processes had of the CPUs since it was made."""
 
     def __init__(self):
         self.start = _cpu_seconds()
 
-    def others(self) -> float:
+    def share(self) -> float:
         """From 0 to 1; 0 where the system doesn't tell."""
         everything, idle, ours = (now - before for now, before in zip(_cpu_seconds(), self.start, strict=True))
         if everything <= 0:
@@ -25,9 +25,9 @@ def wait_until_idle(patience: float) -> None:
     """Return when others left the CPUs alone for a second, or after `patience` seconds."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
-        watch = Watch()
+        others = OtherProcesses()
         time.sleep(1)
-        if watch.others() < BUSY:
+        if others.share() < BUSY:
             return
 
 

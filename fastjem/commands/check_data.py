@@ -51,13 +51,14 @@ class File:
     why: str = ""
 
 
-def examine(path: str, crop: int = 0) -> File:
+def examine(source: Source, i: int, crop: int = 0) -> File:
     """Read and decode a file as training does; with `crop`, also resize half of its area to crop x crop, timed."""
     found = File()
     try:
         begin = time.thread_time()
-        with open(path, "rb") as file:
-            data = file.read()
+        data = source.read(i)
+        if not isinstance(data, bytes):
+            raise TypeError("pixels, not a file")
         found.read = time.thread_time() - begin
         found.size = len(data)
         found.digest = hashlib.blake2b(data, digest_size=16).digest()
@@ -72,7 +73,7 @@ def examine(path: str, crop: int = 0) -> File:
             image = to_image(data)
             found.read += time.thread_time() - begin
     except Exception as error:  # whatever a decoder may raise on a broken file
-        found.why = reason(error, path)
+        found.why = reason(error, path_of(source, i))
         return found
     found.width, found.height = image.size
     if crop:
@@ -84,24 +85,35 @@ def examine(path: str, crop: int = 0) -> File:
     return found
 
 
+_given: list[Source] = []  # in a worker process: what it is to examine, handed over once and not with each image
+
+
+def _give(source: Source) -> None:
+    _given.append(source)
+
+
+def _examine_given(i: int, crop: int) -> File:
+    return examine(_given[0], i, crop)
+
+
 def scan(source: Source, image_size: int, workers: int) -> list[File]:
     """All files, in order, by `workers` processes."""
     every = max(len(source) // MEASURED, 1)
-    paths = [path_of(source, i) for i in range(len(source))]
-    crops = [image_size if i % every == 0 else 0 for i in range(len(source))]
+    images = range(len(source))
+    crops = [image_size if i % every == 0 else 0 for i in images]
     if workers <= 1 or len(source) < 64:  # starting processes takes longer
-        return [examine(path, crop) for path, crop in zip(paths, crops, strict=True)]
+        return [examine(source, i, crop) for i, crop in zip(images, crops, strict=True)]
     files = []
     shown_at = time.monotonic()
-    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, initializer=_give, initargs=(source,)) as pool:
         try:
-            for file in pool.map(examine, paths, crops, chunksize=32):
+            for file in pool.map(_examine_given, images, crops, chunksize=32):
                 files.append(file)
                 if sys.stderr.isatty() and time.monotonic() - shown_at > 1:
                     shown_at = time.monotonic()
-                    print(f"\r{len(files)} of {len(paths)} files", end="", file=sys.stderr, flush=True)
+                    print(f"\r{len(files)} of {len(source)} files", end="", file=sys.stderr, flush=True)
         except BrokenProcessPool:
-            near = paths[min(len(files), len(paths) - 1)]
+            near = path_of(source, min(len(files), len(source) - 1))
             raise UserError(f"a decoder ended its process at {near} or one of the files behind it") from None
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)

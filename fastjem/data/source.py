@@ -183,7 +183,7 @@ def _to_eight_bits(values: np.ndarray) -> np.ndarray:
     return (levels * (255 / white)).clip(0, 255).round().astype(np.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Read(Generic[T]):
     """What `read_or_next` found."""
 

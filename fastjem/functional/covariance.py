@@ -32,8 +32,9 @@ class Health:
     """
 
     keep_spectrum: bool = False
-    std: Tensor | None = field(default=None, init=False)  # [2, D], of every dimension; all near 0: collapse
-    # [2], (sum of eigenvalues)^2 / sum of their squares: D when nothing is redundant, 1 when all is
+    # [2, D]: the standard deviation of every dimension; all near 0 is collapse.
+    std: Tensor | None = field(default=None, init=False)
+    # [2]: (sum of eigenvalues)^2 / sum of their squares; D when nothing is redundant, 1 when all is.
     effective_rank: Tensor | None = field(default=None, init=False)
     _spectrum: Callable[[], Tensor] | None = field(default=None, init=False, repr=False)
 
@@ -52,16 +53,21 @@ class Health:
 
     def fill(self, figures: Tensor, squares: list[Tensor], spectrum: Callable[..., Tensor], n: int) -> None:
         """By a loss: figures [2, D + 1], the standard deviations and the rank."""
-        self.std, self.effective_rank = figures[:, :-1], figures[:, -1]
+        self.std = figures[:, :-1]
+        self.effective_rank = figures[:, -1]
         self._spectrum = (lambda: spectrum([x.double() for x in squares], n)) if squares else None
 
 
 def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:
+    """[2, min(N, D)]: eigenvalues of a^T a / (N - 1) of both centred views, from a^T a or a a^T."""
     return torch.linalg.eigvalsh(torch.stack(squares)).clamp(min=0).flip(1) / (n - 1)
 
 
 def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
-    """C = a^T b / N from a^T b, or from a a^T and b b^T: with a a^T = R R^T, C's squares are those of R^T b b^T R."""
+    """[2, min(N, D)], in both rows the singular values of C = a^T b / N; from a^T b, or from a a^T and b b^T.
+
+    With a a^T = R R^T, C's squared singular values (times N^2) are the eigenvalues of R^T b b^T R.
+    """
     if len(squares) == 1:
         values = torch.linalg.svdvals(squares[0])
     else:

@@ -1,6 +1,7 @@
 """SIGReg and LeJEPA: embeddings whose every projection is a standard normal variable.
 
-The slices go through in groups, so that nothing of size [V, N, S], let alone [V, N, S, knots], exists.
+A slice is one direction and all projections on it. Slices go through a few at a time, so that nothing of size
+[V, N, S], let alone [V, N, S, knots], exists.
 """
 
 import torch
@@ -12,7 +13,7 @@ from fastjem.functional import checks
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.ops.autograd import known, ops
 
-GROUP = 1 << 19  # elements [V, N, slices] at a time: a few of them stay in cache
+ELEMENTS_AT_ONCE = 1 << 19  # of [V, N, slices]: a few such tensors stay in cache
 
 
 def _statistic(
@@ -31,11 +32,10 @@ def _statistic(
     phi = (-0.5 * t.square()).exp()
     weight = 2 * dt * phi
     weight[-1] /= 2
-    step = max(1, GROUP // (len(z) * max(sizes)))  # on every rank the same
+    at_once = max(1, ELEMENTS_AT_ONCE // (len(z) * max(sizes)))  # on every rank the same: each makes a collective
     statistic = z.new_zeros(())
     gradient = torch.zeros_like(z) if wanted else z.new_empty(0)
-    for start in range(0, directions.shape[1], step):
-        some = directions[:, start : start + step]
+    for some in directions.split(at_once, 1):
         theta = (z @ some).mul_(dt)
         errors = sum_over_ranks(ops.characteristic(theta, knots - 1), group) / n  # [2, K, V, slices]
         errors[0] -= phi

@@ -22,7 +22,9 @@ class Data2Vec(Method):
     """
 
     about = About(
-        "masked prediction", "normalised targets of a momentum encoder", "Baevski et al. 2022, arXiv 2202.03555"
+        "masked prediction",
+        "normalised targets of a momentum encoder",
+        "Baevski et al. 2022, arXiv 2202.03555, for images",
     )
     views = Views(large=1, recipe="data2vec", mask=0.75)
     momentum = ("encoder",)
@@ -66,9 +68,11 @@ class Data2Vec(Method):
             normalised = [layer_norm(x.float(), x.shape[-1:]) for x in outputs]
             target = torch.stack(normalised).mean(0)  # [B, L, D]
             target = layer_norm(target, target.shape[-1:])
-            count = hidden_patches(hidden.shape[1:], self.views.mask)
+            _, height, width = hidden.shape
+            count = hidden_patches((height, width), self.views.mask)
             masked = visible(~hidden, count)  # [B, M], which patches are hidden
         tokens = student.encode(batch.views, batch.masks).tokens
+        assert tokens is not None  # masks are for transformers, which have them
         at = masked[..., None].expand(-1, -1, self.width)
         prediction = self.projector(tokens.gather(1, at)).float()  # [B, M, D]
         student.note(projection=prediction.detach()[:, 0])

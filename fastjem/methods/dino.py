@@ -10,7 +10,7 @@ from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, at_most, frozen_steps
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.methods.prototypes import cross_entropy_of_features
-from fastjem.nn.parts import MLP, Center, Prototypes, linear_warmup
+from fastjem.nn.parts import MLP, Center, Prototypes, init_as_vision_transformer, linear_warmup
 
 
 class DINO(Method):
@@ -21,7 +21,11 @@ class DINO(Method):
         otherwise. Without it a convolutional encoder's first logits hardly differ between images.
     """
 
-    about = About("self-distillation", "centred and sharpened teacher", "Caron et al. 2021, arXiv 2104.14294")
+    about = About(
+        "self-distillation",
+        "centred and sharpened teacher",
+        "Caron et al. 2021, arXiv 2104.14294; Sinkhorn centring as in DINOv2, arXiv 2304.07193",
+    )
     views = Views(large=2, small=8, recipe="dino")
     momentum = ("encoder", "projector", "prototypes")
     defaults = Defaults(
@@ -57,11 +61,7 @@ class DINO(Method):
         if norm == "auto":
             norm = "batch" if run.batch_norm else "none"
         self.projector = MLP(width, hidden, hidden, bottleneck, norm=norm, activation=nn.GELU)
-        for layer in self.projector:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        init_as_vision_transformer(self.projector)
         prototypes = at_most(prototypes, run.images, each=16)
         frozen = frozen_steps(frozen_epochs, run.steps_per_epoch, run.steps)
         self.prototypes = Prototypes(bottleneck, prototypes, frozen)

@@ -1,5 +1,7 @@
 """SwAV: Caron et al. 2020, arXiv 2006.09882."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
@@ -22,6 +24,7 @@ class SwAV(Method):
 
     about = About("clustering", "Sinkhorn's codes use all prototypes equally", "Caron et al. 2020, arXiv 2006.09882")
     views = Views(large=2, small=6, recipe="swav")
+    queues: Any  # a ModuleList of Queue
     defaults = Defaults("lars", 1.2, 1e-6, source="main_swav.py: base_lr 4.8, final_lr 0.0048, wd 1e-6, batch 4096")
 
     def __init__(

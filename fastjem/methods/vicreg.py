@@ -32,10 +32,19 @@ class VICReg(Method):
         super().__init__(width, run)
         hidden = hidden or 4 * width  # the paper's 8192 for ResNet-50's 2048
         self.projector = MLP(width, hidden, hidden, hidden, norm=norm, last_bias=False)
-        self.weights = {"lambda_param": invariance, "mu_param": variance, "nu_param": covariance}
+        self.invariance = invariance
+        self.variance = variance
+        self.covariance = covariance
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         def vicreg(z0: Tensor, z1: Tensor) -> Tensor:
-            return F.vicreg(z0, z1, **self.weights, group=self.run.group)
+            return F.vicreg(
+                z0,
+                z1,
+                lambda_param=self.invariance,
+                mu_param=self.variance,
+                nu_param=self.covariance,
+                group=self.run.group,
+            )
 
         return symmetric(vicreg, student, teacher, batch.views)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,7 @@ LONG_ENOUGH = 1000  # batches of a run in which measuring the decoder's share is
 Tables = Callable[[Sequence[Key], np.ndarray], Sequence[np.ndarray]]
 
 
-@dataclass(frozen=True)
-class _Encoded:
+class _Encoded(NamedTuple):
     """One image as DALI is given it."""
 
     sample: int  # the image that was really read
