@@ -144,17 +144,9 @@ class Views:
         return [changed(spec, changes or {}, "large" if i < self.large else "small") for i, spec in enumerate(specs)]
 
     def mask_specs(self, image_size: int, patch: int) -> list[MaskSpec]:
-        """The masks of the large views in patches of `patch` pixels; none where the method hides nothing.
-
-        Raises:
-            UserError: for a sampler that isn't there.
-        """
+        """The masks of the large views in patches of `patch` pixels; none where the method hides nothing."""
         if not self.mask:
             return []
-        from fastjem.data.masks import SAMPLERS  # loads torch, which recipes alone don't need
-
-        if self.masking not in SAMPLERS:
-            raise nearest("masking", self.masking, SAMPLERS)
         side = image_size // patch
         return [MaskSpec(view, (side, side), self.mask, self.masking) for view in range(self.large)]
 
