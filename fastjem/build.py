@@ -13,6 +13,7 @@ from fastjem import encoders, optim
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import Batch, Crops, finish
+from fastjem.data.masks import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Source, open_source
 from fastjem.data.views import MaskSpec, ViewSpec
@@ -119,7 +120,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         ranks=ranks,
         source=source,
         specs=specs,
-        masks=method.views.mask_specs(config.image_size, encoder.patch),
+        masks=mask_specs(method.views, config.image_size, encoder.patch),
         pixels=Pixels.of(specs),
         loader=loader,
         step=step,

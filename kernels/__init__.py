@@ -3,6 +3,22 @@
 A family is a folder. Its `__init__.py` has the schemas of its operators and says which of them `cpu.py` and `gpu.py`
 have; `fastjem.ops` registers all families named here. Importing a family imports no Triton.
 
+Conventions of operators
+------------------------
+* Arithmetic is in float32, or in float64 where the inputs are float64. Losses come out 0-dim in that dtype, gradients
+  in the dtype of their input.
+* A loss whose gradients can be had in the same pass returns `(loss, gradients, scale)`: a gradient for each
+  differentiable input, empty where the last argument, `wanted`, says no. Gradients are *unscaled*: the gradient of the
+  loss is `scale * gradient`. The scale (1 / N, 1 / temperature) is applied in backward in float32, because float16
+  gradients that carry it vanish. Some operators return a list of statistics after it.
+* A loss that needs a second pass is two operators, `name` and `name_backward`.
+* Shapes are checked by `fastjem.functional`, before an operator is called.
+* A specification (`reference.py`) is a few lines of plain torch, written to be read. It is the fallback where no faster
+  implementation exists, the fake kernel that torch.compile traces, the oracle of the tests (in float64) and the
+  baseline of the benchmarks.
+
+Letters: V views, S student views, T teacher views, N rows, B batch, D width, K prototypes or classes, M columns.
+
 This package knows nothing of the rest of fastjem and is reached through `fastjem.ops`. Its folder stands at the root
 of the repository, yet it is importable only as `fastjem.kernels`.
 """

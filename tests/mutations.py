@@ -52,7 +52,12 @@ REFERENCE = [
 ]
 CPU = [
     Mutation("augment", "csrc/augment/augment.h", "padded[left - k] = from[k]", "padded[left - k] = from[k - 1]"),
-    Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", "block + terms_per_block, k)", "block + terms_per_block - 1, k)"),
+    Mutation(
+        "cross_entropy",
+        "csrc/supervised/cross_entropy.h",
+        "block + terms_per_block, k)",
+        "block + terms_per_block - 1, k)",
+    ),
     Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
     Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "block_zz += b * b", "block_zz += a * b"),
     Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),

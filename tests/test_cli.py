@@ -115,6 +115,21 @@ def test_other_accelerators_run_the_reference_by_rule(
     assert ("plain torch, the reference, by rule" in text) == (build in ("ROCm", "XPU"))
 
 
+def test_a_rocm_build_has_no_triton_launchers() -> None:
+    """torch calls ROCm's devices "cuda": without a rule they would get what was written for another chip."""
+    code = (
+        "import json, torch\n"
+        "torch.version.hip, torch.version.cuda = '6.4', None\n"
+        "from fastjem import ops\n"
+        "print(json.dumps([on['cuda'] for on in ops.implementations().values()]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    where = json.loads(run.stdout)
+    assert where and all(on.startswith("reference (") for on in where)
+    assert sum("ROCm" in on for on in where) > 20
+
+
 def test_mps_runs_the_reference_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "hip", "xpu"):
         monkeypatch.setattr(torch.version, name, None)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from cases import DTYPES, LOSSES, Case
 
+from fastjem import ops
+
 SEEDS = range(5)
 UPSTREAM = -0.37  # neither 1 nor a power of two
 
@@ -163,6 +165,21 @@ def test_float16_gradients_survive_a_large_batch(op, implementation):
 
     _, (gradient,) = case.run(cross_entropy, [x, y], 65536.0)
     assert (gradient == 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("op", ["nt_xent"])
+@pytest.mark.parametrize("n", [230, 250], ids=lambda n: f"{n} rows")  # 8 blocks of 64, and an odd number less than one
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_a_symmetric_matrix_in_pieces(op, n, temperature, implementation, monkeypatch):
+    """Every two blocks of rows meet once, however few distances from the diagonal are walked at a time."""
+    if implementation.name != "triton":
+        pytest.skip("how Triton's programs share a symmetric matrix")
+    monkeypatch.setattr("fastjem.kernels.tiling.COLUMN_SUMS", 1)
+    z = torch.randn(2, n, 8, generator=torch.Generator().manual_seed(0)).to(implementation.device)
+    positives, lse = torch.ops.fastjem.nt_xent(z, z, 0, temperature, False, True)
+    exact_positives, exact_lse = ops.reference("nt_xent")(z.double(), z.double(), 0, temperature, False, True)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(positives, exact_positives, rtol=1e-6, atol=1e-5)
 
 
 def test_offsets_past_2_31_elements(implementation):

@@ -9,7 +9,7 @@ import torch
 
 from fastjem.data import masks
 from fastjem.data.batch import Crops, finish
-from fastjem.data.masks import Keyed, MaskSpec
+from fastjem.data.masks import Keyed, MaskSpec, mask_specs
 from fastjem.data.philox import FIRST_MASK_BLOCK, philox, philox_on_device
 from fastjem.data.views import Views
 from fastjem.errors import UserError
@@ -248,11 +248,11 @@ def test_keyed_blocks_have_the_statistics_of_a_batch() -> None:
 
 def test_a_batch_has_the_masks_of_its_images() -> None:
     specs = Views(large=1, recipe="data2vec", mask=0.75).specs(32)
-    wanted = Views(large=2, recipe="data2vec", mask=0.75, masking="random").mask_specs(32, 8)
+    wanted = mask_specs(Views(large=2, recipe="data2vec", mask=0.75, masking="random"), 32, 8)
     assert wanted == [MaskSpec(0, (4, 4), 0.75, "random"), MaskSpec(1, (4, 4), 0.75, "random")]
-    assert Views(large=2).mask_specs(32, 8) == []
+    assert mask_specs(Views(large=2), 32, 8) == []
     with pytest.raises(UserError, match="no masking 'blocks'; did you mean"):
-        masks.draw_hidden(MaskSpec(0, (4, 4), 0.5, "blocks"), 0, 0, torch.arange(3))
+        mask_specs(Views(mask=0.5, masking="blocks"), 32, 8)
     index = torch.tensor([5, 2, 9])
     view, table = torch.zeros(3, 32, 32, 3, dtype=torch.uint8), torch.zeros(3, 13)
     batch = finish(Crops([view], [table], index, 4, None, []), specs, "cpu", masks=wanted[:1], seed=7)

@@ -1,13 +1,17 @@
 """The raw operators: schema, fake kernel and mutation as PyTorch's opcheck sees them; and what bad input is told."""
 
+import importlib
+import importlib.util
 import re
 
 import pytest
 import torch
+from conftest import _C
 from view_tables import view_table
 
 import fastjem.functional as F
-from fastjem import ops
+from fastjem import kernels, ops
+from fastjem.kernels.augment import columns
 
 
 def sample_arguments(device: str) -> dict[str, tuple]:
@@ -215,3 +219,35 @@ def test_every_operator_has_an_implementation_everywhere():
     assert set(table) == set(ops.OPERATORS)
     for op in ("ema_update_", "cross_entropy", "negative_cosine", "rescale_"):
         assert table[op]["cuda"] == "Triton"
+
+
+def test_the_table_of_operators_is_what_the_families_have():
+    for name, operator in ops.OPERATORS.items():
+        assert callable(ops.reference(name))
+        if _C:
+            assert (ops.cpp_launcher(name)[0] is not None) == operator.cpu
+        launcher, reason = ops.triton_launcher(name)
+        assert (launcher is None) == bool(reason) and (operator.gpu or not launcher)
+
+
+@pytest.mark.parametrize("family", kernels.FAMILIES)
+def test_a_family_has_the_functions_that_its_table_names(family):
+    operators = importlib.import_module(f"fastjem.kernels.{family}").OPERATORS
+    for module, listed in (
+        ("cpu", {n for n, o in operators.items() if o.cpu}),
+        ("gpu", {n for n, o in operators.items() if o.gpu}),
+    ):
+        pytest.importorskip("triton" if module == "gpu" else "fastjem.kernels._C")
+        if not importlib.util.find_spec(f"fastjem.kernels.{family}.{module}"):
+            assert not listed
+            continue
+        functions = vars(importlib.import_module(f"fastjem.kernels.{family}.{module}"))
+        assert {name for name in operators if callable(functions.get(name))} == listed
+
+
+def test_python_and_cpp_name_the_same_columns_of_the_augmentation_table():
+    of_python = {name: value for name, value in vars(columns).items() if name.isupper() and isinstance(value, int)}
+    assert sorted(of_python.values()) == list(range(columns.COLUMNS + 1))  # the columns, and how many they are
+    if not hasattr(_C, "augment_columns"):
+        pytest.skip("the C++ extension doesn't say its columns" if _C else "no C++ extension")
+    assert _C.augment_columns() == of_python

@@ -302,7 +302,7 @@ def test_the_mask_shown_is_the_mask_trained_on(tmp_path: Path) -> None:
     folder = open_source(make_folder(tmp_path, 6, classes=0))
     found = views_of("data2vec", 32)
     specs = found.specs(32, patch=4)
-    mask = found.mask_specs(32, 4)[0]
+    mask = masks.mask_specs(found, 32, 4)[0]
     batch = next(iter(TorchLoader(folder, specs, Order(samples=6, batch=6, seed=5, stop=1), Budget())))
     trained = finish(batch, specs, "cpu", masks=[mask], seed=5)
     files = [(i, folder.name(i)) for i in trained.index.tolist()]

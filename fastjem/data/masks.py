@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastjem.data.philox import FIRST_MASK_BLOCK, NO_VIEW, philox, philox_on_device
-from fastjem.data.views import MaskSpec
+from fastjem.data.views import MaskSpec, Views
 from fastjem.errors import nearest
 
 Device = torch.device | str | None
@@ -81,6 +81,20 @@ class MultiBlock:
 
     context: Tensor  # [B, H, W] bool, true where the context encoder doesn't look
     targets: Tensor  # [B, T, h * w] int64: the patches of each target block, ascending
+
+
+def mask_specs(views: Views, image_size: int, patch: int) -> list[MaskSpec]:
+    """The masks of the large views in patches of `patch` pixels; none where the method hides nothing.
+
+    Raises:
+        UserError: for a sampler that isn't there.
+    """
+    if not views.mask:
+        return []
+    if views.masking not in SAMPLERS:
+        raise nearest("masking", views.masking, SAMPLERS)
+    side = image_size // patch
+    return [MaskSpec(view, (side, side), views.mask, views.masking) for view in range(views.large)]
 
 
 def draw_hidden(spec: MaskSpec, seed: int, epoch: int, samples: Tensor) -> Tensor:

@@ -143,13 +143,6 @@ class Views:
         specs = specs if blur else [replace(spec, blur=0.0) for spec in specs]
         return [changed(spec, changes or {}, "large" if i < self.large else "small") for i, spec in enumerate(specs)]
 
-    def mask_specs(self, image_size: int, patch: int) -> list[MaskSpec]:
-        """The masks of the large views in patches of `patch` pixels; none where the method hides nothing."""
-        if not self.mask:
-            return []
-        side = image_size // patch
-        return [MaskSpec(view, (side, side), self.mask, self.masking) for view in range(self.large)]
-
 
 def changed(spec: ViewSpec, changes: Mapping[str, Value], kind: str) -> ViewSpec:
     """The spec of a "large" or "small" view with the changes that concern it.

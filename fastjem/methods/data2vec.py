@@ -22,7 +22,9 @@ class Data2Vec(Method):
     """
 
     about = About(
-        "masked prediction", "normalised targets of a momentum encoder", "Baevski et al. 2022, arXiv 2202.03555"
+        "masked prediction",
+        "normalised targets of a momentum encoder",
+        "Baevski et al. 2022, arXiv 2202.03555, for images",
     )
     views = Views(large=1, recipe="data2vec", mask=0.75)
     momentum = ("encoder",)

@@ -21,7 +21,11 @@ class DINO(Method):
         otherwise. Without it a convolutional encoder's first logits hardly differ between images.
     """
 
-    about = About("self-distillation", "centred and sharpened teacher", "Caron et al. 2021, arXiv 2104.14294")
+    about = About(
+        "self-distillation",
+        "centred and sharpened teacher",
+        "Caron et al. 2021, arXiv 2104.14294; Sinkhorn centring as in DINOv2, arXiv 2304.07193",
+    )
     views = Views(large=2, small=8, recipe="dino")
     momentum = ("encoder", "projector", "prototypes")
     defaults = Defaults(

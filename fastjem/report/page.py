@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
+from fastjem.data.masks import mask_specs
 from fastjem.errors import UserError
 from fastjem.health import Alarm
 from fastjem.methods import views_of
@@ -202,7 +203,7 @@ def seen(run: Run) -> str:
     given = config.get("options") or {}
     if views.mask:  # an option may change how much is hidden, and how
         views = replace(views, mask=given.get("mask", views.mask), masking=given.get("masking", views.masking))
-    mask = next(iter(views.mask_specs(size, patch)), None)
+    mask = next(iter(mask_specs(views, size, patch)), None)
     # Evenly spread over the images first; the others stand in for files that can't be read.
     order = dict.fromkeys([*spread(len(embeddings.files), VIEWED).tolist(), *range(len(embeddings.files))])
     shown = samples(

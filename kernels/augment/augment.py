@@ -1,4 +1,4 @@
-"""`(augmented image / 255 - mean) / std`, see `reference_augment`: two launches for any number of images, no atomics.
+"""`(augmented image / 255 - mean) / std`, see `reference.augment`: two launches for any number of images, no atomics.
 
 The first has one program (or a few) for each image: the mean for contrast over the steps before it, then all colour
 steps on rows in registers. Images without blur are finished there; of others the rows are blurred across and set
@@ -13,8 +13,18 @@ from torch import Tensor
 from .. import launch, tiling
 from . import columns, reference
 
-# 24 orders of 2 bits: which step comes first, second, third, fourth
-PACKED = tuple(sum(order[i] << 2 * k for k, order in enumerate(columns.ORDERS)) for i in range(4))
+COLUMNS = tl.constexpr(columns.COLUMNS)
+FLIP = tl.constexpr(columns.FLIP)
+BRIGHTNESS = tl.constexpr(columns.BRIGHTNESS)
+CONTRAST = tl.constexpr(columns.CONTRAST)
+ORDER = tl.constexpr(columns.ORDER)
+GRAYSCALE = tl.constexpr(columns.GRAYSCALE)
+SIGMA = tl.constexpr(columns.SIGMA)
+SOLARIZE = tl.constexpr(columns.SOLARIZE)
+RED_GRAY, GREEN_GRAY, BLUE_GRAY = (tl.constexpr(weight) for weight in columns.GRAY)
+
+# The 24 orders in four numbers: number i holds, 2 bits for each order, which step comes at place i.
+PACKED_ORDERS = tuple(sum(order[i] << 2 * k for k, order in enumerate(columns.ORDERS)) for i in range(4))
 
 
 @triton.jit
@@ -25,7 +35,7 @@ def _whole(x, EXACT: tl.constexpr):
 
 @triton.jit
 def _gray(red, green, blue, EXACT: tl.constexpr):
-    y = 0.2989 * red + 0.587 * green + 0.114 * blue
+    y = RED_GRAY * red + GREEN_GRAY * green + BLUE_GRAY * blue
     return tl.floor(y) if EXACT else y
 
 
@@ -51,12 +61,12 @@ def _turn_hue(red, green, blue, turns, EXACT: tl.constexpr):
 
 @triton.jit
 def _jitter(red, green, blue, row, mean, ORDERS: tl.constexpr, BEFORE_CONTRAST: tl.constexpr, EXACT: tl.constexpr):
-    """The four steps in the row's order, or those that come before contrast."""
-    shift = 2 * tl.minimum(tl.maximum(tl.load(row + 9), 0.0), 23.0).to(tl.int64)
+    """The four steps in the row's order, or those that come before contrast. A step's kind is its index in JITTER."""
+    shift = 2 * tl.minimum(tl.maximum(tl.load(row + ORDER), 0.0), 23.0).to(tl.int64)
     ahead = shift >= 0
     for i in tl.static_range(4):
         kind = ((ORDERS[i] >> shift) & 3).to(tl.int32)
-        factor = tl.load(row + 5 + kind)
+        factor = tl.load(row + BRIGHTNESS + kind)
         if BEFORE_CONTRAST:
             ahead = ahead & (kind != 1)
         if ahead & (factor != tl.where(kind == 3, 0.0, 1.0)):
@@ -81,8 +91,9 @@ def _radius(sigma, size):
 
 @triton.jit
 def _across(x, column, radius, sigma, W, BLOCK: tl.constexpr):
-    """Rows blurred; columns of no pixel hold anything."""
-    total, weights = x, 1.0
+    """Rows blurred with reflected borders; columns that are no pixel hold anything."""
+    total = x
+    weights = 1.0
     for k in range(1, radius + 1):
         weight = tl.exp(-0.5 * (k / sigma) * (k / sigma))
         weights += 2 * weight
@@ -121,19 +132,20 @@ def _augment_kernel(
     BLOCK: tl.constexpr,  # >= W
 ):
     image = tl.program_id(0).to(tl.int64)
-    row = parameters + image * 13
+    row = parameters + image * COLUMNS
     column = tl.arange(0, BLOCK)[None, :]
     i_row = tl.arange(0, ROWS)[:, None]
     plane = H * W
     images += image * plane * 3
     out += image * plane * 3
     aside += image * plane * 3
-    source = tl.where(tl.load(row + 4) > 0.5, W - 1 - column, column)
-    grayscale, sigma = tl.load(row + 10), tl.load(row + 11)
-    solarized = tl.where(tl.load(row + 12) > 0.5, threshold, float("inf"))  # from where on
+    source = tl.where(tl.load(row + FLIP) > 0.5, W - 1 - column, column)
+    grayscale = tl.load(row + GRAYSCALE)
+    sigma = tl.load(row + SIGMA)
+    solarized = tl.where(tl.load(row + SOLARIZE) > 0.5, threshold, float("inf"))  # from where on
 
     mean = 0.0
-    if tl.load(row + 6) != 1:
+    if tl.load(row + CONTRAST) != 1:
         sums = tl.zeros([ROWS, BLOCK], tl.float32)
         for y in range(0, H, ROWS):
             mask = (y + i_row < H) & (column < W)
@@ -191,10 +203,11 @@ def _blur_down_kernel(
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
-    row = parameters + image * 13
-    sigma = tl.load(row + 11)
-    solarized = tl.where(tl.load(row + 12) > 0.5, threshold, float("inf"))
-    radius, plane = _radius(sigma, H), H * W
+    row = parameters + image * COLUMNS
+    sigma = tl.load(row + SIGMA)
+    solarized = tl.where(tl.load(row + SOLARIZE) > 0.5, threshold, float("inf"))
+    radius = _radius(sigma, H)
+    plane = H * W
     if (radius > 0) | (_radius(sigma, W) > 0):
         y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
         column = tl.arange(0, BLOCK)[None, :]
@@ -207,7 +220,8 @@ def _blur_down_kernel(
             for k in range(1, radius + 1):
                 weight = tl.exp(-0.5 * (k / sigma) * (k / sigma))
                 weights += 2 * weight
-                above, below = tl.abs(y - k), H - 1 - tl.abs(H - 1 - y - k)
+                above = tl.abs(y - k)
+                below = H - 1 - tl.abs(H - 1 - y - k)
                 both = tl.load(aside + above * W + column, mask, 0).to(tl.float32)
                 both += tl.load(aside + below * W + column, mask, 0).to(tl.float32)
                 x += weight * both
@@ -233,10 +247,12 @@ def augment(
     tile = tiling.augment(width)
     if parameters.dtype != torch.float32 or tile is None:
         return reference.augment(images, parameters, mean, std, dtype, channels_last, exact, threshold)
-    images, parameters = images.contiguous(), parameters.contiguous()
-    shape, layout = (batch, 3, height, width), torch.channels_last if channels_last else torch.contiguous_format
+    images = images.contiguous()
+    parameters = parameters.contiguous()
+    shape = (batch, 3, height, width)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
-    fine = exact or dtype == torch.float32
+    fine = exact or dtype == torch.float32  # what is set aside stays float32
     aside = torch.empty(shape, dtype=torch.float32 if fine else torch.int16, device=images.device)
     blocks = triton.cdiv(height, tile["ROWS"])
     parts = min(blocks, max(1, tiling.AUGMENT_PROGRAMS // batch))
@@ -250,7 +266,6 @@ def augment(
         "device_of": images,
     }
     tiles = triton.cdiv(blocks, parts)
-    sizes = height, width
     launch.launch(
         _augment_kernel,
         (batch, parts),
@@ -258,11 +273,12 @@ def augment(
         parameters,
         out,
         aside,
-        *sizes,
+        height,
+        width,
         tiles,
         threshold,
-        ORDERS=PACKED,
+        ORDERS=PACKED_ORDERS,
         **common,
     )
-    launch.launch(_blur_down_kernel, (batch, blocks), parameters, out, aside, *sizes, threshold, **common)
+    launch.launch(_blur_down_kernel, (batch, blocks), parameters, out, aside, height, width, threshold, **common)
     return out

@@ -20,7 +20,8 @@ def augment(
 ) -> Tensor:
     if parameters.dtype != torch.float32:
         return reference.augment(images, parameters, mean, std, dtype, channels_last, exact, threshold)
-    images, parameters = images.contiguous(), parameters.contiguous()
+    images = images.contiguous()
+    parameters = parameters.contiguous()
     batch, height, width, _ = images.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty((batch, 3, height, width), dtype=dtype, memory_format=layout)
@@ -55,7 +56,9 @@ def crop_resize(
     low, high = (int(x) for x in torch.aminmax(indices))
     if low < 0 or high >= count:
         raise IndexError(f"crop_resize: indices must be in [0, {count}), got {low if low < 0 else high}")
-    images, indices, parameters = images.contiguous(), indices.contiguous(), parameters.contiguous()
+    images = images.contiguous()
+    indices = indices.contiguous()
+    parameters = parameters.contiguous()
     out = torch.empty((len(indices), size, size, 3), dtype=torch.uint8)
     _C.crop_resize(
         address(images),

@@ -1,9 +1,7 @@
-"""Windows of images in memory, resized with antialiasing: see `reference_augment.resize_matrix`. One launch.
+"""Windows of images in memory, resized with antialiasing: see `reference.resize_matrix`. One launch.
 
 A program makes a block of a view's pixels, each from the pixels of the window that it covers.
 """
-
-import math
 
 import torch
 import triton
@@ -11,7 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch, tiling
-from . import reference
+from . import columns, reference
+
+TOP = tl.constexpr(columns.TOP)
+LEFT = tl.constexpr(columns.LEFT)
+HEIGHT = tl.constexpr(columns.HEIGHT)
+WIDTH = tl.constexpr(columns.WIDTH)
+COLUMNS = tl.constexpr(columns.COLUMNS)
 
 
 @triton.jit
@@ -49,9 +53,9 @@ def _crop_resize_kernel(
     BLOCK: tl.constexpr,
 ):
     view = tl.program_id(0).to(tl.int64)
-    row = parameters + view * 13
-    top, height = _window(tl.load(row), tl.load(row + 2), H)
-    left, width = _window(tl.load(row + 1), tl.load(row + 3), W)
+    row = parameters + view * COLUMNS
+    top, height = _window(tl.load(row + TOP), tl.load(row + HEIGHT), H)
+    left, width = _window(tl.load(row + LEFT), tl.load(row + WIDTH), W)
     index = tl.load(indices + view)
     index = tl.minimum(tl.maximum(index, 0), N - 1)  # never a foreign address
     images += (index * H + top) * W * 3 + left * 3
@@ -59,8 +63,10 @@ def _crop_resize_kernel(
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = pixel < size * size
     radius: tl.constexpr = 2.0 if BICUBIC else 1.0
-    y_scale, x_scale = height.to(tl.float32) / size, width.to(tl.float32) / size
-    y_wide, x_wide = tl.maximum(y_scale, 1.0), tl.maximum(x_scale, 1.0)
+    y_scale = height.to(tl.float32) / size
+    x_scale = width.to(tl.float32) / size
+    y_wide = tl.maximum(y_scale, 1.0)
+    x_wide = tl.maximum(x_scale, 1.0)
     y_centre = y_scale * ((pixel // size).to(tl.float32) + 0.5)
     x_centre = x_scale * ((pixel % size).to(tl.float32) + 0.5)
     y_first = tl.floor(y_centre - radius * y_wide + 0.5).to(tl.int32)
@@ -76,23 +82,23 @@ def _crop_resize_kernel(
         y = y_first + i
         y_inside = mask & (y >= 0) & (y < height)
         y_weight = tl.where(y_inside, _weight((y.to(tl.float32) + 0.5 - y_centre) / y_wide, BICUBIC), 0.0)
-        a = tl.zeros([BLOCK], tl.float32)
-        b = tl.zeros([BLOCK], tl.float32)
-        c = tl.zeros([BLOCK], tl.float32)
-        across = tl.zeros([BLOCK], tl.float32)
+        row_red = tl.zeros([BLOCK], tl.float32)
+        row_green = tl.zeros([BLOCK], tl.float32)
+        row_blue = tl.zeros([BLOCK], tl.float32)
+        row_weights = tl.zeros([BLOCK], tl.float32)
         for j in range(0, x_taps):
             x = x_first + j
             inside = y_inside & (x >= 0) & (x < width)
             weight = tl.where(inside, _weight((x.to(tl.float32) + 0.5 - x_centre) / x_wide, BICUBIC), 0.0)
             source = images + (y * W + x) * 3
-            a += weight * tl.load(source, inside, 0).to(tl.float32)
-            b += weight * tl.load(source + 1, inside, 0).to(tl.float32)
-            c += weight * tl.load(source + 2, inside, 0).to(tl.float32)
-            across += weight
-        over = 1 / tl.where(across > 0, across, 1.0)
-        red += y_weight * _level(a * over)
-        green += y_weight * _level(b * over)
-        blue += y_weight * _level(c * over)
+            row_red += weight * tl.load(source, inside, 0).to(tl.float32)
+            row_green += weight * tl.load(source + 1, inside, 0).to(tl.float32)
+            row_blue += weight * tl.load(source + 2, inside, 0).to(tl.float32)
+            row_weights += weight
+        over = 1 / tl.where(row_weights > 0, row_weights, 1.0)
+        red += y_weight * _level(row_red * over)
+        green += y_weight * _level(row_green * over)
+        blue += y_weight * _level(row_blue * over)
         weights += y_weight
     over = 1 / tl.where(weights > 0, weights, 1.0)
     out += view * size * size * 3 + pixel * 3
@@ -110,10 +116,12 @@ def crop_resize(
 ) -> Tensor:
     if parameters.dtype != torch.float32:
         return reference.crop_resize(images, indices, parameters, size, bicubic)
-    images, indices, parameters = images.contiguous(), indices.contiguous(), parameters.contiguous()
+    images = images.contiguous()
+    indices = indices.contiguous()
+    parameters = parameters.contiguous()
     out = torch.empty((len(indices), size, size, 3), dtype=torch.uint8, device=images.device)
     tile = tiling.crop_resize(size)
-    grid = len(indices), math.ceil(size * size / tile["BLOCK"])
+    grid = (len(indices), triton.cdiv(size * size, tile["BLOCK"]))
     launch.launch(
         _crop_resize_kernel,
         grid,

@@ -19,7 +19,8 @@ from .columns import (
 )
 
 
-def _gray(x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 1, H, W]
+def _gray(x: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, 1, H, W]"""
     red, green, blue = x.split(1, 1)
     return GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue
 

@@ -1,4 +1,4 @@
-"""The specification of the contrastive losses: a part of reference.py, whose conventions hold.
+"""The specification of the contrastive losses; conventions are in kernels/__init__.py.
 
 Log-sum-exps and positives' logits are float64 vectors: a loss is their difference, which at temperature 0.01 would
 keep only two digits of a float32 log-sum-exp. Products and gradients stay in float32.
@@ -12,16 +12,19 @@ from torch import Tensor
 from ..arithmetic import no_gradient, scalar_like, through_unit_rows, unit_rows, widen
 
 
-def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def _unit_if(normalize: bool, x: Tensor) -> tuple[Tensor, Tensor]:
     return unit_rows(x) if normalize else (x, torch.ones_like(x[..., :1]))
 
 
 def _views(rows: Tensor, candidates: Tensor, offset: int, temperature: float, normalize: bool):
-    """Logits of every view of `rows` with all candidates, [V n, V N]; where a row meets itself, and where its
-    positives."""
-    (v, n, d), total = rows.shape, candidates.shape[1]
-    a, norm = _unit(widen(rows).reshape(v * n, d), normalize)
-    b, _ = _unit(widen(candidates).reshape(v * total, d), normalize)
+    """(rows [V n, D] and their norms, candidates [V N, D], logits, itself, positive), the last three [V n, V N].
+
+    `itself` is where a row meets itself, `positive` where it meets other views of its image.
+    """
+    v, n, d = rows.shape
+    total = candidates.shape[1]
+    a, norm = _unit_if(normalize, widen(rows).reshape(v * n, d))
+    b, _ = _unit_if(normalize, widen(candidates).reshape(v * total, d))
     image = torch.arange(v * n, device=rows.device) % n + offset  # [V n], the image that a row shows
     columns = torch.arange(v * total, device=rows.device)
     same_image = columns % total == image[:, None]  # [V n, V N]
@@ -60,9 +63,9 @@ def nt_xent_backward(
     decoupled: bool,
     normalize: bool,
 ) -> Tensor:
-    """[V, n, D]: temperature times the gradient, for `rows`, of `sum(lse - weights * positives)` over all candidates
-    as rows.
+    """[V, n, D]: temperature times the gradient for `rows` of `sum(lse - weights * positives)`.
 
+    The sum is over all candidates as rows. The gradient is
     `sum_j (P_ij + P_ji) z_j - sum_j((w_i + w_j) z_j over positives) / (V - 1)`, then through the normalisation.
     """
     v = len(rows)
@@ -86,14 +89,18 @@ def info_nce(
     temperature: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows. MoCo, arXiv
-    1911.05722, eq. 1."""
-    (q, q_norm), (p, p_norm), (k, k_norm) = (unit_rows(widen(x)) for x in (query, positive, negatives))
+    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows.
+
+    MoCo, arXiv 1911.05722, equation 1.
+    """
+    q, q_norm = unit_rows(widen(query))
+    p, p_norm = unit_rows(widen(positive))
+    k, k_norm = unit_rows(widen(negatives))
     itself = torch.arange(len(k), device=k.device) == torch.arange(len(q), device=k.device)[:, None] + offset
     logits = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).masked_fill(itself, -math.inf)], 1)  # [N, 1 + K]
     log_p = (logits.double() / temperature).log_softmax(1)
-    weights = log_p.exp().to(q.dtype)
-    p_weight, k_weights = log_p[:, :1].expm1().to(q.dtype), weights[:, 1:]
+    p_weight = log_p[:, :1].expm1().to(q.dtype)
+    k_weights = log_p[:, 1:].exp().to(q.dtype)
     gradients = [
         through_unit_rows(p_weight * p + k_weights @ k, q, q_norm).to(query.dtype) if wanted[0] else no_gradient(query),
         through_unit_rows(p_weight * q, p, p_norm).to(positive.dtype) if wanted[1] else no_gradient(positive),
@@ -104,8 +111,8 @@ def info_nce(
 
 def _pairs(x: Tensor, y: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     """The similarities [n, m], and whether column j is row i's own pair, j = offset + i."""
-    own = torch.arange(len(y), device=y.device) == torch.arange(len(x), device=x.device)[:, None] + offset
-    return widen(x) @ widen(y).T, own
+    own_pair = torch.arange(len(y), device=y.device) == torch.arange(len(x), device=x.device)[:, None] + offset
+    return widen(x) @ widen(y).T, own_pair
 
 
 def clip_loss(
@@ -114,33 +121,33 @@ def clip_loss(
     logit_scale: Tensor,  # 0-dim
     offset: int,  # -n: y are other pairs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the logits `logit_scale * x @ y.T`: each pair's own [n] (0 without), logsumexp over y [n], logsumexp over x
-    [m]; float64.
+    """Of the logits `logit_scale * x @ y.T`: each pair's own, logsumexp over y, both [n], logsumexp over x [m].
 
+    All float64; the own logit is 0 for a row whose pair isn't among y.
     CLIP, arXiv 2103.00020, figure 3: the loss is half the mean of both log-sum-exps less the pair's own logit.
     """
-    similarities, own = _pairs(x, y, offset)
+    similarities, own_pair = _pairs(x, y, offset)
     logits = similarities.double() * logit_scale.double()
-    return logits.masked_fill(~own, 0).sum(1), logits.logsumexp(1), logits.logsumexp(0)
+    return logits.masked_fill(~own_pair, 0).sum(1), logits.logsumexp(1), logits.logsumexp(0)
 
 
 def clip_loss_backward(
     x: Tensor,  # [n, D]
     y: Tensor,  # [m, D]
     logit_scale: Tensor,  # 0-dim
-    x_lse: Tensor,  # [n], over all y that there are; likewise y_lse
-    y_lse: Tensor,  # [m]
+    x_lse: Tensor,  # [n], over the y of all ranks
+    y_lse: Tensor,  # [m], over the x of all ranks
     offset: int,
     wanted: list[bool],
 ) -> tuple[list[Tensor], Tensor]:
-    """The gradients of `sum(x_lse) + sum(y_lse) - 2 sum(own logits)` for x and y, over logit_scale, and for
-    logit_scale (float64).
+    """The gradients of `sum(x_lse) + sum(y_lse) - 2 sum(own logits)`.
 
-    With G = softmax over y + softmax over x - 2 own: `G @ y`, `G.T @ x` and `sum(G * (x @ y.T))`.
+    With G = softmax over y + softmax over x - 2 own_pair: those for x and y over logit_scale, `G @ y` and `G.T @ x`,
+    and that for logit_scale, `sum(G * (x @ y.T))`, float64.
     """
-    similarities, own = _pairs(x, y, offset)
+    similarities, own_pair = _pairs(x, y, offset)
     logits = similarities.double() * logit_scale.double()
-    g = (logits - x_lse[:, None]).exp() + (logits - y_lse).exp() - 2 * own
+    g = (logits - x_lse[:, None]).exp() + (logits - y_lse).exp() - 2 * own_pair
     narrow = g.to(similarities.dtype)
     gradients = [
         (narrow @ widen(y)).to(x.dtype) if wanted[0] else no_gradient(x),
@@ -157,14 +164,13 @@ def siglip_loss(
     offset: int,  # -n: y are other pairs
     wanted: list[bool],  # for x and y
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """`-logsigmoid(labels * (logit_scale * x @ y.T + logit_bias)).sum()`, float64; labels are 1 for a pair's own, -1
-    elsewhere.
+    """`-logsigmoid(labels * (logit_scale * x @ y.T + logit_bias)).sum()`, labels 1 for pairs and -1 elsewhere.
 
-    Its gradients for x and y, over logit_scale, for logit_scale and for logit_bias (both float64). SigLIP, arXiv
-    2303.15343.
+    The loss and its gradients for logit_scale and logit_bias, the last two results, are float64; the gradients for x
+    and y are over logit_scale. SigLIP, arXiv 2303.15343.
     """
-    similarities, own = _pairs(x, y, offset)
-    labels = 2 * own.to(similarities.dtype) - 1
+    similarities, own_pair = _pairs(x, y, offset)
+    labels = 2 * own_pair.to(similarities.dtype) - 1
     logits = labels * (similarities * logit_scale.to(similarities.dtype) + logit_bias.to(similarities.dtype))
     g = -labels * (-logits).sigmoid()
     gradients = [
@@ -189,18 +195,18 @@ def koleo(
     eps: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`-log(||u_i - u_n(i) + eps||_p + eps).mean()`, u rows of unit length and n(i) the nearest other one. arXiv
-    1806.03198, section 3.
+    """`-log(||u_i - u_n(i) + eps||_p + eps).mean()`, u rows of unit length and n(i) the nearest other one.
 
-    Similarities are looked at in blocks of rows; no [N, N] exists where N is more than a block.
+    KoLeo, arXiv 1806.03198, section 3. Similarities are looked at in blocks of rows, so that no [N, N] exists where N
+    is more than a block.
     """
     unit, norm = unit_rows(widen(x), eps)
     n = len(x)
     nearest = []
     for first in range(0, n, 256):
         similarities = unit[first : first + 256] @ unit.T
-        own = torch.arange(len(similarities), device=x.device)
-        similarities[own, own + first] = -2
+        row = torch.arange(len(similarities), device=x.device)
+        similarities[row, row + first] = -2  # less than any cosine
         nearest.append(similarities.argmax(1))
     nearest = torch.cat(nearest)
     difference = unit - unit[nearest] + eps  # [N, D]
@@ -210,8 +216,7 @@ def koleo(
         return loss, [no_gradient(x)], scalar_like(x, 1 / n)
     direction = difference.sgn() * (difference.abs() / distance).pow(p - 1)  # of the distance: x / |x| for p = 2
     slope = -direction / (distance + eps)
-    # a fixed order of sums for the rows that are the nearest of many: index_put_ sorts, index_add_ would use atomics
-    # on CUDA
+    # Sums in a fixed order for a row that is the nearest of many: index_put_ sorts, index_add_ uses atomics on CUDA.
     gradient = slope.index_put((nearest,), -slope, accumulate=True)
     gradient = through_unit_rows(gradient, unit, norm, eps)
     largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import launch
+from ..arithmetic import no_gradient
 from . import columns, reference
 
 
@@ -32,20 +33,19 @@ def barlow_twins(
             cross = a.T @ b
             squares = [cross]
             total = columns.dot(cross, cross)
-            diagonal = cross.diagonal().double() / n  # the same numbers as in the total, which they are taken from
+            diagonal = cross.diagonal().double() / n  # of the total's own numbers, as it is subtracted from the total
         loss = (diagonal - 1).square().sum() + lambda_param * (total / n**2 - diagonal.square().sum())
         rank = ((diagonal.sum() * n).square() / total).expand(2, 1)
         health = [torch.cat([torch.stack([a_std, b_std]), rank], 1).to(a.dtype)] if statistics else []
         health += squares if statistics > 1 else []
         weights = ((1 - lambda_param) * diagonal - 1).to(a.dtype)
         factor = torch.full((), lambda_param / n, dtype=a.dtype, device=a.device)
-        gradients = [torch.empty((0,), dtype=z.dtype, device=z.device) for z in (z0, z1)]
-        sides = ((z0, a, a_std, b), (z1, b, b_std, a))
-        for i, (z, own, std, other) in enumerate(sides):
+        gradients = [no_gradient(z0), no_gradient(z1)]
+        for i, (z, normalised, std, other) in enumerate(((z0, a, a_std, b), (z1, b, b_std, a))):
             if not wanted[i]:
                 continue
-            product = squares[1 - i] @ own if n < d else other @ (cross.T, cross)[i]
+            product = squares[1 - i] @ normalised if n < d else other @ (cross if i else cross.T)
             gradients[i] = product if z.dtype == product.dtype else torch.empty((n, d), dtype=z.dtype, device=z.device)
-            columns.through_standardise(product, own, other, weights, std, factor, gradients[i])
+            columns.through_standardise(product, normalised, other, weights, std, factor, gradients[i])
     scale = torch.full((), 2 / n, dtype=a.dtype, device=a.device)
     return loss.to(a.dtype), gradients, scale, health

@@ -17,7 +17,7 @@ from ..arithmetic import compute_dtype, dense_rows
 
 
 @triton.jit
-def _tile(i_row, column, N, D):
+def _inside(i_row, column, N, D):
     return (i_row < N)[:, None] & (column < D)[None, :]
 
 
@@ -43,20 +43,20 @@ def _standardise_kernel(
     for i in range(0, N, ROWS):
         i_row = i + tl.arange(0, ROWS)
         at = launch.row_start(i_row, s_x, 1)[:, None] + column[None, :]
-        total += tl.load(x + at, _tile(i_row, column, N, D), 0).to(COMPUTE)
+        total += tl.load(x + at, _inside(i_row, column, N, D), 0).to(COMPUTE)
     high = (tl.sum(total, 0) / N)[None, :]
 
-    # The mean in two parts, as its rounding may be as large as what is left of a column without it.
-    rest = tl.zeros([ROWS, COLUMNS], COMPUTE)
+    # The mean is high + low, as the rounding of one number may be as large as what is left of a column without it.
+    remainder = tl.zeros([ROWS, COLUMNS], COMPUTE)
     squares = tl.zeros([ROWS, COLUMNS], COMPUTE)
     for i in range(0, N, ROWS):
         i_row = i + tl.arange(0, ROWS)
         at = launch.row_start(i_row, s_x, 1)[:, None] + column[None, :]
-        mask = _tile(i_row, column, N, D)
+        mask = _inside(i_row, column, N, D)
         centred = tl.where(mask, tl.load(x + at, mask, 0).to(COMPUTE) - high, 0.0)
-        rest += centred
+        remainder += centred
         squares += centred * centred
-    low = tl.sum(rest, 0) / N
+    low = tl.sum(remainder, 0) / N
     eps = tl.full((), EPS, COMPUTE)
     variance = tl.maximum(tl.sum(squares, 0) - low * low * N, 0.0) / (N - CORRECTION)
     b_std = tl.sqrt(variance + eps)
@@ -67,7 +67,7 @@ def _standardise_kernel(
     for i in range(0, N, ROWS):
         i_row = i + tl.arange(0, ROWS)
         at = launch.row_start(i_row, s_x, 1)[:, None] + column[None, :]
-        mask = _tile(i_row, column, N, D)
+        mask = _inside(i_row, column, N, D)
         b_out = ((tl.load(x + at, mask, 0).to(COMPUTE) - high) - low[None, :]) * factor
         to = launch.row_start(i_row, D, 1)[:, None] + column[None, :]
         tl.store(out + to, b_out, mask)
@@ -84,8 +84,9 @@ def standardised(
     divide: bool,
     other: Tensor | None = None,  # [N, D]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The centred columns (over std if `divide`), std, and the dots of the columns with those of `other`."""
-    (n, d), x = x.shape, dense_rows(x)
+    """The centred columns [N, D] (over std if `divide`), std [D], and the columns' dot products with `other`'s [D]."""
+    n, d = x.shape
+    x = dense_rows(x)
     compute = compute_dtype(x.dtype)
     out = torch.empty((n, d), dtype=compute, device=x.device)
     std = out.new_empty(d)
@@ -114,6 +115,7 @@ def standardised(
 
 @triton.jit
 def _combined(product, other, weight, factor, i_row, column, D, mask):
+    """A block of the gradient for the normalised columns: `product * factor + other * weight`."""
     at = launch.row_start(i_row, D, 1)[:, None] + column[None, :]
     b_product = tl.load(product + at, mask, 0)
     return b_product * factor.to(b_product.dtype) + tl.load(other + at, mask, 0) * weight[None, :]
@@ -122,7 +124,7 @@ def _combined(product, other, weight, factor, i_row, column, D, mask):
 @triton.jit(do_not_specialize=["N"])
 def _through_standardise_kernel(
     product,  # [N, D] contiguous
-    own,  # [N, D] contiguous
+    normalised,  # [N, D] contiguous: what `standardised` returned, divided by std
     other,  # [N, D] contiguous
     weights,  # [D]
     std,  # [D]
@@ -142,25 +144,25 @@ def _through_standardise_kernel(
     products = tl.zeros([ROWS, COLUMNS], COMPUTE)
     for i in range(0, N, ROWS):
         i_row = i + tl.arange(0, ROWS)
-        mask = _tile(i_row, column, N, D)
+        mask = _inside(i_row, column, N, D)
         g = _combined(product, other, weight, b_factor, i_row, column, D, mask)
         at = launch.row_start(i_row, D, 1)[:, None] + column[None, :]
         sums += g
-        products += g * tl.load(own + at, mask, 0)
+        products += g * tl.load(normalised + at, mask, 0)
     mean = (tl.sum(sums, 0) / N)[None, :]
     along = (tl.sum(products, 0) / N)[None, :]
     for i in range(0, N, ROWS):
         i_row = i + tl.arange(0, ROWS)
-        mask = _tile(i_row, column, N, D)
+        mask = _inside(i_row, column, N, D)
         g = _combined(product, other, weight, b_factor, i_row, column, D, mask)
         at = launch.row_start(i_row, D, 1)[:, None] + column[None, :]
-        gradient = (g - mean - tl.load(own + at, mask, 0) * along) / b_std[None, :]
+        gradient = (g - mean - tl.load(normalised + at, mask, 0) * along) / b_std[None, :]
         tl.store(out + at, gradient, mask)
 
 
 def through_standardise(
     product: Tensor,  # [N, D]
-    own: Tensor,  # [N, D]
+    normalised: Tensor,  # [N, D]
     other: Tensor,  # [N, D]
     weights: Tensor,  # [D]
     std: Tensor,  # [D]
@@ -168,13 +170,13 @@ def through_standardise(
     out: Tensor,  # [N, D]
 ) -> None:
     """out = the gradient g = product * factor + other * weights, back through `standardised`."""
-    n, d = own.shape
+    n, d = normalised.shape
     tile = tiling.covariance_columns(out.dtype)
     launch.launch(
         _through_standardise_kernel,
         (triton.cdiv(d, tile["COLUMNS"]),),
         product,
-        own,
+        normalised,
         other,
         weights,
         std,
@@ -182,9 +184,9 @@ def through_standardise(
         out,
         n,
         d,
-        COMPUTE=launch.DTYPES[own.dtype],
+        COMPUTE=launch.DTYPES[normalised.dtype],
         **tile,
-        device_of=own,
+        device_of=normalised,
     )
 
 

@@ -5,6 +5,8 @@ gradient needs `B (A^T B)^T = (B B^T) A`: whichever is smaller is computed, and 
 statistics.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,9 @@ def _standardised(
     divide: bool,
     other: Tensor | None = None,  # [N, D]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The centred columns [N, D] (over std if `divide`), std = sqrt(sum of squares / divisor + eps) [D] float64, and
-    the dot product [D] of each column with that of `other`.
+    """The centred columns [N, D] (over std if `divide`), std [D], and the columns' dot products with `other`'s [D].
+
+    std is sqrt(sum of squares / divisor + eps), float64.
     """
     out = torch.empty(x.shape, dtype=compute_dtype(x.dtype))
     std = torch.empty(x.shape[1], dtype=torch.float64)
@@ -127,6 +130,41 @@ def barlow_twins(
     return loss.to(dtype), gradients, torch.full((), scale / in_gradient, dtype=dtype), health
 
 
+class _View(NamedTuple):
+    """What one view adds to VICReg's loss, and what its gradient is made of."""
+
+    loss: Tensor  # 0-dim float64: its variance and covariance terms
+    health: Tensor  # [D + 1] float64: std, participation ratio
+    square: Tensor  # centred @ centred.T for N < D, else centred.T @ centred
+    centred: Tensor | None  # [N, D]; all three None where no gradient is wanted
+    product: Tensor | None  # [N, D]
+    weights: Tensor | None  # [D] float64: the gradient is centred * weights + product * factor + the distance's part
+
+
+def _view(
+    z: Tensor, gradient: Tensor, mu_param: float, nu_param: float, eps: float, factor: float, scale: float
+) -> _View:
+    n, d = z.shape
+    centred, std, _ = _standardised(z, n - 1, eps, False)
+    square = _symmetric(centred if n < d else centred.T)
+    diagonal = (std.square() - eps) * (n - 1) if n < d else square.diagonal().to(torch.float64, copy=True)
+    total = _dot(square, square)
+    off_diagonal = total - diagonal.square().sum()
+    loss = mu_param / 2 * (1 - std).relu().mean() + nu_param / (n - 1) ** 2 / d * off_diagonal
+    health = torch.cat([std, (diagonal.sum().square() / total)[None]])
+    if not gradient.numel():
+        return _View(loss, health, square, None, None, None)
+    weights = (std < 1) / std * (-mu_param / 2 * n / (n - 1) / d)
+    product = _product_memory(gradient, centred)
+    if n < d:
+        torch.mm(square, centred, out=product)
+        weights -= factor * diagonal
+    else:
+        torch.mm(centred, square.fill_diagonal_(0), out=product)
+        square.diagonal().copy_(diagonal)
+    return _View(loss, health, square, centred, product, weights.mul_(scale))
+
+
 def vicreg(
     z0: Tensor,
     z1: Tensor,
@@ -139,45 +177,17 @@ def vicreg(
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in CODES:
         return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, statistics, wanted)
+    n, d = z0.shape
     z0 = dense_rows(z0)
     z1 = dense_rows(z1)
     dtype = compute_dtype(z0.dtype)
-    n, d = z0.shape
     gradients = [gradient_for(z0, wanted[0]), gradient_for(z1, wanted[1])]
     factor = 4 * nu_param * n / (n - 1) ** 2 / d
     in_gradient = 1 / n if z0.dtype == dtype else 1.0  # half precision can't hold the scaled gradient
-    loss = 0.0
-    views = []  # four addresses each, for C++
-    kept = []  # the tensors at these addresses, until it has run
-    health = []
-    squares = []
-    for z, gradient in zip((z0, z1), gradients, strict=True):
-        centred, std, _ = _standardised(z, n - 1, eps, False)
-        diagonal = (std.square() - eps) * (n - 1)
-        square = _symmetric(centred if n < d else centred.T)
-        if n >= d:
-            diagonal = square.diagonal().to(torch.float64, copy=True)
-        total = _dot(square, square)
-        off_diagonal = total - diagonal.square().sum()
-        if statistics:
-            health.append(torch.cat([std, (diagonal.sum().square() / total)[None]]))
-        if statistics > 1:
-            squares.append(square)
-        loss = loss + mu_param / 2 * (1 - std).relu().mean() + nu_param / (n - 1) ** 2 / d * off_diagonal
-        if not gradient.numel():
-            views.append((0, 0, 0, 0))
-            continue
-        weights = (std < 1) / std * (-mu_param / 2 * n / (n - 1) / d)
-        product = _product_memory(gradient, centred)
-        if n < d:
-            torch.mm(square, centred, out=product)
-            weights -= factor * diagonal
-        else:
-            torch.mm(centred, square.fill_diagonal_(0), out=product)
-            square.diagonal().copy_(diagonal)
-        weights *= in_gradient
-        views.append((address(centred), address(product), address(weights), address(gradient)))
-        kept.append((centred, product, weights))
+    views = [
+        _view(z, gradient, mu_param, nu_param, eps, factor, in_gradient)
+        for z, gradient in zip((z0, z1), gradients, strict=True)
+    ]
     distances = _C.vicreg(
         CODES[z0.dtype],
         address(z0),
@@ -186,11 +196,15 @@ def vicreg(
         z1.stride(0),
         n,
         d,
-        views,
+        [
+            (address(view.centred), address(view.product), address(view.weights), address(gradient))
+            for view, gradient in zip(views, gradients, strict=True)
+        ],
         factor * in_gradient,
         2 * lambda_param / d * in_gradient,
         torch.get_num_threads(),
     )
-    loss = loss + lambda_param * distances / (n * d)
-    of_views = [torch.stack(health).to(dtype)] if statistics else []
-    return loss.to(dtype), gradients, torch.full((), 1 / n / in_gradient, dtype=dtype), of_views + squares
+    loss = views[0].loss + views[1].loss + lambda_param * distances / (n * d)
+    health = [torch.stack([view.health for view in views]).to(dtype)] if statistics else []
+    squares = [view.square for view in views] if statistics > 1 else []
+    return loss.to(dtype), gradients, torch.full((), 1 / n / in_gradient, dtype=dtype), health + squares

@@ -1,4 +1,4 @@
-"""The specification."""
+"""The specification of the losses on the covariance of columns; conventions are in kernels/__init__.py."""
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ def barlow_twins(
     statistics: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b. arXiv 2103.03230,
-    equation 1.
+    """`sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2`, C = a^T b / N of batch-normalised a, b.
 
-    Batch norm without affine part: biased variance, eps = 1e-5. The `statistics` (from 1 on) are [2, D + 1]: the
-    columns' standard deviations (with eps) of each view, then the participation ratio of C, `(sum_i C_ii)^2 / ||C||^2`;
-    from 2 on followed by the squares that it is computed from: a a^T and b b^T for N < D, else a^T b.
+    Barlow Twins, arXiv 2103.03230, equation 1. Batch norm without affine part: biased variance, eps = 1e-5.
+    The `statistics` (from 1 on) are [2, D + 1]: the columns' standard deviations (with eps) of each view, then the
+    participation ratio of C, `(sum_i C_ii)^2 / ||C||^2`. From 2 on the squares follow that it is computed from: a a^T
+    and b b^T for N < D, else a^T b.
     """
     n, d = z0.shape
 
@@ -29,7 +29,8 @@ def barlow_twins(
     def through_batch_norm(gradient: Tensor, normalised: Tensor, std: Tensor) -> Tensor:
         return (gradient - gradient.mean(0) - normalised * (gradient * normalised).mean(0)) / std
 
-    (a, a_std), (b, b_std) = batch_norm(widen(z0)), batch_norm(widen(z1))
+    a, a_std = batch_norm(widen(z0))
+    b, b_std = batch_norm(widen(z1))
     identity = torch.eye(d, dtype=a.dtype, device=a.device)
     difference = a.T @ b / n - identity
     weighted = difference * (identity + lambda_param * (1 - identity))
@@ -55,9 +56,9 @@ def vicreg(
     statistics: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`. arXiv 2105.04906, with the official code's
-    factor 1/2 on v.
+    """`lambda mse(z0, z1) + mu (v(z0) + v(z1)) / 2 + nu (c(z0) + c(z1))`.
 
+    VICReg, arXiv 2105.04906, with the official code's factor 1/2 on v.
     v = mean_d relu(1 - sqrt(var + eps)), c = sum_{i != j} cov_ij^2 / D, both with N - 1 in the denominator.
     The `statistics` (from 1 on) are [2, D + 1]: the columns' standard deviations (with eps) of each view, then the
     participation ratio of its covariance's spectrum, `(sum_i cov_ii)^2 / ||cov||^2`; from 2 on followed by each view's
@@ -65,7 +66,8 @@ def vicreg(
     Gradients carry 1 / D, without which a covariance of thousands of columns overflows float16.
     """
     n, d = z0.shape
-    a, b = widen(z0), widen(z1)
+    a = widen(z0)
+    b = widen(z1)
     squares = []
 
     def regularise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +82,8 @@ def vicreg(
         variance_part = (std < 1) / std * (-mu_param / 2) * centred
         return loss, (variance_part + 4 * nu_param * centred @ covariance) * (n / (n - 1)), torch.cat([std, rank[None]])
 
-    (a_loss, a_gradient, a_health), (b_loss, b_gradient, b_health) = regularise(a), regularise(b)
+    a_loss, a_gradient, a_health = regularise(a)
+    b_loss, b_gradient, b_health = regularise(b)
     health = [torch.stack([a_health, b_health])] if statistics else []
     difference = 2 * lambda_param * (a - b)
     loss = lambda_param * (a - b).square().mean() + a_loss + b_loss

@@ -3,18 +3,21 @@
 The covariances' squared norms are those of N x N Gram matrices, for N < D; centred^T centred otherwise.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import launch, tiling
-from ..arithmetic import compute_dtype, dense_rows
+from ..arithmetic import compute_dtype, dense_rows, no_gradient
 from . import columns, reference
 
 
 @triton.jit
 def _store(out, centred, product, weights, difference, at, column, mask, D, factor):
+    """A block of a gradient: `centred * weights + product * factor + difference`."""
     weight = tl.load(weights + column, column < D, 0)[None, :]
     b_centred = tl.load(centred + at, mask, 0)
     tl.store(out + at, b_centred * weight + tl.load(product + at, mask, 0) * factor + difference, mask)
@@ -60,6 +63,39 @@ def _vicreg_kernel(
         _store(y_out, y_centred, y_product, y_weights, -pull, at, column, mask, D, b_factor)
 
 
+class _View(NamedTuple):
+    """What one view adds to the loss, and what its gradient is made of."""
+
+    loss: Tensor  # 0-dim float64: its variance and covariance terms
+    health: Tensor  # [D + 1] float64: std, participation ratio
+    square: Tensor  # centred @ centred.T for N < D, else centred.T @ centred
+    gradient: tuple[Tensor | None, ...]  # what `_vicreg_kernel` takes of a view; Nones where no gradient is wanted
+
+
+def _view(z: Tensor, mu_param: float, nu_param: float, eps: float, factor: float, wanted: bool) -> _View:
+    n, d = z.shape
+    centred, std, _ = columns.standardised(z, 1, eps, False)
+    std = std.double()
+    with columns.products_of(n, d):
+        square = centred @ centred.T if n < d else centred.T @ centred
+        diagonal = (std.square() - eps) * (n - 1) if n < d else square.diagonal().to(torch.float64, copy=True)
+        total = columns.dot(square, square)
+        off_diagonal = total - diagonal.square().sum()
+        loss = mu_param / 2 * (1 - std).relu().mean() + nu_param / (n - 1) ** 2 / d * off_diagonal
+        health = torch.cat([std, (diagonal.sum().square() / total)[None]])
+        if not wanted:
+            return _View(loss, health, square, (None, None, None, None))
+        weights = (std < 1) / std * (-mu_param / 2 * n / (n - 1) / d)
+        if n < d:
+            product = square @ centred
+            weights -= factor * diagonal
+        else:
+            product = centred @ square.fill_diagonal_(0)
+            square.diagonal().copy_(diagonal)
+    gradient = product if z.dtype == product.dtype else torch.empty((n, d), dtype=z.dtype, device=z.device)
+    return _View(loss, health, square, (centred, product, weights.to(centred.dtype), gradient))
+
+
 def vicreg(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
@@ -72,49 +108,24 @@ def vicreg(
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     if z0.dtype not in launch.DTYPES:
         return reference.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, statistics, wanted)
-    (n, d), z0, z1 = z0.shape, dense_rows(z0), dense_rows(z1)
+    n, d = z0.shape
+    z0 = dense_rows(z0)
+    z1 = dense_rows(z1)
     compute = compute_dtype(z0.dtype)
-    loss, sides, gradients, health, squares = 0.0, [], [], [], []
     factor = 4 * nu_param * n / (n - 1) ** 2 / d
-    for z, want in zip((z0, z1), wanted, strict=True):
-        centred, std, _ = columns.standardised(z, 1, eps, False)
-        std = std.double()
-        with columns.products_of(n, d):
-            square = centred @ centred.T if n < d else centred.T @ centred
-            diagonal = square.diagonal().to(torch.float64, copy=True)
-            if n < d:
-                diagonal = (std.square() - eps) * (n - 1)
-            total = columns.dot(square, square)
-            off_diagonal = total - diagonal.square().sum()
-            if statistics:
-                health.append(torch.cat([std, (diagonal.sum().square() / total)[None]]))
-            if statistics > 1:
-                squares.append(square)
-            loss = loss + mu_param / 2 * (1 - std).relu().mean() + nu_param / (n - 1) ** 2 / d * off_diagonal
-            if not want:
-                sides += [None] * 4
-                gradients.append(z.new_empty(0))
-                continue
-            weights = (std < 1) / std * (-mu_param / 2 * n / (n - 1) / d)
-            if n < d:
-                product = square @ centred
-                weights -= factor * diagonal
-            else:
-                product = centred @ square.fill_diagonal_(0)
-                square.diagonal().copy_(diagonal)
-        gradients.append(product if z.dtype == compute else torch.empty((n, d), dtype=z.dtype, device=z.device))
-        sides += [centred, product, weights.to(compute), gradients[-1]]
+    views = [_view(z, mu_param, nu_param, eps, factor, w) for z, w in zip((z0, z1), wanted, strict=True)]
     tile = tiling.vicreg()
     grid = (triton.cdiv(n, tile["ROWS"]), triton.cdiv(d, tile["COLUMNS"]))
-    sums = torch.empty(grid, dtype=compute, device=z0.device)
+    distances = torch.empty(grid, dtype=compute, device=z0.device)
     launch.launch(
         _vicreg_kernel,
         grid,
         z0,
         z1,
-        *sides,
+        *views[0].gradient,
+        *views[1].gradient,
         torch.full((), factor, dtype=compute, device=z0.device),
-        sums,
+        distances,
         n,
         d,
         z0.stride(0),
@@ -124,7 +135,9 @@ def vicreg(
         **tile,
         device_of=z0,
     )
-    loss = loss + lambda_param / (n * d) * sums.double().sum()
+    loss = views[0].loss + views[1].loss + lambda_param / (n * d) * distances.double().sum()
+    gradients = [no_gradient(z0) if view.gradient[-1] is None else view.gradient[-1] for view in views]
     scale = torch.full((), 1 / n, dtype=compute, device=z0.device)
-    of_views = [torch.stack(health).to(compute)] if statistics else []
-    return loss.to(compute), gradients, scale, of_views + squares
+    health = [torch.stack([view.health for view in views]).to(compute)] if statistics else []
+    squares = [view.square for view in views] if statistics > 1 else []
+    return loss.to(compute), gradients, scale, health + squares

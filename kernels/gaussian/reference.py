@@ -1,4 +1,4 @@
-"""The specification, continued: sums for the empirical characteristic function, of which SIGReg consists."""
+"""The specification of the sums that SIGReg consists of; conventions are in kernels/__init__.py."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def _rotations(theta: Tensor, frequencies: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """cos(k theta), sin(k theta) for k = 1 .. frequencies, a rotation by theta apart; overwritten by the next."""
+    """cos(k theta) and sin(k theta) for k = 1 .. frequencies, by rotation; the next pair overwrites the one before."""
     one_cos, one_sin = theta.cos(), theta.sin()
     cos, sin, rotated = one_cos.clone(), one_sin.clone(), torch.empty_like(theta)
     for _ in range(frequencies):

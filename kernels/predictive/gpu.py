@@ -16,10 +16,15 @@ from . import reference
 
 @triton.jit
 def _coefficients(pp, zz, pz, EPS: tl.constexpr):
-    """The cosine; what p and z are multiplied by in the gradient for p; the same for z. From <p, p>, <z, z>, <p, z>."""
+    """From <p, p>, <z, z> and <p, z> of rows: the cosine, and the gradients' coefficients (across, p_along, z_along).
+
+    The gradient for p is `across * z + p_along * p`, that for z `across * p + z_along * z`.
+    """
     eps = tl.full((), EPS, pp.dtype)  # a bare number would be float32 first
-    p_norm, z_norm = tl.sqrt(pp), tl.sqrt(zz)
-    p_over, z_over = 1 / tl.maximum(p_norm, eps), 1 / tl.maximum(z_norm, eps)
+    p_norm = tl.sqrt(pp)
+    z_norm = tl.sqrt(zz)
+    p_over = 1 / tl.maximum(p_norm, eps)
+    z_over = 1 / tl.maximum(z_norm, eps)
     cosine = pz * p_over * z_over
     across = -p_over * z_over
     p_along = tl.where(p_norm > eps, cosine * p_over * p_over, 0.0)
@@ -117,7 +122,9 @@ def negative_cosine(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if p.dtype not in launch.DTYPES or z.dtype not in launch.DTYPES:
         return reference.negative_cosine(p, z, eps, wanted)
-    (n, d), p, z = p.shape, dense_rows(p), dense_rows(z)
+    n, d = p.shape
+    p = dense_rows(p)
+    z = dense_rows(z)
     compute = compute_dtype(p.dtype, z.dtype)
     gradients = [
         torch.empty((n, d), dtype=x.dtype, device=x.device) if w else None for x, w in zip((p, z), wanted, strict=True)

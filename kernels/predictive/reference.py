@@ -1,4 +1,4 @@
-"""The specification."""
+"""The specification of the losses between predictions and targets; conventions are in kernels/__init__.py."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ def negative_cosine(
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """`-torch.nn.functional.cosine_similarity(p, z, dim=1, eps=eps).mean()`"""
-    (p_unit, p_norm), (z_unit, z_norm) = unit_rows(widen(p), eps), unit_rows(widen(z), eps)
+    p_unit, p_norm = unit_rows(widen(p), eps)
+    z_unit, z_norm = unit_rows(widen(z), eps)
     loss = -(p_unit * z_unit).sum(1).mean()
     p_gradient = through_unit_rows(-z_unit, p_unit, p_norm, eps).to(p.dtype) if wanted[0] else no_gradient(p)
     z_gradient = through_unit_rows(-p_unit, z_unit, z_norm, eps).to(z.dtype) if wanted[1] else no_gradient(z)
@@ -29,12 +30,13 @@ def regression(
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """`smooth_l1_loss(prediction, layer_norm(target, [D], eps=eps), beta=beta)`; beta = 0: `mse_loss`."""
-    error = widen(target)
+    y = widen(target)
     if normalize:
-        error = torch.nn.functional.layer_norm(error, error.shape[1:], eps=eps)
-    error = widen(prediction) - error
+        y = torch.nn.functional.layer_norm(y, y.shape[1:], eps=eps)
+    error = widen(prediction) - y
     if beta == 0:
-        losses, gradient = error.square(), 2 * error
+        losses = error.square()
+        gradient = 2 * error
     else:
         size = error.abs()
         losses = torch.where(size < beta, error.square() / (2 * beta), size - beta / 2)

@@ -1,9 +1,11 @@
 """The cross-entropy of student against teacher views, and the student's gradient, without a tensor of probabilities.
 
-First every row's logsumexp, then for an image and a block of prototypes all views at once: the teacher's
-probabilities are made
-there, for loss and gradient of every student view. Views are tuples of pointers: lists needn't lie in one tensor.
+First every row's logsumexp, then for an image and a block of prototypes all views at once: the teacher's probabilities
+are made there, for loss and gradient of every student view. Views are tuples of pointers: lists needn't lie in one
+tensor.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch, tiling
-from ..arithmetic import compute_dtype, dense_rows
+from ..arithmetic import compute_dtype, dense_rows, no_gradient
 from . import reference
-from .pairing import PAIRS, count, partners
+from .pairing import PAIRS, count, one_over_pairs, partners
 from .row_logsumexp import dense, row_logsumexp
 
 
@@ -130,6 +132,61 @@ def _statistics_kernel(
     tl.store(entropies + tl.program_id(0), tl.sum(entropy, 0) / (B * T))
 
 
+class _Teacher(NamedTuple):
+    """The teacher's views as the kernels take them."""
+
+    views: tuple[Tensor, ...]  # T x [B, K] with dense rows
+    biases: tuple[Tensor | None, ...]  # T x [K]
+    temperature: float
+    lse: Tensor  # [T, B]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(view.stride(0) for view in self.views)
+
+    def constants(self) -> dict:
+        return {
+            "TEACHER_SCALE": 1 / self.temperature,
+            "T": len(self.views),
+            "COMPUTE": launch.DTYPES[self.lse.dtype],
+        }
+
+
+def _logsumexps(views: tuple[Tensor, ...], biases: tuple, temperature: float, compute: torch.dtype) -> Tensor:
+    """[V, B], of every view's rows `view / temperature + bias`."""
+    out = torch.empty((len(views), len(views[0])), dtype=compute, device=views[0].device)
+    for view, bias, lse in zip(views, biases, out, strict=True):
+        row_logsumexp(view, bias, 1 / temperature, lse)
+    return out
+
+
+def _teacher_statistics(teacher: _Teacher) -> list[Tensor]:
+    """The mean logits [K], the mean probabilities [K] and the mean entropy of a row, 0-dim."""
+    b, k = teacher.views[0].shape
+    tile = tiling.teacher_statistics(teacher.lse.dtype)
+    blocks = triton.cdiv(k, tile["BLOCK"])
+    mean = teacher.lse.new_empty(k)
+    usage = teacher.lse.new_empty(k)
+    entropies = teacher.lse.new_empty(blocks)
+    launch.launch(
+        _statistics_kernel,
+        (blocks,),
+        teacher.views,
+        teacher.strides,
+        teacher.biases,
+        teacher.lse,
+        mean,
+        usage,
+        entropies,
+        b,
+        k,
+        **teacher.constants(),
+        **tile,
+        device_of=mean,
+    )
+    return [mean, usage, entropies.sum()]
+
+
 def prototype_cross_entropy(
     student: list[Tensor],
     teacher: list[Tensor],
@@ -141,36 +198,36 @@ def prototype_cross_entropy(
     statistics: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    x, compute = student[0], compute_dtype(student[0].dtype)
-    if x.dtype not in launch.DTYPES or compute_dtype(teacher[0].dtype) != compute:
+    compute = compute_dtype(student[0].dtype)
+    if student[0].dtype not in launch.DTYPES or compute_dtype(teacher[0].dtype) != compute:
         arguments = (student_temperature, teacher_temperature, teacher_bias, pairs, weights, statistics, wanted)
         return reference.prototype_cross_entropy(student, teacher, *arguments)
-    (b, k), views, teachers = x.shape, len(student), len(teacher)
-    student, teacher = [dense_rows(v) for v in student], [dense_rows(v) for v in teacher]
-    bias, weights = dense(teacher_bias, compute), dense(weights, compute)
-    biases = (None,) * teachers if bias is None else (bias,) * teachers if bias.dim() == 1 else tuple(bias.unbind())
-    student_lse, teacher_lse = (torch.empty((n, b), dtype=compute, device=x.device) for n in (views, teachers))
-    for v, out in zip(student, student_lse, strict=True):
-        row_logsumexp(v, None, 1 / student_temperature, out)
-    for v, own, out in zip(teacher, biases, teacher_lse, strict=True):
-        row_logsumexp(v, own, 1 / teacher_temperature, out)
+    b, k = student[0].shape
+    views, teachers = len(student), len(teacher)
+    student_views = tuple(dense_rows(v) for v in student)
+    teacher_views = tuple(dense_rows(v) for v in teacher)
+    weights = dense(weights, compute)
+    bias = dense(teacher_bias, compute)
+    biases = (bias,) * teachers if bias is None or bias.dim() == 1 else tuple(bias.unbind())
+    student_lse = _logsumexps(student_views, (None,) * views, student_temperature, compute)
+    teacher_lse = _logsumexps(teacher_views, biases, teacher_temperature, compute)
+    of_teacher = _Teacher(teacher_views, biases, teacher_temperature, teacher_lse)
 
     gradients = tuple(
         torch.empty((b, k), dtype=v.dtype, device=v.device) if w else None for v, w in zip(student, wanted, strict=True)
     )
     tile = tiling.prototype_cross_entropy(compute)
     blocks = triton.cdiv(k, tile["BLOCK"])
-    losses = torch.empty((b, blocks), dtype=compute, device=x.device)
-    of_teacher = (tuple(teacher), tuple(v.stride(0) for v in teacher), biases)
-    constants = {"TEACHER_SCALE": 1 / teacher_temperature, "T": teachers, "COMPUTE": launch.DTYPES[compute]}
+    losses = student_lse.new_empty(b, blocks)
     launch.launch(
         _prototype_cross_entropy_kernel,
         (blocks, b),
-        tuple(student),
+        student_views,
         gradients,
-        of_teacher[0],
-        tuple(v.stride(0) for v in student),
-        *of_teacher[1:],
+        teacher_views,
+        tuple(v.stride(0) for v in student_views),
+        of_teacher.strides,
+        biases,
         student_lse,
         teacher_lse,
         weights,
@@ -181,35 +238,11 @@ def prototype_cross_entropy(
         S=views,
         PAIRS=PAIRS[pairs],
         MASSES=tuple(partners(i, teachers, pairs) for i in range(views)),
-        **constants,
+        **of_teacher.constants(),
         **tile,
-        device_of=x,
+        device_of=losses,
     )
-    pairs_of_views = count(views, teachers, pairs)
-    if weights is None:
-        over = torch.full((), 1 / (b * pairs_of_views), dtype=compute, device=x.device)
-    else:
-        over = 1 / (weights.sum() * pairs_of_views)
-    extra = []
-    if statistics:
-        tile = tiling.teacher_statistics(compute)
-        blocks = triton.cdiv(k, tile["BLOCK"])
-        mean, usage = (torch.empty(k, dtype=compute, device=x.device) for _ in range(2))
-        entropies = torch.empty(blocks, dtype=compute, device=x.device)
-        launch.launch(
-            _statistics_kernel,
-            (blocks,),
-            *of_teacher,
-            teacher_lse,
-            mean,
-            usage,
-            entropies,
-            b,
-            k,
-            **constants,
-            **tile,
-            device_of=x,
-        )
-        extra = [mean, usage, entropies.sum()]
-    returned = [v.new_empty(0) if g is None else g for g, v in zip(gradients, student, strict=True)]
+    over = one_over_pairs(weights, b, count(views, teachers, pairs), losses)
+    returned = [no_gradient(v) if g is None else g for g, v in zip(gradients, student, strict=True)]
+    extra = _teacher_statistics(of_teacher) if statistics else []
     return losses.sum() * over, returned, over / student_temperature, extra

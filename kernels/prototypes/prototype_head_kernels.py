@@ -1,5 +1,7 @@
-"""Kernels of the head-fused cross-entropy (prototype_head_cross_entropy.py): a row's attention to the prototypes, the
-joining of its parts over the views, and the prototypes' gradient by those who own them.
+"""Kernels of the head-fused cross-entropy, which prototype_head_cross_entropy.py launches in this order.
+
+`attend_kernel`: a row's attention to the prototypes, in parts; `views_kernel`: the parts joined, and an image's views
+paired; `prototypes_kernel`: the prototypes' gradient, by programs that own prototypes.
 """
 
 import triton
@@ -11,7 +13,8 @@ from .. import launch
 @triton.jit
 def _load(x, first, N, D: tl.constexpr, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows from `first`, columns from `start` of a dense [N, D]; zeros outside. Offsets within a tile are int32."""
-    row, column = tl.arange(0, ROWS), start + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)
+    column = start + tl.arange(0, BLOCK)
     mask = (row < N - first)[:, None]
     if D % BLOCK != 0:
         mask = mask & (column < D)[None, :]
@@ -23,35 +26,37 @@ def _logits(
     a, b_a, b, b_b, first_a, first_b, N, M, D: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN]: `a @ b.T` of rows from first_a and first_b, whose first chunks are there already."""
+    """[BM, BN]: `a @ b.T` of rows from first_a and first_b on; b_a and b_b are their first BLOCK_D columns."""
     s = tl.dot(b_a, tl.trans(b_b), input_precision="tf32x3", out_dtype=COMPUTE)
     for start in tl.static_range(BLOCK_D, D, BLOCK_D):
-        rest = tl.trans(_load(b, first_b, M, D, start, BN, BLOCK_D))
-        s += tl.dot(_load(a, first_a, N, D, start, BM, BLOCK_D), rest, input_precision="tf32x3", out_dtype=COMPUTE)
+        right = tl.trans(_load(b, first_b, M, D, start, BN, BLOCK_D))
+        s += tl.dot(_load(a, first_a, N, D, start, BM, BLOCK_D), right, input_precision="tf32x3", out_dtype=COMPUTE)
     return s
 
 
-@triton.jit(do_not_specialize=["N", "per_part"])
+@triton.jit(do_not_specialize=["N", "blocks_of_part"])
 def attend_kernel(
     x,  # [V, N, D]
     keys,  # [K, D]
     values,  # [K, D]; None: the keys
     bias,  # [V, K], or None
-    lse,  # [parts, V, N], of a part of the prototypes
-    means,  # [parts, V, N, D]: its softmax @ values, or None
+    lse,  # [parts, V, N]: a row's logsumexp over a part of the prototypes
+    means,  # [parts, V, N, D]: its softmax over that part, times their values; or None
     N,
     K,
     D: tl.constexpr,
-    per_part,  # blocks of prototypes
+    blocks_of_part,  # how many blocks of prototypes a part has
     SCALE: tl.constexpr,
-    GAIN: tl.constexpr,
+    GAIN: tl.constexpr,  # see launch.gain
     COMPUTE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of the result's columns
+    CHUNKS: tl.constexpr,  # of the columns of means: a program makes one of them
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_part, i_chunk, i_view = tl.program_id(1) // CHUNKS, tl.program_id(1) % CHUNKS, tl.program_id(2)
+    i_part = tl.program_id(1) // CHUNKS
+    i_chunk = tl.program_id(1) % CHUNKS
+    i_view = tl.program_id(2)
     first = tl.program_id(0) * BM
     i_row = first + tl.arange(0, BM)
     x += launch.row_start(i_view, N, 1) * D
@@ -63,8 +68,8 @@ def attend_kernel(
     total = tl.zeros([BM], COMPUTE)
     if means is not None:
         acc = tl.zeros([BM, BLOCK_D], COMPUTE)
-        rounded = tl.zeros([BM], COMPUTE)  # of what is multiplied: the means are averages, whatever the rounding
-    for block in range(i_part * per_part, min((i_part + 1) * per_part, tl.cdiv(K, BN))):
+        rounded = tl.zeros([BM], COMPUTE)  # the sum of the weights as rounded for the product: means stay averages
+    for block in range(i_part * blocks_of_part, min((i_part + 1) * blocks_of_part, tl.cdiv(K, BN))):
         first_key = block * BN
         i_key = first_key + tl.arange(0, BN)
         b_keys = _load(keys, first_key, K, D, 0, BN, BLOCK_D)
@@ -113,9 +118,8 @@ def _join_lse(lse, i_row, rows, parts, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _join_means(means, lse, row_lse, i_row, rows, parts, D, column, inside, like):
-    """A row's mean from those of its parts, [parts, rows, D]."""
-    out = like
+def _join_means(means, lse, row_lse, i_row, rows, parts, D, column, inside, out):
+    """`out` plus a block of a row's mean, from those of its parts, [parts, rows, D]."""
     for part in range(parts):
         at = launch.row_start(part, rows, 1) + i_row
         out += tl.load(means + at * D + column, inside, 0) * tl.exp(tl.load(lse + at) - row_lse)
@@ -124,7 +128,7 @@ def _join_means(means, lse, row_lse, i_row, rows, parts, D, column, inside, like
 
 @triton.jit
 def _pairs(s, t, PAIRS: tl.constexpr):
-    """Whether student view s is paired with teacher view t, both known only as the kernel runs."""
+    """Whether student view s is paired with teacher view t; both are known only as the kernel runs."""
     return (PAIRS == 2) | ((t == s) == (PAIRS == 1))
 
 
@@ -140,7 +144,7 @@ def _mass(s, T: tl.constexpr, PAIRS: tl.constexpr, COMPUTE: tl.constexpr):
 @triton.jit(do_not_specialize=["B", "student_parts", "teacher_parts"])
 def views_kernel(
     x,  # [S, B, D]
-    student_part_lse,  # [student_parts, S, B]
+    student_part_lse,  # [student_parts, S, B], of attend_kernel
     student_means,  # [student_parts, S, B, D], or None
     teacher_part_lse,  # [teacher_parts, T, B]
     teacher_means,  # [teacher_parts, T, B, D]
@@ -184,7 +188,8 @@ def views_kernel(
         zeros = tl.zeros([BLOCK], COMPUTE)
         for s in range(S):
             at = (tl.cast(s * B + i, tl.int64)) * D + column
-            y, mass = zeros, _mass(s, T, PAIRS, COMPUTE)
+            y = zeros
+            mass = _mass(s, T, PAIRS, COMPUTE)
             for t in tl.static_range(T):
                 y = _join_means(
                     teacher_means, teacher_part_lse, tl.load(teacher_lse + t * B + i), t * B + i, T * B,
@@ -209,18 +214,21 @@ def views_kernel(
 
 @triton.jit
 def _add_rows(
-    acc, prototypes, b_prototypes, first, x, y, lse, factors, own_bias, begin, end, rows, K, D: tl.constexpr, i_chunk,
+    acc, prototypes, b_prototypes, first, x, y, lse, factors, b_bias, begin, end, rows, K, D: tl.constexpr, i_chunk,
     scale, SIGN: tl.constexpr, GAIN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """`acc += softmax(x @ prototypes.T).T @ y` over blocks of rows, each row times its factor; y None: x."""
+    """`acc += SIGN * (factors * softmax(x @ prototypes.T * scale + bias)).T @ y` over blocks begin .. end of rows.
+
+    y None: x. Each row's softmax comes from its lse, the bias is one number for each prototype.
+    """
     for block in range(begin, end):
         first_row = block * BN
         i_row = first_row + tl.arange(0, BN)
         b_x = _load(x, first_row, rows, D, 0, BN, BLOCK_D)
         v = _logits(prototypes, b_prototypes, x, b_x, first, first_row, K, rows, D, COMPUTE, BLOCK_D, BM, BN) * scale
-        if own_bias is not None:
-            v += own_bias[:, None]
+        if b_bias is not None:
+            v += b_bias[:, None]
         g = tl.exp(v - tl.load(lse + i_row, i_row < rows, float("inf"))[None, :])
         if factors is not None:
             g *= tl.load(factors + i_row, i_row < rows, 0)[None, :]
@@ -256,11 +264,13 @@ def prototypes_kernel(
     GAIN: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of the result's columns
+    CHUNKS: tl.constexpr,  # of the gradient's columns: a program makes one of them
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_part, i_chunk, parts = tl.program_id(1) // CHUNKS, tl.program_id(1) % CHUNKS, tl.num_programs(1) // CHUNKS
+    i_part = tl.program_id(1) // CHUNKS
+    i_chunk = tl.program_id(1) % CHUNKS
+    parts = tl.num_programs(1) // CHUNKS
     first = tl.program_id(0) * BM
     i_prototype = first + tl.arange(0, BM)
     acc = tl.zeros([BM, BLOCK_D], COMPUTE)
@@ -274,13 +284,13 @@ def prototypes_kernel(
     blocks = tl.cdiv(rows, BN)
     b_prototypes = _load(teacher_prototypes, first, K, D, 0, BM, BLOCK_D)
     for view in range(VIEWS):
-        own_bias = None
+        b_bias = None
         if bias is not None:
-            own_bias = tl.load(bias + launch.row_start(view, K, 1) + i_prototype, i_prototype < K, 0)
+            b_bias = tl.load(bias + launch.row_start(view, K, 1) + i_prototype, i_prototype < K, 0)
         row = launch.row_start(view, rows, 1)
         acc = _add_rows(
             acc, teacher_prototypes, b_prototypes, first, teacher + row * D, paired + row * D, teacher_lse + row, None,
-            own_bias, blocks * i_part // parts, blocks * (i_part + 1) // parts, rows, K, D, i_chunk,
+            b_bias, blocks * i_part // parts, blocks * (i_part + 1) // parts, rows, K, D, i_chunk,
             tl.full((), TEACHER_SCALE, COMPUTE), -1, GAIN, COMPUTE, BLOCK_D, CHUNKS, BM, BN,
         )  # fmt: skip
     column = i_chunk * BLOCK_D + tl.arange(0, BLOCK_D)

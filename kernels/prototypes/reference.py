@@ -1,11 +1,12 @@
-"""The specification of the prototype operators; part of `reference`, whose conventions hold here."""
+"""The specification of Sinkhorn and of the losses on prototypes; conventions are in kernels/__init__.py."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from ..arithmetic import no_gradient, widen
+from ..arithmetic import compute_dtype, no_gradient, widen
+from .pairing import count
 
 
 def sinkhorn_step(
@@ -13,10 +14,9 @@ def sinkhorn_step(
     bias: Tensor | None,  # [K] float64; None: samples are not normalised before
     epsilon: float,
 ) -> Tensor:
-    """[K] float64: normalise samples, then sum each prototype, in the log domain: `logsumexp_i(s_ik + g_i)`, `g_i =
-    -logsumexp_k(s_ik + f_k)`.
+    """[K] float64: `logsumexp_i(s_ik + g_i)` with `g_i = -logsumexp_k(s_ik + f_k)`, s = scores / epsilon, f = bias.
 
-    The next bias f is the negative of the result; over several ranks, of the logsumexp of their results. It may be
+    In the log domain, samples are normalised, and then each prototype is summed. The next bias f is the negative of the result; over several ranks, of the logsumexp of their results. It may be
     thousands and nearly cancels with what it is added to: hence float64.
     """
     scores = widen(scores) / epsilon
@@ -32,10 +32,12 @@ def sinkhorn_bias(
     normalize_samples_first: bool,
 ) -> Tensor:
     """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
-    return _potentials(scores, epsilon, iterations, normalize_samples_first).to(widen(scores[:0]).dtype)
+    bias = _potentials(scores, epsilon, iterations, normalize_samples_first)
+    return bias.to(compute_dtype(scores.dtype))
 
 
 def _potentials(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    """The prototypes' potentials f, [K] float64."""
     bias = scores.new_zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
     for _ in range(iterations):
         bias = -sinkhorn_step(scores, bias, epsilon)
@@ -53,7 +55,8 @@ def sinkhorn(
 
     SwAV, arXiv 2006.09882, section 3.1. Each row of the result sums to 1.
     """
-    return sinkhorn_codes(scores, _potentials(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
+    bias = _potentials(scores, epsilon, iterations, normalize_samples_first)
+    return sinkhorn_codes(scores, bias, epsilon, dtype)
 
 
 def sinkhorn_codes(
@@ -66,12 +69,10 @@ def sinkhorn_codes(
     return (widen(scores) / epsilon + bias).softmax(1).to(dtype)
 
 
-def _pairing(students: int, teachers: int, pairs: str, like: Tensor) -> tuple[Tensor, int]:
-    """Which views are paired, [S, T] of 0 and 1, and how many pairs that is."""
+def _paired(students: int, teachers: int, pairs: str, like: Tensor) -> Tensor:
+    """Which views are paired, [S, T] of 0 and 1."""
     same = torch.eye(students, teachers, dtype=like.dtype, device=like.device)
-    paired = {"different": 1 - same, "same": same, "all": torch.ones_like(same)}[pairs]
-    matches = min(students, teachers)
-    return paired, {"different": students * teachers - matches, "same": matches, "all": students * teachers}[pairs]
+    return {"different": 1 - same, "same": same, "all": torch.ones_like(same)}[pairs]
 
 
 def prototype_cross_entropy(
@@ -85,32 +86,31 @@ def prototype_cross_entropy(
     statistics: bool,
     wanted: list[bool],  # one per student view
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """The mean over pairs of views (s, t) and the weighted mean over rows of `-<softmax(t / tau_t + bias),
-    log_softmax(s / tau_s)>`.
+    """The mean over pairs of views and rows of `-<softmax(t / tau_t + bias), log_softmax(s / tau_s)>`, s and t logits.
 
-    SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
-    With `statistics`, of the teacher: the mean logits [K], the mean probabilities [K] and the mean entropy of a row,
-    0-dim.
+    The mean over rows is weighted if there are weights. SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
+    With `statistics`, of the teacher: mean logits [K], mean probabilities [K] and the mean entropy of a row, 0-dim.
     """
     s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
-    raw = widen(torch.stack(teacher))  # [T, B, K]
-    t = raw / teacher_temperature
+    teacher_logits = widen(torch.stack(teacher))  # [T, B, K]
+    t = teacher_logits / teacher_temperature
     if teacher_bias is not None:
         t = t + (teacher_bias[None, None] if teacher_bias.dim() == 1 else teacher_bias[:, None])
-    paired, count = _pairing(len(s), len(t), pairs, s)
-
+    paired = _paired(len(s), len(t), pairs, s)
     log_q = t.log_softmax(2)
     q = log_q.exp()
-    targets = torch.einsum("st,tbk->sbk", paired, q)  # the sum of a view's targets
-    mass = paired.sum(1)[:, None, None]  # [S, 1, 1], how many they are
+    targets = torch.einsum("st,tbk->sbk", paired, q)  # the sum of the targets of each student view
+    mass = paired.sum(1)[:, None, None]  # [S, 1, 1], how many those are
     w = s.new_ones(s.shape[1]) if weights is None else weights.to(s.dtype)
-    scale = 1 / (w.sum() * count * student_temperature)
+    scale = 1 / (w.sum() * count(len(s), len(t), pairs) * student_temperature)
     log_p = s.log_softmax(2)
     loss = -(targets * log_p).sum((0, 2)).dot(w) * scale * student_temperature
     gradients = (mass * log_p.exp() - targets) * w[:, None]  # [S, B, K]
-    # copies, as what an operator returns may not share memory
+    # copies, as the tensors that an operator returns may not share memory
     parts = zip(gradients, student, wanted, strict=True)
-    of_teacher = [raw.mean((0, 1)), q.mean((0, 1)), -torch.special.xlogy(q, q).sum(2).mean()] if statistics else []
+    of_teacher = (
+        [teacher_logits.mean((0, 1)), q.mean((0, 1)), -torch.special.xlogy(q, q).sum(2).mean()] if statistics else []
+    )
     return loss, [g.to(x.dtype, copy=True) if k else no_gradient(x) for g, x, k in parts], scale, of_teacher
 
 
@@ -156,10 +156,10 @@ def mean_entropy(
     rows: Tensor | None,  # 0-dim
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`sum_k p_k log p_k + log K`, p the mean over views and rows of `softmax(scores / temperature)`: 0 where
-    prototypes are used alike.
+    """`sum_k p_k log p_k + log K`, p the mean over views and rows of `softmax(scores / temperature)`.
 
-    MSN's mean entropy maximisation, arXiv 2204.07141, equation 2, with the constant that makes it a divergence.
+    MSN's mean entropy maximisation, arXiv 2204.07141, equation 2, with the constant that makes it a divergence: it is 0
+    where prototypes are used alike.
     """
     log_p = (widen(torch.stack(scores)) / temperature).log_softmax(2)  # [V, B, K]
     p = log_p.exp()
@@ -167,7 +167,7 @@ def mean_entropy(
     loss = torch.special.xlogy(mean, mean).sum() + math.log(len(mean))
     slope = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # [K]; the 1 of (m log m)' = log m + 1 cancels below
     gradients = p * (slope - (p * slope).sum(2, keepdim=True))  # [V, B, K]
-    count = p.shape[0] * p.shape[1] if rows is None else rows
-    scale = 1 / (torch.ones_like(loss) * count * temperature)
+    n = p.shape[0] * p.shape[1] if rows is None else rows
+    scale = 1 / (torch.ones_like(loss) * n * temperature)
     parts = zip(gradients, scores, wanted, strict=True)
     return loss, [g.to(x.dtype, copy=True) if k else no_gradient(x) for g, x, k in parts], scale

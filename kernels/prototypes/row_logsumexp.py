@@ -40,9 +40,7 @@ def _row_logsumexp_kernel(
     column = tl.arange(0, BLOCK)
     row = x + launch.row_start(i_row, s_row, ALIGN)
     scale = tl.full((), SCALE, COMPUTE)
-    maximum = tl.full(
-        (), -float("inf"), COMPUTE
-    )  # one for the block: one for each element would cost a second exponential
+    maximum = tl.full((), -float("inf"), COMPUTE)  # of the block: one of each element costs a second exponential
     shift = tl.zeros((), COMPUTE)
     b_total = tl.zeros([BLOCK], COMPUTE)
     for i in tl.range(0, K * ALIGN, BLOCK, num_stages=STAGES):
@@ -83,6 +81,7 @@ def row_logsumexp(
 
 
 def dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Contiguous, in the dtype."""
     return None if x is None else x.to(dtype).contiguous()
 
 

@@ -38,10 +38,13 @@ def _column_logsumexp_kernel(
     ROWS: tl.constexpr,  # rows at a time
     BLOCK: tl.constexpr,
 ):
-    """Logsumexp over rows of `x * scale + bias - offset`. Without bias the maxima are of x itself: those are exact."""
+    """Logsumexps over a part of the rows of `x * scale + bias - offset`.
+
+    Without bias the maxima are those of x itself, unscaled: they are exact.
+    """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < K * ALIGN
-    per_unit = tl.full((), SCALE if bias is None else 1.0, COMPUTE)
+    per_unit = tl.full((), SCALE if bias is None else 1.0, COMPUTE)  # of v, whose maxima are kept
     maximum = tl.full([BLOCK], -float("inf"), COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)
     if bias is not None:
@@ -99,12 +102,12 @@ def _softmax_sums_kernel(
 @triton.jit(do_not_specialize=["parts"])
 def _join_kernel(
     maxima,  # [parts, K]; None: all 0
-    sums,  # [parts, K]
+    sums,  # [parts, K], of exp(v - maximum)
     bias,  # [K] float64, or None
     out,  # [K] float64: bias - the logsumexp of all parts
     parts,
     K,
-    SCALE: tl.constexpr,  # of the maxima
+    SCALE: tl.constexpr,  # what maxima are multiplied by
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -166,7 +169,8 @@ def _constants(scores: Tensor, epsilon: float) -> dict:
 
 def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """[K] float64: the next potentials."""
-    (parts, k), tile = sums.shape, tiling.sinkhorn_join()
+    parts, k = sums.shape
+    tile = tiling.sinkhorn_join()
     out = torch.empty(k, dtype=torch.float64, device=sums.device)
     grid = (triton.cdiv(k, tile["BLOCK"]),)
     launch.launch(_join_kernel, grid, maxima, sums, bias, out, parts, k, SCALE=scale, **tile, device_of=sums)
@@ -174,13 +178,16 @@ def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float
 
 
 def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """[K] float64: the next potentials after any others, which are not balanced perhaps."""
-    (n, k), constants, compute = scores.shape, _constants(scores, epsilon), compute_dtype(scores.dtype)
+    """[K] float64: the next potentials, whatever bias they follow."""
+    n, k = scores.shape
+    compute = compute_dtype(scores.dtype)
+    constants = _constants(scores, epsilon)
     offsets = None
     if bias is not None:
         offsets = torch.empty(n, dtype=compute, device=scores.device)
         row_logsumexp(scores, bias, 1 / epsilon, offsets)
-    tile, align = tiling.column_logsumexp(compute), constants["ALIGN"]
+    tile = tiling.column_logsumexp(compute)
+    align = constants["ALIGN"]
     parts = triton.cdiv(n, tile["PART"])
     maxima, sums = (torch.empty((parts, k), dtype=compute, device=scores.device) for _ in range(2))
     launch.launch(
@@ -203,10 +210,13 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
 
 def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     """[K] float64: the next potentials after those of an iteration, in one read where a row fits in registers."""
-    (n, k), constants, compute = scores.shape, _constants(scores, epsilon), compute_dtype(scores.dtype)
-    tile, align = tiling.sinkhorn_rows(k, compute), constants["ALIGN"]
+    n, k = scores.shape
+    compute = compute_dtype(scores.dtype)
+    tile = tiling.sinkhorn_rows(k, compute)
     if tile is None:
         return _step(scores, bias, epsilon)
+    constants = _constants(scores, epsilon)
+    align = constants["ALIGN"]
     per_program = triton.cdiv(triton.cdiv(n, tile["ROWS"]), tiling.PROGRAMS) * tile["ROWS"]
     programs = triton.cdiv(n, per_program)
     sums = torch.empty((programs, k), dtype=compute, device=scores.device)
@@ -229,6 +239,7 @@ def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
 
 
 def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+    """`reference.sinkhorn_bias` in float64."""
     zeros = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device) if normalize_samples_first else None
     bias = _step(scores, zeros, epsilon)
     for _ in range(iterations - 1):
@@ -252,12 +263,18 @@ def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_sam
 def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     if scores.dtype not in launch.DTYPES or dtype not in launch.DTYPES:
         return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
-    (n, k), scores, compute = scores.shape, dense_rows(scores), compute_dtype(scores.dtype)
-    bias, row_lse, tile = dense(bias, torch.float64), None, tiling.sinkhorn_rows(k, compute)
+    n, k = scores.shape
+    scores = dense_rows(scores)
+    bias = dense(bias, torch.float64)
+    compute = compute_dtype(scores.dtype)
+    row_lse = None
+    tile = tiling.sinkhorn_rows(k, compute)
     if tile is None:
-        tile, row_lse = tiling.sinkhorn_codes(), torch.empty(n, dtype=compute, device=scores.device)
+        tile = tiling.sinkhorn_codes()
+        row_lse = torch.empty(n, dtype=compute, device=scores.device)
         row_logsumexp(scores, bias, 1 / epsilon, row_lse)
-    codes, constants = torch.empty((n, k), dtype=dtype, device=scores.device), _constants(scores, epsilon)
+    codes = torch.empty((n, k), dtype=dtype, device=scores.device)
+    constants = _constants(scores, epsilon)
     align = constants["ALIGN"]
     launch.launch(
         _codes_kernel,
@@ -282,4 +299,5 @@ def sinkhorn(
     if scores.dtype not in launch.DTYPES or dtype not in launch.DTYPES:
         return reference.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
     scores = dense_rows(scores)
-    return sinkhorn_codes(scores, _bias(scores, epsilon, iterations, normalize_samples_first), epsilon, dtype)
+    bias = _bias(scores, epsilon, iterations, normalize_samples_first)
+    return sinkhorn_codes(scores, bias, epsilon, dtype)

@@ -99,9 +99,9 @@ def _cross_entropy_long_kernel(
     tl.store(counts + i_row, (label != ignore_index).to(tl.int32))
     if gradient is not None:
         out = gradient + launch.row_start(i_row, K, ALIGN)
-        last = (K * ALIGN - 1) // BLOCK * BLOCK
+        last_block = (K * ALIGN - 1) // BLOCK * BLOCK
         for done in tl.range(0, K * ALIGN, BLOCK, num_stages=STAGES):
-            i = last - done
+            i = last_block - done
             mask = column < K * ALIGN - i
             x = tl.load(row + i + column, mask, 0, eviction_policy="evict_first").to(COMPUTE)
             g = _gradient(tl.exp(x - shift) * (1 / total), i + column, label, ignored, valid)
@@ -116,7 +116,8 @@ def cross_entropy(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if logits.dtype not in launch.DTYPES:
         return reference.cross_entropy(logits, labels, ignore_index, wanted)
-    (n, k), logits = logits.shape, dense_rows(logits)
+    n, k = logits.shape
+    logits = dense_rows(logits)
     compute = compute_dtype(logits.dtype)
     gradient = torch.empty((n, k), dtype=logits.dtype, device=logits.device) if wanted[0] else None
     align = launch.alignment(logits)

@@ -1,4 +1,4 @@
-"""The specification."""
+"""The specification of the losses on labels; conventions are in kernels/__init__.py."""
 
 import math
 

@@ -61,8 +61,8 @@ def _ema_update_kernel(
     index = tl.arange(0, BLOCK)
     _blend(teacher, student, weight, index, index < whole)
     if whole < inside:
-        rest = whole + tl.arange(0, VECTOR)
-        _blend(teacher, student, weight, rest, rest < inside)
+        tail = whole + tl.arange(0, VECTOR)
+        _blend(teacher, student, weight, tail, tail < inside)
 
 
 class Batch(NamedTuple):
@@ -81,10 +81,12 @@ class Plan(NamedTuple):
 
 
 def _layout(size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]]:
+    """(size, stride) of the dimensions that are more than one element."""
     return [(n, s) for n, s in zip(size, stride, strict=True) if n != 1]
 
 
 def _dense(layout: list[tuple[int, int]]) -> bool:
+    """Whether the elements fill their memory, in whatever order of dimensions."""
     expected = 1
     for n, s in sorted(layout, key=lambda dimension: dimension[1]):
         if s != expected:
@@ -119,7 +121,9 @@ def _plan(
             "ema_update_: call it once with these tensors before capturing a CUDA graph, so that its table is there"
         )
     layouts = {i: _layout(size, stride) for i, size, stride in strided}
-    groups, others, spans = {}, [], []
+    groups = {}  # lines of the table by (teacher's dtype, student's dtype, aligned)
+    others = []
+    spans = []  # the memory of each teacher tensor
     for t in range(len(addresses) // 2):
         s = t + len(addresses) // 2
         if elements[t] == 0 == elements[s]:
@@ -139,6 +143,7 @@ def _plan(
 
 
 def _tables(lines: list[tuple[int, int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`Batch.table` and `Batch.owners` from (teacher's address, student's address, elements) of each pair."""
     lines = np.array(lines, np.int64)  # [P, 3]
     blocks = -(-lines[:, 2] // tiling.elementwise(torch.float32)["BLOCK"])  # [P]
     first = np.cumsum(blocks) - blocks

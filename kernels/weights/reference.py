@@ -1,4 +1,4 @@
-"""The specification of what happens to gradients and weights around a loss; see kernels/arithmetic.py."""
+"""The specification of what happens to gradients and weights; conventions are in kernels/__init__.py."""
 
 from torch import Tensor
 

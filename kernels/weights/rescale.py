@@ -32,8 +32,8 @@ def _rescale_kernel(
     b_factor = tl.load(factor).to(COMPUTE)
     _multiply(gradient + offset, b_factor, index, index < whole)
     if whole < inside:
-        rest = whole + tl.arange(0, VECTOR)
-        _multiply(gradient + offset, b_factor, rest, rest < inside)
+        tail = whole + tl.arange(0, VECTOR)
+        _multiply(gradient + offset, b_factor, tail, tail < inside)
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
