@@ -48,12 +48,18 @@ class _OnePass(torch.autograd.Function):
 
 
 class _TwoPasses(torch.autograd.Function):
-    """The loss is there already; its gradient, for the one tensor `x`, is computed in backward by a second operator."""
+    """The loss is there already; its gradient, for the one tensor `x`, is computed in backward by a second operator.
+
+    `places` says which of the tensors (x first, each of them once) is which argument of that operator.
+    """
 
     @staticmethod
-    def forward(ctx, name: str, arguments: tuple, scale: float, loss: Tensor, x: Tensor, *saved: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *saved)
+    def forward(
+        ctx, name: str, places: list[int], arguments: tuple, scale: float, loss: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
         ctx.name = name
+        ctx.places = places
         ctx.arguments = arguments
         ctx.scale = scale
         return loss.clone()
@@ -61,9 +67,10 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order(ctx.name)
-        gradient = getattr(ops, ctx.name)(*ctx.saved_tensors, *ctx.arguments)
+        tensors = ctx.saved_tensors
+        gradient = getattr(ops, ctx.name)(*(tensors[place] for place in ctx.places), *ctx.arguments)
         ops.rescale_(gradient, upstream * ctx.scale)
-        return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
+        return None, None, None, None, None, gradient, *[None] * (len(tensors) - 1)
 
 
 class _Known(torch.autograd.Function):
@@ -129,4 +136,20 @@ def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None
     """`loss`, with the gradient for `x` being `scale * name(x, *saved, *arguments)`."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return loss
-    return _TwoPasses.apply(name, arguments, scale, loss, x, *saved)
+    tensors, places = _each_once([x, *saved])
+    return _TwoPasses.apply(name, places, arguments, scale, loss, *tensors)
+
+
+def _each_once(given: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
+    """The tensors without repetitions, and the place of each given one among them.
+
+    torch.compile (2.15) refuses an autograd Function that is given the same tensor twice.
+    """
+    tensors: list[Tensor | None] = []
+    places = []
+    for tensor in given:
+        place = next((i for i, known in enumerate(tensors) if tensor is known), len(tensors))
+        if place == len(tensors):
+            tensors.append(tensor)
+        places.append(place)
+    return tensors, places
