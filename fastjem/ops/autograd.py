@@ -1,6 +1,6 @@
 """From operators to differentiable losses: three autograd Functions serve every loss.
 
-`one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is another operator's,
+`one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is that of another,
 which runs in backward. `known`: loss and gradients are there already. The conventions are in kernels/__init__.py.
 """
 
