@@ -1,4 +1,8 @@
-"""From operators to differentiable losses: two autograd Functions serve every loss."""
+"""From operators to differentiable losses: three autograd Functions serve every loss.
+
+`one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is that of another,
+which runs in backward. `known`: loss and gradients are there already. The conventions are in kernels/__init__.py.
+"""
 
 from collections.abc import Sequence
 
@@ -27,13 +31,12 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name: str, wanted: tuple[bool, ...], listed: bool, arguments: tuple, *inputs: Tensor):
-        loss, gradients, scale, *statistics = _call(name, wanted, listed, arguments, inputs)
+        loss, gradients, scale, statistics = _call(name, wanted, listed, arguments, inputs)
         ctx.save_for_backward(scale, *gradients)
-        ctx.name, ctx.wanted = name, wanted
-        if not statistics:
-            return (loss,)
-        ctx.mark_non_differentiable(*statistics[0])
-        return loss, *statistics[0]
+        ctx.name = name
+        ctx.wanted = wanted
+        ctx.mark_non_differentiable(*statistics)
+        return loss, *statistics
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_):
@@ -55,7 +58,10 @@ class _TwoPasses(torch.autograd.Function):
         ctx, name: str, places: list[int], arguments: tuple, scale: float, loss: Tensor, *tensors: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.name, ctx.places, ctx.arguments, ctx.scale = name, places, arguments, scale
+        ctx.name = name
+        ctx.places = places
+        ctx.arguments = arguments
+        ctx.scale = scale
         return loss.clone()
 
     @staticmethod
@@ -73,30 +79,37 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name: str, loss: Tensor, factors: Sequence, gradients: Sequence, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
-        ctx.name, ctx.factors, ctx.like = name, factors, [(x.dtype, x.shape) for x in inputs]
+        ctx.name = name
+        ctx.factors = factors
+        ctx.inputs = [(x.dtype, x.shape) for x in inputs]
         return loss.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order(ctx.name)
-        scaled = []
-        for i, (g, factor, (dtype, shape)) in enumerate(zip(ctx.saved_tensors, ctx.factors, ctx.like, strict=True)):
-            wanted = ctx.needs_input_grad[4 + i]
-            scaled.append(_rescaled(g, upstream * factor).to(dtype).reshape(shape) if wanted else None)
+        wanted = ctx.needs_input_grad[4:]
+        scaled = [
+            _rescaled(gradient, upstream * factor).to(dtype).reshape(shape) if want else None
+            for gradient, factor, (dtype, shape), want in zip(
+                ctx.saved_tensors, ctx.factors, ctx.inputs, wanted, strict=True
+            )
+        ]
         return None, None, None, None, *scaled
 
 
-def _call(name, wanted, listed, arguments, inputs) -> tuple:
-    """(loss, gradients, scale), and for some operators a list of statistics."""
+def _call(
+    name: str, wanted: tuple[bool, ...], listed: bool, arguments: tuple, inputs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """(loss, gradients, scale, statistics); an operator without statistics has none of them."""
     op = getattr(ops, name)
-    return op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
+    result = op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
+    return result if len(result) == 4 else (*result, [])
 
 
 def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor:
-    """The loss `name(*inputs, *arguments)`, differentiable for `inputs`.
+    """The loss `name(*inputs, *arguments)`, differentiable for `inputs`; `listed`: the operator takes them as Tensor[].
 
-    An operator may take its inputs `listed`, as Tensor[]. Gradients are asked for only where grad mode is on and the
-    input requires one.
+    Gradients are asked for only where grad mode is on and the input requires one.
     """
     return one_pass_with_statistics(name, inputs, *arguments, listed=listed)[0]
 
@@ -106,10 +119,10 @@ def one_pass_with_statistics(
 ) -> tuple[Tensor, ...]:
     """The loss of `one_pass`, and behind it what statistics the operator was asked for: constants."""
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    if any(wanted):
-        return _OnePass.apply(name, wanted, listed, arguments, *inputs)
-    loss, _, _, *statistics = _call(name, wanted, listed, arguments, inputs)
-    return (loss, *statistics[0]) if statistics else (loss,)
+    if not any(wanted):
+        loss, _, _, statistics = _call(name, wanted, listed, arguments, inputs)
+        return loss, *statistics
+    return _OnePass.apply(name, wanted, listed, arguments, *inputs)
 
 
 def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence) -> Tensor:

@@ -16,8 +16,9 @@ def sinkhorn_step(
 ) -> Tensor:
     """[K] float64: `logsumexp_i(s_ik + g_i)` with `g_i = -logsumexp_k(s_ik + f_k)`, s = scores / epsilon, f = bias.
 
-    In the log domain, samples are normalised, and then each prototype is summed. The next bias f is the negative of the result; over several ranks, of the logsumexp of their results. It may be
-    thousands and nearly cancels with what it is added to: hence float64.
+    In the log domain, samples are normalised, and then each prototype is summed. The next bias f is the negative of the
+    result; over several ranks, of the logsumexp of their results. It may be thousands and nearly cancels with what it
+    is added to: hence float64.
     """
     scores = widen(scores) / epsilon
     if bias is not None:
@@ -88,7 +89,8 @@ def prototype_cross_entropy(
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """The mean over pairs of views and rows of `-<softmax(t / tau_t + bias), log_softmax(s / tau_s)>`, s and t logits.
 
-    The mean over rows is weighted if there are weights. SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
+    The mean over rows is weighted if there are weights. SwAV (pairs "different", bias from Sinkhorn), DINO
+    ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
     With `statistics`, of the teacher: mean logits [K], mean probabilities [K] and the mean entropy of a row, 0-dim.
     """
     s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
