@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.functional._collectives import sum_over_ranks, world_size
-from fastjem.ops.autograd import _refuse_second_order, known, ops
+from fastjem.ops.autograd import known, ops, refuse_second_order
 
 
 def _sizes(n: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
@@ -70,7 +70,7 @@ class _NTXent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        _refuse_second_order("nt_xent")
+        refuse_second_order("nt_xent")
         (z, lse, weights), n = ctx.saved_tensors, ctx.saved_tensors[0].shape[1]
         gradient = _wide(ops.nt_xent_backward(z, z, lse, lse, weights, 0, *ctx.options))
         for others, their_lse in _others([z, lse], 1, ctx.sizes, ctx.group):
@@ -124,7 +124,7 @@ class _Clip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        _refuse_second_order("clip_loss")
+        refuse_second_order("clip_loss")
         x, y, scale, x_lse, y_lse = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         (x_gradient, y_gradient), scale_gradient = ops.clip_loss_backward(x, y, scale, x_lse, y_lse, 0, wanted)

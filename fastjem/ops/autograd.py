@@ -1,7 +1,7 @@
 """From operators to differentiable losses: three autograd Functions serve every loss.
 
-`one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is another operator's,
-which runs in backward. `known`: loss and gradients are there already. The conventions are in kernels/__init__.py.
+`one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is that of another
+operator, which runs in backward. `known`: loss and gradients are there already. Conventions: kernels/__init__.py.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 ops = torch.ops.fastjem
 
 
-def _refuse_second_order(name: str) -> None:
+def refuse_second_order(name: str) -> None:
     # autograd's once_differentiable would let a constant pass, if the upstream gradient requires none
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: differentiable once only, got create_graph=True")
@@ -42,7 +42,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_):
-        _refuse_second_order(ctx.name)
+        refuse_second_order(ctx.name)
         scale, *gradients = ctx.saved_tensors
         factor = upstream * scale
         scaled = (_rescaled(g, factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
@@ -62,7 +62,7 @@ class _TwoPasses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        _refuse_second_order(ctx.name)
+        refuse_second_order(ctx.name)
         gradient = getattr(ops, ctx.name)(*ctx.saved_tensors, *ctx.arguments)
         ops.rescale_(gradient, upstream * ctx.scale)
         return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
@@ -81,7 +81,7 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        _refuse_second_order(ctx.name)
+        refuse_second_order(ctx.name)
         wanted = ctx.needs_input_grad[4:]
         scaled = [
             _rescaled(gradient, upstream * factor).to(dtype).reshape(shape) if want else None
