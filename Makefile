@@ -1,6 +1,8 @@
 ## make demo        trains on the embedded data set (minutes) and shows what that was worth; makes .venv first
-## make test        the whole test suite, in .venv, which it makes first (ARGS="-k sinkhorn" for a part of it)
-## make lint        ruff: errors and format
+## make test        every operator, module and method, in .venv, which it makes first (ARGS="-k sinkhorn" for a part of it)
+## make test-all    that and the exhaustive tests: cross products, ranks by method, broken kernels, clean builds
+## make lint        ruff (errors, format), basedpyright (types), clang-format (csrc/)
+## make docs        whether the pages' examples, commands, tables and links are right
 ## make bench       benchmarks on this machine; results in benchmarks/results/
 ## make gpu-check   on a machine with a GPU and PyTorch, without network or .venv: build, GPU tests, benchmarks (PART=tests|bench)
 ## make clean       remove all that was made here, .venv too
@@ -15,7 +17,8 @@ PART ?= tests bench
 
 python := $(VENV)/bin/python
 run := $(python) -m
-# 5 is pytest's "no test selected", which is no failure when ARGS chooses. .ci/run insists on tests in each of the three.
+# 5 is pytest's "no test selected", which is no failure when ARGS chooses. .ci/run insists on tests in each of the three
+# processes: Triton reads its environment once, and a compile ahead of time has a stand-in for the driver.
 # Two processes at a time, as most of a test's time is one thread's; waiting OpenMP threads sleep, or they would take the other's core.
 pytest = OMP_WAIT_POLICY=passive $(run) pytest -n 2 --dist worksteal $(1) $(ARGS) || [ $$? -eq 5 ]
 
@@ -25,7 +28,7 @@ ready := $(VENV)/ready-$(version)
 
 bounded := timeout --signal=INT --kill-after=15
 
-.PHONY: help demo test lint bench gpu-check clean
+.PHONY: help demo test test-all lint docs bench gpu-check clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -33,7 +36,7 @@ everything := -c constraints.txt -e ".[pretrain,dev]"
 # When csrc/ alone changed, the extension is built again with what the environment holds: seconds, and no package index.
 extension := --no-build-isolation --no-deps -e .
 
-$(ready): pyproject.toml setup.py constraints.txt csrc $(wildcard csrc/*)
+$(ready): pyproject.toml setup.py constraints.txt $(shell find csrc)
 	@[ "$$($(python) -c 'import pip, sys; print("%d.%d" % sys.version_info[:2])' 2>&1)" = "$(version)" ] \
 	  || $(PYTHON) -m venv --clear $(VENV)
 	@echo "$(if $(filter-out csrc%,$?),installing into $(VENV): minutes the first time (PyTorch),building the C++ kernels)"
@@ -46,6 +49,11 @@ demo: $(ready)
 	$(run) fastjem demo
 
 test: $(ready)
+	$(call pytest,-m "not exhaustive")
+	TRITON_INTERPRET=1 $(call pytest,-m "interpreter and not exhaustive")
+	$(call pytest,-m "aot and not exhaustive")
+
+test-all: $(ready)
 	$(call pytest)
 	TRITON_INTERPRET=1 $(call pytest,-m interpreter)
 	$(call pytest,-m aot)
@@ -53,6 +61,11 @@ test: $(ready)
 lint: $(ready)
 	$(run) ruff check .
 	$(run) ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(python)
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+docs: $(ready)
+	$(run) pytest -q tests/test_docs.py $(ARGS)
 
 bench: $(ready)
 	$(run) fastjem bench --out $(OUT)

@@ -42,8 +42,9 @@ openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 extension = Pybind11Extension(
     "fastjem.kernels._C",
-    sources=sorted(glob("csrc/*.cpp")),
-    depends=sorted(glob("csrc/*.h")),
+    sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
+    depends=sorted(glob("csrc/**/*.h", recursive=True)),
+    include_dirs=["csrc"],
     cxx_std=17,
     # No -ffast-math: sums keep their order, and NaN and infinity stay what they are.
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *openmp],

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastjem.bench.clocks import Step, copied, synchronize
+from fastjem.bench.clocks import Call, copied, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -39,12 +39,12 @@ def step(request: pytest.FixtureRequest, benchmark) -> Callable[[], None]:
     if name in absent:
         pytest.skip(f"{name}: {absent[name]}")
     inputs = case.draw(DEVICE)
-    case.verifier(inputs)(Step(functions[name], copied(inputs)).outputs())
+    case.verifier(inputs)(Call(functions[name], copied(inputs)).outputs())
     benchmark.group = case.name
-    step = Step(functions[name], inputs)
+    call = Call(functions[name], inputs)
 
     def run() -> None:
-        step.fresh()
+        call.fresh()
         if case.clock == "device":
             synchronize(DEVICE)
 

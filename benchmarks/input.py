@@ -22,10 +22,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fastjem.bench import machine
-from fastjem.data.batches import augmented
-from fastjem.data.dali import DaliViews, drawn
-from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import ViewLoader
+from fastjem.data.batch import finish
+from fastjem.data.loaders import Budget, Order
+from fastjem.data.loaders.dali import DaliLoader, drawn
+from fastjem.data.loaders.torch import TorchLoader
+from fastjem.data.source import Source, open_source, path_of
 from fastjem.data.views import Views, ViewSpec
 
 BATCH, WARM = 32, 2
@@ -34,10 +35,10 @@ CASES = {
     "simclr": ("SimCLR, 2 x 224", Views(large=2, recipe="simclr")),
     "dino": ("DINO, 2 x 224 + 8 x 96", Views(large=2, small=8, recipe="dino")),
 }
-Source = Callable[[ImageFolder, list[ViewSpec]], Iterator[int]]  # yields the images of each batch
+Variant = Callable[[Source, list[ViewSpec]], Iterator[int]]  # yields the images of each batch
 
 
-def keys(folder: ImageFolder) -> Iterator[list[tuple[int, int]]]:
+def keys(folder: Source) -> Iterator[list[tuple[int, int]]]:
     """Endless batches in random order; an epoch is as long as the benchmark."""
     random = np.random.default_rng(0)
     samples = itertools.chain.from_iterable(random.permutation(len(folder)).tolist() for _ in itertools.count())
@@ -45,29 +46,30 @@ def keys(folder: ImageFolder) -> Iterator[list[tuple[int, int]]]:
         yield [(0, sample) for sample in itertools.islice(samples, BATCH)]
 
 
-def ours(folder: ImageFolder, specs: list[ViewSpec], *, colour: bool = True) -> Iterator[int]:
-    for crops in DaliViews(folder, specs, keys(folder), drawn(specs, 0), batch=BATCH, threads=WORKERS):
+def ours(folder: Source, specs: list[ViewSpec], *, colour: bool = True) -> Iterator[int]:
+    for crops in DaliLoader(folder, specs, keys(folder), drawn(specs, 0), batch=BATCH, threads=WORKERS):
         if colour:
-            augmented(crops, specs, torch.device("cpu"))
+            finish(crops, specs, "cpu")
         yield len(crops.views[0])
 
 
-def ceiling(folder: ImageFolder, specs: list[ViewSpec]) -> Iterator[int]:
+def ceiling(folder: Source, specs: list[ViewSpec]) -> Iterator[int]:
     return ours(folder, specs, colour=False)
 
 
-def ours_torch(folder: ImageFolder, specs: list[ViewSpec]) -> Iterator[int]:
-    for crops in ViewLoader(folder, specs, batch=BATCH, stop=10**6, workers=WORKERS):
-        augmented(crops, specs, torch.device("cpu"))
+def ours_torch(folder: Source, specs: list[ViewSpec]) -> Iterator[int]:
+    order = Order(samples=len(folder), batch=BATCH, stop=10**6)
+    for crops in TorchLoader(folder, specs, order, Budget(workers=WORKERS)):
+        finish(crops, specs, "cpu")
         yield len(crops.views[0])
 
 
-def dali_alone(folder: ImageFolder, specs: list[ViewSpec]) -> Iterator[int]:
+def dali_alone(folder: Source, specs: list[ViewSpec]) -> Iterator[int]:
     """As well as DALI does it by itself: decoded once, windows of the blur as its sigma asks for. Its jitter isn't
     torchvision's (fixed order, hue in YIQ, contrast around the middle)."""
     from nvidia.dali import fn, pipeline_def, types
 
-    paths = [folder.path(i) for i in range(len(folder))]
+    paths = [path_of(folder, i) for i in range(len(folder))]
     factors = [[[max(1 - x, 0.0), 1 + x] for x in spec.jitter[:3]] for spec in specs]
 
     @pipeline_def(
@@ -119,7 +121,7 @@ SOLARIZED = [v if v < 128 else 255 - v for v in range(256)]
 class Transformed(Dataset):
     """Files in random order through somebody's transform: a list of views."""
 
-    folder: ImageFolder
+    folder: Source
     transform: Callable
 
     def __len__(self) -> int:
@@ -127,22 +129,22 @@ class Transformed(Dataset):
 
     def __getitem__(self, i: int) -> list[torch.Tensor]:
         sample = np.random.default_rng(i).integers(len(self.folder))
-        return self.transform(Image.open(self.folder.path(sample)).convert("RGB"))
+        return self.transform(Image.open(path_of(self.folder, sample)).convert("RGB"))
 
 
-def loaded(folder: ImageFolder, transform: Callable) -> Iterator[int]:
+def loaded(folder: Source, transform: Callable) -> Iterator[int]:
     for views in DataLoader(Transformed(folder, transform), BATCH, num_workers=WORKERS):
         yield len(views[0])
 
 
-def lightly(folder: ImageFolder, specs: list[ViewSpec]) -> Iterator[int]:
+def lightly(folder: Source, specs: list[ViewSpec]) -> Iterator[int]:
     from lightly.transforms import DINOTransform, SimCLRTransform
 
     small = sum(spec.size < 224 for spec in specs)
     return loaded(folder, DINOTransform(n_local_views=small) if small else SimCLRTransform(input_size=224))
 
 
-def torchvision(folder: ImageFolder, specs: list[ViewSpec]) -> Iterator[int]:
+def torchvision(folder: Source, specs: list[ViewSpec]) -> Iterator[int]:
     from torchvision.transforms import InterpolationMode, v2
 
     def transform(spec: ViewSpec) -> v2.Compose:
@@ -163,7 +165,7 @@ def torchvision(folder: ImageFolder, specs: list[ViewSpec]) -> Iterator[int]:
     return loaded(folder, lambda image: [one(v2.functional.to_image(image)) for one in each])
 
 
-VARIANTS: dict[str, Source] = {
+VARIANTS: dict[str, Variant] = {
     "ours, DALI on the CPU": ours,
     "ours, torch": ours_torch,
     "DALI alone": dali_alone,
@@ -173,12 +175,13 @@ VARIANTS: dict[str, Source] = {
 }
 
 
-def rate(source: Source, folder: ImageFolder, specs: list[ViewSpec], images: int) -> float:
+def rate(variant: Variant, folder: Source, specs: list[ViewSpec], images: int) -> float:
     """Images a second once queues are full."""
-    batches = source(folder, specs)
+    batches = variant(folder, specs)
     for _ in range(WARM):
         next(batches)
-    begin, seen = time.perf_counter(), 0
+    seen = 0
+    begin = time.perf_counter()
     while seen < images:
         seen += next(batches)
     seconds = time.perf_counter() - begin
@@ -194,7 +197,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    folder = ImageFolder(arguments.folder)
+    folder = open_source(arguments.folder)
     described = machine.describe(torch.device("cpu")) | machine.now() | {"load_before": os.getloadavg()[0]}
     for case in arguments.case:
         title, views = CASES[case]
@@ -206,7 +209,8 @@ def main() -> None:
                 rates[name].append(rate(VARIANTS[name], folder, specs, arguments.images))
                 print(f"{case}, round {turn + 1}: {name}: {rates[name][-1]:.0f} images/s", file=sys.stderr, flush=True)
         best = {name: max(each) for name, each in rates.items()}
-        base, lines = best["ours, DALI on the CPU"], []
+        base = best["ours, DALI on the CPU"]
+        lines = []
         for name, each in rates.items():
             ratio = np.median(rates["ours, DALI on the CPU"]) / np.median(each)
             lines.append(
@@ -214,9 +218,9 @@ def main() -> None:
             )
         page = [
             f"# Input: {title}\n",
-            f"{len(folder)} files of {folder.root.name}, batches of {BATCH}, {WORKERS} cores, {described['cpu']}; "
-            f"{arguments.rounds} rounds of {arguments.images} images a variant, in turns. Load average before the run: "
-            f"{described['load_before']:.1f}.\n",
+            f"{len(folder)} files of {Path(folder.root).name}, batches of {BATCH}, {WORKERS} cores, "
+            f"{described['cpu']}; {arguments.rounds} rounds of {arguments.images} images a variant, in turns. "
+            f"Load average before the run: {described['load_before']:.1f}.\n",
             "| | images/s, best | median | ours is so many times as fast, by best (median) |",
             "|---|---|---|---|",
             *lines,

@@ -1,5 +1,5 @@
-// What every operator's binding needs: dtype codes, threads, the choice of instruction set. No torch header: tensors come as
-// addresses, checked in kernels/cpu.py.
+// What every operator's binding needs: dtype codes, threads, the choice of instruction set. No torch header: tensors
+// come as addresses, which the launchers in kernels/FAMILY/cpu.py have checked.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,7 +17,8 @@
 #include <utility>
 #include <vector>
 
-// A call that stays a call keeps the loop around it scalar; and some loops GCC 12 vectorises only in a function of their own.
+// A loop around a call is not vectorised, unless the call is inlined; and some loops GCC 12 vectorises only in a
+// function of their own.
 #if defined(__GNUC__)
 #define FASTJEM_INLINE inline __attribute__((always_inline))
 #define FASTJEM_NOINLINE __attribute__((noinline))
@@ -28,14 +29,21 @@
 
 namespace fastjem {
 
-enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+enum class Dtype : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };  // kernels/native.py: CODES
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 
 Isa isa();  // the best that the processor has, or what a test chose
 
-// Calls f(begin, end) over [0, n) in at most `threads` contiguous parts, none with less than `grain` elements (but one).
-// Parts never share an output, and sums over parts are done afterwards in order: the bits don't depend on scheduling.
+// Python hands over a tensor as its address; 0 is a tensor that isn't there, a null pointer.
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Calls f(begin, end) over [0, n) in at most `threads` contiguous parts. Each part has at least `grain` elements, so
+// that it is worth a thread; if n itself is smaller, there is one part. Parts never share an output, and what is summed
+// over parts is added afterwards in order: the bits don't depend on which thread was first.
 template <class F>
 void parallel_for(int64_t n, int64_t grain, int threads, F&& f) {
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n / std::max<int64_t>(1, grain)));

@@ -1,4 +1,5 @@
-// Probabilities below 1e-38 as 0 while an object of this lives, in its thread: arithmetic on subnormals takes a hundred cycles.
+// While an object of this lives, its thread computes with 0 for numbers below 1e-38 (probabilities that don't matter):
+// arithmetic on subnormals takes a hundred cycles.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -9,10 +10,12 @@ namespace fastjem {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 class FlushSubnormals {
+  static constexpr unsigned flush_results = 0x8000;
+  static constexpr unsigned flush_operands = 0x0040;
   const unsigned before = _mm_getcsr();
 
  public:
-  FlushSubnormals() { _mm_setcsr(before | 0x8040); }  // results and operands
+  FlushSubnormals() { _mm_setcsr(before | flush_results | flush_operands); }
   ~FlushSubnormals() { _mm_setcsr(before); }
 };
 #else

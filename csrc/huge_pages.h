@@ -1,4 +1,5 @@
-// Memory that is about to be written for the first time: in pages of 2 MiB the system has 512 times fewer of them to hand out.
+// For memory that is about to be written for the first time: the system hands out pages one by one, and of pages of
+// 2 MiB there are 512 times fewer.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@ inline void prefer_huge_pages(void* address, int64_t bytes) {
   constexpr uintptr_t page = 1 << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(address) + page - 1) & ~(page - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(address) + bytes) & ~(page - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure changes nothing
+  if (end <= begin) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure changes nothing
 #endif
 }
 

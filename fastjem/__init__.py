@@ -2,6 +2,7 @@
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 try:
     __version__ = version("fastjem")
@@ -9,10 +10,15 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
     __version__ = "0+unknown"
 
 
-def __getattr__(name: str) -> object:
-    """`fastjem.pretrain(...)` and `fastjem.load_encoder(path)` load what they need when they are first asked for."""
-    if name == "pretrain":
-        return importlib.import_module("fastjem.pretrain")  # a module that can be called
-    if name == "load_encoder":
-        return importlib.import_module("fastjem.encoders").load
-    raise AttributeError(f"module 'fastjem' has no attribute {name!r}")
+# What is loaded when it is first asked for, as it needs more than torch: name -> (module, attribute).
+LAZY = {
+    "pretrain": ("fastjem.run", "pretrain"),
+    "load_encoder": ("fastjem.encoders", "load"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module 'fastjem' has no attribute {name!r}")
+    module, attribute = LAZY[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -4,6 +4,7 @@ A field's help is `metadata["help"]`; `metadata["positional"]` makes it an argum
 None and isn't given stays None; `bool | None` takes `--name` and `--no-name`; a dict takes NAME=VALUE pairs.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -14,11 +15,21 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 from fastjem.errors import UserError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+class Parser(argparse.ArgumentParser):
+    """For commands that run without tyro: a mistake on their command line is one line and exit code 2 as well."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
 
 
 def value(text: str) -> bool | int | float | str:
@@ -34,10 +45,14 @@ def value(text: str) -> bool | int | float | str:
 
 
 def pairs(items: list[str]) -> dict[str, Any]:
+    """["k=2", "flip=false"] -> {"k": 2, "flip": False}."""
+    found = {}
     for item in items:
-        if "=" not in item:
+        name, equals, text = item.partition("=")
+        if not equals:
             raise ValueError(f"takes NAME=VALUE, got {item}")
-    return {name: value(text) for name, _, text in (item.partition("=") for item in items)}
+        found[name] = value(text)
+    return found
 
 
 def parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
@@ -48,39 +63,27 @@ def parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
     """
     import tyro
 
-    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
-    names = {f.name: f.name.upper() if f.metadata.get("positional") else _flag(f.name) for f in fields}
-    argv = _spelt_out(argv, {names[f.name]: hints[f.name] for f in fields})
-    surface, required = [], []  # the same fields, as tyro is to see them
-    for f in fields:
-        hint, marks, shown = hints[f.name], [], {"help": f.metadata.get("help", "")}
-        if f.default is f.default_factory:  # both missing
-            required.append(names[f.name])
-        if isinstance(hint, types.UnionType):
-            (kind_of_value,) = set(typing.get_args(hint)) - {types.NoneType}
-            shown |= {"help_behavior_hint": ""}
-            marks.append(_spec(1, kind_of_value.__name__.upper(), lambda x, kind=kind_of_value: _made(kind, x[0])))
-        if typing.get_origin(hint) is dict:
-            shown |= {"help_behavior_hint": ""}
-            marks.append(_spec("*", "NAME=VALUE ...", pairs))
-        if f.metadata.get("positional"):
-            shown |= {"metavar": names[f.name]}
-            marks.append(tyro.conf.Positional)
-        annotation: Any = Annotated[(hint, tyro.conf.arg(**shown), *marks)]  # type: ignore[valid-type]
-        copied = dataclasses.field(default=f.default, default_factory=f.default_factory)  # type: ignore[call-overload]
-        surface.append((f.name, annotation, copied))
-    seen, errors = dataclasses.make_dataclass(kind.__name__, surface, kw_only=True), io.StringIO()
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    shown = {field.name: _shown_name(field) for field in fields}
+    required = [shown[field.name] for field in fields if field.default is field.default_factory]  # both missing
+    for_tyro = dataclasses.make_dataclass(
+        kind.__name__, [_for_tyro(field, hints[field.name]) for field in fields], kw_only=True
+    )
+    words = _spelt_out(argv, {shown[field.name]: hints[field.name] for field in fields})
+    errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            made = tyro.cli(seen, prog=f"fastjem {command}", description=(kind.__doc__ or "").strip(), args=argv)
+            parsed = tyro.cli(for_tyro, prog=f"fastjem {command}", description=(kind.__doc__ or "").strip(), args=words)
     except SystemExit as exit:
         if not exit.code:
             raise
         raise UserError(_one_line(errors.getvalue(), required)) from None
-    for f in fields:
-        if f.metadata.get("positional") and names[f.name] in required and getattr(made, f.name) in ((), []):
-            raise UserError(f"needs {names[f.name]}")
-    return kind(**{f.name: getattr(made, f.name) for f in fields})
+    values = {field.name: getattr(parsed, field.name) for field in fields}
+    for field in fields:
+        if field.metadata.get("positional") and shown[field.name] in required and values[field.name] in ((), []):
+            raise UserError(f"needs {shown[field.name]}")
+    return kind(**values)
 
 
 def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[str]) -> int:
@@ -94,16 +97,42 @@ def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[st
         return 130
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _shown_name(field: dataclasses.Field) -> str:
+    """`--image-size`, or `RUN` where it is given without a name."""
+    if field.metadata.get("positional"):
+        return field.name.upper()
+    return f"--{field.name.replace('_', '-')}"
 
 
-def _made(kind: Callable[[str], Any], text: str) -> Any:
-    return text == "True" if kind is bool else kind(text)
+def _for_tyro(field: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
+    """The field as (name, annotation, default): where tyro's own way would show or say more than a user wants, the
+    annotation says how a value is made of words.
+    """
+    import tyro
+
+    marks: list[Any] = []
+    about = {"help": field.metadata.get("help", "")}
+    if isinstance(hint, types.UnionType):  # X | None: tyro would offer the word None
+        (kind,) = set(typing.get_args(hint)) - {types.NoneType}
+        about["help_behavior_hint"] = ""
+        marks.append(_primitive(1, kind.__name__.upper(), lambda words: _converted(kind, words[0])))
+    if typing.get_origin(hint) is dict:
+        about["help_behavior_hint"] = ""
+        marks.append(_primitive("*", "NAME=VALUE ...", pairs))
+    if field.metadata.get("positional"):
+        about["metavar"] = _shown_name(field)
+        marks.append(tyro.conf.Positional)
+    annotation = Annotated[(hint, tyro.conf.arg(**about), *marks)]  # type: ignore[valid-type]
+    default = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
+    return field.name, annotation, default
 
 
-def _spec(nargs: Any, metavar: str, made: Callable[[list[str]], Any]) -> Any:
-    """How tyro makes a value of words, where its own way would show or say more than a user wants."""
+def _converted(kind: Callable[[str], Any], word: str) -> Any:
+    return word == "True" if kind is bool else kind(word)
+
+
+def _primitive(nargs: Any, metavar: str, made: Callable[[list[str]], Any]) -> Any:
+    """A value of `nargs` words, shown as `metavar`, made by `made`."""
     import tyro
 
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -116,26 +145,41 @@ def _spec(nargs: Any, metavar: str, made: Callable[[list[str]], Any]) -> Any:
 
 
 def _spelt_out(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """Every option is one of ours, in full; `--no-blur` of a switch that may stay None is `--blur False`."""
-    flags = {flag: hint for flag, hint in hints.items() if flag.startswith("--")}
-    switches = {flag for flag, hint in flags.items() if hint == bool | None}
-    off = {f"--no-{flag[2:]}": flag for flag, hint in flags.items() if hint is bool or flag in switches}
-    known, out = [*flags, *off, "--help"], []
-    for i, word in enumerate(argv):
+    """The words with every option in full, as tyro takes them; hints: "--option" or "POSITIONAL" -> its type.
+
+    An option that isn't there is a mistake (tyro would take the beginning of a name for it); `--blur` and `--no-blur`
+    of a switch that may stay None become `--blur True` and `--blur False`.
+    """
+    options = {name: hint for name, hint in hints.items() if name.startswith("--")}
+    switches = {name for name, hint in options.items() if hint == bool | None}
+    negations = {f"--no-{name[2:]}": name for name, hint in options.items() if hint is bool or name in switches}
+    known = [*options, *negations, "--help"]
+    words = []
+    for word, following in itertools.zip_longest(argv, argv[1:]):
         name, equals, text = word.partition("=")
-        flag = name.replace("_", "-")
-        if flag == "--" or not flag.startswith("--"):
-            out.append(word)
-        elif flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+        option = name.replace("_", "-")
+        if option == "--" or not option.startswith("--"):
+            words.append(word)
+        elif option not in known:
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
             raise UserError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
-        elif off.get(flag) in switches:
-            out += [off[flag], "False"]
-        elif flag in switches and not equals and (argv[i + 1 : i + 2] or [""])[0] not in ("True", "False"):
-            out += [flag, "True"]
+        elif negations.get(option) in switches:
+            words += [negations[option], "False"]
+        elif option in switches and not equals and following not in ("True", "False"):
+            words += [option, "True"]
         else:
-            out.append(flag + equals + text)
-    return out
+            words.append(option + equals + text)
+    return words
+
+
+# What tyro says of a mistake -> what we say, where ours is shorter.
+SHORTER = (
+    (r"Error parsing (\S+): takes", r"\1 takes"),
+    (r"Error parsing (\S+): invalid literal for int.*: ", r"\1 takes a whole number, got "),
+    (r"Error parsing (\S+): could not convert string to float: ", r"\1 takes a number, got "),
+    (r"Missing value for argument '(\S+)'.*", r"\1 needs a value"),
+    (r"Unrecognized options: (.*)", r"'\1' is one argument too many"),
+)
 
 
 def _one_line(boxed: str, required: list[str]) -> str:
@@ -143,16 +187,11 @@ def _one_line(boxed: str, required: list[str]) -> str:
     title, *lines = [line.strip(" │") for line in boxed.strip("\n").splitlines()]
     if set(lines[0]) == {"-"}:  # where stdout isn't UTF-8 there are no frames, and a rule below the title
         del lines[0]
-    said = " ".join(itertools.takewhile(lambda line: not line.startswith(("──", "----")), lines)) or title
-    if said.startswith("Missing from"):
-        missing = [name for name in required if re.search(rf"(^|[ \[]){name}\b", said)]
+    first = itertools.takewhile(lambda line: not line.startswith(("──", "----")), lines)
+    message = " ".join(first) or title
+    if message.startswith("Missing from"):
+        missing = [name for name in required if re.search(rf"(^|[ \[]){name}\b", message)]
         return f"needs {' and '.join(missing)}"
-    for pattern, words in (
-        (r"Error parsing (\S+): takes", r"\1 takes"),
-        (r"Error parsing (\S+): invalid literal for int.*: ", r"\1 takes a whole number, got "),
-        (r"Error parsing (\S+): could not convert string to float: ", r"\1 takes a number, got "),
-        (r"Missing value for argument '(\S+)'.*", r"\1 needs a value"),
-        (r"Unrecognized options: (.*)", r"'\1' is one argument too many"),
-    ):
-        said = re.sub(rf"^{pattern}", words, said)
-    return said
+    for pattern, words in SHORTER:
+        message = re.sub(rf"^{pattern}", words, message)
+    return message

@@ -1,43 +1,241 @@
-"""Backbones by timm's names, the small stem, vision transformers at any image size."""
+"""Encoders: backbones by timm's names, any module of one's own, and the one way in which methods call them.
+
+`wrap` makes an `Encoder` of any module that maps images [B, C, H, W] to embeddings [B, D]. Methods see nothing else: an
+encoder gives `Features`, and a vision transformer also takes masks. What is exported is the module inside.
+"""
 
 import re
+import sys
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastjem.checkpoints import write_atomically
+from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError, nearest
 
 SHORT_VIT = re.compile(r"vit_(tiny|small|base|large)$")
+NO_TOKEN = "the encoder has no mask token: fastjem.encoders.wrap(module, mask_token=True) gives it one"
 
 
-def is_transformer(encoder: nn.Module) -> bool:
-    """Whether patches can be masked: timm's VisionTransformer and what is built like it."""
-    return all(hasattr(encoder, name) for name in ("patch_embed", "blocks", "_pos_embed", "norm_pre", "norm"))
+class Features(NamedTuple):
+    """What an encoder makes of N images."""
+
+    pooled: Tensor  # [N, D], the embeddings
+    tokens: Tensor | None = None  # [N, L, D] after the last norm, one for each patch; transformers only
+    layers: tuple[Tensor, ...] = ()  # the tokens [N, L, D] behind each of the last blocks, where asked for
 
 
-def patch_size(encoder: nn.Module) -> int:
-    size = getattr(getattr(encoder, "patch_embed", None), "patch_size", 1)
+class Encoder(nn.Module):
+    """Any module [B, C, H, W] -> [B, D] with what methods ask of an encoder; see `wrap`.
+
+    DDP, FSDP2 and torch.compile see every call, as methods call `forward` and nothing inside it.
+    """
+
+    backbone: Any  # any module; a transformer's parts are looked up in it
+    width: int  # D
+    patch: int  # pixels of a patch's side; 1: the encoder has no patches
+    prefix_tokens: int  # class and register tokens before those of the patches
+
+    def __init__(self, backbone: nn.Module, width: int, *, patch: int = 1, prefix_tokens: int = 0):
+        super().__init__()
+        self.backbone = backbone
+        self.width = width
+        self.patch = patch
+        self.prefix_tokens = prefix_tokens
+
+    def forward(
+        self, images: Tensor, *, hidden: Tensor | None = None, visible: Tensor | None = None, layers: int = 0
+    ) -> Features:
+        """Embed images [N, C, H, W].
+
+        Args:
+            hidden: [N, h, w] bool: patches that the mask token replaces.
+            visible: [N, M] int64: the only patches that the transformer is given; its cost falls with their number.
+            layers: of how many of the last blocks `Features.layers` is wanted.
+
+        Raises:
+            ValueError: for masks or layers of an encoder that has no patches or blocks.
+        """
+        if hidden is not None or visible is not None:
+            raise ValueError(no_patches(self.backbone))
+        if layers:
+            raise ValueError(f"Encoder: {type(self.backbone).__name__} has no transformer blocks to give layers of")
+        return Features(self.backbone(images))
+
+
+class TransformerEncoder(Encoder):
+    """timm's VisionTransformer or Eva (also DINOv3's): `Encoder` with tokens, layers and masks.
+
+    mask_token: for methods that replace hidden patches. It is trained with the encoder and isn't exported.
+    """
+
+    def __init__(self, backbone: Any, *, mask_token: bool = False):
+        width = backbone.num_features
+        super().__init__(backbone, width, patch=patch_size(backbone), prefix_tokens=backbone.num_prefix_tokens)
+        self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02) if mask_token else None
+
+    def forward(
+        self, images: Tensor, *, hidden: Tensor | None = None, visible: Tensor | None = None, layers: int = 0
+    ) -> Features:
+        vit = self.backbone
+        if hidden is None and visible is None and not layers:
+            tokens = vit.forward_features(images)
+            return Features(vit.forward_head(tokens), tokens[:, self.prefix_tokens :])
+        patches = vit.patch_embed(images)  # [N, L, D], or [N, h, w, D] where the size may vary
+        if hidden is not None:
+            patches = self._with_mask_token(patches, hidden)
+        tokens, rotations = self._positioned(patches)
+        if visible is not None:
+            tokens, rotations = self._only(visible, tokens, rotations)
+        tokens = vit.norm_pre(tokens)
+        outputs = []
+        for block, rotation in zip(vit.blocks, rotations, strict=True):
+            tokens = block(tokens) if rotation is None else block(tokens, rope=rotation)
+            outputs.append(tokens[:, self.prefix_tokens :])
+        tokens = vit.norm(tokens)
+        last_layers = tuple(outputs[-layers:]) if layers else ()
+        return Features(vit.forward_head(tokens), tokens[:, self.prefix_tokens :], last_layers)
+
+    def _with_mask_token(self, patches: Tensor, hidden: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError(NO_TOKEN)
+        shape = patches.shape
+        flat = patches.flatten(1, -2)  # [N, L, D]
+        mask = hidden.flatten(1)[..., None]  # [N, L, 1]
+        if mask.shape[1] != flat.shape[1]:
+            raise ValueError(
+                f"Encoder: hidden must be [N, h, w] over {flat.shape[1]} patches, got {tuple(hidden.shape)}"
+            )
+        return torch.where(mask, self.mask_token.to(flat.dtype), flat).view(shape)
+
+    def _positioned(self, patches: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Tokens with prefix and positions [N, P + L, D], and each block's rotary embedding (None: it has none)."""
+        vit = self.backbone
+        blocks = len(vit.blocks)
+        positioned = vit._pos_embed(patches)
+        if isinstance(positioned, Tensor):
+            return vit.patch_drop(positioned), [None] * blocks
+        tokens, rotation = positioned
+        if rotation is not None and vit.rope_mixed:  # one of each block's own: [blocks, heads, L, R]
+            return tokens, list(rotation)
+        return tokens, [rotation] * blocks
+
+    def _only(
+        self, visible: Tensor, tokens: Tensor, rotations: list[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The prefix and the patches `visible` [N, M], with the rows of the rotary embeddings that are theirs."""
+        prefix = tokens[:, : self.prefix_tokens]
+        index = visible[..., None].expand(-1, -1, tokens.shape[-1])
+        kept = tokens[:, self.prefix_tokens :].gather(1, index)
+        return torch.cat([prefix, kept], 1), [None if r is None else _rows_of(r, visible) for r in rotations]
+
+
+def _rows_of(rotation: Tensor, visible: Tensor) -> Tensor:
+    """[L, R] or, a head at a time, [heads, L, R] -> [N, 1 or heads, M, R]: each image's own rows."""
+    if rotation.dim() == 2:
+        return rotation[visible][:, None]
+    return rotation[:, visible].transpose(0, 1)
+
+
+def wrap(module: nn.Module, width: int | None = None, *, mask_token: bool = False) -> Encoder:
+    """An `Encoder` around any module; one that is an `Encoder` already stays as it is.
+
+    Args:
+        module: [B, C, H, W] -> [B, D].
+        width: D; None: the module's `num_features`, as timm's have it.
+        mask_token: see `TransformerEncoder`.
+
+    Raises:
+        ValueError: where neither tells the width.
+    """
+    if isinstance(module, Encoder):
+        return module
+    if is_transformer(module):
+        return TransformerEncoder(module, mask_token=mask_token)
+    if width is None:
+        try:
+            width = int(cast(Any, module).num_features)
+        except AttributeError:
+            text = f"wrap: width must be given, as {type(module).__name__} has no num_features"
+            raise ValueError(text) from None
+    return Encoder(module, width)
+
+
+def is_transformer(module: nn.Module) -> bool:
+    """Whether patches can be masked: timm's VisionTransformer and Eva. Swin, Hiera and NaFlexVit can't: their blocks
+    mix or merge neighbouring patches, or hold their positions elsewhere."""
+    if isinstance(module, Encoder):
+        return isinstance(module, TransformerEncoder)
+    timm = sys.modules.get("timm.models")  # a module of timm's has imported it
+    return timm is not None and isinstance(module, (timm.VisionTransformer, timm.Eva))
+
+
+def no_patches(module: nn.Module) -> str:
+    """Why a module can't be given masks, in words."""
+    return (
+        "masked patches need a vision transformer (--backbone vit_tiny): a convolution's sliding windows see the "
+        f"edges of the holes, so that {type(module).__name__} would learn from them"
+    )
+
+
+def patch_size(module: nn.Module) -> int:
+    """Pixels of a patch's side, 1 for a module without patches."""
+    size = getattr(getattr(module, "patch_embed", None), "patch_size", 1)
     return int(size[0] if isinstance(size, (tuple, list)) else size)
 
 
-def memory_format(encoder: nn.Module) -> torch.memory_format:
+def memory_format(module: nn.Module) -> torch.memory_format:
     """The layout of its convolutions' weights, in which it wants its images."""
-    for weight in encoder.parameters():
+    for weight in module.parameters():
         if weight.dim() == 4 and not weight.is_contiguous():
             return torch.channels_last
     return torch.contiguous_format
 
 
-def small_stem(encoder: nn.Module) -> bool:
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any layer normalises over the batch."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
+def measured_width(module: nn.Module, images: Tensor) -> int:
+    """The width D of a module's embeddings of images [B, C, H, W], found by computing them.
+
+    Raises:
+        ValueError: if they aren't [B, D], not finite, or all the same: then every gradient is zero for ever.
+    """
+    training = module.training
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.no_grad():
+        x = module.train()(images)
+        for name, buffer in module.named_buffers():
+            buffer.copy_(state[name])
+    module.train(training)
+    x = x.pooled if isinstance(x, Features) else x
+    if not isinstance(x, Tensor) or x.dim() != 2 or len(x) != len(images):
+        came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"the encoder must map [B, 3, H, W] to [B, D], got {came} for {tuple(images.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError("the encoder's embeddings of real images are not finite before the first step")
+    spread = (x.float() - x.float().mean(0)).abs().max()
+    if spread <= 1e-6 * x.float().abs().max():
+        raise ValueError(
+            "the encoder gives every image the same embedding: its gradient is zero, and no step could change that "
+            "(a last layer initialised with zeros, or dead activations?)"
+        )
+    return x.shape[1]
+
+
+def small_stem(module: nn.Module) -> bool:
     """A ResNet's 7x7 first convolution and max-pool -> 3x3 without pool (SimCLR, appendix B.9); whether it had them."""
-    first = getattr(encoder, "conv1", None)
-    if not (isinstance(first, nn.Conv2d) and first.kernel_size == (7, 7) and hasattr(encoder, "maxpool")):
+    first = getattr(module, "conv1", None)
+    if not (isinstance(first, nn.Conv2d) and first.kernel_size == (7, 7) and hasattr(module, "maxpool")):
         return False
-    encoder.conv1 = nn.Conv2d(3, first.out_channels, 3, 1, 1, bias=False)
-    nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-    encoder.maxpool = nn.Identity()
+    module.conv1 = nn.Conv2d(3, first.out_channels, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
+    module.maxpool = nn.Identity()
     return True
 
 
@@ -47,7 +245,18 @@ def create(
     """A timm model without its classifier, random weights: [B, 3, H, W] -> [B, D].
 
     `vit_tiny`, `vit_small`, `vit_base` without patch and size stand for timm's model of that width with the patch that
-    cuts the image into about 8 x 8 (at 112 pixels and less) or 14 x 14. patch: any other patch size for a ViT.
+    cuts the image into about 8 x 8 (at 112 pixels and less) or 14 x 14.
+
+    Args:
+        name: a model of `timm.list_models()`, or one of the short names.
+        image_size: of the views, in pixels.
+        stem: "small": a ResNet's stem for small images; "standard"; "auto": small at 64 pixels and less.
+        patch: any other patch size for a ViT; 0: its own.
+        pool: how a vision transformer's tokens become one embedding ("avg", "token"); None: its own way.
+        drop_path: the rate of stochastic depth.
+
+    Raises:
+        UserError: for a name that timm doesn't know, or options that the model can't have.
     """
     import timm
 
@@ -57,7 +266,7 @@ def create(
     known = timm.list_models()
     if name.split(".")[0] not in known:
         raise nearest("backbone", name, [*known, "vit_tiny", "vit_small"])
-    options: dict = {"drop_path_rate": drop_path} if drop_path else {}
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     transformer = name.startswith(("vit_", "deit", "test_vit"))
     if transformer:
         options |= {"dynamic_img_size": True, **({"patch_size": patch} if patch else {})}
@@ -68,35 +277,39 @@ def create(
     if pool is not None and transformer:
         options |= {"global_pool": pool, "fc_norm": False}
     try:
-        encoder = timm.create_model(name.split(".")[0], num_classes=0, **options)
+        module = timm.create_model(name.split(".")[0], num_classes=0, **options)
     except TypeError:
         options.pop("dynamic_img_size", None)
-        encoder = timm.create_model(name.split(".")[0], num_classes=0, **options)
-    size = patch_size(encoder)
+        module = timm.create_model(name.split(".")[0], num_classes=0, **options)
+    size = patch_size(module)
     if size > 1 and image_size % size:
         near = max(round(image_size / size), 1) * size
         raise UserError(f"--image-size {image_size} is no multiple of {name}'s patch of {size}; {near} is")
-    if stem == "small" and not small_stem(encoder):
+    if stem == "small" and not small_stem(module):
         raise UserError(f"--stem small replaces a ResNet's 7x7 first convolution; {name} has none")
     if stem == "auto" and image_size <= 64:
-        small_stem(encoder)
+        small_stem(module)
     # A ResNet-18's step on 32-pixel images: 1.38 times as many images a second on one AVX2 core.
-    return encoder if is_transformer(encoder) else encoder.to(memory_format=torch.channels_last)
+    return module if is_transformer(module) else cast(Any, module).to(memory_format=torch.channels_last)
 
 
-def mask_needs_transformer(method: str, encoder: nn.Module) -> None:
-    if not is_transformer(encoder):
-        raise UserError(
-            f"{method} masks patches, which needs a vision transformer (--backbone vit_tiny): a convolution's sliding "
-            f"windows see the edges of the holes, so that {type(encoder).__name__} would learn from them"
-        )
+def metadata(backbone: str, stem: str, patch_size: int, pool: str | None, pixels: Pixels) -> dict[str, str]:
+    """What an export holds beside the weights: how to build the module again, and how its images are prepared."""
+    return {
+        "backbone": backbone,
+        "image_size": str(pixels.size),
+        "stem": stem,
+        "patch_size": str(patch_size),
+        "pool": pool or "",
+        **pixels.to_metadata(),
+    }
 
 
-def save(encoder: nn.Module, path: str, metadata: dict[str, str]) -> None:
-    """The encoder alone, whole or not at all. Without `backbone` in the metadata, `load` can't build it."""
+def save(module: nn.Module, path: str, metadata: dict[str, str]) -> None:
+    """The module alone, whole or not at all. Without `backbone` in the metadata, `load` can't build it."""
     from safetensors.torch import save
 
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in encoder.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     write_atomically(Path(path), save(state, metadata))
 
 
@@ -110,19 +323,40 @@ def load_with_metadata(path: str) -> tuple[nn.Module, dict[str, str]]:
 
     try:
         with safe_open(path, "pt") as file:
-            metadata, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is no safetensors file: {error}") from None
     if "backbone" not in metadata:
         raise UserError(f"{path} names no backbone: its weights only fit into the module that they came from")
-    encoder = create(
+    module = create(
         metadata["backbone"],
         int(metadata["image_size"]),
         stem=metadata["stem"],
         patch=int(metadata["patch_size"]),
         pool=metadata.get("pool") or None,
     )
-    encoder.load_state_dict(state)
-    return encoder.eval(), metadata
+    module.load_state_dict(state)
+    return module.eval(), metadata
+
+
+__all__ = [
+    "Encoder",
+    "Features",
+    "TransformerEncoder",
+    "create",
+    "has_batch_norm",
+    "is_transformer",
+    "load",
+    "load_with_metadata",
+    "measured_width",
+    "memory_format",
+    "metadata",
+    "no_patches",
+    "patch_size",
+    "save",
+    "small_stem",
+    "wrap",
+]

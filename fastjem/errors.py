@@ -11,11 +11,13 @@ class UserError(ValueError):
 def nearest(kind: str, name: str, known: Iterable[str], limit: int = 3) -> UserError:
     """`there is no method 'simclrr'; did you mean simclr?`, or the whole list where nothing is near."""
     known = list(known)
-    near = (
-        difflib.get_close_matches(name, known, n=limit, cutoff=0.5) or [k for k in known if name and name in k][:limit]
-    )
+    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    if not near and name:
+        near = [one for one in known if name in one][:limit]
     if near:
         hint = f"did you mean {' or '.join(near)}?"
+    elif len(known) <= 30:
+        hint = f"there are {', '.join(known)}"
     else:
-        hint = f"there are {', '.join(known)}" if len(known) <= 30 else f"{len(known)} others are known"
+        hint = f"{len(known)} others are known"
     return UserError(f"there is no {kind} {name!r}; {hint}")

@@ -35,7 +35,7 @@ def build(name: str, groups: list[dict], *, momentum: float = 0.9) -> torch.opti
     if name == "lars":
         from timm.optim import Lars
 
-        return Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0)
+        return Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0)  # pyright: ignore[reportArgumentType]
     raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
 
 
@@ -91,6 +91,11 @@ class Schedule:
                 group["lr"] = rate
             group["weight_decay"] = now["weight_decay"].item() if group["decays"] else 0.0
         return now
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest dtype of floating-point numbers that the device has: float64, but for Apple's MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:

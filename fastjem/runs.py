@@ -1,16 +1,17 @@
 """A run folder, or an exported encoder, opened again."""
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastjem import checkpoints, encoders
+from fastjem import checkpoints, config, encoders
+from fastjem.build import create_method
+from fastjem.config import Config
+from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError
-from fastjem.pretrain import Config, build_method, metadata
+from fastjem.methods import METHODS, RunFacts
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Opened:
     path: Path
     encoder: nn.Module
     projector: nn.Module | None
-    image_size: int
+    pixels: Pixels  # how the encoder's images become numbers
     step: int | None
     metadata: dict[str, str]
     config: Config | None = None
@@ -39,26 +40,36 @@ def open_run(path: str | Path) -> Opened:
     path = Path(path)
     if path.is_file():
         encoder, about = encoders.load_with_metadata(str(path))
-        return Opened(path, encoder, None, int(about["image_size"]), None, about)
-    if not (path / "config.yaml").exists():
-        raise UserError(f"there is no run in {path} (a run folder has a config.yaml)")
-    known = {f.name for f in dataclasses.fields(Config)}
-    config = Config(**{k: v for k, v in json.loads((path / "config.yaml").read_text()).items() if k in known})
+        return Opened(path, encoder, None, Pixels.from_metadata(about), None, about)
+    settings, pixels = config.read(path)
+    if settings.method not in METHODS:
+        raise UserError(f"{path} was trained with {settings.method}, which only its owner can build again")
     state = checkpoints.load(path)
     if state is None:
         raise UserError(f"{path} has no checkpoint; fastjem pretrain --resume --out {path} goes on with it")
-    about = metadata(config)
-    encoder = encoders.create(config.backbone, config.image_size, stem=config.stem, patch=config.patch_size,
-                              pool=about["pool"] or None)  # fmt: skip
+    kind = METHODS[settings.method]
+    about = encoders.metadata(settings.backbone, settings.stem, settings.patch_size, kind.pool, pixels)
+    module = encoders.create(
+        settings.backbone, settings.image_size, stem=settings.stem, patch=settings.patch_size, pool=kind.pool
+    )
     try:
-        encoder.load_state_dict(_below("encoder.", state["model"]))
-        method = build_method(config, encoder, getattr(encoder, "num_features", 0))
-        projector = getattr(method, "projector", None)
-        if projector is not None:
-            projector.load_state_dict(_below("method.projector.", state["model"]))
+        module.load_state_dict(_below("encoder.backbone.", state["model"]))
+        projector = _projector(settings, module, state["model"])
     except RuntimeError:
-        raise UserError(f"the weights in {path} are no {config.backbone}'s (a module of your own?)") from None
-    return Opened(path, encoder.eval(), projector and projector.eval(), config.image_size, state["step"], about, config)
+        raise UserError(f"the weights in {path} are no {settings.backbone}'s (a module of your own?)") from None
+    return Opened(path, module.eval(), projector, pixels, state["step"], about, settings)
+
+
+def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn.Module | None:
+    """The method's projector with its weights, if it has one."""
+    run = RunFacts(batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size)
+    method = create_method(METHODS[settings.method], encoders.wrap(module).width, run, settings)
+    heads = dict(method.named_children())
+    if "projector" not in heads:
+        return None
+    projector = heads["projector"]
+    projector.load_state_dict(_below("method.projector.", state))
+    return projector.eval()
 
 
 def _below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Values that change over training: learning rates, momenta, temperatures. Names, arguments and values as in
-lightly."""
+"""Values that change over training: learning rates, momenta, temperatures.
+
+Names, arguments and values are lightly's.
+"""
 
 import math
 import warnings
@@ -39,10 +41,10 @@ def cosine_warmup_schedule(
     warmup_end_value: float | None = None,
     period: int | None = None,
 ) -> float:
-    """A straight line to `warmup_end_value` (`start_value` unless given), reached at step `warmup_steps - 1`; then a
-    cosine.
+    """A straight line to `warmup_end_value`, reached at step `warmup_steps - 1`; then a cosine.
 
-    The first step already is above `warmup_start_value`, so that 0 there wastes no step.
+    `warmup_end_value` is `start_value` unless given. The first step already is above `warmup_start_value`, so that 0
+    there wastes no step.
     """
     if not 0 <= warmup_steps <= max_steps:
         raise ValueError(f"cosine_warmup_schedule: warmup_steps must be in [0, {max_steps}], got {warmup_steps}")
@@ -53,8 +55,8 @@ def cosine_warmup_schedule(
     if step < warmup_steps:
         end = start_value if warmup_end_value is None else warmup_end_value
         return warmup_start_value + (end - warmup_start_value) * (step + 1) / warmup_steps
-    rest = max_steps - (warmup_steps if period is None else 1)
-    return cosine_schedule(step - warmup_steps, rest, start_value, end_value, period)
+    cosine_steps = max_steps - (warmup_steps if period is None else 1)
+    return cosine_schedule(step - warmup_steps, cosine_steps, start_value, end_value, period)
 
 
 def linear_warmup_schedule(step: int, warmup_steps: int, start_value: float, end_value: float) -> float:
@@ -91,9 +93,13 @@ class CosineWarmupScheduler(torch.optim.lr_scheduler.LambdaLR):
         warmup_start_value: float = 0.0,
         warmup_end_value: float | None = None,
     ):
-        self.warmup_epochs, self.max_epochs, self.period = warmup_epochs, max_epochs, period
-        self.start_value, self.end_value = start_value, end_value
-        self.warmup_start_value, self.warmup_end_value = warmup_start_value, warmup_end_value
+        self.warmup_epochs = warmup_epochs
+        self.max_epochs = max_epochs
+        self.start_value = start_value
+        self.end_value = end_value
+        self.period = period
+        self.warmup_start_value = warmup_start_value
+        self.warmup_end_value = warmup_end_value
         super().__init__(optimizer, self.scale_lr, last_epoch)
 
     def scale_lr(self, epoch: int) -> float:

@@ -19,6 +19,10 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+
+from fastjem.bench.cases import contrastive as contrastive_cases
+from fastjem.bench.cases import prototypes as prototype_cases
 from fastjem.kernels import launch
 from fastjem.kernels.augment import gpu as augment
 from fastjem.kernels.contrastive import gpu as contrastive
@@ -28,10 +32,6 @@ from fastjem.kernels.predictive import gpu as predictive
 from fastjem.kernels.prototypes import gpu as prototypes
 from fastjem.kernels.supervised import gpu as supervised
 from fastjem.kernels.weights import gpu as weights
-from triton.backends.compiler import GPUTarget
-
-from fastjem.bench.cases import contrastive as contrastive_cases
-from fastjem.bench.cases import prototypes as prototype_cases
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program. Triton compiles programs that want more.
 ARCHITECTURES = tuple(SHARED_LIMIT)

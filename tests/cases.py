@@ -1,7 +1,7 @@
 """Every operator's cases: inputs, the public function, and the formula that a user would write in plain torch.
 
 The formula in float64 is the oracle; in the input's own dtype it is the bar: an implementation may err at most twice as
-much, plus four units in the last place of the largest value (`assert_as_good_as` in test_losses.py).
+much, plus four units in the last place of the largest value (docs/architecture.md: "Value and gradient").
 """
 
 import math

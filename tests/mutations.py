@@ -51,22 +51,32 @@ REFERENCE = [
     Mutation("crop_resize", "kernels/augment/reference.py", "-0.5 * x + 2.5", "-0.6 * x + 2.6"),
 ]
 CPU = [
-    Mutation("augment", "csrc/augment.h", "padded[left - k] = from[k]", "padded[left - k] = from[k - 1]"),
-    Mutation("cross_entropy", "csrc/cross_entropy.h", "block + 1024, k)", "block + 1023, k)"),
-    Mutation("cross_entropy", "csrc/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
-    Mutation("negative_cosine", "csrc/negative_cosine.h", "b_zz += b * b", "b_zz += a * b"),
-    Mutation("ema_update_", "csrc/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
-    Mutation("nt_xent", "csrc/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
-    Mutation("info_nce", "csrc/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
-    Mutation("siglip_loss", "csrc/similarity.h", "sum += g - s[own]", "sum += g"),
+    Mutation("augment", "csrc/augment/augment.h", "padded[left - k] = from[k]", "padded[left - k] = from[k - 1]"),
     Mutation(
-        "prototype_cross_entropy", "csrc/prototype_cross_entropy.h", "- y[j] * target", "- 0.999f * y[j] * target"
+        "cross_entropy",
+        "csrc/supervised/cross_entropy.h",
+        "block + terms_per_block, k)",
+        "block + terms_per_block - 1, k)",
     ),
-    Mutation("barlow_twins", "csrc/covariance.h", "- own[at] * of_own[j]", "+ own[at] * of_own[j]"),
-    Mutation("regression", "csrc/regression.h", "size < beta ?", "size < 2 * beta ?"),
-    Mutation("characteristic", "csrc/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
-    Mutation("characteristic", "csrc/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"),
-    Mutation("vicreg", "csrc/covariance.h", "side ? -invariance : invariance", "invariance"),
+    Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
+    Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "block_zz += b * b", "block_zz += a * b"),
+    Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
+    Mutation("nt_xent", "csrc/contrastive/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
+    Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
+    Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sum += g - s[partner]", "sum += g"),
+    Mutation(
+        "prototype_cross_entropy",
+        "csrc/prototypes/prototype_cross_entropy.h",
+        "- y[j] * target",
+        "- 0.999f * y[j] * target",
+    ),
+    Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
+    Mutation("regression", "csrc/predictive/regression.h", "size < beta ?", "size < 2 * beta ?"),
+    Mutation("characteristic", "csrc/gaussian/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
+    Mutation(
+        "characteristic", "csrc/gaussian/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"
+    ),
+    Mutation("vicreg", "csrc/covariance/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [
     Mutation("nt_xent", "kernels/contrastive/weights.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
@@ -113,12 +123,10 @@ def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
     """An extension with the mutated operator alone (and rescale, which every backward needs): seconds, not minutes."""
     import pybind11
 
-    stems = {Path(mutation.file).stem, "rescale"}
-    bindings = csrc / "bindings.cpp"
-    lines = bindings.read_text().splitlines()
-    bindings.write_text("\n".join(x for x in lines if "bind_" not in x or any(f"bind_{stem}(" in x for stem in stems)))
-    sources = [bindings, *(csrc / f"{stem}.cpp" for stem in sorted(stems))]
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    operator = csrc.parent / Path(mutation.file).with_suffix(".cpp")
+    (csrc / "operators.h").write_text(f"OPERATOR({operator.stem})\nOPERATOR(rescale)\n")
+    sources = [csrc / "bindings.cpp", operator, csrc / "weights/rescale.cpp"]
+    includes = [f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     (target,) = kernels.glob("_C.*.so")
     command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", *includes]
     subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fastjem.kernels.augment import columns as table
 from view_tables import neutral, pictures, view_table
 
 import fastjem.functional as F
+from fastjem.kernels.augment import columns as table
 
 op = pytest.mark.parametrize("op", ["augment"])
 LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # the result in levels

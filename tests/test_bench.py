@@ -13,12 +13,14 @@ import torch
 
 import fastjem.functional as F
 from fastjem.bench import cases as all_cases
-from fastjem.bench import clocks, main, neighbours, report, run, timing
+from fastjem.bench import clocks, neighbours, report, timing
 from fastjem.bench.case import Case, Draw
-from fastjem.bench.clocks import Step, WallClock, copied
+from fastjem.bench.clocks import Call, WallClock, copied
 from fastjem.bench.machine import Ceilings, slug
 from fastjem.bench.memory import peak
 from fastjem.bench.timing import Comparison, Stats, Timing, WrongResult, compare, turns
+from fastjem.commands import bench as command
+from fastjem.commands.bench import main
 
 CPU = torch.device("cpu")
 CASES = all_cases.cases()
@@ -68,13 +70,13 @@ def test_all_variants_of_a_family_compute_the_same(op):
     verify = case.verifier(inputs)
     functions, _ = case.variants(compiled=False)
     for function in functions.values():
-        verify(Step(function, copied(inputs)).outputs())
+        verify(Call(function, copied(inputs)).outputs())
 
 
 def test_wrong_results_are_refused():
     case = small("negative_cosine")
     verify = case.verifier(inputs := case.draw(CPU))
-    right = Step(case.eager, inputs).outputs()
+    right = Call(case.eager, inputs).outputs()
     verify(right)
     for wrong in (right[:2], [right[0] + 1e-3, *right[1:]], [right[0], right[1] * torch.nan, right[2]]):
         with pytest.raises(WrongResult):
@@ -87,8 +89,8 @@ def test_a_wrong_variant_is_not_timed_and_the_run_fails(monkeypatch, capsys):
 
     eager = small("negative_cosine").eager
     case = Case("negative_cosine", "9 x 4", lambda draw: draw.pair(9, 4), eager, ours=wrong, bytes=1)
-    monkeypatch.setattr(run, "cases", lambda: [case])
-    monkeypatch.setattr(run.machine, "ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(command, "cases", lambda: [case])
+    monkeypatch.setattr(command.machine, "ceilings", lambda *_: CEILINGS)
     assert main(["--quick", "--device", "cpu"]) == 1
     table = capsys.readouterr().out
     assert "WRONG" in table and "ours is missing: result 0 differs" in table
@@ -98,12 +100,12 @@ def test_every_case_is_complete():
     assert len({case.name for case in CASES}) == len(CASES)
     for case in CASES:
         assert case.bytes > 0 and case.flops >= 0 and set(case.full_only) <= set(case.devices), case.name
-        assert all(op in run.ops.OPERATORS or hasattr(F, op) for op in (case.op, *case.uses)), case.name
+        assert all(op in command.ops.OPERATORS or hasattr(F, op) for op in (case.op, *case.uses)), case.name
 
 
 def test_inputs_are_drawn_anew_and_alike():
     case = small("dino")
-    first, second = (list(timing.Step(case.eager, case.draw(CPU)).leaves) for _ in range(2))
+    first, second = (list(timing.Call(case.eager, case.draw(CPU)).leaves) for _ in range(2))
     assert len(first) == 5
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
@@ -131,10 +133,10 @@ def test_bytes_are_at_least_inputs_and_gradients():
     """Counted from the tensors: what a case claims to be unavoidable can't be less."""
     for op in OPS:
         case = small(op)
-        step = Step(case.eager, case.draw(CPU))
-        least = timing.size(step.inputs) + timing.size(step.leaves)
+        call = Call(case.eager, case.draw(CPU))
+        least = timing.size(call.inputs) + timing.size(call.leaves)
         if op == "swav":
-            least = timing.size(step.leaves) * 2
+            least = timing.size(call.leaves) * 2
         assert case.bytes >= least - 4 * 11, op  # DINO's centre [K] is left out
 
 
@@ -182,14 +184,14 @@ def test_neighbours_share(monkeypatch):
     """CPU seconds of all, idle, own: in ten seconds of two CPUs, 5 idle and 9 our own leave 6 to others."""
     seconds = iter([(100.0, 50.0, 7.0), (120.0, 55.0, 16.0), (0, 0, 0), (0, 0, 0)])
     monkeypatch.setattr(neighbours, "_cpu_seconds", lambda: next(seconds))
-    assert neighbours.Watch().others() == 0.3
-    assert neighbours.Watch().others() == 0.0  # a system that doesn't tell
+    assert neighbours.OtherProcesses().share() == 0.3
+    assert neighbours.OtherProcesses().share() == 0.0  # a system that doesn't tell
 
 
 def test_a_disturbed_measurement_begins_again(monkeypatch):
     shares, attempts = iter([0.5, 0.2, 0.01]), []
-    watch = type("Watch", (), {"others": lambda _: next(shares)})
-    monkeypatch.setattr(timing, "Watch", watch)
+    others = type("OtherProcesses", (), {"share": lambda _: next(shares)})
+    monkeypatch.setattr(timing, "OtherProcesses", others)
     monkeypatch.setattr(timing, "wait_until_idle", attempts.append)
     result = compare({"it": torch.sum}, (torch.ones(3),), rounds=1, patience=60)
     assert result.others == 0.01 and len(attempts) == 3
@@ -249,9 +251,9 @@ def test_a_variant_that_fails_leaves_the_others():
 
 def test_gradients_are_those_of_the_leaves():
     x, y = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0)
-    step = Step(lambda inputs, z: inputs[0] ** 2 * z, ([x], y))
-    assert [t.item() for t in step.outputs()] == [12.0, 12.0]
-    assert len(WallClock(step, 4, CPU).samples()) == 4
+    call = Call(lambda inputs, z: inputs[0] ** 2 * z, ([x], y))
+    assert [t.item() for t in call.outputs()] == [12.0, 12.0]
+    assert len(WallClock(call, 4, CPU).samples()) == 4
 
 
 class FakeCuda:
@@ -300,13 +302,13 @@ def test_graph_clock_rotates_inputs_and_replays_forward_before_backward(monkeypa
     """Logic alone, without a GPU: as many sets as exceed twice the L2 cache, time shared among them."""
     monkeypatch.setattr(torch, "cuda", fake := FakeCuda())
     p, z = torch.randn(10, 10, requires_grad=True), torch.randn(10, 10)
-    clock = clocks.GraphClock(Step(small("negative_cosine").eager, (p, z)), 4, estimate=1.0)
-    assert len(clock.steps) == 2  # 400 + 400 bytes and a gradient of 400, against 2 x 1000
-    assert len({x.data_ptr() for step in clock.steps for x in clocks.tensors(step.inputs)}) == 4
+    clock = clocks.GraphClock(Call(small("negative_cosine").eager, (p, z)), 4, estimate=1.0)
+    assert len(clock.calls) == 2  # 400 + 400 bytes and a gradient of 400, against 2 x 1000
+    assert len({x.data_ptr() for call in clock.calls for x in clocks.tensors(call.inputs)}) == 4
     assert fake.captures == 2 and fake.mode == "default"
     assert clock.samples() == [(0.5, 0.5)] * 4 and fake.replays == 8
-    without = clocks.GraphClock(Step(torch.add, (p.detach(), z)), 1, estimate=100e-6)
-    assert without.samples() == [(1 / len(without.steps), 0.0)]
+    without = clocks.GraphClock(Call(torch.add, (p.detach(), z)), 1, estimate=100e-6)
+    assert without.samples() == [(1 / len(without.calls), 0.0)]
 
 
 def test_what_waits_for_the_device_is_timed_with_events(monkeypatch):
@@ -319,13 +321,13 @@ def test_what_waits_for_the_device_is_timed_with_events(monkeypatch):
         return x + 1
 
     def chosen(function):
-        return timing._clock(Step(function, (x,)), 5, 1e-5, torch.device("cuda"), "device", fast=True)
+        return timing._clock(Call(function, (x,)), 5, 1e-5, torch.device("cuda"), "device", graphs=True)
 
     assert isinstance(chosen(waits), clocks.EventClock) and fake.mode == "default" and fake.captures == 0
     assert isinstance(chosen(torch.neg), clocks.GraphClock) and fake.captures == 1
     monkeypatch.setattr(clocks, "FLUSH_BYTES", 10)
     assert chosen(waits).samples() == [(0.0, 0.0)] * 5
-    assert isinstance(timing._clock(Step(torch.neg, (x,)), 5, 1.0, torch.device("cuda"), "host", True), WallClock)
+    assert isinstance(timing._clock(Call(torch.neg, (x,)), 5, 1.0, torch.device("cuda"), "host", True), WallClock)
 
 
 @pytest.mark.gpu
@@ -388,7 +390,7 @@ def result_of(op: str, ours: float, eager: float, date: str) -> dict:
         for name, t in (("eager", eager), ("ours", ours))
     }
     comparison = Comparison(timings, {"lightly": "not installed"}, [], rounds=5)
-    row = run.row(small(op), CPU, comparison, CEILINGS) | {"run": date}
+    row = command.row(small(op), CPU, comparison, CEILINGS) | {"run": date}
     runs = [{"date": date, "commit": None, "versions": {"torch": "2"}, "load_average": 0.1}]
     runs[0]["ceilings"] = {"copy": {"1048576": 1e9}, "matmul": {"float32": 1e12}}
     return {"machine": {"cpu": "Some CPU", "threads": 2}, "runs": runs, "rows": [row]}
@@ -477,8 +479,8 @@ def test_an_interrupted_run_reports_what_it_has(monkeypatch, capsys, tmp_path):
         done.append(case)
         return result_of("cross_entropy", 1.0, 2.0, "today")["rows"][0]
 
-    monkeypatch.setattr(run, "measure", measure)
-    monkeypatch.setattr(run.machine, "ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(command.machine, "ceilings", lambda *_: CEILINGS)
     assert main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 130
     assert "2.00x (2.00)" in capsys.readouterr().out and list(tmp_path.glob("*.json"))
 

@@ -6,9 +6,11 @@ import sys
 import types
 
 import pytest
+import torch
 
-from fastjem import __version__, doctor, ops
+from fastjem import __version__, ops
 from fastjem.cli import main
+from fastjem.commands import doctor
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,9 +47,9 @@ def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bench_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = types.ModuleType("fastjem.bench")
+    fake = types.ModuleType("fastjem.commands.bench")
     fake.main = lambda argv: 3 if argv == ["--out", "folder"] else 1
-    monkeypatch.setitem(sys.modules, "fastjem.bench", fake)
+    monkeypatch.setitem(sys.modules, "fastjem.commands.bench", fake)
     assert main(["bench", "--out", "folder"]) == 3
 
 
@@ -71,6 +73,8 @@ def report(**changes: object) -> dict:
         "import_milliseconds": 20.0,
         "machine": {"platform": "Linux", "cpu": "Some CPU", "threads": 2, "cpp_kernels": "AVX2"},
         "gpu": {
+            "build": "CUDA",
+            "operators": None,
             "cuda": "13.0",
             "driver": "580.1",
             "devices": [{"name": "H100", "capability": "9.0", "memory_gib": 79.2, "problem": None}],
@@ -93,6 +97,47 @@ def test_doctor_in_words() -> None:
     ):
         assert words in text
     assert text.splitlines()[-1].split() == ["ema_update_", "C++", "Triton"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "build"),
+    [({"cuda": "13.0"}, "CUDA"), ({"hip": "6.4"}, "ROCm"), ({"xpu": "20250301"}, "XPU"), ({}, "CPU")],
+)
+def test_other_accelerators_run_the_reference_by_rule(
+    versions: dict[str, str], build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cuda", "hip", "xpu"):
+        monkeypatch.setattr(torch.version, name, versions.get(name))
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+    found = doctor.gpu()
+    assert found["build"] == build
+    text = doctor.render(report(gpu=found))
+    assert ("plain torch, the reference, by rule" in text) == (build in ("ROCm", "XPU"))
+
+
+def test_a_rocm_build_has_no_triton_launchers() -> None:
+    """torch calls ROCm's devices "cuda": without a rule they would get what was written for another chip."""
+    code = (
+        "import json, torch\n"
+        "torch.version.hip, torch.version.cuda = '6.4', None\n"
+        "from fastjem import ops\n"
+        "print(json.dumps([on['cuda'] for on in ops.implementations().values()]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    where = json.loads(run.stdout)
+    assert where and all(on.startswith("reference (") for on in where)
+    assert sum("ROCm" in on for on in where) > 20
+
+
+def test_mps_runs_the_reference_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda", "hip", "xpu"):
+        monkeypatch.setattr(torch.version, name, None)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    lines = doctor.render(report(gpu=doctor.gpu())).splitlines()
+    assert [line.split() for line in lines if line.startswith("on MPS")] == [
+        ["on", "MPS", "operators", "are", "plain", "torch,", "the", "reference,", "by", "rule"]
+    ]
 
 
 def test_a_reason_is_said_once() -> None:
@@ -131,12 +176,12 @@ def test_dali_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_methods_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
-    from fastjem.cli import _needs
+    from fastjem.commands.methods import needs
     from fastjem.methods import METHODS
 
     assert main(["methods"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in METHODS) and "2006.07733" in out and "temperature=0.1" in out
-    needs = {name: _needs(kind) for name, kind in METHODS.items()}
-    assert needs["simclr"] == "-" and needs["swav"] == "multi-crop" and needs["moco"] == "momentum encoder, queue"
-    assert needs["data2vec"] == "momentum encoder, vision transformer"
+    needed = {name: needs(kind) for name, kind in METHODS.items()}
+    assert needed["simclr"] == "-" and needed["swav"] == "multi-crop" and needed["moco"] == "momentum encoder, queue"
+    assert needed["data2vec"] == "momentum encoder, vision transformer"

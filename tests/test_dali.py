@@ -11,17 +11,19 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("torchvision")
-from fastjem.kernels.augment.columns import COLUMNS
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
-from fastjem.data import dali, executors
-from fastjem.data.batches import Crops, augmented
-from fastjem.data.dali import DaliViews, jpeg_size
-from fastjem.data.folder import ImageFolder, read_image
+from fastjem.data import loaders
+from fastjem.data.batch import Crops, finish
+from fastjem.data.loaders import Budget, Order, dali
+from fastjem.data.loaders.dali import DaliLoader
+from fastjem.data.loaders.jpeg import jpeg_size
+from fastjem.data.source import open_source, path_of, to_image
 from fastjem.data.views import RECIPES, ViewSpec
 from fastjem.errors import UserError
+from fastjem.kernels.augment.columns import COLUMNS
 
 SPECS = [ViewSpec(size=48), ViewSpec(size=32, bicubic=True)]
 
@@ -53,7 +55,7 @@ def tables(keys: Sequence[tuple[int, int]], sizes: np.ndarray) -> list[np.ndarra
 
 def run(root: Path, batches: list[list[int]], **options) -> list[Crops]:
     order = [[(0, sample) for sample in batch] for batch in batches]
-    return list(DaliViews(ImageFolder(root), SPECS, order, tables, batch=max(map(len, batches)), **options))
+    return list(DaliLoader(open_source(root), SPECS, order, tables, batch=max(map(len, batches)), **options))
 
 
 def write(root: Path, files: dict[str, bytes]) -> Path:
@@ -65,7 +67,7 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
 def check(crops: Crops, rows: dict[int, str]) -> None:
     """Rows of a batch are the views of these files: torchvision's, within DALI's rounding."""
     for row, path in rows.items():
-        image = read_image(path)
+        image = to_image(Path(path).read_bytes())
         for spec, view, table in zip(SPECS, crops.views, crops.tables, strict=True):
             assert view.shape[1:] == (spec.size, spec.size, 3) and view.dtype == torch.uint8
             mode = InterpolationMode.BICUBIC if spec.bicubic else InterpolationMode.BILINEAR
@@ -116,7 +118,7 @@ def test_exotic_files_are_read_and_broken_ones_named(tmp_path: Path) -> None:
     }
     root = write(tmp_path, files)
     names = sorted(files)
-    loader = DaliViews(ImageFolder(root), SPECS, [[(0, i) for i in range(15)]], tables, batch=15)
+    loader = DaliLoader(open_source(root), SPECS, [[(0, i) for i in range(15)]], tables, batch=15)
     (crops,) = loader
     assert loader.failures == 0
     assert sorted({Path(path).name for path, _ in crops.unreadable}) == names[10:]
@@ -131,16 +133,16 @@ def test_a_file_that_breaks_the_pipeline_costs_nothing_but_time(tmp_path: Path, 
     root = write(tmp_path, files)
     monkeypatch.setattr(dali, "jpeg_size", lambda data: (90, 120))  # sees nothing
     order = [[(epoch, i), (epoch, i + 1)] for epoch in range(3) for i in range(0, 12, 2)]
-    loader = DaliViews(ImageFolder(root), SPECS, order, tables, batch=2)
+    loader = DaliLoader(open_source(root), SPECS, order, tables, batch=2)
     out = list(loader)
     assert loader.failures == 1 and len(out) == 18  # and in later epochs Pillow reads it
     for epoch in range(3):
         unreadable = {Path(path).name for crops in out[6 * epoch : 6 * epoch + 6] for path, _ in crops.unreadable}
         assert unreadable == {"7.jpg"}
-    folder = ImageFolder(root)
+    folder = open_source(root)
     for i, crops in enumerate(out[:6]):
         rows = [2 * i, 2 * i + 1]
-        check(crops, {row: folder.path(j + ("7.jpg" in folder.path(j))) for row, j in enumerate(rows)})
+        check(crops, {row: path_of(folder, j + (folder.name(j) == "7.jpg")) for row, j in enumerate(rows)})
 
 
 def test_no_readable_file_at_all(tmp_path: Path) -> None:
@@ -170,17 +172,23 @@ def test_jpeg_size() -> None:
     assert jpeg_size(whole[: frame + 5] + b"\xff\xff\xff\xff" + whole[frame + 9 :]) is None  # a bomb: 4 gigapixels
 
 
-def test_the_loader_that_was_named_or_the_best(monkeypatch) -> None:
-    assert dali.choose("torch", "cuda") == "torch"
-    assert dali.choose("auto", "cpu") == "torch" and dali.choose("dali-cpu", "cpu") == "dali-cpu"
+def test_the_loader_that_was_named_or_the_best(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, {"0.jpg": encoded(picture(0))})
+    source = open_source(tmp_path)
+
+    def choose(name: str, device: str) -> str:
+        return loaders.choose(name, source, SPECS, Budget(device=torch.device(device)))
+
+    assert choose("torch", "cuda") == "torch"
+    assert choose("auto", "cpu") == "torch" and choose("dali-cpu", "cpu") == "dali-cpu"
     with pytest.raises(UserError, match="--loader must be one of auto, dali, dali-cpu, memory, torch, got dalli"):
-        dali.choose("dalli", "cpu")
+        choose("dalli", "cpu")
     if not torch.cuda.is_available():
-        assert dali.choose("auto", "cuda") == "dali-cpu"
+        assert choose("auto", "cuda") == "dali-cpu"
         with pytest.raises(UserError, match="--loader dali can't run here: torch sees no CUDA device"):
-            dali.choose("dali", "cuda")
+            choose("dali", "cuda")
     monkeypatch.setattr(dali, "why_not", lambda device: "no")
-    assert dali.choose("auto", "cuda") == "torch"
+    assert choose("auto", "cuda") == "torch"
 
 
 def test_the_graph_for_a_gpu_is_on_the_gpu(monkeypatch) -> None:
@@ -189,7 +197,7 @@ def test_the_graph_for_a_gpu_is_on_the_gpu(monkeypatch) -> None:
 
     monkeypatch.setattr(Pipeline, "build", lambda self: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    made = dali.pipeline(lambda: (), SPECS, batch=2, device="cuda", hardware=0.25)
+    made = dali.build_pipeline(lambda: (), SPECS, batch=2, device="cuda", decoder_share=0.25)
     made._build_graph()
     kinds = [(op.name.strip("_").partition("_")[0], op.outputs[0].device) for op in made._ops]
     assert sorted(kind for kind in kinds if "xternal" not in kind[0]) == [
@@ -202,12 +210,9 @@ def test_executors_agree_from_any_step_and_rank(tmp_path: Path) -> None:
     specs = [replace(RECIPES["dino"].large[1], size=32), replace(RECIPES["simclr"].large[0], size=48, blur=0)]
 
     def made(name: str, **options) -> list[list[torch.Tensor]]:
-        cpu, given = (
-            torch.device("cpu"),
-            {"batch": 4, "seed": 5, "start": 0, "stop": 5, "rank": 0, "ranks": 1} | options,
-        )
-        loader, _ = executors.create(name, ImageFolder(tmp_path), specs, cpu, workers=0, memory=1, **given)
-        return [augmented(crops, specs, cpu) for crops in loader]
+        order = Order(samples=12, **{"batch": 4, "seed": 5, "stop": 5} | options)
+        loader = loaders.create(name, open_source(tmp_path), specs, order, Budget())
+        return [finish(crops, specs, "cpu").views for crops in loader]
 
     whole = made("dali-cpu")
     assert len(whole) == 5 and [view.shape for view in whole[0]] == [(4, 3, 32, 32), (4, 3, 48, 48)]
@@ -224,30 +229,31 @@ def test_executors_agree_from_any_step_and_rank(tmp_path: Path) -> None:
 def test_memory_is_a_loader_too(tmp_path: Path) -> None:
     """Images that already have the array's size: the views of the torch loader, by another resize."""
     write(tmp_path, {f"{i}.png": encoded(picture(i, 40, 40), "PNG") for i in range(6)} | {"9.png": b"no image"})
-    folder, specs, cpu = ImageFolder(tmp_path), [ViewSpec(size=36)], torch.device("cpu")
-    options = {"workers": 0, "batch": 6, "seed": 1, "start": 0, "stop": 3, "rank": 0, "ranks": 1}
-    loader, said = executors.create("memory", folder, specs, cpu, memory=1, **options)
+    folder, specs = open_source(tmp_path), [ViewSpec(size=36)]
+    order = Order(samples=7, batch=6, seed=1, stop=3)
+    loader = loaders.create("memory", folder, specs, order, Budget())
     first, *others = loader
-    assert "6 images of 40 x 40" in said and len(others) == 2
+    assert "6 images of 40 x 40" in loader.reads and len(others) == 2
     assert [Path(path).name for path, _ in first.unreadable] == ["9.png"] and not others[0].unreadable
     with pytest.raises(UserError, match="more than the budget"):
-        executors.create("memory", folder, specs, cpu, memory=1e-6, **options)
+        loaders.create("memory", folder, specs, order, Budget(memory=1e-6))
 
 
 def test_the_share_for_a_gpus_own_decoder_is_measured(tmp_path: Path, monkeypatch) -> None:
     """On a CPU all are as fast: what is measured, taken and said, not which is best."""
     write(tmp_path, {f"{i}.jpg": encoded(picture(i), quality=90) for i in range(4)})
-    on_cpu = dali.pipeline
+    on_cpu = dali.build_pipeline
     monkeypatch.setattr(dali, "why_not", lambda device: "")
-    monkeypatch.setattr(dali, "pipeline", lambda *args, **options: on_cpu(*args, **options | {"device": "cpu"}))
-    options = {"workers": 1, "memory": 1, "batch": 2, "seed": 1, "start": 0, "rank": 0, "ranks": 1}
+    monkeypatch.setattr(dali, "build_pipeline", lambda *args, **options: on_cpu(*args, **options | {"device": "cpu"}))
 
-    def made(stop: int, **more):
-        return executors.create("dali", ImageFolder(tmp_path), SPECS, torch.device("cpu"), stop=stop, **options, **more)
+    def made(stop: int, **budget) -> loaders.Loader:
+        order = Order(samples=4, batch=2, seed=1, stop=stop)
+        return loaders.create("dali", open_source(tmp_path), SPECS, order, Budget(workers=1, **budget))
 
-    loader, said = made(1000, agree=lambda share: share if share in dali.SHARES else -1)
-    assert loader.hardware in dali.SHARES and all(f"{share:g}: " in said for share in dali.SHARES)
-    assert made(1000, agree=lambda share: 0.5)[0].hardware == 0.5
+    loader = made(1000, agree=lambda share: share if share in dali.DECODER_SHARES else -1)
+    assert loader.decoder_share in dali.DECODER_SHARES
+    assert all(f"{share:g}: " in loader.reads for share in dali.DECODER_SHARES)
+    assert made(1000, agree=lambda share: 0.5).decoder_share == 0.5
     for stop, share in ((999, None), (1000, 0.25)):  # too short to be worth it; told
-        loader, said = made(stop, share=share)
-        assert loader.hardware == (share or 0.65) and "second" not in said
+        loader = made(stop, decoder_share=share)
+        assert loader.decoder_share == (share or 0.65) and "second" not in loader.reads

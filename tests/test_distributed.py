@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fastjem.functional as F
+from fastjem import collectives
 
 SIZES = {2: (5, 3), 3: (4, 1, 6)}  # rows of each rank
 
@@ -53,6 +54,30 @@ def whole_batch(world: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, rows, 7, generator=g, dtype=torch.float64).unbind()
 
 
+def check_collectives(z: torch.Tensor, mine: slice, rank: int, world: int) -> None:
+    group = dist.group.WORLD
+    part = z[mine]
+    assert collectives.sizes_of_ranks(len(part), group, z.device) == list(SIZES[world])
+    everything, offset = collectives.gather_rows(part.T, group, dim=1)
+    assert torch.equal(everything, z.T) and offset == mine.start
+    assert torch.equal(collectives.stack_of_ranks(torch.tensor(rank), group), torch.arange(world))
+    others = torch.cat([rows for (rows,) in collectives.other_ranks([part], 0, list(SIZES[world]), group)])
+    assert torch.equal(others, torch.cat([z[: mine.start], z[mine.stop :]]))
+    torch.testing.assert_close(collectives.mean_of_ranks(part.mean(0), len(part), group), z.mean(0))
+    assert torch.equal(collectives.mean_of_ranks(part, len(part), None), part)
+    assert collectives.from_first_rank(torch.tensor(rank), group) == 0
+    assert collectives.default_group() is group and collectives.default_group(False) is None
+
+    leaf = part.clone().requires_grad_()
+    total = collectives.sum_of_ranks(leaf.square().sum(), group)
+    torch.testing.assert_close(total, z.square().sum())
+    torch.testing.assert_close(torch.autograd.grad(total, leaf)[0] / world, 2 * part)
+    for weight in (len(part), torch.tensor(float(len(part)))):
+        mean = collectives.mean_loss_of_ranks(leaf.square().sum(1).mean(), weight, group)
+        torch.testing.assert_close(mean, z.square().sum(1).mean())
+        torch.testing.assert_close(torch.autograd.grad(mean, leaf)[0] / world, 2 * part / len(z))
+
+
 def check_rank(rank: int, world: int, store: str) -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     torch.set_num_threads(1)
@@ -79,11 +104,12 @@ def check_rank(rank: int, world: int, store: str) -> None:
             torch.testing.assert_close(function(*parts, group=group), expected)
     for name, function in CODES.items():
         torch.testing.assert_close(function(z0[mine], group=group), function(z0)[mine], msg=f"{name}, rank {rank}")
+    check_collectives(z0, mine, rank, world)
     codes = (z0[mine] / 0.05 + F.sinkhorn_bias(z0[mine], group=group)).softmax(1)
     torch.testing.assert_close(codes, F.sinkhorn(z0)[mine])
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_ranks_compute_the_global_loss(world, tmp_path):
     mp.spawn(check_rank, (world, str(tmp_path / "store")), nprocs=world)

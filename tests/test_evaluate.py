@@ -11,11 +11,15 @@ from images import make_folder
 
 for package in ("timm", "torchvision", "safetensors", "tyro", "sklearn"):
     pytest.importorskip(package)
+from PIL import Image  # noqa: E402
+
 import fastjem  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.data import shapes  # noqa: E402
-from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.evaluate import Probe, embed, knn, moments, rankme  # noqa: E402
+from fastjem.data.pixels import Pixels  # noqa: E402
+from fastjem.data.source import open_source  # noqa: E402
+from fastjem.probes import LinearProbe, embed, knn, moments, rankme  # noqa: E402
+from fastjem.runs import Opened, open_run  # noqa: E402
 
 CPU = ["--device", "cpu", "--workers", "0"]
 
@@ -32,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("temperature", [0.07, 0.001])
 def test_knn_is_the_vote_of_all_similarities(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjem.evaluate.BANK", 17)
+    monkeypatch.setattr("fastjem.probes.BANK", 17)
     random = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(70, 5, generator=random), torch.randn(30, 5, generator=random)
     labels = torch.randint(4, (70,), generator=random)
@@ -49,11 +53,11 @@ def test_knn_is_the_vote_of_all_similarities(temperature: float, monkeypatch: py
 def test_the_probe_is_scikit_learns(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.linear_model import LogisticRegression
 
-    monkeypatch.setattr("fastjem.evaluate.ELEMENTS", 384)
+    monkeypatch.setattr("fastjem.probes.ELEMENTS", 384)
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 300)
     x = torch.tensor(random.normal(size=(300, 6)) + labels[:, None] * random.normal(size=6) + 5, dtype=dtype)
-    ours, l2 = Probe(x, torch.tensor(labels), 3, l2=0.01), 0.01
+    ours, l2 = LinearProbe(x, torch.tensor(labels), 3, l2=0.01), 0.01
     rows = (x.double().numpy() - x.double().numpy().mean(0)) / x.double().numpy().std(0)
     theirs = LogisticRegression(C=1 / (300 * l2), tol=1e-8, max_iter=2000).fit(rows, labels)
     np.testing.assert_allclose(ours.weight.detach().numpy(), theirs.coef_, atol=2e-3)
@@ -61,7 +65,7 @@ def test_the_probe_is_scikit_learns(dtype: torch.dtype, monkeypatch: pytest.Monk
 
 
 def test_rank_and_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjem.evaluate.ELEMENTS", 384)
+    monkeypatch.setattr("fastjem.probes.ELEMENTS", 384)
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(x.double())
     share = values / values.sum()
@@ -71,9 +75,9 @@ def test_rank_and_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_embeddings_are_the_files_in_order(tmp_path: Path) -> None:
-    folder = ImageFolder(make_folder(tmp_path, 10, size=8))
-    rows, labels = embed(torch.nn.Flatten(), folder, 8, batch=3)
-    whole, _ = embed(torch.nn.Flatten(), folder, 8, batch=10)
+    folder = open_source(make_folder(tmp_path, 10, size=8))
+    rows, labels = embed(torch.nn.Flatten(), folder, Pixels(8), batch=3)
+    whole, _ = embed(torch.nn.Flatten(), folder, Pixels(8), batch=10)
     assert torch.equal(rows, whole) and rows.std(0).min() > 0 and labels.tolist() == folder.labels.tolist()
 
 
@@ -88,7 +92,8 @@ def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from sklearn.preprocessing import StandardScaler
 
     exported = fastjem.load_encoder(str(run / "encoder.safetensors"))
-    (x, labels), (q, truth) = (embed(exported, ImageFolder(run.parent / part), 32) for part in ("train", "test"))
+    sources = [open_source(run.parent / part) for part in ("train", "test")]
+    (x, labels), (q, truth) = (embed(exported, source, Pixels(32)) for source in sources)
     assert encoder["knn"] == pytest.approx((knn(x, labels, q) == truth).double().mean().item())
     scaler = StandardScaler().fit(x.double())
     probe = LogisticRegression(C=1 / (len(x) * 1e-3), max_iter=5000).fit(scaler.transform(x.double()), labels)
@@ -106,11 +111,84 @@ def test_export_is_the_encoder(run: Path, tmp_path: Path, capsys: pytest.Capture
     timm.create_model("test_resnet", num_classes=0).load_state_dict(load_file(out), strict=True)
     state = torch.load(run / "checkpoints/last.pt", weights_only=True)["model"]
     for name, value in fastjem.load_encoder(str(out)).state_dict().items():
-        assert torch.equal(value, state[f"encoder.{name}"])
+        assert torch.equal(value, state[f"encoder.backbone.{name}"])
     capsys.readouterr()
     assert main(["evaluate", str(out), "--train", str(run.parent / "train"), *CPU]) == 0
     assert main(["evaluate", str(out), "--train", str(run.parent / "train"), "--features", "both", *CPU]) == 2
     assert "no projector" in capsys.readouterr().err
+
+
+# How a run's pixels become numbers, where it isn't by ImageNet's mean and deviation.
+VIEW = {"mean": "0.5,0.5,0.5", "std": "0.02,0.02,0.02"}
+PIXELS = Pixels(32, mean=(0.5,) * 3, std=(0.02,) * 3)
+
+
+def whole(folder: Path) -> torch.Tensor:
+    """[N, 3, 32, 32]: the folder's images as that run sees them, in its order, by torchvision."""
+    from torchvision.transforms.v2 import functional as V
+
+    images = [Image.open(file).convert("RGB") for file in sorted(folder.glob("*/*.png"))]
+    images = [V.pil_to_tensor(V.center_crop(V.resize(image, [32]), [32, 32])) for image in images]
+    return (torch.stack(images) / 255 - 0.5) / 0.02
+
+
+def is_among(images: torch.Tensor, those: torch.Tensor) -> bool:
+    """Whether each image is one of those, but for rounding: a level of 255 is 0.2 here."""
+    distances = torch.cdist(images.flatten(1), those.flatten(1), p=torch.inf)
+    return bool((distances.min(1).values < 1e-3).all())
+
+
+class Recorder(torch.nn.Module):
+    """Any encoder that keeps what it is given in eval mode, as nobody else's views are whole images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+        self.linear = torch.nn.Linear(3 * 32 * 32, 8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            self.seen.append(images.detach().clone())
+        return self.linear(images.flatten(1))
+
+
+def test_knn_of_a_run_sees_its_pixels(run: Path, tmp_path: Path) -> None:
+    encoder = Recorder()
+    train = run.parent / "train"
+    fastjem.pretrain(data=str(train), out=str(tmp_path / "run"), encoder=encoder, image_size=32, batch_size=16,
+                     workers=0, device="cpu", max_steps=1, view=VIEW, report=False)  # fmt: skip
+    seen = torch.cat([images for images in encoder.seen if len(images) == 48])
+    assert len(seen) >= 48 and is_among(seen, whole(train))
+
+
+def test_evaluation_and_export_use_the_runs_pixels(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import safe_open
+
+    train, test = run.parent / "train", run.parent / "test"
+    out = tmp_path / "run"
+    fastjem.pretrain(data=str(train), out=str(out), backbone="test_resnet", image_size=32, batch_size=16, workers=0,
+                     device="cpu", max_steps=1, stem="standard", view=VIEW, report=False)  # fmt: skip
+    assert open_run(out).pixels == PIXELS
+    exported = tmp_path / "encoder.safetensors"
+    assert main(["export", str(out), "--out", str(exported)]) == 0
+    for path in (out / "encoder.safetensors", exported):
+        with safe_open(path, "pt") as file:
+            assert Pixels.from_metadata(file.metadata()) == PIXELS
+
+    seen: list[torch.Tensor] = []
+
+    def recording(path: str) -> Opened:
+        opened = open_run(path)
+        opened.encoder.register_forward_pre_hook(lambda module, images: seen.append(images[0].clone()))
+        return opened
+
+    monkeypatch.setattr("fastjem.commands.evaluate.open_run", recording)
+    for path in (out, exported):
+        seen.clear()
+        assert main(["evaluate", str(path), "--train", str(train), "--test", str(test), *CPU]) == 0
+        bank, queries = seen
+        torch.testing.assert_close(bank, whole(train), atol=1e-3, rtol=0)
+        torch.testing.assert_close(queries, whole(test), atol=1e-3, rtol=0)
 
 
 def test_onnx(run: Path, tmp_path: Path) -> None:
@@ -118,6 +196,11 @@ def test_onnx(run: Path, tmp_path: Path) -> None:
         pytest.importorskip(package)
     assert main(["export", str(run), "--out", str(tmp_path / "e.safetensors"), "--onnx"]) == 0
     assert (tmp_path / "e.onnx").stat().st_size > 100_000
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "e.onnx"), providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["backbone"] == "test_resnet" and Pixels.from_metadata(metadata) == Pixels(32)
 
 
 def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +233,7 @@ def test_the_embedded_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(shapes.write, "__defaults__", ({"train": 20, "test": 10},))
     made = shapes.folder()
     assert [path.name for path in (tmp_path / "fastjem").iterdir()] == [made.name]
-    train, test = ImageFolder(made / "train"), ImageFolder(made / "test")
+    train, test = open_source(made / "train"), open_source(made / "test")
     assert train.classes == test.classes == sorted(shapes.SHAPES) and (len(train), len(test)) == (20, 10)
     before = (made / "train/star/0000.jpg").stat().st_mtime_ns
     assert shapes.folder() == made and (made / "train/star/0000.jpg").stat().st_mtime_ns == before

@@ -1,4 +1,4 @@
-"""The contract of every loss, for every implementation; cases and oracles are in cases.py."""
+"""The contract of every loss, for every implementation: see docs/architecture.md. Cases and oracles: cases.py."""
 
 import pytest
 import torch

@@ -8,6 +8,11 @@ import pytest
 import torch
 
 from fastjem.data import masks
+from fastjem.data.batch import Crops, finish
+from fastjem.data.masks import Keyed, MaskSpec, mask_specs
+from fastjem.data.philox import FIRST_MASK_BLOCK, philox, philox_on_device
+from fastjem.data.views import Views
+from fastjem.errors import UserError
 from fastjem.nn.masks import random_block_mask
 
 GRID = (14, 14)
@@ -96,11 +101,11 @@ def test_block_mask() -> None:
 
 def test_block_mask_has_steps_enough(monkeypatch) -> None:
     """More candidates would change nothing."""
-    candidates, first = (torch.rand(*shape, generator=generator()) for shape in ((masks.STEPS + 100, 4, 500), (500, 2)))
-    monkeypatch.setattr(masks, "_uniform", lambda shape, *_: candidates[: shape[0]] if len(shape) == 3 else first)
-    enough = masks.block_mask(500, (16, 16), images=1.0)
+    drawn = torch.rand(500, 2 + 4 * (masks.STEPS + 100), generator=generator())
+    options = {"images": 1.0, "uniform": lambda count: drawn[:, :count]}
+    enough = masks.block_mask(500, (16, 16), **options)
     monkeypatch.setattr(masks, "STEPS", masks.STEPS + 100)
-    assert torch.equal(enough, masks.block_mask(500, (16, 16), images=1.0))
+    assert torch.equal(enough, masks.block_mask(500, (16, 16), **options))
 
 
 def naive_multi_block(sizes: tuple, keep: int, rng: np.random.Generator, scale=(0.15, 0.2)) -> tuple:
@@ -158,3 +163,98 @@ def test_no_mask_waits_for_the_device() -> None:
         assert draw(4, GRID, device="meta").shape == (4, 14, 14)
     drawn = masks.multi_block_mask(4, GRID, device="meta", sizes=(0.5, 0.5))
     assert drawn.context.shape == (4, 14, 14) and drawn.targets.shape[:2] == (4, 4)
+    samples = torch.empty(4, dtype=torch.int64, device="meta")
+    for masking in masks.SAMPLERS:
+        assert masks.draw_hidden(MaskSpec(0, GRID, 0.75, masking), 0, 0, samples).shape == (4, 14, 14)
+
+
+def test_philox_is_the_same_on_the_device() -> None:
+    """Bit for bit numpy's, which has the known answers; words of all 32 bits, samples beyond them."""
+    rng = np.random.default_rng(0)
+    counter = [rng.integers(0, 2**32, 500) for _ in range(4)]
+    counter[0] += 2**33
+    for seed in (0, 5, 2**32 + 7, 2**64 - 1):
+        expected = philox(counter, seed)
+        found = philox_on_device([torch.from_numpy(word) for word in counter], seed)
+        assert np.array_equal(found.numpy(), expected)
+    samples = torch.tensor([3, 2**31 + 1, 9])
+    numbers = Keyed(samples, 7, 2, 1)
+    first, second = numbers(6), numbers(3)
+    for block, drawn in ((0, first[:, :4]), (1, first[:, 4:]), (2, second)):
+        expected = philox([samples.numpy(), np.int64(2), np.int64(1), np.int64(FIRST_MASK_BLOCK + block)], 7)
+        assert np.array_equal(drawn.numpy(), expected.T[:, : drawn.shape[1]])
+
+
+def keyed_blocks(samples: torch.Tensor, seed: int = 0, epoch: int = 0, view: int = 0) -> torch.Tensor:
+    return masks.block_mask(len(samples), GRID, uniform=Keyed(samples, seed, epoch, view))
+
+
+def keyed_multi_block(samples: torch.Tensor, seed: int = 0, epoch: int = 0, view: int = 0) -> torch.Tensor:
+    """Contexts and targets in one tensor."""
+    drawn = masks.multi_block_mask(len(samples), GRID, sizes=(0.3, 0.6), uniform=Keyed(samples, seed, epoch, view))
+    return torch.cat([drawn.context.flatten(1).long(), drawn.targets.flatten(1)], 1)
+
+
+def keyed_hidden(masking: str):
+    def draw(samples: torch.Tensor, seed: int = 0, epoch: int = 0, view: int = 0) -> torch.Tensor:
+        return masks.draw_hidden(MaskSpec(view, GRID, 0.6, masking), seed, epoch, samples)
+
+    return draw
+
+
+KEYED = {masking: keyed_hidden(masking) for masking in masks.SAMPLERS}
+KEYED |= {"block": keyed_blocks, "multi_block": keyed_multi_block}
+
+
+@pytest.mark.parametrize("draw", KEYED.values(), ids=KEYED.keys())
+def test_masks_depend_on_nothing_but_their_key(draw) -> None:
+    samples = torch.randperm(64, generator=generator())
+    whole = draw(samples)
+    for size in (1, 3, 32):  # other batches, other ranks, another place in the batch
+        assert torch.equal(whole, torch.cat([draw(part) for part in samples.split(size)]))
+    order = torch.randperm(64, generator=generator(1))
+    assert torch.equal(whole[order], draw(samples[order]))
+    for other in ({"seed": 1}, {"epoch": 1}, {"view": 1}):
+        assert (draw(samples, **other) != whole).flatten(1).any(1).float().mean() > 0.4  # blocks: half are empty
+    assert len(whole.flatten(1).unique(dim=0)) > 25
+
+
+def test_sizes_follow_seed_and_step() -> None:
+    drawn = np.array([masks.of_step(seed, step) for seed in range(20) for step in range(50)])
+    assert masks.of_step(3, 7) == drawn[157].tolist() and len(np.unique(drawn)) == drawn.size
+    assert np.abs(drawn.mean(0) - 0.5).max() < 4.5 * math.sqrt(1 / 12 / 1000) and 0 < drawn.min() < drawn.max() < 1
+
+
+@pytest.mark.parametrize("masking", masks.SAMPLERS)
+def test_keyed_masks_have_the_samplers_statistics(masking: str) -> None:
+    ours = masks.draw_hidden(MaskSpec(0, GRID, 0.6, masking), 3, 5, torch.arange(2000)).numpy()
+    theirs = masks.SAMPLERS[masking](2000, GRID, 0.6, generator=generator()).numpy()
+    assert (ours.sum((1, 2)) == theirs.sum((1, 2))).all()
+    close(ours.astype(float), theirs.astype(float))
+    close(runs(ours), runs(theirs))
+    neighbours = (ours[1:] == ours[:-1]).mean((1, 2))  # samples with neighbouring numbers have nothing in common
+    close(neighbours, (theirs[1:] == theirs[:-1]).mean((1, 2)))
+
+
+def test_keyed_blocks_have_the_statistics_of_a_batch() -> None:
+    ours = keyed_blocks(torch.arange(2000)).numpy()
+    theirs = np.concatenate([random_block_mask((200, *GRID)).numpy() for _ in range(10)])
+    assert abs(ours.any((1, 2)).mean() - 0.5) < 4.5 * math.sqrt(0.25 / 2000)
+    ours, theirs = (x[x.any((1, 2))] for x in (ours, theirs))
+    close(ours.astype(float), theirs.astype(float))
+    close(ours.sum((1, 2)), theirs.sum((1, 2)))
+    close(runs(ours), runs(theirs))
+
+
+def test_a_batch_has_the_masks_of_its_images() -> None:
+    specs = Views(large=1, recipe="data2vec", mask=0.75).specs(32)
+    wanted = mask_specs(Views(large=2, recipe="data2vec", mask=0.75, masking="random"), 32, 8)
+    assert wanted == [MaskSpec(0, (4, 4), 0.75, "random"), MaskSpec(1, (4, 4), 0.75, "random")]
+    assert mask_specs(Views(large=2), 32, 8) == []
+    with pytest.raises(UserError, match="no masking 'blocks'; did you mean"):
+        mask_specs(Views(mask=0.5, masking="blocks"), 32, 8)
+    index = torch.tensor([5, 2, 9])
+    view, table = torch.zeros(3, 32, 32, 3, dtype=torch.uint8), torch.zeros(3, 13)
+    batch = finish(Crops([view], [table], index, 4, None, []), specs, "cpu", masks=wanted[:1], seed=7)
+    assert torch.equal(batch.masks[0].hidden, masks.draw_hidden(wanted[0], 7, 4, index))
+    assert (batch.masks[0].hidden.sum((1, 2)) == masks.hidden_patches((4, 4), 0.75)).all()

@@ -7,10 +7,10 @@ from images import make_folder
 from view_tables import pictures
 
 import fastjem.functional as F
-from fastjem.data.executors import create
-from fastjem.data.folder import ImageFolder
-from fastjem.data.memory import ImageArray, MemoryLoader
+from fastjem.data.loaders import Budget, Order, create
+from fastjem.data.loaders.memory import ImageArray, MemoryLoader
 from fastjem.data.parameters import Parameters
+from fastjem.data.source import decode, open_source
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
@@ -22,7 +22,7 @@ def test_a_folder_is_held_as_its_pixels(tmp_path):
 
     make_folder(tmp_path, images=10, classes=2, size=24)
     (tmp_path / "class1" / "broken.png").write_bytes(b"\x89PNG")
-    array = ImageArray.from_folder(tmp_path, size=24, threads=2)
+    array = ImageArray.from_source(open_source(tmp_path), size=24, threads=2)
     files = sorted(p for p in tmp_path.rglob("*.png") if p.name != "broken.png")
     assert len(array) == 10 and array.classes == ["class0", "class1"]
     for image, label, path in zip(array.images, array.labels, files, strict=True):
@@ -30,15 +30,15 @@ def test_a_folder_is_held_as_its_pixels(tmp_path):
     ((path, reason),) = array.unreadable
     assert path.endswith("broken.png") and reason
     Image.new("RGB", (50, 24), (0, 0, 255)).save(tmp_path / "class0" / "wide.png")
-    small = ImageArray.from_folder(tmp_path, size=16)
+    small = ImageArray.from_source(open_source(tmp_path), size=16)
     assert small.images.shape == (11, 16, 16, 3) and (small.images == torch.tensor([0, 0, 255])).all(3).any()
 
 
 def test_a_budget_refuses_with_what_would_fit(tmp_path):
     make_folder(tmp_path, images=4, classes=0, size=24)
     with pytest.raises(UserError, match=r"4 images of 24 x 24 take .* GiB; 16 x 16 would fit"):
-        ImageArray.from_folder(tmp_path, size=24, budget=4 * 3 * 16 * 16)
-    assert len(ImageArray.from_folder(tmp_path, size=16, budget=4 * 3 * 16 * 16)) == 4
+        ImageArray.from_source(open_source(tmp_path), size=24, budget=4 * 3 * 16 * 16)
+    assert len(ImageArray.from_source(open_source(tmp_path), size=16, budget=4 * 3 * 16 * 16)) == 4
 
 
 def test_arrays_and_files_of_arrays(tmp_path):
@@ -47,7 +47,7 @@ def test_arrays_and_files_of_arrays(tmp_path):
     np.save(tmp_path / "b.npy", images.permute(0, 3, 1, 2).numpy())
     a, b = ImageArray.from_npz(tmp_path / "a.npz"), ImageArray.from_npz(tmp_path / "b.npy")
     assert torch.equal(a.images, images) and torch.equal(b.images, images)
-    assert torch.equal(a.labels, labels) and not b.labels.any()
+    assert torch.equal(a.labels, labels) and b.labels is None
     np.savez(tmp_path / "c.npz", pixels=images.numpy())
     with pytest.raises(UserError, match=r"must hold an array `images`.*pixels"):
         ImageArray.from_npz(tmp_path / "c.npz")
@@ -73,7 +73,7 @@ def test_batches_ranks_and_resuming_leave_a_sample_its_views():
     array = ImageArray(pictures(9, 16, 16), torch.arange(9))
 
     def loaded(**options) -> dict[tuple[int, int], list[torch.Tensor]]:
-        found, loader = {}, MemoryLoader(array, SPECS, seed=3, **options)
+        found, loader = {}, MemoryLoader(array, SPECS, Order(samples=9, seed=3, **options))
         for keys, crops in zip(loader.order, loader, strict=True):
             assert len(crops.views[0]) == len(keys) and not crops.unreadable
             for i, key in enumerate(keys):
@@ -93,7 +93,7 @@ def test_batches_ranks_and_resuming_leave_a_sample_its_views():
     for other in (parts, halves):
         assert all(torch.equal(a, b) for key in whole for a, b in zip(whole[key], other[key], strict=True))
     with pytest.raises(ValueError, match="MemoryLoader: batch must divide by 2 ranks and be at most 9 images, got 5"):
-        MemoryLoader(array, SPECS, batch=5, stop=1, ranks=2)
+        MemoryLoader(array, SPECS, Order(samples=9, batch=5, stop=1, ranks=2))
 
 
 def test_a_file_of_arrays_is_a_folder(tmp_path):
@@ -101,23 +101,22 @@ def test_a_file_of_arrays_is_a_folder(tmp_path):
     images, path = pictures(12, 16, 16), tmp_path / "a.npz"
     labels, names = np.array([2, 0, 0] * 4), np.array(["ant", "bee", "cat"])
     np.savez(path, images=images.numpy(), labels=labels, classes=names)
-    folder = ImageFolder(path)
+    folder = open_source(path)
     assert (len(folder), folder.classes, folder.labels.tolist()) == (12, ["ant", "cat"], [1, 0, 0] * 4)
-    assert np.array_equal(np.asarray(folder.image(11)), images[11])
-    options = {"workers": 0, "batch": 4, "seed": 1, "start": 2, "stop": 5, "rank": 0, "ranks": 1}
-    specs, cpu = [ViewSpec(size=16)], torch.device("cpu")
+    assert np.array_equal(np.asarray(decode(folder, 11)), images[11])
+    order, specs = Order(samples=12, batch=4, seed=1, start=2, stop=5), [ViewSpec(size=16)]
     batches = []
     for name, memory in (("auto", 1), ("auto", 1e-9), ("torch", 1)):
-        loader, said = create(name, folder, specs, cpu, memory=memory, **options)
-        assert ("held in memory" in said) == (memory == 1 and name == "auto")
+        loader = create(name, folder, specs, order, Budget(memory=memory))
+        assert ("held in memory" in loader.reads) == (memory == 1 and name == "auto")
         batches.append(list(loader))
     for one, other, third in zip(*batches, strict=True):
         assert torch.equal(other.views[0], third.views[0]) and torch.equal(one.tables[0], other.tables[0])
         assert (one.views[0].int() - other.views[0].int()).abs().max() <= 1
     with pytest.raises(UserError, match=r"--loader dali-cpu reads files, and .*a.npz holds pixels"):
-        create("dali-cpu", folder, specs, cpu, memory=1, **options)
+        create("dali-cpu", folder, specs, order, Budget())
     np.savez(path, images=images.numpy()[:3])  # another version of the file is read again
-    assert ImageFolder(path).classes == [""] and len(ImageFolder(path)) == 3
+    assert open_source(path).labels is None and len(open_source(path)) == 3
     for wrong, message in (
         ({"images": images.numpy(), "labels": labels[:3]}, r"labels must be \[12\] integers, got \(3,\) int64"),
         ({"images": images.numpy(), "labels": labels, "classes": names[:2]}, "labels must number the 2 classes"),
@@ -125,7 +124,7 @@ def test_a_file_of_arrays_is_a_folder(tmp_path):
     ):
         np.savez(path, **wrong)
         with pytest.raises(UserError, match=message):
-            ImageFolder(path)
+            open_source(path)
     path.write_bytes(b"no archive")
     with pytest.raises(UserError, match=r"a.npz can't be read as .npz or .npy"):
-        ImageFolder(path)
+        open_source(path)

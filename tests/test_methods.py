@@ -8,11 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
+from fastjem import encoders
+from fastjem.data.batch import Batch, Masks
 from fastjem.data.masks import SAMPLERS
-from fastjem.methods import METHODS, views_of
-from fastjem.methods._parts import Defaults, Prototypes, Queue, at_most, mlp, unit_keys
+from fastjem.encoders import measured_width
+from fastjem.health import Alarm, figures
+from fastjem.methods import METHODS, Branch, Defaults, Method, RunFacts, options_of, prototypes, views_of
+from fastjem.methods.defaults import at_most
+from fastjem.nn import DINOLoss, SwaVLoss
+from fastjem.nn.parts import MLP, Prototypes, Queue, unit_keys
 from fastjem.optim import Schedule, build, parameter_groups, scaled
-from fastjem.train import Alarm, Step, check_encoder, health
+from fastjem.step import Step
 
 
 @pytest.fixture(autouse=True)
@@ -37,73 +43,87 @@ SMALL = {
 }
 
 
-class Encoder(nn.Sequential):
+class Tiny(nn.Sequential):
+    """An encoder that isn't timm's."""
+
     def __init__(self, width: int = 12):
         super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, width), nn.LayerNorm(width), nn.GELU())
 
 
-def vit() -> nn.Module:
+def vit(**options: object) -> nn.Module:
     timm = pytest.importorskip("timm")
-    return timm.create_model("test_vit", num_classes=0, patch_size=8, img_size=32, dynamic_img_size=True)
+    return timm.create_model("test_vit", num_classes=0, patch_size=8, img_size=32, dynamic_img_size=True, **options)
 
 
-def make(name: str, momentum_encoder: bool | None = None, **options: object) -> tuple[Step, list[Tensor]]:
+def mask_of(method: Method, images: int = 8) -> dict[int, Masks]:
+    """The same mask for one batch at every call, where the method wants one."""
+    if not method.views.mask:
+        return {}
+    generator = torch.Generator().manual_seed(5)
+    hidden = SAMPLERS[method.views.masking](images, (4, 4), method.views.mask, generator=generator)
+    return {0: Masks(hidden)}
+
+
+def make(
+    name: str, momentum_encoder: bool | None = None, run: RunFacts = RunFacts(), **options: object
+) -> tuple[Step, Batch]:
     torch.manual_seed(0)
-    encoder = vit() if name == "data2vec" else Encoder()
-    width = encoder.num_features if name == "data2vec" else 12
     kind = METHODS[name]
-    step = Step(encoder, kind(width, **{**SMALL[name], **options}), momentum_encoder)
+    module = vit() if kind.views.mask else Tiny()
+    encoder = encoders.wrap(module, 12 if isinstance(module, Tiny) else None, mask_token=kind.mask_token)
+    method = kind(encoder.width, run, **{**SMALL[name], **options})
+    step = Step(encoder, method, momentum_encoder)
     views = [torch.randn(8, 3, 32, 32) for _ in range(kind.views.large)]
-    return step, views + [torch.randn(8, 3, 16, 16) for _ in range(kind.views.small)]
+    views += [torch.randn(8, 3, 16, 16) for _ in range(kind.views.small)]
+    return step, Batch(views, torch.arange(8), masks=mask_of(method))
 
 
 @pytest.mark.parametrize("momentum_encoder", [None, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_trains_all_and_the_teacher_follows(name: str, momentum_encoder: bool | None) -> None:
-    step, views = make(name, momentum_encoder)
+    step, batch = make(name, momentum_encoder)
     optimizer = build("adamw", parameter_groups(step))
     schedule = Schedule(steps=8, learning_rate=3e-3)
     losses = []
     teacher = [p.clone() for p in step.teacher.parameters()]
     for i in range(8):
         schedule.apply(optimizer, i)
-        torch.manual_seed(5)  # the same mask: the loss of one batch must fall
-        loss, seen = step(views, i)
+        loss, notes = step(batch, i)
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is None for p in step.teacher.parameters())
         without = [n for n, p in step.named_parameters() if p.requires_grad and p.grad is None]
         assert not without, "DDP waits for ever for a parameter without a gradient"
         optimizer.step()
-        step.update_teacher(0.9)
+        step.step_ends(i, 0.9)
         losses.append(loss.item())
     # Not the last: DINO's teacher moves. MoCo's queue fills with keys of the very same images: it must get worse.
     assert min(losses[1:]) < losses[0] or name == "moco", losses
-    assert bool(teacher) == bool(momentum_encoder or METHODS[name].ema)
+    assert bool(teacher) == bool(momentum_encoder or METHODS[name].momentum)
     assert all(not torch.equal(a, b) for a, b in zip(teacher, step.teacher.parameters(), strict=True) if a.dim() > 1)
-    figures = health(seen)
-    assert all(torch.isfinite(value) for value in figures.values())
-    assert ("teacher_entropy" in figures) == (name in ("swav", "dino"))
+    found = figures(notes)
+    assert all(torch.isfinite(value) for value in found.values())
+    assert ("teacher_entropy" in found) == (name in ("swav", "dino"))
 
 
 def test_simsiams_targets_carry_no_gradient() -> None:
-    step, views = make("simsiam")
-    z = step.method.projector(step.encoder(torch.cat(views)))
+    step, batch = make("simsiam")
+    z = step.method.projector(step.encoder(torch.cat(batch.views)).pooled)
     p0, p1 = step.method.predictor(z).chunk(2)
     z0, z1 = z.detach().chunk(2)
     expected = (F.negative_cosine(p0, z1) + F.negative_cosine(p1, z0)) / 2
-    weight = step.encoder[2].weight
+    weight = step.encoder.backbone[2].weight
     torch.testing.assert_close(
-        torch.autograd.grad(step(views, 0)[0], weight), torch.autograd.grad(expected, weight), rtol=1e-4, atol=1e-7
+        torch.autograd.grad(step(batch, 0)[0], weight), torch.autograd.grad(expected, weight), rtol=1e-4, atol=1e-7
     )
 
 
 def test_swav_is_the_papers_loss() -> None:
-    step, views = make("swav")
-    loss, _ = step(views, 0)
+    step, batch = make("swav")
+    loss, _ = step(batch, 0)
     weight = nn.functional.normalize(step.method.prototypes.weight, dim=1)
-    z = step.method.projector(torch.cat([step.encoder(view) for view in views]))
-    scores = (nn.functional.normalize(z, dim=1) @ weight.T).chunk(len(views))
+    z = step.method.projector(torch.cat([step.encoder(view).pooled for view in batch.views]))
+    scores = (nn.functional.normalize(z, dim=1) @ weight.T).chunk(len(batch.views))
     total = 0.0
     for i in range(2):
         codes = F.sinkhorn(scores[i])
@@ -111,18 +131,24 @@ def test_swav_is_the_papers_loss() -> None:
     torch.testing.assert_close(loss, total / 2, rtol=1e-5, atol=1e-6)
 
 
+def scores_of(encoder: nn.Module, projector: nn.Module, prototypes: nn.Module, views: list[Tensor]) -> tuple:
+    z = nn.functional.normalize(projector(torch.cat([encoder(view).pooled for view in views])), dim=1)
+    return (z @ nn.functional.normalize(prototypes.weight, dim=1).T).chunk(len(views))
+
+
+def both_scores(step: Step, views: list[Tensor], large: int = 2) -> tuple[tuple, tuple]:
+    """Student's and teacher's, by the formula."""
+    student = scores_of(step.encoder, step.method.projector, step.method.prototypes, views)
+    teacher = scores_of(step.teacher["encoder"], step.teacher["projector"], step.teacher["prototypes"], views[:large])
+    return student, teacher
+
+
 def test_dino_is_the_papers_loss_and_its_centre_moves_afterwards() -> None:
-    step, views = make("dino", teacher_temperature=0.04)
-    step.method.centre.normal_(std=0.01)
-    centre = step.method.centre.clone()
-    loss, _ = step(views, 0)
-
-    def scores(encoder: nn.Module, projector: nn.Module, prototypes: nn.Module, some: list[Tensor]) -> tuple:
-        z = nn.functional.normalize(projector(torch.cat([encoder(view) for view in some])), dim=1)
-        return (z @ nn.functional.normalize(prototypes.weight, dim=1).T).chunk(len(some))
-
-    student = scores(step.encoder, step.method.projector, step.method.prototypes, views)
-    teacher = scores(step.teacher["encoder"], step.teacher["projector"], step.teacher["prototypes"], views[:2])
+    step, batch = make("dino", teacher_temperature=0.04)
+    step.method.centre.center.normal_(std=0.01)
+    centre = step.method.centre.value.clone()
+    loss, _ = step(batch, 0)
+    student, teacher = both_scores(step, batch.views)
     pairs = [
         -(((t - centre) / 0.04).softmax(1) * (s / 0.1).log_softmax(1)).sum(1).mean()
         for i, t in enumerate(teacher)
@@ -130,13 +156,81 @@ def test_dino_is_the_papers_loss_and_its_centre_moves_afterwards() -> None:
         if i != j
     ]
     torch.testing.assert_close(loss, sum(pairs) / len(pairs), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(step.method.centre, 0.9 * centre + 0.1 * torch.cat(teacher).mean(0))
+    assert torch.equal(step.method.centre.value, centre)
+    step.method.step_ends(torch.tensor(0))
+    torch.testing.assert_close(step.method.centre.value, 0.9 * centre + 0.1 * torch.cat(teacher).mean(0))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("centring", ["mean", "sinkhorn"])
+def test_dino_by_method_is_dino_by_module(centring: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, gradient and centre, in the middle of the temperature's warm-up; the head-fused operator too."""
+    if fused:
+        monkeypatch.setattr(prototypes, "LARGEST_SCORES", 0)
+    step, batch = make("dino", run=RunFacts(steps_per_epoch=2), centring=centring)
+    step.double()
+    views = [view.double() for view in batch.views]
+    now = 0.04 + (0.07 - 0.04) * 21 / 60
+    loss, _ = step(Batch(views, batch.index), 21)
+    module = DINOLoss(12, teacher_temp=now, centering="center" if centring == "mean" else "sinkhorn").double()
+    student, teacher = both_scores(step, views)
+    if centring == "sinkhorn":  # the module's runs over both views together, the method's view by view
+        bias = torch.stack([F.sinkhorn_bias(view, epsilon=now) for view in teacher])
+        expected = F.prototype_cross_entropy(
+            student, teacher, student_temperature=0.1, teacher_temperature=now, teacher_bias=bias
+        )
+    else:
+        expected = module(list(teacher), list(student))
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-9)
+    parameters = list(step.encoder.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)  # the schedule's numbers are float32
+    if centring == "mean":
+        step.method.step_ends(torch.tensor(0))
+        torch.testing.assert_close(step.method.centre.value, module.center.flatten(), rtol=1e-6, atol=1e-9)
+
+
+def test_swav_by_method_is_swav_by_module() -> None:
+    step, batch = make("swav", queue=24, run=RunFacts(batch=8))
+    expected_rows = [queue.rows.clone() for queue in step.method.queues]
+    loss, _ = step(batch, 0)
+    weight = nn.functional.normalize(step.method.prototypes.weight, dim=1)
+    scores = scores_of(step.encoder, step.method.projector, step.method.prototypes, batch.views)
+    queued = [rows @ weight.T for rows in expected_rows]
+    expected = SwaVLoss()(list(scores[:2]), list(scores[2:]), queued)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["dino", "moco", "swav"])
+def test_what_moves_once_a_step_does_so_under_accumulation(name: str) -> None:
+    """Four micro-batches and one batch of all their rows leave the same centre and the same queue."""
+    options = {"queue": 24} if name == "swav" else {}
+    one, batch = make(name, run=RunFacts(batch=8), **options)
+    four, _ = make(name, run=RunFacts(batch=2, accumulate=4), **options)
+    one.load_state_dict(four.state_dict())
+    one(batch, 0)
+    for at in torch.arange(8).chunk(4):
+        four(Batch([view[at] for view in batch.views], batch.index[at]), 0)
+    for step in (one, four):
+        step.step_ends(0, 0.9)
+    moved = [name for name, _ in one.method.named_buffers() if "held" not in name and "num_batches" not in name]
+    assert any(part in moved[-1] for part in ("center", "queue", "pointer", "used", "rows", "running")), moved
+    for (key, a), (_, b) in zip(one.method.named_buffers(), four.method.named_buffers(), strict=True):
+        if "held" in key or "running" in key or "num_batches" in key:
+            continue
+        if name == "moco" and key == "queue.rows":
+            a, b = a[:8], b[:8]  # behind them copies of the first micro-batch's keys, until the queue is full
+        if name == "swav" and key.endswith("rows"):
+            continue  # batch norm's statistics differ between a batch and its parts; the pointer tells that all came
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6, msg=lambda text, key=key: key + text)
 
 
 def test_frozen_prototypes_get_no_gradient_until_their_step() -> None:
-    prototypes, x = Prototypes(4, 6, frozen_steps=3), torch.randn(5, 4)
+    head, x = Prototypes(4, 6, frozen_steps=3), torch.randn(5, 4)
     for step, live in ((2, False), (3, True)):
-        (gradient,) = torch.autograd.grad(prototypes(x, torch.tensor(step)).square().sum(), prototypes.weight)
+        (gradient,) = torch.autograd.grad(head(x, torch.tensor(step)).square().sum(), head.weight)
         assert bool(gradient.abs().max() > 0) == live
 
 
@@ -155,11 +249,12 @@ def test_queue_goes_around_the_end() -> None:
 
 
 def test_moco_begins_against_real_keys() -> None:
-    step, views = make("moco")
-    loss, _ = step(views, 0)
+    step, batch = make("moco")
+    loss, _ = step(batch, 0)
     with torch.no_grad():
-        query = step.method.projector(step.encoder(views[0]))
-        keys = unit_keys(step.teacher["projector"](step.teacher["encoder"](views[1])))
+        query = step.method.projector(step.encoder(batch.views[0]).pooled)
+        keys = unit_keys(step.teacher["projector"](step.teacher["encoder"](batch.views[1]).pooled))
+    step.method.step_ends(torch.tensor(0))
     rows = keys[torch.arange(24) % len(keys)]
     torch.testing.assert_close(step.method.queue.rows, rows)
     torch.testing.assert_close(loss, F.info_nce(query, keys, rows, temperature=0.2))
@@ -168,7 +263,7 @@ def test_moco_begins_against_real_keys() -> None:
 def test_short_runs_have_their_own_defaults() -> None:
     paper = Defaults("sgd", 0.03, 1e-4, momentum=0.999, short=("lars", 1.2), least_momentum=0.99)
     assert paper.of_run(10_000) == paper
-    short, chosen = paper.of_run(9_999), paper.of_run(100, own=True)
+    short, chosen = paper.of_run(9_999), paper.of_run(100, chosen=True)
     assert (short.optimizer, short.learning_rate, short.momentum) == ("lars", 1.2, 1 - 10 / 9_999)
     assert (chosen.optimizer, chosen.learning_rate, chosen.momentum) == ("sgd", 0.03, 0.99)
     assert Defaults("adamw", 1e-3, 0.1).of_run(20) == Defaults("adamw", 1e-3, 0.1, momentum=0.9)
@@ -176,17 +271,104 @@ def test_short_runs_have_their_own_defaults() -> None:
 
 @pytest.mark.parametrize("masking", SAMPLERS)
 def test_data2vec_hides_three_quarters_from_the_student(masking: str) -> None:
-    step, views = make("data2vec", masking=masking)
+    step, batch = make("data2vec", masking=masking)
     seen_by_student = []
-    step.encoder.blocks[0].register_forward_pre_hook(lambda _, x: seen_by_student.append(x[0]))
-    torch.manual_seed(1)
-    step(views, 0)
-    torch.manual_seed(1)
-    step([views[0] + 1], 0)  # other pixels in every patch, the same mask
-    first, second = (x[:, step.encoder.num_prefix_tokens :] for x in seen_by_student)
+    step.encoder.backbone.blocks[0].register_forward_pre_hook(lambda _, x: seen_by_student.append(x[0]))
+    step(batch, 0)
+    step(batch._replace(views=[batch.views[0] + 1]), 0)  # other pixels in every patch, the same mask
+    first, second = (x[:, step.encoder.prefix_tokens :] for x in seen_by_student)
     same = (first - second).abs().amax(-1) < 1e-6  # [B, L]
     assert (same.sum(1) == 12).all() and same.shape[1] == 16
     assert len({tuple(row.tolist()) for row in same}) > 1
+    assert torch.equal(same, batch.masks[0].hidden.flatten(1))
+
+
+def rope_vit(mixed: bool) -> nn.Module:
+    """timm's Eva with rotary positions, one table for all blocks or one of each block's own."""
+    models = pytest.importorskip("timm.models")
+    torch.manual_seed(0)
+    return models.Eva(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0, use_rot_pos_emb=True,
+        use_abs_pos_emb=False, dynamic_img_size=True, rope_type="mixed" if mixed else "cat",
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["vit", "eva", "eva_mixed"])
+def test_an_encoder_drops_and_replaces_patches(kind: str) -> None:
+    torch.manual_seed(1)
+    module = vit().eval() if kind == "vit" else rope_vit(kind == "eva_mixed")
+    encoder = encoders.wrap(module, mask_token=True)
+    images = torch.randn(2, 3, 32, 32)
+    plain = encoder(images)
+    torch.testing.assert_close(plain.pooled, module(images))
+    assert plain.tokens.shape == (2, 16, encoder.width)
+
+    # all patches visible, or none hidden: nothing changes; the layers' last is what the last norm sees
+    everything = encoder(images, visible=torch.arange(16).expand(2, 16), layers=2)
+    torch.testing.assert_close(everything.pooled, plain.pooled, rtol=1e-4, atol=1e-5)
+    assert len(everything.layers) == 2
+    torch.testing.assert_close(encoder(images, hidden=torch.zeros(2, 4, 4, dtype=torch.bool)).tokens, plain.tokens)
+
+    # what isn't visible doesn't matter, and each image has its own; the order of tokens is that of `visible`
+    visible = torch.stack([torch.tensor([0, 3, 5, 10]), torch.tensor([15, 1, 2, 7])])
+    other = images.clone()
+    keep = torch.zeros(2, 16, dtype=torch.bool).scatter_(1, visible, True).view(2, 1, 4, 4)
+    keep = keep.repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(images)
+    other[~keep] += 1
+    some = encoder(images, visible=visible)
+    assert some.tokens.shape[1] == 4
+    torch.testing.assert_close(some.tokens, encoder(other, visible=visible).tokens)
+    torch.testing.assert_close(
+        encoder(images, visible=visible.flip(1)).tokens, some.tokens.flip(1), rtol=1e-4, atol=1e-5
+    )
+
+    # positions are the patches' own: with the attention cut off from others, a token alone tells where it stands
+    alone = [encoder(images, visible=torch.full((2, 1), place)).tokens for place in (0, 9)]
+    assert not torch.allclose(*alone)
+
+
+def test_masks_need_patches() -> None:
+    encoder = encoders.wrap(Tiny(), 12)
+    with pytest.raises(ValueError, match="sliding windows see the edges"):
+        encoder(torch.randn(2, 3, 32, 32), visible=torch.zeros(2, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="has no mask token"):
+        encoders.wrap(vit())(torch.randn(2, 3, 32, 32), hidden=torch.ones(2, 4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="width must be given, as Tiny has no num_features"):
+        encoders.wrap(Tiny())
+
+
+def test_views_of_one_size_go_through_in_one_call() -> None:
+    calls = []
+    encoder = encoders.wrap(Tiny(), 12)
+    encoder.register_forward_hook(lambda _, x, y: calls.append(len(x[0])))
+    views = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16, 16)]
+    branch = Branch(encoder, {})
+    features = branch.encode(views)
+    assert calls == [8, 12] and features.tokens is None
+    torch.testing.assert_close(features.pooled, torch.cat([encoder(view).pooled for view in views]))
+    assert torch.equal(branch.notes["embedding"], features.pooled[:4])
+
+
+class TwoTerms(Method):
+    """A method of a user's own, whose loss has terms."""
+
+    def __init__(self, width: int, run: RunFacts = RunFacts(), *, factor: float = 2.0):
+        super().__init__(width, run)
+        self.projector = nn.Linear(width, 4)
+        self.factor = factor
+
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> dict[str, Tensor]:
+        z = student.project(batch.views)
+        return {"size": self.factor * z.square().mean(), "shift": z.mean().square()}
+
+
+def test_terms_of_a_loss_are_summed_and_logged() -> None:
+    torch.manual_seed(0)
+    step = Step(encoders.wrap(Tiny(), 12), TwoTerms(12))
+    loss, notes = step(Batch([torch.randn(8, 3, 32, 32)] * 2, torch.arange(8)), 0)
+    found = figures(notes)
+    torch.testing.assert_close(found["loss_size"] + found["loss_shift"], loss.detach())
+    assert options_of(TwoTerms) == {"factor": 2.0}
 
 
 def test_heads_have_the_papers_shapes() -> None:
@@ -206,38 +388,39 @@ def test_heads_have_the_papers_shapes() -> None:
         assert METHODS["dino"](384).prototypes.weight.shape == (65536, 256)
         for name in ("barlow_twins", "vicreg"):
             assert shapes(METHODS[name](2048).projector) == [(8192, 2048), (8192, 8192), (8192, 8192)]
-    assert all(layer.bias is None for layer in mlp(4, 4, 4, last_norm=True) if isinstance(layer, nn.Linear))
+    assert all(layer.bias is None for layer in MLP(4, 4, 4, last_norm=True) if isinstance(layer, nn.Linear))
     assert at_most(65536, 10_000, each=4) == 2048 and at_most(65536, 10_000, each=16) == 512
     assert at_most(65536, 1_281_167, each=16) == 65536 and at_most(65536, 20, each=16) == 8
 
 
 def test_constant_embeddings_are_refused() -> None:
-    encoder = Encoder()
+    encoder = Tiny()
     nn.init.zeros_(encoder[3].weight)
     with pytest.raises(ValueError, match="same embedding"):
-        check_encoder(encoder, torch.randn(8, 3, 32, 32))
+        measured_width(encoder, torch.randn(8, 3, 32, 32))
     with pytest.raises(ValueError, match=r"must map \[B, 3, H, W\] to \[B, D\], got \(8, 3, 4, 4\)"):
-        check_encoder(nn.AdaptiveAvgPool2d(4), torch.randn(8, 3, 32, 32))
-    assert check_encoder(Encoder(), torch.randn(8, 3, 32, 32)) == 12
+        measured_width(nn.AdaptiveAvgPool2d(4), torch.randn(8, 3, 32, 32))
+    assert measured_width(Tiny(), torch.randn(8, 3, 32, 32)) == 12
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
 def test_simsiam_without_stop_gradient_raises_the_alarm_within_50_steps(stop_gradient: bool) -> None:
     torch.manual_seed(0)
-    step = Step(Encoder(32), METHODS["simsiam"](32, hidden=64, dim=64, bottleneck=16, stop_gradient=stop_gradient))
+    method = METHODS["simsiam"](32, hidden=64, dim=64, bottleneck=16, stop_gradient=stop_gradient)
+    step = Step(encoders.wrap(Tiny(32), 32), method)
     optimizer, alarm, said = build("sgd", parameter_groups(step)), Alarm(asymmetric=True), []
     schedule = Schedule(steps=1000, learning_rate=0.1)
     base = torch.randn(64, 3, 8, 8)
     for i in range(50):
         schedule.apply(optimizer, i)
         views = [nn.functional.interpolate(0.3 * base + torch.randn_like(base), 32) for _ in range(2)]
-        loss, seen = step(views, i)
+        loss, notes = step(Batch(views, torch.arange(64)), i)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if i % 5 == 4:
-            said.append(alarm(i, {"loss": loss.item(), **{k: v.item() for k, v in health(seen).items()}}))
-    assert any(said) != stop_gradient, (loss.item(), health(seen))
+            said.append(alarm(i, {"loss": loss.item(), **{k: v.item() for k, v in figures(notes).items()}}))
+    assert any(said) != stop_gradient, (loss.item(), figures(notes))
 
 
 def test_a_std_that_falls_is_an_alarm_where_a_batch_norm_keeps_it() -> None:
@@ -249,13 +432,13 @@ def test_a_std_that_falls_is_an_alarm_where_a_batch_norm_keeps_it() -> None:
         (True, (5, 60, 70), 0.9, False),
         (True, (5, 60, 70), 0.6, True),
     ):
-        alarm, figures = Alarm(asymmetric), {"loss": 1.0, "embedding_std": 0.8, "effective_rank": 10.0}
+        alarm, healthy = Alarm(asymmetric), {"loss": 1.0, "embedding_std": 0.8, "effective_rank": 10.0}
         said = [
-            alarm(step, {**figures, "std": 0.99 if step == 5 else std, "projection_rank": 200.0 / step})
+            alarm(step, {**healthy, "std": 0.99 if step == 5 else std, "projection_rank": 200.0 / step})
             for step in steps
         ]
         assert any(said) == alarmed, (asymmetric, said)
-    assert not METHODS["byol"].__dict__.get("asymmetric", False) and METHODS["simsiam"].asymmetric
+    assert not METHODS["byol"].asymmetric and METHODS["simsiam"].asymmetric
 
 
 def test_what_decays() -> None:
@@ -276,16 +459,20 @@ def test_rates_grow_with_the_batch_by_the_optimisers_rule() -> None:
 
 def test_no_wait_is_longer_than_a_tenth_of_the_run() -> None:
     for name in ("swav", "dino"):
-        method = METHODS[name](32, images=64, steps_per_epoch=50, steps=100)
+        method = METHODS[name](32, RunFacts(images=64, steps_per_epoch=50, steps=100))
         assert method.prototypes.frozen_steps == 10 and len(method.prototypes.weight) == 8
-        assert METHODS[name](32, images=64, steps_per_epoch=50, steps=5000).prototypes.frozen_steps == 50
+        assert METHODS[name](32, RunFacts(images=64, steps_per_epoch=50, steps=5000)).prototypes.frozen_steps == 50
 
 
 def test_short_runs_of_dino_and_swav_keep_their_targets_sharp() -> None:
     """At 0.07 and 0.05 the targets of an encoder that knows nothing are uniform: the loss stays at log K."""
-    assert METHODS["dino"](32, prototypes=8, steps_per_epoch=50, steps=100).warmup_steps == 1500
-    assert [METHODS["swav"](32, prototypes=8, steps=steps).epsilon for steps in (0, 9999, 10_000)] == [0.05, 0.03, 0.05]
-    assert METHODS["swav"](32, prototypes=8, steps=100, epsilon=0.05).epsilon == 0.05
+    assert METHODS["dino"](32, RunFacts(steps_per_epoch=50, steps=100), prototypes=8).warmup_steps == 1500
+    assert [METHODS["swav"](32, RunFacts(steps=steps), prototypes=8).epsilon for steps in (0, 9999, 10_000)] == [
+        0.05,
+        0.03,
+        0.05,
+    ]
+    assert METHODS["swav"](32, RunFacts(steps=100), prototypes=8, epsilon=0.05).epsilon == 0.05
 
 
 def test_small_views_are_for_images_in_which_they_show_something() -> None:
@@ -295,7 +482,7 @@ def test_small_views_are_for_images_in_which_they_show_something() -> None:
 
 def test_dinos_head_has_batch_norm_where_the_encoder_has() -> None:
     for batch_norm in (True, False):
-        head = METHODS["dino"](32, prototypes=8, batch_norm=batch_norm).projector
+        head = METHODS["dino"](32, RunFacts(batch_norm=batch_norm), prototypes=8).projector
         assert any(isinstance(layer, nn.BatchNorm1d) for layer in head) == batch_norm
 
 

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 from conftest import _C
-from fastjem.kernels.augment import columns
 from view_tables import view_table
 
 import fastjem.functional as F
 from fastjem import kernels, ops
+from fastjem.kernels.augment import columns
 
 
 def sample_arguments(device: str) -> dict[str, tuple]:

@@ -25,7 +25,7 @@ def _can_build() -> bool:
         return False
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _can_build(), reason="needs setuptools>=77 and pybind11")]
+pytestmark = pytest.mark.skipif(not _can_build(), reason="needs setuptools>=77 and pybind11")
 
 
 def python(code: str, cwd: Path, **environment: str) -> str:
@@ -97,12 +97,12 @@ def small(tmp_path: Path) -> Path:
     """The sources with next to no C++, so that a build takes a second."""
     source = copy_sources(tmp_path / "source")
     shutil.rmtree(source / "csrc")
-    (source / "csrc").mkdir()
-    (source / "csrc/answer.h").write_text("#define ANSWER 1\n")
-    (source / "csrc/module.cpp").write_text(
+    (source / "csrc/family").mkdir(parents=True)
+    (source / "csrc/family/answer.h").write_text("#define ANSWER 1\n")
+    (source / "csrc/family/module.cpp").write_text(
         """
         #include <Python.h>
-        #include "answer.h"
+        #include "family/answer.h"
         static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C"};
         PyMODINIT_FUNC PyInit__C() {
           PyObject* module = PyModule_Create(&definition);
@@ -129,8 +129,9 @@ def files(folder: Path, *patterns: str) -> set[str]:
     return {str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern)}
 
 
+@pytest.mark.exhaustive
 def test_sdist_is_whole_and_its_wheel_works(source: Path, sdist: Path, tmp_path: Path) -> None:
-    code = ("csrc/*", "kernels/**/*.py", "fastjem/**/*.py")
+    code = ("csrc/**/*.*", "kernels/**/*.py", "fastjem/**/*.py")
     assert files(source, *code) == files(sdist, *code)
     assert not files(sdist, "**/*.so", "**/*.pyc")
 
@@ -138,6 +139,7 @@ def test_sdist_is_whole_and_its_wheel_works(source: Path, sdist: Path, tmp_path:
     names = zipfile.ZipFile(wheel).namelist()
     modules = files(source, "fastjem/**/*.py") | {f"fastjem/{name}" for name in files(source, "kernels/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
+    assert {"fastjem/py.typed", "fastjem/kernels/py.typed", "fastjem/kernels/_C.pyi"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"fastjem", f"fastjem-{version('fastjem')}.dist-info"}
     assert sum(name.startswith("fastjem/kernels/_C.") for name in names) == 1
 
@@ -177,10 +179,10 @@ def test_the_extension_fits_its_sources(small: Path) -> None:
     in_place = "import runpy, sys\nsys.argv = ['setup.py', 'build_ext', '--inplace']\nrunpy.run_path('setup.py')"
     answer = "import sys\nsys.path.insert(0, 'kernels')\nimport _C\nprint(_C.answer)"
     for number in "12":
-        (small / "csrc/answer.h").write_text(f"#define ANSWER {number}\n")
+        (small / "csrc/family/answer.h").write_text(f"#define ANSWER {number}\n")
         python(in_place, small)
         assert python(answer, small) == f"{number}\n"
-    (small / "csrc/answer.h").write_text("#error\n")
+    (small / "csrc/family/answer.h").write_text("#error\n")
     assert "the package works without it" in python(in_place, small)
     assert not files(small, "kernels/_C*", "build/lib*/fastjem/kernels/_C*")
 
@@ -189,8 +191,8 @@ def test_the_extension_fits_its_sources(small: Path) -> None:
 def test_make_installs_again_only_what_changed(tmp_path: Path) -> None:
     for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc/some.h").write_text("")
+    (tmp_path / "csrc/family").mkdir(parents=True)
+    (tmp_path / "csrc/family/some.h").write_text("")
 
     def would_run() -> str:
         arguments = ["make", "-n", "test", f"PYTHON={sys.executable}"]
@@ -207,7 +209,7 @@ def test_make_installs_again_only_what_changed(tmp_path: Path) -> None:
     future = (tmp_path / stamp).stat().st_mtime + 100
     change(stamp, 0)
     assert "pip install" not in would_run()
-    change("csrc/some.h", 1)
+    change("csrc/family/some.h", 1)
     assert "--no-build-isolation" in would_run() and "constraints.txt" not in would_run()
     change("constraints.txt", 1)
     assert "-c constraints.txt" in would_run()

@@ -1,6 +1,7 @@
 """`fastjem pretrain`: nothing is lost, ranks agree, and a mistake is one line."""
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,12 +24,14 @@ import fastjem  # noqa: E402
 from fastjem import checkpoints, encoders  # noqa: E402
 from fastjem.arguments import parse  # noqa: E402
 from fastjem.cli import main  # noqa: E402
-from fastjem.data.batches import augmented  # noqa: E402
-from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.data.loader import ViewLoader  # noqa: E402
+from fastjem.config import Config  # noqa: E402
+from fastjem.data.batch import finish  # noqa: E402
+from fastjem.data.loaders import LOADERS, Budget, Order  # noqa: E402
+from fastjem.data.source import open_source  # noqa: E402
 from fastjem.data.views import Views  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
-from fastjem.pretrain import Config  # noqa: E402
+from fastjem.methods import SimCLR  # noqa: E402
+from fastjem.runs import open_run  # noqa: E402
 
 TINY = {
     "backbone": "test_resnet",
@@ -156,7 +160,7 @@ MOMENTS = (("before a checkpoint", 0), ("in a checkpoint", 2), ("in a row", 5), 
            ("before a checkpoint", 8), ("after a checkpoint", 9))  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["byol", "data2vec"])
+@pytest.mark.parametrize("method", ["byol", pytest.param("data2vec", marks=pytest.mark.exhaustive)])
 def test_kill_dash_nine(method: str, tmp_path: Path) -> None:
     if "FORKS" not in os.environ:  # where a test before has compiled something, autograd refuses to run in a fork
         test = f"{__file__}::test_kill_dash_nine[{method}]"
@@ -191,8 +195,7 @@ def test_kill_dash_nine(method: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "cut").rglob("*.part"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
 def test_asked_to_stop(number: int, images: str, tmp_path: Path) -> None:
     line = command(**{**TINY, "workers": 1}, data=images, method="simsiam", epochs=2000, out=tmp_path / "run")
     process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -231,7 +234,8 @@ def test_export_goes_into_timm(images: str, tmp_path: Path) -> None:
     timm.create_model("test_resnet", num_classes=0).load_state_dict(weights, strict=True)
     encoder = fastjem.load_encoder(str(tmp_path / "a" / "encoder.safetensors"))
     state = checkpoints.load(tmp_path / "a")["model"]
-    assert all(torch.equal(value, state[f"encoder.{name}"]) for name, value in encoder.state_dict().items())
+    values = encoder.state_dict()
+    assert all(torch.equal(value, state[f"encoder.backbone.{name}"]) for name, value in values.items())
 
 
 def test_a_module_of_ones_own_and_accumulation(images: str, tmp_path: Path) -> None:
@@ -241,6 +245,72 @@ def test_a_module_of_ones_own_and_accumulation(images: str, tmp_path: Path) -> N
         out=str(tmp_path / "a"), options={"hidden": 8},
     )  # fmt: skip
     assert result.steps == 3 and result.metrics["gradient_norm"] > 0
+
+
+def test_objects_in_place_of_names(images: str, tmp_path: Path) -> None:
+    """A method, a source, an optimizer and a logger of one's own, and a loss that moves things once a step."""
+
+    class Source:
+        def __init__(self) -> None:
+            self.folder = open_source(images)
+
+        def __len__(self) -> int:
+            return 32
+
+        def read(self, i: int) -> bytes:
+            return self.folder.read(i)
+
+    class Mine(SimCLR):
+        ends: ClassVar[list[int]] = []
+        epochs: ClassVar[list[int]] = []
+
+        def step_ends(self, step: torch.Tensor) -> None:
+            self.ends.append(int(step))
+
+        def epoch_begins(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+    class Kept:
+        def begin(self, run) -> None:
+            self.rows, self.run, self.closed = [], run, False
+
+        def log(self, row) -> None:
+            self.rows.append(dict(row))
+
+        def close(self) -> None:
+            self.closed = True
+
+    logger, source = Kept(), Source()
+    own = {"method": Mine, "source": source, "optimizer": functools.partial(torch.optim.RMSprop, alpha=0.9)}
+    tiny = {**TINY, "batch_size": 8, "accumulate": 2, "epochs": 2}
+    result = fastjem.pretrain(**tiny, **own, loggers=[logger], out=str(tmp_path / "a"))
+    assert result.steps == 4 and [row["step"] for row in logger.rows] == [1, 2, 3, 4] and logger.closed
+    assert logger.run.steps == 4 and logger.run.images_per_step == 16
+    assert Mine.ends == [0, 1, 2, 3] and Mine.epochs == [0, 1]
+    assert checkpoints.load(tmp_path / "a")["optimizer"]["param_groups"][0]["alpha"] == 0.9
+    with pytest.raises(UserError, match=r"Mine, which only its owner can build"):
+        open_run(tmp_path / "a")
+    with pytest.raises(UserError, match="optimizer must make one of parameter groups"):
+        module = torch.nn.Linear(2, 2)
+        fastjem.pretrain(**tiny, optimizer=torch.optim.SGD(module.parameters(), 0.1), out=str(tmp_path / "b"))
+
+
+def test_a_run_knows_how_its_pixels_became_numbers(images: str, tmp_path: Path) -> None:
+    own = {"mean": "0.5,0.5,0.5", "std": "0.02,0.02,0.02"}
+    fastjem.pretrain(**TINY, data=images, max_steps=1, out=str(tmp_path), view=own)
+    for path in (tmp_path, tmp_path / "encoder.safetensors"):
+        pixels = open_run(path).pixels
+        assert (pixels.mean, pixels.std, pixels.size) == ((0.5,) * 3, (0.02,) * 3, 32)
+
+
+def test_a_run_of_an_earlier_version_is_named_as_such(images: str, tmp_path: Path) -> None:
+    fastjem.pretrain(**TINY, data=images, max_steps=1, out=str(tmp_path))
+    values = json.loads((tmp_path / "config.yaml").read_text())
+    del values["pixels"]
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    for call in (lambda: open_run(tmp_path), lambda: fastjem.pretrain(**TINY, out=str(tmp_path), resume=True)):
+        with pytest.raises(UserError, match="earlier version of fastjem"):
+            call()
 
 
 def test_stems() -> None:
@@ -258,9 +328,10 @@ def test_images_come_in_the_layout_of_the_encoder(images: str) -> None:
         == torch.contiguous_format
     )
     specs = Views(large=2).specs(32)
-    batch = next(iter(ViewLoader(ImageFolder(images), specs, batch=4, stop=1)))
+    source = open_source(images)
+    crops = next(iter(LOADERS["torch"](source, specs, Order(samples=len(source), batch=4, stop=1), Budget())))
     for layout in (torch.channels_last, torch.contiguous_format):
-        views = augmented(batch, specs, torch.device("cpu"), channels_last=layout == torch.channels_last)
+        views = finish(crops, specs, torch.device("cpu"), channels_last=layout == torch.channels_last).views
         assert all(view.is_contiguous(memory_format=layout) and view.shape == (4, 3, 32, 32) for view in views)
 
 
@@ -277,10 +348,15 @@ fastjem.pretrain(data=data, out=out, encoder=encoder, method=method, image_size=
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("simclr", {}), ("swav", {"queue": 24}), ("dino", {"hidden": 16}), ("vicreg", {"hidden": 16}), ("moco", {})],
+    [
+        ("simclr", {}),
+        pytest.param("swav", {"queue": 24}, marks=pytest.mark.exhaustive),
+        pytest.param("dino", {"hidden": 16}, marks=pytest.mark.exhaustive),
+        pytest.param("vicreg", {"hidden": 16}, marks=pytest.mark.exhaustive),
+        pytest.param("moco", {}, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_two_ranks_follow_one(method: str, options: dict, images: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"

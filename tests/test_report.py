@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,13 +19,18 @@ from PIL import Image  # noqa: E402
 
 import fastjem  # noqa: E402
 from fastjem import checkpoints, report  # noqa: E402
+from fastjem import config as configuration  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.commands.views import LINE, MARGIN, ViewsOptions, draw_views  # noqa: E402
 from fastjem.data import masks  # noqa: E402
-from fastjem.data.batches import augmented  # noqa: E402
-from fastjem.data.folder import ImageFolder  # noqa: E402
-from fastjem.data.loader import ViewLoader  # noqa: E402
+from fastjem.data.batch import finish  # noqa: E402
+from fastjem.data.loaders import Budget, Order  # noqa: E402
+from fastjem.data.loaders.torch import TorchLoader  # noqa: E402
+from fastjem.data.pixels import Pixels  # noqa: E402
+from fastjem.data.source import open_source  # noqa: E402
+from fastjem.data.views import MaskSpec  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
-from fastjem.methods import METHODS  # noqa: E402
+from fastjem.methods import METHODS, views_of  # noqa: E402
 from fastjem.report import charts, page, pictures, views, watch  # noqa: E402
 from fastjem.report.run import Embeddings, Run, read  # noqa: E402
 
@@ -48,6 +53,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     out = tmp_path_factory.mktemp("runs") / "a"
     fastjem.pretrain(**TINY, data=str(images), out=str(out), epochs=3, knn_every=1, checkpoint_steps=3)
     return out
+
+
+def fields_of(run: Path) -> dict[str, object]:
+    """The run's configuration as `fastjem.pretrain` takes it."""
+    config, _ = configuration.read(run)
+    return asdict(config)
 
 
 class Balanced(HTMLParser):
@@ -102,7 +113,7 @@ def test_a_run_leaves_its_report(run: Path) -> None:
 
 
 def test_watching_changes_nothing_and_a_resumed_run_lacks_nothing(run: Path, tmp_path: Path) -> None:
-    config = json.loads((run / "config.yaml").read_text())
+    config = fields_of(run)
     blind = {**config, "report": False, "knn_every": 0.0, "out": str(tmp_path / "blind")}
     fastjem.pretrain(**blind)
     assert not (tmp_path / "blind" / "report.html").exists()
@@ -112,8 +123,8 @@ def test_watching_changes_nothing_and_a_resumed_run_lacks_nothing(run: Path, tmp
     class Killed(BaseException):
         pass
 
-    def kill(self, encoder: torch.nn.Module, done: int) -> None:
-        original(self, encoder, done)
+    def kill(self, done: int) -> None:
+        original(self, done)
         if done == 6:  # measured, but not in a checkpoint yet
             raise Killed
 
@@ -134,8 +145,8 @@ def test_a_broken_report_ends_no_run(
         raise RuntimeError("no room\nat all")
 
     monkeypatch.setattr(watch, "write", fail)
-    monkeypatch.setattr(watch.Probe, "embed", fail)
-    config = {**json.loads((run / "config.yaml").read_text()), "out": str(tmp_path / "a"), "epochs": 1}
+    monkeypatch.setattr(watch.SampleImages, "embed", fail)
+    config = {**fields_of(run), "out": str(tmp_path / "a"), "epochs": 1}
     assert fastjem.pretrain(**config).finished
     assert capsys.readouterr().err.count("the report is incomplete (RuntimeError: no room)") == 1
 
@@ -169,7 +180,7 @@ def test_images_are_chosen_evenly() -> None:
 def test_probe_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, 12, classes=0)
     (folder / "0003.png").write_bytes(b"")
-    probe = watch.Probe(ImageFolder(folder), 16)
+    probe = watch.SampleImages(open_source(folder), Pixels(16))
     assert len(probe.images) == 11 and 3 not in probe.indices and not probe.labelled
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(768)).train()
     before = encoder[1].running_mean.clone()
@@ -191,6 +202,7 @@ def test_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     text = words(out)
     assert "other/a" in text and f"{run.parent.name}/a" in text and "Momentum encoder" in text
     html = out.read_text()
+    assert f"<title>{run.parent.name}/a and other/a</title>" in html
     assert html.count('aria-label="Loss"') == 1 and html.count("Embeddings") >= 2
     marked = re.findall(r'<tr class="differs"><td>([^<]*)', html)
     assert {"method", "seed"} <= set(marked) and "batch size" not in marked
@@ -265,12 +277,12 @@ def test_degenerate_embeddings_are_said_not_drawn(what: str) -> None:
 
 
 def test_the_views_shown_are_the_views_trained_on(tmp_path: Path) -> None:
-    folder = ImageFolder(make_folder(tmp_path, 6, classes=0))
-    specs = views.views_of("dino", 32, 2).specs(32)
+    folder = open_source(make_folder(tmp_path, 6, classes=0))
+    specs = views_of("dino", 32, 2).specs(32)
     specs = [replace(spec, mean=(0, 0, 0), std=(1, 1, 1)) for spec in specs]
-    batch = next(iter(ViewLoader(folder, specs, batch=6, seed=5, start=3, stop=4)))
-    shown = views.samples([(i, folder.path(i)) for i in range(6)], specs, images=6, seed=5, epoch=3)
-    trained = [(255 * x).round().to(torch.uint8) for x in augmented(batch, specs, torch.device("cpu"))]
+    batch = next(iter(TorchLoader(folder, specs, Order(samples=6, batch=6, seed=5, start=3, stop=4), Budget())))
+    shown = views.samples([(i, folder.name(i)) for i in range(6)], specs, root=folder.root, images=6, seed=5, epoch=3)
+    trained = [(255 * x).round().to(torch.uint8) for x in finish(batch, specs, "cpu").views]
     loaded = [{tuple(view[row].flatten().tolist()) for row in range(6)} for view in trained]
     for v in range(4):
         drawn = {tuple(np.array(one.views[v]).transpose(2, 0, 1).flatten().tolist()) for one in shown}
@@ -280,17 +292,33 @@ def test_the_views_shown_are_the_views_trained_on(tmp_path: Path) -> None:
 def test_masked_patches_are_grey() -> None:
     view = Image.fromarray(np.full((32, 32, 3), 255, np.uint8))
     for mask in masks.SAMPLERS:
-        pixels = np.array(views.masked(view, mask, 0.75, 8, np.random.default_rng(0)))
+        pixels = np.array(views.masked(view, MaskSpec(0, (4, 4), 0.75, mask), seed=0, epoch=0, sample=0))
         patches = pixels.reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, -1)
         assert (patches == views.GREY[0]).all(1).sum() == 12 and (patches == 255).all(1).sum() == 4
+
+
+def test_the_mask_shown_is_the_mask_trained_on(tmp_path: Path) -> None:
+    """The report's grey patches are those that a batch of the first epoch hides."""
+    folder = open_source(make_folder(tmp_path, 6, classes=0))
+    found = views_of("data2vec", 32)
+    specs = found.specs(32, patch=4)
+    mask = masks.mask_specs(found, 32, 4)[0]
+    batch = next(iter(TorchLoader(folder, specs, Order(samples=6, batch=6, seed=5, stop=1), Budget())))
+    trained = finish(batch, specs, "cpu", masks=[mask], seed=5)
+    files = [(i, folder.name(i)) for i in trained.index.tolist()]
+    shown = views.samples(files, specs, root=folder.root, images=6, seed=5, mask=mask)
+    for sample, hidden in zip(shown, trained.masks[0].hidden, strict=True):
+        patches = np.array(sample.views[-1]).reshape(8, 4, 8, 4, 3).swapaxes(1, 2).reshape(64, -1)
+        assert ((patches == views.GREY[0]).all(1) == hidden.flatten().numpy()).all()
 
 
 @pytest.mark.parametrize("mask", views.MASKS)
 def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 2, classes=0)
-    out = report.draw_views(folder, tmp_path / "views.png", mask=mask, image_size=64, images=2, patch_size=8)
+    options = ViewsOptions(folder, tmp_path / "views.png", mask=mask, image_size=64, images=2, patch_size=8)
+    out = draw_views(options)
     with Image.open(out) as sheet:
-        last = np.array(sheet)[:, -(96 + views.MARGIN) : -views.MARGIN]
+        last = np.array(sheet)[:, -(96 + MARGIN) : -MARGIN]
     share = (last == views.GREY[0]).all(2).sum() / (2 * 96 * 96)
     assert 0.05 < share < 0.9, share
 
@@ -299,13 +327,13 @@ def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
 def test_a_picture_of_every_methods_views(method: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 5, classes=0)
     (folder / "0000.png").write_bytes(b"")  # another takes its place
-    out = report.draw_views(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
-    found = views.views_of(method, 32)
-    mask = found.masking if found.mask else ""
-    assert len(views.titles(found, mask)) == found.large + found.small + bool(found.mask)
+    options = ViewsOptions(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
+    out = draw_views(options)
+    found = views_of(method, 32)
+    assert len(views.titles(found, found.mask > 0)) == found.large + found.small + bool(found.mask)
     with Image.open(out) as sheet:
-        assert sheet.height == views.LINE + views.MARGIN + 3 * (96 + views.LINE + views.MARGIN)
-        whole = views.MARGIN + (1 + found.large + bool(found.mask)) * (96 + views.MARGIN)
+        assert sheet.height == LINE + MARGIN + 3 * (96 + LINE + MARGIN)
+        whole = MARGIN + (1 + found.large + bool(found.mask)) * (96 + MARGIN)
         assert sheet.width >= whole and (found.small > 0) == (sheet.width > whole)
 
 
@@ -321,11 +349,11 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         ({"method": "data2vec", "image_size": 50}, "no multiple"),
     ):
         with pytest.raises(UserError, match=words):
-            report.draw_views(**{"data": folder, "out": tmp_path / "v.png", "image_size": 32, **changes})
+            draw_views(ViewsOptions(**{"data": folder, "out": tmp_path / "v.png", "image_size": 32, **changes}))
     for file in folder.iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError, match="can be read"):
-        report.draw_views(folder, tmp_path / "v.png")
+        draw_views(ViewsOptions(folder, tmp_path / "v.png"))
 
 
 def test_names_tell_runs_apart(run: Path) -> None:

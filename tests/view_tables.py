@@ -1,8 +1,9 @@
 """Tables of augmentation parameters, and pictures to try them on."""
 
 import torch
-from fastjem.kernels.augment import columns as table
 from torch import Tensor
+
+from fastjem.kernels.augment import columns as table
 
 
 def neutral(rows: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastjem.bench.clocks import Step, copied
+from fastjem.bench.clocks import Call, copied
 from fastjem.bench.timing import WrongResult
 
 # Relative error, norm over norm, against the eager formula in float32 on the same inputs. Float32: rounding of sums
@@ -44,7 +44,8 @@ class Case:
 
     def variants(self, compiled: bool = True) -> tuple[dict[str, Callable], dict[str, str]]:
         """Name -> function of the inputs, eager first and ours last; and, for peers that can't be had, why."""
-        functions, absent = {"eager": self.eager}, {}
+        functions = {"eager": self.eager}
+        absent = {}
         if compiled:
             functions["compile"] = self.compiled() if self.compiled else torch.compile(self.eager, dynamic=False)
         for package, load in self.peers.items():
@@ -57,7 +58,8 @@ class Case:
 
     def verifier(self, inputs: tuple) -> Callable[[list[Tensor]], None]:
         """Raises WrongResult unless result and gradients equal those of the eager formula on float32 inputs."""
-        expected, tolerance = Step(self.eager, copied(inputs, torch.float32)).outputs(), TOLERANCES[self.dtype]
+        expected = Call(self.eager, copied(inputs, torch.float32)).outputs()
+        tolerance = TOLERANCES[self.dtype]
 
         def verify(outputs: list[Tensor]) -> None:
             if len(outputs) != len(expected):
@@ -75,7 +77,8 @@ class Draw:
     """Random inputs on the device; the same numbers for the same sequence of calls."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = torch.device(device), dtype
+        self.device = torch.device(device)
+        self.dtype = dtype
         self.generator = torch.Generator(device).manual_seed(0)
 
     def normal(

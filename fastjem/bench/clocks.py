@@ -1,4 +1,4 @@
-"""What is timed (a `Step`), and three clocks that time it: the host's, CUDA events, CUDA graph replay.
+"""What is timed (a `Call`), and three clocks that time it: the host's, CUDA events, CUDA graph replay.
 
 Each clock's `samples()` are the seconds of (forward, backward) of a few calls in a row; `timing.compare` alternates the
 variants' clocks.
@@ -7,7 +7,7 @@ variants' clocks.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def tensors(tree: object) -> Iterator[Tensor]:
             yield from tensors(branch)
 
 
-def copied(tree: object, dtype: torch.dtype | None = None) -> object:
+def copied(tree: Any, dtype: torch.dtype | None = None) -> Any:
     """The same nested tuples and lists of fresh copies, floating-point ones in `dtype` if it is given."""
     if isinstance(tree, Tensor):
         copy = tree.detach().clone()
@@ -48,18 +48,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Step:
+class Call:
     """`function(*inputs)`, and the gradients of its result for those inputs that require one."""
 
     def __init__(self, function: Callable, inputs: tuple):
-        self.function, self.inputs = function, inputs
+        self.function = function
+        self.inputs = inputs
         self.leaves = [x for x in tensors(inputs) if x.requires_grad]
 
     def forward(self) -> Tensor | None:
         return self.function(*self.inputs)
 
     def backward(self, result: Tensor | None) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(result, self.leaves) if self.leaves else ()
+        if result is None or not self.leaves:
+            return ()
+        return torch.autograd.grad(result, self.leaves)
 
     def fresh(self) -> list[Tensor]:
         """What a call has to return anyway: its result and the gradients. Their memory is nobody's overhead."""
@@ -77,23 +80,26 @@ class Clock(Protocol):
 
     def samples(self) -> list[tuple[float, float]]:
         """Seconds of forward and backward, for each of a few calls."""
+        ...
 
 
 class WallClock:
     """The host's clock. On a GPU nothing waits for the device in between: the host's overhead per call is timed."""
 
-    def __init__(self, step: Step, repeats: int, device: torch.device):
-        self.step, self.repeats, self.device = step, repeats, device
+    def __init__(self, call: Call, repeats: int, device: torch.device):
+        self.call = call
+        self.repeats = repeats
+        self.device = device
         self.method = "host clock, same inputs again" if device.type == "cpu" else "host clock, device not waited for"
 
     def samples(self) -> list[tuple[float, float]]:
-        step, spans = self.step, []
+        spans = []
         synchronize(self.device)
         for _ in range(self.repeats):
             start = perf_counter()
-            result = step.forward()
+            result = self.call.forward()
             middle = perf_counter()
-            step.backward(result)
+            self.call.backward(result)
             end = perf_counter()
             spans.append((middle - start, end - middle))
         synchronize(self.device)
@@ -101,12 +107,16 @@ class WallClock:
 
 
 def _elapsed(marks: list[tuple[torch.cuda.Event, ...]], calls: int) -> list[tuple[float, float]]:
-    """Seconds between first and second, second and third event, shared by `calls` calls."""
+    """Seconds of forward and backward of one call; `calls` of each lie between two events, which tell milliseconds."""
     torch.cuda.synchronize()
-    return [(a.elapsed_time(b) * 1e-3 / calls, b.elapsed_time(c) * 1e-3 / calls) for a, b, c in marks]
+    return [
+        (start.elapsed_time(middle) * 1e-3 / calls, middle.elapsed_time(end) * 1e-3 / calls)
+        for start, middle, end in marks
+    ]
 
 
 def _events() -> tuple[torch.cuda.Event, ...]:
+    """Before forward, between forward and backward, after backward."""
     return tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))
 
 
@@ -115,19 +125,21 @@ class EventClock:
 
     method = "events, L2 flushed before each call"
 
-    def __init__(self, step: Step, repeats: int):
-        self.step, self.repeats = step, repeats
+    def __init__(self, call: Call, repeats: int):
+        self.call = call
+        self.repeats = repeats
 
     def samples(self) -> list[tuple[float, float]]:
-        device = next(tensors(self.step.inputs)).device
-        marks, flush = [], torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        device = next(tensors(self.call.inputs)).device
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        marks = []
         for _ in range(self.repeats):
             start, middle, end = _events()
             flush.zero_()
             start.record()
-            result = self.step.forward()
+            result = self.call.forward()
             middle.record()
-            self.step.backward(result)
+            self.call.backward(result)
             end.record()
             marks.append((start, middle, end))
         return _elapsed(marks, 1)
@@ -137,30 +149,33 @@ class GraphClock:
     """Replay of a CUDA graph with one call on each of several sets of inputs, together larger than the L2 cache.
 
     The launches then cost the device a microsecond and the host nothing, as in a captured training step. Raises where
-    the step can't be captured, because it waits for the device (`.item()`, boolean indexing) for example.
+    the call can't be captured, because it waits for the device (`.item()`, boolean indexing) for example.
     """
 
-    def __init__(self, step: Step, repeats: int, estimate: float):
+    def __init__(self, call: Call, repeats: int, estimate: float):
         l2 = torch.cuda.get_device_properties("cuda").L2_cache_size
-        one_set = size(step.inputs) + size(step.leaves)
+        one_set = size(call.inputs) + size(call.leaves)
         wanted = max(math.ceil(2 * l2 / one_set), math.ceil(GRAPH_SECONDS / estimate))
-        self.steps = [Step(step.function, copied(step.inputs)) for _ in range(min(wanted, MAX_SETS))]
-        self.repeats, self.method = repeats, f"graph replay over {len(self.steps)} sets of inputs"
+        self.calls = [Call(call.function, copied(call.inputs)) for _ in range(min(wanted, MAX_SETS))]
+        self.repeats = repeats
+        self.method = f"graph replay over {len(self.calls)} sets of inputs"
 
         stream = torch.cuda.Stream()  # its own, so that a capture that fails leaves nothing behind for the next one
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for each in self.steps[:2]:
+            for each in self.calls[:2]:
                 each.fresh()
-            _refuse_to_wait(step)
+            _refuse_to_wait(call)
         torch.cuda.synchronize()
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.forward = torch.cuda.CUDAGraph()
+        self.backward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, stream=stream):
-            results = [each.forward() for each in self.steps]
-        self.differentiable = bool(step.leaves)
+            results = [each.forward() for each in self.calls]
+        self.differentiable = bool(call.leaves)
         if self.differentiable:
             with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
-                self.kept = [each.backward(result) for each, result in zip(self.steps, results, strict=True)]
+                # Held, as the next call of the capture would get the memory of gradients that nobody holds.
+                self.gradients = [each.backward(result) for each, result in zip(self.calls, results, strict=True)]
 
     def samples(self) -> list[tuple[float, float]]:
         marks = []
@@ -173,13 +188,13 @@ class GraphClock:
                 self.backward.replay()  # after its forward each time: it may work in place on what forward left
             end.record()
             marks.append((start, middle, end))
-        return _elapsed(marks, len(self.steps))
+        return _elapsed(marks, len(self.calls))
 
 
-def _refuse_to_wait(step: Step) -> None:
+def _refuse_to_wait(call: Call) -> None:
     """Raise where a call waits for the device: found before capture, as a capture that fails can disturb later ones."""
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step.fresh()
+        call.fresh()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +37,8 @@ class Ceilings:
 
     def floor(self, count: int, flops: int, dtype: torch.dtype) -> tuple[float, str]:
         """Seconds that `count` bytes and `flops` of matrix products take at the least, and which of the two binds."""
-        memory, products = count / self.bandwidth(count), flops / self.rate(dtype)
+        memory = count / self.bandwidth(count)
+        products = flops / self.rate(dtype)
         return (memory, "memory") if memory >= products else (products, "products")
 
 
@@ -44,20 +46,21 @@ def ceilings(device: torch.device, patience: float = 0.0) -> Ceilings:
     """Measure both with the clock that the benchmarks use, on random data (a GPU multiplies zeros faster)."""
     on_cpu = device.type == "cpu"
 
-    def fastest(function, *inputs: torch.Tensor) -> float:
+    def fastest(function: Callable, *inputs: torch.Tensor) -> float:
         timing = compare({"it": function}, inputs, device=device, budget=0.5, patience=patience)
         return timing.variants["it"].passes["total"].minimum
 
     copy = {}
-    for megabytes in (2, 16, 128, 512) if on_cpu else (128, 512, 4096):
-        source = torch.randn(megabytes * 2**17, device=device)  # half of the bytes are read, half are written
-        copy[megabytes * 2**20] = megabytes * 2**20 / fastest(torch.Tensor.copy_, torch.empty_like(source), source)
-    matmul, n = {}, 1024 if on_cpu else 8192
+    for mebibytes in (2, 16, 128, 512) if on_cpu else (128, 512, 4096):
+        count = mebibytes * 2**20
+        source = torch.randn(count // 2 // 4, device=device)  # half of the bytes are read, half are written
+        copy[count] = count / fastest(torch.Tensor.copy_, torch.empty_like(source), source)
+    matmul = {}
+    n = 1024 if on_cpu else 8192
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        time = fastest(lambda o, x, y: torch.mm(x, y, out=o), out, a, b)
-        matmul[str(dtype).removeprefix("torch.")] = 2 * n**3 / time
+        seconds = fastest(lambda out, x, y: torch.mm(x, y, out=out), torch.empty_like(a), a, b)
+        matmul[str(dtype).removeprefix("torch.")] = 2 * n**3 / seconds
     return Ceilings(copy, matmul)
 
 
@@ -96,7 +99,7 @@ def now() -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: number for name in PACKAGES if (number := _version(name))},
         "commit": _commit(),
     }
 
@@ -114,8 +117,10 @@ def _commit() -> str | None:
         return None
     git = ("git", "-C", str(root))
     commit = _output(*git, "rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return None
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", "fastjem", "kernels", "csrc")
-    return commit + (" with uncommitted changes" if changed else "") if commit else None
+    return f"{commit} with uncommitted changes" if changed else commit
 
 
 def _output(*command: str) -> str:

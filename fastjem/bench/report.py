@@ -47,7 +47,9 @@ def name_of(row: dict) -> str:
 def ratio(row: dict, baseline: str, which: str = "total") -> tuple[float, float] | None:
     """How many times faster ours is than the baseline: by minima, by medians. None where one of the two is missing."""
     ours, theirs = (row["variants"].get(name, {}).get("passes", {}).get(which) for name in ("ours", baseline))
-    return (theirs["minimum"] / ours["minimum"], theirs["median"] / ours["median"]) if ours and theirs else None
+    if not ours or not theirs:
+        return None
+    return theirs["minimum"] / ours["minimum"], theirs["median"] / ours["median"]
 
 
 def baselines(rows: Sequence[dict]) -> list[str]:
@@ -62,21 +64,27 @@ def summary(rows: Sequence[dict], short: bool = False) -> list[list[str]]:
     others = baselines(rows)
     lines = [["case", "runs as", "ours", *others, "floor", f"MiB: {' / '.join(['ours', *others])}"]]
     for row in rows:
-        variants, cells = row["variants"], []
-        ours = variants["ours"]["passes"]["total"]["minimum"] if "ours" in variants else None
-        for other in others:
-            if other in variants:
-                times = "" if short else seconds(variants[other]["passes"]["total"]["minimum"]) + " "
-                both = ratio(row, other)
-                cells.append(times + (f"{both[0]:.2f}x ({both[1]:.2f})" if both else ""))
-            else:
-                cells.append("wrong" if other in row["wrong"] else "-")
-        missing = "WRONG" if "ours" in row["wrong"] else "FAILED"
-        floor = f"{row['floor'] / ours:.0%} {row['floor_bound_by']}" if row["floor"] and ours else "-"
+        variants = row["variants"]
+        if "ours" in variants:
+            ours = variants["ours"]["passes"]["total"]["minimum"]
+            time = seconds(ours)
+            floor = f"{row['floor'] / ours:.0%} {row['floor_bound_by']}" if row["floor"] else "-"
+        else:
+            time = "WRONG" if "ours" in row["wrong"] else "FAILED"
+            floor = "-"
+        cells = [_compared(row, other, short) for other in others]
         memory = [mebibytes(variants[name]["memory"]) if name in variants else "-" for name in ("ours", *others)]
-        time = seconds(ours) if ours else missing
         lines.append([name_of(row), row["runs_as"], time, *cells, floor, " / ".join(memory)])
     return lines
+
+
+def _compared(row: dict, other: str, short: bool) -> str:
+    """`27.1 ms 1.50x (1.45)`: the other's time (unless `short`) and the two ratios."""
+    if other not in row["variants"]:
+        return "wrong" if other in row["wrong"] else "-"
+    time = "" if short else seconds(row["variants"][other]["passes"]["total"]["minimum"]) + " "
+    both = ratio(row, other)
+    return time + (f"{both[0]:.2f}x ({both[1]:.2f})" if both else "")
 
 
 def losses(rows: Sequence[dict]) -> list[str]:
@@ -94,7 +102,8 @@ def losses(rows: Sequence[dict]) -> list[str]:
 
 def text(results: dict) -> str:
     """The table for the terminal."""
-    rows, run = results["rows"], results["runs"][-1]
+    rows = results["rows"]
+    run = results["runs"][-1]
     lost = losses(rows)
     return "\n".join([
         "",
@@ -113,7 +122,8 @@ def text(results: dict) -> str:
 
 def markdown(results: dict) -> str:
     """The page: summary, losses, every pass of every variant, what is absent, the runs."""
-    rows, runs = results["rows"], results["runs"]
+    rows = results["rows"]
+    runs = results["runs"]
     numbers = {run["date"]: str(i) for i, run in enumerate(runs, 1)}
     missing = [f"- {name_of(row)}, {name}: {why}" for row in rows for name, why in row["absent"].items()]
     facts = (f"- {key.replace('_', ' ')}: {value}" for key, value in results["machine"].items())
@@ -146,9 +156,9 @@ def markdown(results: dict) -> str:
 
 
 def passes(rows: Sequence[dict], numbers: dict[str, str]) -> list[list[str]]:
-    """A line per case and variant."""
+    """A line per case and variant; numbers: date of a run -> its number on the page."""
     head = "case, run, variant, timed by, rounds, others, first call, forward, backward, total, median, p20 - p80, MiB"
-    lines = [head.split(", ")]
+    lines: list[list[str]] = [[*head.split(", ")]]
     for row in rows:
         for variant, timing in row["variants"].items():
             stats = timing["passes"]
@@ -181,7 +191,8 @@ def merged(old: dict, new: dict) -> dict:
 def write(results: dict, folder: Path, name: str) -> list[Path]:
     """Write or update `folder/name.json` and `.md`; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, page = folder / f"{name}.json", folder / f"{name}.md"
+    data = folder / f"{name}.json"
+    page = folder / f"{name}.md"
     if data.exists():
         results = merged(load(data), results)
     data.write_text(dumps(results))

@@ -13,9 +13,9 @@ from time import monotonic, perf_counter
 import torch
 from torch import Tensor
 
-from fastjem.bench.clocks import Clock, EventClock, GraphClock, Step, WallClock, copied, size, synchronize
+from fastjem.bench.clocks import Call, Clock, EventClock, GraphClock, WallClock, copied, size, synchronize
 from fastjem.bench.memory import peak
-from fastjem.bench.neighbours import BUSY, Watch, wait_until_idle
+from fastjem.bench.neighbours import BUSY, OtherProcesses, wait_until_idle
 
 BLOCK_SECONDS = 0.02  # a turn is as many calls as fit in this
 GRAPH_BELOW = 1e-3  # shorter calls are replayed from a CUDA graph: from Python their launches would be timed
@@ -67,7 +67,8 @@ class Comparison:
 
     def ratio(self, variant: str, baseline: str, which: str = "total") -> tuple[float, float]:
         """How many times faster `variant` is than `baseline`: by their minima, by their medians."""
-        ours, theirs = self.variants[variant].passes[which], self.variants[baseline].passes[which]
+        ours = self.variants[variant].passes[which]
+        theirs = self.variants[baseline].passes[which]
         return theirs.minimum / ours.minimum, theirs.median / ours.median
 
 
@@ -100,31 +101,17 @@ def compare(
         patience: for at most so many seconds, wait for an idle machine, and begin again if it didn't stay so.
     """
     device = torch.device(device)
-    result = Comparison({}, {}, [])
-    steps, estimates = {}, {}
-    reused = copied(inputs)  # these may change in place; each variant's first call starts from `inputs`
-    for name, function in variants.items():
-        try:
-            result.variants[name] = _first_call(Step(function, copied(inputs)), device, verify)
-            steps[name] = Step(function, reused)
-            memory, estimates[name] = _warm_up(steps[name], device, clock)
-            result.variants[name].memory = memory
-        except WrongResult as error:
-            result.wrong.append(name)
-            result.absent[name] = str(error)
-        except Exception as error:  # out of memory, no compiler, a peer's limits: the others are still worth timing
-            result.absent[name] = reason(error)
-        if name in result.absent:
-            result.variants.pop(name, None)
-            steps.pop(name, None)
-    if not steps:
+    result, calls, estimates = _prepare(variants, inputs, device, verify, clock)
+    if not calls:
         return result
 
-    fast = device.type == "cuda" and clock == "device" and min(estimates[name] for name in steps) < GRAPH_BELOW
-    clocks, round_seconds = {}, 0.0
-    for name, step in steps.items():
+    # Clocks are of one kind for all variants: ratios of a graph replay and of calls from Python would mean nothing.
+    graphs = device.type == "cuda" and clock == "device" and min(estimates.values()) < GRAPH_BELOW
+    clocks = {}
+    round_seconds = 0.0
+    for name, call in calls.items():
         repeats = max(1, math.ceil(BLOCK_SECONDS / estimates[name]))
-        clocks[name] = _clock(step, repeats, estimates[name], device, clock, fast)
+        clocks[name] = _clock(call, repeats, estimates[name], device, clock, graphs)
         result.variants[name].method = clocks[name].method
         round_seconds += repeats * estimates[name]
     result.rounds = rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / round_seconds)))
@@ -133,26 +120,55 @@ def compare(
     for name, samples in all_samples.items():
         forward, backward = zip(*samples, strict=True)
         passes = {"total": forward}
-        if steps[name].leaves:
+        if calls[name].leaves:
             passes = {"total": [sum(pair) for pair in samples], "forward": forward, "backward": backward}
         result.variants[name].passes = {which: Stats.of(values) for which, values in passes.items()}
     return result
+
+
+def _prepare(
+    variants: dict[str, Callable],
+    inputs: tuple,
+    device: torch.device,
+    verify: Callable[[list[Tensor]], None] | None,
+    clock: str,
+) -> tuple[Comparison, dict[str, Call], dict[str, float]]:
+    """Each variant's first call and memory; what is to be timed, and roughly how many seconds a call takes."""
+    result = Comparison({}, {}, [])
+    calls = {}
+    estimates = {}
+    reused = copied(inputs)  # these may change in place; each variant's first call starts from `inputs`
+    for name, function in variants.items():
+        try:
+            timing = _first_call(Call(function, copied(inputs)), device, verify)
+            call = Call(function, reused)
+            timing.memory, estimate = _warm_up(call, device, clock)
+        except WrongResult as error:
+            result.wrong.append(name)
+            result.absent[name] = str(error)
+        except Exception as error:  # out of memory, no compiler, a peer's limits: the others are still worth timing
+            result.absent[name] = reason(error)
+        else:
+            result.variants[name] = timing
+            calls[name] = call
+            estimates[name] = estimate
+    return result, calls, estimates
 
 
 def _take_turns_undisturbed(
     clocks: dict[str, Clock], rounds: int, patience: float
 ) -> tuple[dict[str, list[tuple[float, float]]], float]:
     """The samples of the least disturbed of the attempts that patience allows, and what others had of the CPUs."""
-    end, best = monotonic() + patience, None
+    end = monotonic() + patience
+    attempts = []
     while True:
         wait_until_idle(end - monotonic())
-        watch = Watch()
+        others = OtherProcesses()
         samples = _take_turns(clocks, rounds)
-        others = watch.others()
-        if best is None or others < best[1]:
-            best = samples, others
-        if others < BUSY or monotonic() > end:
-            return best
+        share = others.share()
+        attempts.append((samples, share))
+        if share < BUSY or monotonic() > end:
+            return min(attempts, key=lambda attempt: attempt[1])
 
 
 def _take_turns(clocks: dict[str, Clock], rounds: int) -> dict[str, list[tuple[float, float]]]:
@@ -172,10 +188,10 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
-def _first_call(step: Step, device: torch.device, verify: Callable[[list[Tensor]], None] | None) -> Timing:
+def _first_call(call: Call, device: torch.device, verify: Callable[[list[Tensor]], None] | None) -> Timing:
     synchronize(device)
     start = perf_counter()
-    outputs = step.outputs()
+    outputs = call.outputs()
     synchronize(device)
     timing = Timing(first_call=perf_counter() - start, memory=None)
     if verify:
@@ -183,33 +199,36 @@ def _first_call(step: Step, device: torch.device, verify: Callable[[list[Tensor]
     return timing
 
 
-def _warm_up(step: Step, device: torch.device, clock: str) -> tuple[int | None, float]:
-    """Peak bytes beyond what the call returns, and roughly how long a call takes."""
-    returned = seconds = 0
+def _warm_up(call: Call, device: torch.device, clock: str) -> tuple[int | None, float]:
+    """Peak bytes beyond what the call returns, and roughly how many seconds a call takes."""
+    measured: list[tuple[float, int]] = []
 
-    def call() -> list[Tensor]:
-        nonlocal returned, seconds
+    def timed() -> list[Tensor]:
         start = perf_counter()
-        outputs = step.fresh()
-        returned, seconds = size(outputs), perf_counter() - start
+        outputs = call.fresh()
+        measured.append((perf_counter() - start, size(outputs)))
         return outputs
 
-    most = peak(call, device)
+    highest = peak(timed, device)
+    seconds, returned = measured[-1]
+    memory = None if highest is None else max(highest - returned, 0)
     if seconds < 0.2 or device.type == "cuda":
-        sampler = EventClock(step, 3) if device.type == "cuda" and clock == "device" else WallClock(step, 3, device)
+        by_events = device.type == "cuda" and clock == "device"
+        sampler: Clock = EventClock(call, 3) if by_events else WallClock(call, 3, device)
         seconds = min(map(sum, sampler.samples()))
-    return None if most is None else max(most - returned, 0), max(seconds, 1e-7)
+    return memory, max(seconds, 1e-7)
 
 
-def _clock(step: Step, repeats: int, estimate: float, device: torch.device, clock: str, fast: bool) -> Clock:
+def _clock(call: Call, repeats: int, estimate: float, device: torch.device, clock: str, graphs: bool) -> Clock:
+    """graphs: replay a CUDA graph of the call if it can be captured."""
     if device.type == "cpu" or clock == "host":
         most = 1000 if device.type == "cpu" else 30  # more launches than the queue holds would wait for the device
-        return WallClock(step, min(repeats, most), device)
-    if fast:
+        return WallClock(call, min(repeats, most), device)
+    if graphs:
         try:
-            graph = GraphClock(step, 1, estimate)
-            graph.repeats = max(3, math.ceil(BLOCK_SECONDS / max(estimate * len(graph.steps), 1e-6)) // 4)
+            graph = GraphClock(call, 1, estimate)
+            graph.repeats = max(3, math.ceil(BLOCK_SECONDS / max(estimate * len(graph.calls), 1e-6)) // 4)
             return graph
         except Exception:  # not capturable: it's timed from Python, and its row says so
             torch.cuda.synchronize()
-    return EventClock(step, min(repeats, 100))
+    return EventClock(call, min(repeats, 100))

@@ -1,6 +1,8 @@
-"""Images in: recipes (data only), who draws their parameters, folders, and a loader on the CPU.
+"""From images to batches of views.
 
-The loader needs torchvision and Pillow and is imported by name: `from fastjem.data.loader import ViewLoader`.
+`source` opens what the user named; `loaders` read it in an order that is ours, and cut crops; `batch.finish` does the
+colours and masks. `views` says what is done (recipes, data only), `parameters` and `masks` draw how much of it, and
+`pixels` is how numbers are made of pixels. Modules are imported by name: recipes alone need neither torch nor Pillow.
 """
 
 from fastjem.data.views import RECIPES, Recipe, Views, ViewSpec

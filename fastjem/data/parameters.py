@@ -1,7 +1,7 @@
 """Augmentation parameters, drawn by us: a function of (seed, epoch, sample, view) and the image's size, nothing else.
 
 Whoever carries them out, in whatever batch, on whatever rank and after whatever resume, sees the same views. The
-table's columns are named in `fastjem.kernels.augment.columns`.
+table that they are handed over in has the columns of `fastjem.kernels.augment.columns`.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,22 +9,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastjem.data.philox import FIRST_COLOUR_BLOCK, FIRST_CROP_BLOCK, philox
 from fastjem.data.views import ViewSpec
 from fastjem.kernels.augment import columns as column
 
-REST = 1 << 31  # first block of numbers behind those of the crop, whose try i takes block i
-Numbers = Callable[[int, np.ndarray], np.ndarray]
-
-
-def philox(counter: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al. 2011): four arrays [N] of 32 bits -> [4, N] uniform in (0, 1)."""
-    c = [np.asarray(x).astype(np.uint64) & 0xFFFFFFFF for x in counter]
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    for _ in range(10):
-        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [b >> 32 ^ c[1] ^ k0, b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k1, a & 0xFFFFFFFF]
-        k0, k1 = k0 + 0x9E3779B9 & 0xFFFFFFFF, k1 + 0xBB67AE85 & 0xFFFFFFFF
-    return (np.stack(np.broadcast_arrays(*c)).astype(np.float64) + 0.5) * 2.0**-32
+Numbers = Callable[[int, np.ndarray], np.ndarray]  # (block, N of the rows) -> [4, N] uniform in (0, 1)
 
 
 class Parameters:
@@ -40,64 +29,90 @@ class Parameters:
         def field(name: str) -> np.ndarray:  # [V] or [V, ...]
             return np.array([getattr(spec, name) for spec in specs], np.float64)
 
-        self.scale, self.ratio, self.tries = field("scale"), np.log(field("ratio")), field("tries").astype(int)
-        self.limits = field("ratio")
-        self.flip, self.grayscale, self.solarize = field("flip"), field("grayscale"), field("solarize")
-        self.jitter, self.jittered = field("jitter"), field("jitter_probability")
-        self.blur, self.sigma = field("blur"), field("sigma")
+        self.scale = field("scale")
+        self.ratio = field("ratio")
+        self.log_ratio = np.log(self.ratio)
+        self.tries = field("tries").astype(int)
+        self.flip = field("flip")
+        self.jitter = field("jitter")
+        self.jitter_probability = field("jitter_probability")
+        self.grayscale = field("grayscale")
+        self.blur = field("blur")
+        self.sigma = field("sigma")
+        self.solarize = field("solarize")
 
     def __call__(self, seed: int, epoch: int, samples: ArrayLike, heights: ArrayLike, widths: ArrayLike) -> np.ndarray:
-        """samples, heights, widths: [B], the images' indices in the data and sizes in pixels -> [V, B, P] float32."""
+        """samples, heights, widths: [B], the images' numbers in the data and sizes in pixels -> [V, B, P] float32."""
         views = len(self.specs)
-        shape = (views, len(np.atleast_1d(samples)))
-        sample, height, width = (
-            np.broadcast_to(np.asarray(x, np.int64), shape).ravel() for x in (samples, heights, widths)
-        )
-        view = np.repeat(np.arange(views), shape[1])
+        images = len(np.atleast_1d(samples))
+
+        def for_each_view(values: ArrayLike) -> np.ndarray:  # [B] -> [V B]
+            return np.broadcast_to(np.asarray(values, np.int64), (views, images)).ravel()
+
+        sample = for_each_view(samples)
+        view = np.repeat(np.arange(views), images)
 
         def numbers(block: int, rows: np.ndarray | slice = slice(None)) -> np.ndarray:  # [4, N]
             return philox([sample[rows], np.int64(epoch), view[rows], np.int64(block)], seed)
 
         table = np.empty((len(view), column.COLUMNS))
-        table[:, column.TOP : column.WIDTH + 1] = self._crop(height, width, view, numbers)
-        # All are drawn whether used or not: changing one probability leaves every other parameter as it was.
-        flip, jitter, gray, blur = numbers(REST)
-        solarize, *factors = numbers(REST + 1)
-        hue, order, sigma, _ = numbers(REST + 2)
+        table[:, column.TOP : column.WIDTH + 1] = self._crop(
+            for_each_view(heights), for_each_view(widths), view, numbers
+        )
+        self._colours(table, view, numbers)
+        return table.astype(np.float32).reshape(views, images, column.COLUMNS)
+
+    def _colours(self, table: np.ndarray, view: np.ndarray, numbers: Callable[[int], np.ndarray]) -> None:
+        """Fill in the columns behind the crop's.
+
+        All numbers are drawn whether used or not: changing one probability leaves every other parameter as it was.
+        """
+        flip, jitter, gray, blur = numbers(FIRST_COLOUR_BLOCK)
+        solarize, *factors = numbers(FIRST_COLOUR_BLOCK + 1)
+        hue, order, sigma, _ = numbers(FIRST_COLOUR_BLOCK + 2)
         table[:, column.FLIP] = flip < self.flip[view]
-        on = jitter < self.jittered[view]
+        jittered = jitter < self.jitter_probability[view]
         for i, u in enumerate(factors):  # torchvision's: uniform from max(0, 1 - x) to 1 + x
-            low, high = np.maximum(1 - self.jitter[view, i], 0), 1 + self.jitter[view, i]
-            table[:, column.BRIGHTNESS + i] = np.where(on, low + (high - low) * u, 1)
-        table[:, column.HUE] = np.where(on, self.jitter[view, 3] * (2 * hue - 1), 0)
+            low = np.maximum(1 - self.jitter[view, i], 0)
+            high = 1 + self.jitter[view, i]
+            table[:, column.BRIGHTNESS + i] = np.where(jittered, low + (high - low) * u, 1)
+        table[:, column.HUE] = np.where(jittered, self.jitter[view, 3] * (2 * hue - 1), 0)
         table[:, column.ORDER] = np.floor(len(column.ORDERS) * order)
         table[:, column.GRAYSCALE] = gray < self.grayscale[view]
         low, high = self.sigma[view].T
         table[:, column.SIGMA] = np.where(blur < self.blur[view], low + (high - low) * sigma, 0)
         table[:, column.SOLARIZE] = solarize < self.solarize[view]
-        return table.astype(np.float32).reshape(*shape, column.COLUMNS)
 
     def _crop(self, height: np.ndarray, width: np.ndarray, view: np.ndarray, numbers: Numbers) -> np.ndarray:
-        """torchvision's RandomResizedCrop: area and log aspect uniform, the first of `tries` that fits, or the centre.
-
-        numbers: (block, rows) -> [4, N] of those rows.
-        """
-        low, high = self.limits[view].T
-        wide, tall = width / height > high, width / height < low
-        w = np.where(wide, np.minimum(np.maximum(np.rint(height * high), 1), width), width)
-        h = np.where(tall, np.minimum(np.maximum(np.rint(width / low), 1), height), height)
-        crop = np.stack([(height - h) // 2, (width - w) // 2, h, w], 1).astype(np.float64)
-        rest = np.arange(len(view))
+        """[N, 4]: top, left, height and width, torchvision's RandomResizedCrop: area and log aspect uniform, the first
+        of `tries` that fits into the image, or the centre."""
+        crop = self._centre(height, width, view)
+        left_over = np.arange(len(view))  # rows that no try has fitted yet
         for i in range(self.tries.max()):
-            rest = rest[self.tries[view[rest]] > i]
-            if not len(rest):
+            left_over = left_over[self.tries[view[left_over]] > i]
+            if not len(left_over):
                 break
-            of, u = view[rest], numbers(i, rest)
-            area = height[rest] * width[rest] * (self.scale[of, 0] + (self.scale[of, 1] - self.scale[of, 0]) * u[0])
-            ratio = np.exp(self.ratio[of, 0] + (self.ratio[of, 1] - self.ratio[of, 0]) * u[1])
-            w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-            fits = (w > 0) & (w <= width[rest]) & (h > 0) & (h <= height[rest])
-            top, left = np.floor((height[rest] - h + 1) * u[2]), np.floor((width[rest] - w + 1) * u[3])
-            crop[rest[fits]] = np.stack([top, left, h, w], 1)[fits]
-            rest = rest[~fits]
+            place_in_area, place_in_ratio, from_top, from_left = numbers(FIRST_CROP_BLOCK + i, left_over)
+            image_height = height[left_over]
+            image_width = width[left_over]
+            smallest, largest = self.scale[view[left_over]].T
+            narrowest, widest = self.log_ratio[view[left_over]].T
+            area = image_height * image_width * (smallest + (largest - smallest) * place_in_area)
+            ratio = np.exp(narrowest + (widest - narrowest) * place_in_ratio)
+            w = np.rint(np.sqrt(area * ratio))
+            h = np.rint(np.sqrt(area / ratio))
+            fits = (w > 0) & (w <= image_width) & (h > 0) & (h <= image_height)
+            top = np.floor((image_height - h + 1) * from_top)
+            left = np.floor((image_width - w + 1) * from_left)
+            crop[left_over[fits]] = np.stack([top, left, h, w], 1)[fits]
+            left_over = left_over[~fits]
         return crop
+
+    def _centre(self, height: np.ndarray, width: np.ndarray, view: np.ndarray) -> np.ndarray:
+        """[N, 4]: the largest part in the middle of each image whose aspect ratio is allowed."""
+        narrowest, widest = self.ratio[view].T
+        too_wide = width / height > widest
+        too_tall = width / height < narrowest
+        w = np.where(too_wide, np.minimum(np.maximum(np.rint(height * widest), 1), width), width)
+        h = np.where(too_tall, np.minimum(np.maximum(np.rint(width / narrowest), 1), height), height)
+        return np.stack([(height - h) // 2, (width - w) // 2, h, w], 1).astype(np.float64)

@@ -53,33 +53,58 @@ def picture(name: str, random: np.random.Generator) -> np.ndarray:
     Many of them, so that a crop shows one too, and colours differ within a picture: the shape is what crops share.
     """
     y, x = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE * 2 - 1
-    back = random.uniform(0.2, 0.8, 3)
-    image = back + _texture(x, y, random)[..., None] * random.uniform(-0.15, 0.15, 3)
-    for _ in range(random.integers(0, 4)):  # clutter: straight strokes
-        angle, shift = random.uniform(0, np.pi), random.uniform(-1, 1)
-        stroke = _ink(random.uniform(0.01, 0.05) - abs(np.cos(angle) * x + np.sin(angle) * y - shift))
-        image += stroke * random.uniform(-0.35, 0.35, 3)
-    cell = random.uniform(0.7, 0.95)
-    shift, slant = random.uniform(0, cell, 2), random.uniform(-0.5, 0.5)
-    for i in range(-1, 4):
-        for j in range(-1, 4):
-            centre = np.array([j + slant * i, i]) * cell - 1 + shift + random.uniform(-0.12, 0.12, 2) * cell
-            radius, turn, stretch = cell * random.uniform(0.34, 0.48), random.normal(0, 0.3), random.uniform(0.87, 1.15)
-            if abs(centre).max() > 1 + radius:
-                continue
-            c, s = np.cos(turn) / radius, np.sin(turn) / radius
-            near = tuple(
-                slice(*((centre[d] + [1 - 1.6 * radius, 1 + 1.6 * radius]) * SIZE / 2).clip(0, SIZE).astype(int))
-                for d in (1, 0)
-            )  # the part of the picture that it can touch
-            dx, dy = x[near], y[near]
-            u, v = (dx - centre[0]) * stretch, (dy - centre[1]) / stretch
-            inside = _ink(SHAPES[name](c * u + s * v, c * v - s * u) * radius)
-            fill = _against(back, random) + _texture(dx, dy, random)[..., None] * random.uniform(-0.1, 0.1, 3)
-            image[near] = image[near] * (1 - inside) + fill * inside
+    background = random.uniform(0.2, 0.8, 3)
+    image = background + _texture(x, y, random)[..., None] * random.uniform(-0.15, 0.15, 3)
+    for _ in range(random.integers(0, 4)):
+        _add_stroke(image, x, y, random)
+    _add_shapes(image, x, y, name, background, random)
     light = 1 + random.uniform(-0.3, 0.3) * x + random.uniform(-0.3, 0.3) * y
     image = image * light[..., None] + random.normal(0, random.uniform(0, 0.05), image.shape)
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _add_stroke(image: np.ndarray, x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> None:
+    """A straight line across the picture: clutter."""
+    angle = random.uniform(0, np.pi)
+    shift = random.uniform(-1, 1)
+    half_width = random.uniform(0.01, 0.05)
+    stroke = _ink(half_width - abs(np.cos(angle) * x + np.sin(angle) * y - shift))
+    image += stroke * random.uniform(-0.35, 0.35, 3)
+
+
+def _add_shapes(
+    image: np.ndarray, x: np.ndarray, y: np.ndarray, name: str, background: np.ndarray, random: np.random.Generator
+) -> None:
+    """The grid of shapes, each a little beside its place, of its own size, turn, stretch and colour."""
+    cell = random.uniform(0.7, 0.95)
+    shift = random.uniform(0, cell, 2)
+    slant = random.uniform(-0.5, 0.5)
+    for i in range(-1, 4):
+        for j in range(-1, 4):
+            centre = np.array([j + slant * i, i]) * cell - 1 + shift + random.uniform(-0.12, 0.12, 2) * cell
+            radius = cell * random.uniform(0.34, 0.48)
+            turn = random.normal(0, 0.3)
+            stretch = random.uniform(0.87, 1.15)
+            if abs(centre).max() > 1 + radius:
+                continue
+            near = _touched(centre, radius)
+            dx = x[near]
+            dy = y[near]
+            u = (dx - centre[0]) * stretch
+            v = (dy - centre[1]) / stretch
+            cos = np.cos(turn) / radius
+            sin = np.sin(turn) / radius
+            inside = _ink(SHAPES[name](cos * u + sin * v, cos * v - sin * u) * radius)
+            colour = _against(background, random)
+            fill = colour + _texture(dx, dy, random)[..., None] * random.uniform(-0.1, 0.1, 3)
+            image[near] = image[near] * (1 - inside) + fill * inside
+
+
+def _touched(centre: np.ndarray, radius: float) -> tuple[slice, ...]:
+    """Rows and columns of the picture that a shape can touch."""
+    reach = 1.6 * radius  # a corner, stretched
+    edges = [((centre[axis] + [1 - reach, 1 + reach]) * SIZE / 2).clip(0, SIZE).astype(int) for axis in (1, 0)]
+    return tuple(slice(*edge) for edge in edges)
 
 
 def _ink(distance: np.ndarray) -> np.ndarray:
@@ -87,11 +112,11 @@ def _ink(distance: np.ndarray) -> np.ndarray:
     return (distance * SIZE / 2 + 0.5).clip(0, 1)[..., None]
 
 
-def _against(back: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A colour, lighter or darker, that can be told from `back` in grey too."""
+def _against(background: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A colour, lighter or darker, that can be told from the background in grey too."""
     while True:
         front = random.uniform(0, 1, 3)
-        if abs((front - back) @ (0.3, 0.59, 0.11)) > 0.3:
+        if abs((front - background) @ (0.3, 0.59, 0.11)) > 0.3:
             return front
 
 
@@ -99,7 +124,9 @@ def _texture(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> np.nd
     """Waves in two directions, from a slow gradient to fine stripes, sometimes their product: checks."""
     waves = []
     for _ in range(2):
-        angle, frequency, phase = random.uniform(0, np.pi), np.exp(random.uniform(0, 3)), random.uniform(0, 6.3)
+        angle = random.uniform(0, np.pi)
+        frequency = np.exp(random.uniform(0, 3))
+        phase = random.uniform(0, 6.3)
         waves.append(np.sin(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase))
     return waves[0] * waves[1] if random.random() < 0.5 else (waves[0] + waves[1]) / 2
 
@@ -130,6 +157,7 @@ def folder() -> Path:
 
 
 def write(root: Path, counts: dict[str, int] = COUNTS) -> None:
+    """`counts` images of each part, as many of each shape, in class folders."""
     for split, (part, count) in enumerate(counts.items()):
         for label, name in enumerate(SHAPES):
             (root / part / name).mkdir(parents=True)

@@ -3,19 +3,20 @@
 Each recipe names its source. Crops are RandomResizedCrop (area uniform in `scale`, aspect log-uniform in `ratio`,
 `tries` attempts, then the centre); jitter factors are (brightness, contrast, saturation, hue), hue in turns, applied
 in random order. All steps in order: crop, flip, jitter, grayscale, blur, solarize, normalise. Where a source flips last
-it is the same: a flip changes places with every step behind the crop. Blurs are true Gaussians of the sigma drawn, cut
+it is the same, as a flip can change places with every step behind the crop. Blurs are Gaussians of the sigma drawn, cut
 off at three of it, where sources take Pillow's three box blurs, 23 taps or 9.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastjem.errors import UserError, nearest
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet; 1 is white
+STD = (0.229, 0.224, 0.225)
 LARGEST_WITHOUT_BLUR = 64  # at 64 pixels and less a blur removes what is left to see; CIFAR recipes leave it out
-
 
 Value = bool | int | float | str | Sequence
 
@@ -38,6 +39,16 @@ class ViewSpec:
     solarize: float = 0.0  # threshold 128
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """The mask of one view: a share of its patches is hidden, in each image as many."""
+
+    view: int  # its number among the views
+    grid: tuple[int, int]  # patches in its height and width
+    share: float
+    masking: str  # which sampler draws it, a name in `fastjem.data.masks.SAMPLERS`
 
 
 @dataclass(frozen=True)
@@ -99,15 +110,13 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Views:
-    """What a method wants to see: how many views of which recipe, and the share of patches that a mask hides, drawn by
-    one of `fastjem.data.masks.SAMPLERS`.
-    """
+    """What a method wants to see: how many views of which recipe, and what a mask hides of the large ones."""
 
     large: int = 2
     small: int = 0
     recipe: str = "simclr"
-    mask: float = 0.0
-    masking: str = "even_block"
+    mask: float = 0.0  # the share of the patches that is hidden
+    masking: str = "even_block"  # which sampler draws it, a name in `fastjem.data.masks.SAMPLERS`
 
     def specs(
         self, image_size: int, *, patch: int = 1, blur: bool | None = None, changes: Mapping[str, Value] | None = None
@@ -136,36 +145,51 @@ class Views:
 
 
 def changed(spec: ViewSpec, changes: Mapping[str, Value], kind: str) -> ViewSpec:
-    """The spec of a "large" or "small" view with the changes that concern it."""
+    """The spec of a "large" or "small" view with the changes that concern it.
+
+    Raises:
+        UserError: for a field that isn't there, or a value that isn't one.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(ViewSpec) if field.name != "size"}
     for key, value in changes.items():
-        of, _, name = key.rpartition(".")
-        if of not in ("", "large", "small") or name not in defaults:
+        concerned, _, name = key.rpartition(".")  # "" concerns all views
+        if concerned not in ("", "large", "small") or name not in defaults:
             raise nearest("field of a view", key, [f"{x}{name}" for x in ("", "large.", "small.") for name in defaults])
-        old = defaults[name]
-        if isinstance(old, tuple):
-            parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
-        else:
-            parts = [value]
-        try:
-            if isinstance(old, bool):
-                ok = isinstance(value, bool)
-                new: Value = value
-            else:
-                numbers = tuple(type(old[0] if isinstance(old, tuple) else old)(part) for part in parts)
-                ok = len(numbers) == (len(old) if isinstance(old, tuple) else 1) and _sensible(name, numbers)
-                new = numbers if isinstance(old, tuple) else numbers[0]
-        except (TypeError, ValueError):
-            ok = False
-        if not ok:
-            shape = ",".join(map(str, old)) if isinstance(old, tuple) else old
-            raise UserError(f"a view's {name} must be like {shape}, got {value}")
-        if of in ("", kind):
+        new = _checked(name, value, defaults[name])
+        if concerned in ("", kind):
             spec = replace(spec, **{name: new})
     return spec
 
 
+def _checked(name: str, value: Value, default: Any) -> Any:
+    """The value of a field as its default is: a number, as many numbers, or a truth value."""
+    try:
+        new = _like(value, default)
+        if isinstance(new, bool) or _sensible(name, new if isinstance(new, tuple) else (new,)):
+            return new
+    except (TypeError, ValueError):
+        pass
+    example = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    raise UserError(f"a view's {name} must be like {example}, got {value}")
+
+
+def _like(value: Any, default: Any) -> Any:
+    """`value`, perhaps a text such as "0.05,0.2", in the default's type. Raises TypeError or ValueError."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if not isinstance(default, tuple):
+        return type(default)(value)
+    parts = value.split(",") if isinstance(value, str) else value
+    numbers = tuple(type(default[0])(part) for part in parts)
+    if len(numbers) != len(default):
+        raise ValueError
+    return numbers
+
+
 def _sensible(name: str, numbers: tuple) -> bool:
+    """Whether a field may have these numbers."""
     if name in ("flip", "jitter_probability", "grayscale", "blur", "solarize"):
         return 0 <= numbers[0] <= 1
     if name in ("scale", "ratio", "sigma"):

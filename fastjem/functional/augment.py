@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastjem.functional import _checks as check
+from fastjem.functional import checks
 from fastjem.kernels.augment.columns import COLUMNS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,23 +37,25 @@ def augment(
         exact: round after each step as torchvision does on uint8, for comparisons. Otherwise fractions of a level stay.
         threshold: of solarizing: levels (0 to 255) from it on are inverted.
 
-    Returns [B, 3, H, W]. Definitions are torchvision's for tensors (v2.functional): contrast around the mean of the
-    gray image, hue in HSV, a true Gaussian with reflected borders and radius ceil(3 sigma), at most what fits the
-    image. An order or a sigma out of its range is taken as the nearest in it. Raises ValueError for other shapes and
-    dtypes.
+    Definitions are torchvision's for tensors (v2.functional): contrast around the mean of the gray image, hue in HSV, a
+    true Gaussian with reflected borders and radius ceil(3 sigma), at most what fits the image. An order or a sigma out
+    of its range is taken as the nearest in it.
+
+    Returns:
+        [B, 3, H, W].
+
+    Raises:
+        ValueError: for other shapes and dtypes.
     """
-    contract = "images must be [B, H, W, 3] uint8"
-    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:
-        check.fail("augment", contract, check.shape(images))
-    if images.dtype != torch.uint8:
-        check.fail("augment", contract, images.dtype)
-    _table("augment", parameters, len(images))
-    check.one_device("augment", (images, parameters))
+    _check_images("augment", "images must be [B, H, W, 3] uint8", images)
+    _check_table("augment", parameters, len(images))
+    checks.one_device("augment", (images, parameters))
     if dtype not in DTYPES and not (dtype == parameters.dtype == torch.float64):
-        check.fail("augment", "dtype must be float32, bfloat16 or float16", dtype)
-    mean, std = [float(x) for x in mean], [float(x) for x in std]
+        checks.fail("augment", "dtype must be float32, bfloat16 or float16", dtype)
+    mean = [float(x) for x in mean]
+    std = [float(x) for x in std]
     if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
-        check.fail("augment", "mean and std must be 3 numbers each, std positive", f"{mean} and {std}")
+        checks.fail("augment", "mean and std must be 3 numbers each, std positive", f"{mean} and {std}")
     return torch.ops.fastjem.augment(images, parameters, mean, std, dtype, channels_last, exact, float(threshold))
 
 
@@ -68,26 +70,33 @@ def crop_resize(images: Tensor, indices: Tensor, parameters: Tensor, *, size: in
         size: of the result, in pixels.
         bicubic: Keys' cubic (a = -0.5) in place of the triangle (bilinear).
 
-    Returns [B, size, size, 3] uint8, within a level of torch's `interpolate(antialias=True)` of the window as uint8.
+    Returns:
+        [B, size, size, 3] uint8, within a level of torch's `interpolate(antialias=True)` of the window as uint8.
+
+    Raises:
+        ValueError: for other shapes and dtypes.
     """
-    contract = "images must be [N, H, W, 3] uint8"
-    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:
-        check.fail("crop_resize", contract, check.shape(images))
-    if images.dtype != torch.uint8:
-        check.fail("crop_resize", contract, images.dtype)
+    _check_images("crop_resize", "images must be [N, H, W, 3] uint8", images)
     if not isinstance(indices, Tensor) or indices.dim() != 1 or indices.dtype != torch.int64 or not len(indices):
-        came = f"{check.shape(indices)} {getattr(indices, 'dtype', '')}".strip()
-        check.fail("crop_resize", "indices must be [B] int64", came)
-    _table("crop_resize", parameters, len(indices))
-    check.one_device("crop_resize", (images, indices, parameters))
+        came = f"{checks.shape(indices)} {getattr(indices, 'dtype', '')}".strip()
+        checks.fail("crop_resize", "indices must be [B] int64", came)
+    _check_table("crop_resize", parameters, len(indices))
+    checks.one_device("crop_resize", (images, indices, parameters))
     if not isinstance(size, int) or size < 1:
-        check.fail("crop_resize", "size must be a positive integer", size)
+        checks.fail("crop_resize", "size must be a positive integer", size)
     return torch.ops.fastjem.crop_resize(images, indices, parameters, size, bicubic)
 
 
-def _table(op: str, parameters: Tensor, rows: int) -> None:
+def _check_images(op: str, contract: str, images: Tensor) -> None:
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:
+        checks.fail(op, contract, checks.shape(images))
+    if images.dtype != torch.uint8:
+        checks.fail(op, contract, images.dtype)
+
+
+def _check_table(op: str, parameters: Tensor, rows: int) -> None:
     contract = f"parameters must be [{rows}, {COLUMNS}] float32, a row per image"
     if not isinstance(parameters, Tensor) or parameters.shape != (rows, COLUMNS):
-        check.fail(op, contract, check.shape(parameters))
+        checks.fail(op, contract, checks.shape(parameters))
     if parameters.dtype not in (torch.float32, torch.float64):
-        check.fail(op, contract, parameters.dtype)
+        checks.fail(op, contract, parameters.dtype)

@@ -4,25 +4,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.functional import _checks as check
-from fastjem.functional import _rings as rings
-from fastjem.functional._collectives import sizes_of_ranks, sum_over_ranks, world_size
+from fastjem.collectives import global_loss, sizes_of_ranks, sum_over_ranks
+from fastjem.functional import checks, rings
+from fastjem.functional.precision import loss_dtype
 from fastjem.ops.autograd import one_pass, ops, two_passes
-
-
-def _loss_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _stacked(op: str, z0: Tensor, z1: Tensor | None) -> Tensor:
     """[V, N, D] from two [N, D] or from one tensor of views."""
     if z1 is not None:
-        check.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
-        return torch.stack(check.common(z0, z1))
+        checks.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
+        return torch.stack(checks.common(z0, z1))
     contract = "z must be [V, N, D] with V >= 2, or two [N, D]"
-    check.matrices(op, contract, z0, dims=3)
+    checks.matrices(op, contract, z0, dims=3)
     if len(z0) < 2:
-        check.fail(op, contract, tuple(z0.shape))
+        checks.fail(op, contract, tuple(z0.shape))
     return z0
 
 
@@ -32,15 +28,14 @@ def _of_views(
     weights: Tensor | None,  # [V, N] of the positive terms
     group: dist.ProcessGroup | None,
     decoupled: bool = False,
-    normalize: bool = True,
 ) -> Tensor:
-    """The mean over rows of the log-sum-exp less the weighted positives."""
-    options = (float(temperature), decoupled, normalize)
+    """The mean over rows of the log-sum-exp less the weighted positives; rows are normalised."""
+    options = (float(temperature), decoupled, True)
     if group is not None:
         return rings.nt_xent(z, weights, options, group)
     rows = z.detach()
     positives, lse = ops.nt_xent(rows, rows, 0, *options)
-    loss = (lse - (positives if weights is None else positives * weights)).mean().to(_loss_dtype(z))
+    loss = (lse - (positives if weights is None else positives * weights)).mean().to(loss_dtype(z))
     saved = (rows, lse, lse, weights)
     return two_passes("nt_xent_backward", loss, z, saved, 0, *options, scale=1 / (lse.numel() * temperature))
 
@@ -71,7 +66,7 @@ def nt_xent(
         ValueError: for other shapes, dtypes or temperatures.
     """
     z = _stacked("nt_xent", z0, z1)
-    check.positive("nt_xent", temperature=temperature)
+    checks.positive("nt_xent", temperature=temperature)
     return _of_views(z, temperature, None, group)
 
 
@@ -93,11 +88,11 @@ def dcl(
         weights: [N] or [V, N], constants; None: ones.
     """
     z = _stacked("dcl", z0, z1)
-    check.positive("dcl", temperature=temperature)
+    checks.positive("dcl", temperature=temperature)
     if weights is not None:
         if weights.shape not in (z.shape[:2], z.shape[1:2]):
-            check.fail("dcl", f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(weights.shape))
-        check.one_device("dcl", (z, weights))
+            checks.fail("dcl", f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(weights.shape))
+        checks.one_device("dcl", (z, weights))
         weights = weights.detach().expand(z.shape[:2])
     return _of_views(z, temperature, weights, group, decoupled=True)
 
@@ -110,12 +105,19 @@ def dclw(
     sigma: float = 0.5,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`dcl` with the weights `2 - N softmax(cosine(z0, z1) / sigma)` over this rank's batch: hard positives count
-    more."""
-    check.matrices("dclw", "z0 and z1 must be [N, D] both", z0, z1)
-    check.positive("dclw", temperature=temperature, sigma=sigma)
+    """`dcl` with the positives' weights `2 - N softmax(cosine(z0, z1) / sigma)`: hard ones count more.
+
+    The softmax is over the N images of this rank's batch.
+
+    Args:
+        z0, z1, temperature, group: as for `nt_xent`.
+        sigma: the weights' temperature.
+    """
+    checks.matrices("dclw", "z0 and z1 must be [N, D] both", z0, z1)
+    checks.positive("dclw", temperature=temperature, sigma=sigma)
     with torch.no_grad():
-        cosines = torch.cosine_similarity(*(z.to(_loss_dtype(z)) for z in (z0, z1)), dim=1, eps=1e-12)
+        wide = [z.to(loss_dtype(z)) for z in (z0, z1)]
+        cosines = torch.cosine_similarity(*wide, dim=1, eps=1e-12)
         weights = 2 - len(z0) * (cosines / sigma).softmax(0)
     return dcl(z0, z1, temperature=temperature, weights=weights, group=group)
 
@@ -143,70 +145,103 @@ def supcon(
         normalize: False takes rows as they come (the authors' convention: they are of unit length already).
         group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
-    contract = "z must be [V, N, D]"
-    check.matrices("supcon", contract, z, dims=3)
-    check.positive("supcon", temperature=temperature)
+    _check_supcon(z, labels, mask, temperature, anchors, group)
     v, n, _ = z.shape
-    if anchors not in ("all", "one"):
-        check.fail("supcon", "anchors must be one of all, one", repr(anchors))
-    if labels is not None and mask is not None:
-        check.fail("supcon", "labels or mask must be given, not both", "both")
-    if mask is not None and group is not None:
-        check.fail("supcon", "with a group, classes must be given as labels", "mask")
-    if labels is not None and labels.shape != (n,):
-        check.fail("supcon", f"labels must be [{n}]", tuple(labels.shape))
-    if mask is not None and mask.shape != (n, n):
-        check.fail("supcon", f"mask must be [{n}, {n}]", tuple(mask.shape))
-    check.one_device("supcon", [x for x in (z, labels, mask) if x is not None])
+    images = n if group is None else sum(sizes_of_ranks(n, group, z.device))
+    number = (v if anchors == "all" else 1) * images  # of anchors
 
-    # the sum over positives of s_ij is one product of row i with a sum of rows: never N x N
+    # The sum over positives of s_ij is one product of row i with a sum of rows: never N x N.
     rows = z.double()
-    rows = torch.nn.functional.normalize(rows, dim=2) if normalize else rows
+    if normalize:
+        rows = torch.nn.functional.normalize(rows, dim=2)
     by_image = rows.sum(0)  # [N, D]
-    if mask is not None:
-        weight = mask.to(by_image)
-        sums, counts, own = weight @ by_image, v * weight.sum(1), weight.diagonal()
-    else:
-        classes = torch.arange(n, device=z.device) if labels is None else labels
-        # in float64 index_put adds in one order on every device; where a class begins among sorted labels is its number
-        where = torch.searchsorted(classes.sort().values, classes)
-        sums = torch.zeros_like(by_image).index_put((where,), by_image, accumulate=True)[where]
-        ones = torch.ones(n, dtype=rows.dtype, device=z.device)
-        counts = v * torch.zeros_like(ones).index_put((where,), ones, accumulate=True)[where]
-        own = torch.ones_like(counts)
-    images, anchors_elsewhere = n, None
-    if group is not None:
-        images = sum(sizes_of_ranks(n, group, z.device))
-        if labels is not None:
-            of_images = [torch.full_like(counts, v), by_image] + ([rows[0]] if anchors == "one" else [])
-            elsewhere = rings.sums_of_own_classes(of_images, labels, group)
-            counts, sums, anchors_elsewhere = counts + elsewhere[0], sums + elsewhere[1], elsewhere[-1]
-    dots = (rows * sums).sum(2) - own * rows.square().sum(2)  # [V, N]
-    counts = counts - own
+    sums, counts, of_itself = _over_positives(by_image, labels, mask)
+    counts = v * counts
+    elsewhere = None
+    if group is not None and labels is not None:
+        of_images = [torch.full_like(counts, v), by_image] + ([rows[0]] if anchors == "one" else [])
+        elsewhere = rings.sums_of_own_classes(of_images, labels, group)
+        counts = counts + elsewhere[0]
+        sums = sums + elsewhere[1]
+    dots = (rows * sums).sum(2) - of_itself * rows.square().sum(2)  # [V, N]
+    counts = counts - of_itself
     has_positives = counts.abs() >= 1e-6
     weight = (1 / (temperature * counts)).where(has_positives, 0)  # [N]
     counted = has_positives.expand(v, n)
     if anchors == "one":
         counted = counted & (torch.arange(v, device=z.device) == 0)[:, None]
-    number = (v if anchors == "all" else 1) * images
     positives = (dots * weight).where(counted, 0).sum() / number
 
-    options, constant = (float(temperature), False, normalize), z.detach()
+    options = (float(temperature), False, normalize)
     if group is None:
-        _, lse = ops.nt_xent(constant, constant, 0, *options)
-        spread = lse.where(counted, 0).sum() / number
-        lse = lse.where(counted, float("inf"))  # a row that is no anchor has no probabilities
-        saved = (constant, lse, lse, torch.zeros_like(lse))
-        spread = two_passes("nt_xent_backward", spread, z, saved, 0, *options, scale=1 / (number * temperature))
+        spread = _spread(z, counted, number, options)
     else:
-        nothing = torch.zeros_like(dots)
-        spread = rings.nt_xent(z, nothing, options, group, counted) * (v * images / number)
+        spread = rings.nt_xent(z, torch.zeros_like(dots), options, group, counted) * (v * images / number)
         value = sum_over_ranks(positives, group)
-        if anchors_elsewhere is not None:  # a row is a positive of other ranks' anchors, too
-            positives = positives + ((rows * anchors_elsewhere).sum(2) * weight).sum() / number
-        positives = positives * world_size(group)
-        positives = positives + (value - positives).detach()
-    return (spread - positives).to(_loss_dtype(z))
+        if elsewhere is not None:  # this rank's rows are positives of other ranks' anchors, too
+            positives = positives + ((rows * elsewhere[-1]).sum(2) * weight).sum() / number
+        positives = global_loss(positives, value, group)
+    return (spread - positives).to(loss_dtype(z))
+
+
+def _check_supcon(
+    z: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    anchors: str,
+    group: dist.ProcessGroup | None,
+) -> None:
+    checks.matrices("supcon", "z must be [V, N, D]", z, dims=3)
+    checks.positive("supcon", temperature=temperature)
+    n = z.shape[1]
+    if anchors not in ("all", "one"):
+        checks.fail("supcon", "anchors must be one of all, one", repr(anchors))
+    if labels is not None and mask is not None:
+        checks.fail("supcon", "labels or mask must be given, not both", "both")
+    if mask is not None and group is not None:
+        checks.fail("supcon", "with a group, classes must be given as labels", "mask")
+    if labels is not None and labels.shape != (n,):
+        checks.fail("supcon", f"labels must be [{n}]", tuple(labels.shape))
+    if mask is not None and mask.shape != (n, n):
+        checks.fail("supcon", f"mask must be [{n}, {n}]", tuple(mask.shape))
+    checks.one_device("supcon", [x for x in (z, labels, mask) if x is not None])
+
+
+def _over_positives(
+    by_image: Tensor,  # [N, D] float64, the sum of an image's views
+    labels: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over each image's positives, itself among them: the sum of `by_image` [N, D], their number [N]; and how much it
+    is a positive of itself [N]."""
+    if mask is not None:
+        weight = mask.to(by_image)
+        return weight @ by_image, weight.sum(1), weight.diagonal()
+    n = len(by_image)
+    ones = torch.ones(n, dtype=by_image.dtype, device=by_image.device)
+    classes = torch.arange(n, device=by_image.device) if labels is None else labels
+    # A class's number is where it begins among the sorted labels. In float64 index_put adds in one order everywhere.
+    number = torch.searchsorted(classes.sort().values, classes)
+    sums = torch.zeros_like(by_image).index_put((number,), by_image, accumulate=True)
+    counts = torch.zeros_like(ones).index_put((number,), ones, accumulate=True)
+    return sums[number], counts[number], ones
+
+
+def _spread(
+    z: Tensor,  # [V, N, D]
+    counted: Tensor,  # [V, N] bool
+    number: int,
+    options: tuple,
+) -> Tensor:
+    """The sum of the anchors' log-sum-exps over their number."""
+    constant = z.detach()
+    _, lse = ops.nt_xent(constant, constant, 0, *options)
+    spread = lse.where(counted, 0).sum() / number
+    lse = lse.where(counted, float("inf"))  # a row that is no anchor has no probabilities
+    saved = (constant, lse, lse, torch.zeros_like(lse))
+    temperature = options[0]
+    return two_passes("nt_xent_backward", spread, z, saved, 0, *options, scale=1 / (number * temperature))
 
 
 def info_nce(
@@ -236,21 +271,31 @@ def info_nce(
         ValueError: for other shapes, dtypes or temperatures.
     """
     contract = "query and positive must be [N, D] both, negatives [K, D]"
-    check.matrices("info_nce", contract, query, positive)
-    check.matrices("info_nce", contract, negatives)
+    checks.matrices("info_nce", contract, query, positive)
+    checks.matrices("info_nce", contract, negatives)
     if negatives.shape[1] != query.shape[1]:
-        check.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
-    check.one_device("info_nce", (query, positive, negatives))
-    check.positive("info_nce", temperature=temperature)
+        checks.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
+    checks.one_device("info_nce", (query, positive, negatives))
+    checks.positive("info_nce", temperature=temperature)
     offset = -len(query) if label_offset is None else label_offset
-    return one_pass("info_nce", check.common(query, positive, negatives), offset, float(temperature))
+    return one_pass("info_nce", checks.common(query, positive, negatives), offset, float(temperature))
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
-    """[N] int64: for each row of `query` [N, D] the row of `bank` [K, D] of the highest cosine (NNCLR, arXiv
-    2104.14548)."""
+    """`(normalize(query) @ normalize(bank).T).argmax(1)`: NNCLR's nearest neighbours (arXiv 2104.14548).
+
+    Args:
+        query: [N, D].
+        bank: [K, D].
+
+    Returns:
+        [N] int64: for each row of `query` the row of `bank` of the highest cosine.
+
+    Raises:
+        ValueError: for other shapes or dtypes.
+    """
     contract = "query must be [N, D] and bank [K, D]"
-    check.matrices("nearest_neighbors", contract, query, bank, same=False)
+    checks.matrices("nearest_neighbors", contract, query, bank, same=False)
     if query.shape[1] != bank.shape[1]:
-        check.fail("nearest_neighbors", contract, f"{tuple(query.shape)} and {tuple(bank.shape)}")
-    return ops.nearest_neighbors(*(x.detach() for x in check.common(query, bank)))
+        checks.fail("nearest_neighbors", contract, f"{tuple(query.shape)} and {tuple(bank.shape)}")
+    return ops.nearest_neighbors(*(x.detach() for x in checks.common(query, bank)))

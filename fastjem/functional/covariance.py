@@ -7,12 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.functional import _checks as check
-from fastjem.functional import _summed_squares
-from fastjem.functional._collectives import gather_rows, sizes_of_ranks, sum_over_ranks, world_size
-from fastjem.functional._global_batch import of_global_batch, sum_of_ranks
-from fastjem.functional.spectral import in_float32, without_autocast
-from fastjem.ops.autograd import known, one_pass
+from fastjem.collectives import (
+    gather_rows,
+    gradient_factor,
+    of_global_batch,
+    sizes_of_ranks,
+    sum_of_ranks,
+    sum_over_ranks,
+)
+from fastjem.functional import checks, summed_squares
+from fastjem.functional.precision import in_float32, without_autocast
+from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
 
 
 @dataclass
@@ -27,8 +32,9 @@ class Health:
     """
 
     keep_spectrum: bool = False
-    std: Tensor | None = field(default=None, init=False)  # [2, D], of every dimension; all near 0: collapse
-    # [2], (sum of eigenvalues)^2 / sum of their squares: D when nothing is redundant, 1 when all is
+    # [2, D]: the standard deviation of every dimension; all near 0 is collapse.
+    std: Tensor | None = field(default=None, init=False)
+    # [2]: (sum of eigenvalues)^2 / sum of their squares; D when nothing is redundant, 1 when all is.
     effective_rank: Tensor | None = field(default=None, init=False)
     _spectrum: Callable[[], Tensor] | None = field(default=None, init=False, repr=False)
 
@@ -42,21 +48,26 @@ class Health:
             ValueError: without `keep_spectrum`, or before a loss has filled it.
         """
         if self._spectrum is None:
-            check.fail("health", "spectrum needs Health(keep_spectrum=True) that a loss has filled", "none")
+            checks.fail("health", "spectrum needs Health(keep_spectrum=True) that a loss has filled", "none")
         return self._spectrum()
 
     def fill(self, figures: Tensor, squares: list[Tensor], spectrum: Callable[..., Tensor], n: int) -> None:
         """By a loss: figures [2, D + 1], the standard deviations and the rank."""
-        self.std, self.effective_rank = figures[:, :-1], figures[:, -1]
+        self.std = figures[:, :-1]
+        self.effective_rank = figures[:, -1]
         self._spectrum = (lambda: spectrum([x.double() for x in squares], n)) if squares else None
 
 
 def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:
+    """[2, min(N, D)]: eigenvalues of a^T a / (N - 1) of both centred views, from a^T a or a a^T."""
     return torch.linalg.eigvalsh(torch.stack(squares)).clamp(min=0).flip(1) / (n - 1)
 
 
 def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
-    """C = a^T b / N from a^T b, or from a a^T and b b^T: with a a^T = R R^T, C's squares are those of R^T b b^T R."""
+    """[2, min(N, D)], in both rows the singular values of C = a^T b / N; from a^T b, or from a a^T and b b^T.
+
+    With a a^T = R R^T, C's squared singular values (times N^2) are the eigenvalues of R^T b b^T R.
+    """
     if len(squares) == 1:
         values = torch.linalg.svdvals(squares[0])
     else:
@@ -140,10 +151,10 @@ def tico(
     rho: float = 8.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`1 - mean <a, b> + rho mean a^T C a`, C = beta covariance + (1 - beta) a^T a / N (Zhu et al. 2022, arXiv
-    2206.10698).
+    """`1 - mean <a, b> + rho mean a^T C a`, C = beta covariance + (1 - beta) a^T a / N: TiCo.
 
-    a and b are the normalised rows of the views; C is a constant, as far as gradients go.
+    a and b are the normalised rows of the views; C is a constant, as far as gradients go (Zhu et al. 2022, arXiv
+    2206.10698).
 
     Args:
         z0, z1: [N, D] each, two views of N images.
@@ -158,55 +169,65 @@ def tico(
     Raises:
         ValueError: for other shapes or dtypes.
     """
-    check.matrices("tico", "z0 and z1 must be [N, D] both", z0, z1)
-    z0, z1 = check.common(z0, z1)
+    checks.matrices("tico", "z0 and z1 must be [N, D] both", z0, z1)
+    z0, z1 = checks.common(z0, z1)
     d = z0.shape[1]
     if covariance is not None and covariance.shape != (d, d):
-        check.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
-    z0, z1 = in_float32(z0, z1)
+        checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
     with without_autocast(z0):
-        a, b = (torch.nn.functional.normalize(z, dim=1) for z in (z0, z1))
-        own, n = a.detach(), len(a)
-        if group is not None:
-            n = sum(sizes_of_ranks(n, group, a.device))
-        if group is not None and n < d:
-            own, _ = gather_rows(own, group)
-        c = own.T @ own
-        c = (sum_over_ranks(c, group) if n >= d else c) * ((1 - beta) / n)
+        a, b = (torch.nn.functional.normalize(in_float32(z), dim=1) for z in (z0, z1))
+        n = len(a) if group is None else sum(sizes_of_ranks(len(a), group, a.device))
+        rows = a.detach()
+        if group is None or n >= d:
+            squares = sum_over_ranks(rows.T @ rows, group)
+        else:  # the rows of all ranks are fewer numbers than a D x D square
+            rows, _ = gather_rows(rows, group)
+            squares = rows.T @ rows
+        c = squares * ((1 - beta) / n)
         if covariance is not None:
             c = c + beta * covariance.detach().to(c.dtype)
         return 1 + sum_of_ranks((rho * (a @ c * a) - a * b).sum(), group) / n, c
 
 
-# operator -> how many squares an all-reduce would carry, the same of all ranks' rows, what its squares' spectra are
+@dataclass(frozen=True)
+class _Kind:
+    """What a covariance loss does where D x D squares travel instead of rows, and with the squares it has computed."""
+
+    squares: int  # that an all-reduce would carry
+    of_summed_squares: Callable[..., summed_squares.Result]
+    spectrum: Callable[[list[Tensor], int], Tensor]  # from the squares that `keep_spectrum` keeps
+
+
 _KINDS = {
-    "barlow_twins": (1, _summed_squares.barlow_twins, _correlation_spectrum),
-    "vicreg": (2, _summed_squares.vicreg, _covariance_spectra),
+    "barlow_twins": _Kind(1, summed_squares.barlow_twins, _correlation_spectrum),
+    "vicreg": _Kind(2, summed_squares.vicreg, _covariance_spectra),
 }
 
 
 def _covariance_loss(
     op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, health: Health | None, *arguments: float
 ) -> Tensor:
-    check.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
-    z0, z1 = check.common(z0, z1)
-    squares, summed, spectrum = _KINDS[op]
+    """The loss of the operator `op` with its further arguments, over all ranks' rows."""
+    checks.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
+    z0, z1 = checks.common(z0, z1)
+    kind = _KINDS[op]
     statistics = 0 if health is None else 1 + health.keep_spectrum
     n = len(z0) if group is None else sum(sizes_of_ranks(len(z0), group, z0.device))
     if n < 2:
-        check.fail(op, "z0 and z1 must have N >= 2 rows, as their variance is needed", f"N = {n}")
+        checks.fail(op, "z0 and z1 must have N >= 2 rows, as their variance is needed", f"N = {n}")
 
     def loss_of(a: Tensor, b: Tensor) -> Tensor:
         if health is None:
             return one_pass(op, (a, b), *arguments, 0)
-        loss, figures, *kept = one_pass(op, (a, b), *arguments, statistics)
-        health.fill(figures, kept, spectrum, n)
+        loss, figures, *kept = one_pass_with_statistics(op, (a, b), *arguments, statistics)
+        health.fill(figures, kept, kind.spectrum, n)
         return loss
 
-    if group is None or not _summed_squares.fewer_bytes(squares, n, z0):
+    if group is None or not summed_squares.fewer_bytes(kind.squares, n, z0):
         return of_global_batch(loss_of, group, z0, z1)
     with torch.no_grad(), without_autocast(z0):
-        loss, gradients, scale, seen = summed(z0, z1, *arguments, statistics, n, group)
+        loss, gradients, scale, seen = kind.of_summed_squares(z0, z1, *arguments, statistics, n, group)
     if health is not None:
-        health.fill(seen[0], seen[1:], spectrum, n)
-    return known(op, loss, (z0, z1), [g.to(z0.dtype) for g in gradients], [scale * world_size(group)] * 2)
+        health.fill(seen[0], seen[1:], kind.spectrum, n)
+    factor = scale * gradient_factor(group)
+    return known(op, loss, (z0, z1), [g.to(z0.dtype) for g in gradients], [factor, factor])

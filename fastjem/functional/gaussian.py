@@ -1,19 +1,19 @@
 """SIGReg and LeJEPA: embeddings whose every projection is a standard normal variable.
 
-The slices go through in groups, so that nothing of size [V, N, S], let alone [V, N, S, knots], exists.
+A slice is one direction and all projections on it. Slices go through a few at a time, so that nothing of size
+[V, N, S], let alone [V, N, S, knots], exists.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.functional import _checks as check
-from fastjem.functional._collectives import sizes_of_ranks, sum_over_ranks, world_size
-from fastjem.functional._global_batch import sum_of_ranks
-from fastjem.functional.spectral import in_float32, without_autocast
+from fastjem.collectives import from_first_rank, gradient_factor, sizes_of_ranks, sum_of_ranks, sum_over_ranks
+from fastjem.functional import checks
+from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.ops.autograd import known, ops
 
-GROUP = 1 << 19  # elements [V, N, slices] at a time: a few of them stay in cache
+ELEMENTS_AT_ONCE = 1 << 19  # of [V, N, slices]: a few such tensors stay in cache
 
 
 def _statistic(
@@ -26,15 +26,16 @@ def _statistic(
     wanted: bool,
 ) -> tuple[Tensor, Tensor]:
     """The sum over views and slices, and its gradient for this rank's rows [V, N, D]."""
-    n, dt = sum(sizes), t_max / (knots - 1)
+    n = sum(sizes)
+    dt = t_max / (knots - 1)
     t = torch.arange(1, knots, dtype=z.dtype, device=z.device)[:, None, None] * dt  # [K, 1, 1]; at 0 there is no error
     phi = (-0.5 * t.square()).exp()
     weight = 2 * dt * phi
     weight[-1] /= 2
-    step = max(1, GROUP // (len(z) * max(sizes)))  # on every rank the same
-    statistic, gradient = z.new_zeros(()), torch.zeros_like(z) if wanted else z.new_empty(0)
-    for start in range(0, directions.shape[1], step):
-        some = directions[:, start : start + step]
+    at_once = max(1, ELEMENTS_AT_ONCE // (len(z) * max(sizes)))  # on every rank the same: each makes a collective
+    statistic = z.new_zeros(())
+    gradient = torch.zeros_like(z) if wanted else z.new_empty(0)
+    for some in directions.split(at_once, 1):
         theta = (z @ some).mul_(dt)
         errors = sum_over_ranks(ops.characteristic(theta, knots - 1), group) / n  # [2, K, V, slices]
         errors[0] -= phi
@@ -46,9 +47,8 @@ def _statistic(
 
 def random_directions(width: int, count: int, like: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """[D, S] random unit columns, on every rank of the group the same."""
-    directions = torch.randn(width, count, device=like.device, dtype=in_float32(like)[0].dtype)
-    if group is not None:
-        dist.broadcast(directions, group_src=0, group=group)
+    directions = torch.randn(width, count, device=like.device, dtype=loss_dtype(like))
+    directions = from_first_rank(directions, group)
     return directions / directions.norm(dim=0)
 
 
@@ -78,21 +78,41 @@ def sigreg(
     Raises:
         ValueError: for other shapes, dtypes or options.
     """
-    check.matrices("sigreg", "z must be [N, D] or [V, N, D]", z, dims=3 if getattr(z, "ndim", 2) == 3 else 2)
-    if directions.dim() != 2 or directions.shape[0] != z.shape[-1]:
-        check.fail("sigreg", f"directions must be [{z.shape[-1]}, S]", tuple(directions.shape))
-    if knots < 2:
-        check.fail("sigreg", "knots must be at least 2", knots)
-    check.positive("sigreg", t_max=t_max)
+    checks.matrices("sigreg", "z must be [N, D] or [V, N, D]", z, dims=3 if getattr(z, "ndim", 2) == 3 else 2)
+    _check_options("sigreg", z, directions, knots, t_max)
     z = z if z.dim() == 3 else z[None]
-    sizes = [z.shape[1]] if group is None else sizes_of_ranks(z.shape[1], group, z.device)
+    return _sigreg("sigreg", z, directions, knots, t_max, _sizes(z, group), group)
+
+
+def _check_options(op: str, z: Tensor, directions: Tensor, knots: int, t_max: float) -> None:
+    if directions.dim() != 2 or directions.shape[0] != z.shape[-1]:
+        checks.fail(op, f"directions must be [{z.shape[-1]}, S]", tuple(directions.shape))
+    if knots < 2:
+        checks.fail(op, "knots must be at least 2", knots)
+    checks.positive(op, t_max=t_max)
+
+
+def _sizes(z: Tensor, group: dist.ProcessGroup | None) -> list[int]:
+    """Rows of each rank, of views [V, N, D]."""
+    return [z.shape[1]] if group is None else sizes_of_ranks(z.shape[1], group, z.device)
+
+
+def _sigreg(
+    op: str,
+    z: Tensor,  # [V, N, D]
+    directions: Tensor,  # [D, S]
+    knots: int,
+    t_max: float,
+    sizes: list[int],
+    group: dist.ProcessGroup | None,
+) -> Tensor:
     wanted = torch.is_grad_enabled() and z.requires_grad
     with torch.no_grad(), without_autocast(z):
-        (wide,) = in_float32(z)
+        wide = in_float32(z)
         total, gradient = _statistic(wide, directions.to(wide.dtype), knots, float(t_max), sizes, group, wanted)
-        count = len(z) * directions.shape[1]
         gradient = gradient.to(z.dtype)
-    return known("sigreg", total / count, (z,), [gradient], [world_size(group) / count])
+    count = len(z) * directions.shape[1]
+    return known(op, total / count, (z,), [gradient], [gradient_factor(group) / count])
 
 
 def lejepa(
@@ -120,14 +140,15 @@ def lejepa(
         ValueError: for other shapes, dtypes or options.
     """
     contract = "local_proj and global_proj must be [V_local, N, D] and [V_global, N, D]"
-    check.matrices("lejepa", contract, local_proj, global_proj, dims=3, same=False)
+    checks.matrices("lejepa", contract, local_proj, global_proj, dims=3, same=False)
     if local_proj.shape[1:] != global_proj.shape[1:]:
-        check.fail("lejepa", contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
+        checks.fail("lejepa", contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
 
-    views = torch.cat([*check.common(global_proj, local_proj)])  # [V, N, D]
-    regulariser = sigreg(views, directions, knots=knots, t_max=t_max, group=group)
-    (z,) = in_float32(views)
+    _check_options("lejepa", global_proj, directions, knots, t_max)
+    views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
+    sizes = _sizes(views, group)
+    regulariser = _sigreg("lejepa", views, directions, knots, t_max, sizes, group)
+    z = in_float32(views)
     squares = (z - z[: len(global_proj)].mean(0)).square().sum()
-    n = z.shape[1] if group is None else sum(sizes_of_ranks(z.shape[1], group, z.device))
-    invariance = sum_of_ranks(squares, group) / (len(z) * n * z.shape[2])
+    invariance = sum_of_ranks(squares, group) / (len(z) * sum(sizes) * z.shape[2])
     return lambda_param * regulariser + (1 - lambda_param) * invariance

@@ -4,16 +4,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.functional import _checks as check
-from fastjem.functional import _rings as rings
+from fastjem.functional import checks, rings
 
 
 def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         value = torch.tensor(float(value), device=like.device)
     if value.numel() != 1:
-        check.fail(op, f"{name} must be a number or a tensor of one element", tuple(value.shape))
-    check.one_device(op, (like, value))
+        checks.fail(op, f"{name} must be a number or a tensor of one element", tuple(value.shape))
+    checks.one_device(op, (like, value))
     return value.reshape(())
 
 
@@ -44,8 +43,8 @@ def clip_loss(
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group, unless `local_loss`.
     """
-    check.matrices("clip_loss", "x and y must be [N, D] both", x, y)
-    x, y = check.common(x, y)
+    checks.matrices("clip_loss", "x and y must be [N, D] both", x, y)
+    x, y = checks.common(x, y)
     scale = _scalar("clip_loss", "logit_scale", logit_scale, x)
     if group is not None and local_loss and not gather_with_grad:
         return rings.clip_loss_of_constant_candidates(x, y, scale, group)
@@ -68,7 +67,7 @@ def siglip_loss(
         x, y, logit_scale, group: as for `clip_loss`.
         logit_bias: 0-dim, with its gradient.
     """
-    check.matrices("siglip_loss", "x and y must be [N, D] both", x, y)
-    x, y = check.common(x, y)
+    checks.matrices("siglip_loss", "x and y must be [N, D] both", x, y)
+    x, y = checks.common(x, y)
     scale = _scalar("siglip_loss", "logit_scale", logit_scale, x)
     return rings.siglip_loss(x, y, scale, _scalar("siglip_loss", "logit_bias", logit_bias, x), group)

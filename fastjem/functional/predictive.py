@@ -2,15 +2,15 @@
 
 from torch import Tensor
 
-from fastjem.functional import _checks as check
+from fastjem.functional import checks
 from fastjem.ops.autograd import one_pass
 
 
 def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """`-cosine_similarity(p, z).mean()` (SimSiam, Chen and He 2021, arXiv 2011.10566, equation 1; BYOL's loss is 2 + 2
-    of it).
+    """`-cosine_similarity(p, z).mean()` (SimSiam, Chen and He 2021, arXiv 2011.10566, equation 1).
 
-    Detaches nothing: stopping the gradient of `z` is the caller's part of the method, `negative_cosine(p, z.detach())`.
+    BYOL's loss is 2 + 2 of it. Detaches nothing: stopping the gradient of `z` is the caller's part of the method,
+    `negative_cosine(p, z.detach())`.
 
     Args:
         p, z: [N, D] each.
@@ -22,16 +22,17 @@ def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
     Raises:
         ValueError: for other shapes or dtypes.
     """
-    check.matrices("negative_cosine", "p and z must be [N, D] both", p, z)
-    check.positive("negative_cosine", eps=eps)
-    return one_pass("negative_cosine", check.common(p, z), float(eps))
+    checks.matrices("negative_cosine", "p and z must be [N, D] both", p, z)
+    checks.positive("negative_cosine", eps=eps)
+    return one_pass("negative_cosine", checks.common(p, z), float(eps))
 
 
 def regression(
     prediction: Tensor, target: Tensor, *, beta: float = 1.0, normalize: bool = True, eps: float = 1e-5
 ) -> Tensor:
-    """`smooth_l1_loss(prediction, layer_norm(target, [D]), beta=beta)`: data2vec (Baevski et al. 2022, arXiv
-    2202.03555, eq. 2).
+    """`smooth_l1_loss(prediction, layer_norm(target, [D]), beta=beta)`: data2vec's loss.
+
+    Baevski et al. 2022, arXiv 2202.03555, equation 2.
 
     Args:
         prediction: [..., D], the student's, at the masked positions.
@@ -48,9 +49,12 @@ def regression(
         ValueError: for other shapes or dtypes, a negative beta, or an eps that isn't positive.
     """
     contract = "prediction and target must be [..., D] both"
-    check.matrices("regression", contract, prediction, target, dims=max(1, getattr(prediction, "ndim", 1)))
+    checks.matrices("regression", contract, prediction, target, dims=max(1, getattr(prediction, "ndim", 1)))
     if beta < 0:
-        check.fail("regression", "beta must not be negative", beta)
-    check.positive("regression", eps=eps)
-    rows, targets = (x.reshape(-1, x.shape[-1]) for x in check.common(prediction, target.detach()))
+        checks.fail("regression", "beta must not be negative", beta)
+    checks.positive("regression", eps=eps)
+    prediction, target = checks.common(prediction, target.detach())
+    width = prediction.shape[-1]
+    rows = prediction.reshape(-1, width)
+    targets = target.reshape(-1, width)
     return one_pass("regression", (rows,), targets, float(beta), bool(normalize), float(eps))

@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.functional import _checks as check
-from fastjem.functional._collectives import world_size
+from fastjem.collectives import stack_of_ranks
+from fastjem.functional import checks
+from fastjem.functional.precision import loss_dtype
 from fastjem.ops.autograd import ops
 
 
@@ -31,9 +32,7 @@ def sinkhorn(
         iterations: how often both are normalised, at least 1. Few iterations do not converge, and their order matters.
         normalize_samples_first: divide each sample by its sum once before (MSN normalises probabilities).
         dtype: of the codes; None: float32 (float64 for float64 scores).
-        group: the process group whose ranks hold the rest of the batch (batches may be uneven); prototypes are then
-        normalised
-            over all of it.
+        group: the process group over whose global batch prototypes are normalised (batches may be uneven).
 
     Returns:
         [B, K] codes; every row sums to 1.
@@ -43,9 +42,9 @@ def sinkhorn(
     """
     _check("sinkhorn", epsilon, iterations, scores)
     if dtype is None:
-        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        dtype = loss_dtype(scores)
     if not dtype.is_floating_point:
-        check.fail("sinkhorn", "dtype must be floating-point", dtype)
+        checks.fail("sinkhorn", "dtype must be floating-point", dtype)
     if group is None:
         return ops.sinkhorn(scores.detach(), float(epsilon), iterations, normalize_samples_first, dtype)
     bias = _potentials([scores.detach()], float(epsilon), iterations, normalize_samples_first, group)
@@ -62,14 +61,22 @@ def sinkhorn_bias(
 ) -> Tensor:
     """The prototypes' log-potentials f [K] of `sinkhorn`: its codes are `softmax(scores / epsilon + f, 1)`.
 
-    Given as `teacher_bias` to `prototype_cross_entropy`, the codes never need to exist in memory. Arguments as for
-    `sinkhorn`,
-    but `scores` may be a list of [B, K], whose B differ: one batch in several tensors (the crop and the queue of
-    SwAV, the views of DINOv2), without a concatenation. float32 (float64 for float64 scores).
+    Given as `teacher_bias` to `prototype_cross_entropy`, the codes never need to exist in memory.
+
+    Args:
+        scores: [B, K], or a list of [B, K] whose B may differ: one batch in several tensors (SwAV's crop and queue,
+            DINOv2's views), without a concatenation.
+        epsilon, iterations, normalize_samples_first, group: as for `sinkhorn`.
+
+    Returns:
+        [K] float32 (float64 for float64 scores).
+
+    Raises:
+        ValueError: for other shapes, dtypes or options.
     """
     parts = [scores] if isinstance(scores, Tensor) else scores
     if not isinstance(parts, (list, tuple)) or not parts:
-        check.fail("sinkhorn_bias", "scores must be [B, K], or a list of them", check.shape(scores))
+        checks.fail("sinkhorn_bias", "scores must be [B, K], or a list of them", checks.shape(scores))
     _check("sinkhorn_bias", epsilon, iterations, *parts)
     parts = [x.detach() for x in parts]
     if group is None and len(parts) == 1:
@@ -80,23 +87,33 @@ def sinkhorn_bias(
 
 def _check(op: str, epsilon: float, iterations: int, *scores: Tensor) -> None:
     contract = "scores must be [B, K]" if len(scores) == 1 else "scores must be [B, K] with the same K"
-    check.matrices(op, contract, *scores, same=False)
+    checks.matrices(op, contract, *scores, same=False)
     if len({x.shape[1] for x in scores}) > 1:
-        check.fail(op, contract, " and ".join(str(tuple(x.shape)) for x in scores))
-    check.positive(op, epsilon=epsilon)
+        checks.fail(op, contract, " and ".join(str(tuple(x.shape)) for x in scores))
+    checks.positive(op, epsilon=epsilon)
     if not isinstance(iterations, int) or iterations < 1:
-        check.fail(op, "iterations must be at least 1", iterations)
+        checks.fail(op, "iterations must be at least 1", iterations)
 
 
-def _potentials(parts: list[Tensor], epsilon: float, iterations: int, normalize_samples_first: bool, group) -> Tensor:
-    """[K] float64. One collective of K numbers an iteration: each rank's logsumexp over its samples."""
-    bias = parts[0].new_zeros(parts[0].shape[1], dtype=torch.float64) if normalize_samples_first else None
-    for _ in range(iterations):
-        sums = [ops.sinkhorn_step(x, bias, epsilon) for x in parts]
-        total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)
-        if group is not None:
-            of_ranks = [torch.empty_like(total) for _ in range(world_size(group))]
-            dist.all_gather(of_ranks, total.contiguous(), group=group)
-            total = torch.stack(of_ranks).logsumexp(0)
-        bias = -total
-    return bias
+def _potentials(
+    parts: list[Tensor],  # [B, K] each
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """[K] float64."""
+    start = parts[0].new_zeros(parts[0].shape[1], dtype=torch.float64) if normalize_samples_first else None
+    potentials = -_log_sums(parts, start, epsilon, group)
+    for _ in range(iterations - 1):
+        potentials = -_log_sums(parts, potentials, epsilon, group)
+    return potentials
+
+
+def _log_sums(
+    parts: list[Tensor], potentials: Tensor | None, epsilon: float, group: dist.ProcessGroup | None
+) -> Tensor:
+    """[K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials). One collective."""
+    sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts]
+    total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)
+    return total if group is None else stack_of_ranks(total, group).logsumexp(0)

@@ -9,40 +9,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastjem.functional import _checks as check
-
-
-def in_float32(*tensors: Tensor) -> list[Tensor]:
-    """float64 stays, everything else becomes float32: Gram matrices and factorisations have no digits to give away."""
-    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
-
-
-def without_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+from fastjem.functional import checks
+from fastjem.functional.precision import in_float32, without_autocast
 
 
 def smaller_gram(z: Tensor) -> Tensor:
-    """`z @ z.mT` or `z.mT @ z`, [..., N, N] or [..., D, D], whichever is smaller: the nonzero eigenvalues are the
-    same."""
+    """The smaller of `z @ z.mT` [..., N, N] and `z.mT @ z` [..., D, D]: their nonzero eigenvalues are the same."""
     return z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
 
 
 def cholesky(x: Tensor, op: str) -> Tensor:
-    """The lower factor; a matrix that has none raises on the CPU and gives NaN on CUDA, where looking would stall
-    the device."""
+    """The lower factor. A matrix without one raises on the CPU and gives NaN on CUDA, where looking would wait."""
     factor, info = torch.linalg.cholesky_ex(x)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         if info.any():
-            check.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
+            checks.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
         return factor
     return torch.where((info == 0)[..., None, None], factor, torch.nan)
 
 
 def total_coding_rate(z: Tensor, *, eps: float = 0.2) -> Tensor:
-    """`0.5 logdet(I + D / (N eps) Z^T Z)`, the mean over views: EMP-SSL's and MCR2's rate (Tong et al. 2023, arXiv
-    2304.03977).
+    """`0.5 logdet(I + D / (N eps) Z^T Z)`, the mean over views: the rate of MCR2 and EMP-SSL.
 
-    It grows with the volume that the rows fill, so a loss *subtracts* it.
+    It grows with the volume that the rows fill, so a loss *subtracts* it (Tong et al. 2023, arXiv 2304.03977).
 
     Args:
         z: [N, D] or [V, N, D], rows as given (EMP-SSL normalises them before).
@@ -54,20 +43,27 @@ def total_coding_rate(z: Tensor, *, eps: float = 0.2) -> Tensor:
     Raises:
         ValueError: for other shapes, dtypes or eps.
     """
-    check.matrices("total_coding_rate", "z must be [N, D] or [V, N, D]", z, dims=3 if getattr(z, "ndim", 2) == 3 else 2)
-    check.positive("total_coding_rate", eps=eps)
+    dims = 3 if getattr(z, "ndim", 2) == 3 else 2
+    checks.matrices("total_coding_rate", "z must be [N, D] or [V, N, D]", z, dims=dims)
+    checks.positive("total_coding_rate", eps=eps)
+    return _coding_rate("total_coding_rate", z, eps)
+
+
+def _coding_rate(op: str, z: Tensor, eps: float) -> Tensor:
     n, d = z.shape[-2:]
-    (z,) = in_float32(z)
+    z = in_float32(z)
     with without_autocast(z):
         gram = smaller_gram(z) * (d / (n * eps))
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        # logdet = 2 sum(log(diagonal of the factor)), and half of that is wanted
-        return cholesky(identity + gram, "total_coding_rate").diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
+        factor = cholesky(identity + gram, op)
+        # logdet = 2 sum(log(diagonal of the factor)), and half of that is wanted.
+        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
 
 
 def emp_ssl(z: Tensor, *, eps: float = 0.2, invariance: float = 200.0) -> Tensor:
-    """`-total_coding_rate(z) - invariance * mean cos(z, mean over views of z)`, to be minimised (arXiv 2304.03977,
-    equation 4).
+    """`-total_coding_rate(z) - invariance * mean cos(z, mean over views of z)`: EMP-SSL's loss.
+
+    Tong et al. 2023, arXiv 2304.03977, equation 4, with the sign of a loss.
 
     Args:
         z: [V, N, D].
@@ -80,10 +76,11 @@ def emp_ssl(z: Tensor, *, eps: float = 0.2, invariance: float = 200.0) -> Tensor
     Raises:
         ValueError: for other shapes, dtypes or eps.
     """
-    check.matrices("emp_ssl", "z must be [V, N, D]", z, dims=3)
-    (wide,) = in_float32(z)
+    checks.matrices("emp_ssl", "z must be [V, N, D]", z, dims=3)
+    checks.positive("emp_ssl", eps=eps)
+    wide = in_float32(z)
     alike = torch.nn.functional.cosine_similarity(wide, wide.mean(0, keepdim=True), dim=-1).mean()
-    return -total_coding_rate(z, eps=eps) - invariance * alike
+    return -_coding_rate("emp_ssl", z, eps) - invariance * alike
 
 
 def mmcr(online: Tensor, momentum: Tensor, *, lmda: float = 5e-3) -> Tensor:
@@ -100,19 +97,19 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float = 5e-3) -> Tensor:
     Raises:
         ValueError: for other shapes or dtypes.
     """
-    check.matrices("mmcr", "online and momentum must be [B, V, D] both", online, momentum, dims=3)
-    online, momentum = in_float32(*check.common(online, momentum))
+    checks.matrices("mmcr", "online and momentum must be [B, V, D] both", online, momentum, dims=3)
+    online, momentum = checks.common(online, momentum)
     with without_autocast(online):
-        z = torch.cat([online, momentum], 1)
-        own = torch.linalg.svdvals(z).sum() / len(z)
-        return lmda * own - torch.linalg.svdvals(z.mean(1)).sum()
+        z = torch.cat([in_float32(online), in_float32(momentum)], 1)  # [B, 2 V, D]
+        of_images = torch.linalg.svdvals(z).sum() / len(z)
+        of_means = torch.linalg.svdvals(z.mean(1)).sum()
+        return lmda * of_images - of_means
 
 
 def frossl(views: Sequence[Tensor], *, invariance: float = 1.0) -> Tensor:
-    """Per view `log ||G / tr G||_F^2 + invariance V D mse(z, mean over views)`, summed; columns normalised (arXiv
-    2310.02903).
+    """`log ||G / tr G||_F^2 + invariance V D mse(z, mean over views)`, summed over views: FroSSL.
 
-    G is the smaller Gram matrix of a view.
+    z is a view with normalised columns, G its smaller Gram matrix (Skean et al. 2023, arXiv 2310.02903).
 
     Args:
         views: V >= 2 tensors [N, D], or one [V, N, D].
@@ -126,9 +123,9 @@ def frossl(views: Sequence[Tensor], *, invariance: float = 1.0) -> Tensor:
     """
     views = list(views)
     if len(views) < 2:
-        check.fail("frossl", "views must be at least two", len(views))
-    check.matrices("frossl", "views must be [N, D] each", *views)
-    z = torch.stack(in_float32(*check.common(*views)))  # [V, N, D]
+        checks.fail("frossl", "views must be at least two", len(views))
+    checks.matrices("frossl", "views must be [N, D] each", *views)
+    z = in_float32(torch.stack(checks.common(*views)))  # [V, N, D]
     with without_autocast(z):
         z = normalize(z, dim=1)
         gram = smaller_gram(z)
@@ -139,8 +136,9 @@ def frossl(views: Sequence[Tensor], *, invariance: float = 1.0) -> Tensor:
 
 
 def whiten(x: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with covariance I, by Cholesky: `(x - mean) L^-T`, `L L^T = (1 - eps) cov + eps I` (W-MSE, arXiv
-    2007.06346).
+    """Rows with covariance I: `(x - mean) L^-T` with `L L^T = (1 - eps) cov + eps I`, by Cholesky.
+
+    Ermolov et al. 2021, arXiv 2007.06346 (W-MSE).
 
     Args:
         x: [N, D], N > D unless eps > 0.
@@ -152,25 +150,29 @@ def whiten(x: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: for other shapes or dtypes; on the CPU, for a singular covariance.
     """
-    check.matrices("whiten", "x must be [N, D]", x)
+    checks.matrices("whiten", "x must be [N, D]", x)
+    return _whiten("whiten", "x", x, eps)
+
+
+def _whiten(op: str, name: str, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if len(x) < 2:
-        check.fail("whiten", "x must have N >= 2 rows, as their covariance is needed", f"N = {len(x)}")
-    (x,) = in_float32(x)
+        checks.fail(op, f"{name} must have N >= 2 rows, as their covariance is needed", f"N = {len(x)}")
+    x = in_float32(x)
     with without_autocast(x):
         mean = x.mean(0)
         centred = x - mean
         covariance = centred.T @ centred / (len(x) - 1)
         identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        factor = cholesky((1 - eps) * covariance + eps * identity, "whiten")
+        factor = cholesky((1 - eps) * covariance + eps * identity, op)
         whitened = torch.linalg.solve_triangular(factor, centred.T, upper=False).T
     return whitened, mean.detach(), covariance.detach()
 
 
 def w_mse(z0: Tensor, z1: Tensor, *, eps: float = 0.0) -> Tensor:
-    """`2 - 2 mean cos(whiten(z0), whiten(z1))`: W-MSE of two views of one batch (Ermolov et al. 2021, arXiv
-    2007.06346, eq. 5).
+    """`2 - 2 mean cos(whiten(z0), whiten(z1))`: W-MSE of two views of one batch.
 
-    The paper whitens sub-batches of random composition: see `fastjem.nn.WMSELoss`.
+    Ermolov et al. 2021, arXiv 2007.06346, equation 5. The paper whitens sub-batches of random composition:
+    see `fastjem.nn.WMSELoss`.
 
     Args:
         z0, z1: [N, D] each, N > D unless eps > 0.
@@ -182,6 +184,6 @@ def w_mse(z0: Tensor, z1: Tensor, *, eps: float = 0.0) -> Tensor:
     Raises:
         ValueError: for other shapes or dtypes; on the CPU, for a singular covariance.
     """
-    check.matrices("w_mse", "z0 and z1 must be [N, D] both", z0, z1)
-    a, b = (whiten(z, eps=eps)[0] for z in check.common(z0, z1))
+    checks.matrices("w_mse", "z0 and z1 must be [N, D] both", z0, z1)
+    a, b = (_whiten("w_mse", "z0 and z1", z, eps)[0] for z in checks.common(z0, z1))
     return 2 - 2 * (normalize(a, dim=1) * normalize(b, dim=1)).sum(1).mean()

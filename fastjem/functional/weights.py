@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastjem.functional import _checks as check
+from fastjem.functional import checks
 from fastjem.ops.autograd import ops
 
 
@@ -23,28 +23,29 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     Raises:
         ValueError: for other lengths, shapes, dtypes or devices, or a number outside [0, 1].
     """
-    op, teacher, student = "ema_update_", list(teacher), list(student)
+    op = "ema_update_"
+    teacher = list(teacher)
+    student = list(student)
     if len(teacher) != len(student):
-        check.fail(op, "teacher and student must be as many tensors", f"{len(teacher)} and {len(student)}")
+        checks.fail(op, "teacher and student must be as many tensors", f"{len(teacher)} and {len(student)}")
     if not teacher:
         return
-    check.one_device(op, [*teacher, *student])
+    checks.one_device(op, [*teacher, *student])
     for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
         if t.shape != s.shape:
-            check.fail(
-                op, "teacher and student must have the same shapes", f"{tuple(t.shape)} and {tuple(s.shape)} at {i}"
-            )
+            came = f"{tuple(t.shape)} and {tuple(s.shape)} at {i}"
+            checks.fail(op, "teacher and student must have the same shapes", came)
         if t.dtype not in (torch.float32, torch.float64) or not s.is_floating_point():
             contract = "teacher must be float32 or float64 (half precision rounds updates away), student floating-point"
-            check.fail(op, contract, f"{t.dtype} and {s.dtype} at {i}")
+            checks.fail(op, contract, f"{t.dtype} and {s.dtype} at {i}")
     if isinstance(momentum, Tensor):
         if momentum.dim():
-            check.fail(op, "momentum must be a number or a 0-dim tensor", tuple(momentum.shape))
-        check.one_device(op, [momentum, teacher[0]])
+            checks.fail(op, "momentum must be a number or a 0-dim tensor", tuple(momentum.shape))
+        checks.one_device(op, [momentum, teacher[0]])
         momentum = momentum.double()
     else:
         if not 0 <= momentum <= 1:
-            check.fail(op, "momentum must be in [0, 1]", momentum)
+            checks.fail(op, "momentum must be in [0, 1]", momentum)
         # In float64, because 1 - 0.9999 in float32 is off by 3e-4 of itself.
         momentum = torch.full((), momentum, dtype=torch.float64, device=teacher[0].device)
     ops.ema_update_(teacher, student, momentum)

@@ -1,21 +1,26 @@
 """BYOL: Grill et al. 2020, arXiv 2006.07733."""
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastjem.functional as F
+from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods._parts import Defaults, Parts, mlp
+from fastjem.methods.defaults import Defaults
+from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.nn.parts import MLP
 
 
-class BYOL(nn.Module):
+class BYOL(Method):
     """A predictor of the momentum encoder's projection of the other view; no negatives."""
 
-    family, prevents_collapse = "self-distillation", "predictor and momentum encoder: the two sides differ"
+    about = About(
+        "self-distillation",
+        "predictor and momentum encoder: the two sides differ",
+        "Grill et al. 2020, arXiv 2006.07733",
+    )
     views = Views(large=2, recipe="byol")
-    ema = ("encoder", "projector")
-    constant_rate: tuple[str, ...] = ()
+    momentum = ("encoder", "projector")
     defaults = Defaults(
         "lars", 0.8, 1.5e-6, momentum=0.996, source="section 3.3: LARS, 3.2 at batch 4096, 1.5e-6; tau 0.996 to 1"
     )
@@ -23,19 +28,19 @@ class BYOL(nn.Module):
     def __init__(
         self,
         width: int,
+        run: RunFacts = RunFacts(),
         *,
         hidden: int = 4096,
         dim: int = 256,
         norm: str = "batch",
-        group: dist.ProcessGroup | None = None,
     ):
-        super().__init__()
-        self.projector = mlp(width, hidden, dim, norm=norm)
-        self.predictor = mlp(dim, hidden, dim, norm=norm)
+        super().__init__(width, run)
+        self.projector = MLP(width, hidden, dim, norm=norm)
+        self.predictor = MLP(dim, hidden, dim, norm=norm)
 
-    def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:
-        p0, p1 = student.predictor(student.project(views)).chunk(2)
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
+        p0, p1 = student.predictor(student.project(batch.views)).chunk(2)
         with torch.no_grad():
-            z0, z1 = teacher.project(views).chunk(2)
+            z0, z1 = teacher.project(batch.views).chunk(2)
         # 2 - 2 cos, both ways
         return 4 + 2 * (F.negative_cosine(p0, z1) + F.negative_cosine(p1, z0))

@@ -1,50 +1,66 @@
 """MoCo v2: He et al. 2020, arXiv 1911.05722; Chen et al. 2020, arXiv 2003.04297."""
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastjem.functional as F
+from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods._parts import Defaults, Parts, Queue, at_most, mlp, unit_keys
+from fastjem.methods.defaults import Defaults, at_most
+from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.nn.parts import MLP, Queue, unit_keys
 
 
-class MoCo(nn.Module):
+class MoCo(Method):
     """The momentum encoder's key of the same image against a queue of keys of earlier batches.
 
     No shuffling batch norm: keys and queries of one batch share no statistics, as the encoders are called apart.
     """
 
-    family, prevents_collapse = "contrastive", "a queue of earlier images pushes away"
+    about = About(
+        "contrastive",
+        "a queue of earlier images pushes away",
+        "He et al. 2020, arXiv 1911.05722; Chen et al. 2020, arXiv 2003.04297",
+    )
     views = Views(large=2, recipe="mocov2")
-    ema = ("encoder", "projector")
-    defaults = Defaults("sgd", 0.03, 1e-4, momentum=0.999, final_momentum=0.999, warmup_epochs=0,
-                        short=("lars", 1.2), least_momentum=0.99,
-                        source="main_moco.py --mlp --moco-t 0.2 --aug-plus --cos")  # fmt: skip
+    momentum = ("encoder", "projector")
+    defaults = Defaults(
+        "sgd",
+        0.03,
+        1e-4,
+        momentum=0.999,
+        final_momentum=0.999,
+        warmup_epochs=0,
+        short=("lars", 1.2),
+        least_momentum=0.99,
+        source="main_moco.py --mlp --moco-t 0.2 --aug-plus --cos",
+    )
 
     def __init__(
         self,
         width: int,
+        run: RunFacts = RunFacts(),
         *,
         hidden: int | None = None,
         dim: int = 128,
         queue: int = 65536,
         temperature: float = 0.2,
         norm: str = "none",
-        images: int = 0,
-        group: dist.ProcessGroup | None = None,
     ):
-        super().__init__()
-        self.projector = mlp(width, hidden or width, dim, norm=norm)
-        self.queue = Queue(at_most(queue, images, each=4), dim)
-        self.temperature, self.group = temperature, group
+        super().__init__(width, run)
+        self.projector = MLP(width, hidden or width, dim, norm=norm)
+        length = at_most(queue, run.images, each=4)
+        self.queue = Queue(length, dim, held=run.images_per_step or length)
+        self.temperature = temperature
 
-    def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:
-        query = student.project(views[:1])
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
+        query = student.project(batch.views[:1])
         with torch.no_grad():
-            key = teacher.project(views[1:])
-            keys = unit_keys(key, self.group)
+            key = teacher.project(batch.views[1:])
+            keys = unit_keys(key, self.run.group)
             negatives = self.queue.begin(keys)
-        loss = F.info_nce(query, key, negatives, temperature=self.temperature)
-        self.queue.push(keys)
-        return loss
+            self.queue.hold(keys)
+        return F.info_nce(query, key, negatives, temperature=self.temperature)
+
+    def step_ends(self, step: Tensor) -> None:
+        self.queue.step_ends()

@@ -1,16 +1,20 @@
 """SwAV: Caron et al. 2020, arXiv 2006.09882."""
 
+from typing import Any
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 import fastjem.functional as F
+from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods._parts import SHORT, Defaults, Parts, Prototypes, Queue, at_most, frozen, mlp, unit_keys
+from fastjem.methods.defaults import SHORT, Defaults, at_most, frozen_steps
+from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
+from fastjem.nn.parts import MLP, Prototypes, Queue, unit_keys
 
 
-class SwAV(nn.Module):
+class SwAV(Method):
     """Every view predicts the Sinkhorn codes of the two large views, never its own.
 
     `queue` > 0 keeps that many projections of each large view, which take part in Sinkhorn only (the paper's 3840 for
@@ -18,14 +22,15 @@ class SwAV(nn.Module):
     10,000 steps, whose codes would otherwise become uniform before the encoder knows anything (docs/log.md).
     """
 
-    family, prevents_collapse = "clustering", "Sinkhorn's codes use all prototypes equally"
+    about = About("clustering", "Sinkhorn's codes use all prototypes equally", "Caron et al. 2020, arXiv 2006.09882")
     views = Views(large=2, small=6, recipe="swav")
-    ema: tuple[str, ...] = ()
+    queues: Any  # a ModuleList of Queue
     defaults = Defaults("lars", 1.2, 1e-6, source="main_swav.py: base_lr 4.8, final_lr 0.0048, wd 1e-6, batch 4096")
 
     def __init__(
         self,
         width: int,
+        run: RunFacts = RunFacts(),
         *,
         hidden: int | None = None,
         dim: int = 128,
@@ -36,43 +41,54 @@ class SwAV(nn.Module):
         queue: int = 0,
         frozen_epochs: float = 1,
         norm: str = "batch",
-        images: int = 0,
-        steps_per_epoch: int = 1,
-        steps: int = 0,
-        group: dist.ProcessGroup | None = None,
     ):
-        super().__init__()
-        self.projector = mlp(width, hidden or width, dim, norm=norm)
-        prototypes = at_most(prototypes, images, each=16)
-        self.prototypes = Prototypes(dim, prototypes, frozen(frozen_epochs, steps_per_epoch, steps))
-        self.queues = nn.ModuleList(Queue(queue, dim) for _ in range(2 if queue else 0))
-        self.epsilon = (0.03 if 0 < steps < SHORT else 0.05) if epsilon is None else epsilon
-        self.temperature, self.iterations, self.group = temperature, iterations, group
+        super().__init__(width, run)
+        self.projector = MLP(width, hidden or width, dim, norm=norm)
+        prototypes = at_most(prototypes, run.images, each=16)
+        frozen = frozen_steps(frozen_epochs, run.steps_per_epoch, run.steps)
+        self.prototypes = Prototypes(dim, prototypes, frozen)
+        held = run.images_per_step or queue
+        self.queues = nn.ModuleList(Queue(queue, dim, held=held) for _ in range(2 if queue else 0))
+        self.epsilon = (0.03 if 0 < run.steps < SHORT else 0.05) if epsilon is None else epsilon
+        self.temperature = temperature
+        self.iterations = iterations
 
-    def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
+        views = batch.views
         z = normalize(student.project(views), dim=1)
-        scores = student.prototypes(z, step).chunk(len(views))
+        prototypes = student.prototypes.unit_weight(step)
+        scores = linear(z, prototypes).chunk(len(views))
         with torch.no_grad():
-            if teacher is student:
-                keys, targets = z.chunk(len(views))[:2], [s.detach() for s in scores[:2]]
-            else:
+            if teacher.momentum:
                 keys = normalize(teacher.project(views[:2]), dim=1).chunk(2)
-                targets = [teacher.prototypes(key, step) for key in keys]
-            bias = []
-            for i, target in enumerate(targets):
-                if self.queues:
-                    # Every rank holds the whole queue and brings its share of it to the common Sinkhorn.
-                    rank, ranks = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
-                    rows = self.queues[i].rows[rank::ranks]
-                    target = torch.cat([target, teacher.prototypes(rows, step).to(target.dtype)])
-                bias.append(F.sinkhorn_bias(target, epsilon=self.epsilon, iterations=self.iterations, group=self.group))
+                prototypes = teacher.prototypes.unit_weight(step)
+                targets = [linear(key, prototypes) for key in keys]
+            else:
+                keys = z.detach().chunk(len(views))[:2]
+                prototypes = prototypes.detach()
+                targets = [view.detach() for view in scores[:2]]
+            bias = torch.stack([self._bias(view, targets[view], prototypes) for view in range(2)])
             for queue, key in zip(self.queues, keys, strict=False):
-                queue.push(unit_keys(key, self.group))
-            student.seen["codes"] = targets[0] / self.epsilon + bias[0]
+                queue.hold(unit_keys(key, self.run.group))
+            student.note(codes=Codes(keys[0], prototypes, bias[0], self.epsilon))
         return F.prototype_cross_entropy(
-            list(scores),
+            scores,
             targets,
             student_temperature=self.temperature,
             teacher_temperature=self.epsilon,
-            teacher_bias=torch.stack(bias),
+            teacher_bias=bias,
         )
+
+    def _bias(self, view: int, scores: Tensor, prototypes: Tensor) -> Tensor:
+        """The prototypes' log-potentials [K] of a large view's scores [B, K], its queue's beside them."""
+        if self.queues:
+            # Every rank holds the whole queue and brings its share of it to the common Sinkhorn.
+            group = self.run.group
+            rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+            rows = self.queues[view].rows[rank::ranks]
+            scores = torch.cat([scores, linear(rows, prototypes).to(scores.dtype)])
+        return F.sinkhorn_bias(scores, epsilon=self.epsilon, iterations=self.iterations, group=self.run.group)
+
+    def step_ends(self, step: Tensor) -> None:
+        for queue in self.queues:
+            queue.step_ends()

@@ -1,38 +1,50 @@
 """VICReg: Bardes et al. 2022, arXiv 2105.04906."""
 
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastjem.functional as F
+from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods._parts import Defaults, Parts, mlp
-from fastjem.methods.barlow_twins import symmetric
+from fastjem.methods.defaults import Defaults
+from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.symmetric import symmetric
+from fastjem.nn.parts import MLP
 
 
-class VICReg(nn.Module):
+class VICReg(Method):
     """Views alike, every dimension's deviation at least one, no two dimensions correlated."""
 
-    family, prevents_collapse = "decorrelation", "variance kept above 1, covariance below"
+    about = About("decorrelation", "variance kept above 1, covariance below", "Bardes et al. 2022, arXiv 2105.04906")
     views = Views(large=2, recipe="vicreg")
-    ema: tuple[str, ...] = ()
     defaults = Defaults("lars", 0.57, 1e-6, source="section 4.2: LARS, 1.6 at batch 2048, 1e-6")
 
     def __init__(
         self,
         width: int,
+        run: RunFacts = RunFacts(),
         *,
         hidden: int | None = None,
         invariance: float = 25.0,
         variance: float = 25.0,
         covariance: float = 1.0,
         norm: str = "batch",
-        group: dist.ProcessGroup | None = None,
     ):
-        super().__init__()
+        super().__init__(width, run)
         hidden = hidden or 4 * width  # the paper's 8192 for ResNet-50's 2048
-        self.projector = mlp(width, hidden, hidden, hidden, norm=norm, last_bias=False)
-        self.weights = {"lambda_param": invariance, "mu_param": variance, "nu_param": covariance}
-        self.group = group
+        self.projector = MLP(width, hidden, hidden, hidden, norm=norm, last_bias=False)
+        self.invariance = invariance
+        self.variance = variance
+        self.covariance = covariance
 
-    def loss(self, student: Parts, teacher: Parts, views: list[Tensor], step: Tensor) -> Tensor:
-        return symmetric(F.vicreg, student, teacher, views, **self.weights, group=self.group)
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
+        def vicreg(z0: Tensor, z1: Tensor) -> Tensor:
+            return F.vicreg(
+                z0,
+                z1,
+                lambda_param=self.invariance,
+                mu_param=self.variance,
+                nu_param=self.covariance,
+                group=self.run.group,
+            )
+
+        return symmetric(vicreg, student, teacher, batch.views)

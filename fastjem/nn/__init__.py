@@ -2,7 +2,7 @@
 
 from fastjem.nn.contrastive import ClipLoss, DCLLoss, DCLWLoss, NTXentLoss, SigLipLoss, SupConLoss
 from fastjem.nn.covariance import BarlowTwinsLoss, TiCoLoss, VICRegLLoss, VICRegLoss
-from fastjem.nn.distillation import Center, DINOLoss, IBOTPatchLoss
+from fastjem.nn.distillation import DINOLoss, IBOTPatchLoss
 from fastjem.nn.gaussian import LeJEPALoss, SIGReg
 from fastjem.nn.heads import (
     BarlowTwinsProjectionHead,
@@ -37,6 +37,7 @@ from fastjem.nn.masks import (
 )
 from fastjem.nn.memory_bank import MemoryBankModule, NNMemoryBankModule
 from fastjem.nn.momentum import activate_requires_grad, deactivate_requires_grad, update_momentum
+from fastjem.nn.parts import Center
 from fastjem.nn.predictive import NegativeCosineSimilarity
 from fastjem.nn.prototypes import DINOProjectionHead, KoLeoLoss, MSNLoss, SwaVLoss, SwaVPrototypes, sinkhorn
 from fastjem.nn.spectral import EMPSSLLoss, FroSSLLoss, MMCRLoss, Whitening2d, WMSELoss

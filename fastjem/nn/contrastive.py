@@ -1,24 +1,17 @@
-"""Contrastive losses as modules: lightly's names, arguments and defaults; open_clip's for image-text pairs;
-SupCon's authors'."""
+"""Contrastive losses as modules, with the names, arguments and defaults of where people know them from.
+
+That is lightly for NT-Xent and DCL, open_clip for image-text pairs, the authors' code for SupCon.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastjem import functional as F
-from fastjem.functional._collectives import sum_over_ranks, world_size
-from fastjem.nn.memory_bank import MemoryBankModule, default_group
-
-
-def _needs_distributed(gather_distributed: bool) -> None:
-    if gather_distributed and not dist.is_available():
-        raise ValueError(
-            "gather_distributed is True but torch.distributed is not available. Please set gather_distributed=False "
-            "or install a torch version with distributed support."
-        )
+import fastjem.functional as F
+from fastjem.collectives import check_distributed, default_group, sum_of_ranks, sum_over_ranks
+from fastjem.nn.memory_bank import MemoryBankModule
 
 
 class NTXentLoss(nn.Module):
@@ -28,6 +21,7 @@ class NTXentLoss(nn.Module):
         temperature: what cosines are divided by.
         memory_bank_size: (number of negatives, dimension); 0: the negatives are in the batch.
         gather_distributed: the negatives of all ranks count; with a memory bank, all ranks' rows are enqueued.
+        rows_per_step: see `MemoryBankModule`; with more than 0 call `step_ends` once per optimiser step.
     """
 
     def __init__(
@@ -35,14 +29,17 @@ class NTXentLoss(nn.Module):
         temperature: float = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
+        rows_per_step: int = 0,
     ):
         super().__init__()
-        _needs_distributed(gather_distributed)
+        check_distributed("NTXentLoss", gather_distributed)
         if abs(temperature) < 1e-8:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         self.temperature = temperature
         self.gather_distributed = gather_distributed
-        self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed=gather_distributed)
+        self.memory_bank = MemoryBankModule(
+            memory_bank_size, gather_distributed=gather_distributed, rows_per_step=rows_per_step
+        )
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """[N, D] and [N, D] -> 0-dim. The memory bank takes up `out1`, normalised, if `out0` requires a gradient."""
@@ -52,6 +49,10 @@ class NTXentLoss(nn.Module):
         if out0.requires_grad:
             self.memory_bank.enqueue(nn.functional.normalize(out1.detach(), dim=1))
         return loss
+
+    def step_ends(self) -> None:
+        """With `rows_per_step`: enqueue the rows of all batches since the last call."""
+        self.memory_bank.step_ends()
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
@@ -76,7 +77,7 @@ class DCLLoss(nn.Module):
         gather_distributed: bool = False,
     ):
         super().__init__()
-        _needs_distributed(gather_distributed)
+        check_distributed(type(self).__name__, gather_distributed)
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = gather_distributed
@@ -90,14 +91,11 @@ class DCLLoss(nn.Module):
         weights = torch.stack([self.weight_fn(*unit), self.weight_fn(*reversed(unit))])
         if not weights.requires_grad:
             return F.dcl(out0, out1, weights=weights, **options)
-        group, n = options["group"], torch.tensor(len(out0), device=out0.device)
+        group = options["group"]
+        images = sum_over_ranks(torch.tensor(len(out0), device=out0.device), group)
         spread = F.dcl(out0, out1, weights=torch.zeros_like(weights), **options)
         positives = (unit[0] * unit[1]).sum(1) / self.temperature * weights.sum(0)
-        mean = positives.sum() / (2 * sum_over_ranks(n, group))
-        if group is None:
-            return spread - mean
-        value = sum_over_ranks(mean, group)  # the sum over ranks; the gradient as if every rank had it, see nt_xent
-        return spread - (mean * world_size(group) + (value - mean * world_size(group)).detach())
+        return spread - sum_of_ranks(positives.sum() / (2 * images), group)
 
 
 class DCLWLoss(DCLLoss):
@@ -161,8 +159,11 @@ class ClipLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("ClipLoss: use_horovod must be False (torch.distributed is what is supported), got True")
-        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
-        self.rank, self.world_size = rank, world_size
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
 
     def forward(
         self,
@@ -199,8 +200,12 @@ class SigLipLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError("SigLipLoss: use_horovod must be False (torch.distributed is what is supported), got True")
-        self.cache_labels, self.dist_impl, self.chunk_size, self.bidir = cache_labels, dist_impl, chunk_size, bidir
-        self.rank, self.world_size = rank, world_size
+        self.cache_labels = cache_labels
+        self.dist_impl = dist_impl
+        self.chunk_size = chunk_size
+        self.bidir = bidir
+        self.rank = rank
+        self.world_size = world_size
 
     def forward(
         self,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.functional import _checks as check
-from fastjem.nn._groups import check_distributed, default_group
+from fastjem.collectives import check_distributed, default_group
+from fastjem.functional import checks
+from fastjem.nn.parts import HeldMean
 from fastjem.nn.tokens import nearest_neighbors
 
 
@@ -16,7 +17,8 @@ class _TracksHealth(nn.Module):
 
     def __init__(self, track_health: bool, track_spectrum: bool):
         super().__init__()
-        self.track_health, self.track_spectrum = track_health, track_spectrum
+        self.track_health = track_health
+        self.track_spectrum = track_spectrum
         self.health: F.Health | None = None
 
     def _new_health(self) -> F.Health | None:
@@ -45,8 +47,9 @@ class BarlowTwinsLoss(_TracksHealth):
         track_spectrum: bool = False,
     ):
         super().__init__(track_health, track_spectrum)
-        check_distributed(gather_distributed)
-        self.lambda_param, self.gather_distributed = lambda_param, gather_distributed
+        check_distributed("BarlowTwinsLoss", gather_distributed)
+        self.lambda_param = lambda_param
+        self.gather_distributed = gather_distributed
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         group = default_group(self.gather_distributed)
@@ -78,9 +81,13 @@ class VICRegLoss(_TracksHealth):
         track_spectrum: bool = False,
     ):
         super().__init__(track_health, track_spectrum)
-        check_distributed(gather_distributed)
-        self.lambda_param, self.mu_param, self.nu_param, self.eps = lambda_param, mu_param, nu_param, eps
-        self.gather_distributed, self.variance_factor = gather_distributed, variance_factor
+        check_distributed("VICRegLoss", gather_distributed)
+        self.lambda_param = lambda_param
+        self.mu_param = mu_param
+        self.nu_param = nu_param
+        self.gather_distributed = gather_distributed
+        self.eps = eps
+        self.variance_factor = variance_factor
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         options = {
@@ -94,8 +101,8 @@ class VICRegLoss(_TracksHealth):
         if z_a.dim() <= 2:
             return F.vicreg(z_a, z_b, **options, health=self._new_health())
         if z_a.shape != z_b.shape:
-            check.fail("vicreg", "z0 and z1 must have one shape", f"{tuple(z_a.shape)} and {tuple(z_b.shape)}")
-        positions = zip(*(z.flatten(1, -2).unbind(1) for z in (z_a, z_b)), strict=True)
+            checks.fail("VICRegLoss", "z_a and z_b must have one shape", f"{tuple(z_a.shape)} and {tuple(z_b.shape)}")
+        positions = zip(z_a.flatten(1, -2).unbind(1), z_b.flatten(1, -2).unbind(1), strict=True)
         return torch.stack([F.vicreg(a, b, **options) for a, b in positions]).mean()
 
 
@@ -121,15 +128,14 @@ class VICRegLLoss(nn.Module):
         num_matches: tuple[int, int] = (20, 4),
     ):
         super().__init__()
-        check_distributed(gather_distributed)
-        self.lambda_param, self.mu_param, self.nu_param, self.alpha, self.eps = (
-            lambda_param,
-            mu_param,
-            nu_param,
-            alpha,
-            eps,
-        )
-        self.gather_distributed, self.num_matches = gather_distributed, num_matches
+        check_distributed("VICRegLLoss", gather_distributed)
+        self.lambda_param = lambda_param
+        self.mu_param = mu_param
+        self.nu_param = nu_param
+        self.alpha = alpha
+        self.gather_distributed = gather_distributed
+        self.eps = eps
+        self.num_matches = num_matches
         self.vicreg_loss = VICRegLoss(lambda_param, mu_param, 0.5 * nu_param, gather_distributed, eps)
 
     def forward(
@@ -142,25 +148,32 @@ class VICRegLLoss(nn.Module):
         """0-dim. Features are pairs ([N, D], [N, H, W, D_local]) per view, grids [N, H, W, 2]."""
         if len(global_view_features) != len(global_view_grids):
             came = f"{len(global_view_features)} and {len(global_view_grids)}"
-            check.fail("vicregl", "global_view_features and global_view_grids must be as many", came)
+            checks.fail("VICRegLLoss", "global_view_features and global_view_grids must be as many", came)
         if (local_view_features is None) != (local_view_grids is None):
-            check.fail("vicregl", "local_view_features and local_view_grids must both be given or none", "one of them")
-        if local_view_features is not None and len(local_view_features) != len(local_view_grids):
-            came = f"{len(local_view_features)} and {len(local_view_grids)}"
-            check.fail("vicregl", "local_view_features and local_view_grids must be as many", came)
-        features = [*global_view_features, *(local_view_features or ())]
-        grids = [*global_view_grids, *(local_view_grids or ())]
+            checks.fail(
+                "VICRegLLoss", "local_view_features and local_view_grids must both be given or none", "one of them"
+            )
+        local_features = list(local_view_features or ())
+        local_grids = list(local_view_grids or ())
+        if len(local_features) != len(local_grids):
+            came = f"{len(local_features)} and {len(local_grids)}"
+            checks.fail("VICRegLLoss", "local_view_features and local_view_grids must be as many", came)
+        features = [*global_view_features, *local_features]
+        grids = [*global_view_grids, *local_grids]
         pairs = [(i, j) for i in range(len(global_view_features)) for j in range(len(features)) if i != j]
         if not pairs:
-            check.fail("vicregl", "there must be at least two views, one of them global", f"{len(features)}")
+            checks.fail("VICRegLLoss", "there must be at least two views, one of them global", f"{len(features)}")
         return self.alpha * self._global(features, pairs) + (1 - self.alpha) * self._local(features, grids, pairs)
 
     def _global(self, features: Sequence[tuple[Tensor, Tensor]], pairs: list[tuple[int, int]]) -> Tensor:
         invariance = torch.stack([nn.functional.mse_loss(features[i][0], features[j][0]) for i, j in pairs]).mean()
         group = default_group(self.gather_distributed)
         # vicreg of a view with itself: v / 2 and c are counted twice
-        own = {"lambda_param": 0.0, "mu_param": self.mu_param, "nu_param": self.nu_param / 2, "eps": self.eps}
-        statistics = [F.vicreg(z, z, **own, group=group) for z, _ in features]
+        nu = self.nu_param / 2
+        statistics = [
+            F.vicreg(z, z, lambda_param=0.0, mu_param=self.mu_param, nu_param=nu, eps=self.eps, group=group)
+            for z, _ in features
+        ]
         return self.lambda_param * invariance + torch.stack(statistics).mean()
 
     def _local(
@@ -178,29 +191,55 @@ class VICRegLLoss(nn.Module):
 
 
 class TiCoLoss(nn.Module):
-    """`fastjem.functional.tico` of two views [N, D]; the covariance `C` is a buffer: it moves with the module and is
-    checkpointed.
+    """`fastjem.functional.tico` of two views [N, D].
+
+    The covariance `C` [D, D] is a buffer: it moves with the module and is checkpointed. None before the first step.
 
     Args:
         beta: how much of the covariance stays at each step.
         rho: weight of the covariance.
         gather_distributed: take the global batch of all ranks.
+        defer_covariance_update: forward leaves `C`, and `step_ends`, which you call once per optimiser step, moves it
+            by all batches since the last call: with gradient accumulation as with one large batch.
     """
 
     C: Tensor | None
 
-    def __init__(self, beta: float = 0.9, rho: float = 8.0, gather_distributed: bool = False):
+    def __init__(
+        self,
+        beta: float = 0.9,
+        rho: float = 8.0,
+        gather_distributed: bool = False,
+        defer_covariance_update: bool = False,
+    ):
         super().__init__()
-        check_distributed(gather_distributed)
-        self.beta, self.rho, self.gather_distributed = beta, rho, gather_distributed
+        check_distributed("TiCoLoss", gather_distributed)
+        self.beta = beta
+        self.rho = rho
+        self.gather_distributed = gather_distributed
+        self.defer_covariance_update = defer_covariance_update
         self.register_buffer("C", None)
+        self.held: HeldMean | None = None  # made by the first batch, which tells the width
 
     def forward(self, z_a: Tensor, z_b: Tensor, update_covariance_matrix: bool = True) -> Tensor:
         group = default_group(self.gather_distributed)
         loss, covariance = F.tico(z_a, z_b, self.C, beta=self.beta, rho=self.rho, group=group)
-        if update_covariance_matrix:
+        if update_covariance_matrix and self.defer_covariance_update:
+            if self.held is None:
+                self.held = HeldMean(covariance.shape).to(covariance)
+            self.held.hold(covariance, len(z_a))
+        elif update_covariance_matrix:
             self.C = covariance
         return loss
+
+    def step_ends(self) -> None:
+        """With `defer_covariance_update`: move `C`, once for all batches since the last call."""
+        if self.held is None:
+            return
+        if self.C is None:
+            self.C = torch.zeros_like(self.held.total)
+        # Each batch held its `beta C + (1 - beta) a^T a / N`: their mean is the new C; nothing else of the old stays.
+        self.held.move(self.C, 0.0, default_group(self.gather_distributed))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         if (saved := state_dict.get(f"{prefix}C")) is not None and self.C is None:

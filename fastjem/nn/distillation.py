@@ -1,90 +1,50 @@
-"""Losses between a student's and a teacher's prototype scores: DINO, iBOT, and the centre. Arguments and defaults are
-lightly's."""
+"""Losses between a student's and a teacher's prototype scores: DINO, iBOT. Arguments and defaults are lightly's."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.nn.prototypes import everyone
+from fastjem.collectives import default_group
+from fastjem.functional.precision import loss_dtype
+from fastjem.nn.parts import Center, HeldMean, check_center_mode, move_center
 
 CENTERINGS = ("center", "sinkhorn")
 
 
-@torch.no_grad()
-def _mean_over_ranks(mean: Tensor, rows: int) -> Tensor:
-    """The mean over the rows of all ranks (batches may be uneven): one collective."""
-    if (group := everyone()) is None:
-        return mean
-    packed = torch.cat([mean.flatten() * rows, mean.new_full((1,), rows)])
-    dist.all_reduce(packed, group=group)
-    return (packed[:-1] / packed[-1]).reshape(mean.shape)
-
-
-class Center(nn.Module):
-    """DINO's centre: the moving average of the batch's mean, over all ranks where torch.distributed runs.
-
-    Args:
-        size: of the centre; the mean is taken over the dimensions that are 1 here.
-        mode: "mean".
-        momentum: what the old centre keeps.
-    """
-
-    def __init__(self, size: tuple[int, ...], mode: str = "mean", momentum: float = 0.9) -> None:
-        super().__init__()
-        _check_mode("Center", mode)
-        self.size = size
-        self.dim = tuple(i for i, s in enumerate(size) if s == 1)
-        self.center: Tensor
-        self.register_buffer("center", torch.zeros(size))
-        self.momentum = momentum
-
-    @property
-    def value(self) -> Tensor:
-        return self.center
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Move towards the mean of `x`, which has as many dimensions as the centre."""
-        count = 1
-        for i in self.dim:
-            count *= x.shape[i]
-        self.move(x.mean(self.dim, keepdim=True, dtype=self.center.dtype), count)
-
-    def move(self, mean: Tensor, rows: int) -> None:
-        """Move towards this rank's mean over so many rows, which a loss may have computed already."""
-        _move(self.center, mean, rows, self.momentum)
-
-
-@torch.no_grad()
-def _move(center: Tensor, mean: Tensor, rows: int, momentum: float) -> None:
-    mean = _mean_over_ranks(mean.to(center.dtype), rows).reshape(center.shape)
-    center.mul_(momentum).add_(mean, alpha=1 - momentum)
-
-
-def _check_mode(name: str, mode: str) -> None:
-    if mode != "mean":
-        raise ValueError(f"{name}: the centre's mode must be mean, got {mode!r}")
-
-
-def _check_centering(name: str, centering: str) -> None:
-    if centering not in CENTERINGS:
-        raise ValueError(f"{name}: centering must be one of {', '.join(CENTERINGS)}, got {centering!r}")
-
-
 class _Distillation(nn.Module):
-    """What DINO and iBOT share: the teacher's bias, and the statistics of the last batch."""
+    """What DINO and iBOT share: the teacher's bias, the statistics of the last batch, and when the centre moves."""
 
-    def __init__(self, teacher_temp: float, student_temp: float, centering: str) -> None:
+    def __init__(self, teacher_temp: float, student_temp: float, centering: str, defer_center_update: bool) -> None:
         super().__init__()
-        _check_centering(type(self).__name__, centering)
-        self.teacher_temp, self.student_temp, self.centering = teacher_temp, student_temp, centering
+        if centering not in CENTERINGS:
+            name = type(self).__name__
+            raise ValueError(f"{name}: centering must be one of {', '.join(CENTERINGS)}, got {centering!r}")
+        self.teacher_temp = teacher_temp
+        self.student_temp = student_temp
+        self.centering = centering
+        self.defer_center_update = defer_center_update
         self.statistics: F.TeacherStatistics | None = None  # of the last batch: entropy and usage tell of a collapse
 
     def _bias(self, teacher: list[Tensor], center: Tensor, temperature: float) -> Tensor:
         if self.centering == "sinkhorn":
-            return F.sinkhorn_bias(teacher, epsilon=temperature, group=everyone())
+            return F.sinkhorn_bias(teacher, epsilon=temperature, group=default_group())
         return center.flatten() / -temperature
+
+    @torch.no_grad()
+    def update_center(self, teacher_out: Tensor) -> None:
+        """Move the centre towards the mean of the teacher's scores, or hold it for `step_ends`.
+
+        A subclass may override it: `forward` calls it with all views, DINO's [V, B, K] stacked as in lightly, iBOT's
+        [M, K]. Not overridden, `forward` takes the mean that came with the loss: no pass over the scores, no stack.
+        """
+        rows = teacher_out.flatten(0, -2)
+        self._move_center(rows.mean(0, dtype=loss_dtype(rows)), len(rows))
+
+    def _is_update_center_overridden(self) -> bool:
+        return getattr(self.update_center, "__func__", None) is not _Distillation.update_center
+
+    def _move_center(self, mean: Tensor, rows: int) -> None:
+        raise NotImplementedError
 
 
 class DINOLoss(_Distillation):
@@ -92,14 +52,17 @@ class DINOLoss(_Distillation):
 
     Args:
         output_dim: K.
-        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: the teacher's temperature goes linearly from
-        the first to
-            the second over so many epochs, where forward is told the epoch.
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: the teacher's temperature goes linearly from the
+            first to the second over so many epochs, where forward is told the epoch.
         student_temp: the student's temperature.
         center_momentum, center_mode: see `Center`.
         centering: "center", or "sinkhorn" (DINOv2: 3 iterations over all teacher views together); then the centre
-        stays.
+            stays.
+        defer_center_update: forward leaves the centre, and `step_ends`, which you call once per optimiser step, moves
+            it by all batches since the last call: with gradient accumulation as with one large batch.
     """
+
+    center: Tensor
 
     def __init__(
         self,
@@ -111,11 +74,13 @@ class DINOLoss(_Distillation):
         center_momentum: float = 0.9,
         center_mode: str = "mean",
         centering: str = "center",
+        defer_center_update: bool = False,
     ) -> None:
-        super().__init__(teacher_temp, student_temp, centering)
-        _check_mode("DINOLoss", center_mode)
-        self.center: Tensor
+        super().__init__(teacher_temp, student_temp, centering, defer_center_update)
+        check_center_mode("DINOLoss", center_mode)
+        # A buffer of the loss itself, and no `Center`, because lightly's checkpoints have it so.
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
+        self.held = HeldMean((1, 1, output_dim)) if defer_center_update else None
         self.center_momentum = center_momentum
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
         self.teacher_temp_schedule = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
@@ -128,10 +93,8 @@ class DINOLoss(_Distillation):
         epoch: int | None = None,
     ) -> Tensor:
         """0-dim. Scores [B, K] of each view; views of one index are the same view. The teacher's get no gradient."""
-        if teacher_temp is None:
-            warming = epoch is not None and epoch < self.warmup_teacher_temp_epochs
-            teacher_temp = self.teacher_temp_schedule[epoch] if warming else self.teacher_temp
-        teacher, temperature = list(teacher_out), float(teacher_temp)
+        teacher = list(teacher_out)
+        temperature = self._temperature(teacher_temp, epoch)
         loss, self.statistics = F.prototype_cross_entropy(
             student_out,
             teacher,
@@ -141,19 +104,42 @@ class DINOLoss(_Distillation):
             statistics=True,
         )
         if self.centering == "center":
-            _move(self.center, self.statistics.mean, len(teacher) * len(teacher[0]), self.center_momentum)
+            if self._is_update_center_overridden():
+                self.update_center(torch.stack(teacher).detach())
+            else:
+                self._move_center(self.statistics.mean, len(teacher) * len(teacher[0]))
         return loss
+
+    def _temperature(self, teacher_temp: float | None, epoch: int | None) -> float:
+        if teacher_temp is not None:
+            return float(teacher_temp)
+        if epoch is not None and epoch < self.warmup_teacher_temp_epochs:
+            return float(self.teacher_temp_schedule[epoch])
+        return float(self.teacher_temp)
+
+    def _move_center(self, mean: Tensor, rows: int) -> None:
+        if self.held is not None:
+            self.held.hold(mean, rows)
+        else:
+            move_center(self.center, mean, rows, self.center_momentum, default_group())
+
+    def step_ends(self) -> None:
+        """With `defer_center_update`: move the centre, once for all batches since the last call."""
+        if self.held is not None:
+            self.held.move(self.center, self.center_momentum, default_group())
 
 
 class IBOTPatchLoss(_Distillation):
-    """Cross-entropy of masked patches against the teacher's sight of them (Zhou et al. 2022, arXiv 2111.07832; as in
-    DINOv2).
+    """Cross-entropy of masked patches against the teacher's sight of them, as in iBOT and DINOv2.
+
+    Zhou et al. 2022, arXiv 2111.07832.
 
     Args:
         output_dim: K.
         teacher_temp, student_temp: temperatures.
         center_mode, center_momentum: see `Center`.
         centering: "center", or "sinkhorn" (DINOv2); then the centre stays.
+        defer_center_update: see `DINOLoss`.
     """
 
     def __init__(
@@ -164,17 +150,25 @@ class IBOTPatchLoss(_Distillation):
         center_mode: str = "mean",
         center_momentum: float = 0.9,
         centering: str = "center",
+        defer_center_update: bool = False,
     ) -> None:
-        super().__init__(teacher_temp, student_temp, centering)
+        super().__init__(teacher_temp, student_temp, centering, defer_center_update)
+        check_center_mode("IBOTPatchLoss", center_mode)
         self.center = Center((1, output_dim), center_mode, center_momentum)
 
     def forward(
         self, teacher_out: Tensor, student_out: Tensor, mask: Tensor, teacher_temp: float | None = None
     ) -> Tensor:
-        """0-dim: the sum over patches of their cross-entropy / the masked patches of their image, / B.
+        """The sum over patches of their cross-entropy / the masked patches of their image, / B.
 
-        teacher_out, student_out: [M, K], the masked patches in the mask's order. mask: [B, H, W] bool, M of it true.
-        The teacher's get no gradient.
+        Args:
+            teacher_out, student_out: [M, K] scores of the masked patches, in the mask's order. The teacher's get no
+                gradient.
+            mask: [B, H, W] bool, M of it true.
+            teacher_temp: in place of the module's.
+
+        Returns:
+            0-dim float32 (float64 for float64 scores).
         """
         if mask.dim() != 3 or mask.dtype != torch.bool:
             raise ValueError(f"IBOTPatchLoss: mask must be [B, H, W] bool, got {tuple(mask.shape)} {mask.dtype}")
@@ -186,8 +180,7 @@ class IBOTPatchLoss(_Distillation):
                 "IBOTPatchLoss: the mask must have as many true entries as there are patches, "
                 f"got {int(counts.sum())} and {len(student_out)}"
             )
-        wide = torch.float64 if student_out.dtype == torch.float64 else torch.float32
-        of_image = 1 / counts.clamp_min(1).to(wide)
+        of_image = 1 / counts.clamp_min(1).to(loss_dtype(student_out))
         weights = of_image.repeat_interleave(counts, output_size=len(student_out))  # [M]
         temperature = float(self.teacher_temp if teacher_temp is None else teacher_temp)
         loss, self.statistics = F.prototype_cross_entropy(
@@ -201,5 +194,19 @@ class IBOTPatchLoss(_Distillation):
             statistics=True,
         )
         if self.centering == "center":
-            self.center.move(self.statistics.mean, len(teacher_out))
+            if self._is_update_center_overridden():
+                self.update_center(teacher_out.detach())
+            else:
+                self._move_center(self.statistics.mean, len(teacher_out))
         return loss * (weights.sum() / len(mask))
+
+    def _move_center(self, mean: Tensor, rows: int) -> None:
+        if self.defer_center_update:
+            self.center.hold(mean, rows)
+        else:
+            self.center.move(mean, rows)
+
+    def step_ends(self) -> None:
+        """With `defer_center_update`: move the centre, once for all batches since the last call."""
+        if self.defer_center_update:
+            self.center.step_ends(default_group())

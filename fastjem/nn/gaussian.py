@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.functional import _checks as check
-from fastjem.nn._groups import check_distributed, default_group
+from fastjem.collectives import check_distributed, default_group
+from fastjem.functional import checks
 
 
 class SIGReg(nn.Module):
@@ -22,32 +22,32 @@ class SIGReg(nn.Module):
         self, *, knots: int = 17, t_max: float = 3.0, num_vectors: int = 1024, gather_distributed: bool = False
     ):
         super().__init__()
-        check_distributed(gather_distributed)
+        check_distributed("SIGReg", gather_distributed)
         for name, value, least in (("knots", knots, 2), ("num_vectors", num_vectors, 1)):
             if value < least:
-                check.fail("sigreg", f"{name} must be at least {least}", value)
-        check.positive("sigreg", t_max=t_max)
-        self.knots, self.t_max, self.num_vectors, self.gather_distributed = (
-            knots,
-            t_max,
-            num_vectors,
-            gather_distributed,
-        )
+                checks.fail("SIGReg", f"{name} must be at least {least}", value)
+        checks.positive("SIGReg", t_max=t_max)
+        self.knots = knots
+        self.t_max = t_max
+        self.num_vectors = num_vectors
+        self.gather_distributed = gather_distributed
         t = torch.linspace(0, t_max, knots)
-        phi, weights = torch.exp(-t.square() / 2), torch.full((knots,), 2 * t_max / (knots - 1))
+        phi = torch.exp(-t.square() / 2)
+        weights = torch.full((knots,), 2 * t_max / (knots - 1))
         weights[[0, -1]] /= 2
-        # for checkpoints of lightly's; the loss computes them as it goes
+        # These are here for lightly's checkpoints: the loss computes them as it goes.
         self.register_buffer("t", t)
         self.register_buffer("phi", phi)
         self.register_buffer("weights", weights * phi)
 
-    def _directions(self, proj: Tensor) -> Tensor:
+    def directions(self, proj: Tensor) -> Tensor:
+        """[D, num_vectors] fresh random unit columns for embeddings [..., D], on every rank the same."""
         return F.random_directions(proj.shape[-1], self.num_vectors, proj, default_group(self.gather_distributed))
 
     def forward(self, proj: Tensor) -> Tensor:
         proj = proj.flatten(0, -3) if proj.dim() > 3 else proj
         group = default_group(self.gather_distributed)
-        return F.sigreg(proj, self._directions(proj), knots=self.knots, t_max=self.t_max, group=group)
+        return F.sigreg(proj, self.directions(proj), knots=self.knots, t_max=self.t_max, group=group)
 
 
 class LeJEPALoss(nn.Module):
@@ -69,7 +69,7 @@ class LeJEPALoss(nn.Module):
     ):
         super().__init__()
         if not 0 <= lambda_param <= 1:
-            check.fail("lejepa", "lambda_param must be in [0, 1]", lambda_param)
+            checks.fail("LeJEPALoss", "lambda_param must be in [0, 1]", lambda_param)
         self.lambda_param = lambda_param
         self.sigreg = SIGReg(
             knots=sigreg_knots,
@@ -83,7 +83,7 @@ class LeJEPALoss(nn.Module):
         return F.lejepa(
             local_proj,
             global_proj,
-            self.sigreg._directions(global_proj),
+            self.sigreg.directions(global_proj),
             lambda_param=self.lambda_param,
             knots=self.sigreg.knots,
             t_max=self.sigreg.t_max,

@@ -1,5 +1,7 @@
-"""Which patches a transformer doesn't see. Names, arguments and defaults as in lightly; the same seeds give the same
-masks."""
+"""Which patches a transformer doesn't see.
+
+Names, arguments and defaults are lightly's; the same seeds give the same masks.
+"""
 
 import math
 import random
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastjem.functional import _checks as check
+from fastjem.functional import checks
 
 Device = torch.device | str | None
 
@@ -36,7 +38,7 @@ def _square(op: str, length: int, prefix: int) -> int:
     patches = length - prefix
     side = math.isqrt(max(patches, 0))
     if patches < 1 or side * side != patches:
-        check.fail(op, f"sequence_length must be num_prefix_tokens = {prefix} and a square of patches", length)
+        checks.fail(op, f"sequence_length must be num_prefix_tokens = {prefix} and a square of patches", length)
     return side
 
 
@@ -56,7 +58,7 @@ def random_grid_token_mask(
     batch, length = size
     side = _square("random_grid_token_mask", length, num_prefix_tokens)
     if side % grid_size:
-        check.fail("random_grid_token_mask", f"the patches' side {side} must be a multiple of grid_size", grid_size)
+        checks.fail("random_grid_token_mask", f"the patches' side {side} must be a multiple of grid_size", grid_size)
     cells = side // grid_size
     patches = torch.arange(side * side, device=device).reshape(cells, grid_size, cells, grid_size)
     patches = patches.transpose(1, 2).reshape(cells * cells, grid_size**2)  # of each cell
@@ -81,13 +83,16 @@ def random_inverse_block_mask(
     roll: bool = True,
     device: Device = None,
 ) -> tuple[Tensor, Tensor]:
-    """Indices kept and masked, where one rectangle of random aspect ratio is kept, rolled around the edges (CAPI,
-    arXiv 2502.08769)."""
+    """Indices kept and masked, [B, kept] and [B, L - kept]: one rectangle of random aspect ratio is kept.
+
+    With `roll` it is rolled around the edges (CAPI, arXiv 2502.08769).
+    """
     batch, length = size
     side = _square("random_inverse_block_mask", length, num_prefix_tokens)
     patches = side * side
     seen = patches - int(patches * mask_ratio)
-    low, high = math.log(min_aspect), math.log(max_aspect or 1 / min_aspect)
+    low = math.log(min_aspect)
+    high = math.log(max_aspect or 1 / min_aspect)
     visible = torch.zeros(batch, side, side, dtype=torch.bool)
     for grid in visible:
         if seen == patches:
@@ -121,8 +126,7 @@ def random_block_mask(
     max_attempts_per_block: int = 10,
     device: Device = None,
 ) -> Tensor:
-    """[B, H, W], true where masked: rectangles in a part of the images, each image with a share of its own (iBOT,
-    DINOv2).
+    """[B, H, W], true where masked: rectangles in a part of the images, in each another share (iBOT, DINOv2).
 
     Drawn with Python's `random` on the host and moved to the device once.
 
@@ -140,7 +144,7 @@ def random_block_mask(
     """
     if max_image_mask_ratio < min_image_mask_ratio:
         came = f"{max_image_mask_ratio} and {min_image_mask_ratio}"
-        check.fail("random_block_mask", "max_image_mask_ratio must be at least min_image_mask_ratio", came)
+        checks.fail("random_block_mask", "max_image_mask_ratio must be at least min_image_mask_ratio", came)
     batch, height, width = size
     count = int(batch * batch_mask_ratio)
     shares = torch.linspace(min_image_mask_ratio, max_image_mask_ratio, count + 1).tolist()
@@ -197,7 +201,7 @@ def _blocks(
     max_aspect = 1 / min_aspect if max_aspect is None else max_aspect
     for name, high, low in (("num_masks_per_block", most, least), ("block_aspect_ratio", max_aspect, min_aspect)):
         if high < low:
-            check.fail("random_block_mask", f"max_{name} must be at least min_{name}", f"{high} and {low}")
+            checks.fail("random_block_mask", f"max_{name} must be at least min_{name}", f"{high} and {low}")
     mask = np.zeros(size, dtype=bool)
     masked = 0
     while masked < wanted:
@@ -205,10 +209,12 @@ def _blocks(
         for _ in range(attempts):
             area = random.uniform(least, room)
             aspect = math.exp(random.uniform(math.log(min_aspect), math.log(max_aspect)))
-            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            height = round(math.sqrt(area * aspect))
+            width = round(math.sqrt(area / aspect))
             if height >= size[0] or width >= size[1]:
                 continue
-            top, left = random.randint(0, size[0] - height), random.randint(0, size[1] - width)
+            top = random.randint(0, size[0] - height)
+            left = random.randint(0, size[1] - width)
             block = mask[top : top + height, left : left + width]
             new = block.size - int(block.sum())
             if 0 < new <= room:

@@ -3,17 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastjem import functional as F
-from fastjem.functional._collectives import gather_rows
-
-
-def default_group(gather_distributed: bool) -> dist.ProcessGroup | None:
-    """All ranks, where there are several and they are asked for."""
-    several = gather_distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return dist.group.WORLD if several else None
+import fastjem.functional as F
+from fastjem.collectives import default_group, gather_rows
+from fastjem.nn.parts import HeldRows, push_rows
 
 
 class MemoryBankModule(nn.Module):
@@ -26,14 +20,23 @@ class MemoryBankModule(nn.Module):
         size: (number of rows, dimension), or 0: no memory bank.
         gather_distributed: enqueue the rows of all ranks, so that every rank has the same bank.
         feature_dim_first: `forward` returns the bank as [dimension, number of rows].
+        rows_per_step: how many rows (of all ranks, if they are gathered) are enqueued in an optimiser's step at most;
+            they are then held, and `step_ends`, which you call once per step, moves them into the bank. So gradient
+            accumulation is like one large batch: no batch has its step's rows as negatives. 0: at once.
     """
 
     bank: Tensor
     bank_ptr: Tensor
 
-    def __init__(self, size: int | Sequence[int], gather_distributed: bool = False, feature_dim_first: bool = True):
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        gather_distributed: bool = False,
+        feature_dim_first: bool = True,
+        rows_per_step: int = 0,
+    ):
         super().__init__()
-        self.size = (size,) if isinstance(size, int) else tuple(size)
+        self.size: tuple[int, ...] = (size,) if isinstance(size, int) else tuple(size)
         if any(x < 0 for x in self.size):
             raise ValueError(f"Illegal memory bank size {size}, all entries must be non-negative.")
         if isinstance(size, int) and size > 0:
@@ -52,12 +55,12 @@ class MemoryBankModule(nn.Module):
         bank = nn.functional.normalize(torch.randn(self.size), dim=-1) if used else torch.empty(self.size)
         self.register_buffer("bank", bank, persistent=used)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=used)
+        self.held = HeldRows(min(rows_per_step, self.size[0]), self.size[-1]) if used and rows_per_step else None
 
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The output, and the bank as it was before the update: a view, or with `update` a copy. `labels` is
-        ignored."""
+        """The output, and the bank as it was before the update: a view, or with `update` a copy. Labels are ignored."""
         if self.size[0] == 0:
             return output, None
         bank = self.bank
@@ -68,23 +71,30 @@ class MemoryBankModule(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, batch: Tensor) -> None:
-        """Replace the oldest rows. Nothing waits for the device."""
+        """Replace the oldest rows (with `rows_per_step`, when the step ends). Nothing waits for the device."""
         group = default_group(self.gather_distributed)
         if group is not None:
             batch, _ = gather_rows(batch, group)
-        size = self.size[0]
-        skipped = max(len(batch) - size, 0)  # rows that later ones of the same batch would replace
-        batch = batch.detach()[skipped:].to(self.bank.dtype)
-        at = (self.bank_ptr + skipped + torch.arange(len(batch), device=self.bank.device)) % size
-        self.bank.index_copy_(0, at, batch.to(self.bank.device))
-        self.bank_ptr.add_(skipped + len(batch)).remainder_(size)
+        if self.held is not None:
+            self.held.hold(batch)
+        else:
+            push_rows(self.bank, self.bank_ptr, batch)
+
+    def step_ends(self) -> None:
+        """With `rows_per_step`: enqueue the rows held since the last call."""
+        if self.held is not None:
+            self.held.push_into(self.bank, self.bank_ptr)
 
 
 class NNMemoryBankModule(MemoryBankModule):
-    """The nearest neighbours of its input in a memory bank (NNCLR, Dwibedi et al. 2021, arXiv 2104.14548)."""
+    """The nearest neighbours of its input in a memory bank (NNCLR, Dwibedi et al. 2021, arXiv 2104.14548).
 
-    def __init__(self, size: int | Sequence[int]):
-        super().__init__(size)
+    Args:
+        size, rows_per_step: see `MemoryBankModule`.
+    """
+
+    def __init__(self, size: int | Sequence[int], rows_per_step: int = 0):
+        super().__init__(size, rows_per_step=rows_per_step)
 
     def forward(self, output: Tensor, update: bool = False) -> Tensor:  # type: ignore[override]
         """For each row the row of the bank of the highest cosine, as it was enqueued; then enqueue, with `update`."""

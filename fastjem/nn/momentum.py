@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastjem.functional import _checks as check
-from fastjem.functional import ema_update_
+from fastjem.functional import checks, ema_update_
 
 BUFFERS = ("leave", "copy", "average")
 
@@ -26,15 +25,16 @@ def update_momentum(model: nn.Module, model_ema: nn.Module, m: float | Tensor, *
         ValueError: if the models differ, or for a half-precision copy, in which updates round to nothing.
     """
     if buffers not in BUFFERS:
-        check.fail("update_momentum", f"buffers must be one of {', '.join(BUFFERS)}", repr(buffers))
-    teacher, student = list(model_ema.parameters()), list(model.parameters())
+        checks.fail("update_momentum", f"buffers must be one of {', '.join(BUFFERS)}", repr(buffers))
+    teacher: list[Tensor] = list(model_ema.parameters())
+    student: list[Tensor] = list(model.parameters())
     if buffers != "leave":
         pairs = list(zip(model_ema.buffers(), model.buffers(), strict=True))
-        averaged = [pair for pair in pairs if buffers == "average" and pair[0].is_floating_point()]
-        teacher += [ours for ours, _ in averaged]
-        student += [theirs for _, theirs in averaged]
         for ours, theirs in pairs:
-            if buffers == "copy" or not ours.is_floating_point():
+            if buffers == "average" and ours.is_floating_point():
+                teacher.append(ours)
+                student.append(theirs)
+            else:
                 ours.copy_(theirs)
     ema_update_(teacher, student, m)
 
@@ -72,7 +72,8 @@ def get_weight_decay_parameters(
     norm_layers: tuple[type[nn.Module], ...] = NORMS,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters that weight decay is for, and those it isn't for: norms' and biases, unless asked for."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in modules:
         for part in module.modules():
             norm = isinstance(part, norm_layers)

@@ -15,7 +15,8 @@ class NegativeCosineSimilarity(nn.Module):
 
     def __init__(self, dim: int = 1, eps: float = 1e-8):
         super().__init__()
-        self.dim, self.eps = dim, eps
+        self.dim = dim
+        self.eps = eps
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
         if x0.dim() != 2 or self.dim not in (1, -1):

@@ -3,22 +3,18 @@
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fastjem.functional as F
-
-
-def everyone() -> dist.ProcessGroup | None:
-    """The group of all ranks where torch.distributed runs."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+from fastjem.collectives import check_distributed, default_group
+from fastjem.functional.precision import loss_dtype, without_autocast
+from fastjem.nn.parts import MLP, init_as_vision_transformer
 
 
 def sinkhorn(out: Tensor, iterations: int = 3, epsilon: float = 0.05, gather_distributed: bool = False) -> Tensor:
-    """Sinkhorn codes of prototype scores [B, K] (see `fastjem.functional.sinkhorn`), over all ranks if
-    `gather_distributed`."""
-    return F.sinkhorn(out, epsilon=epsilon, iterations=iterations, group=everyone() if gather_distributed else None)
+    """`fastjem.functional.sinkhorn` of prototype scores [B, K], over all ranks if `gather_distributed`."""
+    return F.sinkhorn(out, epsilon=epsilon, iterations=iterations, group=default_group(gather_distributed))
 
 
 class SwaVLoss(nn.Module):
@@ -38,10 +34,7 @@ class SwaVLoss(nn.Module):
         sinkhorn_gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        if sinkhorn_gather_distributed and not dist.is_available():
-            raise ValueError(
-                "SwaVLoss: sinkhorn_gather_distributed needs a torch with torch.distributed, got one without"
-            )
+        check_distributed("SwaVLoss", sinkhorn_gather_distributed, "sinkhorn_gather_distributed")
         self.temperature = temperature
         self.sinkhorn_iterations = sinkhorn_iterations
         self.sinkhorn_epsilon = sinkhorn_epsilon
@@ -53,15 +46,20 @@ class SwaVLoss(nn.Module):
         low_resolution_outputs: list[Tensor],
         queue_outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """0-dim. Scores [B, K] of each crop; `queue_outputs`, one [Q, K] per high-resolution crop, count in its
-        Sinkhorn alone."""
-        high, low = list(high_resolution_outputs), list(low_resolution_outputs)
+        """0-dim.
+
+        Args:
+            high_resolution_outputs, low_resolution_outputs: scores [B, K] of each crop.
+            queue_outputs: one [Q, K] per high-resolution crop, which counts in the crop's Sinkhorn alone.
+        """
+        high = list(high_resolution_outputs)
+        low = list(low_resolution_outputs)
         if queue_outputs is not None and len(queue_outputs) != len(high):
             raise ValueError(
                 "SwaVLoss: queue_outputs must be one for each high-resolution crop, "
                 f"got {len(queue_outputs)} for {len(high)}"
             )
-        group = everyone() if self.sinkhorn_gather_distributed else None
+        group = default_group(self.sinkhorn_gather_distributed)
         bias = [
             F.sinkhorn_bias(
                 crop if queue_outputs is None else [crop, queue_outputs[i]],
@@ -103,8 +101,7 @@ class MSNLoss(nn.Module):
             raise ValueError(f"MSNLoss: temperature must be in (0, inf), got {temperature}")
         if sinkhorn_iterations < 0:
             raise ValueError(f"MSNLoss: sinkhorn_iterations must be at least 0, got {sinkhorn_iterations}")
-        if gather_distributed and not dist.is_available():
-            raise ValueError("MSNLoss: gather_distributed needs a torch with torch.distributed, got one without")
+        check_distributed("MSNLoss", gather_distributed)
         self.temperature = temperature
         self.sinkhorn_iterations = sinkhorn_iterations
         self.regularization_weight = regularization_weight
@@ -118,10 +115,9 @@ class MSNLoss(nn.Module):
             raise ValueError(
                 f"MSNLoss: anchors must be whole views of the {len(targets)} targets, got {len(anchors)} rows"
             )
-        group = everyone() if self.gather_distributed else None
-        device = anchors.device.type
-        with torch.autocast(device, enabled=False):
-            wide = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+        group = default_group(self.gather_distributed)
+        with without_autocast(anchors):
+            wide = loss_dtype(anchors)
             anchors, targets, prototypes = (functional.normalize(x.to(wide)) for x in (anchors, targets, prototypes))
             views = (anchors @ prototypes.T).split(len(targets))  # V x [B, K]
             teacher = targets.detach() @ prototypes.detach().T
@@ -146,12 +142,17 @@ class MSNLoss(nn.Module):
 
 
 class KoLeoLoss(nn.Module):
-    """Spreads a batch by the distance of each row to its nearest (see `fastjem.functional.koleo`); lightly's
-    arguments."""
+    """`fastjem.functional.koleo` of [N, D]: spreads a batch by the distance of each row to its nearest.
+
+    Args:
+        p: the norm's degree.
+        eps: see `fastjem.functional.koleo`.
+    """
 
     def __init__(self, p: float = 2, eps: float = 1e-8) -> None:
         super().__init__()
-        self.p, self.eps = p, eps
+        self.p = p
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.koleo(x, p=self.p, eps=self.eps)
@@ -188,7 +189,8 @@ class SwaVPrototypes(nn.Module):
     def normalize(self) -> None:
         """Prototypes of unit length. A prototype of zeros stays."""
         for head in self.heads:
-            head.weight.copy_(functional.normalize(head.weight))
+            weight = head.get_parameter("weight")
+            weight.copy_(functional.normalize(weight))
 
 
 class _WeightNormLinear(nn.Module):
@@ -209,8 +211,9 @@ class _WeightNormLinear(nn.Module):
 
 
 class DINOProjectionHead(nn.Module):
-    """Three linear layers with GELU, L2 normalisation, and weight-normalised prototypes (Caron et al. 2021, arXiv
-    2104.14294).
+    """Three linear layers with GELU, L2 normalisation, and weight-normalised prototypes: DINO's head.
+
+    Caron et al. 2021, arXiv 2104.14294.
 
     Args:
         input_dim, hidden_dim, bottleneck_dim, output_dim: widths; output_dim is K.
@@ -230,17 +233,9 @@ class DINOProjectionHead(nn.Module):
         norm_last_layer: bool = True,
     ) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for width in (input_dim, hidden_dim):
-            layers.append(nn.Linear(width, hidden_dim, bias=not batch_norm))
-            layers += [nn.BatchNorm1d(hidden_dim)] * batch_norm
-            layers.append(nn.GELU())
-        self.layers = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        norm = "batch" if batch_norm else "none"
+        self.layers = MLP(input_dim, hidden_dim, hidden_dim, bottleneck_dim, norm=norm, activation=nn.GELU)
+        init_as_vision_transformer(self.layers)
         self.freeze_last_layer = freeze_last_layer
         self.last_layer = _WeightNormLinear(bottleneck_dim, output_dim)
         self.last_layer.weight_g.requires_grad = not norm_last_layer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.functional import _checks as check
+from fastjem.functional import checks
 
 
 class EMPSSLLoss(nn.Module):
@@ -21,7 +21,8 @@ class EMPSSLLoss(nn.Module):
 
     def __init__(self, tcr_eps: float = 0.2, inv_coef: float = 200.0):
         super().__init__()
-        self.tcr_eps, self.inv_coef = tcr_eps, inv_coef
+        self.tcr_eps = tcr_eps
+        self.inv_coef = inv_coef
 
     def forward(self, z_views: Sequence[Tensor]) -> Tensor:
         return F.emp_ssl(torch.stack(list(z_views)), eps=self.tcr_eps, invariance=self.inv_coef)
@@ -37,7 +38,7 @@ class MMCRLoss(nn.Module):
     def __init__(self, lmda: float = 5e-3):
         super().__init__()
         if lmda < 0:
-            check.fail("mmcr", "lmda must not be negative", lmda)
+            checks.fail("MMCRLoss", "lmda must not be negative", lmda)
         self.lmda = lmda
 
     def forward(self, online: Tensor, momentum: Tensor) -> Tensor:
@@ -74,10 +75,15 @@ class Whitening2d(nn.Module):
         eps: shrinks the covariance to the identity.
     """
 
+    running_mean: Tensor
+    running_variance: Tensor
+
     def __init__(self, num_features: int, momentum: float = 0.01, track_running_stats: bool = True, eps: float = 0):
         super().__init__()
-        self.num_features, self.momentum, self.eps = num_features, momentum, eps
+        self.num_features = num_features
+        self.momentum = momentum
         self.track_running_stats = track_running_stats
+        self.eps = eps
         if track_running_stats:
             self.register_buffer("running_mean", torch.zeros(1, num_features, 1, 1))
             self.register_buffer("running_variance", torch.eye(num_features))
@@ -120,23 +126,26 @@ class WMSELoss(nn.Module):
         super().__init__()
         self.whitening = Whitening2d(embedding_dim, momentum, track_running_stats, eps)
         if w_size < 2 * embedding_dim:
-            check.fail("w_mse", f"w_size must be at least twice embedding_dim = {embedding_dim}", w_size)
-        self.w_iter, self.w_size, self.loss_f, self.num_samples = w_iter, w_size, loss_fn, num_samples
+            checks.fail("WMSELoss", f"w_size must be at least twice embedding_dim = {embedding_dim}", w_size)
+        self.w_iter = w_iter
+        self.w_size = w_size
+        self.loss_f = loss_fn
+        self.num_samples = num_samples
         self.num_pairs = num_samples * (num_samples - 1) // 2
 
     def forward(self, input: Tensor) -> Tensor:
         """0-dim, of [num_samples B, D]: all first views, then all second ones, ..."""
         if len(input) % self.num_samples:
             raise RuntimeError(
-                f"w_mse: input must be a multiple of num_samples = {self.num_samples} rows, got {len(input)}"
+                f"WMSELoss: input must be a multiple of num_samples = {self.num_samples} rows, got {len(input)}"
             )
         views = input.unflatten(0, (self.num_samples, -1))  # [V, B, D]
         batch = views.shape[1]
         if batch < self.w_size or batch % self.w_size:
-            check.fail("w_mse", f"the batch must be a multiple of w_size = {self.w_size} images", batch)
+            checks.fail("WMSELoss", f"the batch must be a multiple of w_size = {self.w_size} images", batch)
         losses = []
         for _ in range(self.w_iter):
-            # the sub-batches stay together: the loss is a mean over images, whose order doesn't matter
+            # The sub-batches stay together: the loss is a mean over images, whose order doesn't matter.
             order = torch.randperm(batch).view(-1, self.w_size).to(input.device, non_blocking=True)
             parts = [[self.whitening(view[some]) for view in views] for some in order]
             whitened = [torch.cat(view) for view in zip(*parts, strict=True)]

@@ -1,5 +1,4 @@
-"""Tokens of transformers: selection, masks, patches; and nearest neighbours among local features. Names as in
-lightly."""
+"""Tokens of transformers: selection, masks, patches; nearest neighbours among local features. Names as in lightly."""
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ def select_most_similar(x: Tensor, y: Tensor, y_values: Tensor) -> Tensor:
 
 
 def repeat_interleave_batch(x: Tensor, B: int, repeat: int) -> Tensor:
-    """[n B, ...] -> [n repeat B, ...]: each batch of B `repeat` times, one after another."""
+    """[n B, ...] -> [n repeat B, ...]: each batch of B rows `repeat` times, one after another."""
     return x.unflatten(0, (-1, B)).repeat_interleave(repeat, 0).flatten(0, 1)
 
 
@@ -87,16 +86,13 @@ def nearest_neighbors(
     distances: Tensor,  # [N, P, Q]
     num_matches: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """The `num_matches` inputs that are nearest to a candidate, nearest first, and that candidate of each: [N,
-    matches, D] both.
+    """The `num_matches` inputs that are nearest to a candidate, nearest first, and that candidate of each.
 
-    None or more than there are: all of them.
+    Both [N, matches, D]. num_matches: None, negative or more than there are: all of them.
     """
     count = distances.shape[1]
-    if num_matches is not None and num_matches >= 0:  # -1: all
+    if num_matches is not None and num_matches >= 0:
         count = min(count, num_matches)
     nearest, candidate = distances.min(2)  # [N, P]
     chosen = nearest.topk(count, dim=1, largest=False).indices  # [N, matches]
-    candidate = candidate.gather(1, chosen)
-    take = lambda maps, index: maps.gather(1, index[..., None].expand(-1, -1, maps.shape[2]))  # noqa: E731
-    return take(input_maps, chosen), take(candidate_maps, candidate)
+    return get_at_index(input_maps, chosen), get_at_index(candidate_maps, candidate.gather(1, chosen))

@@ -71,6 +71,8 @@ def triton_launcher(name: str) -> tuple[Callable | None, str]:
     """
     if not OPERATORS[name].gpu:
         return None, "no Triton kernel yet"
+    if torch.version.hip:  # ROCm's devices come under the CUDA key too, and no kernel was ever tried on one
+        return None, "Triton kernels are for CUDA, and this torch is a build for ROCm"
     if importlib.util.find_spec("triton") is None:
         return None, "triton is not installed"
 

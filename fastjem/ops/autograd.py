@@ -13,7 +13,7 @@ ops = torch.ops.fastjem
 
 
 def refuse_second_order(name: str) -> None:
-    # autograd's once_differentiable would let a constant pass, if the upstream gradient requires none
+    # autograd's once_differentiable would let a constant pass where the upstream gradient requires none
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: differentiable once only, got create_graph=True")
 
@@ -35,8 +35,6 @@ class _OnePass(torch.autograd.Function):
         ctx.save_for_backward(scale, *gradients)
         ctx.name = name
         ctx.wanted = wanted
-        if not statistics:
-            return loss
         ctx.mark_non_differentiable(*statistics)
         return loss, *statistics
 
@@ -50,12 +48,18 @@ class _OnePass(torch.autograd.Function):
 
 
 class _TwoPasses(torch.autograd.Function):
-    """The loss is there already; its gradient, for the one tensor `x`, is computed in backward by a second operator."""
+    """The loss is there already; its gradient, for the one tensor `x`, is computed in backward by a second operator.
+
+    `places` says which of the tensors (x first, each of them once) is which argument of that operator.
+    """
 
     @staticmethod
-    def forward(ctx, name: str, arguments: tuple, scale: float, loss: Tensor, x: Tensor, *saved: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *saved)
+    def forward(
+        ctx, name: str, places: list[int], arguments: tuple, scale: float, loss: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
         ctx.name = name
+        ctx.places = places
         ctx.arguments = arguments
         ctx.scale = scale
         return loss.clone()
@@ -63,9 +67,10 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order(ctx.name)
-        gradient = getattr(ops, ctx.name)(*ctx.saved_tensors, *ctx.arguments)
+        tensors = ctx.saved_tensors
+        gradient = getattr(ops, ctx.name)(*(tensors[place] for place in ctx.places), *ctx.arguments)
         ops.rescale_(gradient, upstream * ctx.scale)
-        return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
+        return None, None, None, None, None, gradient, *[None] * (len(tensors) - 1)
 
 
 class _Known(torch.autograd.Function):
@@ -101,16 +106,22 @@ def _call(
     return result if len(result) == 4 else (*result, [])
 
 
-def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor | tuple[Tensor, ...]:
+def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor:
     """The loss `name(*inputs, *arguments)`, differentiable for `inputs`; `listed`: the operator takes them as Tensor[].
 
-    Gradients are asked for only where grad mode is on and the input requires one. Where the operator returns
-    statistics too, they follow the loss and are constants.
+    Gradients are asked for only where grad mode is on and the input requires one.
     """
+    return one_pass_with_statistics(name, inputs, *arguments, listed=listed)[0]
+
+
+def one_pass_with_statistics(
+    name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False
+) -> tuple[Tensor, ...]:
+    """The loss of `one_pass`, and behind it what statistics the operator was asked for: constants."""
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
     if not any(wanted):
         loss, _, _, statistics = _call(name, wanted, listed, arguments, inputs)
-        return (loss, *statistics) if statistics else loss
+        return loss, *statistics
     return _OnePass.apply(name, wanted, listed, arguments, *inputs)
 
 
@@ -121,8 +132,24 @@ def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence
     return _Known.apply(name, loss, tuple(factors), tuple(gradients), *inputs)
 
 
-def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor], *arguments, scale: float) -> Tensor:
+def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None], *arguments, scale: float) -> Tensor:
     """`loss`, with the gradient for `x` being `scale * name(x, *saved, *arguments)`."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return loss
-    return _TwoPasses.apply(name, arguments, scale, loss, x, *saved)
+    tensors, places = _each_once([x, *saved])
+    return _TwoPasses.apply(name, places, arguments, scale, loss, *tensors)
+
+
+def _each_once(given: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
+    """The tensors without repetitions, and the place of each given one among them.
+
+    torch.compile (2.15) refuses an autograd Function that is given the same tensor twice.
+    """
+    tensors: list[Tensor | None] = []
+    places = []
+    for tensor in given:
+        place = next((i for i, known in enumerate(tensors) if tensor is known), len(tensors))
+        if place == len(tensors):
+            tensors.append(tensor)
+        places.append(place)
+    return tensors, places

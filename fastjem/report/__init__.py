@@ -1,4 +1,4 @@
-"""`report.html`: what a run did, on one page that needs nothing beside itself; and the views that a recipe makes.
+"""`report.html`: what a run did, on one page that needs nothing beside itself.
 
     fastjem.report.write("runs/a")                       # runs/a/report.html
     fastjem.report.compare(["runs/a", "runs/b"], "comparison.html")
@@ -8,7 +8,6 @@ what `Watch` leaves there during the run: `environment.json`, `knn.jsonl`, `embe
 """
 
 from fastjem.report.page import compare, write
-from fastjem.report.views import draw_views
 from fastjem.report.watch import Watch
 
-__all__ = ["Watch", "compare", "draw_views", "write"]
+__all__ = ["Watch", "compare", "write"]

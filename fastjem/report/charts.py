@@ -11,9 +11,10 @@ import numpy as np
 from fastjem.report.run import Run
 
 POINTS = 400  # a curve is drawn through so many at most
-INK, FAINT = "#0a0a01", "#0a0a02"  # stand for the page's variables --ink and --line
-RUN = "#0a0b{:02x}"  # stands for --run0, --run1, ...
-STYLES = ("-", "--", ":")
+# matplotlib takes no CSS variables: it draws in these colours, and `themed` puts the page's variables in their place.
+INK, FAINT = "#0a0a01", "#0a0a02"  # --ink, --line
+RUN = "#0a0b{:02x}"  # --run0, --run1, ...
+STYLES = ("-", "--", ":")  # of the keys of a quantity
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,13 @@ QUANTITIES = (
 def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(x, mean, lowest, highest) of at most `points` runs of neighbours; the last one ends where the curve ends."""
     parts = [part for part in np.array_split(np.arange(len(x)), min(points, len(x))) if len(part)]
-    at = np.array([x[part[-1]] for part in parts])
-    return at, *(np.array([f(y[part]) for part in parts]) for f in (np.mean, np.min, np.max))
+    ends = np.array([x[part[-1]] for part in parts])
+    mean, lowest, highest = (np.array([f(y[part]) for part in parts]) for f in (np.mean, np.min, np.max))
+    return ends, mean, lowest, highest
 
 
 def series(run: Run, quantity: Quantity, key: str, epochs: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(steps or epochs, figures) of the rows that have a figure of that name."""
     rows = run.knn if quantity.knn else run.rows
     found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
     x, y = np.array(found, float).reshape(-1, 2).T
@@ -100,13 +103,21 @@ def series(run: Run, quantity: Quantity, key: str, epochs: bool) -> tuple[np.nda
 
 def in_epochs(runs: Sequence[Run]) -> bool:
     """Steps, unless all runs know their epochs and one has more than two of them."""
-    last = [run.rows[-1]["step"] / run.steps_per_epoch for run in runs if run.rows and run.steps_per_epoch]
-    return all(run.steps_per_epoch for run in runs) and max(last, default=0) > 2
+    lengths = [run.rows[-1]["step"] / run.steps_per_epoch for run in runs if run.rows and run.steps_per_epoch]
+    return all(run.steps_per_epoch for run in runs) and max(lengths, default=0) > 2
 
 
-def chart(quantity: Quantity, runs: Sequence[Run]) -> str | None:
-    """The SVG, or None where no run has such figures."""
-    epochs = in_epochs(runs)
+@dataclass(frozen=True)
+class Curve:
+    colour: str
+    style: str
+    name: str  # "" where a quantity has one key only
+    x: np.ndarray  # [N] steps or epochs
+    y: np.ndarray  # [N]
+
+
+def curves_of(quantity: Quantity, runs: Sequence[Run], epochs: bool) -> list[Curve]:
+    """A curve for each run and key that has figures; none where they don't vary and that says nothing."""
     curves = []
     for i, run in enumerate(runs):
         if quantity.teacher and not run.has_teacher:
@@ -114,14 +125,22 @@ def chart(quantity: Quantity, runs: Sequence[Run]) -> str | None:
         for style, (key, name) in zip(STYLES, quantity.keys.items(), strict=False):
             x, y = series(run, quantity, key, epochs)
             if len(x):
-                curves.append((RUN.format(i), style, name, x, y))
-    if not curves or (quantity.if_it_varies and len({value for *_, y in curves for value in y}) == 1):
+                curves.append(Curve(RUN.format(i), style, name, x, y))
+    if quantity.if_it_varies and len({value for curve in curves for value in curve.y}) == 1:
+        return []
+    return curves
+
+
+def chart(quantity: Quantity, runs: Sequence[Run]) -> str | None:
+    """The SVG, or None where no run has such figures."""
+    epochs = in_epochs(runs)
+    curves = curves_of(quantity, runs, epochs)
+    if not curves:
         return None
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none", "svg.hashsalt": quantity.title, "font.family": "sans-serif", "font.size": 9,
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": FAINT,
         "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False,
@@ -129,36 +148,48 @@ def chart(quantity: Quantity, runs: Sequence[Run]) -> str | None:
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = figure.add_subplot()
-        axes.grid(color=FAINT, linewidth=0.5)
-        for colour, style, _, x, y in curves:
-            at, mean, low, high = thin(x, y)
-            if len(runs) == 1 and len(x) > POINTS:
-                axes.fill_between(at, low, high, color=colour, alpha=0.25, linewidth=0)
-            marker = "o" if len(at) <= 30 else None
-            axes.plot(at, mean, style, color=colour, linewidth=1.5, marker=marker, markersize=3)
+        for curve in curves:
+            _draw(axes, curve, spread=len(runs) == 1)
         if quantity.knn:
-            guess = {100 / row["classes"] for run in runs for row in run.knn}
-            for share in sorted(guess):
-                axes.axhline(share, color=INK, linewidth=1, linestyle=":")
-        if quantity.from_zero:
-            axes.set_ylim(bottom=0)
-        axes.set_xlabel("epoch" if epochs else "step")
-        axes.set_ylabel(quantity.unit)
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlim(0, max(x[-1] for *_, x, _ in curves) * 1.02 or 1)
-        if len({name for _, _, name, _, _ in curves}) > 1:
-            legend: dict[str, Any] = {}
-            for line, (_, style, name, _, _) in zip(axes.get_lines(), curves, strict=False):
-                legend.setdefault(name, (line, style))
-            lines = [
-                matplotlib.lines.Line2D([], [], color=INK, linestyle=style, linewidth=1.5)
-                for _, style in legend.values()
-            ]
-            figure.legend(lines, list(legend), loc="outside upper right", ncols=len(legend), frameon=False)
+            for classes in sorted({row["classes"] for run in runs for row in run.knn}, reverse=True):
+                axes.axhline(100 / classes, color=INK, linewidth=1, linestyle=":")  # guessing
+        _label(axes, quantity, epochs, end=max(curve.x[-1] for curve in curves))
+        _add_legend(figure, curves)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return themed(file.getvalue(), quantity.title)
+
+
+def _draw(axes: Any, curve: Curve, spread: bool) -> None:
+    """spread: shade what lies between the lowest and the highest of the points that are drawn as one."""
+    ends, mean, lowest, highest = thin(curve.x, curve.y)
+    if spread and len(curve.x) > POINTS:
+        axes.fill_between(ends, lowest, highest, color=curve.colour, alpha=0.25, linewidth=0)
+    marker = "o" if len(ends) <= 30 else None
+    axes.plot(ends, mean, curve.style, color=curve.colour, linewidth=1.5, marker=marker, markersize=3)
+
+
+def _label(axes: Any, quantity: Quantity, epochs: bool, end: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.grid(color=FAINT, linewidth=0.5)
+    if quantity.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("epoch" if epochs else "step")
+    axes.set_ylabel(quantity.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlim(0, end * 1.02 or 1)
+
+
+def _add_legend(figure: Any, curves: Sequence[Curve]) -> None:
+    """The line style of each key; colours are the runs', which the page names."""
+    from matplotlib.lines import Line2D
+
+    styles: dict[str, Any] = {curve.name: curve.style for curve in curves}
+    if len(styles) > 1:
+        lines = [Line2D([], [], color=INK, linestyle=style, linewidth=1.5) for style in styles.values()]
+        figure.legend(lines, list(styles), loc="outside upper right", ncols=len(styles), frameon=False)
 
 
 def themed(svg: str, title: str) -> str:
@@ -174,5 +205,5 @@ def themed(svg: str, title: str) -> str:
 
 def charts(runs: Sequence[Run]) -> list[tuple[Quantity, str]]:
     """Those of `QUANTITIES` that any run has figures for."""
-    made = [(quantity, chart(quantity, runs)) for quantity in QUANTITIES]
-    return [(quantity, svg) for quantity, svg in made if svg]
+    drawn = [(quantity, chart(quantity, runs)) for quantity in QUANTITIES]
+    return [(quantity, svg) for quantity, svg in drawn if svg]

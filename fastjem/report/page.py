@@ -5,40 +5,24 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
+from fastjem.data.masks import mask_specs
 from fastjem.errors import UserError
+from fastjem.health import Alarm
+from fastjem.methods import views_of
 from fastjem.report.charts import charts
 from fastjem.report.pictures import neighbours, picture, view_table
 from fastjem.report.run import Run, read, spread
 from fastjem.report.style import CSS
-from fastjem.report.views import samples, titles, views_of
-from fastjem.train import Alarm
+from fastjem.report.views import samples, titles
 
 VIEWED = 4  # images whose views are shown
 WAITED = 0.2  # share of the time waited for data that is worth a word
 NOT_SHOWN = ("out", "resume")
-Escaped = str
-
-
-@dataclass
-class Config:
-    """What a run did: its report.html written anew; of several runs one page with all of them side by side."""
-
-    runs: list[str] = field(metadata={"positional": True, "help": "folders of runs"})
-    out: str | None = field(
-        default=None, metadata={"help": "the page; without it RUN/report.html, or report.html here for several runs"}
-    )
-
-
-def main(config: Config) -> int:
-    if len(config.runs) == 1 and config.out is None:
-        print(write(config.runs[0]))
-    else:
-        print(compare(config.runs, config.out or "report.html"))
-    return 0
+Escaped = str  # safe within HTML
 
 
 def write(run: str | os.PathLike[str], *, tsne: bool = True) -> Path:
@@ -70,6 +54,7 @@ def save(path: Path, text: str) -> Path:
 
 
 def page(runs: Sequence[Run], tsne: bool) -> str:
+    """The whole page."""
     names = [html.escape(name) for name in names_of(runs)]
     title = " and ".join(names) if len(runs) < 3 else f"{len(runs)} runs"
     body = [f"<h1>{title}</h1>"]
@@ -90,8 +75,8 @@ def page(runs: Sequence[Run], tsne: bool) -> str:
     if len(runs) == 1:
         body += ["<h2>Images</h2>", cards(list(pictures), [make(runs[0]) for make in pictures.values()])]
     else:
-        for title, make in pictures.items():
-            body += [f"<h2>{title}</h2>", cards(names, [make(run) for run in runs])]
+        for heading, make in pictures.items():
+            body += [f"<h2>{heading}</h2>", cards(names, [make(run) for run in runs])]
     body += ["<h2>Configuration</h2>", options(runs, names)]
     body += ["<h2>Where it ran</h2>", environment(runs, names)]
     written = time.strftime("%Y-%m-%d %H:%M")
@@ -112,23 +97,26 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def status(run: Run) -> Escaped:
-    config, steps = run.config, run.environment.get("steps", 0)
+    config = run.config
+    steps = run.environment.get("steps", 0)
     done = run.rows[-1]["step"] if run.rows else 0
-    how_far = "finished" if done and done == steps else f"{done:,} of {steps:,} steps" if steps else f"{done:,} steps"
+    of_all = f" of {steps:,}" if steps else ""
+    progress = "finished" if done and done == steps else f"{done:,}{of_all} steps"
     images = run.environment.get("images")
     data = f" on {images:,} images" if images else ""
-    return html.escape(f"{config.get('method')}, {config.get('backbone')} at {config.get('image_size')} pixels{data}: "
-                       f"{how_far}")  # fmt: skip
+    what = f"{config.get('method')}, {config.get('backbone')} at {config.get('image_size')} pixels{data}"
+    return html.escape(f"{what}: {progress}")
 
 
 def warnings(run: Run) -> list[Escaped]:
     """What the run's own alarm said, and a loader that is too slow."""
-    alarm = Alarm(getattr(run.method, "asymmetric", False))
-    said = [alarm(row["step"], row) for row in run.rows if {"loss", "embedding_std", "effective_rank"} <= row.keys()]
-    found = [text for text in said if text]
-    if (waited := median(run, "data_wait")) > WAITED:
-        found.append(f"the steps waited for data {waited:.0%} of their time (the median): more --workers may help")
-    return [html.escape(text) for text in found]
+    alarm = Alarm(run.method is not None and run.method.asymmetric)
+    complete = [row for row in run.rows if {"loss", "embedding_std", "effective_rank"} <= row.keys()]
+    texts = [text for row in complete if (text := alarm(row["step"], row))]
+    waited = median(run, "data_wait")
+    if waited > WAITED:
+        texts.append(f"the steps waited for data {waited:.0%} of their time (the median): more --workers may help")
+    return [html.escape(text) for text in texts]
 
 
 def median(run: Run, key: str) -> float:
@@ -136,53 +124,54 @@ def median(run: Run, key: str) -> float:
 
 
 def figures(run: Run) -> dict[str, Escaped]:
-    out = {}
+    """What a reader wants to know first, by name."""
+    found = {}
+    newest = run.rows[-1] if run.rows else {}
     if run.rows:
-        last = run.rows[-1]
-        out["steps"] = f"{last['step']:,}"
+        found["steps"] = f"{newest['step']:,}"
         if run.steps_per_epoch:
-            out["epochs"] = f"{last['step'] / run.steps_per_epoch:.4g}"
-        out["loss"] = f"{last['loss']:.4g}"
+            found["epochs"] = f"{newest['step'] / run.steps_per_epoch:.4g}"
+        found["loss"] = f"{newest['loss']:.4g}"
     if run.knn:
-        out[f"kNN, {run.knn[-1]['classes']} classes"] = f"{run.knn[0]['knn']:.1%} → {run.knn[-1]['knn']:.1%}"
+        found[f"kNN, {run.knn[-1]['classes']} classes"] = f"{run.knn[0]['knn']:.1%} → {run.knn[-1]['knn']:.1%}"
     if run.rows:
-        if "effective_rank" in last:
-            out["effective rank"] = f"{last['effective_rank']:.1f}"
-        out["images per second"] = f"{median(run, 'images_per_second'):,.0f}"
-        out["waiting for data"] = f"{median(run, 'data_wait'):.0%}"
-    return out
+        if "effective_rank" in newest:
+            found["effective rank"] = f"{newest['effective_rank']:.1f}"
+        found["images per second"] = f"{median(run, 'images_per_second'):,.0f}"
+        found["waiting for data"] = f"{median(run, 'data_wait'):.0%}"
+    return found
 
 
 def summary(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
-    found = [figures(run) for run in runs]
-    columns = list(dict.fromkeys(name for one in found for name in one))
-    lines = ["<tr><th>run</th><th></th>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
-    for i, (run, name, one) in enumerate(zip(runs, names, found, strict=True)):
+    """A table: a line for each run, with the colour that its curves have."""
+    rows = [figures(run) for run in runs]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = ["<tr><th>run</th><th></th>" + "".join(f"<th>{column}</th>" for column in columns) + "</tr>"]
+    for i, (run, name, row) in enumerate(zip(runs, names, rows, strict=True)):
         swatch = f'<i class="dot" style="background:var(--run{i % 8})"></i>'
-        cells = "".join(f"<td>{one.get(column, '')}</td>" for column in columns)
+        cells = "".join(f"<td>{row.get(column, '')}</td>" for column in columns)
         lines.append(f"<tr><td>{swatch}{name}</td><td>{status(run)}</td>{cells}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def curves(runs: Sequence[Run]) -> str:
-    made = charts(runs)
-    if not made:
+    drawn = charts(runs)
+    if not drawn:
         return '<p class="note">No step has been logged yet.</p>'
     sections = []
-    for quantity, svg in made:
+    for quantity, svg in drawn:
         note = f'<p class="note">{quantity.explained}</p>' if quantity.explained else ""
         sections.append(f"<section><h3>{quantity.title}</h3>{svg}{note}</section>")
     return f'<div class="charts">{"".join(sections)}</div>'
 
 
 def cards(heads: Sequence[Escaped], contents: Sequence[str]) -> str:
-    """Side by side."""
-    wide = ["Views"]  # up to ten pictures in a row
-    made = (
-        f'<section class="card{" wide" if head in wide else ""}"><h3>{head}</h3>{content}</section>'
+    """Sections side by side; views, up to ten pictures in a row, have a line of their own."""
+    sections = (
+        f'<section class="card{" wide" if head == "Views" else ""}"><h3>{head}</h3>{content}</section>'
         for head, content in zip(heads, contents, strict=True)
     )
-    return f'<div class="side">{"".join(made)}</div>'
+    return f'<div class="side">{"".join(sections)}</div>'
 
 
 def scatter(run: Run, tsne: bool) -> str:
@@ -201,23 +190,33 @@ def nearest(run: Run) -> str:
 
 
 def seen(run: Run) -> str:
-    """Of the first epoch."""
-    config, found = run.config, run.embeddings
-    if found is None or run.method is None:
+    """The views that the run had of some images in its first epoch, and the mask if it has one."""
+    config = run.config
+    embeddings = run.embeddings
+    if run.method is None:
+        return '<p class="note">The method is no part of fastjem, so its views are not known here.</p>'
+    if embeddings is None:
         return '<p class="note">No images have been saved yet.</p>'
-    views = views_of(config["method"], config["image_size"], config.get("small_views"), config.get("recipe"))
+    size = config["image_size"]
     patch = run.environment.get("patch", 1)
-    specs = views.specs(config["image_size"], patch=patch, blur=config.get("blur"), changes=config.get("view"))
-    order = dict.fromkeys([*spread(len(found.files), VIEWED).tolist(), *range(len(found.files))])
-    files = ((found.indices[i], os.path.join(found.root, found.files[i])) for i in order)
-    options = config.get("options") or {}
-    mask, share = options.get("masking", views.masking) if views.mask else "", options.get("mask", views.mask)
-    seed = config.get("seed", 0)
-    shown = samples(files, specs, images=VIEWED, seed=seed, mask=mask, share=share, patch=patch)
+    views = views_of(config["method"], size, config.get("small_views"), config.get("recipe"))
+    given = config.get("options") or {}
+    if views.mask:  # an option may change how much is hidden, and how
+        views = replace(views, mask=given.get("mask", views.mask), masking=given.get("masking", views.masking))
+    mask = next(iter(mask_specs(views, size, patch)), None)
+    # Evenly spread over the images first; the others stand in for files that can't be read.
+    order = dict.fromkeys([*spread(len(embeddings.files), VIEWED).tolist(), *range(len(embeddings.files))])
+    shown = samples(
+        ((embeddings.indices[i], embeddings.files[i]) for i in order),
+        views.specs(size, patch=patch, blur=config.get("blur"), changes=config.get("view")),
+        root=embeddings.root,
+        images=VIEWED,
+        seed=config.get("seed", 0),
+        mask=mask,
+    )
     if not shown:
-        return f'<p class="note">The images in {html.escape(found.root)} are gone.</p>'
-    note = " The mask is an example; each step draws its own." if mask else ""
-    return f'{view_table(shown, titles(views, mask))}<p class="note">As in the first epoch.{note}</p>'
+        return f'<p class="note">The images in {html.escape(embeddings.root)} are gone.</p>'
+    return f'{view_table(shown, titles(views, mask is not None))}<p class="note">As in the first epoch.</p>'
 
 
 def options(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
@@ -229,10 +228,11 @@ def option(run: Run, key: str) -> str:
     value = run.config.get(key)
     if isinstance(value, dict):
         return ", ".join(f"{name}={x}" for name, x in value.items())
-    if value is None:
-        default = getattr(getattr(run.method, "defaults", None), key, None)
-        return "" if default is None else f"{default} (the method's)"
-    return str(value)
+    if value is not None:
+        return str(value)
+    defaults = asdict(run.method.defaults) if run.method else {}
+    default = defaults.get(key)
+    return "" if default is None else f"{default} (the method's)"
 
 
 def environment(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
@@ -244,7 +244,9 @@ def environment(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
 
 def table(rows: dict[str, list[str]], names: Sequence[Escaped]) -> str:
     """rows: name -> one value a run; rows whose values differ are marked."""
-    heads = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>" if len(names) > 1 else ""
+    heads = ""
+    if len(names) > 1:
+        heads = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
     lines = []
     for name, values in rows.items():
         mark = ' class="differs"' if len(set(values)) > 1 else ""

@@ -4,15 +4,15 @@ import base64
 import html
 import io
 import math
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image
 
-from fastjem.data.folder import read_image
+from fastjem.data.source import decode_named
 from fastjem.report.run import Embeddings
 from fastjem.report.views import Sample
 
@@ -37,10 +37,10 @@ def thumbnail(image: Image.Image, size: int) -> str:
 
 
 @lru_cache(256)
-def file_thumbnail(path: str, size: int) -> str | None:
-    """None where the file is gone or can't be read."""
+def file_thumbnail(root: str, name: str, size: int) -> str | None:
+    """None where the image of the source at `root` is gone or can't be read."""
     try:
-        return thumbnail(read_image(path), size)
+        return thumbnail(decode_named(root, name), size)
     except Exception:  # whatever a decoder may raise
         return None
 
@@ -52,21 +52,27 @@ def colour(index: int, classes: int) -> str:
     return f"hsl({360 * index / classes:.0f} 65% 55%)"
 
 
-def picture(embeddings: Embeddings, tsne: bool) -> str:
-    """An SVG scatter of the embeddings in two dimensions; pointing at a dot shows the file's name.
+@dataclass(frozen=True)
+class Plane:
+    """Embeddings in two dimensions."""
+
+    at: np.ndarray  # [N, 2], from 0 to 1
+    names: tuple[str, str]  # of the axes
+
+
+def in_a_plane(rows: np.ndarray, tsne: bool) -> Plane | str:
+    """The rows [N, D] in two dimensions, or a sentence that says why they can't be shown so.
 
     t-SNE (van der Maaten and Hinton 2008) of the unit vectors from their first principal components, or these alone.
     """
-    rows = embeddings.rows
     if not np.isfinite(rows).all():
-        return "<p>The embeddings are not finite.</p>"
+        return "The embeddings are not finite."
     if len(rows) < 3:
-        return "<p>Too few images for a picture.</p>"
-    centred = torch.from_numpy(rows - rows.mean(0))
-    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
-    components, share = (u[:, :50] * s[:50]).numpy(), (s.square() / s.square().sum().clamp(min=1e-30)).tolist()
+        return "Too few images for a picture."
+    u, s, _ = torch.linalg.svd(torch.from_numpy(rows - rows.mean(0)), full_matrices=False)
+    components = (u[:, :50] * s[:50]).numpy()
     if components.shape[1] < 2 or s[1] <= 1e-6:
-        return "<p>The embeddings lie in a point or on a line: there is nothing to draw.</p>"
+        return "The embeddings lie in a point or on a line: there is nothing to draw."
     if tsne:
         from sklearn.manifold import TSNE
 
@@ -75,22 +81,32 @@ def picture(embeddings: Embeddings, tsne: bool) -> str:
         names = (f"t-SNE, first axis (no unit; perplexity {perplexity:.0f})", "second axis")
     else:
         at = components[:, :2]
-        names = tuple(f"{name} principal component ({x:.0%} of the variance)"
-                      for name, x in zip(("first", "second"), share, strict=False))  # fmt: skip
-    low, high = at.min(0), at.max(0)
-    at = (at - low) / np.maximum(high - low, 1e-12)
+        first, second = (s.square() / s.square().sum().clamp(min=1e-30)).tolist()[:2]
+        names = (
+            f"first principal component ({first:.0%} of the variance)",
+            f"second principal component ({second:.0%} of the variance)",
+        )
+    low = at.min(0)
+    return Plane((at - low) / np.maximum(at.max(0) - low, 1e-12), names)
+
+
+def picture(embeddings: Embeddings, tsne: bool) -> str:
+    """An SVG scatter of the embeddings in two dimensions; pointing at a dot shows the file's name."""
+    plane = in_a_plane(embeddings.rows, tsne)
+    if isinstance(plane, str):
+        return f"<p>{plane}</p>"
     dots = []
-    order = np.random.default_rng(0).permutation(len(at))  # no class is drawn over all others
-    for i in order:
-        x = MARGIN + 8 + at[i, 0] * (WIDTH - MARGIN - 16)
-        y = HEIGHT - MARGIN - 8 - at[i, 1] * (HEIGHT - MARGIN - 16)
+    for i in np.random.default_rng(0).permutation(len(plane.at)):  # no class is drawn over all others
+        x = MARGIN + 8 + plane.at[i, 0] * (WIDTH - MARGIN - 16)
+        y = HEIGHT - MARGIN - 8 - plane.at[i, 1] * (HEIGHT - MARGIN - 16)
         fill = colour(int(embeddings.labels[i]), len(embeddings.classes)) if embeddings.labelled else "var(--run0)"
         name = html.escape(embeddings.files[i])
         dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}"><title>{name}</title></circle>')
     frame = f'<rect x="{MARGIN}" y="1" width="{WIDTH - MARGIN - 1}" height="{HEIGHT - MARGIN}" class="frame"/>'
+    middle = (HEIGHT - MARGIN) / 2
     labels = (
-        f'<text x="{(WIDTH + MARGIN) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{names[0]}</text>'
-        f'<text transform="translate(20 {(HEIGHT - MARGIN) / 2}) rotate(-90)" text-anchor="middle">{names[1]}</text>'
+        f'<text x="{(WIDTH + MARGIN) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{plane.names[0]}</text>'
+        f'<text transform="translate(20 {middle}) rotate(-90)" text-anchor="middle">{plane.names[1]}</text>'
     )
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="scatter" role="img" aria-label="Embeddings">'
@@ -118,31 +134,40 @@ def neighbours(embeddings: Embeddings, queries: int = QUERIES, most: int = NEIGH
     rows = embeddings.rows
     if len(rows) < 2 or not np.isfinite(rows).all():
         return "<p>Too few images, or embeddings that are not finite.</p>"
-    if embeddings.labelled:  # one of each class in turn
-        rank = np.zeros(len(rows), int)
-        for label in np.unique(embeddings.labels):
-            at = np.flatnonzero(embeddings.labels == label)
-            rank[at] = np.arange(len(at))
-        order = np.lexsort((embeddings.labels, rank))
-        classes = min(len(embeddings.classes), len(rows))
-        chosen = order[:classes][:: max(classes // queries, 1)] if classes >= queries else order
-    else:
-        chosen = np.arange(len(rows))[:: max(len(rows) // queries, 1)]
+    most = min(most, len(rows) - 1)
     lines = []
-    for query in chosen[:queries]:
+    for query in _queries(embeddings, queries):
         cosine = rows @ rows[query]
         cosine[query] = -np.inf
-        nearest = np.argsort(-cosine)[: min(most, len(rows) - 1)]
+        nearest = np.argsort(-cosine)[:most]
         cells = [cell(embeddings, query, None, True)]
-        cells += [cell(embeddings, i, cosine[i], embeddings.labels[i] == embeddings.labels[query]) for i in nearest]
+        for i in nearest:
+            cells.append(cell(embeddings, i, float(cosine[i]), embeddings.labels[i] == embeddings.labels[query]))
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    heads = "<th>image</th>" + "".join(f"<th>{i + 1}</th>" for i in range(min(most, len(rows) - 1)))
+    heads = "<th>image</th>" + "".join(f"<th>{i + 1}</th>" for i in range(most))
     return f'<div class="scroll"><table class="images even"><tr>{heads}</tr>{"".join(lines)}</table></div>'
 
 
+def _queries(embeddings: Embeddings, most: int) -> np.ndarray:
+    """Images evenly over the data, and with labels of as many classes as there are or `most` allows."""
+    images = len(embeddings.rows)
+    if not embeddings.labelled:
+        return np.arange(images)[:: max(images // most, 1)][:most]
+    turn = np.zeros(images, int)  # the first image of each class, then the second of each, ...
+    for label in np.unique(embeddings.labels):
+        members = np.flatnonzero(embeddings.labels == label)
+        turn[members] = np.arange(len(members))
+    order = np.lexsort((embeddings.labels, turn))
+    classes = min(len(embeddings.classes), images)
+    if classes >= most:
+        order = order[:classes][:: max(classes // most, 1)]
+    return order[:most]
+
+
 def cell(embeddings: Embeddings, i: int, cosine: float | None, same: bool) -> str:
+    """One image with its class and cosine; None: it is the query. same: its class is the query's."""
     name = html.escape(embeddings.files[i])
-    url = file_thumbnail(os.path.join(embeddings.root, embeddings.files[i]), 112)
+    url = file_thumbnail(embeddings.root, embeddings.files[i], 112)
     image = tag(url, name) if url else f'<div class="gone" title="{name}">gone</div>'
     label = html.escape(embeddings.classes[embeddings.labels[i]]) if embeddings.labelled else ""
     if cosine is None:

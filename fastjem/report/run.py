@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastjem.errors import UserError
-from fastjem.methods import METHODS
+from fastjem.methods import METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class Run:
         return self.path.name or str(self.path)
 
     @property
-    def method(self) -> type | None:
+    def method(self) -> type[Method] | None:
+        """None for one that isn't ours."""
         return METHODS.get(self.config.get("method", ""))
 
     @property
     def has_teacher(self) -> bool:
-        return bool(self.config.get("momentum_encoder") or getattr(self.method, "ema", ()))
+        return bool(self.config.get("momentum_encoder") or (self.method and self.method.momentum))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -13,17 +13,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as V
 
+from fastjem.build import Training
 from fastjem.checkpoints import Metrics, write_atomically
-from fastjem.data.folder import ImageFolder
-from fastjem.data.loader import normalise
+from fastjem.data.pixels import Pixels, whole_image
+from fastjem.data.source import Source, decode
 from fastjem.report.page import write
 from fastjem.report.run import spread
 
@@ -48,25 +47,28 @@ def knn_without_itself(rows: Tensor, labels: Tensor, k: int, temperature: float 
     return (votes.argmax(1) == labels).float().mean().item()
 
 
-class Probe:
-    """Some of the folder's images, whole and without augmentation, held as uint8; what can't be read is left out."""
+class SampleImages:
+    """Some of a source's images, whole and without augmentation, held as uint8; what can't be read is left out."""
 
-    def __init__(self, folder: ImageFolder, image_size: int):
+    def __init__(self, source: Source, pixels: Pixels):
         def read(i: int) -> Tensor | None:
             try:
-                image = V.resize(folder.image(i), [image_size])
+                return whole_image(decode(source, i), pixels.size)
             except Exception:  # the loader names broken files
                 return None
-            return V.pil_to_tensor(V.center_crop(image, [image_size]))
 
-        chosen = choose(folder.labels)
+        every_label = np.zeros(len(source), np.int64) if source.labels is None else source.labels
+        chosen = choose(every_label)
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
             images = list(threads.map(read, chosen.tolist()))
         found = [(i, image) for i, image in zip(chosen.tolist(), images, strict=True) if image is not None]
-        self.indices, self.folder = [i for i, _ in found], folder
+        self.source = source
+        self.pixels = pixels
+        self.indices = [i for i, _ in found]
         self.images = torch.stack([image for _, image in found])
-        present, labels = np.unique(folder.labels[self.indices], return_inverse=True)
-        self.classes, self.labels = [folder.classes[i] for i in present], torch.from_numpy(labels)
+        present, labels = np.unique(every_label[self.indices], return_inverse=True)
+        self.classes = [source.classes[i] for i in present] if source.classes else [""]
+        self.labels = torch.from_numpy(labels)
         self.labelled = 1 < len(self.classes) <= len(found) // 2
 
     @torch.no_grad()
@@ -75,7 +77,7 @@ class Probe:
         training, device = encoder.training, next(encoder.parameters()).device
         encoder.eval()
         try:
-            rows = [encoder(normalise(part, device)).float().cpu() for part in self.images.split(batch)]
+            rows = [encoder(self.pixels.normalise(part, device)).float().cpu() for part in self.images.split(batch)]
         finally:
             encoder.train(training)
         return nn.functional.normalize(torch.cat(rows), dim=1)
@@ -90,93 +92,103 @@ class Probe:
             step=step,
             rows=rows.half().numpy(),
             indices=np.array(self.indices),
-            files=np.array([os.path.relpath(self.folder.path(i), self.folder.root) for i in self.indices]),
-            root=os.path.abspath(self.folder.root),
+            files=np.array([self.source.name(i) for i in self.indices]),
+            root=os.path.abspath(self.source.root),
             labels=self.labels.numpy(),
             classes=np.array(self.classes),
-            images=len(self.folder),
+            images=len(self.source),
             labelled=self.labelled,
         )
         return file.getvalue()
 
 
 class Watch:
-    """What `pretrain` calls, on the first rank alone: after each step, and when the run is over.
+    """What a run calls, on its first rank: after each step, and when it is over.
+
+    kNN and embeddings are measured every `Config.knn_every` epochs; 0: at the start and at the end only; None: a
+    twentieth of the run, at least one.
 
     Args:
-        facts: what the run knows of itself and its other files don't tell: steps, steps_per_epoch, patch, ranks.
-        every: epochs between two measurements of kNN and embeddings; 0: at the start and at the end only; None: a
-            twentieth of the run, at least one.
-        page: whether report.html is written.
+        say: takes a line for the user.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        folder: ImageFolder,
-        image_size: int,
-        facts: dict[str, Any],
-        *,
-        start: int = 0,
-        every: float | None = None,
-        page: bool = True,
-        say: Callable[[str], None],
-    ):
-        self.run, self.folder, self.image_size, self.page, self.say = run, folder, image_size, page, say
-        self.start, self.steps, self.per_epoch = start, facts["steps"], facts["steps_per_epoch"]
-        if every is None:
-            every = max(math.ceil(self.steps / self.per_epoch / 20), 1)
-        self.every = max(round(every * self.per_epoch), 1) if every else 0
-        self.facts = {**facts, "images": len(folder), "classes": len(folder.classes), **versions()}
-        self.probe: Probe | None = None
+    def __init__(self, training: Training, say: Callable[[str], None]):
+        self.training = training
+        self.out = training.out
+        self.say = say
+        self.active = training.ranks.first
+        self.sample: SampleImages | None = None
         self.log: Metrics | None = None
-        self.written_at, self.cost, self.failed = -math.inf, 0.0, False
+        self.written_at = -math.inf
+        self.cost = 0.0  # seconds that writing the page took
+        self.failed = False
+        every = training.config.knn_every
+        if every is None:
+            every = max(math.ceil(training.steps / training.steps_per_epoch / 20), 1)
+        self.every_steps = max(round(every * training.steps_per_epoch), 1) if every else 0
 
-    def begin(self, encoder: nn.Module) -> None:
+    def begin(self) -> None:
         def work() -> None:
-            self.facts["device"] = describe(next(encoder.parameters()).device)
-            write_atomically(self.run / "environment.json", (json.dumps(self.facts, indent=2) + "\n").encode())
-            self.probe = Probe(self.folder, self.image_size)
-            self.log = Metrics(self.run, self.start, "knn.jsonl")
-            if not (self.start and (self.run / "embeddings.npz").exists()):
-                self.measure(encoder, self.start)
+            facts = json.dumps(self._facts(), indent=2) + "\n"
+            write_atomically(self.out / "environment.json", facts.encode())
+            self.sample = SampleImages(self.training.source, self.training.pixels)
+            self.log = Metrics(self.out, self.training.start, "knn.jsonl")
+            if not (self.training.start and (self.out / "embeddings.npz").exists()):
+                self.measure(self.training.start)
 
         self.guarded(work)
 
-    def after_step(self, encoder: nn.Module, done: int) -> None:
+    def _facts(self) -> dict[str, Any]:
+        """What the run knows of itself and its other files don't tell."""
+        training = self.training
+        return {
+            "steps": training.steps,
+            "steps_per_epoch": training.steps_per_epoch,
+            "patch": training.step.encoder.patch,
+            "ranks": training.ranks.size,
+            "images": len(training.source),
+            "classes": max(len(training.source.classes), 1),
+            **versions(),
+            "device": describe(training.ranks.device),
+        }
+
+    def after_step(self, done: int) -> None:
         """Before the checkpoint of that step, so that a resumed run lacks no measurement."""
-        if done == self.steps or (self.every and done % self.every == 0):
-            self.guarded(lambda: self.measure(encoder, done))
+        if done == self.training.steps or (self.every_steps and done % self.every_steps == 0):
+            self.guarded(lambda: self.measure(done))
 
     def refresh(self) -> None:
         """After a checkpoint."""
-        if self.page and time.monotonic() - self.written_at > self.cost / SHARE_OF_TIME:
+        if self.training.config.report and time.monotonic() - self.written_at > self.cost / SHARE_OF_TIME:
             self.guarded(self.write)
 
     def end(self) -> None:
-        if self.page:
+        if self.training.config.report:
             self.guarded(lambda: self.write(last=True))
         if self.log:
             self.log.close()
 
-    def measure(self, encoder: nn.Module, step: int) -> None:
-        if self.probe is None:
+    def measure(self, step: int) -> None:
+        if self.sample is None:
             return
-        rows = self.probe.embed(encoder)
-        if self.probe.labelled and self.log:
-            accuracy = self.probe.knn(rows)
-            row = {"step": step, "epoch": step / self.per_epoch, "knn": accuracy, "images": len(rows)}
-            self.log.write({**row, "classes": len(self.probe.classes)})
-            self.say(f"kNN {accuracy:.1%} on {len(rows)} images after epoch {step / self.per_epoch:.4g}")
-        write_atomically(self.run / "embeddings.npz", self.probe.pack(rows, step))
+        rows = self.sample.embed(self.training.step.encoder.backbone)
+        if self.sample.labelled and self.log:
+            accuracy = self.sample.knn(rows)
+            epoch = step / self.training.steps_per_epoch
+            row = {"step": step, "epoch": epoch, "knn": accuracy, "images": len(rows)}
+            self.log.write({**row, "classes": len(self.sample.classes)})
+            self.say(f"kNN {accuracy:.1%} on {len(rows)} images after epoch {epoch:.4g}")
+        write_atomically(self.out / "embeddings.npz", self.sample.pack(rows, step))
 
     def write(self, last: bool = False) -> None:
         begin = time.monotonic()
-        write(self.run, tsne=last)
+        write(self.out, tsne=last)
         self.written_at = time.monotonic()
         self.cost = self.written_at - begin
 
     def guarded(self, work: Callable[[], None]) -> None:
+        if not self.active:
+            return
         try:
             work()
         except Exception as error:  # whatever it is, the run matters more

@@ -1,5 +1,7 @@
 """Views from a table of parameters, drawn as SimCLR's recipe says (jitter 0.8, 0.8, 0.8, 0.2; blur for one in two)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,11 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def draw_table(draw: Draw, rows: int, blur: bool, height: int, width: int) -> Tensor:
-    """[B, P]"""
-    u = torch.rand(rows, 14, generator=draw.generator, device=draw.device)
+    """[rows, P]: parameters of views of images `height` x `width`; the windows have 0.3 to 1 of their sides."""
+    u = torch.rand(rows, 14, generator=draw.generator, device=draw.device)  # a column for each number that is drawn
     p = torch.zeros(rows, table.COLUMNS, device=draw.device)
-    p[:, table.HEIGHT], p[:, table.WIDTH] = (
-        (height * (0.3 + 0.7 * u[:, 0])).floor(),
-        (width * (0.3 + 0.7 * u[:, 1])).floor(),
-    )
+    p[:, table.HEIGHT] = (height * (0.3 + 0.7 * u[:, 0])).floor()
+    p[:, table.WIDTH] = (width * (0.3 + 0.7 * u[:, 1])).floor()
     p[:, table.TOP] = (u[:, 2] * (height + 1 - p[:, table.HEIGHT])).floor()
     p[:, table.LEFT] = (u[:, 3] * (width + 1 - p[:, table.WIDTH])).floor()
     p[:, table.FLIP] = (u[:, 4] < 0.5).float()
@@ -48,7 +48,8 @@ def torchvision():
         if row[table.GRAYSCALE]:
             x = V.rgb_to_grayscale(x, num_output_channels=3)
         if sigma := row[table.SIGMA]:
-            x = V.gaussian_blur(x, [2 * min(-int(-3 * sigma // 1), (x.shape[1] - 1) // 2) + 1] * 2, [sigma, sigma])
+            radius = min(math.ceil(3 * sigma), (x.shape[1] - 1) // 2)  # torchvision's reflection allows no more
+            x = V.gaussian_blur(x, [2 * radius + 1] * 2, [sigma, sigma])
         return V.normalize(x, MEAN, STD)
 
     def run(images: Tensor, parameters: Tensor) -> Tensor:
@@ -83,8 +84,9 @@ def crop_case(count: int, source: int, size: int, bicubic: bool = False, **optio
 
     return Case(
         "crop_resize", f"{count} x {source} -> {size}" + (", bicubic" if bicubic else ""), inputs,
-        lambda *x: reference.crop_resize(*x, size, bicubic),
-        lambda *x: F.crop_resize(*x, size=size, bicubic=bicubic), dtype=torch.uint8,
+        lambda images, indices, parameters: reference.crop_resize(images, indices, parameters, size, bicubic),
+        lambda images, indices, parameters: F.crop_resize(images, indices, parameters, size=size, bicubic=bicubic),
+        dtype=torch.uint8,
         bytes=count * 3 * (int(0.42 * source * source) + size * size), **options,
     )  # fmt: skip
 

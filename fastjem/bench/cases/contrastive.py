@@ -42,7 +42,8 @@ def enqueue(key: Tensor, queue: Tensor) -> None:
 
 
 def moco_loss(query: Tensor, key: Tensor, negatives: Tensor) -> Tensor:
-    q, k = normalize(query, dim=1), normalize(key, dim=1)
+    q = normalize(query, dim=1)
+    k = normalize(key, dim=1)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / MOCO_TEMPERATURE
     return cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
@@ -110,14 +111,15 @@ def nearest_neighbors_case(n: int, k: int, d: int, dtype: torch.dtype = torch.fl
 
 
 def clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    logits, own = scale * (x @ y.T), torch.arange(len(x), device=x.device)
-    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+    logits = scale * (x @ y.T)
+    partner = torch.arange(len(x), device=x.device)
+    return (cross_entropy(logits, partner) + cross_entropy(logits.T, partner)) / 2
 
 
 def open_clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """The formula of open_clip's ClipLoss: each direction is a product of its own."""
-    own = torch.arange(len(x), device=x.device)
-    return (cross_entropy(scale * x @ y.T, own) + cross_entropy(scale * y @ x.T, own)) / 2
+    partner = torch.arange(len(x), device=x.device)
+    return (cross_entropy(scale * x @ y.T, partner) + cross_entropy(scale * y @ x.T, partner)) / 2
 
 
 def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ def barlow_twins(z0: Tensor, z1: Tensor) -> Tensor:
 
 def vicreg(z0: Tensor, z1: Tensor) -> Tensor:
     """The authors' code."""
-    (n, d), regularisers = z0.shape, 0.0
+    n, d = z0.shape
+    regularisers = 0.0
     for z in (z0, z1):
         centred = z - z.mean(0)
         std = (centred.var(0) + 1e-4).sqrt()

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def sinkhorn_case(b: int, k: int, dtype: torch.dtype = torch.float32, **options)
 
 
 def potentials(codes: Tensor, scores: Tensor) -> Tensor:
-    """What the codes' first row says of the prototypes' potentials, which a constant shifts at will."""
+    """The prototypes' potentials [K], by the codes' first row; less their mean, a constant that codes don't tell."""
     f = codes[0].log() - scores[0].float() / EPSILON
     return f - f.mean()
 
@@ -71,7 +72,8 @@ def sinkhorn_bias_case(b: int, k: int, dtype: torch.dtype = torch.float32, **opt
 
 
 def swav(high: list[Tensor], low: list[Tensor]) -> Tensor:
-    loss, crops = 0.0, [*high, *low]
+    loss: Any = 0.0
+    crops = [*high, *low]
     for i, crop in enumerate(high):
         codes = sinkhorn(crop.detach())
         for v, scores in enumerate(crops):
@@ -101,7 +103,8 @@ def swav_case(high: int, low: int, b: int, k: int, dtype: torch.dtype = torch.fl
     high-resolution ones once per iteration."""
 
     def inputs(draw: Draw) -> tuple[list[Tensor], list[Tensor]]:
-        return tuple([draw.normal(b, k, scale=SCORE_STD, gradient=True) for _ in range(n)] for n in (high, low))
+        crops = [draw.normal(b, k, scale=SCORE_STD, gradient=True) for _ in range(high + low)]
+        return crops[:high], crops[high:]
 
     return Case(
         "prototype_cross_entropy", f"SwAV {high} + {low}, {b} x {k}", inputs, swav, our_swav, dtype=dtype,
@@ -112,17 +115,20 @@ def swav_case(high: int, low: int, b: int, k: int, dtype: torch.dtype = torch.fl
 
 def update_center(teacher: list[Tensor], center: Tensor) -> None:
     with torch.no_grad():
-        center.lerp_(sum(x.float().mean(0) for x in teacher) / len(teacher), 1 - CENTER_MOMENTUM)
+        mean = torch.stack([x.float().mean(0) for x in teacher]).mean(0)
+        center.lerp_(mean, 1 - CENTER_MOMENTUM)
 
 
 def dino_loss(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor:
-    loss, pairs = 0.0, 0
+    loss: Any = 0.0
+    pairs = 0
     targets = [softmax((t - center) / TEACHER_TEMPERATURE, 1) for t in teacher]
     predictions = [log_softmax(s / DINO_TEMPERATURE, 1) for s in student]
     for i, target in enumerate(targets):
         for j, prediction in enumerate(predictions):
             if i != j:
-                loss, pairs = loss - (target * prediction).sum(1).mean(), pairs + 1
+                loss = loss - (target * prediction).sum(1).mean()
+                pairs += 1
     return loss / pairs
 
 
@@ -161,7 +167,7 @@ def lightly_dino(k: int):
     def load():
         from lightly.loss import DINOLoss
 
-        loss = DINOLoss(k, student_temp=DINO_TEMPERATURE, center_momentum=CENTER_MOMENTUM)
+        loss: Any = DINOLoss(k, student_temp=DINO_TEMPERATURE, center_momentum=CENTER_MOMENTUM)
 
         def run(student: list[Tensor], teacher: list[Tensor], center: Tensor) -> Tensor:
             loss.center = center.view(1, 1, -1)
@@ -186,7 +192,7 @@ def dino_case(teachers: int, students: int, b: int, k: int, dtype: torch.dtype =
     )  # fmt: skip
 
 
-HEAD = {"student_temperature": DINO_TEMPERATURE, "teacher_temperature": TEACHER_TEMPERATURE}
+HEAD: dict[str, Any] = {"student_temperature": DINO_TEMPERATURE, "teacher_temperature": TEACHER_TEMPERATURE}
 
 
 def head(logits_and_loss, student: list[Tensor], w: Tensor, teacher: list[Tensor], v: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Losses that are plain torch here, as on a factorisation of a small matrix there is nothing to fuse; and SIGReg."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ SLICES, KNOTS, T_MAX = 1024, 17, 3.0
 
 def tico(z0: Tensor, z1: Tensor) -> Tensor:
     """The first step, from no covariance."""
-    a, b = normalize(z0, dim=1), normalize(z1, dim=1)
+    a = normalize(z0, dim=1)
+    b = normalize(z1, dim=1)
     covariance = 0.1 * (a.T @ a).detach() / len(a)
     return 1 - (a * b).sum(1).mean() + 8 * (a @ covariance * a).sum(1).mean()
 
@@ -31,7 +33,8 @@ def mmcr(online: Tensor, momentum: Tensor) -> Tensor:
 
 
 def frossl(z0: Tensor, z1: Tensor) -> Tensor:
-    loss, z = 0.0, torch.stack([normalize(z0, dim=0), normalize(z1, dim=0)])
+    loss: Any = 0.0
+    z = torch.stack([normalize(z0, dim=0), normalize(z1, dim=0)])
     for x in z:
         gram = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
         loss = loss + 2 * (gram / gram.trace().detach()).norm().log()
@@ -57,14 +60,18 @@ def directions(like: Tensor) -> Tensor:
 def sigreg(z: Tensor) -> Tensor:
     """As published: [V, N, S, knots] three times."""
     t = torch.linspace(0, T_MAX, KNOTS, device=z.device)
-    phi, weight = (-t.square() / 2).exp(), torch.full_like(t, 2 * T_MAX / (KNOTS - 1))
+    phi = (-t.square() / 2).exp()  # the normal distribution's characteristic function
+    weight = torch.full_like(t, 2 * T_MAX / (KNOTS - 1))  # of the trapezoidal rule
     weight[[0, -1]] /= 2
     angles = (z @ directions(z))[..., None] * t
     error = (angles.cos().mean(1) - phi).square() + angles.sin().mean(1).square()
     return z.shape[1] * (error @ (weight * phi)).mean()
 
 
-def _loss(name: str, adapt: Callable = lambda loss: loss, **options) -> Callable[[], Callable]:
+def _loss(name: str, adapt: Callable, **options) -> Callable[[], Callable]:
+    """lightly's loss of that name as a peer. adapt: what makes a new loss -> a function of the case's inputs; those
+    that keep state from call to call are made at each call."""
+
     def load() -> Callable:
         import lightly.loss
 
@@ -74,6 +81,7 @@ def _loss(name: str, adapt: Callable = lambda loss: loss, **options) -> Callable
 
 
 def _seeded(make: Callable) -> Callable:
+    """The loss with the same random directions at each call, which `directions` gives to the others."""
     loss = make()
 
     def run(z: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ def resnet50() -> list[tuple[int, ...]]:
     def convolution(width_in: int, width_out: int, kernel: int) -> list[tuple[int, ...]]:
         return [(width_out, width_in, kernel, kernel), (width_out,), (width_out,)]  # the last two are the batch norm's
 
-    shapes, width_in = convolution(3, 64, 7), 64
+    shapes = convolution(3, 64, 7)
+    width_in = 64
     for blocks, width in zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True):
         for block in range(blocks):
             shapes += convolution(width_in, width, 1) + convolution(width, width, 3) + convolution(width, 4 * width, 1)
@@ -47,11 +48,15 @@ def lightly():
 
     modules = {}
 
+    def module(tensors: list[Tensor]) -> torch.nn.Module:
+        return torch.nn.ParameterList(torch.nn.Parameter(x, False) for x in tensors)
+
     def run(teacher: list[Tensor], student: list[Tensor]) -> None:
-        if teacher[0].data_ptr() not in modules:
-            parameters = (torch.nn.ParameterList(torch.nn.Parameter(x, False) for x in xs) for xs in (student, teacher))
-            modules[teacher[0].data_ptr()] = tuple(parameters)
-        update_momentum(*modules[teacher[0].data_ptr()], MOMENTUM)
+        key = teacher[0].data_ptr()
+        if key not in modules:
+            modules[key] = (module(student), module(teacher))
+        live, copy = modules[key]
+        update_momentum(live, copy, MOMENTUM)
 
     return run
 

@@ -1,0 +1,169 @@
+#include "common.h"
+
+namespace fastjem {
+
+// Wide matrices (float, double for float64) are contiguous.
+
+struct Standardise {
+  Dtype dtype;
+  const void* x;  // [rows, width], rows `stride` elements apart
+  int64_t stride, rows, width;
+  double divisor, eps;  // std = sqrt(sum of squares / divisor + eps)
+  bool divide;          // by std, after centring
+  void* out;            // [rows, width] wide
+  double* std;          // [width]
+  const void* other;    // [rows, width] wide, or null
+  double* dots;         // [width]: of the columns of out with those of other
+};
+
+struct ThroughStandardise {
+  Dtype dtype;
+  const void* product;      // [rows, width] wide
+  const void *own, *other;  // [rows, width] wide: the standardised columns of this view and of the other one
+  int64_t rows, width;
+  double factor, scale;         // of the product, of the result
+  const double *weights, *std;  // [width]
+  const double* diagonal;       // [width]: means over rows of own * other
+  const double* dots;           // [width]: sums over rows of product * own, or null
+  void* out;                    // [rows, width]; may be `product`
+};
+
+struct VicregRows {
+  Dtype dtype;
+  const void *x, *y;  // [rows, width], rows x_stride and y_stride elements apart
+  int64_t x_stride, y_stride, width;
+  const void* centred[2];    // [rows, width] wide each
+  const void* product[2];    // [rows, width] wide each
+  const double* weights[2];  // [width] each
+  double factor, invariance;
+  void* out[2];       // [rows, width] each, may be `product`, or null
+  double* distances;  // [rows]
+};
+
+struct Dot {
+  Dtype dtype;  // float32 or float64
+  const void *x, *y;
+};
+
+constexpr int64_t max_columns = 256;
+
+// Columns are computed by blocks of this width: 64 or more, as each row's piece is a jump in memory, and not so many
+// that all rows of a block outgrow the L2 cache.
+inline int64_t columns_at_a_time(int64_t rows) {
+  return std::max<int64_t>(64, std::min(max_columns, 65536 / rows / 64 * 64));
+}
+
+}  // namespace fastjem
+
+#define FASTJEM_KERNEL "covariance/covariance.h"
+#include "each_isa.h"
+
+namespace fastjem {
+
+// Calls f(begin, end) for parts of the columns, of whole blocks.
+template <class F>
+static void for_columns(int64_t rows, int64_t width, int threads, F&& f) {
+  const int64_t step = columns_at_a_time(rows);
+  const int64_t blocks = (width + step - 1) / step;
+  parallel_for(blocks, 1 + 32768 / (rows * step), threads,
+               [&](int64_t begin, int64_t end) { f(begin * step, std::min(end * step, width)); });
+}
+
+static void standardise(int dtype, uintptr_t x, int64_t stride, int64_t rows, int64_t width, double divisor, double eps,
+                        bool divide, uintptr_t out, uintptr_t std, uintptr_t other, uintptr_t dots, int threads) {
+  const Standardise problem{static_cast<Dtype>(dtype),
+                            at<const void>(x),
+                            stride,
+                            rows,
+                            width,
+                            divisor,
+                            eps,
+                            divide,
+                            at<void>(out),
+                            at<double>(std),
+                            at<const void>(other),
+                            at<double>(dots)};
+  for_columns(rows, width, threads,
+              [&](int64_t begin, int64_t end) { FASTJEM_BEST(standardise_columns(problem, begin, end)); });
+}
+
+static void through_standardise(int dtype, uintptr_t product, uintptr_t own, uintptr_t other, int64_t rows,
+                                int64_t width, double factor, double scale, uintptr_t weights, uintptr_t std,
+                                uintptr_t diagonal, uintptr_t dots, uintptr_t out, int threads) {
+  const ThroughStandardise problem{static_cast<Dtype>(dtype),
+                                   at<const void>(product),
+                                   at<const void>(own),
+                                   at<const void>(other),
+                                   rows,
+                                   width,
+                                   factor,
+                                   scale,
+                                   at<const double>(weights),
+                                   at<const double>(std),
+                                   at<const double>(diagonal),
+                                   at<const double>(dots),
+                                   at<void>(out)};
+  for_columns(rows, width, threads,
+              [&](int64_t begin, int64_t end) { FASTJEM_BEST(through_standardise_columns(problem, begin, end)); });
+}
+
+// `views`: (centred, product, weights, out) of each. Returns the sum of squared distances.
+static double vicreg(int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride, int64_t rows,
+                     int64_t width, const std::vector<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>>& views,
+                     double factor, double invariance, int threads) {
+  std::vector<double> distances(rows);
+  VicregRows problem{static_cast<Dtype>(dtype),
+                     at<const void>(x),
+                     at<const void>(y),
+                     x_stride,
+                     y_stride,
+                     width,
+                     {},
+                     {},
+                     {},
+                     factor,
+                     invariance,
+                     {},
+                     distances.data()};
+  for (size_t side = 0; side < 2; ++side) {
+    const auto& [centred, product, weights, out] = views.at(side);
+    problem.centred[side] = at<const void>(centred);
+    problem.product[side] = at<const void>(product);
+    problem.weights[side] = at<const double>(weights);
+    problem.out[side] = at<void>(out);
+  }
+  parallel_for(rows, 1 + 65536 / width, threads,
+               [&](int64_t begin, int64_t end) { FASTJEM_BEST(vicreg_rows(problem, begin, end)); });
+  double total = 0;
+  for (const double distance : distances) total += distance;
+  return total;
+}
+
+static double dot(int dtype, uintptr_t x, uintptr_t y, int64_t size, int threads) {
+  const Dot problem{static_cast<Dtype>(dtype), at<const void>(x), at<const void>(y)};
+  constexpr int64_t part = 65536;
+  std::vector<double> sums((size + part - 1) / part);
+  parallel_for(static_cast<int64_t>(sums.size()), 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      FASTJEM_BEST(dot_range(problem, i * part, std::min((i + 1) * part, size), &sums[i]));
+    }
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+void bind_covariance(pybind11::module_& m) {
+  const auto nogil = pybind11::call_guard<pybind11::gil_scoped_release>();
+  m.def("standardise", &standardise, nogil);
+  m.def("through_standardise", &through_standardise, nogil);
+  m.def("dot", &dot, nogil);
+  m.def("vicreg", [](int dtype, uintptr_t x, int64_t x_stride, uintptr_t y, int64_t y_stride, int64_t rows,
+                     int64_t width, const std::vector<std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>>& views,
+                     double factor, double invariance, int threads) {
+    const pybind11::gil_scoped_release release;
+    return vicreg(dtype, x, x_stride, y, y_stride, rows, width, views, factor, invariance, threads);
+  });
+}
+
+}  // namespace fastjem

@@ -1,0 +1,132 @@
+// The softmax of a row of logits x * scale + bias in one read of it. Included by kernel headers inside their
+// namespaces.
+//
+// A row is cut into blocks of 1024. A block's exponentials are taken against the block's own maximum, while it is still
+// in the L1 cache, so nothing waits for the maximum of the whole row: what makes them the softmax is a factor for each
+// block, known at the end.
+//
+// Two parts: some numbers are needed to more digits than float has (a potential of Sinkhorn's may be thousands, and
+// nearly cancels with another; a scale rounded to float shifts a logit of 10 by its last digit). They come as
+// high + low, of which `high` is the number rounded, and `low` what that has lost.
+
+constexpr int64_t softmax_block = 1024;
+constexpr int64_t sum_block = 256;  // of float sums: equal numbers all round the same way, by 4e-7 of their sum by now
+
+template <class W>
+struct TwoParts {
+  W high, low;  // of doubles, low is 0
+  explicit TwoParts(double x) : high(static_cast<W>(x)), low(static_cast<W>(x - static_cast<double>(high))) {}
+};
+
+// 1 / temperature.
+template <class W>
+struct Scale : TwoParts<W> {
+  using TwoParts<W>::TwoParts;
+  FASTJEM_INLINE W operator()(W x) const { return x * this->high + x * this->low; }
+};
+
+// What is added to each prototype's logits, in one part or in two.
+template <class W>
+struct Bias {
+  const W* high = nullptr;  // [K], or null for none
+  const W* low = nullptr;   // [K], or null for none
+};
+
+enum class Biased { no, one_part, two_parts };
+
+// Logit j. Scale and bias nearly cancel where they are large, so their high parts are added first.
+template <Biased biased, class T, class W>
+static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, Bias<W> bias, int64_t j) {
+  const W v = widen(x[j]);
+  if (biased == Biased::no) return scale(v);
+  const W high = v * scale.high + bias.high[j];
+  return biased == Biased::one_part ? high + v * scale.low : high + (v * scale.low + bias.low[j]);
+}
+
+// The largest logit of x[begin, end); -infinity of none. A function of its own, as GCC 12 leaves the loop without a
+// bias scalar where it is inlined.
+template <Biased biased, class T, class W>
+FASTJEM_NOINLINE static W largest_logit(const T* x, Scale<W> scale, Bias<W> bias, int64_t begin, int64_t end) {
+  W maximum = -std::numeric_limits<W>::infinity();
+#pragma omp simd reduction(max : maximum)
+  for (int64_t j = begin; j < end; ++j) {
+    const W v = biased_logit<biased>(x, scale, bias, j);
+    maximum = v > maximum ? v : maximum;
+  }
+  return maximum;
+}
+
+// What rounding took from a - b where it came out as `difference` (Knuth's two-sum).
+template <class W>
+static FASTJEM_INLINE W rounding_error(W a, W b, W difference) {
+  const W minus_b = difference - a;
+  return (a - (difference - minus_b)) - (b + minus_b);
+}
+
+// The logit less shift + shift_low, for a bias in two parts. Bias and shift may be thousands and nearly cancel.
+template <class T, class W>
+static FASTJEM_INLINE W logit_above(const T* x, Scale<W> scale, Bias<W> bias, W shift, W shift_low, int64_t j) {
+  const W v = widen(x[j]);
+  const W difference = bias.high[j] - shift;
+  const W low = bias.low[j] - shift_low + rounding_error(bias.high[j], shift, difference);
+  return (v * scale.high + difference) + (v * scale.low + low);
+}
+
+template <class W>
+struct BiasedSoftmax {
+  std::vector<W> shift;     // [blocks], the maximum of each block; 0 where all is -infinity
+  std::vector<double> sum;  // [blocks], of exp(logit - shift)
+  std::vector<W> factor;    // [blocks], exp(shift - logsumexp)
+
+  explicit BiasedSoftmax(int64_t k)
+      : shift((k + softmax_block - 1) / softmax_block), sum(shift.size()), factor(shift.size()) {}
+
+  // Sets the factors from shift and sum; returns the row's logsumexp.
+  double finish() {
+    double maximum = -std::numeric_limits<double>::infinity();
+    for (size_t b = 0; b < shift.size(); ++b) {
+      maximum = sum[b] > 0 && shift[b] > maximum ? static_cast<double>(shift[b]) : maximum;
+    }
+    double total = 0;
+    for (size_t b = 0; b < shift.size(); ++b) total += sum[b] == 0 ? 0 : sum[b] * std::exp(shift[b] - maximum);
+    const double logsumexp = maximum + std::log(total);
+    for (size_t b = 0; b < shift.size(); ++b) factor[b] = static_cast<W>(std::exp(shift[b] - logsumexp));
+    return logsumexp;
+  }
+
+  // Afterwards e[j] * factor[j / softmax_block] is the softmax; returns the logsumexp.
+  template <class T>
+  double row(const T* x, Scale<W> scale, Bias<W> bias, int64_t k, W* e) {
+    if (bias.low) return row_of<Biased::two_parts>(x, scale, bias, k, e);
+    return bias.high ? row_of<Biased::one_part>(x, scale, bias, k, e) : row_of<Biased::no>(x, scale, bias, k, e);
+  }
+
+  // e = exp(logit - shift); returns their sum.
+  template <Biased biased, class T>
+  static W exponentials(const T* x, Scale<W> scale, Bias<W> bias, W shift, int64_t begin, int64_t end, W* e) {
+    W partial = 0;
+#pragma omp simd reduction(+ : partial)
+    for (int64_t j = begin; j < end; ++j) {
+      const W v = biased == Biased::two_parts ? logit_above(x, scale, bias, shift, W(0), j)
+                                              : biased_logit<biased>(x, scale, bias, j) - shift;
+      e[j] = exponential(v);
+      partial += e[j];
+    }
+    return partial;
+  }
+
+  template <Biased biased, class T>
+  double row_of(const T* x, Scale<W> scale, Bias<W> bias, int64_t k, W* e) {
+    for (int64_t begin = 0, b = 0; begin < k; begin += softmax_block, ++b) {
+      const int64_t end = std::min(begin + softmax_block, k);
+      const W maximum = largest_logit<biased>(x, scale, bias, begin, end);
+      const W block_shift = maximum == -std::numeric_limits<W>::infinity() ? W(0) : maximum;
+      shift[b] = block_shift;
+      sum[b] = 0;
+      for (int64_t first = begin; first < end; first += sum_block) {
+        sum[b] += exponentials<biased>(x, scale, bias, block_shift, first, std::min(first + sum_block, end), e);
+      }
+    }
+    return finish();
+  }
+};

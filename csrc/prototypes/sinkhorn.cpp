@@ -1,0 +1,193 @@
+#include <atomic>
+
+#include "common.h"
+#include "flush_subnormals.h"
+#include "huge_pages.h"
+
+namespace fastjem {
+struct Sinkhorn {
+  Dtype dtype;
+  const void* scores;  // [B, K], rows row_stride elements apart
+  int64_t row_stride, rows, width;
+  double scale;              // 1 / epsilon
+  const void* bias;          // [K], the potentials rounded to float (doubles as they are for float64 scores), or null
+  const void* bias_low;      // [K] float, what they have lost by it, or null
+  const float* bias_factor;  // [K], exp(bias - largest_bias), or null where one would be below exp(-40)
+  double largest_bias;
+  double near_shift;      // for logits that lie near each other (see Near): a whole power of 2
+  float near_range;       // the highest power of 2 above the shift: 126
+  const double* offsets;  // [B], subtracted from each row's logits, or null
+  double* row_logsumexp;  // [B]
+  Dtype code_dtype;
+  void* codes;  // [B, K]
+};
+}  // namespace fastjem
+
+#define FASTJEM_KERNEL "prototypes/sinkhorn.h"
+#include "each_isa.h"
+
+namespace fastjem {
+
+// Calls f(begin, end, part, sums) for each part of the rows; returns the sums [parts, width], to be added in order.
+template <class F>
+static std::vector<double> over_parts(int64_t rows, int64_t parts, int64_t width, F&& f) {
+  std::vector<double> sums(parts * width, 0.0);
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+  for (int64_t part = 0; part < parts; ++part) {
+    const FlushSubnormals flush;
+    f(rows * part / parts, rows * (part + 1) / parts, part, sums.data() + part * width);
+  }
+  return sums;
+}
+
+// The memory of potentials for scores of other dtypes than float64: each in two parts, and as a factor, if they lie
+// near each other.
+struct Potentials {
+  std::vector<float> high, low, factor;
+
+  // Sets in p all that depends on them.
+  Potentials(Sinkhorn& p, const double* bias, int threads) {
+    if (bias == nullptr || p.dtype == Dtype::float64) {
+      p.bias = bias;
+      return;
+    }
+    high.resize(p.width);
+    low.resize(p.width);
+    double lowest = bias[0];
+    p.largest_bias = bias[0];
+    for (int64_t j = 0; j < p.width; ++j) {
+      high[j] = static_cast<float>(bias[j]);
+      low[j] = std::isfinite(high[j]) ? static_cast<float>(bias[j] - high[j]) : 0.0f;
+      lowest = std::min(lowest, bias[j]);
+      p.largest_bias = std::max(p.largest_bias, bias[j]);
+    }
+    p.bias = high.data();
+    p.bias_low = low.data();
+    if (!(p.largest_bias - lowest < 40)) return;
+    factor.resize(p.width);
+    parallel_for(p.width, 4096, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) factor[j] = static_cast<float>(std::exp(bias[j] - p.largest_bias));
+    });
+    double first;
+    FASTJEM_BEST(first_logsumexp(p, &first));
+    // The first sample's sum becomes exp(3), in the middle of those that sample_softmax takes, 0.01 to 1e6.
+    p.near_shift = std::round((first - p.largest_bias - 3) / std::log(2.0));
+    if (std::abs(p.near_shift) < 1e6) p.bias_factor = factor.data();
+  }
+};
+
+// out_j = logsumexp_i(x_ij * scale) without maxima; false where that isn't safe.
+static bool near_columns(Sinkhorn p, int64_t parts, double* out, int threads) {
+  if (p.dtype == Dtype::float64) return false;
+  double first;
+  FASTJEM_BEST(first_logsumexp(p, &first));
+  p.near_shift = std::round(first / std::log(2.0));
+  if (!(std::abs(p.near_shift) < 1e6)) return false;
+  const auto sums = over_parts(p.rows, parts, p.width, [&](int64_t begin, int64_t end, int64_t, double* sum) {
+    FASTJEM_BEST(near_column_sums(p, begin, end, sum));
+  });
+  std::atomic<bool> safe{true};
+  parallel_for(p.width, 4096, threads, [&](int64_t begin, int64_t end) {
+    bool all = true;
+    for (int64_t j = begin; j < end; ++j) {
+      double total = 0;
+      for (int64_t part = 0; part < parts; ++part) total += sums[part * p.width + j];
+      all = all && total > 1e-20 && total < 1e30;
+      out[j] = p.near_shift * std::log(2.0) + std::log(total);
+    }
+    if (!all) safe = false;
+  });
+  return safe;
+}
+
+// out_j = logsumexp_i(x_ij * scale - offset_i)
+static void columns(const Sinkhorn& p, int64_t parts, const double* bias, double* out, int threads) {
+  const int64_t k = p.width;
+  std::vector<double> maxima(parts * k);
+  const auto sums = over_parts(p.rows, parts, k, [&](int64_t begin, int64_t end, int64_t part, double* sum) {
+    FASTJEM_BEST(column_logsumexp(p, begin, end, maxima.data() + part * k, sum));
+  });
+  parallel_for(k, 4096, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      double maximum = maxima[j];
+      double total = 0;
+      for (int64_t part = 1; part < parts; ++part) maximum = std::max(maximum, maxima[part * k + j]);
+      const double shift = std::isinf(maximum) && maximum < 0 ? 0 : maximum;
+      for (int64_t part = 0; part < parts; ++part) {
+        const double m = maxima[part * k + j];
+        if (!(std::isinf(m) && m < 0) || sums[part * k + j] != 0) total += sums[part * k + j] * std::exp(m - shift);
+      }
+      out[j] = shift + std::log(total) - (bias ? bias[j] : 0.0);
+    }
+  });
+}
+
+static Sinkhorn problem(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale) {
+  Sinkhorn p{};
+  p.dtype = static_cast<Dtype>(dtype);
+  p.scores = at<const void>(scores);
+  p.row_stride = row_stride;
+  p.rows = rows;
+  p.width = width;
+  p.scale = scale;
+  p.near_range = 126;
+  return p;
+}
+
+// `bias`: double [K], or 0; `out`: double [K].
+static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
+                          uintptr_t bias_address, uintptr_t out_address, int threads) {
+  const double* bias = at<const double>(bias_address);
+  double* out = at<double>(out_address);
+  std::vector<double> row_logsumexp(bias ? rows : 0);
+  Sinkhorn p = problem(dtype, scores, rows, width, row_stride, scale);
+  const Potentials potentials(p, bias, threads);
+  p.row_logsumexp = row_logsumexp.data();
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, rows / 16, rows * width / 16384}));
+  if (!bias) {
+    if (!near_columns(p, parts, out, threads)) columns(p, parts, nullptr, out, threads);
+    return;
+  }
+
+  const auto sums = over_parts(rows, parts, width, [&](int64_t begin, int64_t end, int64_t, double* sum) {
+    FASTJEM_BEST(column_sums_of_softmax(p, begin, end, sum));
+  });
+  // A term below the least exponential counts as 0. Where all of a prototype's together could matter, add in the log
+  // domain.
+  const double least = static_cast<double>(rows) * (p.dtype == Dtype::float64 ? 1e-290 : p.bias_factor ? 1e-27 : 1e-30);
+  std::atomic<bool> lost{false};
+  parallel_for(width, 4096, threads, [&](int64_t begin, int64_t end) {
+    bool low = false;
+    for (int64_t j = begin; j < end; ++j) {
+      double total = 0;
+      for (int64_t part = 0; part < parts; ++part) total += sums[part * width + j];
+      low = low || total < least;
+      out[j] = std::log(total) - bias[j];
+    }
+    if (low) lost = true;
+  });
+  if (lost) {
+    p.offsets = row_logsumexp.data();
+    columns(p, parts, bias, out, threads);
+  }
+}
+
+static void sinkhorn_codes(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
+                           uintptr_t bias, int code_dtype, int64_t code_bytes, uintptr_t out, int threads) {
+  Sinkhorn p = problem(dtype, scores, rows, width, row_stride, scale);
+  const Potentials potentials(p, at<const double>(bias), threads);
+  p.code_dtype = static_cast<Dtype>(code_dtype);
+  p.codes = at<void>(out);
+  prefer_huge_pages(p.codes, code_bytes);
+  parallel_for(rows, 1 + 16384 / width, threads, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    FASTJEM_BEST(codes(p, begin, end));
+  });
+}
+
+void bind_sinkhorn(pybind11::module_& m) {
+  m.def("sinkhorn_step", &sinkhorn_step, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("sinkhorn_codes", &sinkhorn_codes, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+}  // namespace fastjem

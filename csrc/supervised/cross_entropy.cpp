@@ -1,0 +1,52 @@
+#include "common.h"
+
+namespace fastjem {
+
+struct CrossEntropy {
+  Dtype dtype;
+  const void* logits;  // [N, K], rows row_stride elements apart
+  int64_t row_stride, classes;
+  const int64_t* labels;  // [N]
+  int64_t ignore_index;
+  void* gradient;  // [N, K], or null
+  double* losses;  // [N]
+};
+
+}  // namespace fastjem
+
+#define FASTJEM_KERNEL "supervised/cross_entropy.h"
+#include "each_isa.h"
+
+namespace fastjem {
+
+// Returns the sum of the losses, and how many rows count.
+static std::pair<double, int64_t> cross_entropy(int dtype, uintptr_t logits, int64_t rows, int64_t classes,
+                                                int64_t row_stride, uintptr_t labels, int64_t ignore_index,
+                                                uintptr_t gradient, int threads) {
+  std::vector<double> losses(rows);
+  const CrossEntropy problem{static_cast<Dtype>(dtype), at<const void>(logits), row_stride,         classes,
+                             at<const int64_t>(labels), ignore_index,           at<void>(gradient), losses.data()};
+  int64_t counted = 0;
+  int64_t bad = -1;
+  for (int64_t i = 0; i < rows && bad < 0; ++i) {
+    const int64_t label = problem.labels[i];
+    counted += label != ignore_index;
+    if (label != ignore_index && (label < 0 || label >= classes)) bad = i;
+  }
+  if (bad >= 0) {
+    throw std::invalid_argument("cross_entropy: labels must be in [0, " + std::to_string(classes) +
+                                ") or ignore_index, got " + std::to_string(problem.labels[bad]) + " at row " +
+                                std::to_string(bad));
+  }
+  parallel_for(rows, 1 + 16384 / classes, threads,
+               [&](int64_t begin, int64_t end) { FASTJEM_BEST(cross_entropy_rows(problem, begin, end)); });
+  double total = 0;
+  for (const double loss : losses) total += loss;
+  return {total, counted};
+}
+
+void bind_cross_entropy(pybind11::module_& m) {
+  m.def("cross_entropy", &cross_entropy, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+}  // namespace fastjem

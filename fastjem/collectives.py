@@ -1,0 +1,197 @@
+"""What the ranks of a process group do together: the one home of collectives, and of the factor W in gradients.
+
+**The contract of a distributed loss.** Every rank returns the loss of the *global* batch, all ranks' rows together, and
+its backward gives this rank's rows the gradient of that one number. Batches may be uneven.
+
+**Times W because DDP divides.** Each rank differentiates the global loss for its own rows alone; the sum over ranks of
+the parameters' gradients is then the global loss's. DistributedDataParallel doesn't sum, it averages: it divides that
+sum by the number of ranks W. So every rank multiplies its gradient by W beforehand, and what the optimiser sees is the
+gradient of one rank with the whole batch. `gradient_factor` is that W; `global_loss` applies it.
+
+**No collective is differentiated.** A collective inside a graph would run again, in backward, in an order that autograd
+chooses on each rank. Here values are communicated without a graph and every rank writes down its own gradient.
+
+Every rank has to make the same calls in the same order, whatever its data. A `group` of None is this rank alone.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def check_distributed(who: str, gather_distributed: bool, option: str = "gather_distributed") -> None:
+    """Raise ValueError where ranks are asked for and this build of torch knows none."""
+    if gather_distributed and not dist.is_available():
+        raise ValueError(f"{who}: {option} needs a torch with torch.distributed, got one without")
+
+
+def default_group(gather_distributed: bool = True) -> dist.ProcessGroup | None:
+    """All ranks, where there are several and they are asked for: what modules' `gather_distributed` means."""
+    if gather_distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def world_size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def gradient_factor(group: dist.ProcessGroup | None) -> int:
+    """What a rank multiplies its part of a global loss's gradient by: W, see the module's text."""
+    return world_size(group)
+
+
+# Values: nothing here has a gradient
+
+
+def stack_of_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[W, ...]: `x` of every rank, of one shape everywhere."""
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return torch.stack(parts)
+
+
+def sizes_of_ranks(n: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """Each rank's number of rows, on the host, where shapes are made: the one synchronisation of a distributed loss."""
+    return stack_of_ranks(torch.tensor(n, device=device), group).tolist()
+
+
+def gather_rows(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> tuple[Tensor, int]:
+    """All ranks' `x` concatenated along `dim` (where they may differ in length), and where this rank's part begins."""
+    x = x.detach().movedim(dim, 0).contiguous()
+    sizes = sizes_of_ranks(len(x), group, x.device)
+    padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    everything = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return everything.movedim(0, dim), sum(sizes[: dist.get_rank(group)])
+
+
+def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.ProcessGroup) -> Iterator[list[Tensor]]:
+    """The same tensors of each other rank, one rank at a time, in the order of ranks.
+
+    Each rank's tensors are broadcast in turn, the next rank's while the current ones are used: two ranks' rows are in
+    memory, never all.
+
+    Args:
+        tensors: of this rank; on another rank they may differ in length along `dim`.
+        dim: where the rows are.
+        sizes: each rank's number of rows, see `sizes_of_ranks`.
+        group: every rank of it must exhaust the iterator.
+    """
+    me = dist.get_rank(group)
+    mine = [x.detach().movedim(dim, 0).contiguous() for x in tensors]
+
+    def start(rank: int) -> tuple[list[Tensor], list]:
+        received = mine if rank == me else [x.new_empty(sizes[rank], *x.shape[1:]) for x in mine]
+        source = dist.get_global_rank(group, rank)
+        return received, [dist.broadcast(x, source, group=group, async_op=True) for x in received]
+
+    following = start(0)
+    for rank in range(len(sizes)):
+        current, works = following
+        if rank + 1 < len(sizes):
+            following = start(rank + 1)
+        for work in works:
+            work.wait()
+        if rank != me:
+            yield [x.movedim(0, dim) for x in current]
+
+
+def from_first_rank(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The first rank's `x`, written into this rank's."""
+    if group is not None:
+        dist.broadcast(x, group_src=0, group=group)
+    return x
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum, without a gradient; see `sum_of_ranks`."""
+    if group is None:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def mean_of_ranks(mean: Tensor, rows: float | Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The mean over the rows of all ranks, from each rank's mean over so many of its own: one collective."""
+    if group is None:
+        return mean
+    total, count = sum_and_count_of_ranks(mean * rows, rows, group)
+    return total / count
+
+
+def sum_and_count_of_ranks(
+    total: Tensor, count: float | Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """A sum of any shape and the number of what was added, both over all ranks: one collective."""
+    count = total.new_full((1,), count) if not isinstance(count, Tensor) else count.to(total).reshape(1)
+    packed = sum_over_ranks(torch.cat([total.detach().flatten(), count]), group)
+    return packed[:-1].reshape(total.shape), packed[-1]
+
+
+# Losses: differentiable for this rank's rows
+
+
+class _GlobalLoss(torch.autograd.Function):
+    """The value as it is; upstream times W for this rank's part."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, value: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return upstream * ctx.factor, None, None
+
+
+def global_loss(part: Tensor, value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`value`, the same on every rank, with the gradient of `part` (what depends on this rank's rows), times W."""
+    return _GlobalLoss.apply(part, value.detach(), gradient_factor(group))
+
+
+def sum_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over ranks of a loss's parts, with the gradient of this rank's."""
+    return x if group is None else global_loss(x, sum_over_ranks(x, group), group)
+
+
+def mean_loss_of_ranks(loss: Tensor, weight: float | Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The mean of all ranks' losses, each with its weight (the rows it is a mean over), differentiable."""
+    if group is None:
+        return loss
+    total, weights = sum_and_count_of_ranks(loss.detach().double() * weight, weight, group)
+    part = loss * (weight / weights).to(loss.dtype)
+    return global_loss(part, (total / weights).to(loss.dtype), group)
+
+
+class _OwnRowsOfGlobalBatch(torch.autograd.Function):
+    """A loss of all ranks' rows, each differentiated at once; of the gradients only this rank's rows are kept."""
+
+    @staticmethod
+    def forward(ctx, loss_of: Callable[..., Tensor], group: dist.ProcessGroup, *inputs: Tensor) -> Tensor:
+        needed = ctx.needs_input_grad[2:]
+        gathered = [gather_rows(x, group) for x in inputs]
+        everything = [x.requires_grad_() for x, _ in gathered]
+        with torch.enable_grad():
+            loss = loss_of(*everything)
+        wanted = [x for x, need in zip(everything, needed, strict=True) if need]
+        gradients = iter(torch.autograd.grad(loss, wanted) if wanted else ())
+        begin = gathered[0][1]
+        own_rows = slice(begin, begin + len(inputs[0]))
+        factor = gradient_factor(group)
+        ctx.save_for_backward(*(next(gradients)[own_rows] * factor if need else None for need in needed))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return None, None, *(None if g is None else g * upstream for g in ctx.saved_tensors)
+
+
+def of_global_batch(loss_of: Callable[..., Tensor], group: dist.ProcessGroup | None, *inputs: Tensor) -> Tensor:
+    """`loss_of(*inputs)`, or, with a group, `loss_of` all ranks' rows: for losses that every rank can compute whole."""
+    return loss_of(*inputs) if group is None else _OwnRowsOfGlobalBatch.apply(loss_of, group, *inputs)

@@ -1,0 +1,212 @@
+"""`fastjem bench`: which cases, in which order, and where their results go."""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastjem import ops
+from fastjem.bench import machine, report
+from fastjem.bench.case import Case, dtype_name
+from fastjem.bench.cases import cases
+from fastjem.bench.timing import Comparison, compare, reason
+
+QUICK_BUDGET, BUDGET = 0.3, 2.0  # seconds of sampling per case
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `fastjem bench` with these arguments.
+
+    Returns:
+        0; 1 where ours failed or computed something else; 2 for a mistake in the arguments; 130 where Ctrl-C (SIGINT)
+        ended it early, with the results so far.
+    """
+    parser = _parser()
+    try:
+        options = parser.parse_args(argv)
+        device = torch.device(options.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda, but torch finds no GPU")
+        chosen, left_out = _choose(options, device)
+        if not chosen:
+            parser.error(f"no case matches {options.filter!r} on {device.type} (--list shows all)")
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    return _run(options, device, chosen, left_out)
+
+
+def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], left_out: int) -> int:
+    """Measure the machine and the chosen cases, write and print the results; the exit code."""
+    begin = time.perf_counter()
+    described = machine.describe(device)
+    run = machine.now()
+    run["options"] = {key: getattr(options, key) for key in ("filter", "dtype", "rounds", "quick", "full")}
+    _say("measuring copy bandwidth and matrix products ...")
+    ceilings = machine.ceilings(device, options.wait)
+    run["ceilings"] = {"copy": {str(size): rate for size, rate in ceilings.copy.items()}, "matmul": ceilings.matmul}
+    rows = [found | {"run": run["date"]} for found in _measured(options, device, chosen, ceilings)]
+    if not rows:
+        return 130
+    run["seconds"] = round(time.perf_counter() - begin)
+    results = {"machine": described, "runs": [run], "rows": rows}
+    written = []
+    if options.out:
+        name = machine.slug(described) + ("-quick" if options.quick else "")
+        written = report.write(results, Path(options.out), name)
+    print(report.text(results))
+    if left_out:
+        print(f"{left_out} slow or less usual case{'s' * (left_out > 1)} left out; --full runs them too.")
+    for path in written:
+        print(f"wrote {path}")
+    if len(rows) < len(chosen):
+        return 130
+    return int(any("ours" in row["absent"] for row in rows))
+
+
+def _measured(
+    options: argparse.Namespace, device: torch.device, chosen: list[Case], ceilings: machine.Ceilings
+) -> list[dict]:
+    """The rows of the chosen cases, or of the first of them where Ctrl-C ends it."""
+    rows: list[dict] = []
+    compiled = not (options.no_compile or options.quick)
+    budget = QUICK_BUDGET if options.quick else BUDGET
+    with _cold_caches(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if compiled:
+            with contextlib.suppress(Exception):  # what torch.compile imports at its first use is no case's cost
+                torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        try:
+            for i, case in enumerate(chosen, 1):
+                start = time.perf_counter()
+                rows.append(
+                    measure(
+                        case, device, ceilings, compiled, rounds=options.rounds, budget=budget, patience=options.wait
+                    )
+                )
+                _say(f"[{i}/{len(chosen)}] {case.name}: {time.perf_counter() - start:.1f} s")
+        except KeyboardInterrupt:
+            _say(f"stopped after {len(rows)} of {len(chosen)} cases")
+    return rows
+
+
+def measure(case: Case, device: torch.device, ceilings: machine.Ceilings, compiled: bool, **limits: Any) -> dict:
+    """Time one case: its row for the report. `limits` go to `compare`: rounds, budget, patience."""
+    if compiled:
+        torch._dynamo.reset()  # one formula at many shapes would meet dynamo's limit
+    variants, not_installed = case.variants(compiled)
+    try:
+        inputs = case.draw(device)
+        verify = case.verifier(inputs)
+        comparison = compare(variants, inputs, device=device, verify=verify, clock=case.clock, **limits)
+    except Exception as error:  # too large for this machine, most likely; the other cases are still worth running
+        comparison = Comparison({}, dict.fromkeys(variants, reason(error)), [])
+    comparison.absent |= not_installed
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row(case, device, comparison, ceilings)
+
+
+def row(case: Case, device: torch.device, comparison: Comparison, ceilings: machine.Ceilings) -> dict:
+    """One case's results in plain data: everything in seconds and bytes."""
+    floor, bound_by = ceilings.floor(case.bytes, case.flops, case.dtype)
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": dtype_name(case.dtype),
+        "runs_as": _runs_as(case, device),
+        "clock": case.clock,
+        "rounds": comparison.rounds,
+        "others": round(comparison.others, 3),
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "floor": None if case.clock == "host" else floor,
+        "floor_bound_by": None if case.clock == "host" else bound_by,
+        "variants": {name: asdict(timing) for name, timing in comparison.variants.items()},
+        "absent": comparison.absent,
+        "wrong": comparison.wrong,
+    }
+
+
+def _runs_as(case: Case, device: torch.device) -> str:
+    """Which implementations `ours` consists of: "C++", "C++ + reference"; a loss without operator is "torch"."""
+    table = ops.implementations()
+    kinds = {table[op][device.type].partition(" ")[0] if op in table else "torch" for op in (case.op, *case.uses)}
+    return " + ".join(sorted(kinds))
+
+
+@contextlib.contextmanager
+def _cold_caches() -> Iterator[None]:
+    """Compilers find an empty disk cache, so that first calls mean the same on every machine."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(prefix="fastjem-bench-", ignore_cleanup_errors=True) as folder:
+        os.environ.update({name: os.path.join(folder, name.lower()) for name in names})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _choose(options: argparse.Namespace, device: torch.device) -> tuple[list[Case], int]:
+    """The cases to run, and how many of those that match wait for --full."""
+    matching = [
+        case
+        for case in cases()
+        if device.type in case.devices
+        and re.search(options.filter, case.name)
+        and (options.dtype is None or options.dtype == dtype_name(case.dtype))
+    ]
+    chosen = [case for case in matching if options.full or device.type not in case.full_only]
+    return chosen, len(matching) - len(chosen)
+
+
+def _rounds(value: str) -> int:
+    if int(value) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(value)
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastjem bench",
+        description="Time fastjem's operators against eager torch, torch.compile and, if installed, lightly, in turns.",
+    )
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--filter", default="", type=_pattern, metavar="REGEX", help="only cases whose name matches, e.g. 'cosine|ema'")
+    add("--device", choices=("cpu", "cuda"), default=here, help=f"here: {here}")
+    add("--dtype", choices=("fp32", "bf16"), help="only cases with such inputs")
+    add("--rounds", type=_rounds, metavar="N", help="turns of each variant; default: 5 to 25, as the time allows")
+    add("--quick", action="store_true", help="short and without torch.compile: does everything run?")
+    add("--full", action="store_true", help="slow and less usual cases too")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--wait", type=float, default=0, metavar="S", help="per case, wait at most so long for an idle machine")
+    add("--out", metavar="DIR", help="write DIR/<machine>.json and .md; other cases' rows in them stay")
+    add("--list", action="store_true", help="print the names of the cases, run nothing")
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,219 @@
+"""`fastjem check-data DIR`: every file is opened and decoded before a run has to."""
+
+import collections
+import concurrent.futures
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+import warnings
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastjem.data.source import ORIENTATION, Source, open_source, path_of, reason, to_image
+from fastjem.errors import UserError
+
+MEASURED = 256  # files whose crops are timed; decoding is timed on all
+
+
+@dataclass
+class CheckDataOptions:
+    """What training would make of a folder: files that would be skipped and why, sizes, counts, time of an epoch."""
+
+    data: str = field(metadata={"help": "folder of images, nested or flat", "positional": True})
+    views: int = field(default=2, metadata={"help": "of an image, for the expected time"})
+    image_size: int = field(default=224, metadata={"help": "of a view; smaller images are counted"})
+    workers: int = field(default=-1, metadata={"help": "processes; -1: one a core"})
+    show: int = field(default=20, metadata={"help": "skipped files that are named; 0: all"})
+    json: bool = field(default=False, metadata={"help": "everything as one JSON object, all skipped files in it"})
+
+
+@dataclass
+class File:
+    """What one file is; `why` says what is wrong with one that can't be read."""
+
+    size: int = 0  # bytes
+    digest: bytes = b""
+    kind: str = ""  # "JPEG"
+    mode: str = ""  # as it is stored: "L", "CMYK"
+    width: int = 0
+    height: int = 0
+    turned: bool = False  # by its EXIF orientation
+    progressive: bool = False
+    read: float = 0.0  # seconds of one core, decoding included
+    crop: float = 0.0  # seconds of one core, where it was timed
+    why: str = ""
+
+
+def examine(source: Source, i: int, crop: int = 0) -> File:
+    """Read and decode a file as training does; with `crop`, also resize half of its area to crop x crop, timed."""
+    found = File()
+    try:
+        begin = time.thread_time()
+        data = source.read(i)
+        if not isinstance(data, bytes):
+            raise TypeError("pixels, not a file")
+        found.read = time.thread_time() - begin
+        found.size = len(data)
+        found.digest = hashlib.blake2b(data, digest_size=16).digest()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble
+            with Image.open(io.BytesIO(data)) as image:
+                found.kind = image.format or ""
+                found.mode = image.mode
+                found.turned = image.getexif().get(ORIENTATION, 1) != 1
+                found.progressive = bool(image.info.get("progressive"))
+            begin = time.thread_time()
+            image = to_image(data)
+            found.read += time.thread_time() - begin
+    except Exception as error:  # whatever a decoder may raise on a broken file
+        found.why = reason(error, path_of(source, i))
+        return found
+    found.width, found.height = image.size
+    if crop:
+        begin = time.thread_time()
+        side = 0.5**0.5  # of half the area, a crop's usual size
+        window = (0, 0, max(side * image.width, 1), max(side * image.height, 1))
+        np.asarray(image.resize((crop, crop), Image.Resampling.BILINEAR, window))
+        found.crop = time.thread_time() - begin
+    return found
+
+
+_given: list[Source] = []  # in a worker process: what it is to examine, handed over once and not with each image
+
+
+def _give(source: Source) -> None:
+    _given.append(source)
+
+
+def _examine_given(i: int, crop: int) -> File:
+    return examine(_given[0], i, crop)
+
+
+def scan(source: Source, image_size: int, workers: int) -> list[File]:
+    """All files, in order, by `workers` processes."""
+    every = max(len(source) // MEASURED, 1)
+    images = range(len(source))
+    crops = [image_size if i % every == 0 else 0 for i in images]
+    if workers <= 1 or len(source) < 64:  # starting processes takes longer
+        return [examine(source, i, crop) for i, crop in zip(images, crops, strict=True)]
+    files = []
+    shown_at = time.monotonic()
+    with concurrent.futures.ProcessPoolExecutor(workers, initializer=_give, initargs=(source,)) as pool:
+        try:
+            for file in pool.map(_examine_given, images, crops, chunksize=32):
+                files.append(file)
+                if sys.stderr.isatty() and time.monotonic() - shown_at > 1:
+                    shown_at = time.monotonic()
+                    print(f"\r{len(files)} of {len(source)} files", end="", file=sys.stderr, flush=True)
+        except BrokenProcessPool:
+            near = path_of(source, min(len(files), len(source) - 1))
+            raise UserError(f"a decoder ended its process at {near} or one of the files behind it") from None
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    return files
+
+
+def check_data(options: CheckDataOptions) -> dict[str, Any]:
+    """Counts, sizes, skipped files [(path, reason)] and expected seconds of an epoch of a folder.
+
+    Raises:
+        UserError: if there is no folder, no image in it, or no option like that.
+    """
+    for name, value in (("views", options.views), ("image-size", options.image_size)):
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    workers = options.workers if options.workers > 0 else len(os.sched_getaffinity(0))
+    source = open_source(options.data)
+    if source.decoded:
+        raise UserError(f"{options.data} holds pixels, not files: none of its images can be broken")
+    begin = time.perf_counter()
+    files = scan(source, options.image_size, workers)
+    seconds = time.perf_counter() - begin
+    readable = [file for file in files if not file.why]
+    distinct = {file.digest for file in readable}
+    result: dict[str, Any] = {
+        "data": source.root,
+        "files": len(files),
+        "bytes": sum(file.size for file in files),
+        "classes": len(source.classes),
+        "formats": dict(collections.Counter(file.kind for file in readable).most_common()),
+        "modes": dict(collections.Counter(file.mode for file in readable).most_common()),
+        "progressive": sum(file.progressive for file in readable),
+        "turned": sum(file.turned for file in readable),
+        "copies": len(readable) - len(distinct),
+        "seconds": seconds,
+        "workers": workers,
+        "views": options.views,
+        "image_size": options.image_size,
+        "skipped": [(path_of(source, i), file.why) for i, file in enumerate(files) if file.why],
+    }
+    if readable:
+        result |= _sizes(readable, options.image_size)
+        crops = [file.crop for file in readable if file.crop]
+        seconds_each = float(np.mean([file.read for file in readable]))
+        if crops:
+            seconds_each += options.views * float(np.mean(crops))
+        result["epoch_seconds"] = seconds_each * len(readable) / workers
+    return result
+
+
+def _sizes(files: list[File], image_size: int) -> dict[str, Any]:
+    """Smallest, median and largest [width, height] by area, and how many images have a side below `image_size`."""
+    sizes = np.array([(file.width, file.height) for file in files])
+    area = sizes.prod(1)
+    return {
+        "smallest": sizes[area.argmin()].tolist(),
+        "median": sizes[area.argsort()[len(area) // 2]].tolist(),
+        "largest": sizes[area.argmax()].tolist(),
+        "small": int((sizes.min(1) < image_size).sum()),
+    }
+
+
+def render(found: dict[str, Any], show: int = 20) -> str:
+    """The result in lines for people; `show`: so many of the skipped files are named, 0: all."""
+    where = f"in {found['classes']} class folders" if found["classes"] else "in one class"
+    facts = {"files": f"{found['files']} {where}, {found['bytes'] / 1e6:.1f} MB"}
+    if "median" in found:
+        sizes = ", ".join(f"{name} {found[name][0]} x {found[name][1]}" for name in ("smallest", "median", "largest"))
+        others = {"progressive": "progressive", "turned": "turned by EXIF", "copies": "copies of others"}
+        facts |= {
+            "formats": _listed(found["formats"]),
+            "modes": _listed(found["modes"]),
+            "pixels": f"{sizes}; a side below {found['image_size']}: {found['small']}",
+            "also": _listed({words: found[name] for name, words in others.items()}),
+            "an epoch": f"about {_duration(found['epoch_seconds'])} of reading, decoding and cropping "
+            f"{found['views']} views of {found['image_size']} pixels by {found['workers']} processes, whatever the "
+            "model takes",
+        }
+    skipped = found["skipped"]
+    share = len(skipped) / found["files"]
+    facts["skipped"] = f"{len(skipped)} ({share:.1%}); training puts other images in their place" if skipped else "none"
+    lines = [f"{name:<10}{text}" for name, text in facts.items()]
+    lines += [f"  {os.path.relpath(path, found['data'])}: {why}" for path, why in skipped[: show or None]]
+    if show and len(skipped) > show:
+        lines.append(f"  and {len(skipped) - show} more; --show 0 names all")
+    return "\n".join(lines)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "-"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def main(options: CheckDataOptions) -> int:
+    """0, or 1 where files would be skipped: a script can ask."""
+    found = check_data(options)
+    print(json.dumps(found, indent=2) if options.json else render(found, options.show))
+    return 1 if found["skipped"] else 0

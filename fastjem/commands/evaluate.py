@@ -1,0 +1,134 @@
+"""`fastjem evaluate`: an encoder's features measured, and the figures beside the run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastjem import checkpoints
+from fastjem.data import shapes
+from fastjem.data.source import Source, open_source
+from fastjem.errors import UserError
+from fastjem.probes import default_workers, features, labels_of, measure, split
+from fastjem.runs import Opened, open_run
+
+
+@dataclass
+class EvaluateOptions:
+    """How well an encoder's features tell classes apart: kNN, linear probe, effective rank, deviations."""
+
+    run: str = field(metadata={"help": "run folder, or an exported encoder.safetensors", "positional": True})
+    train: str = field(default="", metadata={"help": "class folders; none: the data of the run"})
+    test: str = field(default="", metadata={"help": "class folders; none: beside `train`, or each tenth image of it"})
+    features: Literal["encoder", "projector", "both"] = field(default="encoder", metadata={"help": "of which part"})
+    k: int = field(default=20, metadata={"help": "neighbours that vote"})
+    temperature: float = field(default=0.07, metadata={"help": "votes weigh exp(cosine / temperature)"})
+    half: bool = field(default=False, metadata={"help": "keep features as float16, half the memory"})
+    workers: int = field(default=-1, metadata={"help": "processes that read images; -1: one a core"})
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where the encoder runs"})
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """Every figure, also written to `evaluation.json` in the run's folder (beside an export).
+
+    Images become numbers as they did in the run.
+    """
+    _check(options)
+    opened = open_run(options.run)
+    kinds = ["encoder", "projector"] if options.features == "both" else [options.features]
+    if "projector" in kinds and opened.projector is None:
+        raise UserError(f"{options.run} has no projector (an export holds the encoder alone); --features encoder works")
+    train, test = _sources(options, opened)
+    known = split(train, test)
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    encoder = opened.encoder.to(device)
+    projector = nn.Identity() if opened.projector is None else opened.projector.to(device)
+
+    def compute(images: Tensor) -> list[Tensor]:
+        embeddings = encoder(images)
+        return [embeddings if kind == "encoder" else projector(embeddings) for kind in kinds]
+
+    def features_of(source: Source, indices: Sequence[int]) -> list[Tensor]:
+        return features(
+            compute,
+            source,
+            opened.pixels,
+            indices=indices,
+            workers=default_workers() if options.workers < 0 else options.workers,
+            dtype=torch.float16 if options.half else torch.float32,
+            device=device,
+        )
+
+    bank = features_of(known.bank, known.bank_images)
+    queries = features_of(known.queries, known.query_images)
+    labels = torch.as_tensor(labels_of(known.bank)[known.bank_images], device=bank[0].device)
+    truth = torch.as_tensor(labels_of(known.queries)[known.query_images], device=bank[0].device)
+    result = {
+        "run": str(opened.path),
+        "step": opened.step,
+        "train": str(known.bank.root),
+        "test": str(known.queries.root),
+        "held_out": test is None,
+        "train_images": len(labels),
+        "test_images": len(truth),
+        "classes": len(known.bank.classes),
+        "k": options.k,
+        "temperature": options.temperature,
+        "features": {
+            kind: measure(bank_rows, labels, query_rows, truth, k=options.k, temperature=options.temperature)
+            for kind, bank_rows, query_rows in zip(kinds, bank, queries, strict=True)
+        },
+    }
+    _write(opened.folder / "evaluation.json", result)
+    return result
+
+
+def _check(options: EvaluateOptions) -> None:
+    if options.k < 1:
+        raise UserError(f"--k must be at least 1, got {options.k}")
+    if options.temperature <= 0:
+        raise UserError(f"--temperature must be positive, got {options.temperature}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
+
+
+def _sources(options: EvaluateOptions, opened: Opened) -> tuple[Source, Source | None]:
+    """The labelled images, and those to ask for; None: some of the former."""
+    if options.test and not options.train:
+        raise UserError("--test needs --train, the images whose labels are known")
+    root = Path(options.train or (opened.config.data if opened.config else "") or shapes.folder() / "train")
+    if not root.exists() and not options.train:
+        raise UserError(f"the run's data, {root}, is no longer there; --train and --test say what to use")
+    if options.test:
+        return open_source(root), open_source(options.test)
+    beside = root.with_name(f"test{root.suffix}")  # of "train" a folder "test", of "train.npz" a file "test.npz"
+    if root.stem == "train" and beside.exists():
+        return open_source(root), open_source(beside)
+    return open_source(root), None
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        checkpoints.write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def main(options: EvaluateOptions) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    result = evaluate(options)
+    held_out = ", each tenth image held out" if result["held_out"] else ""
+    title = f"{result['test_images']} images of {result['classes']} classes, {result['train_images']} known{held_out}"
+    table = Table("features", f"kNN, k = {result['k']}", "linear probe", "RankMe", "std: min, median, max", title=title)
+    for kind, row in result["features"].items():
+        deviations = ", ".join(f"{row[f'std_{which}']:.3g}" for which in ("min", "median", "max"))
+        rank = f"{row['rankme']:.1f} of {row['dimensions']}"
+        table.add_row(kind, f"{row['knn']:.1%}", f"{row['linear_probe']:.1%}", rank, deviations)
+    Console().print(table)
+    return 0

@@ -1,0 +1,153 @@
+"""`fastjem views`: a picture of what the augmentations do to real images."""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from fastjem.checkpoints import write_atomically
+from fastjem.data import shapes
+from fastjem.data.source import open_source
+from fastjem.data.views import RECIPES, MaskSpec, Value, Views
+from fastjem.errors import UserError, nearest
+from fastjem.methods import METHODS, views_of
+from fastjem.report.run import spread
+from fastjem.report.views import INK, MASKS, Sample, samples, titles
+
+PAPER = (255, 255, 255)
+MARGIN, LINE = 8, 20  # pixels
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass
+class ViewsOptions:
+    """What a method's augmentations do to your own images: a picture, rows images, columns views."""
+
+    data: str = field(default="", metadata={"help": "folder of images, nested or flat; none: the embedded data set"})
+    out: str = field(default="views.png", metadata={"help": "the picture"})
+    method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
+    recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
+    view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
+    image_size: int = 224
+    images: int = 6
+    small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
+    blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
+    mask: str | None = field(
+        default=None, metadata={"help": f"a last view through such a mask: {', '.join(MASKS)}; none: the method's"}
+    )
+    patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
+    seed: int = field(default=0, metadata={"help": "the run's"})
+    epoch: int = field(default=0, metadata={"help": "the run's"})
+
+
+def main(options: ViewsOptions) -> int:
+    print(draw_views(options))
+    return 0
+
+
+def grid(shown: Sequence[Sample], columns: Sequence[str], root: str, *, cell: int) -> Image.Image:
+    """Rows are images, the first column the file itself; cells of `cell` pixels, small views at their share of it."""
+    font = ImageFont.load_default(13)
+    views = shown[0].views
+    sizes = [round(cell * view.width / views[0].width) for view in views]
+    widths = [cell, *(max(size, round(font.getlength(title))) for size, title in zip(sizes, columns, strict=True))]
+    lefts = [MARGIN + sum(widths[:i]) + MARGIN * i for i in range(len(widths))]
+    width = lefts[-1] + widths[-1] + MARGIN
+    sheet = Image.new("RGB", (width, LINE + MARGIN + (cell + LINE + MARGIN) * len(shown)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for left, title in zip(lefts, ["image", *columns], strict=True):
+        pen.text((left, MARGIN // 2), title, INK, font)
+    for row, sample in enumerate(shown):
+        top = LINE + MARGIN + row * (cell + LINE + MARGIN)
+        scale = cell / max(sample.image.size)
+        fitted = (max(round(sample.image.width * scale), 1), max(round(sample.image.height * scale), 1))
+        sheet.paste(sample.image.resize(fitted, magnify(scale)), (MARGIN, top))
+        for left, size, view in zip(lefts[1:], sizes, sample.views, strict=True):
+            sheet.paste(view.resize((size, size), magnify(size / view.width)), (left, top))
+        name = shorten(os.path.relpath(sample.path, root), width - 2 * MARGIN, font)
+        pen.text((MARGIN, top + cell + 2), name, INK, font)
+    return sheet
+
+
+def magnify(scale: float) -> Image.Resampling:
+    """Pixels stay pixels when they are magnified."""
+    return Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BICUBIC
+
+
+def shorten(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """The end of a name tells files apart."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength("..." + text) > width:
+        text = text[1:]
+    return "..." + text
+
+
+def draw_views(options: ViewsOptions) -> Path:
+    """A picture of what a method sees: rows are images of the folder, columns the views it trains on; its path.
+
+    With a mask there is a last column. The share of the patches that it hides is the method's, or 75 %; "block" has
+    DINOv2's (10 to 50 %), "multi_block" I-JEPA's, whose targets are framed.
+
+    Raises:
+        UserError: for what can't be drawn, with the reason.
+    """
+    _check(options)
+    out = Path(options.out)
+    size = options.image_size
+    views = views_of(options.method, size, options.small_views, options.recipe)
+    mask = _mask(options, views)
+    source = open_source(options.data or shapes.folder() / "train")
+    specs = views.specs(size, patch=options.patch_size if mask else 1, blur=options.blur, changes=options.view)
+    # Evenly spread over the folder first; the others stand in for files that can't be read.
+    order = dict.fromkeys([*spread(len(source), options.images).tolist(), *range(len(source))])
+    shown = samples(
+        ((i, source.name(i)) for i in order),
+        specs,
+        root=source.root,
+        images=options.images,
+        seed=options.seed,
+        epoch=options.epoch,
+        mask=mask,
+    )
+    if not shown:
+        raise UserError(f"none of the files in {source.root} can be read")
+    sheet = grid(shown, titles(views, mask is not None), source.root, cell=min(max(size, 96), 224))
+    file = io.BytesIO()
+    sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
+    try:
+        write_atomically(out, file.getvalue())
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    return out
+
+
+def _mask(options: ViewsOptions, views: Views) -> MaskSpec | None:
+    """The mask that is asked for, or the method's own on its first view."""
+    masking = options.mask
+    if masking is None:
+        masking = views.masking if views.mask else ""
+    if not masking:
+        return None
+    size = options.image_size
+    patch = options.patch_size
+    if size % patch or size < 2 * patch:
+        what = "no multiple of" if size % patch else "less than two of"
+        raise UserError(f"--image-size {size} is {what} --patch-size {patch}")
+    return MaskSpec(0, (size // patch, size // patch), views.mask or 0.75, masking)
+
+
+def _check(options: ViewsOptions) -> None:
+    if options.method not in METHODS:
+        raise nearest("method", options.method, METHODS)
+    if options.mask is not None and options.mask not in MASKS:
+        raise nearest("mask", options.mask, MASKS)
+    for name, least in (("images", 1), ("image_size", 8), ("patch_size", 1)):
+        value = getattr(options, name)
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if Path(options.out).suffix.lower() not in FORMATS:
+        raise UserError(f"--out {options.out}: the picture's name must end in {', '.join(FORMATS)}")

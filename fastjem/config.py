@@ -1,0 +1,177 @@
+"""Everything a run depends on: filled in by the command line or `fastjem.pretrain(...)`, kept in the run's folder."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastjem import checkpoints, optim
+from fastjem.data.loaders import NAMES
+from fastjem.data.pixels import Pixels
+from fastjem.data.views import RECIPES
+from fastjem.errors import UserError, nearest
+from fastjem.methods import METHODS
+
+FILE = "config.yaml"
+Option = bool | int | float | str
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. A field that is None takes the method's default (docs/methods.md)."""
+
+    out: str = field(metadata={"help": "folder of the run"})
+    data: str = field(
+        default="",
+        metadata={"help": "folder of images, nested or flat, or a .npz of them; none: the embedded data set"},
+    )
+    method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
+    backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
+    image_size: int = 224
+    epochs: int = 100
+    batch_size: int = field(default=256, metadata={"help": "images of one forward pass over all ranks"})
+    accumulate: int = field(default=1, metadata={"help": "batches that make one optimiser step"})
+    max_steps: int = field(default=0, metadata={"help": "end after so many steps; 0: after the epochs"})
+    optimizer: str | None = field(default=None, metadata={"help": " | ".join(optim.OPTIMIZERS)})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "for 256 images; grows with the batch, or its root"}
+    )
+    weight_decay: float | None = None
+    warmup_epochs: float | None = field(default=None, metadata={"help": "at most a tenth of the run"})
+    clip: float | None = field(default=None, metadata={"help": "the gradient's largest norm; 0: no clipping"})
+    momentum: float | None = field(default=None, metadata={"help": "of the momentum encoder at the start"})
+    momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method a momentum encoder"})
+    options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
+    small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
+    recipe: str | None = field(default=None, metadata={"help": f"augmentation: {', '.join(RECIPES)}"})
+    view: dict[str, Option] = field(
+        default_factory=dict,
+        metadata={"help": "fields of its views: flip=0 small.scale=0.05,0.2 ..."},
+    )
+    blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
+    stem: str = field(default="auto", metadata={"help": "auto | standard | small"})
+    patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own"})
+    sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
+    device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
+    loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(NAMES)}"})
+    memory: float = field(default=4.0, metadata={"help": "GiB that --loader memory may take"})
+    decoder_share: float | None = field(
+        default=None, metadata={"help": "of JPEG files, for a GPU's fixed-function decoder; none: measured"}
+    )
+    workers: int = field(default=-1, metadata={"help": "of the data loader, a rank; -1: one a core"})
+    seed: int = 0
+    compile: bool = False
+    tensorboard: bool = False
+    log_every: int = field(default=10, metadata={"help": "steps"})
+    checkpoint_every: float = field(default=300, metadata={"help": "seconds"})
+    checkpoint_steps: int = field(default=0, metadata={"help": "steps, in place of seconds"})
+    knn_every: float | None = field(
+        default=None, metadata={"help": "epochs; 0: at start and end; a twentieth of the run"}
+    )
+    report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
+    resume: bool = False
+
+    def flag(self, name: str) -> str:
+        """A field's name as the command line has it."""
+        return f"--{name.replace('_', '-')}"
+
+
+# What a resumed run may be told anew: nothing of it changes a number.
+MAY_CHANGE = {
+    "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
+    "compile", "max_steps", "data", "knn_every", "report",
+}  # fmt: skip
+AT_LEAST_ONE = ("image_size", "epochs", "accumulate", "log_every")
+NOT_NEGATIVE = (
+    "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
+    "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every",
+)  # fmt: skip
+SHARES = ("momentum", "decoder_share")
+
+
+def from_fields(fields: dict[str, Any]) -> Config:
+    """The configuration of `fastjem.pretrain(**fields)`; UserError for a field that there isn't."""
+    known = [f.name for f in dataclasses.fields(Config)]
+    for name in fields:
+        if name not in known:
+            raise nearest("option", name, known)
+    if "out" not in fields:
+        raise UserError("pretrain needs out")
+    return Config(**fields)
+
+
+def check(config: Config, *, named_method: bool = True) -> None:
+    """Mistakes that need no file and no model to be seen.
+
+    named_method: the method is one of `METHODS`, not an object of the user's.
+
+    Raises:
+        UserError: for the first.
+    """
+    if named_method and config.method not in METHODS:
+        raise nearest("method", config.method, METHODS)
+    _check_numbers(config)
+    choices = {
+        "stem": ("auto", "standard", "small"),
+        "device": ("auto", "cpu", "cuda"),
+        "optimizer": (*optim.OPTIMIZERS, None),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise nearest(name, getattr(config, name), [a for a in allowed if a])
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
+
+
+def _check_numbers(config: Config) -> None:
+    for name in AT_LEAST_ONE:
+        if getattr(config, name) < 1:
+            raise UserError(f"{config.flag(name)} must be at least 1, got {getattr(config, name)}")
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"{config.flag(name)} must be a finite number, at least 0, got {value}")
+    for name in SHARES:
+        value = getattr(config, name)
+        if value is not None and value > 1:
+            raise UserError(f"{config.flag(name)} must be between 0 and 1, got {value}")
+    if config.workers < -1:
+        raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
+    if config.batch_size < 2:
+        raise UserError(f"--batch-size must be at least 2, as every method compares images, got {config.batch_size}")
+
+
+def write(out: Path, config: Config, pixels: Pixels) -> None:
+    """`config.yaml`: the configuration, and how pixels become numbers in this run."""
+    values = {**dataclasses.asdict(config), "pixels": pixels.to_dict()}
+    try:
+        # JSON is YAML; a run must not need a YAML library to start
+        checkpoints.write_atomically(out / FILE, (json.dumps(values, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+
+
+def read(out: Path) -> tuple[Config, Pixels]:
+    """What `write` wrote; UserError where there is none, or one of an earlier version."""
+    path = out / FILE
+    if not path.exists():
+        raise UserError(f"there is no run in {out} (a run folder has a {FILE})")
+    values = json.loads(path.read_text())
+    if "pixels" not in values:
+        raise UserError(f"{path} was written by an earlier version of fastjem, whose runs this one can't open")
+    pixels = Pixels.from_dict(values.pop("pixels"))
+    known = {f.name for f in dataclasses.fields(Config)}
+    return Config(**{name: value for name, value in values.items() if name in known}), pixels
+
+
+def check_resumed(config: Config, before: Config) -> None:
+    """UserError if what a resumed run is told now would change its numbers."""
+    for f in dataclasses.fields(Config):
+        old = getattr(before, f.name)
+        new = getattr(config, f.name)
+        if f.name not in MAY_CHANGE and old != new:
+            raise UserError(f"--resume: {config.flag(f.name)} was {old} in this run and is {new} now")

@@ -1,0 +1,75 @@
+"""What a loader hands out (`Crops`), and what a method is given (`Batch`): `finish` makes the one of the other."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastjem.functional as F
+from fastjem.data.masks import draw_hidden
+from fastjem.data.views import MaskSpec, ViewSpec
+
+
+class Masks(NamedTuple):
+    """Which patches of a view [B, 3, H, W] whom concern; h x w is the grid of its patches, numbered row by row."""
+
+    hidden: Tensor  # [B, h, w] bool: patches that the mask token replaces
+    visible: Tensor | None = None  # [B, M] int64: the only patches that the encoder is given
+    targets: Tensor | None = None  # [B, T, P] int64: the patches of each target block (I-JEPA)
+
+
+class Batch(NamedTuple):
+    """V views of B images, on the run's device. A NamedTuple, as DDP, FSDP2, compile and pinning look into these."""
+
+    views: list[Tensor]  # V x [B, 3, size, size], the large ones first
+    index: Tensor  # [B] int64: the number in its source of the image that each row shows
+    labels: Tensor | None = None  # [B] int64; None where the source has none
+    masks: dict[int, Masks] = {}  # noqa: RUF012  by the number of the view; never changed in place
+
+
+class Crops(NamedTuple):
+    """V views of B images, cut and resized; their colours are still the images' own.
+
+    `index` says which images are really there: where one couldn't be read, the number of the image that stands in for
+    it. The views' parameters are those of the sample that was asked for, which the order of the epoch alone decides.
+    """
+
+    views: list[Tensor]  # V x [B, size, size, 3] uint8
+    tables: list[Tensor]  # V x [B, P] float32: what is still to be done, by the columns of the augmentation table
+    index: Tensor  # [B] int64: the image's number in its source
+    epoch: int  # a batch lies in one epoch
+    labels: Tensor | None  # [B] int64, of the images in `index`; None where the source has none
+    unreadable: list[tuple[str, str]]  # (path, reason) of images that others replaced
+
+
+def finish(
+    crops: Crops,
+    specs: Sequence[ViewSpec],
+    device: torch.device | str,
+    *,
+    masks: Sequence[MaskSpec] = (),
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Batch:
+    """The batch as a method takes it: colours done and normalised, masks drawn, everything on the device.
+
+    Args:
+        specs: one a view, those that the loader had.
+        masks: at most one a view. Which patches are hidden follows (seed, epoch, index, view) and nothing else.
+        seed: the run's.
+        dtype: of the views: float32, bfloat16 or float16.
+        channels_last: the views' memory format; their shape is [B, 3, size, size] in either case.
+    """
+
+    def colours(view: Tensor, table: Tensor, spec: ViewSpec) -> Tensor:
+        view = view.to(device, non_blocking=True)
+        table = table.to(device, non_blocking=True)
+        return F.augment(view, table, mean=spec.mean, std=spec.std, dtype=dtype, channels_last=channels_last)
+
+    views = [colours(*parts) for parts in zip(crops.views, crops.tables, specs, strict=True)]
+    index = crops.index.to(device, non_blocking=True)
+    labels = None if crops.labels is None else crops.labels.to(device, non_blocking=True)
+    drawn = {spec.view: Masks(draw_hidden(spec, seed, crops.epoch, index)) for spec in masks}
+    return Batch(views, index, labels, drawn)

@@ -1,0 +1,56 @@
+"""The loaders by name, and which of them a run reads its images by.
+
+A loader is made by `LOADERS[name](source, specs, order, budget)` and yields `Crops`.
+"""
+
+from collections.abc import Sequence
+
+from fastjem.data.loaders import dali, memory
+from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order
+from fastjem.data.loaders.torch import TorchLoader
+from fastjem.data.source import Source
+from fastjem.data.views import ViewSpec
+from fastjem.errors import UserError
+
+__all__ = ["LOADERS", "NAMES", "Budget", "Loader", "LoaderFactory", "Order", "choose", "create"]
+
+LOADERS: dict[str, LoaderFactory] = {
+    "dali": dali.on_gpu,
+    "dali-cpu": dali.on_cpu,
+    "memory": memory.create,
+    "torch": TorchLoader,
+}
+NAMES = ("auto", *LOADERS)  # what a user may ask for
+
+
+def create(name: str, source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget) -> Loader:
+    """The loader of that name, one of `NAMES`; `loader.reads` says in words which it is.
+
+    Raises:
+        UserError: for one that was asked for by name and can't run here, with its reason.
+    """
+    return LOADERS[choose(name, source, specs, budget)](source, specs, order, budget)
+
+
+def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget) -> str:
+    """The name of a loader for "auto", and any other name as it is, if that loader can run here.
+
+    "auto" is, for a source of pixels, "memory" where they fit the budget and "torch" where they don't. For one of files
+    it is "dali" where training runs on a GPU and DALI works there, "dali-cpu" where DALI works on the GPU's host alone,
+    else "torch": a run on the CPU takes DALI only when it is named.
+
+    Raises:
+        UserError: if the one that was named can't run here, with the reason.
+    """
+    if name not in NAMES:
+        raise UserError(f"--loader must be one of {', '.join(NAMES)}, got {name}")
+    if name == "auto" and source.decoded:
+        return "memory" if memory.fits_in_memory(source, specs, budget.memory) else "torch"
+    if name == "auto":
+        return dali.best(budget.device)
+    if name.startswith("dali"):
+        if source.decoded:
+            raise UserError(f"--loader {name} reads files, and {source.root} holds pixels; memory or torch can")
+        if why := dali.why_not("cuda" if name == "dali" else "cpu"):
+            raise UserError(f"--loader {name} can't run here: {why}")
+    return name

@@ -1,0 +1,210 @@
+"""All images in memory as one uint8 array, of the CPU or a GPU, and crops of them without any decoding.
+
+For sets of small images (CIFAR), and for larger ones shrunk once until they fit a stated number of bytes.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fastjem.functional as F
+from fastjem.data.batch import Crops
+from fastjem.data.loaders.protocol import Budget, Order
+from fastjem.data.parameters import Parameters
+from fastjem.data.source import NoneReadable, Source, decode, path_of, read_or_next, reason
+from fastjem.data.sources.arrays import is_rgb, read_arrays
+from fastjem.data.views import ViewSpec
+from fastjem.errors import UserError
+
+GIBIBYTE = 2**30
+ENLARGED = 8 / 7  # images are held a little larger than the views, 256 pixels for 224
+
+
+@dataclass
+class ImageArray:
+    """N images of one size with their labels.
+
+    Args:
+        images: [N, H, W, 3] uint8, on any device.
+        labels: [N] integers; None where there are none.
+        classes: the labels' names, if they have any.
+        samples: [N] integers, each image's number in its source; None: they are numbered as in the array.
+        unreadable: (path, reason) of images that were left out.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    classes: list[str] = field(default_factory=list)
+    samples: Tensor | None = None
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        x = self.images
+        if not is_rgb(x):
+            raise ValueError(
+                f"ImageArray: images must be [N, H, W, 3] or [N, 3, H, W] uint8, got {tuple(x.shape)} {x.dtype}"
+            )
+        self.images = (x if x.shape[3] == 3 else x.permute(0, 2, 3, 1)).contiguous()
+        if self.samples is None:
+            self.samples = torch.arange(len(x))
+        self.samples = self._one_each("samples", self.samples)
+        if self.labels is not None:
+            self.labels = self._one_each("labels", self.labels)
+
+    def _one_each(self, name: str, numbers: Tensor) -> Tensor:
+        if numbers.shape != (len(self.images),):
+            raise ValueError(f"ImageArray: {name} must be [{len(self.images)}], got {tuple(numbers.shape)}")
+        return numbers.to(self.images.device, torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def height(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.images.shape[2]
+
+    def to(self, device: torch.device | str) -> "ImageArray":
+        """The same images on a device; labels and samples follow."""
+        return replace(self, images=self.images.to(device))
+
+    @classmethod
+    def from_npz(cls, path: str | os.PathLike[str]) -> "ImageArray":
+        """A .npz or .npy file, as `fastjem.data.sources.arrays.read_arrays` describes it."""
+        found = read_arrays(path)
+        labels = torch.from_numpy(found["labels"]) if "labels" in found else None
+        return cls(torch.from_numpy(found["images"]), labels, [str(name) for name in found.get("classes", ())])
+
+    @classmethod
+    def from_source(cls, source: Source, *, size: int, budget: float = 4 * GIBIBYTE, threads: int = 0) -> "ImageArray":
+        """Every image of a source, its shorter side resized to `size` pixels and the middle square kept.
+
+        Args:
+            size: in pixels, H and W of the array; images of that size already stay as they are.
+            budget: the most bytes that the array may take. Beyond it a UserError says which size would fit.
+            threads: that decode; 0: as many as there are cores.
+
+        An image that can't be read is left out and named in `unreadable`.
+        """
+        count = len(source)
+        needed = count * size * size * 3
+        if needed > budget:
+            fits = int((budget / 3 / count) ** 0.5)
+            raise UserError(
+                f"{count} images of {size} x {size} take {needed / GIBIBYTE:.2f} GiB, more than the budget of "
+                f"{budget / GIBIBYTE:.2f} GiB; {fits} x {fits} would fit"
+            )
+        images = np.empty((count, size, size, 3), np.uint8)
+        reasons: dict[int, str] = {}
+
+        def read(i: int) -> None:
+            try:
+                images[i] = middle_square(decode(source, i), size)
+            except Exception as error:  # whatever a decoder may raise on a broken file
+                reasons[i] = reason(error, path_of(source, i))
+
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+            list(pool.map(read, range(count)))
+        unreadable = [(path_of(source, i), reasons[i]) for i in sorted(reasons)]
+        samples = np.array([i for i in range(count) if i not in reasons], dtype=np.int64)
+        if not len(samples):
+            raise NoneReadable(unreadable)
+        held = images if not reasons else images[samples]
+        labels = None if source.labels is None else torch.from_numpy(source.labels[samples])
+        return cls(torch.from_numpy(held), labels, list(source.classes), torch.from_numpy(samples), unreadable)
+
+    def crops(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec]) -> list[Tensor]:
+        """V tensors [B, size, size, 3] uint8: the tables' windows of images `indices`, in the specs' sizes."""
+        return [
+            F.crop_resize(self.images, indices, table, size=spec.size, bicubic=spec.bicubic)
+            for table, spec in zip(tables, specs, strict=True)
+        ]
+
+    def views(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec], **options) -> list[Tensor]:
+        """V tensors [B, 3, size, size]: the tables carried out; options as of `fastjem.functional.augment`."""
+        return [
+            F.augment(crop, table, mean=spec.mean, std=spec.std, **options)
+            for crop, table, spec in zip(self.crops(indices, tables, specs), tables, specs, strict=True)
+        ]
+
+
+def middle_square(image: Image.Image, size: int) -> np.ndarray:
+    """The largest square in the middle of an image, resized: [size, size, 3] uint8."""
+    if image.size != (size, size):
+        short = min(image.size)
+        left = (image.width - short) / 2
+        top = (image.height - short) / 2
+        box = (left, top, left + short, top + short)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image)
+
+
+class MemoryLoader:
+    """Crops of an `ImageArray`, on its device.
+
+    The order's samples are the array's images: one that couldn't be read isn't among them.
+    """
+
+    decoder_share: float | None = None
+
+    def __init__(self, array: ImageArray, specs: Sequence[ViewSpec], order: Order):
+        if order.batch > len(array) or order.batch % order.ranks:
+            raise ValueError(
+                f"MemoryLoader: batch must divide by {order.ranks} ranks and be at most {len(array)} images, "
+                f"got {order.batch}"
+            )
+        self.array = array
+        self.specs = list(specs)
+        self.order = replace(order, samples=len(array))
+        size = f"{array.height} x {array.width}"
+        self.reads = f"{len(array)} images of {size} are held in memory on {array.images.device}"
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Crops]:
+        array, order = self.array, self.order
+        parameters = Parameters(self.specs)
+        device = array.images.device
+        unreadable = array.unreadable
+        for keys in order:
+            epoch = keys[0][0]  # a batch lies in one epoch
+            rows = np.array([row for _, row in keys])
+            drawn = torch.from_numpy(parameters(order.seed, epoch, rows, array.height, array.width))
+            tables = list(drawn.to(device, non_blocking=True))
+            indices = torch.from_numpy(rows).to(device, non_blocking=True)
+            labels = None if array.labels is None else array.labels[indices]
+            index = array.samples[indices]  # type: ignore[index]
+            yield Crops(array.crops(indices, tables, self.specs), tables, index, epoch, labels, unreadable)
+            unreadable = []
+
+
+def side_in_memory(source: Source, specs: Sequence[ViewSpec]) -> int:
+    """Pixels of the images that are held: no more than the first image has, or than the views need."""
+    first = read_or_next(source, 0, lambda i: decode(source, i)).value
+    return min(*first.size, round(specs[0].size * ENLARGED))
+
+
+def fits_in_memory(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
+    return 3 * len(source) * side_in_memory(source, specs) ** 2 <= gibibytes * GIBIBYTE
+
+
+def create(source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget) -> MemoryLoader:
+    """The source's images on the run's device, each read once, now.
+
+    Raises:
+        UserError: if they take more than the budget's memory, with the size that would fit.
+    """
+    array = ImageArray.from_source(source, size=side_in_memory(source, specs), budget=budget.memory * GIBIBYTE)
+    loader = MemoryLoader(array.to(budget.device), specs, order)
+    loader.decoder_share = budget.decoder_share
+    return loader

@@ -1,0 +1,85 @@
+"""What a loader is, and what it is told."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fastjem.data.batch import Crops
+from fastjem.data.source import Source
+from fastjem.data.views import ViewSpec
+
+Key = tuple[int, int]  # (epoch, sample)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The samples of each batch of this rank from step `start` to `stop`, as lists of (epoch, sample).
+
+    Each epoch is a permutation keyed (seed, epoch): the place in a run is told by the step alone. An epoch is the whole
+    batches in the data.
+    """
+
+    samples: int  # in the data
+    batch: int  # images over all ranks; each rank has batch / ranks of them
+    seed: int = 0
+    start: int = 0
+    stop: int
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def of_rank(self) -> int:
+        """Images of one batch that are this rank's."""
+        return self.batch // self.ranks
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        batches_per_epoch = self.samples // self.batch
+        permuted_epoch = -1
+        permutation = np.arange(0)
+        for step in range(self.start, self.stop):
+            epoch, batch = divmod(step, batches_per_epoch)
+            if epoch != permuted_epoch:
+                permutation = self.permutation(epoch)
+                permuted_epoch = epoch
+            first = batch * self.batch + self.rank * self.of_rank
+            yield [(epoch, int(sample)) for sample in permutation[first : first + self.of_rank]]
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """[samples] int64: the order of an epoch."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1])).permutation(self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a loader may use of the machine."""
+
+    workers: int = 0  # processes of the torch loader, threads of DALI's
+    memory: float = 4.0  # GiB that the memory loader's images may take
+    device: torch.device = CPU  # the run's
+    decoder_share: float | None = None  # of JPEG files, for a GPU's fixed-function decoder; None: may be measured
+    agree: Callable[[float], float] = float  # the share that all ranks take when each has measured its own
+
+
+class Loader(Protocol):
+    """Batches of crops in an `Order`, without a pause between epochs."""
+
+    reads: str  # who decodes the images and where, in words
+    decoder_share: float | None  # the budget's, or what was measured: it decides about pixels, so a run keeps it
+
+    def __iter__(self) -> Iterator[Crops]: ...
+
+
+class LoaderFactory(Protocol):
+    def __call__(self, source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget) -> Loader: ...
+
+
+def labels_of(source: Source, index: Sequence[int]) -> torch.Tensor | None:
+    """[B] int64: the labels of these images, if the source has any."""
+    return None if source.labels is None else torch.as_tensor(source.labels[list(index)], dtype=torch.int64)

@@ -1,0 +1,84 @@
+"""Crops of images that Pillow decodes, in a torch DataLoader's workers."""
+
+import signal
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from fastjem.data.batch import Crops
+from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
+from fastjem.data.parameters import Parameters, column
+from fastjem.data.source import NoneReadable, Source, decode, read_or_next
+from fastjem.data.views import ViewSpec
+
+
+def crop(image: Image.Image, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
+    """The window of a table's row [P], resized with antialiasing: [size, size, 3] uint8."""
+    top, left, height, width = (int(x) for x in row[column.TOP : column.WIDTH + 1])
+    mode = Image.Resampling.BICUBIC if spec.bicubic else Image.Resampling.BILINEAR
+    window = image.crop((left, top, left + width, top + height))
+    return np.asarray(window.resize((spec.size, spec.size), mode))
+
+
+class _BatchesByKeys(Dataset):
+    """A batch's (epoch, sample) keys -> its crops; without views where not one image can be read."""
+
+    def __init__(self, source: Source, specs: Sequence[ViewSpec], seed: int):
+        self.source = source
+        self.specs = list(specs)
+        self.seed = seed
+        self.parameters = Parameters(specs)
+
+    def __getitem__(self, keys: list[Key]) -> Crops:
+        epoch = keys[0][0]  # a batch lies in one epoch
+        samples = [sample for _, sample in keys]
+        try:
+            read = [read_or_next(self.source, sample, lambda i: decode(self.source, i)) for sample in samples]
+        except NoneReadable as error:  # a worker's exception would arrive without its type
+            return Crops([], [], torch.empty(0, dtype=torch.int64), epoch, None, error.unreadable)
+        images = [found.value for found in read]
+        heights = [image.height for image in images]
+        widths = [image.width for image in images]
+        tables = self.parameters(self.seed, epoch, samples, heights, widths)  # [V, B, P]
+        views = [
+            torch.from_numpy(np.stack([crop(image, spec, row) for image, row in zip(images, table, strict=True)]))
+            for spec, table in zip(self.specs, tables, strict=True)
+        ]
+        index = [found.sample for found in read]
+        unreadable = [one for found in read for one in found.unreadable]
+        labels = labels_of(self.source, index)
+        return Crops(views, list(torch.from_numpy(tables)), torch.tensor(index), epoch, labels, unreadable)
+
+
+class TorchLoader:
+    """Crops by Pillow, in `budget.workers` processes; 0: in this one."""
+
+    def __init__(self, source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget):
+        self.reads = f"images are decoded by Pillow in {budget.workers} processes"
+        self.decoder_share = budget.decoder_share
+        self.loader = DataLoader(
+            _BatchesByKeys(source, specs, order.seed),
+            batch_size=None,
+            sampler=order,  # type: ignore[arg-type]
+            num_workers=budget.workers,
+            pin_memory=budget.device.type == "cuda",
+            prefetch_factor=4 if budget.workers else None,
+            worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # else the first batch takes a number of the run's, and a resumed run differs
+        )
+
+    def __iter__(self) -> Iterator[Crops]:
+        for crops in self.loader:
+            if not crops.views:
+                raise NoneReadable(crops.unreadable)
+            # a DataLoader turns the tuples in a list to lists
+            yield crops._replace(unreadable=[(path, why) for path, why in crops.unreadable])
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # both may go to the whole group; the main process ends the run
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,128 @@
+"""How pixels become numbers: one object of a run, which whoever uses its encoder needs too; and images seen whole."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import fastjem.functional as F
+from fastjem.data.parameters import column
+from fastjem.data.source import Source, decode, path_of
+from fastjem.data.views import MEAN, STD, ViewSpec
+from fastjem.errors import UserError
+
+METADATA = "pixels"  # the key in a file's metadata
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images are `size` x `size` with `channels` values in `value_range`; the encoder is given
+    `((x - low) / (high - low) - mean) / std`, mean and std by channel."""
+
+    size: int  # of the large views, in pixels
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    channels: int = 3
+    value_range: tuple[float, float] = (0.0, 255.0)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "value_range"):  # a file has lists
+            object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(
+                f"Pixels: mean and std must have {self.channels} numbers each, got {self.mean} and {self.std}"
+            )
+
+    @classmethod
+    def of(cls, specs: Sequence[ViewSpec]) -> "Pixels":
+        """Those of the first view, which is a large one."""
+        return cls(specs[0].size, specs[0].mean, specs[0].std)
+
+    def normalise(self, images: Tensor, device: torch.device | str, channels_last: bool = False) -> Tensor:
+        """Whole images [B, C, H, W] uint8 -> [B, C, H, W] float32 as the encoder takes them, on the device."""
+        if images.dim() != 4 or images.shape[1] != self.channels or images.dtype != torch.uint8:
+            raise ValueError(
+                f"Pixels.normalise: images must be [B, {self.channels}, H, W] uint8, "
+                f"got {tuple(images.shape)} {images.dtype}"
+            )
+        images = images.to(device, non_blocking=True)
+        low, high = self.value_range
+        # ((x - low) / (high - low) - mean) / std, written for x / 255; with the range 0 to 255 the same bits
+        white = (high - low) / 255
+        mean = [low / 255 + mean * white for mean in self.mean]
+        std = [std * white for std in self.std]
+        if self.channels == 3:
+            table = torch.zeros(len(images), column.COLUMNS, device=device)
+            table[:, column.BRIGHTNESS : column.HUE] = 1  # factors that change nothing
+            return F.augment(images.permute(0, 2, 3, 1), table, mean=mean, std=std, channels_last=channels_last)
+        centre, scale = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return ((images / 255 - centre) / scale).contiguous(memory_format=memory_format)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and lists alone, for a configuration file."""
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> "Pixels":
+        return cls(**given)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As safetensors' metadata has it, text by text."""
+        return {METADATA: json.dumps(self.to_dict())}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "Pixels":
+        """What `to_metadata` wrote, among other keys.
+
+        Raises:
+            UserError: if there is nothing of the kind.
+        """
+        if METADATA not in metadata:
+            raise UserError(f"the file doesn't say how its encoder takes pixels ({METADATA!r} in its metadata)")
+        return cls.from_dict(json.loads(metadata[METADATA]))
+
+
+def whole_image(image: Image.Image, size: int) -> Tensor:
+    """The middle of an image, its shorter side resized to `size` (bilinear, antialiased): [3, size, size] uint8.
+
+    torchvision's `center_crop(resize(image, [size]), [size, size])`, which this equals bit for bit.
+    """
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class _WholeImages(Dataset):
+    def __init__(self, source: Source, indices: Sequence[int], pixels: Pixels):
+        self.source = source
+        self.indices = indices
+        self.size = pixels.size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Tensor:
+        sample = int(self.indices[i])
+        try:
+            return whole_image(decode(self.source, sample), self.size)
+        except Exception as error:  # whatever a decoder may raise on a broken file
+            raise UserError(f"{path_of(self.source, sample)} can't be read: {error}") from None
+
+
+def whole_images(source: Source, indices: Sequence[int], pixels: Pixels) -> Dataset:
+    """The chosen images without augmentation, [3, size, size] uint8 each, for a DataLoader; `pixels.normalise` goes on.
+
+    An image that can't be read is a UserError that names it.
+    """
+    return _WholeImages(source, indices, pixels)

@@ -1,0 +1,228 @@
+"""One source of images, whatever they are stored in: how many there are, and the i-th as bytes or as pixels.
+
+Everything that reads images takes a `Source`: the loaders, evaluation, the report. A format is a class with these
+members, in a module of `fastjem.data.sources` and with a line in `SOURCES`; an object of the user's needs `len` and
+`read` alone (docs/adding-a-source.md).
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fastjem.data.sources.arrays import Arrays
+from fastjem.data.sources.folder import Folder
+from fastjem.errors import UserError
+
+T = TypeVar("T")
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+class Source(Protocol):
+    """N images that can be read in any order, by several threads and processes at once."""
+
+    root: str  # what the user named, for messages
+    labels: np.ndarray | None  # [N] integers that number `classes`
+    classes: list[str]  # empty where there are no labels
+    decoded: bool  # whether `read` gives pixels; a loader that decodes by itself needs files' bytes
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """What the i-th image is called within the source; for a file its path below the root."""
+        ...
+
+    def read(self, i: int) -> bytes | np.ndarray:
+        """A file's bytes, or pixels [H, W, C]. Whatever is wrong with the image may raise."""
+        ...
+
+
+class Format(Protocol):
+    """A class of sources that a path names."""
+
+    def __call__(self, root: Path) -> Source: ...
+
+    def recognises(self, root: Path) -> bool:
+        """Whether the path is one of this format; nothing but its name and kind is looked at."""
+        ...
+
+    def read_named(self, root: str, name: str) -> bytes | np.ndarray:
+        """`read` of the image called `name`, without opening the whole source: for reports."""
+        ...
+
+
+SOURCES: dict[str, Format] = {"arrays": Arrays, "folder": Folder}  # the first that recognises a path opens it
+
+
+def format_of(root: Path) -> Format:
+    return next(kind for kind in SOURCES.values() if kind.recognises(root))
+
+
+def open_source(data: str | os.PathLike[str] | Any) -> Source:
+    """A source of what the user named: a folder, a .npz or .npy file, or an object of their own with `len` and `read`.
+
+    Raises:
+        UserError: if it is none of these, or can't be opened.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        path = Path(data)
+        return format_of(path)(path)
+    if isinstance(data, Completed) or type(data) in SOURCES.values():
+        return data
+    return Completed(data)
+
+
+class Completed:
+    """A user's object with `len` and `read`, and what else it has of a `Source`; this class fills in the others."""
+
+    def __init__(self, given: Any):
+        kind = type(given).__name__
+        if not (hasattr(given, "__len__") and callable(getattr(given, "read", None))):
+            raise UserError(f"a source of images has len() and read(i), or is a path; got {kind}")
+        if not len(given):
+            raise UserError(f"{kind} has no images")
+        self.given = given
+        self.root = str(getattr(given, "root", kind))
+        self.labels, self.classes = labels_and_classes(
+            kind, len(given), getattr(given, "labels", None), getattr(given, "classes", None)
+        )
+        self.decoded = bool(given.decoded) if hasattr(given, "decoded") else self._reads_pixels()
+
+    def _reads_pixels(self) -> bool:
+        try:
+            return isinstance(self.given.read(0), np.ndarray)
+        except Exception:  # an image that can't be read is no reason to refuse the others
+            return False
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def name(self, i: int) -> str:
+        return str(self.given.name(i)) if hasattr(self.given, "name") else str(i)
+
+    def read(self, i: int) -> bytes | np.ndarray:
+        return self.given.read(i)
+
+
+def labels_and_classes(
+    owner: str, images: int, labels: Any, classes: Sequence[str] | None
+) -> tuple[np.ndarray | None, list[str]]:
+    """Labels [N] as numbers from 0 on, and the names that they number; names are made of the values if none are given.
+
+    Raises:
+        UserError: for labels that aren't N integers, or don't number the classes.
+    """
+    if labels is None:
+        return None, []
+    values = np.asarray(labels)
+    if values.shape != (images,) or values.dtype.kind not in "iu":
+        raise UserError(f"{owner}: labels must be [{images}] integers, got {values.shape} {values.dtype}")
+    if classes is None:
+        present, numbers = np.unique(values, return_inverse=True)
+        return numbers, [str(value) for value in present]
+    if values.min() < 0 or values.max() >= len(classes):
+        raise UserError(f"{owner}: labels must number the {len(classes)} classes")
+    return values.astype(np.int64), [str(name) for name in classes]
+
+
+def path_of(source: Source, i: int) -> str:
+    """The i-th image's name with its root's before it, as messages and reports call it."""
+    return os.path.join(source.root, source.name(i))
+
+
+def decode(source: Source, i: int) -> Image.Image:
+    """The i-th image as 8-bit RGB, the right way up. Whatever is wrong with it raises."""
+    return to_image(source.read(i))
+
+
+def decode_named(root: str, name: str) -> Image.Image:
+    """The image called `name` of the source that `open_source(root)` opens, which isn't listed for it."""
+    return to_image(format_of(Path(root)).read_named(root, name))
+
+
+def to_image(data: bytes | np.ndarray) -> Image.Image:
+    """An image file's bytes, or pixels [H, W] or [H, W, C], in any mode -> 8-bit RGB, turned as EXIF says."""
+    if isinstance(data, np.ndarray):
+        one_channel = data.ndim == 3 and data.shape[2] == 1
+        return to_rgb(Image.fromarray(data[:, :, 0] if one_channel else data))
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode: 16-bit, float, grayscale, palette, CMYK, with alpha."""
+    if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would clip these at 255
+        image = Image.fromarray(_to_eight_bits(np.asarray(image)))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """Integers or floats [H, W] -> uint8; their largest value tells whether white is 1 (floats), 255 or 65535."""
+    is_float = values.dtype.kind == "f"
+    levels = values.astype(np.float64)
+    if is_float:
+        levels = np.nan_to_num(levels, posinf=0, neginf=0)
+    largest = levels.max(initial=0)
+    if is_float and largest <= 1:
+        white = 1.0
+    elif largest <= 255:
+        white = 255.0
+    else:
+        white = max(largest, 65535.0)
+    return (levels * (255 / white)).clip(0, 255).round().astype(np.uint8)
+
+
+@dataclass
+class Read(Generic[T]):
+    """What `read_or_next` found."""
+
+    sample: int  # the image that was really read
+    value: T
+    unreadable: list[tuple[str, str]]  # (path, reason) of those before it that can't be
+
+
+def read_or_next(source: Source, sample: int, read: Callable[[int], T]) -> Read[T]:
+    """`read` of the sample, or of the next one that can be read: a broken file doesn't end a run.
+
+    Raises:
+        NoneReadable: if there is none.
+    """
+    unreadable = []
+    for i in range(len(source)):
+        at = (sample + i) % len(source)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
+                return Read(at, read(at), unreadable)
+        except Exception as error:  # whatever a decoder may raise on a broken file
+            path = path_of(source, at)
+            unreadable.append((path, reason(error, path)))
+    raise NoneReadable(unreadable)
+
+
+class NoneReadable(UserError):
+    """Not one image of the source can be read."""
+
+    def __init__(self, unreadable: Sequence[tuple[str, str]]):
+        self.unreadable = list(unreadable)
+        path, why = self.unreadable[0]
+        super().__init__(f"none of the files can be read; the first: {path}: {why}")
+
+
+def reason(error: Exception, path: str) -> str:
+    """What a decoder said of a file, in one line and without the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__).replace(f" '{path}'", "").partition(" <_io")[0]

@@ -1,0 +1,216 @@
+"""Contrastive losses whose candidates are on other ranks: NT-Xent and its family, CLIP, SigLIP.
+
+**A ring of ranks.** Every row needs the similarities with all ranks' rows, but only their log-sum-exp. So no rank ever
+holds them all: each rank's rows are broadcast in turn, and while the next ones travel, every rank compares its own rows
+with the current ones and adds to its log-sum-exps (`collectives.other_ranks`). Memory stays that of one batch, whatever
+the number of ranks; every rank adds in the same order, so that all get the same number. NT-Xent and CLIP go round a
+second time in backward, where the log-sum-exps travel along with the rows.
+
+**No gradient is communicated.** A row's gradient has two parts: from its own log-sum-exp, in which it compares itself
+with all candidates, and from those of the other rows, in which it is a candidate. Both are softmax probabilities times
+rows, and a probability is `exp(similarity - log-sum-exp)` of two rows and one number. So the row's owner computes both
+parts by itself from what it receives, other ranks' rows and log-sum-exps, and sends none. The factor W in the gradients
+is told of in `fastjem.collectives`.
+
+Operators take an `offset`: candidate `offset + i` is row i itself (its pair, for CLIP and SigLIP), which isn't a
+negative of it. On this rank it is 0; of other ranks' candidates none is, which an offset of -N says for N rows.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastjem.collectives import gradient_factor, other_ranks, sizes_of_ranks, sum_over_ranks
+from fastjem.functional.precision import in_float32, loss_dtype
+from fastjem.ops.autograd import known, ops, refuse_second_order
+
+
+class _NTXent(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, z: Tensor, weights: Tensor | None, counted: Tensor | None, options: tuple, group: dist.ProcessGroup
+    ) -> Tensor:
+        n = z.shape[1]
+        ctx.sizes = sizes_of_ranks(n, group, z.device)
+        positives, lse = ops.nt_xent(z, z, 0, *options)
+        for (others,) in other_ranks([z], 1, ctx.sizes, group):
+            lse = torch.logaddexp(lse, ops.nt_xent(z, others, -n, *options)[1])
+        terms = lse - (positives if weights is None else positives * weights)
+        if counted is not None:  # a row that doesn't count has no probabilities
+            terms = terms.where(counted, 0)
+            lse = lse.where(counted, torch.inf)
+        ctx.save_for_backward(z, lse, weights)
+        ctx.options, ctx.group = options, group
+        ctx.count = len(z) * sum(ctx.sizes)
+        return (sum_over_ranks(terms.sum(), group) / ctx.count).to(loss_dtype(z))
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        refuse_second_order("nt_xent")
+        z, lse, weights = ctx.saved_tensors
+        gradient = in_float32(ops.nt_xent_backward(z, z, lse, lse, weights, 0, *ctx.options))
+        for others, others_lse in other_ranks([z, lse], 1, ctx.sizes, ctx.group):
+            gradient += ops.nt_xent_backward(z, others, lse, others_lse, None, -z.shape[1], *ctx.options)
+        temperature = ctx.options[0]
+        scale = gradient_factor(ctx.group) / (ctx.count * temperature)
+        return (gradient * (upstream * scale)).to(z.dtype), None, None, None, None
+
+
+def nt_xent(
+    z: Tensor,  # [V, N, D]
+    weights: Tensor | None,  # [V, N] of the positives
+    options: tuple,  # temperature, decoupled, normalize: the operator's
+    group: dist.ProcessGroup,
+    counted: Tensor | None = None,  # [V, N] bool: which rows are anchors
+) -> Tensor:
+    """The mean over all ranks' rows of the log-sum-exp less the weighted positives."""
+    return _NTXent.apply(z, weights, counted, options, group)
+
+
+def sums_of_own_classes(
+    tensors: list[Tensor],  # [N, ...] each
+    labels: Tensor,  # [N]
+    group: dist.ProcessGroup,
+) -> list[Tensor]:
+    """For each of this rank's images the sums over the images of its class on other ranks; constants."""
+    sizes = sizes_of_ranks(len(labels), group, labels.device)
+    sums = [torch.zeros_like(x, requires_grad=False) for x in tensors]
+    for *others, their_labels in other_ranks([*tensors, labels], 0, sizes, group):
+        classes, order = their_labels.sort()
+        begin = torch.searchsorted(classes, labels)
+        end = torch.searchsorted(classes, labels, right=True)
+        found = end > begin
+        # Each of their images is added to the place where its class begins.
+        class_begin = torch.searchsorted(classes, classes)
+        for total, x in zip(sums, others, strict=True):
+            by_class = torch.zeros_like(x).index_put((class_begin,), x[order], accumulate=True)
+            of_own_class = by_class[begin.clamp_max(len(x) - 1)]
+            total += of_own_class.where(found.view(-1, *[1] * (x.dim() - 1)), 0)
+    return sums
+
+
+class _Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, scale: Tensor, group: dist.ProcessGroup | None, local: bool) -> Tensor:
+        positives, x_lse, y_lse = ops.clip_loss(x, y, scale, 0)
+        ctx.sizes = [len(x)]
+        if group is not None:
+            ctx.sizes = sizes_of_ranks(len(x), group, x.device)
+            x_lse, y_lse = _with_other_ranks(x, y, scale, x_lse, y_lse, ctx.sizes, group)
+        total = ((x_lse - positives) + (y_lse - positives)).sum()
+        ctx.save_for_backward(x, y, scale, x_lse, y_lse)
+        ctx.group = group
+        ctx.count = 2 * sum(ctx.sizes)
+        if local:
+            return (total / (2 * len(x))).to(loss_dtype(x))
+        return (sum_over_ranks(total, group) / ctx.count).to(loss_dtype(x))
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        refuse_second_order("clip_loss")
+        x, y, scale, x_lse, y_lse = ctx.saved_tensors
+        x_wanted, y_wanted, scale_wanted = ctx.needs_input_grad[:3]
+        gradients, scale_gradient = ops.clip_loss_backward(x, y, scale, x_lse, y_lse, 0, [x_wanted, y_wanted])
+        if ctx.group is not None:
+            x_gradient, y_gradient = (in_float32(gradient) for gradient in gradients)
+            for xs, ys, xs_lse, ys_lse in other_ranks([x, y, x_lse, y_lse], 0, ctx.sizes, ctx.group):
+                (of_x, _), of_scale = ops.clip_loss_backward(x, ys, scale, x_lse, ys_lse, -len(x), [x_wanted, False])
+                x_gradient += of_x
+                scale_gradient = scale_gradient + of_scale
+                if y_wanted:
+                    (_, of_y), _ = ops.clip_loss_backward(xs, y, scale, xs_lse, y_lse, -len(xs), [False, True])
+                    y_gradient += of_y
+            gradients = [x_gradient, y_gradient]
+        factor = upstream * (gradient_factor(ctx.group) / ctx.count)
+        scaled = []
+        for gradient, like, wanted in ((gradients[0], x, x_wanted), (gradients[1], y, y_wanted)):
+            if wanted:
+                ops.rescale_(gradient, factor * scale.to(factor.dtype))
+            scaled.append(gradient.to(like.dtype) if wanted else None)
+        return *scaled, (scale_gradient * factor).to(scale.dtype) if scale_wanted else None, None, None
+
+
+def _with_other_ranks(
+    x: Tensor, y: Tensor, scale: Tensor, x_lse: Tensor, y_lse: Tensor, sizes: list[int], group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """The log-sum-exps [N] of x's rows over all ranks' y, and of y's over all ranks' x, from those of this rank."""
+    for xs, ys in other_ranks([x, y], 0, sizes, group):
+        x_lse = torch.logaddexp(x_lse, ops.clip_loss(x, ys, scale, -len(x))[1])
+        y_lse = torch.logaddexp(y_lse, ops.clip_loss(xs, y, scale, -len(xs))[2])
+    return x_lse, y_lse
+
+
+def clip_loss(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [N, D]
+    scale: Tensor,  # 0-dim
+    group: dist.ProcessGroup | None,
+    local: bool = False,
+) -> Tensor:
+    """`local`: the value is the mean over this rank's rows; the gradient stays that of the global loss."""
+    return _Clip.apply(x, y, scale, group, local)
+
+
+def clip_loss_of_constant_candidates(x: Tensor, y: Tensor, scale: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The mean over this rank's rows of both directions; a candidate gets no gradient, not even one of this rank."""
+    wanted = [torch.is_grad_enabled() and z.requires_grad for z in (x, y)]
+    rows, columns, factor = (z.detach() for z in (x, y, scale))
+    sizes = sizes_of_ranks(len(x), group, x.device)
+    positives, x_lse, y_lse = ops.clip_loss(rows, columns, factor, 0)
+    x_lse, y_lse = _with_other_ranks(rows, columns, factor, x_lse, y_lse, sizes, group)
+    loss = (((x_lse - positives) + (y_lse - positives)).sum() / (2 * len(x))).to(loss_dtype(x))
+    if not (torch.is_grad_enabled() and any(z.requires_grad for z in (x, y, scale))):
+        return loss
+
+    def gradients_of(xs: Tensor, ys: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `rows` against the candidates ys, and of `columns` against xs.
+
+        An infinite log-sum-exp makes a candidate's own probabilities 0: what it would get as an anchor is left out.
+        """
+        no_x, no_y = (torch.full((len(z),), torch.inf, dtype=x_lse.dtype, device=x.device) for z in (xs, ys))
+        x_offset, y_offset = (0, 0) if own else (-len(rows), -len(xs))
+        (of_x, _), x_scale = ops.clip_loss_backward(rows, ys, factor, x_lse, no_y, x_offset, [wanted[0], False])
+        (_, of_y), y_scale = ops.clip_loss_backward(xs, columns, factor, no_x, y_lse, y_offset, [False, wanted[1]])
+        return of_x, of_y, x_scale + y_scale
+
+    of_x, of_y, scale_gradient = gradients_of(rows, columns, own=True)
+    # The operator subtracts a pair's logit once for each direction; with one of them left out that is once too often.
+    x_gradient = in_float32(of_x) + in_float32(columns) if wanted[0] else in_float32(of_x)
+    y_gradient = in_float32(of_y) + in_float32(rows) if wanted[1] else in_float32(of_y)
+    scale_gradient = scale_gradient + 2 * (rows.double() * columns.double()).sum()
+    for xs, ys in other_ranks([rows, columns], 0, sizes, group):
+        of_x, of_y, of_scale = gradients_of(xs, ys, own=False)
+        x_gradient = x_gradient + of_x
+        y_gradient = y_gradient + of_y
+        scale_gradient = scale_gradient + of_scale
+    per_row = 1 / (2 * len(x))
+    row_factor = factor.to(x_gradient.dtype) * per_row
+    gradients = (x_gradient, y_gradient, scale_gradient)
+    return known("clip_loss", loss, (x, y, scale), gradients, (row_factor, row_factor, per_row))
+
+
+def siglip_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over all pairs of all ranks, over the images. Its gradients come in the forward pass."""
+    wanted = [torch.is_grad_enabled() and z.requires_grad for z in (x, y)]
+    rows, columns, *parameters = (z.detach() for z in (x, y, scale, bias))
+    total, gradients, scale_gradient, bias_gradient = ops.siglip_loss(rows, columns, *parameters, 0, wanted)
+    count = len(x)
+    if group is not None:
+        sizes = sizes_of_ranks(len(x), group, x.device)
+        count = sum(sizes)
+        x_gradient, y_gradient = (in_float32(gradient) for gradient in gradients)
+        for xs, ys in other_ranks([rows, columns], 0, sizes, group):
+            of_rows = ops.siglip_loss(rows, ys, *parameters, -len(x), [wanted[0], False])
+            total = total + of_rows[0]
+            x_gradient = x_gradient + of_rows[1][0]
+            scale_gradient = scale_gradient + of_rows[2]
+            bias_gradient = bias_gradient + of_rows[3]
+            if wanted[1]:
+                of_columns = ops.siglip_loss(xs, columns, *parameters, -len(xs), [False, True])
+                y_gradient += of_columns[1][1]
+        gradients = [x_gradient, y_gradient]
+    loss = (sum_over_ranks(total, group) / count).to(loss_dtype(x))
+    per_image = gradient_factor(group) / count
+    row_factor = parameters[0].to(loss_dtype(x)) * per_image
+    factors = (row_factor, row_factor, per_image, per_image)
+    return known("siglip_loss", loss, (x, y, scale, bias), [*gradients, scale_gradient, bias_gradient], factors)

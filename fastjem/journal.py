@@ -1,0 +1,71 @@
+"""What a run says of itself: figures to the loggers, alarms and broken files in words."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastjem.build import Training
+from fastjem.health import Alarm
+from fastjem.loggers import JSONLLogger, LoggedRun, Logger, TensorBoardLogger, TerminalLogger
+
+
+class Journal:
+    """Loggers, alarm and messages of a run; only the first rank writes anything.
+
+    Args:
+        extra: loggers of the caller's, beside those of the configuration.
+        unreadable: names of files that an earlier part of the run has told of.
+    """
+
+    def __init__(self, training: Training, extra: Iterable[Logger] = (), unreadable: Iterable[str] = ()):
+        self.training = training
+        self.last_row: dict[str, Any] = {}
+        self.unreadable = set(unreadable)
+        self.alarm = Alarm(training.step.method.asymmetric)
+        self.terminal = TerminalLogger()
+        self.loggers: list[Logger] = []
+        if training.ranks.first:
+            board = [TensorBoardLogger()] if training.config.tensorboard else []
+            self._begin([self.terminal, JSONLLogger(), *board, *extra])
+
+    def _begin(self, loggers: Sequence[Logger]) -> None:
+        config = self.training.config
+        run = LoggedRun(
+            out=self.training.out,
+            method=config.method,
+            start=self.training.start,
+            steps=self.training.steps,
+            images_per_step=config.batch_size * config.accumulate,
+            log_every=config.log_every,
+        )
+        for logger in loggers:
+            logger.begin(run)
+            self.loggers.append(logger)
+
+    def say(self, text: str | None) -> None:
+        if text and self.loggers:
+            self.terminal.say(text)
+
+    def skip(self, files: Iterable[tuple[str, str]]) -> None:
+        """Files that another image replaced, (path, reason): each is told of once in a run."""
+        for path, reason in files:
+            if path not in self.unreadable:
+                self.unreadable.add(path)
+                self.say(f"skipped {path}: {reason} ({len(self.unreadable)} so far)")
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        """The figures of a logged step, a row for every logger."""
+        rate = figures["images_per_second"] * self.training.ranks.size
+        row = {"step": step, "epoch": (step - 1) // self.training.steps_per_epoch, **figures, "images_per_second": rate}
+        if self.unreadable:
+            row["unreadable_files"] = len(self.unreadable)
+        self.last_row = row
+        self.say(self.alarm(step, figures))
+        for logger in self.loggers:
+            try:
+                logger.log(row)
+            except OSError as error:  # a full disk: the run goes on, and says so
+                self.say(str(error))
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()

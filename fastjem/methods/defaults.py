@@ -1,0 +1,56 @@
+"""What papers trained with, and what of it a short run or a small data set can't take over."""
+
+from dataclasses import dataclass, replace
+
+SHORT = 10_000  # steps of a run below which papers' values, made for a hundred times as many, are replaced
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the paper trained with.
+
+    The learning rate is for 256 images: the paper's, brought there from the paper's batch by the optimiser's rule
+    (`fastjem.optim.scaled`), and from there to the batch of the run.
+    """
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    final_weight_decay: float | None = None  # None: it doesn't change
+    clip: float = 0.0  # the gradient's largest norm; 0: no clipping
+    momentum: float = 0.99  # of the momentum encoder at the start; it ends at `final_momentum`, on a cosine
+    final_momentum: float = 1.0
+    warmup_epochs: float = 10
+    source: str = ""
+    short: tuple[str, float] | None = None  # optimiser and rate of a short run, where the paper's hardly move anything
+    least_momentum: float = 0.9  # in a run however short
+
+    def of_run(self, steps: int, *, chosen: bool = False) -> "Defaults":
+        """In a run of so many steps: a short one may have another optimiser, unless the user has `chosen` one or a
+        rate, and the momentum encoder remembers at most a tenth of the run."""
+        optimizer, rate = self.optimizer, self.learning_rate
+        if self.short and steps < SHORT and not chosen:
+            optimizer, rate = self.short
+        momentum = min(self.momentum, max(1 - 10 / steps, self.least_momentum))
+        return replace(self, optimizer=optimizer, learning_rate=rate, momentum=momentum)
+
+    def unlike(self, paper: "Defaults") -> str:
+        """In words, if the optimiser isn't the paper's."""
+        if self.optimizer == paper.optimizer:
+            return ""
+        theirs = f"{paper.optimizer} at {paper.learning_rate}, which --optimizer {paper.optimizer} brings back"
+        return f"in so short a run {self.optimizer} at {self.learning_rate} in place of the paper's {theirs}"
+
+
+def at_most(most: int, images: int, *, each: int) -> int:
+    """`most`, or the largest power of two so that there are `each` images for one, at least 8. images = 0: not known.
+
+    16 for prototypes (DINO's 65536 have 20 of ImageNet's images each), 4 for a queue's keys: an image rarely meets its
+    own older key.
+    """
+    return min(most, max(1 << max(images // each, 1).bit_length() - 1, 8)) if images else most
+
+
+def frozen_steps(epochs: float, steps_per_epoch: int, steps: int) -> int:
+    """Steps for which prototypes stay fixed: so many epochs, at most a tenth of the run."""
+    return min(round(epochs * steps_per_epoch), steps // 10 if steps else 1 << 62)

@@ -1,0 +1,209 @@
+"""What a method is to a run, and a run to a method.
+
+A method is a subclass of `Method`: a few declared attributes, its heads, and `loss`. It is given the two sides of an
+encoder as `Branch`es and a `Batch`; everything else (data, optimiser, ranks, checkpoints) is the run's business.
+`docs/adding-a-method.md` builds one from nothing.
+"""
+
+import itertools
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastjem.data.batch import Batch, Masks
+from fastjem.data.views import Views
+from fastjem.encoders import Encoder, Features
+from fastjem.methods.defaults import Defaults
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run tells its method; 0 where it isn't known (in a loop of one's own, say)."""
+
+    images: int = 0  # in the data
+    classes: int = 0  # that its labels tell apart
+    steps: int = 0  # optimiser steps of the whole run
+    steps_per_epoch: int = 1
+    batch: int = 0  # images of one forward pass over all ranks
+    accumulate: int = 1  # forward passes of one optimiser step
+    ranks: int = 1
+    seed: int = 0
+    image_size: int = 0  # of the large views, in pixels
+    patch: int = 0  # of the encoder, in pixels; 1: it has none
+    channels: int = 3
+    prefix_tokens: int = 0  # of the encoder
+    batch_norm: bool = False  # whether the encoder has any
+    group: "dist.ProcessGroup | None" = None  # of all ranks, for losses of the global batch
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all ranks and forward passes of an optimiser step."""
+        return self.batch * self.accumulate
+
+
+@dataclass(frozen=True)
+class About:
+    """What `fastjem methods` says of a method."""
+
+    family: str
+    prevents_collapse: str  # what forbids the trivial solution
+    paper: str
+
+
+class Codes(NamedTuple):
+    """A teacher's prototype scores, as what they are computed from: the product is taken on logged steps only."""
+
+    features: Tensor  # [B, D]
+    prototypes: Tensor  # [K, D]
+    bias: Tensor  # [K]
+    temperature: float  # the probabilities are softmax(features @ prototypes.T / temperature + bias)
+
+
+class Branch:
+    """An encoder and its heads: the live ones, or the momentum encoder's copies.
+
+    Heads are attributes by their names in the method: `branch.projector(x)`. A head that has no momentum copy is the
+    live one on both sides.
+
+    Args:
+        momentum: which of the two this is.
+        notes: where `note` leaves figures; see `fastjem.health.figures` for those that it knows.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        heads: Mapping[str, nn.Module],
+        *,
+        momentum: bool = False,
+        notes: dict[str, Any] | None = None,
+    ):
+        self.encoder = encoder
+        self.heads = heads
+        self.momentum = momentum
+        self.notes = {} if notes is None else notes
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["heads"][name]
+        except KeyError:
+            raise AttributeError(f"the method has no head {name!r}") from None
+
+    def note(self, **figures: Any) -> None:
+        """Leave figures for the log: `embedding` [B, D], `projection` [B, D], `codes`, or any 0-dim tensor by name."""
+        self.notes |= figures
+
+    def encode(self, views: Sequence[Tensor], masks: Mapping[int, Masks] | None = None, *, layers: int = 0) -> Features:
+        """V tensors [B, C, H, W] -> features of V B rows in the views' order.
+
+        Neighbouring views of one size go through the encoder in one call.
+
+        Args:
+            masks: by place in `views`. A view with `visible` patches is given these alone; one without has its `hidden`
+                patches replaced by the mask token.
+            layers: see `Encoder.forward`.
+
+        Returns:
+            `Features`; `tokens` and `layers` only if all views have the same number of tokens.
+        """
+        masks = masks or {}
+        groups = [
+            [i for i, _ in group]
+            for _, group in itertools.groupby(enumerate(views), key=lambda item: (item[1].shape, item[0] in masks))
+        ]
+        parts = [self._encode_one_size([views[i] for i in at], [masks.get(i) for i in at], layers) for at in groups]
+        features = parts[0] if len(parts) == 1 else _joined(parts)
+        if not self.momentum:
+            self.notes.setdefault("embedding", features.pooled.detach()[: len(views[0])])
+        return features
+
+    def _encode_one_size(self, views: list[Tensor], masks: Sequence[Masks | None], layers: int) -> Features:
+        images = _cat(views)
+        found = [mask for mask in masks if mask is not None]
+        if not found:
+            return self.encoder(images, layers=layers)
+        visible = [mask.visible for mask in found if mask.visible is not None]
+        if visible:
+            return self.encoder(images, visible=_cat(visible), layers=layers)
+        return self.encoder(images, hidden=_cat([mask.hidden for mask in found]), layers=layers)
+
+    def project(self, views: Sequence[Tensor]) -> Tensor:
+        """V tensors [B, C, H, W] -> [V B, P] through encoder and projector."""
+        z = self.projector(self.encode(views).pooled)
+        if not self.momentum:
+            self.notes.setdefault("projection", z.detach()[: len(views[0])])
+        return z
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _joined(parts: Sequence[Features]) -> Features:
+    """Rows of several calls; tokens where all have as many."""
+    pooled = torch.cat([part.pooled for part in parts])
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    if len(tokens) < len(parts) or len({x.shape[1] for x in tokens}) > 1:
+        return Features(pooled)
+    layers = tuple(torch.cat(same) for same in zip(*(part.layers for part in parts), strict=True))
+    return Features(pooled, torch.cat(tokens), layers)
+
+
+class Method(nn.Module):
+    """A method of self-supervised pretraining. Subclasses declare what isn't the default and define `loss`.
+
+    Args:
+        width: D of the encoder's embeddings.
+        run: what the run knows of itself.
+
+    A subclass's keyword-only arguments are its options (`--options NAME=VALUE`); each has a type and a default.
+    """
+
+    about: ClassVar[About]
+    defaults: ClassVar[Defaults]
+    views: Views = Views(large=2)  # an instance may have its own: an option can change the masks
+    momentum: ClassVar[tuple[str, ...]] = ()  # what has a momentum copy: "encoder", and heads by name
+    constant_rate: ClassVar[tuple[str, ...]] = ()  # heads whose learning rate doesn't follow the schedule
+    pool: ClassVar[str | None] = None  # how a vision transformer's tokens become the embedding; None: its own way
+    mask_token: ClassVar[bool] = False  # whether hidden patches are replaced, for which the encoder needs a token
+    asymmetric: ClassVar[bool] = False  # only asymmetry forbids collapse: fastjem.health.Alarm listens more closely
+
+    def __init__(self, width: int, run: RunFacts = RunFacts()):
+        super().__init__()
+        self.width = width
+        self.run = run
+
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor | dict[str, Tensor]:
+        """The loss of a batch, 0-dim; or terms by name, which are summed and logged one by one.
+
+        Args:
+            student: the live encoder and heads.
+            teacher: the momentum copies (`teacher.momentum` is true), or `student` itself where there are none.
+            batch: on the device.
+            step: number of the optimiser step, 0-dim int64 on the device. Nothing may wait for it.
+        """
+        raise NotImplementedError
+
+    def step_ends(self, step: Tensor) -> None:
+        """Once behind every optimiser step, however many forward passes it had: centres, queues and statistics move."""
+
+    def epoch_begins(self, epoch: int) -> None:
+        """Before the first step of an epoch: what needs the whole data, clustering say."""
+
+
+def options_of(method: type[Method]) -> dict[str, Any]:
+    """A method's options with their defaults: the keyword-only arguments of its constructor."""
+    return dict(method.__init__.__kwdefaults__ or {})
+
+
+def option_types(method: type[Method], name: str) -> set[type]:
+    """The types that an option may have, by its annotation."""
+    hint = typing.get_type_hints(method.__init__)[name]
+    return set(typing.get_args(hint)) or {hint}

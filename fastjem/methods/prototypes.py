@@ -1,0 +1,60 @@
+"""What DINO, SwAV and their kin have in common: the cross-entropy of scores against prototypes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+import fastjem.functional as F
+
+# Bytes of a step's scores and their gradients from which on they aren't held in memory but made again in tiles.
+LARGEST_SCORES = 1 << 30
+
+
+def scores_fit(student: Sequence[Tensor], teacher: Sequence[Tensor], prototypes: int) -> bool:
+    """Whether the scores [rows, K] of both sides, and the gradients of the student's, are small enough to be held."""
+    student_rows = sum(x.shape[0] for x in student)
+    teacher_rows = sum(x.shape[0] for x in teacher)
+    element = student[0].element_size()
+    return (2 * student_rows + teacher_rows) * prototypes * element <= LARGEST_SCORES
+
+
+def cross_entropy_of_features(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    student_prototypes: Tensor,
+    teacher_prototypes: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`fastjem.functional.prototype_cross_entropy` of `features @ prototypes.T`, and the mean of the teacher's scores.
+
+    Where the scores fit into `LARGEST_SCORES` bytes they are computed by one library call a side, else tile by tile
+    inside the head-fused operator, which on the CPU takes longer and no memory (docs/log.md has both).
+
+    Args:
+        student: S tensors [B, D]; teacher: T tensors [B, D], constants.
+        student_prototypes, teacher_prototypes: [K, D].
+        teacher_bias: [K] or [T, K].
+
+    Returns:
+        The loss, 0-dim, and the mean [K] over this rank's teacher views and rows.
+    """
+    options = {
+        "student_temperature": student_temperature,
+        "teacher_temperature": teacher_temperature,
+        "teacher_bias": teacher_bias,
+    }
+    if scores_fit(student, teacher, len(student_prototypes)):
+        student_scores = linear(torch.cat(list(student)), student_prototypes).split([len(x) for x in student])
+        with torch.no_grad():
+            teacher_scores = linear(torch.cat(list(teacher)), teacher_prototypes).split([len(x) for x in teacher])
+        loss, statistics = F.prototype_cross_entropy(student_scores, teacher_scores, **options, statistics=True)
+        return loss, statistics.mean
+    loss = F.prototype_head_cross_entropy(student, teacher, student_prototypes, teacher_prototypes, **options)
+    with torch.no_grad():
+        mean = linear(torch.cat(list(teacher)).mean(0, dtype=torch.float32), teacher_prototypes.float())
+    return loss, mean

@@ -1,0 +1,265 @@
+"""How good an encoder's embeddings are: nearest labelled neighbours, a linear probe, effective rank, deviations."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fastjem.data.pixels import Pixels, whole_images
+from fastjem.data.source import Source
+from fastjem.errors import UserError
+from fastjem.optim import widest_dtype
+
+ELEMENTS = 2**20  # that are widened at a time
+BANK, QUERIES = 8192, 2048  # rows of one block of similarities
+Compute = Callable[[Tensor], Sequence[Tensor]]  # images [B, C, H, W] -> one or more kinds of features [B, D]
+
+
+@torch.no_grad()
+def features(
+    compute: Compute,
+    source: Source,
+    pixels: Pixels,
+    *,
+    indices: Sequence[int] | None = None,
+    batch: int = 256,
+    workers: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """What `compute` makes of whole images: for each kind of features one array [N, D], which is held once.
+
+    Args:
+        pixels: how the images become numbers: those of the run that trained the encoder.
+        indices: of the images in the source; None: all.
+        workers: processes that read images.
+        dtype: of the arrays; float16 halves them.
+    """
+    if indices is None:
+        indices = range(len(source))
+    arrays: list[Tensor] = []
+    done = 0
+    for images in DataLoader(whole_images(source, indices, pixels), batch, num_workers=workers):
+        parts = compute(pixels.normalise(images, device))
+        if not arrays:
+            arrays = [torch.empty(len(indices), part.shape[1], dtype=dtype, device=part.device) for part in parts]
+        for array, part in zip(arrays, parts, strict=True):
+            array[done : done + len(part)] = part
+        done += len(images)
+    return arrays
+
+
+def embed(
+    encoder: nn.Module, source: Source, pixels: Pixels, *, limit: int = 0, batch: int = 256
+) -> tuple[Tensor, Tensor]:
+    """(embeddings [N, D], labels [N]) of the source's images, or of `limit` of them spread evenly over it."""
+    size = len(source)
+    indices = range(size) if not limit or limit >= size else [i * size // limit for i in range(limit)]
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    training = encoder.training
+    encoder.eval()
+    (rows,) = features(lambda x: [encoder(x)], source, pixels, indices=indices, batch=batch, device=device)
+    encoder.train(training)
+    return rows, torch.as_tensor(labels_of(source)[list(indices)], device=rows.device)
+
+
+def labels_of(source: Source) -> np.ndarray:
+    """[N]; zeros where there are none."""
+    return np.zeros(len(source), int) if source.labels is None else source.labels
+
+
+@torch.no_grad()
+def knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """[Q] predicted labels: the k nearest by cosine vote with exp(cosine / temperature) (Wu et al. 2018).
+
+    Args:
+        bank: [N, D], with their labels [N].
+        queries: [Q, D].
+    """
+    classes = int(labels.max()) + 1
+    predicted = []
+    for chunk in queries.split(QUERIES):
+        cosine, index = nearest_rows(bank, chunk, min(k, len(bank)))
+        # Less the largest: exp(1 / temperature) overflows at small temperatures.
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes = weights.new_zeros(len(chunk), classes).scatter_add_(1, labels[index], weights)
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)
+
+
+def nearest_rows(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(cosines, indices), [Q, k] each, of the k rows of the bank [N, D] nearest to each query [Q, D], nearest first.
+
+    The bank goes in blocks: neither the matrix of all similarities nor a normalised copy of the bank ever exists.
+    """
+    queries = nn.functional.normalize(queries.float(), dim=1)
+    cosine = queries.new_empty(len(queries), 0)
+    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    start = 0
+    for part in bank.split(BANK):
+        in_part = queries @ nn.functional.normalize(part.float(), dim=1).T
+        best, place = in_part.topk(min(k, len(part)), dim=1)
+        cosine = torch.cat([cosine, best], 1)
+        index = torch.cat([index, place + start], 1)
+        cosine, kept = cosine.topk(min(k, cosine.shape[1]), dim=1)
+        index = index.gather(1, kept)
+        start += len(part)
+    return cosine, index
+
+
+def knn_accuracy(
+    encoder: nn.Module, train: Source, test: Source, pixels: Pixels, *, k: int = 20, limit: int = 0
+) -> float:
+    """Share of `limit` test images (0: all) whose label the k nearest training images tell."""
+    if train.classes != test.classes:
+        raise ValueError(f"the folders have other classes: {train.classes[:5]} and {test.classes[:5]}")
+    bank, labels = embed(encoder, train, pixels)
+    queries, truth = embed(encoder, test, pixels, limit=limit)
+    return right(knn(bank, labels, queries, k=k), truth)
+
+
+def right(predicted: Tensor, truth: Tensor) -> float:
+    """Share of the labels [N] that are the true ones."""
+    return int((predicted == truth).sum()) / len(truth)
+
+
+def blocks(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Copies of the rows of [N, D], a few at a time and each in the place of the one before; free to be changed."""
+    rows = min(max(ELEMENTS // x.shape[1], 1), len(x))
+    buffer = torch.empty(rows, x.shape[1], dtype=dtype, device=x.device)
+    for part in x.split(rows):
+        yield buffer[: len(part)].copy_(part)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [D] of the rows [N, D], in float64, a block of rows at a time."""
+    wide = widest_dtype(x.device)
+    zeros = torch.zeros(x.shape[1], dtype=wide, device=x.device)
+    mean = sum((part.sum(0) for part in blocks(x, wide)), zeros) / len(x)
+    variance = sum((part.sub_(mean).square_().sum(0) for part in blocks(x, wide)), zeros) / len(x)
+    return mean, variance.sqrt()
+
+
+class LinearProbe:
+    """Multinomial logistic regression on standardised features, the optimum by torch's L-BFGS.
+
+    The loss is mean cross-entropy + l2 / 2 ||W||^2, scikit-learn's with C = 1 / (N l2); the bias is free.
+
+    Args:
+        x: [N, D] features, with their labels [N].
+        classes: K.
+    """
+
+    def __init__(self, x: Tensor, labels: Tensor, classes: int, *, l2: float = 1e-3, iterations: int = 200):
+        mean, deviation = moments(x)
+        least = 1e-12 + 1e-6 * float(deviation.max())  # a constant feature stays one
+        self.mean = mean.float()
+        self.scale = (1 / deviation.clamp(min=least)).float()
+        self.weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
+        self.bias = torch.zeros(classes, device=x.device, requires_grad=True)
+        solver = torch.optim.LBFGS(
+            [self.weight, self.bias], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-10,
+            history_size=10, line_search_fn="strong_wolfe",
+        )  # fmt: skip
+
+        def loss() -> Tensor:
+            """The loss, with its gradient left in weight and bias, a block of rows at a time."""
+            solver.zero_grad()
+            penalty = 0.5 * l2 * self.weight.square().sum()
+            penalty.backward()
+            total = penalty.detach()
+            start = 0
+            for part in self.standardised(x):
+                truth = labels[start : start + len(part)]
+                start += len(part)
+                error = nn.functional.cross_entropy(self.logits(part), truth, reduction="sum") / len(x)
+                error.backward()
+                total = total + error.detach()
+            return total
+
+        solver.step(loss)
+
+    def standardised(self, x: Tensor) -> Iterator[Tensor]:
+        for part in blocks(x, torch.float32):
+            yield part.sub_(self.mean).mul_(self.scale)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Standardised features [N, D] -> [N, K]."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Features [N, D] -> labels [N]."""
+        return torch.cat([self.logits(part).argmax(1) for part in self.standardised(x)])
+
+
+def rankme(x: Tensor) -> float:
+    """exp of the entropy of the singular values of [N, D], as shares of their sum (Garrido et al. 2023, eq. 1)."""
+    gram = sum(part.T @ part for part in blocks(x, widest_dtype(x.device)))
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    share = values / (values.sum() + 1e-30) + 1e-7
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+class Split(NamedTuple):
+    """Which images are known, and which are asked for."""
+
+    bank: Source
+    bank_images: Sequence[int]
+    queries: Source
+    query_images: Sequence[int]
+
+
+def split(train: Source, test: Source | None) -> Split:
+    """All of `train` and all of `test`; without a test folder each tenth image of `train` is held out.
+
+    Raises:
+        UserError: where there are no labels, or others in the one than in the other.
+    """
+    for source in filter(None, (train, test)):
+        if source.labels is None:
+            raise UserError(f"{source.root} is flat: a folder for each class is needed to know what is right")
+        if len(source.classes) == 1:
+            raise UserError(f"{source.root} has one class only, {source.classes[0]}: there is nothing to tell apart")
+    if test is None:
+        known = [i for i in range(len(train)) if i % 10]
+        return Split(train, known, train, range(0, len(train), 10))
+    if train.classes != test.classes:
+        only = [
+            f"{source.root} has {', '.join(sorted(set(source.classes) - set(other.classes))[:3])}"
+            for source, other in ((train, test), (test, train))
+            if set(source.classes) - set(other.classes)
+        ]
+        raise UserError(f"the folders have other classes: {' and '.join(only)}, which the other lacks")
+    return Split(train, range(len(train)), test, range(len(test)))
+
+
+def measure(
+    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, k: int = 20, temperature: float = 0.07
+) -> dict[str, float]:
+    """Every figure of one kind of features; accuracies are shares of the queries.
+
+    Args:
+        bank: [N, D], with their labels [N].
+        queries: [Q, D], with their true labels [Q].
+    """
+    deviation = moments(bank)[1]
+    probe = LinearProbe(bank, labels, int(labels.max()) + 1)
+    return {
+        "knn": right(knn(bank, labels, queries, k=k, temperature=temperature), truth),
+        "linear_probe": right(probe.predict(queries), truth),
+        "rankme": rankme(bank),
+        "dimensions": bank.shape[1],
+        "std_min": float(deviation.min()),
+        "std_median": float(deviation.median()),
+        "std_max": float(deviation.max()),
+    }
+
+
+def default_workers() -> int:
+    """Processes that read images: one a core, up to 8."""
+    return min(len(os.sched_getaffinity(0)), 8)

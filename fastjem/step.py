@@ -1,0 +1,88 @@
+"""One training step as a module: an encoder, a method, and the momentum copies of what the method names."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import fastjem.functional as F
+from fastjem.data.batch import Batch
+from fastjem.encoders import Encoder, wrap
+from fastjem.methods.protocol import Branch, Method
+
+TARGET_PARTS = ("projector", "prototypes")  # what makes targets, in any method: copied with the encoder where asked for
+
+
+class Step(nn.Module):
+    """A batch and the number of the step -> the loss and what is noted of it. DDP and torch.compile wrap this.
+
+    Args:
+        encoder: an `Encoder`, or any module [B, C, H, W] -> [B, D], which `fastjem.encoders.wrap` makes one of.
+        method: made for that width D.
+        momentum_encoder: None: as the method says; True gives any method momentum copies of what makes its targets.
+
+    In a loop of your own: `loss, notes = step(batch, i)`, backward, optimiser, `step.step_ends(i, momentum)`.
+
+    Raises:
+        ValueError: where a method that needs its momentum encoder shall do without.
+    """
+
+    def __init__(self, encoder: nn.Module, method: Method, momentum_encoder: bool | None = None):
+        super().__init__()
+        self.encoder = wrap(encoder, method.width, mask_token=method.mask_token)
+        self.method = method
+        copied = method.momentum
+        if momentum_encoder and not copied:
+            heads = dict(method.named_children())
+            copied = ("encoder", *(name for name in TARGET_PARTS if name in heads))
+        if momentum_encoder is False and copied:
+            raise ValueError(f"{type(method).__name__} can't do without its momentum encoder")
+        live = self._live()
+        self.teacher = nn.ModuleDict({name: copy.deepcopy(live[name]).requires_grad_(False) for name in copied})
+
+    def _live(self) -> dict[str, nn.Module]:
+        """The encoder and the method's heads, by the names that their momentum copies have too."""
+        return {"encoder": self.encoder, **dict(self.method.named_children())}
+
+    def branches(self) -> tuple[Branch, Branch]:
+        """Student and teacher; the student itself twice where nothing has a momentum copy."""
+        heads = dict(self.method.named_children())
+        student = Branch(self.encoder, heads)
+        if not self.teacher:
+            return student, student
+        copies = dict(self.teacher.items())
+        encoder = cast(Encoder, copies.pop("encoder", self.encoder))
+        return student, Branch(encoder, {**heads, **copies}, momentum=True)
+
+    def forward(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """0-dim loss, and the notes that `fastjem.health.figures` turns into figures."""
+        if not isinstance(step, Tensor):
+            step = torch.tensor(step, device=batch.views[0].device)
+        student, teacher = self.branches()
+        loss = self.method.loss(student, teacher, batch, step)
+        if isinstance(loss, dict):
+            student.note(**{f"loss_{name}": term.detach() for name, term in loss.items()})
+            loss = torch.stack(list(loss.values())).sum()
+        return loss, student.notes
+
+    @torch.no_grad()
+    def step_ends(self, step: int | Tensor, momentum: float | Tensor) -> None:
+        """Once behind the optimiser's step: momentum copies follow, then what the method itself moves."""
+        self.update_teacher(momentum)
+        if not isinstance(step, Tensor):
+            step = torch.tensor(step)
+        self.method.step_ends(step)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float | Tensor) -> None:
+        """`teacher = momentum * teacher + (1 - momentum) * student` for all parameters of all copies at once."""
+        if not self.teacher:
+            return
+        live = self._live()
+        pairs = [
+            pair
+            for name, module in self.teacher.items()
+            for pair in zip(module.parameters(), live[name].parameters(), strict=True)
+        ]
+        F.ema_update_([teacher for teacher, _ in pairs], [student for _, student in pairs], momentum)
