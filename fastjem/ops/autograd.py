@@ -1,7 +1,7 @@
 """From operators to differentiable losses: three autograd Functions serve every loss.
 
-`one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is that of another,
-which runs in backward. `known`: loss and gradients are there already. The conventions are in kernels/__init__.py.
+`one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is that of another
+operator, which runs in backward. `known`: loss and gradients are there already. Conventions: kernels/__init__.py.
 """
 
 from collections.abc import Sequence
