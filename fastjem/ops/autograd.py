@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ops = torch.ops.fastjem
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def refuse_second_order(name: str) -> None:
@@ -20,7 +21,7 @@ def refuse_second_order(name: str) -> None:
 
 def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """`gradient * factor`, in place where autograd needs the unscaled gradient no more."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or _keeps_graph():
         gradient = gradient.clone()
     ops.rescale_(gradient, factor)
     return gradient

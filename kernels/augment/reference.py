@@ -100,8 +100,8 @@ def augment(
     x = rows @ x @ columns.mT
     x = x.round() if exact else x
     x = (255 - x).where((p[:, SOLARIZE] > 0.5) & (x >= threshold), x)
-    mean, std = (torch.tensor(y, device=x.device, dtype=x.dtype)[:, None, None] for y in (mean, std))
-    x = ((x / 255 - mean) / std).to(dtype)
+    channel_mean, channel_std = torch.tensor([mean, std], device=x.device, dtype=x.dtype)[:, :, None, None]
+    x = ((x / 255 - channel_mean) / channel_std).to(dtype)
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 

@@ -58,7 +58,7 @@ class Engine(Protocol[Scaling]):
         """For logits `factor * a @ b.T`; `bound`, if given, is how large a similarity can be."""
         ...
 
-    def log_sum_exps(
+    def row_log_sum_exps(
         self,
         a: Tensor,
         b: Tensor,
@@ -67,9 +67,14 @@ class Engine(Protocol[Scaling]):
         /,
         *,
         symmetric: bool = False,  # b is a: half of the tiles are enough
-        columns: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Of every row's logits [N] float64; and of every column's [M], if `columns` are wanted."""
+    ) -> Tensor:
+        """Of every row's logits, [N] float64."""
+        ...
+
+    def both_log_sum_exps(
+        self, a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, /
+    ) -> tuple[Tensor, Tensor]:
+        """Of every row's logits [N] and of every column's [M], float64, in one pass."""
         ...
 
     def add_weighted(
@@ -152,7 +157,7 @@ def nt_xent(
     views, n, width = rows.shape
     symmetric, a, _, b, own_image, has_positives = _flat_views(engine, rows, candidates, offset, normalize)
     scaling = engine.scaling(1 / temperature, 1.0 if normalize else None, a, b)
-    lse = engine.log_sum_exps(a, b, scaling, own_image, symmetric=symmetric)[0].view(views, n)
+    lse = engine.row_log_sum_exps(a, b, scaling, own_image, symmetric=symmetric).view(views, n)
     if not has_positives:
         return torch.zeros_like(lse), lse
     logits = _logits_within_images(engine, a.view(views, n, width), temperature)
@@ -279,7 +284,7 @@ def clip_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, b, rows, columns, similarities, own_image = _pairs(engine, x, y, offset)
     scaling = engine.scaling(logit_scale, None, a, b)
-    x_lse, y_lse = engine.log_sum_exps(a, b, scaling, own_image, columns=True)
+    x_lse, y_lse = engine.both_log_sum_exps(a, b, scaling, own_image)
     positives = torch.zeros_like(x_lse)
     positives[rows] = similarities * logit_scale.double()
     x_lse[rows] = torch.logaddexp(x_lse[rows], positives[rows])

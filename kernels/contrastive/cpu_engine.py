@@ -155,8 +155,16 @@ def tiles(a: Tensor, b: Tensor, symmetric: bool = False) -> Iterator[Tile]:
             yield Tile(row, column, rows, columns, torch.mm(a[rows], b[columns].T, out=out))
 
 
-def log_sum_exps(
-    a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False, columns: bool = False
+def row_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False) -> Tensor:
+    return _log_sum_exps(a, b, scaling, own_image, symmetric, False)[0]
+
+
+def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage) -> tuple[Tensor, Tensor]:
+    return _log_sum_exps(a, b, scaling, own_image, False, True)
+
+
+def _log_sum_exps(
+    a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, symmetric: bool, columns: bool
 ) -> tuple[Tensor, Tensor]:
     own_rows = own_image.row_period, own_image.offset
     row_max, row_sum = scaling.start(len(a))

@@ -39,8 +39,9 @@ def sinkhorn_bias(
 
 def _potentials(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
     """The prototypes' potentials f, [K] float64."""
-    bias = scores.new_zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
-    for _ in range(iterations):
+    zeros = scores.new_zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
+    bias = -sinkhorn_step(scores, zeros, epsilon)
+    for _ in range(iterations - 1):
         bias = -sinkhorn_step(scores, bias, epsilon)
     return bias
 
@@ -165,7 +166,7 @@ def mean_entropy(
     """
     log_p = (widen(torch.stack(scores)) / temperature).log_softmax(2)  # [V, B, K]
     p = log_p.exp()
-    mean = p.mean((0, 1)) if total is None else total / rows  # [K]
+    mean = p.mean((0, 1)) if total is None or rows is None else total / rows  # [K]
     loss = torch.special.xlogy(mean, mean).sum() + math.log(len(mean))
     slope = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # [K]; the 1 of (m log m)' = log m + 1 cancels below
     gradients = p * (slope - (p * slope).sum(2, keepdim=True))  # [V, B, K]
