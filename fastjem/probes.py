@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from fastjem.data.pixels import Pixels, whole_images
 from fastjem.data.source import Source
 from fastjem.errors import UserError
-from fastjem.optim import widest_dtype
+from fastjem.kernels.arithmetic import widest_dtype
 
 ELEMENTS = 2**20  # that are widened at a time
 BANK, QUERIES = 8192, 2048  # rows of one block of similarities
