@@ -27,6 +27,11 @@ def widest(x: Tensor) -> Tensor:
     return x.to(widest_dtype(x.device))
 
 
+def solvable(x: Tensor) -> Tensor:
+    """Matrices where torch has an eigensolver for them: MPS has none (torch 2.11), so that they go to the host."""
+    return x.cpu() if x.device.type == "mps" else x
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """[N, D] whose rows are dense, copied only where they aren't; the rows themselves may be anywhere."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -280,7 +280,7 @@ def test_figures_of_health(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = Codes(normal(9, 6).detach(), normal(5, 6, seed=1).detach(), torch.zeros(5), 0.1)
     notes = {"projection": VIEWS[0].detach(), "embedding": VIEWS[1].detach(), "codes": codes}
     check(monkeypatch, lambda: list(health.figures(notes).values()))
-    check(monkeypatch, lambda: list(probes.moments(VIEWS[0].detach())))
+    check(monkeypatch, lambda: [*probes.moments(VIEWS[0].detach()), torch.tensor(probes.rankme(VIEWS[0].detach()))])
 
 
 KEYED: dict[str, Callable[[Tensor], Any]] = {

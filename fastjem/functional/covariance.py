@@ -17,7 +17,7 @@ from fastjem.collectives import (
 )
 from fastjem.functional import checks, summed_squares
 from fastjem.functional.precision import in_float32, without_autocast
-from fastjem.kernels.arithmetic import WITHOUT_FLOAT64, widest
+from fastjem.kernels.arithmetic import solvable, widest
 from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
 
 
@@ -57,12 +57,7 @@ class Health:
         """By a loss: figures [2, D + 1], the standard deviations and the rank."""
         self.std = figures[:, :-1]
         self.effective_rank = figures[:, -1]
-        self._spectrum = (lambda: spectrum([_solvable(x) for x in squares], n)) if squares else None
-
-
-def _solvable(x: Tensor) -> Tensor:
-    """A matrix in float64, where there is an eigensolver for that: MPS has neither (torch 2.11)."""
-    return widest(x.cpu() if x.device.type in WITHOUT_FLOAT64 else x)
+        self._spectrum = (lambda: spectrum([widest(solvable(x)) for x in squares], n)) if squares else None
 
 
 def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:
