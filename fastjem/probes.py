@@ -199,7 +199,9 @@ class LinearProbe:
 
 def rankme(x: Tensor) -> float:
     """exp of the entropy of the singular values of [N, D], as shares of their sum (Garrido et al. 2023, eq. 1)."""
-    gram = sum(part.T @ part for part in blocks(x, widest_dtype(x.device)))
+    wide = widest_dtype(x.device)
+    zero = torch.zeros((), dtype=wide, device=x.device)
+    gram = sum((part.T @ part for part in blocks(x, wide)), zero)
     values = torch.linalg.eigvalsh(solvable(gram)).clamp(min=0).sqrt()
     share = values / (values.sum() + 1e-30) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
