@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastjem import checkpoints, optim
-from fastjem.data.loaders import LOADERS
+from fastjem.data.loaders import NAMES
 from fastjem.data.pixels import Pixels
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
@@ -57,7 +57,7 @@ class Config:
     patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own"})
     sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
-    loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(LOADERS)}"})
+    loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(NAMES)}"})
     memory: float = field(default=4.0, metadata={"help": "GiB that --loader memory may take"})
     decoder_share: float | None = field(
         default=None, metadata={"help": "of JPEG files, for a GPU's fixed-function decoder; none: measured"}

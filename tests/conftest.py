@@ -95,7 +95,10 @@ def implementations() -> list:
     found = [pytest.param(Implementation("reference"), id="reference")]
     if _C:
         names = ("baseline", "avx2", "avx512")
-        found += [pytest.param(Implementation("c++", isa=i), id=f"c++-{names[i]}") for i in range(_C.isa() + 1)]
+        best = _C.isa()
+        for isa in range(best + 1):
+            marks = () if isa == best else pytest.mark.exhaustive  # a lesser chip's, which this one would never choose
+            found.append(pytest.param(Implementation("c++", isa=isa), id=f"c++-{names[isa]}", marks=marks))
     if HAS_GPU:
         found.append(pytest.param(Implementation("reference", "cuda"), id="reference-cuda", marks=pytest.mark.gpu))
         found.append(pytest.param(Implementation("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu))

@@ -292,6 +292,6 @@ def check_rank(rank: int, world: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_ranks(world, tmp_path):
     mp.spawn(check_rank, (world, str(tmp_path / "store")), nprocs=world)

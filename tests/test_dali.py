@@ -205,7 +205,7 @@ def test_the_graph_for_a_gpu_is_on_the_gpu(monkeypatch) -> None:
     ]  # fmt: skip
 
 
-def test_executors_agree_from_any_step_and_rank(tmp_path: Path) -> None:
+def test_loaders_agree_from_any_step_and_rank(tmp_path: Path) -> None:
     write(tmp_path, {f"{i:02}.jpg": encoded(picture(i), quality=90) for i in range(12)})
     specs = [replace(RECIPES["dino"].large[1], size=32), replace(RECIPES["simclr"].large[0], size=48, blur=0)]
 

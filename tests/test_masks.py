@@ -219,6 +219,12 @@ def test_masks_depend_on_nothing_but_their_key(draw) -> None:
     assert len(whole.flatten(1).unique(dim=0)) > 25
 
 
+def test_sizes_follow_seed_and_step() -> None:
+    drawn = np.array([masks.of_step(seed, step) for seed in range(20) for step in range(50)])
+    assert masks.of_step(3, 7) == drawn[157].tolist() and len(np.unique(drawn)) == drawn.size
+    assert np.abs(drawn.mean(0) - 0.5).max() < 4.5 * math.sqrt(1 / 12 / 1000) and 0 < drawn.min() < drawn.max() < 1
+
+
 @pytest.mark.parametrize("masking", masks.SAMPLERS)
 def test_keyed_masks_have_the_samplers_statistics(masking: str) -> None:
     ours = masks.draw_hidden(MaskSpec(0, GRID, 0.6, masking), 3, 5, torch.arange(2000)).numpy()

@@ -25,7 +25,7 @@ def _can_build() -> bool:
         return False
 
 
-pytestmark = [pytest.mark.exhaustive, pytest.mark.skipif(not _can_build(), reason="needs setuptools>=77 and pybind11")]
+pytestmark = pytest.mark.skipif(not _can_build(), reason="needs setuptools>=77 and pybind11")
 
 
 def python(code: str, cwd: Path, **environment: str) -> str:
@@ -129,6 +129,7 @@ def files(folder: Path, *patterns: str) -> set[str]:
     return {str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern)}
 
 
+@pytest.mark.exhaustive
 def test_sdist_is_whole_and_its_wheel_works(source: Path, sdist: Path, tmp_path: Path) -> None:
     code = ("csrc/**/*.*", "kernels/**/*.py", "fastjem/**/*.py")
     assert files(source, *code) == files(sdist, *code)
@@ -138,6 +139,7 @@ def test_sdist_is_whole_and_its_wheel_works(source: Path, sdist: Path, tmp_path:
     names = zipfile.ZipFile(wheel).namelist()
     modules = files(source, "fastjem/**/*.py") | {f"fastjem/{name}" for name in files(source, "kernels/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
+    assert {"fastjem/py.typed", "fastjem/kernels/py.typed", "fastjem/kernels/_C.pyi"} <= set(names)
     assert {name.split("/")[0] for name in names} == {"fastjem", f"fastjem-{version('fastjem')}.dist-info"}
     assert sum(name.startswith("fastjem/kernels/_C.") for name in names) == 1
 

@@ -160,7 +160,7 @@ MOMENTS = (("before a checkpoint", 0), ("in a checkpoint", 2), ("in a row", 5), 
            ("before a checkpoint", 8), ("after a checkpoint", 9))  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["byol", "data2vec"])
+@pytest.mark.parametrize("method", ["byol", pytest.param("data2vec", marks=pytest.mark.exhaustive)])
 def test_kill_dash_nine(method: str, tmp_path: Path) -> None:
     if "FORKS" not in os.environ:  # where a test before has compiled something, autograd refuses to run in a fork
         test = f"{__file__}::test_kill_dash_nine[{method}]"
@@ -195,8 +195,7 @@ def test_kill_dash_nine(method: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "cut").rglob("*.part"))
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
 def test_asked_to_stop(number: int, images: str, tmp_path: Path) -> None:
     line = command(**{**TINY, "workers": 1}, data=images, method="simsiam", epochs=2000, out=tmp_path / "run")
     process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -349,10 +348,15 @@ fastjem.pretrain(data=data, out=out, encoder=encoder, method=method, image_size=
 """
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("simclr", {}), ("swav", {"queue": 24}), ("dino", {"hidden": 16}), ("vicreg", {"hidden": 16}), ("moco", {})],
+    [
+        ("simclr", {}),
+        pytest.param("swav", {"queue": 24}, marks=pytest.mark.exhaustive),
+        pytest.param("dino", {"hidden": 16}, marks=pytest.mark.exhaustive),
+        pytest.param("vicreg", {"hidden": 16}, marks=pytest.mark.exhaustive),
+        pytest.param("moco", {}, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_two_ranks_follow_one(method: str, options: dict, images: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"

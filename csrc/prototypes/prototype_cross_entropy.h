@@ -81,7 +81,7 @@ class ImageCrossEntropy {
         const Target<W> target = targets.of(s, q.data(), k);
         S* gradient = p.gradients[s] ? static_cast<S*>(p.gradients[s]) + i * k : nullptr;
         if (target.count > 0) {
-          student_view(i, s, target, weight * p.factor, gradient, loss);
+          student_view(i, s, target, weight, gradient, loss);
         } else if (gradient) {
           std::memset(static_cast<void*>(gradient), 0, k * sizeof(S));
         }
@@ -123,8 +123,9 @@ class ImageCrossEntropy {
     return entropy;
   }
 
-  // Adds the loss of view s. The gradient, if wanted, is (softmax * count - target's sum) * factor.
-  void student_view(int64_t i, int64_t s, Target<W> target, double factor, S* gradient, double& loss) {
+  // Adds the loss of view s, not weighted. The gradient, if wanted, is (softmax * count - target's sum) * weight *
+  // factor.
+  void student_view(int64_t i, int64_t s, Target<W> target, double weight, S* gradient, double& loss) {
     const S* x = static_cast<const S*>(p.student[s].address) + i * p.student[s].row_stride;
     const W* y = target.sum;
     W* e = in_place && gradient ? reinterpret_cast<W*>(gradient) : scratch.data();
@@ -142,10 +143,10 @@ class ImageCrossEntropy {
     for (size_t b = 0; b < y_sum.size(); ++b) loss += (logsumexp - softmax.shift[b]) * y_sum[b] - y_v_sum[b];
 
     if (gradient) {
-      const W target_factor = static_cast<W>(factor);
+      const W target_factor = static_cast<W>(weight * p.factor);
       for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
         const int64_t last = std::min(first + softmax_block, k);
-        const W softmax_factor = static_cast<W>(softmax.factor[b] * factor * target.count);
+        const W softmax_factor = static_cast<W>(softmax.factor[b] * weight * p.factor * target.count);
 #pragma omp simd
         for (int64_t j = first; j < last; ++j) narrow(e[j] * softmax_factor - y[j] * target_factor, gradient[j]);
       }

@@ -68,7 +68,7 @@ struct Potentials {
     parallel_for(p.width, 4096, threads, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) factor[j] = static_cast<float>(std::exp(bias[j] - p.largest_bias));
     });
-    double first;
+    double first = 0;
     FASTJEM_BEST(first_logsumexp(p, &first));
     // The first sample's sum becomes exp(3), in the middle of those that sample_softmax takes, 0.01 to 1e6.
     p.near_shift = std::round((first - p.largest_bias - 3) / std::log(2.0));
@@ -79,7 +79,7 @@ struct Potentials {
 // out_j = logsumexp_i(x_ij * scale) without maxima; false where that isn't safe.
 static bool near_columns(Sinkhorn p, int64_t parts, double* out, int threads) {
   if (p.dtype == Dtype::float64) return false;
-  double first;
+  double first = 0;
   FASTJEM_BEST(first_logsumexp(p, &first));
   p.near_shift = std::round(first / std::log(2.0));
   if (!(std::abs(p.near_shift) < 1e6)) return false;
@@ -155,7 +155,7 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
   // A term below the least exponential counts as 0. Where all of a prototype's together could matter, add in the log
   // domain.
   const double least = static_cast<double>(rows) * (p.dtype == Dtype::float64 ? 1e-290 : p.bias_factor ? 1e-27 : 1e-30);
-  std::atomic<bool> lost{false};
+  std::atomic<bool> underflow{false};
   parallel_for(width, 4096, threads, [&](int64_t begin, int64_t end) {
     bool low = false;
     for (int64_t j = begin; j < end; ++j) {
@@ -164,9 +164,9 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
       low = low || total < least;
       out[j] = std::log(total) - bias[j];
     }
-    if (low) lost = true;
+    if (low) underflow = true;
   });
-  if (lost) {
+  if (underflow) {
     p.offsets = row_logsumexp.data();
     columns(p, parts, bias, out, threads);
   }

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     views: list[Tensor]  # V x [B, 3, size, size], the large ones first
     index: Tensor  # [B] int64: the number in its source of the image that each row shows
     labels: Tensor | None = None  # [B] int64; None where the source has none
-    masks: dict[int, Masks] = {}  # noqa: RUF012 (never changed in place)  by the number of the view
+    masks: dict[int, Masks] = {}  # noqa: RUF012  by the number of the view; never changed in place
 
 
 class Crops(NamedTuple):

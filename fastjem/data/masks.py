@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastjem.data.philox import FIRST_MASK_BLOCK, philox_on_device
+from fastjem.data.philox import FIRST_MASK_BLOCK, NO_VIEW, philox, philox_on_device
 from fastjem.data.views import MaskSpec, Views
 from fastjem.errors import nearest
 from fastjem.kernels.arithmetic import widest_dtype
@@ -69,6 +70,12 @@ class Keyed:
         self.next_block += blocks
         drawn = philox_on_device([self.samples[:, None], epoch, view, block], self.seed)  # [4, B, blocks]
         return drawn.permute(1, 2, 0).flatten(1)[:, :count]
+
+
+def of_step(seed: int, step: int) -> list[float]:
+    """Four numbers that all images of a step share, on all ranks: sizes of masks, which make a batch's tensors even."""
+    zero = np.int64(0)
+    return philox([np.int64(step), zero, np.int64(NO_VIEW), zero], seed).tolist()
 
 
 @dataclass(frozen=True)
@@ -291,7 +298,8 @@ def multi_block_mask(
     to wait for the device to know it; on masks drawn on the CPU that costs nothing.
 
     Args:
-        sizes: the two uniform numbers, of target and context (`of_step`); None: from torch's generator of the host.
+        sizes: the two uniform numbers, of target and context: in a run two of `of_step`, as their batch shares them.
+            None: from torch's generator of the host.
     """
     height, width = grid
     of_target, of_context = torch.rand(2).tolist() if sizes is None else sizes

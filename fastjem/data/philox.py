@@ -20,6 +20,8 @@ FIRST_CROP_BLOCK = 0  # the i-th attempt at a crop takes block i
 FIRST_COLOUR_BLOCK = 1 << 31  # three blocks: flip and probabilities, factors, hue and the others
 FIRST_MASK_BLOCK = 3 << 30  # as many as a mask needs
 
+NO_VIEW = 0xFFFFFFFF  # in the view's place: numbers of a step, which all images of its batch share
+
 WORD = 0xFFFFFFFF  # 32 bits
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # what is added to the key after each round

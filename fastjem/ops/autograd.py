@@ -1,4 +1,8 @@
-"""From operators to differentiable losses: two autograd Functions serve every loss."""
+"""From operators to differentiable losses: three autograd Functions serve every loss.
+
+`one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is that of another
+operator, which runs in backward. `known`: loss and gradients are there already. Conventions: kernels/__init__.py.
+"""
 
 from collections.abc import Sequence
 
@@ -6,6 +10,7 @@ import torch
 from torch import Tensor
 
 ops = torch.ops.fastjem
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def refuse_second_order(name: str) -> None:
@@ -16,7 +21,7 @@ def refuse_second_order(name: str) -> None:
 
 def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """`gradient * factor`, in place where autograd needs the unscaled gradient no more."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or _keeps_graph():
         gradient = gradient.clone()
     ops.rescale_(gradient, factor)
     return gradient
@@ -27,13 +32,12 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name: str, wanted: tuple[bool, ...], listed: bool, arguments: tuple, *inputs: Tensor):
-        loss, gradients, scale, *statistics = _call(name, wanted, listed, arguments, inputs)
+        loss, gradients, scale, statistics = _call(name, wanted, listed, arguments, inputs)
         ctx.save_for_backward(scale, *gradients)
-        ctx.name, ctx.wanted = name, wanted
-        if not statistics:
-            return (loss,)
-        ctx.mark_non_differentiable(*statistics[0])
-        return loss, *statistics[0]
+        ctx.name = name
+        ctx.wanted = wanted
+        ctx.mark_non_differentiable(*statistics)
+        return loss, *statistics
 
     @staticmethod
     def backward(ctx, upstream: Tensor, *_):
@@ -45,20 +49,29 @@ class _OnePass(torch.autograd.Function):
 
 
 class _TwoPasses(torch.autograd.Function):
-    """The loss is there already; its gradient, for the one tensor `x`, is computed in backward by a second operator."""
+    """The loss is there already; its gradient, for the one tensor `x`, is computed in backward by a second operator.
+
+    `places` says which of the tensors (x first, each of them once) is which argument of that operator.
+    """
 
     @staticmethod
-    def forward(ctx, name: str, arguments: tuple, scale: float, loss: Tensor, x: Tensor, *saved: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *saved)
-        ctx.name, ctx.arguments, ctx.scale = name, arguments, scale
+    def forward(
+        ctx, name: str, places: list[int], arguments: tuple, scale: float, loss: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.name = name
+        ctx.places = places
+        ctx.arguments = arguments
+        ctx.scale = scale
         return loss.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order(ctx.name)
-        gradient = getattr(ops, ctx.name)(*ctx.saved_tensors, *ctx.arguments)
+        tensors = ctx.saved_tensors
+        gradient = getattr(ops, ctx.name)(*(tensors[place] for place in ctx.places), *ctx.arguments)
         ops.rescale_(gradient, upstream * ctx.scale)
-        return None, None, None, None, gradient, *[None] * (len(ctx.saved_tensors) - 1)
+        return None, None, None, None, None, gradient, *[None] * (len(tensors) - 1)
 
 
 class _Known(torch.autograd.Function):
@@ -67,30 +80,37 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name: str, loss: Tensor, factors: Sequence, gradients: Sequence, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
-        ctx.name, ctx.factors, ctx.like = name, factors, [(x.dtype, x.shape) for x in inputs]
+        ctx.name = name
+        ctx.factors = factors
+        ctx.inputs = [(x.dtype, x.shape) for x in inputs]
         return loss.clone()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order(ctx.name)
-        scaled = []
-        for i, (g, factor, (dtype, shape)) in enumerate(zip(ctx.saved_tensors, ctx.factors, ctx.like, strict=True)):
-            wanted = ctx.needs_input_grad[4 + i]
-            scaled.append(_rescaled(g, upstream * factor).to(dtype).reshape(shape) if wanted else None)
+        wanted = ctx.needs_input_grad[4:]
+        scaled = [
+            _rescaled(gradient, upstream * factor).to(dtype).reshape(shape) if want else None
+            for gradient, factor, (dtype, shape), want in zip(
+                ctx.saved_tensors, ctx.factors, ctx.inputs, wanted, strict=True
+            )
+        ]
         return None, None, None, None, *scaled
 
 
-def _call(name, wanted, listed, arguments, inputs) -> tuple:
-    """(loss, gradients, scale), and for some operators a list of statistics."""
+def _call(
+    name: str, wanted: tuple[bool, ...], listed: bool, arguments: tuple, inputs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """(loss, gradients, scale, statistics); an operator without statistics has none of them."""
     op = getattr(ops, name)
-    return op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
+    result = op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
+    return result if len(result) == 4 else (*result, [])
 
 
 def one_pass(name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False) -> Tensor:
-    """The loss `name(*inputs, *arguments)`, differentiable for `inputs`.
+    """The loss `name(*inputs, *arguments)`, differentiable for `inputs`; `listed`: the operator takes them as Tensor[].
 
-    An operator may take its inputs `listed`, as Tensor[]. Gradients are asked for only where grad mode is on and the
-    input requires one.
+    Gradients are asked for only where grad mode is on and the input requires one.
     """
     return one_pass_with_statistics(name, inputs, *arguments, listed=listed)[0]
 
@@ -100,10 +120,10 @@ def one_pass_with_statistics(
 ) -> tuple[Tensor, ...]:
     """The loss of `one_pass`, and behind it what statistics the operator was asked for: constants."""
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    if any(wanted):
-        return _OnePass.apply(name, wanted, listed, arguments, *inputs)
-    loss, _, _, *statistics = _call(name, wanted, listed, arguments, inputs)
-    return (loss, *statistics[0]) if statistics else (loss,)
+    if not any(wanted):
+        loss, _, _, statistics = _call(name, wanted, listed, arguments, inputs)
+        return loss, *statistics
+    return _OnePass.apply(name, wanted, listed, arguments, *inputs)
 
 
 def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence) -> Tensor:
@@ -117,4 +137,20 @@ def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None
     """`loss`, with the gradient for `x` being `scale * name(x, *saved, *arguments)`."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return loss
-    return _TwoPasses.apply(name, arguments, scale, loss, x, *saved)
+    tensors, places = _each_once([x, *saved])
+    return _TwoPasses.apply(name, places, arguments, scale, loss, *tensors)
+
+
+def _each_once(given: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:
+    """The tensors without repetitions, and the place of each given one among them.
+
+    torch.compile (2.15) refuses an autograd Function that is given the same tensor twice.
+    """
+    tensors: list[Tensor | None] = []
+    places = []
+    for tensor in given:
+        place = next((i for i, known in enumerate(tensors) if tensor is known), len(tensors))
+        if place == len(tensors):
+            tensors.append(tensor)
+        places.append(place)
+    return tensors, places

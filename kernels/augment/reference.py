@@ -28,7 +28,8 @@ def _gray(x: Tensor) -> Tensor:
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
     """HSV with the hue turned. Each channel is the largest value less the chroma times a trapezium of the hue."""
     red, green, blue = x.split(1, 1)
-    top, chroma = x.amax(1, True), x.amax(1, True) - x.amin(1, True)
+    top = x.amax(1, True)
+    chroma = top - x.amin(1, True)
     over = 1 / chroma.where(chroma > 0, 1)
     sixths = ((red - green) * over + 4).where(top != green, (blue - red) * over + 2)
     sixths = sixths.where(top != red, (green - blue) * over) + 6 * turns
@@ -43,7 +44,8 @@ def blur_matrix(sigma: Tensor, size: int) -> Tensor:
     The radius is ceil(3 sigma), at most (size - 1) // 2: torchvision's kernel of that size. Sigma 0: the identity.
     """
     at = torch.arange(size, device=sigma.device, dtype=sigma.dtype)
-    to, source = at[:, None], at[None, :]
+    to = at[:, None]
+    source = at[None, :]
     width = sigma[:, None, None].clamp_min(1e-6)
     radius = (3 * sigma).ceil().clamp(0, (size - 1) // 2)[:, None, None]
 
@@ -98,8 +100,8 @@ def augment(
     x = rows @ x @ columns.mT
     x = x.round() if exact else x
     x = (255 - x).where((p[:, SOLARIZE] > 0.5) & (x >= threshold), x)
-    mean, std = (torch.tensor(y, device=x.device, dtype=x.dtype)[:, None, None] for y in (mean, std))
-    x = ((x / 255 - mean) / std).to(dtype)
+    channel_mean, channel_std = torch.tensor([mean, std], device=x.device, dtype=x.dtype)[:, :, None, None]
+    x = ((x / 255 - channel_mean) / channel_std).to(dtype)
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 

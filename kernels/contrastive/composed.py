@@ -58,7 +58,7 @@ class Engine(Protocol[Scaling]):
         """For logits `factor * a @ b.T`; `bound`, if given, is how large a similarity can be."""
         ...
 
-    def log_sum_exps(
+    def row_log_sum_exps(
         self,
         a: Tensor,
         b: Tensor,
@@ -67,9 +67,14 @@ class Engine(Protocol[Scaling]):
         /,
         *,
         symmetric: bool = False,  # b is a: half of the tiles are enough
-        columns: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Of every row's logits [N] float64; and of every column's [M], if `columns` are wanted."""
+    ) -> Tensor:
+        """Of every row's logits, [N] float64."""
+        ...
+
+    def both_log_sum_exps(
+        self, a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, /
+    ) -> tuple[Tensor, Tensor]:
+        """Of every row's logits [N] and of every column's [M], float64, in one pass."""
         ...
 
     def add_weighted(
@@ -113,15 +118,11 @@ class _Views(NamedTuple):
     divisors: Tensor | None
     candidates: Tensor  # [V N, D]
     own_image: OwnImage
+    has_positives: bool  # whether the rows' images are among the candidates: they all are, or none is
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
-
-
-def _has_positives(rows: Tensor, candidates: Tensor, offset: int) -> bool:
-    """Whether the rows' images are among the candidates; they are all or none."""
-    return len(rows) > 1 and 0 <= offset <= candidates.shape[1] - rows.shape[1]
 
 
 def _flat_views(engine: Engine, rows: Tensor, candidates: Tensor, offset: int, normalize: bool) -> _Views:
@@ -130,7 +131,8 @@ def _flat_views(engine: Engine, rows: Tensor, candidates: Tensor, offset: int, n
     symmetric = offset == 0 and _same_memory(rows, candidates)
     a, divisors = engine.unit(rows.reshape(views * n, width), normalize)
     b = a if symmetric else engine.unit(candidates.reshape(views * total, width), normalize)[0]
-    return _Views(symmetric, a, divisors, b, OwnImage(n, offset, total))
+    has_positives = views > 1 and 0 <= offset <= total - n
+    return _Views(symmetric, a, divisors, b, OwnImage(n, offset, total), has_positives)
 
 
 def _logits_within_images(engine: Engine, unit: Tensor, temperature: float) -> Tensor:
@@ -152,13 +154,14 @@ def nt_xent(
     decoupled: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    symmetric, a, _, b, own_image = _flat_views(engine, rows, candidates, offset, normalize)
+    views, n, width = rows.shape
+    symmetric, a, _, b, own_image, has_positives = _flat_views(engine, rows, candidates, offset, normalize)
     scaling = engine.scaling(1 / temperature, 1.0 if normalize else None, a, b)
-    lse = engine.log_sum_exps(a, b, scaling, own_image, symmetric=symmetric)[0].view(rows.shape[:2])
-    if not _has_positives(rows, candidates, offset):
+    lse = engine.row_log_sum_exps(a, b, scaling, own_image, symmetric=symmetric).view(views, n)
+    if not has_positives:
         return torch.zeros_like(lse), lse
-    logits = _logits_within_images(engine, a.view(rows.shape), temperature)
-    positives = logits.sum(1) / (len(rows) - 1)
+    logits = _logits_within_images(engine, a.view(views, n, width), temperature)
+    positives = logits.sum(1) / (views - 1)
     if not decoupled:
         torch.diagonal(logits).copy_(lse.T)
         lse = logits.logsumexp(1)
@@ -177,36 +180,35 @@ def nt_xent_backward(
     decoupled: bool,
     normalize: bool,
 ) -> Tensor:
-    symmetric, a, divisors, b, own_image = _flat_views(engine, rows, candidates, offset, normalize)
+    views, n, width = rows.shape
+    symmetric, a, divisors, b, own_image, has_positives = _flat_views(engine, rows, candidates, offset, normalize)
     scaling = engine.scaling(1 / temperature, 1.0 if normalize else None, a, b)
     gradient = torch.zeros(a.shape, dtype=engine.sum_dtype(a), device=a.device)
     a_lse = rows_lse.reshape(-1)
     b_lse = candidates_lse.reshape(-1)
     b_sum = gradient if symmetric else None
     engine.add_weighted(a, b, scaling, own_image, a_lse, b_lse, gradient, b_sum, symmetric=symmetric)
-    if _has_positives(rows, candidates, offset):
-        _pull_views_together(
-            engine, a.view(rows.shape), gradient.view(rows.shape), rows_lse, weights, offset, temperature, decoupled
-        )
-    return engine.through_unit(gradient, a, divisors, rows.dtype).view(rows.shape)
+    if has_positives:
+        unit = a.view(views, n, width)
+        logits = None if decoupled else _logits_within_images(engine, unit, temperature)
+        if weights is not None:
+            weights = weights[:, offset : offset + n].double()
+        _pull_views_together(unit, gradient.view(views, n, width), rows_lse, weights, logits)
+    return engine.through_unit(gradient, a, divisors, rows.dtype).view(views, n, width)
 
 
 def _pull_views_together(
-    engine: Engine,
     unit: Tensor,  # [V, n, D]
-    gradient: Tensor,  # [V, n, D], which the views of an image are still missing in
-    rows_lse: Tensor,  # [V, n]
-    weights: Tensor | None,  # [V, N]
-    offset: int,
-    temperature: float,
-    decoupled: bool,
+    gradient: Tensor,  # [V, n, D], of which the terms between views of one image are still missing
+    lse: Tensor,  # [V, n]
+    weights: Tensor | None,  # [V, n] float64
+    logits: Tensor | None,  # [V, V, n] between views of an image, where those are part of the log-sum-exp
 ) -> None:
-    views, n, _ = unit.shape
-    w = torch.ones_like(rows_lse) if weights is None else weights[:, offset : offset + n].double()
+    views = len(unit)
+    w = torch.ones_like(lse) if weights is None else weights
     pull = (w[:, None] + w) / (views - 1)  # [V, V, n]
-    if not decoupled:
-        logits = _logits_within_images(engine, unit, temperature)
-        pull = pull - (logits - rows_lse[:, None]).exp() - (logits - rows_lse).exp()
+    if logits is not None:
+        pull = pull - (logits - lse[:, None]).exp() - (logits - lse).exp()
     pull = pull.to(gradient.dtype)
     for i in range(views):
         for j in range(views):
@@ -282,7 +284,7 @@ def clip_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     a, b, rows, columns, similarities, own_image = _pairs(engine, x, y, offset)
     scaling = engine.scaling(logit_scale, None, a, b)
-    x_lse, y_lse = engine.log_sum_exps(a, b, scaling, own_image, columns=True)
+    x_lse, y_lse = engine.both_log_sum_exps(a, b, scaling, own_image)
     positives = torch.zeros_like(x_lse)
     positives[rows] = similarities * logit_scale.double()
     x_lse[rows] = torch.logaddexp(x_lse[rows], positives[rows])

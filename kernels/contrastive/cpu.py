@@ -28,7 +28,7 @@ def siglip_loss(
     losses, weight_sums, dots = torch.zeros(3, len(a), dtype=torch.float64)
     for tile in cpu_engine.tiles(a, b):
         _C.similarity_sigmoid(
-            *tile.arguments,
+            *tile.arguments(),
             factor,
             bias,
             tile.row,
@@ -57,7 +57,7 @@ def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
     index = torch.full((len(unit),), -1, dtype=torch.int64)
     for tile, _ in cpu_engine.bank_tiles(unit, bank):
         _C.similarity_best(
-            *tile.arguments,
+            *tile.arguments(),
             tile.column,
             address_of_row(best, tile.row),
             address_of_row(index, tile.row),

@@ -134,14 +134,11 @@ class Tile(NamedTuple):
     columns: slice
     similarities: Tensor
 
-    @property
     def arguments(self) -> tuple[int, int, int, int, int]:
         """How every kernel is told of it: dtype, address, shape, stride."""
-        tile = self.similarities
-        return CODES[tile.dtype], address(tile), *tile.shape, tile.stride(0)
-
-    def own_image(self, own: OwnImage) -> tuple[int, int, int, int, int]:
-        return self.row, own.row_period, own.offset, self.column, own.column_period
+        x = self.similarities
+        rows, columns = x.shape
+        return CODES[x.dtype], x.data_ptr(), rows, columns, columns
 
 
 def tiles(a: Tensor, b: Tensor, symmetric: bool = False) -> Iterator[Tile]:
@@ -158,17 +155,26 @@ def tiles(a: Tensor, b: Tensor, symmetric: bool = False) -> Iterator[Tile]:
             yield Tile(row, column, rows, columns, torch.mm(a[rows], b[columns].T, out=out))
 
 
-def log_sum_exps(
-    a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False, columns: bool = False
+def row_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False) -> Tensor:
+    return _log_sum_exps(a, b, scaling, own_image, symmetric, False)[0]
+
+
+def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage) -> tuple[Tensor, Tensor]:
+    return _log_sum_exps(a, b, scaling, own_image, False, True)
+
+
+def _log_sum_exps(
+    a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, symmetric: bool, columns: bool
 ) -> tuple[Tensor, Tensor]:
+    own_rows = own_image.row_period, own_image.offset
     row_max, row_sum = scaling.start(len(a))
     column_max, column_sum = (row_max, row_sum) if symmetric else scaling.start(len(b))
     for tile in tiles(a, b, symmetric):
         both = columns or (symmetric and tile.column > tile.row)
         _C.similarity_sums(
-            *tile.arguments,
+            *tile.arguments(),
             scaling.values,
-            tile.own_image(own_image),
+            (tile.row, *own_rows, tile.column, own_image.column_period),
             False,
             address_of_row(row_max, tile.row),
             address_of_row(row_sum, tile.row),
@@ -195,11 +201,12 @@ def add_weighted(
     a_weights, a_rest = scaling.weights(a_lse, a.dtype)
     b_weights, b_rest = scaling.weights(b_lse, a.dtype)
     row_dots = torch.zeros(len(a), dtype=torch.float64)
+    own_rows = own_image.row_period, own_image.offset
     for tile in tiles(a, b, symmetric):
         _C.similarity_weights(
-            *tile.arguments,
+            *tile.arguments(),
             scaling.values,
-            tile.own_image(own_image),
+            (tile.row, *own_rows, tile.column, own_image.column_period),
             address_of_row(a_weights, tile.row),
             address_of_row(b_weights, tile.column),
             address_of_row(a_rest, tile.row),
@@ -236,14 +243,15 @@ def attend(
     query: Tensor, bank: Tensor, temperature: float, own_image: OwnImage, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
     logits = scaling(1 / temperature, 1.0, query, query)
+    own_rows = own_image.row_period, own_image.offset
     maximum, total = logits.start(len(query))
     rescale = torch.empty(len(query), dtype=torch.float64) if logits.running else None
     result = torch.zeros_like(query) if wanted else None
     for tile, unit_rows in bank_tiles(query, bank):
         _C.similarity_sums(
-            *tile.arguments,
+            *tile.arguments(),
             logits.values,
-            tile.own_image(own_image),
+            (tile.row, *own_rows, tile.column, own_image.column_period),
             wanted,
             address_of_row(maximum, tile.row),
             address_of_row(total, tile.row),

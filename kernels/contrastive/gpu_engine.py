@@ -14,6 +14,7 @@ A bounded similarity (unit rows, temperatures of 0.0128 and more) needs no runni
 tiles.py). `composed.Engine` says what the functions do that are named there.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,19 @@ from .rows import dots, join, states, through_unit, unit
 from .sums import attend_kernel, best_kernel, sums_kernel
 from .weights import owner_kernel, sigmoid_kernel, weights_kernel
 
-__all__ = ["add_weighted", "attend", "dots", "log_sum_exps", "scaling", "sum_dtype", "through_unit", "unit"]
+__all__ = [
+    "add_weighted",
+    "attend",
+    "best",
+    "both_log_sum_exps",
+    "dots",
+    "row_log_sum_exps",
+    "scaling",
+    "sigmoid",
+    "sum_dtype",
+    "through_unit",
+    "unit",
+]
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -97,22 +110,21 @@ def _walk(
     own_image: OwnImage,
     tile: dict,
     tiles: range,  # which tiles of a block of rows
-    lines: int,  # of the columns' sums
+    columns: _Parts | None = None,  # where the columns' sums go, a line a block of rows or a distance from the diagonal
     start: int = 0,  # the number of the first row
     symmetric: bool = False,
-) -> tuple[_Parts, _Parts | None]:
-    """The rows' sums by program, and the columns' by line if there are lines."""
+) -> _Parts:
+    """The rows' sums by program."""
     (n, d), m = a.shape, len(b)
     blocks = triton.cdiv(n, tile["BM"])
     splits, each = _splits(blocks, len(tiles))
     rows = _Parts.empty(splits, n, logits)
-    columns = _Parts.empty(lines, m, logits) if lines else None
     launch.launch(
         sums_kernel, (blocks, splits), a, b, logits.factor, *rows, *(columns or (None, None)), n, m, d,
         *_own_image_arguments(own_image, start), tiles.start, tiles.stop, each, logits.pivot,
         HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=logits.running, SYMMETRIC=symmetric, **tile, device_of=a,
     )  # fmt: skip
-    return rows, columns
+    return rows
 
 
 def _join(rows: _Parts, columns: _Parts | None, logits: Scaling) -> Tensor:
@@ -129,45 +141,46 @@ def _symmetric(a: Tensor, logits: Scaling, own_image: OwnImage, tile: dict) -> T
     tiles_per_block = tile["BM"] // tile["BN"]
     distances = blocks // 2 + 1
     lines_at_once = max(1, tiling.COLUMN_SUMS // (n * (1 + logits.running)))
-    lse = None
+    parts = []
     first = 0
     while first < distances:
         stop = min(first + lines_at_once + (first == 0), distances)
+        lines = stop - max(first, 1)
+        columns = _Parts.empty(lines, n, logits) if lines else None
         tiles = range(first * tiles_per_block, stop * tiles_per_block)
-        rows, columns = _walk(a, a, logits, own_image, tile, tiles, stop - max(first, 1), symmetric=True)
-        if columns and blocks % 2 == 0 and stop == distances:
+        rows = _walk(a, a, logits, own_image, tile, tiles, columns, symmetric=True)
+        if columns is not None and blocks % 2 == 0 and stop == distances:
             # The farthest blocks meet once: the first half of the blocks walks there and writes no line for itself.
             met_once = blocks // 2 * tile["BM"]
             columns.sums[-1, :met_once] = 0
             if columns.maxima is not None:
                 columns.maxima[-1, :met_once] = -math.inf
-        part = _join(rows, columns, logits)
-        lse = part if lse is None else torch.logaddexp(lse, part)
+        parts.append(_join(rows, columns, logits))
         first = stop
-    return lse
+    return functools.reduce(torch.logaddexp, parts)
 
 
-def log_sum_exps(
-    a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False, columns: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def row_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False) -> Tensor:
     tile = tiling.similarity_sums(a.shape[1], a.dtype)
     if symmetric:
-        return _symmetric(a, scaling, own_image, tile), None
+        return _symmetric(a, scaling, own_image, tile)
     tiles = range(triton.cdiv(len(b), tile["BN"]))
-    if not columns:
-        rows, _ = _walk(a, b, scaling, own_image, tile, tiles, 0)
-        return _join(rows, None, scaling), None
+    return _join(_walk(a, b, scaling, own_image, tile, tiles), None, scaling)
+
+
+def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage) -> tuple[Tensor, Tensor]:
+    tile = tiling.similarity_sums(a.shape[1], a.dtype)
+    tiles = range(triton.cdiv(len(b), tile["BN"]))
     band = max(1, tiling.COLUMN_SUMS // (len(b) * (1 + scaling.running))) * tile["BM"]
     row_lse = []
-    column_lse = None
+    column_lse = []
     for start in range(0, len(a), band):
-        part_of_a = a[start : start + band]
-        lines = triton.cdiv(len(part_of_a), tile["BM"])
-        rows, by_line = _walk(part_of_a, b, scaling, own_image, tile, tiles, lines, start)
+        part = a[start : start + band]
+        columns = _Parts.empty(triton.cdiv(len(part), tile["BM"]), len(b), scaling)
+        rows = _walk(part, b, scaling, own_image, tile, tiles, columns, start)
         row_lse.append(_join(rows, None, scaling))
-        part = _join(by_line, None, scaling)
-        column_lse = part if column_lse is None else torch.logaddexp(column_lse, part)
-    return torch.cat(row_lse), column_lse
+        column_lse.append(_join(columns, None, scaling))
+    return torch.cat(row_lse), functools.reduce(torch.logaddexp, column_lse)
 
 
 def attend(
@@ -177,7 +190,7 @@ def attend(
     logits = scaling(1 / temperature, 1.0, query, rows)
     tile = tiling.similarity_attend(query.shape[1], query.dtype)
     if not wanted or tile is None:
-        lse, _ = log_sum_exps(query, rows, logits, own_image)
+        lse = row_log_sum_exps(query, rows, logits, own_image)
         out = torch.zeros(query.shape, dtype=torch.float32, device=query.device) if wanted else None
         if wanted:
             add_weighted(query, rows, logits, own_image, lse, None, out, None)
@@ -212,7 +225,9 @@ class _Side(NamedTuple):
         return cls(rows, *states(lse, logits.factor, logits.pivot, logits.running))
 
     def part(self, rows: slice) -> "_Side":
-        return _Side(*(None if x is None else x[rows] for x in self))
+        pivots = None if self.pivots is None else self.pivots[rows]
+        rests = None if self.rests is None else self.rests[rows]
+        return _Side(self.rows[rows], pivots, rests)
 
 
 def _owned(
@@ -278,9 +293,9 @@ def _add_weighted_by_bands(
             HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=logits.running, GAIN=launch.gain(b.rows.dtype), **tile,
             device_of=b.rows,
         )  # fmt: skip
-        if a_sum is not None:
+        if weights is not None and a_sum is not None:
             add_product(a_sum[rows], weights, b.rows)
-        if b_sum is not None:
+        if weights is not None and b_sum is not None:
             add_product(b_sum, weights.T, part.rows)
         if dots_by_tile is not None:
             row_dots.append(dots_by_tile.sum(0, dtype=torch.float64))
@@ -340,9 +355,9 @@ def sigmoid(
             0 if weights is None else weights.stride(0) // 8, GAIN=launch.gain(a.dtype), **tile, device_of=a,
         )  # fmt: skip
         totals += sums.sum((1, 2), dtype=torch.float64)
-        if a_sum is not None:
+        if weights is not None and a_sum is not None:
             add_product(a_sum[rows], weights, b)
-        if b_sum is not None:
+        if weights is not None and b_sum is not None:
             add_product(b_sum, weights.T, part)
     return totals
 

@@ -42,8 +42,9 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
 
 def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
     """`reference.sinkhorn_bias` in float64."""
-    bias = torch.zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
-    for _ in range(iterations):
+    zeros = torch.zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
+    bias = _step(scores, zeros, epsilon).neg_()
+    for _ in range(iterations - 1):
         bias = _step(scores, bias, epsilon).neg_()
     return bias
 
@@ -64,7 +65,7 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
     if scores.dtype not in CODES or dtype not in CODES:
         return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
     scores = dense_rows(scores)
-    bias = _dense(bias, torch.float64)
+    bias = bias.to(torch.float64).contiguous()
     codes = torch.empty(scores.shape, dtype=dtype)
     _C.sinkhorn_codes(
         CODES[scores.dtype],

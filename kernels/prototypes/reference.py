@@ -16,8 +16,9 @@ def sinkhorn_step(
 ) -> Tensor:
     """[K] float64: `logsumexp_i(s_ik + g_i)` with `g_i = -logsumexp_k(s_ik + f_k)`, s = scores / epsilon, f = bias.
 
-    In the log domain, samples are normalised, and then each prototype is summed. The next bias f is the negative of the result; over several ranks, of the logsumexp of their results. It may be
-    thousands and nearly cancels with what it is added to: hence float64.
+    In the log domain, samples are normalised, and then each prototype is summed. The next bias f is the negative of the
+    result; over several ranks, of the logsumexp of their results. It may be thousands and nearly cancels with what it
+    is added to: hence float64.
     """
     scores = widen(scores) / epsilon
     if bias is not None:
@@ -39,8 +40,9 @@ def sinkhorn_bias(
 def _potentials(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
     """The prototypes' potentials f, [K] float64."""
     wide = widest_dtype(scores.device)
-    bias = scores.new_zeros(scores.shape[1], dtype=wide) if normalize_samples_first else None
-    for _ in range(iterations):
+    zeros = scores.new_zeros(scores.shape[1], dtype=wide) if normalize_samples_first else None
+    bias = -sinkhorn_step(scores, zeros, epsilon)
+    for _ in range(iterations - 1):
         bias = -sinkhorn_step(scores, bias, epsilon)
     return bias
 
@@ -89,7 +91,8 @@ def prototype_cross_entropy(
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """The mean over pairs of views and rows of `-<softmax(t / tau_t + bias), log_softmax(s / tau_s)>`, s and t logits.
 
-    The mean over rows is weighted if there are weights. SwAV (pairs "different", bias from Sinkhorn), DINO ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
+    The mean over rows is weighted if there are weights. SwAV (pairs "different", bias from Sinkhorn), DINO
+    ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
     With `statistics`, of the teacher: mean logits [K], mean probabilities [K] and the mean entropy of a row, 0-dim.
     """
     s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
@@ -164,7 +167,7 @@ def mean_entropy(
     """
     log_p = (widen(torch.stack(scores)) / temperature).log_softmax(2)  # [V, B, K]
     p = log_p.exp()
-    mean = p.mean((0, 1)) if total is None else total / rows  # [K]
+    mean = p.mean((0, 1)) if total is None or rows is None else total / rows  # [K]
     loss = torch.special.xlogy(mean, mean).sum() + math.log(len(mean))
     slope = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # [K]; the 1 of (m log m)' = log m + 1 cancels below
     gradients = p * (slope - (p * slope).sum(2, keepdim=True))  # [V, B, K]

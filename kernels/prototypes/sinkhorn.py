@@ -265,7 +265,7 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
         return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
     n, k = scores.shape
     scores = dense_rows(scores)
-    bias = dense(bias, torch.float64)
+    bias = bias.to(torch.float64).contiguous()
     compute = compute_dtype(scores.dtype)
     row_lse = None
     tile = tiling.sinkhorn_rows(k, compute)

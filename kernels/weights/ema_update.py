@@ -8,6 +8,7 @@ first call already.
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -139,16 +140,17 @@ def _plan(
             others.append(t)
             spans.append((addresses[t], addresses[t] + 1))  # such tensors may interleave
     _refuse_ties(spans)
-    return Plan([Batch(*key, *_tables(lines, device)) for key, lines in groups.items()], others)
+    batches = [Batch(t, s, aligned, *_tables(lines, device)) for (t, s, aligned), lines in groups.items()]
+    return Plan(batches, others)
 
 
 def _tables(lines: list[tuple[int, int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """`Batch.table` and `Batch.owners` from (teacher's address, student's address, elements) of each pair."""
-    lines = np.array(lines, np.int64)  # [P, 3]
-    blocks = -(-lines[:, 2] // tiling.elementwise(torch.float32)["BLOCK"])  # [P]
+    pairs = np.array(lines, np.int64)  # [P, 3]
+    blocks = -(-pairs[:, 2] // tiling.elementwise(torch.float32)["BLOCK"])  # [P]
     first = np.cumsum(blocks) - blocks
     owners = np.repeat(np.arange(len(lines)), blocks)
-    host = torch.from_numpy(np.concatenate([np.c_[lines, first].ravel(), owners]))
+    host = torch.from_numpy(np.concatenate([np.c_[pairs, first].ravel(), owners]))
     if device.type == "cuda":
         host = host.pin_memory()  # torch doesn't reuse it before the copy is done
     both = host.to(device, non_blocking=True)
@@ -156,7 +158,7 @@ def _tables(lines: list[tuple[int, int, int]], device: torch.device) -> tuple[Te
 
 
 _captured: list[Plan] = []  # CUDA graphs read their tables at every replay, so these are never freed
-_dtype = Tensor.dtype.__get__
+_dtype = operator.attrgetter("dtype")
 
 
 def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:

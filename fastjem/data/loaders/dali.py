@@ -198,8 +198,10 @@ def build_pipeline(
 
     One for the GPU can be described without a GPU, but not run.
     """
-    from nvidia.dali import Pipeline, fn, types
+    from nvidia.dali import Pipeline, fn
+    from nvidia.dali import types as dali_types
 
+    types: Any = dali_types  # its names are made when it is loaded: no type checker sees them
     gpu = device == "cuda"
     pipeline = Pipeline(
         batch_size=batch, num_threads=threads, device_id=torch.cuda.current_device() if gpu else None, seed=0,
