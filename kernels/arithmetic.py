@@ -24,7 +24,7 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 
 def widest(x: Tensor) -> Tensor:
     """x in the `widest_dtype` of its device: for sums and differences that float32 alone would spoil."""
-    return x.to(widest_dtype(x.device))
+    return x.float() if x.device.type in WITHOUT_FLOAT64 else x.double()
 
 
 def solvable(x: Tensor) -> Tensor:
