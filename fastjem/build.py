@@ -111,9 +111,6 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         optimizer.load_state_dict(state["optimizer"])
     if config.sync_batch_norm and ranks.size > 1:
         step = cast(Step, nn.SyncBatchNorm.convert_sync_batchnorm(step))
-    # Half the bytes for what autocast would round anyway; a module of one's own may look at its images first.
-    half = ranks.device.type == "cuda" and objects.encoder is None
-    channels_last = encoders.memory_format(encoder) == torch.channels_last
     return Training(
         config=config,
         out=out,
@@ -132,7 +129,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         clip=given_or(config.clip, defaults.clip),
-        layout={"dtype": torch.bfloat16 if half else torch.float32, "channels_last": channels_last},
+        layout=view_layout(ranks, encoder, named=objects.encoder is None),
         notices=notices(config, ranks, source, loader, "" if state else defaults.unlike(kind.defaults)),
     )
 
@@ -210,6 +207,14 @@ def encode_by(
     except ValueError as error:
         raise UserError(str(error)) from None
     return encoders.wrap(module, width, mask_token=kind.mask_token).to(ranks.device)
+
+
+def view_layout(ranks: Ranks, encoder: Encoder, *, named: bool) -> dict[str, Any]:
+    """dtype and memory format of the views. named: the encoder is one of timm's, by its name."""
+    # Half the bytes for what autocast would round anyway; a module of one's own may look at its images first.
+    half = ranks.device.type == "cuda" and named
+    channels_last = encoders.memory_format(encoder) == torch.channels_last
+    return {"dtype": torch.bfloat16 if half else torch.float32, "channels_last": channels_last}
 
 
 def run_facts(

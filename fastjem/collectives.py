@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjem.kernels.arithmetic import widest
+
 
 def check_distributed(who: str, gather_distributed: bool, option: str = "gather_distributed") -> None:
     """Raise ValueError where ranks are asked for and this build of torch knows none."""
@@ -164,7 +166,7 @@ def mean_loss_of_ranks(loss: Tensor, weight: float | Tensor, group: dist.Process
     """The mean of all ranks' losses, each with its weight (the rows it is a mean over), differentiable."""
     if group is None:
         return loss
-    total, weights = sum_and_count_of_ranks(loss.detach().double() * weight, weight, group)
+    total, weights = sum_and_count_of_ranks(widest(loss.detach()) * weight, weight, group)
     part = loss * (weight / weights).to(loss.dtype)
     return global_loss(part, (total / weights).to(loss.dtype), group)
 

@@ -165,10 +165,12 @@ def wrap(module: nn.Module, width: int | None = None, *, mask_token: bool = Fals
 
 
 def is_transformer(module: nn.Module) -> bool:
-    """Whether patches can be masked: timm's VisionTransformer and Eva. Swin, Hiera and NaFlexVit can't: their blocks
-    mix or merge neighbouring patches, or hold their positions elsewhere."""
+    """Whether patches can be masked: timm's VisionTransformer and Eva, and an `Encoder` of one's own that has patches.
+
+    Swin, Hiera and NaFlexVit can't: their blocks mix or merge neighbouring patches, or hold their positions elsewhere.
+    """
     if isinstance(module, Encoder):
-        return isinstance(module, TransformerEncoder)
+        return module.patch > 1
     timm = sys.modules.get("timm.models")  # a module of timm's has imported it
     return timm is not None and isinstance(module, (timm.VisionTransformer, timm.Eva))
 

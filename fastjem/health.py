@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
+from fastjem.kernels.arithmetic import solvable, widest
 from fastjem.methods.protocol import Codes
 
 # SimSiam of CIFAR images: std falls below 0.95 of its height by step 20 to 45 without stop-gradient (batches of 64 and
@@ -65,7 +66,8 @@ def effective_rank(x: Tensor) -> Tensor:
     x = x - x.mean(0)
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
     # An eigensolver waits for a GPU's result: figures of health belong to logged steps only.
-    spectrum = torch.linalg.eigvalsh(gram.double() if gram.device.type == "cpu" else gram).clamp(min=0)
+    gram = solvable(gram)
+    spectrum = torch.linalg.eigvalsh(widest(gram) if gram.device.type == "cpu" else gram).clamp(min=0)
     share = spectrum / (spectrum.sum() + 1e-30)
     return torch.exp(-(share * torch.log(share + 1e-30)).sum())
 

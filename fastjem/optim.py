@@ -93,11 +93,6 @@ class Schedule:
         return now
 
 
-def widest_dtype(device: torch.device) -> torch.dtype:
-    """The widest dtype of floating-point numbers that the device has: float64, but for Apple's MPS."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     """Scale all gradients so that their joint norm is at most `most`; the norm before, 0-dim, without a host sync."""
     return nn.utils.clip_grad_norm_(parameters, most, foreach=True)

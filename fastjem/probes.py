@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from fastjem.data.pixels import Pixels, whole_images
 from fastjem.data.source import Source
 from fastjem.errors import UserError
-from fastjem.optim import widest_dtype
+from fastjem.kernels.arithmetic import solvable, widest_dtype
 
 ELEMENTS = 2**20  # that are widened at a time
 BANK, QUERIES = 8192, 2048  # rows of one block of similarities
@@ -199,8 +199,10 @@ class LinearProbe:
 
 def rankme(x: Tensor) -> float:
     """exp of the entropy of the singular values of [N, D], as shares of their sum (Garrido et al. 2023, eq. 1)."""
-    gram = sum(part.T @ part for part in blocks(x, widest_dtype(x.device)))
-    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    wide = widest_dtype(x.device)
+    zero = torch.zeros((), dtype=wide, device=x.device)
+    gram = sum((part.T @ part for part in blocks(x, wide)), zero)
+    values = torch.linalg.eigvalsh(solvable(gram)).clamp(min=0).sqrt()
     share = values / (values.sum() + 1e-30) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
 

@@ -25,6 +25,7 @@ from fastjem.data.pixels import Pixels
 from fastjem.data.source import Source
 from fastjem.errors import UserError
 from fastjem.journal import Journal
+from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.loggers import Logger
 from fastjem.methods import METHODS, Method, views_of
 from fastjem.ranks import Ranks, join, leave
@@ -200,7 +201,7 @@ def optimizer_steps(training: Training, journal: Journal) -> Iterator[Taken]:
     step, model, optimizer = training.step, training.model, training.optimizer
     device = training.ranks.device
     parameters = [p for p in step.parameters() if p.requires_grad]
-    momentum = torch.zeros((), dtype=optim.widest_dtype(device), device=device)
+    momentum = torch.zeros((), dtype=widest_dtype(device), device=device)
     number = torch.zeros((), dtype=torch.long, device=device)
     batches = timed(training, journal)
     model.train()

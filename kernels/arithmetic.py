@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 UNIT_EPS = 1e-12  # a shorter row is divided by this instead of its length, as in torch.nn.functional.normalize
+WITHOUT_FLOAT64 = ("mps",)  # types of devices: Apple's GPUs
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -14,6 +15,21 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def widen(x: Tensor) -> Tensor:
     """x in the dtype to compute in: float64 stays, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest dtype of floating-point numbers that the device has: float64, on Apple's MPS float32."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def widest(x: Tensor) -> Tensor:
+    """x in the `widest_dtype` of its device: for sums and differences that float32 alone would spoil."""
+    return x.float() if x.device.type in WITHOUT_FLOAT64 else x.double()
+
+
+def solvable(x: Tensor) -> Tensor:
+    """Matrices where torch has an eigensolver for them: MPS has none (torch 2.11), so that they go to the host."""
+    return x.cpu() if x.device.type == "mps" else x
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 # A layer imports from those before it, from BESIDE (from `methods` on), and from LEAVES.
 ORDER = (
     "kernels",
+    "collectives",
     "ops",
     "functional",
     "nn",
@@ -39,7 +40,7 @@ ORDER = (
 # What knows no method. From each other and from `nn` and below, never from `methods` and above.
 BESIDE = ("data", "encoders", "optim", "ranks", "checkpoints", "loggers", "bench")
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
-LEAVES = ("errors", "arguments", "collectives", "schedules")
+LEAVES = ("errors", "arguments", "schedules")
 
 
 @dataclass(frozen=True)

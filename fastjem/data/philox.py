@@ -14,6 +14,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fastjem.kernels.arithmetic import widest_dtype
+
 FIRST_CROP_BLOCK = 0  # the i-th attempt at a crop takes block i
 FIRST_COLOUR_BLOCK = 1 << 31  # three blocks: flip and probabilities, factors, hue and the others
 FIRST_MASK_BLOCK = 3 << 30  # as many as a mask needs
@@ -46,6 +48,9 @@ def philox_on_device(counter: Sequence[Tensor], seed: int) -> Tensor:
     """`philox` in torch, the same numbers: four int64 words of shapes that broadcast, on one device -> [4, *shape]
     float64 there. Nothing waits for the device.
 
+    A device without float64 (Apple's MPS) gives float32: of each word the upper 23 bits, exact and in (0, 1) too, so
+    that they follow the key alone there as well. They are less than 2 ** -24 from the others.
+
     The two products of a round are one tensor [2, *shape], as are the words that they don't come from: 6 launches a
     round instead of 12. torch has no unsigned 64-bit product, but int64's has the same bits.
     """
@@ -59,7 +64,10 @@ def philox_on_device(counter: Sequence[Tensor], seed: int) -> Tensor:
         others = products
     others = others & WORD
     words = torch.stack([multiplied[0], others[0], multiplied[1], others[1]])
-    return (words.double() + 0.5) * 2.0**-32
+    wide = widest_dtype(words.device)
+    if wide == torch.float32:  # with its half a number of 23 bits is exact; one of 24 could be rounded to 1
+        return ((words >> 9).to(wide) + 0.5) * 2.0**-23
+    return (words.to(wide) + 0.5) * 2.0**-32
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ from torch import Tensor
 from fastjem.collectives import global_loss, sizes_of_ranks, sum_over_ranks
 from fastjem.functional import checks, rings
 from fastjem.functional.precision import loss_dtype
+from fastjem.kernels.arithmetic import widest
 from fastjem.ops.autograd import one_pass, ops, two_passes
 
 
@@ -151,7 +152,7 @@ def supcon(
     number = (v if anchors == "all" else 1) * images  # of anchors
 
     # The sum over positives of s_ij is one product of row i with a sum of rows: never N x N.
-    rows = z.double()
+    rows = widest(z)
     if normalize:
         rows = torch.nn.functional.normalize(rows, dim=2)
     by_image = rows.sum(0)  # [N, D]
@@ -209,7 +210,7 @@ def _check_supcon(
 
 
 def _over_positives(
-    by_image: Tensor,  # [N, D] float64, the sum of an image's views
+    by_image: Tensor,  # [N, D] in the widest dtype, the sum of an image's views
     labels: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

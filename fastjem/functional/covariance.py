@@ -17,6 +17,7 @@ from fastjem.collectives import (
 )
 from fastjem.functional import checks, summed_squares
 from fastjem.functional.precision import in_float32, without_autocast
+from fastjem.kernels.arithmetic import solvable, widest
 from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
 
 
@@ -43,6 +44,7 @@ class Health:
         """[2, min(N, D)], descending: the covariances' eigenvalues (VICReg), C's singular values (Barlow Twins).
 
         The eigensolver runs here, in float64, and waits for a GPU's result: call it on the steps that are logged.
+        On MPS it is the host's, and so is the result.
 
         Raises:
             ValueError: without `keep_spectrum`, or before a loss has filled it.
@@ -55,7 +57,7 @@ class Health:
         """By a loss: figures [2, D + 1], the standard deviations and the rank."""
         self.std = figures[:, :-1]
         self.effective_rank = figures[:, -1]
-        self._spectrum = (lambda: spectrum([x.double() for x in squares], n)) if squares else None
+        self._spectrum = (lambda: spectrum([widest(solvable(x)) for x in squares], n)) if squares else None
 
 
 def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:

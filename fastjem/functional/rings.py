@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastjem.collectives import gradient_factor, other_ranks, sizes_of_ranks, sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
+from fastjem.kernels.arithmetic import widest
 from fastjem.ops.autograd import known, ops, refuse_second_order
 
 
@@ -177,7 +178,7 @@ def clip_loss_of_constant_candidates(x: Tensor, y: Tensor, scale: Tensor, group:
     # The operator subtracts a pair's logit once for each direction; with one of them left out that is once too often.
     x_gradient = in_float32(of_x) + in_float32(columns) if wanted[0] else in_float32(of_x)
     y_gradient = in_float32(of_y) + in_float32(rows) if wanted[1] else in_float32(of_y)
-    scale_gradient = scale_gradient + 2 * (rows.double() * columns.double()).sum()
+    scale_gradient = scale_gradient + 2 * (widest(rows) * widest(columns)).sum()
     for xs, ys in other_ranks([rows, columns], 0, sizes, group):
         of_x, of_y, of_scale = gradients_of(xs, ys, own=False)
         x_gradient = x_gradient + of_x

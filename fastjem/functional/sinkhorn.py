@@ -9,6 +9,7 @@ from torch import Tensor
 from fastjem.collectives import stack_of_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
+from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.ops.autograd import ops
 
 
@@ -102,8 +103,9 @@ def _potentials(
     normalize_samples_first: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """[K] float64."""
-    start = parts[0].new_zeros(parts[0].shape[1], dtype=torch.float64) if normalize_samples_first else None
+    """[K] in the widest dtype."""
+    wide = widest_dtype(parts[0].device)
+    start = parts[0].new_zeros(parts[0].shape[1], dtype=wide) if normalize_samples_first else None
     potentials = -_log_sums(parts, start, epsilon, group)
     for _ in range(iterations - 1):
         potentials = -_log_sums(parts, potentials, epsilon, group)

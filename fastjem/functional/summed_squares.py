@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastjem.collectives import sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
+from fastjem.kernels.arithmetic import widest, widest_dtype
 
 Result = tuple[Tensor, list[Tensor], float, list[Tensor]]  # loss, unscaled gradients, their scale, statistics
 
@@ -38,20 +39,20 @@ def _float32_products() -> Iterator[None]:
 
 
 def _squared_norm(x: Tensor) -> Tensor:
-    """In float64, without a copy of x in it."""
-    return torch.stack([rows.double().square().sum() for rows in x.split(64)]).sum()
+    """In the widest dtype, without a copy of x in it."""
+    return torch.stack([widest(rows).square().sum() for rows in x.split(64)]).sum()
 
 
 def _centred(views: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
     """[2, N_r, D] less the mean over all ranks' rows, in two parts: it may be far larger than what is left."""
-    mean = sum_over_ranks(views.sum(1, keepdim=True, dtype=torch.float64), group) / n
+    mean = sum_over_ranks(views.sum(1, keepdim=True, dtype=widest_dtype(views.device)), group) / n
     high = mean.to(views.dtype)
     return (views - high).sub_((mean - high).to(views.dtype))
 
 
 def _column_squares(centred: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[2, D]"""
-    return sum_over_ranks(centred.square().sum(1, dtype=torch.float64), group)
+    return sum_over_ranks(centred.square().sum(1, dtype=widest_dtype(centred.device)), group)
 
 
 def barlow_twins(
@@ -64,7 +65,7 @@ def barlow_twins(
     with _float32_products():
         cross = sum_over_ranks(views[0].T @ views[1], group)
         products = torch.stack([views[1] @ cross.T, views[0] @ cross])
-    diagonal = cross.diagonal().double() / n
+    diagonal = widest(cross.diagonal()) / n
     total = _squared_norm(cross)
     loss = (diagonal - 1).square().sum() + lambda_param * (total / n**2 - diagonal.square().sum())
 
@@ -92,12 +93,13 @@ def vicreg(
     d = z0.shape[1]
     wide = _wide(z0, z1)
     difference = wide[0] - wide[1]
-    distance = sum_over_ranks(difference.square().sum(1).sum(dtype=torch.float64), group)
+    wide_dtype = widest_dtype(wide.device)
+    distance = sum_over_ranks(difference.square().sum(1).sum(dtype=wide_dtype), group)
     views = _centred(wide, n, group)
     std = (_column_squares(views, group) / (n - 1) + eps).sqrt()  # [2, D]
     with _float32_products():
         squares = sum_over_ranks(views.mT @ views, group)  # [2, D, D]
-        diagonal = squares.diagonal(dim1=1, dim2=2).to(torch.float64, copy=True)
+        diagonal = squares.diagonal(dim1=1, dim2=2).to(wide_dtype, copy=True)
         totals = torch.stack([_squared_norm(square) for square in squares])
         squares.diagonal(dim1=1, dim2=2).zero_()
         products = views @ squares

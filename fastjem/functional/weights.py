@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastjem.functional import checks
+from fastjem.kernels.arithmetic import widest, widest_dtype
 from fastjem.ops.autograd import ops
 
 
@@ -42,10 +43,11 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
         if momentum.dim():
             checks.fail(op, "momentum must be a number or a 0-dim tensor", tuple(momentum.shape))
         checks.one_device(op, [momentum, teacher[0]])
-        momentum = momentum.double()
+        momentum = widest(momentum)
     else:
         if not 0 <= momentum <= 1:
             checks.fail(op, "momentum must be in [0, 1]", momentum)
-        # In float64, because 1 - 0.9999 in float32 is off by 3e-4 of itself.
-        momentum = torch.full((), momentum, dtype=torch.float64, device=teacher[0].device)
+        # In float64 where there is one, because 1 - 0.9999 in float32 is off by 3e-4 of itself.
+        device = teacher[0].device
+        momentum = torch.full((), momentum, dtype=widest_dtype(device), device=device)
     ops.ema_update_(teacher, student, momentum)

@@ -137,7 +137,10 @@ def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None
     """`loss`, with the gradient for `x` being `scale * name(x, *saved, *arguments)`."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return loss
-    tensors, places = _each_once([x, *saved])
+    tensors: list[Tensor | None] = [x, *saved]
+    places = list(range(len(tensors)))
+    if torch.compiler.is_compiling():
+        tensors, places = _each_once(tensors)
     return _TwoPasses.apply(name, places, arguments, scale, loss, *tensors)
 
 

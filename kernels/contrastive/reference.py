@@ -1,7 +1,8 @@
 """The specification of the contrastive losses; conventions are in kernels/__init__.py.
 
 Log-sum-exps and positives' logits are float64 vectors: a loss is their difference, which at temperature 0.01 would
-keep only two digits of a float32 log-sum-exp. Products and gradients stay in float32.
+keep only two digits of a float32 log-sum-exp. Products and gradients stay in float32. On a device without float64
+(`arithmetic.widest_dtype`) those vectors are float32 all the same.
 """
 
 import math
@@ -9,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..arithmetic import no_gradient, scalar_like, through_unit_rows, unit_rows, widen
+from ..arithmetic import no_gradient, scalar_like, through_unit_rows, unit_rows, widen, widest
 
 
 def _unit_if(normalize: bool, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,7 @@ def _views(rows: Tensor, candidates: Tensor, offset: int, temperature: float, no
     columns = torch.arange(v * total, device=rows.device)
     same_image = columns % total == image[:, None]  # [V n, V N]
     itself = same_image & (columns // total == (torch.arange(v * n, device=rows.device) // n)[:, None])
-    return a, norm, b, (a @ b.T).double() / temperature, itself, same_image & ~itself
+    return a, norm, b, widest(a @ b.T) / temperature, itself, same_image & ~itself
 
 
 def nt_xent(
@@ -98,7 +99,7 @@ def info_nce(
     k, k_norm = unit_rows(widen(negatives))
     itself = torch.arange(len(k), device=k.device) == torch.arange(len(q), device=k.device)[:, None] + offset
     logits = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).masked_fill(itself, -math.inf)], 1)  # [N, 1 + K]
-    log_p = (logits.double() / temperature).log_softmax(1)
+    log_p = (widest(logits) / temperature).log_softmax(1)
     p_weight = log_p[:, :1].expm1().to(q.dtype)
     k_weights = log_p[:, 1:].exp().to(q.dtype)
     gradients = [
@@ -127,7 +128,7 @@ def clip_loss(
     CLIP, arXiv 2103.00020, figure 3: the loss is half the mean of both log-sum-exps less the pair's own logit.
     """
     similarities, own_pair = _pairs(x, y, offset)
-    logits = similarities.double() * logit_scale.double()
+    logits = widest(similarities) * widest(logit_scale)
     return logits.masked_fill(~own_pair, 0).sum(1), logits.logsumexp(1), logits.logsumexp(0)
 
 
@@ -146,7 +147,7 @@ def clip_loss_backward(
     and that for logit_scale, `sum(G * (x @ y.T))`, float64.
     """
     similarities, own_pair = _pairs(x, y, offset)
-    logits = similarities.double() * logit_scale.double()
+    logits = widest(similarities) * widest(logit_scale)
     g = (logits - x_lse[:, None]).exp() + (logits - y_lse).exp() - 2 * own_pair
     narrow = g.to(similarities.dtype)
     gradients = [
@@ -177,8 +178,8 @@ def siglip_loss(
         (g @ widen(y)).to(x.dtype) if wanted[0] else no_gradient(x),
         (g.T @ widen(x)).to(y.dtype) if wanted[1] else no_gradient(y),
     ]
-    loss = -torch.nn.functional.logsigmoid(logits).double().sum()
-    return loss, gradients, (g.double() * similarities).sum(), g.double().sum()
+    loss = -widest(torch.nn.functional.logsigmoid(logits)).sum()
+    return loss, gradients, (widest(g) * similarities).sum(), widest(g).sum()
 
 
 def nearest_neighbors(

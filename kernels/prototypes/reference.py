@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..arithmetic import compute_dtype, no_gradient, widen
+from ..arithmetic import compute_dtype, no_gradient, widen, widest, widest_dtype
 from .pairing import count
 
 
@@ -23,7 +23,7 @@ def sinkhorn_step(
     scores = widen(scores) / epsilon
     if bias is not None:
         scores = scores - (scores + bias).logsumexp(1, keepdim=True)
-    return scores.logsumexp(0).double()
+    return widest(scores.logsumexp(0))
 
 
 def sinkhorn_bias(
@@ -39,7 +39,8 @@ def sinkhorn_bias(
 
 def _potentials(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
     """The prototypes' potentials f, [K] float64."""
-    zeros = scores.new_zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
+    wide = widest_dtype(scores.device)
+    zeros = scores.new_zeros(scores.shape[1], dtype=wide) if normalize_samples_first else None
     bias = -sinkhorn_step(scores, zeros, epsilon)
     for _ in range(iterations - 1):
         bias = -sinkhorn_step(scores, bias, epsilon)

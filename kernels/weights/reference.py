@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..arithmetic import widen
+from ..arithmetic import widen, widest
 
 
 def rescale_(gradient: Tensor, factor: Tensor) -> None:
@@ -13,4 +13,4 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
 def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
     """`teacher = momentum * teacher + (1 - momentum) * student`, in place, for each pair of tensors."""
     for t, s in zip(teacher, student, strict=True):
-        t.lerp_(s.to(t.dtype), (1 - momentum.double()).to(t.dtype))
+        t.lerp_(s.to(t.dtype), (1 - widest(momentum)).to(t.dtype))
