@@ -12,7 +12,7 @@ from torch import nn
 from fastjem import encoders, optim
 from fastjem.config import Config
 from fastjem.data import loaders
-from fastjem.data.batch import Batch, Crops, finish
+from fastjem.data.batch import finish
 from fastjem.data.masks import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Source, open_source
@@ -31,12 +31,37 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Objects:
-    """What a caller from Python gives in place of names."""
+    """What a caller from Python gives in place of names.
+
+    Raises:
+        UserError: for what isn't one.
+    """
 
     encoder: nn.Module | None = None  # [B, 3, H, W] -> [B, D]
     method: type[Method] | Method | None = None
     source: Source | None = None
     optimizer: MakeOptimizer | None = None
+
+    def __post_init__(self) -> None:
+        kind = self.method if isinstance(self.method, type) else type(self.method)
+        expected = {
+            "encoder must be a module [B, 3, H, W] -> [B, D]": (self.encoder, isinstance(self.encoder, nn.Module)),
+            "method must be a name, or a subclass of fastjem.methods.Method or an instance of one": (
+                self.method,
+                issubclass(kind, Method),
+            ),
+            "source must be an object with len and read, not its class": (
+                self.source,
+                not isinstance(self.source, type),
+            ),
+            "optimizer must be a name, or make one of parameter groups (torch.optim.AdamW, say)": (
+                self.optimizer,
+                callable(self.optimizer) and not isinstance(self.optimizer, torch.optim.Optimizer),
+            ),
+        }
+        for contract, (given, right) in expected.items():
+            if given is not None and not right:
+                raise UserError(f"{contract}; got {given!r}")
 
 
 @dataclass
@@ -57,6 +82,7 @@ class Training:
     schedule: optim.Schedule
     defaults: Defaults  # of the run as it was begun; --max-steps may change
     start: int  # the step that it goes on from
+    done: int  # steps that were taken, those of before among them
     steps: int
     steps_per_epoch: int
     clip: float
@@ -93,14 +119,14 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     defaults = Defaults(**state["defaults"]) if state else kind.defaults.of_run(steps, chosen=chosen)
 
     torch.manual_seed(config.seed)
-    module = objects.encoder or create_backbone(config, kind)
+    module = objects.encoder if objects.encoder is not None else create_backbone(config, kind)
     if kind.views.mask and not encoders.is_transformer(module):
         raise UserError(f"{config.method}: {encoders.no_patches(module)}")
-    specs = view_specs(config, kind, module)
-    loader = create_loader(config, ranks, source, specs, start, steps, state)
-    encoder = encode_by(config, ranks, kind, module, source, specs)
+    encoder = checked_encoder(config, ranks, kind, module, source)
     facts = run_facts(config, ranks, encoder, source, steps, steps_per_epoch)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
+    specs = view_specs(config, method, module)
+    loader = create_loader(config, ranks, source, specs, start, steps, state)
     try:
         step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
     except ValueError as error:
@@ -126,6 +152,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         schedule=create_schedule(config, defaults, steps, steps_per_epoch),
         defaults=defaults,
         start=start,
+        done=start,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         clip=given_or(config.clip, defaults.clip),
@@ -189,12 +216,12 @@ def create_loader(
     return loaders.create(config.loader, source, specs, order, budget)
 
 
-def encode_by(
-    config: Config, ranks: Ranks, kind: type[Method] | Method, module: nn.Module, source: Source,
-    specs: Sequence[ViewSpec],
-) -> Encoder:  # fmt: skip
+def checked_encoder(
+    config: Config, ranks: Ranks, kind: type[Method] | Method, module: nn.Module, source: Source
+) -> Encoder:
     """The module on its device as an `Encoder`, once it has embedded some of the run's images."""
     module = module.to(ranks.device)
+    specs = view_specs(config, kind, module)
     order = loaders.Order(samples=len(source), batch=min(config.batch_size, 16), seed=config.seed, stop=1)
     crops = next(iter(loaders.LOADERS["torch"](source, specs, order, loaders.Budget())))
     channels_last = encoders.memory_format(module) == torch.channels_last
@@ -261,7 +288,13 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     groups = optim.parameter_groups(step, step.method.constant_rate)
     if make is not None:
-        return make(groups)
+        optimizer = make(groups)
+        kept = isinstance(optimizer, torch.optim.Optimizer) and all(
+            {"decays", "constant_rate"} <= group.keys() for group in optimizer.param_groups
+        )
+        if not kept:
+            raise UserError(f"optimizer must make a torch.optim.Optimizer of the groups it is given, got {optimizer!r}")
+        return optimizer
     return optim.build(given_or(config.optimizer, defaults.optimizer), groups)
 
 
@@ -304,16 +337,4 @@ def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader
     return said
 
 
-def prepared(training: Training, crops: Crops) -> Batch:
-    """A loader's crops -> the batch as the method takes it, on the run's device."""
-    return finish(
-        crops,
-        training.specs,
-        training.ranks.device,
-        masks=training.masks,
-        seed=training.config.seed,
-        **training.layout,
-    )
-
-
-__all__ = ["ENCODER", "MakeOptimizer", "Objects", "Training", "build", "create_method", "prepared"]
+__all__ = ["ENCODER", "MakeOptimizer", "Objects", "Training", "build", "create_method"]

@@ -145,9 +145,9 @@ def _check_numbers(config: Config) -> None:
         raise UserError(f"--batch-size must be at least 2, as every method compares images, got {config.batch_size}")
 
 
-def write(out: Path, config: Config, pixels: Pixels) -> None:
-    """`config.yaml`: the configuration, and how pixels become numbers in this run."""
-    values = {**dataclasses.asdict(config), "pixels": pixels.to_dict()}
+def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:
+    """`config.yaml`: the configuration, how pixels become numbers in this run, and how tokens become an embedding."""
+    values = {**dataclasses.asdict(config), "pixels": pixels.to_dict(), "pool": pool}
     try:
         # JSON is YAML; a run must not need a YAML library to start
         checkpoints.write_atomically(out / FILE, (json.dumps(values, indent=2) + "\n").encode())
@@ -155,7 +155,7 @@ def write(out: Path, config: Config, pixels: Pixels) -> None:
         raise UserError(f"--out {out}: {error.strerror}") from None
 
 
-def read(out: Path) -> tuple[Config, Pixels]:
+def read(out: Path) -> tuple[Config, Pixels, str | None]:
     """What `write` wrote; UserError where there is none, or one of an earlier version."""
     path = out / FILE
     if not path.exists():
@@ -165,7 +165,8 @@ def read(out: Path) -> tuple[Config, Pixels]:
         raise UserError(f"{path} was written by an earlier version of fastjem, whose runs this one can't open")
     pixels = Pixels.from_dict(values.pop("pixels"))
     known = {f.name for f in dataclasses.fields(Config)}
-    return Config(**{name: value for name, value in values.items() if name in known}), pixels
+    config = Config(**{name: value for name, value in values.items() if name in known})
+    return config, pixels, values.get("pool")
 
 
 def check_resumed(config: Config, before: Config) -> None:

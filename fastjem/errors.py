@@ -16,6 +16,8 @@ def nearest(kind: str, name: str, known: Iterable[str], limit: int = 3) -> UserE
         near = [one for one in known if name in one][:limit]
     if near:
         hint = f"did you mean {' or '.join(near)}?"
+    elif not known:
+        hint = "there are none"
     elif len(known) <= 30:
         hint = f"there are {', '.join(known)}"
     else:

@@ -39,10 +39,11 @@ def figures(notes: Mapping[str, Any]) -> dict[str, Tensor]:
         z = normalize(notes["projection"].float(), dim=1)
         found["std"] = z.std(0, correction=0).square().sum().sqrt()
         found["projection_rank"] = effective_rank(z)
-    x = notes["embedding"].float()
-    size = x.square().sum(1).mean().sqrt() + 1e-12
-    found["embedding_std"] = (x - x.mean(0)).square().sum(1).mean().sqrt() / size
-    found["effective_rank"] = effective_rank(x)
+    if "embedding" in notes:
+        x = notes["embedding"].float()
+        size = x.square().sum(1).mean().sqrt() + 1e-12
+        found["embedding_std"] = (x - x.mean(0)).square().sum(1).mean().sqrt() / size
+        found["effective_rank"] = effective_rank(x)
     if "codes" in notes:
         found |= _of_codes(notes["codes"])
     return found | {name: value for name, value in notes.items() if name not in known}
@@ -61,15 +62,21 @@ def _of_codes(codes: Codes) -> dict[str, Tensor]:
 
 
 def effective_rank(x: Tensor) -> Tensor:
-    """exp of the entropy of the covariance's spectrum, over the first `ROWS` rows of [N, D]."""
+    """exp of the entropy of the covariance's spectrum, over the first `ROWS` rows of [N, D].
+
+    NaN where these aren't finite.
+    """
     x = x[:ROWS]
     x = x - x.mean(0)
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
     # An eigensolver waits for a GPU's result: figures of health belong to logged steps only.
     gram = solvable(gram)
+    finite = torch.isfinite(gram).all()
+    gram = torch.where(finite, gram, 0)  # of NaN the solver raises, and the alarm would not be heard
     spectrum = torch.linalg.eigvalsh(widest(gram) if gram.device.type == "cpu" else gram).clamp(min=0)
     share = spectrum / (spectrum.sum() + 1e-30)
-    return torch.exp(-(share * torch.log(share + 1e-30)).sum())
+    rank = torch.exp(-(share * torch.log(share + 1e-30)).sum())
+    return torch.where(finite, rank, torch.nan)
 
 
 class Alarm:
@@ -103,11 +110,11 @@ class Alarm:
         self.highest_std = max(self.highest_std, std)
         if std < ALARM_STD:
             signs.append(f"the projections of different images point the same way (std {std:.3f}, healthy near 1)")
-        if figures["embedding_std"] < 1e-3:
-            same = figures["embedding_std"]
+        same = figures.get("embedding_std", 1.0)
+        if same < 1e-3:
             signs.append(f"the embeddings of different images are equal to {same:.1e} of their size")
-        if figures["effective_rank"] < ALARM_RANK:
-            rank = figures["effective_rank"]
+        rank = figures.get("effective_rank", ALARM_RANK)
+        if rank < ALARM_RANK:
             signs.append(f"the embeddings vary along one direction only (effective rank {rank:.1f})")
         fall = ALARM_FALL if step <= ALARM_STEPS else ALARM_LATER_FALL
         if self.asymmetric and std < fall * self.highest_std:

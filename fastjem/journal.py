@@ -1,6 +1,6 @@
 """What a run says of itself: figures to the loggers, alarms and broken files in words."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastjem.build import Training
@@ -61,11 +61,17 @@ class Journal:
         self.last_row = row
         self.say(self.alarm(step, figures))
         for logger in self.loggers:
-            try:
-                logger.log(row)
-            except OSError as error:  # a full disk: the run goes on, and says so
-                self.say(str(error))
+            self._guarded(logger, lambda logger=logger: logger.log(dict(row)))
 
     def close(self) -> None:
-        for logger in self.loggers:
-            logger.close()
+        for logger in reversed(self.loggers):  # the terminal last: it tells of the others' troubles
+            self._guarded(logger, logger.close)
+
+    def _guarded(self, logger: Logger, work: Callable[[], None]) -> None:
+        """A full disk, or a mistake in somebody's logger, is told of; the run matters more."""
+        try:
+            work()
+        except OSError as error:
+            self.say(str(error))
+        except Exception as error:
+            self.say(f"the logger {type(logger).__name__} failed ({type(error).__name__}: {error}); the run goes on")

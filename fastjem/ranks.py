@@ -15,6 +15,7 @@ class Ranks:
     device: torch.device
     group: dist.ProcessGroup | None = None  # for losses and gradients
     control: dist.ProcessGroup | None = None  # gloo, on the host: agreeing on a stop costs the device nothing
+    initialised: bool = False  # torch.distributed, by `join` and not by the caller
 
     @property
     def cores(self) -> int:
@@ -59,12 +60,14 @@ def join(device: str = "auto") -> Ranks:
         torch.cuda.set_device(here)
     if size == 1:
         return Ranks(0, 1, here)
-    if not dist.is_initialized():
+    initialise = not dist.is_initialized()
+    if initialise:
         dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank belongs to it
-    return Ranks(rank, size, here, dist.group.WORLD, control)
+    return Ranks(rank, size, here, dist.group.WORLD, control, initialise)
 
 
 def leave(ranks: Ranks) -> None:
-    if ranks.group is not None and dist.is_initialized():
+    """End what `join` began."""
+    if ranks.initialised and dist.is_initialized():
         dist.destroy_process_group()

@@ -17,17 +17,16 @@ from torch import Tensor
 
 from fastjem import checkpoints, encoders, health, optim
 from fastjem import config as configuration
-from fastjem.build import ENCODER, MakeOptimizer, Objects, Training, build, prepared
+from fastjem.build import ENCODER, MakeOptimizer, Objects, Training, build
 from fastjem.config import Config
 from fastjem.data import shapes
-from fastjem.data.batch import Batch, Crops
-from fastjem.data.pixels import Pixels
+from fastjem.data.batch import Batch, Crops, finish
 from fastjem.data.source import Source
 from fastjem.errors import UserError
 from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.loggers import Logger
-from fastjem.methods import METHODS, Method, views_of
+from fastjem.methods import Method
 from fastjem.ranks import Ranks, join, leave
 from fastjem.report import Watch
 
@@ -73,20 +72,25 @@ def pretrain(
     if isinstance(optimizer, str):
         fields["optimizer"] = optimizer
         optimizer = None
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError("optimizer must make one of parameter groups (torch.optim.AdamW, say): heads are trained too")
+    objects = Objects(encoder, method, source, optimizer)
+    wrong = [logger for logger in loggers if not isinstance(logger, Logger)]
+    if wrong:
+        raise UserError(f"loggers must have begin, log and close (fastjem.loggers.Logger), got {wrong[0]!r}")
     if config is None:
         config = configuration.from_fields(fields)
     elif fields:
         raise UserError(f"pretrain takes a Config or fields, got both ({', '.join(fields)})")
+    if isinstance(method, Method) and config.options:
+        raise UserError("options are arguments of a method that the run makes; this one is made already")
+    if source is not None and config.data:
+        raise UserError(f"pretrain takes data or source, got both (data={config.data!r})")
     if method is not None:
         config = replace(config, method=_name_of(method))
     configuration.check(config, named_method=method is None)
     if source is not None:
-        config = replace(config, data=config.data or _name_of(source))
+        config = replace(config, data=_name_of(source))
     elif not config.data:
         config = replace(config, data=str(shapes.folder() / "train"))
-    objects = Objects(encoder, method, source, optimizer)
     ranks = join(config.device)
     try:
         with Stop() as stop:
@@ -106,14 +110,18 @@ def _name_of(thing: object) -> str:
 
 
 def run(config: Config, ranks: Ranks, objects: Objects, loggers: Sequence[Logger], stop: "Stop") -> Result:
-    """Open the folder, build, train. A run that never began leaves no trace: the corrected command can use `out`."""
+    """Open the folder, build, train. A run that took no step leaves no trace: the corrected command can use `out`."""
     out = Path(config.out)
-    state = resumed(config, out) if config.resume else started(config, out, ranks, objects)
+    state = resumed(config, out) if config.resume else None
+    if not config.resume:
+        check_free(out, ranks)
+    training = build(config, ranks, objects, out, state)
+    if ranks.first and not config.resume:
+        configuration.write(out, config, training.pixels, training.step.method.pool)
     try:
-        training = build(config, ranks, objects, out, state)
         return train(training, objects, loggers, stop, state)
-    except UserError:
-        if ranks.first and not config.resume and (checkpoints.load(out) or {"step": 0})["step"] == 0:
+    except BaseException:
+        if ranks.first and not config.resume and training.done == 0:
             for name in (checkpoints.LAST, configuration.FILE):
                 (out / name).unlink(missing_ok=True)
         raise
@@ -123,19 +131,16 @@ def resumed(config: Config, out: Path) -> dict[str, Any] | None:
     """The checkpoint to go on from, if there is one yet."""
     if not (out / configuration.FILE).exists():
         raise UserError(f"--resume: there is no run in {out}")
-    before, _ = configuration.read(out)
+    before, _, _ = configuration.read(out)
     configuration.check_resumed(config, before)
     return checkpoints.load(out)
 
 
-def started(config: Config, out: Path, ranks: Ranks, objects: Objects) -> None:
-    """Make the folder of a new run, with its configuration."""
+def check_free(out: Path, ranks: Ranks) -> None:
+    """UserError if a run is there; all ranks have looked before one of them writes."""
     if (out / configuration.FILE).exists() and ranks.first:
         raise UserError(f"{out} holds a run already; --resume goes on with it, another --out starts a new one")
     ranks.barrier()
-    if ranks.first:
-        views = views_of(objects.method or METHODS[config.method], config.image_size, 0, config.recipe)
-        configuration.write(out, config, Pixels.of(views.specs(config.image_size, changes=config.view)))
 
 
 def train(
@@ -152,10 +157,9 @@ def train(
         saver.save(0)  # a run killed before its first checkpoint starts at step 0; a full disk is seen now
     watch.begin()
     meter = Meter(training)
-    done = training.start
     try:
         for taken in optimizer_steps(training, journal):
-            done = taken.done
+            done = training.done = taken.done
             for row in meter.rows(taken):
                 journal.log(*row)
             watch.after_step(done)
@@ -170,10 +174,13 @@ def train(
                 break
         for row in meter.waiting():
             journal.log(*row)
-    except ValueError as error:  # an operator's contract, broken by an option: a temperature of 0
-        raise UserError(str(error)) from error
+    except ValueError as error:
+        if objects.method is None and training.done == training.start:
+            raise UserError(str(error)) from error  # an operator's contract, broken by an option: a temperature of 0
+        raise
     finally:
         journal.close()
+    done = training.done
     if ranks.first and done == training.steps:
         journal.say(export(training, named=objects.encoder is None))
     watch.end()
@@ -250,7 +257,15 @@ def timed(training: Training, journal: Journal) -> Iterator[tuple[Batch, float]]
         if arrived is None:
             return
         journal.skip(arrived.unreadable)
-        yield prepared(training, arrived), time.perf_counter() - begin
+        batch = finish(
+            arrived,
+            training.specs,
+            training.ranks.device,
+            masks=training.masks,
+            seed=training.config.seed,
+            **training.layout,
+        )
+        yield batch, time.perf_counter() - begin
 
 
 def seed_generators(seed: int, step: int, ranks: Ranks) -> None:

@@ -41,16 +41,13 @@ def open_run(path: str | Path) -> Opened:
     if path.is_file():
         encoder, about = encoders.load_with_metadata(str(path))
         return Opened(path, encoder, None, Pixels.from_metadata(about), None, about)
-    settings, pixels = config.read(path)
-    if settings.method not in METHODS:
-        raise UserError(f"{path} was trained with {settings.method}, which only its owner can build again")
+    settings, pixels, pool = config.read(path)
     state = checkpoints.load(path)
     if state is None:
         raise UserError(f"{path} has no checkpoint; fastjem pretrain --resume --out {path} goes on with it")
-    kind = METHODS[settings.method]
-    about = encoders.metadata(settings.backbone, settings.stem, settings.patch_size, kind.pool, pixels)
+    about = encoders.metadata(settings.backbone, settings.stem, settings.patch_size, pool, pixels)
     module = encoders.create(
-        settings.backbone, settings.image_size, stem=settings.stem, patch=settings.patch_size, pool=kind.pool
+        settings.backbone, settings.image_size, stem=settings.stem, patch=settings.patch_size, pool=pool
     )
     try:
         module.load_state_dict(_below("encoder.backbone.", state["model"]))
@@ -61,7 +58,9 @@ def open_run(path: str | Path) -> Opened:
 
 
 def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn.Module | None:
-    """The method's projector with its weights, if it has one."""
+    """The method's projector with its weights, if it has one; a method of the user's own is not built again."""
+    if settings.method not in METHODS:
+        return None
     run = RunFacts(batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size)
     method = create_method(METHODS[settings.method], encoders.wrap(module).width, run, settings)
     heads = dict(method.named_children())

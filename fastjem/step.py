@@ -32,13 +32,21 @@ class Step(nn.Module):
         super().__init__()
         self.encoder = wrap(encoder, method.width, mask_token=method.mask_token)
         self.method = method
+        name = type(method).__name__
+        if self.encoder.width != method.width:
+            raise ValueError(
+                f"{name} was made for embeddings of {method.width}, the encoder's have {self.encoder.width}"
+            )
+        live = self._live()
+        for part in (*method.momentum, *method.constant_rate):
+            if part not in live:
+                raise ValueError(f"{name} has no part {part!r}, which its momentum or constant_rate names")
         copied = method.momentum
         if momentum_encoder and not copied:
             heads = dict(method.named_children())
             copied = ("encoder", *(name for name in TARGET_PARTS if name in heads))
         if momentum_encoder is False and copied:
-            raise ValueError(f"{type(method).__name__} can't do without its momentum encoder")
-        live = self._live()
+            raise ValueError(f"{name} can't do without its momentum encoder")
         self.teacher = nn.ModuleDict({name: copy.deepcopy(live[name]).requires_grad_(False) for name in copied})
 
     def _live(self) -> dict[str, nn.Module]:
@@ -57,14 +65,25 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, dict[str, Any]]:
         """0-dim loss, and the notes that `fastjem.health.figures` turns into figures."""
+        if len(batch.views) < self.method.views.large:
+            wanted = f"{type(self.method).__name__} compares at least {self.method.views.large} views"
+            raise ValueError(f"{wanted}, the batch has {len(batch.views)}")
         if not isinstance(step, Tensor):
             step = torch.tensor(step, device=batch.views[0].device)
         student, teacher = self.branches()
         loss = self.method.loss(student, teacher, batch, step)
         if isinstance(loss, dict):
-            student.note(**{f"loss_{name}": term.detach() for name, term in loss.items()})
-            loss = torch.stack(list(loss.values())).sum()
-        return loss, student.notes
+            terms = {name: self._checked(term, f"term {name!r} of its loss") for name, term in loss.items()}
+            student.note(**{f"loss_{name}": term.detach() for name, term in terms.items()})
+            loss = torch.stack(list(terms.values())).sum() if terms else None
+        return self._checked(loss, "loss"), student.notes
+
+    def _checked(self, loss: object, what: str) -> Tensor:
+        """The loss, or a term of it, if it is a number that can be differentiated."""
+        if isinstance(loss, Tensor) and loss.dim() == 0:
+            return loss
+        came = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"{type(self.method).__name__}: the {what} must be a 0-dim tensor, got {came}")
 
     @torch.no_grad()
     def step_ends(self, step: int | Tensor, momentum: float | Tensor) -> None:

@@ -393,6 +393,43 @@ def test_heads_have_the_papers_shapes() -> None:
     assert at_most(65536, 1_281_167, each=16) == 65536 and at_most(65536, 20, each=16) == 8
 
 
+@pytest.mark.parametrize("loss", [1.0, None, {}, torch.zeros(2), {"a": torch.zeros(2)}, (torch.zeros(()),)])
+def test_a_loss_is_a_number(loss: object) -> None:
+    class Mine(Method):
+        def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor):
+            return loss
+
+    step = Step(Tiny(), Mine(12))
+    with pytest.raises(TypeError, match=r"Mine: the (loss|term 'a' of its loss) must be a 0-dim tensor, got"):
+        step(Batch([torch.randn(8, 3, 32, 32)] * 2, torch.arange(8)), 0)
+    with pytest.raises(ValueError, match="compares at least 2 views, the batch has 1"):
+        step(Batch([torch.randn(8, 3, 32, 32)], torch.arange(8)), 0)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="BYOL was made for embeddings of 16, the encoder's have 64"):
+        Step(vit(), METHODS["byol"](16))
+
+    class Misspelt(METHODS["byol"]):
+        momentum = ("encoder", "projektor")
+
+    with pytest.raises(ValueError, match="no part 'projektor'"):
+        Step(Tiny(), Misspelt(12))
+    branch = Branch(encoders.wrap(vit()), {})
+    hidden = torch.zeros(4, 4, 4, dtype=torch.bool)
+    masks = {0: Masks(hidden, torch.zeros(4, 2, dtype=torch.long)), 1: Masks(hidden)}
+    with pytest.raises(ValueError, match="all have visible patches in their masks, or none"):
+        branch.encode([torch.randn(4, 3, 32, 32)] * 2, masks)
+
+
+def test_nan_reaches_the_alarm() -> None:
+    found = figures({"embedding": torch.full((8, 4), torch.nan), "projection": torch.full((8, 4), torch.nan)})
+    assert all(torch.isnan(value) for value in found.values())
+    alarm, row = Alarm(), {"loss": float("nan"), **{name: value.item() for name, value in found.items()}}
+    assert not alarm(1, row) and "the loss is not a number" in alarm(2, row)
+    assert figures({}) == {}  # a method that calls its encoder by itself
+
+
 def test_constant_embeddings_are_refused() -> None:
     encoder = Tiny()
     nn.init.zeros_(encoder[3].weight)

@@ -288,11 +288,59 @@ def test_objects_in_place_of_names(images: str, tmp_path: Path) -> None:
     assert logger.run.steps == 4 and logger.run.images_per_step == 16
     assert Mine.ends == [0, 1, 2, 3] and Mine.epochs == [0, 1]
     assert checkpoints.load(tmp_path / "a")["optimizer"]["param_groups"][0]["alpha"] == 0.9
-    with pytest.raises(UserError, match=r"Mine, which only its owner can build"):
-        open_run(tmp_path / "a")
-    with pytest.raises(UserError, match="optimizer must make one of parameter groups"):
-        module = torch.nn.Linear(2, 2)
-        fastjem.pretrain(**tiny, optimizer=torch.optim.SGD(module.parameters(), 0.1), out=str(tmp_path / "b"))
+    opened = open_run(tmp_path / "a")  # the encoder is timm's, and only the method its owner's
+    assert opened.projector is None and opened.config.method.endswith("Mine")
+    assert opened.encoder(torch.zeros(1, 3, 32, 32)).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"optimizer": torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), 0.1)}, "optimizer must be a name, or make"),
+        ({"optimizer": lambda groups: None}, "must make a torch.optim.Optimizer of the groups"),
+        ({"method": torch.nn.Linear}, "method must be a name, or a subclass"),
+        ({"method": SimCLR(7)}, "SimCLR was made for embeddings of 7"),
+        ({"method": SimCLR(7), "options": {"dim": 8}}, "this one is made already"),
+        ({"source": dict}, "not its class"),
+        ({"source": {}, "data": "photos"}, "data or source, got both"),
+        ({"loggers": [print]}, "loggers must have begin, log and close"),
+    ],
+)
+def test_objects_that_are_none(own: dict, words: str, images: str, tmp_path: Path) -> None:
+    data = {} if "source" in own else {"data": images}
+    with pytest.raises(UserError, match=words):
+        fastjem.pretrain(**{**TINY, **data, **own}, out=str(tmp_path))
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_mistake_in_ones_own_code_is_raised_as_it_is(images: str, tmp_path: Path) -> None:
+    """And where no step was taken, the corrected call can use the folder."""
+
+    class Wrong(SimCLR):
+        def loss(self, student, teacher, batch, step):
+            raise ValueError("a mistake of mine")
+
+    class Worse(SimCLR):
+        def loss(self, student, teacher, batch, step):
+            raise ArithmeticError("a mistake of mine")
+
+    for method in (Wrong, Worse):
+        with pytest.raises((ValueError, ArithmeticError), match="a mistake of mine") as caught:
+            fastjem.pretrain(**TINY, data=images, method=method, max_steps=2, out=str(tmp_path))
+        assert not isinstance(caught.value, UserError)
+
+    class Broken:
+        def begin(self, run) -> None: ...
+
+        def log(self, row) -> None:
+            row.clear()
+            raise RuntimeError("no network")
+
+        def close(self) -> None:
+            raise RuntimeError("no network")
+
+    result = fastjem.pretrain(**TINY, data=images, max_steps=2, loggers=[Broken()], out=str(tmp_path))
+    assert result.finished and result.metrics["loss"] and (tmp_path / "encoder.safetensors").exists()
 
 
 def test_a_run_knows_how_its_pixels_became_numbers(images: str, tmp_path: Path) -> None:

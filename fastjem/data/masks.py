@@ -380,3 +380,11 @@ def _corners(uniform: Tensor, grid: Grid, size: Grid) -> Tensor:
     room = torch.tensor([grid[0] - size[0], grid[1] - size[1]], dtype=uniform.dtype)
     room = room.to(uniform.device, non_blocking=True)
     return (uniform * room).floor().minimum(room - 1).long()
+
+
+def hidden_indices(hidden: Tensor, count: int) -> Tensor:
+    """[B, H, W] bool -> [B, count] int64: the first `count` patches that are hidden, ascending.
+
+    Where a sampler of `SAMPLERS` drew the mask, `hidden_patches` says how many there are, the same in every image.
+    """
+    return visible(~hidden, count)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, smooth_l1_loss
 
 from fastjem.data.batch import Batch
-from fastjem.data.masks import SAMPLERS, hidden_patches, visible
+from fastjem.data.masks import SAMPLERS, hidden_indices, hidden_patches
 from fastjem.data.views import Views
 from fastjem.errors import nearest
 from fastjem.methods.defaults import Defaults
@@ -70,7 +70,7 @@ class Data2Vec(Method):
             target = layer_norm(target, target.shape[-1:])
             _, height, width = hidden.shape
             count = hidden_patches((height, width), self.views.mask)
-            masked = visible(~hidden, count)  # [B, M], which patches are hidden
+            masked = hidden_indices(hidden, count)  # [B, M]
         tokens = student.encode(batch.views, batch.masks).tokens
         assert tokens is not None  # masks are for transformers, which have them
         at = masked[..., None].expand(-1, -1, self.width)

@@ -70,7 +70,7 @@ class Branch:
     """An encoder and its heads: the live ones, or the momentum encoder's copies.
 
     Heads are attributes by their names in the method: `branch.projector(x)`. A head that has no momentum copy is the
-    live one on both sides.
+    live one on both sides. The encoder is called through `encode` or `project`, which also note what the log shows.
 
     Args:
         momentum: which of the two this is.
@@ -130,6 +130,8 @@ class Branch:
         if not found:
             return self.encoder(images, layers=layers)
         visible = [mask.visible for mask in found if mask.visible is not None]
+        if 0 < len(visible) < len(found):
+            raise ValueError("Branch.encode: views of one size must all have visible patches in their masks, or none")
         if visible:
             return self.encoder(images, visible=_cat(visible), layers=layers)
         return self.encoder(images, hidden=_cat([mask.hidden for mask in found]), layers=layers)
@@ -195,7 +197,10 @@ class Method(nn.Module):
         """Once behind every optimiser step, however many forward passes it had: centres, queues and statistics move."""
 
     def epoch_begins(self, epoch: int) -> None:
-        """Before the first step of an epoch: what needs the whole data, clustering say."""
+        """Before the first step of an epoch, of what the last one left in buffers (by `batch.index`): clustering, say.
+
+        A run that is resumed within an epoch goes on with what its buffers hold.
+        """
 
 
 def options_of(method: type[Method]) -> dict[str, Any]:

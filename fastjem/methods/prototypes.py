@@ -29,6 +29,8 @@ def cross_entropy_of_features(
     student_temperature: float,
     teacher_temperature: float,
     teacher_bias: Tensor,
+    pairs: str = "different",
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fastjem.functional.prototype_cross_entropy` of `features @ prototypes.T`, and the mean of the teacher's scores.
 
@@ -39,6 +41,7 @@ def cross_entropy_of_features(
         student: S tensors [B, D]; teacher: T tensors [B, D], constants.
         student_prototypes, teacher_prototypes: [K, D].
         teacher_bias: [K] or [T, K].
+        pairs, weights: as for `prototype_cross_entropy`; iBOT's patches are the pairs "same".
 
     Returns:
         The loss, 0-dim, and the mean [K] over this rank's teacher views and rows.
@@ -47,6 +50,8 @@ def cross_entropy_of_features(
         "student_temperature": student_temperature,
         "teacher_temperature": teacher_temperature,
         "teacher_bias": teacher_bias,
+        "pairs": pairs,
+        "weights": weights,
     }
     if scores_fit(student, teacher, len(student_prototypes)):
         student_scores = linear(torch.cat(list(student)), student_prototypes).split([len(x) for x in student])
