@@ -2,8 +2,8 @@
 
 **A ring of ranks.** Every row needs the similarities with all ranks' rows, but only their log-sum-exp. So no rank ever
 holds them all: each rank's rows are broadcast in turn, and while the next ones travel, every rank compares its own rows
-with the current ones and adds to its log-sum-exps (`collectives.other_ranks`). Memory stays that of one batch, whatever
-the number of ranks; every rank adds in the same order, so that all get the same number. NT-Xent and CLIP go round a
+with the current ones and adds to its log-sum-exps (`collectives.other_ranks`). Beside its own rows
+a rank holds those of two others, whatever the number of ranks. NT-Xent and CLIP go round a
 second time in backward, where the log-sum-exps travel along with the rows.
 
 **No gradient is communicated.** A row's gradient has two parts: from its own log-sum-exp, in which it compares itself
