@@ -14,8 +14,8 @@ Conventions of operators
 * A loss that needs a second pass is two operators, `name` and `name_backward`.
 * Shapes are checked by `fastjem.functional`, before an operator is called.
 * A specification (`reference.py`) is a few lines of plain torch, written to be read. It is the fallback where no faster
-  implementation exists, the fake kernel that torch.compile traces, the oracle of the tests (in float64) and the
-  baseline of the benchmarks.
+  implementation exists and the fake kernel that torch.compile traces. The tests' oracle (in float64) and the
+  benchmarks' baseline are formulas of their own: `eager` of each case in tests/cases.py.
 
 Letters: V views, S student views, T teacher views, N rows, B batch, D width, K prototypes or classes, M columns.
 

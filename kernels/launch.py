@@ -72,6 +72,7 @@ def mean(
     counts: Tensor,  # [parts] int32, how many rows that is
 ) -> tuple[Tensor, Tensor]:
     """The mean over all rows and 1 / their number (NaN and infinity for none), by one program in a fixed order."""
-    loss, scale = sums.new_empty(()), sums.new_empty(())
+    loss = sums.new_empty(())
+    scale = sums.new_empty(())
     launch(_mean_kernel, (1,), sums, counts, loss, scale, len(sums), **tiling.mean_of_rows(), device_of=sums)
     return loss, scale

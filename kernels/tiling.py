@@ -21,6 +21,7 @@ COLUMN_SUMS = 1 << 24  # float32 numbers, 64 MiB: the parts that columns' log-su
 WEIGHTS_BYTES = 1 << 27  # the weights of a contrastive gradient, a band of rows at a time
 
 CPU_TILE = 1024  # rows and columns of similarities: 4 MiB of float32, the second-level caches of two cores
+CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still make a product worth a call
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
 
@@ -95,7 +96,7 @@ def crop_resize(size: int) -> dict:
 # contrastive ----------------------------------------------------------------------------------------------------------
 
 
-def _tile(rows: int, columns: int, warps: int, stages: int) -> dict:
+def _tile(*, rows: int, columns: int, warps: int, stages: int) -> dict:
     return {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
 
 
@@ -111,39 +112,45 @@ def similarity_rows(width: int) -> dict:
 
 
 def similarity_join() -> dict:
+    """Of log-sum-exps: the join of their parts, and their form for the kernels of gradients (rows.lse_states)."""
     return {"BLOCK": 128, "num_warps": 4}
 
 
 def similarity_sums(width: int, dtype: torch.dtype) -> dict:
     """Log-sum-exps of rows and columns. BM is a multiple of BN."""
     if block := _block_on_chip(width, dtype):
-        return {"WHOLE": True, "BLOCK_D": block} | _tile(128, 64, 8, 2)
+        return {"WHOLE": True, "BLOCK_D": block} | _tile(rows=128, columns=64, warps=8, stages=2)
     if dtype.itemsize == 2:
-        return {"WHOLE": False, "BLOCK_D": 64} | _tile(128, 64, 8, 3)  # 128 x 128 spills beside two exponentials
-    return {"WHOLE": False, "BLOCK_D": 32} | _tile(64, 64, 8, 2)  # 4 warps spill on sm_80
+        tile = _tile(rows=128, columns=64, warps=8, stages=3)  # 128 x 128 spills beside two exponentials
+        return {"WHOLE": False, "BLOCK_D": 64} | tile
+    return {"WHOLE": False, "BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=2)  # 4 warps spill on sm_80
 
 
 def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
-    """Log-sum-exps and the weighted sum of the candidates; None: too wide for registers."""
+    """Log-sum-exps and the weighted sum of the candidates; None: `_block_on_chip` has none."""
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    return {"BLOCK_D": block} | _tile(64, 64, 8 if block > 128 else 4, 2)  # 128 rows of 128 columns spill on sm_80
+    # 128 rows of 128 columns spill on sm_80
+    return {"BLOCK_D": block} | _tile(rows=64, columns=64, warps=8 if block > 128 else 4, stages=2)
 
 
 def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | None:
-    """Gradients of rows; None: too wide for registers."""
+    """Gradients of rows; None: `_block_on_chip` has none."""
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    tile = _tile(128, 64, 8, 2) if block > 128 else _tile(64, 32 if running else 64, 4, 2)
+    if block > 128:
+        tile = _tile(rows=128, columns=64, warps=8, stages=2)
+    else:
+        tile = _tile(rows=64, columns=32 if running else 64, warps=4, stages=2)
     return {"BLOCK_D": block} | tile
 
 
 def similarity_weights(dtype: torch.dtype) -> dict:
     if dtype.itemsize == 2:
-        return {"BLOCK_D": 64} | _tile(128, 128, 8, 3)
-    return {"BLOCK_D": 32} | _tile(64, 64, 4, 2)
+        return {"BLOCK_D": 64} | _tile(rows=128, columns=128, warps=8, stages=3)
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=4, stages=2)
 
 
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
@@ -214,13 +221,13 @@ def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
     largest = {8: 32, 4: 32 if owner else 64, 2: 256 if width <= 256 else 128}[size]
     block = min(largest, _block(width))
     if size == 8:
-        tile = _tile(32, 16, 4, 1)
+        tile = _tile(rows=32, columns=16, warps=4, stages=1)
     elif size == 4:
-        tile = _tile(32, 32, 8 if owner else 4, 1)
+        tile = _tile(rows=32, columns=32, warps=8 if owner else 4, stages=1)
     elif width > block:
-        tile = _tile(64, 32, 8, 1)
+        tile = _tile(rows=64, columns=32, warps=8, stages=1)
     else:
-        tile = _tile(128, 32, 8, 2)
+        tile = _tile(rows=128, columns=32, warps=8, stages=2)
     return {"BLOCK_D": block, "CHUNKS": -(-width // block)} | tile
 
 

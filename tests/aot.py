@@ -103,8 +103,10 @@ def _bits(modifiers: list[str]) -> int:
 
 @contextlib.contextmanager
 def compiling(arch: int) -> Iterator[list]:
-    """Inside, `launch.launch` compiles for an architecture instead of launching; what it compiled is in the list, each
-    kernel once. Products that are torch's are left out."""
+    """Inside, `launch.launch` compiles for an architecture instead of launching.
+
+    The list has what was compiled, each kernel once. Products that are torch's are left out.
+    """
     compiled = []
 
     def compile_only(kernel, grid, *args, device_of, **meta) -> None:

@@ -1,5 +1,4 @@
-"""The contrastive modules against lightly and the authors' formulas; the memory bank; what is saved; ranks;
-extremes."""
+"""The contrastive modules against lightly and the authors' formulas; memory bank, saved tensors, ranks, extremes."""
 
 import os
 from functools import partial

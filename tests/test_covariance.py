@@ -1,5 +1,7 @@
-"""Barlow Twins and VICReg where Gram forms are delicate: N near D, constant columns, large means, half precision;
-and memory."""
+"""Barlow Twins and VICReg: their memory, and where Gram forms are delicate.
+
+That is with N near D, constant columns, large means and half precision.
+"""
 
 import cases
 import pytest

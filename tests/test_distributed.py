@@ -1,5 +1,8 @@
-"""With gloo, at two and three ranks and uneven batches: every rank returns the one-rank loss on the whole batch, and
-the ranks' gradients are, divided by their number (what DistributedDataParallel does), the one-rank gradients."""
+"""With gloo, at two and three ranks and uneven batches: losses and gradients are those of one rank.
+
+Every rank returns the one-rank loss on the whole batch, and the ranks' gradients are, divided by their number (what
+DistributedDataParallel does), the one-rank gradients.
+"""
 
 import os
 from functools import partial

@@ -151,8 +151,10 @@ def absolute_imports(source: Source) -> Iterator[str]:
 
 
 def arrows(given: Iterable[Source]) -> dict[str, set[str]]:
-    """From each module to the modules that it imports, `fastjem` itself left out: its names are looked up when asked
-    for."""
+    """From each module to the modules that it imports.
+
+    `fastjem` itself is left out: its names are looked up when asked for.
+    """
     given = list(given)
     modules = {source.module for source in given}
     graph: dict[str, set[str]] = {}

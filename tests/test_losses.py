@@ -30,8 +30,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def assert_as_good_as(ours, eager, oracle, size: float, what: str) -> None:
-    """Over the seeds: at most twice eager's largest error plus 4 eps of the largest value, and the RMS error closer
-    still.
+    """Over the seeds: at most twice eager's largest error plus 4 eps of the largest value; the RMS error closer still.
 
     `size` is that of the terms a result is the sum of, where they may cancel: rounding errors are relative to it.
     """

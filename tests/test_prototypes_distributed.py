@@ -1,5 +1,4 @@
-"""With gloo, at two and three ranks and uneven batches: losses, codes and centre are those of one rank on the whole
-batch."""
+"""With gloo, two and three ranks, uneven batches: losses, codes and centre are those of one rank on the whole batch."""
 
 import os
 from functools import partial

@@ -36,7 +36,8 @@ struct SimilaritySums {
 // What is needed of the rows' and the columns' log-sum-exps (lse) for exp(logit - lse). With a shift, `row` and
 // `column` are exp(shift - lse), a factor of exp(logit - shift). Running, they are pivots, lse / factor rounded, and
 // the weight is exp((value - pivot) * factor) * rest: as the pivot is a similarity, its difference from one near it is
-// exact, and `row_rest`, a number near 1, makes up for its rounding.
+// exact, and `row_rest`, a number near 1, makes up for its rounding. (cpu_engine.py calls
+// exp(shift - lse) and `row_rest` adjustments: an exponential is multiplied by them.)
 struct SimilarityWeights {
   const void *row, *column;            // [rows], and [columns] or null
   const void *row_rest, *column_rest;  // the same, if running
@@ -90,8 +91,9 @@ static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t co
   return t;
 }
 
-using Scaling = std::tuple<double, double, bool>;                          // factor, shift, running
-using OwnImage = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // row_start, row_period, ..., column_period
+// As Python hands them over: (factor, shift, running) and (row_start, row_period, offset, column_start, column_period).
+using Scaling = std::tuple<double, double, bool>;
+using OwnImage = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 static SimilarityTile tile(int dtype, uintptr_t values, int64_t rows, int64_t columns, int64_t stride,
                            const Scaling& scaling, const OwnImage& own_image) {

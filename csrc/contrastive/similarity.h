@@ -13,7 +13,8 @@ static inline void for_each_own_column(const SimilarityTile& t, int64_t i, F&& f
   for (; column < t.column_start + t.columns; column += t.column_period) f(column - t.column_start);
 }
 
-// Running: raises the row's maximum to the tile's, and rescales the sum of before. Returns the maximum.
+// Running: raises the row's maximum to the tile's, and rescales the sum of before. Returns the maximum, and 0 in place
+// of the -infinity of a row that has seen no column, as -infinity less -infinity is NaN.
 template <class T>
 static FASTJEM_INLINE T raise_row_max(const SimilarityTile& t, const SimilaritySums& p, const T* s, T sign, int64_t i) {
   T maximum = -std::numeric_limits<T>::infinity();
@@ -62,7 +63,8 @@ static FASTJEM_INLINE double sum_exponentials(T* s, int64_t n, bool keep, T* col
 }
 
 // Rows [begin, end), and their share of the columns' sums, which is part number `part`. Running, the columns' sums need
-// the columns' maxima, so they take a second pass.
+// the columns' maxima, so they take a second pass. `lowest` is -infinity here, whose exponential is 0; in the weights
+// below it is the lowest finite number.
 template <class T>
 static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p, int64_t begin, int64_t end,
                                int64_t part) {

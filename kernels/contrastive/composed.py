@@ -35,15 +35,17 @@ Scaling = TypeVar("Scaling")  # how similarities become logits, and their expone
 class Engine(Protocol[Scaling]):
     """Similarities are dot products of rows a [N, D] and b [M, D]; logits are similarities times a factor."""
 
-    def unit(self, x: Tensor, normalize: bool, /) -> tuple[Tensor, Tensor | None]:
+    def unit_rows(self, x: Tensor, normalize: bool, /) -> tuple[Tensor, Tensor | None]:
         """Rows of unit length in the dtype of the engine's products, and what they were divided by.
 
         Without `normalize` the rows are as they come, and there are no divisors.
         """
         ...
 
-    def through_unit(self, gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype, /) -> Tensor:
-        """The gradient for x, in its dtype, given that for `unit(x)`, which may be overwritten."""
+    def through_unit_rows(
+        self, gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype, /
+    ) -> Tensor:
+        """The gradient for x, in its dtype, given that for `unit_rows(x)`. `gradient` may be overwritten."""
         ...
 
     def sum_dtype(self, x: Tensor, /) -> torch.dtype:
@@ -54,8 +56,11 @@ class Engine(Protocol[Scaling]):
         """[N] float64: of each row of a [N, D] with that row of b [N, D]."""
         ...
 
-    def scaling(self, factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor, /) -> Scaling:
-        """For logits `factor * a @ b.T`; `bound`, if given, is how large a similarity can be."""
+    def scaling_of(self, factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor, /) -> Scaling:
+        """For logits `factor * a @ b.T`. A number is positive; a tensor may have either sign.
+
+        `bound`, if given, is how large a similarity can be.
+        """
         ...
 
     def row_log_sum_exps(
@@ -93,7 +98,8 @@ class Engine(Protocol[Scaling]):
     ) -> Tensor | None:
         """`a_sum += G @ b` and `b_sum += G.T @ a`, where G = exp(logits - a_lse) + exp(logits - b_lse).
 
-        Returns `(G * similarities).sum(1)`, [N] float64, where both log-sum-exps are given and not `symmetric`.
+        Returns `(G * similarities).sum(1)`, [N] float64, where both log-sum-exps are given and not `symmetric`;
+        otherwise None.
         """
         ...
 
@@ -106,7 +112,7 @@ class Engine(Protocol[Scaling]):
         wanted: bool,
         /,
     ) -> tuple[Tensor, Tensor | None]:
-        """[N] float64: the log-sum-exp of the logits over the bank; and `softmax(logits) @ unit(bank)`, if wanted."""
+        """The log-sum-exp of the logits over the bank, [N] float64; if wanted `softmax(logits) @ unit_rows(bank)`."""
         ...
 
 
@@ -129,8 +135,8 @@ def _flat_views(engine: Engine, rows: Tensor, candidates: Tensor, offset: int, n
     views, n, width = rows.shape
     total = candidates.shape[1]
     symmetric = offset == 0 and _same_memory(rows, candidates)
-    a, divisors = engine.unit(rows.reshape(views * n, width), normalize)
-    b = a if symmetric else engine.unit(candidates.reshape(views * total, width), normalize)[0]
+    a, divisors = engine.unit_rows(rows.reshape(views * n, width), normalize)
+    b = a if symmetric else engine.unit_rows(candidates.reshape(views * total, width), normalize)[0]
     has_positives = views > 1 and 0 <= offset <= total - n
     return _Views(symmetric, a, divisors, b, OwnImage(n, offset, total), has_positives)
 
@@ -155,14 +161,17 @@ def nt_xent(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     views, n, width = rows.shape
-    symmetric, a, _, b, own_image, has_positives = _flat_views(engine, rows, candidates, offset, normalize)
-    scaling = engine.scaling(1 / temperature, 1.0 if normalize else None, a, b)
-    lse = engine.row_log_sum_exps(a, b, scaling, own_image, symmetric=symmetric).view(views, n)
-    if not has_positives:
+    flat = _flat_views(engine, rows, candidates, offset, normalize)
+    a = flat.rows
+    b = flat.candidates
+    scaling = engine.scaling_of(1 / temperature, 1.0 if normalize else None, a, b)
+    lse = engine.row_log_sum_exps(a, b, scaling, flat.own_image, symmetric=flat.symmetric).view(views, n)
+    if not flat.has_positives:
         return torch.zeros_like(lse), lse
     logits = _logits_within_images(engine, a.view(views, n, width), temperature)
     positives = logits.sum(1) / (views - 1)
     if not decoupled:
+        # The unused place of a row with itself takes the log-sum-exp over other images.
         torch.diagonal(logits).copy_(lse.T)
         lse = logits.logsumexp(1)
     return positives, lse
@@ -181,20 +190,22 @@ def nt_xent_backward(
     normalize: bool,
 ) -> Tensor:
     views, n, width = rows.shape
-    symmetric, a, divisors, b, own_image, has_positives = _flat_views(engine, rows, candidates, offset, normalize)
-    scaling = engine.scaling(1 / temperature, 1.0 if normalize else None, a, b)
+    flat = _flat_views(engine, rows, candidates, offset, normalize)
+    a = flat.rows
+    b = flat.candidates
+    scaling = engine.scaling_of(1 / temperature, 1.0 if normalize else None, a, b)
     gradient = torch.zeros(a.shape, dtype=engine.sum_dtype(a), device=a.device)
     a_lse = rows_lse.reshape(-1)
     b_lse = candidates_lse.reshape(-1)
-    b_sum = gradient if symmetric else None
-    engine.add_weighted(a, b, scaling, own_image, a_lse, b_lse, gradient, b_sum, symmetric=symmetric)
-    if has_positives:
+    b_sum = gradient if flat.symmetric else None
+    engine.add_weighted(a, b, scaling, flat.own_image, a_lse, b_lse, gradient, b_sum, symmetric=flat.symmetric)
+    if flat.has_positives:
         unit = a.view(views, n, width)
         logits = None if decoupled else _logits_within_images(engine, unit, temperature)
         if weights is not None:
             weights = weights[:, offset : offset + n].double()
         _pull_views_together(unit, gradient.view(views, n, width), rows_lse, weights, logits)
-    return engine.through_unit(gradient, a, divisors, rows.dtype).view(views, n, width)
+    return engine.through_unit_rows(gradient, a, flat.divisors, rows.dtype).view(views, n, width)
 
 
 def _pull_views_together(
@@ -225,14 +236,15 @@ def info_nce(
     temperature: float,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    n, k = len(query), len(negatives)
-    q, q_divisors = engine.unit(query, True)
-    p, p_divisors = engine.unit(positive, True)
+    n = len(query)
+    k = len(negatives)
+    q, q_divisors = engine.unit_rows(query, True)
+    p, p_divisors = engine.unit_rows(positive, True)
     own_image = OwnImage(n, offset, k) if -n < offset < k else OwnImage()
     positive_logits = engine.dots(q, p) / temperature  # [N]
 
     # one pass over the negatives: their log-sum-exp, and softmax(logits) @ negatives
-    negative_lse, q_gradient = engine.attend(q, negatives, temperature, own_image, wanted[0])
+    negative_lse, attended = engine.attend(q, negatives, temperature, own_image, wanted[0])
     lse = torch.logaddexp(negative_lse, positive_logits)
     dtype = engine.sum_dtype(q)
     p_weight = (positive_logits - lse).expm1().to(dtype)[:, None]  # the positive's probability - 1
@@ -240,16 +252,16 @@ def info_nce(
     gradients = [x.new_empty(0) for x in (query, positive, negatives)]
     if wanted[0]:
         negatives_probability = (negative_lse - lse).exp().to(dtype)[:, None]
-        q_gradient = q_gradient.mul_(negatives_probability).addcmul_(p_weight, p.to(dtype))
-        gradients[0] = engine.through_unit(q_gradient, q, q_divisors, query.dtype)
+        q_gradient = attended.mul_(negatives_probability).addcmul_(p_weight, p.to(dtype))
+        gradients[0] = engine.through_unit_rows(q_gradient, q, q_divisors, query.dtype)
     if wanted[1]:
-        gradients[1] = engine.through_unit(p_weight * q, p, p_divisors, positive.dtype)
+        gradients[1] = engine.through_unit_rows(p_weight * q, p, p_divisors, positive.dtype)
     if wanted[2]:
-        unit, divisors = engine.unit(negatives, True)
+        unit, divisors = engine.unit_rows(negatives, True)
         gradient = torch.zeros(unit.shape, dtype=dtype, device=unit.device)
-        scaling = engine.scaling(1 / temperature, 1.0, q, unit)
+        scaling = engine.scaling_of(1 / temperature, 1.0, q, unit)
         engine.add_weighted(q, unit, scaling, own_image, lse, None, None, gradient)
-        gradients[2] = engine.through_unit(gradient, unit, divisors, negatives.dtype)
+        gradients[2] = engine.through_unit_rows(gradient, unit, divisors, negatives.dtype)
     scale = torch.full((), 1 / (n * temperature), dtype=dtype, device=q.device)
     return (lse - positive_logits).mean().to(dtype), gradients, scale
 
@@ -261,13 +273,13 @@ class _Pairs(NamedTuple):
     b: Tensor  # [m, D]
     rows: slice  # of a, whose partners are among b
     columns: slice  # these partners
-    similarities: Tensor  # float64, of rows and partners
+    pair_similarities: Tensor  # float64, of each of these rows with its partner
     own_image: OwnImage
 
 
 def _pairs(engine: Engine, x: Tensor, y: Tensor, offset: int) -> _Pairs:
-    a, _ = engine.unit(x, False)
-    b, _ = engine.unit(y, False)
+    a, _ = engine.unit_rows(x, False)
+    b, _ = engine.unit_rows(y, False)
     first = max(0, -offset)
     stop = max(first, min(len(x), len(y) - offset))
     rows = slice(first, stop)
@@ -282,11 +294,13 @@ def clip_loss(
     logit_scale: Tensor,  # 0-dim
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, rows, columns, similarities, own_image = _pairs(engine, x, y, offset)
-    scaling = engine.scaling(logit_scale, None, a, b)
-    x_lse, y_lse = engine.both_log_sum_exps(a, b, scaling, own_image)
+    pairs = _pairs(engine, x, y, offset)
+    rows = pairs.rows
+    columns = pairs.columns
+    scaling = engine.scaling_of(logit_scale, None, pairs.a, pairs.b)
+    x_lse, y_lse = engine.both_log_sum_exps(pairs.a, pairs.b, scaling, pairs.own_image)
     positives = torch.zeros_like(x_lse)
-    positives[rows] = similarities * logit_scale.double()
+    positives[rows] = pairs.pair_similarities * logit_scale.double()
     x_lse[rows] = torch.logaddexp(x_lse[rows], positives[rows])
     y_lse[columns] = torch.logaddexp(y_lse[columns], positives[rows])
     return positives, x_lse, y_lse
@@ -302,13 +316,17 @@ def clip_loss_backward(
     offset: int,
     wanted: list[bool],
 ) -> tuple[list[Tensor], Tensor]:
-    a, b, rows, columns, similarities, own_image = _pairs(engine, x, y, offset)
+    pairs = _pairs(engine, x, y, offset)
+    a = pairs.a
+    b = pairs.b
+    rows = pairs.rows
+    columns = pairs.columns
     dtype = engine.sum_dtype(a)
     a_sum = torch.zeros(a.shape, dtype=dtype, device=a.device) if wanted[0] else None
     b_sum = torch.zeros(b.shape, dtype=dtype, device=b.device) if wanted[1] else None
-    scaling = engine.scaling(logit_scale, None, a, b)
-    row_dots = engine.add_weighted(a, b, scaling, own_image, x_lse, y_lse, a_sum, b_sum)
-    logits = similarities * logit_scale.double()
+    scaling = engine.scaling_of(logit_scale, None, a, b)
+    row_dots = engine.add_weighted(a, b, scaling, pairs.own_image, x_lse, y_lse, a_sum, b_sum)
+    logits = pairs.pair_similarities * logit_scale.double()
     g = (logits - x_lse[rows]).expm1() + (logits - y_lse[columns]).expm1()
     weight = g.to(dtype)[:, None]
     if a_sum is not None:
@@ -319,4 +337,4 @@ def clip_loss_backward(
         x.new_empty(0) if a_sum is None else a_sum.to(x.dtype),
         y.new_empty(0) if b_sum is None else b_sum.to(y.dtype),
     ]
-    return gradients, row_dots.sum() + (g * similarities).sum()
+    return gradients, row_dots.sum() + (g * pairs.pair_similarities).sum()

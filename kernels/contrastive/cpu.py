@@ -20,9 +20,10 @@ clip_loss_backward = partial(composed.clip_loss_backward, cpu_engine)
 def siglip_loss(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    a, _ = cpu_engine.unit(x, False)
-    b, _ = cpu_engine.unit(y, False)
-    factor, bias = logit_scale.item(), logit_bias.item()
+    a, _ = cpu_engine.unit_rows(x, False)
+    b, _ = cpu_engine.unit_rows(y, False)
+    factor = logit_scale.item()
+    bias = logit_bias.item()
     a_sum = torch.zeros_like(a) if wanted[0] else None
     b_sum = torch.zeros_like(b) if wanted[1] else None
     losses, weight_sums, dots = torch.zeros(3, len(a), dtype=torch.float64)
@@ -52,10 +53,10 @@ def siglip_loss(
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
-    unit, _ = cpu_engine.unit(query, True)
-    best = torch.full((len(unit),), -math.inf, dtype=unit.dtype)
-    index = torch.full((len(unit),), -1, dtype=torch.int64)
-    for tile, _ in cpu_engine.bank_tiles(unit, bank):
+    unit_query, _ = cpu_engine.unit_rows(query, True)
+    best = torch.full((len(unit_query),), -math.inf, dtype=unit_query.dtype)
+    index = torch.full((len(unit_query),), -1, dtype=torch.int64)
+    for tile, _ in cpu_engine.bank_tiles(unit_query, bank):
         _C.similarity_best(
             *tile.arguments(),
             tile.column,

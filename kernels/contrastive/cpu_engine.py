@@ -1,7 +1,7 @@
 """The contrastive engine on the CPU: torch.mm makes a tile of similarities, C++ turns it into exponentials and sums.
 
-A tile is as large as a core's cache; nothing of N x M lives longer than that. `composed.Engine` says what the functions
-do that are named there.
+A tile fits in the second-level caches of two cores (tiling.CPU_TILE); nothing of N x M lives longer than a tile.
+`composed.Engine` says what the functions do that are named there.
 """
 
 import math
@@ -18,7 +18,7 @@ from ..native import CODES, address, address_of_row
 from .composed import OwnImage
 
 
-def unit(x: Tensor, normalize: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def unit_rows(x: Tensor, normalize: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Rows in the dtype to compute in, and their divisors [N] float64."""
     dtype = compute_dtype(x.dtype)
     if x.dtype not in CODES:
@@ -42,7 +42,7 @@ def unit(x: Tensor, normalize: bool, out: Tensor | None = None) -> tuple[Tensor,
     return out, divisors
 
 
-def through_unit(gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype) -> Tensor:
+def through_unit_rows(gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype) -> Tensor:
     if divisors is None:
         return gradient.to(dtype)
     native = dtype if dtype in CODES else gradient.dtype
@@ -71,52 +71,60 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Logits are similarities times `factor`; `shift` is subtracted before exp where that is safe for every logit
-    there can be."""
+    """How similarities become logits and their exponentials stay finite: see csrc/contrastive/similarity.cpp."""
 
-    factor: float
-    shift: float
-    running: bool  # not safe: every row and column keeps a maximum of its own, in units of similarities
+    factor: float  # a logit is a similarity times it
+    shift: float  # subtracted from every logit before exp, unless running
+    running: bool  # no shift is safe for all logits: every row and column keeps a maximum, in units of similarities
 
     @classmethod
     def of(cls, factor: float, bound: float, dtype: torch.dtype) -> "Scaling":
-        """`bound`: of the similarities' size. In float32, exp(-86) is a normal number, and so is a sum of 1e7
-        times exp(70)."""
+        """For similarities of at most `bound`, negative ones too.
+
+        Unless running, no logit is above `top` or below `-bottom` after the shift: in float32 a sum of 1e7 times
+        exp(70) is finite, and exp(-86) is a normal number.
+        """
         top, bottom = (600.0, 700.0) if dtype == torch.float64 else (70.0, 86.0)
         largest = abs(factor) * bound * 1.0001
         shift = max(0.0, largest - top)
         factor = factor or 1e-37  # 0 times the -inf of what a row doesn't see would be NaN
-        return cls(factor, shift, not largest + shift <= bottom)
+        safe = largest + shift <= bottom  # false for NaN, which makes the maxima running
+        return cls(factor, shift, not safe)
 
-    @property
-    def values(self) -> tuple[float, float, bool]:
+    def arguments(self) -> tuple[float, float, bool]:
+        """What C++ takes as its `Scaling`."""
         return self.factor, self.shift, self.running
 
     def start(self, n: int) -> tuple[Tensor, Tensor]:
-        """The log-sum-exp of nothing, as (maximum, sum of exp(logit - logit of the maximum))."""
+        """The log-sum-exp of no logits, as (maximum, sum) [n] float64.
+
+        Running: the maximum is one of similarities, the sum one of exp(logit - maximum * |factor|). Otherwise every
+        maximum is the shift, and the sum one of exp(logit - shift).
+        """
         maximum = -math.inf if self.running else self.shift
         return torch.full((n,), maximum, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
 
     def log_sum_exp(self, maximum: Tensor, total: Tensor) -> Tensor:
         return maximum * (abs(self.factor) if self.running else 1) + total.log()
 
-    def weights(self, lse: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """What `similarity_weights` wants of rows or columns: two vectors, of which exp(logit - lse) is computed.
+    def lse_states(self, lse: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Log-sum-exps of rows or columns as `similarity_weights` takes them: (pivots, adjustments).
 
-        Running: exp((similarity - pivot) * factor) * rest, with the pivot lse / factor rounded and the rest what
-        rounding left, near 1. So the exponent is near 0 where the result is large, and keeps its digits. Otherwise:
-        exp(logit - shift) times the first vector.
+        An adjustment is the factor that makes exp(logit - lse) of an exponential around a pivot. Running: of
+        exp((similarity - pivot) * factor), the pivot being lse / factor rounded, and the adjustment what rounding left,
+        near 1. So the exponent is near 0 where the result is large, and keeps its digits. Otherwise: of
+        exp(logit - shift), without pivots.
         """
         if lse is None:
             return None, None
         if not self.running:
-            return (self.shift - lse).exp().clamp_max(1e38).to(dtype), None
+            return None, (self.shift - lse).exp().clamp_max(1e38).to(dtype)
         pivot = (lse / self.factor).clamp(-1e30, 1e30).to(dtype)
-        rest = (pivot.double() * self.factor - lse).where(lse.isfinite(), 0).exp()
-        return pivot, rest.clamp_max(1e38).to(dtype)
+        adjustment = (pivot.double() * self.factor - lse).where(lse.isfinite(), 0).exp()
+        return pivot, adjustment.clamp_max(1e38).to(dtype)
 
 
-def scaling(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor) -> Scaling:
+def scaling_of(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor) -> Scaling:
     bound = _largest_norm(a) * _largest_norm(b) if bound is None else bound
     return Scaling.of(float(factor), bound, a.dtype)
 
@@ -129,16 +137,20 @@ class Tile(NamedTuple):
     """`a[rows] @ b[columns].T` in memory that the next tile overwrites."""
 
     row: int  # the first
-    column: int
+    column: int  # the first
     rows: slice
     columns: slice
     similarities: Tensor
 
     def arguments(self) -> tuple[int, int, int, int, int]:
-        """How every kernel is told of it: dtype, address, shape, stride."""
+        """What every kernel takes first: dtype, address, rows, columns, stride."""
         x = self.similarities
         rows, columns = x.shape
         return CODES[x.dtype], x.data_ptr(), rows, columns, columns
+
+    def own_image_arguments(self, own_image: OwnImage) -> tuple[int, int, int, int, int]:
+        """What C++ takes as its `OwnImage`."""
+        return self.row, own_image.row_period, own_image.offset, self.column, own_image.column_period
 
 
 def tiles(a: Tensor, b: Tensor, symmetric: bool = False) -> Iterator[Tile]:
@@ -166,15 +178,14 @@ def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImag
 def _log_sum_exps(
     a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, symmetric: bool, columns: bool
 ) -> tuple[Tensor, Tensor]:
-    own_rows = own_image.row_period, own_image.offset
     row_max, row_sum = scaling.start(len(a))
     column_max, column_sum = (row_max, row_sum) if symmetric else scaling.start(len(b))
     for tile in tiles(a, b, symmetric):
         both = columns or (symmetric and tile.column > tile.row)
         _C.similarity_sums(
             *tile.arguments(),
-            scaling.values,
-            (tile.row, *own_rows, tile.column, own_image.column_period),
+            scaling.arguments(),
+            tile.own_image_arguments(own_image),
             False,
             address_of_row(row_max, tile.row),
             address_of_row(row_sum, tile.row),
@@ -197,20 +208,22 @@ def add_weighted(
     b_sum: Tensor | None,
     *,
     symmetric: bool = False,
-) -> Tensor:
-    a_weights, a_rest = scaling.weights(a_lse, a.dtype)
-    b_weights, b_rest = scaling.weights(b_lse, a.dtype)
+) -> Tensor | None:
+    a_pivots, a_adjustments = scaling.lse_states(a_lse, a.dtype)
+    b_pivots, b_adjustments = scaling.lse_states(b_lse, a.dtype)
+    # C++ takes the pivots and then the adjustments where maxima are running, and otherwise the adjustments alone
+    a_state = (a_pivots, a_adjustments) if scaling.running else (a_adjustments, None)
+    b_state = (b_pivots, b_adjustments) if scaling.running else (b_adjustments, None)
     row_dots = torch.zeros(len(a), dtype=torch.float64)
-    own_rows = own_image.row_period, own_image.offset
     for tile in tiles(a, b, symmetric):
         _C.similarity_weights(
             *tile.arguments(),
-            scaling.values,
-            (tile.row, *own_rows, tile.column, own_image.column_period),
-            address_of_row(a_weights, tile.row),
-            address_of_row(b_weights, tile.column),
-            address_of_row(a_rest, tile.row),
-            address_of_row(b_rest, tile.column),
+            scaling.arguments(),
+            tile.own_image_arguments(own_image),
+            address_of_row(a_state[0], tile.row),
+            address_of_row(b_state[0], tile.column),
+            address_of_row(a_state[1], tile.row),
+            address_of_row(b_state[1], tile.column),
             0 if symmetric else address_of_row(row_dots, tile.row),
             torch.get_num_threads(),
         )
@@ -219,39 +232,43 @@ def add_weighted(
             a_sum[tile.rows].addmm_(weights, b[tile.columns])
         if b_sum is not None and not (symmetric and tile.row == tile.column):
             b_sum[tile.columns].addmm_(weights.T, a[tile.rows])
-    return row_dots
+    return None if symmetric or b_lse is None else row_dots
 
 
 def bank_tiles(query: Tensor, bank: Tensor) -> Iterator[tuple[Tile, Tensor]]:
-    """Tiles of `query @ unit(bank).T`, each with its rows of unit(bank): the bank is normalised a tile at a time."""
+    """Tiles of `query @ unit_rows(bank).T`, each with its rows of `unit_rows(bank)`.
+
+    The bank is normalised some rows at a time. Their memory [width, D] and that of their similarities [height, width]
+    are at most half of a tile's each, unless rows are so wide that 64 of them are more.
+    """
     n, d = query.shape
     height = min(tiling.CPU_TILE, n)
-    width = max(64, min(len(bank), tiling.CPU_TILE**2 // 2 // max(height, d)))
+    half_tile = tiling.CPU_TILE**2 // 2
+    width = max(tiling.CPU_BANK_ROWS, min(len(bank), half_tile // max(height, d)))
     unit_memory = torch.empty(width, d, dtype=query.dtype)
     memory = torch.empty(height * width, dtype=query.dtype)
     for column in range(0, len(bank), width):
         columns = slice(column, min(column + width, len(bank)))
-        unit_rows, _ = unit(bank[columns], True, out=unit_memory)
+        unit_bank, _ = unit_rows(bank[columns], True, out=unit_memory)
         for row in range(0, n, height):
             rows = slice(row, min(row + height, n))
-            shape = rows.stop - row, len(unit_rows)
+            shape = rows.stop - row, len(unit_bank)
             out = memory[: shape[0] * shape[1]].view(shape)
-            yield Tile(row, column, rows, columns, torch.mm(query[rows], unit_rows.T, out=out)), unit_rows
+            yield Tile(row, column, rows, columns, torch.mm(query[rows], unit_bank.T, out=out)), unit_bank
 
 
 def attend(
     query: Tensor, bank: Tensor, temperature: float, own_image: OwnImage, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    logits = scaling(1 / temperature, 1.0, query, query)
-    own_rows = own_image.row_period, own_image.offset
-    maximum, total = logits.start(len(query))
-    rescale = torch.empty(len(query), dtype=torch.float64) if logits.running else None
+    scaling = scaling_of(1 / temperature, 1.0, query, query)
+    maximum, total = scaling.start(len(query))
+    rescale = torch.empty(len(query), dtype=torch.float64) if scaling.running else None
     result = torch.zeros_like(query) if wanted else None
-    for tile, unit_rows in bank_tiles(query, bank):
+    for tile, unit_bank in bank_tiles(query, bank):
         _C.similarity_sums(
             *tile.arguments(),
-            logits.values,
-            (tile.row, *own_rows, tile.column, own_image.column_period),
+            scaling.arguments(),
+            tile.own_image_arguments(own_image),
             wanted,
             address_of_row(maximum, tile.row),
             address_of_row(total, tile.row),
@@ -264,7 +281,7 @@ def attend(
             exponentials = tile.similarities  # in whose place they are now
             if rescale is not None:  # for the maximum that the rows have now
                 result[tile.rows].mul_(rescale[tile.rows, None])
-            result[tile.rows].addmm_(exponentials, unit_rows)
+            result[tile.rows].addmm_(exponentials, unit_bank)
     if result is not None:
         result.mul_((1 / total).nan_to_num(posinf=0.0)[:, None])
-    return logits.log_sum_exp(maximum, total), result
+    return scaling.log_sum_exp(maximum, total), result

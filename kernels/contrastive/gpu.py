@@ -45,7 +45,8 @@ def siglip_loss(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     if not _supported(x, y):
         return reference.siglip_loss(x, y, logit_scale, logit_bias, offset, wanted)
-    x, y = x.contiguous(), y.contiguous()
+    x = x.contiguous()
+    y = y.contiguous()
     x_sum = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if wanted[0] else None
     y_sum = torch.zeros(y.shape, dtype=torch.float32, device=y.device) if wanted[1] else None
     loss, weights, dots = gpu_engine.sigmoid(x, y, logit_scale, logit_bias, offset, x_sum, y_sum).unbind()
@@ -59,6 +60,6 @@ def siglip_loss(
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
     if not _supported(query, bank):
         return reference.nearest_neighbors(query, bank)
-    unit_query, _ = gpu_engine.unit(query, True)
-    unit_bank, _ = gpu_engine.unit(bank, True)
+    unit_query, _ = gpu_engine.unit_rows(query, True)
+    unit_bank, _ = gpu_engine.unit_rows(bank, True)
     return gpu_engine.best(unit_query, unit_bank)

@@ -1,9 +1,10 @@
 """The contrastive engine on a GPU: how kernels on tiles of similarities divide the work.
 
 * Log-sum-exps: a program owns a block of rows and walks over tiles of candidates. The candidates' own sums, where
-  they are wanted, are written by tile, one line a block of rows, and added in a fixed order. So a symmetric matrix
-  needs half of its tiles, and CLIP's two directions one pass. Lines are bounded: a longer walk is taken in pieces.
-* Gradients of bfloat16 and float16 rows of at most 256 columns: a program owns rows, keeps their gradient in registers
+  they are wanted, are written by tile, one line for each block of rows, and added in a fixed order. So a symmetric
+  matrix needs half of its tiles, and CLIP's two directions one pass. Lines are bounded: a longer walk is taken in
+  pieces.
+* Gradients of bfloat16 and float16 rows of width 256 at most: a program owns rows, keeps their gradient in registers
   and walks over all candidates, computing the similarities again.
 * Others, where that sum doesn't fit in registers: weights of a band of rows in memory, and torch's products of them.
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from .. import launch, tiling
 from .composed import OwnImage
-from .rows import dots, join, states, through_unit, unit
+from .rows import dots, join, lse_states, through_unit_rows, unit_rows
 from .sums import attend_kernel, best_kernel, sums_kernel
 from .weights import owner_kernel, sigmoid_kernel, weights_kernel
 
@@ -37,11 +38,11 @@ __all__ = [
     "both_log_sum_exps",
     "dots",
     "row_log_sum_exps",
-    "scaling",
+    "scaling_of",
     "sigmoid",
     "sum_dtype",
-    "through_unit",
-    "unit",
+    "through_unit_rows",
+    "unit_rows",
 ]
 
 
@@ -58,31 +59,37 @@ class Scaling:
     pivot: float  # otherwise: the one for all, a float32 number
 
 
-def scaling(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor) -> Scaling:
-    """A tensor's value isn't known on the host, and neither are the norms of rows that come as they are."""
+def scaling_of(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor) -> Scaling:
+    """One pivot for all rows where no logit can be too large for it; `factor` is positive if it is a number.
+
+    A tensor's value isn't known on the host, and neither are the norms of rows that come as they are: there pivots are
+    running.
+    """
     if isinstance(factor, Tensor):
         return Scaling(factor, True, 0.0)
     tensor = torch.full((), factor, dtype=torch.float64, device=a.device)
     if bound is None:
         return Scaling(tensor, True, 0.0)
     largest = factor * bound * (1.0001 if a.dtype == torch.float32 else 1.01)  # rounded rows may be longer than 1
+    # Less pivot * factor, no logit is above 70 (in float32 a sum of 1e7 times exp(70) is finite) or below -86 (exp(-86)
+    # is a normal number). Where that can't be, pivots are running. A multiple of 1 / 1024 is exact in float32.
     pivot = math.ceil(max(0.0, largest - 70) / factor * 1024) / 1024
     return Scaling(tensor, largest + pivot * factor > 86, pivot)
 
 
 def _splits(blocks: int, tiles: int) -> tuple[int, int]:
-    """How many programs share the walk of a block of rows, and how many tiles each takes."""
-    each = triton.cdiv(tiles, min(tiles, max(1, tiling.PROGRAMS // blocks)))
-    return triton.cdiv(tiles, each), each
+    """How many programs share the walk of a block of rows, and how many of its tiles each takes."""
+    tiles_per_program = triton.cdiv(tiles, min(tiles, max(1, tiling.PROGRAMS // blocks)))
+    return triton.cdiv(tiles, tiles_per_program), tiles_per_program
 
 
-def _own_image_arguments(own_image: OwnImage, start: int = 0) -> tuple[int, int, int, int]:
-    """As kernels take it, for rows of which the first is row `start`."""
-    return start, own_image.row_period, own_image.offset, max(own_image.column_period, 1)
+def _own_image_arguments(own_image: OwnImage, first_row: int = 0) -> tuple[int, int, int, int]:
+    """First row, row period, offset, column period for the kernels, which divide by periods: each is at least 1."""
+    return first_row, own_image.row_period, own_image.offset, max(own_image.column_period, 1)
 
 
 def _transposed(own_image: OwnImage) -> OwnImage:
-    """The same for columns as rows."""
+    """Which rows show a column's own image: `own_image` of the transposed product `b @ a.T`."""
     if not own_image.column_period:
         return own_image
     return OwnImage(own_image.column_period, -own_image.offset, own_image.row_period)
@@ -98,40 +105,42 @@ class _Parts(NamedTuple):
     sums: Tensor  # [parts, N]
 
     @classmethod
-    def empty(cls, parts: int, n: int, logits: Scaling) -> "_Parts":
-        sums = torch.empty(parts, n, dtype=torch.float32, device=logits.factor.device)
-        return cls(torch.empty_like(sums) if logits.running else None, sums)
+    def empty(cls, parts: int, n: int, scaling: Scaling) -> "_Parts":
+        sums = torch.empty(parts, n, dtype=torch.float32, device=scaling.factor.device)
+        return cls(torch.empty_like(sums) if scaling.running else None, sums)
 
 
 def _walk(
     a: Tensor,
     b: Tensor,
-    logits: Scaling,
+    scaling: Scaling,
     own_image: OwnImage,
     tile: dict,
     tiles: range,  # which tiles of a block of rows
-    columns: _Parts | None = None,  # where the columns' sums go, a line a block of rows or a distance from the diagonal
-    start: int = 0,  # the number of the first row
+    columns: _Parts
+    | None = None,  # for columns' sums: one line for each block of rows; if symmetric, for each distance
+    first_row: int = 0,  # its number among all rows
     symmetric: bool = False,
 ) -> _Parts:
     """The rows' sums by program."""
-    (n, d), m = a.shape, len(b)
+    n, d = a.shape
+    m = len(b)
     blocks = triton.cdiv(n, tile["BM"])
-    splits, each = _splits(blocks, len(tiles))
-    rows = _Parts.empty(splits, n, logits)
+    splits, tiles_per_program = _splits(blocks, len(tiles))
+    rows = _Parts.empty(splits, n, scaling)
     launch.launch(
-        sums_kernel, (blocks, splits), a, b, logits.factor, *rows, *(columns or (None, None)), n, m, d,
-        *_own_image_arguments(own_image, start), tiles.start, tiles.stop, each, logits.pivot,
-        HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=logits.running, SYMMETRIC=symmetric, **tile, device_of=a,
+        sums_kernel, (blocks, splits), a, b, scaling.factor, *rows, *(columns or (None, None)), n, m, d,
+        *_own_image_arguments(own_image, first_row), tiles.start, tiles.stop, tiles_per_program, scaling.pivot,
+        HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, SYMMETRIC=symmetric, **tile, device_of=a,
     )  # fmt: skip
     return rows
 
 
-def _join(rows: _Parts, columns: _Parts | None, logits: Scaling) -> Tensor:
-    return join(rows, columns, logits.factor, logits.pivot, logits.running)
+def _join(rows: _Parts, columns: _Parts | None, scaling: Scaling) -> Tensor:
+    return join(rows, columns, scaling.factor, scaling.pivot, scaling.running)
 
 
-def _symmetric(a: Tensor, logits: Scaling, own_image: OwnImage, tile: dict) -> Tensor:
+def _symmetric(a: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict) -> Tensor:
     """[N] float64, from tiles at distances 0 .. blocks / 2 of the diagonal, a bounded number of distances at once.
 
     The diagonal's tiles are whole and have no line of columns' sums, so the first walk takes one distance more.
@@ -140,24 +149,24 @@ def _symmetric(a: Tensor, logits: Scaling, own_image: OwnImage, tile: dict) -> T
     blocks = triton.cdiv(n, tile["BM"])
     tiles_per_block = tile["BM"] // tile["BN"]
     distances = blocks // 2 + 1
-    lines_at_once = max(1, tiling.COLUMN_SUMS // (n * (1 + logits.running)))
-    parts = []
+    lines_at_once = max(1, tiling.COLUMN_SUMS // (n * (1 + scaling.running)))
+    log_sum_exps = []  # of the distances in each walk
     first = 0
     while first < distances:
         stop = min(first + lines_at_once + (first == 0), distances)
         lines = stop - max(first, 1)
-        columns = _Parts.empty(lines, n, logits) if lines else None
+        columns = _Parts.empty(lines, n, scaling) if lines else None
         tiles = range(first * tiles_per_block, stop * tiles_per_block)
-        rows = _walk(a, a, logits, own_image, tile, tiles, columns, symmetric=True)
+        rows = _walk(a, a, scaling, own_image, tile, tiles, columns, symmetric=True)
         if columns is not None and blocks % 2 == 0 and stop == distances:
             # The farthest blocks meet once: the first half of the blocks walks there and writes no line for itself.
             met_once = blocks // 2 * tile["BM"]
             columns.sums[-1, :met_once] = 0
             if columns.maxima is not None:
                 columns.maxima[-1, :met_once] = -math.inf
-        parts.append(_join(rows, columns, logits))
+        log_sum_exps.append(_join(rows, columns, scaling))
         first = stop
-    return functools.reduce(torch.logaddexp, parts)
+    return functools.reduce(torch.logaddexp, log_sum_exps)
 
 
 def row_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False) -> Tensor:
@@ -186,27 +195,28 @@ def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImag
 def attend(
     query: Tensor, bank: Tensor, temperature: float, own_image: OwnImage, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    rows, _ = unit(bank, True)
-    logits = scaling(1 / temperature, 1.0, query, rows)
+    rows, _ = unit_rows(bank, True)
+    scaling = scaling_of(1 / temperature, 1.0, query, rows)
     tile = tiling.similarity_attend(query.shape[1], query.dtype)
     if not wanted or tile is None:
-        lse = row_log_sum_exps(query, rows, logits, own_image)
+        lse = row_log_sum_exps(query, rows, scaling, own_image)
         out = torch.zeros(query.shape, dtype=torch.float32, device=query.device) if wanted else None
         if wanted:
-            add_weighted(query, rows, logits, own_image, lse, None, out, None)
+            add_weighted(query, rows, scaling, own_image, lse, None, out, None)
         return lse, out
-    (n, d), m = query.shape, len(rows)
+    n, d = query.shape
+    m = len(rows)
     blocks = triton.cdiv(n, tile["BM"])
-    splits, each = _splits(blocks, triton.cdiv(m, tile["BN"]))
+    splits, tiles_per_program = _splits(blocks, triton.cdiv(m, tile["BN"]))
     maxima, sums = torch.empty(2, splits, n, dtype=torch.float32, device=query.device)
     out = torch.empty(splits, n, d, dtype=torch.float32, device=query.device)
     launch.launch(
-        attend_kernel, (blocks, splits), query, rows, logits.factor, maxima, sums, out, n, m, d,
-        *_own_image_arguments(own_image), each, HAS_OWN_IMAGE=own_image.column_period > 0,
+        attend_kernel, (blocks, splits), query, rows, scaling.factor, maxima, sums, out, n, m, d,
+        *_own_image_arguments(own_image), tiles_per_program, HAS_OWN_IMAGE=own_image.column_period > 0,
         GAIN=launch.gain(query.dtype), **tile, device_of=query,
     )  # fmt: skip
-    lse = join((maxima, sums), None, logits.factor, 0.0, True)
-    probabilities = (maxima.double() * logits.factor - lse).exp().nan_to_num(0.0).float()  # of a part's pivot
+    lse = join((maxima, sums), None, scaling.factor, 0.0, True)
+    probabilities = (maxima.double() * scaling.factor - lse).exp().nan_to_num(0.0).float()  # of a part's pivot
     return lse, out.mul_(probabilities[:, :, None]).sum(0)
 
 
@@ -218,34 +228,36 @@ class _Side(NamedTuple):
 
     rows: Tensor  # [N, D]
     pivots: Tensor | None  # [N]
-    rests: Tensor | None  # [N]; None: this side has no log-sum-exps
+    adjustments: Tensor | None  # [N]; None: this side has no log-sum-exps
 
     @classmethod
-    def of(cls, rows: Tensor, lse: Tensor | None, logits: Scaling) -> "_Side":
-        return cls(rows, *states(lse, logits.factor, logits.pivot, logits.running))
+    def of(cls, rows: Tensor, lse: Tensor | None, scaling: Scaling) -> "_Side":
+        return cls(rows, *lse_states(lse, scaling.factor, scaling.pivot, scaling.running))
 
     def part(self, rows: slice) -> "_Side":
         pivots = None if self.pivots is None else self.pivots[rows]
-        rests = None if self.rests is None else self.rests[rows]
-        return _Side(self.rows[rows], pivots, rests)
+        adjustments = None if self.adjustments is None else self.adjustments[rows]
+        return _Side(self.rows[rows], pivots, adjustments)
 
 
 def _owned(
-    a: _Side, b: _Side, logits: Scaling, own_image: OwnImage, tile: dict, with_dots: bool
+    a: _Side, b: _Side, scaling: Scaling, own_image: OwnImage, tile: dict, with_dots: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`G @ b` [N, D] float32 by programs that own rows of a; and the sums of G * similarities by row."""
-    (n, d), m = a.rows.shape, len(b.rows)
+    n, d = a.rows.shape
+    m = len(b.rows)
     blocks = triton.cdiv(n, tile["BM"])
-    splits, each = _splits(blocks, triton.cdiv(m, tile["BN"]))
+    splits, tiles_per_program = _splits(blocks, triton.cdiv(m, tile["BN"]))
     out = torch.empty(splits, n, d, dtype=torch.float32, device=a.rows.device)
     row_dots = torch.empty(splits, n, dtype=torch.float32, device=a.rows.device) if with_dots else None
     launch.launch(
-        owner_kernel, (blocks, splits), a.rows, b.rows, logits.factor, a.pivots, a.rests, b.pivots, b.rests, out,
-        row_dots, n, m, d, *_own_image_arguments(own_image), each, logits.pivot,
-        HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=logits.running, GAIN=launch.gain(a.rows.dtype), **tile,
+        owner_kernel, (blocks, splits), a.rows, b.rows, scaling.factor, a.pivots, a.adjustments, b.pivots,
+        b.adjustments, out, row_dots, n, m, d, *_own_image_arguments(own_image), tiles_per_program, scaling.pivot,
+        HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(a.rows.dtype), **tile,
         device_of=a.rows,
     )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0), row_dots.sum(0, dtype=torch.float64) if with_dots else None
+    product = out[0] if splits == 1 else out.sum(0)
+    return product, None if row_dots is None else row_dots.sum(0, dtype=torch.float64)
 
 
 def _bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
@@ -273,7 +285,7 @@ def add_product(out: Tensor, weights: Tensor, rows: Tensor) -> None:
 def _add_weighted_by_bands(
     a: _Side,
     b: _Side,
-    logits: Scaling,
+    scaling: Scaling,
     own_image: OwnImage,
     a_sum: Tensor | None,
     b_sum: Tensor | None,
@@ -283,14 +295,15 @@ def _add_weighted_by_bands(
     row_dots = []
     for rows, weights in _bands(a.rows, b.rows, a_sum is not None or b_sum is not None):
         part = a.part(rows)
-        (n, d), m = part.rows.shape, len(b.rows)
+        n, d = part.rows.shape
+        m = len(b.rows)
         grid = (triton.cdiv(n, tile["BM"]), triton.cdiv(m, tile["BN"]))
         dots_by_tile = torch.empty(grid[1], n, dtype=torch.float32, device=b.rows.device) if with_dots else None
         launch.launch(
-            weights_kernel, grid, part.rows, b.rows, logits.factor, part.pivots, part.rests, b.pivots, b.rests,
-            weights, dots_by_tile, n, m, d, *_own_image_arguments(own_image, rows.start),
-            0 if weights is None else weights.stride(0) // 8, logits.pivot,
-            HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=logits.running, GAIN=launch.gain(b.rows.dtype), **tile,
+            weights_kernel, grid, part.rows, b.rows, scaling.factor, part.pivots, part.adjustments, b.pivots,
+            b.adjustments, weights, dots_by_tile, n, m, d, *_own_image_arguments(own_image, rows.start),
+            0 if weights is None else weights.stride(0) // 8, scaling.pivot,
+            HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(b.rows.dtype), **tile,
             device_of=b.rows,
         )  # fmt: skip
         if weights is not None and a_sum is not None:
@@ -347,7 +360,8 @@ def sigmoid(
     totals = torch.zeros(3, dtype=torch.float64, device=a.device)
     for rows, weights in _bands(a, b, a_sum is not None or b_sum is not None):
         part = a[rows]
-        (n, d), m = part.shape, len(b)
+        n, d = part.shape
+        m = len(b)
         grid = (triton.cdiv(n, tile["BM"]), triton.cdiv(m, tile["BN"]))
         sums = torch.empty(3, grid[1], n, dtype=torch.float32, device=a.device)
         launch.launch(
@@ -364,11 +378,12 @@ def sigmoid(
 
 def best(a: Tensor, b: Tensor) -> Tensor:
     """[N] int64: the row of b with which each row of a has the largest product."""
-    (n, d), m = a.shape, len(b)
+    n, d = a.shape
+    m = len(b)
     tile = tiling.similarity_sums(d, a.dtype)
     blocks = triton.cdiv(n, tile["BM"])
-    splits, each = _splits(blocks, triton.cdiv(m, tile["BN"]))
+    splits, tiles_per_program = _splits(blocks, triton.cdiv(m, tile["BN"]))
     values = torch.empty(splits, n, dtype=torch.float32, device=a.device)
     columns = torch.empty(splits, n, dtype=torch.int64, device=a.device)
-    launch.launch(best_kernel, (blocks, splits), a, b, values, columns, n, m, d, each, **tile, device_of=a)
+    launch.launch(best_kernel, (blocks, splits), a, b, values, columns, n, m, d, tiles_per_program, **tile, device_of=a)
     return columns.gather(0, values.argmax(0, keepdim=True))[0]

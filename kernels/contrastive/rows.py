@@ -53,7 +53,8 @@ def _through_unit_kernel(
     column = tl.arange(0, BLOCK)
     mask = (i_row < N)[:, None] & (column < D)[None, :]
     at = launch.row_start(i_row, D, 1)[:, None] + column[None, :]
-    b_g, b_u = tl.load(gradient + at, mask, 0), tl.load(unit + at, mask, 0).to(tl.float32)
+    b_g = tl.load(gradient + at, mask, 0)
+    b_u = tl.load(unit + at, mask, 0).to(tl.float32)
     divisor = tl.load(divisors + i_row, i_row < N, 1.0)
     radial = tl.where(divisor > EPS, tl.sum(b_g * b_u, 1), 0.0)
     tl.store(out + at, (b_g - radial[:, None] * b_u) / divisor[:, None], mask)
@@ -86,8 +87,8 @@ def _largest(maxima, i_row, N, parts, largest):
 
 
 @triton.jit
-def _total(maxima, sums, i_row, N, parts, base, scale, RUNNING: tl.constexpr):
-    """The sum of exp(logit - base * scale) of each row, from sums [parts, N] around maxima [parts, N]."""
+def _total(maxima, sums, i_row, N, parts, base, abs_factor, RUNNING: tl.constexpr):
+    """The sum of exp(logit - base * abs_factor) of each row, from sums [parts, N] around maxima [parts, N]."""
     total = tl.zeros(i_row.shape, tl.float64)
     for part in range(0, parts):
         at = launch.row_start(part, N, 1) + i_row
@@ -95,8 +96,8 @@ def _total(maxima, sums, i_row, N, parts, base, scale, RUNNING: tl.constexpr):
         if RUNNING:
             maximum = tl.load(maxima + at, i_row < N, 0)
             # a part that has seen nothing has the maximum -inf and the sum 0
-            far = tl.where(maximum == -float("inf"), 0.0, (maximum - base).to(tl.float64) * scale)
-            part_sum *= tl.exp(far)
+            exponent = tl.where(maximum == -float("inf"), 0.0, (maximum - base).to(tl.float64) * abs_factor)
+            part_sum *= tl.exp(exponent)
         total += part_sum
     return total
 
@@ -104,7 +105,7 @@ def _total(maxima, sums, i_row, N, parts, base, scale, RUNNING: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "row_parts", "column_parts"])
 def _join_kernel(
     row_max,  # [row_parts, N] float32, in units of similarities; None unless RUNNING
-    row_sum,  # [row_parts, N] float32, the sums of exp(logit - maximum * scale)
+    row_sum,  # [row_parts, N] float32, the sums of exp(logit - maximum * |factor|)
     column_max,  # [column_parts, N] float32, of what the rows are as columns; None unless RUNNING
     column_sum,  # [column_parts, N] float32, or None
     factor,  # 0-dim
@@ -117,17 +118,17 @@ def _join_kernel(
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale = tl.abs(tl.load(factor).to(tl.float64))
+    abs_factor = tl.abs(tl.load(factor).to(tl.float64))
     base = tl.zeros([BLOCK], tl.float32) + pivot
     if RUNNING:
         base = _largest(row_max, i_row, N, row_parts, tl.full([BLOCK], -float("inf"), tl.float32))
         if column_sum is not None:
             base = _largest(column_max, i_row, N, column_parts, base)
         base = tl.where(base == -float("inf"), 0.0, base)
-    total = _total(row_max, row_sum, i_row, N, row_parts, base, scale, RUNNING)
+    total = _total(row_max, row_sum, i_row, N, row_parts, base, abs_factor, RUNNING)
     if column_sum is not None:
-        total += _total(column_max, column_sum, i_row, N, column_parts, base, scale, RUNNING)
-    tl.store(out + i_row, base.to(tl.float64) * scale + tl.log(total), i_row < N)
+        total += _total(column_max, column_sum, i_row, N, column_parts, base, abs_factor, RUNNING)
+    tl.store(out + i_row, base.to(tl.float64) * abs_factor + tl.log(total), i_row < N)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -135,27 +136,27 @@ def _state_kernel(
     lse,  # [N] float64
     factor,  # 0-dim
     pivots,  # [N] float32, in units of similarities; None unless RUNNING
-    rests,  # [N] float32
+    adjustments,  # [N] float32, see `lse_states`
     N,
     pivot,  # of all rows, unless RUNNING
     RUNNING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale = tl.load(factor).to(tl.float64)
+    factor_value = tl.load(factor).to(tl.float64)
     b_lse = tl.load(lse + i_row, i_row < N, 0.0)
     if RUNNING:
-        b_pivot = (b_lse / scale).to(tl.float32)
+        b_pivot = (b_lse / factor_value).to(tl.float32)
         infinite = tl.abs(b_lse) == float("inf")
         b_pivot = tl.where((tl.abs(b_pivot) < float("inf")) | infinite, b_pivot, 0.0)
-        rest = tl.where(infinite, 0.0, (b_pivot.to(tl.float64) * scale - b_lse) * LOG2_E)
+        adjustment = tl.where(infinite, 0.0, (b_pivot.to(tl.float64) * factor_value - b_lse) * LOG2_E)
         tl.store(pivots + i_row, b_pivot, i_row < N)
     else:
-        rest = tl.exp(tl.minimum(pivot * scale - b_lse, 87.0))
-    tl.store(rests + i_row, rest.to(tl.float32), i_row < N)
+        adjustment = tl.exp(tl.minimum(pivot * factor_value - b_lse, 87.0))
+    tl.store(adjustments + i_row, adjustment.to(tl.float32), i_row < N)
 
 
-def unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Rows in the dtype of the input, which is that of the products; divisors [N] float32."""
     if not normalize:
         return x.contiguous(), None
@@ -168,20 +169,20 @@ def unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     return out, divisors
 
 
-def through_unit(gradient: Tensor, rows: Tensor, divisors: Tensor | None, dtype: torch.dtype) -> Tensor:
+def through_unit_rows(gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype) -> Tensor:
     if divisors is None:
         return gradient.to(dtype)
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     tile = tiling.similarity_rows(gradient.shape[1])
     grid = (triton.cdiv(len(gradient), tile["ROWS"]),)
     launch.launch(
-        _through_unit_kernel, grid, gradient, rows, divisors, out, *out.shape, EPS=UNIT_EPS, **tile, device_of=out
+        _through_unit_kernel, grid, gradient, unit, divisors, out, *out.shape, EPS=UNIT_EPS, **tile, device_of=out
     )  # fmt: skip
     return out
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
-    """[N] float64, of dense rows."""
+    """[N] float64: the dot product of each row of a [N, D] with that of b [N, D]; rows are dense."""
     out = torch.empty(len(a), dtype=torch.float64, device=a.device)
     if len(a):
         tile = tiling.similarity_rows(a.shape[1])
@@ -209,20 +210,24 @@ def join(
     return out
 
 
-def states(lse: Tensor | None, factor: Tensor, pivot: float, running: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Log-sum-exps [N] as the kernels of gradients take them: (pivots, rests), [N] float32 each.
+def lse_states(lse: Tensor | None, factor: Tensor, pivot: float, running: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Log-sum-exps [N] as the kernels of gradients take them: (pivots, adjustments), [N] float32 each.
 
-    Running: `exp(logit - lse) = exp2((s - pivot) * rate + rest)`, the pivot being lse / factor rounded, and the rest
-    what that rounding lost. Otherwise: `exp2((s - pivot) * rate) * rest` with the one pivot of all rows, and no pivots.
+    An adjustment makes a row's `exp(logit - lse)` of an exponential around its pivot:
+
+    * running: `exp2((s - pivot) * rate + adjustment)`. The pivot is lse / factor rounded, and the adjustment what that
+      rounding lost, near 0.
+    * otherwise: `exp2((s - pivot) * rate) * adjustment`. One pivot serves all rows, so no pivots are returned, and the
+      adjustment is the factor exp(pivot * factor - lse).
     """
     if lse is None:
         return None, None
     lse = lse.contiguous()
-    pivots, rests = torch.empty(2, len(lse), dtype=torch.float32, device=lse.device)
+    pivots, adjustments = torch.empty(2, len(lse), dtype=torch.float32, device=lse.device)
     pivots = pivots if running else None
     tile = tiling.similarity_join()
     grid = (triton.cdiv(len(lse), tile["BLOCK"]),)
     launch.launch(
-        _state_kernel, grid, lse, factor, pivots, rests, len(lse), pivot, RUNNING=running, **tile, device_of=lse
+        _state_kernel, grid, lse, factor, pivots, adjustments, len(lse), pivot, RUNNING=running, **tile, device_of=lse
     )  # fmt: skip
-    return pivots, rests
+    return pivots, adjustments

@@ -22,25 +22,37 @@ def _finite(maximum):
     return tl.where(maximum == -float("inf"), 0.0, maximum)
 
 
-@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "first", "stop", "each"])
+@triton.jit(
+    do_not_specialize=[
+        "N",
+        "M",
+        "first_row",
+        "row_period",
+        "offset",
+        "column_period",
+        "first_tile",
+        "stop_tile",
+        "tiles_per_program",
+    ]
+)
 def sums_kernel(
     a,  # [N, D]
     b,  # [M, D]; if SYMMETRIC, a itself
     factor,  # 0-dim
     row_max,  # [splits, N] float32, in units of similarities; None unless RUNNING
-    row_sum,  # [splits, N] float32, the sum of exp(logit - row_max * factor)
+    row_sum,  # [splits, N] float32, the sum of exp(logit - row_max * |factor|)
     column_max,  # [lines, M] float32; None unless RUNNING, and where columns aren't wanted
     column_sum,  # [lines, M] float32, or None. A line is a block of rows; if SYMMETRIC, a distance from the diagonal
     N,
     M,
     D,
-    start,
+    first_row,  # the number of a's first row, and what composed.OwnImage says:
     row_period,
     offset,
     column_period,
-    first,  # a block of rows walks over tiles first .. stop,
-    stop,
-    each,  # and each of its programs over so many of them
+    first_tile,  # the first tile in the walk of a block of rows
+    stop_tile,  # the tile after the walk's last
+    tiles_per_program,  # how many of the walk's tiles each of the block's programs takes
     pivot,  # in the place of every maximum, unless RUNNING
     HAS_OWN_IMAGE: tl.constexpr,
     RUNNING: tl.constexpr,
@@ -50,19 +62,21 @@ def sums_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    block, split = tl.program_id(0), tl.program_id(1)
+    block = tl.program_id(0)
+    split = tl.program_id(1)
     i_a = block * BM + tl.arange(0, BM)
-    scale = tl.load(factor).to(tl.float64)
-    sign = tl.where(scale < 0, -1.0, 1.0)  # of a negative factor the largest logit is that of the smallest similarity
-    rate = (tl.abs(scale) * LOG2_E).to(tl.float32)
+    factor_value = tl.load(factor).to(tl.float64)
+    # RUNNING: of a negative factor the largest logit is that of the smallest similarity. Otherwise it is positive.
+    sign = tl.where(factor_value < 0, -1.0, 1.0)
+    rate = (tl.abs(factor_value) * LOG2_E).to(tl.float32)
     maximum = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     b_a = tl.zeros([1], tl.float32)
     if WHOLE:
         b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
     blocks = tl.cdiv(N, BM)
-    begin = first + split * each
-    end = tl.minimum(begin + each, stop)
+    begin = first_tile + split * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, stop_tile)
     if SYMMETRIC:
         # Row block i meets blocks i, i + 1, ..., i + blocks / 2 (mod blocks), so every two blocks meet once. At the
         # largest distance two of an even number of blocks would meet twice: the first half of them walks there.
@@ -74,12 +88,12 @@ def sums_kernel(
         if SYMMETRIC:
             distance = t // (BM // BN)
             i_b = (block + distance) % blocks * BM + t % (BM // BN) * BN + tl.arange(0, BN)
-            line = distance - tl.maximum(first // (BM // BN), 1)  # -1: the diagonal; its rows see both halves
+            line = distance - tl.maximum(first_tile // (BM // BN), 1)  # -1: the diagonal; its rows see both halves
         else:
             i_b = t * BN + tl.arange(0, BN)
             line = block
         s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
-        seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
+        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
         at = launch.row_start(line, M, 1) + i_b
         written = (i_b < M) & (line >= 0)
         if RUNNING:
@@ -106,7 +120,7 @@ def sums_kernel(
         tl.store(row_max + at, maximum, i_a < N)
 
 
-@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "each"])
+@triton.jit(do_not_specialize=["N", "M", "first_row", "row_period", "offset", "column_period", "tiles_per_program"])
 def attend_kernel(
     a,  # [N, D]
     b,  # [M, D]
@@ -117,11 +131,11 @@ def attend_kernel(
     N,
     M,
     D,
-    start,
+    first_row,  # the number of a's first row, and what composed.OwnImage says:
     row_period,
     offset,
     column_period,
-    each,  # tiles of a program
+    tiles_per_program,
     HAS_OWN_IMAGE: tl.constexpr,
     GAIN: tl.constexpr,  # see launch.gain
     BLOCK_D: tl.constexpr,
@@ -135,11 +149,11 @@ def attend_kernel(
     maximum = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
-    for t in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(M, BN))):
+    for t in range(split * tiles_per_program, tl.minimum((split + 1) * tiles_per_program, tl.cdiv(M, BN))):
         i_b = t * BN + tl.arange(0, BN)
         b_b = load_columns(b, i_b, M, D, 0, BLOCK_D)
         s = tl.dot(b_a, b_b)
-        seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
+        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
         new = tl.maximum(maximum, tl.max(tl.where(seen, s, -float("inf")), 1))
         shift = _finite(new)
         fade = tl.where(maximum == -float("inf"), 0.0, tl.exp2((maximum - shift) * rate))
@@ -156,7 +170,7 @@ def attend_kernel(
     tl.store(out + (at * D)[:, None] + column[None, :], acc / GAIN, mask)
 
 
-@triton.jit(do_not_specialize=["N", "M", "each"])
+@triton.jit(do_not_specialize=["N", "M", "tiles_per_program"])
 def best_kernel(
     a,  # [N, D]
     b,  # [M, D]
@@ -165,7 +179,7 @@ def best_kernel(
     N,
     M,
     D,
-    each,  # tiles of a program
+    tiles_per_program,
     WHOLE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BM: tl.constexpr,
@@ -178,7 +192,7 @@ def best_kernel(
         b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
     best = tl.full([BM], -float("inf"), tl.float32)
     where = tl.zeros([BM], tl.int32)
-    for t in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(M, BN))):
+    for t in range(split * tiles_per_program, tl.minimum((split + 1) * tiles_per_program, tl.cdiv(M, BN))):
         i_b = t * BN + tl.arange(0, BN)
         s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
         s = tl.where((i_b < M)[None, :], s, -float("inf"))

@@ -9,7 +9,8 @@ exponential as much of itself. So exponents are formed around a pivot, in units 
 Near similarities subtract exactly, so an exponent's error is relative to its distance from the pivot, and not to the
 logit. Where similarities are bounded, one pivot serves all rows. Otherwise it is running (RUNNING): while log-sum-exps
 are summed, each row's largest similarity so far; in gradients, where `exp(logit - lse)` is wanted, the row's
-`lse / factor` rounded to float32. What that rounding lost is the row's `rest`, see `rows.states`.
+`lse / factor` rounded to float32. What makes `exp(logit - lse)` of an exponential around either pivot is the row's
+adjustment, see `rows.lse_states`.
 
 Layout. Candidates' tiles are loaded as columns, [BLOCK_D, BN], so that the similarities' product transposes nothing;
 the gradient's product takes the same tiles transposed, as attention's backward does.
@@ -24,17 +25,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(x, i_row, N, D, start, BLOCK: tl.constexpr):
-    """Rows i_row, columns start .. start + BLOCK of a dense [N, D]: [rows, BLOCK]; zeros outside."""
-    column = start + tl.arange(0, BLOCK)
+def load_rows(x, i_row, N, D, first_column, BLOCK: tl.constexpr):
+    """Rows i_row, columns first_column .. first_column + BLOCK of a dense [N, D]: [rows, BLOCK]; zeros outside."""
+    column = first_column + tl.arange(0, BLOCK)
     mask = (i_row < N)[:, None] & (column < D)[None, :]
     return tl.load(x + launch.row_start(i_row, D, 1)[:, None] + column[None, :], mask, 0)
 
 
 @triton.jit
-def load_columns(x, i_row, N, D, start, BLOCK: tl.constexpr):
+def load_columns(x, i_row, N, D, first_column, BLOCK: tl.constexpr):
     """`load_rows(...).T`, loaded in that layout: [BLOCK, rows]."""
-    column = start + tl.arange(0, BLOCK)
+    column = first_column + tl.arange(0, BLOCK)
     mask = (column < D)[:, None] & (i_row < N)[None, :]
     return tl.load(x + launch.row_start(i_row, D, 1)[None, :] + column[:, None], mask, 0)
 
@@ -51,7 +52,7 @@ def _high(x):
 
 @triton.jit
 def similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`a[i_a] @ b[i_b].T`, [BM, BN] float32. WHOLE: a row is one block, and `b_a` holds those of a already.
+    """`a[i_a] @ b[i_b].T`, [BM, BN] float32. WHOLE: a row is one block, and `b_a` holds the rows i_a already.
 
     A pair of rows gives the same bits whichever comes first, as a gradient needs the very similarity that its
     log-sum-exp was made of: at temperature 0.01 an asymmetric last digit doubles the error. Hence each of float32's
@@ -79,9 +80,12 @@ def similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE: tl.constexpr):
-    """[BM, BN]: which columns exist and don't show the row's own image (composed.OwnImage); i_a counts from `start`."""
+def seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE: tl.constexpr):
+    """[BM, BN]: which columns exist and don't show the row's own image (composed.OwnImage).
+
+    i_a counts from row `first_row` of all rows.
+    """
     seen = (i_a < N)[:, None] & (i_b < M)[None, :]
     if HAS_OWN_IMAGE:
-        seen = seen & ((i_b % column_period)[None, :] != ((start + i_a) % row_period + offset)[:, None])
+        seen = seen & ((i_b % column_period)[None, :] != ((first_row + i_a) % row_period + offset)[:, None])
     return seen

@@ -1,7 +1,7 @@
 """Triton kernels of the gradients' weights, on tiles of similarities.
 
 With the weights G = exp(logit - lse_row) + exp(logit - lse_column), a gradient is G @ b. A log-sum-exp comes as a pivot
-and a rest (`rows.states`); rows or columns without log-sum-exps have None, and no term in G.
+and an adjustment (`rows.lse_states`); rows or columns without log-sum-exps have None, and no term in G.
 """
 
 import triton
@@ -12,55 +12,57 @@ from .tiles import LOG2_E, load_columns, load_rows, seen_columns, similarities
 
 
 @triton.jit
-def _load_state(pivots, rests, i_row, N, RUNNING: tl.constexpr):
-    """(pivot, rest) of rows. Unless RUNNING one pivot serves all, and what is returned in its place isn't used."""
-    b_rest = tl.load(rests + i_row, i_row < N, 0.0)
-    b_pivot = b_rest
+def _load_state(pivots, adjustments, i_row, N, RUNNING: tl.constexpr):
+    """(pivot, adjustment) of each row, see `rows.lse_states`."""
+    b_adjustment = tl.load(adjustments + i_row, i_row < N, 0.0)
+    b_pivot = b_adjustment  # a placeholder, never read: unless RUNNING, one pivot serves all rows
     if RUNNING:
         b_pivot = tl.load(pivots + i_row, i_row < N, 0.0)
-    return b_pivot, b_rest
+    return b_pivot, b_adjustment
 
 
 @triton.jit
-def _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING: tl.constexpr):
+def _weights(
+    s, seen, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING: tl.constexpr
+):
     """G of a tile, [BM, BN]; 0 where a column isn't seen."""
     g = tl.zeros(s.shape if RUNNING else [1, 1], tl.float32)
-    if a_rests is not None:
-        a_pivot, a_rest = _load_state(a_pivots, a_rests, i_a, N, RUNNING)
+    if a_adjustments is not None:
+        a_pivot, a_adjustment = _load_state(a_pivots, a_adjustments, i_a, N, RUNNING)
         if RUNNING:
-            g += tl.exp2((s - a_pivot[:, None]) * rate + a_rest[:, None])
+            g += tl.exp2((s - a_pivot[:, None]) * rate + a_adjustment[:, None])
         else:
-            g += a_rest[:, None]
-    if b_rests is not None:
-        b_pivot, b_rest = _load_state(b_pivots, b_rests, i_b, M, RUNNING)
+            g += a_adjustment[:, None]
+    if b_adjustments is not None:
+        b_pivot, b_adjustment = _load_state(b_pivots, b_adjustments, i_b, M, RUNNING)
         if RUNNING:
-            g += tl.exp2((s - b_pivot[None, :]) * rate + b_rest[None, :])
+            g += tl.exp2((s - b_pivot[None, :]) * rate + b_adjustment[None, :])
         else:
-            g += b_rest[None, :]
+            g += b_adjustment[None, :]
     if not RUNNING:
         g = tl.exp2((s - pivot) * rate) * g
     return tl.where(seen, g, 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "each"])
+@triton.jit(do_not_specialize=["N", "M", "first_row", "row_period", "offset", "column_period", "tiles_per_program"])
 def owner_kernel(
     a,  # [N, D]
     b,  # [M, D]
     factor,  # 0-dim
     a_pivots,  # [N] float32; None unless RUNNING
-    a_rests,  # [N] float32; None if rows have no log-sum-exp
+    a_adjustments,  # [N] float32; None if rows have no log-sum-exp
     b_pivots,  # [M] float32; None unless RUNNING
-    b_rests,  # [M] float32; None if columns have no log-sum-exp
+    b_adjustments,  # [M] float32; None if columns have no log-sum-exp
     out,  # [splits, N, D] float32: G @ b
     dots,  # [splits, N] float32, (G * similarities).sum(1); or None
     N,
     M,
     D,
-    start,
+    first_row,  # the number of a's first row, and what composed.OwnImage says:
     row_period,
     offset,
     column_period,
-    each,  # tiles of a program
+    tiles_per_program,
     pivot,
     HAS_OWN_IMAGE: tl.constexpr,
     RUNNING: tl.constexpr,
@@ -75,12 +77,12 @@ def owner_kernel(
     b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     dot = tl.zeros([BM], tl.float32)
-    for t in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(M, BN))):
+    for t in range(split * tiles_per_program, tl.minimum((split + 1) * tiles_per_program, tl.cdiv(M, BN))):
         i_b = t * BN + tl.arange(0, BN)
         b_b = load_columns(b, i_b, M, D, 0, BLOCK_D)
         s = tl.dot(b_a, b_b)
-        seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
-        g = _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING)
+        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+        g = _weights(s, seen, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
         if dots is not None:
             dot += tl.sum(g * s, 1)
         acc = tl.dot((g * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
@@ -98,21 +100,21 @@ def _store_tile(out, i_a, i_b, N, M, s_out, tile):
     tl.store(out + at, tile.to(out.dtype.element_ty), (i_a < N)[:, None] & (i_b < M)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "M", "start", "row_period", "offset", "column_period", "s_out"])
+@triton.jit(do_not_specialize=["N", "M", "first_row", "row_period", "offset", "column_period", "s_out"])
 def weights_kernel(
     a,  # [N, D]
     b,  # [M, D]
     factor,  # 0-dim
     a_pivots,  # [N] float32; None unless RUNNING
-    a_rests,  # [N] float32; None if rows have no log-sum-exp
+    a_adjustments,  # [N] float32; None if rows have no log-sum-exp
     b_pivots,  # [M] float32; None unless RUNNING
-    b_rests,  # [M] float32; None if columns have no log-sum-exp
+    b_adjustments,  # [M] float32; None if columns have no log-sum-exp
     out,  # [N, M], rows s_out * 8 apart: G * GAIN; or None
     dots,  # [blocks of columns, N] float32, (G * similarities).sum(1) of a tile; or None
     N,
     M,
     D,
-    start,
+    first_row,  # the number of a's first row, and what composed.OwnImage says:
     row_period,
     offset,
     column_period,
@@ -128,9 +130,10 @@ def weights_kernel(
     i_a = tl.program_id(0) * BM + tl.arange(0, BM)
     i_b = tl.program_id(1) * BN + tl.arange(0, BN)
     rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
+    # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
-    seen = seen_columns(i_a, i_b, N, M, start, row_period, offset, column_period, HAS_OWN_IMAGE)
-    g = _weights(s, seen, a_pivots, a_rests, i_a, N, b_pivots, b_rests, i_b, M, pivot, rate, RUNNING)
+    seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+    g = _weights(s, seen, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
     if dots is not None:
         tl.store(dots + launch.row_start(tl.program_id(1), N, 1) + i_a, tl.sum(g * s, 1), i_a < N)
     if out is not None:
@@ -157,6 +160,7 @@ def sigmoid_kernel(
 ):
     i_a = tl.program_id(0) * BM + tl.arange(0, BM)
     i_b = tl.program_id(1) * BN + tl.arange(0, BN)
+    # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
     label = tl.where(i_b[None, :] == (i_a + offset)[:, None], -1.0, 1.0)  # -1: the row's own pair
     x = label * (s * tl.load(factor).to(tl.float32) + tl.load(bias).to(tl.float32))  # the loss is softplus(x)

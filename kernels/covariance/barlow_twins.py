@@ -1,5 +1,6 @@
-"""Barlow Twins: `sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2` and both gradients, C = a^T b / N of normalised
-columns.
+"""Barlow Twins: `sum_i (C_ii - 1)^2 + lambda sum_{i != j} C_ij^2` and both gradients.
+
+C = a^T b / N, of normalised columns a and b.
 
 `||a^T b||^2 = <a a^T, b b^T>` and `b (a^T b)^T = (b b^T) a`: for N < D the two N x N products take the place of C.
 """
