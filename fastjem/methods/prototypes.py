@@ -9,8 +9,9 @@ from torch.nn.functional import linear
 import fastjem.functional as F
 
 # Bytes of a step's scores and their gradients beyond which they aren't held in memory but made in tiles, twice. On two
-# AVX-512 cores, float32, features of 256, that takes 0.63 of the time at 369 MiB (64 images in 2 + 8 views against
-# 65,536 prototypes), 0.84 at 184 (256 against 8,192), as long at 160, and 1.2 times as long at 46 (64 against 8,192).
+# AVX-512 cores, float32, a step of DINO on a small encoder (2 + 8 views, features of 256) then takes 0.64 of the time at
+# 1,475 MiB (256 images against 65,536 prototypes) and 0.92 to 1 at 369 and 184 (64 against 65,536, 256 against 8,192).
+# Below, holding them is faster: at 46 MiB (64 against 8,192) the tiles take 1.2 times as long.
 LARGEST_SCORES = 160 << 20
 
 
