@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
 
 def fields_of(run: Path) -> dict[str, object]:
     """The run's configuration as `fastjem.pretrain` takes it."""
-    config, _ = configuration.read(run)
+    config, _, _ = configuration.read(run)
     return asdict(config)
 
 
