@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 import fastjem.functional as F
 
 # Bytes of a step's scores and their gradients beyond which they aren't held in memory but made in tiles, twice. On two
-# AVX-512 cores, float32, a step of DINO on a small encoder (2 + 8 views, features of 256) then takes 0.64 of the time at
+# AVX-512 cores, float32, a DINO step of a small encoder (2 + 8 views, features of 256) then takes 0.64 of the time at
 # 1,475 MiB (256 images against 65,536 prototypes) and 0.92 to 1 at 369 and 184 (64 against 65,536, 256 against 8,192).
 # Below, holding them is faster: at 46 MiB (64 against 8,192) the tiles take 1.2 times as long.
 LARGEST_SCORES = 160 << 20
