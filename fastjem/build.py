@@ -120,11 +120,11 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
 
     torch.manual_seed(config.seed)
     module = objects.encoder if objects.encoder is not None else create_backbone(config, kind)
-    if kind.views.mask and not encoders.is_transformer(module):
-        raise UserError(f"{config.method}: {encoders.no_patches(module)}")
     encoder = checked_encoder(config, ranks, kind, module, source)
     facts = run_facts(config, ranks, encoder, source, steps, steps_per_epoch)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
+    if method.views.mask and not encoders.is_transformer(module):
+        raise UserError(f"{config.method}: {encoders.no_patches(module)}")
     specs = view_specs(config, method, module)
     loader = create_loader(config, ranks, source, specs, start, steps, state)
     try:

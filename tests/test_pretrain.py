@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -293,6 +294,14 @@ def test_objects_in_place_of_names(images: str, tmp_path: Path) -> None:
     assert opened.encoder(torch.zeros(1, 3, 32, 32)).shape[0] == 1
 
 
+class Masked(SimCLR):
+    """A mask that an instance has and its class doesn't."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.views = replace(self.views, mask=0.5)
+
+
 @pytest.mark.parametrize(
     ("own", "words"),
     [
@@ -303,6 +312,7 @@ def test_objects_in_place_of_names(images: str, tmp_path: Path) -> None:
         ({"method": SimCLR(7), "options": {"dim": 8}}, "this one is made already"),
         ({"source": dict}, "not its class"),
         ({"source": {}, "data": "photos"}, "data or source, got both"),
+        ({"method": Masked}, "masked patches need a vision transformer"),
         ({"loggers": [print]}, "loggers must have begin, log and close"),
     ],
 )
