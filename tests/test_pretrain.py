@@ -323,6 +323,23 @@ def test_objects_that_are_none(own: dict, words: str, images: str, tmp_path: Pat
     assert not (tmp_path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "adamw", "lars", functools.partial(torch.optim.AdamW, lr=torch.tensor(0.1))]
+)
+def test_each_group_follows_its_own_schedule(optimizer: object, images: str, tmp_path: Path) -> None:
+    """SimSiam's predictor keeps its rate, and everything else ends at 0, in a resumed run too."""
+    fields = {**TINY, "data": images, "out": str(tmp_path / "r"), "optimizer": optimizer}
+    fastjem.pretrain(method="simsiam", learning_rate=0.8, warmup_epochs=0, max_steps=3, **fields)
+    fastjem.pretrain(method="simsiam", learning_rate=0.8, warmup_epochs=0, max_steps=6, **fields, resume=True)
+    state = checkpoints.load(tmp_path / "r")
+    assert state is not None
+    groups = state["optimizer"]["param_groups"]
+    rates = {group["constant_rate"]: float(group["lr"]) for group in groups}
+    base = 0.8 / (4 if optimizer in ("adamw", "lars") else 16)  # for 16 images of 256
+    assert rates == {True: pytest.approx(base), False: 0.0}
+    assert len({float(group["lr"]) for group in groups if not group["constant_rate"]}) == 1
+
+
 def test_a_mistake_in_ones_own_code_is_raised_as_it_is(images: str, tmp_path: Path) -> None:
     """And where no step was taken, the corrected call can use the folder."""
 
