@@ -137,7 +137,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         optimizer.load_state_dict(state["optimizer"])
     optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
     if config.sync_batch_norm and ranks.size > 1:
-        step = cast(Step, nn.SyncBatchNorm.convert_sync_batchnorm(step))
+        step = cast(Step, encoders.synchronize_batch_norm(step))
     return Training(
         config=config,
         out=out,

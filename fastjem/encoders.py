@@ -4,6 +4,7 @@
 encoder gives `Features`, and a vision transformer also takes masks. What is exported is the module inside.
 """
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -200,6 +201,30 @@ def memory_format(module: nn.Module) -> torch.memory_format:
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether any layer normalises over the batch."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
+def synchronize_batch_norm(module: nn.Module) -> nn.Module:
+    """The module with batch norms whose statistics are those of all ranks; weights and running statistics stay.
+
+    timm's batch norms with an activation in them keep it (torch's own conversion drops it).
+
+    Raises:
+        UserError: for another subclass of batch norm, as nothing is known of what else it computes.
+    """
+    plain: set[type] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    with contextlib.suppress(ImportError):
+        from timm.layers import norm_act
+
+        convert = norm_act.convert_sync_batchnorm
+        plain |= {norm_act.BatchNormAct2d, norm_act.SyncBatchNormAct}
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and type(part) not in plain:
+            raise UserError(
+                f"--sync-batch-norm can replace torch's and timm's batch norms, and {name} is a {type(part).__name__}, "
+                "which may compute something else"
+            )
+    return convert(module)
 
 
 def measured_width(module: nn.Module, images: Tensor) -> int:

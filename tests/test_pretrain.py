@@ -394,6 +394,30 @@ def test_stems() -> None:
     assert encoders.create("resnet18", 96).conv1.kernel_size == (7, 7)
 
 
+@pytest.mark.parametrize("backbone", ["test_efficientnet", "test_resnet", "test_byobnet"])
+def test_synchronized_batch_norms_compute_the_same(backbone: str) -> None:
+    """timm's fused activations among them; in eval mode, as a CPU synchronises nothing in training."""
+    module = encoders.create(backbone, 32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    weights = {id(weight) for weight in module.parameters()}
+    with torch.no_grad():
+        before = module(images)
+        synchronized = encoders.synchronize_batch_norm(module)
+        norms = [part for part in synchronized.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+        assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+        assert torch.equal(synchronized(images), before)
+    assert {id(weight) for weight in synchronized.parameters()} == weights  # which an optimizer has already
+
+
+def test_a_batch_norm_of_ones_own_is_not_replaced() -> None:
+    class Doubled(torch.nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(UserError, match="1 is a Doubled"):
+        encoders.synchronize_batch_norm(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), Doubled(4)))
+
+
 def test_images_come_in_the_layout_of_the_encoder(images: str) -> None:
     convolutional, transformer = encoders.create("test_resnet", 32), encoders.create("test_vit", 32, patch=8)
     assert encoders.memory_format(convolutional) == torch.channels_last
