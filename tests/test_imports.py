@@ -40,7 +40,7 @@ ORDER = (
 # What knows no method. From each other and from `nn` and below, never from `methods` and above.
 BESIDE = ("data", "encoders", "optim", "ranks", "checkpoints", "loggers", "bench")
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
-LEAVES = ("errors", "printing", "arguments", "schedules")
+LEAVES = ("errors", "arguments", "fields", "machine", "printing", "schedules")
 
 
 @dataclass(frozen=True)
