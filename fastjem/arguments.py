@@ -11,13 +11,15 @@ import difflib
 import io
 import itertools
 import re
-import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
-from fastjem.errors import UserError
+from fastjem.advice import advice
+from fastjem.errors import ResourceError, ToldElsewhereError, UserError
+from fastjem.launchers import speaks
+from fastjem.printing import say
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -83,18 +85,45 @@ def parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
     for field in fields:
         if field.metadata.get("positional") and shown[field.name] in required and values[field.name] in ((), []):
             raise UserError(f"needs {shown[field.name]}")
-    return kind(**values)
+    # Only what was given: whoever needs to know can tell it from a default, which is filled in here.
+    named = {word.partition("=")[0] for word in words}
+    given = [name for name, option in shown.items() if not option.startswith("--") or option in named]
+    given += [name for name, option in shown.items() if f"--no-{option[2:]}" in named]
+    return kind(**{name: values[name] for name in given})
 
 
 def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[str]) -> int:
-    """Parse, call, and make one line and exit code 2 of a user's mistake."""
+    """Parse, call, and make one line and exit code 2 of a user's mistake, or of a machine that is too small.
+
+    Of several ranks, which all parse the same words, the first one speaks; what went wrong behind that is told by the
+    rank that it happened to.
+    """
     try:
-        return main(parse(kind, command, argv))
+        options = parse(kind, command, argv)
     except UserError as error:
-        print(f"fastjem {command}: {' '.join(str(error).split())} (fastjem {command} --help)", file=sys.stderr)
+        if speaks():
+            _say_mistake(command, error)
+        return 2
+    try:
+        return main(options)
+    except ToldElsewhereError:
+        return 2
+    except UserError as error:
+        _say_mistake(command, error)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        line = advice(error)
+        if line is None:
+            raise
+        say(f"fastjem {command}: {line}")
+        return 2
+
+
+def _say_mistake(command: str, error: UserError) -> None:
+    hint = "" if isinstance(error, ResourceError) else f" (fastjem {command} --help)"
+    say(f"fastjem {command}: {' '.join(str(error).split())}{hint}")
 
 
 def _shown_name(field: dataclasses.Field) -> str:
@@ -112,7 +141,10 @@ def _for_tyro(field: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
 
     marks: list[Any] = []
     about = {"help": field.metadata.get("help", "")}
-    if isinstance(hint, types.UnionType):  # X | None: tyro would offer the word None
+    if words := _words_of_switch(hint):
+        about["help_behavior_hint"] = ""
+        marks.append(_primitive(1, f"[{'|'.join(words)}]", lambda given: _word_or_switch(given[0], words)))
+    elif isinstance(hint, types.UnionType):  # X | None: tyro would offer the word None
         (kind,) = set(typing.get_args(hint)) - {types.NoneType}
         about["help_behavior_hint"] = ""
         marks.append(_primitive(1, kind.__name__.upper(), lambda words: _converted(kind, words[0])))
@@ -125,6 +157,19 @@ def _for_tyro(field: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
     annotation = Annotated[(hint, tyro.conf.arg(**about), *marks)]  # type: ignore[valid-type]
     default = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
     return field.name, annotation, default
+
+
+def _words_of_switch(hint: Any) -> tuple[str, ...]:
+    """("auto",) of `bool | Literal["auto"]`, a switch that takes a word too; empty for any other type."""
+    parts = typing.get_args(hint)
+    literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+    return typing.get_args(literals[0]) if literals and bool in parts else ()
+
+
+def _word_or_switch(word: str, words: Sequence[str]) -> bool | str:
+    if word not in ("True", "False", *words):
+        raise ValueError(f"takes {' or '.join(words)} or nothing, got {word}")
+    return word if word in words else word == "True"
 
 
 def _converted(kind: Callable[[str], Any], word: str) -> Any:
@@ -148,10 +193,11 @@ def _spelt_out(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
     """The words with every option in full, as tyro takes them; hints: "--option" or "POSITIONAL" -> its type.
 
     An option that isn't there is a mistake (tyro would take the beginning of a name for it); `--blur` and `--no-blur`
-    of a switch that may stay None become `--blur True` and `--blur False`.
+    of a switch that may stay None become `--blur True` and `--blur False`, `--resume` becomes `--resume True`.
     """
     options = {name: hint for name, hint in hints.items() if name.startswith("--")}
-    switches = {name for name, hint in options.items() if hint == bool | None}
+    words_of = {name: ("True", "False", *_words_of_switch(hint)) for name, hint in options.items()}
+    switches = {name for name, hint in options.items() if hint == bool | None or _words_of_switch(hint)}
     negations = {f"--no-{name[2:]}": name for name, hint in options.items() if hint is bool or name in switches}
     known = [*options, *negations, "--help"]
     words = []
@@ -165,7 +211,7 @@ def _spelt_out(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
             raise UserError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
         elif negations.get(option) in switches:
             words += [negations[option], "False"]
-        elif option in switches and not equals and following not in ("True", "False"):
+        elif option in switches and not equals and following not in words_of[option]:
             words += [option, "True"]
         else:
             words.append(option + equals + text)

@@ -2,17 +2,18 @@
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from fastjem import encoders, optim
+from fastjem import checkpoints, encoders, optim, resume
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import finish
+from fastjem.data.fingerprint import fingerprint
 from fastjem.data.masks import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Source, open_source
@@ -22,7 +23,7 @@ from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, views_of
 from fastjem.methods.protocol import option_types
 from fastjem.ranks import Ranks
-from fastjem.step import Step
+from fastjem.step import Step, StepEnd
 
 ENCODER = "encoder.safetensors"
 # Parameter groups, as `fastjem.optim.parameter_groups` makes them, -> an optimizer: a class of torch.optim, say.
@@ -77,10 +78,14 @@ class Training:
     pixels: Pixels
     loader: loaders.Loader
     step: Step  # the modules
+    step_end: StepEnd  # what they were as a step ended
     model: nn.Module  # what is called: `step`, or DDP or a compiled module around it
     optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
     defaults: Defaults  # of the run as it was begun; --max-steps may change
+    facts: dict[str, Any]  # what a checkpoint tells a resumed run beside the modules' values
+    unreadable: list[str]  # names of files that an earlier part of the run has told of
+    resumed: bool  # from a checkpoint
     start: int  # the step that it goes on from
     done: int  # steps that were taken, those of before among them
     steps: int
@@ -92,6 +97,11 @@ class Training:
     @property
     def autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.ranks.device.type == "cuda" else None
+
+    @property
+    def rate(self) -> float:
+        """The learning rate as a user gives it, for 256 images."""
+        return given_or(self.config.learning_rate, self.defaults.learning_rate)
 
     def state(self, done: int) -> dict[str, torch.Tensor | Any]:
         """Model and optimizer behind step `done`, for a checkpoint."""
@@ -107,59 +117,108 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     Raises:
         UserError: for what can't be done, with the reason.
     """
-    source = open_source(config.data if objects.source is None else objects.source)
-    check_batch(config, len(source), ranks)
-    kind = objects.method or METHODS[config.method]
-    steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
-    steps = config.max_steps or steps_per_epoch * config.epochs
+    with ranks.together():
+        parts = prepare(config, ranks, objects, out, state)
+    # From here on ranks wait for each other.
+    source, method, encoder, steps = parts.source, parts.method, parts.encoder, parts.steps
     start = state["step"] if state else 0
-    if start > steps or (start == steps and state and (out / ENCODER).exists()):
-        raise UserError(f"the run in {out} is already at its end, step {start}; --epochs says how long it is")
-    chosen = config.optimizer is not None or config.learning_rate is not None
-    defaults = Defaults(**state["defaults"]) if state else kind.defaults.of_run(steps, chosen=chosen)
-
-    torch.manual_seed(config.seed)
-    module = objects.encoder if objects.encoder is not None else create_backbone(config, kind)
-    encoder = checked_encoder(config, ranks, kind, module, source)
-    facts = run_facts(config, ranks, encoder, source, steps, steps_per_epoch)
-    method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
-    if method.views.mask and not encoders.is_transformer(module):
-        raise UserError(f"{config.method}: {encoders.no_patches(module)}")
-    specs = view_specs(config, method, module)
-    loader = create_loader(config, ranks, source, specs, start, steps, state)
-    try:
-        step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    optimizer = create_optimizer(config, defaults, step, objects.optimizer)
-    if state:
-        step.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
-    if config.sync_batch_norm and ranks.size > 1:
-        step = cast(Step, encoders.synchronize_batch_norm(step))
+    loader = create_loader(config, ranks, source, parts.specs, start, steps, state)
+    with ranks.together():
+        try:
+            step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
+        if state:
+            resume.restore(out, step, optimizer, state)
+        optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
+        if config.sync_batch_norm and ranks.size > 1:
+            step = cast(Step, encoders.synchronize_batch_norm(step))
+    said = parts.notices + notices(config, ranks, source, loader)
     return Training(
         config=config,
         out=out,
         ranks=ranks,
         source=source,
-        specs=specs,
+        specs=parts.specs,
         masks=mask_specs(method.views, config.image_size, encoder.patch),
-        pixels=Pixels.of(specs),
+        pixels=Pixels.of(parts.specs),
         loader=loader,
         step=step,
+        step_end=StepEnd(step),
         model=wrapped(config, ranks, step),
         optimizer=optimizer,
-        schedule=create_schedule(config, defaults, steps, steps_per_epoch),
-        defaults=defaults,
+        schedule=create_schedule(config, parts.defaults, steps, parts.steps_per_epoch),
+        defaults=parts.defaults,
+        facts=parts.facts,
+        unreadable=(state or {}).get("unreadable", []),
+        resumed=state is not None,
         start=start,
         done=start,
         steps=steps,
-        steps_per_epoch=steps_per_epoch,
-        clip=given_or(config.clip, defaults.clip),
+        steps_per_epoch=parts.steps_per_epoch,
+        clip=given_or(config.clip, parts.defaults.clip),
         layout=view_layout(ranks, encoder, named=objects.encoder is None),
-        notices=notices(config, ranks, source, loader, "" if state else defaults.unlike(kind.defaults)),
+        notices=said,
     )
+
+
+@dataclass
+class Parts:
+    """What a rank makes of a run by itself, without a word to the others."""
+
+    source: Source
+    encoder: Encoder
+    method: Method
+    specs: list[ViewSpec]
+    defaults: Defaults
+    steps: int
+    steps_per_epoch: int
+    facts: dict[str, Any]
+    notices: list[str]
+
+
+def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict[str, Any] | None) -> Parts:
+    """Source, encoder and method of a run, checked; every mistake that needs them to be seen is found here."""
+    source = open_source(config.data if objects.source is None else objects.source)
+    check_batch(config, len(source), ranks)
+    kind = objects.method or METHODS[config.method]
+    steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
+    steps = config.max_steps or steps_per_epoch * config.epochs
+    images = fingerprint(source)
+    chosen = config.optimizer is not None or config.learning_rate is not None
+    defaults = resume.defaults_of(state) if state else kind.defaults.of_run(steps, chosen=chosen)
+    # Of the data that the run was begun with: prototypes and queues have their size of it.
+    sized_for = {"images": len(source), "classes": len(source.classes)}
+    said = [] if state else [defaults.unlike(kind.defaults)]
+    if state:
+        resume.check_objects(state, vars(objects))
+        said = [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
+        resume.check_length(config, state, steps, complete=is_complete(out))
+        sized_for = state.get("sized_for", sized_for)
+
+    torch.manual_seed(config.seed)
+    module = objects.encoder if objects.encoder is not None else create_backbone(config, kind)
+    encoder = checked_encoder(config, ranks, kind, module, source)
+    facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
+    method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
+    if method.views.mask and not encoders.is_transformer(module):
+        raise UserError(f"{config.method}: {encoders.no_patches(module)}")
+    kept = {
+        "source": images,
+        "sized_for": sized_for,
+        "steps": steps,
+        "objects": [name for name, given in vars(objects).items() if given is not None],
+    }
+    specs = view_specs(config, method, module)
+    return Parts(source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, [one for one in said if one])
+
+
+def is_complete(out: Path) -> bool:
+    """Whether the encoder is that of the last checkpoint: a run that was made longer has an older one for a while."""
+    encoder = out / ENCODER
+    last = out / checkpoints.LAST
+    return encoder.exists() and not (last.exists() and encoder.stat().st_mtime < last.stat().st_mtime)
 
 
 def given_or(value: Any, default: Any) -> Any:
@@ -201,6 +260,7 @@ def create_loader(
     order = loaders.Order(
         samples=len(source),
         batch=config.batch_size,
+        accumulate=config.accumulate,
         seed=config.seed,
         start=start * config.accumulate,
         stop=steps * config.accumulate,
@@ -330,12 +390,11 @@ def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
     return torch.compile(model) if config.compile else model  # type: ignore[return-value]
 
 
-def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader, about_defaults: str) -> list[str]:
-    said = [about_defaults] if about_defaults else []
+def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader) -> list[str]:
     loader_was_chosen = config.loader == "auto" and (ranks.device.type == "cuda" or source.decoded)
     if loader_was_chosen or config.loader not in ("auto", "torch"):
-        said.append(loader.reads)
-    return said
+        return [loader.reads]
+    return []
 
 
 __all__ = ["ENCODER", "MakeOptimizer", "Objects", "Training", "build", "create_method"]

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -69,23 +69,38 @@ class Config:
     log_every: int = field(default=10, metadata={"help": "steps"})
     checkpoint_every: float = field(default=300, metadata={"help": "seconds"})
     checkpoint_steps: int = field(default=0, metadata={"help": "steps, in place of seconds"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "the last ones, for where the newest is damaged"})
     knn_every: float | None = field(
         default=None, metadata={"help": "epochs; 0: at start and end; a twentieth of the run"}
     )
     report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
-    resume: bool = False
+    resume: bool | Literal["auto"] = field(
+        default=False, metadata={"help": "go on with the run in --out, by its own options; auto: or begin one"}
+    )
+    new_data: bool = field(default=False, metadata={"help": "resume although the images have changed"})
+
+    given = frozenset[str]()  # names of the fields that somebody chose, be it their defaults
+
+    def __new__(cls, *values: Any, **fields: Any) -> "Config":
+        """Note what is given: a resumed run is held to that, and takes everything else from its folder."""
+        config = super().__new__(cls)
+        names = [f.name for f in dataclasses.fields(cls)]
+        config.given = frozenset({*names[: len(values)], *fields})
+        return config
 
     def flag(self, name: str) -> str:
         """A field's name as the command line has it."""
         return f"--{name.replace('_', '-')}"
 
 
-# What a resumed run may be told anew: nothing of it changes a number.
+# What a resumed run may be told anew: nothing of it changes a number,
 MAY_CHANGE = {
-    "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
-    "compile", "max_steps", "data", "knn_every", "report",
+    "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "keep_checkpoints",
+    "tensorboard", "compile", "data", "new_data", "knn_every", "report",
 }  # fmt: skip
-AT_LEAST_ONE = ("image_size", "epochs", "accumulate", "log_every")
+# but for these: what makes a run longer, or leads it away from where it diverged. The run says that they changed.
+CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip")
+AT_LEAST_ONE = ("image_size", "epochs", "accumulate", "log_every", "keep_checkpoints")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
     "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every",
@@ -170,9 +185,12 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
 
 
 def check_resumed(config: Config, before: Config) -> None:
-    """UserError if what a resumed run is told now would change its numbers."""
-    for f in dataclasses.fields(Config):
-        old = getattr(before, f.name)
-        new = getattr(config, f.name)
-        if f.name not in MAY_CHANGE and old != new:
-            raise UserError(f"--resume: {config.flag(f.name)} was {old} in this run and is {new} now")
+    """UserError if what a resumed run is told now can't be changed any more. What isn't told stays as it was."""
+    for name in sorted(config.given - MAY_CHANGE - set(CHANGES_NUMBERS)):
+        old = getattr(before, name)
+        new = getattr(config, name)
+        if old != new:
+            raise UserError(
+                f"--resume: {config.flag(name)} was {old} in this run and is {new} now; without it the run goes on as "
+                "it was begun, and another --out begins another run"
+            )

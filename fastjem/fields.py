@@ -63,7 +63,9 @@ def conformed(
         try:
             found[field.name] = _as(hints[field.name], _plain(value, field.metadata))
         except (TypeError, ValueError, OverflowError) as error:
-            why = str(error) if isinstance(error, _Refused) else f"must be {_said(hints[field.name])}, got {came(value)}"
+            why = (
+                str(error) if isinstance(error, _Refused) else f"must be {_said(hints[field.name])}, got {came(value)}"
+            )
             raise UserError(f"{name_of(field.name)} {why}") from None
     return found
 

@@ -2,11 +2,13 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastjem.data.batch import Crops
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
@@ -50,7 +52,19 @@ class _BatchesByKeys(Dataset):
         index = [found.sample for found in read]
         unreadable = [one for found in read for one in found.unreadable]
         labels = labels_of(self.source, index)
-        return Crops(views, list(torch.from_numpy(tables)), torch.tensor(index), epoch, labels, unreadable)
+        crops = Crops(views, list(torch.from_numpy(tables)), torch.tensor(index), epoch, labels, unreadable)
+        return crops if get_worker_info() is None else shared(crops)
+
+
+def shared(crops: Crops) -> Crops:
+    """The crops with their tensors in shared memory.
+
+    The worker's queue would put them there, in a thread that drops what doesn't fit: the run would wait for ever. Here
+    the error reaches the run.
+    """
+    for tensor in (*crops.views, *crops.tables, crops.index, *([] if crops.labels is None else [crops.labels])):
+        tensor.share_memory_()
+    return crops
 
 
 class TorchLoader:
@@ -71,11 +85,23 @@ class TorchLoader:
         )
 
     def __iter__(self) -> Iterator[Crops]:
-        for crops in self.loader:
+        """The workers start at once, and are gone when the iteration is, a stuck one too."""
+        others = set(active_children())
+        batches = iter(self.loader)
+        return _checked(batches, set(active_children()) - others)
+
+
+def _checked(batches: Iterator[Crops], workers: set[BaseProcess]) -> Iterator[Crops]:
+    try:
+        for crops in batches:
             if not crops.views:
                 raise NoneReadable(crops.unreadable)
             # a DataLoader turns the tuples in a list to lists
             yield crops._replace(unreadable=[(path, why) for path, why in crops.unreadable])
+    except BaseException:
+        for worker in workers:  # which ignores what asks it to end; Python would wait for it at its own end
+            worker.kill()
+        raise
 
 
 def _one_thread(worker: int) -> None:
