@@ -156,7 +156,7 @@ def _numbers_of_ranks(numbers: list[int], group: dist.ProcessGroup) -> list[list
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup, sizes: list[int], dim: int = 0) -> tuple[Tensor, int]:
-    """All ranks' `x` concatenated along `dim`, and where this rank's part begins. sizes: each rank's, see `Agreement`."""
+    """All ranks' `x` concatenated along `dim`, and where this rank's part begins. sizes: see `Agreement`."""
     x = x.detach().movedim(dim, 0).contiguous()
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]

@@ -146,6 +146,8 @@ class DCLLoss(Hooks):
         if self.weight_fn is None:
             return F.dcl(out0, out1, **options)
         with Agreement(type(self).__name__, group) as ranks:
+            may_be_empty = None if group is None else 0
+            checks.matrices(ranks.who, "out0 and out1 must be [N, D] both", out0, out1, may_be_empty=may_be_empty)
             wide = [x.to(loss_dtype(x)) for x in (out0, out1)]  # half precision has no digits to give away
             unit = [nn.functional.normalize(x, dim=1) for x in wide]
             weights = torch.stack([self.weight_fn(*unit), self.weight_fn(*reversed(unit))])

@@ -142,8 +142,10 @@ class MSNLoss(nn.Module):
         name = type(self).__name__
         with Agreement(name, group) as ranks, without_autocast(anchors):
             may_be_empty = None if group is None else 0
-            for rows, wanted in ((anchors, "anchors must be [V B, D]"), (targets, "targets must be [B, D]")):
-                checks.matrices(name, wanted, rows, may_be_empty=may_be_empty)
+            contract = "anchors must be [V B, D], targets [B, D], prototypes [K, D]"
+            checks.matrices(name, contract, anchors, targets, prototypes, same=False, may_be_empty=may_be_empty)
+            if not anchors.shape[1] == targets.shape[1] == prototypes.shape[1]:
+                checks.fail(name, contract, f"{[list(x.shape) for x in (anchors, targets, prototypes)]}")
             if len(anchors) % len(targets) if len(targets) else len(anchors):
                 contract = f"anchors must be whole views of the {len(targets)} targets"
                 checks.fail(name, contract, f"{len(anchors)} rows")
