@@ -133,6 +133,8 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if config.momentum is not None and not step.teacher:
+        raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
     optimizer = create_optimizer(config, defaults, step, objects.optimizer)
     if state:
         step.load_state_dict(state["model"])

@@ -286,7 +286,7 @@ def seed_generators(seed: int, step: int, ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         generators.append(torch.cuda.default_generators[ranks.device.index or 0])
     for generator in generators:
-        generator.manual_seed((seed * 1_000_003 + step) * 4099 + ranks.rank)
+        generator.manual_seed(((seed * 1_000_003 + step) * 4099 + ranks.rank) % 2**63)
 
 
 Row = tuple[int, dict[str, Any]]
