@@ -1,8 +1,9 @@
 """Values of a dataclass's fields, held to their annotations: from Python, from a command line, or from a file.
 
-Where a value is as good as what the annotation says it becomes that: `np.int64(3)` -> 3, `np.float32(0.5)` -> 0.5,
-`Path("runs/a")` -> "runs/a" where a field's metadata has `"path": True`, `(32, 32)` -> 32 where it has `"square": True`,
-`torch.device("cpu")` -> "cpu", tuples -> lists. What would have to be guessed is refused: "16" and True are no numbers.
+A value that is as good as what the annotation says becomes that: `np.int64(3)` -> 3, `np.float32(0.5)` -> 0.5, a tuple
+-> a list; where a field's metadata has `"path": True`, `Path("runs/a")` -> "runs/a"; where it has `"square": True`,
+`(32, 32)` -> 32; where it has `"device": True`, `torch.device("cpu")` -> "cpu". What would have to be guessed is
+refused: "16" and True are no numbers.
 """
 
 import dataclasses
@@ -62,9 +63,10 @@ def conformed(
             continue
         try:
             found[field.name] = _as(hints[field.name], _plain(value, field.metadata))
-        except (TypeError, ValueError, OverflowError) as error:
-            why = str(error) if isinstance(error, _Refused) else f"must be {_said(hints[field.name])}, got {came(value)}"
-            raise UserError(f"{name_of(field.name)} {why}") from None
+        except _Refused as error:
+            raise UserError(f"{name_of(field.name)} {error}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{name_of(field.name)} must be {_said(hints[field.name])}, got {came(value)}") from None
     return found
 
 
