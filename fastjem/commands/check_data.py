@@ -18,6 +18,7 @@ from PIL import Image
 
 from fastjem.data.source import ORIENTATION, Source, open_source, path_of, reason, to_image
 from fastjem.errors import UserError
+from fastjem.machine import available_cores
 
 MEASURED = 256  # files whose crops are timed; decoding is timed on all
 
@@ -129,7 +130,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
     for name, value in (("views", options.views), ("image-size", options.image_size)):
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    workers = options.workers if options.workers > 0 else len(os.sched_getaffinity(0))
+    workers = options.workers if options.workers > 0 else available_cores()
     source = open_source(options.data)
     if source.decoded:
         raise UserError(f"{options.data} holds pixels, not files: none of its images can be broken")

@@ -21,6 +21,7 @@ from fastjem.data.source import NoneReadable, Source, decode, path_of, read_or_n
 from fastjem.data.sources.arrays import is_rgb, read_arrays
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
+from fastjem.machine import available_cores
 
 GIBIBYTE = 2**30
 ENLARGED = 8 / 7  # images are held a little larger than the views, 256 pixels for 224
@@ -112,7 +113,7 @@ class ImageArray:
             except Exception as error:  # whatever a decoder may raise on a broken file
                 reasons[i] = reason(error, path_of(source, i))
 
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(threads or available_cores()) as pool:
             list(pool.map(read, range(count)))
         unreadable = [(path_of(source, i), reasons[i]) for i in sorted(reasons)]
         samples = np.array([i for i in range(count) if i not in reasons], dtype=np.int64)
