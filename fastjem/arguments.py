@@ -29,14 +29,18 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 
-class Parser(argparse.ArgumentParser):
+class PlainParser(argparse.ArgumentParser):
+    """argparse's, but that a full disk behind --help isn't ignored."""
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+
+class Parser(PlainParser):
     """For commands that run without tyro: a mistake on their command line is one line and exit code 2 as well."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help)\n")
-
-    def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="", file=file)  # argparse's own says nothing of a full disk
 
 
 def value(text: str) -> bool | int | float | str:
@@ -119,7 +123,8 @@ def outcome(command: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        if not any([_reader_gone(stream) for stream in (sys.stdout, sys.stderr)]):
+        gone = [_reader_gone(stream) for stream in (sys.stdout, sys.stderr)]
+        if not any(gone):
             raise
         return 141
     except MemoryError as error:
@@ -135,8 +140,10 @@ def outcome(command: str, work: Callable[[], int]) -> int:
 
 def _reader_gone(stream: TextIO | None) -> bool:
     """Whether nobody reads a stream any more; what it still holds is then forgotten."""
-    if stream is None or not hasattr(select, "poll"):  # Windows has none
-        return stream is not None
+    if stream is None:
+        return False
+    if not hasattr(select, "poll"):  # on Windows one can't ask
+        return True
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastjem import ops
-from fastjem.arguments import Parser
+from fastjem.arguments import PlainParser
 from fastjem.bench import machine, report
 from fastjem.bench.case import Case, dtype_name
 from fastjem.bench.cases import cases
@@ -196,8 +196,8 @@ def _pattern(value: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "fastjem bench",
+    parser = PlainParser(
+        prog="fastjem bench",
         description="Time fastjem's operators against eager torch, torch.compile and, if installed, lightly, in turns.",
     )
     here = "cuda" if torch.cuda.is_available() else "cpu"
