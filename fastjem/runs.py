@@ -47,8 +47,9 @@ def open_run(path: str | Path) -> Opened:
         raise UserError(f"{path} has no checkpoint; fastjem pretrain --resume --out {path} goes on with it")
     about = encoders.metadata(settings.backbone, settings.stem, settings.patch_size, pool, pixels)
     module = encoders.create(
-        settings.backbone, settings.image_size, stem=settings.stem, patch=settings.patch_size, pool=pool
-    )
+        settings.backbone, settings.image_size, stem=settings.stem, patch=settings.patch_size, pool=pool,
+        channels=pixels.channels,
+    )  # fmt: skip
     try:
         module.load_state_dict(_below("encoder.backbone.", state["model"]))
         projector = _projector(settings, module, state["model"])
@@ -61,7 +62,7 @@ def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn
     """The method's projector with its weights, if it has one; a method of the user's own is not built again."""
     if settings.method not in METHODS:
         return None
-    run = RunFacts(batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size)
+    run = RunFacts(batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size, channels=settings.channels)
     method = create_method(METHODS[settings.method], encoders.wrap(module).width, run, settings)
     heads = dict(method.named_children())
     if "projector" not in heads:
