@@ -13,8 +13,8 @@ from fastjem import encoders, optim
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import finish
-from fastjem.data.masks import mask_specs
 from fastjem.data.levels import describe, levels_of, parsed_range, survey
+from fastjem.data.masks import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Levelled, Source, open_source
 from fastjem.data.views import MaskSpec, ViewSpec
@@ -210,9 +210,7 @@ def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -
         raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
     views = views_of(kind, config.image_size, config.small_views, config.recipe)
     patch = encoders.patch_size(module)
-    return views.specs(
-        config.image_size, patch=patch, blur=config.blur, changes=config.view, channels=config.channels
-    )
+    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view, channels=config.channels)
 
 
 def create_loader(

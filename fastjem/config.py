@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from fastjem import checkpoints, optim
-from fastjem.data.loaders import NAMES
 from fastjem.data.levels import parsed_range
+from fastjem.data.loaders import NAMES
 from fastjem.data.pixels import Pixels
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
@@ -34,10 +34,12 @@ class Config:
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
     image_size: int = 224
     channels: int = field(
-        default=3, metadata={"help": "of the images: 3: colours of any picture; 1: its gray; else as many as files have"}
+        default=3,
+        metadata={"help": "of the images: 3: colours of any picture; 1: its gray; else as many as files have"},
     )
     value_range: str = field(
-        default="auto", metadata={"help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set"}
+        default="auto",
+        metadata={"help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set"},
     )
     epochs: int = 100
     batch_size: int = field(default=256, metadata={"help": "images of one forward pass over all ranks"})

@@ -218,7 +218,9 @@ def measured_width(module: nn.Module, images: Tensor) -> int:
     x = x.pooled if isinstance(x, Features) else x
     if not isinstance(x, Tensor) or x.dim() != 2 or len(x) != len(images):
         came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"the encoder must map [B, {images.shape[1]}, H, W] to [B, D], got {came} for {tuple(images.shape)}")
+        raise ValueError(
+            f"the encoder must map [B, {images.shape[1]}, H, W] to [B, D], got {came} for {tuple(images.shape)}"
+        )
     if not torch.isfinite(x).all():
         raise ValueError("the encoder's embeddings of real images are not finite before the first step")
     spread = (x.float() - x.float().mean(0)).abs().max()

@@ -62,7 +62,9 @@ def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn
     """The method's projector with its weights, if it has one; a method of the user's own is not built again."""
     if settings.method not in METHODS:
         return None
-    run = RunFacts(batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size, channels=settings.channels)
+    run = RunFacts(
+        batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size, channels=settings.channels
+    )
     method = create_method(METHODS[settings.method], encoders.wrap(module).width, run, settings)
     heads = dict(method.named_children())
     if "projector" not in heads:

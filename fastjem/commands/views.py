@@ -37,7 +37,8 @@ class ViewsOptions:
     image_size: int = 224
     channels: int = field(default=3, metadata={"help": "of the images; more than three are shown by the first three"})
     value_range: str = field(
-        default="auto", metadata={"help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set"}
+        default="auto",
+        metadata={"help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set"},
     )
     images: int = 6
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastjem.functional as F
-from fastjem.data.parameters import column
 from fastjem.data.levels import KINDS, Levels
+from fastjem.data.parameters import column
 from fastjem.data.picture import Picture
 from fastjem.data.source import Levelled, Source, decode, path_of
 from fastjem.data.views import MEAN, STD, ViewSpec

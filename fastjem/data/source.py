@@ -14,7 +14,6 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from fastjem.data.files import ORIENTATION
 from fastjem.data.levels import Levels
 from fastjem.data.picture import Picture, to_image
 from fastjem.data.sources.arrays import Arrays

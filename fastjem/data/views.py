@@ -171,9 +171,11 @@ def changed(spec: ViewSpec, changes: Mapping[str, Value], kind: str) -> ViewSpec
         if concerned not in ("", "large", "small") or name not in defaults:
             raise nearest("field of a view", key, [f"{x}{name}" for x in ("", "large.", "small.") for name in defaults])
         new = _checked(name, value, defaults[name])
-        if len(spec.mean) != 3 and (name == "grayscale" and new or name == "jitter" and max(new[2:])):
+        if len(spec.mean) != 3 and ((name == "grayscale" and new) or (name == "jitter" and max(new[2:]))):
             needed = "grayscale" if name == "grayscale" else "jitter of saturation and hue (its last two numbers)"
-            raise UserError(f"a view's {needed} needs red, green and blue, and these images have {len(spec.mean)} channels")
+            raise UserError(
+                f"a view's {needed} needs red, green and blue, and these images have {len(spec.mean)} channels"
+            )
         if concerned in ("", kind):
             spec = replace(spec, **{name: new})
     return spec

@@ -79,7 +79,9 @@ def read(path: str | os.PathLike[str]) -> Run:
         json_lines(path / "metrics.jsonl"),
         json_lines(path / "knn.jsonl"),
         environment,
-        read_embeddings(path / "embeddings.npz", Pixels.from_dict(config["pixels"]).levels if "pixels" in config else None),
+        read_embeddings(
+            path / "embeddings.npz", Pixels.from_dict(config["pixels"]).levels if "pixels" in config else None
+        ),
     )
 
 

@@ -5,10 +5,10 @@ A loader is made by `LOADERS[name](source, specs, order, budget)` and yields `Cr
 
 from collections.abc import Sequence
 
+from fastjem.data.levels import RGB
 from fastjem.data.loaders import dali, memory
 from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order
 from fastjem.data.loaders.torch import TorchLoader
-from fastjem.data.levels import RGB
 from fastjem.data.source import Source, rule_of
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
@@ -53,7 +53,9 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
         return dali.best(budget.device) if in_colour else "torch"
     if name.startswith("dali"):
         if not in_colour:
-            raise UserError(f"--loader {name} makes 3 channels, not the {rule.channels} of --channels; memory or torch can")
+            raise UserError(
+                f"--loader {name} makes 3 channels, not the {rule.channels} of --channels; memory or torch can"
+            )
         if source.decoded:
             raise UserError(f"--loader {name} reads files, and {source.root} holds pixels; memory or torch can")
         if why := dali.why_not("cuda" if name == "dali" else "cpu"):

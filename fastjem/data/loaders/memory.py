@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastjem.data.batch import Crops
 from fastjem.data.colours import augmented, windows
-from fastjem.data.loaders.protocol import Budget, Order
-from fastjem.data.parameters import Parameters
 from fastjem.data.files import open_image, stored
 from fastjem.data.levels import levels_of, survey, to_levels
+from fastjem.data.loaders.protocol import Budget, Order
+from fastjem.data.parameters import Parameters
 from fastjem.data.picture import Picture
 from fastjem.data.source import NoneReadable, Source, decode, path_of, read_or_next, reason, rule_of
 from fastjem.data.sources.arrays import Arrays, channels_axis, read_arrays

@@ -15,7 +15,6 @@ from fastjem.data.picture import Picture
 from fastjem.data.source import NoneReadable, Read, Source, decode, read_or_next
 from fastjem.data.views import ViewSpec
 
-
 HELD = 2**26  # pixels of decoded images that a batch holds at a time: 256 MiB, as Pillow has four bytes a pixel
 
 
