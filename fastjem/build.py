@@ -1,5 +1,6 @@
 """From a configuration to everything wired: `build` reads top to bottom, and `Training` is what the loop runs on."""
 
+import dataclasses
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     Raises:
         UserError: for what can't be done, with the reason.
     """
+    check_own_encoder(config, objects)
     source, about_values = levelled(config, objects, state)
     check_batch(config, len(source), ranks)
     kind = objects.method or METHODS[config.method]
@@ -137,12 +139,15 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if config.momentum is not None and not step.teacher:
+        raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
     optimizer = create_optimizer(config, defaults, step, objects.optimizer)
     if state:
         step.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+    optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
     if config.sync_batch_norm and ranks.size > 1:
-        step = cast(Step, nn.SyncBatchNorm.convert_sync_batchnorm(step))
+        step = cast(Step, encoders.synchronize_batch_norm(step))
     return Training(
         config=config,
         out=out,
@@ -195,6 +200,15 @@ def check_batch(config: Config, images: int, ranks: Ranks) -> None:
         raise UserError(f"--batch-size {config.batch_size} leaves a rank with less than 2 images")
     if config.sync_batch_norm and ranks.device.type != "cuda":
         raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
+
+
+def check_own_encoder(config: Config, objects: Objects) -> None:
+    """UserError for options that say how a backbone is made, where the encoder is made already."""
+    if objects.encoder is None:
+        return
+    for option in dataclasses.fields(config):
+        if option.name in ("backbone", "stem", "patch_size") and getattr(config, option.name) != option.default:
+            raise UserError(f"{config.flag(option.name)} says how a backbone is made, and the encoder is made already")
 
 
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:

@@ -20,6 +20,7 @@ from fastjem.data.levels import Levels, Survey, describe, levels_of, parsed_rang
 from fastjem.data.picture import to_image
 from fastjem.data.source import Levelled, Source, open_source, path_of, reason, rule_of
 from fastjem.errors import UserError
+from fastjem.machine import available_cores
 from fastjem.printing import printable, say
 
 MEASURED = 256  # files whose crops are timed; decoding is timed on all
@@ -161,7 +162,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
     for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    workers = options.workers if options.workers > 0 else len(os.sched_getaffinity(0))
+    workers = options.workers if options.workers > 0 else available_cores()
     source = open_source(options.data)
     found = survey(source, options.channels)
     levels = levels_of(options.channels, given_range, found)
@@ -190,7 +191,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
         "about_values": describe(levels, found),
         "outside": sum(file.outside for file in readable),
         "skipped": [(path_of(source, i), file.why) for i, file in enumerate(files) if file.why],
-        "other_files": dict(getattr(source, "others", collections.Counter()).most_common()),
+        "other_files": dict(collections.Counter(getattr(source, "others", {})).most_common()),
         "unlisted": list(getattr(source, "unlisted", ())),
     }
     if readable:

@@ -25,7 +25,7 @@ def augmented(
     needs no colours.
 
     Red, green and blue are one operator. Other channels are flipped, brightened, blurred, solarized and normalised each
-    by itself, in plain torch; contrast is around the mean of all of them, and saturation, hue and grayscale are left out.
+    by itself, in plain torch; contrast is around the mean of them all; saturation, hue and grayscale are left out.
     """
     if crops.shape[3] == 3:
         return F.augment(crops, table, mean=mean, std=std, dtype=dtype, channels_last=channels_last)

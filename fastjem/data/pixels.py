@@ -1,5 +1,6 @@
 """How pixels become numbers: one object of a run, which whoever uses its encoder needs too; and images seen whole."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,14 +13,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastjem.functional as F
+from fastjem import fields, reading
 from fastjem.data.levels import KINDS, Levels
 from fastjem.data.parameters import column
 from fastjem.data.picture import Picture
 from fastjem.data.source import Levelled, Source, decode, path_of
 from fastjem.data.views import MEAN, STD, ViewSpec
-from fastjem.errors import UserError
+from fastjem.errors import UserError, nearest
 
 METADATA = "pixels"  # the key in a file's metadata
+LARGEST = 2**14  # pixels of an image's side: in float32 one such image takes 3 GiB
 COLOUR = Levels()
 LONGEST = 16  # times its shorter side: an image that is longer is cut before it is resized
 
@@ -39,15 +42,18 @@ class Pixels:
     def __post_init__(self) -> None:
         for name in ("mean", "std", "value_range"):  # a file has lists
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
+        if not 1 <= self.size <= LARGEST:
+            raise ValueError(f"Pixels: size must be between 1 and {LARGEST}, got {self.size}")
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(
                 f"Pixels: mean and std must have {self.channels} numbers each, got {self.mean} and {self.std}"
             )
-        if self.values not in KINDS or not self.value_range[0] < self.value_range[1]:
-            raise ValueError(
-                f"Pixels: value_range must be (black, white) of values that are {', '.join(KINDS)}, "
-                f"got {self.value_range} of {self.values!r}"
-            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.std).all() and min(self.std) > 0):
+            raise ValueError(f"Pixels: mean must be finite and std positive, got {self.mean} and {self.std}")
+        if not -np.inf < self.value_range[0] < self.value_range[1] < np.inf:
+            raise ValueError(f"Pixels: value_range must be two finite numbers, ascending, got {self.value_range}")
+        if self.values not in KINDS:
+            raise ValueError(f"Pixels: values must be one of {', '.join(KINDS)}, got {self.values!r}")
 
     @classmethod
     def of(cls, specs: Sequence[ViewSpec], levels: Levels = COLOUR) -> "Pixels":
@@ -91,7 +97,17 @@ class Pixels:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "Pixels":
-        return cls(**given)
+        """What `to_dict` gave; UserError for anything else."""
+        if not isinstance(given, Mapping) or "size" not in given:
+            raise UserError(f"pixels must be a dict that has a size, got {fields.came(given)}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise nearest("field of pixels", str(name), known)
+        try:
+            return cls(**fields.conformed(cls, given, "pixels: {}".format))
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors' metadata has it, text by text."""
@@ -106,7 +122,7 @@ class Pixels:
         """
         if METADATA not in metadata:
             raise UserError(f"the file doesn't say how its encoder takes pixels ({METADATA!r} in its metadata)")
-        return cls.from_dict(json.loads(metadata[METADATA]))
+        return cls.from_dict(reading.parsed(metadata[METADATA], METADATA))
 
 
 def whole_image(image: Picture, size: int) -> Tensor:

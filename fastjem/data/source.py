@@ -39,7 +39,7 @@ class Source(Protocol):
         ...
 
     def read(self, i: int) -> bytes | np.ndarray:
-        """A file's bytes, or values [H, W] or [H, W, C] of any kind of number. Whatever is wrong with the image may raise."""
+        """A file's bytes, or values [H, W] or [H, W, C], integers or floats. Whatever is wrong with it may raise."""
         ...
 
 

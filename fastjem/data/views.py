@@ -8,6 +8,7 @@ off at three of it, where sources take Pillow's three box blurs, 23 taps or 9.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -153,6 +154,8 @@ class Views:
         if self.small:
             size = max(round(image_size * 96 / 224 / patch), 1) * patch
             specs += [replace(recipe.small or recipe.large[-1], size=size)] * self.small
+        elif wrong := [key for key in changes or {} if key.startswith("small.")]:
+            raise UserError(f"--view {wrong[0]}: there are no small views here (none at 64 pixels and less)")
         specs = [spec.with_channels(channels) for spec in specs]
         specs = specs if blur else [replace(spec, blur=0.0) for spec in specs]
         return [changed(spec, changes or {}, "large" if i < self.large else "small") for i, spec in enumerate(specs)]
@@ -200,12 +203,20 @@ def _like(value: Any, default: Any) -> Any:
             raise TypeError
         return value
     if not isinstance(default, tuple):
-        return type(default)(value)
+        return _number_like(value, default)
     parts = value.split(",") if isinstance(value, str) else value
-    numbers = tuple(type(default[0])(part) for part in parts)
+    numbers = tuple(_number_like(part, default[0]) for part in parts)
     if len(numbers) != len(default):
         raise ValueError
     return numbers
+
+
+def _number_like(value: Any, default: float) -> float:
+    """A finite number of the default's type: True is none, and 2.7 tries aren't 2."""
+    number = type(default)(value)
+    if isinstance(value, bool) or not math.isfinite(number) or float(number) != float(value):
+        raise ValueError
+    return number
 
 
 def _sensible(name: str, numbers: tuple) -> bool:

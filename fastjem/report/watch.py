@@ -23,6 +23,7 @@ from fastjem.build import Training
 from fastjem.checkpoints import Metrics, write_atomically
 from fastjem.data.pixels import Pixels, whole_image
 from fastjem.data.source import Source, decode
+from fastjem.machine import available_cores
 from fastjem.report.page import write
 from fastjem.report.run import spread
 
@@ -59,7 +60,7 @@ class SampleImages:
 
         every_label = np.zeros(len(source), np.int64) if source.labels is None else source.labels
         chosen = choose(every_label)
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
+        with ThreadPoolExecutor(min(available_cores(), 16)) as threads:
             images = list(threads.map(read, chosen.tolist()))
         found = [(i, image) for i, image in zip(chosen.tolist(), images, strict=True) if image is not None]
         self.source = source

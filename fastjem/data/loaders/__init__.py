@@ -48,14 +48,12 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
     if name == "auto" and source.decoded:
         return "memory" if memory.fits_in_memory(source, specs, budget.memory) else "torch"
     rule = rule_of(source)
-    in_colour = rule is None or rule.channels == RGB
+    channels = RGB if rule is None else rule.channels
     if name == "auto":
-        return dali.best(budget.device) if in_colour else "torch"
+        return dali.best(budget.device) if channels == RGB else "torch"
     if name.startswith("dali"):
-        if not in_colour:
-            raise UserError(
-                f"--loader {name} makes 3 channels, not the {rule.channels} of --channels; memory or torch can"
-            )
+        if channels != RGB:
+            raise UserError(f"--loader {name} makes 3 channels, not the {channels} of --channels; memory or torch can")
         if source.decoded:
             raise UserError(f"--loader {name} reads files, and {source.root} holds pixels; memory or torch can")
         if why := dali.why_not("cuda" if name == "dali" else "cpu"):

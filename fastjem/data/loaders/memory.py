@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastjem.data.batch import Crops
 from fastjem.data.colours import augmented, windows
-from fastjem.data.files import open_image, stored
+from fastjem.data.files import open_image
 from fastjem.data.levels import levels_of, survey, to_levels
 from fastjem.data.loaders.protocol import Budget, Order
 from fastjem.data.parameters import Parameters
@@ -24,6 +24,7 @@ from fastjem.data.source import NoneReadable, Source, decode, path_of, read_or_n
 from fastjem.data.sources.arrays import Arrays, channels_axis, read_arrays
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
+from fastjem.machine import available_cores
 
 GIBIBYTE = 2**30
 SIZES = 1024  # images whose sides are looked at before all are read
@@ -122,7 +123,7 @@ class ImageArray:
             except Exception as error:  # whatever a decoder may raise on a broken file
                 reasons[i] = reason(error, path_of(source, i))
 
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(threads or available_cores()) as pool:
             list(pool.map(read, range(count)))
         unreadable = [(path_of(source, i), reasons[i]) for i in sorted(reasons)]
         samples = np.array([i for i in range(count) if i not in reasons], dtype=np.int64)
@@ -219,7 +220,7 @@ def side_in_memory(source: Source, specs: Sequence[ViewSpec]) -> int:
     largest = 0
     for i in sorted({k * count // SIZES for k in range(SIZES)}):
         try:
-            largest = max(largest, shorter_side(source.read(i)))
+            largest = max(largest, shorter_side(source, i))
         except Exception:  # whatever is wrong with it is said when it is read
             continue
         if largest >= needed:
@@ -228,14 +229,15 @@ def side_in_memory(source: Source, specs: Sequence[ViewSpec]) -> int:
     return largest or min(*read_or_next(source, 0, lambda i: decode(source, i)).value.size, needed)
 
 
-def shorter_side(data: bytes | np.ndarray) -> int:
+def shorter_side(source: Source, i: int) -> int:
     """In pixels, of a file by its header."""
+    data = source.read(i)
     if isinstance(data, np.ndarray):
         return min(data.shape[:2])
     try:
         return min(open_image(data).size)
-    except UnidentifiedImageError:  # a TIFF file that Pillow can't open
-        return min(np.shape(stored(data))[:2])
+    except UnidentifiedImageError:  # a TIFF file that Pillow has no mode for
+        return min(decode(source, i).size)
 
 
 def fits_in_memory(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
