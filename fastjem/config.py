@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastjem import checkpoints, encoders, fields, optim, reading
+from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
 from fastjem.data.pixels import LARGEST, Pixels
 from fastjem.data.views import RECIPES
@@ -32,6 +33,17 @@ class Config:
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
     image_size: int = field(default=224, metadata={"square": True})
+    channels: int = field(
+        default=3,
+        metadata={"help": "of the images: 3: colours of any picture; 1: its gray; else as many as files have"},
+    )
+    value_range: str = field(
+        default="auto",
+        metadata={
+            "help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set",
+            "pair": True,
+        },
+    )
     epochs: int = 100
     batch_size: int = field(default=256, metadata={"help": "images of one forward pass over all ranks"})
     accumulate: int = field(default=1, metadata={"help": "batches that make one optimiser step"})
@@ -88,7 +100,7 @@ MAY_CHANGE = {
     "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
     "compile", "max_steps", "data", "knn_every", "report",
 }  # fmt: skip
-AT_LEAST_ONE = ("image_size", "epochs", "accumulate", "log_every")
+AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
     "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory",
@@ -121,6 +133,7 @@ def check(config: Config, *, named_method: bool = True) -> None:
     if named_method and config.method not in METHODS:
         raise nearest("method", config.method, METHODS)
     _check_numbers(config)
+    parsed_range(config.value_range)
     _check_choices(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
