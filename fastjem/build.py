@@ -1,5 +1,6 @@
 """From a configuration to everything wired: `build` reads top to bottom, and `Training` is what the loop runs on."""
 
+import dataclasses
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,10 @@ from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import finish
 from fastjem.data.fingerprint import fingerprint
+from fastjem.data.levels import describe, levels_of, parsed_range, survey
 from fastjem.data.masks import mask_specs
 from fastjem.data.pixels import Pixels
-from fastjem.data.source import Source, open_source
+from fastjem.data.source import Levelled, Source, open_source
 from fastjem.data.views import MaskSpec, ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError, nearest
@@ -38,7 +40,7 @@ class Objects:
         UserError: for what isn't one.
     """
 
-    encoder: nn.Module | None = None  # [B, 3, H, W] -> [B, D]
+    encoder: nn.Module | None = None  # [B, C, H, W] -> [B, D]
     method: type[Method] | Method | None = None
     source: Source | None = None
     optimizer: MakeOptimizer | None = None
@@ -46,7 +48,7 @@ class Objects:
     def __post_init__(self) -> None:
         kind = self.method if isinstance(self.method, type) else type(self.method)
         expected = {
-            "encoder must be a module [B, 3, H, W] -> [B, D]": (self.encoder, isinstance(self.encoder, nn.Module)),
+            "encoder must be a module [B, C, H, W] -> [B, D]": (self.encoder, isinstance(self.encoder, nn.Module)),
             "method must be a name, or a subclass of fastjem.methods.Method or an instance of one": (
                 self.method,
                 issubclass(kind, Method),
@@ -105,7 +107,12 @@ class Training:
 
     def state(self, done: int) -> dict[str, torch.Tensor | Any]:
         """Model and optimizer behind step `done`, for a checkpoint."""
-        return {"step": done, "model": self.step.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "step": done,
+            "model": self.step.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pixels": self.pixels.to_dict(),
+        }
 
 
 def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict[str, Any] | None) -> Training:
@@ -128,6 +135,8 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
             step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if config.momentum is not None and not step.teacher:
+            raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
         optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
         if state:
             resume.restore(out, step, optimizer, state)
@@ -142,7 +151,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         source=source,
         specs=parts.specs,
         masks=mask_specs(method.views, config.image_size, encoder.patch),
-        pixels=Pixels.of(parts.specs),
+        pixels=Pixels.of(parts.specs, source.levels),
         loader=loader,
         step=step,
         step_end=StepEnd(step),
@@ -167,7 +176,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
 class Parts:
     """What a rank makes of a run by itself, without a word to the others."""
 
-    source: Source
+    source: Levelled
     encoder: Encoder
     method: Method
     specs: list[ViewSpec]
@@ -180,7 +189,10 @@ class Parts:
 
 def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict[str, Any] | None) -> Parts:
     """Source, encoder and method of a run, checked; every mistake that needs them to be seen is found here."""
-    source = open_source(config.data if objects.source is None else objects.source)
+    if state:
+        resume.check_objects(state, vars(objects))
+    check_own_encoder(config, objects)
+    source, about_values = levelled(config, objects, state)
     check_batch(config, len(source), ranks)
     kind = objects.method or METHODS[config.method]
     steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
@@ -190,10 +202,9 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     defaults = resume.defaults_of(state) if state else kind.defaults.of_run(steps, chosen=chosen)
     # Of the data that the run was begun with: prototypes and queues have their size of it.
     sized_for = {"images": len(source), "classes": len(source.classes)}
-    said = [] if state else [defaults.unlike(kind.defaults)]
+    said = [*about_values, *([] if state else [defaults.unlike(kind.defaults)])]
     if state:
-        resume.check_objects(state, vars(objects))
-        said = [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
+        said += [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
         resume.check_length(config, state, steps, complete=is_complete(out))
         sized_for = state.get("sized_for", sized_for)
 
@@ -221,6 +232,16 @@ def is_complete(out: Path) -> bool:
     return encoder.exists() and not (last.exists() and encoder.stat().st_mtime < last.stat().st_mtime)
 
 
+def levelled(config: Config, objects: Objects, state: dict[str, Any] | None) -> tuple[Levelled, list[str]]:
+    """The images with what their values mean, and what there is to be told of it. A run keeps what it found first."""
+    source = open_source(config.data if objects.source is None else objects.source)
+    if state and "pixels" in state:
+        return Levelled(source, Pixels.from_dict(state["pixels"]).levels), []
+    found = survey(source, config.channels)
+    levels = levels_of(config.channels, parsed_range(config.value_range), found)
+    return Levelled(source, levels), describe(levels, found)
+
+
 def given_or(value: Any, default: Any) -> Any:
     """What the user gave, or else the method's default."""
     return default if value is None else value
@@ -238,10 +259,20 @@ def check_batch(config: Config, images: int, ranks: Ranks) -> None:
         raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
 
 
+def check_own_encoder(config: Config, objects: Objects) -> None:
+    """UserError for options that say how a backbone is made, where the encoder is made already."""
+    if objects.encoder is None:
+        return
+    for option in dataclasses.fields(config):
+        if option.name in ("backbone", "stem", "patch_size") and getattr(config, option.name) != option.default:
+            raise UserError(f"{config.flag(option.name)} says how a backbone is made, and the encoder is made already")
+
+
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
     return encoders.create(
-        config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool
-    )
+        config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
+        channels=config.channels,
+    )  # fmt: skip
 
 
 def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -> list[ViewSpec]:
@@ -250,7 +281,7 @@ def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -
         raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
     views = views_of(kind, config.image_size, config.small_views, config.recipe)
     patch = encoders.patch_size(module)
-    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view)
+    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view, channels=config.channels)
 
 
 def create_loader(
@@ -318,6 +349,7 @@ def run_facts(
         ranks=ranks.size,
         seed=config.seed,
         image_size=config.image_size,
+        channels=config.channels,
         patch=encoder.patch,
         prefix_tokens=encoder.prefix_tokens,
         batch_norm=encoders.has_batch_norm(encoder),

@@ -22,6 +22,7 @@ from fastjem.errors import DivergedError, ResourceError, UserError
 from fastjem.folder import Folder
 from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
+from fastjem.launchers import speaks
 from fastjem.loggers import Logger
 from fastjem.meter import Meter, Taken
 from fastjem.methods import Method
@@ -47,7 +48,7 @@ class Result:
 def pretrain(
     config: Config | None = None,
     *,
-    encoder: torch.nn.Module | None = None,
+    encoder: str | torch.nn.Module | None = None,
     method: str | type[Method] | Method | None = None,
     source: Source | None = None,
     optimizer: str | MakeOptimizer | None = None,
@@ -58,7 +59,7 @@ def pretrain(
 
     Args:
         config: all fields at once, in place of `fields`.
-        encoder: any module [B, 3, H, W] -> [B, D] in place of a backbone's name.
+        encoder: a backbone's name, or any module [B, 3, H, W] -> [B, D] in place of one.
         method: a name, or a subclass of `fastjem.methods.Method`, or one that is made for the encoder's width.
         source: any object with `len` and `read(i)` (bytes of an image file, or pixels [H, W, 3]) in place of `data`.
         optimizer: a name, or what makes one of parameter groups (a class of `torch.optim`, a `functools.partial`).
@@ -73,6 +74,11 @@ def pretrain(
     if isinstance(optimizer, str):
         fields["optimizer"] = optimizer
         optimizer = None
+    if isinstance(encoder, str):
+        if "backbone" in fields:
+            raise UserError(f"pretrain takes encoder or backbone, got both ({encoder!r} and {fields['backbone']!r})")
+        fields["backbone"] = encoder
+        encoder = None
     objects = Objects(encoder, method, source, optimizer)
     wrong = [logger for logger in loggers if not isinstance(logger, Logger)]
     if wrong:
@@ -117,8 +123,10 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
     configuration.check(config, named_method=method is None)
     if source is not None:
         config = replace(config, data=_name_of(source))
-    elif not config.data:
+    if config.data is None:
         config = replace(config, data=str(shapes.folder() / "train"))
+        if speaks():
+            say(f"no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
     return config, new
 
 
@@ -337,4 +345,4 @@ def seed_generators(seed: int, step: int, ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         generators.append(torch.cuda.default_generators[ranks.device.index or 0])
     for generator in generators:
-        generator.manual_seed((seed * 1_000_003 + step) * 4099 + ranks.rank)
+        generator.manual_seed(((seed * 1_000_003 + step) * 4099 + ranks.rank) % 2**63)
