@@ -8,10 +8,11 @@ from typing import Any
 
 from fastjem import checkpoints
 from fastjem import config as configuration
-from fastjem.build import ENCODER, Training
+from fastjem.build import Training
 from fastjem.config import Config
 from fastjem.errors import UserError
 from fastjem.lock import Lock
+from fastjem.prepare import ENCODER
 from fastjem.ranks import Ranks
 
 # What a run writes before its first step is taken, or in taking it.

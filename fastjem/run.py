@@ -13,7 +13,7 @@ from torch import Tensor
 from fastjem import config as configuration
 from fastjem import optim, resume
 from fastjem.advice import advice
-from fastjem.build import MakeOptimizer, Objects, Training, build
+from fastjem.build import Training, build
 from fastjem.config import Config
 from fastjem.data import shapes
 from fastjem.data.batch import Batch, Crops, finish
@@ -26,6 +26,7 @@ from fastjem.launchers import speaks
 from fastjem.loggers import Logger
 from fastjem.meter import Meter, Taken
 from fastjem.methods import Method
+from fastjem.prepare import MakeOptimizer, Objects
 from fastjem.printing import say
 from fastjem.ranks import Ranks, join, leave
 from fastjem.report import Watch

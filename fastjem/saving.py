@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastjem import checkpoints, encoders
-from fastjem.build import ENCODER, Training
+from fastjem.build import Training
 from fastjem.errors import DivergedError, UserError
 from fastjem.journal import Journal
+from fastjem.prepare import ENCODER
 
 
 class Saver:

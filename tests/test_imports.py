@@ -28,6 +28,7 @@ ORDER = (
     "health",
     "step",
     "resume",
+    "prepare",
     "build",
     "folder",
     "meter",
