@@ -28,6 +28,7 @@ NAMES: dict[Any, str] = {
     str: "text",
     types.NoneType: "None",
     list: "a list",
+    Sequence: "a list",
     tuple: "a list",
     dict: "a dict of values by name",
 }
@@ -107,6 +108,10 @@ def _as(hint: Any, value: Any) -> Any:
         return _as_one_of(hint, value)
     if origin is dict:
         return _as_dict(typing.get_args(hint)[1], value)
+    if hint is Any:
+        return value
+    if hint is Sequence:
+        return _as_items(list, (Any,), value)
     if origin in (list, tuple):
         return _as_items(origin, typing.get_args(hint), value)
     return _as_scalar(hint, value)
