@@ -100,7 +100,7 @@ def pretrain(
         config = replace(config, data=str(shapes.folder() / "train"))
     ranks = join(config.device)
     if embedded and ranks.first:
-        say(f"no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
+        say(f"fastjem: no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
     try:
         with Stop() as stop:
             return run(config, ranks, objects, loggers, stop)
