@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastjem.collectives import mean_loss_of_ranks
 from fastjem.functional import checks
-from fastjem.functional.precision import loss_dtype
+from fastjem.functional.precision import in_float32, loss_dtype
+from fastjem.functional.temperature import over
 from fastjem.ops.autograd import one_pass, one_pass_with_statistics
 
 PAIRS = ("different", "same", "all")
@@ -28,8 +29,8 @@ def prototype_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
     *,
-    student_temperature: float,
-    teacher_temperature: float,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
     teacher_bias: Tensor | None = None,
     pairs: str = "different",
     weights: Tensor | None = None,
@@ -41,8 +42,8 @@ def prototype_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
     *,
-    student_temperature: float,
-    teacher_temperature: float,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
     teacher_bias: Tensor | None = None,
     pairs: str = "different",
     weights: Tensor | None = None,
@@ -53,8 +54,8 @@ def prototype_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
     *,
-    student_temperature: float,
-    teacher_temperature: float,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
     teacher_bias: Tensor | None = None,
     pairs: str = "different",
     weights: Tensor | None = None,
@@ -70,7 +71,8 @@ def prototype_cross_entropy(
     Args:
         student: [S, B, K], or a sequence of S tensors [B, K].
         teacher: [T, B, K], or a sequence of T tensors [B, K]; gets no gradient.
-        student_temperature, teacher_temperature: what the logits are divided by.
+        student_temperature, teacher_temperature: what the logits are divided by: numbers or 0-dim tensors. The
+            student's gets its gradient; the teacher's, like the teacher, none.
         teacher_bias: [K] or, one per teacher view, [T, K]; added to teacher / teacher_temperature.
         pairs: "different" (s != t, the same index being the same view), "same" (s = t) or "all".
         weights: [B]: the mean over rows becomes sum(weights * rows) / sum(weights).
@@ -90,13 +92,25 @@ def prototype_cross_entropy(
     teacher = list_of_views(op, contract, teacher)
     checks.matrices(op, contract, *student, *teacher)
     batch, prototypes = student[0].shape
-    temperatures = (student_temperature, teacher_temperature)
-    options = _options(op, student, teacher, prototypes, temperatures, teacher_bias, pairs, weights)
+    options = _options(op, student, teacher, prototypes, teacher_bias, pairs, weights)
     constants = _constants(teacher, student)
     inputs = checks.common(*student)
-    loss, *of_teacher = one_pass_with_statistics(op, inputs, constants, *options, statistics, listed=True)
+    of_student, of_teacher = _temperatures(op, student_temperature, teacher_temperature, student[0])
+    if isinstance(of_student, Tensor):
+        inputs = [over(x, of_student) for x in inputs]
+        of_student = 1.0
+    scale = None
+    if isinstance(of_teacher, Tensor):
+        scale = of_teacher.detach()
+        constants = [over(x, scale) for x in constants]
+        of_teacher = 1.0
+    arguments = (constants, of_student, of_teacher, *options, statistics)
+    loss, *seen = one_pass_with_statistics(op, inputs, *arguments, listed=True)
     loss = _mean_of_ranks(loss, batch, weights, group)
-    return (loss, TeacherStatistics(*of_teacher)) if statistics else loss
+    if not statistics:
+        return loss
+    mean, usage, entropy = seen
+    return loss, TeacherStatistics(mean if scale is None else mean * scale.to(mean.dtype), usage, entropy)
 
 
 def prototype_head_cross_entropy(
@@ -105,8 +119,8 @@ def prototype_head_cross_entropy(
     student_prototypes: Tensor,
     teacher_prototypes: Tensor,
     *,
-    student_temperature: float,
-    teacher_temperature: float,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
     teacher_bias: Tensor | None = None,
     pairs: str = "different",
     weights: Tensor | None = None,
@@ -139,11 +153,18 @@ def prototype_head_cross_entropy(
     if student_prototypes.shape[1] != student[0].shape[1]:
         checks.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
     checks.one_device(op, [student[0], student_prototypes])
-    temperatures = (student_temperature, teacher_temperature)
-    options = _options(op, student, teacher, len(student_prototypes), temperatures, teacher_bias, pairs, weights)
+    options = _options(op, student, teacher, len(student_prototypes), teacher_bias, pairs, weights)
     inputs = checks.common(*student, student_prototypes)
     *constants, prototypes = _constants([*teacher, teacher_prototypes], inputs)
-    loss = one_pass(op, inputs, constants, prototypes, *options, listed=True)
+    of_student, of_teacher = _temperatures(op, student_temperature, teacher_temperature, student[0])
+    if isinstance(of_student, Tensor):
+        inputs = [*(over(x, of_student) for x in inputs[:-1]), in_float32(inputs[-1])]
+        of_student = 1.0
+    if isinstance(of_teacher, Tensor):
+        constants = [over(x, of_teacher.detach()) for x in constants]
+        prototypes = in_float32(prototypes)
+        of_teacher = 1.0
+    loss = one_pass(op, inputs, constants, prototypes, of_student, of_teacher, *options, listed=True)
     return _mean_of_ranks(loss, len(student[0]), weights, group)
 
 
@@ -170,13 +191,11 @@ def _options(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     prototypes: int,
-    temperatures: tuple[float, float],
     teacher_bias: Tensor | None,
     pairs: str,
     weights: Tensor | None,
-) -> tuple[float, float, Tensor | None, str, Tensor | None]:
-    """The options, checked, as both operators take them: temperatures, bias, pairs, weights; the tensors constants."""
-    checks.positive(op, student_temperature=temperatures[0], teacher_temperature=temperatures[1])
+) -> tuple[Tensor | None, str, Tensor | None]:
+    """The options, checked, as both operators take them: bias, pairs, weights; the tensors constants."""
     if pairs not in PAIRS:
         checks.fail(op, f"pairs must be one of {', '.join(PAIRS)}", repr(pairs))
     if pairs == "different" and len(student) == len(teacher) == 1:
@@ -192,7 +211,16 @@ def _options(
             checks.fail(op, f"weights must be [{len(student[0])}]", tuple(weights.shape))
         checks.one_device(op, [weights, student[0]])
         weights = weights.detach()
-    return float(temperatures[0]), float(temperatures[1]), teacher_bias, pairs, weights
+    return teacher_bias, pairs, weights
+
+
+def _temperatures(
+    op: str, of_student: float | Tensor, of_teacher: float | Tensor, like: Tensor
+) -> tuple[float | Tensor, float | Tensor]:
+    return (
+        checks.positive(op, "student_temperature", of_student, like),
+        checks.positive(op, "teacher_temperature", of_teacher, like),
+    )
 
 
 def _mean_of_ranks(loss: Tensor, rows: int, weights: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:

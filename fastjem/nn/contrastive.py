@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.collectives import check_distributed, default_group, sum_of_ranks, sum_over_ranks
+from fastjem.functional import checks
 from fastjem.nn.memory_bank import MemoryBankModule
 
 
@@ -132,7 +133,8 @@ class SupConLoss(nn.Module):
         loss = F.supcon(
             z, labels, mask=mask, temperature=self.temperature, anchors=self.contrast_mode, normalize=False
         )  # fmt: skip
-        return loss * (self.temperature / self.base_temperature)
+        temperature = checks.positive("SupConLoss", "temperature", self.temperature, z)
+        return loss * (temperature / self.base_temperature)
 
 
 class ClipLoss(nn.Module):
@@ -177,6 +179,9 @@ class ClipLoss(nn.Module):
         group = default_group(self.world_size > 1)
         options = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
         loss = F.clip_loss(image_features, text_features, logit_scale, group=group, **options)
+        if isinstance(logit_bias, Tensor):
+            # Its gradient is zero and not missing: DistributedDataParallel waits for a gradient of every parameter.
+            loss = loss + 0 * logit_bias.sum().to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

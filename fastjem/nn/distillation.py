@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.collectives import default_group
+from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
 from fastjem.nn.parts import Center, HeldMean, check_center_mode, move_center
 
@@ -25,9 +26,11 @@ class _Distillation(nn.Module):
         self.defer_center_update = defer_center_update
         self.statistics: F.TeacherStatistics | None = None  # of the last batch: entropy and usage tell of a collapse
 
-    def _bias(self, teacher: list[Tensor], center: Tensor, temperature: float) -> Tensor:
+    def _bias(self, teacher: list[Tensor], center: Tensor, temperature: float | Tensor) -> Tensor:
         if self.centering == "sinkhorn":
             return F.sinkhorn_bias(teacher, epsilon=temperature, group=default_group())
+        if isinstance(temperature, Tensor):
+            temperature = temperature.detach().to(center.dtype)
         return center.flatten() / -temperature
 
     @torch.no_grad()
@@ -82,6 +85,7 @@ class DINOLoss(_Distillation):
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
         self.held = HeldMean((1, 1, output_dim)) if defer_center_update else None
         self.center_momentum = center_momentum
+        self.warmup_teacher_temp = warmup_teacher_temp
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
         self.teacher_temp_schedule = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
 
@@ -89,12 +93,12 @@ class DINOLoss(_Distillation):
         self,
         teacher_out: list[Tensor],
         student_out: list[Tensor],
-        teacher_temp: float | None = None,
+        teacher_temp: float | Tensor | None = None,
         epoch: int | None = None,
     ) -> Tensor:
         """0-dim. Scores [B, K] of each view; views of one index are the same view. The teacher's get no gradient."""
         teacher = list(teacher_out)
-        temperature = self._temperature(teacher_temp, epoch)
+        temperature = self._temperature(teacher_temp, epoch, teacher[0])
         loss, self.statistics = F.prototype_cross_entropy(
             student_out,
             teacher,
@@ -110,12 +114,15 @@ class DINOLoss(_Distillation):
                 self._move_center(self.statistics.mean, len(teacher) * len(teacher[0]))
         return loss
 
-    def _temperature(self, teacher_temp: float | None, epoch: int | None) -> float:
+    def _temperature(self, teacher_temp: float | Tensor | None, epoch: int | None, like: Tensor) -> float | Tensor:
         if teacher_temp is not None:
-            return float(teacher_temp)
-        if epoch is not None and epoch < self.warmup_teacher_temp_epochs:
-            return float(self.teacher_temp_schedule[epoch])
-        return float(self.teacher_temp)
+            return checks.positive("DINOLoss", "teacher_temp", teacher_temp, like)
+        last = checks.positive("DINOLoss", "teacher_temp", self.teacher_temp, like)
+        if epoch is None or epoch >= self.warmup_teacher_temp_epochs:
+            return last
+        # Computed and not looked up in a tensor, whose values torch.compile doesn't know.
+        first = checks.positive("DINOLoss", "warmup_teacher_temp", self.warmup_teacher_temp, like)
+        return first + (last - first) * (epoch / max(self.warmup_teacher_temp_epochs - 1, 1))
 
     def _move_center(self, mean: Tensor, rows: int) -> None:
         if self.held is not None:
@@ -157,7 +164,7 @@ class IBOTPatchLoss(_Distillation):
         self.center = Center((1, output_dim), center_mode, center_momentum)
 
     def forward(
-        self, teacher_out: Tensor, student_out: Tensor, mask: Tensor, teacher_temp: float | None = None
+        self, teacher_out: Tensor, student_out: Tensor, mask: Tensor, teacher_temp: float | Tensor | None = None
     ) -> Tensor:
         """The sum over patches of their cross-entropy / the masked patches of their image, / B.
 
@@ -175,14 +182,16 @@ class IBOTPatchLoss(_Distillation):
         if not len(student_out):
             return student_out.sum() * 0  # no patch masked: no loss
         counts = mask.sum((1, 2))  # [B]
-        if not mask.is_cuda and int(counts.sum()) != len(student_out):  # on CUDA, looking would stall the device
+        looks = not mask.is_cuda and not torch.compiler.is_compiling()  # on CUDA it would stall the device
+        if looks and int(counts.sum()) != len(student_out):
             raise ValueError(
                 "IBOTPatchLoss: the mask must have as many true entries as there are patches, "
                 f"got {int(counts.sum())} and {len(student_out)}"
             )
         of_image = 1 / counts.clamp_min(1).to(loss_dtype(student_out))
         weights = of_image.repeat_interleave(counts, output_size=len(student_out))  # [M]
-        temperature = float(self.teacher_temp if teacher_temp is None else teacher_temp)
+        temperature = self.teacher_temp if teacher_temp is None else teacher_temp
+        temperature = checks.positive("IBOTPatchLoss", "teacher_temp", temperature, teacher_out)
         loss, self.statistics = F.prototype_cross_entropy(
             [student_out],
             [teacher_out],

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 import fastjem.functional as F
 from fastjem.collectives import check_distributed, default_group
+from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype, without_autocast
 from fastjem.nn.parts import MLP, init_as_vision_transformer
 
@@ -97,13 +98,10 @@ class MSNLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"MSNLoss: temperature must be in (0, inf), got {temperature}")
-        if sinkhorn_iterations < 0:
-            raise ValueError(f"MSNLoss: sinkhorn_iterations must be at least 0, got {sinkhorn_iterations}")
+        checks.positive("MSNLoss", "temperature", temperature)
         check_distributed("MSNLoss", gather_distributed)
         self.temperature = temperature
-        self.sinkhorn_iterations = sinkhorn_iterations
+        self.sinkhorn_iterations = checks.integer("MSNLoss", "sinkhorn_iterations", sinkhorn_iterations, 0)
         self.regularization_weight = regularization_weight
         self.gather_distributed = gather_distributed
 
@@ -121,7 +119,10 @@ class MSNLoss(nn.Module):
             anchors, targets, prototypes = (functional.normalize(x.to(wide)) for x in (anchors, targets, prototypes))
             views = (anchors @ prototypes.T).split(len(targets))  # V x [B, K]
             teacher = targets.detach() @ prototypes.detach().T
-        sharp = self.temperature * target_sharpen_temperature
+        temperature = checks.positive("MSNLoss", "temperature", self.temperature, anchors)
+        sharp = temperature * checks.positive(
+            "MSNLoss", "target_sharpen_temperature", target_sharpen_temperature, anchors
+        )
         bias = None
         if self.sinkhorn_iterations:
             bias = F.sinkhorn_bias(
@@ -136,8 +137,9 @@ class MSNLoss(nn.Module):
             pairs="all",
             group=group,
         )
-        if self.regularization_weight > 0:
-            loss = loss + self.regularization_weight * F.mean_entropy(views, temperature=self.temperature, group=group)
+        weight = checks.number("MSNLoss", "regularization_weight", self.regularization_weight, anchors)
+        if isinstance(weight, Tensor) or weight > 0:
+            loss = loss + weight * F.mean_entropy(views, temperature=self.temperature, group=group)
         return loss
 
 
