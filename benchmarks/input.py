@@ -28,9 +28,10 @@ from fastjem.data.loaders.dali import DaliLoader, drawn
 from fastjem.data.loaders.torch import TorchLoader
 from fastjem.data.source import Source, open_source, path_of
 from fastjem.data.views import Views, ViewSpec
+from fastjem.machine import available_cores
 
 BATCH, WARM = 32, 2
-WORKERS = len(os.sched_getaffinity(0))
+WORKERS = available_cores()
 CASES = {
     "simclr": ("SimCLR, 2 x 224", Views(large=2, recipe="simclr")),
     "dino": ("DINO, 2 x 224 + 8 x 96", Views(large=2, small=8, recipe="dino")),

@@ -13,7 +13,7 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
 # What is loaded when it is first asked for, as it needs more than torch: name -> (module, attribute).
 LAZY = {
     "pretrain": ("fastjem.run", "pretrain"),
-    "load_encoder": ("fastjem.encoders", "load"),
+    "load_encoder": ("fastjem.runs", "load_encoder"),
 }
 
 

@@ -8,16 +8,20 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import itertools
 import re
+import select
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 
 from fastjem.errors import UserError
+from fastjem.fields import conformed
+from fastjem.printing import forget_reader, say
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -25,7 +29,14 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 
-class Parser(argparse.ArgumentParser):
+class PlainParser(argparse.ArgumentParser):
+    """argparse's, but that a full disk behind --help isn't ignored."""
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+
+class Parser(PlainParser):
     """For commands that run without tyro: a mistake on their command line is one line and exit code 2 as well."""
 
     def error(self, message: str) -> NoReturn:
@@ -49,8 +60,10 @@ def pairs(items: list[str]) -> dict[str, Any]:
     found = {}
     for item in items:
         name, equals, text = item.partition("=")
-        if not equals:
+        if not equals or not name:
             raise ValueError(f"takes NAME=VALUE, got {item}")
+        if name in found:
+            raise ValueError(f"takes one value a name, got {name} twice")
         found[name] = value(text)
     return found
 
@@ -83,18 +96,63 @@ def parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
     for field in fields:
         if field.metadata.get("positional") and shown[field.name] in required and values[field.name] in ((), []):
             raise UserError(f"needs {shown[field.name]}")
-    return kind(**values)
+    return kind(**conformed(kind, values, shown.__getitem__))
 
 
 def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[str]) -> int:
-    """Parse, call, and make one line and exit code 2 of a user's mistake."""
+    """Parse and call `main`; the exit code, see `outcome`."""
+    return outcome(command, lambda: main(parse(kind, command, argv)))
+
+
+def outcome(command: str, work: Callable[[], int]) -> int:
+    """The exit code of a command's work, whose output has reached whoever reads it.
+
+    A user's mistake is one line and 2; no space for what is printed, or no memory, one line and 1; Ctrl-C is 130. Where
+    nobody reads what is printed any more (`| head`) the command ends without a word, and with 141 as other programs do.
+    """
+    program = f"fastjem {command}".strip()
     try:
-        return main(parse(kind, command, argv))
+        try:
+            return work()
+        finally:  # behind --help, which raises SystemExit, too
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UserError as error:
-        print(f"fastjem {command}: {' '.join(str(error).split())} (fastjem {command} --help)", file=sys.stderr)
+        say(f"{program}: {' '.join(str(error).split())} ({program} --help)")
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        gone = [_reader_gone(stream) for stream in (sys.stdout, sys.stderr)]
+        if not any(gone):
+            raise
+        return 141
+    except MemoryError as error:
+        say(f"{program}: there is not enough memory: {str(error) or 'less at a time may fit'}")
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        forget_reader(sys.stdout)  # or Python says once more, as it ends, that nothing can be written
+        say(f"{program}: the output can't be written: {error.strerror}")
+        return 1
+
+
+def _reader_gone(stream: TextIO | None) -> bool:
+    """Whether nobody reads a stream any more; what it still holds is then forgotten."""
+    if stream is None:
+        return False
+    if not hasattr(select, "poll"):  # on Windows one can't ask
+        return True
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # a stream without a file descriptor
+        return False
+    if gone:
+        forget_reader(stream)
+    return gone
 
 
 def _shown_name(field: dataclasses.Field) -> str:
@@ -128,7 +186,11 @@ def _for_tyro(field: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
 
 
 def _converted(kind: Callable[[str], Any], word: str) -> Any:
-    return word == "True" if kind is bool else kind(word)
+    if kind is not bool:
+        return kind(word)
+    if word not in ("True", "False"):
+        raise ValueError(f"takes True or False, got {word}")
+    return word == "True"
 
 
 def _primitive(nargs: Any, metavar: str, made: Callable[[list[str]], Any]) -> Any:
@@ -154,22 +216,31 @@ def _spelt_out(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
     switches = {name for name, hint in options.items() if hint == bool | None}
     negations = {f"--no-{name[2:]}": name for name, hint in options.items() if hint is bool or name in switches}
     known = [*options, *negations, "--help"]
-    words = []
+    words: list[str] = []
+    pairs_of: dict[str, list[str]] = {}  # an option of NAME=VALUE pairs may be given again: pairs are added
+    filled = words  # where words without a name go
     for word, following in itertools.zip_longest(argv, argv[1:]):
         name, equals, text = word.partition("=")
         option = name.replace("_", "-")
         if option == "--" or not option.startswith("--"):
-            words.append(word)
-        elif option not in known:
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
+            filled.append(word)
+            continue
+        filled = words
+        if option not in known:
+            near = difflib.get_close_matches(option.lower(), known, n=1, cutoff=0.6)
             raise UserError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        if typing.get_origin(options.get(option)) is dict:
+            if not equals and (following is None or following.startswith("--")):
+                raise UserError(f"{option} needs NAME=VALUE")
+            filled = pairs_of.setdefault(option, [])
+            filled += [text] if equals else []
         elif negations.get(option) in switches:
             words += [negations[option], "False"]
         elif option in switches and not equals and following not in ("True", "False"):
             words += [option, "True"]
         else:
             words.append(option + equals + text)
-    return words
+    return words + [word for option, found in pairs_of.items() for word in (option, *found)]
 
 
 # What tyro says of a mistake -> what we say, where ours is shorter.

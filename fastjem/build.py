@@ -1,5 +1,6 @@
 """From a configuration to everything wired: `build` reads top to bottom, and `Training` is what the loop runs on."""
 
+import dataclasses
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from fastjem import encoders, optim
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import finish
+from fastjem.data.levels import describe, levels_of, parsed_range, survey
 from fastjem.data.masks import mask_specs
 from fastjem.data.pixels import Pixels
-from fastjem.data.source import Source, open_source
+from fastjem.data.source import Levelled, Source, open_source
 from fastjem.data.views import MaskSpec, ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError, nearest
@@ -37,7 +39,7 @@ class Objects:
         UserError: for what isn't one.
     """
 
-    encoder: nn.Module | None = None  # [B, 3, H, W] -> [B, D]
+    encoder: nn.Module | None = None  # [B, C, H, W] -> [B, D]
     method: type[Method] | Method | None = None
     source: Source | None = None
     optimizer: MakeOptimizer | None = None
@@ -45,7 +47,7 @@ class Objects:
     def __post_init__(self) -> None:
         kind = self.method if isinstance(self.method, type) else type(self.method)
         expected = {
-            "encoder must be a module [B, 3, H, W] -> [B, D]": (self.encoder, isinstance(self.encoder, nn.Module)),
+            "encoder must be a module [B, C, H, W] -> [B, D]": (self.encoder, isinstance(self.encoder, nn.Module)),
             "method must be a name, or a subclass of fastjem.methods.Method or an instance of one": (
                 self.method,
                 issubclass(kind, Method),
@@ -95,7 +97,12 @@ class Training:
 
     def state(self, done: int) -> dict[str, torch.Tensor | Any]:
         """Model and optimizer behind step `done`, for a checkpoint."""
-        return {"step": done, "model": self.step.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "step": done,
+            "model": self.step.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pixels": self.pixels.to_dict(),
+        }
 
 
 def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict[str, Any] | None) -> Training:
@@ -107,7 +114,8 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     Raises:
         UserError: for what can't be done, with the reason.
     """
-    source = open_source(config.data if objects.source is None else objects.source)
+    check_own_encoder(config, objects)
+    source, about_values = levelled(config, objects, state)
     check_batch(config, len(source), ranks)
     kind = objects.method or METHODS[config.method]
     steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
@@ -131,12 +139,15 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if config.momentum is not None and not step.teacher:
+        raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
     optimizer = create_optimizer(config, defaults, step, objects.optimizer)
     if state:
         step.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+    optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
     if config.sync_batch_norm and ranks.size > 1:
-        step = cast(Step, nn.SyncBatchNorm.convert_sync_batchnorm(step))
+        step = cast(Step, encoders.synchronize_batch_norm(step))
     return Training(
         config=config,
         out=out,
@@ -144,7 +155,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         source=source,
         specs=specs,
         masks=mask_specs(method.views, config.image_size, encoder.patch),
-        pixels=Pixels.of(specs),
+        pixels=Pixels.of(specs, source.levels),
         loader=loader,
         step=step,
         model=wrapped(config, ranks, step),
@@ -157,8 +168,21 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         steps_per_epoch=steps_per_epoch,
         clip=given_or(config.clip, defaults.clip),
         layout=view_layout(ranks, encoder, named=objects.encoder is None),
-        notices=notices(config, ranks, source, loader, "" if state else defaults.unlike(kind.defaults)),
+        notices=[
+            *about_values,
+            *notices(config, ranks, source, loader, "" if state else defaults.unlike(kind.defaults)),
+        ],
     )
+
+
+def levelled(config: Config, objects: Objects, state: dict[str, Any] | None) -> tuple[Levelled, list[str]]:
+    """The images with what their values mean, and what there is to be told of it. A run keeps what it found first."""
+    source = open_source(config.data if objects.source is None else objects.source)
+    if state and "pixels" in state:
+        return Levelled(source, Pixels.from_dict(state["pixels"]).levels), []
+    found = survey(source, config.channels)
+    levels = levels_of(config.channels, parsed_range(config.value_range), found)
+    return Levelled(source, levels), describe(levels, found)
 
 
 def given_or(value: Any, default: Any) -> Any:
@@ -178,10 +202,20 @@ def check_batch(config: Config, images: int, ranks: Ranks) -> None:
         raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
 
 
+def check_own_encoder(config: Config, objects: Objects) -> None:
+    """UserError for options that say how a backbone is made, where the encoder is made already."""
+    if objects.encoder is None:
+        return
+    for option in dataclasses.fields(config):
+        if option.name in ("backbone", "stem", "patch_size") and getattr(config, option.name) != option.default:
+            raise UserError(f"{config.flag(option.name)} says how a backbone is made, and the encoder is made already")
+
+
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
     return encoders.create(
-        config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool
-    )
+        config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
+        channels=config.channels,
+    )  # fmt: skip
 
 
 def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -> list[ViewSpec]:
@@ -190,7 +224,7 @@ def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -
         raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
     views = views_of(kind, config.image_size, config.small_views, config.recipe)
     patch = encoders.patch_size(module)
-    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view)
+    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view, channels=config.channels)
 
 
 def create_loader(
@@ -257,6 +291,7 @@ def run_facts(
         ranks=ranks.size,
         seed=config.seed,
         image_size=config.image_size,
+        channels=config.channels,
         patch=encoder.patch,
         prefix_tokens=encoder.prefix_tokens,
         batch_norm=encoders.has_batch_norm(encoder),

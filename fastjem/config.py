@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from fastjem import checkpoints, optim
+from fastjem import checkpoints, encoders, fields, optim, reading
+from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
-from fastjem.data.pixels import Pixels
+from fastjem.data.pixels import LARGEST, Pixels
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS
@@ -24,14 +25,25 @@ Option = bool | int | float | str
 class Config:
     """Everything a run depends on. A field that is None takes the method's default (docs/methods.md)."""
 
-    out: str = field(metadata={"help": "folder of the run"})
-    data: str = field(
-        default="",
-        metadata={"help": "folder of images, nested or flat, or a .npz of them; none: the embedded data set"},
+    out: str = field(metadata={"help": "folder of the run", "path": True})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "folder of images, nested or flat, or a .npz; none: the embedded data set", "path": True},
     )
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
-    image_size: int = 224
+    image_size: int = field(default=224, metadata={"square": True})
+    channels: int = field(
+        default=3,
+        metadata={"help": "of the images: 3: colours of any picture; 1: its gray; else as many as files have"},
+    )
+    value_range: str = field(
+        default="auto",
+        metadata={
+            "help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set",
+            "pair": True,
+        },
+    )
     epochs: int = 100
     batch_size: int = field(default=256, metadata={"help": "images of one forward pass over all ranks"})
     accumulate: int = field(default=1, metadata={"help": "batches that make one optimiser step"})
@@ -48,15 +60,15 @@ class Config:
     options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     recipe: str | None = field(default=None, metadata={"help": f"augmentation: {', '.join(RECIPES)}"})
-    view: dict[str, Option] = field(
+    view: dict[str, Option | list[float]] = field(
         default_factory=dict,
         metadata={"help": "fields of its views: flip=0 small.scale=0.05,0.2 ..."},
     )
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     stem: str = field(default="auto", metadata={"help": "auto | standard | small"})
-    patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own"})
+    patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own", "square": True})
     sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
-    device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
+    device: str = field(default="auto", metadata={"help": "auto | cpu | cuda", "device": True})
     loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(NAMES)}"})
     memory: float = field(default=4.0, metadata={"help": "GiB that --loader memory may take"})
     decoder_share: float | None = field(
@@ -75,6 +87,9 @@ class Config:
     report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        fields.conform(self, "pretrain: {}".format)
+
     def flag(self, name: str) -> str:
         """A field's name as the command line has it."""
         return f"--{name.replace('_', '-')}"
@@ -85,23 +100,25 @@ MAY_CHANGE = {
     "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
     "compile", "max_steps", "data", "knn_every", "report",
 }  # fmt: skip
-AT_LEAST_ONE = ("image_size", "epochs", "accumulate", "log_every")
+AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
-    "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every",
+    "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory",
 )  # fmt: skip
 SHARES = ("momentum", "decoder_share")
 
 
-def from_fields(fields: dict[str, Any]) -> Config:
-    """The configuration of `fastjem.pretrain(**fields)`; UserError for a field that there isn't."""
+def from_fields(given: dict[str, Any]) -> Config:
+    """The configuration of `fastjem.pretrain(**given)`; UserError for a field that there isn't, or a value of another
+    type than the field's.
+    """
     known = [f.name for f in dataclasses.fields(Config)]
-    for name in fields:
+    for name in given:
         if name not in known:
             raise nearest("option", name, known)
-    if "out" not in fields:
+    if "out" not in given:
         raise UserError("pretrain needs out")
-    return Config(**fields)
+    return Config(**given)
 
 
 def check(config: Config, *, named_method: bool = True) -> None:
@@ -112,19 +129,29 @@ def check(config: Config, *, named_method: bool = True) -> None:
     Raises:
         UserError: for the first.
     """
+    fields.conform(config, "pretrain: {}".format)  # once more, as its fields may have been set since it was made
     if named_method and config.method not in METHODS:
         raise nearest("method", config.method, METHODS)
     _check_numbers(config)
+    parsed_range(config.value_range)
+    _check_choices(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
+
+
+def _check_choices(config: Config) -> None:
+    if config.device.startswith("cuda:"):
+        raise UserError(
+            f"--device {config.device}: a run takes the GPU of its rank; CUDA_VISIBLE_DEVICES chooses another"
+        )
     choices = {
-        "stem": ("auto", "standard", "small"),
+        "stem": encoders.STEMS,
         "device": ("auto", "cpu", "cuda"),
         "optimizer": (*optim.OPTIMIZERS, None),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise nearest(name, getattr(config, name), [a for a in allowed if a])
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
 
 
 def _check_numbers(config: Config) -> None:
@@ -139,6 +166,8 @@ def _check_numbers(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value > 1:
             raise UserError(f"{config.flag(name)} must be between 0 and 1, got {value}")
+    if config.image_size > LARGEST:
+        raise UserError(f"--image-size must be at most {LARGEST}, got {config.image_size}")
     if config.workers < -1:
         raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
     if config.batch_size < 2:
@@ -155,18 +184,43 @@ def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:
         raise UserError(f"--out {out}: {error.strerror}") from None
 
 
+# What decides which network a run has, and which images: none of it may be guessed when a run is opened again.
+NEEDED = ("out", "data", "method", "backbone", "image_size", "stem", "patch_size", "pool")
+
+
 def read(out: Path) -> tuple[Config, Pixels, str | None]:
-    """What `write` wrote; UserError where there is none, or one of an earlier version."""
+    """What `write` wrote.
+
+    Raises:
+        UserError: where there is none, one of an earlier version, or one that is damaged or somebody else's; it names
+            the file and the key.
+    """
     path = out / FILE
-    if not path.exists():
-        raise UserError(f"there is no run in {out} (a run folder has a {FILE})")
-    values = json.loads(path.read_text())
-    if "pixels" not in values:
+    try:
+        given = reading.json_object(path)
+    except reading.Missing:
+        raise UserError(f"there is no run in {out} (a run folder has a {FILE})") from None
+    known = [f.name for f in dataclasses.fields(Config)]
+    if not set(known) & given.keys():
+        raise UserError(f"{path} is no run's configuration: it has none of a run's keys")
+    if "pixels" not in given:
         raise UserError(f"{path} was written by an earlier version of fastjem, whose runs this one can't open")
-    pixels = Pixels.from_dict(values.pop("pixels"))
-    known = {f.name for f in dataclasses.fields(Config)}
-    config = Config(**{name: value for name, value in values.items() if name in known})
-    return config, pixels, values.get("pool")
+    lacking = [name for name in NEEDED if name not in given]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking)}")
+    with reading.named(path):
+        values = fields.conformed(Config, {name: given[name] for name in known if name in given})
+        values["backbone"] = encoders.architecture(values["backbone"])  # earlier versions took a tag and ignored it
+        config = Config(**values)
+        _check_numbers(config)
+        _check_choices(config)
+        pixels = Pixels.from_dict(given["pixels"])
+        if pixels.size != config.image_size:
+            raise UserError(f"pixels' size is {pixels.size}, and image_size {config.image_size}")
+    pool = given["pool"]
+    if not isinstance(pool, str | None):
+        raise UserError(f"{path}: pool must be text or None, got {fields.came(pool)}")
+    return config, pixels, pool
 
 
 def check_resumed(config: Config, before: Config) -> None:

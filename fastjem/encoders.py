@@ -4,8 +4,10 @@
 encoder gives `Features`, and a vision transformer also takes masks. What is exported is the module inside.
 """
 
+import contextlib
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +19,7 @@ from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError, nearest
 
 SHORT_VIT = re.compile(r"vit_(tiny|small|base|large)$")
+STEMS = ("auto", "standard", "small")
 NO_TOKEN = "the encoder has no mask token: fastjem.encoders.wrap(module, mask_token=True) gives it one"
 
 
@@ -202,6 +205,30 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
+def synchronize_batch_norm(module: nn.Module) -> nn.Module:
+    """The module with batch norms whose statistics are those of all ranks; weights and running statistics stay.
+
+    timm's batch norms with an activation in them keep it (torch's own conversion drops it).
+
+    Raises:
+        UserError: for another subclass of batch norm, as nothing is known of what else it computes.
+    """
+    plain: set[type] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    with contextlib.suppress(ImportError):
+        from timm.layers import norm_act
+
+        convert = norm_act.convert_sync_batchnorm
+        plain |= {norm_act.BatchNormAct2d, norm_act.SyncBatchNormAct}
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and type(part) not in plain:
+            raise UserError(
+                f"--sync-batch-norm can replace torch's and timm's batch norms, and {name} is a {type(part).__name__}, "
+                "which may compute something else"
+            )
+    return convert(module)
+
+
 def measured_width(module: nn.Module, images: Tensor) -> int:
     """The width D of a module's embeddings of images [B, C, H, W], found by computing them.
 
@@ -218,7 +245,9 @@ def measured_width(module: nn.Module, images: Tensor) -> int:
     x = x.pooled if isinstance(x, Features) else x
     if not isinstance(x, Tensor) or x.dim() != 2 or len(x) != len(images):
         came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"the encoder must map [B, 3, H, W] to [B, D], got {came} for {tuple(images.shape)}")
+        raise ValueError(
+            f"the encoder must map [B, {images.shape[1]}, H, W] to [B, D], got {came} for {tuple(images.shape)}"
+        )
     if not torch.isfinite(x).all():
         raise ValueError("the encoder's embeddings of real images are not finite before the first step")
     spread = (x.float() - x.float().mean(0)).abs().max()
@@ -235,16 +264,17 @@ def small_stem(module: nn.Module) -> bool:
     first = getattr(module, "conv1", None)
     if not (isinstance(first, nn.Conv2d) and first.kernel_size == (7, 7) and hasattr(module, "maxpool")):
         return False
-    module.conv1 = nn.Conv2d(3, first.out_channels, 3, 1, 1, bias=False)
+    module.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
     module.maxpool = nn.Identity()
     return True
 
 
 def create(
-    name: str, image_size: int, *, stem: str = "auto", patch: int = 0, pool: str | None = None, drop_path: float = 0.0
-) -> nn.Module:
-    """A timm model without its classifier, random weights: [B, 3, H, W] -> [B, D].
+    name: str, image_size: int, *, stem: str = "auto", patch: int = 0, pool: str | None = None, drop_path: float = 0.0,
+    channels: int = 3,
+) -> nn.Module:  # fmt: skip
+    """A timm model without its classifier, random weights: [B, C, H, W] -> [B, D].
 
     `vit_tiny`, `vit_small`, `vit_base` without patch and size stand for timm's model of that width with the patch that
     cuts the image into about 8 x 8 (at 112 pixels and less) or 14 x 14.
@@ -256,6 +286,7 @@ def create(
         patch: any other patch size for a ViT; 0: its own.
         pool: how a vision transformer's tokens become one embedding ("avg", "token"); None: its own way.
         drop_path: the rate of stochastic depth.
+        channels: C.
 
     Raises:
         UserError: for a name that timm doesn't know, or options that the model can't have.
@@ -266,9 +297,11 @@ def create(
         name = f"vit_{short[1]}_patch16_224"
         patch = patch or (max(image_size // 8, 1) if image_size <= 112 else 16)
     known = timm.list_models()
-    if name.split(".")[0] not in known:
-        raise nearest("backbone", name, [*known, "vit_tiny", "vit_small"])
+    if name not in known:
+        raise _no_backbone(name, known)
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if channels != 3:
+        options["in_chans"] = channels
     transformer = name.startswith(("vit_", "deit", "test_vit"))
     if transformer:
         options |= {"dynamic_img_size": True, **({"patch_size": patch} if patch else {})}
@@ -279,10 +312,10 @@ def create(
     if pool is not None and transformer:
         options |= {"global_pool": pool, "fc_norm": False}
     try:
-        module = timm.create_model(name.split(".")[0], num_classes=0, **options)
+        module = timm.create_model(name, num_classes=0, **options)
     except TypeError:
         options.pop("dynamic_img_size", None)
-        module = timm.create_model(name.split(".")[0], num_classes=0, **options)
+        module = timm.create_model(name, num_classes=0, **options)
     size = patch_size(module)
     if size > 1 and image_size % size:
         near = max(round(image_size / size), 1) * size
@@ -293,6 +326,31 @@ def create(
         small_stem(module)
     # A ResNet-18's step on 32-pixel images: 1.38 times as many images a second on one AVX2 core.
     return module if is_transformer(module) else cast(Any, module).to(memory_format=torch.channels_last)
+
+
+def architecture(name: str) -> str:
+    """A model's name without the tag that names pretrained weights: "resnet10t.c3_in1k" -> "resnet10t"."""
+    return name.partition(".")[0]
+
+
+def _no_backbone(name: str, known: Sequence[str]) -> UserError:
+    """Why a name isn't one of timm's architectures: it names weights too, or a place that has them, or nothing."""
+    import timm
+
+    place, separator, model = name.replace(":", "/").rpartition("/")
+    if separator and (place == "timm" or place.startswith(("hf-hub", "hf_hub", "local-dir"))):
+        hint = f"; {architecture(model)} is that architecture" if architecture(model) in known else ""
+        return UserError(f"--backbone {name}: a run begins with random weights and loads none from {place}{hint}")
+    model, dot, tag = name.partition(".")
+    if not dot or model not in known:
+        return nearest("backbone", name, [*known, "vit_tiny", "vit_small"])
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
+    if tag not in tags:
+        return nearest(f"pretrained {model}", tag, tags)
+    return UserError(
+        f"--backbone {name}: a run begins with random weights and loads none, so {tag!r} would be ignored; "
+        f"{model} is that architecture"
+    )
 
 
 def metadata(backbone: str, stem: str, patch_size: int, pool: str | None, pixels: Pixels) -> dict[str, str]:
@@ -315,44 +373,14 @@ def save(module: nn.Module, path: str, metadata: dict[str, str]) -> None:
     write_atomically(Path(path), save(state, metadata))
 
 
-def load(path: str) -> nn.Module:
-    """The encoder that a run left in `encoder.safetensors`, small stem, patch size and all."""
-    return load_with_metadata(path)[0]
-
-
-def load_with_metadata(path: str) -> tuple[nn.Module, dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no safetensors file: {error}") from None
-    if "backbone" not in metadata:
-        raise UserError(f"{path} names no backbone: its weights only fit into the module that they came from")
-    module = create(
-        metadata["backbone"],
-        int(metadata["image_size"]),
-        stem=metadata["stem"],
-        patch=int(metadata["patch_size"]),
-        pool=metadata.get("pool") or None,
-    )
-    module.load_state_dict(state)
-    return module.eval(), metadata
-
-
 __all__ = [
     "Encoder",
     "Features",
     "TransformerEncoder",
+    "architecture",
     "create",
     "has_batch_norm",
     "is_transformer",
-    "load",
-    "load_with_metadata",
     "measured_width",
     "memory_format",
     "metadata",

@@ -11,9 +11,10 @@ class UserError(ValueError):
 def nearest(kind: str, name: str, known: Iterable[str], limit: int = 3) -> UserError:
     """`there is no method 'simclrr'; did you mean simclr?`, or the whole list where nothing is near."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
-    if not near and name:
-        near = [one for one in known if name in one][:limit]
+    plain = name.strip().lower()
+    near = [one for one in known if one == plain] or difflib.get_close_matches(plain, known, n=limit, cutoff=0.5)
+    if not near and plain:
+        near = [one for one in known if plain in one][:limit]
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     elif not known:

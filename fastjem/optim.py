@@ -39,6 +39,18 @@ def build(name: str, groups: list[dict], *, momentum: float = 0.9) -> torch.opti
     raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
 
 
+def separate_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter group hyperparameter tensors of its own.
+
+    torch hands the tensor that the optimizer was made with to every group, and a saved state keeps it so: the rate of
+    the group that is written last would be that of all.
+    """
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if isinstance(value, Tensor):
+                group[name] = value.clone()
+
+
 def scaled(name: str, rate: float, batch: int) -> float:
     """The learning rate at `batch` images when it is `rate` at 256.
 

@@ -1,6 +1,5 @@
 """How good an encoder's embeddings are: nearest labelled neighbours, a linear probe, effective rank, deviations."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from fastjem.data.pixels import Pixels, whole_images
 from fastjem.data.source import Source
 from fastjem.errors import UserError
 from fastjem.kernels.arithmetic import solvable, widest_dtype
+from fastjem.machine import available_cores
 
 ELEMENTS = 2**20  # that are widened at a time
 BANK, QUERIES = 8192, 2048  # rows of one block of similarities
@@ -44,7 +44,7 @@ def features(
     arrays: list[Tensor] = []
     done = 0
     for images in DataLoader(whole_images(source, indices, pixels), batch, num_workers=workers):
-        parts = compute(pixels.normalise(images, device))
+        parts = compute(pixels.decoded.normalise(images, device))
         if not arrays:
             arrays = [torch.empty(len(indices), part.shape[1], dtype=dtype, device=part.device) for part in parts]
         for array, part in zip(arrays, parts, strict=True):
@@ -264,4 +264,4 @@ def measure(
 
 def default_workers() -> int:
     """Processes that read images: one a core, up to 8."""
-    return min(len(os.sched_getaffinity(0)), 8)
+    return min(available_cores(), 8)

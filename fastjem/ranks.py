@@ -7,6 +7,8 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from fastjem.machine import available_cores
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -21,7 +23,7 @@ class Ranks:
     def cores(self) -> int:
         """Of this machine that this process may use, a fair share of them; at least 1."""
         here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
-        return max(len(os.sched_getaffinity(0)) // here, 1)
+        return max(available_cores() // here, 1)
 
     @property
     def first(self) -> bool:

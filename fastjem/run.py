@@ -27,6 +27,7 @@ from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.loggers import Logger
 from fastjem.methods import Method
+from fastjem.printing import say
 from fastjem.ranks import Ranks, join, leave
 from fastjem.report import Watch
 
@@ -46,7 +47,7 @@ class Result:
 def pretrain(
     config: Config | None = None,
     *,
-    encoder: torch.nn.Module | None = None,
+    encoder: str | torch.nn.Module | None = None,
     method: str | type[Method] | Method | None = None,
     source: Source | None = None,
     optimizer: str | MakeOptimizer | None = None,
@@ -57,7 +58,7 @@ def pretrain(
 
     Args:
         config: all fields at once, in place of `fields`.
-        encoder: any module [B, 3, H, W] -> [B, D] in place of a backbone's name.
+        encoder: a backbone's name, or any module [B, 3, H, W] -> [B, D] in place of one.
         method: a name, or a subclass of `fastjem.methods.Method`, or one that is made for the encoder's width.
         source: any object with `len` and `read(i)` (bytes of an image file, or pixels [H, W, 3]) in place of `data`.
         optimizer: a name, or what makes one of parameter groups (a class of `torch.optim`, a `functools.partial`).
@@ -72,6 +73,11 @@ def pretrain(
     if isinstance(optimizer, str):
         fields["optimizer"] = optimizer
         optimizer = None
+    if isinstance(encoder, str):
+        if "backbone" in fields:
+            raise UserError(f"pretrain takes encoder or backbone, got both ({encoder!r} and {fields['backbone']!r})")
+        fields["backbone"] = encoder
+        encoder = None
     objects = Objects(encoder, method, source, optimizer)
     wrong = [logger for logger in loggers if not isinstance(logger, Logger)]
     if wrong:
@@ -89,9 +95,12 @@ def pretrain(
     configuration.check(config, named_method=method is None)
     if source is not None:
         config = replace(config, data=_name_of(source))
-    elif not config.data:
+    embedded = config.data is None
+    if embedded:
         config = replace(config, data=str(shapes.folder() / "train"))
     ranks = join(config.device)
+    if embedded and ranks.first:
+        say(f"no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
     try:
         with Stop() as stop:
             return run(config, ranks, objects, loggers, stop)
@@ -277,7 +286,7 @@ def seed_generators(seed: int, step: int, ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         generators.append(torch.cuda.default_generators[ranks.device.index or 0])
     for generator in generators:
-        generator.manual_seed((seed * 1_000_003 + step) * 4099 + ranks.rank)
+        generator.manual_seed(((seed * 1_000_003 + step) * 4099 + ranks.rank) % 2**63)
 
 
 Row = tuple[int, dict[str, Any]]

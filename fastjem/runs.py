@@ -1,12 +1,13 @@
 """A run folder, or an exported encoder, opened again."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastjem import checkpoints, config, encoders
+from fastjem import checkpoints, config, encoders, exports, fields, reading
 from fastjem.build import create_method
 from fastjem.config import Config
 from fastjem.data.pixels import Pixels
@@ -31,43 +32,75 @@ class Opened:
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def open_run(path: str | Path) -> Opened:
+def open_run(path: str | os.PathLike[str]) -> Opened:
     """A run at its last checkpoint, one that was killed too, or an `encoder.safetensors`.
 
     Raises:
         UserError: where there is no run, no checkpoint, or one whose encoder can't be built from its configuration.
     """
-    path = Path(path)
+    path = _existing(path)
     if path.is_file():
-        encoder, about = encoders.load_with_metadata(str(path))
-        return Opened(path, encoder, None, Pixels.from_metadata(about), None, about)
+        encoder, about = exports.load(path)
+        with reading.named(path):
+            pixels = Pixels.from_metadata(about)
+        return Opened(path, encoder, None, pixels, None, about)
     settings, pixels, pool = config.read(path)
     state = checkpoints.load(path)
     if state is None:
         raise UserError(f"{path} has no checkpoint; fastjem pretrain --resume --out {path} goes on with it")
     about = encoders.metadata(settings.backbone, settings.stem, settings.patch_size, pool, pixels)
-    module = encoders.create(
-        settings.backbone, settings.image_size, stem=settings.stem, patch=settings.patch_size, pool=pool
+    built = exports.Built(
+        settings.backbone, settings.image_size, settings.stem, settings.patch_size, pool, pixels.channels
     )
+    with reading.named(path):
+        weights, step = _of_checkpoint(state)
+        module = built.with_weights(_below("encoder.backbone.", weights))
+        projector = _projector(settings, module, weights)
+    return Opened(path, module.eval(), projector, pixels, step, about, settings)
+
+
+def load_encoder(path: str | os.PathLike[str]) -> nn.Module:
+    """The encoder of a run folder, at its last checkpoint, or of an `encoder.safetensors`; in eval mode."""
+    return open_run(path).encoder
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
     try:
-        module.load_state_dict(_below("encoder.backbone.", state["model"]))
-        projector = _projector(settings, module, state["model"])
-    except RuntimeError:
-        raise UserError(f"the weights in {path} are no {settings.backbone}'s (a module of your own?)") from None
-    return Opened(path, module.eval(), projector, pixels, state["step"], about, settings)
+        text = os.fsdecode(path)
+    except TypeError:
+        raise UserError(f"a run is named by its path, got {fields.came(path)}") from None
+    if not text or not os.path.exists(text):
+        raise UserError(f"there is no run in {text or repr(text)}: no such file or folder")
+    return Path(text)
+
+
+def _of_checkpoint(state: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """(weights by name, step) of a checkpoint; UserError where they aren't there."""
+    weights = state.get("model")
+    step = state.get("step")
+    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
+        raise UserError("its checkpoint holds no weights")
+    if not isinstance(step, int):
+        raise UserError("its checkpoint doesn't say of which step it is")
+    return weights, step
 
 
 def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn.Module | None:
     """The method's projector with its weights, if it has one; a method of the user's own is not built again."""
     if settings.method not in METHODS:
         return None
-    run = RunFacts(batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size)
+    run = RunFacts(
+        batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size, channels=settings.channels
+    )
     method = create_method(METHODS[settings.method], encoders.wrap(module).width, run, settings)
     heads = dict(method.named_children())
     if "projector" not in heads:
         return None
     projector = heads["projector"]
-    projector.load_state_dict(_below("method.projector.", state))
+    try:
+        projector.load_state_dict(_below("method.projector.", state))
+    except RuntimeError as error:
+        raise UserError(f"the weights are no {settings.method}'s projector's: {error}") from None
     return projector.eval()
 
 

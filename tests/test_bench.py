@@ -83,6 +83,19 @@ def test_wrong_results_are_refused():
             verify(wrong)
 
 
+def test_the_judge_computes_in_float64():
+    """An eager formula that cancels in float32 is what is wrong, and not what is compared with it."""
+
+    def cancelling(z):
+        return ((z + 4096) - 4096).square().mean()
+
+    case = Case("koleo", "9 x 4", lambda draw: (draw.normal(9, 4, gradient=True),), cancelling, cancelling, bytes=1)
+    verify = case.verifier(inputs := case.draw(CPU))
+    verify(Call(lambda z: z.square().mean(), copied(inputs)).outputs())
+    with pytest.raises(WrongResult):
+        verify(Call(cancelling, copied(inputs)).outputs())
+
+
 def test_a_wrong_variant_is_not_timed_and_the_run_fails(monkeypatch, capsys):
     def wrong(p, z):
         return F.negative_cosine(p, z) * 1.01

@@ -38,9 +38,9 @@ ORDER = (
     "__main__",
 )
 # What knows no method. From each other and from `nn` and below, never from `methods` and above.
-BESIDE = ("data", "encoders", "optim", "ranks", "checkpoints", "loggers", "bench")
+BESIDE = ("data", "encoders", "optim", "ranks", "checkpoints", "exports", "loggers", "bench")
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
-LEAVES = ("errors", "arguments", "schedules")
+LEAVES = ("errors", "arguments", "fields", "machine", "printing", "reading", "schedules")
 
 
 @dataclass(frozen=True)

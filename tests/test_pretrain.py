@@ -323,6 +323,23 @@ def test_objects_that_are_none(own: dict, words: str, images: str, tmp_path: Pat
     assert not (tmp_path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", "adamw", "lars", functools.partial(torch.optim.AdamW, lr=torch.tensor(0.1))]
+)
+def test_each_group_follows_its_own_schedule(optimizer: object, images: str, tmp_path: Path) -> None:
+    """SimSiam's predictor keeps its rate, and everything else ends at 0, in a resumed run too."""
+    fields = {**TINY, "data": images, "out": str(tmp_path / "r"), "optimizer": optimizer}
+    fastjem.pretrain(method="simsiam", learning_rate=0.8, warmup_epochs=0, max_steps=3, **fields)
+    fastjem.pretrain(method="simsiam", learning_rate=0.8, warmup_epochs=0, max_steps=6, **fields, resume=True)
+    state = checkpoints.load(tmp_path / "r")
+    assert state is not None
+    groups = state["optimizer"]["param_groups"]
+    rates = {group["constant_rate"]: float(group["lr"]) for group in groups}
+    base = 0.8 / (4 if optimizer in ("adamw", "lars") else 16)  # for 16 images of 256
+    assert rates == {True: pytest.approx(base), False: 0.0}
+    assert len({float(group["lr"]) for group in groups if not group["constant_rate"]}) == 1
+
+
 def test_a_mistake_in_ones_own_code_is_raised_as_it_is(images: str, tmp_path: Path) -> None:
     """And where no step was taken, the corrected call can use the folder."""
 
@@ -375,6 +392,30 @@ def test_stems() -> None:
     assert encoders.create("resnet18", 32).conv1.kernel_size == (3, 3)
     assert encoders.create("resnet18", 32, stem="standard").conv1.kernel_size == (7, 7)
     assert encoders.create("resnet18", 96).conv1.kernel_size == (7, 7)
+
+
+@pytest.mark.parametrize("backbone", ["test_efficientnet", "test_resnet", "test_byobnet"])
+def test_synchronized_batch_norms_compute_the_same(backbone: str) -> None:
+    """timm's fused activations among them; in eval mode, as a CPU synchronises nothing in training."""
+    module = encoders.create(backbone, 32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    weights = {id(weight) for weight in module.parameters()}
+    with torch.no_grad():
+        before = module(images)
+        synchronized = encoders.synchronize_batch_norm(module)
+        norms = [part for part in synchronized.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+        assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+        assert torch.equal(synchronized(images), before)
+    assert {id(weight) for weight in synchronized.parameters()} == weights  # which an optimizer has already
+
+
+def test_a_batch_norm_of_ones_own_is_not_replaced() -> None:
+    class Doubled(torch.nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(UserError, match="1 is a Doubled"):
+        encoders.synchronize_batch_norm(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), Doubled(4)))
 
 
 def test_images_come_in_the_layout_of_the_encoder(images: str) -> None:

@@ -16,6 +16,7 @@ import torch
 
 import fastjem
 from fastjem.bench.timing import compare
+from fastjem.machine import available_cores
 
 PACKAGES = ("fastjem", "torch", "triton", "lightly", "numpy")
 
@@ -68,7 +69,7 @@ def describe(device: torch.device) -> dict:
     """CPU, cores, threads, GPU and driver, system."""
     facts = {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "vector_units": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

@@ -1,6 +1,5 @@
 """`fastjem demo`: train on the embedded data set for minutes, and say what that was worth."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from fastjem.data import shapes
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import open_source
 from fastjem.errors import UserError
+from fastjem.machine import available_cores
 from fastjem.probes import knn_accuracy
 from fastjem.report import write
 from fastjem.run import pretrain
@@ -54,7 +54,7 @@ def demo(options: DemoOptions) -> tuple[dict[str, float], Path]:
     }
     training = Config(
         **RECIPE, out=str(out), data=str(root / "train"), max_steps=options.steps, seed=options.seed,
-        device=options.device, workers=min(len(os.sched_getaffinity(0)), 2),
+        device=options.device, workers=min(available_cores(), 2),
     )  # fmt: skip
     if not pretrain(training).finished:
         raise KeyboardInterrupt

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import mean_loss_of_ranks
+from fastjem.collectives import Agreement, mean_loss_of_ranks
 from fastjem.functional import checks
-from fastjem.functional.precision import in_float32, loss_dtype
+from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import over
 from fastjem.ops.autograd import one_pass, one_pass_with_statistics
 
@@ -76,8 +76,10 @@ def prototype_cross_entropy(
         teacher_bias: [K] or, one per teacher view, [T, K]; added to teacher / teacher_temperature.
         pairs: "different" (s != t, the same index being the same view), "same" (s = t) or "all".
         weights: [B]: the mean over rows becomes sum(weights * rows) / sum(weights).
-        statistics: also return the teacher's, from the same pass; of this rank's rows, and with `weights` unweighted.
-        group: the process group over whose global batch the mean is taken (batches may be uneven).
+        statistics: also return the teacher's, from the same pass; of this rank's rows (NaN of none), and with `weights`
+            unweighted.
+        group: the process group over whose global batch the mean is taken (batches may be uneven, a rank may have no
+            rows).
 
     Returns:
         0-dim float32 (float64 for float64 inputs), the same on every rank of the group; with `statistics`, a
@@ -88,29 +90,35 @@ def prototype_cross_entropy(
     """
     op = "prototype_cross_entropy"
     contract = "student and teacher must be [S, B, K] and [T, B, K], or lists of [B, K]"
-    student = list_of_views(op, contract, student)
-    teacher = list_of_views(op, contract, teacher)
-    checks.matrices(op, contract, *student, *teacher)
-    batch, prototypes = student[0].shape
-    options = _options(op, student, teacher, prototypes, teacher_bias, pairs, weights)
-    constants = _constants(teacher, student)
-    inputs = checks.common(*student)
-    of_student, of_teacher = _temperatures(op, student_temperature, teacher_temperature, student[0])
-    if isinstance(of_student, Tensor):
-        inputs = [over(x, of_student) for x in inputs]
-        of_student = 1.0
-    scale = None
-    if isinstance(of_teacher, Tensor):
-        scale = of_teacher.detach()
-        constants = [over(x, scale) for x in constants]
-        of_teacher = 1.0
-    arguments = (constants, of_student, of_teacher, *options, statistics)
-    loss, *seen = one_pass_with_statistics(op, inputs, *arguments, listed=True)
+    with Agreement(op, group) as ranks:
+        student = list_of_views(op, contract, student)
+        teacher = list_of_views(op, contract, teacher)
+        checks.matrices(op, contract, *student, *teacher, may_be_empty=None if group is None else 0)
+        batch, prototypes = student[0].shape
+        options = _options(op, student, teacher, prototypes, teacher_bias, pairs, weights)
+        of_student = checks.positive(op, "student_temperature", student_temperature, student[0])
+        of_teacher = checks.positive(op, "teacher_temperature", teacher_temperature, student[0])
+        if isinstance(of_teacher, Tensor):
+            of_teacher = of_teacher.detach()
+        constants = _constants(teacher, student)
+        inputs = checks.common(*student)
+        ranks.rows_of(inputs[0])
+    inputs, of_student = _over_temperature(inputs, of_student)
+    constants, of_constants = _over_temperature(constants, of_teacher)
+    if group is not None and not batch:
+        loss = sum_of_elements(inputs)
+        of_nothing = loss.detach().new_full((prototypes,), torch.nan)
+        seen = [of_nothing, of_nothing.clone(), of_nothing[0].clone()]
+    else:
+        arguments = (constants, of_student, of_constants, *options, statistics)
+        loss, *seen = one_pass_with_statistics(op, inputs, *arguments, listed=True)
     loss = _mean_of_ranks(loss, batch, weights, group)
     if not statistics:
         return loss
     mean, usage, entropy = seen
-    return loss, TeacherStatistics(mean if scale is None else mean * scale.to(mean.dtype), usage, entropy)
+    if isinstance(of_teacher, Tensor):  # the operator saw logits over the temperature
+        mean = mean * of_teacher.to(mean.dtype)
+    return loss, TeacherStatistics(mean, usage, entropy)
 
 
 def prototype_head_cross_entropy(
@@ -146,25 +154,31 @@ def prototype_head_cross_entropy(
     """
     op = "prototype_head_cross_entropy"
     contract = "student and teacher must be [S, B, D] and [T, B, D], or lists of [B, D], both prototypes [K, D]"
-    student = list_of_views(op, contract, student)
-    teacher = list_of_views(op, contract, teacher)
-    checks.matrices(op, contract, *student, *teacher)
-    checks.matrices(op, contract, student_prototypes, teacher_prototypes)
-    if student_prototypes.shape[1] != student[0].shape[1]:
-        checks.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
-    checks.one_device(op, [student[0], student_prototypes])
-    options = _options(op, student, teacher, len(student_prototypes), teacher_bias, pairs, weights)
-    inputs = checks.common(*student, student_prototypes)
-    *constants, prototypes = _constants([*teacher, teacher_prototypes], inputs)
-    of_student, of_teacher = _temperatures(op, student_temperature, teacher_temperature, student[0])
-    if isinstance(of_student, Tensor):
-        inputs = [*(over(x, of_student) for x in inputs[:-1]), in_float32(inputs[-1])]
-        of_student = 1.0
-    if isinstance(of_teacher, Tensor):
-        constants = [over(x, of_teacher.detach()) for x in constants]
-        prototypes = in_float32(prototypes)
-        of_teacher = 1.0
-    loss = one_pass(op, inputs, constants, prototypes, of_student, of_teacher, *options, listed=True)
+    with Agreement(op, group) as ranks:
+        student = list_of_views(op, contract, student)
+        teacher = list_of_views(op, contract, teacher)
+        checks.matrices(op, contract, *student, *teacher, may_be_empty=None if group is None else 0)
+        checks.matrices(op, contract, student_prototypes, teacher_prototypes)
+        if student_prototypes.shape[1] != student[0].shape[1]:
+            checks.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
+        checks.one_device(op, [student[0], student_prototypes])
+        options = _options(op, student, teacher, len(student_prototypes), teacher_bias, pairs, weights)
+        of_student = checks.positive(op, "student_temperature", student_temperature, student[0])
+        of_teacher = checks.positive(op, "teacher_temperature", teacher_temperature, student[0])
+        if isinstance(of_teacher, Tensor):
+            of_teacher = of_teacher.detach()
+        inputs = checks.common(*student, student_prototypes)
+        *constants, prototypes = _constants([*teacher, teacher_prototypes], inputs)
+        ranks.rows_of(inputs[0])
+    features, of_student = _over_temperature(inputs[:-1], of_student)
+    constants, of_teacher = _over_temperature(constants, of_teacher)
+    # Features over a temperature that is a tensor are float32 at least, and prototypes are in the dtype of features.
+    inputs = checks.common(*features, inputs[-1])
+    prototypes = prototypes.to(constants[0].dtype)
+    if group is not None and not len(student[0]):
+        loss = sum_of_elements(inputs[:-1]) + 0 * inputs[-1].sum()
+    else:
+        loss = one_pass(op, inputs, constants, prototypes, of_student, of_teacher, *options, listed=True)
     return _mean_of_ranks(loss, len(student[0]), weights, group)
 
 
@@ -175,6 +189,11 @@ def list_of_views(op: str, contract: str, views: Tensor | Sequence[Tensor]) -> l
     if not isinstance(views, (list, tuple)) or not views:
         checks.fail(op, contract, checks.shape(views))
     return list(views)
+
+
+def sum_of_elements(views: Sequence[Tensor]) -> Tensor:
+    """0-dim, in the dtype of a loss: 0 for views without rows, which so still take part in backward."""
+    return torch.stack([x.sum(dtype=loss_dtype(x)) for x in views]).sum()
 
 
 def _constants(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[Tensor]:
@@ -214,13 +233,11 @@ def _options(
     return teacher_bias, pairs, weights
 
 
-def _temperatures(
-    op: str, of_student: float | Tensor, of_teacher: float | Tensor, like: Tensor
-) -> tuple[float | Tensor, float | Tensor]:
-    return (
-        checks.positive(op, "student_temperature", of_student, like),
-        checks.positive(op, "teacher_temperature", of_teacher, like),
-    )
+def _over_temperature(scores: list[Tensor], temperature: float | Tensor) -> tuple[list[Tensor], float]:
+    """Scores, and their temperature as an operator takes it; one that is a tensor goes into the scores."""
+    if not isinstance(temperature, Tensor):
+        return scores, temperature
+    return [over(x, temperature) for x in scores], 1.0
 
 
 def _mean_of_ranks(loss: Tensor, rows: int, weights: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:

@@ -23,6 +23,7 @@ from fastjem.build import Training
 from fastjem.checkpoints import Metrics, write_atomically
 from fastjem.data.pixels import Pixels, whole_image
 from fastjem.data.source import Source, decode
+from fastjem.machine import available_cores
 from fastjem.report.page import write
 from fastjem.report.run import spread
 
@@ -59,7 +60,7 @@ class SampleImages:
 
         every_label = np.zeros(len(source), np.int64) if source.labels is None else source.labels
         chosen = choose(every_label)
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
+        with ThreadPoolExecutor(min(available_cores(), 16)) as threads:
             images = list(threads.map(read, chosen.tolist()))
         found = [(i, image) for i, image in zip(chosen.tolist(), images, strict=True) if image is not None]
         self.source = source
@@ -77,7 +78,9 @@ class SampleImages:
         training, device = encoder.training, next(encoder.parameters()).device
         encoder.eval()
         try:
-            rows = [encoder(self.pixels.normalise(part, device)).float().cpu() for part in self.images.split(batch)]
+            rows = [
+                encoder(self.pixels.decoded.normalise(part, device)).float().cpu() for part in self.images.split(batch)
+            ]
         finally:
             encoder.train(training)
         return nn.functional.normalize(torch.cat(rows), dim=1)

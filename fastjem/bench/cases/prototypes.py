@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, normalize, pairwise_distance, softmax
 
 import fastjem.functional as F
-from fastjem.bench.case import Case, Draw
+from fastjem.bench.case import Case, Draw, at_least_float32
 
 EPSILON, ITERATIONS = 0.05, 3  # SwAV's; its scores are cosines, so small
 SWAV_TEMPERATURE, DINO_TEMPERATURE, TEACHER_TEMPERATURE, CENTER_MOMENTUM = 0.1, 0.1, 0.04, 0.9
@@ -19,7 +19,7 @@ SCORE_STD = 0.1
 @torch.no_grad()
 def sinkhorn(scores: Tensor) -> Tensor:
     """SwAV's own code."""
-    q = torch.exp(scores.float() / EPSILON).T
+    q = torch.exp(at_least_float32(scores) / EPSILON).T
     k, b = q.shape
     q = q / q.sum()
     for _ in range(ITERATIONS):
@@ -47,7 +47,7 @@ def sinkhorn_case(b: int, k: int, dtype: torch.dtype = torch.float32, **options)
 
 def potentials(codes: Tensor, scores: Tensor) -> Tensor:
     """The prototypes' potentials [K], by the codes' first row; less their mean, a constant that codes don't tell."""
-    f = codes[0].log() - scores[0].float() / EPSILON
+    f = codes[0].log() - at_least_float32(scores[0]) / EPSILON
     return f - f.mean()
 
 
@@ -115,7 +115,7 @@ def swav_case(high: int, low: int, b: int, k: int, dtype: torch.dtype = torch.fl
 
 def update_center(teacher: list[Tensor], center: Tensor) -> None:
     with torch.no_grad():
-        mean = torch.stack([x.float().mean(0) for x in teacher]).mean(0)
+        mean = torch.stack([at_least_float32(x).mean(0) for x in teacher]).mean(0)
         center.lerp_(mean, 1 - CENTER_MOMENTUM)
 
 

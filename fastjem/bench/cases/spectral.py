@@ -24,7 +24,7 @@ def tico(z0: Tensor, z1: Tensor) -> Tensor:
 def total_coding_rate(z: Tensor) -> Tensor:
     """The authors' code, D x D."""
     n, d = z.shape
-    return torch.logdet(torch.eye(d, device=z.device) + d / (n * 0.2) * z.T @ z) / 2
+    return torch.logdet(torch.eye(d, dtype=z.dtype, device=z.device) + d / (n * 0.2) * z.T @ z) / 2
 
 
 def mmcr(online: Tensor, momentum: Tensor) -> Tensor:
@@ -54,12 +54,12 @@ def w_mse(z0: Tensor, z1: Tensor) -> Tensor:
 def directions(like: Tensor) -> Tensor:
     torch.manual_seed(0)  # what lightly's draws
     x = torch.randn(like.shape[-1], SLICES, device=like.device)
-    return x / x.norm(dim=0)
+    return (x / x.norm(dim=0)).to(like.dtype)
 
 
 def sigreg(z: Tensor) -> Tensor:
     """As published: [V, N, S, knots] three times."""
-    t = torch.linspace(0, T_MAX, KNOTS, device=z.device)
+    t = torch.linspace(0, T_MAX, KNOTS, dtype=z.dtype, device=z.device)
     phi = (-t.square() / 2).exp()  # the normal distribution's characteristic function
     weight = torch.full_like(t, 2 * T_MAX / (KNOTS - 1))  # of the trapezoidal rule
     weight[[0, -1]] /= 2

@@ -1,0 +1,107 @@
+"""Encoders that were trained, built again and given their weights: from `encoder.safetensors`, or from a checkpoint."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastjem import reading
+from fastjem.data.pixels import METADATA, Pixels
+from fastjem.encoders import STEMS, architecture, create
+from fastjem.errors import UserError
+
+
+def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str]]:
+    """(the encoder in eval mode, what `metadata` says of it).
+
+    Raises:
+        UserError: for a file that isn't there, isn't safetensors, or doesn't say how its encoder is built.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(path):
+        what = "is a folder; fastjem.load_encoder opens a run" if os.path.isdir(path) else "is no file"
+        raise UserError(f"{path} {what}" if os.path.exists(path) else f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file, reading.named(path):
+            built = Built.of(file.metadata() or {})
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            built.must_fit(shapes)
+            state = {name: file.get_tensor(name) for name in shapes}
+            module = built.with_weights(state)
+            return module.eval(), file.metadata()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no safetensors file: {error}") from None
+
+
+@dataclass(frozen=True)
+class Built:
+    """How an encoder that was trained is built again: what `create` is given."""
+
+    backbone: str
+    image_size: int
+    stem: str = "auto"
+    patch_size: int = 0
+    pool: str | None = None
+    channels: int = 3
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str]) -> "Built":
+        """What the function `metadata` wrote; UserError for anything else."""
+        if "backbone" not in metadata:
+            raise UserError("it names no backbone: its weights only fit into the module that they came from")
+        numbers = {}
+        for name, least in (("image_size", 1), ("patch_size", 0)):
+            text = metadata.get(name, "")
+            if not re.fullmatch("[0-9]{1,5}", text) or int(text) < least:
+                raise UserError(f"{name} in its metadata must be a number of pixels, got {text[:40]!r}")
+            numbers[name] = int(text)
+        stem = metadata.get("stem", "")
+        if stem not in STEMS:
+            raise UserError(f"stem in its metadata must be one of {', '.join(STEMS)}, got {stem[:40]!r}")
+        # Earlier versions took a tag of pretrained weights with the name, and ignored it.
+        backbone = architecture(metadata["backbone"])
+        channels = Pixels.from_metadata(metadata).channels if METADATA in metadata else 3
+        return cls(backbone, stem=stem, pool=metadata.get("pool") or None, channels=channels, **numbers)
+
+    def create(self) -> nn.Module:
+        """The module with random weights."""
+        try:
+            return create(
+                self.backbone, self.image_size, stem=self.stem, patch=self.patch_size, pool=self.pool,
+                channels=self.channels,
+            )  # fmt: skip
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model's constructor may raise
+            raise UserError(f"{self.backbone} can't be built as the file says: {error}") from None
+
+    def must_fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """UserError where weights of these shapes, by name, aren't this encoder's.
+
+        The module is built without any memory for its weights first: a name in somebody's file may be that of a model
+        that takes all there is.
+        """
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in self.create().state_dict().items()}
+        if expected == dict(shapes):
+            return
+        wrong = [name for name in expected if shapes.get(name) != expected[name]]
+        wrong += [name for name in shapes if name not in expected]
+        has, wants = (str(found.get(wrong[0], "nothing")) for found in (shapes, expected))
+        raise UserError(
+            f"the weights are no {self.backbone}'s (a module of your own?): {wrong[0]} is {has} where {wants} is needed"
+        )
+
+    def with_weights(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The module with the weights, whose shapes are looked at first."""
+        self.must_fit({name: tuple(tensor.shape) for name, tensor in state.items()})
+        module = self.create()
+        try:
+            module.load_state_dict(dict(state))
+        except RuntimeError as error:
+            raise UserError(f"the weights are no {self.backbone}'s: {error}") from None
+        return module
