@@ -10,6 +10,7 @@ from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops.autograd import one_pass, ops, refuse_second_order, two_passes
+from fastjem.ops.forward_mode import refuse_forward_mode
 
 
 def _stacked(op: str, z0: Tensor, z1: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
@@ -320,6 +321,7 @@ def info_nce(
     rows = checks.common(query, positive, negatives)
     if not isinstance(temperature, Tensor):
         return one_pass("info_nce", rows, offset, temperature)
+    refuse_forward_mode("info_nce", (*rows, temperature))
     rows = [unit_rows_over_root(x, temperature) for x in rows]
     return _InfoNCE.apply(*rows, offset).to(loss_dtype(query))
 
@@ -375,4 +377,5 @@ def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
     checks.matrices("nearest_neighbors", contract, query, bank, same=False)
     if query.shape[1] != bank.shape[1]:
         checks.fail("nearest_neighbors", contract, f"{tuple(query.shape)} and {tuple(bank.shape)}")
+    refuse_forward_mode("nearest_neighbors", (query, bank))
     return ops.nearest_neighbors(*(x.detach() for x in checks.common(query, bank)))

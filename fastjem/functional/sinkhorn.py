@@ -12,6 +12,7 @@ from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import over
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.ops.autograd import ops
+from fastjem.ops.forward_mode import refuse_forward_mode
 
 
 def sinkhorn(
@@ -104,6 +105,7 @@ def _checked(
         checks.fail(op, contract, " and ".join(str(tuple(x.shape)) for x in scores))
     iterations = checks.integer(op, "iterations", iterations, 1)
     epsilon = checks.positive(op, "epsilon", epsilon, scores[0])
+    refuse_forward_mode(op, scores)
     constants = [x.detach() for x in scores]
     if isinstance(epsilon, Tensor):
         return [over(x, epsilon.detach()) for x in constants], 1.0, iterations
