@@ -134,6 +134,12 @@ WITHOUT_TEMPERATURE = {
     "rescale_", "ema_update_", "negative_cosine", "regression", "nearest_neighbors", "koleo", "characteristic",
     "characteristic_backward", "barlow_twins", "vicreg",
 }  # fmt: skip
+# (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN
+# where the other is an infinity. A pair's own weight is added to a product of matrices that has 0 in its place, and 0
+# times an infinite embedding is NaN; an infinite scale is multiplied with a difference of similarities.
+KINDS_MAY_DIFFER = {("clip_loss_backward", 0), ("clip_loss_backward", 1), ("clip_loss_backward", 2), ("clip_loss", 2)}
+# Log-sum-exps that come as arguments: -inf is one of no logits at all, and there are logits.
+LOG_SUM_EXPS = {("nt_xent_backward", 2), ("nt_xent_backward", 3), ("clip_loss_backward", 3), ("clip_loss_backward", 4)}
 OF_IMAGES = {"augment", "crop_resize"}
 
 
@@ -192,17 +198,17 @@ def results(op: str, implementation: Callable, arguments: tuple) -> list[Tensor]
     return flat(arguments) if op.endswith("_") else flat(result)
 
 
-def same(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def same(got: Tensor, expected: Tensor, dtype: torch.dtype, kinds: bool = True) -> bool:
+    """Whether both are the same numbers; without `kinds` an infinity may stand for another one, or for NaN."""
     if got.shape != expected.shape:
         return False
     if not expected.is_floating_point():
         return torch.equal(got, expected)
-    if not torch.equal(got.isnan(), expected.isnan()):
-        return False
-    infinite = expected.isinf()
-    if not torch.equal(got.isinf(), infinite) or not torch.equal(got[infinite], expected[infinite]):
-        return False
     finite = expected.isfinite()
+    if not torch.equal(got.isfinite(), finite):
+        return False
+    if kinds and not torch.equal(got.masked_fill(finite, 0).nan_to_num(nan=7.0), expected.masked_fill(finite, 0).nan_to_num(nan=7.0)):
+        return False
     g, e = got[finite].double(), expected[finite].double()
     size = e.abs().max().item() if len(e) else 0.0
     return bool(((g - e).abs() <= tolerance(dtype) * max(size, 1e-6)).all())
@@ -214,6 +220,8 @@ def differences(
     """One line for each answer that isn't the specification's."""
     specification = ops.plain(ops.reference(op))
     for place, name in itertools.product(places(make(op), where), values):
+        if name == "-inf" and (op, place.tensor) in LOG_SUM_EXPS:
+            continue
         wanted = make(op)
         place.poison(wanted, VALUES[name])
         given = make(op)
@@ -221,7 +229,7 @@ def differences(
         expected = results(op, specification, wanted)
         got = results(op, implementation, given)
         for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-            if not same(g, e, make.dtype):
+            if not same(g, e, make.dtype, (op, place.tensor) not in KINDS_MAY_DIFFER):
                 yield (
                     f"{op} {str(make.dtype)[6:]} width {make.width} temperature {make.temperature}: {name} in "
                     f"{place.where} of tensor {place.tensor}, result {i}: {_short(g)}, expected {_short(e)}"
