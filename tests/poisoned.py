@@ -135,11 +135,15 @@ WITHOUT_TEMPERATURE = {
     "characteristic_backward", "barlow_twins", "vicreg",
 }  # fmt: skip
 # (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN
-# where the other is an infinity. A pair's own weight is added to a product of matrices that has 0 in its place, and 0
-# times an infinite embedding is NaN; an infinite scale is multiplied with a difference of similarities.
-KINDS_MAY_DIFFER = {("clip_loss_backward", 0), ("clip_loss_backward", 1), ("clip_loss_backward", 2), ("clip_loss", 2)}
-# Log-sum-exps that come as arguments: -inf is one of no logits at all, and there are logits.
-LOG_SUM_EXPS = {("nt_xent_backward", 2), ("nt_xent_backward", 3), ("clip_loss_backward", 3), ("clip_loss_backward", 4)}
+# where the other is an infinity: a pair's own weight is added to a product of matrices that has 0 in its place, and 0
+# times an infinite embedding is NaN.
+KINDS_MAY_DIFFER = {("clip_loss_backward", 0), ("clip_loss_backward", 1)}
+# (operator, number of the poisoned tensor, value) that are no input. A log-sum-exp of -inf is one of no logits at all,
+# and there are logits; an infinite scale is a temperature of 0.
+NO_INPUT = {
+    *((op, i, "-inf") for op, both in (("nt_xent_backward", (2, 3)), ("clip_loss_backward", (3, 4))) for i in both),
+    *((op, 2, value) for op in ("clip_loss", "clip_loss_backward") for value in ("-inf", "+inf")),
+}
 OF_IMAGES = {"augment", "crop_resize"}
 
 
@@ -207,7 +211,9 @@ def same(got: Tensor, expected: Tensor, dtype: torch.dtype, kinds: bool = True) 
     finite = expected.isfinite()
     if not torch.equal(got.isfinite(), finite):
         return False
-    if kinds and not torch.equal(got.masked_fill(finite, 0).nan_to_num(nan=7.0), expected.masked_fill(finite, 0).nan_to_num(nan=7.0)):
+    if kinds and not torch.equal(
+        got.masked_fill(finite, 0).nan_to_num(nan=7.0), expected.masked_fill(finite, 0).nan_to_num(nan=7.0)
+    ):
         return False
     g, e = got[finite].double(), expected[finite].double()
     size = e.abs().max().item() if len(e) else 0.0

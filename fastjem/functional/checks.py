@@ -6,6 +6,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from fastjem.kernels import guard
+
 
 def fail(op: str, contract: str, came: object) -> NoReturn:
     raise ValueError(f"{op}: {contract}, got {came}")
@@ -25,9 +27,16 @@ def matrices(op: str, contract: str, *tensors: Tensor, dims: int = 2, same: bool
             fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
         if not x.is_floating_point():
             fail(op, f"{contract}, floating-point", x.dtype)
+        memory(op, x)
     if same and any(x.shape != tensors[0].shape for x in tensors):
         fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
     one_device(op, tensors)
+
+
+def memory(op: str, x: Tensor) -> None:
+    """Refuse a tensor whose memory was freed, before torch computes with it: `torch.stack` would crash, for one."""
+    if type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        guard.refuse_freed(op, x)
 
 
 def one_device(op: str, tensors: Sequence[Tensor]) -> None:

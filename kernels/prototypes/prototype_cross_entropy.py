@@ -26,7 +26,7 @@ def _probability(teacher, bias, lse, i_row, column, inside, stride, scale, COMPU
     if bias is not None:
         v += tl.load(bias + column, inside, 0)
     q = tl.exp(v - lse)
-    return tl.where(q < (2.2250738585072014e-308 if COMPUTE == tl.float64 else 1.1754943508222875e-38), 0.0, q)
+    return tl.where(q < (2.2250738585072014e-308 if tl.float64 == COMPUTE else 1.1754943508222875e-38), 0.0, q)
 
 
 @triton.jit(do_not_specialize=["B"])
