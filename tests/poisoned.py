@@ -1,4 +1,4 @@
-"""Arguments of every raw operator with -inf, +inf or NaN put into one of their tensors, and what differs of two answers.
+"""Arguments of every raw operator with -inf, +inf or NaN put into one of their tensors, and how two answers differ.
 
 An operator's specification says what comes out. Infinities and NaNs must stand in the same places, and what is finite
 be the same number.
@@ -211,9 +211,7 @@ def same(got: Tensor, expected: Tensor, dtype: torch.dtype, kinds: bool = True) 
     finite = expected.isfinite()
     if not torch.equal(got.isfinite(), finite):
         return False
-    if kinds and not torch.equal(
-        got.masked_fill(finite, 0).nan_to_num(nan=7.0), expected.masked_fill(finite, 0).nan_to_num(nan=7.0)
-    ):
+    if kinds and not torch.equal(got[~finite].nan_to_num(0, 1, -1), expected[~finite].nan_to_num(0, 1, -1)):
         return False
     g, e = got[finite].double(), expected[finite].double()
     size = e.abs().max().item() if len(e) else 0.0
@@ -226,7 +224,7 @@ def differences(
     """One line for each answer that isn't the specification's."""
     specification = ops.plain(ops.reference(op))
     for place, name in itertools.product(places(make(op), where), values):
-        if name == "-inf" and (op, place.tensor) in LOG_SUM_EXPS:
+        if (op, place.tensor, name) in NO_INPUT:
             continue
         wanted = make(op)
         place.poison(wanted, VALUES[name])

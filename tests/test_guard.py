@@ -1,5 +1,5 @@
-"""What a kernel would read or write beyond is refused before it runs, by every operator: memory that isn't there, shapes
-and dtypes that don't fit one another; and grids that a GPU doesn't take."""
+"""Every operator refuses what its kernel would read or write beyond: memory that isn't there, shapes and dtypes that
+don't fit one another. And grids are such as a GPU takes."""
 
 import functools
 import importlib

@@ -149,3 +149,27 @@ def test_float64_at_extreme_temperatures(op, temperature, implementation):
     expected = results(op, ops.plain(ops.reference(op)), make(op))
     for i, (got, wanted) in enumerate(zip(results(op, dispatched(op), make(op)), expected, strict=True)):
         assert same(got, wanted, torch.float64), (i, got, wanted)
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("loss", [F.total_coding_rate, F.emp_ssl, lambda z: F.mmcr(z, z), F.whiten, F.frossl])
+def test_a_factorisation_of_broken_embeddings_is_nan_and_so_is_its_gradient(loss, value):
+    """An exception would end a run where a GradScaler skips the step."""
+    z = logits(3, 12, 5).float()
+    z[1, 2, 3] = value
+    z = (z[1] if loss is F.whiten else z).requires_grad_()
+    result = loss(z)
+    result = result[0] if isinstance(result, tuple) else result
+    assert result.isnan().any() if loss is F.whiten else result.isnan()
+    result.sum().backward()
+    assert z.grad.isnan().any()
+
+
+@pytest.mark.parametrize("loss", [F.vicreg, F.barlow_twins])
+@pytest.mark.parametrize("rows", [4, 12])
+def test_the_spectrum_of_broken_embeddings_is_nan(loss, rows):
+    z = logits(rows, 6).float()
+    z[1, 2] = math.nan
+    health = F.Health(keep_spectrum=True)
+    assert loss(z, logits(rows, 6, seed=1).float(), health=health).isnan()
+    assert health.spectrum().isnan().all() and health.spectrum().shape == (2, min(rows, 6))
