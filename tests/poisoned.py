@@ -215,7 +215,7 @@ def same(got: Tensor, expected: Tensor, dtype: torch.dtype, kinds: bool = True) 
         return False
     g, e = got[finite].double(), expected[finite].double()
     size = e.abs().max().item() if len(e) else 0.0
-    return bool(((g - e).abs() <= tolerance(dtype) * max(size, 1e-6)).all())
+    return bool(((g - e).abs() <= tolerance(dtype) * max(size, 1e-3)).all())
 
 
 def differences(

@@ -26,20 +26,21 @@ def some(*differences):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_a_kernel_gives_what_its_specification_gives(op, implementation):
-    """Temperatures whose inverse is rounded up, and down: the sign of what a float leaves of it decided."""
     if implementation.name == "reference":
         pytest.skip("compared with itself")
     if INTERPRETING:
         if op == "prototype_head_cross_entropy":
             pytest.skip("too slow for the interpreter: see the exhaustive test")
-        assert not some(differences(op, dispatched(op), Inputs(torch.float32, 0.05, 7), ("element",), ("-inf", "nan")))
+        values = ("-inf",) if op in ("prototype_cross_entropy", "info_nce") else ("-inf", "nan")
+        assert not some(differences(op, dispatched(op), Inputs(torch.float32, 0.05, 7), ("element",), values))
         return
-    for temperature in (0.05, 0.07) if op not in WITHOUT_TEMPERATURE else (0.05,):
-        assert not some(differences(op, dispatched(op), Inputs(torch.float32, temperature, 7)))
-    # more than a block of a row; half precision, whose gradients aren't scaled
+    # a temperature whose inverse float32 rounds down, one that it rounds up; half precision, whose gradients aren't
+    # scaled; more than a block of a row
     assert not some(
-        differences(op, dispatched(op), Inputs(torch.float32, 0.05, 1500), ("element", "half a row")),
-        differences(op, dispatched(op), Inputs(torch.bfloat16, 0.1, 7), ("element", "row")),
+        differences(op, dispatched(op), Inputs(torch.float32, 0.05, 7), ("element", "half a row", "column")),
+        differences(op, dispatched(op), Inputs(torch.float32, 0.07, 7), ("row",), ("-inf",)),
+        differences(op, dispatched(op), Inputs(torch.bfloat16, 0.1, 7), ("element",), ("-inf", "nan")),
+        differences(op, dispatched(op), Inputs(torch.float32, 0.05, 1030), ("half a row",), ("-inf",)),
     )
 
 
@@ -62,7 +63,7 @@ def logits(*shape: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:
 
 
 @pytest.mark.parametrize("op", ["prototype_cross_entropy"])
-@pytest.mark.parametrize("temperature", TEMPERATURES if not INTERPRETING else TEMPERATURES[:3])
+@pytest.mark.parametrize("temperature", TEMPERATURES if not INTERPRETING else TEMPERATURES[:1])
 def test_a_prototype_ruled_out_on_both_sides_is_as_if_it_were_not_there(op, temperature, implementation):
     """And ruled out by the student alone, the loss is infinite, as long as the teacher gives it anything."""
     student, teacher = logits(2, 5, 9, device=implementation.device).float(), logits(2, 5, 9, seed=1).float()
@@ -83,10 +84,10 @@ def test_a_prototype_ruled_out_on_both_sides_is_as_if_it_were_not_there(op, temp
 
 
 @pytest.mark.parametrize("op", ["sinkhorn"])
-@pytest.mark.parametrize("epsilon", TEMPERATURES if not INTERPRETING else TEMPERATURES[:3])
+@pytest.mark.parametrize("epsilon", TEMPERATURES if not INTERPRETING else TEMPERATURES[:1])
 def test_a_masked_score_has_the_code_0(op, epsilon, implementation):
     """Whether the scores lie near each other, or so far apart that sums are taken with maxima."""
-    for scale in (0.1, 30):
+    for scale in (0.1,) if INTERPRETING else (0.1, 30):
         scores = logits(12, 9) * scale
         scores[torch.arange(12), torch.arange(12) % 9] = MASKED
         weights = (scores / epsilon - scores.max() / epsilon).exp()
