@@ -57,7 +57,14 @@ class Health:
         """By a loss: figures [2, D + 1], the standard deviations and the rank."""
         self.std = figures[:, :-1]
         self.effective_rank = figures[:, -1]
-        self._spectrum = (lambda: spectrum([widest(solvable(x)) for x in squares], n)) if squares else None
+        self._spectrum = (lambda: _of_finite(spectrum, [widest(solvable(x)) for x in squares], n)) if squares else None
+
+
+def _of_finite(spectrum: Callable[..., Tensor], squares: list[Tensor], n: int) -> Tensor:
+    """The spectrum; NaN of what has infinities or NaN, where an eigensolver raises."""
+    if all(x.isfinite().all() for x in squares):
+        return spectrum(squares, n)
+    return squares[0].new_full((2, len(squares[0])), torch.nan)
 
 
 def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:

@@ -19,13 +19,23 @@ def smaller_gram(z: Tensor) -> Tensor:
 
 
 def cholesky(x: Tensor, op: str) -> Tensor:
-    """The lower factor. A matrix without one raises on the CPU and gives NaN on CUDA, where looking would wait."""
+    """The lower factor; of a matrix with infinities or NaN it is NaN, and so is the gradient.
+
+    A finite matrix without a factor raises on the CPU. On CUDA, where looking would wait, it gives NaN as well.
+    """
     factor, info = torch.linalg.cholesky_ex(x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        if info.any():
-            checks.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
-        return factor
-    return torch.where((info == 0)[..., None, None], factor, torch.nan)
+    finite = x.isfinite().all(-1).all(-1)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and ((info != 0) & finite).any():
+        checks.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
+    # A product, as a gradient would pass by `where`, and a GradScaler looks for NaN there.
+    return factor * torch.where((info == 0) & finite, 1.0, torch.nan).to(factor.dtype)[..., None, None]
+
+
+def singular_values(x: Tensor) -> Tensor:
+    """`torch.linalg.svdvals` of [..., N, D]; of a matrix with infinities or NaN, where it raises, NaN."""
+    finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    nan_unless_finite = (x * torch.where(finite, 0.0, torch.nan).to(x.dtype)).sum((-2, -1))  # so that gradients are too
+    return torch.linalg.svdvals(x.where(finite, 0)) + nan_unless_finite[..., None]
 
 
 def total_coding_rate(z: Tensor, *, eps: float | Tensor = 0.2) -> Tensor:
@@ -103,8 +113,8 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float | Tensor = 5e-3) -> Te
     weight = checks.number("mmcr", "lmda", lmda, online)
     with without_autocast(online):
         z = torch.cat([in_float32(online), in_float32(momentum)], 1)  # [B, 2 V, D]
-        of_images = torch.linalg.svdvals(z).sum() / len(z)
-        of_means = torch.linalg.svdvals(z.mean(1)).sum()
+        of_images = singular_values(z).sum() / len(z)
+        of_means = singular_values(z.mean(1)).sum()
         return (weight * of_images - of_means).to(z.dtype)
 
 
