@@ -217,6 +217,8 @@ def tico(
             checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
         beta = checks.number("tico", "beta", beta, z0, low=0, high=1, inclusive=True)
         rho = checks.number("tico", "rho", rho, z0)
+        if isinstance(beta, Tensor):
+            beta = widest(beta)
         ranks.rows_of(z0)
     n = sum(ranks.sizes)
     with without_autocast(z0):
