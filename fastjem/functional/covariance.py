@@ -16,6 +16,7 @@ from fastjem.collectives import (
     sum_over_ranks,
 )
 from fastjem.functional import checks, summed_squares
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.kernels.arithmetic import solvable, widest
 from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
@@ -79,6 +80,7 @@ def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
     return (values / n).expand(2, -1)
 
 
+@over_ranks()
 def barlow_twins(
     z0: Tensor,
     z1: Tensor,
@@ -113,6 +115,7 @@ def barlow_twins(
     return diagonal + weight.to(diagonal.dtype) * (everything - diagonal)
 
 
+@over_ranks()
 def vicreg(
     z0: Tensor,
     z1: Tensor,
@@ -181,6 +184,7 @@ def _weighted(
     return loss
 
 
+@over_ranks(lambda z0, *_, **__: [(), (z0.shape[1], z0.shape[1])], packed=tuple)
 def tico(
     z0: Tensor,
     z1: Tensor,
