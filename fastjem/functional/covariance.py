@@ -16,6 +16,7 @@ from fastjem.collectives import (
     sum_over_ranks,
 )
 from fastjem.functional import checks, summed_squares
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.kernels.arithmetic import solvable, widest
 from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
@@ -86,6 +87,7 @@ def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
     return (values / n).expand(2, -1)
 
 
+@over_ranks()
 def barlow_twins(
     z0: Tensor,
     z1: Tensor,
@@ -120,6 +122,7 @@ def barlow_twins(
     return diagonal + weight.to(diagonal.dtype) * (everything - diagonal)
 
 
+@over_ranks()
 def vicreg(
     z0: Tensor,
     z1: Tensor,
@@ -188,6 +191,7 @@ def _weighted(
     return loss
 
 
+@over_ranks(lambda z0, *_, **__: [(), (z0.shape[1], z0.shape[1])], packed=tuple)
 def tico(
     z0: Tensor,
     z1: Tensor,
@@ -224,6 +228,8 @@ def tico(
             checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
         beta = checks.number("tico", "beta", beta, z0, low=0, high=1, inclusive=True)
         rho = checks.number("tico", "rho", rho, z0)
+        if isinstance(beta, Tensor):
+            beta = widest(beta)
         ranks.rows_of(z0)
     n = sum(ranks.sizes)
     with without_autocast(z0):

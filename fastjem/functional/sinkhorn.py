@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement, stack_of_ranks
 from fastjem.functional import checks
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import over
 from fastjem.kernels.arithmetic import widest_dtype
@@ -15,6 +16,7 @@ from fastjem.ops.autograd import ops
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
+@over_ranks(lambda scores, **_: [scores.shape], differentiable=False)
 def sinkhorn(
     scores: Tensor,
     *,
@@ -59,6 +61,7 @@ def sinkhorn(
     return ops.sinkhorn_codes(scores, bias, epsilon, dtype)
 
 
+@over_ranks(lambda scores, **_: [(scores if isinstance(scores, Tensor) else scores[0]).shape[1:]], differentiable=False)
 def sinkhorn_bias(
     scores: Tensor | Sequence[Tensor],
     *,
