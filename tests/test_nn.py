@@ -251,6 +251,28 @@ def test_update_momentum(buffers):
         ours.update_momentum(student, teacher, 0.9, buffers="all")
 
 
+def test_update_momentum_writes_nothing_before_all_is_checked():
+    student = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
+    student[1].num_batches_tracked.fill_(3)
+
+    def without(name: str) -> torch.nn.Module:
+        teacher = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
+        setattr(teacher[1], name, torch.zeros(7))
+        return teacher
+
+    teachers = [without("running_var"), without("num_batches_tracked"), copy.deepcopy(student).half()]
+    for teacher in teachers:
+        teacher[1].num_batches_tracked.zero_()
+        before = copy.deepcopy(teacher.state_dict())
+        for buffers in ("average", "copy"):
+            with pytest.raises(ValueError, match=r"(ema_update_|update_momentum): "):
+                ours.update_momentum(student, teacher, 0.9, buffers=buffers)
+        for key, value in teacher.state_dict().items():
+            assert torch.equal(value, before[key]), key
+    with pytest.raises(ValueError, match="as many buffers, got 0 and 3"):
+        ours.update_momentum(student, torch.nn.Linear(5, 4), 0.9, buffers="copy")
+
+
 def test_weight_decay_groups_and_frozen_models():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.LayerNorm(4))
     for norm in (False, True):
