@@ -8,16 +8,22 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import itertools
 import re
+import select
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 
-from fastjem.errors import UserError
+from fastjem.advice import advice
+from fastjem.errors import ResourceError, ToldElsewhereError, UserError
+from fastjem.fields import conformed
+from fastjem.launchers import speaks
+from fastjem.printing import forget_reader, say
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -25,7 +31,14 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 
-class Parser(argparse.ArgumentParser):
+class PlainParser(argparse.ArgumentParser):
+    """argparse's, but that a full disk behind --help isn't ignored."""
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+
+class Parser(PlainParser):
     """For commands that run without tyro: a mistake on their command line is one line and exit code 2 as well."""
 
     def error(self, message: str) -> NoReturn:
@@ -49,8 +62,10 @@ def pairs(items: list[str]) -> dict[str, Any]:
     found = {}
     for item in items:
         name, equals, text = item.partition("=")
-        if not equals:
+        if not equals or not name:
             raise ValueError(f"takes NAME=VALUE, got {item}")
+        if name in found:
+            raise ValueError(f"takes one value a name, got {name} twice")
         found[name] = value(text)
     return found
 
@@ -83,18 +98,87 @@ def parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
     for field in fields:
         if field.metadata.get("positional") and shown[field.name] in required and values[field.name] in ((), []):
             raise UserError(f"needs {shown[field.name]}")
-    return kind(**values)
+    # Only what was given: whoever needs to know can tell it from a default, which is filled in here.
+    named = {word.partition("=")[0] for word in words}
+    given = [name for name, option in shown.items() if not option.startswith("--") or option in named]
+    given += [name for name, option in shown.items() if f"--no-{option[2:]}" in named]
+    return kind(**conformed(kind, {name: values[name] for name in given}, shown.__getitem__))
 
 
 def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[str]) -> int:
-    """Parse, call, and make one line and exit code 2 of a user's mistake."""
+    """Parse and call `main`; the exit code, see `outcome`."""
+
+    def work() -> int:
+        try:
+            options = parse(kind, command, argv)
+        except UserError:
+            if not speaks():  # all ranks parse the same words, and the first one tells what is wrong with them
+                return 2
+            raise
+        return main(options)
+
+    return outcome(command, work)
+
+
+def outcome(command: str, work: Callable[[], int]) -> int:
+    """The exit code of a command's work, whose output has reached whoever reads it.
+
+    A user's mistake is one line and 2, and so is a machine that is too small (`fastjem.advice`), no space for what is
+    printed one line and 1; Ctrl-C is 130. Where
+    nobody reads what is printed any more (`| head`) the command ends without a word, and with 141 as other programs do.
+    """
+    program = f"fastjem {command}".strip()
     try:
-        return main(parse(kind, command, argv))
+        try:
+            return work()
+        finally:  # behind --help, which raises SystemExit, too
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except ToldElsewhereError:
+        return 2
     except UserError as error:
-        print(f"fastjem {command}: {' '.join(str(error).split())} (fastjem {command} --help)", file=sys.stderr)
+        hint = "" if isinstance(error, ResourceError) else f" ({program} --help)"
+        say(f"{program}: {' '.join(str(error).split())}{hint}")
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        gone = [_reader_gone(stream) for stream in (sys.stdout, sys.stderr)]
+        if not any(gone):
+            raise
+        return 141
+    except OSError as error:
+        if line := advice(error):
+            say(f"{program}: {line}")
+            return 2
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        forget_reader(sys.stdout)  # or Python says once more, as it ends, that nothing can be written
+        say(f"{program}: the output can't be written: {error.strerror}")
+        return 1
+    except Exception as error:
+        line = advice(error)
+        if line is None:
+            raise
+        say(f"{program}: {line}")
+        return 2
+
+
+def _reader_gone(stream: TextIO | None) -> bool:
+    """Whether nobody reads a stream any more; what it still holds is then forgotten."""
+    if stream is None:
+        return False
+    if not hasattr(select, "poll"):  # on Windows one can't ask
+        return True
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # a stream without a file descriptor
+        return False
+    if gone:
+        forget_reader(stream)
+    return gone
 
 
 def _shown_name(field: dataclasses.Field) -> str:
@@ -112,7 +196,10 @@ def _for_tyro(field: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
 
     marks: list[Any] = []
     about = {"help": field.metadata.get("help", "")}
-    if isinstance(hint, types.UnionType):  # X | None: tyro would offer the word None
+    if words := _words_of_switch(hint):
+        about["help_behavior_hint"] = ""
+        marks.append(_primitive(1, f"[{'|'.join(words)}]", lambda given: _word_or_switch(given[0], words)))
+    elif isinstance(hint, types.UnionType):  # X | None: tyro would offer the word None
         (kind,) = set(typing.get_args(hint)) - {types.NoneType}
         about["help_behavior_hint"] = ""
         marks.append(_primitive(1, kind.__name__.upper(), lambda words: _converted(kind, words[0])))
@@ -127,8 +214,25 @@ def _for_tyro(field: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
     return field.name, annotation, default
 
 
+def _words_of_switch(hint: Any) -> tuple[str, ...]:
+    """("auto",) of `bool | Literal["auto"]`, a switch that takes a word too; empty for any other type."""
+    parts = typing.get_args(hint)
+    literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+    return typing.get_args(literals[0]) if literals and bool in parts else ()
+
+
+def _word_or_switch(word: str, words: Sequence[str]) -> bool | str:
+    if word not in ("True", "False", *words):
+        raise ValueError(f"takes {' or '.join(words)} or nothing, got {word}")
+    return word if word in words else word == "True"
+
+
 def _converted(kind: Callable[[str], Any], word: str) -> Any:
-    return word == "True" if kind is bool else kind(word)
+    if kind is not bool:
+        return kind(word)
+    if word not in ("True", "False"):
+        raise ValueError(f"takes True or False, got {word}")
+    return word == "True"
 
 
 def _primitive(nargs: Any, metavar: str, made: Callable[[list[str]], Any]) -> Any:
@@ -148,28 +252,38 @@ def _spelt_out(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
     """The words with every option in full, as tyro takes them; hints: "--option" or "POSITIONAL" -> its type.
 
     An option that isn't there is a mistake (tyro would take the beginning of a name for it); `--blur` and `--no-blur`
-    of a switch that may stay None become `--blur True` and `--blur False`.
+    of a switch that may stay None become `--blur True` and `--blur False`, `--resume` becomes `--resume True`.
     """
     options = {name: hint for name, hint in hints.items() if name.startswith("--")}
-    switches = {name for name, hint in options.items() if hint == bool | None}
+    words_of = {name: ("True", "False", *_words_of_switch(hint)) for name, hint in options.items()}
+    switches = {name for name, hint in options.items() if hint == bool | None or _words_of_switch(hint)}
     negations = {f"--no-{name[2:]}": name for name, hint in options.items() if hint is bool or name in switches}
     known = [*options, *negations, "--help"]
-    words = []
+    words: list[str] = []
+    pairs_of: dict[str, list[str]] = {}  # an option of NAME=VALUE pairs may be given again: pairs are added
+    filled = words  # where words without a name go
     for word, following in itertools.zip_longest(argv, argv[1:]):
         name, equals, text = word.partition("=")
         option = name.replace("_", "-")
         if option == "--" or not option.startswith("--"):
-            words.append(word)
-        elif option not in known:
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
+            filled.append(word)
+            continue
+        filled = words
+        if option not in known:
+            near = difflib.get_close_matches(option.lower(), known, n=1, cutoff=0.6)
             raise UserError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        if typing.get_origin(options.get(option)) is dict:
+            if not equals and (following is None or following.startswith("--")):
+                raise UserError(f"{option} needs NAME=VALUE")
+            filled = pairs_of.setdefault(option, [])
+            filled += [text] if equals else []
         elif negations.get(option) in switches:
             words += [negations[option], "False"]
-        elif option in switches and not equals and following not in ("True", "False"):
+        elif option in switches and not equals and following not in words_of[option]:
             words += [option, "True"]
         else:
             words.append(option + equals + text)
-    return words
+    return words + [word for option, found in pairs_of.items() for word in (option, *found)]
 
 
 # What tyro says of a mistake -> what we say, where ours is shorter.

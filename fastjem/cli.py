@@ -2,9 +2,14 @@
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from fastjem.arguments import outcome, run
+from fastjem.errors import UserError
+from fastjem.printing import say
 
 
 class Command(NamedTuple):
@@ -78,19 +83,25 @@ def call(name: str, words: Sequence[str]) -> int:
         function = getattr(module, command.function)
         if not command.options:
             return function(list(words))
-        from fastjem.arguments import run
-
         return run(getattr(module, command.options), name, function, words)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "fastjem":
             raise
-        print(f"fastjem {name}: {error.name} is not installed; pip install 'fastjem[pretrain]'", file=sys.stderr)
-        return 2
+        raise UserError(f"{error.name} is not installed; pip install 'fastjem[pretrain]'") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     name, *words = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if sys.stdout is None:  # closed by the caller (`>&-`)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if name in COMMANDS:
+        return outcome(name, lambda: call(name, words))
+    return outcome("", lambda: about(name))
+
+
+def about(name: str) -> int:
+    """What `fastjem NAME` says where that is no command."""
     if name in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -99,9 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fastjem {__version__}")
         return 0
-    if name in COMMANDS:
-        return call(name, words)
     near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version"], n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
-    print(f"fastjem: there is no command {name!r}; {hint} (fastjem --help)", file=sys.stderr)
+    say(f"fastjem: there is no command {name!r}; {hint} (fastjem --help)")
     return 2

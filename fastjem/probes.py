@@ -44,7 +44,7 @@ def features(
     arrays: list[Tensor] = []
     done = 0
     for images in DataLoader(whole_images(source, indices, pixels), batch, num_workers=workers):
-        parts = compute(pixels.normalise(images, device))
+        parts = compute(pixels.decoded.normalise(images, device))
         if not arrays:
             arrays = [torch.empty(len(indices), part.shape[1], dtype=dtype, device=part.device) for part in parts]
         for array, part in zip(arrays, parts, strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastjem import ops
+from fastjem.arguments import PlainParser
 from fastjem.bench import machine, report
 from fastjem.bench.case import Case, dtype_name
 from fastjem.bench.cases import cases
@@ -180,6 +181,12 @@ def _rounds(value: str) -> int:
     return int(value)
 
 
+def _folder(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
+
+
 def _pattern(value: str) -> str:
     try:
         re.compile(value)
@@ -189,7 +196,7 @@ def _pattern(value: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="fastjem bench",
         description="Time fastjem's operators against eager torch, torch.compile and, if installed, lightly, in turns.",
     )
@@ -203,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--full", action="store_true", help="slow and less usual cases too")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--wait", type=float, default=0, metavar="S", help="per case, wait at most so long for an idle machine")
-    add("--out", metavar="DIR", help="write DIR/<machine>.json and .md; other cases' rows in them stay")
+    add("--out", type=_folder, metavar="DIR", help="write DIR/<machine>.json and .md; other cases' rows in them stay")
     add("--list", action="store_true", help="print the names of the cases, run nothing")
     return parser
 

@@ -208,7 +208,10 @@ def seen(run: Run) -> str:
     order = dict.fromkeys([*spread(len(embeddings.files), VIEWED).tolist(), *range(len(embeddings.files))])
     shown = samples(
         ((embeddings.indices[i], embeddings.files[i]) for i in order),
-        views.specs(size, patch=patch, blur=config.get("blur"), changes=config.get("view")),
+        views.specs(
+            size, patch=patch, blur=config.get("blur"), changes=config.get("view"), channels=config.get("channels", 3)
+        ),
+        levels=embeddings.levels,
         root=embeddings.root,
         images=VIEWED,
         seed=config.get("seed", 0),

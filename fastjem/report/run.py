@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fastjem.data.levels import Levels
+from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError
 from fastjem.methods import METHODS, Method
 
@@ -25,6 +27,7 @@ class Embeddings:
     classes: list[str]
     images: int  # in the folder, of which these are N
     labelled: bool  # False: a flat folder; the one class has no name
+    levels: Levels | None = None  # how the run reads its images
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ def read(path: str | os.PathLike[str]) -> Run:
         json_lines(path / "metrics.jsonl"),
         json_lines(path / "knn.jsonl"),
         environment,
-        read_embeddings(path / "embeddings.npz"),
+        read_embeddings(
+            path / "embeddings.npz", Pixels.from_dict(config["pixels"]).levels if "pixels" in config else None
+        ),
     )
 
 
@@ -91,7 +96,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_embeddings(path: Path) -> Embeddings | None:
+def read_embeddings(path: Path, levels: Levels | None = None) -> Embeddings | None:
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as file:
@@ -105,6 +110,7 @@ def read_embeddings(path: Path) -> Embeddings | None:
             classes=file["classes"].tolist(),
             images=int(file["images"]),
             labelled=bool(file["labelled"]),
+            levels=levels,
         )
 
 
