@@ -16,6 +16,7 @@ from fastjem.collectives import (
     sum_over_ranks,
 )
 from fastjem.functional import checks, summed_squares
+from fastjem.functional.decompositions import eigenvalues, eigenvectors, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.kernels.arithmetic import solvable, widest
 from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
@@ -62,7 +63,7 @@ class Health:
 
 def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:
     """[2, min(N, D)]: eigenvalues of a^T a / (N - 1) of both centred views, from a^T a or a a^T."""
-    return torch.linalg.eigvalsh(torch.stack(squares)).clamp(min=0).flip(1) / (n - 1)
+    return eigenvalues(torch.stack(squares)).clamp(min=0).flip(1) / (n - 1)
 
 
 def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
@@ -71,11 +72,11 @@ def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
     With a a^T = R R^T, C's squared singular values (times N^2) are the eigenvalues of R^T b b^T R.
     """
     if len(squares) == 1:
-        values = torch.linalg.svdvals(squares[0])
+        values = singular_values(squares[0])
     else:
-        eigenvalues, vectors = torch.linalg.eigh(squares[0])
-        root = vectors * eigenvalues.clamp(min=0).sqrt()
-        values = torch.linalg.eigvalsh(root.T @ squares[1] @ root).clamp(min=0).flip(0).sqrt()
+        of_first, vectors = eigenvectors(squares[0])
+        root = vectors * of_first.clamp(min=0).sqrt()
+        values = eigenvalues(root.T @ squares[1] @ root).clamp(min=0).flip(0).sqrt()
     return (values / n).expand(2, -1)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastjem.collectives import Agreement, stack_of_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
-from fastjem.kernels.arithmetic import widest_dtype
+from fastjem.kernels.arithmetic import widest, widest_dtype
 from fastjem.ops.autograd import ops
 
 
@@ -30,25 +30,28 @@ def sinkhorn(
     Args:
         scores: [B, K], samples by prototypes.
         epsilon: temperature of the scores.
-        iterations: how often both are normalised, at least 1. Few iterations do not converge, and their order matters.
+        iterations: how often both are normalised. Few iterations do not converge, and their order matters. 0: Q is
+            divided by its sum alone, and so the codes' mean sum over prototypes is 1 (lightly's convention).
         normalize_samples_first: divide each sample by its sum once before (MSN normalises probabilities).
         dtype: of the codes; None: float32 (float64 for float64 scores).
         group: the process group over whose global batch prototypes are normalised (batches may be uneven, even empty).
 
     Returns:
-        [B, K] codes; every row sums to 1.
+        [B, K] codes; every row sums to 1 (with iterations).
 
     Raises:
         ValueError: for other shapes, dtypes or options.
     """
     with Agreement("sinkhorn", group) as ranks:
-        _check("sinkhorn", epsilon, iterations, group, scores)
+        _check("sinkhorn", epsilon, iterations, group, scores, least=0)
         if dtype is None:
             dtype = loss_dtype(scores)
         if not dtype.is_floating_point:
             checks.fail("sinkhorn", "dtype must be floating-point", dtype)
         ranks.rows_of(scores)
         ranks.alike(iterations, normalize_samples_first)
+    if not iterations:
+        return _unnormalised(scores.detach(), epsilon, normalize_samples_first, sum(ranks.sizes), group).to(dtype)
     if group is None:
         return ops.sinkhorn(scores.detach(), float(epsilon), iterations, normalize_samples_first, dtype)
     bias = _potentials([scores.detach()], float(epsilon), iterations, normalize_samples_first, group)
@@ -94,14 +97,29 @@ def sinkhorn_bias(
     return _potentials(parts, float(epsilon), iterations, normalize_samples_first, group).to(wide)
 
 
-def _check(op: str, epsilon: float, iterations: int, group: dist.ProcessGroup | None, *scores: Tensor) -> None:
+def _unnormalised(
+    scores: Tensor, epsilon: float, normalize_samples_first: bool, rows: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The codes of no iteration: Q over its sum, times the rows of all ranks; samples that are normalised stay so."""
+    logits = widest(scores) / epsilon
+    if normalize_samples_first:
+        return logits.softmax(1)
+    total = logits.flatten().logsumexp(0)
+    if group is not None:
+        total = stack_of_ranks(total, group).logsumexp(0)
+    return rows * (logits - total).exp()
+
+
+def _check(
+    op: str, epsilon: float, iterations: int, group: dist.ProcessGroup | None, *scores: Tensor, least: int = 1
+) -> None:
     contract = "scores must be [B, K]" if len(scores) == 1 else "scores must be [B, K] with the same K"
     checks.matrices(op, contract, *scores, same=False, may_be_empty=None if group is None else 0)
     if len({x.shape[1] for x in scores}) > 1:
         checks.fail(op, contract, " and ".join(str(tuple(x.shape)) for x in scores))
     checks.positive(op, epsilon=epsilon)
-    if not isinstance(iterations, int) or iterations < 1:
-        checks.fail(op, "iterations must be at least 1", iterations)
+    if not isinstance(iterations, int) or iterations < least:
+        checks.fail(op, f"iterations must be at least {least}", iterations)
 
 
 def _potentials(

@@ -1,14 +1,17 @@
 """SIGReg and LeJEPA as modules, with lightly's names, arguments and defaults."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.collectives import check_distributed, default_group
 from fastjem.functional import checks
+from fastjem.nn.hooks import Hooks
 
 
-class SIGReg(nn.Module):
+class SIGReg(Hooks):
     """`fastjem.functional.sigreg` of [..., N, D] with fresh random directions at each call.
 
     Args:
@@ -17,6 +20,13 @@ class SIGReg(nn.Module):
         num_vectors: how many directions.
         gather_distributed: take the means over the global batch of all ranks, which draw the same directions.
     """
+
+    never_called: ClassVar[dict[str, str]] = {
+        "_generate_unit_vectors": "override directions",
+        "_project_embeddings_to_unit_vector": "override forward",
+        "_compute_cf_error_at_each_frequency": "override forward",
+        "_integrate_via_trapezoidal_rule": "override forward",
+    }
 
     def __init__(
         self, *, knots: int = 17, t_max: float = 3.0, num_vectors: int = 1024, gather_distributed: bool = False
