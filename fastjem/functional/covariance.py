@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,11 @@ class Health:
         """By a loss: figures [2, D + 1], the standard deviations and the rank."""
         self.std = figures[:, :-1]
         self.effective_rank = figures[:, -1]
-        self._spectrum = (lambda: spectrum([widest(solvable(x)) for x in squares], n)) if squares else None
+        self._spectrum = partial(_spectrum_of, spectrum, squares, n) if squares else None
+
+
+def _spectrum_of(spectrum: Callable[..., Tensor], squares: list[Tensor], n: int) -> Tensor:
+    return spectrum([widest(solvable(x)) for x in squares], n)
 
 
 def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:

@@ -88,7 +88,9 @@ class NTXentLoss(nn.Module):
         checks.matrices("NTXentLoss", "out0 and out1 must be [N, D] both", out0, out1)
         x, y = (nn.functional.normalize(z, dim=1) for z in (out0, out1))
         if bank is not None:
-            logits = torch.cat([(x * y).sum(1, keepdim=True), x @ bank.T.to(x.dtype)], 1)
+            logits = torch.cat(
+                [(x * y).sum(1, keepdim=True), x @ bank.T.to(x.dtype, copy=True)], 1
+            )  # the bank moves before backward
             return self.cross_entropy(logits / self.temperature, logits.new_zeros(len(x), dtype=torch.long))
         n = len(x)
         others = ~torch.eye(n, dtype=torch.bool, device=x.device)  # a row isn't its own negative

@@ -274,8 +274,12 @@ class _WeightNormLinear(nn.Module):
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(output_dim, 1))
+        self.weight_g = nn.Parameter(torch.empty(output_dim, 1))
         self.weight_v = nn.Parameter(torch.empty(output_dim, input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear
 
     @property
