@@ -1,6 +1,6 @@
 """Losses on the spectrum of embeddings: total coding rate, MMCR, FroSSL, whitening; by the smaller Gram matrix.
 
-In plain torch: what they cost is a factorisation of a small matrix.
+In plain torch: what they cost is a factorisation of a small matrix. Of what isn't finite they are NaN.
 """
 
 from collections.abc import Sequence
@@ -10,32 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastjem.functional import checks
+from fastjem.functional.decompositions import cholesky, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
 
 
 def smaller_gram(z: Tensor) -> Tensor:
     """The smaller of `z @ z.mT` [..., N, N] and `z.mT @ z` [..., D, D]: their nonzero eigenvalues are the same."""
     return z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
-
-
-def cholesky(x: Tensor, op: str) -> Tensor:
-    """The lower factor; of a matrix with infinities or NaN it is NaN, and so is the gradient.
-
-    A finite matrix without a factor raises on the CPU. On CUDA, where looking would wait, it gives NaN as well.
-    """
-    factor, info = torch.linalg.cholesky_ex(x)
-    finite = x.isfinite().all(-1).all(-1)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and ((info != 0) & finite).any():
-        checks.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
-    # A product, as a gradient would pass by `where`, and a GradScaler looks for NaN there.
-    return factor * torch.where((info == 0) & finite, 1.0, torch.nan).to(factor.dtype)[..., None, None]
-
-
-def singular_values(x: Tensor) -> Tensor:
-    """`torch.linalg.svdvals` of [..., N, D]; of a matrix with infinities or NaN, where it raises, NaN."""
-    finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    nan_unless_finite = (x * torch.where(finite, 0.0, torch.nan).to(x.dtype)).sum((-2, -1))  # so that gradients are too
-    return torch.linalg.svdvals(x.where(finite, 0)) + nan_unless_finite[..., None]
 
 
 def total_coding_rate(z: Tensor, *, eps: float | Tensor = 0.2) -> Tensor:
