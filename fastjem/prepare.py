@@ -1,4 +1,4 @@
-"""What a rank makes of a configuration by itself: source, encoder, method; checked before it waits for the others."""
+"""What a rank makes of a configuration by itself: source, encoder and method, checked before ranks wait for others."""
 
 import dataclasses
 import types
@@ -91,7 +91,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     steps = config.max_steps or steps_per_epoch * config.epochs
     images = fingerprint(source)
     chosen = config.optimizer is not None or config.learning_rate is not None
-    defaults = resume.defaults_of(state) if state else kind.defaults.of_run(steps, chosen=chosen)
+    defaults = resume.defaults_of(out, state) if state else kind.defaults.of_run(steps, chosen=chosen)
     # Of the data that the run was begun with: prototypes and queues have their size of it.
     sized_for = {"images": len(source), "classes": len(source.classes)}
     said = [*unused_options(config, objects), *about_values, *([] if state else [defaults.unlike(kind.defaults)])]

@@ -93,7 +93,8 @@ def _placed(key: str, value: object, tensors: list[Tensor]) -> str:
         return f"'{value}'"
     if value is None or isinstance(value, (bool, int, float)):
         return f"{value}"
-    return f"group {value.group_name}"
+    group: Any = value
+    return f"group {group.group_name}"
 
 
 def _arguments(plan: list[str], tensors: Sequence[Tensor]) -> tuple[list, dict]:
@@ -120,7 +121,7 @@ def _arguments(plan: list[str], tensors: Sequence[Tensor]) -> tuple[list, dict]:
     return args, options
 
 
-def _resolve_process_group(name: str) -> object:
+def _resolve_process_group(name: Any) -> object:
     from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 
     return resolve(name)
