@@ -86,11 +86,8 @@ def test_the_users_range_and_images_of_another_kind(tmp_path: Path) -> None:
     levels = rule(source, given="1000,2000")
     assert levels == Levels(3, "integer", (1000, 2000))
     deep = np.asarray(decode(Levelled(source, levels), 0))
-    assert (
-        deep.min() == 0
-        and deep.max() == 255
-        and deep[6, 0, 0] == round((ramp(0, 3000, np.uint16)[6, 0] - 1000) / 1000 * 255)
-    )
+    expected = ((ramp(0, 3000, np.uint16) - 1000.0) / 1000 * 255).clip(0, 255).round()
+    assert np.array_equal(deep[:, :, 1], expected)
     assert decode(Levelled(source, levels), 1).getpixel((0, 0)) == (200, 100, 0)
     said = describe(levels, survey(source))
     assert said == [
@@ -155,18 +152,9 @@ def test_gray_is_one_channel_of_any_picture() -> None:
 
 
 def test_levels_of_every_type() -> None:
-    for dtype in (
-        np.uint8,
-        np.int8,
-        np.uint16,
-        np.int16,
-        np.dtype(">u2"),
-        np.int32,
-        np.float16,
-        np.float32,
-        np.float64,
-    ):
-        values = np.array([[-3, 0, 1, 50, 100, 120]]).clip(0 if np.dtype(dtype).kind == "u" else -3).astype(dtype)
+    for name in ("u1", "i1", "u2", "i2", ">u2", ">i2", "i4", "i8", "f2", "f4", "f8"):
+        dtype = np.dtype(name)
+        values = np.array([[-3, 0, 1, 50, 100, 120]]).clip(0 if dtype.kind == "u" else -3).astype(dtype)
         expected = ((values.astype(float) - 0) * 2.55).clip(0, 255).round()
         assert np.array_equal(to_levels(values, 0, 100), expected)
     assert to_levels(np.array([[np.nan, np.inf, -np.inf]]), -5, 5).tolist() == [[0, 0, 0]]
@@ -179,10 +167,8 @@ def test_three_channels_are_the_operators_bits() -> None:
     table = torch.from_numpy(Parameters([ViewSpec(size=9)])(0, 0, range(5), 9, 8)[0])
     import fastjem.functional as F
 
-    assert torch.equal(
-        augmented(crops, table, mean=(0.5,) * 3, std=(0.2,) * 3),
-        F.augment(crops, table, mean=(0.5,) * 3, std=(0.2,) * 3),
-    )
+    numbers = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    assert torch.equal(augmented(crops, table, **numbers), F.augment(crops, table, **numbers))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5])
