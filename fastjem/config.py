@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS
 
 FILE = "config.yaml"
+MOST_VIEWS = 1000  # small ones of an image: each is a crop to be made and a row of the batch
 Option = bool | int | float | str
 
 
@@ -81,11 +82,24 @@ class Config:
     log_every: int = field(default=10, metadata={"help": "steps"})
     checkpoint_every: float = field(default=300, metadata={"help": "seconds"})
     checkpoint_steps: int = field(default=0, metadata={"help": "steps, in place of seconds"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "the last ones, for where the newest is damaged"})
     knn_every: float | None = field(
         default=None, metadata={"help": "epochs; 0: at start and end; a twentieth of the run"}
     )
     report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
-    resume: bool = False
+    resume: bool | Literal["auto"] = field(
+        default=False, metadata={"help": "go on with the run in --out, by its own options; auto: or begin one"}
+    )
+    new_data: bool = field(default=False, metadata={"help": "resume although the images have changed"})
+
+    given = frozenset[str]()  # names of the fields that somebody chose, be it their defaults
+
+    def __new__(cls, *values: Any, **fields: Any) -> "Config":
+        """Note what is given: a resumed run is held to that, and takes everything else from its folder."""
+        config = super().__new__(cls)
+        names = [f.name for f in dataclasses.fields(cls)]
+        config.given = frozenset({*names[: len(values)], *fields})
+        return config
 
     def __post_init__(self) -> None:
         fields.conform(self, "pretrain: {}".format)
@@ -95,12 +109,14 @@ class Config:
         return f"--{name.replace('_', '-')}"
 
 
-# What a resumed run may be told anew: nothing of it changes a number.
+# What a resumed run may be told anew: nothing of it changes a number,
 MAY_CHANGE = {
-    "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
-    "compile", "max_steps", "data", "knn_every", "report",
+    "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "keep_checkpoints",
+    "tensorboard", "compile", "data", "new_data", "knn_every", "report",
 }  # fmt: skip
-AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every")
+# but for these: what makes a run longer, or leads it away from where it diverged. The run says that they changed.
+CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip")
+AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every", "keep_checkpoints")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
     "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory",
@@ -168,6 +184,8 @@ def _check_numbers(config: Config) -> None:
             raise UserError(f"{config.flag(name)} must be between 0 and 1, got {value}")
     if config.image_size > LARGEST:
         raise UserError(f"--image-size must be at most {LARGEST}, got {config.image_size}")
+    if config.small_views is not None and config.small_views > MOST_VIEWS:
+        raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
     if config.workers < -1:
         raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
     if config.batch_size < 2:
@@ -185,7 +203,7 @@ def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:
 
 
 # What decides which network a run has, and which images: none of it may be guessed when a run is opened again.
-NEEDED = ("out", "data", "method", "backbone", "image_size", "stem", "patch_size", "pool")
+NEEDED = ("out", "data", "method", "backbone", "image_size", "stem", "patch_size")
 
 
 def read(out: Path) -> tuple[Config, Pixels, str | None]:
@@ -195,6 +213,22 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
         UserError: where there is none, one of an earlier version, or one that is damaged or somebody else's; it names
             the file and the key.
     """
+    config, given = read_options(out)
+    path = out / FILE
+    if "pixels" not in given:
+        raise UserError(f"{path} was written by an earlier version of fastjem, whose runs this one can't open")
+    pool = given.get("pool", "")
+    if pool == "" or not isinstance(pool, str | None):
+        raise UserError(f"{path}: pool must be text or None, got {fields.came(pool)}")
+    with reading.named(path):
+        pixels = Pixels.from_dict(given["pixels"])
+        if pixels.size != config.image_size:
+            raise UserError(f"pixels' size is {pixels.size}, and image_size {config.image_size}")
+    return config, pixels, pool
+
+
+def read_options(out: Path) -> tuple[Config, dict[str, Any]]:
+    """(the configuration of the run in a folder, all that its file says), of an earlier version too; see `read`."""
     path = out / FILE
     try:
         given = reading.json_object(path)
@@ -203,8 +237,6 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
     known = [f.name for f in dataclasses.fields(Config)]
     if not set(known) & given.keys():
         raise UserError(f"{path} is no run's configuration: it has none of a run's keys")
-    if "pixels" not in given:
-        raise UserError(f"{path} was written by an earlier version of fastjem, whose runs this one can't open")
     lacking = [name for name in NEEDED if name not in given]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}")
@@ -214,19 +246,16 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
         config = Config(**values)
         _check_numbers(config)
         _check_choices(config)
-        pixels = Pixels.from_dict(given["pixels"])
-        if pixels.size != config.image_size:
-            raise UserError(f"pixels' size is {pixels.size}, and image_size {config.image_size}")
-    pool = given["pool"]
-    if not isinstance(pool, str | None):
-        raise UserError(f"{path}: pool must be text or None, got {fields.came(pool)}")
-    return config, pixels, pool
+    return config, given
 
 
 def check_resumed(config: Config, before: Config) -> None:
-    """UserError if what a resumed run is told now would change its numbers."""
-    for f in dataclasses.fields(Config):
-        old = getattr(before, f.name)
-        new = getattr(config, f.name)
-        if f.name not in MAY_CHANGE and old != new:
-            raise UserError(f"--resume: {config.flag(f.name)} was {old} in this run and is {new} now")
+    """UserError if what a resumed run is told now can't be changed any more. What isn't told stays as it was."""
+    for name in sorted(config.given - MAY_CHANGE - set(CHANGES_NUMBERS)):
+        old = getattr(before, name)
+        new = getattr(config, name)
+        if old != new:
+            raise UserError(
+                f"--resume: {config.flag(name)} was {old} in this run and is {new} now; without it the run goes on as "
+                "it was begun, and another --out begins another run"
+            )

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastjem import checkpoints, config, encoders, exports, fields, reading
-from fastjem.build import create_method
 from fastjem.config import Config
 from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError
 from fastjem.methods import METHODS, RunFacts
+from fastjem.prepare import create_method
 
 
 @dataclass

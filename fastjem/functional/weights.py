@@ -39,14 +39,10 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
         if t.dtype not in (torch.float32, torch.float64) or not s.is_floating_point():
             contract = "teacher must be float32 or float64 (half precision rounds updates away), student floating-point"
             checks.fail(op, contract, f"{t.dtype} and {s.dtype} at {i}")
+    momentum = checks.number(op, "momentum", momentum, teacher[0], low=0, high=1, inclusive=True)
     if isinstance(momentum, Tensor):
-        if momentum.dim():
-            checks.fail(op, "momentum must be a number or a 0-dim tensor", tuple(momentum.shape))
-        checks.one_device(op, [momentum, teacher[0]])
         momentum = widest(momentum)
     else:
-        if not 0 <= momentum <= 1:
-            checks.fail(op, "momentum must be in [0, 1]", momentum)
         # In float64 where there is one, because 1 - 0.9999 in float32 is off by 3e-4 of itself.
         device = teacher[0].device
         momentum = torch.full((), momentum, dtype=widest_dtype(device), device=device)

@@ -2,11 +2,13 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastjem.data.batch import Crops
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
@@ -53,7 +55,7 @@ class _BatchesByKeys(Dataset):
                 unreadable += [one for found in read for one in found.unreadable]
         except NoneReadable as error:  # a worker's exception would arrive without its type
             return Crops([], [], torch.empty(0, dtype=torch.int64), epoch, None, error.unreadable)
-        return Crops(
+        crops = Crops(
             [torch.from_numpy(np.stack(view)) for view in views],
             list(torch.from_numpy(np.concatenate(tables, 1))),
             torch.tensor(index),
@@ -61,6 +63,7 @@ class _BatchesByKeys(Dataset):
             labels_of(self.source, index),
             unreadable,
         )
+        return crops if get_worker_info() is None else shared(crops)
 
     def _read(self, samples: list[int]) -> Iterator[tuple[list[int], list[Read[Picture]]]]:
         """The samples and their images, as many at a time as have `HELD` pixels; of small ones the whole batch."""
@@ -77,6 +80,17 @@ class _BatchesByKeys(Dataset):
                 waiting, read, pixels = [], [], 0
         if waiting:
             yield waiting, read
+
+
+def shared(crops: Crops) -> Crops:
+    """The crops with their tensors in shared memory.
+
+    The worker's queue would put them there, in a thread that drops what doesn't fit: the run would wait for ever. Here
+    the error reaches the run.
+    """
+    for tensor in (*crops.views, *crops.tables, crops.index, *([] if crops.labels is None else [crops.labels])):
+        tensor.share_memory_()
+    return crops
 
 
 class TorchLoader:
@@ -97,11 +111,23 @@ class TorchLoader:
         )
 
     def __iter__(self) -> Iterator[Crops]:
-        for crops in self.loader:
+        """The workers start at once, and are gone when the iteration is, a stuck one too."""
+        others = set(active_children())
+        batches = iter(self.loader)
+        return _checked(batches, set(active_children()) - others)
+
+
+def _checked(batches: Iterator[Crops], workers: set[BaseProcess]) -> Iterator[Crops]:
+    try:
+        for crops in batches:
             if not crops.views:
                 raise NoneReadable(crops.unreadable)
             # a DataLoader turns the tuples in a list to lists
             yield crops._replace(unreadable=[(path, why) for path, why in crops.unreadable])
+    except BaseException:
+        for worker in workers:  # which ignores what asks it to end; Python would wait for it at its own end
+            worker.kill()
+        raise
 
 
 def _one_thread(worker: int) -> None:
