@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,37 @@ def test_bands_of_a_tiff_file(dtype: type, bands: int, layout: str) -> None:
     if bands == 5:
         with pytest.raises(ValueError, match="5 channels, not the 3 of --channels"):
             to_image(file.getvalue(), Levels())
+
+
+def test_a_deflated_tiff_file_holds_no_more_than_its_pixels() -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 4096, (6, 7, 5), np.uint16)
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="minisblack", planarconfig="contig", compression="zlib")
+    levels = Levels(5, "integer", (0, 255))
+    assert np.array_equal(np.asarray(to_image(file.getvalue(), levels)), values.clip(0, 255))
+    with tifffile.TiffFile(io.BytesIO(file.getvalue())) as opened:
+        tags = opened.pages.first.tags
+        where, length = tags["StripOffsets"].valueoffset, tags["StripByteCounts"].valueoffset
+        sizes = [tags[name].dtype.name for name in ("StripOffsets", "StripByteCounts")]
+    data = bytearray(file.getvalue())
+    bomb = zlib.compress(bytes(10**7))
+    for at, number, size in zip((where, length), (len(data), len(bomb)), sizes, strict=True):
+        data[at : at + (2 if size == "SHORT" else 4)] = number.to_bytes(2 if size == "SHORT" else 4, "little")
+    with pytest.raises(ValueError, match="a part of the TIFF file holds more than its pixels"):
+        to_image(bytes(data) + bomb, levels)
+
+
+def test_a_resumed_run_keeps_its_rule(tmp_path: Path) -> None:
+    """Though the images of today would make another."""
+    from fastjem.config import Config
+    from fastjem.prepare import Objects, levelled
+
+    config = Config(data=str(deep_folder(tmp_path)), out="run")
+    source, said = levelled(config, Objects(), None)
+    assert source.levels == Levels(3, "integer", (0, 4095)) and "white 4095" in said[0]
+    pixels = Pixels.of([ViewSpec()], Levels(3, "integer", (0, 16383)))
+    assert levelled(config, Objects(), {"pixels": pixels.to_dict()})[0].levels == pixels.levels
 
 
 def test_the_fourth_band_is_kept_or_said(tmp_path: Path) -> None:
