@@ -43,11 +43,14 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """
     _check_regular(os.stat(path))
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb") as file:
-        _check_regular(os.fstat(file.fileno()))
-        data = file.read(LARGEST_FILE + 1)
-    if len(data) > LARGEST_FILE:  # it has grown, or its size isn't told, as in /proc
-        raise _too_large()
+    with open(os.open(path, flags), "rb", buffering=0) as file:
+        found = os.fstat(file.fileno())
+        _check_regular(found)
+        data = file.read(found.st_size + 1)
+        while len(data) > found.st_size and (more := file.read(2**20)):  # it grows, or its size isn't told, as in /proc
+            data += more
+            if len(data) > LARGEST_FILE:
+                raise _too_large()
     return data
 
 
