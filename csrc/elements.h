@@ -93,10 +93,11 @@ static FASTJEM_INLINE float power_of_2(float shifted) {
 }
 
 static FASTJEM_INLINE double exponential(double x) { return std::exp(x); }
-// For x <= 0 or so (no care above 88): 2^n exp(r), |r| <= ln(2) / 2, by Taylor's series to r^7 (error below 1e-8).
-// 0 where x < -87.3, the end of the normal numbers.
+// 2^n exp(r), |r| <= ln(2) / 2, by Taylor's series to r^7 (error below 1e-8). 0 where x < -87.3, the end of the normal
+// numbers; infinity where 2^n is, from 88.4 on.
 static FASTJEM_INLINE float exponential(float x) {
-  const float clamped = x < -87.3f ? -87.3f : x;  // NaN stays
+  float clamped = x < -87.3f ? -87.3f : x;  // NaN stays
+  clamped = clamped > 88.8f ? 88.8f : clamped;
   const float shifted = clamped * 1.44269504f + integer_shift;
   const float n = shifted - integer_shift;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts
@@ -124,6 +125,19 @@ static FASTJEM_INLINE float log1p_of_unit(float e) {
   p = p * z + 2.0f / 5;
   p = p * z + 2.0f / 3;
   return s * (p * z + 2.0f);
+}
+
+// x where it is finite, and otherwise the largest finite number of its sign; NaN stays. An infinity may be subtracted
+// from nothing (infinity less infinity is NaN) and multiplied by no 0.
+//
+// Pivots: a maximum of -infinity (nothing was seen, or all of it was masked) becomes a number from which -infinity is
+// still infinitely far, and so does one of +infinity: each exponential is 0, 1 or infinity, and their sum's logarithm,
+// with the pivot added again, is the infinity that it was.
+template <class W>
+static FASTJEM_INLINE W to_finite(W x) {
+  constexpr W largest = std::numeric_limits<W>::max();
+  x = x < -largest ? -largest : x;
+  return x > largest ? largest : x;
 }
 
 // Calls f with a null pointer of the dtype's element type, from which it takes its template argument.

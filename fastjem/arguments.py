@@ -19,8 +19,10 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar, cast
 
-from fastjem.errors import UserError
+from fastjem.advice import advice
+from fastjem.errors import ResourceError, ToldElsewhereError, UserError
 from fastjem.fields import conformed
+from fastjem.launchers import speaks
 from fastjem.printing import forget_reader, say
 
 if TYPE_CHECKING:
@@ -96,19 +98,34 @@ def parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
     for field in fields:
         if field.metadata.get("positional") and shown[field.name] in required and values[field.name] in ((), []):
             raise UserError(f"needs {shown[field.name]}")
-    return kind(**conformed(kind, values, shown.__getitem__))
+    # Only what was given: whoever needs to know can tell it from a default, which is filled in here.
+    named = {word.partition("=")[0] for word in words}
+    given = [name for name, option in shown.items() if not option.startswith("--") or option in named]
+    given += [name for name, option in shown.items() if f"--no-{option[2:]}" in named]
+    return kind(**conformed(kind, {name: values[name] for name in given}, shown.__getitem__))
 
 
 def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[str]) -> int:
     """Parse and call `main`; the exit code, see `outcome`."""
-    return outcome(command, lambda: main(parse(kind, command, argv)))
+
+    def work() -> int:
+        try:
+            options = parse(kind, command, argv)
+        except UserError:
+            if not speaks():  # all ranks parse the same words, and the first one tells what is wrong with them
+                return 2
+            raise
+        return main(options)
+
+    return outcome(command, work)
 
 
 def outcome(command: str, work: Callable[[], int]) -> int:
     """The exit code of a command's work, whose output has reached whoever reads it.
 
-    A user's mistake is one line and 2; no space for what is printed, or no memory, one line and 1; Ctrl-C is 130. Where
-    nobody reads what is printed any more (`| head`) the command ends without a word, and with 141 as other programs do.
+    A user's mistake is one line and 2, and so is a machine that is too small (`fastjem.advice`); no space for what is
+    printed is one line and 1; Ctrl-C is 130. Where nobody reads what is printed any more (`| head`) the command ends
+    without a word, and with 141 as other programs do.
     """
     program = f"fastjem {command}".strip()
     try:
@@ -117,8 +134,11 @@ def outcome(command: str, work: Callable[[], int]) -> int:
         finally:  # behind --help, which raises SystemExit, too
             if sys.stdout is not None:
                 sys.stdout.flush()
+    except ToldElsewhereError:
+        return 2
     except UserError as error:
-        say(f"{program}: {' '.join(str(error).split())} ({program} --help)")
+        hint = "" if isinstance(error, ResourceError) else f" ({program} --help)"
+        say(f"{program}: {' '.join(str(error).split())}{hint}")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -127,15 +147,21 @@ def outcome(command: str, work: Callable[[], int]) -> int:
         if not any(gone):
             raise
         return 141
-    except MemoryError as error:
-        say(f"{program}: there is not enough memory: {str(error) or 'less at a time may fit'}")
-        return 1
     except OSError as error:
+        if line := advice(error):
+            say(f"{program}: {line}")
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         forget_reader(cast(TextIO, sys.stdout))  # or Python says once more, as it ends, that nothing can be written
         say(f"{program}: the output can't be written: {error.strerror}")
         return 1
+    except Exception as error:
+        line = advice(error)
+        if line is None:
+            raise
+        say(f"{program}: {line}")
+        return 2
 
 
 def _reader_gone(stream: TextIO | None) -> bool:
@@ -170,7 +196,10 @@ def _for_tyro(field: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
 
     marks: list[Any] = []
     about = {"help": field.metadata.get("help", "")}
-    if isinstance(hint, types.UnionType):  # X | None: tyro would offer the word None
+    if words := _words_of_switch(hint):
+        about["help_behavior_hint"] = ""
+        marks.append(_primitive(1, f"[{'|'.join(words)}]", lambda given: _word_or_switch(given[0], words)))
+    elif isinstance(hint, types.UnionType):  # X | None: tyro would offer the word None
         (kind,) = set(typing.get_args(hint)) - {types.NoneType}
         about["help_behavior_hint"] = ""
         marks.append(_primitive(1, kind.__name__.upper(), lambda words: _converted(kind, words[0])))
@@ -183,6 +212,19 @@ def _for_tyro(field: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
     annotation = Annotated[(hint, tyro.conf.arg(**about), *marks)]  # type: ignore[valid-type]
     default = dataclasses.field(default=field.default, default_factory=field.default_factory)  # type: ignore[call-overload]
     return field.name, annotation, default
+
+
+def _words_of_switch(hint: Any) -> tuple[str, ...]:
+    """("auto",) of `bool | Literal["auto"]`, a switch that takes a word too; empty for any other type."""
+    parts = typing.get_args(hint)
+    literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+    return typing.get_args(literals[0]) if literals and bool in parts else ()
+
+
+def _word_or_switch(word: str, words: Sequence[str]) -> bool | str:
+    if word not in ("True", "False", *words):
+        raise ValueError(f"takes {' or '.join(words)} or nothing, got {word}")
+    return word if word in words else word == "True"
 
 
 def _converted(kind: Callable[[str], Any], word: str) -> Any:
@@ -210,10 +252,11 @@ def _spelt_out(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
     """The words with every option in full, as tyro takes them; hints: "--option" or "POSITIONAL" -> its type.
 
     An option that isn't there is a mistake (tyro would take the beginning of a name for it); `--blur` and `--no-blur`
-    of a switch that may stay None become `--blur True` and `--blur False`.
+    of a switch that may stay None become `--blur True` and `--blur False`, `--resume` becomes `--resume True`.
     """
     options = {name: hint for name, hint in hints.items() if name.startswith("--")}
-    switches = {name for name, hint in options.items() if hint == bool | None}
+    words_of = {name: ("True", "False", *_words_of_switch(hint)) for name, hint in options.items()}
+    switches = {name for name, hint in options.items() if hint == bool | None or _words_of_switch(hint)}
     negations = {f"--no-{name[2:]}": name for name, hint in options.items() if hint is bool or name in switches}
     known = [*options, *negations, "--help"]
     words: list[str] = []
@@ -236,7 +279,7 @@ def _spelt_out(argv: Sequence[str], hints: dict[str, Any]) -> list[str]:
             filled += [text] if equals else []
         elif negations.get(option) in switches:
             words += [negations[option], "False"]
-        elif option in switches and not equals and following not in ("True", "False"):
+        elif option in switches and not equals and following not in words_of[option]:
             words += [option, "True"]
         else:
             words.append(option + equals + text)

@@ -1,8 +1,6 @@
 """From a configuration to everything wired: `build` reads top to bottom, and `Training` is what the loop runs on."""
 
-import dataclasses
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -10,59 +8,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastjem import encoders, optim
+from fastjem import encoders, optim, resume
 from fastjem.config import Config
 from fastjem.data import loaders
-from fastjem.data.batch import finish
 from fastjem.data.masks import mask_specs
 from fastjem.data.pixels import Pixels
-from fastjem.data.source import Source, open_source
+from fastjem.data.source import Source
 from fastjem.data.views import MaskSpec, ViewSpec
 from fastjem.encoders import Encoder
-from fastjem.errors import UserError, nearest
-from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, views_of
-from fastjem.methods.protocol import option_types
+from fastjem.errors import UserError
+from fastjem.methods import Defaults
+from fastjem.prepare import MakeOptimizer, Objects, given_or, prepare
 from fastjem.ranks import Ranks
-from fastjem.step import Step
-
-ENCODER = "encoder.safetensors"
-# Parameter groups, as `fastjem.optim.parameter_groups` makes them, -> an optimizer: a class of torch.optim, say.
-MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Objects:
-    """What a caller from Python gives in place of names.
-
-    Raises:
-        UserError: for what isn't one.
-    """
-
-    encoder: nn.Module | None = None  # [B, 3, H, W] -> [B, D]
-    method: type[Method] | Method | None = None
-    source: Source | None = None
-    optimizer: MakeOptimizer | None = None
-
-    def __post_init__(self) -> None:
-        kind = self.method if isinstance(self.method, type) else type(self.method)
-        expected = {
-            "encoder must be a module [B, 3, H, W] -> [B, D]": (self.encoder, isinstance(self.encoder, nn.Module)),
-            "method must be a name, or a subclass of fastjem.methods.Method or an instance of one": (
-                self.method,
-                issubclass(kind, Method),
-            ),
-            "source must be an object with len and read, not its class": (
-                self.source,
-                not isinstance(self.source, type),
-            ),
-            "optimizer must be a name, or make one of parameter groups (torch.optim.AdamW, say)": (
-                self.optimizer,
-                callable(self.optimizer) and not isinstance(self.optimizer, torch.optim.Optimizer),
-            ),
-        }
-        for contract, (given, right) in expected.items():
-            if given is not None and not right:
-                raise UserError(f"{contract}; got {given!r}")
+from fastjem.step import Step, StepEnd
 
 
 @dataclass
@@ -78,10 +36,14 @@ class Training:
     pixels: Pixels
     loader: loaders.Loader
     step: Step  # the modules
+    step_end: StepEnd  # what they were as a step ended
     model: nn.Module  # what is called: `step`, or DDP or a compiled module around it
     optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
     defaults: Defaults  # of the run as it was begun; --max-steps may change
+    facts: dict[str, Any]  # what a checkpoint tells a resumed run beside the modules' values
+    unreadable: list[str]  # names of files that an earlier part of the run has told of
+    resumed: bool  # from a checkpoint
     start: int  # the step that it goes on from
     done: int  # steps that were taken, those of before among them
     steps: int
@@ -94,9 +56,19 @@ class Training:
     def autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.ranks.device.type == "cuda" else None
 
+    @property
+    def rate(self) -> float:
+        """The learning rate as a user gives it, for 256 images."""
+        return given_or(self.config.learning_rate, self.defaults.learning_rate)
+
     def state(self, done: int) -> dict[str, torch.Tensor | Any]:
         """Model and optimizer behind step `done`, for a checkpoint."""
-        return {"step": done, "model": self.step.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "step": done,
+            "model": self.step.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "pixels": self.pixels.to_dict(),
+        }
 
 
 def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict[str, Any] | None) -> Training:
@@ -108,103 +80,52 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     Raises:
         UserError: for what can't be done, with the reason.
     """
-    source = open_source(config.data if objects.source is None else objects.source)
-    check_own_encoder(config, objects)
-    check_batch(config, len(source), ranks)
-    kind = objects.method or METHODS[config.method]
-    steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
-    steps = config.max_steps or steps_per_epoch * config.epochs
+    with ranks.together():
+        parts = prepare(config, ranks, objects, out, state)
+    # From here on ranks wait for each other.
+    source, method, encoder, steps = parts.source, parts.method, parts.encoder, parts.steps
     start = state["step"] if state else 0
-    if start > steps or (start == steps and state and (out / ENCODER).exists()):
-        raise UserError(f"the run in {out} is already at its end, step {start}; --epochs says how long it is")
-    chosen = config.optimizer is not None or config.learning_rate is not None
-    defaults = Defaults(**state["defaults"]) if state else kind.defaults.of_run(steps, chosen=chosen)
-
-    torch.manual_seed(config.seed)
-    module = objects.encoder if objects.encoder is not None else create_backbone(config, kind)
-    encoder = checked_encoder(config, ranks, kind, module, source)
-    facts = run_facts(config, ranks, encoder, source, steps, steps_per_epoch)
-    method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
-    if method.views.mask and not encoders.is_transformer(module):
-        raise UserError(f"{config.method}: {encoders.no_patches(module)}")
-    specs = view_specs(config, method, module)
-    loader = create_loader(config, ranks, source, specs, start, steps, state)
-    try:
-        step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if config.momentum is not None and not step.teacher:
-        raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
-    optimizer = create_optimizer(config, defaults, step, objects.optimizer)
-    if state:
-        step.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
-    if config.sync_batch_norm and ranks.size > 1:
-        step = cast(Step, encoders.synchronize_batch_norm(step))
+    loader = create_loader(config, ranks, source, parts.specs, start, steps, state)
+    with ranks.together():
+        try:
+            step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if config.momentum is not None and not step.teacher:
+            raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
+        optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
+        if state:
+            resume.restore(out, step, optimizer, state)
+        optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
+        if config.sync_batch_norm and ranks.size > 1:
+            step = cast(Step, encoders.synchronize_batch_norm(step))
+    said = parts.notices + notices(config, ranks, source, loader)
     return Training(
         config=config,
         out=out,
         ranks=ranks,
         source=source,
-        specs=specs,
+        specs=parts.specs,
         masks=mask_specs(method.views, config.image_size, encoder.patch),
-        pixels=Pixels.of(specs),
+        pixels=Pixels.of(parts.specs, source.levels),
         loader=loader,
         step=step,
+        step_end=StepEnd(step),
         model=wrapped(config, ranks, step),
         optimizer=optimizer,
-        schedule=create_schedule(config, defaults, steps, steps_per_epoch),
-        defaults=defaults,
+        schedule=create_schedule(config, parts.defaults, steps, parts.steps_per_epoch),
+        defaults=parts.defaults,
+        facts=parts.facts,
+        unreadable=(state or {}).get("unreadable", []),
+        resumed=state is not None,
         start=start,
         done=start,
         steps=steps,
-        steps_per_epoch=steps_per_epoch,
-        clip=given_or(config.clip, defaults.clip),
+        steps_per_epoch=parts.steps_per_epoch,
+        clip=given_or(config.clip, parts.defaults.clip),
         layout=view_layout(ranks, encoder, named=objects.encoder is None),
-        notices=notices(config, ranks, source, loader, "" if state else defaults.unlike(kind.defaults)),
+        notices=said,
     )
-
-
-def given_or(value: Any, default: Any) -> Any:
-    """What the user gave, or else the method's default."""
-    return default if value is None else value
-
-
-def check_batch(config: Config, images: int, ranks: Ranks) -> None:
-    """UserError for a batch that the images or the ranks can't make."""
-    if config.batch_size > images:
-        raise UserError(f"--batch-size {config.batch_size} is more than the {images} images in {config.data}")
-    if config.batch_size % ranks.size:
-        raise UserError(f"--batch-size {config.batch_size} can't be shared evenly by {ranks.size} ranks")
-    if config.batch_size // ranks.size < 2:
-        raise UserError(f"--batch-size {config.batch_size} leaves a rank with less than 2 images")
-    if config.sync_batch_norm and ranks.device.type != "cuda":
-        raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
-
-
-def check_own_encoder(config: Config, objects: Objects) -> None:
-    """UserError for options that say how a backbone is made, where the encoder is made already."""
-    if objects.encoder is None:
-        return
-    for option in dataclasses.fields(config):
-        if option.name in ("backbone", "stem", "patch_size") and getattr(config, option.name) != option.default:
-            raise UserError(f"{config.flag(option.name)} says how a backbone is made, and the encoder is made already")
-
-
-def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
-    return encoders.create(
-        config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool
-    )
-
-
-def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -> list[ViewSpec]:
-    """One for each view of an image, as the method and the configuration want them."""
-    if config.small_views and not kind.views.small:
-        raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
-    views = views_of(kind, config.image_size, config.small_views, config.recipe)
-    patch = encoders.patch_size(module)
-    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view)
 
 
 def create_loader(
@@ -214,6 +135,7 @@ def create_loader(
     order = loaders.Order(
         samples=len(source),
         batch=config.batch_size,
+        accumulate=config.accumulate,
         seed=config.seed,
         start=start * config.accumulate,
         stop=steps * config.accumulate,
@@ -230,71 +152,12 @@ def create_loader(
     return loaders.create(config.loader, source, specs, order, budget)
 
 
-def checked_encoder(
-    config: Config, ranks: Ranks, kind: type[Method] | Method, module: nn.Module, source: Source
-) -> Encoder:
-    """The module on its device as an `Encoder`, once it has embedded some of the run's images."""
-    module = module.to(ranks.device)
-    specs = view_specs(config, kind, module)
-    order = loaders.Order(samples=len(source), batch=min(config.batch_size, 16), seed=config.seed, stop=1)
-    crops = next(iter(loaders.LOADERS["torch"](source, specs, order, loaders.Budget())))
-    channels_last = encoders.memory_format(module) == torch.channels_last
-    images = finish(crops, specs, ranks.device, channels_last=channels_last).views[0]
-    try:
-        width = encoders.measured_width(module, images)
-    except RuntimeError as error:
-        size = config.image_size
-        raise UserError(f"the encoder can't take {size} x {size} images: {error}") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return encoders.wrap(module, width, mask_token=kind.mask_token).to(ranks.device)
-
-
 def view_layout(ranks: Ranks, encoder: Encoder, *, named: bool) -> dict[str, Any]:
     """dtype and memory format of the views. named: the encoder is one of timm's, by its name."""
     # Half the bytes for what autocast would round anyway; a module of one's own may look at its images first.
     half = ranks.device.type == "cuda" and named
     channels_last = encoders.memory_format(encoder) == torch.channels_last
     return {"dtype": torch.bfloat16 if half else torch.float32, "channels_last": channels_last}
-
-
-def run_facts(
-    config: Config, ranks: Ranks, encoder: Encoder, source: Source, steps: int, steps_per_epoch: int
-) -> RunFacts:
-    return RunFacts(
-        images=len(source),
-        classes=len(source.classes),
-        steps=steps,
-        steps_per_epoch=steps_per_epoch,
-        batch=config.batch_size,
-        accumulate=config.accumulate,
-        ranks=ranks.size,
-        seed=config.seed,
-        image_size=config.image_size,
-        patch=encoder.patch,
-        prefix_tokens=encoder.prefix_tokens,
-        batch_norm=encoders.has_batch_norm(encoder),
-        group=ranks.group,
-    )
-
-
-def create_method(kind: type[Method], width: int, run: RunFacts, config: Config) -> Method:
-    """The method with the user's options; UserError for one that there isn't, or a value that it can't have."""
-    options = options_of(kind)
-    for name, value in config.options.items():
-        if name not in options:
-            raise nearest(f"option of {config.method}", name, options)
-        types_of_option = option_types(kind, name)
-        allowed = types_of_option | {int} if float in types_of_option else types_of_option
-        if type(value) not in allowed:
-            raise UserError(f"--options {name} is {options[name]} by default and can't be {value!r}")
-        least = int(options[name] != 0)  # none of what counts something can be 0, but where that is the default
-        if isinstance(value, int) and types_of_option <= {int, types.NoneType} and value < least:
-            raise UserError(f"--options {name} must be at least {least}, got {value}")
-    try:
-        return kind(width, run, **config.options)
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from None
 
 
 def create_optimizer(
@@ -343,12 +206,11 @@ def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
     return torch.compile(model) if config.compile else model  # type: ignore[return-value]
 
 
-def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader, about_defaults: str) -> list[str]:
-    said = [about_defaults] if about_defaults else []
+def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader) -> list[str]:
     loader_was_chosen = config.loader == "auto" and (ranks.device.type == "cuda" or source.decoded)
     if loader_was_chosen or config.loader not in ("auto", "torch"):
-        said.append(loader.reads)
-    return said
+        return [loader.reads]
+    return []
 
 
-__all__ = ["ENCODER", "MakeOptimizer", "Objects", "Training", "build", "create_method"]
+__all__ = ["Training", "build"]

@@ -11,10 +11,17 @@ gradient of one rank with the whole batch. `gradient_factor` is that W; `global_
 **No collective is differentiated.** A collective inside a graph would run again, in backward, in an order that autograd
 chooses on each rank. Here values are communicated without a graph and every rank writes down its own gradient.
 
-Every rank has to make the same calls in the same order, whatever its data. A `group` of None is this rank alone.
+**The ranks agree first.** A collective that one rank doesn't come to makes all others wait for ever. So nothing that
+one rank's data decides, an error or an early return, may stand before a collective. Every function that takes a group
+checks what it was given inside an `Agreement`, whose one exchange tells all ranks of every rank's shapes and errors;
+what is wrong on one rank is an error on all of them. A rank may have no rows: it takes part with nothing.
+
+A `group` of None is this rank alone.
 """
 
+import zlib
 from collections.abc import Callable, Iterator
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -56,15 +63,101 @@ def stack_of_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.stack(parts)
 
 
-def sizes_of_ranks(n: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:
-    """Each rank's number of rows, on the host, where shapes are made: the one synchronisation of a distributed loss."""
-    return stack_of_ranks(torch.tensor(n, device=device), group).tolist()
+class Agreement:
+    """`with Agreement("nt_xent", group) as ranks:` around a function's checks, before its first collective.
+
+    Inside, the function raises where its arguments are wrong, and says with `rows_of` and `alike` what the other ranks
+    have to know. At the end the ranks exchange that, once. An error of one rank, and shapes or options that don't fit
+    together, are then a ValueError on every rank, which names the rank. Otherwise `sizes` are known: each rank's number
+    of rows, on the host, where shapes are made.
+
+    The exchange is the one synchronisation of a distributed loss, and none where the group has a backend for the host
+    ("cpu:gloo,cuda:nccl"). Without a group nothing happens, and `sizes` are this rank's rows alone.
+
+    Args:
+        who: the function or class that the user called.
+        group: None: this rank alone.
+        may_be_nothing: whether it is right that no rank has rows.
+
+    Raises:
+        ValueError: see above; and on a rank that isn't in the group, on that rank alone, for which nobody waits.
+    """
+
+    def __init__(self, who: str, group: dist.ProcessGroup | None, *, may_be_nothing: bool = False):
+        self.who = who
+        self.group = group
+        self.may_be_nothing = may_be_nothing
+        self.sizes = [1]
+        self._facts: list[object] = []
+        if group is not None and not isinstance(group, dist.ProcessGroup):  # new_group gives others a number
+            raise ValueError(f"{who}: group must have this rank ({dist.get_rank()}) in it, got one that hasn't")
+
+    def rows_of(self, x: Tensor, dim: int = 0) -> None:
+        """`x` may differ between ranks in its length along `dim`, which is its number of rows, and in nothing else."""
+        self.sizes = [x.shape[dim]]
+        if self.group is not None:
+            shape = [*x.shape]
+            shape[dim] = "*"
+            self.alike(f"[{', '.join(map(str, shape))}]", x.dtype, x.device.type)
+
+    def alike(self, *facts: object) -> None:
+        """What has to be the same on every rank."""
+        if self.group is not None:
+            self._facts += facts
+
+    def backward_of(self, *inputs: Tensor) -> None:
+        """The loss's backward makes collectives, too: all ranks need it for these inputs, or none."""
+        needed = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        self.alike("with a gradient" if needed else "without a gradient")
+
+    def __enter__(self) -> "Agreement":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if self.group is None or (error is not None and not isinstance(error, Exception)):
+            return False
+        facts = " ".join(map(str, [f"{self.who}:", *self._facts]))
+        digest = 0 if error is not None else zlib.crc32(facts.encode()) + 1
+        told = _numbers_of_ranks([digest, *self.sizes], self.group)
+        digests = [of_rank for of_rank, _ in told]
+        if 0 in digests or len(set(digests)) > 1:
+            self._explain(error, facts)
+            return False
+        self.sizes = [rows for _, rows in told]
+        if not any(self.sizes) and not self.may_be_nothing:
+            raise ValueError(f"{self.who}: at least one rank must have rows, got none on all {len(told)}")
+        return False
+
+    def _explain(self, error: Exception | None, facts: str) -> None:
+        """Raise on every rank, in words, for which the ranks talk once more. An error of another type stays itself."""
+        group = self.group
+        assert group is not None
+        told: list[tuple[str | None, str]] = [(None, "")] * world_size(group)
+        dist.all_gather_object(told, (None if error is None else str(error), facts), group=group)
+        ranks = [f"rank {dist.get_global_rank(group, i)}" for i in range(len(told))]
+        errors = [f"{wrong} (on {rank})" for rank, (wrong, _) in zip(ranks, told, strict=True) if wrong is not None]
+        if not errors:
+            by_facts: dict[str, list[str]] = {}
+            for rank, (_, came) in zip(ranks, told, strict=True):
+                by_facts.setdefault(came, []).append(rank)
+            came = "; ".join(f"{', '.join(ranks)}: {facts}" for facts, ranks in by_facts.items())
+            raise ValueError(f"{self.who}: ranks must differ in their number of rows alone, got {came}")
+        if error is None or type(error) is ValueError:
+            raise ValueError("; ".join(errors)) from error
 
 
-def gather_rows(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> tuple[Tensor, int]:
-    """All ranks' `x` concatenated along `dim` (where they may differ in length), and where this rank's part begins."""
+def _numbers_of_ranks(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+    """Every rank's numbers, through the host's memory where the group has a backend for it."""
+    on_host = "cpu:" in dist.get_backend_config(group)
+    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+    return stack_of_ranks(torch.tensor(numbers, device=device), group).tolist()
+
+
+def gather_rows(x: Tensor, group: dist.ProcessGroup, sizes: list[int], dim: int = 0) -> tuple[Tensor, int]:
+    """All ranks' `x` concatenated along `dim`, and where this rank's part begins. sizes: see `Agreement`."""
     x = x.detach().movedim(dim, 0).contiguous()
-    sizes = sizes_of_ranks(len(x), group, x.device)
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
@@ -76,15 +169,16 @@ def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.P
     """The same tensors of each other rank, one rank at a time, in the order of ranks.
 
     Each rank's tensors are broadcast in turn, the next rank's while the current ones are used: two ranks' rows are in
-    memory, never all.
+    memory, never all. Ranks without rows send nothing; and as they have nothing to compare, nothing is yielded to them.
 
     Args:
         tensors: of this rank; on another rank they may differ in length along `dim`.
         dim: where the rows are.
-        sizes: each rank's number of rows, see `sizes_of_ranks`.
+        sizes: each rank's number of rows, see `Agreement`.
         group: every rank of it must exhaust the iterator.
     """
     me = dist.get_rank(group)
+    senders = [rank for rank, size in enumerate(sizes) if size]
     mine = [x.detach().movedim(dim, 0).contiguous() for x in tensors]
 
     def start(rank: int) -> tuple[list[Tensor], list]:
@@ -92,14 +186,14 @@ def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.P
         source = dist.get_global_rank(group, rank)
         return received, [dist.broadcast(x, source, group=group, async_op=True) for x in received]
 
-    following = start(0)
-    for rank in range(len(sizes)):
+    following = start(senders[0])
+    for rank, next_rank in zip(senders, [*senders[1:], None], strict=True):
         current, works = following
-        if rank + 1 < len(sizes):
-            following = start(rank + 1)
+        if next_rank is not None:
+            following = start(next_rank)
         for work in works:
             work.wait()
-        if rank != me:
+        if rank != me and sizes[me]:
             yield [x.movedim(0, dim) for x in current]
 
 
@@ -123,8 +217,15 @@ def mean_of_ranks(mean: Tensor, rows: float | Tensor, group: dist.ProcessGroup |
     """The mean over the rows of all ranks, from each rank's mean over so many of its own: one collective."""
     if group is None:
         return mean
-    total, count = sum_and_count_of_ranks(mean * rows, rows, group)
+    total, count = sum_and_count_of_ranks(sum_of_rows(mean, rows), rows, group)
     return total / count
+
+
+def sum_of_rows(mean: Tensor, rows: float | Tensor) -> Tensor:
+    """`mean * rows`; zeros for no rows, whose mean is NaN."""
+    if isinstance(rows, Tensor):
+        return torch.where(rows == 0, 0.0, mean * rows)
+    return mean * rows if rows else torch.zeros_like(mean)
 
 
 def sum_and_count_of_ranks(
@@ -166,7 +267,7 @@ def mean_loss_of_ranks(loss: Tensor, weight: float | Tensor, group: dist.Process
     """The mean of all ranks' losses, each with its weight (the rows it is a mean over), differentiable."""
     if group is None:
         return loss
-    total, weights = sum_and_count_of_ranks(widest(loss.detach()) * weight, weight, group)
+    total, weights = sum_and_count_of_ranks(sum_of_rows(widest(loss.detach()), weight), weight, group)
     part = loss * (weight / weights).to(loss.dtype)
     return global_loss(part, (total / weights).to(loss.dtype), group)
 
@@ -175,9 +276,11 @@ class _OwnRowsOfGlobalBatch(torch.autograd.Function):
     """A loss of all ranks' rows, each differentiated at once; of the gradients only this rank's rows are kept."""
 
     @staticmethod
-    def forward(ctx, loss_of: Callable[..., Tensor], group: dist.ProcessGroup, *inputs: Tensor) -> Tensor:
-        needed = ctx.needs_input_grad[2:]
-        gathered = [gather_rows(x, group) for x in inputs]
+    def forward(
+        ctx, loss_of: Callable[..., Tensor], group: dist.ProcessGroup, sizes: list[int], *inputs: Tensor
+    ) -> Tensor:
+        needed = ctx.needs_input_grad[3:]
+        gathered = [gather_rows(x, group, sizes) for x in inputs]
         everything = [x.requires_grad_() for x, _ in gathered]
         with torch.enable_grad():
             loss = loss_of(*everything)
@@ -191,9 +294,11 @@ class _OwnRowsOfGlobalBatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        return None, None, *(None if g is None else g * upstream for g in ctx.saved_tensors)
+        return None, None, None, *(None if g is None else g * upstream for g in ctx.saved_tensors)
 
 
-def of_global_batch(loss_of: Callable[..., Tensor], group: dist.ProcessGroup | None, *inputs: Tensor) -> Tensor:
+def of_global_batch(
+    loss_of: Callable[..., Tensor], group: dist.ProcessGroup | None, sizes: list[int], *inputs: Tensor
+) -> Tensor:
     """`loss_of(*inputs)`, or, with a group, `loss_of` all ranks' rows: for losses that every rank can compute whole."""
-    return loss_of(*inputs) if group is None else _OwnRowsOfGlobalBatch.apply(loss_of, group, *inputs)
+    return loss_of(*inputs) if group is None else _OwnRowsOfGlobalBatch.apply(loss_of, group, sizes, *inputs)

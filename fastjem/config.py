@@ -5,11 +5,12 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastjem import checkpoints, encoders, fields, optim, reading
+from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
 from fastjem.data.pixels import LARGEST, Pixels
 from fastjem.data.views import RECIPES
@@ -33,6 +34,17 @@ class Config:
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
     image_size: int = field(default=224, metadata={"square": True})
+    channels: int = field(
+        default=3,
+        metadata={"help": "of the images: 3: colours of any picture; 1: its gray; else as many as files have"},
+    )
+    value_range: str = field(
+        default="auto",
+        metadata={
+            "help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set",
+            "pair": True,
+        },
+    )
     epochs: int = 100
     batch_size: int = field(default=256, metadata={"help": "images of one forward pass over all ranks"})
     accumulate: int = field(default=1, metadata={"help": "batches that make one optimiser step"})
@@ -70,11 +82,24 @@ class Config:
     log_every: int = field(default=10, metadata={"help": "steps"})
     checkpoint_every: float = field(default=300, metadata={"help": "seconds"})
     checkpoint_steps: int = field(default=0, metadata={"help": "steps, in place of seconds"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "the last ones, for where the newest is damaged"})
     knn_every: float | None = field(
         default=None, metadata={"help": "epochs; 0: at start and end; a twentieth of the run"}
     )
     report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
-    resume: bool = False
+    resume: bool | Literal["auto"] = field(
+        default=False, metadata={"help": "go on with the run in --out, by its own options; auto: or begin one"}
+    )
+    new_data: bool = field(default=False, metadata={"help": "resume although the images have changed"})
+
+    given = frozenset[str]()  # names of the fields that somebody chose, be it their defaults
+
+    def __new__(cls, *values: Any, **fields: Any) -> "Config":
+        """Note what is given: a resumed run is held to that, and takes everything else from its folder."""
+        config = super().__new__(cls)
+        names = [f.name for f in dataclasses.fields(cls)]
+        config.given = frozenset({*names[: len(values)], *fields})
+        return config
 
     def __post_init__(self) -> None:
         fields.conform(self, "pretrain: {}".format)
@@ -84,12 +109,14 @@ class Config:
         return f"--{name.replace('_', '-')}"
 
 
-# What a resumed run may be told anew: nothing of it changes a number.
+# What a resumed run may be told anew: nothing of it changes a number,
 MAY_CHANGE = {
-    "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "tensorboard",
-    "compile", "max_steps", "data", "knn_every", "report",
+    "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "keep_checkpoints",
+    "tensorboard", "compile", "data", "new_data", "knn_every", "report",
 }  # fmt: skip
-AT_LEAST_ONE = ("image_size", "epochs", "accumulate", "log_every")
+# but for these: what makes a run longer, or leads it away from where it diverged. The run says that they changed.
+CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip")
+AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every", "keep_checkpoints")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
     "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory",
@@ -122,6 +149,7 @@ def check(config: Config, *, named_method: bool = True) -> None:
     if named_method and config.method not in METHODS:
         raise nearest("method", config.method, METHODS)
     _check_numbers(config)
+    parsed_range(config.value_range)
     _check_choices(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
@@ -154,8 +182,9 @@ def _check_numbers(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value > 1:
             raise UserError(f"{config.flag(name)} must be between 0 and 1, got {value}")
-    if config.image_size > LARGEST:
-        raise UserError(f"--image-size must be at most {LARGEST}, got {config.image_size}")
+    for name in ("image_size", "channels"):
+        if getattr(config, name) > LARGEST:
+            raise UserError(f"{config.flag(name)} must be at most {LARGEST}, got {getattr(config, name)}")
     if config.small_views is not None and config.small_views > MOST_VIEWS:
         raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
     if config.workers < -1:
@@ -222,9 +251,12 @@ def read_options(out: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def check_resumed(config: Config, before: Config) -> None:
-    """UserError if what a resumed run is told now would change its numbers."""
-    for f in dataclasses.fields(Config):
-        old = getattr(before, f.name)
-        new = getattr(config, f.name)
-        if f.name not in MAY_CHANGE and old != new:
-            raise UserError(f"--resume: {config.flag(f.name)} was {old} in this run and is {new} now")
+    """UserError if what a resumed run is told now can't be changed any more. What isn't told stays as it was."""
+    for name in sorted(config.given - MAY_CHANGE - set(CHANGES_NUMBERS)):
+        old = getattr(before, name)
+        new = getattr(config, name)
+        if old != new:
+            raise UserError(
+                f"--resume: {config.flag(name)} was {old} in this run and is {new} now; without it the run goes on as "
+                "it was begun, and another --out begins another run"
+            )

@@ -245,7 +245,9 @@ def measured_width(module: nn.Module, images: Tensor) -> int:
     x = x.pooled if isinstance(x, Features) else x
     if not isinstance(x, Tensor) or x.dim() != 2 or len(x) != len(images):
         came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"the encoder must map [B, 3, H, W] to [B, D], got {came} for {tuple(images.shape)}")
+        raise ValueError(
+            f"the encoder must map [B, {images.shape[1]}, H, W] to [B, D], got {came} for {tuple(images.shape)}"
+        )
     if not torch.isfinite(x).all():
         raise ValueError("the encoder's embeddings of real images are not finite before the first step")
     spread = (x.float() - x.float().mean(0)).abs().max()
@@ -262,16 +264,17 @@ def small_stem(module: nn.Module) -> bool:
     first = getattr(module, "conv1", None)
     if not (isinstance(first, nn.Conv2d) and first.kernel_size == (7, 7) and hasattr(module, "maxpool")):
         return False
-    module.conv1 = nn.Conv2d(3, first.out_channels, 3, 1, 1, bias=False)
+    module.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
     module.maxpool = nn.Identity()
     return True
 
 
 def create(
-    name: str, image_size: int, *, stem: str = "auto", patch: int = 0, pool: str | None = None, drop_path: float = 0.0
-) -> nn.Module:
-    """A timm model without its classifier, random weights: [B, 3, H, W] -> [B, D].
+    name: str, image_size: int, *, stem: str = "auto", patch: int = 0, pool: str | None = None, drop_path: float = 0.0,
+    channels: int = 3,
+) -> nn.Module:  # fmt: skip
+    """A timm model without its classifier, random weights: [B, C, H, W] -> [B, D].
 
     `vit_tiny`, `vit_small`, `vit_base` without patch and size stand for timm's model of that width with the patch that
     cuts the image into about 8 x 8 (at 112 pixels and less) or 14 x 14.
@@ -283,6 +286,7 @@ def create(
         patch: any other patch size for a ViT; 0: its own.
         pool: how a vision transformer's tokens become one embedding ("avg", "token"); None: its own way.
         drop_path: the rate of stochastic depth.
+        channels: C.
 
     Raises:
         UserError: for a name that timm doesn't know, or options that the model can't have.
@@ -296,6 +300,8 @@ def create(
     if name not in known:
         raise _no_backbone(name, known)
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if channels != 3:
+        options["in_chans"] = channels
     transformer = name.startswith(("vit_", "deit", "test_vit"))
     if transformer:
         options |= {"dynamic_img_size": True, **({"patch_size": patch} if patch else {})}

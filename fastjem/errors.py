@@ -24,3 +24,15 @@ def nearest(kind: str, name: str, known: Iterable[str], limit: int = 3) -> UserE
     else:
         hint = f"{len(known)} others are known"
     return UserError(f"there is no {kind} {name!r}; {hint}")
+
+
+class ResourceError(UserError, RuntimeError):
+    """Memory, shared memory or a worker process ran out; the text says what to try. `__cause__` is what was raised."""
+
+
+class DivergedError(UserError):
+    """The weights of a run aren't finite any more; the text says which checkpoint is, and how to go on from it."""
+
+
+class ToldElsewhereError(UserError):
+    """Another rank says what is wrong; this one ends with it and prints nothing."""

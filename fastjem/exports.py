@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjem import reading
+from fastjem.data.pixels import METADATA, Pixels
 from fastjem.encoders import STEMS, architecture, create
 from fastjem.errors import UserError
 
@@ -45,6 +46,7 @@ class Built:
     stem: str = "auto"
     patch_size: int = 0
     pool: str | None = None
+    channels: int = 3
 
     @classmethod
     def of(cls, metadata: Mapping[str, str]) -> "Built":
@@ -62,12 +64,16 @@ class Built:
             raise UserError(f"stem in its metadata must be one of {', '.join(STEMS)}, got {stem[:40]!r}")
         # Earlier versions took a tag of pretrained weights with the name, and ignored it.
         backbone = architecture(metadata["backbone"])
-        return cls(backbone, stem=stem, pool=metadata.get("pool") or None, **numbers)
+        channels = Pixels.from_metadata(metadata).channels if METADATA in metadata else 3
+        return cls(backbone, stem=stem, pool=metadata.get("pool") or None, channels=channels, **numbers)
 
     def create(self) -> nn.Module:
         """The module with random weights."""
         try:
-            return create(self.backbone, self.image_size, stem=self.stem, patch=self.patch_size, pool=self.pool)
+            return create(
+                self.backbone, self.image_size, stem=self.stem, patch=self.patch_size, pool=self.pool,
+                channels=self.channels,
+            )  # fmt: skip
         except UserError:
             raise
         except Exception as error:  # whatever a model's constructor may raise

@@ -2,8 +2,8 @@
 
 A value that is as good as what the annotation says becomes that: `np.int64(3)` -> 3, `np.float32(0.5)` -> 0.5, a tuple
 -> a list; where a field's metadata has `"path": True`, `Path("runs/a")` -> "runs/a"; where it has `"square": True`,
-`(32, 32)` -> 32; where it has `"device": True`, `torch.device("cpu")` -> "cpu". What would have to be guessed is
-refused: "16" and True are no numbers.
+`(32, 32)` -> 32; where it has `"pair": True`, `(0, 4095)` -> "0,4095"; where it has `"device": True`,
+`torch.device("cpu")` -> "cpu". What would have to be guessed is refused: "16" and True are no numbers.
 """
 
 import dataclasses
@@ -92,6 +92,8 @@ def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:
         if len(value) != 2 or value[0] != value[1]:
             raise _Refused(f"must be one number, as images are square, got {came(value)}")
         return value[0]
+    if metadata.get("pair") and isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(str, value))
     if metadata.get("device") and type(value).__name__ == "device":  # torch.device; this module needs no torch
         return str(value)
     return value

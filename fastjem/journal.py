@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastjem.build import Training
+from fastjem.errors import UserError
 from fastjem.health import Alarm
 from fastjem.loggers import JSONLLogger, LoggedRun, Logger, TensorBoardLogger, TerminalLogger
 
@@ -13,13 +14,15 @@ class Journal:
 
     Args:
         extra: loggers of the caller's, beside those of the configuration.
-        unreadable: names of files that an earlier part of the run has told of.
+
+    Raises:
+        UserError: for a logger that can't begin: `metrics.jsonl` on a full disk.
     """
 
-    def __init__(self, training: Training, extra: Iterable[Logger] = (), unreadable: Iterable[str] = ()):
+    def __init__(self, training: Training, extra: Iterable[Logger] = ()):
         self.training = training
         self.last_row: dict[str, Any] = {}
-        self.unreadable = set(unreadable)
+        self.unreadable = set(training.unreadable)
         self.alarm = Alarm(training.step.method.asymmetric)
         self.terminal = TerminalLogger()
         self.loggers: list[Logger] = []
@@ -38,7 +41,11 @@ class Journal:
             log_every=config.log_every,
         )
         for logger in loggers:
-            logger.begin(run)
+            try:
+                logger.begin(run)
+            except OSError as error:
+                name = type(logger).__name__
+                raise UserError(f"{name} can't begin in {run.out}: {error.strerror or error}") from error
             self.loggers.append(logger)
 
     def say(self, text: str | None) -> None:

@@ -1,12 +1,7 @@
 """`fastjem pretrain` and `fastjem.pretrain(...)`: a run from its folder to its last checkpoint, top to bottom."""
 
 import contextlib
-import dataclasses
-import json
-import signal
-import sys
 import time
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,23 +10,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastjem import checkpoints, encoders, health, optim
 from fastjem import config as configuration
-from fastjem.build import ENCODER, MakeOptimizer, Objects, Training, build
+from fastjem import optim, resume
+from fastjem.advice import advice
+from fastjem.build import Training, build
 from fastjem.config import Config
 from fastjem.data import shapes
 from fastjem.data.batch import Batch, Crops, finish
 from fastjem.data.source import Source
-from fastjem.errors import UserError
+from fastjem.errors import DivergedError, ResourceError, UserError
+from fastjem.folder import Folder
 from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
+from fastjem.launchers import speaks
 from fastjem.loggers import Logger
+from fastjem.meter import Meter, Taken
 from fastjem.methods import Method
+from fastjem.prepare import MakeOptimizer, Objects
 from fastjem.printing import say
 from fastjem.ranks import Ranks, join, leave
 from fastjem.report import Watch
-
-EARLY_STEPS = 100  # in which every fifth step is logged: collapse is early
+from fastjem.saving import Saver, export
+from fastjem.stopping import Stop, Stopped
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ class Result:
 
     out: Path
     steps: int
-    finished: bool
+    finished: bool  # all steps are taken, and the last checkpoint and the encoder are on the disk
     metrics: dict[str, Any]
+    saved: int = 0  # the step of the last checkpoint; less than `steps` where the disk refused it
+    stopped: bool = False  # as somebody asked, with everything saved
 
 
 def pretrain(
@@ -86,31 +88,55 @@ def pretrain(
         config = configuration.from_fields(fields)
     elif fields:
         raise UserError(f"pretrain takes a Config or fields, got both ({', '.join(fields)})")
+    refused: UserError | None = None
+    new = True
+    try:
+        config, new = settled(config, objects)
+    except UserError as error:
+        refused = error
+    ranks = join("cpu" if refused else config.device)
+    try:
+        with ranks.together():
+            if refused:
+                raise refused
+        with Stop() as stop:
+            return run(config, ranks, objects, loggers, stop, new=new)
+    except (MemoryError, RuntimeError, OSError, EOFError) as error:
+        if line := advice(error):
+            raise ResourceError(line) from error
+        raise
+    finally:
+        leave(ranks)
+
+
+def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
+    """Every option as the run will have it, and whether it is a new run; UserError for what can't be."""
+    method, source = objects.method, objects.source
     if isinstance(method, Method) and config.options:
         raise UserError("options are arguments of a method that the run makes; this one is made already")
     if source is not None and config.data:
         raise UserError(f"pretrain takes data or source, got both (data={config.data!r})")
+    new = resume.begins(config)
+    if not new:
+        config = resume.options_of_run(config, named_method=method is None)
     if method is not None:
         config = replace(config, method=_name_of(method))
     configuration.check(config, named_method=method is None)
     if source is not None:
         config = replace(config, data=_name_of(source))
-    embedded = config.data is None
-    if embedded:
+    if config.data is None:
         config = replace(config, data=str(shapes.folder() / "train"))
-    ranks = join(config.device)
-    if embedded and ranks.first:
-        say(f"fastjem: no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
-    try:
-        with Stop() as stop:
-            return run(config, ranks, objects, loggers, stop)
-    finally:
-        leave(ranks)
+        if speaks():
+            say(f"fastjem: no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
+    return config, new
 
 
 def main(config: Config) -> int:
-    """The command line's exit code."""
-    return 0 if pretrain(config).finished else 130  # stopped as asked to, with everything saved
+    """The command line's exit code: 0; 130 for a run that stopped as asked to, with everything saved; else 1."""
+    result = pretrain(config)
+    if result.finished:
+        return 0
+    return 130 if result.stopped else 1
 
 
 def _name_of(thing: object) -> str:
@@ -118,108 +144,136 @@ def _name_of(thing: object) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def run(config: Config, ranks: Ranks, objects: Objects, loggers: Sequence[Logger], stop: "Stop") -> Result:
+def run(config: Config, ranks: Ranks, objects: Objects, loggers: Sequence[Logger], stop: Stop, *, new: bool) -> Result:
     """Open the folder, build, train. A run that took no step leaves no trace: the corrected command can use `out`."""
-    out = Path(config.out)
-    state = resumed(config, out) if config.resume else None
-    if not config.resume:
-        check_free(out, ranks)
-    training = build(config, ranks, objects, out, state)
-    if ranks.first and not config.resume:
-        configuration.write(out, config, training.pixels, training.step.method.pool)
+    folder = Folder(Path(config.out), ranks, new=new)
+    training: Training | None = None
     try:
-        return train(training, objects, loggers, stop, state)
-    except BaseException:
-        if ranks.first and not config.resume and training.done == 0:
-            for name in (checkpoints.LAST, configuration.FILE):
-                (out / name).unlink(missing_ok=True)
-        raise
+        with stop.waiting():
+            state = folder.open()
+            training = build(config, ranks, objects, folder.out, state)
+            folder.take(config, training)
+        return train(training, objects, loggers, stop)
+    except resume.AtItsEndError as error:
+        if config.resume != "auto":
+            raise
+        if ranks.first:
+            say(f"fastjem: {error}")
+        return Result(folder.out, error.step, True, {}, error.step)
+    except Stopped:
+        if ranks.first:
+            say("stopped before the first step")
+        return Result(folder.out, training.done if training else 0, False, {}, stopped=True)
+    finally:
+        taken = training is not None and training.done > 0
+        folder.close(discard=not taken)
 
 
-def resumed(config: Config, out: Path) -> dict[str, Any] | None:
-    """The checkpoint to go on from, if there is one yet."""
-    if not (out / configuration.FILE).exists():
-        raise UserError(f"--resume: there is no run in {out}")
-    before, _, _ = configuration.read(out)
-    configuration.check_resumed(config, before)
-    return checkpoints.load(out)
-
-
-def check_free(out: Path, ranks: Ranks) -> None:
-    """UserError if a run is there; all ranks have looked before one of them writes."""
-    if (out / configuration.FILE).exists() and ranks.first:
-        raise UserError(f"{out} holds a run already; --resume goes on with it, another --out starts a new one")
-    ranks.barrier()
-
-
-def train(
-    training: Training, objects: Objects, loggers: Sequence[Logger], stop: "Stop", state: dict[str, Any] | None
-) -> Result:
+def train(training: Training, objects: Objects, loggers: Sequence[Logger], stop: Stop) -> Result:
     """From the first step to the last, or to where somebody asked to stop."""
     out, ranks = training.out, training.ranks
-    journal = Journal(training, loggers, (state or {}).get("unreadable", ()))
+    with ranks.together():
+        journal = Journal(training, loggers)
     for notice in training.notices:
         journal.say(notice)
     watch = Watch(training, journal.say)
     saver = Saver(training, journal)
-    if not state:
-        saver.save(0)  # a run killed before its first checkpoint starts at step 0; a full disk is seen now
-    watch.begin()
     meter = Meter(training)
     try:
-        for taken in optimizer_steps(training, journal):
-            done = training.done = taken.done
-            for row in meter.rows(taken):
-                journal.log(*row)
-            watch.after_step(done)
-            asked = ranks.any(stop.signal is not None)
-            if asked or saver.due(done) or done == training.steps:
-                for row in meter.waiting():  # a row that the checkpoint has passed would be lost with a kill
-                    journal.log(*row)
-                saver.save(done)
-                if done < training.steps:
-                    watch.refresh()
-            if asked:
-                break
-        for row in meter.waiting():
-            journal.log(*row)
-    except ValueError as error:
-        if objects.method is None and training.done == training.start:
+        if not training.resumed:
+            with ranks.together():
+                saver.begin()
+        with stop.waiting():
+            watch.begin()
+        take_steps(training, journal, watch, saver, meter, stop)
+    except Stopped:
+        rescue(saver, meter, journal)
+        if training.done == 0:
+            raise
+        saved = saver.saved or 0
+        if ranks.first:
+            say(f"stopped at step {training.done}; go on with --resume --out {out}")
+        return Result(out, training.done, False, journal.last_row, saved, stopped=saved == training.done)
+    except DivergedError:
+        raise
+    except Exception as error:
+        rescue(saver, meter, journal)
+        if isinstance(error, ValueError) and objects.method is None and training.done == training.start:
             raise UserError(str(error)) from error  # an operator's contract, broken by an option: a temperature of 0
         raise
     finally:
         journal.close()
-    done = training.done
+    return end(training, objects, journal, watch, saver, stop)
+
+
+def take_steps(training: Training, journal: Journal, watch: Watch, saver: Saver, meter: Meter, stop: Stop) -> None:
+    """Train, log and save, until the last step or a request to stop."""
+    ranks = training.ranks
+    for taken in optimizer_steps(training, journal, stop):
+        done = training.done = taken.done
+        for row in meter.rows(taken):
+            journal.log(*row)
+        watch.after_step(done)
+        last = done == training.steps
+        ends, saves, looks = ranks.any(
+            stop.signal is not None, stop.saves() or saver.due(done), meter.diverges_from is not None
+        )
+        if not (ends or saves or looks or last):
+            continue
+        if ends or saves or last:
+            for row in meter.waiting():  # a row that the checkpoint has passed would be lost with a kill
+                journal.log(*row)
+        (diverged,) = ranks.any(not saver.finite())
+        if diverged:
+            with ranks.together():
+                raise saver.diverged(done, meter.diverges_from)
+        if ends or saves or last:
+            saver.save(done)
+            if not last:
+                watch.refresh()
+        if ends:
+            return
+
+
+def rescue(saver: Saver, meter: Meter, journal: Journal) -> None:
+    """Log and save what there is of a run that an error or an endless wait breaks off; the error matters more."""
+    try:
+        for row in meter.waiting():
+            journal.log(*row)
+        saver.rescue()
+    except Exception as error:
+        journal.say(f"the last step could not be saved ({type(error).__name__}: {error})")
+
+
+def end(training: Training, objects: Objects, journal: Journal, watch: Watch, saver: Saver, stop: Stop) -> Result:
+    """Write the encoder and the last page, and say what there is now and how to go on."""
+    out, ranks, done = training.out, training.ranks, training.done
+    problem = None
     if ranks.first and done == training.steps:
-        journal.say(export(training, named=objects.encoder is None))
+        problem = export(training, named=objects.encoder is None)
+        journal.say(problem)
     watch.end()
-    ranks.barrier()
-    if stop.signal is not None and ranks.first:
-        print(f"stopped at step {done}; go on with --resume --out {out}", file=sys.stderr)
-    return Result(out, done, done == training.steps, journal.last_row)
+    saved = int(ranks.agree(float(saver.saved or 0)))
+    (lost,) = ranks.any(problem is not None or saved < done)
+    finished = done == training.steps and not lost
+    if ranks.first and saved < done:
+        say(
+            f"fastjem: step {done} is not saved, only step {saved}; once there is room, --resume --out {out} goes on "
+            "from there"
+        )
+    elif ranks.first and not finished and stop.signal is not None:
+        say(f"stopped at step {done}; go on with --resume --out {out}")
+    return Result(out, done, finished, journal.last_row, saved, stopped=not finished and not lost)
 
 
-@dataclass
-class Taken:
-    """One optimiser step that was taken."""
-
-    done: int  # steps so far
-    images: int  # of this rank
-    waited: float  # seconds for data
-    losses: list[Tensor]  # of its micro-batches, 0-dim
-    notes: dict[str, Any]  # of the last of them
-    gradient_norm: Tensor | None  # before clipping
-    scheduled: dict[str, Tensor]  # learning rate, weight decay, momentum
-
-
-def optimizer_steps(training: Training, journal: Journal) -> Iterator[Taken]:
+def optimizer_steps(training: Training, journal: Journal, stop: Stop) -> Iterator[Taken]:
     """Train, one optimiser step at a time. Nothing here waits for the device."""
     step, model, optimizer = training.step, training.model, training.optimizer
     device = training.ranks.device
     parameters = [p for p in step.parameters() if p.requires_grad]
     momentum = torch.zeros((), dtype=widest_dtype(device), device=device)
     number = torch.zeros((), dtype=torch.long, device=device)
-    batches = timed(training, journal)
+    batches = timed(training, journal, stop)
     model.train()
     for done in range(training.start, training.steps):
         seed_generators(training.config.seed, done, training.ranks)
@@ -231,16 +285,20 @@ def optimizer_steps(training: Training, journal: Journal) -> Iterator[Taken]:
         taken = Taken(done + 1, 0, 0.0, [], {}, None, scheduled)
         for part in range(training.config.accumulate):
             batch, waited = next(batches)
+            if part == 0:
+                training.step_end.begins()
             is_last = part == training.config.accumulate - 1
             loss, taken.notes = forward_backward(training, batch, number, synchronise=is_last)
             taken.losses.append(loss)
             taken.waited += waited
             taken.images += len(batch.index)
+        training.step_end.moves()
         if training.clip:
             taken.gradient_norm = optim.clip_(parameters, training.clip)
         optimizer.step()
         momentum.fill_(scheduled["momentum"].item())
         step.step_ends(number, momentum)
+        training.step_end.ends()
         yield taken
 
 
@@ -257,12 +315,14 @@ def forward_backward(
     return loss.detach(), notes
 
 
-def timed(training: Training, journal: Journal) -> Iterator[tuple[Batch, float]]:
+def timed(training: Training, journal: Journal, stop: Stop) -> Iterator[tuple[Batch, float]]:
     """Batches on the device, and the seconds that each was waited for."""
     crops: Iterator[Crops] = iter(training.loader)
+    stop.hold_back("SIGCHLD")
     while True:
         begin = time.perf_counter()
-        arrived = next(crops, None)
+        with stop.waiting():
+            arrived = next(crops, None)
         if arrived is None:
             return
         journal.skip(arrived.unreadable)
@@ -287,125 +347,3 @@ def seed_generators(seed: int, step: int, ranks: Ranks) -> None:
         generators.append(torch.cuda.default_generators[ranks.device.index or 0])
     for generator in generators:
         generator.manual_seed(((seed * 1_000_003 + step) * 4099 + ranks.rank) % 2**63)
-
-
-Row = tuple[int, dict[str, Any]]
-
-
-class Meter:
-    """The figures of logged steps, each given one logged step late: no step waits for the device to know its loss."""
-
-    def __init__(self, training: Training):
-        self.training = training
-        self.pending: tuple[int, list[str], Tensor, Any, dict[str, Any]] | None = None
-        self.images = 0
-        self.waited = 0.0
-        self.since = time.perf_counter()
-
-    def rows(self, taken: Taken) -> Iterator[Row]:
-        """The rows that are ready now; on the CPU this step's own, elsewhere those of the logged step before."""
-        self.images += taken.images
-        self.waited += taken.waited
-        if not self._logs(taken.done):
-            return
-        yield from self.waiting()
-        figures = {"loss": torch.stack(taken.losses).mean(), **health.figures(taken.notes)}
-        if taken.gradient_norm is not None:
-            figures["gradient_norm"] = taken.gradient_norm
-        values = torch.stack([value.float() for value in figures.values()])
-        event = None
-        if values.device.type == "cuda":
-            values = values.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        known = {name: value.item() for name, value in taken.scheduled.items()} | self._rates()
-        self.pending = (taken.done, list(figures), values, event, known)
-        if event is None:
-            yield from self.waiting()
-
-    def waiting(self) -> Iterator[Row]:
-        """The row that isn't given yet, if there is one; its figures are waited for."""
-        if self.pending is None:
-            return
-        done, names, values, event, known = self.pending
-        self.pending = None
-        if event is not None:
-            event.synchronize()
-        yield done, {**known, **dict(zip(names, values.tolist(), strict=True))}
-
-    def _logs(self, done: int) -> bool:
-        every = self.training.config.log_every
-        return done % every == 0 or done == self.training.steps or (done < EARLY_STEPS and done % 5 == 0)
-
-    def _rates(self) -> dict[str, float]:
-        now = time.perf_counter()
-        elapsed = now - self.since
-        rates = {"images_per_second": self.images / elapsed, "data_wait": min(self.waited / elapsed, 1.0)}
-        self.images = 0
-        self.waited = 0.0
-        self.since = now
-        return rates
-
-
-class Saver:
-    """Checkpoints of a run: when they are due, and what is in them."""
-
-    def __init__(self, training: Training, journal: Journal):
-        self.training = training
-        self.journal = journal
-        self.saved_at = time.monotonic()
-
-    def due(self, done: int) -> bool:
-        """By steps or by the clock; all ranks agree. A collective call."""
-        config, ranks = self.training.config, self.training.ranks
-        if config.checkpoint_steps:
-            return done % config.checkpoint_steps == 0
-        return ranks.any(ranks.first and time.monotonic() - self.saved_at > config.checkpoint_every)
-
-    def save(self, done: int) -> None:
-        training = self.training
-        if training.ranks.first:
-            state = {
-                **training.state(done),
-                "defaults": dataclasses.asdict(training.defaults),
-                "config": json.dumps(dataclasses.asdict(training.config)),
-                "unreadable": sorted(self.journal.unreadable),
-                "decoder_share": training.loader.decoder_share,  # it decides about pixels
-                "seed": training.config.seed,  # every generator follows from it and the step
-            }
-            self.journal.say(checkpoints.save(training.out, state))
-        self.saved_at = time.monotonic()
-
-
-def export(training: Training, *, named: bool) -> str | None:
-    """Write the encoder; what went wrong, in words. named: by a backbone's name, else only its owner can build it."""
-    config, step = training.config, training.step
-    pool = step.method.pool
-    about = encoders.metadata(config.backbone, config.stem, config.patch_size, pool, training.pixels) if named else {}
-    try:
-        encoders.save(step.encoder.backbone, str(training.out / ENCODER), about)
-    except OSError as error:
-        return f"{ENCODER} could not be written ({error.strerror}); --resume tries again"
-    return None
-
-
-class Stop:
-    """SIGTERM and Ctrl-C ask the loop to end after its step; a second Ctrl-C ends it at once."""
-
-    signal: int | None = None
-
-    def __enter__(self) -> "Stop":
-        self.old_handlers: dict[int, Any] = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not in the main thread: the caller's business
-                self.old_handlers[number] = signal.signal(number, self.ask)
-        return self
-
-    def ask(self, number: int, frame: types.FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)

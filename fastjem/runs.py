@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastjem import checkpoints, config, encoders, exports, fields, reading
-from fastjem.build import create_method
 from fastjem.config import Config
 from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError
 from fastjem.methods import METHODS, RunFacts
+from fastjem.prepare import create_method
 
 
 @dataclass
@@ -49,7 +49,9 @@ def open_run(path: str | os.PathLike[str]) -> Opened:
     if state is None:
         raise UserError(f"{path} has no checkpoint; fastjem pretrain --resume --out {path} goes on with it")
     about = encoders.metadata(settings.backbone, settings.stem, settings.patch_size, pool, pixels)
-    built = exports.Built(settings.backbone, settings.image_size, settings.stem, settings.patch_size, pool)
+    built = exports.Built(
+        settings.backbone, settings.image_size, settings.stem, settings.patch_size, pool, pixels.channels
+    )
     with reading.named(path):
         weights, step = _of_checkpoint(state)
         module = built.with_weights(_below("encoder.backbone.", weights))
@@ -87,7 +89,9 @@ def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn
     """The method's projector with its weights, if it has one; a method of the user's own is not built again."""
     if settings.method not in METHODS:
         return None
-    run = RunFacts(batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size)
+    run = RunFacts(
+        batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size, channels=settings.channels
+    )
     method = create_method(METHODS[settings.method], encoders.wrap(module).width, run, settings)
     heads = dict(method.named_children())
     if "projector" not in heads:

@@ -60,8 +60,10 @@ def whole_batch(world: int) -> tuple[torch.Tensor, torch.Tensor]:
 def check_collectives(z: torch.Tensor, mine: slice, rank: int, world: int) -> None:
     group = dist.group.WORLD
     part = z[mine]
-    assert collectives.sizes_of_ranks(len(part), group, z.device) == list(SIZES[world])
-    everything, offset = collectives.gather_rows(part.T, group, dim=1)
+    with collectives.Agreement("test", group) as ranks:
+        ranks.rows_of(part)
+    assert ranks.sizes == list(SIZES[world])
+    everything, offset = collectives.gather_rows(part.T, group, ranks.sizes, dim=1)
     assert torch.equal(everything, z.T) and offset == mine.start
     assert torch.equal(collectives.stack_of_ranks(torch.tensor(rank), group), torch.arange(world))
     others = torch.cat([rows for (rows,) in collectives.other_ranks([part], 0, list(SIZES[world]), group)])

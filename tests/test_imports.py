@@ -27,10 +27,15 @@ ORDER = (
     "config",
     "health",
     "step",
+    "resume",
+    "prepare",
     "build",
+    "folder",
+    "meter",
     "runs",
     "probes",
     "journal",
+    "saving",
     "report",
     "run",
     "commands",
@@ -38,9 +43,9 @@ ORDER = (
     "__main__",
 )
 # What knows no method. From each other and from `nn` and below, never from `methods` and above.
-BESIDE = ("data", "encoders", "optim", "ranks", "checkpoints", "exports", "loggers", "bench")
+BESIDE = ("data", "encoders", "optim", "ranks", "checkpoints", "exports", "loggers", "lock", "stopping", "bench")
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
-LEAVES = ("errors", "arguments", "fields", "machine", "printing", "reading", "schedules")
+LEAVES = ("errors", "advice", "arguments", "fields", "launchers", "machine", "printing", "reading", "schedules")
 
 
 @dataclass(frozen=True)

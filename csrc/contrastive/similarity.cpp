@@ -131,10 +131,10 @@ static void add_columns(const SimilarityTile& t, int64_t parts, const double* su
       }
       const double maximum = maxima[part * t.columns + j];
       const double before = column_max[j];
-      const double now = std::max(before, maximum);
-      if (now == -std::numeric_limits<double>::infinity()) continue;
-      column_sum[j] = column_sum[j] * std::exp((before - now) * scale) + sum * std::exp((maximum - now) * scale);
-      column_max[j] = now;
+      column_max[j] = std::max(before, maximum);
+      const double pivot = baseline::to_finite(column_max[j]);
+      column_sum[j] = column_sum[j] * std::exp((baseline::to_finite(before) - pivot) * scale) +
+                      sum * std::exp((baseline::to_finite(maximum) - pivot) * scale);
     }
   }
 }

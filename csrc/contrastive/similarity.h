@@ -13,8 +13,7 @@ static inline void for_each_own_column(const SimilarityTile& t, int64_t i, F&& f
   for (; column < t.column_start + t.columns; column += t.column_period) f(column - t.column_start);
 }
 
-// Running: raises the row's maximum to the tile's, and rescales the sum of before. Returns the maximum, and 0 in place
-// of the -infinity of a row that has seen no column, as -infinity less -infinity is NaN.
+// Running: raises the row's maximum to the tile's, and rescales the sum of before. Returns the maximum as a pivot.
 template <class T>
 static FASTJEM_INLINE T raise_row_max(const SimilarityTile& t, const SimilaritySums& p, const T* s, T sign, int64_t i) {
   T maximum = -std::numeric_limits<T>::infinity();
@@ -29,7 +28,7 @@ static FASTJEM_INLINE T raise_row_max(const SimilarityTile& t, const SimilarityS
   p.row_max[i] = now;
   p.row_sum[i] *= rescale;
   if (p.rescale) p.rescale[i] = rescale;
-  return now == -std::numeric_limits<double>::infinity() ? T(0) : static_cast<T>(now);
+  return to_finite(static_cast<T>(now));
 }
 
 // The sum of exp(exponent(s)) over a row. Each may stay in the place of its s (`keep`), or be added to `column_sum`.
@@ -103,8 +102,7 @@ static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p,
     const T* s = static_cast<const T*>(t.values) + i * t.stride;
 #pragma omp simd
     for (int64_t j = 0; j < t.columns; ++j) {
-      const T pivot = column_max[j] == lowest ? T(0) : column_max[j];
-      column_sum[j] += exponential((s[j] * sign - pivot) * scale);
+      column_sum[j] += exponential((s[j] * sign - to_finite(column_max[j])) * scale);
     }
     if (ends_block_of_rows(i, begin, end)) add_block(column_sum, t.columns, column_total);
   }
@@ -148,6 +146,36 @@ static void similarity_weights_of(const SimilarityTile& t, const SimilarityWeigh
   }
 }
 
+struct SigmoidSums {
+  double loss = 0;
+  double slope = 0;  // the loss's derivatives
+  double dot = 0;    // derivative * value
+};
+
+// Columns [begin, end) of a row, none of them its partner. Values become derivatives.
+template <class T>
+static FASTJEM_INLINE void sigmoid_of_others(T* s, int64_t begin, int64_t end, T factor, T bias, SigmoidSums& sums) {
+  for (int64_t block = begin; block < end; block += terms_per_block) {
+    const int64_t stop = std::min(block + terms_per_block, end);
+    T block_loss = 0;
+    T block_slope = 0;
+    T block_dot = 0;
+#pragma omp simd reduction(+ : block_loss, block_slope, block_dot)
+    for (int64_t j = block; j < stop; ++j) {  // softplus(x) = max(x, 0) + log1p(exp(-|x|)), and its derivative
+      const T x = s[j] * factor + bias;
+      const T e = exponential(x < 0 ? x : -x);
+      block_loss += (x > 0 ? x : T(0)) + log1p_of_unit(e);
+      const T g = (x > 0 ? T(1) : e) / (1 + e);
+      block_slope += g;
+      block_dot += g * s[j];
+      s[j] = g;
+    }
+    sums.loss += block_loss;
+    sums.slope += block_slope;
+    sums.dot += block_dot;
+  }
+}
+
 // The sigmoid loss of a tile, softplus(-logit) for a row's own partner and softplus(logit) for all others. Values
 // become the loss's derivatives by the logits.
 template <class T>
@@ -157,44 +185,23 @@ static void similarity_sigmoid_of(const SimilarityTile& t, const SimilaritySigmo
   for (int64_t i = begin; i < end; ++i) {
     T* s = static_cast<T*>(t.values) + i * t.stride;
     const int64_t partner = t.row_start + i + t.offset - t.column_start;
-    const bool has_partner = partner >= 0 && partner < t.columns;
-    const T partner_value = has_partner ? s[partner] : T(0);
-    double loss = 0;
-    double sum = 0;
-    double dot = 0;
-    for (int64_t block = 0; block < t.columns; block += terms_per_block) {
-      const int64_t stop = std::min(block + terms_per_block, t.columns);
-      T block_loss = 0;
-      T block_sum = 0;
-      T block_dot = 0;
-#pragma omp simd reduction(+ : block_loss, block_sum, block_dot)
-      for (int64_t j = block; j < stop; ++j) {  // softplus(x) = max(x, 0) + log1p(exp(-|x|)), and its derivative
-        const T x = s[j] * factor + bias;
-        const T e = exponential(x < 0 ? x : -x);
-        block_loss += (x > 0 ? x : T(0)) + log1p_of_unit(e);
-        const T g = (x > 0 ? T(1) : e) / (1 + e);
-        block_sum += g;
-        block_dot += g * s[j];
-        s[j] = g;
-      }
-      sum += block_sum;
-      dot += block_dot;
-      loss += block_loss;
-    }
-    if (has_partner) {  // the loop took it for one of the others
-      const T x = partner_value * factor + bias;
+    SigmoidSums sums;
+    if (partner >= 0 && partner < t.columns) {
+      sigmoid_of_others(s, int64_t{0}, partner, factor, bias, sums);
+      sigmoid_of_others(s, partner + 1, t.columns, factor, bias, sums);
+      const T x = s[partner] * factor + bias;
       const T e = exponential(x < 0 ? x : -x);
-      const T as_other = (x > 0 ? x : T(0)) + log1p_of_unit(e);
-      const T as_partner = (x > 0 ? T(0) : -x) + log1p_of_unit(e);
       const T g = -(x > 0 ? e : T(1)) / (1 + e);
-      loss += as_partner - static_cast<double>(as_other);
-      sum += g - s[partner];
-      dot += (g - s[partner]) * partner_value;
+      sums.loss += (x > 0 ? T(0) : -x) + log1p_of_unit(e);
+      sums.slope += g;
+      sums.dot += g * s[partner];
       s[partner] = g;
+    } else {
+      sigmoid_of_others(s, int64_t{0}, t.columns, factor, bias, sums);
     }
-    p.losses[i] += loss;
-    p.sums[i] += sum;
-    p.dots[i] += dot;
+    p.losses[i] += sums.loss;
+    p.sums[i] += sums.slope;
+    p.dots[i] += sums.dot;
   }
 }
 

@@ -15,14 +15,15 @@ constexpr int64_t sum_block = 256;  // of float sums: equal numbers all round th
 template <class W>
 struct TwoParts {
   W high, low;  // of doubles, low is 0
-  explicit TwoParts(double x) : high(static_cast<W>(x)), low(static_cast<W>(x - static_cast<double>(high))) {}
+  explicit TwoParts(double x)
+      : high(static_cast<W>(x)), low(std::isinf(high) ? W(0) : static_cast<W>(x - static_cast<double>(high))) {}
 };
 
 // 1 / temperature.
 template <class W>
 struct Scale : TwoParts<W> {
   using TwoParts<W>::TwoParts;
-  FASTJEM_INLINE W operator()(W x) const { return x * this->high + x * this->low; }
+  FASTJEM_INLINE W operator()(W x) const { return x * this->high + to_finite(x) * this->low; }
 };
 
 // What is added to each prototype's logits, in one part or in two.
@@ -40,7 +41,8 @@ static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, Bias<W> bias, i
   const W v = widen(x[j]);
   if (biased == Biased::no) return scale(v);
   const W high = v * scale.high + bias.high[j];
-  return biased == Biased::one_part ? high + v * scale.low : high + (v * scale.low + bias.low[j]);
+  const W low = to_finite(v) * scale.low;
+  return biased == Biased::one_part ? high + low : high + (low + bias.low[j]);
 }
 
 // The largest logit of x[begin, end); -infinity of none. A function of its own, as GCC 12 leaves the loop without a
@@ -68,20 +70,23 @@ template <class T, class W>
 static FASTJEM_INLINE W logit_above(const T* x, Scale<W> scale, Bias<W> bias, W shift, W shift_low, int64_t j) {
   const W v = widen(x[j]);
   const W difference = bias.high[j] - shift;
+  const W high = v * scale.high + difference;
   const W low = bias.low[j] - shift_low + rounding_error(bias.high[j], shift, difference);
-  return (v * scale.high + difference) + (v * scale.low + low);
+  // What rounding took from an infinity is NaN.
+  return high + (std::abs(high) <= std::numeric_limits<W>::max() ? v * scale.low + low : W(0));
 }
 
 template <class W>
 struct BiasedSoftmax {
-  std::vector<W> shift;     // [blocks], the maximum of each block; 0 where all is -infinity
+  std::vector<W> shift;     // [blocks], the maximum of each block; finite
   std::vector<double> sum;  // [blocks], of exp(logit - shift)
   std::vector<W> factor;    // [blocks], exp(shift - logsumexp)
 
   explicit BiasedSoftmax(int64_t k)
       : shift((k + softmax_block - 1) / softmax_block), sum(shift.size()), factor(shift.size()) {}
 
-  // Sets the factors from shift and sum; returns the row's logsumexp.
+  // Sets the factors from shift and sum; returns the row's logsumexp. The softmax of a row that is -infinity
+  // throughout, or that has +infinity somewhere, is NaN: see `no_softmax`.
   double finish() {
     double maximum = -std::numeric_limits<double>::infinity();
     for (size_t b = 0; b < shift.size(); ++b) {
@@ -92,6 +97,13 @@ struct BiasedSoftmax {
     const double logsumexp = maximum + std::log(total);
     for (size_t b = 0; b < shift.size(); ++b) factor[b] = static_cast<W>(std::exp(shift[b] - logsumexp));
     return logsumexp;
+  }
+
+  // A logsumexp as a softmax subtracts it: NaN where it is infinite, and all of the row's softmax with it.
+  double no_softmax(double logsumexp) {
+    if (!std::isinf(logsumexp)) return logsumexp;
+    std::fill(factor.begin(), factor.end(), std::numeric_limits<W>::quiet_NaN());
+    return std::numeric_limits<double>::quiet_NaN();
   }
 
   // Afterwards e[j] * factor[j / softmax_block] is the softmax; returns the logsumexp.
@@ -120,7 +132,7 @@ struct BiasedSoftmax {
     for (int64_t begin = 0, b = 0; begin < k; begin += softmax_block, ++b) {
       const int64_t end = std::min(begin + softmax_block, k);
       const W maximum = largest_logit<biased>(x, scale, bias, begin, end);
-      const W block_shift = maximum == -std::numeric_limits<W>::infinity() ? W(0) : maximum;
+      const W block_shift = to_finite(maximum);
       shift[b] = block_shift;
       sum[b] = 0;
       for (int64_t first = begin; first < end; first += sum_block) {

@@ -10,7 +10,8 @@ struct BlockSums {
   W exponentials, y, y_v;
 };
 
-// e = exp(v), v = x * scale - shift; returns the sums of e, y and y v.
+// e = exp(v), v = x * scale - shift; returns the sums of e, y and y v, where 0 times -infinity is 0: a prototype that is
+// ruled out on both sides.
 template <class S, class W>
 FASTJEM_NOINLINE static BlockSums<W> student_block(const S* x, Scale<W> scale, W shift, const W* y, int64_t n, W* e) {
   W sum = 0;
@@ -23,7 +24,7 @@ FASTJEM_NOINLINE static BlockSums<W> student_block(const S* x, Scale<W> scale, W
     e[j] = exp_v;
     sum += exp_v;
     y_sum += y[j];
-    y_v_sum += y[j] * v;
+    y_v_sum += y[j] == 0 ? W(0) : y[j] * v;
   }
   return {sum, y_sum, y_v_sum};
 }
@@ -96,7 +97,7 @@ class ImageCrossEntropy {
     const T* x = static_cast<const T*>(p.teacher[t].address) + i * p.teacher[t].row_stride;
     const W* bias = p.bias ? static_cast<const W*>(p.bias) + t * p.bias_stride : nullptr;
     W* target = q.data() + t * k;
-    const double logsumexp = softmax.row(x, teacher_scale, Bias<W>{bias}, k, target);
+    const double logsumexp = softmax.no_softmax(softmax.row(x, teacher_scale, Bias<W>{bias}, k, target));
     for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
       const int64_t last = std::min(first + softmax_block, k);
       const W factor = softmax.factor[b];
@@ -116,7 +117,7 @@ class ImageCrossEntropy {
     for (int64_t j = first; j < last; ++j) {
       const W raw = widen(x[j]);
       const W logit = scale(raw) + (bias ? bias[j] : W(0));
-      entropy += target[j] > 0 ? target[j] * (logsumexp - logit) : W(0);
+      entropy += target[j] == 0 ? W(0) : target[j] * (logsumexp - logit);  // NaN stays
       logits[j] += raw;
       usage[j] += target[j];
     }
@@ -132,14 +133,14 @@ class ImageCrossEntropy {
     for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
       const int64_t last = std::min(first + softmax_block, k);
       const W maximum = largest_logit<Biased::no>(x, student_scale, Bias<W>{}, first, last);
-      const W shift = maximum == -std::numeric_limits<W>::infinity() ? W(0) : maximum;
+      const W shift = to_finite(maximum);
       const BlockSums<W> sums = student_block(x + first, student_scale, shift, y + first, last - first, e + first);
       softmax.shift[b] = shift;
       softmax.sum[b] = sums.exponentials;
       y_sum[b] = sums.y;
       y_v_sum[b] = sums.y_v;
     }
-    const double logsumexp = softmax.finish();
+    const double logsumexp = softmax.no_softmax(softmax.finish());
     for (size_t b = 0; b < y_sum.size(); ++b) loss += (logsumexp - softmax.shift[b]) * y_sum[b] - y_v_sum[b];
 
     if (gradient) {

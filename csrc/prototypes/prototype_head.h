@@ -19,10 +19,11 @@ static void update_logsumexp_of(const LogSumExpTile& p, int64_t begin, int64_t e
 }
 
 // A logsumexp to be subtracted: rounded to float alone, a teacher's of 15 would change the sum of its probabilities,
-// and with it the loss, by 5e-7 of itself.
+// and with it the loss, by 5e-7 of itself. An infinite one has no softmax: NaN.
 template <class W>
 struct Shift : TwoParts<W> {
-  using TwoParts<W>::TwoParts;
+  explicit Shift(double logsumexp)
+      : TwoParts<W>(std::isinf(logsumexp) ? std::numeric_limits<double>::quiet_NaN() : logsumexp) {}
   FASTJEM_INLINE W operator()(W logit) const { return logit - this->high - this->low; }
 };
 
@@ -54,7 +55,7 @@ static FASTJEM_INLINE void student_gradient(W* x, Scale<W> scale, Shift<W> shift
 #pragma omp simd reduction(+ : block_loss)
     for (int64_t j = first; j < last; ++j) {
       const W log_p = shift(scale(x[j]));
-      block_loss += y[j] * log_p;
+      block_loss += y[j] == 0 ? W(0) : y[j] * log_p;  // 0 times -infinity is 0
       x[j] = exponential(log_p) * softmax_weight - y[j] * target_weight;
     }
     loss -= block_loss;

@@ -112,10 +112,9 @@ static void columns(const Sinkhorn& p, int64_t parts, const double* bias, double
       double maximum = maxima[j];
       double total = 0;
       for (int64_t part = 1; part < parts; ++part) maximum = std::max(maximum, maxima[part * k + j]);
-      const double shift = std::isinf(maximum) && maximum < 0 ? 0 : maximum;
+      const double shift = baseline::to_finite(maximum);
       for (int64_t part = 0; part < parts; ++part) {
-        const double m = maxima[part * k + j];
-        if (!(std::isinf(m) && m < 0) || sums[part * k + j] != 0) total += sums[part * k + j] * std::exp(m - shift);
+        total += sums[part * k + j] * std::exp(baseline::to_finite(maxima[part * k + j]) - shift);
       }
       out[j] = shift + std::log(total) - (bias ? bias[j] : 0.0);
     }
@@ -152,8 +151,8 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
   const auto sums = over_parts(rows, parts, width, [&](int64_t begin, int64_t end, int64_t, double* sum) {
     FASTJEM_BEST(column_sums_of_softmax(p, begin, end, sum));
   });
-  // A term below the least exponential counts as 0. Where all of a prototype's together could matter, add in the log
-  // domain.
+  // A term below the least exponential counts as 0. Where all of a prototype's together could matter, and where a sum
+  // is NaN (0 times infinity is, for instance), add in the log domain.
   const double least = static_cast<double>(rows) * (p.dtype == Dtype::float64 ? 1e-290 : p.bias_factor ? 1e-27 : 1e-30);
   std::atomic<bool> underflow{false};
   parallel_for(width, 4096, threads, [&](int64_t begin, int64_t end) {
@@ -161,14 +160,19 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
     for (int64_t j = begin; j < end; ++j) {
       double total = 0;
       for (int64_t part = 0; part < parts; ++part) total += sums[part * width + j];
-      low = low || total < least;
+      low = low || !(total >= least);
       out[j] = std::log(total) - bias[j];
     }
     if (low) underflow = true;
   });
   if (underflow) {
+    // A prototype's own potential is added and taken off again, so an infinite one may be any number there.
+    std::vector<double> finite(bias, bias + width);
+    for (double& x : finite) x = std::isinf(x) ? 0 : x;
+    p = problem(dtype, scores, rows, width, row_stride, scale);
+    const Potentials of_columns(p, finite.data(), threads);
     p.offsets = row_logsumexp.data();
-    columns(p, parts, bias, out, threads);
+    columns(p, parts, finite.data(), out, threads);
   }
 }
 

@@ -47,7 +47,7 @@ struct Near {
     rough = rough < lowest ? lowest : rough;
     rough = rough > highest ? highest : rough;
     const float shifted = rough + integer_shift;
-    float r = (v * scale.high - (shifted - integer_shift + shift)) + v * scale.low;
+    float r = (v * scale.high - (shifted - integer_shift + shift)) + to_finite(v) * scale.low;
     r = r < minus_one ? minus_one : r;
     float p = 1.5345811e-4f;
     p = p * r + 1.3399931e-3f;
@@ -164,8 +164,8 @@ static void column_logsumexp_of(const Sinkhorn& p, int64_t begin, int64_t end, d
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         const W risen = shift[j];
-        shift[j] = risen == lowest ? W(0) : risen;
-        total[j] *= maximum[j] == lowest ? W(0) : exponential((maximum[j] - shift[j]) * per_unit);
+        shift[j] = to_finite(risen);
+        total[j] *= exponential((to_finite(maximum[j]) - shift[j]) * per_unit);
         maximum[j] = risen;
         block_sum[j] = 0;
       }
@@ -223,7 +223,7 @@ static void codes_of(const Sinkhorn& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = static_cast<const T*>(p.scores) + i * p.row_stride;
     Code* out = static_cast<Code*>(p.codes) + i * k;
-    sample_softmax(p, x, softmax, e.data());
+    softmax.no_softmax(sample_softmax(p, x, softmax, e.data()));
     for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
       const int64_t last = std::min(first + softmax_block, k);
       const W factor = softmax.factor[b];

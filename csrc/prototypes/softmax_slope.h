@@ -10,7 +10,8 @@ static void softmax_slope_of(const SoftmaxSlope& p, int64_t begin, int64_t end) 
   BiasedSoftmax<W> softmax(k);
   std::vector<W> e(k);
   for (int64_t i = begin; i < end; ++i) {
-    softmax.row(static_cast<const T*>(p.scores) + i * p.row_stride, Scale<W>(p.scale), Bias<W>{}, k, e.data());
+    const T* x = static_cast<const T*>(p.scores) + i * p.row_stride;
+    softmax.no_softmax(softmax.row(x, Scale<W>(p.scale), Bias<W>{}, k, e.data()));
     double dot = 0;
     for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
       const int64_t last = std::min(first + softmax_block, k);

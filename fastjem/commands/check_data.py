@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import hashlib
-import io
 import json
 import os
 import sys
@@ -16,9 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastjem.data.source import ORIENTATION, Source, open_source, path_of, reason, to_image
+from fastjem.data.files import ORIENTATION, TIFF, open_image, stored
+from fastjem.data.levels import Levels, Survey, describe, levels_of, parsed_range, survey
+from fastjem.data.picture import to_image
+from fastjem.data.source import Levelled, Source, open_source, path_of, reason, rule_of
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
+from fastjem.printing import printable, say
 
 MEASURED = 256  # files whose crops are timed; decoding is timed on all
 
@@ -30,6 +33,8 @@ class CheckDataOptions:
     data: str = field(metadata={"help": "folder of images, nested or flat", "positional": True})
     views: int = field(default=2, metadata={"help": "of an image, for the expected time"})
     image_size: int = field(default=224, metadata={"help": "of a view; smaller images are counted"})
+    channels: int = field(default=3, metadata={"help": "as of pretrain"})
+    value_range: str = field(default="auto", metadata={"help": "as of pretrain"})
     workers: int = field(default=-1, metadata={"help": "processes; -1: one a core"})
     show: int = field(default=20, metadata={"help": "skipped files that are named; 0: all"})
     json: bool = field(default=False, metadata={"help": "everything as one JSON object, all skipped files in it"})
@@ -47,43 +52,68 @@ class File:
     height: int = 0
     turned: bool = False  # by its EXIF orientation
     progressive: bool = False
+    outside: bool = False  # of the range from black to white are some of its values
     read: float = 0.0  # seconds of one core, decoding included
     crop: float = 0.0  # seconds of one core, where it was timed
     why: str = ""
 
 
 def examine(source: Source, i: int, crop: int = 0) -> File:
-    """Read and decode a file as training does; with `crop`, also resize half of its area to crop x crop, timed."""
+    """Read and decode an image as training does; with `crop`, also resize half of its area to crop x crop, timed."""
     found = File()
+    levels = rule_of(source) or Levels()
     try:
         begin = time.thread_time()
         data = source.read(i)
-        if not isinstance(data, bytes):
-            raise TypeError("pixels, not a file")
         found.read = time.thread_time() - begin
-        found.size = len(data)
-        found.digest = hashlib.blake2b(data, digest_size=16).digest()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble
-            with Image.open(io.BytesIO(data)) as image:
-                found.kind = image.format or ""
-                found.mode = image.mode
-                found.turned = image.getexif().get(ORIENTATION, 1) != 1
-                found.progressive = bool(image.info.get("progressive"))
+            if isinstance(data, bytes):
+                found.size = len(data)
+                found.digest = hashlib.blake2b(data, digest_size=16).digest()
+                _describe_file(found, data)
+            else:
+                found.size = data.nbytes
+                found.digest = hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+                found.kind = "array"
+                found.mode = str(data.dtype)
             begin = time.thread_time()
-            image = to_image(data)
+            image = to_image(data, levels)
             found.read += time.thread_time() - begin
+            if levels.values != "8-bit":
+                found.outside = _outside(data, levels)
     except Exception as error:  # whatever a decoder may raise on a broken file
         found.why = reason(error, path_of(source, i))
         return found
     found.width, found.height = image.size
     if crop:
         begin = time.thread_time()
-        side = 0.5**0.5  # of half the area, a crop's usual size
-        window = (0, 0, max(side * image.width, 1), max(side * image.height, 1))
+        short = min(image.size)
+        side = 0.5**0.5  # of half the area, a crop's usual size, of an image at most twice as long as wide
+        window = (0, 0, max(side * min(image.width, 2 * short), 1), max(side * min(image.height, 2 * short), 1))
         np.asarray(image.resize((crop, crop), Image.Resampling.BILINEAR, window))
         found.crop = time.thread_time() - begin
     return found
+
+
+def _describe_file(found: File, data: bytes) -> None:
+    """What the file's header says, where Pillow knows it."""
+    try:
+        with open_image(data) as image:
+            found.kind = image.format or ""
+            found.mode = image.mode
+            found.turned = image.getexif().get(ORIENTATION, 1) != 1
+            found.progressive = bool(image.info.get("progressive"))
+    except Image.UnidentifiedImageError:
+        found.kind = "TIFF" if data.startswith(TIFF) else ""
+
+
+def _outside(data: bytes | np.ndarray, levels: Levels) -> bool:
+    """Whether an image has values beyond black or white."""
+    survey = Survey()
+    survey.add(stored(data, levels.channels) if isinstance(data, bytes) else data)
+    bounds = survey.bounds.get(levels.values)
+    return bounds is not None and (bounds[0] < levels.value_range[0] or bounds[1] > levels.value_range[1])
 
 
 _given: list[Source] = []  # in a worker process: what it is to examine, handed over once and not with each image
@@ -127,15 +157,17 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
     Raises:
         UserError: if there is no folder, no image in it, or no option like that.
     """
-    for name, value in (("views", options.views), ("image-size", options.image_size)):
+    given_range = parsed_range(options.value_range)
+    at_least_one = {"views": options.views, "image-size": options.image_size, "channels": options.channels}
+    for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
     workers = options.workers if options.workers > 0 else available_cores()
     source = open_source(options.data)
-    if source.decoded:
-        raise UserError(f"{options.data} holds pixels, not files: none of its images can be broken")
+    found = survey(source, options.channels)
+    levels = levels_of(options.channels, given_range, found)
     begin = time.perf_counter()
-    files = scan(source, options.image_size, workers)
+    files = scan(Levelled(source, levels), options.image_size, workers)
     seconds = time.perf_counter() - begin
     readable = [file for file in files if not file.why]
     distinct = {file.digest for file in readable}
@@ -153,7 +185,14 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
         "workers": workers,
         "views": options.views,
         "image_size": options.image_size,
+        "channels": levels.channels,
+        "values": levels.values,
+        "value_range": list(levels.value_range),
+        "about_values": describe(levels, found),
+        "outside": sum(file.outside for file in readable),
         "skipped": [(path_of(source, i), file.why) for i, file in enumerate(files) if file.why],
+        "other_files": dict(collections.Counter(getattr(source, "others", {})).most_common()),
+        "unlisted": list(getattr(source, "unlisted", ())),
     }
     if readable:
         result |= _sizes(readable, options.image_size)
@@ -178,7 +217,7 @@ def _sizes(files: list[File], image_size: int) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any], show: int = 20) -> str:
-    """The result in lines for people; `show`: so many of the skipped files are named, 0: all."""
+    """The result in printable lines for people; `show`: so many of the skipped files are named, 0: all."""
     where = f"in {found['classes']} class folders" if found["classes"] else "in one class"
     facts = {"files": f"{found['files']} {where}, {found['bytes'] / 1e6:.1f} MB"}
     if "median" in found:
@@ -195,12 +234,18 @@ def render(found: dict[str, Any], show: int = 20) -> str:
         }
     skipped = found["skipped"]
     share = len(skipped) / found["files"]
+    if found["about_values"]:
+        outside = f"; values outside of that in {found['outside']} images" if found["outside"] else ""
+        facts["values"] = "; ".join(found["about_values"]) + outside
+    if found["other_files"]:
+        facts["not taken"] = _listed(found["other_files"])
     facts["skipped"] = f"{len(skipped)} ({share:.1%}); training puts other images in their place" if skipped else "none"
     lines = [f"{name:<10}{text}" for name, text in facts.items()]
     lines += [f"  {os.path.relpath(path, found['data'])}: {why}" for path, why in skipped[: show or None]]
     if show and len(skipped) > show:
         lines.append(f"  and {len(skipped) - show} more; --show 0 names all")
-    return "\n".join(lines)
+    lines += [f"{'unlisted':<10}{path}: {why}; what is in it is left out" for path, why in found["unlisted"]]
+    return "\n".join(printable(line) for line in lines)
 
 
 def _listed(counts: dict[str, int]) -> str:
@@ -214,7 +259,9 @@ def _duration(seconds: float) -> str:
 
 
 def main(options: CheckDataOptions) -> int:
-    """0, or 1 where files would be skipped: a script can ask."""
+    """0, or 1 where files or folders would be left out: a script can ask."""
     found = check_data(options)
-    print(json.dumps(found, indent=2) if options.json else render(found, options.show))
-    return 1 if found["skipped"] else 0
+    lines = json.dumps(found, indent=2) if options.json else render(found, options.show)
+    for line in lines.splitlines():  # of JSON, too: every character beyond ASCII is escaped in it
+        say(line, sys.stdout)
+    return 1 if found["skipped"] or found["unlisted"] else 0

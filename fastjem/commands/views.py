@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastjem.checkpoints import write_atomically
 from fastjem.data import shapes
+from fastjem.data.levels import levels_of, parsed_range, survey
 from fastjem.data.source import open_source
 from fastjem.data.views import RECIPES, MaskSpec, Value, Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, views_of
+from fastjem.printing import printable, say
 from fastjem.report.run import spread
 from fastjem.report.views import INK, MASKS, Sample, samples, titles
 
@@ -32,6 +35,11 @@ class ViewsOptions:
     recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
     view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
     image_size: int = 224
+    channels: int = field(default=3, metadata={"help": "of the images; more than three are shown by the first three"})
+    value_range: str = field(
+        default="auto",
+        metadata={"help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set"},
+    )
     images: int = 6
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
@@ -44,7 +52,7 @@ class ViewsOptions:
 
 
 def main(options: ViewsOptions) -> int:
-    print(draw_views(options))
+    say(draw_views(options), sys.stdout)
     return 0
 
 
@@ -67,7 +75,7 @@ def grid(shown: Sequence[Sample], columns: Sequence[str], root: str, *, cell: in
         sheet.paste(sample.image.resize(fitted, magnify(scale)), (MARGIN, top))
         for left, size, view in zip(lefts[1:], sizes, sample.views, strict=True):
             sheet.paste(view.resize((size, size), magnify(size / view.width)), (left, top))
-        name = shorten(os.path.relpath(sample.path, root), width - 2 * MARGIN, font)
+        name = shorten(printable(os.path.relpath(sample.path, root)), width - 2 * MARGIN, font)
         pen.text((MARGIN, top + cell + 2), name, INK, font)
     return sheet
 
@@ -101,7 +109,9 @@ def draw_views(options: ViewsOptions) -> Path:
     views = views_of(options.method, size, options.small_views, options.recipe)
     mask = _mask(options, views)
     source = open_source(options.data or shapes.folder() / "train")
-    specs = views.specs(size, patch=options.patch_size if mask else 1, blur=options.blur, changes=options.view)
+    patch = options.patch_size if mask else 1
+    specs = views.specs(size, patch=patch, blur=options.blur, changes=options.view, channels=options.channels)
+    levels = levels_of(options.channels, parsed_range(options.value_range), survey(source, options.channels))
     # Evenly spread over the folder first; the others stand in for files that can't be read.
     order = dict.fromkeys([*spread(len(source), options.images).tolist(), *range(len(source))])
     shown = samples(
@@ -112,6 +122,7 @@ def draw_views(options: ViewsOptions) -> Path:
         seed=options.seed,
         epoch=options.epoch,
         mask=mask,
+        levels=levels,
     )
     if not shown:
         raise UserError(f"none of the files in {source.root} can be read")
@@ -145,7 +156,8 @@ def _check(options: ViewsOptions) -> None:
         raise nearest("method", options.method, METHODS)
     if options.mask is not None and options.mask not in MASKS:
         raise nearest("mask", options.mask, MASKS)
-    for name, least in (("images", 1), ("image_size", 8), ("patch_size", 1)):
+    parsed_range(options.value_range)
+    for name, least in (("images", 1), ("channels", 1), ("image_size", 8), ("patch_size", 1)):
         value = getattr(options, name)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")

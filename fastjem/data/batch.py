@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import fastjem.functional as F
+from fastjem.data.colours import augmented
 from fastjem.data.masks import draw_hidden
 from fastjem.data.views import MaskSpec, ViewSpec
 
 
 class Masks(NamedTuple):
-    """Which patches of a view [B, 3, H, W] whom concern; h x w is the grid of its patches, numbered row by row."""
+    """Which patches of a view [B, C, H, W] whom concern; h x w is the grid of its patches, numbered row by row."""
 
     hidden: Tensor  # [B, h, w] bool: patches that the mask token replaces
     visible: Tensor | None = None  # [B, M] int64: the only patches that the encoder is given
@@ -22,7 +22,7 @@ class Masks(NamedTuple):
 class Batch(NamedTuple):
     """V views of B images, on the run's device. A NamedTuple, as DDP, FSDP2, compile and pinning look into these."""
 
-    views: list[Tensor]  # V x [B, 3, size, size], the large ones first
+    views: list[Tensor]  # V x [B, C, size, size], the large ones first
     index: Tensor  # [B] int64: the number in its source of the image that each row shows
     labels: Tensor | None = None  # [B] int64; None where the source has none
     masks: dict[int, Masks] = {}  # noqa: RUF012  by the number of the view; never changed in place
@@ -35,7 +35,7 @@ class Crops(NamedTuple):
     it. The views' parameters are those of the sample that was asked for, which the order of the epoch alone decides.
     """
 
-    views: list[Tensor]  # V x [B, size, size, 3] uint8
+    views: list[Tensor]  # V x [B, size, size, C] uint8
     tables: list[Tensor]  # V x [B, P] float32: what is still to be done, by the columns of the augmentation table
     index: Tensor  # [B] int64: the image's number in its source
     epoch: int  # a batch lies in one epoch
@@ -60,13 +60,13 @@ def finish(
         masks: at most one a view. Which patches are hidden follows (seed, epoch, index, view) and nothing else.
         seed: the run's.
         dtype: of the views: float32, bfloat16 or float16.
-        channels_last: the views' memory format; their shape is [B, 3, size, size] in either case.
+        channels_last: the views' memory format; their shape is [B, C, size, size] in either case.
     """
 
     def colours(view: Tensor, table: Tensor, spec: ViewSpec) -> Tensor:
         view = view.to(device, non_blocking=True)
         table = table.to(device, non_blocking=True)
-        return F.augment(view, table, mean=spec.mean, std=spec.std, dtype=dtype, channels_last=channels_last)
+        return augmented(view, table, mean=spec.mean, std=spec.std, dtype=dtype, channels_last=channels_last)
 
     views = [colours(*parts) for parts in zip(crops.views, crops.tables, specs, strict=True)]
     index = crops.index.to(device, non_blocking=True)

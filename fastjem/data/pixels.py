@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,17 @@ from torch.utils.data import Dataset
 
 import fastjem.functional as F
 from fastjem import fields, reading
+from fastjem.data.levels import KINDS, Levels
 from fastjem.data.parameters import column
-from fastjem.data.source import Source, decode, path_of
+from fastjem.data.picture import Picture
+from fastjem.data.source import Levelled, Source, decode, path_of
 from fastjem.data.views import MEAN, STD, ViewSpec
 from fastjem.errors import UserError, nearest
 
 METADATA = "pixels"  # the key in a file's metadata
 LARGEST = 2**14  # pixels of an image's side: in float32 one such image takes 3 GiB
+COLOUR = Levels()
+LONGEST = 16  # times its shorter side: an image that is longer is cut before it is resized
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Pixels:
     std: tuple[float, ...] = STD
     channels: int = 3
     value_range: tuple[float, float] = (0.0, 255.0)
+    values: str = "8-bit"  # the kind of values that the range is of, see `fastjem.data.levels.Levels`
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "value_range"):  # a file has lists
@@ -47,11 +52,23 @@ class Pixels:
             raise ValueError(f"Pixels: mean must be finite and std positive, got {self.mean} and {self.std}")
         if not -np.inf < self.value_range[0] < self.value_range[1] < np.inf:
             raise ValueError(f"Pixels: value_range must be two finite numbers, ascending, got {self.value_range}")
+        if self.values not in KINDS:
+            raise ValueError(f"Pixels: values must be one of {', '.join(KINDS)}, got {self.values!r}")
 
     @classmethod
-    def of(cls, specs: Sequence[ViewSpec]) -> "Pixels":
-        """Those of the first view, which is a large one."""
-        return cls(specs[0].size, specs[0].mean, specs[0].std)
+    def of(cls, specs: Sequence[ViewSpec], levels: Levels = COLOUR) -> "Pixels":
+        """Those of the first view, which is a large one, of images that are read by `levels`."""
+        return cls(specs[0].size, specs[0].mean, specs[0].std, levels.channels, levels.value_range, levels.values)
+
+    @property
+    def levels(self) -> Levels:
+        """How images are read for these pixels."""
+        return Levels(self.channels, self.values, self.value_range)
+
+    @property
+    def decoded(self) -> "Pixels":
+        """The same for images that were read by `levels`: their values are from 0 to 255."""
+        return replace(self, value_range=COLOUR.value_range, values=COLOUR.values)
 
     def normalise(self, images: Tensor, device: torch.device | str, channels_last: bool = False) -> Tensor:
         """Whole images [B, C, H, W] uint8 -> [B, C, H, W] float32 as the encoder takes them, on the device."""
@@ -108,12 +125,19 @@ class Pixels:
         return cls.from_dict(reading.parsed(metadata[METADATA], METADATA))
 
 
-def whole_image(image: Image.Image, size: int) -> Tensor:
-    """The middle of an image, its shorter side resized to `size` (bilinear, antialiased): [3, size, size] uint8.
+def whole_image(image: Picture, size: int) -> Tensor:
+    """The middle of an image, its shorter side resized to `size` (bilinear, antialiased): [C, size, size] uint8.
 
-    torchvision's `center_crop(resize(image, [size]), [size, size])`, which this equals bit for bit.
+    torchvision's `center_crop(resize(image, [size]), [size, size])`, which this equals bit for bit where the image is
+    at most `LONGEST` times as long as wide. Of a longer one the middle alone is resized, which rounds differently: a
+    picture of 5000 x 1 pixels, resized as a whole to 224, has 250 million.
     """
     short = min(image.size)
+    if max(image.size) > LONGEST * short:
+        left, top = ((side - short) / 2 for side in image.size)
+        box = (left, top, left + short, top + short)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     width, height = (int(size * side / short) for side in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -124,7 +148,7 @@ def whole_image(image: Image.Image, size: int) -> Tensor:
 
 class _WholeImages(Dataset):
     def __init__(self, source: Source, indices: Sequence[int], pixels: Pixels):
-        self.source = source
+        self.source = Levelled(source, pixels.levels)
         self.indices = indices
         self.size = pixels.size
 
@@ -140,7 +164,8 @@ class _WholeImages(Dataset):
 
 
 def whole_images(source: Source, indices: Sequence[int], pixels: Pixels) -> Dataset:
-    """The chosen images without augmentation, [3, size, size] uint8 each, for a DataLoader; `pixels.normalise` goes on.
+    """The chosen images without augmentation, read by the pixels' levels: [C, size, size] uint8 each, for a DataLoader;
+    `pixels.decoded.normalise` goes on.
 
     An image that can't be read is a UserError that names it.
     """

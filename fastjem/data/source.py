@@ -5,7 +5,6 @@ members, in a module of `fastjem.data.sources` and with a line in `SOURCES`; an 
 `read` alone (docs/adding-a-source.md).
 """
 
-import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,14 +13,15 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from fastjem.data.levels import Levels
+from fastjem.data.picture import Picture, to_image
 from fastjem.data.sources.arrays import Arrays
 from fastjem.data.sources.folder import Folder
 from fastjem.errors import UserError
+from fastjem.printing import say
 
 T = TypeVar("T")
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 class Source(Protocol):
@@ -39,7 +39,7 @@ class Source(Protocol):
         ...
 
     def read(self, i: int) -> bytes | np.ndarray:
-        """A file's bytes, or pixels [H, W, C]. Whatever is wrong with the image may raise."""
+        """A file's bytes, or values [H, W] or [H, W, C], integers or floats. Whatever is wrong with it may raise."""
         ...
 
 
@@ -69,11 +69,16 @@ def open_source(data: str | os.PathLike[str] | Any) -> Source:
 
     Raises:
         UserError: if it is none of these, or can't be opened.
+
+    Folders in it that can't be looked into are said on stderr: a class that vanishes silently would spoil a run.
     """
     if isinstance(data, (str, os.PathLike)):
         path = Path(data)
-        return format_of(path)(path)
-    if isinstance(data, Completed) or type(data) in SOURCES.values():
+        source = format_of(path)(path)
+        for folder, why in getattr(source, "unlisted", ()):
+            say(f"fastjem: {folder} can't be listed ({why}): what is in it is left out")
+        return source
+    if isinstance(data, (Completed, Levelled)) or type(data) in SOURCES.values():
         return data
     return Completed(data)
 
@@ -136,51 +141,40 @@ def path_of(source: Source, i: int) -> str:
     return os.path.join(source.root, source.name(i))
 
 
-def decode(source: Source, i: int) -> Image.Image:
-    """The i-th image as 8-bit RGB, the right way up. Whatever is wrong with it raises."""
-    return to_image(source.read(i))
+def decode(source: Source, i: int) -> Picture:
+    """The i-th image as levels, the right way up, by the source's rule. Whatever is wrong with it raises."""
+    return to_image(source.read(i), rule_of(source))
 
 
-def decode_named(root: str, name: str) -> Image.Image:
+def decode_named(root: str, name: str, levels: Levels | None = None) -> Picture:
     """The image called `name` of the source that `open_source(root)` opens, which isn't listed for it."""
-    return to_image(format_of(Path(root)).read_named(root, name))
+    return to_image(format_of(Path(root)).read_named(root, name), levels)
 
 
-def to_image(data: bytes | np.ndarray) -> Image.Image:
-    """An image file's bytes, or pixels [H, W] or [H, W, C], in any mode -> 8-bit RGB, turned as EXIF says."""
-    if isinstance(data, np.ndarray):
-        one_channel = data.ndim == 3 and data.shape[2] == 1
-        return to_rgb(Image.fromarray(data[:, :, 0] if one_channel else data))
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            return to_rgb(ImageOps.exif_transpose(image))
-        return to_rgb(image)
+class Levelled:
+    """A source and how what it stores becomes levels: whoever decodes its images does so by that rule."""
+
+    def __init__(self, source: Source, levels: Levels):
+        self.source = source.source if isinstance(source, Levelled) else source
+        self.levels = levels
+        self.root = source.root
+        self.labels = source.labels
+        self.classes = source.classes
+        self.decoded = source.decoded
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, i: int) -> str:
+        return self.source.name(i)
+
+    def read(self, i: int) -> bytes | np.ndarray:
+        return self.source.read(i)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode: 16-bit, float, grayscale, palette, CMYK, with alpha."""
-    if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would clip these at 255
-        image = Image.fromarray(_to_eight_bits(np.asarray(image)))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Integers or floats [H, W] -> uint8; their largest value tells whether white is 1 (floats), 255 or 65535."""
-    is_float = values.dtype.kind == "f"
-    levels = values.astype(np.float64)
-    if is_float:
-        levels = np.nan_to_num(levels, posinf=0, neginf=0)
-    largest = levels.max(initial=0)
-    if is_float and largest <= 1:
-        white = 1.0
-    elif largest <= 255:
-        white = 255.0
-    else:
-        white = max(largest, 65535.0)
-    return (levels * (255 / white)).clip(0, 255).round().astype(np.uint8)
+def rule_of(source: Source) -> Levels | None:
+    """How a source's values become levels; None: nobody has said."""
+    return source.levels if isinstance(source, Levelled) else None
 
 
 @dataclass

@@ -17,6 +17,7 @@ from fastjem.errors import UserError, nearest
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet; 1 is white
 STD = (0.229, 0.224, 0.225)
+OTHER_MEAN, OTHER_STD = 0.5, 0.25  # of every channel where they aren't red, green and blue: nobody's statistics
 LARGEST_WITHOUT_BLUR = 64  # at 64 pixels and less a blur removes what is left to see; CIFAR recipes leave it out
 
 Value = bool | int | float | str | Sequence
@@ -38,8 +39,18 @@ class ViewSpec:
     blur: float = 0.5
     sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0  # threshold 128
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
+    mean: tuple[float, ...] = MEAN  # of each channel
+    std: tuple[float, ...] = STD
+
+    def with_channels(self, channels: int) -> "ViewSpec":
+        """The same view of images of so many channels: where they aren't three, without the steps that need colours,
+        and normalised by `OTHER_MEAN` and `OTHER_STD`, but where the recipe has one number for all three."""
+        if channels == len(self.mean):
+            return self
+        mean = self.mean[0] if len(set(self.mean)) == 1 else OTHER_MEAN
+        std = self.std[0] if len(set(self.std)) == 1 else OTHER_STD
+        jitter = (*self.jitter[:2], 0.0, 0.0)
+        return replace(self, mean=(mean,) * channels, std=(std,) * channels, jitter=jitter, grayscale=0.0)
 
 
 @dataclass(frozen=True)
@@ -120,14 +131,16 @@ class Views:
     masking: str = "even_block"  # which sampler draws it, a name in `fastjem.data.masks.SAMPLERS`
 
     def specs(
-        self, image_size: int, *, patch: int = 1, blur: bool | None = None, changes: Mapping[str, Value] | None = None
-    ) -> list[ViewSpec]:
+        self, image_size: int, *, patch: int = 1, blur: bool | None = None, changes: Mapping[str, Value] | None = None,
+        channels: int = 3,
+    ) -> list[ViewSpec]:  # fmt: skip
         """The large views and then the small ones, 96/224 of the image size, rounded to whole patches.
 
         Args:
             blur: None: as the recipe says, above 64 pixels.
             changes: fields of all views, "large.NAME" of the large or "small.NAME" of the small ones alone:
                 `{"flip": 0, "small.scale": "0.05,0.2"}`.
+            channels: of the images, see `ViewSpec.with_channels`.
 
         Raises:
             UserError: for a recipe or field that isn't there, or a value that isn't one.
@@ -143,6 +156,7 @@ class Views:
             specs += [replace(recipe.small or recipe.large[-1], size=size)] * self.small
         elif wrong := [key for key in changes or {} if key.startswith("small.")]:
             raise UserError(f"--view {wrong[0]}: there are no small views here (none at 64 pixels and less)")
+        specs = [spec.with_channels(channels) for spec in specs]
         specs = specs if blur else [replace(spec, blur=0.0) for spec in specs]
         return [changed(spec, changes or {}, "large" if i < self.large else "small") for i, spec in enumerate(specs)]
 
@@ -154,11 +168,17 @@ def changed(spec: ViewSpec, changes: Mapping[str, Value], kind: str) -> ViewSpec
         UserError: for a field that isn't there, or a value that isn't one.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(ViewSpec) if field.name != "size"}
+    defaults |= {"mean": spec.mean, "std": spec.std}  # a number each channel
     for key, value in changes.items():
         concerned, _, name = key.rpartition(".")  # "" concerns all views
         if concerned not in ("", "large", "small") or name not in defaults:
             raise nearest("field of a view", key, [f"{x}{name}" for x in ("", "large.", "small.") for name in defaults])
         new = _checked(name, value, defaults[name])
+        if len(spec.mean) != 3 and ((name == "grayscale" and new) or (name == "jitter" and max(new[2:]))):
+            needed = "grayscale" if name == "grayscale" else "jitter of saturation and hue (its last two numbers)"
+            raise UserError(
+                f"a view's {needed} needs red, green and blue, and these images have {len(spec.mean)} channels"
+            )
         if concerned in ("", kind):
             spec = replace(spec, **{name: new})
     return spec

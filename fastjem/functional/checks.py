@@ -16,12 +16,17 @@ def shape(x: object) -> object:
     return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 
-def matrices(op: str, contract: str, *tensors: Tensor, dims: int = 2, same: bool = True) -> None:
-    """Non-empty floating-point tensors of `dims` dimensions on one device, and of one shape if `same`."""
+def matrices(
+    op: str, contract: str, *tensors: Tensor, dims: int = 2, same: bool = True, may_be_empty: int | None = None
+) -> None:
+    """Floating-point tensors of `dims` dimensions on one device, and of one shape if `same`.
+
+    Not empty, but for the dimension `may_be_empty`, where a rank among others may have no rows.
+    """
     for x in tensors:
         if not isinstance(x, Tensor):
             fail(op, contract, type(x).__name__)
-        if x.dim() != dims or 0 in x.shape:
+        if x.dim() != dims or any(length == 0 and i != may_be_empty for i, length in enumerate(x.shape)):
             fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
         if not x.is_floating_point():
             fail(op, f"{contract}, floating-point", x.dtype)

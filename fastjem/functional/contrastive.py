@@ -4,20 +4,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import global_loss, sizes_of_ranks, sum_over_ranks
+from fastjem.collectives import Agreement, global_loss, sum_over_ranks
 from fastjem.functional import checks, rings
 from fastjem.functional.precision import loss_dtype
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops.autograd import one_pass, ops, two_passes
 
 
-def _stacked(op: str, z0: Tensor, z1: Tensor | None) -> Tensor:
+def _stacked(op: str, z0: Tensor, z1: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
     """[V, N, D] from two [N, D] or from one tensor of views."""
     if z1 is not None:
-        checks.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
+        checks.matrices(op, "z0 and z1 must be [N, D] both", z0, z1, may_be_empty=None if group is None else 0)
         return torch.stack(checks.common(z0, z1))
     contract = "z must be [V, N, D] with V >= 2, or two [N, D]"
-    checks.matrices(op, contract, z0, dims=3)
+    checks.matrices(op, contract, z0, dims=3, may_be_empty=None if group is None else 1)
     if len(z0) < 2:
         checks.fail(op, contract, tuple(z0.shape))
     return z0
@@ -27,13 +27,14 @@ def _of_views(
     z: Tensor,  # [V, N, D]
     temperature: float,
     weights: Tensor | None,  # [V, N] of the positive terms
+    sizes: list[int],  # each rank's N
     group: dist.ProcessGroup | None,
     decoupled: bool = False,
 ) -> Tensor:
     """The mean over rows of the log-sum-exp less the weighted positives; rows are normalised."""
     options = (float(temperature), decoupled, True)
     if group is not None:
-        return rings.nt_xent(z, weights, options, group)
+        return rings.nt_xent(z, weights, options, sizes, group)
     rows = z.detach()
     positives, lse = ops.nt_xent(rows, rows, 0, *options)
     loss = (lse - (positives if weights is None else positives * weights)).mean().to(loss_dtype(z))
@@ -56,9 +57,9 @@ def nt_xent(
     Args:
         z0, z1: [N, D] each, two views of N images, or `z0` alone as [V, N, D]. Normalised inside.
         temperature: what the cosines are divided by.
-        group: the process group whose ranks' rows are candidates and rows of one global batch (batches may be uneven);
-            None: this rank's alone. Ranks see each other's rows one rank at a time: memory stays that of one batch.
-            All of them must call backward.
+        group: the process group whose ranks' rows are candidates and rows of one global batch (batches may be uneven,
+            a rank may have no rows); None: this rank's alone. Ranks see each other's rows one rank at a time: memory
+            stays that of one batch. All of them must call backward.
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
@@ -66,9 +67,17 @@ def nt_xent(
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
-    z = _stacked("nt_xent", z0, z1)
-    checks.positive("nt_xent", temperature=temperature)
-    return _of_views(z, temperature, None, group)
+    with Agreement("nt_xent", group) as ranks:
+        z = _stacked("nt_xent", z0, z1, group)
+        checks.positive("nt_xent", temperature=temperature)
+        _rows_of_views(ranks, z)
+    return _of_views(z, temperature, None, ranks.sizes, group)
+
+
+def _rows_of_views(ranks: Agreement, z: Tensor) -> None:
+    """What ranks must know of each other's views [V, N, D]."""
+    ranks.rows_of(z, dim=1)
+    ranks.backward_of(z)
 
 
 def dcl(
@@ -88,14 +97,16 @@ def dcl(
         z0, z1, temperature, group: as for `nt_xent`.
         weights: [N] or [V, N], constants; None: ones.
     """
-    z = _stacked("dcl", z0, z1)
-    checks.positive("dcl", temperature=temperature)
-    if weights is not None:
-        if weights.shape not in (z.shape[:2], z.shape[1:2]):
-            checks.fail("dcl", f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(weights.shape))
-        checks.one_device("dcl", (z, weights))
-        weights = weights.detach().expand(z.shape[:2])
-    return _of_views(z, temperature, weights, group, decoupled=True)
+    with Agreement("dcl", group) as ranks:
+        z = _stacked("dcl", z0, z1, group)
+        checks.positive("dcl", temperature=temperature)
+        if weights is not None:
+            if weights.shape not in (z.shape[:2], z.shape[1:2]):
+                checks.fail("dcl", f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(weights.shape))
+            checks.one_device("dcl", (z, weights))
+            weights = weights.detach().expand(z.shape[:2])
+        _rows_of_views(ranks, z)
+    return _of_views(z, temperature, weights, ranks.sizes, group, decoupled=True)
 
 
 def dclw(
@@ -114,13 +125,15 @@ def dclw(
         z0, z1, temperature, group: as for `nt_xent`.
         sigma: the weights' temperature.
     """
-    checks.matrices("dclw", "z0 and z1 must be [N, D] both", z0, z1)
-    checks.positive("dclw", temperature=temperature, sigma=sigma)
-    with torch.no_grad():
-        wide = [z.to(loss_dtype(z)) for z in (z0, z1)]
-        cosines = torch.cosine_similarity(*wide, dim=1, eps=1e-12)
-        weights = 2 - len(z0) * (cosines / sigma).softmax(0)
-    return dcl(z0, z1, temperature=temperature, weights=weights, group=group)
+    with Agreement("dclw", group) as ranks:
+        z = _stacked("dclw", z0, z1, group)
+        checks.positive("dclw", temperature=temperature, sigma=sigma)
+        with torch.no_grad():
+            wide = z.to(loss_dtype(z))
+            cosines = torch.cosine_similarity(wide[0], wide[1], dim=1, eps=1e-12)
+            weights = (2 - z.shape[1] * (cosines / sigma).softmax(0)).expand(z.shape[:2])
+        _rows_of_views(ranks, z)
+    return _of_views(z, temperature, weights, ranks.sizes, group, decoupled=True)
 
 
 def supcon(
@@ -146,9 +159,12 @@ def supcon(
         normalize: False takes rows as they come (the authors' convention: they are of unit length already).
         group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
-    _check_supcon(z, labels, mask, temperature, anchors, group)
+    with Agreement("supcon", group) as ranks:
+        _check_supcon(z, labels, mask, temperature, anchors, group)
+        _rows_of_views(ranks, z)
+        ranks.alike(anchors, "without labels" if labels is None else labels.dtype)
     v, n, _ = z.shape
-    images = n if group is None else sum(sizes_of_ranks(n, group, z.device))
+    images = sum(ranks.sizes)
     number = (v if anchors == "all" else 1) * images  # of anchors
 
     # The sum over positives of s_ij is one product of row i with a sum of rows: never N x N.
@@ -161,7 +177,7 @@ def supcon(
     elsewhere = None
     if group is not None and labels is not None:
         of_images = [torch.full_like(counts, v), by_image] + ([rows[0]] if anchors == "one" else [])
-        elsewhere = rings.sums_of_own_classes(of_images, labels, group)
+        elsewhere = rings.sums_of_own_classes(of_images, labels, ranks.sizes, group)
         counts = counts + elsewhere[0]
         sums = sums + elsewhere[1]
     dots = (rows * sums).sum(2) - of_itself * rows.square().sum(2)  # [V, N]
@@ -177,7 +193,8 @@ def supcon(
     if group is None:
         spread = _spread(z, counted, number, options)
     else:
-        spread = rings.nt_xent(z, torch.zeros_like(dots), options, group, counted) * (v * images / number)
+        of_rows = rings.nt_xent(z, torch.zeros_like(dots), options, ranks.sizes, group, counted)
+        spread = of_rows * (v * images / number)
         value = sum_over_ranks(positives, group)
         if elsewhere is not None:  # this rank's rows are positives of other ranks' anchors, too
             positives = positives + ((rows * elsewhere[-1]).sum(2) * weight).sum() / number
@@ -193,7 +210,7 @@ def _check_supcon(
     anchors: str,
     group: dist.ProcessGroup | None,
 ) -> None:
-    checks.matrices("supcon", "z must be [V, N, D]", z, dims=3)
+    checks.matrices("supcon", "z must be [V, N, D]", z, dims=3, may_be_empty=None if group is None else 1)
     checks.positive("supcon", temperature=temperature)
     n = z.shape[1]
     if anchors not in ("all", "one"):

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import (
+    Agreement,
     gather_rows,
     gradient_factor,
     of_global_batch,
-    sizes_of_ranks,
     sum_of_ranks,
     sum_over_ranks,
 )
@@ -95,8 +95,8 @@ def barlow_twins(
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
         lambda_param: weight of the off-diagonal.
-        group: the process group over whose global batch the statistics are taken (batches may be uneven). Rows are
-            gathered, or D x D squares added, whichever is fewer bytes.
+        group: the process group over whose global batch the statistics are taken (batches may be uneven, even empty).
+            Rows are gathered, or D x D squares added, whichever is fewer bytes.
         health: filled on the way.
 
     Returns:
@@ -130,8 +130,8 @@ def vicreg(
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
         eps: added to the variance.
         variance_factor: 0.5 as in the official code (and lightly's), 1 as in the paper (and solo-learn's).
-        group: the process group over whose global batch the statistics are taken (batches may be uneven). Rows are
-            gathered, or D x D squares added, whichever is fewer bytes.
+        group: the process group over whose global batch the statistics are taken (batches may be uneven, even empty).
+            Rows are gathered, or D x D squares added, whichever is fewer bytes.
         health: filled on the way; its std is with eps.
 
     Returns:
@@ -163,7 +163,7 @@ def tico(
         covariance: [D, D], the C of the step before; None: zeros.
         beta: how much of it stays.
         rho: weight of the covariance.
-        group: the process group whose ranks' rows are one global batch (batches may be uneven).
+        group: the process group whose ranks' rows are one global batch (batches may be uneven, even empty).
 
     Returns:
         The loss, 0-dim float32 (float64 for float64 inputs), the same on every rank of the group; and C, [D, D].
@@ -171,19 +171,22 @@ def tico(
     Raises:
         ValueError: for other shapes or dtypes.
     """
-    checks.matrices("tico", "z0 and z1 must be [N, D] both", z0, z1)
-    z0, z1 = checks.common(z0, z1)
-    d = z0.shape[1]
-    if covariance is not None and covariance.shape != (d, d):
-        checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
+    with Agreement("tico", group) as ranks:
+        may_be_empty = None if group is None else 0
+        checks.matrices("tico", "z0 and z1 must be [N, D] both", z0, z1, may_be_empty=may_be_empty)
+        z0, z1 = checks.common(z0, z1)
+        d = z0.shape[1]
+        if covariance is not None and covariance.shape != (d, d):
+            checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
+        ranks.rows_of(z0)
+    n = sum(ranks.sizes)
     with without_autocast(z0):
         a, b = (torch.nn.functional.normalize(in_float32(z), dim=1) for z in (z0, z1))
-        n = len(a) if group is None else sum(sizes_of_ranks(len(a), group, a.device))
         rows = a.detach()
         if group is None or n >= d:
             squares = sum_over_ranks(rows.T @ rows, group)
         else:  # the rows of all ranks are fewer numbers than a D x D square
-            rows, _ = gather_rows(rows, group)
+            rows, _ = gather_rows(rows, group, ranks.sizes)
             squares = rows.T @ rows
         c = squares * ((1 - beta) / n)
         if covariance is not None:
@@ -210,11 +213,14 @@ def _covariance_loss(
     op: str, z0: Tensor, z1: Tensor, group: dist.ProcessGroup | None, health: Health | None, *arguments: float
 ) -> Tensor:
     """The loss of the operator `op` with its further arguments, over all ranks' rows."""
-    checks.matrices(op, "z0 and z1 must be [N, D] both", z0, z1)
-    z0, z1 = checks.common(z0, z1)
+    with Agreement(op, group) as ranks:
+        may_be_empty = None if group is None else 0
+        checks.matrices(op, "z0 and z1 must be [N, D] both", z0, z1, may_be_empty=may_be_empty)
+        z0, z1 = checks.common(z0, z1)
+        ranks.rows_of(z0)
     kind = _KINDS[op]
     statistics = 0 if health is None else 1 + health.keep_spectrum
-    n = len(z0) if group is None else sum(sizes_of_ranks(len(z0), group, z0.device))
+    n = sum(ranks.sizes)
     if n < 2:
         checks.fail(op, "z0 and z1 must have N >= 2 rows, as their variance is needed", f"N = {n}")
 
@@ -226,7 +232,7 @@ def _covariance_loss(
         return loss
 
     if group is None or not summed_squares.fewer_bytes(kind.squares, n, z0):
-        return of_global_batch(loss_of, group, z0, z1)
+        return of_global_batch(loss_of, group, ranks.sizes, z0, z1)
     with torch.no_grad(), without_autocast(z0):
         loss, gradients, scale, seen = kind.of_summed_squares(z0, z1, *arguments, statistics, n, group)
     if health is not None:

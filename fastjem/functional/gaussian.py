@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import from_first_rank, gradient_factor, sizes_of_ranks, sum_of_ranks, sum_over_ranks
+from fastjem.collectives import Agreement, from_first_rank, gradient_factor, sum_of_ranks, sum_over_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.ops.autograd import known, ops
@@ -25,8 +25,12 @@ def _statistic(
     group: dist.ProcessGroup | None,
     wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The sum over views and slices, and its gradient for this rank's rows [V, N, D]."""
+    """The sum over views and slices, and its gradient for this rank's rows [V, N, D].
+
+    A rank without rows has the others' sums and none of its own.
+    """
     n = sum(sizes)
+    rows = z.shape[1]
     dt = t_max / (knots - 1)
     t = torch.arange(1, knots, dtype=z.dtype, device=z.device)[:, None, None] * dt  # [K, 1, 1]; at 0 there is no error
     phi = (-0.5 * t.square()).exp()
@@ -37,17 +41,20 @@ def _statistic(
     gradient = torch.zeros_like(z) if wanted else z.new_empty(0)
     for some in directions.split(at_once, 1):
         theta = (z @ some).mul_(dt)
-        errors = sum_over_ranks(ops.characteristic(theta, knots - 1), group) / n  # [2, K, V, slices]
+        own = ops.characteristic(theta, knots - 1) if rows else z.new_zeros(2, knots - 1, len(z), some.shape[1])
+        errors = sum_over_ranks(own, group) / n  # [2, K, V, slices]
         errors[0] -= phi
         statistic += (weight * errors.square()).sum()
-        if wanted:
+        if wanted and rows:
             gradient += ops.characteristic_backward(theta, errors * (2 * t * weight)) @ some.T
     return statistic * n, gradient
 
 
 def random_directions(width: int, count: int, like: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """[D, S] random unit columns, on every rank of the group the same."""
-    directions = torch.randn(width, count, device=like.device, dtype=loss_dtype(like))
+    with Agreement("random_directions", group) as ranks:
+        directions = torch.randn(width, count, device=like.device, dtype=loss_dtype(like))
+        ranks.alike(width, count, directions.dtype)
     directions = from_first_rank(directions, group)
     return directions / directions.norm(dim=0)
 
@@ -70,7 +77,7 @@ def sigreg(
         directions: [D, S], see `random_directions`.
         knots: how many frequencies in [0, t_max].
         t_max: the largest frequency.
-        group: the process group over whose global batch the means are taken (batches may be uneven).
+        group: the process group over whose global batch the means are taken (batches may be uneven, even empty).
 
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
@@ -78,10 +85,15 @@ def sigreg(
     Raises:
         ValueError: for other shapes, dtypes or options.
     """
-    checks.matrices("sigreg", "z must be [N, D] or [V, N, D]", z, dims=3 if getattr(z, "ndim", 2) == 3 else 2)
-    _check_options("sigreg", z, directions, knots, t_max)
-    z = z if z.dim() == 3 else z[None]
-    return _sigreg("sigreg", z, directions, knots, t_max, _sizes(z, group), group)
+    with Agreement("sigreg", group) as ranks:
+        dims = 3 if getattr(z, "ndim", 2) == 3 else 2
+        may_be_empty = None if group is None else dims - 2
+        checks.matrices("sigreg", "z must be [N, D] or [V, N, D]", z, dims=dims, may_be_empty=may_be_empty)
+        _check_options("sigreg", z, directions, knots, t_max)
+        z = z if z.dim() == 3 else z[None]
+        ranks.rows_of(z, dim=1)
+        ranks.alike(directions.shape[1], knots)
+    return _sigreg("sigreg", z, directions, knots, t_max, ranks.sizes, group)
 
 
 def _check_options(op: str, z: Tensor, directions: Tensor, knots: int, t_max: float) -> None:
@@ -90,11 +102,6 @@ def _check_options(op: str, z: Tensor, directions: Tensor, knots: int, t_max: fl
     if knots < 2:
         checks.fail(op, "knots must be at least 2", knots)
     checks.positive(op, t_max=t_max)
-
-
-def _sizes(z: Tensor, group: dist.ProcessGroup | None) -> list[int]:
-    """Rows of each rank, of views [V, N, D]."""
-    return [z.shape[1]] if group is None else sizes_of_ranks(z.shape[1], group, z.device)
 
 
 def _sigreg(
@@ -139,16 +146,20 @@ def lejepa(
     Raises:
         ValueError: for other shapes, dtypes or options.
     """
-    contract = "local_proj and global_proj must be [V_local, N, D] and [V_global, N, D]"
-    checks.matrices("lejepa", contract, local_proj, global_proj, dims=3, same=False)
-    if local_proj.shape[1:] != global_proj.shape[1:]:
-        checks.fail("lejepa", contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
-
-    _check_options("lejepa", global_proj, directions, knots, t_max)
-    views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
-    sizes = _sizes(views, group)
-    regulariser = _sigreg("lejepa", views, directions, knots, t_max, sizes, group)
+    with Agreement("lejepa", group) as ranks:
+        contract = "local_proj and global_proj must be [V_local, N, D] and [V_global, N, D]"
+        may_be_empty = None if group is None else 1
+        checks.matrices(
+            "lejepa", contract, local_proj, global_proj, dims=3, same=False, may_be_empty=may_be_empty
+        )  # fmt: skip
+        if local_proj.shape[1:] != global_proj.shape[1:]:
+            checks.fail("lejepa", contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
+        _check_options("lejepa", global_proj, directions, knots, t_max)
+        views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
+        ranks.rows_of(views, dim=1)
+        ranks.alike(directions.shape[1], knots)
+    regulariser = _sigreg("lejepa", views, directions, knots, t_max, ranks.sizes, group)
     z = in_float32(views)
     squares = (z - z[: len(global_proj)].mean(0)).square().sum()
-    invariance = sum_of_ranks(squares, group) / (len(z) * sum(sizes) * z.shape[2])
+    invariance = sum_of_ranks(squares, group) / (len(z) * sum(ranks.sizes) * z.shape[2])
     return lambda_param * regulariser + (1 - lambda_param) * invariance

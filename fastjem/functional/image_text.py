@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjem.collectives import Agreement
 from fastjem.functional import checks, rings
 
 
@@ -14,6 +15,14 @@ def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
         checks.fail(op, f"{name} must be a number or a tensor of one element", tuple(value.shape))
     checks.one_device(op, (like, value))
     return value.reshape(())
+
+
+def _checked(
+    op: str, x: Tensor, y: Tensor, logit_scale: Tensor | float, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.matrices(op, "x and y must be [N, D] both", x, y, may_be_empty=None if group is None else 0)
+    x, y = checks.common(x, y)
+    return x, y, _scalar(op, "logit_scale", logit_scale, x)
 
 
 def clip_loss(
@@ -35,7 +44,8 @@ def clip_loss(
             gradient.
         group: as for `nt_xent`.
         local_loss: with a group, the mean over this rank's rows (and, for `logits.T`, its columns) alone, each against
-            all ranks' candidates; the gradient is still that of the global loss, exact after averaging over ranks.
+            all ranks' candidates (0 for a rank without rows); the gradient is still that of the global loss, exact
+            after averaging over ranks.
         gather_with_grad: False makes the candidates of a local loss constants, this rank's own among them: the
             gradient is that of this rank's rows alone, as open_clip's, and not the global loss's. Without `local_loss`
             it changes nothing.
@@ -43,12 +53,16 @@ def clip_loss(
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group, unless `local_loss`.
     """
-    checks.matrices("clip_loss", "x and y must be [N, D] both", x, y)
-    x, y = checks.common(x, y)
-    scale = _scalar("clip_loss", "logit_scale", logit_scale, x)
-    if group is not None and local_loss and not gather_with_grad:
-        return rings.clip_loss_of_constant_candidates(x, y, scale, group)
-    return rings.clip_loss(x, y, scale, group, local_loss and group is not None)
+    constant_candidates = group is not None and local_loss and not gather_with_grad
+    with Agreement("clip_loss", group) as ranks:
+        x, y, scale = _checked("clip_loss", x, y, logit_scale, group)
+        ranks.rows_of(x)
+        ranks.backward_of(x, y, scale)
+        if constant_candidates:
+            ranks.alike("constant candidates")
+    if group is not None and constant_candidates:
+        return rings.clip_loss_of_constant_candidates(x, y, scale, ranks.sizes, group)
+    return rings.clip_loss(x, y, scale, ranks.sizes, group, local_loss and group is not None)
 
 
 def siglip_loss(
@@ -67,7 +81,8 @@ def siglip_loss(
         x, y, logit_scale, group: as for `clip_loss`.
         logit_bias: 0-dim, with its gradient.
     """
-    checks.matrices("siglip_loss", "x and y must be [N, D] both", x, y)
-    x, y = checks.common(x, y)
-    scale = _scalar("siglip_loss", "logit_scale", logit_scale, x)
-    return rings.siglip_loss(x, y, scale, _scalar("siglip_loss", "logit_bias", logit_bias, x), group)
+    with Agreement("siglip_loss", group) as ranks:
+        x, y, scale = _checked("siglip_loss", x, y, logit_scale, group)
+        bias = _scalar("siglip_loss", "logit_bias", logit_bias, x)
+        ranks.rows_of(x)
+    return rings.siglip_loss(x, y, scale, bias, ranks.sizes, group)

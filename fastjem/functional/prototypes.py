@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import mean_loss_of_ranks
+from fastjem.collectives import Agreement, mean_loss_of_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
 from fastjem.ops.autograd import one_pass, one_pass_with_statistics
@@ -74,8 +74,10 @@ def prototype_cross_entropy(
         teacher_bias: [K] or, one per teacher view, [T, K]; added to teacher / teacher_temperature.
         pairs: "different" (s != t, the same index being the same view), "same" (s = t) or "all".
         weights: [B]: the mean over rows becomes sum(weights * rows) / sum(weights).
-        statistics: also return the teacher's, from the same pass; of this rank's rows, and with `weights` unweighted.
-        group: the process group over whose global batch the mean is taken (batches may be uneven).
+        statistics: also return the teacher's, from the same pass; of this rank's rows (NaN of none), and with `weights`
+            unweighted.
+        group: the process group over whose global batch the mean is taken (batches may be uneven, a rank may have no
+            rows).
 
     Returns:
         0-dim float32 (float64 for float64 inputs), the same on every rank of the group; with `statistics`, a
@@ -86,15 +88,22 @@ def prototype_cross_entropy(
     """
     op = "prototype_cross_entropy"
     contract = "student and teacher must be [S, B, K] and [T, B, K], or lists of [B, K]"
-    student = list_of_views(op, contract, student)
-    teacher = list_of_views(op, contract, teacher)
-    checks.matrices(op, contract, *student, *teacher)
-    batch, prototypes = student[0].shape
-    temperatures = (student_temperature, teacher_temperature)
-    options = _options(op, student, teacher, prototypes, temperatures, teacher_bias, pairs, weights)
-    constants = _constants(teacher, student)
-    inputs = checks.common(*student)
-    loss, *of_teacher = one_pass_with_statistics(op, inputs, constants, *options, statistics, listed=True)
+    with Agreement(op, group) as ranks:
+        student = list_of_views(op, contract, student)
+        teacher = list_of_views(op, contract, teacher)
+        checks.matrices(op, contract, *student, *teacher, may_be_empty=None if group is None else 0)
+        batch, prototypes = student[0].shape
+        temperatures = (student_temperature, teacher_temperature)
+        options = _options(op, student, teacher, prototypes, temperatures, teacher_bias, pairs, weights)
+        constants = _constants(teacher, student)
+        inputs = checks.common(*student)
+        ranks.rows_of(inputs[0])
+    if group is not None and not batch:
+        loss = sum_of_elements(inputs)
+        of_nothing = loss.detach().new_full((prototypes,), torch.nan)
+        of_teacher = [of_nothing, of_nothing.clone(), of_nothing[0].clone()]
+    else:
+        loss, *of_teacher = one_pass_with_statistics(op, inputs, constants, *options, statistics, listed=True)
     loss = _mean_of_ranks(loss, batch, weights, group)
     return (loss, TeacherStatistics(*of_teacher)) if statistics else loss
 
@@ -132,18 +141,23 @@ def prototype_head_cross_entropy(
     """
     op = "prototype_head_cross_entropy"
     contract = "student and teacher must be [S, B, D] and [T, B, D], or lists of [B, D], both prototypes [K, D]"
-    student = list_of_views(op, contract, student)
-    teacher = list_of_views(op, contract, teacher)
-    checks.matrices(op, contract, *student, *teacher)
-    checks.matrices(op, contract, student_prototypes, teacher_prototypes)
-    if student_prototypes.shape[1] != student[0].shape[1]:
-        checks.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
-    checks.one_device(op, [student[0], student_prototypes])
-    temperatures = (student_temperature, teacher_temperature)
-    options = _options(op, student, teacher, len(student_prototypes), temperatures, teacher_bias, pairs, weights)
-    inputs = checks.common(*student, student_prototypes)
-    *constants, prototypes = _constants([*teacher, teacher_prototypes], inputs)
-    loss = one_pass(op, inputs, constants, prototypes, *options, listed=True)
+    with Agreement(op, group) as ranks:
+        student = list_of_views(op, contract, student)
+        teacher = list_of_views(op, contract, teacher)
+        checks.matrices(op, contract, *student, *teacher, may_be_empty=None if group is None else 0)
+        checks.matrices(op, contract, student_prototypes, teacher_prototypes)
+        if student_prototypes.shape[1] != student[0].shape[1]:
+            checks.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
+        checks.one_device(op, [student[0], student_prototypes])
+        temperatures = (student_temperature, teacher_temperature)
+        options = _options(op, student, teacher, len(student_prototypes), temperatures, teacher_bias, pairs, weights)
+        inputs = checks.common(*student, student_prototypes)
+        *constants, prototypes = _constants([*teacher, teacher_prototypes], inputs)
+        ranks.rows_of(inputs[0])
+    if group is not None and not len(student[0]):
+        loss = sum_of_elements(inputs[:-1]) + 0 * inputs[-1].sum()
+    else:
+        loss = one_pass(op, inputs, constants, prototypes, *options, listed=True)
     return _mean_of_ranks(loss, len(student[0]), weights, group)
 
 
@@ -154,6 +168,11 @@ def list_of_views(op: str, contract: str, views: Tensor | Sequence[Tensor]) -> l
     if not isinstance(views, (list, tuple)) or not views:
         checks.fail(op, contract, checks.shape(views))
     return list(views)
+
+
+def sum_of_elements(views: Sequence[Tensor]) -> Tensor:
+    """0-dim, in the dtype of a loss: 0 for views without rows, which so still take part in backward."""
+    return torch.stack([x.sum(dtype=loss_dtype(x)) for x in views]).sum()
 
 
 def _constants(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> list[Tensor]:

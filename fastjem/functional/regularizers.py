@@ -1,15 +1,16 @@
 """What spreads embeddings, or their use of prototypes: KoLeo (DINOv2), mean entropy (MSN)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import global_loss, sum_and_count_of_ranks
+from fastjem.collectives import Agreement, global_loss, sum_and_count_of_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
-from fastjem.functional.prototypes import list_of_views
+from fastjem.functional.prototypes import list_of_views, sum_of_elements
 from fastjem.ops.autograd import one_pass
 
 
@@ -48,7 +49,7 @@ def mean_entropy(
     Args:
         scores: [B, K], or a sequence of V tensors [B, K], or [V, B, K].
         temperature: what the scores are divided by.
-        group: the process group over whose global batch p is taken (batches may be uneven).
+        group: the process group over whose global batch p is taken (batches may be uneven, even empty).
 
     Returns:
         0-dim float32 (float64 for float64 inputs), the same on every rank of the group.
@@ -58,10 +59,12 @@ def mean_entropy(
     """
     op = "mean_entropy"
     contract = "scores must be [B, K], [V, B, K] or a list of [B, K]"
-    views = [scores] if isinstance(scores, Tensor) and scores.dim() == 2 else list_of_views(op, contract, scores)
-    checks.matrices(op, contract, *views)
-    checks.positive(op, temperature=temperature)
-    views = checks.common(*views)
+    with Agreement(op, group) as ranks:
+        views = [scores] if isinstance(scores, Tensor) and scores.dim() == 2 else list_of_views(op, contract, scores)
+        checks.matrices(op, contract, *views, may_be_empty=None if group is None else 0)
+        checks.positive(op, temperature=temperature)
+        views = checks.common(*views)
+        ranks.rows_of(views[0])
     temperature = float(temperature)
     if group is None:
         return one_pass(op, views, temperature, None, None, listed=True)
@@ -69,5 +72,9 @@ def mean_entropy(
     with torch.no_grad():
         of_rank = torch.stack([(x.to(wide) / temperature).softmax(1).sum(0) for x in views]).sum(0)  # [K]
         of_all, rows = sum_and_count_of_ranks(of_rank, len(views) * len(views[0]), group)
+    if not len(views[0]):  # a rank without rows: the others' loss, and gradients of no elements
+        mean = of_all / rows
+        value = torch.special.xlogy(mean, mean).sum() + math.log(len(mean))
+        return global_loss(sum_of_elements(views), value, group)
     loss = one_pass(op, views, temperature, of_all.clone(), rows.clone(), listed=True)
     return global_loss(loss, loss, group)

@@ -14,13 +14,17 @@ is told of in `fastjem.collectives`.
 
 Operators take an `offset`: candidate `offset + i` is row i itself (its pair, for CLIP and SigLIP), which isn't a
 negative of it. On this rank it is 0; of other ranks' candidates none is, which an offset of -N says for N rows.
+
+A rank without rows has no part in any sum. It calls no operator, but walks the ring to its end.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import gradient_factor, other_ranks, sizes_of_ranks, sum_over_ranks
+from fastjem.collectives import gradient_factor, other_ranks, sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops.autograd import known, ops, refuse_second_order
@@ -29,11 +33,17 @@ from fastjem.ops.autograd import known, ops, refuse_second_order
 class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, z: Tensor, weights: Tensor | None, counted: Tensor | None, options: tuple, group: dist.ProcessGroup
+        ctx,
+        z: Tensor,
+        weights: Tensor | None,
+        counted: Tensor | None,
+        options: tuple,
+        sizes: list[int],
+        group: dist.ProcessGroup,
     ) -> Tensor:
         n = z.shape[1]
-        ctx.sizes = sizes_of_ranks(n, group, z.device)
-        positives, lse = ops.nt_xent(z, z, 0, *options)
+        ctx.sizes = sizes
+        positives, lse = ops.nt_xent(z, z, 0, *options) if n else _nothing(2, z.shape[:2], z)
         for (others,) in other_ranks([z], 1, ctx.sizes, group):
             lse = torch.logaddexp(lse, ops.nt_xent(z, others, -n, *options)[1])
         terms = lse - (positives if weights is None else positives * weights)
@@ -49,32 +59,39 @@ class _NTXent(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         refuse_second_order("nt_xent")
         z, lse, weights = ctx.saved_tensors
-        gradient = in_float32(ops.nt_xent_backward(z, z, lse, lse, weights, 0, *ctx.options))
+        own = ops.nt_xent_backward(z, z, lse, lse, weights, 0, *ctx.options) if z.shape[1] else torch.zeros_like(z)
+        gradient = in_float32(own)
         for others, others_lse in other_ranks([z, lse], 1, ctx.sizes, ctx.group):
             gradient += ops.nt_xent_backward(z, others, lse, others_lse, None, -z.shape[1], *ctx.options)
         temperature = ctx.options[0]
         scale = gradient_factor(ctx.group) / (ctx.count * temperature)
-        return (gradient * (upstream * scale)).to(z.dtype), None, None, None, None
+        return (gradient * (upstream * scale)).to(z.dtype), None, None, None, None, None
+
+
+def _nothing(count: int, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
+    """What an operator returns of no rows."""
+    return [widest(like.new_zeros(shape)) for _ in range(count)]
 
 
 def nt_xent(
     z: Tensor,  # [V, N, D]
     weights: Tensor | None,  # [V, N] of the positives
     options: tuple,  # temperature, decoupled, normalize: the operator's
+    sizes: list[int],  # each rank's N
     group: dist.ProcessGroup,
     counted: Tensor | None = None,  # [V, N] bool: which rows are anchors
 ) -> Tensor:
     """The mean over all ranks' rows of the log-sum-exp less the weighted positives."""
-    return _NTXent.apply(z, weights, counted, options, group)
+    return _NTXent.apply(z, weights, counted, options, sizes, group)
 
 
 def sums_of_own_classes(
     tensors: list[Tensor],  # [N, ...] each
     labels: Tensor,  # [N]
+    sizes: list[int],  # each rank's N
     group: dist.ProcessGroup,
 ) -> list[Tensor]:
     """For each of this rank's images the sums over the images of its class on other ranks; constants."""
-    sizes = sizes_of_ranks(len(labels), group, labels.device)
     sums = [torch.zeros_like(x, requires_grad=False) for x in tensors]
     for *others, their_labels in other_ranks([*tensors, labels], 0, sizes, group):
         classes, order = their_labels.sort()
@@ -92,18 +109,19 @@ def sums_of_own_classes(
 
 class _Clip(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, scale: Tensor, group: dist.ProcessGroup | None, local: bool) -> Tensor:
-        positives, x_lse, y_lse = ops.clip_loss(x, y, scale, 0)
-        ctx.sizes = [len(x)]
+    def forward(
+        ctx, x: Tensor, y: Tensor, scale: Tensor, sizes: list[int], group: dist.ProcessGroup | None, local: bool
+    ) -> Tensor:
+        positives, x_lse, y_lse = _clip_of_own_rows(x, y, scale)
+        ctx.sizes = sizes
         if group is not None:
-            ctx.sizes = sizes_of_ranks(len(x), group, x.device)
             x_lse, y_lse = _with_other_ranks(x, y, scale, x_lse, y_lse, ctx.sizes, group)
         total = ((x_lse - positives) + (y_lse - positives)).sum()
         ctx.save_for_backward(x, y, scale, x_lse, y_lse)
         ctx.group = group
         ctx.count = 2 * sum(ctx.sizes)
         if local:
-            return (total / (2 * len(x))).to(loss_dtype(x))
+            return (total / (2 * max(len(x), 1))).to(loss_dtype(x))
         return (sum_over_ranks(total, group) / ctx.count).to(loss_dtype(x))
 
     @staticmethod
@@ -111,7 +129,10 @@ class _Clip(torch.autograd.Function):
         refuse_second_order("clip_loss")
         x, y, scale, x_lse, y_lse = ctx.saved_tensors
         x_wanted, y_wanted, scale_wanted = ctx.needs_input_grad[:3]
-        gradients, scale_gradient = ops.clip_loss_backward(x, y, scale, x_lse, y_lse, 0, [x_wanted, y_wanted])
+        gradients = [torch.zeros_like(x), torch.zeros_like(y)]
+        scale_gradient = widest(torch.zeros_like(scale))
+        if len(x):
+            gradients, scale_gradient = ops.clip_loss_backward(x, y, scale, x_lse, y_lse, 0, [x_wanted, y_wanted])
         if ctx.group is not None:
             x_gradient, y_gradient = (in_float32(gradient) for gradient in gradients)
             for xs, ys, xs_lse, ys_lse in other_ranks([x, y, x_lse, y_lse], 0, ctx.sizes, ctx.group):
@@ -128,7 +149,12 @@ class _Clip(torch.autograd.Function):
             if wanted:
                 ops.rescale_(gradient, factor * scale.to(factor.dtype))
             scaled.append(gradient.to(like.dtype) if wanted else None)
-        return *scaled, (scale_gradient * factor).to(scale.dtype) if scale_wanted else None, None, None
+        return *scaled, (scale_gradient * factor).to(scale.dtype) if scale_wanted else None, None, None, None
+
+
+def _clip_of_own_rows(x: Tensor, y: Tensor, scale: Tensor) -> Sequence[Tensor]:
+    """Positives, and both log-sum-exps over this rank's candidates, [N] each."""
+    return ops.clip_loss(x, y, scale, 0) if len(x) else _nothing(3, x.shape[:1], x)
 
 
 def _with_other_ranks(
@@ -145,21 +171,24 @@ def clip_loss(
     x: Tensor,  # [N, D]
     y: Tensor,  # [N, D]
     scale: Tensor,  # 0-dim
+    sizes: list[int],  # each rank's N
     group: dist.ProcessGroup | None,
     local: bool = False,
 ) -> Tensor:
     """`local`: the value is the mean over this rank's rows; the gradient stays that of the global loss."""
-    return _Clip.apply(x, y, scale, group, local)
+    return _Clip.apply(x, y, scale, sizes, group, local)
 
 
-def clip_loss_of_constant_candidates(x: Tensor, y: Tensor, scale: Tensor, group: dist.ProcessGroup) -> Tensor:
+def clip_loss_of_constant_candidates(
+    x: Tensor, y: Tensor, scale: Tensor, sizes: list[int], group: dist.ProcessGroup
+) -> Tensor:
     """The mean over this rank's rows of both directions; a candidate gets no gradient, not even one of this rank."""
     wanted = [torch.is_grad_enabled() and z.requires_grad for z in (x, y)]
     rows, columns, factor = (z.detach() for z in (x, y, scale))
-    sizes = sizes_of_ranks(len(x), group, x.device)
-    positives, x_lse, y_lse = ops.clip_loss(rows, columns, factor, 0)
+    positives, x_lse, y_lse = _clip_of_own_rows(rows, columns, factor)
     x_lse, y_lse = _with_other_ranks(rows, columns, factor, x_lse, y_lse, sizes, group)
-    loss = (((x_lse - positives) + (y_lse - positives)).sum() / (2 * len(x))).to(loss_dtype(x))
+    per_row = 1 / (2 * max(len(x), 1))
+    loss = (((x_lse - positives) + (y_lse - positives)).sum() * per_row).to(loss_dtype(x))
     if not (torch.is_grad_enabled() and any(z.requires_grad for z in (x, y, scale))):
         return loss
 
@@ -174,7 +203,9 @@ def clip_loss_of_constant_candidates(x: Tensor, y: Tensor, scale: Tensor, group:
         (_, of_y), y_scale = ops.clip_loss_backward(xs, columns, factor, no_x, y_lse, y_offset, [False, wanted[1]])
         return of_x, of_y, x_scale + y_scale
 
-    of_x, of_y, scale_gradient = gradients_of(rows, columns, own=True)
+    of_x, of_y, scale_gradient = torch.zeros_like(rows), torch.zeros_like(columns), widest(torch.zeros_like(factor))
+    if len(x):
+        of_x, of_y, scale_gradient = gradients_of(rows, columns, own=True)
     # The operator subtracts a pair's logit once for each direction; with one of them left out that is once too often.
     x_gradient = in_float32(of_x) + in_float32(columns) if wanted[0] else in_float32(of_x)
     y_gradient = in_float32(of_y) + in_float32(rows) if wanted[1] else in_float32(of_y)
@@ -184,21 +215,24 @@ def clip_loss_of_constant_candidates(x: Tensor, y: Tensor, scale: Tensor, group:
         x_gradient = x_gradient + of_x
         y_gradient = y_gradient + of_y
         scale_gradient = scale_gradient + of_scale
-    per_row = 1 / (2 * len(x))
     row_factor = factor.to(x_gradient.dtype) * per_row
     gradients = (x_gradient, y_gradient, scale_gradient)
     return known("clip_loss", loss, (x, y, scale), gradients, (row_factor, row_factor, per_row))
 
 
-def siglip_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def siglip_loss(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, sizes: list[int], group: dist.ProcessGroup | None
+) -> Tensor:
     """The sum over all pairs of all ranks, over the images. Its gradients come in the forward pass."""
     wanted = [torch.is_grad_enabled() and z.requires_grad for z in (x, y)]
     rows, columns, *parameters = (z.detach() for z in (x, y, scale, bias))
-    total, gradients, scale_gradient, bias_gradient = ops.siglip_loss(rows, columns, *parameters, 0, wanted)
-    count = len(x)
+    if len(x):
+        total, gradients, scale_gradient, bias_gradient = ops.siglip_loss(rows, columns, *parameters, 0, wanted)
+    else:
+        gradients = [rows, columns]
+        total, scale_gradient, bias_gradient = _nothing(3, (), rows)
+    count = sum(sizes)
     if group is not None:
-        sizes = sizes_of_ranks(len(x), group, x.device)
-        count = sum(sizes)
         x_gradient, y_gradient = (in_float32(gradient) for gradient in gradients)
         for xs, ys in other_ranks([rows, columns], 0, sizes, group):
             of_rows = ops.siglip_loss(rows, ys, *parameters, -len(x), [wanted[0], False])

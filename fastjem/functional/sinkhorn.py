@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import stack_of_ranks
+from fastjem.collectives import Agreement, stack_of_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
 from fastjem.kernels.arithmetic import widest_dtype
@@ -33,7 +33,7 @@ def sinkhorn(
         iterations: how often both are normalised, at least 1. Few iterations do not converge, and their order matters.
         normalize_samples_first: divide each sample by its sum once before (MSN normalises probabilities).
         dtype: of the codes; None: float32 (float64 for float64 scores).
-        group: the process group over whose global batch prototypes are normalised (batches may be uneven).
+        group: the process group over whose global batch prototypes are normalised (batches may be uneven, even empty).
 
     Returns:
         [B, K] codes; every row sums to 1.
@@ -41,14 +41,19 @@ def sinkhorn(
     Raises:
         ValueError: for other shapes, dtypes or options.
     """
-    _check("sinkhorn", epsilon, iterations, scores)
-    if dtype is None:
-        dtype = loss_dtype(scores)
-    if not dtype.is_floating_point:
-        checks.fail("sinkhorn", "dtype must be floating-point", dtype)
+    with Agreement("sinkhorn", group) as ranks:
+        _check("sinkhorn", epsilon, iterations, group, scores)
+        if dtype is None:
+            dtype = loss_dtype(scores)
+        if not dtype.is_floating_point:
+            checks.fail("sinkhorn", "dtype must be floating-point", dtype)
+        ranks.rows_of(scores)
+        ranks.alike(iterations, normalize_samples_first)
     if group is None:
         return ops.sinkhorn(scores.detach(), float(epsilon), iterations, normalize_samples_first, dtype)
     bias = _potentials([scores.detach()], float(epsilon), iterations, normalize_samples_first, group)
+    if not len(scores):
+        return scores.new_empty(scores.shape, dtype=dtype)
     return ops.sinkhorn_codes(scores.detach(), bias, float(epsilon), dtype)
 
 
@@ -76,19 +81,22 @@ def sinkhorn_bias(
         ValueError: for other shapes, dtypes or options.
     """
     parts = [scores] if isinstance(scores, Tensor) else scores
-    if not isinstance(parts, (list, tuple)) or not parts:
-        checks.fail("sinkhorn_bias", "scores must be [B, K], or a list of them", checks.shape(scores))
-    _check("sinkhorn_bias", epsilon, iterations, *parts)
-    parts = [x.detach() for x in parts]
+    with Agreement("sinkhorn_bias", group) as ranks:
+        if not isinstance(parts, (list, tuple)) or not parts:
+            checks.fail("sinkhorn_bias", "scores must be [B, K], or a list of them", checks.shape(scores))
+        _check("sinkhorn_bias", epsilon, iterations, group, *parts)
+        parts = [x.detach() for x in parts]
+        ranks.rows_of(parts[0])
+        ranks.alike(iterations, normalize_samples_first)
     if group is None and len(parts) == 1:
         return ops.sinkhorn_bias(parts[0], float(epsilon), iterations, normalize_samples_first)
     wide = torch.float64 if torch.float64 in {x.dtype for x in parts} else torch.float32
     return _potentials(parts, float(epsilon), iterations, normalize_samples_first, group).to(wide)
 
 
-def _check(op: str, epsilon: float, iterations: int, *scores: Tensor) -> None:
+def _check(op: str, epsilon: float, iterations: int, group: dist.ProcessGroup | None, *scores: Tensor) -> None:
     contract = "scores must be [B, K]" if len(scores) == 1 else "scores must be [B, K] with the same K"
-    checks.matrices(op, contract, *scores, same=False)
+    checks.matrices(op, contract, *scores, same=False, may_be_empty=None if group is None else 0)
     if len({x.shape[1] for x in scores}) > 1:
         checks.fail(op, contract, " and ".join(str(tuple(x.shape)) for x in scores))
     checks.positive(op, epsilon=epsilon)
@@ -116,6 +124,8 @@ def _log_sums(
     parts: list[Tensor], potentials: Tensor | None, epsilon: float, group: dist.ProcessGroup | None
 ) -> Tensor:
     """[K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials). One collective."""
-    sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts]
+    sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts if len(x)]
+    if not sums:  # a rank without samples
+        sums = [parts[0].new_full(parts[0].shape[1:], -torch.inf, dtype=widest_dtype(parts[0].device))]
     total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)
     return total if group is None else stack_of_ranks(total, group).logsumexp(0)

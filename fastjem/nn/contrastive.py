@@ -5,12 +5,17 @@ That is lightly for NT-Xent and DCL, open_clip for image-text pairs, the authors
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.collectives import check_distributed, default_group, sum_of_ranks, sum_over_ranks
+from fastjem.collectives import Agreement, check_distributed, default_group, sum_of_ranks
+from fastjem.functional import checks
+from fastjem.functional.precision import loss_dtype
+from fastjem.nn.hooks import Hooks, is_overridden
 from fastjem.nn.memory_bank import MemoryBankModule
 
 
@@ -22,6 +27,10 @@ class NTXentLoss(nn.Module):
         memory_bank_size: (number of negatives, dimension); 0: the negatives are in the batch.
         gather_distributed: the negatives of all ranks count; with a memory bank, all ranks' rows are enqueued.
         rows_per_step: see `MemoryBankModule`; with more than 0 call `step_ends` once per optimiser step.
+
+    Another `cross_entropy` may be assigned, as with lightly's: `nn.CrossEntropyLoss(reduction="none")`, say. It is
+    given the logits, which then are made, of this rank alone. A rank may come without rows: with a memory bank, where
+    the loss is each rank's own, its loss is 0.
     """
 
     def __init__(
@@ -37,38 +46,86 @@ class NTXentLoss(nn.Module):
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         self.temperature = temperature
         self.gather_distributed = gather_distributed
+        self.cross_entropy: nn.Module = nn.CrossEntropyLoss()
         self.memory_bank = MemoryBankModule(
             memory_bank_size, gather_distributed=gather_distributed, rows_per_step=rows_per_step
         )
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """[N, D] and [N, D] -> 0-dim. The memory bank takes up `out1`, normalised, if `out0` requires a gradient."""
+        group = default_group(self.gather_distributed)
         if self.memory_bank.size[0] == 0:
-            return F.nt_xent(out0, out1, temperature=self.temperature, group=default_group(self.gather_distributed))
-        loss = F.info_nce(out0, out1, self.memory_bank.bank.to(out0.device), temperature=self.temperature)
+            if not is_mean_cross_entropy(self.cross_entropy):
+                if group is not None:
+                    contract = "with gather_distributed, cross_entropy must be the mean, nn.CrossEntropyLoss()"
+                    checks.fail("NTXentLoss", contract, self.cross_entropy)
+                return self._of_logits(out0, out1, None)
+            return F.nt_xent(out0, out1, temperature=self.temperature, group=group)
+        # The bank of all ranks is pushed to together: what fails before, fails on all of them.
+        with Agreement("NTXentLoss", group) as ranks:
+            loss = self._with_bank(out0, out1, is_empty=group is not None and not len(out0))
+            ranks.rows_of(out1)
+            ranks.alike("enqueued" if out0.requires_grad else "not enqueued")
         if out0.requires_grad:
-            self.memory_bank.enqueue(nn.functional.normalize(out1.detach(), dim=1))
+            self.memory_bank.enqueue(nn.functional.normalize(out1.detach(), dim=1), ranks.sizes)
         return loss
+
+    def _with_bank(self, out0: Tensor, out1: Tensor, is_empty: bool) -> Tensor:
+        bank = self.memory_bank.bank.to(out0.device)
+        if is_empty:
+            return (out0.sum() + out1.sum()).to(loss_dtype(out0))
+        if not is_mean_cross_entropy(self.cross_entropy):
+            return self._of_logits(out0, out1, bank)
+        return F.info_nce(out0, out1, bank, temperature=self.temperature)
+
+    def _of_logits(self, out0: Tensor, out1: Tensor, bank: Tensor | None) -> Tensor:
+        """`cross_entropy` of lightly's logits: positives first beside a bank, else pairs by their number."""
+        checks.matrices("NTXentLoss", "out0 and out1 must be [N, D] both", out0, out1)
+        x, y = (nn.functional.normalize(z, dim=1) for z in (out0, out1))
+        if bank is not None:
+            logits = torch.cat([(x * y).sum(1, keepdim=True), x @ bank.T.to(x.dtype)], 1)
+            return self.cross_entropy(logits / self.temperature, logits.new_zeros(len(x), dtype=torch.long))
+        n = len(x)
+        others = ~torch.eye(n, dtype=torch.bool, device=x.device)  # a row isn't its own negative
+
+        def logits_of(a: Tensor, b: Tensor) -> Tensor:
+            """[N, 2 N - 1]: a's rows against b's, among which are their pairs, and against the other rows of a."""
+            return torch.cat([a @ b.T, (a @ a.T)[others].view(n, n - 1)], 1) / self.temperature
+
+        labels = torch.arange(n, device=x.device).repeat(2)
+        return self.cross_entropy(torch.cat([logits_of(x, y), logits_of(y, x)]), labels)
 
     def step_ends(self) -> None:
         """With `rows_per_step`: enqueue the rows of all batches since the last call."""
         self.memory_bank.step_ends()
 
 
+def is_mean_cross_entropy(module: nn.Module) -> bool:
+    """Whether it is `nn.CrossEntropyLoss()` as it comes, which the fused losses compute."""
+    return (
+        type(module) is nn.CrossEntropyLoss
+        and (module.reduction, module.label_smoothing, module.weight) == ("mean", 0.0, None)
+        and not any(hooks for hooks in (module._forward_hooks, module._forward_pre_hooks))
+    )
+
+
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
-    """`2 - N softmax(<out0, out1> / sigma)` of normalised rows: DCLW's weights."""
-    similarity = (out0.detach() * out1.detach()).sum(1) / sigma
+    """`2 - N softmax(<out0, out1> / sigma)` of normalised rows: DCLW's weights, float32 for half-precision rows."""
+    wide = loss_dtype(out0)
+    similarity = (out0.detach().to(wide) * out1.detach().to(wide)).sum(1) / sigma
     return 2 - len(out0) * similarity.softmax(0)
 
 
-class DCLLoss(nn.Module):
+class DCLLoss(Hooks):
     """Decoupled contrastive learning: `fastjem.functional.dcl`.
 
     Args:
         temperature: what cosines are divided by.
         weight_fn: from two normalised [N, D] to weights [N] of the first one's positives; differentiated if it can be.
-        gather_distributed: the negatives of all ranks count.
+        gather_distributed: the negatives of all ranks count. A rank may have no rows.
     """
+
+    never_called: ClassVar[dict[str, str]] = {"_loss": "give a weight_fn, or override forward"}
 
     def __init__(
         self,
@@ -84,18 +141,23 @@ class DCLLoss(nn.Module):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """[N, D] and [N, D] -> 0-dim."""
-        options = {"temperature": self.temperature, "group": default_group(self.gather_distributed)}
+        group = default_group(self.gather_distributed)
+        options = {"temperature": self.temperature, "group": group}
         if self.weight_fn is None:
             return F.dcl(out0, out1, **options)
-        unit = [nn.functional.normalize(x, dim=1) for x in (out0, out1)]
-        weights = torch.stack([self.weight_fn(*unit), self.weight_fn(*reversed(unit))])
+        with Agreement(type(self).__name__, group) as ranks:
+            may_be_empty = None if group is None else 0
+            checks.matrices(ranks.who, "out0 and out1 must be [N, D] both", out0, out1, may_be_empty=may_be_empty)
+            wide = [x.to(loss_dtype(x)) for x in (out0, out1)]  # half precision has no digits to give away
+            unit = [nn.functional.normalize(x, dim=1) for x in wide]
+            weights = torch.stack([self.weight_fn(*unit), self.weight_fn(*reversed(unit))])
+            ranks.rows_of(out0)
+            ranks.alike("learned weights" if weights.requires_grad else "constant weights")
         if not weights.requires_grad:
             return F.dcl(out0, out1, weights=weights, **options)
-        group = options["group"]
-        images = sum_over_ranks(torch.tensor(len(out0), device=out0.device), group)
         spread = F.dcl(out0, out1, weights=torch.zeros_like(weights), **options)
         positives = (unit[0] * unit[1]).sum(1) / self.temperature * weights.sum(0)
-        return spread - sum_of_ranks(positives.sum() / (2 * images), group)
+        return spread - sum_of_ranks(positives.sum() / (2 * sum(ranks.sizes)), group)
 
 
 class DCLWLoss(DCLLoss):
@@ -135,7 +197,26 @@ class SupConLoss(nn.Module):
         return loss * (self.temperature / self.base_temperature)
 
 
-class ClipLoss(nn.Module):
+class _ImageText(Hooks):
+    """What open_clip's two losses share: subclasses that make logits or labels of their own."""
+
+    def get_logits(self, *inputs: Tensor | None) -> Any:
+        raise NotImplementedError
+
+    def get_ground_truth(self, *options: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _has_own_hooks(self, base: type, group: dist.ProcessGroup | None) -> bool:
+        """Whether the loss is to be computed from the logits and labels of a subclass; of this rank alone."""
+        overridden = [name for name in ("get_logits", "get_ground_truth") if is_overridden(self, name, base)]
+        if overridden and group is not None:
+            came = f"a {' and a '.join(overridden)} of {type(self).__name__}"
+            contract = "with world_size > 1, where no rank holds all logits, they can't be overridden"
+            checks.fail(base.__name__, contract, came)
+        return bool(overridden)
+
+
+class ClipLoss(_ImageText):
     """CLIP's loss with open_clip's arguments: `fastjem.functional.clip_loss`.
 
     With `world_size` > 1 it is the loss of the global batch on every rank, its gradient exact after
@@ -145,6 +226,8 @@ class ClipLoss(nn.Module):
         local_loss: the loss of this rank's rows against all ranks' candidates.
         gather_with_grad: with `local_loss`, whether candidates get gradients: True makes the gradient the global
             loss's. Without `local_loss` the gradient is the global loss's anyway.
+
+    A subclass may override `get_logits` and `get_ground_truth`, on one rank; the loss then is made of what they return.
     """
 
     def __init__(
@@ -175,17 +258,40 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """Features [N, D], normalised by the caller. `logit_bias` shifts all logits alike: softmax doesn't see it."""
         group = default_group(self.world_size > 1)
+        if self._has_own_hooks(ClipLoss, group):
+            of_images, of_texts = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            labels = self.get_ground_truth(image_features.device, of_images.shape[0])
+            cross_entropy = nn.functional.cross_entropy
+            loss = (cross_entropy(of_images, labels) + cross_entropy(of_texts, labels)) / 2
+            return {"contrastive_loss": loss} if output_dict else loss
         options = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
         loss = F.clip_loss(image_features, text_features, logit_scale, group=group, **options)
         return {"contrastive_loss": loss} if output_dict else loss
 
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[N, N] twice: each image against all texts, each text against all images. For subclasses, see `ClipLoss`."""
+        logits = logit_scale * image_features @ text_features.T
+        if logit_bias is not None:
+            logits = logits + logit_bias
+        return logits, logits.T
 
-class SigLipLoss(nn.Module):
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """[N]: row i belongs to column i. For subclasses, see `ClipLoss`."""
+        return torch.arange(num_logits, device=device)
+
+
+class SigLipLoss(_ImageText):
     """SigLIP's loss with open_clip's arguments: `fastjem.functional.siglip_loss`.
 
     With `world_size` > 1 it is the loss of the global batch; how ranks exchange features (`dist_impl`, `bidir`) and
     in which chunks (`chunk_size`) is decided inside.
+
+    A subclass may override `get_logits` and `get_ground_truth`, on one rank; the loss then is made of what they return.
     """
+
+    never_called: ClassVar[dict[str, str]] = {"_loss": "override get_logits, get_ground_truth or forward"}
 
     def __init__(
         self,
@@ -216,6 +322,26 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """Features [N, D], normalised by the caller."""
-        bias = 0.0 if logit_bias is None else logit_bias
-        loss = F.siglip_loss(image_features, text_features, logit_scale, bias, group=default_group(self.world_size > 1))
+        group = default_group(self.world_size > 1)
+        if self._has_own_hooks(SigLipLoss, group):
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            labels = self.get_ground_truth(image_features.device, image_features.dtype, image_features.shape[0])
+            loss = -nn.functional.logsigmoid(labels * logits).sum() / image_features.shape[0]
+        else:
+            bias = 0.0 if logit_bias is None else logit_bias
+            loss = F.siglip_loss(image_features, text_features, logit_scale, bias, group=group)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> Tensor:
+        """[N, N]: images against texts. For subclasses, see above."""
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """[N, N]: 1 for pairs, which there are none of with `negative_only`, and -1 elsewhere. For subclasses."""
+        labels = -torch.ones(num_logits, num_logits, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.collectives import check_distributed, default_group
+from fastjem.collectives import Agreement, check_distributed, default_group
 from fastjem.functional import checks
 from fastjem.nn.parts import HeldMean
 from fastjem.nn.tokens import nearest_neighbors
@@ -100,8 +100,11 @@ class VICRegLoss(_TracksHealth):
         }
         if z_a.dim() <= 2:
             return F.vicreg(z_a, z_b, **options, health=self._new_health())
-        if z_a.shape != z_b.shape:
-            checks.fail("VICRegLoss", "z_a and z_b must have one shape", f"{tuple(z_a.shape)} and {tuple(z_b.shape)}")
+        with Agreement("VICRegLoss", options["group"]) as ranks:
+            if z_a.shape != z_b.shape:
+                came = f"{tuple(z_a.shape)} and {tuple(z_b.shape)}"
+                checks.fail("VICRegLoss", "z_a and z_b must have one shape", came)
+            ranks.rows_of(z_a)
         positions = zip(z_a.flatten(1, -2).unbind(1), z_b.flatten(1, -2).unbind(1), strict=True)
         return torch.stack([F.vicreg(a, b, **options) for a, b in positions]).mean()
 
@@ -112,7 +115,7 @@ class VICRegLLoss(nn.Module):
     Args:
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
         alpha: weight of the global loss; 1 - alpha is the local one's.
-        gather_distributed: take the statistics over the global batch of all ranks.
+        gather_distributed: take the statistics over the global batch of all ranks, each of which must have rows.
         eps: added to the variance.
         num_matches: how many nearest neighbours count from a to b, and from b to a.
     """
@@ -146,6 +149,21 @@ class VICRegLLoss(nn.Module):
         local_view_grids: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """0-dim. Features are pairs ([N, D], [N, H, W, D_local]) per view, grids [N, H, W, 2]."""
+        with Agreement("VICRegLLoss", default_group(self.gather_distributed)) as ranks:
+            features, grids, pairs = self._checked(
+                global_view_features, global_view_grids, local_view_features, local_view_grids
+            )
+            ranks.alike(len(global_view_features), *(list(local.shape[1:]) for _, local in features))
+        return self.alpha * self._global(features, pairs) + (1 - self.alpha) * self._local(features, grids, pairs)
+
+    def _checked(
+        self,
+        global_view_features: Sequence[tuple[Tensor, Tensor]],
+        global_view_grids: Sequence[Tensor],
+        local_view_features: Sequence[tuple[Tensor, Tensor]] | None,
+        local_view_grids: Sequence[Tensor] | None,
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], list[tuple[int, int]]]:
+        """Features and grids of all views, and which views are compared."""
         if len(global_view_features) != len(global_view_grids):
             came = f"{len(global_view_features)} and {len(global_view_grids)}"
             checks.fail("VICRegLLoss", "global_view_features and global_view_grids must be as many", came)
@@ -163,7 +181,13 @@ class VICRegLLoss(nn.Module):
         pairs = [(i, j) for i in range(len(global_view_features)) for j in range(len(features)) if i != j]
         if not pairs:
             checks.fail("VICRegLLoss", "there must be at least two views, one of them global", f"{len(features)}")
-        return self.alpha * self._global(features, pairs) + (1 - self.alpha) * self._local(features, grids, pairs)
+        for (pooled, local), grid in zip(features, grids, strict=True):
+            checks.matrices("VICRegLLoss", "global features must be [N, D]", pooled)
+            contract = "local features must be [N, H, W, D_local] and grids [N, H, W, 2]"
+            checks.matrices("VICRegLLoss", contract, local, dims=4)
+            if grid.shape != (*local.shape[:3], 2) or len(local) != len(features[0][0]):
+                checks.fail("VICRegLLoss", contract, f"{tuple(local.shape)} and {tuple(grid.shape)}")
+        return features, grids, pairs
 
     def _global(self, features: Sequence[tuple[Tensor, Tensor]], pairs: list[tuple[int, int]]) -> Tensor:
         invariance = torch.stack([nn.functional.mse_loss(features[i][0], features[j][0]) for i, j in pairs]).mean()
@@ -201,6 +225,8 @@ class TiCoLoss(nn.Module):
         gather_distributed: take the global batch of all ranks.
         defer_covariance_update: forward leaves `C`, and `step_ends`, which you call once per optimiser step, moves it
             by all batches since the last call: with gradient accumulation as with one large batch.
+
+    A batch must have two rows at least, of all ranks together, as lightly's; a micro-batch of several may have one.
     """
 
     C: Tensor | None
@@ -223,6 +249,11 @@ class TiCoLoss(nn.Module):
 
     def forward(self, z_a: Tensor, z_b: Tensor, update_covariance_matrix: bool = True) -> Tensor:
         group = default_group(self.gather_distributed)
+        with Agreement("TiCoLoss", group) as ranks:
+            checks.matrices("TiCoLoss", "z_a and z_b must be [N, D] both", z_a, z_b, may_be_empty=0)
+            ranks.rows_of(z_a)
+        if sum(ranks.sizes) < 2 and not self.defer_covariance_update:
+            checks.fail("TiCoLoss", "z_a and z_b must have N >= 2 rows, for a covariance", f"N = {sum(ranks.sizes)}")
         loss, covariance = F.tico(z_a, z_b, self.C, beta=self.beta, rho=self.rho, group=group)
         if update_covariance_matrix and self.defer_covariance_update:
             if self.held is None:

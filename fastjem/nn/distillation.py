@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.collectives import default_group
+from fastjem.collectives import Agreement, default_group
+from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
+from fastjem.nn.hooks import is_overridden
 from fastjem.nn.parts import Center, HeldMean, check_center_mode, move_center
 
 CENTERINGS = ("center", "sinkhorn")
@@ -25,10 +27,56 @@ class _Distillation(nn.Module):
         self.defer_center_update = defer_center_update
         self.statistics: F.TeacherStatistics | None = None  # of the last batch: entropy and usage tell of a collapse
 
-    def _bias(self, teacher: list[Tensor], center: Tensor, temperature: float) -> Tensor:
+    def _agreement(self, *, may_be_nothing: bool = False) -> Agreement:
+        """Of the ranks, where `forward` makes collectives: with Sinkhorn, or to move the centre at once."""
+        is_local = self.centering == "center" and self.defer_center_update
+        return Agreement(type(self).__name__, None if is_local else default_group(), may_be_nothing=may_be_nothing)
+
+    def _check(
+        self, ranks: Agreement, teacher: list[Tensor], student: list[Tensor], shape: str, prototypes: int
+    ) -> None:
+        """The scores are [rows, K] of all prototypes. Of several ranks some may have no rows."""
+        contract = f"teacher_out and student_out must be {shape} of {prototypes} prototypes"
+        scores = [*teacher, *student]
+        may_be_empty = None if default_group() is None and not ranks.may_be_nothing else 0
+        checks.matrices(ranks.who, contract, *scores, may_be_empty=may_be_empty)
+        if scores[0].shape[1] != prototypes:
+            checks.fail(ranks.who, contract, tuple(scores[0].shape))
+        ranks.rows_of(teacher[0])
+        ranks.alike(self.centering, len(teacher))
+
+    def _loss(
+        self,
+        teacher: list[Tensor],
+        student: list[Tensor],
+        center: Tensor,
+        temperature: float,
+        pairs: str = "different",
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The cross-entropy of this rank's rows, 0 without any; `statistics` are of them."""
         if self.centering == "sinkhorn":
-            return F.sinkhorn_bias(teacher, epsilon=temperature, group=default_group())
-        return center.flatten() / -temperature
+            bias = F.sinkhorn_bias(teacher, epsilon=temperature, group=default_group())
+        else:
+            bias = center.flatten() / -temperature
+        if not len(teacher[0]):
+            self.statistics = None
+            return torch.stack([x.sum(dtype=loss_dtype(x)) for x in student]).sum()
+        loss, self.statistics = F.prototype_cross_entropy(
+            student,
+            teacher,
+            student_temperature=self.student_temp,
+            teacher_temperature=temperature,
+            teacher_bias=bias,
+            pairs=pairs,
+            weights=weights,
+            statistics=True,
+        )
+        return loss
+
+    def _batch_mean(self, center: Tensor) -> Tensor:
+        """[K], of the teacher's scores in the last call of `_loss`; zeros of none."""
+        return torch.zeros_like(center.flatten()) if self.statistics is None else self.statistics.mean
 
     @torch.no_grad()
     def update_center(self, teacher_out: Tensor) -> None:
@@ -39,9 +87,6 @@ class _Distillation(nn.Module):
         """
         rows = teacher_out.flatten(0, -2)
         self._move_center(rows.mean(0, dtype=loss_dtype(rows)), len(rows))
-
-    def _is_update_center_overridden(self) -> bool:
-        return getattr(self.update_center, "__func__", None) is not _Distillation.update_center
 
     def _move_center(self, mean: Tensor, rows: int) -> None:
         raise NotImplementedError
@@ -60,6 +105,9 @@ class DINOLoss(_Distillation):
             stays.
         defer_center_update: forward leaves the centre, and `step_ends`, which you call once per optimiser step, moves
             it by all batches since the last call: with gradient accumulation as with one large batch.
+
+    The loss is this rank's own, the centre (and Sinkhorn) of all ranks' rows. A rank may come without rows: its loss
+    is 0.
     """
 
     center: Tensor
@@ -93,21 +141,20 @@ class DINOLoss(_Distillation):
         epoch: int | None = None,
     ) -> Tensor:
         """0-dim. Scores [B, K] of each view; views of one index are the same view. The teacher's get no gradient."""
-        teacher = list(teacher_out)
+        with self._agreement() as ranks:
+            teacher = list(teacher_out)
+            student = list(student_out)
+            if not teacher or len({*range(len(teacher)), *range(len(student))}) < 2:
+                came = f"{len(teacher)} teacher and {len(student)} student views"
+                checks.fail(ranks.who, "there must be at least two views, one of them the teacher's", came)
+            self._check(ranks, teacher, student, "a [B, K] a view", self.center.numel())
         temperature = self._temperature(teacher_temp, epoch)
-        loss, self.statistics = F.prototype_cross_entropy(
-            student_out,
-            teacher,
-            student_temperature=self.student_temp,
-            teacher_temperature=temperature,
-            teacher_bias=self._bias(teacher, self.center, temperature),
-            statistics=True,
-        )
+        loss = self._loss(teacher, student, self.center, temperature)
         if self.centering == "center":
-            if self._is_update_center_overridden():
+            if is_overridden(self, "update_center", _Distillation):
                 self.update_center(torch.stack(teacher).detach())
             else:
-                self._move_center(self.statistics.mean, len(teacher) * len(teacher[0]))
+                self._move_center(self._batch_mean(self.center), len(teacher) * len(teacher[0]))
         return loss
 
     def _temperature(self, teacher_temp: float | None, epoch: int | None) -> float:
@@ -140,6 +187,9 @@ class IBOTPatchLoss(_Distillation):
         center_mode, center_momentum: see `Center`.
         centering: "center", or "sinkhorn" (DINOv2); then the centre stays.
         defer_center_update: see `DINOLoss`.
+
+    The loss is this rank's own, the centre (and Sinkhorn) of all ranks' patches. Without masked patches it is 0, and
+    such a rank takes part in the others' centre with none.
     """
 
     def __init__(
@@ -170,35 +220,29 @@ class IBOTPatchLoss(_Distillation):
         Returns:
             0-dim float32 (float64 for float64 scores).
         """
-        if mask.dim() != 3 or mask.dtype != torch.bool:
-            raise ValueError(f"IBOTPatchLoss: mask must be [B, H, W] bool, got {tuple(mask.shape)} {mask.dtype}")
-        if not len(student_out):
-            return student_out.sum() * 0  # no patch masked: no loss
-        counts = mask.sum((1, 2))  # [B]
-        if not mask.is_cuda and int(counts.sum()) != len(student_out):  # on CUDA, looking would stall the device
-            raise ValueError(
-                "IBOTPatchLoss: the mask must have as many true entries as there are patches, "
-                f"got {int(counts.sum())} and {len(student_out)}"
-            )
+        with self._agreement(may_be_nothing=True) as ranks:
+            if mask.dim() != 3 or mask.dtype != torch.bool:
+                checks.fail(ranks.who, "mask must be [B, H, W] bool", f"{tuple(mask.shape)} {mask.dtype}")
+            counts = mask.sum((1, 2))  # [B]
+            if not mask.is_cuda and int(counts.sum()) != len(student_out):  # on CUDA, looking would stall the device
+                contract = "the mask must have as many true entries as there are patches"
+                checks.fail(ranks.who, contract, f"{int(counts.sum())} and {len(student_out)}")
+            self._check(ranks, [teacher_out], [student_out], "[M, K], a row a masked patch,", self.center.value.numel())
+        if not any(ranks.sizes):  # no patch is masked, on no rank: no loss
+            self.statistics = None
+            return student_out.sum(dtype=loss_dtype(student_out))
         of_image = 1 / counts.clamp_min(1).to(loss_dtype(student_out))
         weights = of_image.repeat_interleave(counts, output_size=len(student_out))  # [M]
         temperature = float(self.teacher_temp if teacher_temp is None else teacher_temp)
-        loss, self.statistics = F.prototype_cross_entropy(
-            [student_out],
-            [teacher_out],
-            student_temperature=self.student_temp,
-            teacher_temperature=temperature,
-            teacher_bias=self._bias([teacher_out], self.center.value, temperature),
-            pairs="same",
-            weights=weights,
-            statistics=True,
-        )
+        loss = self._loss([teacher_out], [student_out], self.center.value, temperature, "same", weights)
         if self.centering == "center":
-            if self._is_update_center_overridden():
+            if is_overridden(self, "update_center", _Distillation):
                 self.update_center(teacher_out.detach())
+            elif is_overridden(self.center, "update", Center):
+                self.center.update(teacher_out.detach())
             else:
-                self._move_center(self.statistics.mean, len(teacher_out))
-        return loss * (weights.sum() / len(mask))
+                self._move_center(self._batch_mean(self.center.value), len(teacher_out))
+        return loss * (weights.sum() / max(len(mask), 1))
 
     def _move_center(self, mean: Tensor, rows: int) -> None:
         if self.defer_center_update:

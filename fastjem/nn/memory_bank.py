@@ -1,16 +1,19 @@
 """Queues of embeddings, with lightly's names and arguments."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.collectives import default_group, gather_rows
+from fastjem.collectives import Agreement, default_group, gather_rows
+from fastjem.functional import checks
+from fastjem.nn.hooks import Hooks
 from fastjem.nn.parts import HeldRows, push_rows
 
 
-class MemoryBankModule(nn.Module):
+class MemoryBankModule(Hooks):
     """A queue of the last `size[0]` rows that were enqueued, at first random ones of unit length.
 
     Unlike lightly's it is in the state_dict (a resumed run goes on with it), loses no rows where it wraps around,
@@ -27,6 +30,10 @@ class MemoryBankModule(nn.Module):
 
     bank: Tensor
     bank_ptr: Tensor
+    never_called: ClassVar[dict[str, str]] = {
+        "_init_memory_bank": "fill bank after __init__",
+        "_dequeue_and_enqueue": "override enqueue",
+    }
 
     def __init__(
         self,
@@ -70,11 +77,18 @@ class MemoryBankModule(nn.Module):
         return output, bank.transpose(0, -1) if self.feature_dim_first else bank
 
     @torch.no_grad()
-    def enqueue(self, batch: Tensor) -> None:
-        """Replace the oldest rows (with `rows_per_step`, when the step ends). Nothing waits for the device."""
+    def enqueue(self, batch: Tensor, sizes: list[int] | None = None) -> None:
+        """Replace the oldest rows (with `rows_per_step`, when the step ends). Nothing waits for the device.
+
+        sizes: each rank's number of rows, where the ranks have told each other already. A rank may have none.
+        """
         group = default_group(self.gather_distributed)
+        with Agreement("MemoryBankModule", group if sizes is None else None) as ranks:
+            if batch.dim() != 2 or batch.shape[1] != self.size[-1]:
+                checks.fail("MemoryBankModule", f"rows must be [N, {self.size[-1]}]", tuple(batch.shape))
+            ranks.rows_of(batch)
         if group is not None:
-            batch, _ = gather_rows(batch, group)
+            batch, _ = gather_rows(batch, group, ranks.sizes if sizes is None else sizes)
         if self.held is not None:
             self.held.hold(batch)
         else:

@@ -6,6 +6,7 @@ micro-batches, they must change once for all of them, as with one batch of all t
 fixed size that aren't saved; nothing waits for the device.
 """
 
+import math
 from collections import OrderedDict
 from itertools import pairwise
 
@@ -14,7 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from fastjem.collectives import default_group, gather_rows, mean_of_ranks, sum_and_count_of_ranks
+from fastjem.collectives import (
+    Agreement,
+    default_group,
+    gather_rows,
+    mean_of_ranks,
+    sum_and_count_of_ranks,
+    sum_of_rows,
+)
+from fastjem.functional import checks
 
 NORMS = ("batch", "layer", "none")
 
@@ -106,9 +115,11 @@ class Prototypes(nn.Module):
 
 @torch.no_grad()
 def unit_keys(keys: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """All ranks' rows [N, D], of length one, at least float32: what a `Queue` takes."""
-    keys = normalize(keys.detach().to(torch.promote_types(keys.dtype, torch.float32)), dim=1)
-    return keys if group is None else gather_rows(keys, group)[0]
+    """All ranks' rows [N, D], of length one, at least float32: what a `Queue` takes. A rank may have none."""
+    with Agreement("unit_keys", group) as ranks:
+        keys = normalize(keys.detach().to(torch.promote_types(keys.dtype, torch.float32)), dim=1)
+        ranks.rows_of(keys)
+    return keys if group is None else gather_rows(keys, group, ranks.sizes)[0]
 
 
 @torch.no_grad()
@@ -237,7 +248,7 @@ class HeldMean(nn.Module):
     @torch.no_grad()
     def hold(self, mean: Tensor, rows: int | Tensor) -> None:
         """A micro-batch's mean over so many rows of this rank."""
-        self.total.add_((mean.detach().to(self.total.dtype) * rows).reshape(self.total.shape))
+        self.total.add_(sum_of_rows(mean.detach().to(self.total.dtype), rows).reshape(self.total.shape))
         self.rows.add_(rows)
 
     @torch.no_grad()
@@ -263,7 +274,7 @@ def check_center_mode(who: str, mode: str) -> None:
 def move_center(
     center: Tensor, mean: Tensor, rows: int | Tensor, momentum: float, group: dist.ProcessGroup | None
 ) -> None:
-    """In place, towards the mean over all ranks' rows, of which this rank's is given."""
+    """In place, towards the mean over all ranks' rows, of which this rank's, of the centre's size, is given."""
     mean = mean_of_ranks(mean.to(center.dtype), rows, group).reshape(center.shape)
     center.mul_(momentum).add_(mean, alpha=1 - momentum)
 
@@ -294,11 +305,21 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Move towards the mean of `x`, which has as many dimensions as the centre, over all ranks."""
-        rows = 1
-        for i in self.dim:
-            rows *= x.shape[i]
-        self.move(x.mean(self.dim, keepdim=True, dtype=self.center.dtype), rows)
+        """Move towards the mean of `x` over the dimensions that are 1 in the centre's size, over all ranks.
+
+        `x` has the centre's dimensions. Of one that has fewer, so that the mean is of too few numbers, it is repeated
+        over the centre, as in lightly. A rank may come with no rows.
+        """
+        with Agreement("Center", default_group()) as ranks:
+            if x.dim() <= max(self.dim, default=-1):
+                checks.fail("Center", f"x must have the dimensions of the centre {self.size}", tuple(x.shape))
+            mean = x.mean(self.dim, keepdim=True, dtype=self.center.dtype)
+            try:
+                mean = mean.expand(self.size)
+            except RuntimeError:
+                checks.fail("Center", f"the mean of x must be of the centre's size {self.size}", tuple(mean.shape))
+            ranks.alike(self.size)
+        self.move(mean, math.prod(x.shape[i] for i in self.dim))
 
     def move(self, mean: Tensor, rows: int) -> None:
         """Move towards the mean over all ranks' rows, of which this rank's, which a loss may have computed, is given.

@@ -3,12 +3,22 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 import fastjem.functional as F
-from fastjem.collectives import check_distributed, default_group
+from fastjem.collectives import (
+    Agreement,
+    check_distributed,
+    default_group,
+    global_loss,
+    mean_loss_of_ranks,
+    sum_and_count_of_ranks,
+)
+from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype, without_autocast
+from fastjem.nn.hooks import is_overridden
 from fastjem.nn.parts import MLP, init_as_vision_transformer
 
 
@@ -23,7 +33,9 @@ class SwaVLoss(nn.Module):
     Args:
         temperature: of the predictions.
         sinkhorn_iterations, sinkhorn_epsilon: of the codes.
-        sinkhorn_gather_distributed: codes, and the mean of the loss, over the samples of all ranks.
+        sinkhorn_gather_distributed: codes, and the mean of the loss, over the samples of all ranks (one may have none).
+
+    A subclass may override `subloss`, the loss of one crop's scores by another's codes, which then exist in memory.
     """
 
     def __init__(
@@ -54,12 +66,14 @@ class SwaVLoss(nn.Module):
         """
         high = list(high_resolution_outputs)
         low = list(low_resolution_outputs)
-        if queue_outputs is not None and len(queue_outputs) != len(high):
-            raise ValueError(
-                "SwaVLoss: queue_outputs must be one for each high-resolution crop, "
-                f"got {len(queue_outputs)} for {len(high)}"
-            )
         group = default_group(self.sinkhorn_gather_distributed)
+        with Agreement("SwaVLoss", group) as ranks:
+            if queue_outputs is not None and len(queue_outputs) != len(high):
+                contract = "queue_outputs must be one for each high-resolution crop"
+                checks.fail("SwaVLoss", contract, f"{len(queue_outputs)} for {len(high)}")
+            contract = "outputs must be [B, K] of each crop"
+            checks.matrices("SwaVLoss", contract, *high, *low, may_be_empty=None if group is None else 0)
+            ranks.alike(len(high), len(low), queue_outputs is None)
         bias = [
             F.sinkhorn_bias(
                 crop if queue_outputs is None else [crop, queue_outputs[i]],
@@ -69,6 +83,12 @@ class SwaVLoss(nn.Module):
             )
             for i, crop in enumerate(high)
         ]
+        if is_overridden(self, "subloss", SwaVLoss):
+            codes = [(crop.detach() / self.sinkhorn_epsilon + b).softmax(1) for crop, b in zip(high, bias, strict=True)]
+            crops = [*high, *low]
+            pairs = [(i, v) for i in range(len(high)) for v in range(len(crops)) if v != i]
+            loss = torch.stack([self.subloss(crops[v], codes[i]) for i, v in pairs]).sum(0) / len(pairs)
+            return mean_loss_of_ranks(loss, len(high[0]), group)
         return F.prototype_cross_entropy(
             [*high, *low],
             high,
@@ -78,6 +98,10 @@ class SwaVLoss(nn.Module):
             group=group,
         )
 
+    def subloss(self, z: Tensor, q: Tensor) -> Tensor:
+        """The cross-entropy of scores z [B, K] by codes q [B, K]. Not overridden, `forward` computes all at once."""
+        return -(q * functional.log_softmax(z / self.temperature, dim=1)).sum(1).mean()
+
 
 class MSNLoss(nn.Module):
     """Masked Siamese Networks (Assran et al. 2022, arXiv 2204.07141).
@@ -86,7 +110,10 @@ class MSNLoss(nn.Module):
         temperature: of the similarities with the prototypes, in (0, inf).
         sinkhorn_iterations: on the sharpened targets; 0 for none.
         regularization_weight: of the mean entropy regulariser; 0 for none.
-        gather_distributed: Sinkhorn, the regulariser and the mean of the loss over the samples of all ranks.
+        gather_distributed: Sinkhorn, the regulariser and the mean of the loss over the samples of all ranks (one may
+            have none).
+
+    A subclass may override `regularization_loss`, as lightly's PMSNLoss does.
     """
 
     def __init__(
@@ -111,16 +138,23 @@ class MSNLoss(nn.Module):
         self, anchors: Tensor, targets: Tensor, prototypes: Tensor, target_sharpen_temperature: float = 0.25
     ) -> Tensor:
         """0-dim. anchors [V B, D], view after view; targets [B, D], constants; prototypes [K, D]. Normalised inside."""
-        if anchors.shape[0] % targets.shape[0]:
-            raise ValueError(
-                f"MSNLoss: anchors must be whole views of the {len(targets)} targets, got {len(anchors)} rows"
-            )
         group = default_group(self.gather_distributed)
-        with without_autocast(anchors):
+        name = type(self).__name__
+        with Agreement(name, group) as ranks, without_autocast(anchors):
+            may_be_empty = None if group is None else 0
+            contract = "anchors must be [V B, D], targets [B, D], prototypes [K, D]"
+            checks.matrices(name, contract, anchors, targets, prototypes, same=False, may_be_empty=may_be_empty)
+            if not anchors.shape[1] == targets.shape[1] == prototypes.shape[1]:
+                checks.fail(name, contract, f"{[list(x.shape) for x in (anchors, targets, prototypes)]}")
+            if len(anchors) % len(targets) if len(targets) else len(anchors):
+                contract = f"anchors must be whole views of the {len(targets)} targets"
+                checks.fail(name, contract, f"{len(anchors)} rows")
             wide = loss_dtype(anchors)
             anchors, targets, prototypes = (functional.normalize(x.to(wide)) for x in (anchors, targets, prototypes))
-            views = (anchors @ prototypes.T).split(len(targets))  # V x [B, K]
+            scores = anchors @ prototypes.T  # [V B, K]
+            views = scores.split(len(targets)) if len(targets) else (scores,)  # V x [B, K]
             teacher = targets.detach() @ prototypes.detach().T
+            ranks.rows_of(teacher)
         sharp = self.temperature * target_sharpen_temperature
         bias = None
         if self.sinkhorn_iterations:
@@ -137,8 +171,25 @@ class MSNLoss(nn.Module):
             group=group,
         )
         if self.regularization_weight > 0:
-            loss = loss + self.regularization_weight * F.mean_entropy(views, temperature=self.temperature, group=group)
+            if is_overridden(self, "regularization_loss", MSNLoss):
+                regularizer = self._of_mean_probabilities(scores, group)
+            else:
+                regularizer = F.mean_entropy(views, temperature=self.temperature, group=group)
+            loss = loss + self.regularization_weight * regularizer
         return loss
+
+    def regularization_loss(self, mean_anchor_probs: Tensor) -> Tensor:
+        """`sum_k p_k log p_k + log K` of p [K]. Not overridden, `forward` doesn't call it: `mean_entropy` is faster."""
+        return torch.special.xlogy(mean_anchor_probs, mean_anchor_probs).sum() + math.log(len(mean_anchor_probs))
+
+    def _of_mean_probabilities(self, scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        """A subclass's `regularization_loss`, which is given the mean over the rows of all ranks."""
+        total = (scores / self.temperature).softmax(1).sum(0)  # [K]
+        everything, rows = sum_and_count_of_ranks(total, len(scores), group)
+        # The value of all ranks' rows, with the gradient of this rank's.
+        mean = (total + (everything - total).detach()) / rows
+        loss = self.regularization_loss(mean_anchor_probs=mean)
+        return loss if group is None else global_loss(loss, loss, group)
 
 
 class KoLeoLoss(nn.Module):

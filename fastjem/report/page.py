@@ -222,7 +222,10 @@ def seen(run: Run) -> str:
     order = dict.fromkeys(i for i in spread_first if embeddings.files[i] not in embeddings.hidden)
     shown = samples(
         ((embeddings.indices[i], embeddings.files[i]) for i in order),
-        views.specs(size, patch=patch, blur=config.get("blur"), changes=config.get("view")),
+        views.specs(
+            size, patch=patch, blur=config.get("blur"), changes=config.get("view"), channels=config.get("channels", 3)
+        ),
+        levels=embeddings.levels,
         root=embeddings.root,
         images=VIEWED,
         seed=config.get("seed", 0),

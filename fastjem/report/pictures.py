@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastjem.data.levels import Levels
+from fastjem.data.picture import shown
 from fastjem.data.source import decode_named
 from fastjem.report.run import Embeddings
 from fastjem.report.views import Sample
@@ -37,10 +39,10 @@ def thumbnail(image: Image.Image, size: int) -> str:
 
 
 @lru_cache(256)
-def file_thumbnail(root: str, name: str, size: int) -> str | None:
+def file_thumbnail(root: str, name: str, size: int, levels: Levels | None = None) -> str | None:
     """None where the image of the source at `root` is gone or can't be read."""
     try:
-        return thumbnail(decode_named(root, name), size)
+        return thumbnail(shown(decode_named(root, name, levels)), size)
     except Exception:  # whatever a decoder may raise
         return None
 
@@ -168,7 +170,7 @@ def cell(embeddings: Embeddings, i: int, cosine: float | None, same: bool) -> st
     """One image with its class and cosine; None: it is the query. same: its class is the query's."""
     name = html.escape(embeddings.files[i])
     hidden = embeddings.files[i] in embeddings.hidden
-    url = None if hidden else file_thumbnail(embeddings.root, embeddings.files[i], 112)
+    url = None if hidden else file_thumbnail(embeddings.root, embeddings.files[i], 112, embeddings.levels)
     image = tag(url, name) if url else f'<div class="gone" title="{name}">{"not shown" if hidden else "gone"}</div>'
     label = html.escape(embeddings.classes[embeddings.labels[i]]) if embeddings.labelled else ""
     if cosine is None:

@@ -16,6 +16,8 @@ import numpy as np
 
 from fastjem import config as configuration
 from fastjem import reading
+from fastjem.data.levels import Levels
+from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError
 from fastjem.fields import came
 from fastjem.methods import METHODS, Method
@@ -40,6 +42,7 @@ class Embeddings:
     images: int  # in the folder, of which these are N
     labelled: bool  # False: a flat folder; the one class has no name
     hidden: frozenset[str] = frozenset()  # files that aren't opened
+    levels: Levels | None = None  # how the run reads its images
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,9 @@ def read(path: str | os.PathLike[str], *, data: str | None = None, trusted: bool
         embeddings = replace(embeddings, root=data)
     elif embeddings is not None and not trusted:
         embeddings = _within_data(embeddings, options.data, troubles)
+    if embeddings is not None and "pixels" in given:
+        with reading.named(path / configuration.FILE):
+            embeddings = replace(embeddings, levels=Pixels.from_dict(given["pixels"]).levels)
     config = {**given, **asdict(options)}
     return Run(path.resolve(), config, rows, knn, environment, embeddings, tuple(troubles))
 

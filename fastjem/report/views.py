@@ -9,10 +9,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-import fastjem.functional as F
 from fastjem.data import masks
+from fastjem.data.colours import augmented
+from fastjem.data.levels import Levels
 from fastjem.data.loaders.torch import crop
 from fastjem.data.parameters import Parameters
+from fastjem.data.picture import Bands, shown
 from fastjem.data.source import decode_named
 from fastjem.data.views import MaskSpec, Views, ViewSpec
 
@@ -43,34 +45,39 @@ def samples(
     seed: int = 0,
     epoch: int = 0,
     mask: MaskSpec | None = None,
+    levels: Levels | None = None,
 ) -> list[Sample]:
     """The views that training with that seed sees in that epoch of the first `images` files that can be read.
 
     Args:
         files: (index, name) of images of the source at `root`.
         mask: of a last view, which shows what a transformer sees of the view that the mask is for.
+        levels: how the run reads its images.
     """
     parameters = Parameters(specs)
     found: list[Sample] = []
     for index, name in files:
         try:
-            image = decode_named(root, name)
+            image = decode_named(root, name, levels)
         except Exception:  # whatever a decoder may raise on a broken file
             continue
         table = parameters(seed, epoch, index, image.height, image.width)
         views = [picture(crop(image, spec, row[0]), row) for spec, row in zip(specs, table, strict=True)]
         if mask:
             views.append(masked(views[mask.view], mask, seed, epoch, index))
-        found.append(Sample(os.path.join(root, name), image, views))
+        found.append(Sample(os.path.join(root, name), shown(image), views))
         if len(found) == images:
             break
     return found
 
 
 def picture(pixels: np.ndarray, row: np.ndarray) -> Image.Image:
-    """A crop [H, W, 3] and its row [1, P] of the table: the view, before it is normalised."""
-    x = F.augment(torch.from_numpy(pixels.copy())[None], torch.from_numpy(row), mean=(0, 0, 0), std=(1, 1, 1))
-    return Image.fromarray((x[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    """A crop [H, W, C] and its row [1, P] of the table: the view, before it is normalised."""
+    channels = pixels.shape[2]
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    x = augmented(torch.from_numpy(pixels.copy())[None], torch.from_numpy(row), mean=mean, std=std)
+    levels = (x[0] * 255).round().to(torch.uint8).numpy()
+    return shown(Bands([Image.fromarray(band) for band in levels]))
 
 
 def masked(view: Image.Image, spec: MaskSpec, seed: int, epoch: int, sample: int) -> Image.Image:

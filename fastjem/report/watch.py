@@ -79,7 +79,9 @@ class SampleImages:
         training, device = encoder.training, next(encoder.parameters()).device
         encoder.eval()
         try:
-            rows = [encoder(self.pixels.normalise(part, device)).float().cpu() for part in self.images.split(batch)]
+            rows = [
+                encoder(self.pixels.decoded.normalise(part, device)).float().cpu() for part in self.images.split(batch)
+            ]
         finally:
             encoder.train(training)
         return nn.functional.normalize(torch.cat(rows), dim=1)

@@ -117,11 +117,15 @@ class Scaling:
         """
         if lse is None:
             return None, None
+        # A log-sum-exp of no logits is -inf. Its pivots and adjustments are finite all the same, so that the weight of
+        # a column that isn't seen is 0; a quarter, as a row's and a column's adjustments are added.
+        largest = torch.finfo(dtype).max / 4
         if not self.running:
-            return None, (self.shift - lse).exp().clamp_max(1e38).to(dtype)
-        pivot = (lse / self.factor).clamp(-1e30, 1e30).to(dtype)
-        adjustment = (pivot.double() * self.factor - lse).where(lse.isfinite(), 0).exp()
-        return pivot, adjustment.clamp_max(1e38).to(dtype)
+            return None, (self.shift - lse).exp().clamp_max(largest).to(dtype)
+        pivot = (lse / self.factor).clamp(-largest, largest).to(dtype)
+        # +inf: 0, which makes the weight of a logit of +inf NaN
+        adjustment = (pivot.double() * self.factor - lse).where(lse != -math.inf, 0).exp()
+        return pivot, adjustment.clamp_max(largest).to(dtype)
 
 
 def scaling_of(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor) -> Scaling:

@@ -124,7 +124,8 @@ def prototype_cross_entropy(
     pairs_of_rows = (rows if weights is None else weights.sum().item()) * count(len(student), len(teacher), pairs)
     scale = _inverse(pairs_of_rows * student_temperature)
     # Half precision can't hold the scaled gradient; wider gradients needn't be read and written again to be scaled.
-    factor = 1.0 if student[0].dtype in (torch.bfloat16, torch.float16) else scale
+    # Infinite weights give a scale of 0, which nothing can be divided by.
+    factor = 1.0 if student[0].dtype in (torch.bfloat16, torch.float16) or not scale else scale
     total, entropy = _C.prototype_cross_entropy(
         CODES[student[0].dtype],
         [(address(x), x.stride(0)) for x in student],

@@ -9,6 +9,11 @@ from torch import Tensor
 PAIRS = {"different": 0, "same": 1, "all": 2}  # as the kernels know them
 
 
+def is_pair(student: int, teacher: int, pairs: str) -> bool:
+    """Whether two views, by their numbers, are compared."""
+    return pairs == "all" or (student == teacher) == (pairs == "same")
+
+
 def count(students: int, teachers: int, pairs: str) -> int:
     """How many pairs of views there are."""
     return sum(partners(view, teachers, pairs) for view in range(students))

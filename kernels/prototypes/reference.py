@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import compute_dtype, no_gradient, widen, widest, widest_dtype
-from .pairing import count
+from .pairing import count, is_pair
 
 
 def sinkhorn_step(
@@ -72,12 +72,6 @@ def sinkhorn_codes(
     return (widen(scores) / epsilon + bias).softmax(1).to(dtype)
 
 
-def _paired(students: int, teachers: int, pairs: str, like: Tensor) -> Tensor:
-    """Which views are paired, [S, T] of 0 and 1."""
-    same = torch.eye(students, teachers, dtype=like.dtype, device=like.device)
-    return {"different": 1 - same, "same": same, "all": torch.ones_like(same)}[pairs]
-
-
 def prototype_cross_entropy(
     student: list[Tensor],  # S x [B, K]
     teacher: list[Tensor],  # T x [B, K]
@@ -92,7 +86,9 @@ def prototype_cross_entropy(
     """The mean over pairs of views and rows of `-<softmax(t / tau_t + bias), log_softmax(s / tau_s)>`, s and t logits.
 
     The mean over rows is weighted if there are weights. SwAV (pairs "different", bias from Sinkhorn), DINO
-    ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all").
+    ("different", bias -centre / tau_t), iBOT ("same"), MSN ("all"). A prototype whose target is 0 adds 0 to the loss,
+    even where the student rules it out (a logit of -inf); 0 is also what a target below the smallest normal number
+    counts as. A view of the student that is paired with none adds nothing.
     With `statistics`, of the teacher: mean logits [K], mean probabilities [K] and the mean entropy of a row, 0-dim.
     """
     s = widen(torch.stack(student)) / student_temperature  # [S, B, K]
@@ -100,16 +96,20 @@ def prototype_cross_entropy(
     t = teacher_logits / teacher_temperature
     if teacher_bias is not None:
         t = t + (teacher_bias[None, None] if teacher_bias.dim() == 1 else teacher_bias[:, None])
-    paired = _paired(len(s), len(t), pairs, s)
-    log_q = t.log_softmax(2)
-    q = log_q.exp()
-    targets = torch.einsum("st,tbk->sbk", paired, q)  # the sum of the targets of each student view
-    mass = paired.sum(1)[:, None, None]  # [S, 1, 1], how many those are
+    q = t.log_softmax(2).exp()
+    q = q.masked_fill(q < torch.finfo(q.dtype).tiny, 0)
     w = s.new_ones(s.shape[1]) if weights is None else weights.to(s.dtype)
     scale = 1 / (w.sum() * count(len(s), len(t), pairs) * student_temperature)
-    log_p = s.log_softmax(2)
-    loss = -(targets * log_p).sum((0, 2)).dot(w) * scale * student_temperature
-    gradients = (mass * log_p.exp() - targets) * w[:, None]  # [S, B, K]
+    rows = s.new_zeros(s.shape[1])  # [B], the loss of an image, not weighted
+    gradients = torch.zeros_like(s)  # [S, B, K]
+    for i, log_p in enumerate(s.log_softmax(2)):
+        targets = [q[j] for j in range(len(t)) if is_pair(i, j, pairs)]
+        if not targets:
+            continue
+        y = torch.stack(targets).sum(0)
+        rows = rows - (y * log_p).masked_fill((y == 0) & log_p.isneginf(), 0).sum(1)
+        gradients[i] = (len(targets) * log_p.exp() - y) * w[:, None]
+    loss = rows.dot(w) * scale * student_temperature
     # copies, as the tensors that an operator returns may not share memory
     parts = zip(gradients, student, wanted, strict=True)
     of_teacher = (

@@ -5,10 +5,11 @@ A loader is made by `LOADERS[name](source, specs, order, budget)` and yields `Cr
 
 from collections.abc import Sequence
 
+from fastjem.data.levels import RGB
 from fastjem.data.loaders import dali, memory
 from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order
 from fastjem.data.loaders.torch import TorchLoader
-from fastjem.data.source import Source
+from fastjem.data.source import Source, rule_of
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
@@ -37,7 +38,7 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
 
     "auto" is, for a source of pixels, "memory" where they fit the budget and "torch" where they don't. For one of files
     it is "dali" where training runs on a GPU and DALI works there, "dali-cpu" where DALI works on the GPU's host alone,
-    else "torch": a run on the CPU takes DALI only when it is named.
+    else "torch": a run on the CPU takes DALI only when it is named, one in other than three channels doesn't.
 
     Raises:
         UserError: if the one that was named can't run here, with the reason.
@@ -46,9 +47,13 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
         raise UserError(f"--loader must be one of {', '.join(NAMES)}, got {name}")
     if name == "auto" and source.decoded:
         return "memory" if memory.fits_in_memory(source, specs, budget.memory) else "torch"
+    rule = rule_of(source)
+    channels = RGB if rule is None else rule.channels
     if name == "auto":
-        return dali.best(budget.device)
+        return dali.best(budget.device) if channels == RGB else "torch"
     if name.startswith("dali"):
+        if channels != RGB:
+            raise UserError(f"--loader {name} makes 3 channels, not the {channels} of --channels; memory or torch can")
         if source.decoded:
             raise UserError(f"--loader {name} reads files, and {source.root} holds pixels; memory or torch can")
         if why := dali.why_not("cuda" if name == "dali" else "cpu"):

@@ -21,7 +21,8 @@ from fastjem.data.batch import Crops
 from fastjem.data.loaders.jpeg import jpeg_size
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
 from fastjem.data.parameters import Parameters, column
-from fastjem.data.source import Source, read_or_next, to_image
+from fastjem.data.picture import to_image
+from fastjem.data.source import Source, read_or_next, rule_of
 from fastjem.data.views import ViewSpec
 
 DECODER_SHARE = 0.65  # of the JPEG files, for a GPU's fixed-function decoder: DALI's own default
@@ -172,13 +173,15 @@ class DaliLoader:
 
     def _read(self, sample: int, by_dali: bool = True) -> _Encoded:
         """An image's bytes, or Pillow's pixels of it; one that can't be read is replaced by the next that can."""
-        by_dali = by_dali and sample not in self.suspects
+        rule = rule_of(self.source)
+        by_dali = by_dali and sample not in self.suspects and (rule is None or rule.plain)
 
         def read(at: int) -> tuple[np.ndarray, tuple[int, int], bool]:
             data = self.source.read(at)
             if by_dali and isinstance(data, bytes) and (size := jpeg_size(data)) is not None:
                 return np.frombuffer(data, np.uint8), size, True
-            image = to_image(data)
+            image = to_image(data, rule)
+            assert isinstance(image, Image.Image)  # `choose` takes no other channels than three
             return ppm(image), (image.height, image.width), False
 
         found = read_or_next(self.source, sample, read)

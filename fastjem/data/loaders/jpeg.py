@@ -5,7 +5,7 @@ import struct
 
 from PIL import Image
 
-from fastjem.data.source import ORIENTATION
+from fastjem.data.files import ORIENTATION
 
 MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # what ends coded pixels; 00 is a coded FF, D0 to D7 are restarts
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: Huffman-coded

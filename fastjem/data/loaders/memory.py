@@ -10,20 +10,24 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-import fastjem.functional as F
 from fastjem.data.batch import Crops
+from fastjem.data.colours import augmented, windows
+from fastjem.data.files import open_image
+from fastjem.data.levels import levels_of, survey, to_levels
 from fastjem.data.loaders.protocol import Budget, Order
 from fastjem.data.parameters import Parameters
-from fastjem.data.source import NoneReadable, Source, decode, path_of, read_or_next, reason
-from fastjem.data.sources.arrays import is_rgb, read_arrays
+from fastjem.data.picture import Picture
+from fastjem.data.source import NoneReadable, Source, decode, path_of, read_or_next, reason, rule_of
+from fastjem.data.sources.arrays import Arrays, channels_axis, read_arrays
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
 
 GIBIBYTE = 2**30
+SIZES = 1024  # images whose sides are looked at before all are read
 ENLARGED = 8 / 7  # images are held a little larger than the views, 256 pixels for 224
 
 
@@ -32,7 +36,7 @@ class ImageArray:
     """N images of one size with their labels.
 
     Args:
-        images: [N, H, W, 3] uint8, on any device.
+        images: [N, H, W, C] uint8, on any device; [N, 3, H, W] becomes [N, H, W, 3].
         labels: [N] integers; None where there are none.
         classes: the labels' names, if they have any.
         samples: [N] integers, each image's number in its source; None: they are numbered as in the array.
@@ -47,11 +51,11 @@ class ImageArray:
 
     def __post_init__(self) -> None:
         x = self.images
-        if not is_rgb(x):
+        if x.dim() != 4 or x.dtype != torch.uint8 or 0 in x.shape:
             raise ValueError(
-                f"ImageArray: images must be [N, H, W, 3] or [N, 3, H, W] uint8, got {tuple(x.shape)} {x.dtype}"
+                f"ImageArray: images must be [N, H, W, C] or [N, 3, H, W] uint8, got {tuple(x.shape)} {x.dtype}"
             )
-        self.images = (x if x.shape[3] == 3 else x.permute(0, 2, 3, 1)).contiguous()
+        self.images = (x.permute(0, 2, 3, 1) if channels_axis(x.shape) == 1 else x).contiguous()
         if self.samples is None:
             self.samples = torch.arange(len(x))
         self.samples = self._one_each("samples", self.samples)
@@ -80,10 +84,15 @@ class ImageArray:
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike[str]) -> "ImageArray":
-        """A .npz or .npy file, as `fastjem.data.sources.arrays.read_arrays` describes it."""
+        """A .npz or .npy file, as `fastjem.data.sources.arrays.read_arrays` describes it; values of other types than
+        uint8 become levels by the file's rule (`fastjem.data.levels`)."""
         found = read_arrays(path)
+        images = found["images"]
+        if images.dtype != np.uint8:
+            rule = levels_of(images.shape[3], None, survey(Arrays(path)))
+            images = to_levels(images, *rule.range_of(images.dtype))
         labels = torch.from_numpy(found["labels"]) if "labels" in found else None
-        return cls(torch.from_numpy(found["images"]), labels, [str(name) for name in found.get("classes", ())])
+        return cls(torch.from_numpy(images), labels, [str(name) for name in found.get("classes", ())])
 
     @classmethod
     def from_source(cls, source: Source, *, size: int, budget: float = 4 * GIBIBYTE, threads: int = 0) -> "ImageArray":
@@ -97,14 +106,15 @@ class ImageArray:
         An image that can't be read is left out and named in `unreadable`.
         """
         count = len(source)
-        needed = count * size * size * 3
+        channels = channels_of(source)
+        needed = count * size * size * channels
         if needed > budget:
-            fits = int((budget / 3 / count) ** 0.5)
+            fits = int((budget / channels / count) ** 0.5)
             raise UserError(
                 f"{count} images of {size} x {size} take {needed / GIBIBYTE:.2f} GiB, more than the budget of "
                 f"{budget / GIBIBYTE:.2f} GiB; {fits} x {fits} would fit"
             )
-        images = np.empty((count, size, size, 3), np.uint8)
+        images = np.empty((count, size, size, channels), np.uint8)
         reasons: dict[int, str] = {}
 
         def read(i: int) -> None:
@@ -124,22 +134,28 @@ class ImageArray:
         return cls(torch.from_numpy(held), labels, list(source.classes), torch.from_numpy(samples), unreadable)
 
     def crops(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec]) -> list[Tensor]:
-        """V tensors [B, size, size, 3] uint8: the tables' windows of images `indices`, in the specs' sizes."""
+        """V tensors [B, size, size, C] uint8: the tables' windows of images `indices`, in the specs' sizes."""
         return [
-            F.crop_resize(self.images, indices, table, size=spec.size, bicubic=spec.bicubic)
+            windows(self.images, indices, table, size=spec.size, bicubic=spec.bicubic)
             for table, spec in zip(tables, specs, strict=True)
         ]
 
     def views(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec], **options) -> list[Tensor]:
-        """V tensors [B, 3, size, size]: the tables carried out; options as of `fastjem.functional.augment`."""
+        """V tensors [B, C, size, size]: the tables carried out; options as of `fastjem.functional.augment`."""
         return [
-            F.augment(crop, table, mean=spec.mean, std=spec.std, **options)
+            augmented(crop, table, mean=spec.mean, std=spec.std, **options)
             for crop, table, spec in zip(self.crops(indices, tables, specs), tables, specs, strict=True)
         ]
 
 
-def middle_square(image: Image.Image, size: int) -> np.ndarray:
-    """The largest square in the middle of an image, resized: [size, size, 3] uint8."""
+def channels_of(source: Source) -> int:
+    """How many channels a source's images are read in."""
+    rule = rule_of(source)
+    return rule.channels if rule else 3
+
+
+def middle_square(image: Picture, size: int) -> np.ndarray:
+    """The largest square in the middle of an image, resized: [size, size, C] uint8."""
     if image.size != (size, size):
         short = min(image.size)
         left = (image.width - short) / 2
@@ -152,20 +168,25 @@ def middle_square(image: Image.Image, size: int) -> np.ndarray:
 class MemoryLoader:
     """Crops of an `ImageArray`, on its device.
 
-    The order's samples are the array's images: one that couldn't be read isn't among them.
+    The order's samples are the array's images or, where some couldn't be read, those of the array's source: the next
+    image stands in for one that isn't held, as with any loader.
     """
 
     decoder_share: float | None = None
 
     def __init__(self, array: ImageArray, specs: Sequence[ViewSpec], order: Order):
-        if order.batch > len(array) or order.batch % order.ranks:
+        if order.batch > order.samples or order.batch % order.ranks:
             raise ValueError(
-                f"MemoryLoader: batch must divide by {order.ranks} ranks and be at most {len(array)} images, "
+                f"MemoryLoader: batch must divide by {order.ranks} ranks and be at most {order.samples} images, "
                 f"got {order.batch}"
             )
         self.array = array
         self.specs = list(specs)
-        self.order = replace(order, samples=len(array))
+        self.order = order
+        held = np.arange(len(array))
+        if order.samples != len(array):
+            held = array.samples.cpu().numpy()  # type: ignore[union-attr]
+        self.rows = np.searchsorted(held, np.arange(order.samples)) % len(array)  # of each sample, in the array
         size = f"{array.height} x {array.width}"
         self.reads = f"{len(array)} images of {size} are held in memory on {array.images.device}"
 
@@ -179,10 +200,10 @@ class MemoryLoader:
         unreadable = array.unreadable
         for keys in order:
             epoch = keys[0][0]  # a batch lies in one epoch
-            rows = np.array([row for _, row in keys])
-            drawn = torch.from_numpy(parameters(order.seed, epoch, rows, array.height, array.width))
+            samples = np.array([sample for _, sample in keys])
+            drawn = torch.from_numpy(parameters(order.seed, epoch, samples, array.height, array.width))
             tables = list(drawn.to(device, non_blocking=True))
-            indices = torch.from_numpy(rows).to(device, non_blocking=True)
+            indices = torch.from_numpy(self.rows[samples]).to(device, non_blocking=True)
             labels = None if array.labels is None else array.labels[indices]
             index = array.samples[indices]  # type: ignore[index]
             yield Crops(array.crops(indices, tables, self.specs), tables, index, epoch, labels, unreadable)
@@ -190,13 +211,37 @@ class MemoryLoader:
 
 
 def side_in_memory(source: Source, specs: Sequence[ViewSpec]) -> int:
-    """Pixels of the images that are held: no more than the first image has, or than the views need."""
-    first = read_or_next(source, 0, lambda i: decode(source, i)).value
-    return min(*first.size, round(specs[0].size * ENLARGED))
+    """Pixels of the images that are held: as many as the views need, or as the largest has where all are smaller.
+
+    No single file decides: the sides of `SIZES` images are looked at, evenly over the source.
+    """
+    needed = round(specs[0].size * ENLARGED)
+    count = len(source)
+    largest = 0
+    for i in sorted({k * count // SIZES for k in range(SIZES)}):
+        try:
+            largest = max(largest, shorter_side(source, i))
+        except Exception:  # whatever is wrong with it is said when it is read
+            continue
+        if largest >= needed:
+            return needed
+    # where none of these can be read, one of the others may be
+    return largest or min(*read_or_next(source, 0, lambda i: decode(source, i)).value.size, needed)
+
+
+def shorter_side(source: Source, i: int) -> int:
+    """In pixels, of a file by its header."""
+    data = source.read(i)
+    if isinstance(data, np.ndarray):
+        return min(data.shape[:2])
+    try:
+        return min(open_image(data).size)
+    except UnidentifiedImageError:  # a TIFF file that Pillow has no mode for
+        return min(decode(source, i).size)
 
 
 def fits_in_memory(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
-    return 3 * len(source) * side_in_memory(source, specs) ** 2 <= gibibytes * GIBIBYTE
+    return channels_of(source) * len(source) * side_in_memory(source, specs) ** 2 <= gibibytes * GIBIBYTE
 
 
 def create(source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget) -> MemoryLoader:

@@ -20,16 +20,22 @@ class Order:
     """The samples of each batch of this rank from step `start` to `stop`, as lists of (epoch, sample).
 
     Each epoch is a permutation keyed (seed, epoch): the place in a run is told by the step alone. An epoch is the whole
-    batches in the data.
+    batches in the data, and of them the whole groups of `accumulate`, that make an optimiser's step.
     """
 
     samples: int  # in the data
     batch: int  # images over all ranks; each rank has batch / ranks of them
+    accumulate: int = 1
     seed: int = 0
     start: int = 0
     stop: int
     rank: int = 0
     ranks: int = 1
+
+    @property
+    def batches_per_epoch(self) -> int:
+        whole = self.samples // self.batch
+        return whole - whole % self.accumulate or whole  # fewer batches than one step takes: it takes several epochs
 
     @property
     def of_rank(self) -> int:
@@ -40,7 +46,7 @@ class Order:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[Key]]:
-        batches_per_epoch = self.samples // self.batch
+        batches_per_epoch = self.batches_per_epoch
         permuted_epoch = -1
         permutation = np.arange(0)
         for step in range(self.start, self.stop):

@@ -2,21 +2,26 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastjem.data.batch import Crops
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
 from fastjem.data.parameters import Parameters, column
-from fastjem.data.source import NoneReadable, Source, decode, read_or_next
+from fastjem.data.picture import Picture
+from fastjem.data.source import NoneReadable, Read, Source, decode, read_or_next
 from fastjem.data.views import ViewSpec
 
+HELD = 2**26  # pixels of decoded images that a batch holds at a time: 256 MiB, as Pillow has four bytes a pixel
 
-def crop(image: Image.Image, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
-    """The window of a table's row [P], resized with antialiasing: [size, size, 3] uint8."""
+
+def crop(image: Picture, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
+    """The window of a table's row [P], resized with antialiasing: [size, size, C] uint8."""
     top, left, height, width = (int(x) for x in row[column.TOP : column.WIDTH + 1])
     mode = Image.Resampling.BICUBIC if spec.bicubic else Image.Resampling.BILINEAR
     window = image.crop((left, top, left + width, top + height))
@@ -34,23 +39,58 @@ class _BatchesByKeys(Dataset):
 
     def __getitem__(self, keys: list[Key]) -> Crops:
         epoch = keys[0][0]  # a batch lies in one epoch
-        samples = [sample for _, sample in keys]
+        index: list[int] = []
+        unreadable: list[tuple[str, str]] = []
+        tables: list[np.ndarray] = []  # [V, b, P] each
+        views: list[list[np.ndarray]] = [[] for _ in self.specs]
         try:
-            read = [read_or_next(self.source, sample, lambda i: decode(self.source, i)) for sample in samples]
+            for samples, read in self._read([sample for _, sample in keys]):
+                images = [found.value for found in read]
+                heights = [image.height for image in images]
+                widths = [image.width for image in images]
+                tables.append(self.parameters(self.seed, epoch, samples, heights, widths))
+                for view, spec, table in zip(views, self.specs, tables[-1], strict=True):
+                    view += [crop(image, spec, row) for image, row in zip(images, table, strict=True)]
+                index += [found.sample for found in read]
+                unreadable += [one for found in read for one in found.unreadable]
         except NoneReadable as error:  # a worker's exception would arrive without its type
             return Crops([], [], torch.empty(0, dtype=torch.int64), epoch, None, error.unreadable)
-        images = [found.value for found in read]
-        heights = [image.height for image in images]
-        widths = [image.width for image in images]
-        tables = self.parameters(self.seed, epoch, samples, heights, widths)  # [V, B, P]
-        views = [
-            torch.from_numpy(np.stack([crop(image, spec, row) for image, row in zip(images, table, strict=True)]))
-            for spec, table in zip(self.specs, tables, strict=True)
-        ]
-        index = [found.sample for found in read]
-        unreadable = [one for found in read for one in found.unreadable]
-        labels = labels_of(self.source, index)
-        return Crops(views, list(torch.from_numpy(tables)), torch.tensor(index), epoch, labels, unreadable)
+        crops = Crops(
+            [torch.from_numpy(np.stack(view)) for view in views],
+            list(torch.from_numpy(np.concatenate(tables, 1))),
+            torch.tensor(index),
+            epoch,
+            labels_of(self.source, index),
+            unreadable,
+        )
+        return crops if get_worker_info() is None else shared(crops)
+
+    def _read(self, samples: list[int]) -> Iterator[tuple[list[int], list[Read[Picture]]]]:
+        """The samples and their images, as many at a time as have `HELD` pixels; of small ones the whole batch."""
+        waiting: list[int] = []
+        read: list[Read[Picture]] = []
+        pixels = 0
+        for sample in samples:
+            found = read_or_next(self.source, sample, lambda i: decode(self.source, i))
+            waiting.append(sample)
+            read.append(found)
+            pixels += found.value.width * found.value.height
+            if pixels >= HELD:
+                yield waiting, read
+                waiting, read, pixels = [], [], 0
+        if waiting:
+            yield waiting, read
+
+
+def shared(crops: Crops) -> Crops:
+    """The crops with their tensors in shared memory.
+
+    The worker's queue would put them there, in a thread that drops what doesn't fit: the run would wait for ever. Here
+    the error reaches the run.
+    """
+    for tensor in (*crops.views, *crops.tables, crops.index, *([] if crops.labels is None else [crops.labels])):
+        tensor.share_memory_()
+    return crops
 
 
 class TorchLoader:
@@ -71,11 +111,23 @@ class TorchLoader:
         )
 
     def __iter__(self) -> Iterator[Crops]:
-        for crops in self.loader:
+        """The workers start at once, and are gone when the iteration is, a stuck one too."""
+        others = set(active_children())
+        batches = iter(self.loader)
+        return _checked(batches, set(active_children()) - others)
+
+
+def _checked(batches: Iterator[Crops], workers: set[BaseProcess]) -> Iterator[Crops]:
+    try:
+        for crops in batches:
             if not crops.views:
                 raise NoneReadable(crops.unreadable)
             # a DataLoader turns the tuples in a list to lists
             yield crops._replace(unreadable=[(path, why) for path, why in crops.unreadable])
+    except BaseException:
+        for worker in workers:  # which ignores what asks it to end; Python would wait for it at its own end
+            worker.kill()
+        raise
 
 
 def _one_thread(worker: int) -> None:

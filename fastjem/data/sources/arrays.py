@@ -1,12 +1,15 @@
 """A .npz or .npy file of images."""
 
 import functools
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastjem.data.files import check_size
 from fastjem.errors import UserError
 
 ENDINGS = (".npz", ".npy")
@@ -52,44 +55,90 @@ class Arrays:
         return str(i)
 
     def read(self, i: int) -> np.ndarray:
-        """[H, W, 3] uint8."""
+        """[H, W, C]."""
         return self.images[i]
 
 
-def is_rgb(x: Any) -> bool:
-    """Whether an array or a tensor is [N, H, W, 3] or [N, 3, H, W] uint8, and not empty."""
-    uint8 = str(x.dtype).rpartition(".")[2] == "uint8"
-    return x.ndim == 4 and uint8 and 0 not in x.shape and 3 in (x.shape[1], x.shape[3])
+def channels_axis(shape: Sequence[int]) -> int:
+    """Which axis of [N, H, W, C] or [N, C, H, W] the channels are: one of 3, else the shorter; the last where they are
+    alike."""
+    if 3 in (shape[1], shape[3]):
+        return 3 if shape[3] == 3 else 1
+    return 1 if shape[1] < shape[3] else 3
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """What a .npz or .npy file holds: `images` [N, H, W, 3] uint8, stored so or as [N, 3, H, W]; in a .npz file perhaps
-    `labels` [N] int64 and `classes`, the names that they number.
+    """What a .npz or .npy file holds: `images` [N, H, W, C] of integers or floats, stored so, as [N, C, H, W] or as
+    [N, H, W]; in a .npz file perhaps `labels` [N] int64 and `classes`, the names that they number.
 
     Raises:
         UserError: for anything else, with what came.
     """
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        found = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except Exception as error:  # a broken archive raises whatever zipfile, zlib or numpy may
-        raise UserError(f"{path} can't be read as .npz or .npy: {str(error).partition('. ')[0]}") from None
-    if "images" not in found:
-        raise UserError(f"{path} must hold an array `images`, and may hold `labels`; it holds {sorted(found)}")
+    found = _loaded(path)
     images = found["images"]
-    if not is_rgb(images):
-        raise UserError(f"{path}: images must be [N, H, W, 3] or [N, 3, H, W] uint8, got {images.shape} {images.dtype}")
-    arrays = {"images": images if images.shape[3] == 3 else images.transpose(0, 2, 3, 1)}
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.dtype.kind not in "biuf" or 0 in images.shape:
+        raise UserError(
+            f"{path}: images must be [N, H, W, C], [N, C, H, W] or [N, H, W] integers or floats, "
+            f"got {found['images'].shape} {images.dtype}"
+        )
+    arrays = {"images": images.transpose(0, 2, 3, 1) if channels_axis(images.shape) == 1 else images}
     if "labels" in found:
         labels = found["labels"]
         if labels.size != len(images) or labels.dtype.kind not in "iu":
             raise UserError(f"{path}: labels must be [{len(images)}] integers, got {labels.shape} {labels.dtype}")
         arrays["labels"] = labels.astype(np.int64).reshape(-1)
         if "classes" in found:
-            arrays["classes"] = found["classes"]
-            if arrays["labels"].min() < 0 or arrays["labels"].max() >= found["classes"].size:
-                raise UserError(f"{path}: labels must number the {found['classes'].size} classes")
+            arrays["classes"] = names = found["classes"]
+            if names.ndim != 1 or names.dtype.kind not in "USiu":
+                raise UserError(f"{path}: classes must be a list of names, got {names.shape} {names.dtype}")
+            if arrays["labels"].min() < 0 or arrays["labels"].max() >= names.size:
+                raise UserError(f"{path}: labels must number the {names.size} classes")
     return arrays
+
+
+def _loaded(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of the file that are ours, once its header says that they can be held."""
+    try:
+        opened = np.load(path, mmap_mode="r", allow_pickle=False)  # of a .npy file the header alone
+        if isinstance(opened, np.ndarray):
+            _check_held(opened.shape, opened.dtype)
+            return {"images": np.array(opened)}
+        with opened:
+            names = sorted(opened)
+            if "images" not in names:
+                raise UserError(f"must hold an array `images`, and may hold `labels`; it holds {names}")
+            with opened.zip.open("images.npy") as file:
+                _check_held(*_header(file))
+            return {name: opened[name] for name in ("images", "labels", "classes") if name in names}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # a broken archive raises whatever zipfile, zlib or numpy may
+        raise UserError(f"{path} can't be read as .npz or .npy: {str(error).partition('. ')[0]}") from None
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array that is stored, without its values."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _check_held(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """UserError for images that are too large each, or more together than this machine has memory."""
+    if len(shape) == 4:
+        axis = channels_axis(shape)
+        height, width = (size for i, size in enumerate(shape) if i not in (0, axis))
+        try:
+            check_size(width, height, shape[axis])
+        except ValueError as error:
+            raise UserError(f"images of {error}") from None
+    needed = math.prod(shape) * dtype.itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if needed > memory:
+        raise UserError(f"its images take {needed / 2**30:.1f} GiB, and this machine has {memory / 2**30:.1f}")
 
 
 def read_once(path: str) -> dict[str, np.ndarray]:

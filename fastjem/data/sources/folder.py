@@ -1,13 +1,14 @@
 """A folder of image files."""
 
 import os
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from fastjem.data.files import ENDINGS, read_file
 from fastjem.errors import UserError
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Folder:
@@ -22,7 +23,10 @@ class Folder:
         self.root = os.fspath(root)
         if not os.path.isdir(self.root):
             raise UserError(f"{root} is {'a file, no' if os.path.exists(self.root) else 'not a'} folder")
-        found = image_files(self.root)
+        listed = list_images(self.root)
+        self.unlisted = listed.unlisted
+        self.others = listed.others
+        found = listed.images
         if not found:
             raise UserError(f"{root} has no images; files ending in {' '.join(ENDINGS)} are read, in subfolders too")
         # One array of bytes instead of a list of strings: a forked worker then copies no reference counts.
@@ -42,8 +46,7 @@ class Folder:
     @staticmethod
     def read_named(root: str, name: str) -> bytes:
         """The file's bytes, without listing the folder."""
-        with open(os.path.join(root, name), "rb") as file:
-            return file.read()
+        return read_file(os.path.join(root, name))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -56,21 +59,48 @@ class Folder:
         return self.read_named(self.root, self.name(i))
 
 
-def image_files(root: str) -> list[str]:
-    """Paths below `root` of its image files, those in linked folders too; hidden files and folders are left out."""
-    found: list[str] = []
+@dataclass
+class Listed:
+    """What is below a folder."""
+
+    images: list[str] = field(default_factory=list)  # paths below the folder
+    others: Counter[str] = field(default_factory=Counter)  # endings that aren't taken, and how many files have them
+    unlisted: list[tuple[str, str]] = field(default_factory=list)  # (path, reason): folders that nobody can look into
+
+
+def list_images(root: str) -> Listed:
+    """The image files below `root`, those in linked folders too; hidden files and folders are left out.
+
+    Raises:
+        UserError: where the folder itself can't be listed.
+    """
+    listed = Listed()
     visited = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+
+    def unlisted(error: OSError) -> None:  # os.walk would leave the folder out without a word
+        listed.unlisted.append((os.fsdecode(error.filename or root), error.strerror or str(error)))
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=unlisted):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads back
             subfolders.clear()
             continue
         visited.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        images = [name for name in files if name.lower().endswith(ENDINGS) and not name.startswith(".")]
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         below = "" if folder == root else os.path.relpath(folder, root)
-        found += [os.path.join(below, name) for name in images]
-    return found
+        for name in files:
+            if name.startswith("."):
+                continue
+            ending = os.path.splitext(name)[1].lower()
+            if ending in ENDINGS:
+                listed.images.append(os.path.join(below, name))
+            elif not ending and not os.path.exists(path := os.path.join(folder, name)):
+                listed.unlisted.append((path, "a link to nothing"))  # that may have been a class
+            else:
+                listed.others[ending or "no ending"] += 1
+    if listed.unlisted and listed.unlisted[0][0] == root:
+        raise UserError(f"{root} can't be listed: {listed.unlisted[0][1]}")
+    return listed
 
 
 def first_folder(name: str) -> str:

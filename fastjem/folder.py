@@ -1,0 +1,101 @@
+"""A run's folder: who may write to it, what it goes on from, and what is left of a run that took no step."""
+
+import contextlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastjem import checkpoints
+from fastjem import config as configuration
+from fastjem.build import Training
+from fastjem.config import Config
+from fastjem.errors import UserError
+from fastjem.lock import Lock
+from fastjem.prepare import ENCODER
+from fastjem.ranks import Ranks
+
+# What a run writes before its first step is taken, or in taking it.
+WRITTEN = (*checkpoints.OWN, "report.html", checkpoints.LAST, "checkpoints/last-1.pt")
+
+
+class Folder:
+    """The folder of one run; the first rank alone writes to it, under the folder's lock.
+
+    Args:
+        new: there is no run yet; else this is one to go on with.
+    """
+
+    def __init__(self, out: Path, ranks: Ranks, *, new: bool):
+        self.out = out
+        self.ranks = ranks
+        self.new = new
+        self.lock = Lock(out)
+        self.made: list[Path] = []  # by this run; nothing else is ever removed
+
+    def open(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, if there is one.
+
+        Raises:
+            UserError: if a new run would fall upon another one, or that to go on with is being written.
+        """
+        with self.ranks.together():  # whoever holds the lock may still change what the others would read
+            if self.ranks.first and self.new:
+                check_free(self.out)
+            elif self.ranks.first:
+                self.lock.acquire()
+                checkpoints.clean(self.out)
+        if self.new:
+            return None
+        with self.ranks.together():
+            return checkpoints.load(self.out, **({} if self.ranks.first else {"say": None}))
+
+    def take(self, config: Config, training: Training) -> None:
+        """Write the configuration: that of a new run, or what a resumed one is told anew."""
+        pool = training.step.method.pool
+        with self.ranks.together():
+            if not self.ranks.first:
+                return
+            if self.new:
+                absent = [path for path in self._written() if not os.path.lexists(path)]
+                exists = self.out.exists()
+                self.lock.acquire()
+                check_free(self.out)  # another run may have begun while this one was built
+                self.made = absent if not (self.out / configuration.FILE).exists() else self._written()
+                self.made += [self.out / "checkpoints", *([] if exists else [self.out])]
+                checkpoints.clean(self.out)
+            kept = replace(config, resume=False, new_data=False)
+            if self.new or configuration.read(self.out)[0] != kept:
+                configuration.write(self.out, kept, training.pixels, pool)
+
+    def _written(self) -> list[Path]:
+        return [self.out / name for name in WRITTEN]
+
+    def close(self, *, discard: bool) -> None:
+        """Give the lock back. discard: no step was taken, and what this run made goes."""
+        for path in self.made if discard else []:
+            with contextlib.suppress(OSError):  # a folder that holds something stays
+                if path == self.out:
+                    self.lock.release()
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    path.unlink(missing_ok=True)
+        self.lock.release()
+
+
+def check_free(out: Path) -> None:
+    """UserError if a run is there that has taken a step. One that was killed before it had is nobody's loss."""
+    if (out / configuration.FILE).exists() and not is_untouched(out):
+        raise UserError(f"{out} holds a run already; --resume goes on with it, another --out starts a new one")
+
+
+def is_untouched(out: Path) -> bool:
+    rows = out / "metrics.jsonl"
+    if (out / ENCODER).exists() or (rows.exists() and rows.stat().st_size):
+        return False
+    try:
+        state = checkpoints.load(out, say=None)
+    except UserError:
+        return False
+    return state is not None and state["step"] == 0

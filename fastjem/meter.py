@@ -1,0 +1,115 @@
+"""The figures of a run's logged steps."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastjem import health
+from fastjem.build import Training
+
+EARLY_STEPS = 100  # in which every fifth step is logged: collapse is early
+Row = tuple[int, dict[str, Any]]
+
+
+@dataclass
+class Taken:
+    """One optimiser step that was taken."""
+
+    done: int  # steps so far
+    images: int  # of this rank
+    waited: float  # seconds for data
+    losses: list[Tensor]  # of its micro-batches, 0-dim
+    notes: dict[str, Any]  # of the last of them
+    gradient_norm: Tensor | None  # before clipping
+    scheduled: dict[str, Tensor]  # learning rate, weight decay, momentum
+
+
+@dataclass
+class Pending:
+    """A row whose figures may still be on their way from the device."""
+
+    done: int
+    names: list[str]  # of the figures
+    values: Tensor  # the figures, then the losses of all steps since the row before
+    first: int  # the step of the first of these losses
+    event: torch.cuda.Event | None
+    known: dict[str, Any]
+
+
+class Meter:
+    """The figures of logged steps, each given one logged step late: no step waits for the device to know its loss.
+
+    `diverges_from` is the first step whose loss wasn't finite, as far as it is known; None while losses are.
+    """
+
+    def __init__(self, training: Training):
+        self.training = training
+        self.pending: Pending | None = None
+        self.losses: list[Tensor] = []  # of the steps since the last row
+        self.first = training.start + 1  # the step of the first of them
+        self.diverges_from: int | None = None
+        self.images = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def rows(self, taken: Taken) -> Iterator[Row]:
+        """The rows that are ready now; on the CPU this step's own, elsewhere those of the logged step before."""
+        self.images += taken.images
+        self.waited += taken.waited
+        self.losses += taken.losses
+        if not self._logs(taken.done):
+            return
+        yield from self.waiting()
+        figures = {"loss": torch.stack(taken.losses).mean(), **health.figures(taken.notes)}
+        if taken.gradient_norm is not None:
+            figures["gradient_norm"] = taken.gradient_norm
+        values = torch.stack([value.float() for value in (*figures.values(), *self.losses)])
+        event = None
+        if values.device.type == "cuda":
+            values = values.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        known = {name: value.item() for name, value in taken.scheduled.items()} | self._rates()
+        self.pending = Pending(taken.done, list(figures), values, self.first, event, known)
+        self.losses = []
+        self.first = taken.done + 1
+        if event is None:
+            yield from self.waiting()
+
+    def waiting(self) -> Iterator[Row]:
+        """The row that isn't given yet, if there is one; its figures are waited for."""
+        row = self.pending
+        if row is None:
+            return
+        self.pending = None
+        if row.event is not None:
+            row.event.synchronize()
+        values = row.values.tolist()
+        count = len(row.names)
+        self._look_at(row.first, values[count:])
+        yield row.done, {**row.known, **dict(zip(row.names, values[:count], strict=True))}
+
+    def _look_at(self, first: int, losses: list[float]) -> None:
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not bad:
+            self.diverges_from = None
+        elif self.diverges_from is None:
+            self.diverges_from = first + bad[0] // self.training.config.accumulate
+
+    def _logs(self, done: int) -> bool:
+        every = self.training.config.log_every
+        return done % every == 0 or done == self.training.steps or (done < EARLY_STEPS and done % 5 == 0)
+
+    def _rates(self) -> dict[str, float]:
+        now = time.perf_counter()
+        elapsed = now - self.since
+        rates = {"images_per_second": self.images / elapsed, "data_wait": min(self.waited / elapsed, 1.0)}
+        self.images = 0
+        self.waited = 0.0
+        self.since = now
+        return rates

@@ -1,0 +1,240 @@
+"""What a rank makes of a configuration by itself: source, encoder and method, checked before it waits for the others."""
+
+import dataclasses
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastjem import checkpoints, encoders, resume
+from fastjem.config import Config
+from fastjem.data import loaders
+from fastjem.data.batch import finish
+from fastjem.data.fingerprint import fingerprint
+from fastjem.data.levels import describe, levels_of, parsed_range, survey
+from fastjem.data.pixels import Pixels
+from fastjem.data.source import Levelled, Source, open_source
+from fastjem.data.views import ViewSpec
+from fastjem.encoders import Encoder
+from fastjem.errors import UserError, nearest
+from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, views_of
+from fastjem.methods.protocol import option_types
+from fastjem.ranks import Ranks
+
+ENCODER = "encoder.safetensors"
+# Parameter groups, as `fastjem.optim.parameter_groups` makes them, -> an optimizer: a class of torch.optim, say.
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a caller from Python gives in place of names.
+
+    Raises:
+        UserError: for what isn't one.
+    """
+
+    encoder: nn.Module | None = None  # [B, C, H, W] -> [B, D]
+    method: type[Method] | Method | None = None
+    source: Source | None = None
+    optimizer: MakeOptimizer | None = None
+
+    def __post_init__(self) -> None:
+        kind = self.method if isinstance(self.method, type) else type(self.method)
+        expected = {
+            "encoder must be a module [B, C, H, W] -> [B, D]": (self.encoder, isinstance(self.encoder, nn.Module)),
+            "method must be a name, or a subclass of fastjem.methods.Method or an instance of one": (
+                self.method,
+                issubclass(kind, Method),
+            ),
+            "source must be an object with len and read, not its class": (
+                self.source,
+                not isinstance(self.source, type),
+            ),
+            "optimizer must be a name, or make one of parameter groups (torch.optim.AdamW, say)": (
+                self.optimizer,
+                callable(self.optimizer) and not isinstance(self.optimizer, torch.optim.Optimizer),
+            ),
+        }
+        for contract, (given, right) in expected.items():
+            if given is not None and not right:
+                raise UserError(f"{contract}; got {given!r}")
+
+
+@dataclass
+class Parts:
+    """What a rank makes of a run by itself, without a word to the others."""
+
+    source: Levelled
+    encoder: Encoder
+    method: Method
+    specs: list[ViewSpec]
+    defaults: Defaults
+    steps: int
+    steps_per_epoch: int
+    facts: dict[str, Any]
+    notices: list[str]
+
+
+def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict[str, Any] | None) -> Parts:
+    """Source, encoder and method of a run, checked; every mistake that needs them to be seen is found here."""
+    if state:
+        resume.check_objects(state, vars(objects))
+    check_own_encoder(config, objects)
+    source, about_values = levelled(config, objects, state)
+    check_batch(config, len(source), ranks)
+    kind = objects.method or METHODS[config.method]
+    steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
+    steps = config.max_steps or steps_per_epoch * config.epochs
+    images = fingerprint(source)
+    chosen = config.optimizer is not None or config.learning_rate is not None
+    defaults = resume.defaults_of(state) if state else kind.defaults.of_run(steps, chosen=chosen)
+    # Of the data that the run was begun with: prototypes and queues have their size of it.
+    sized_for = {"images": len(source), "classes": len(source.classes)}
+    said = [*about_values, *([] if state else [defaults.unlike(kind.defaults)])]
+    if state:
+        said += [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
+        resume.check_length(config, state, steps, complete=is_complete(out))
+        sized_for = state.get("sized_for", sized_for)
+
+    torch.manual_seed(config.seed)
+    module = objects.encoder if objects.encoder is not None else create_backbone(config, kind)
+    encoder = checked_encoder(config, ranks, kind, module, source)
+    facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
+    method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
+    if method.views.mask and not encoders.is_transformer(module):
+        raise UserError(f"{config.method}: {encoders.no_patches(module)}")
+    kept = {
+        "source": images,
+        "sized_for": sized_for,
+        "steps": steps,
+        "objects": [name for name, given in vars(objects).items() if given is not None],
+    }
+    specs = view_specs(config, method, module)
+    return Parts(source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, [one for one in said if one])
+
+
+def is_complete(out: Path) -> bool:
+    """Whether the encoder is that of the last checkpoint: a run that was made longer has an older one for a while."""
+    encoder = out / ENCODER
+    last = out / checkpoints.LAST
+    return encoder.exists() and not (last.exists() and encoder.stat().st_mtime < last.stat().st_mtime)
+
+
+def levelled(config: Config, objects: Objects, state: dict[str, Any] | None) -> tuple[Levelled, list[str]]:
+    """The images with what their values mean, and what there is to be told of it. A run keeps what it found first."""
+    source = open_source(config.data if objects.source is None else objects.source)
+    if state and "pixels" in state:
+        return Levelled(source, Pixels.from_dict(state["pixels"]).levels), []
+    found = survey(source, config.channels)
+    levels = levels_of(config.channels, parsed_range(config.value_range), found)
+    return Levelled(source, levels), describe(levels, found)
+
+
+def given_or(value: Any, default: Any) -> Any:
+    """What the user gave, or else the method's default."""
+    return default if value is None else value
+
+
+def check_batch(config: Config, images: int, ranks: Ranks) -> None:
+    """UserError for a batch that the images or the ranks can't make."""
+    if config.batch_size > images:
+        raise UserError(f"--batch-size {config.batch_size} is more than the {images} images in {config.data}")
+    if config.batch_size % ranks.size:
+        raise UserError(f"--batch-size {config.batch_size} can't be shared evenly by {ranks.size} ranks")
+    if config.batch_size // ranks.size < 2:
+        raise UserError(f"--batch-size {config.batch_size} leaves a rank with less than 2 images")
+    if config.sync_batch_norm and ranks.device.type != "cuda":
+        raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
+
+
+def check_own_encoder(config: Config, objects: Objects) -> None:
+    """UserError for options that say how a backbone is made, where the encoder is made already."""
+    if objects.encoder is None:
+        return
+    for option in dataclasses.fields(config):
+        if option.name in ("backbone", "stem", "patch_size") and getattr(config, option.name) != option.default:
+            raise UserError(f"{config.flag(option.name)} says how a backbone is made, and the encoder is made already")
+
+
+def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
+    return encoders.create(
+        config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
+        channels=config.channels,
+    )  # fmt: skip
+
+
+def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -> list[ViewSpec]:
+    """One for each view of an image, as the method and the configuration want them."""
+    if config.small_views and not kind.views.small:
+        raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
+    views = views_of(kind, config.image_size, config.small_views, config.recipe)
+    patch = encoders.patch_size(module)
+    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view, channels=config.channels)
+
+
+def checked_encoder(
+    config: Config, ranks: Ranks, kind: type[Method] | Method, module: nn.Module, source: Source
+) -> Encoder:
+    """The module on its device as an `Encoder`, once it has embedded some of the run's images."""
+    module = module.to(ranks.device)
+    specs = view_specs(config, kind, module)
+    order = loaders.Order(samples=len(source), batch=min(config.batch_size, 16), seed=config.seed, stop=1)
+    crops = next(iter(loaders.LOADERS["torch"](source, specs, order, loaders.Budget())))
+    channels_last = encoders.memory_format(module) == torch.channels_last
+    images = finish(crops, specs, ranks.device, channels_last=channels_last).views[0]
+    try:
+        width = encoders.measured_width(module, images)
+    except RuntimeError as error:
+        size = config.image_size
+        raise UserError(f"the encoder can't take {size} x {size} images: {error}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return encoders.wrap(module, width, mask_token=kind.mask_token).to(ranks.device)
+
+
+def run_facts(
+    config: Config, ranks: Ranks, encoder: Encoder, source: Source, steps: int, steps_per_epoch: int
+) -> RunFacts:
+    return RunFacts(
+        images=len(source),
+        classes=len(source.classes),
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        batch=config.batch_size,
+        accumulate=config.accumulate,
+        ranks=ranks.size,
+        seed=config.seed,
+        image_size=config.image_size,
+        channels=config.channels,
+        patch=encoder.patch,
+        prefix_tokens=encoder.prefix_tokens,
+        batch_norm=encoders.has_batch_norm(encoder),
+        group=ranks.group,
+    )
+
+
+def create_method(kind: type[Method], width: int, run: RunFacts, config: Config) -> Method:
+    """The method with the user's options; UserError for one that there isn't, or a value that it can't have."""
+    options = options_of(kind)
+    for name, value in config.options.items():
+        if name not in options:
+            raise nearest(f"option of {config.method}", name, options)
+        types_of_option = option_types(kind, name)
+        allowed = types_of_option | {int} if float in types_of_option else types_of_option
+        if type(value) not in allowed:
+            raise UserError(f"--options {name} is {options[name]} by default and can't be {value!r}")
+        least = int(options[name] != 0)  # none of what counts something can be 0, but where that is the default
+        if isinstance(value, int) and types_of_option <= {int, types.NoneType} and value < least:
+            raise UserError(f"--options {name} must be at least {least}, got {value}")
+    try:
+        return kind(width, run, **config.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+__all__ = ["ENCODER", "MakeOptimizer", "Objects", "Parts", "create_method", "given_or", "prepare"]

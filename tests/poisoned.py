@@ -1,0 +1,234 @@
+"""Arguments of every raw operator with -inf, +inf or NaN put into one of their tensors, and what differs of two answers.
+
+An operator's specification says what comes out. Infinities and NaNs must stand in the same places, and what is finite
+be the same number.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastjem import ops
+
+VALUES = {"-inf": -torch.inf, "+inf": torch.inf, "nan": torch.nan}
+TEMPERATURES = (0.03, 0.04, 0.05, 0.06, 0.07, 0.1, 0.2, 0.3, 0.5, 1.0)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Makes an operator's arguments; everything random comes from one generator, so that each call gives the same."""
+
+    dtype: torch.dtype
+    temperature: float
+    width: int  # of rows: logits' prototypes, embeddings' width
+
+    def __call__(self, op: str) -> tuple:
+        g = torch.Generator().manual_seed(0)
+
+        def x(*shape: int, dtype: torch.dtype = self.dtype, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+        return getattr(self, "_" + op.rstrip("_"))(x)
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def _rescale(self, x):
+        return x(5, self.width), x(1, dtype=self.wide)[0]
+
+    def _ema_update(self, x):
+        teacher = [x(5, dtype=self.wide), x(3, self.width, dtype=self.wide)]
+        return teacher, [x(5), x(3, self.width)], torch.tensor(0.9, dtype=torch.float64)
+
+    def _cross_entropy(self, x):
+        return x(4, self.width) / self.temperature, torch.tensor([0, 3, -100, self.width - 1]), -100, [True]
+
+    def _negative_cosine(self, x):
+        return x(4, self.width), x(4, self.width), 1e-8, [True, True]
+
+    def _regression(self, x):
+        return x(4, self.width), x(4, self.width), 2.0, True, 1e-5, [True]
+
+    def _nt_xent(self, x):
+        candidates = x(2, 9, self.width)
+        return candidates[:, 3:7], candidates, 3, self.temperature, False, True
+
+    def _nt_xent_backward(self, x):
+        candidates = x(2, 9, self.width)
+        lse = x(2, 9, dtype=torch.float64, scale=0.1) + 1 / self.temperature
+        weights = x(2, 9, dtype=torch.float64)
+        return candidates[:, 3:7], candidates, lse[:, 3:7], lse, weights, 3, self.temperature, False, True
+
+    def _info_nce(self, x):
+        return x(4, self.width), x(4, self.width), x(9, self.width), 5, self.temperature, [True, True, True]
+
+    def _scale(self):
+        return torch.tensor(1 / self.temperature, dtype=self.wide)
+
+    def _clip_loss(self, x):
+        scale = self.width**-0.5
+        return x(4, self.width, scale=scale), x(9, self.width, scale=scale), self._scale(), 2
+
+    def _clip_loss_backward(self, x):
+        a, b, factor, offset = self._clip_loss(x)
+        logits = a.double() @ b.double().T * factor.double()
+        return a, b, factor, logits.logsumexp(1), logits.logsumexp(0), offset, [True, True]
+
+    def _siglip_loss(self, x):
+        a, b, factor, offset = self._clip_loss(x)
+        return a, b, factor, x(1, dtype=self.wide)[0], offset, [True, True]
+
+    def _nearest_neighbors(self, x):
+        return x(4, self.width), x(9, self.width)
+
+    def _koleo(self, x):
+        return x(9, self.width), 2.0, 1e-8, [True]
+
+    def _sinkhorn_step(self, x):
+        return x(6, self.width, scale=0.3), x(self.width, dtype=torch.float64), self.temperature
+
+    def _sinkhorn_bias(self, x):
+        return x(6, self.width, scale=0.3), self.temperature, 3, False
+
+    def _sinkhorn(self, x):
+        return x(6, self.width, scale=0.3), self.temperature, 3, False, self.wide
+
+    def _sinkhorn_codes(self, x):
+        return x(6, self.width, scale=0.3), x(self.width, dtype=torch.float64), self.temperature, self.wide
+
+    def _prototype_cross_entropy(self, x):
+        student = [x(4, self.width, scale=0.3) for _ in range(3)]
+        teacher = [x(4, self.width, scale=0.3) for _ in range(2)]
+        rest = x(2, self.width, dtype=self.wide), "different", x(4, dtype=self.wide).abs(), True, [True] * 3
+        return student, teacher, 0.1, self.temperature, *rest
+
+    def _prototype_head_cross_entropy(self, x):
+        features = [x(4, 5, scale=0.3) for _ in range(4)]
+        prototypes = [x(self.width, 5) for _ in range(2)]
+        rest = x(2, self.width, dtype=self.wide), "all", x(4, dtype=self.wide).abs(), [True] * 3
+        return [*features[:2], prototypes[0]], features[2:], prototypes[1], 0.1, self.temperature, *rest
+
+    def _mean_entropy(self, x):
+        return [x(4, self.width, scale=0.3) for _ in range(2)], self.temperature, None, None, [True, True]
+
+    def _characteristic(self, x):
+        return x(2, 4, self.width, dtype=self.wide), 3
+
+    def _characteristic_backward(self, x):
+        return x(2, 4, self.width, dtype=self.wide), x(2, 3, 2, self.width, dtype=self.wide)
+
+    def _barlow_twins(self, x):
+        return x(4, self.width), x(4, self.width), 5e-3, 1, [True, True]
+
+    def _vicreg(self, x):
+        return x(4, self.width), x(4, self.width), 25.0, 25.0, 1.0, 1e-4, 1, [True, True]
+
+
+WITHOUT_TEMPERATURE = {
+    "rescale_", "ema_update_", "negative_cosine", "regression", "nearest_neighbors", "koleo", "characteristic",
+    "characteristic_backward", "barlow_twins", "vicreg",
+}  # fmt: skip
+OF_IMAGES = {"augment", "crop_resize"}
+
+
+def flat(arguments: object) -> list[Tensor]:
+    """All tensors of nested arguments or results."""
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    return [x for a in arguments for x in flat(a)] if isinstance(arguments, (list, tuple)) else []
+
+
+class Place(NamedTuple):
+    """Where the value is put: the tensor's number among the floating-point ones, and the name of the elements."""
+
+    tensor: int
+    where: str
+
+    def poison(self, arguments: tuple, value: float) -> None:
+        x = [t for t in flat(arguments) if t.is_floating_point()][self.tensor]
+        x[self._index(x)] = value
+
+    def _index(self, x: Tensor) -> tuple:
+        if not x.dim():
+            return ()
+        row, column = (min(1, n - 1) for n in (x.shape[-2] if x.dim() > 1 else 1, x.shape[-1]))
+        before = (0,) * (x.dim() - 2)
+        rows = (row,) if x.dim() > 1 else ()
+        return {
+            "element": (*before, *rows, column),
+            "last element": (*before, *rows, -1),
+            "row": (*before, *rows, slice(None)),
+            "column": (..., column),
+            "half a row": (*before, *rows, slice(0, (x.shape[-1] + 1) // 2)),
+            "everything": (...,),
+        }[self.where]
+
+
+WHERE = ("element", "last element", "row", "column", "half a row", "everything")
+
+
+def places(arguments: tuple, where: tuple[str, ...] = WHERE) -> Iterator[Place]:
+    tensors = [t for t in flat(arguments) if t.is_floating_point()]
+    for i, x in enumerate(tensors):
+        yield from (Place(i, name) for name in (where if x.dim() > 1 else where[:1] if not x.dim() else where[:4:3]))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+
+
+def results(op: str, implementation: Callable, arguments: tuple) -> list[Tensor]:
+    """What comes out, or for an operator that works in place, what becomes of its arguments."""
+    result = implementation(*arguments)
+    if ops.OPERATORS[op].schema.endswith(("-> (Tensor, Tensor[], Tensor)", "-> (Tensor, Tensor[], Tensor, Tensor[])")):
+        loss, gradients, scale, *rest = result  # an implementation may put any part of the scale into the gradients
+        result = loss, [g.double() * scale for g in gradients], rest
+    return flat(arguments) if op.endswith("_") else flat(result)
+
+
+def same(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    if got.shape != expected.shape:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(got, expected)
+    if not torch.equal(got.isnan(), expected.isnan()):
+        return False
+    infinite = expected.isinf()
+    if not torch.equal(got.isinf(), infinite) or not torch.equal(got[infinite], expected[infinite]):
+        return False
+    finite = expected.isfinite()
+    g, e = got[finite].double(), expected[finite].double()
+    size = e.abs().max().item() if len(e) else 0.0
+    return bool(((g - e).abs() <= tolerance(dtype) * max(size, 1e-6)).all())
+
+
+def differences(
+    op: str, implementation: Callable, make: Inputs, where: tuple[str, ...] = WHERE, values=tuple(VALUES)
+) -> Iterator[str]:
+    """One line for each answer that isn't the specification's."""
+    specification = ops.plain(ops.reference(op))
+    for place, name in itertools.product(places(make(op), where), values):
+        wanted = make(op)
+        place.poison(wanted, VALUES[name])
+        given = make(op)
+        place.poison(given, VALUES[name])
+        expected = results(op, specification, wanted)
+        got = results(op, implementation, given)
+        for i, (g, e) in enumerate(zip(got, expected, strict=True)):
+            if not same(g, e, make.dtype):
+                yield (
+                    f"{op} {str(make.dtype)[6:]} width {make.width} temperature {make.temperature}: {name} in "
+                    f"{place.where} of tensor {place.tensor}, result {i}: {_short(g)}, expected {_short(e)}"
+                )
+
+
+def _short(x: Tensor) -> str:
+    if x.numel() < 12:
+        return str(x.flatten().tolist())
+    return f"{x.isnan().sum()} NaN, {x.isposinf().sum()} +inf, {x.isneginf().sum()} -inf of {x.numel()}"
