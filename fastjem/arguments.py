@@ -125,9 +125,9 @@ def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[st
 def outcome(command: str, work: Callable[[], int]) -> int:
     """The exit code of a command's work, whose output has reached whoever reads it.
 
-    A user's mistake is one line and 2, and so is a machine that is too small (`fastjem.advice`), no space for what is
-    printed one line and 1; Ctrl-C is 130. Where
-    nobody reads what is printed any more (`| head`) the command ends without a word, and with 141 as other programs do.
+    A user's mistake is one line and 2, and so is a machine that is too small (`fastjem.advice`); no space for what is
+    printed is one line and 1; Ctrl-C is 130. Where nobody reads what is printed any more (`| head`) the command ends
+    without a word, and with 141 as other programs do.
     """
     program = f"fastjem {command}".strip()
     try:
