@@ -131,8 +131,8 @@ def test_sinkhorn_of_no_rows_adds_nothing_to_the_other_ranks(implementation):
         assert torch.equal(none.cpu(), torch.full((4,), -torch.inf, dtype=torch.float64))
 
 
-def test_every_operator_says_what_its_arguments_must_be():
-    assert set(guard.SHAPES) == set(ops.OPERATORS)
+def test_every_operator_with_a_kernel_says_what_its_arguments_must_be():
+    assert set(guard.SHAPES) == {name for name, operator in ops.OPERATORS.items() if operator.cpu or operator.gpu}
 
 
 def test_a_public_function_refuses_freed_memory():

@@ -11,7 +11,7 @@ from poisoned import DTYPES, OF_IMAGES, TEMPERATURES, VALUES, WITHOUT_TEMPERATUR
 import fastjem.functional as F
 from fastjem import ops
 
-OPERATORS = sorted(set(ops.OPERATORS) - OF_IMAGES)
+OPERATORS = sorted(name for name, op in ops.OPERATORS.items() if (op.cpu or op.gpu) and name not in OF_IMAGES)
 MASKED = -math.inf
 
 
