@@ -45,7 +45,10 @@ def holds_its_memory(x: Tensor) -> bool:
     outside of forward. About 0.4 us.
     """
     size = x.itemsize
-    available = x.untyped_storage().nbytes() - x.storage_offset() * size
+    try:
+        available = x.untyped_storage().nbytes() - x.storage_offset() * size
+    except NotImplementedError:  # a tensor around another one, within torch.func.grad or vmap
+        return True
     if x.is_contiguous():
         return x.nbytes <= available
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))

@@ -56,6 +56,7 @@ def test_memory_is_looked_at_where_rows_are_apart():
     x = torch.randn(4, 10)[:, :7]
     assert guard.holds_its_memory(x) and guard.holds_its_memory(x[1:].T) and guard.holds_its_memory(x[:0])
     assert guard.holds_its_memory(torch.randn(1).expand(5, 6))
+    torch.func.vmap(lambda row: row * guard.holds_its_memory(row))(x)  # it has no storage of its own
     assert guard.holds_its_memory(torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last))
     x.untyped_storage().resize_(4 * 37)
     assert guard.holds_its_memory(x)
