@@ -17,7 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar, cast
 
 from fastjem.advice import advice
 from fastjem.errors import ResourceError, ToldElsewhereError, UserError
@@ -153,7 +153,7 @@ def outcome(command: str, work: Callable[[], int]) -> int:
             return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        forget_reader(sys.stdout)  # or Python says once more, as it ends, that nothing can be written
+        forget_reader(cast(TextIO, sys.stdout))  # or Python says once more, as it ends, that nothing can be written
         say(f"{program}: the output can't be written: {error.strerror}")
         return 1
     except Exception as error:

@@ -22,6 +22,7 @@ A `group` of None is this rank alone.
 import zlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,7 @@ class Agreement:
         """`x` may differ between ranks in its length along `dim`, which is its number of rows, and in nothing else."""
         self.sizes = [x.shape[dim]]
         if self.group is not None:
-            shape = [*x.shape]
+            shape: list[object] = [*x.shape]
             shape[dim] = "*"
             self.alike(f"[{', '.join(map(str, shape))}]", x.dtype, x.device.type)
 
@@ -115,7 +116,7 @@ class Agreement:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> Literal[False]:
         if self.group is None or (error is not None and not isinstance(error, Exception)):
             return False
         facts = " ".join(map(str, [f"{self.who}:", *self._facts]))

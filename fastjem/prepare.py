@@ -1,4 +1,4 @@
-"""What a rank makes of a configuration by itself: source, encoder and method, checked before it waits for the others."""
+"""What a rank makes of a configuration by itself: source, encoder, method; checked before it waits for the others."""
 
 import dataclasses
 import types

@@ -393,7 +393,7 @@ MISTAKES = [
     (lambda: F.frossl([torch.zeros(3, 4)]), "frossl: views must be at least two, got 1"),
     (lambda: F.whiten(torch.ones(5, 2)), "whiten: the covariance must be positive definite, got a singular one"),
     (lambda: F.sigreg(torch.zeros(3, 4), torch.zeros(5, 2)), "sigreg: directions must be [4, S], got (5, 2)"),
-    (lambda: ours.MMCRLoss(-1), "MMCRLoss: lmda must not be negative, got -1"),
+    (lambda: ours.MMCRLoss(-1), "MMCRLoss: lmda must be at least 0 and finite, got -1"),
     (lambda: ours.LeJEPALoss(2), "LeJEPALoss: lambda_param must be in [0, 1], got 2"),
     (lambda: ours.WMSELoss(128, w_size=100), "WMSELoss: w_size must be at least twice embedding_dim = 128, got 100"),
     (

@@ -105,7 +105,10 @@ def _describe_file(found: File, data: bytes) -> None:
             found.turned = image.getexif().get(ORIENTATION, 1) != 1
             found.progressive = bool(image.info.get("progressive"))
     except Image.UnidentifiedImageError:
-        found.kind = "TIFF" if data.startswith(TIFF) else ""
+        if data.startswith(TIFF):
+            values = np.asarray(stored(data))
+            found.kind = "TIFF"
+            found.mode = f"{values.shape[2]} x {values.dtype}"
 
 
 def _outside(data: bytes | np.ndarray, levels: Levels) -> bool:

@@ -89,7 +89,7 @@ def barlow_twins(
     z0: Tensor,
     z1: Tensor,
     *,
-    lambda_param: float = 5e-3,
+    lambda_param: float | Tensor = 5e-3,
     group: dist.ProcessGroup | None = None,
     health: Health | None = None,
 ) -> Tensor:
@@ -100,7 +100,7 @@ def barlow_twins(
 
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
-        lambda_param: weight of the off-diagonal.
+        lambda_param: weight of the off-diagonal: a number, or a 0-dim tensor, which gets its gradient.
         group: the process group over whose global batch the statistics are taken (batches may be uneven, even empty).
             Rows are gathered, or D x D squares added, whichever is fewer bytes.
         health: filled on the way.
@@ -111,18 +111,23 @@ def barlow_twins(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    return _covariance_loss("barlow_twins", z0, z1, group, health, float(lambda_param))
+    weight = checks.number("barlow_twins", "lambda_param", lambda_param, _first(z0))
+    if not isinstance(weight, Tensor):
+        return _covariance_loss("barlow_twins", z0, z1, group, health, weight)
+    diagonal = _covariance_loss("barlow_twins", z0, z1, group, health, 0.0)
+    everything = _covariance_loss("barlow_twins", z0, z1, group, None, 1.0)
+    return diagonal + weight.to(diagonal.dtype) * (everything - diagonal)
 
 
 def vicreg(
     z0: Tensor,
     z1: Tensor,
     *,
-    lambda_param: float = 25.0,
-    mu_param: float = 25.0,
-    nu_param: float = 1.0,
+    lambda_param: float | Tensor = 25.0,
+    mu_param: float | Tensor = 25.0,
+    nu_param: float | Tensor = 1.0,
     eps: float = 1e-4,
-    variance_factor: float = 0.5,
+    variance_factor: float | Tensor = 0.5,
     group: dist.ProcessGroup | None = None,
     health: Health | None = None,
 ) -> Tensor:
@@ -133,7 +138,8 @@ def vicreg(
 
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
-        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
+        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance: numbers, or 0-dim tensors,
+            which get their gradients and cost a pass each.
         eps: added to the variance.
         variance_factor: 0.5 as in the official code (and lightly's), 1 as in the paper (and solo-learn's).
         group: the process group over whose global batch the statistics are taken (batches may be uneven, even empty).
@@ -146,8 +152,39 @@ def vicreg(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    mu = 2.0 * variance_factor * mu_param  # the operator halves it
-    return _covariance_loss("vicreg", z0, z1, group, health, float(lambda_param), mu, float(nu_param), float(eps))
+    like = _first(z0)
+    factor = checks.number("vicreg", "variance_factor", variance_factor, like)
+    mu = checks.number("vicreg", "mu_param", mu_param, like)
+    weights = (
+        checks.number("vicreg", "lambda_param", lambda_param, like),
+        2.0 * factor * mu,  # the operator halves it
+        checks.number("vicreg", "nu_param", nu_param, like),
+    )
+    eps = checks.host_number("vicreg", "eps", eps, low=0, inclusive=True)
+    return _weighted(weights, lambda w, watched: _covariance_loss("vicreg", z0, z1, group, watched, *w, eps), health)
+
+
+def _first(z: object) -> Tensor | None:
+    """On whose device a weight has to be; anything but a tensor is refused later, by its own check."""
+    return z if isinstance(z, Tensor) else None
+
+
+def _weighted(
+    weights: tuple[float | Tensor, ...],
+    loss_of: Callable[[tuple[float, ...], Health | None], Tensor],
+    health: Health | None,
+) -> Tensor:
+    """A loss that is linear in its weights, of which tensors have gradients: a call of the operator for each of them.
+
+    One more is for all that are numbers, and where all are there is no other.
+    """
+    numbers = tuple(0.0 if isinstance(w, Tensor) else w for w in weights)
+    loss = loss_of(numbers, health)
+    for i, weight in enumerate(weights):
+        if isinstance(weight, Tensor):
+            part = loss_of(tuple(float(i == j) for j in range(len(weights))), None)
+            loss = loss + weight.to(part.dtype) * part
+    return loss
 
 
 def tico(
@@ -155,8 +192,8 @@ def tico(
     z1: Tensor,
     covariance: Tensor | None = None,
     *,
-    beta: float = 0.9,
-    rho: float = 8.0,
+    beta: float | Tensor = 0.9,
+    rho: float | Tensor = 8.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`1 - mean <a, b> + rho mean a^T C a`, C = beta covariance + (1 - beta) a^T a / N: TiCo.
@@ -184,6 +221,8 @@ def tico(
         d = z0.shape[1]
         if covariance is not None and covariance.shape != (d, d):
             checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
+        beta = checks.number("tico", "beta", beta, z0, low=0, high=1, inclusive=True)
+        rho = checks.number("tico", "rho", rho, z0)
         ranks.rows_of(z0)
     n = sum(ranks.sizes)
     with without_autocast(z0):
@@ -197,7 +236,8 @@ def tico(
         c = squares * ((1 - beta) / n)
         if covariance is not None:
             c = c + beta * covariance.detach().to(c.dtype)
-        return 1 + sum_of_ranks((rho * (a @ c * a) - a * b).sum(), group) / n, c
+        loss = 1 + sum_of_ranks((rho * (a @ c * a) - a * b).sum(), group) / n
+        return loss, c.detach()  # a learned beta has its gradient in this step alone
 
 
 @dataclass(frozen=True)

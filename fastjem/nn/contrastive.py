@@ -201,7 +201,8 @@ class SupConLoss(nn.Module):
         loss = F.supcon(
             z, labels, mask=mask, temperature=self.temperature, anchors=self.contrast_mode, normalize=False
         )  # fmt: skip
-        return loss * (self.temperature / self.base_temperature)
+        temperature = checks.positive("SupConLoss", "temperature", self.temperature, z)
+        return loss * (temperature / self.base_temperature)
 
 
 class _ImageText(Hooks):
@@ -273,6 +274,9 @@ class ClipLoss(_ImageText):
             return {"contrastive_loss": loss} if output_dict else loss
         options = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
         loss = F.clip_loss(image_features, text_features, logit_scale, group=group, **options)
+        if isinstance(logit_bias, Tensor):
+            # Its gradient is zero and not missing: DistributedDataParallel waits for a gradient of every parameter.
+            loss = loss + 0 * logit_bias.sum().to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def get_logits(

@@ -36,10 +36,9 @@ class SIGReg(Hooks):
     ):
         super().__init__()
         check_distributed("SIGReg", gather_distributed)
-        for name, value, least in (("knots", knots, 2), ("num_vectors", num_vectors, 1)):
-            if value < least:
-                checks.fail("SIGReg", f"{name} must be at least {least}", value)
-        checks.positive("SIGReg", t_max=t_max)
+        knots = checks.integer("SIGReg", "knots", knots, 2)
+        num_vectors = checks.integer("SIGReg", "num_vectors", num_vectors, 1)
+        t_max = checks.host_number("SIGReg", "t_max", t_max, low=0)
         self.knots = knots
         self.t_max = t_max
         self.num_vectors = num_vectors
@@ -83,9 +82,7 @@ class LeJEPALoss(nn.Module):
         sigreg_num_vectors: int = 1024,
     ):
         super().__init__()
-        if not 0 <= lambda_param <= 1:
-            checks.fail("LeJEPALoss", "lambda_param must be in [0, 1]", lambda_param)
-        self.lambda_param = lambda_param
+        self.lambda_param = checks.number("LeJEPALoss", "lambda_param", lambda_param, low=0, high=1, inclusive=True)
         self.sigreg = SIGReg(
             knots=sigreg_knots,
             t_max=sigreg_t_max,

@@ -306,7 +306,7 @@ def move_center(
 ) -> None:
     """In place, towards the mean over all ranks' rows, of which this rank's, of the centre's size, is given."""
     mean = mean_of_ranks(mean.to(center.dtype), rows, group).reshape(center.shape)
-    center.mul_(momentum).add_(mean, alpha=1 - momentum)
+    center.mul_(momentum).add_(mean * (1 - momentum))
 
 
 class Center(nn.Module):

@@ -137,13 +137,10 @@ class MSNLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"MSNLoss: temperature must be in (0, inf), got {temperature}")
-        if sinkhorn_iterations < 0:
-            raise ValueError(f"MSNLoss: sinkhorn_iterations must be at least 0, got {sinkhorn_iterations}")
+        checks.positive("MSNLoss", "temperature", temperature)
         check_distributed("MSNLoss", gather_distributed)
         self.temperature = temperature
-        self.sinkhorn_iterations = sinkhorn_iterations
+        self.sinkhorn_iterations = checks.integer("MSNLoss", "sinkhorn_iterations", sinkhorn_iterations, 0)
         self.regularization_weight = regularization_weight
         self.gather_distributed = gather_distributed
 
@@ -167,8 +164,10 @@ class MSNLoss(nn.Module):
             scores = anchors @ prototypes.T  # [V B, K]
             views = scores.split(len(targets)) if len(targets) else (scores,)  # V x [B, K]
             teacher = targets.detach() @ prototypes.detach().T
+            sharpen = checks.positive(name, "target_sharpen_temperature", target_sharpen_temperature, anchors)
+            sharp = checks.positive(name, "temperature", self.temperature, anchors) * sharpen
+            weight = checks.number(name, "regularization_weight", self.regularization_weight, anchors)
             ranks.rows_of(teacher)
-        sharp = self.temperature * target_sharpen_temperature
         bias = None
         if self.sinkhorn_iterations:
             bias = F.sinkhorn_bias(
@@ -183,12 +182,12 @@ class MSNLoss(nn.Module):
             pairs="all",
             group=group,
         )
-        if self.regularization_weight > 0:
+        if isinstance(weight, Tensor) or weight > 0:
             if is_overridden(self, "regularization_loss", MSNLoss):
                 regularizer = self._of_mean_probabilities(scores, group)
             else:
                 regularizer = F.mean_entropy(views, temperature=self.temperature, group=group)
-            loss = loss + self.regularization_weight * regularizer
+            loss = loss + (weight * regularizer).to(loss.dtype)
         return loss
 
     def regularization_loss(self, mean_anchor_probs: Tensor) -> Tensor:

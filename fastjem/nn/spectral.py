@@ -37,9 +37,7 @@ class MMCRLoss(nn.Module):
 
     def __init__(self, lmda: float = 5e-3):
         super().__init__()
-        if lmda < 0:
-            checks.fail("MMCRLoss", "lmda must not be negative", lmda)
-        self.lmda = lmda
+        self.lmda = checks.number("MMCRLoss", "lmda", lmda, low=0, inclusive=True)
 
     def forward(self, online: Tensor, momentum: Tensor) -> Tensor:
         return F.mmcr(online, momentum, lmda=self.lmda)

@@ -13,6 +13,9 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
+
+from fastjem.ops.forward_mode import refuse_forward_mode
 
 try:
     import fastjem.kernels as kernels
@@ -30,10 +33,16 @@ OPERATORS = {op: operator for family in _FAMILIES.values() for op, operator in f
 
 
 def plain(implementation: Callable) -> Callable:
-    """Run without autograd and autocast: inside a Python kernel both still act (autocast makes `@` bfloat16)."""
+    """Run without autograd and autocast: inside a Python kernel both still act (autocast makes `@` bfloat16).
+
+    Forward-mode differentiation is refused here, where every operator's every implementation passes.
+    """
+    name = getattr(implementation, "func", implementation).__name__
 
     @functools.wraps(implementation)
     def run(*args):
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(name, args)
         # By hand, as the two context managers take longer than a small loss (5 of 30 us).
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)

@@ -28,7 +28,9 @@ class Folder:
         self.others = listed.others
         found = listed.images
         if not found:
-            raise UserError(f"{root} has no images; files ending in {' '.join(ENDINGS)} are read, in subfolders too")
+            others = "".join(f"; {path} can't be listed ({why})" for path, why in listed.unlisted)
+            others += f"; there are {', '.join(f'{n} {e}' for e, n in listed.others.items())}" if listed.others else ""
+            raise UserError(f"{root} has no images; files ending in {' '.join(ENDINGS)} are read{others}")
         # One array of bytes instead of a list of strings: a forked worker then copies no reference counts.
         self.files = np.array(sorted(os.fsencode(name) for name in found))
         folders = [first_folder(os.fsdecode(name)) for name in self.files]
