@@ -1,8 +1,8 @@
 """What every launcher of a C++ kernel needs of a tensor: its dtype's code and its address.
 
-C++ is given addresses and trusts them. Shapes, dtypes and devices have been checked by `fastjem.functional`; who calls
-an operator directly answers for them. Launchers take tensors of any layout and copy rows that aren't dense. A dtype
-without a code is widened, or the reference computes it.
+C++ is given addresses and trusts them: what they stand for has been looked at before a launcher is called (guard.py).
+Launchers take tensors of any layout and copy rows that aren't dense. A dtype without a code is widened, or the
+reference computes it.
 """
 
 import torch

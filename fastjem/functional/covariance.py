@@ -17,6 +17,7 @@ from fastjem.collectives import (
     sum_over_ranks,
 )
 from fastjem.functional import checks, summed_squares
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.decompositions import eigenvalues, eigenvectors, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.kernels.arithmetic import solvable, widest
@@ -85,6 +86,7 @@ def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
     return (values / n).expand(2, -1)
 
 
+@over_ranks()
 def barlow_twins(
     z0: Tensor,
     z1: Tensor,
@@ -119,6 +121,7 @@ def barlow_twins(
     return diagonal + weight.to(diagonal.dtype) * (everything - diagonal)
 
 
+@over_ranks()
 def vicreg(
     z0: Tensor,
     z1: Tensor,
@@ -187,6 +190,7 @@ def _weighted(
     return loss
 
 
+@over_ranks(lambda z0, *_, **__: [(), (z0.shape[1], z0.shape[1])], packed=tuple)
 def tico(
     z0: Tensor,
     z1: Tensor,
@@ -223,6 +227,8 @@ def tico(
             checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
         beta = checks.number("tico", "beta", beta, z0, low=0, high=1, inclusive=True)
         rho = checks.number("tico", "rho", rho, z0)
+        if isinstance(beta, Tensor):
+            beta = widest(beta)
         ranks.rows_of(z0)
     n = sum(ranks.sizes)
     with without_autocast(z0):

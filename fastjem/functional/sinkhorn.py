@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement, stack_of_ranks
 from fastjem.functional import checks
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import over
 from fastjem.kernels.arithmetic import widest, widest_dtype
@@ -15,6 +16,7 @@ from fastjem.ops.autograd import ops
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
+@over_ranks(lambda scores, **_: [scores.shape], differentiable=False)
 def sinkhorn(
     scores: Tensor,
     *,
@@ -62,6 +64,7 @@ def sinkhorn(
     return ops.sinkhorn_codes(scores, bias, epsilon, dtype)
 
 
+@over_ranks(lambda scores, **_: [(scores if isinstance(scores, Tensor) else scores[0]).shape[1:]], differentiable=False)
 def sinkhorn_bias(
     scores: Tensor | Sequence[Tensor],
     *,
@@ -112,12 +115,7 @@ def _unnormalised(
 
 
 def _checked(
-    op: str,
-    epsilon: float | Tensor,
-    iterations: int,
-    group: dist.ProcessGroup | None,
-    *scores: Tensor,
-    least: int = 1,
+    op: str, epsilon: float | Tensor, iterations: int, group: dist.ProcessGroup | None, *scores: Tensor, least: int = 1
 ) -> tuple[list[Tensor], float, int]:
     """The scores, constants; an epsilon that is a tensor goes into them."""
     contract = "scores must be [B, K]" if len(scores) == 1 else "scores must be [B, K] with the same K"

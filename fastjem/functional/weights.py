@@ -59,12 +59,12 @@ def _check_dtypes(op: str, teacher: torch.dtype, student: torch.dtype, i: int) -
 
 def _momentum(op: str, momentum: float | Tensor, like: Tensor) -> Tensor:
     """0-dim, in float64 where there is one: 1 - 0.9999 in float32 is off by 3e-4 of itself."""
-    number = checks.number(op, "momentum", momentum, like, low=0, high=1, inclusive=True)
-    if not isinstance(number, Tensor):
-        return torch.full((), number, dtype=widest_dtype(like.device), device=like.device)
-    if number.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= number.item() <= 1:
-        checks.fail(op, "momentum must be in [0, 1]", number.item())
-    return widest(number)
+    momentum = checks.number(op, "momentum", momentum, like, low=0, high=1, inclusive=True)
+    if not isinstance(momentum, Tensor):
+        return torch.full((), momentum, dtype=widest_dtype(like.device), device=like.device)
+    if momentum.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= momentum.item() <= 1:
+        checks.fail(op, "momentum must be in [0, 1]", momentum.item())
+    return widest(momentum)
 
 
 def _local(op: str, teacher: list[Tensor], student: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

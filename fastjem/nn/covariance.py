@@ -268,7 +268,8 @@ class TiCoLoss(nn.Module):
         with Agreement("TiCoLoss", group) as ranks:
             checks.matrices("TiCoLoss", "z_a and z_b must be [N, D] both", z_a, z_b, may_be_empty=0)
             ranks.rows_of(z_a)
-        if sum(ranks.sizes) < 2 and not self.defer_covariance_update:
+        knows_sizes = not torch.compiler.is_compiling()
+        if knows_sizes and sum(ranks.sizes) < 2 and not self.defer_covariance_update:
             checks.fail("TiCoLoss", "z_a and z_b must have N >= 2 rows, for a covariance", f"N = {sum(ranks.sizes)}")
         loss, covariance = F.tico(z_a, z_b, self.C, beta=self.beta, rho=self.rho, group=group)
         if update_covariance_matrix and self.defer_covariance_update:

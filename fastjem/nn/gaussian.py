@@ -56,7 +56,7 @@ class SIGReg(Hooks):
 
     def directions(self, proj: Tensor) -> Tensor:
         """[D, num_vectors] fresh random unit columns for embeddings [..., D], on every rank the same."""
-        return F.random_directions(proj.shape[-1], self.num_vectors, proj, default_group(self.gather_distributed))
+        return F.random_directions(proj.shape[-1], self.num_vectors, proj, group=default_group(self.gather_distributed))
 
     def forward(self, proj: Tensor) -> Tensor:
         proj = proj.flatten(0, -3) if proj.dim() > 3 else proj
