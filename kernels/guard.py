@@ -54,7 +54,8 @@ def holds_its_memory(x: Tensor) -> bool:
     except NotImplementedError:  # a tensor around another one, within torch.func.grad or vmap
         return True
     if x.is_contiguous():
-        return x.nbytes + x.storage_offset() * x.itemsize <= held
+        nothing_is_read = not x.nbytes  # an empty view may begin anywhere
+        return nothing_is_read or x.nbytes + x.storage_offset() * x.itemsize <= held
     last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return not x.numel() or (last + 1) * x.itemsize <= held
 
