@@ -1,6 +1,7 @@
-"""What of a run reaches the disk when something goes wrong: damaged checkpoints, NaN, errors, full disks, two writers."""
+"""What of a run reaches the disk when something goes wrong: damaged files, NaN, errors, full disks, two writers."""
 
 import errno
+import io
 import os
 import pickle
 import subprocess
@@ -29,6 +30,11 @@ TINY: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1,
     "knn_every": 0, "report": False,
 }  # fmt: skip
+
+TINY_LINE = [
+    *("--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16", "--workers", "0", "--device", "cpu"),
+    *("--knn-every", "0", "--no-report"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +72,6 @@ def other_pickle(_: bytes) -> bytes:
 
 
 def other_checkpoint(_: bytes) -> bytes:
-    import io
-
     file = io.BytesIO()
     torch.save({"state_dict": {"weight": torch.ones(2)}, "epoch": 3}, file)
     return file.getvalue()
@@ -100,15 +104,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(damage: str, 
     state = checkpoints.load(tmp_path, said.append)
     assert state is not None and state["step"] == 2 and state["model"]["weight"][0] == 2
     assert len(said) == 1 and f"{last} is no checkpoint" in said[0] and "last-1.pt is taken, of step 2" in said[0]
-    if damage != "folder":  # the damaged one isn't what is kept for the next time
-        checkpoints.keep_earlier(tmp_path, 2)
-        checkpoints.save(tmp_path, state_of(4))
-        assert [checkpoints.read(checkpoints.earlier(tmp_path, i))["step"] for i in (0, 1)] == [4, 2]
+    assert last.exists() and checkpoints.load(tmp_path, None, set_aside=True) and not last.exists()
+    checkpoints.keep_earlier(tmp_path, 2)
+    checkpoints.save(tmp_path, state_of(4))  # the damaged one isn't what is kept for the next time
+    assert [checkpoints.read(checkpoints.earlier(tmp_path, i))["step"] for i in (0, 1)] == [4, 2]
     for path in last.parent.iterdir():
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(UserError, match="no earlier one can be read"):
-        last.is_dir() or checkpoints.load(tmp_path, None)
         checkpoints.load(tmp_path, None)
 
 
@@ -215,20 +218,7 @@ def test_weights_that_are_not_finite_are_never_saved(images: str, tmp_path: Path
 
 def test_a_giant_rate_ends_in_words(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["--data", images, "--out", str(tmp_path / "run"), "--learning-rate", "1e30", "--epochs", "20"]
-    tiny = [
-        "--backbone",
-        "test_resnet",
-        "--image-size",
-        "32",
-        "--batch-size",
-        "16",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-        "--no-report",
-    ]
-    assert main(["pretrain", *line, *tiny]) == 2
+    assert main(["pretrain", *line, *TINY_LINE]) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said and "the loss is not a number since step 2" in said
     assert "step 5: the run is collapsing" in said  # the first step that is logged: log_every is 10
@@ -345,9 +335,7 @@ def test_a_full_disk_is_no_success(
         str(tmp_path / "run"),
         *["--epochs", "1", "--batch-size", "16", "--workers", "0"],
     ]
-    code = main(
-        ["pretrain", *line, *["--backbone", "test_resnet", "--image-size", "32", "--device", "cpu", "--no-report"]]
-    )
+    code = main(["pretrain", *line, *TINY_LINE])
     said = capsys.readouterr().err
     assert code == (1 if room else 2) and "Traceback" not in said
     if room:

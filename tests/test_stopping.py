@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from images import make_folder
 
-from fastjem import launchers, stopping
+from fastjem import arguments, launchers, stopping
 from fastjem.advice import DESCRIPTORS, GPU_MEMORY, HOST_MEMORY, KILLED, OTHER_RANK, PROCESSES, SHARED_MEMORY, advice
+from fastjem.cli import main
 from fastjem.errors import ToldElsewhereError, UserError
 from fastjem.launchers import Place, first_node, place
 from fastjem.ranks import Ranks, join
@@ -24,8 +27,8 @@ TINY = ["--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16",
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"), SHARED_MEMORY),
-        (RuntimeError("Caught OSError in DataLoader worker process 0.\n...\nOSError: [Errno 28] No space left on device"), SHARED_MEMORY),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>"), SHARED_MEMORY),
+        (OSError("Caught OSError in DataLoader worker process 0.\n...\nNo space left on device"), SHARED_MEMORY),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. It is possible ..."), SHARED_MEMORY),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), KILLED),
         (RuntimeError("DataLoader worker (pid(s) 3, 4) exited unexpectedly"), KILLED),
@@ -33,7 +36,7 @@ TINY = ["--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16",
         (OSError(24, "Too many open files"), DESCRIPTORS),
         (OSError(12, "Cannot allocate memory"), HOST_MEMORY),
         (MemoryError(), HOST_MEMORY),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"), HOST_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), HOST_MEMORY),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), GPU_MEMORY),
         (RuntimeError("can't start new thread"), PROCESSES),
         (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.1.1]:1"), OTHER_RANK),
@@ -108,11 +111,11 @@ class Source:
         return self.folder.read(i)
 
 if sys.argv[1] == "full":
-    def refuse(tensor, *_): raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left")
+    def refuse(tensor, *_): raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
     torch.Tensor.share_memory_ = refuse
 def run(options):
-    result = fastjem.pretrain(source=Source(), backbone="test_resnet", image_size=32, batch_size=16, device="cpu", workers=1,
-                              report=False, log_every=1, knn_every=0, epochs=500, out=sys.argv[3])
+    result = fastjem.pretrain(source=Source(), backbone="test_resnet", image_size=32, batch_size=16, device="cpu",
+                              workers=1, report=False, log_every=1, knn_every=0, epochs=500, out=sys.argv[3])
     return 130 if result.stopped else 0
 from fastjem.arguments import outcome
 sys.exit(outcome("pretrain", lambda: run(None)))
@@ -128,8 +131,6 @@ sys.exit(outcome("pretrain", lambda: run(None)))
     ],
 )
 def test_a_worker_that_fails_ends_the_run_in_a_line(what: str, tmp_path: Path) -> None:
-    from images import make_folder
-
     images = make_folder(tmp_path / "images", 32)
     line = [sys.executable, "-c", PROGRAM, what, str(images), str(tmp_path / "run")]
     process = subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
@@ -154,7 +155,8 @@ def test_places() -> None:
     torchrun = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
                 "MASTER_ADDR": "a", "MASTER_PORT": "1"}  # fmt: skip
     slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77",
-             "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}  # fmt: skip
+             "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[07-08]",
+             "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}  # fmt: skip
     assert place({**slurm, **torchrun}) == Place(3, 4, 1, 2)
     assert place(slurm) == Place(3, 4, 1, 2, ("gpu07", 15077))
     assert place({**slurm, "MASTER_ADDR": "b", "MASTER_PORT": "9"}).address == ("b", 9)
@@ -174,7 +176,8 @@ def test_places() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("node[003-006,010],x", "node003"), ("a[1,3]-ib,b", "a1-ib"), ("r[1-2]n[3-4]", "r1n3")],
+    [("n1", "n1"), ("n1,n2", "n1"), ("node[003-006,010],x", "node003"), ("a[1,3]-ib,b", "a1-ib"),
+     ("r[1-2]n[3-4]", "r1n3")],
 )  # fmt: skip
 def test_first_node(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
@@ -191,6 +194,7 @@ def test_one_process_needs_nobody() -> None:
 TASK = """
 import sys, torch, torch.distributed as dist
 torch.set_num_threads(1)
+from fastjem.cli import main
 from fastjem.errors import ToldElsewhereError, UserError
 from fastjem.ranks import join, leave
 for _ in range(2):  # a second time in one process
@@ -215,7 +219,7 @@ print(sum(ranks.tells() for _ in range(1)))
 
 def test_tasks_of_slurm_are_ranks(tmp_path: Path) -> None:
     """Two tasks of one step, as srun would start them."""
-    with __import__("socket").create_server(("localhost", 0)) as free:
+    with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
     slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": port,
              "OMP_NUM_THREADS": "1"}  # fmt: skip
@@ -234,8 +238,6 @@ def test_tasks_of_slurm_are_ranks(tmp_path: Path) -> None:
 def test_of_all_ranks_the_first_tells_a_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fastjem import arguments
-    from fastjem.cli import main
 
     monkeypatch.setattr(arguments, "LAST_WORDS", 0)
     monkeypatch.setenv("WORLD_SIZE", "2")

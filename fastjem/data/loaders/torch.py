@@ -1,5 +1,6 @@
 """Crops of images that Pillow decodes, in a torch DataLoader's workers."""
 
+import contextlib
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing import active_children
@@ -127,6 +128,9 @@ def _checked(batches: Iterator[Crops], workers: set[BaseProcess]) -> Iterator[Cr
     except BaseException:
         for worker in workers:  # which ignores what asks it to end; Python would wait for it at its own end
             worker.kill()
+        for worker in workers:
+            with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD, which tells of those killed here
+                worker.join()
         raise
 
 
