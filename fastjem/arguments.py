@@ -18,7 +18,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar, cast
 
 from fastjem.advice import advice
 from fastjem.errors import ResourceError, ToldElsewhereError, UserError
@@ -125,9 +125,9 @@ def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[st
 def outcome(command: str, work: Callable[[], int]) -> int:
     """The exit code of a command's work, whose output has reached whoever reads it.
 
-    A user's mistake is one line and 2, and so is a machine that is too small (`fastjem.advice`), no space for what is
-    printed one line and 1; Ctrl-C is 130. Where
-    nobody reads what is printed any more (`| head`) the command ends without a word, and with 141 as other programs do.
+    A user's mistake is one line and 2, and so is a machine that is too small (`fastjem.advice`); no space for what is
+    printed is one line and 1; Ctrl-C is 130. Where nobody reads what is printed any more (`| head`) the command ends
+    without a word, and with 141 as other programs do.
     """
     program = f"fastjem {command}".strip()
     try:
@@ -156,7 +156,7 @@ def outcome(command: str, work: Callable[[], int]) -> int:
             return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        forget_reader(sys.stdout)  # or Python says once more, as it ends, that nothing can be written
+        forget_reader(cast(TextIO, sys.stdout))  # or Python says once more, as it ends, that nothing can be written
         say(f"{program}: the output can't be written: {error.strerror}")
         return 1
     except Exception as error:

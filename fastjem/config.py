@@ -18,6 +18,7 @@ from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS
 
 FILE = "config.yaml"
+MOST_VIEWS = 1000  # small ones of an image: each is a crop to be made and a row of the batch
 Option = bool | int | float | str
 
 
@@ -181,8 +182,11 @@ def _check_numbers(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value > 1:
             raise UserError(f"{config.flag(name)} must be between 0 and 1, got {value}")
-    if config.image_size > LARGEST:
-        raise UserError(f"--image-size must be at most {LARGEST}, got {config.image_size}")
+    for name in ("image_size", "channels"):
+        if getattr(config, name) > LARGEST:
+            raise UserError(f"{config.flag(name)} must be at most {LARGEST}, got {getattr(config, name)}")
+    if config.small_views is not None and config.small_views > MOST_VIEWS:
+        raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
     if config.workers < -1:
         raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
     if config.batch_size < 2:
@@ -200,7 +204,7 @@ def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:
 
 
 # What decides which network a run has, and which images: none of it may be guessed when a run is opened again.
-NEEDED = ("out", "data", "method", "backbone", "image_size", "stem", "patch_size", "pool")
+NEEDED = ("out", "data", "method", "backbone", "image_size", "stem", "patch_size")
 
 
 def read(out: Path) -> tuple[Config, Pixels, str | None]:
@@ -210,6 +214,22 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
         UserError: where there is none, one of an earlier version, or one that is damaged or somebody else's; it names
             the file and the key.
     """
+    config, given = read_options(out)
+    path = out / FILE
+    if "pixels" not in given:
+        raise UserError(f"{path} was written by an earlier version of fastjem, whose runs this one can't open")
+    pool = given.get("pool", "")
+    if pool == "" or not isinstance(pool, str | None):
+        raise UserError(f"{path}: pool must be text or None, got {fields.came(pool)}")
+    with reading.named(path):
+        pixels = Pixels.from_dict(given["pixels"])
+        if pixels.size != config.image_size:
+            raise UserError(f"pixels' size is {pixels.size}, and image_size {config.image_size}")
+    return config, pixels, pool
+
+
+def read_options(out: Path) -> tuple[Config, dict[str, Any]]:
+    """(the configuration of the run in a folder, all that its file says), of an earlier version too; see `read`."""
     path = out / FILE
     try:
         given = reading.json_object(path)
@@ -218,8 +238,6 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
     known = [f.name for f in dataclasses.fields(Config)]
     if not set(known) & given.keys():
         raise UserError(f"{path} is no run's configuration: it has none of a run's keys")
-    if "pixels" not in given:
-        raise UserError(f"{path} was written by an earlier version of fastjem, whose runs this one can't open")
     lacking = [name for name in NEEDED if name not in given]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}")
@@ -229,13 +247,7 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
         config = Config(**values)
         _check_numbers(config)
         _check_choices(config)
-        pixels = Pixels.from_dict(given["pixels"])
-        if pixels.size != config.image_size:
-            raise UserError(f"pixels' size is {pixels.size}, and image_size {config.image_size}")
-    pool = given["pool"]
-    if not isinstance(pool, str | None):
-        raise UserError(f"{path}: pool must be text or None, got {fields.came(pool)}")
-    return config, pixels, pool
+    return config, given
 
 
 def check_resumed(config: Config, before: Config) -> None:

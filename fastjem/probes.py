@@ -1,22 +1,59 @@
 """How good an encoder's embeddings are: nearest labelled neighbours, a linear probe, effective rank, deviations."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from fastjem.advice import advice
 from fastjem.data.pixels import Pixels, whole_images
 from fastjem.data.source import Source
-from fastjem.errors import UserError
+from fastjem.errors import ResourceError, UserError
 from fastjem.kernels.arithmetic import solvable, widest_dtype
 from fastjem.machine import available_cores
+from fastjem.printing import say
 
 ELEMENTS = 2**20  # that are widened at a time
 BANK, QUERIES = 8192, 2048  # rows of one block of similarities
 Compute = Callable[[Tensor], Sequence[Tensor]]  # images [B, C, H, W] -> one or more kinds of features [B, D]
+# Folders of these names are parts of a data set. One may be a class (CIFAR-100 has trains), all of them are none.
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
+NAMED = 20  # images that can't be read which are named one by one
+
+
+class Computed(NamedTuple):
+    """Features of those images of a source that can be read."""
+
+    arrays: list[Tensor]  # one a kind of features, [N, D]
+    images: list[int]  # N positions in the source
+    unreadable: list[str]  # why each of the others can't be
+
+
+class _Readable(Dataset):
+    """(position, image) of a data set; a text in place of an image that can't be read, which ends nothing."""
+
+    def __init__(self, images: Any):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
+        try:
+            return i, self.images[i]
+        except UserError as error:
+            return i, str(error)
+
+
+def _together(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], list[str], Tensor | None]:
+    """(positions, images [B, C, H, W]) of what can be read of a batch, and between them what can't, in words."""
+    found = [(i, image) for i, image in items if isinstance(image, Tensor)]
+    unreadable = [text for _, text in items if isinstance(text, str)]
+    return [i for i, _ in found], unreadable, torch.stack([image for _, image in found]) if found else None
 
 
 @torch.no_grad()
@@ -30,41 +67,73 @@ def features(
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> list[Tensor]:
+) -> Computed:
     """What `compute` makes of whole images: for each kind of features one array [N, D], which is held once.
+
+    An image that can't be read is left out and said.
 
     Args:
         pixels: how the images become numbers: those of the run that trained the encoder.
         indices: of the images in the source; None: all.
         workers: processes that read images.
         dtype: of the arrays; float16 halves them.
+
+    Raises:
+        UserError: where none can be read, or a process that reads them has died.
     """
     if indices is None:
         indices = range(len(source))
     arrays: list[Tensor] = []
-    done = 0
-    for images in DataLoader(whole_images(source, indices, pixels), batch, num_workers=workers):
+    kept: list[int] = []
+    unreadable: list[str] = []
+    loader = DataLoader(
+        _Readable(whole_images(source, indices, pixels)), batch, num_workers=workers, collate_fn=_together
+    )
+    for positions, texts, images in _read(loader):
+        for text in texts[: max(NAMED - len(unreadable), 0)]:
+            say(f"fastjem: skipped: {text}")
+        unreadable += texts
+        if images is None:
+            continue
         parts = compute(pixels.decoded.normalise(images, device))
         if not arrays:
             arrays = [torch.empty(len(indices), part.shape[1], dtype=dtype, device=part.device) for part in parts]
         for array, part in zip(arrays, parts, strict=True):
-            array[done : done + len(part)] = part
-        done += len(images)
-    return arrays
+            array[len(kept) : len(kept) + len(part)] = part
+        kept += [int(indices[i]) for i in positions]
+    if not kept:
+        raise UserError(f"none of the images in {source.root} can be read; the first: {unreadable[0]}")
+    if len(unreadable) > NAMED:
+        say(f"fastjem: skipped {len(unreadable)} images of {source.root} in all")
+    return Computed([array[: len(kept)] for array in arrays], kept, unreadable)
+
+
+def _read(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; UserError where one of its processes has died."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        line = advice(error)
+        if line is None:
+            raise
+        raise ResourceError(line) from error
 
 
 def embed(
     encoder: nn.Module, source: Source, pixels: Pixels, *, limit: int = 0, batch: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """(embeddings [N, D], labels [N]) of the source's images, or of `limit` of them spread evenly over it."""
+    """(embeddings [N, D], labels [N]) of the source's images, or of `limit` of them spread evenly over it; one that
+    can't be read is left out and said.
+    """
     size = len(source)
     indices = range(size) if not limit or limit >= size else [i * size // limit for i in range(limit)]
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     training = encoder.training
     encoder.eval()
-    (rows,) = features(lambda x: [encoder(x)], source, pixels, indices=indices, batch=batch, device=device)
+    found = features(lambda x: [encoder(x)], source, pixels, indices=indices, batch=batch, device=device)
     encoder.train(training)
-    return rows, torch.as_tensor(labels_of(source)[list(indices)], device=rows.device)
+    (rows,) = found.arrays
+    return rows, torch.as_tensor(labels_of(source)[found.images], device=rows.device)
 
 
 def labels_of(source: Source) -> np.ndarray:
@@ -216,6 +285,25 @@ class Split(NamedTuple):
     query_images: Sequence[int]
 
 
+def parts_not_classes(classes: Sequence[str]) -> bool:
+    """Whether class folders are called as the parts of a data set are: train, test."""
+    return bool(classes) and all(name.lower() in PARTS for name in classes)
+
+
+def _must_have_classes(source: Source) -> None:
+    """UserError where a source's classes are the parts of a data set; a word where some of them may be."""
+    parts = [name for name in source.classes if name.lower() in PARTS]
+    if parts_not_classes(source.classes):
+        train = next((name for name in parts if name.lower().startswith("train")), None)
+        other = next((name for name in parts if name != train), None)
+        named = (("--train", train), ("--test", other))
+        hint = " ".join(f"{option} {os.path.join(source.root, name)}" for option, name in named if name)
+        raise UserError(f"{source.root} has parts of a data set ({', '.join(parts)}), no classes: {hint} names them")
+    if len(parts) > 1:
+        others = len(source.classes) - len(parts)
+        say(f"fastjem: {', '.join(parts)} in {source.root} are taken for classes, beside {others} others")
+
+
 def split(train: Source, test: Source | None) -> Split:
     """All of `train` and all of `test`; without a test folder each tenth image of `train` is held out.
 
@@ -223,6 +311,7 @@ def split(train: Source, test: Source | None) -> Split:
         UserError: where there are no labels, or others in the one than in the other.
     """
     for source in filter(None, (train, test)):
+        _must_have_classes(source)
         if source.labels is None:
             raise UserError(f"{source.root} is flat: a folder for each class is needed to know what is right")
         if len(source.classes) == 1:

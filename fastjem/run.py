@@ -133,7 +133,7 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
     if config.data is None:
         config = replace(config, data=str(shapes.folder() / "train"))
         if speaks():
-            say(f"no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
+            say(f"fastjem: no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
     return config, new
 
 

@@ -1,5 +1,6 @@
 """`fastjem demo`: train on the embedded data set for minutes, and say what that was worth."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import encoders
+from fastjem import encoders, fields
 from fastjem.config import Config
 from fastjem.data import shapes
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import open_source
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
+from fastjem.printing import say
 from fastjem.probes import knn_accuracy
 from fastjem.report import write
 from fastjem.run import pretrain
@@ -31,14 +33,17 @@ RECIPE: dict[str, Any] = {
 class DemoOptions:
     """Train on the embedded data set (ten shapes) and compare: raw pixels, untrained encoder, trained encoder."""
 
-    out: str = field(default="runs/demo", metadata={"help": "folder of the run; a number is added if it is taken"})
+    out: str = field(
+        default="runs/demo", metadata={"help": "folder of the run; a number is added if it is taken", "path": True}
+    )
     steps: int = field(default=900, metadata={"help": "of 64 images"})
     seed: int = field(default=0, metadata={"help": "of weights and views"})
-    device: str = field(default="auto", metadata={"help": "auto | cpu | cuda"})
+    device: str = field(default="auto", metadata={"help": "auto | cpu | cuda", "device": True})
 
 
 def demo(options: DemoOptions) -> tuple[dict[str, float], Path]:
     """kNN accuracy of pixels, untrained and trained encoder on the test images, and the run's folder."""
+    fields.conform(options, "demo: {}".format)
     if options.steps < 1:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
     out = free_folder(options.out)
@@ -82,5 +87,5 @@ def main(options: DemoOptions) -> int:
     for name, accuracy in found.items():
         table.add_row(name, f"{accuracy:.1%}")
     Console().print(table)
-    print(f"report: {write(out)}")
+    say(f"report: {write(out)}", sys.stdout)
     return 0

@@ -1,6 +1,7 @@
 """`fastjem evaluate`: an encoder's features measured, and the figures beside the run."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastjem import checkpoints
+from fastjem import checkpoints, fields, reading
 from fastjem.data import shapes
 from fastjem.data.source import Source, open_source
 from fastjem.errors import UserError
-from fastjem.probes import default_workers, features, labels_of, measure, split
+from fastjem.printing import say
+from fastjem.probes import Computed, default_workers, features, labels_of, measure, split
 from fastjem.runs import Opened, open_run
 
 
@@ -21,21 +23,44 @@ from fastjem.runs import Opened, open_run
 class EvaluateOptions:
     """How well an encoder's features tell classes apart: kNN, linear probe, effective rank, deviations."""
 
-    run: str = field(metadata={"help": "run folder, or an exported encoder.safetensors", "positional": True})
-    train: str = field(default="", metadata={"help": "class folders; none: the data of the run"})
-    test: str = field(default="", metadata={"help": "class folders; none: beside `train`, or each tenth image of it"})
+    run: str = field(
+        metadata={"help": "run folder, or an exported encoder.safetensors", "positional": True, "path": True}
+    )
+    train: str | None = field(default=None, metadata={"help": "class folders; none: the data of the run", "path": True})
+    test: str | None = field(
+        default=None,
+        metadata={"help": "class folders; none: beside `train`, or each tenth image of it", "path": True},
+    )
     features: Literal["encoder", "projector", "both"] = field(default="encoder", metadata={"help": "of which part"})
     k: int = field(default=20, metadata={"help": "neighbours that vote"})
     temperature: float = field(default=0.07, metadata={"help": "votes weigh exp(cosine / temperature)"})
     half: bool = field(default=False, metadata={"help": "keep features as float16, half the memory"})
     workers: int = field(default=-1, metadata={"help": "processes that read images; -1: one a core"})
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where the encoder runs"})
+    device: Literal["auto", "cpu", "cuda"] = field(
+        default="auto", metadata={"help": "where the encoder runs", "device": True}
+    )
+    out: str | None = field(
+        default=None,
+        metadata={"help": "file of the figures; none: evaluation.json in the run's folder", "path": True},
+    )
+
+
+class NotWritten(UserError):
+    """The figures were computed and could not be written; they are in `figures`."""
+
+    def __init__(self, path: Path, why: str, figures: dict[str, Any]):
+        super().__init__(f"{path} could not be written ({why}); --out names another file")
+        self.figures = figures
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Every figure, also written to `evaluation.json` in the run's folder (beside an export).
+    """Every figure, also written to `evaluation.json` in the run's folder (beside an export) or to `options.out`.
 
-    Images become numbers as they did in the run.
+    Images become numbers as they did in the run; those that can't be read are left out, said and counted.
+
+    Raises:
+        NotWritten: with the figures, where the file could not be written.
+        UserError: for what can't be done, with the reason.
     """
     _check(options)
     opened = open_run(options.run)
@@ -52,7 +77,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         embeddings = encoder(images)
         return [embeddings if kind == "encoder" else projector(embeddings) for kind in kinds]
 
-    def features_of(source: Source, indices: Sequence[int]) -> list[Tensor]:
+    def features_of(source: Source, indices: Sequence[int]) -> Computed:
         return features(
             compute,
             source,
@@ -65,8 +90,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     bank = features_of(known.bank, known.bank_images)
     queries = features_of(known.queries, known.query_images)
-    labels = torch.as_tensor(labels_of(known.bank)[known.bank_images], device=bank[0].device)
-    truth = torch.as_tensor(labels_of(known.queries)[known.query_images], device=bank[0].device)
+    where = bank.arrays[0].device
+    labels = torch.as_tensor(labels_of(known.bank)[bank.images], device=where)
+    truth = torch.as_tensor(labels_of(known.queries)[queries.images], device=where)
+    k = min(options.k, len(labels))
+    if k < options.k:
+        say(f"fastjem: --k {options.k} is more than the {k} images whose labels are known: all of them vote")
     result = {
         "run": str(opened.path),
         "step": opened.step,
@@ -76,22 +105,30 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "train_images": len(labels),
         "test_images": len(truth),
         "classes": len(known.bank.classes),
-        "k": options.k,
+        "unreadable_images": len(bank.unreadable) + len(queries.unreadable),
+        "k": k,
         "temperature": options.temperature,
         "features": {
-            kind: measure(bank_rows, labels, query_rows, truth, k=options.k, temperature=options.temperature)
-            for kind, bank_rows, query_rows in zip(kinds, bank, queries, strict=True)
+            kind: measure(bank_rows, labels, query_rows, truth, k=k, temperature=options.temperature)
+            for kind, bank_rows, query_rows in zip(kinds, bank.arrays, queries.arrays, strict=True)
         },
     }
-    _write(opened.folder / "evaluation.json", result)
+    path = opened.folder / "evaluation.json" if options.out is None else Path(options.out)
+    try:
+        checkpoints.write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+    except OSError as error:
+        raise NotWritten(path, reading.why_not(error), result) from None
     return result
 
 
 def _check(options: EvaluateOptions) -> None:
+    fields.conform(options, "evaluate: {}".format)
     if options.k < 1:
         raise UserError(f"--k must be at least 1, got {options.k}")
-    if options.temperature <= 0:
-        raise UserError(f"--temperature must be positive, got {options.temperature}")
+    if not 0 < options.temperature < math.inf:
+        raise UserError(f"--temperature must be positive and finite, got {options.temperature}")
+    if options.workers < -1:
+        raise UserError(f"--workers must be at least 0, or -1 for one a core, got {options.workers}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
 
@@ -100,7 +137,10 @@ def _sources(options: EvaluateOptions, opened: Opened) -> tuple[Source, Source |
     """The labelled images, and those to ask for; None: some of the former."""
     if options.test and not options.train:
         raise UserError("--test needs --train, the images whose labels are known")
-    root = Path(options.train or (opened.config.data if opened.config else "") or shapes.folder() / "train")
+    of_run = opened.config.data if opened.config else None
+    root = Path(options.train or of_run or shapes.folder() / "train")
+    if not (options.train or of_run):
+        say(f"fastjem: neither --train nor the run names any data: the embedded data set is taken ({root})")
     if not root.exists() and not options.train:
         raise UserError(f"the run's data, {root}, is no longer there; --train and --test say what to use")
     if options.test:
@@ -111,24 +151,27 @@ def _sources(options: EvaluateOptions, opened: Opened) -> tuple[Source, Source |
     return open_source(root), None
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
-    try:
-        checkpoints.write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
 def main(options: EvaluateOptions) -> int:
+    try:
+        show(evaluate(options))
+    except NotWritten as error:
+        show(error.figures)
+        raise
+    return 0
+
+
+def show(result: dict[str, Any]) -> None:
+    """A table of the figures."""
     from rich.console import Console
     from rich.table import Table
 
-    result = evaluate(options)
     held_out = ", each tenth image held out" if result["held_out"] else ""
-    title = f"{result['test_images']} images of {result['classes']} classes, {result['train_images']} known{held_out}"
+    left_out = f"; {result['unreadable_images']} can't be read" if result["unreadable_images"] else ""
+    images = f"{result['test_images']} images of {result['classes']} classes"
+    title = f"{images}, {result['train_images']} known{held_out}{left_out}"
     table = Table("features", f"kNN, k = {result['k']}", "linear probe", "RankMe", "std: min, median, max", title=title)
     for kind, row in result["features"].items():
         deviations = ", ".join(f"{row[f'std_{which}']:.3g}" for which in ("min", "median", "max"))
         rank = f"{row['rankme']:.1f} of {row['dimensions']}"
         table.add_row(kind, f"{row['knn']:.1%}", f"{row['linear_probe']:.1%}", rank, deviations)
     Console().print(table)
-    return 0

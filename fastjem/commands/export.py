@@ -6,6 +6,7 @@ Both files say in their metadata how the encoder takes pixels: `fastjem.data.pix
 import contextlib
 import io
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastjem import encoders
+from fastjem import encoders, fields, reading
+from fastjem.checkpoints import write_atomically
 from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError
+from fastjem.printing import say
 from fastjem.runs import open_run
 
 
@@ -23,13 +26,14 @@ from fastjem.runs import open_run
 class ExportOptions:
     """Write a run's encoder without projector and predictor; from a run that was killed too."""
 
-    run: str = field(metadata={"help": "run folder", "positional": True})
-    out: str = field(default="encoder.safetensors", metadata={"help": "file to write"})
+    run: str = field(metadata={"help": "run folder", "positional": True, "path": True})
+    out: str = field(default="encoder.safetensors", metadata={"help": "file to write", "path": True})
     onnx: bool = field(default=False, metadata={"help": "an .onnx file beside it, checked against the encoder"})
 
 
 def export(options: ExportOptions) -> list[Path]:
     """The files written."""
+    fields.conform(options, "export: {}".format)
     out = Path(options.out)
     if out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, got {out}")
@@ -38,7 +42,7 @@ def export(options: ExportOptions) -> list[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         encoders.save(opened.encoder, str(out), opened.metadata)
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror or error}") from None
+        raise UserError(f"--out {out}: {reading.why_not(error)}") from None
     written = [out]
     if options.onnx:
         written.append(out.with_suffix(".onnx"))
@@ -59,7 +63,8 @@ def to_onnx(
         The largest difference between onnxruntime's values and the encoder's, as a share of the largest value.
 
     Raises:
-        UserError: where a package is missing, or onnxruntime's values differ from the encoder's by more than tolerance.
+        UserError: where a package is missing, the file can't be written, or onnxruntime's values differ from the
+            encoder's by more than tolerance: then there is no file.
     """
     try:
         import onnxruntime
@@ -76,20 +81,23 @@ def to_onnx(
         )  # fmt: skip
         assert program is not None  # torch.onnx.export has given it since dynamo=True
         program.model.metadata_props.update(metadata)
-        program.save(str(path), external_data=False)
+        graph = program.model_proto.SerializeToString()
     images = torch.randn(3, *shape)  # another batch size than the graph was traced with
     with torch.no_grad():
         truth = encoder(images)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     values = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     difference = float((values - truth).abs().max() / truth.abs().max())
     if not difference <= tolerance:  # NaN isn't
-        path.unlink()
         raise UserError(f"--onnx: onnxruntime's values differ from the encoder's by {difference:.1e} of the largest")
+    try:
+        write_atomically(path, graph)
+    except OSError as error:
+        raise UserError(f"--onnx: {path} could not be written: {reading.why_not(error)}") from None
     return difference
 
 
 def main(options: ExportOptions) -> int:
     for path in export(options):
-        print(path)
+        say(path, sys.stdout)
     return 0

@@ -13,6 +13,8 @@ from fastjem.data.masks import mask_specs
 from fastjem.errors import UserError
 from fastjem.health import Alarm
 from fastjem.methods import views_of
+from fastjem.printing import printable, say
+from fastjem.reading import why_not
 from fastjem.report.charts import charts
 from fastjem.report.pictures import neighbours, picture, view_table
 from fastjem.report.run import Run, read, spread
@@ -25,31 +27,41 @@ NOT_SHOWN = ("out", "resume")
 Escaped = str  # safe within HTML
 
 
-def write(run: str | os.PathLike[str], *, tsne: bool = True) -> Path:
+def write(run: str | os.PathLike[str], *, tsne: bool = True, data: str | None = None, trusted: bool = False) -> Path:
     """`report.html` in the run's folder, whole or not at all; its path.
+
+    What is wrong with the run's files is said, here and on the page.
 
     Args:
         tsne: draw the embeddings by t-SNE (seconds); False: by their two first principal components.
+        data: where the images are, if not where the run says; links in this folder are followed.
+        trusted: the files in the run's folder are this process's own: images are opened wherever they say.
 
     Raises:
         UserError: there is no run in the folder, or the page can't be written there.
     """
-    found = read(run)
-    return save(Path(run) / "report.html", page([found], tsne))
+    found = read(run, data=data, trusted=trusted)
+    return save(Path(run) / "report.html", [found], tsne)
 
 
-def compare(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, tsne: bool = True) -> Path:
-    """One page for several runs: curves in the same charts, pictures and options next to each other."""
+def compare(
+    runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, tsne: bool = True, data: str | None = None
+) -> Path:
+    """One page for several runs: curves in the same charts, pictures and options next to each other; see `write`."""
     if not runs:
         raise UserError("report needs the folder of a run")
-    return save(Path(out), page([read(run) for run in runs], tsne))
+    return save(Path(out), [read(run, data=data) for run in runs], tsne)
 
 
-def save(path: Path, text: str) -> Path:
+def save(path: Path, runs: Sequence[Run], tsne: bool) -> Path:
+    """The page of the runs, in the file `path`."""
+    for trouble in (trouble for run in runs for trouble in run.troubles):
+        say(f"fastjem: {trouble}")
+    text = page(runs, tsne)
     try:
         write_atomically(path, text.encode("utf-8", "replace"))
     except OSError as error:
-        raise UserError(f"{path} could not be written: {error.strerror}") from None
+        raise UserError(f"{path} could not be written: {why_not(error)}") from None
     return path
 
 
@@ -109,14 +121,14 @@ def status(run: Run) -> Escaped:
 
 
 def warnings(run: Run) -> list[Escaped]:
-    """What the run's own alarm said, and a loader that is too slow."""
+    """What is wrong with its files, what its own alarm said, and a loader that is too slow."""
     alarm = Alarm(run.method is not None and run.method.asymmetric)
     complete = [row for row in run.rows if {"loss", "embedding_std", "effective_rank"} <= row.keys()]
     texts = [text for row in complete if (text := alarm(row["step"], row))]
     waited = median(run, "data_wait")
     if waited > WAITED:
         texts.append(f"the steps waited for data {waited:.0%} of their time (the median): more --workers may help")
-    return [html.escape(text) for text in texts]
+    return [html.escape(printable(text)) for text in (*run.troubles, *texts)]
 
 
 def median(run: Run, key: str) -> float:
@@ -131,7 +143,8 @@ def figures(run: Run) -> dict[str, Escaped]:
         found["steps"] = f"{newest['step']:,}"
         if run.steps_per_epoch:
             found["epochs"] = f"{newest['step'] / run.steps_per_epoch:.4g}"
-        found["loss"] = f"{newest['loss']:.4g}"
+        if "loss" in newest:
+            found["loss"] = f"{newest['loss']:.4g}"
     if run.knn:
         found[f"kNN, {run.knn[-1]['classes']} classes"] = f"{run.knn[0]['knn']:.1%} → {run.knn[-1]['knn']:.1%}"
     if run.rows:
@@ -205,7 +218,8 @@ def seen(run: Run) -> str:
         views = replace(views, mask=given.get("mask", views.mask), masking=given.get("masking", views.masking))
     mask = next(iter(mask_specs(views, size, patch)), None)
     # Evenly spread over the images first; the others stand in for files that can't be read.
-    order = dict.fromkeys([*spread(len(embeddings.files), VIEWED).tolist(), *range(len(embeddings.files))])
+    spread_first = [*spread(len(embeddings.files), VIEWED).tolist(), *range(len(embeddings.files))]
+    order = dict.fromkeys(i for i in spread_first if embeddings.files[i] not in embeddings.hidden)
     shown = samples(
         ((embeddings.indices[i], embeddings.files[i]) for i in order),
         views.specs(
@@ -218,7 +232,8 @@ def seen(run: Run) -> str:
         mask=mask,
     )
     if not shown:
-        return f'<p class="note">The images in {html.escape(embeddings.root)} are gone.</p>'
+        why = "not shown" if embeddings.hidden else "gone"
+        return f'<p class="note">The images in {html.escape(embeddings.root)} are {why}.</p>'
     return f'{view_table(shown, titles(views, mask is not None))}<p class="note">As in the first epoch.</p>'
 
 

@@ -169,8 +169,9 @@ def _queries(embeddings: Embeddings, most: int) -> np.ndarray:
 def cell(embeddings: Embeddings, i: int, cosine: float | None, same: bool) -> str:
     """One image with its class and cosine; None: it is the query. same: its class is the query's."""
     name = html.escape(embeddings.files[i])
-    url = file_thumbnail(embeddings.root, embeddings.files[i], 112, embeddings.levels)
-    image = tag(url, name) if url else f'<div class="gone" title="{name}">gone</div>'
+    hidden = embeddings.files[i] in embeddings.hidden
+    url = None if hidden else file_thumbnail(embeddings.root, embeddings.files[i], 112, embeddings.levels)
+    image = tag(url, name) if url else f'<div class="gone" title="{name}">{"not shown" if hidden else "gone"}</div>'
     label = html.escape(embeddings.classes[embeddings.labels[i]]) if embeddings.labelled else ""
     if cosine is None:
         return f'<td class="query">{image}<small title="{label}">{label}</small></td>'

@@ -24,6 +24,7 @@ from fastjem.checkpoints import Metrics, write_atomically
 from fastjem.data.pixels import Pixels, whole_image
 from fastjem.data.source import Source, decode
 from fastjem.machine import available_cores
+from fastjem.probes import parts_not_classes
 from fastjem.report.page import write
 from fastjem.report.run import spread
 
@@ -70,7 +71,7 @@ class SampleImages:
         present, labels = np.unique(every_label[self.indices], return_inverse=True)
         self.classes = [source.classes[i] for i in present] if source.classes else [""]
         self.labels = torch.from_numpy(labels)
-        self.labelled = 1 < len(self.classes) <= len(found) // 2
+        self.labelled = 1 < len(self.classes) <= len(found) // 2 and not parts_not_classes(self.classes)
 
     @torch.no_grad()
     def embed(self, encoder: nn.Module, batch: int = 128) -> Tensor:
@@ -135,6 +136,11 @@ class Watch:
             facts = json.dumps(self._facts(), indent=2) + "\n"
             write_atomically(self.out / "environment.json", facts.encode())
             self.sample = SampleImages(self.training.source, self.training.pixels)
+            if parts_not_classes(self.sample.classes):
+                folders = ", ".join(self.sample.classes)
+                self.say(
+                    f"no kNN: the folders {folders} are parts of a data set, no classes; all of them are trained on"
+                )
             self.log = Metrics(self.out, self.training.start, "knn.jsonl")
             if not (self.training.start and (self.out / "embeddings.npz").exists()):
                 self.measure(self.training.start)
@@ -185,7 +191,7 @@ class Watch:
 
     def write(self, last: bool = False) -> None:
         begin = time.monotonic()
-        write(self.out, tsne=last)
+        write(self.out, tsne=last, trusted=True)
         self.written_at = time.monotonic()
         self.cost = self.written_at - begin
 
