@@ -1,5 +1,6 @@
 """Waits that would never end, machines that are too small, and ranks that some launcher started."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -16,6 +17,9 @@ from images import make_folder
 from fastjem import arguments, launchers, stopping
 from fastjem.advice import DESCRIPTORS, GPU_MEMORY, HOST_MEMORY, KILLED, OTHER_RANK, PROCESSES, SHARED_MEMORY, advice
 from fastjem.cli import main
+from fastjem.data.loaders import LOADERS, Budget, Order
+from fastjem.data.source import open_source
+from fastjem.data.views import Views
 from fastjem.errors import ToldElsewhereError, UserError
 from fastjem.launchers import Place, first_node, place
 from fastjem.ranks import Ranks, join
@@ -89,6 +93,23 @@ def test_a_signal_that_is_held_back_reaches_its_handler_in_a_wait() -> None:
         signal.signal(signal.SIGCHLD, before)
 
 
+def test_a_batch_that_doesnt_fit_shared_memory_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue of a worker would drop it, and the run wait for ever."""
+
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    source = open_source(make_folder(tmp_path, 8))
+    order = Order(samples=8, batch=4, stop=2)
+    loader = LOADERS["torch"](source, Views(large=2).specs(16), order, Budget(workers=1))
+    batches = iter(loader)
+    with pytest.raises(RuntimeError) as caught:
+        next(batches)
+    assert advice(caught.value) == SHARED_MEMORY
+    assert not multiprocessing.active_children()
+
+
 PROGRAM = """
 import os, sys, time, torch, fastjem
 torch.set_num_threads(1)
@@ -124,12 +145,9 @@ sys.exit(outcome("pretrain", lambda: run(None)))
 
 @pytest.mark.parametrize(
     "what",
-    [
-        "full",
-        pytest.param("killed", marks=pytest.mark.exhaustive),
-        pytest.param("stuck", marks=pytest.mark.exhaustive),
-    ],
+    ["full", "killed", "stuck"],
 )
+@pytest.mark.exhaustive
 def test_a_worker_that_fails_ends_the_run_in_a_line(what: str, tmp_path: Path) -> None:
     images = make_folder(tmp_path / "images", 32)
     line = [sys.executable, "-c", PROGRAM, what, str(images), str(tmp_path / "run")]
@@ -195,6 +213,9 @@ TASK = """
 import sys, torch, torch.distributed as dist
 torch.set_num_threads(1)
 from fastjem.cli import main
+from fastjem.data.loaders import LOADERS, Budget, Order
+from fastjem.data.source import open_source
+from fastjem.data.views import Views
 from fastjem.errors import ToldElsewhereError, UserError
 from fastjem.ranks import join, leave
 for _ in range(2):  # a second time in one process
@@ -217,6 +238,7 @@ print(sum(ranks.tells() for _ in range(1)))
 """
 
 
+@pytest.mark.exhaustive
 def test_tasks_of_slurm_are_ranks(tmp_path: Path) -> None:
     """Two tasks of one step, as srun would start them."""
     with socket.create_server(("localhost", 0)) as free:
