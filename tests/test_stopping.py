@@ -15,7 +15,17 @@ import torch
 from images import make_folder
 
 from fastjem import arguments, launchers, stopping
-from fastjem.advice import DESCRIPTORS, GPU_MEMORY, HOST_MEMORY, KILLED, OTHER_RANK, PROCESSES, SHARED_MEMORY, advice
+from fastjem.advice import (
+    DESCRIPTORS,
+    GPU_MEMORY,
+    HOST_MEMORY,
+    HUNG_UP,
+    KILLED,
+    OTHER_RANK,
+    PROCESSES,
+    SHARED_MEMORY,
+    advice,
+)
 from fastjem.cli import main
 from fastjem.data.loaders import LOADERS, Budget, Order
 from fastjem.data.source import open_source
@@ -51,6 +61,14 @@ TINY = ["--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16",
 )  # fmt: skip
 def test_each_want_has_its_advice(error: BaseException, line: str | None) -> None:
     assert advice(error) == line
+
+
+def test_a_worker_that_hangs_up_has_its_advice() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(EOFError) as caught:
+        ours.recv()
+    assert advice(caught.value) == HUNG_UP and advice(EOFError()) is None
 
 
 def test_a_wait_sees_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
