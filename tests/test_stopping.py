@@ -28,10 +28,12 @@ from fastjem.advice import (
 )
 from fastjem.cli import main
 from fastjem.data.loaders import LOADERS, Budget, Order
+from fastjem.data.pixels import Pixels
 from fastjem.data.source import open_source
 from fastjem.data.views import Views
-from fastjem.errors import ToldElsewhereError, UserError
+from fastjem.errors import ResourceError, ToldElsewhereError, UserError
 from fastjem.launchers import Place, first_node, place
+from fastjem.probes import features
 from fastjem.ranks import Ranks, join
 from fastjem.stopping import Stop, Stopped
 
@@ -126,11 +128,14 @@ def test_a_batch_that_doesnt_fit_shared_memory_is_an_error(tmp_path: Path, monke
         next(batches)
     assert advice(caught.value) == SHARED_MEMORY
     assert not multiprocessing.active_children()
+    with pytest.raises(ResourceError, match="/dev/shm"):
+        features(lambda x: [x.flatten(1)], source, Pixels(16), workers=1)
 
 
 PROGRAM = """
 import os, sys, time, torch, fastjem
 torch.set_num_threads(1)
+from fastjem.data.pixels import Pixels
 from fastjem.data.source import open_source
 from fastjem.run import main
 import fastjem.run
@@ -232,6 +237,7 @@ import sys, torch, torch.distributed as dist
 torch.set_num_threads(1)
 from fastjem.cli import main
 from fastjem.data.loaders import LOADERS, Budget, Order
+from fastjem.data.pixels import Pixels
 from fastjem.data.source import open_source
 from fastjem.data.views import Views
 from fastjem.errors import ToldElsewhereError, UserError
