@@ -71,11 +71,12 @@ def test_what_is_no_regular_file_is_skipped_at_once(tmp_path: Path) -> None:
 
 def test_a_pipe_that_takes_a_files_place_is_not_waited_for(tmp_path: Path, monkeypatch) -> None:
     """Between the first look at the name and the opening."""
-    os.mkfifo(tmp_path / "a.png")
-    regular = os.stat(__file__)
-    monkeypatch.setattr(files.os, "stat", lambda path: regular)
-    with pytest.raises(OSError, match="not a regular file"):
-        read_file(tmp_path / "a.png")
+    pipe = tmp_path / "a.png"
+    os.mkfifo(pipe)
+    stat = os.stat
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="not a regular file"):
+        patched.setattr(os, "stat", lambda path, **options: stat(__file__ if path == pipe else path, **options))
+        read_file(pipe)
 
 
 def test_a_file_has_a_bound(tmp_path: Path, monkeypatch) -> None:
@@ -171,7 +172,8 @@ def test_arrays_that_no_memory_holds_are_refused_by_their_header(tmp_path: Path)
                 archive.writestr("images.npy", header.getvalue() + bytes(99))
         else:
             (tmp_path / name).write_bytes(header.getvalue() + bytes(99))
-        with pytest.raises(UserError, match=f"{name}: its images take .* GiB|{name} can't be read"):
+        # numpy itself looks at the length of a .npy file
+        with pytest.raises(UserError, match="its images take .* GiB" if name == "a.npz" else "can't be read"):
             open_source(tmp_path / name)
 
 

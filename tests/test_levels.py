@@ -20,6 +20,8 @@ from fastjem.data.pixels import Pixels, whole_image, whole_images
 from fastjem.data.source import Levelled, decode, open_source
 from fastjem.data.views import Views, ViewSpec
 from fastjem.errors import UserError
+from fastjem.probes import embed
+from fastjem.report.watch import SampleImages
 
 pytest.importorskip("torchvision")
 
@@ -278,11 +280,11 @@ def _has_dali() -> bool:
 def test_training_and_evaluation_see_the_same_numbers(tmp_path: Path) -> None:
     """A view that is the whole image, and the whole image as evaluation normalises it."""
     source = open_source(deep_folder(tmp_path))
-    levels = rule(source)
+    levels = rule(source, given="0,8000")  # no image alone would be read so
     changes = {"flip": 0, "scale": "1,1", "ratio": "1,1", "jitter_probability": 0, "grayscale": 0}
     specs = Views(large=1).specs(24, changes=changes)
     pixels = Pixels.of(specs, levels)
-    assert (pixels.channels, pixels.value_range, pixels.values) == (3, (0, 4095), "integer")
+    assert (pixels.channels, pixels.value_range, pixels.values) == (3, (0, 8000), "integer")
     assert Pixels.from_dict(json.loads(json.dumps(pixels.to_dict()))).levels == levels
     (crops,) = create("torch", Levelled(source, levels), specs, Order(samples=12, batch=12, stop=1), Budget())
     seen = finish(crops, specs, "cpu").views[0]
@@ -290,6 +292,12 @@ def test_training_and_evaluation_see_the_same_numbers(tmp_path: Path) -> None:
     whole = torch.stack([images[i] for i in range(12)])
     assert torch.allclose(pixels.decoded.normalise(whole, "cpu"), seen, atol=1e-5)
     assert torch.equal(whole[0], whole_image(decode(Levelled(source, levels), int(crops.index[0])), 24))
+    rows, _ = embed(torch.nn.Flatten(), source, pixels)
+    assert torch.allclose(rows[crops.index], seen.flatten(1), atol=1e-5)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24 * 24, 8))
+    watched = SampleImages(Levelled(source, levels), pixels).embed(encoder)
+    expected = torch.nn.functional.normalize(encoder(rows), dim=1)
+    assert torch.allclose(watched, expected, atol=1e-5)
 
 
 def test_views_of_other_channels_leave_colours_out() -> None:
