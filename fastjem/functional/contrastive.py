@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
 from fastjem.functional import checks, rings
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.kernels.arithmetic import widest
@@ -56,6 +57,7 @@ def _with_host_temperature(
     return unit_rows_over_root(z, temperature, normalize), (1.0, decoupled, False)
 
 
+@over_ranks()
 def nt_xent(
     z0: Tensor,
     z1: Tensor | None = None,
@@ -94,6 +96,7 @@ def _rows_of_views(ranks: Agreement, z: Tensor, temperature: float | Tensor) -> 
     ranks.backward_of(z, *([temperature] if isinstance(temperature, Tensor) else []))
 
 
+@over_ranks()
 def dcl(
     z0: Tensor,
     z1: Tensor | None = None,
@@ -123,6 +126,7 @@ def dcl(
     return _of_views(z, temperature, weights, ranks.sizes, group, decoupled=True)
 
 
+@over_ranks()
 def dclw(
     z0: Tensor,
     z1: Tensor,
@@ -159,6 +163,7 @@ def dclw(
     return loss - (pulled - pulled.detach()).to(loss.dtype)
 
 
+@over_ranks()
 def supcon(
     z: Tensor,
     labels: Tensor | None = None,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement, from_first_rank, gradient_factor, sum_of_ranks, sum_over_ranks
 from fastjem.functional import checks
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.ops.autograd import known, ops
 
@@ -50,6 +51,7 @@ def _statistic(
     return statistic * n, gradient
 
 
+@over_ranks(lambda width, count, like, **_: [(width, count)], differentiable=False)
 def random_directions(width: int, count: int, like: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """[D, S] random unit columns, on every rank of the group the same."""
     with Agreement("random_directions", group) as ranks:
@@ -59,6 +61,7 @@ def random_directions(width: int, count: int, like: Tensor, group: dist.ProcessG
     return directions / directions.norm(dim=0)
 
 
+@over_ranks()
 def sigreg(
     z: Tensor,
     directions: Tensor,
@@ -121,6 +124,7 @@ def _sigreg(
     return known(op, total / count, (z,), [gradient], [gradient_factor(group) / count])
 
 
+@over_ranks()
 def lejepa(
     local_proj: Tensor,
     global_proj: Tensor,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement
 from fastjem.functional import checks, rings
+from fastjem.functional.compiled import over_ranks
 from fastjem.kernels.arithmetic import widest_dtype
 
 
@@ -25,6 +26,7 @@ def _checked(
     return x, y, _scalar(op, "logit_scale", logit_scale, x)
 
 
+@over_ranks()
 def clip_loss(
     x: Tensor,
     y: Tensor,
@@ -65,6 +67,7 @@ def clip_loss(
     return rings.clip_loss(x, y, scale, ranks.sizes, group, local_loss and group is not None)
 
 
+@over_ranks()
 def siglip_loss(
     x: Tensor,
     y: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement, mean_loss_of_ranks
 from fastjem.functional import checks
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import over
 from fastjem.ops.autograd import one_pass, one_pass_with_statistics
@@ -50,6 +51,10 @@ def prototype_cross_entropy(
     statistics: Literal[True],
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, TeacherStatistics]: ...
+@over_ranks(
+    lambda student, teacher, *, statistics=False, **_: [(), *[(student[0].shape[-1],)] * 2, ()] if statistics else [()],
+    packed=lambda results: (results[0], TeacherStatistics(*results[1:])) if len(results) > 1 else results[0],
+)
 def prototype_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
@@ -121,6 +126,7 @@ def prototype_cross_entropy(
     return loss, TeacherStatistics(mean, usage, entropy)
 
 
+@over_ranks()
 def prototype_head_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_and_count_of_ranks
 from fastjem.functional import checks
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.prototypes import list_of_views, sum_of_elements
 from fastjem.functional.temperature import over
@@ -39,6 +40,7 @@ def koleo(x: Tensor, *, p: float = 2, eps: float = 1e-8) -> Tensor:
     return one_pass("koleo", (x,), p, eps)
 
 
+@over_ranks()
 def mean_entropy(
     scores: Tensor | Sequence[Tensor], *, temperature: float | Tensor = 0.1, group: dist.ProcessGroup | None = None
 ) -> Tensor:

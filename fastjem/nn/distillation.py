@@ -132,7 +132,13 @@ class DINOLoss(_Distillation):
         self.center_momentum = center_momentum
         self.warmup_teacher_temp = warmup_teacher_temp
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
-        self.teacher_temp_schedule = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        # Numbers and no state: they stay on the host, where a module that is made on the meta device has them, too.
+        self.teacher_temp_schedule = torch.linspace(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, device="cpu"
+        )
+
+    def reset_parameters(self) -> None:
+        self.center.zero_()
 
     def forward(
         self,
@@ -235,7 +241,7 @@ class IBOTPatchLoss(_Distillation):
             self._check(ranks, [teacher_out], [student_out], "[M, K], a row a masked patch,", self.center.value.numel())
             temperature = self.teacher_temp if teacher_temp is None else teacher_temp
             temperature = checks.positive(ranks.who, "teacher_temp", temperature, teacher_out)
-        if not any(ranks.sizes):  # no patch is masked, on no rank: no loss
+        if not torch.compiler.is_compiling() and not any(ranks.sizes):  # no patch is masked, on no rank: no loss
             self.statistics = None
             return student_out.sum(dtype=loss_dtype(student_out))
         of_image = 1 / counts.clamp_min(1).to(loss_dtype(student_out))
