@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import io
+import logging
 import math
 import os
 import stat
@@ -177,6 +178,7 @@ def _values_of_tiff(data: bytes) -> np.ndarray:
         import tifffile
     except ModuleNotFoundError:
         raise ValueError("Pillow has no mode for this TIFF file; tifffile may read it: pip install tifffile") from None
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it says of a file isn't for the terminal
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         check_size(page.imagewidth, page.imagelength, page.samplesperpixel)
