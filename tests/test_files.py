@@ -106,6 +106,13 @@ def test_only_decoders_of_the_formats_that_are_taken(tmp_path: Path, ending: str
     assert not started
 
 
+def test_one_place_opens_images() -> None:
+    """Whoever opened one elsewhere would forget the formats and the bounds."""
+    package = Path(files.__file__).parents[1]
+    opening = [path.name for path in package.rglob("*.py") if "Image.open(" in path.read_text()]
+    assert opening == ["files.py"] and files.__file__.endswith("data/files.py")
+
+
 @pytest.mark.parametrize("kind", ["gif", "avif", "jfif", "jpe", "ppm", "pgm", "pbm", "pnm"])
 def test_what_else_pillow_reads_is_taken(tmp_path: Path, kind: str) -> None:
     if f".{kind}" not in ENDINGS:

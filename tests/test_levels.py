@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastjem.config import Config
 from fastjem.data.batch import finish
 from fastjem.data.colours import augmented, windows
 from fastjem.data.levels import Levels, describe, levels_of, parsed_range, range_of, survey, to_levels
@@ -101,6 +102,8 @@ def test_the_users_range_and_images_of_another_kind(tmp_path: Path) -> None:
     levels = rule(open_source(tmp_path), given="100,200")  # 8-bit values are stretched where they are all there is
     assert decode(Levelled(open_source(tmp_path), levels), 0).getpixel((0, 0)) == (255, 0, 0)
     assert rule(open_source(tmp_path)) == Levels() and not describe(Levels(), survey(open_source(tmp_path)))
+    for pair in ((0, 4095), [0.0, 4095.0], np.array([0, 4095])):
+        assert parsed_range(Config(out="run", value_range=pair).value_range) == (0, 4095)
     for text in ("1", "2,1", "0,nan", "a,b", "0,1,2"):
         with pytest.raises(UserError, match=f"--value-range must be auto, or black and white as 0,4095, got {text}"):
             parsed_range(text)
@@ -153,7 +156,6 @@ def test_a_deflated_tiff_file_holds_no_more_than_its_pixels() -> None:
 
 def test_a_resumed_run_keeps_its_rule(tmp_path: Path) -> None:
     """Though the images of today would make another."""
-    from fastjem.config import Config
     from fastjem.prepare import Objects, levelled
 
     config = Config(data=str(deep_folder(tmp_path)), out="run")
