@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from images import make_folder
 from PIL import Image
 
 from fastjem.config import Config
@@ -271,6 +272,19 @@ def test_loaders_agree_on_deep_images(tmp_path: Path, channels: int) -> None:
     if channels == 1:
         with pytest.raises(UserError, match="--loader dali-cpu makes 3 channels, not the 1 of --channels"):
             create("dali-cpu", source, specs, order, Budget())
+
+
+def test_dali_decodes_nothing_that_has_a_range(tmp_path: Path) -> None:
+    """8-bit JPEG files between 60 and 160: Pillow's pixels, as DALI knows no range; and the windows are the same."""
+    pytest.importorskip("nvidia.dali")
+    folder = open_source(make_folder(tmp_path, 4, classes=0, kind="jpg"))
+    source = Levelled(folder, rule(folder, given="60,160"))
+    specs = [ViewSpec(size=16)]
+    order = Order(samples=4, batch=4, stop=1)
+    (one,), (other,) = (list(create(name, source, specs, order, Budget())) for name in ("torch", "dali-cpu"))
+    inner = (slice(None), slice(4, -4), slice(4, -4))  # DALI repeats the edge of a window
+    assert (one.views[0][inner].int() - other.views[0][inner].int()).abs().max() <= 1
+    assert one.views[0].max() == 255
 
 
 def _has_dali() -> bool:
