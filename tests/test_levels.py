@@ -61,6 +61,8 @@ def rule(source: object, channels: int = 3, given: str = "auto") -> Levels:
         ([ramp(-1, 0.5, np.float32)], (-1, 1)),
         ([ramp(-3, 7.5, np.float32), ramp(0, 1, np.float32)], (-3, 7.5)),
         ([np.full((4, 4), np.nan, np.float32), ramp(0, 0.5, np.float32)], (0, 1)),
+        ([np.full((4, 4), -5, np.float32)], (-5, 0)),
+        ([ramp(0, 2.0**120, np.float32)], (0, 2.0**120)),
     ],
     ids=str,
 )
@@ -197,6 +199,8 @@ def test_levels_of_every_type() -> None:
     assert to_levels(np.array([[np.nan, np.inf, -np.inf]]), -5, 5).tolist() == [[0, 0, 0]]
     assert to_levels(np.array([[True, False]]), 0, 255).tolist() == [[255, 0]]
     assert range_of("integer", 0, 2**31 - 1) == (0, 2**32 - 1)
+    wide = range_of("float", -1.7e308, 1.7e308)
+    assert to_levels(np.array([[-1.7e308, 0, 1.7e308]]), *wide).tolist() == [[0, 128, 255]]
 
 
 def test_three_channels_are_the_operators_bits() -> None:

@@ -29,7 +29,7 @@ NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # of a P
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 DEFLATED = (8, 32946)  # compressions of TIFF files by zlib
 BITS, SAMPLES = 258, 277  # TIFF tags: bits of each sample, and samples of a pixel
-# How a picture whose EXIF orientation is the key is turned upright: transposed first, then its rows, its columns turned
+# By EXIF orientation: whether rows and columns change places first, then whether rows, and columns, are reversed.
 TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
 
 
