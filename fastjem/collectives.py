@@ -22,6 +22,7 @@ A `group` of None is this rank alone.
 import zlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,8 @@ class Agreement:
     The exchange is the one synchronisation of a distributed loss, and none where the group has a backend for the host
     ("cpu:gloo,cuda:nccl"). Without a group nothing happens, and `sizes` are this rank's rows alone.
 
+    A graph of torch.compile can't hold what goes through the host: there nothing is exchanged, and `sizes` don't exist.
+
     Args:
         who: the function or class that the user called.
         group: None: this rank alone.
@@ -85,18 +88,21 @@ class Agreement:
 
     def __init__(self, who: str, group: dist.ProcessGroup | None, *, may_be_nothing: bool = False):
         self.who = who
-        self.group = group
         self.may_be_nothing = may_be_nothing
-        self.sizes = [1]
         self._facts: list[object] = []
+        self._knows_sizes = group is None or not torch.compiler.is_compiling()
+        self.group = group if self._knows_sizes else None
+        if self._knows_sizes:
+            self.sizes = [1]
         if group is not None and not isinstance(group, dist.ProcessGroup):  # new_group gives others a number
             raise ValueError(f"{who}: group must have this rank ({dist.get_rank()}) in it, got one that hasn't")
 
     def rows_of(self, x: Tensor, dim: int = 0) -> None:
         """`x` may differ between ranks in its length along `dim`, which is its number of rows, and in nothing else."""
-        self.sizes = [x.shape[dim]]
+        if self._knows_sizes:
+            self.sizes = [x.shape[dim]]
         if self.group is not None:
-            shape = [*x.shape]
+            shape: list[object] = [*x.shape]
             shape[dim] = "*"
             self.alike(f"[{', '.join(map(str, shape))}]", x.dtype, x.device.type)
 
@@ -115,7 +121,7 @@ class Agreement:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> Literal[False]:
         if self.group is None or (error is not None and not isinstance(error, Exception)):
             return False
         facts = " ".join(map(str, [f"{self.who}:", *self._facts]))

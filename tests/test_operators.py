@@ -98,7 +98,7 @@ MISTAKES = [
         lambda: F.regression(X, Y),
         "regression: prediction and target must be [..., D] both, got (3, 4) and (5, 4)",
     ),
-    (lambda: F.regression(X, X, beta=-1), "regression: beta must not be negative, got -1"),
+    (lambda: F.regression(X, X, beta=-1), "regression: beta must be at least 0 and finite, got -1"),
     (lambda: F.sigreg(X, X), "sigreg: directions must be [4, S], got (3, 4)"),
     (lambda: F.nt_xent(X, Y), "nt_xent: z0 and z1 must be [N, D] both, got (3, 4) and (5, 4)"),
     (lambda: F.nt_xent(X), "nt_xent: z must be [V, N, D] with V >= 2, or two [N, D], got (3, 4)"),
@@ -158,7 +158,7 @@ MISTAKES = [
     ),
     (
         lambda: F.crop_resize(PICTURES, LABELS, view_table(3), size=0),
-        "crop_resize: size must be a positive integer, got 0",
+        "crop_resize: size must be at least 1, got 0",
     ),
     (lambda: F.vicreg(X, Y), "vicreg: z0 and z1 must be [N, D] both, got (3, 4) and (5, 4)"),
     (lambda: F.ema_update_([X], [], 0.9), "ema_update_: teacher and student must be as many tensors, got 1 and 0"),

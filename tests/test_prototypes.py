@@ -284,7 +284,7 @@ MISTAKES = [
     ),
     (lambda: F.sinkhorn(torch.ones(2, 3), dtype=torch.int8), "sinkhorn: dtype must be floating-point, got torch.int8"),
     (lambda: F.koleo(torch.zeros(3)), "koleo: x must be [N, D], got (3,)"),
-    (lambda: F.koleo(torch.zeros(3, 4), p=0.5), "koleo: p must be at least 1, got 0.5"),
+    (lambda: F.koleo(torch.zeros(3, 4), p=0.5), "koleo: p must be at least 1 and finite, got 0.5"),
     (
         lambda: F.mean_entropy(torch.zeros(3)),
         "mean_entropy: scores must be [B, K], [V, B, K] or a list of [B, K], got (3,)",

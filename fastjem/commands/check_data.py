@@ -105,7 +105,10 @@ def _describe_file(found: File, data: bytes) -> None:
             found.turned = image.getexif().get(ORIENTATION, 1) != 1
             found.progressive = bool(image.info.get("progressive"))
     except Image.UnidentifiedImageError:
-        found.kind = "TIFF" if data.startswith(TIFF) else ""
+        if data.startswith(TIFF):
+            values = np.asarray(stored(data))
+            found.kind = "TIFF"
+            found.mode = f"{values.shape[2]} x {values.dtype}"
 
 
 def _outside(data: bytes | np.ndarray, levels: Levels) -> bool:
@@ -191,7 +194,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
         "about_values": describe(levels, found),
         "outside": sum(file.outside for file in readable),
         "skipped": [(path_of(source, i), file.why) for i, file in enumerate(files) if file.why],
-        "other_files": dict(collections.Counter(getattr(source, "others", {})).most_common()),
+        "other_files": getattr(source, "others", {}),
         "unlisted": list(getattr(source, "unlisted", ())),
     }
     if readable:

@@ -52,11 +52,12 @@ def augment(
     checks.one_device("augment", (images, parameters))
     if dtype not in DTYPES and not (dtype == parameters.dtype == torch.float64):
         checks.fail("augment", "dtype must be float32, bfloat16 or float16", dtype)
-    mean = [float(x) for x in mean]
-    std = [float(x) for x in std]
+    mean = [checks.host_number("augment", "mean", x) for x in mean]
+    std = [checks.host_number("augment", "std", x) for x in std]
     if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
         checks.fail("augment", "mean and std must be 3 numbers each, std positive", f"{mean} and {std}")
-    return torch.ops.fastjem.augment(images, parameters, mean, std, dtype, channels_last, exact, float(threshold))
+    threshold = checks.host_number("augment", "threshold", threshold)
+    return torch.ops.fastjem.augment(images, parameters, mean, std, dtype, channels_last, exact, threshold)
 
 
 def crop_resize(images: Tensor, indices: Tensor, parameters: Tensor, *, size: int, bicubic: bool = False) -> Tensor:
@@ -77,13 +78,12 @@ def crop_resize(images: Tensor, indices: Tensor, parameters: Tensor, *, size: in
         ValueError: for other shapes and dtypes.
     """
     _check_images("crop_resize", "images must be [N, H, W, 3] uint8", images)
-    if not isinstance(indices, Tensor) or indices.dim() != 1 or indices.dtype != torch.int64 or not len(indices):
+    if not isinstance(indices, Tensor) or indices.dim() != 1 or indices.dtype != torch.int64 or indices.shape[0] == 0:
         came = f"{checks.shape(indices)} {getattr(indices, 'dtype', '')}".strip()
         checks.fail("crop_resize", "indices must be [B] int64", came)
     _check_table("crop_resize", parameters, len(indices))
     checks.one_device("crop_resize", (images, indices, parameters))
-    if not isinstance(size, int) or size < 1:
-        checks.fail("crop_resize", "size must be a positive integer", size)
+    size = checks.integer("crop_resize", "size", size, 1)
     return torch.ops.fastjem.crop_resize(images, indices, parameters, size, bicubic)
 
 
@@ -95,8 +95,8 @@ def _check_images(op: str, contract: str, images: Tensor) -> None:
 
 
 def _check_table(op: str, parameters: Tensor, rows: int) -> None:
-    contract = f"parameters must be [{rows}, {COLUMNS}] float32, a row per image"
-    if not isinstance(parameters, Tensor) or parameters.shape != (rows, COLUMNS):
-        checks.fail(op, contract, checks.shape(parameters))
-    if parameters.dtype not in (torch.float32, torch.float64):
-        checks.fail(op, contract, parameters.dtype)
+    is_table = isinstance(parameters, Tensor) and parameters.shape == (rows, COLUMNS)
+    if not is_table or parameters.dtype not in (torch.float32, torch.float64):
+        # The message is made here and not before, as a symbolic number of rows that is printed is symbolic no more.
+        came = parameters.dtype if is_table else checks.shape(parameters)
+        checks.fail(op, f"parameters must be [{rows}, {COLUMNS}] float32, a row per image", came)

@@ -4,11 +4,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import Agreement, global_loss, sum_over_ranks
+from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
 from fastjem.functional import checks, rings
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
+from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.kernels.arithmetic import widest
-from fastjem.ops.autograd import one_pass, ops, two_passes
+from fastjem.ops.autograd import one_pass, ops, refuse_second_order, two_passes
+from fastjem.ops.forward_mode import refuse_forward_mode
 
 
 def _stacked(op: str, z0: Tensor, z1: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
@@ -25,28 +28,41 @@ def _stacked(op: str, z0: Tensor, z1: Tensor | None, group: dist.ProcessGroup | 
 
 def _of_views(
     z: Tensor,  # [V, N, D]
-    temperature: float,
+    temperature: float | Tensor,
     weights: Tensor | None,  # [V, N] of the positive terms
     sizes: list[int],  # each rank's N
     group: dist.ProcessGroup | None,
     decoupled: bool = False,
 ) -> Tensor:
     """The mean over rows of the log-sum-exp less the weighted positives; rows are normalised."""
-    options = (float(temperature), decoupled, True)
+    z, options = _with_host_temperature(z, temperature, decoupled, True)
     if group is not None:
         return rings.nt_xent(z, weights, options, sizes, group)
     rows = z.detach()
     positives, lse = ops.nt_xent(rows, rows, 0, *options)
     loss = (lse - (positives if weights is None else positives * weights)).mean().to(loss_dtype(z))
     saved = (rows, lse, lse, weights)
-    return two_passes("nt_xent_backward", loss, z, saved, 0, *options, scale=1 / (lse.numel() * temperature))
+    return two_passes("nt_xent_backward", loss, z, saved, 0, *options, scale=1 / (lse.numel() * options[0]))
 
 
+def _with_host_temperature(
+    z: Tensor, temperature: float | Tensor, decoupled: bool, normalize: bool
+) -> tuple[Tensor, tuple[float, bool, bool]]:
+    """Rows, and NT-Xent's options (temperature, decoupled, normalize), where the temperature is a number.
+
+    One that is a tensor goes into the rows, so that its gradient comes with theirs.
+    """
+    if not isinstance(temperature, Tensor):
+        return z, (temperature, decoupled, normalize)
+    return unit_rows_over_root(z, temperature, normalize), (1.0, decoupled, False)
+
+
+@over_ranks()
 def nt_xent(
     z0: Tensor,
     z1: Tensor | None = None,
     *,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Normalised-temperature cross-entropy, SimCLR's loss (Chen et al. 2020, arXiv 2002.05709, equation 1).
@@ -56,7 +72,7 @@ def nt_xent(
 
     Args:
         z0, z1: [N, D] each, two views of N images, or `z0` alone as [V, N, D]. Normalised inside.
-        temperature: what the cosines are divided by.
+        temperature: what the cosines are divided by: a number, or a 0-dim tensor, which gets its gradient.
         group: the process group whose ranks' rows are candidates and rows of one global batch (batches may be uneven,
             a rank may have no rows); None: this rank's alone. Ranks see each other's rows one rank at a time: memory
             stays that of one batch. All of them must call backward.
@@ -69,22 +85,23 @@ def nt_xent(
     """
     with Agreement("nt_xent", group) as ranks:
         z = _stacked("nt_xent", z0, z1, group)
-        checks.positive("nt_xent", temperature=temperature)
-        _rows_of_views(ranks, z)
+        temperature = checks.positive("nt_xent", "temperature", temperature, z)
+        _rows_of_views(ranks, z, temperature)
     return _of_views(z, temperature, None, ranks.sizes, group)
 
 
-def _rows_of_views(ranks: Agreement, z: Tensor) -> None:
-    """What ranks must know of each other's views [V, N, D]."""
+def _rows_of_views(ranks: Agreement, z: Tensor, temperature: float | Tensor) -> None:
+    """What ranks must know of each other's views [V, N, D]; a learned temperature needs a backward as rows do."""
     ranks.rows_of(z, dim=1)
-    ranks.backward_of(z)
+    ranks.backward_of(z, *([temperature] if isinstance(temperature, Tensor) else []))
 
 
+@over_ranks()
 def dcl(
     z0: Tensor,
     z1: Tensor | None = None,
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     weights: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -99,22 +116,23 @@ def dcl(
     """
     with Agreement("dcl", group) as ranks:
         z = _stacked("dcl", z0, z1, group)
-        checks.positive("dcl", temperature=temperature)
+        temperature = checks.positive("dcl", "temperature", temperature, z)
         if weights is not None:
             if weights.shape not in (z.shape[:2], z.shape[1:2]):
                 checks.fail("dcl", f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(weights.shape))
             checks.one_device("dcl", (z, weights))
             weights = weights.detach().expand(z.shape[:2])
-        _rows_of_views(ranks, z)
+        _rows_of_views(ranks, z, temperature)
     return _of_views(z, temperature, weights, ranks.sizes, group, decoupled=True)
 
 
+@over_ranks()
 def dclw(
     z0: Tensor,
     z1: Tensor,
     *,
-    temperature: float = 0.1,
-    sigma: float = 0.5,
+    temperature: float | Tensor = 0.1,
+    sigma: float | Tensor = 0.5,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """`dcl` with the positives' weights `2 - N softmax(cosine(z0, z1) / sigma)`: hard ones count more.
@@ -123,25 +141,35 @@ def dclw(
 
     Args:
         z0, z1, temperature, group: as for `nt_xent`.
-        sigma: the weights' temperature.
+        sigma: the weights' temperature; a 0-dim tensor gets its gradient.
     """
     with Agreement("dclw", group) as ranks:
         z = _stacked("dclw", z0, z1, group)
-        checks.positive("dclw", temperature=temperature, sigma=sigma)
+        temperature = checks.positive("dclw", "temperature", temperature, z)
+        sigma = checks.positive("dclw", "sigma", sigma, z)
         with torch.no_grad():
             wide = z.to(loss_dtype(z))
             cosines = torch.cosine_similarity(wide[0], wide[1], dim=1, eps=1e-12)
-            weights = (2 - z.shape[1] * (cosines / sigma).softmax(0)).expand(z.shape[:2])
-        _rows_of_views(ranks, z)
-    return _of_views(z, temperature, weights, ranks.sizes, group, decoupled=True)
+        weights = (2 - z.shape[1] * (cosines / sigma).softmax(0)).to(cosines.dtype)
+        _rows_of_views(ranks, z, temperature)
+        ranks.alike("with a learned sigma" if weights.requires_grad else "with a given sigma")
+    of_views = weights.detach().expand(z.shape[:2])
+    loss = _of_views(z, temperature, of_views, ranks.sizes, group, decoupled=True)
+    if not weights.requires_grad:
+        return loss
+    # Weights are constants for the rows, but a learned sigma has its gradient through them.
+    constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    pulled = sum_of_ranks((cosines * weights).sum() / (constant * sum(ranks.sizes)), group)
+    return loss - (pulled - pulled.detach()).to(loss.dtype)
 
 
+@over_ranks()
 def supcon(
     z: Tensor,
     labels: Tensor | None = None,
     *,
     mask: Tensor | None = None,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     anchors: str = "all",
     normalize: bool = True,
     group: dist.ProcessGroup | None = None,
@@ -160,8 +188,9 @@ def supcon(
         group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
     with Agreement("supcon", group) as ranks:
-        _check_supcon(z, labels, mask, temperature, anchors, group)
-        _rows_of_views(ranks, z)
+        _check_supcon(z, labels, mask, anchors, group)
+        temperature = checks.positive("supcon", "temperature", temperature, z)
+        _rows_of_views(ranks, z, temperature)
         ranks.alike(anchors, "without labels" if labels is None else labels.dtype)
     v, n, _ = z.shape
     images = sum(ranks.sizes)
@@ -189,11 +218,11 @@ def supcon(
         counted = counted & (torch.arange(v, device=z.device) == 0)[:, None]
     positives = (dots * weight).where(counted, 0).sum() / number
 
-    options = (float(temperature), False, normalize)
+    given, options = _with_host_temperature(z, temperature, False, normalize)
     if group is None:
-        spread = _spread(z, counted, number, options)
+        spread = _spread(given, counted, number, options)
     else:
-        of_rows = rings.nt_xent(z, torch.zeros_like(dots), options, ranks.sizes, group, counted)
+        of_rows = rings.nt_xent(given, torch.zeros_like(dots), options, ranks.sizes, group, counted)
         spread = of_rows * (v * images / number)
         value = sum_over_ranks(positives, group)
         if elsewhere is not None:  # this rank's rows are positives of other ranks' anchors, too
@@ -206,12 +235,10 @@ def _check_supcon(
     z: Tensor,
     labels: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
     anchors: str,
     group: dist.ProcessGroup | None,
 ) -> None:
     checks.matrices("supcon", "z must be [V, N, D]", z, dims=3, may_be_empty=None if group is None else 1)
-    checks.positive("supcon", temperature=temperature)
     n = z.shape[1]
     if anchors not in ("all", "one"):
         checks.fail("supcon", "anchors must be one of all, one", repr(anchors))
@@ -267,7 +294,7 @@ def info_nce(
     positive: Tensor,
     negatives: Tensor,
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     label_offset: int | None = None,
 ) -> Tensor:
     """InfoNCE with given negatives, MoCo's loss (He et al. 2020, arXiv 1911.05722, equation 1).
@@ -278,7 +305,7 @@ def info_nce(
         query, positive: [N, D] each.
         negatives: [K, D], for example a queue. Constants unless they require a gradient; constants may be changed in
             place before backward, as nothing of them is kept.
-        temperature: what the cosines are divided by.
+        temperature: what the cosines are divided by: a number, or a 0-dim tensor, which gets its gradient.
         label_offset: row `label_offset + i` of `negatives` is query i's own positive and doesn't count twice. So
             candidates gathered from all ranks, or a shard of them, can be given as they are (MoCo v3: rank * N).
 
@@ -294,9 +321,48 @@ def info_nce(
     if negatives.shape[1] != query.shape[1]:
         checks.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
     checks.one_device("info_nce", (query, positive, negatives))
-    checks.positive("info_nce", temperature=temperature)
-    offset = -len(query) if label_offset is None else label_offset
-    return one_pass("info_nce", checks.common(query, positive, negatives), offset, float(temperature))
+    temperature = checks.positive("info_nce", "temperature", temperature, query)
+    offset = -query.shape[0] if label_offset is None else checks.integer("info_nce", "label_offset", label_offset)
+    rows = checks.common(query, positive, negatives)
+    if not isinstance(temperature, Tensor):
+        return one_pass("info_nce", rows, offset, temperature)
+    refuse_forward_mode("info_nce", (*rows, temperature))
+    rows = [unit_rows_over_root(x, temperature) for x in rows]
+    return _InfoNCE.apply(*rows, offset).to(loss_dtype(query))
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Of rows as they come, at temperature 1: a temperature that is a tensor is in the rows. NT-Xent's operators do it.
+
+    One view has no positives: what they sum and differentiate are the negatives alone.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> Tensor:
+        logits = widest((query * positive).sum(1))
+        _, lse = ops.nt_xent(query[None], negatives[None], offset, 1.0, False, False)
+        lse = torch.logaddexp(lse[0], logits)
+        ctx.save_for_backward(query, positive, negatives, lse, logits)
+        ctx.offset = offset
+        return (lse - logits).mean()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        refuse_second_order("info_nce")
+        query, positive, negatives, lse, logits = ctx.saved_tensors
+        # An infinite log-sum-exp has no probabilities: a candidate is no row here.
+        none = torch.full_like(negatives[:, 0], torch.inf, dtype=lse.dtype)[None]
+        rows = query[None]
+        candidates = negatives[None]
+        options = (1.0, False, False)
+        scale = (upstream / lse.numel()).to(query.dtype)
+        pull = (logits - lse).expm1().to(query.dtype)[:, None]  # the positive's probability - 1
+        of_negatives = None
+        of_query = ops.nt_xent_backward(rows, candidates, lse[None], none, None, ctx.offset, *options)[0]
+        if ctx.needs_input_grad[2]:
+            of_negatives = ops.nt_xent_backward(candidates, rows, none, lse[None], None, -ctx.offset, *options)[0]
+            of_negatives = of_negatives * scale
+        return (of_query + pull * positive) * scale, pull * query * scale, of_negatives, None
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
@@ -316,4 +382,5 @@ def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
     checks.matrices("nearest_neighbors", contract, query, bank, same=False)
     if query.shape[1] != bank.shape[1]:
         checks.fail("nearest_neighbors", contract, f"{tuple(query.shape)} and {tuple(bank.shape)}")
+    refuse_forward_mode("nearest_neighbors", (query, bank))
     return ops.nearest_neighbors(*(x.detach() for x in checks.common(query, bank)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from fastjem.collectives import (
     sum_over_ranks,
 )
 from fastjem.functional import checks, summed_squares
+from fastjem.functional.compiled import over_ranks
+from fastjem.functional.decompositions import eigenvalues, eigenvectors, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.kernels.arithmetic import solvable, widest
 from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
@@ -57,12 +60,16 @@ class Health:
         """By a loss: figures [2, D + 1], the standard deviations and the rank."""
         self.std = figures[:, :-1]
         self.effective_rank = figures[:, -1]
-        self._spectrum = (lambda: spectrum([widest(solvable(x)) for x in squares], n)) if squares else None
+        self._spectrum = partial(_spectrum_of, spectrum, squares, n) if squares else None
+
+
+def _spectrum_of(spectrum: Callable[..., Tensor], squares: list[Tensor], n: int) -> Tensor:
+    return spectrum([widest(solvable(x)) for x in squares], n)
 
 
 def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:
     """[2, min(N, D)]: eigenvalues of a^T a / (N - 1) of both centred views, from a^T a or a a^T."""
-    return torch.linalg.eigvalsh(torch.stack(squares)).clamp(min=0).flip(1) / (n - 1)
+    return eigenvalues(torch.stack(squares)).clamp(min=0).flip(1) / (n - 1)
 
 
 def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
@@ -71,19 +78,20 @@ def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
     With a a^T = R R^T, C's squared singular values (times N^2) are the eigenvalues of R^T b b^T R.
     """
     if len(squares) == 1:
-        values = torch.linalg.svdvals(squares[0])
+        values = singular_values(squares[0])
     else:
-        eigenvalues, vectors = torch.linalg.eigh(squares[0])
-        root = vectors * eigenvalues.clamp(min=0).sqrt()
-        values = torch.linalg.eigvalsh(root.T @ squares[1] @ root).clamp(min=0).flip(0).sqrt()
+        of_first, vectors = eigenvectors(squares[0])
+        root = vectors * of_first.clamp(min=0).sqrt()
+        values = eigenvalues(root.T @ squares[1] @ root).clamp(min=0).flip(0).sqrt()
     return (values / n).expand(2, -1)
 
 
+@over_ranks()
 def barlow_twins(
     z0: Tensor,
     z1: Tensor,
     *,
-    lambda_param: float = 5e-3,
+    lambda_param: float | Tensor = 5e-3,
     group: dist.ProcessGroup | None = None,
     health: Health | None = None,
 ) -> Tensor:
@@ -94,7 +102,7 @@ def barlow_twins(
 
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
-        lambda_param: weight of the off-diagonal.
+        lambda_param: weight of the off-diagonal: a number, or a 0-dim tensor, which gets its gradient.
         group: the process group over whose global batch the statistics are taken (batches may be uneven, even empty).
             Rows are gathered, or D x D squares added, whichever is fewer bytes.
         health: filled on the way.
@@ -105,18 +113,24 @@ def barlow_twins(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    return _covariance_loss("barlow_twins", z0, z1, group, health, float(lambda_param))
+    weight = checks.number("barlow_twins", "lambda_param", lambda_param, _first(z0))
+    if not isinstance(weight, Tensor):
+        return _covariance_loss("barlow_twins", z0, z1, group, health, weight)
+    diagonal = _covariance_loss("barlow_twins", z0, z1, group, health, 0.0)
+    everything = _covariance_loss("barlow_twins", z0, z1, group, None, 1.0)
+    return diagonal + weight.to(diagonal.dtype) * (everything - diagonal)
 
 
+@over_ranks()
 def vicreg(
     z0: Tensor,
     z1: Tensor,
     *,
-    lambda_param: float = 25.0,
-    mu_param: float = 25.0,
-    nu_param: float = 1.0,
+    lambda_param: float | Tensor = 25.0,
+    mu_param: float | Tensor = 25.0,
+    nu_param: float | Tensor = 1.0,
     eps: float = 1e-4,
-    variance_factor: float = 0.5,
+    variance_factor: float | Tensor = 0.5,
     group: dist.ProcessGroup | None = None,
     health: Health | None = None,
 ) -> Tensor:
@@ -127,7 +141,8 @@ def vicreg(
 
     Args:
         z0, z1: [N, D] each, two views of N images, N >= 2.
-        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
+        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance: numbers, or 0-dim tensors,
+            which get their gradients and cost a pass each.
         eps: added to the variance.
         variance_factor: 0.5 as in the official code (and lightly's), 1 as in the paper (and solo-learn's).
         group: the process group over whose global batch the statistics are taken (batches may be uneven, even empty).
@@ -140,17 +155,49 @@ def vicreg(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
-    mu = 2.0 * variance_factor * mu_param  # the operator halves it
-    return _covariance_loss("vicreg", z0, z1, group, health, float(lambda_param), mu, float(nu_param), float(eps))
+    like = _first(z0)
+    factor = checks.number("vicreg", "variance_factor", variance_factor, like)
+    mu = checks.number("vicreg", "mu_param", mu_param, like)
+    weights = (
+        checks.number("vicreg", "lambda_param", lambda_param, like),
+        2.0 * factor * mu,  # the operator halves it
+        checks.number("vicreg", "nu_param", nu_param, like),
+    )
+    eps = checks.host_number("vicreg", "eps", eps, low=0, inclusive=True)
+    return _weighted(weights, lambda w, watched: _covariance_loss("vicreg", z0, z1, group, watched, *w, eps), health)
 
 
+def _first(z: object) -> Tensor | None:
+    """On whose device a weight has to be; anything but a tensor is refused later, by its own check."""
+    return z if isinstance(z, Tensor) else None
+
+
+def _weighted(
+    weights: tuple[float | Tensor, ...],
+    loss_of: Callable[[tuple[float, ...], Health | None], Tensor],
+    health: Health | None,
+) -> Tensor:
+    """A loss that is linear in its weights, of which tensors have gradients: a call of the operator for each of them.
+
+    One more is for all that are numbers, and where all are there is no other.
+    """
+    numbers = tuple(0.0 if isinstance(w, Tensor) else w for w in weights)
+    loss = loss_of(numbers, health)
+    for i, weight in enumerate(weights):
+        if isinstance(weight, Tensor):
+            part = loss_of(tuple(float(i == j) for j in range(len(weights))), None)
+            loss = loss + weight.to(part.dtype) * part
+    return loss
+
+
+@over_ranks(lambda z0, *_, **__: [(), (z0.shape[1], z0.shape[1])], packed=tuple)
 def tico(
     z0: Tensor,
     z1: Tensor,
     covariance: Tensor | None = None,
     *,
-    beta: float = 0.9,
-    rho: float = 8.0,
+    beta: float | Tensor = 0.9,
+    rho: float | Tensor = 8.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`1 - mean <a, b> + rho mean a^T C a`, C = beta covariance + (1 - beta) a^T a / N: TiCo.
@@ -178,6 +225,10 @@ def tico(
         d = z0.shape[1]
         if covariance is not None and covariance.shape != (d, d):
             checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
+        beta = checks.number("tico", "beta", beta, z0, low=0, high=1, inclusive=True)
+        rho = checks.number("tico", "rho", rho, z0)
+        if isinstance(beta, Tensor):
+            beta = widest(beta)
         ranks.rows_of(z0)
     n = sum(ranks.sizes)
     with without_autocast(z0):
@@ -191,7 +242,8 @@ def tico(
         c = squares * ((1 - beta) / n)
         if covariance is not None:
             c = c + beta * covariance.detach().to(c.dtype)
-        return 1 + sum_of_ranks((rho * (a @ c * a) - a * b).sum(), group) / n, c
+        loss = 1 + sum_of_ranks((rho * (a @ c * a) - a * b).sum(), group) / n
+        return loss, c.detach()  # a learned beta has its gradient in this step alone
 
 
 @dataclass(frozen=True)

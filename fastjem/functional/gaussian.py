@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement, from_first_rank, gradient_factor, sum_of_ranks, sum_over_ranks
 from fastjem.functional import checks
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.ops.autograd import known, ops
 
@@ -50,6 +51,7 @@ def _statistic(
     return statistic * n, gradient
 
 
+@over_ranks(lambda width, count, like, **_: [(width, count)], differentiable=False)
 def random_directions(width: int, count: int, like: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """[D, S] random unit columns, on every rank of the group the same."""
     with Agreement("random_directions", group) as ranks:
@@ -59,6 +61,7 @@ def random_directions(width: int, count: int, like: Tensor, group: dist.ProcessG
     return directions / directions.norm(dim=0)
 
 
+@over_ranks()
 def sigreg(
     z: Tensor,
     directions: Tensor,
@@ -89,19 +92,18 @@ def sigreg(
         dims = 3 if getattr(z, "ndim", 2) == 3 else 2
         may_be_empty = None if group is None else dims - 2
         checks.matrices("sigreg", "z must be [N, D] or [V, N, D]", z, dims=dims, may_be_empty=may_be_empty)
-        _check_options("sigreg", z, directions, knots, t_max)
+        knots, t_max = _options("sigreg", z, directions, knots, t_max)
         z = z if z.dim() == 3 else z[None]
         ranks.rows_of(z, dim=1)
         ranks.alike(directions.shape[1], knots)
     return _sigreg("sigreg", z, directions, knots, t_max, ranks.sizes, group)
 
 
-def _check_options(op: str, z: Tensor, directions: Tensor, knots: int, t_max: float) -> None:
+def _options(op: str, z: Tensor, directions: Tensor, knots: int, t_max: float) -> tuple[int, float]:
+    """Knots and t_max, checked like the rest."""
     if directions.dim() != 2 or directions.shape[0] != z.shape[-1]:
         checks.fail(op, f"directions must be [{z.shape[-1]}, S]", tuple(directions.shape))
-    if knots < 2:
-        checks.fail(op, "knots must be at least 2", knots)
-    checks.positive(op, t_max=t_max)
+    return checks.integer(op, "knots", knots, 2), checks.host_number(op, "t_max", t_max, low=0)
 
 
 def _sigreg(
@@ -116,18 +118,19 @@ def _sigreg(
     wanted = torch.is_grad_enabled() and z.requires_grad
     with torch.no_grad(), without_autocast(z):
         wide = in_float32(z)
-        total, gradient = _statistic(wide, directions.to(wide.dtype), knots, float(t_max), sizes, group, wanted)
+        total, gradient = _statistic(wide, directions.to(wide.dtype), knots, t_max, sizes, group, wanted)
         gradient = gradient.to(z.dtype)
     count = len(z) * directions.shape[1]
     return known(op, total / count, (z,), [gradient], [gradient_factor(group) / count])
 
 
+@over_ranks()
 def lejepa(
     local_proj: Tensor,
     global_proj: Tensor,
     directions: Tensor,
     *,
-    lambda_param: float = 0.05,
+    lambda_param: float | Tensor = 0.05,
     knots: int = 17,
     t_max: float = 3.0,
     group: dist.ProcessGroup | None = None,
@@ -137,7 +140,7 @@ def lejepa(
     Args:
         local_proj, global_proj: [V_local, N, D] and [V_global, N, D].
         directions: [D, S], see `random_directions`.
-        lambda_param: weight of SIGReg in [0, 1].
+        lambda_param: weight of SIGReg in [0, 1]: a number, or a 0-dim tensor, which gets its gradient.
         knots, t_max, group: see `sigreg`.
 
     Returns:
@@ -154,7 +157,8 @@ def lejepa(
         )  # fmt: skip
         if local_proj.shape[1:] != global_proj.shape[1:]:
             checks.fail("lejepa", contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
-        _check_options("lejepa", global_proj, directions, knots, t_max)
+        knots, t_max = _options("lejepa", global_proj, directions, knots, t_max)
+        weight = checks.number("lejepa", "lambda_param", lambda_param, global_proj)
         views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
         ranks.rows_of(views, dim=1)
         ranks.alike(directions.shape[1], knots)
@@ -162,4 +166,4 @@ def lejepa(
     z = in_float32(views)
     squares = (z - z[: len(global_proj)].mean(0)).square().sum()
     invariance = sum_of_ranks(squares, group) / (len(z) * sum(ranks.sizes) * z.shape[2])
-    return lambda_param * regulariser + (1 - lambda_param) * invariance
+    return (weight * regulariser + (1 - weight) * invariance).to(loss_dtype(views))

@@ -6,15 +6,16 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement
 from fastjem.functional import checks, rings
+from fastjem.functional.compiled import over_ranks
+from fastjem.kernels.arithmetic import widest_dtype
 
 
 def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        value = torch.tensor(float(value), device=like.device)
-    if value.numel() != 1:
-        checks.fail(op, f"{name} must be a number or a tensor of one element", tuple(value.shape))
-    checks.one_device(op, (like, value))
-    return value.reshape(())
+    """0-dim. A Python number stays what it is: the default dtype, which may be bfloat16, has no part in it."""
+    value = checks.number(op, name, value, like)
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=widest_dtype(like.device), device=like.device)
 
 
 def _checked(
@@ -25,6 +26,7 @@ def _checked(
     return x, y, _scalar(op, "logit_scale", logit_scale, x)
 
 
+@over_ranks()
 def clip_loss(
     x: Tensor,
     y: Tensor,
@@ -40,8 +42,8 @@ def clip_loss(
 
     Args:
         x, y: [N, D] each, pair by pair, as given: open_clip's convention is that they are normalised already.
-        logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter); 0-dim, with its
-            gradient.
+        logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter): a number, or a 0-dim
+            tensor, which gets its gradient.
         group: as for `nt_xent`.
         local_loss: with a group, the mean over this rank's rows (and, for `logits.T`, its columns) alone, each against
             all ranks' candidates (0 for a rank without rows); the gradient is still that of the global loss, exact
@@ -65,6 +67,7 @@ def clip_loss(
     return rings.clip_loss(x, y, scale, ranks.sizes, group, local_loss and group is not None)
 
 
+@over_ranks()
 def siglip_loss(
     x: Tensor,
     y: Tensor,

@@ -23,8 +23,8 @@ def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
         ValueError: for other shapes or dtypes.
     """
     checks.matrices("negative_cosine", "p and z must be [N, D] both", p, z)
-    checks.positive("negative_cosine", eps=eps)
-    return one_pass("negative_cosine", checks.common(p, z), float(eps))
+    eps = checks.host_number("negative_cosine", "eps", eps, low=0)
+    return one_pass("negative_cosine", checks.common(p, z), eps)
 
 
 def regression(
@@ -50,11 +50,10 @@ def regression(
     """
     contract = "prediction and target must be [..., D] both"
     checks.matrices("regression", contract, prediction, target, dims=max(1, getattr(prediction, "ndim", 1)))
-    if beta < 0:
-        checks.fail("regression", "beta must not be negative", beta)
-    checks.positive("regression", eps=eps)
+    beta = checks.host_number("regression", "beta", beta, low=0, inclusive=True)
+    eps = checks.host_number("regression", "eps", eps, low=0)
     prediction, target = checks.common(prediction, target.detach())
     width = prediction.shape[-1]
     rows = prediction.reshape(-1, width)
     targets = target.reshape(-1, width)
-    return one_pass("regression", (rows,), targets, float(beta), bool(normalize), float(eps))
+    return one_pass("regression", (rows,), targets, beta, bool(normalize), eps)

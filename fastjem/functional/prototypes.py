@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement, mean_loss_of_ranks
 from fastjem.functional import checks
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
+from fastjem.functional.temperature import over
 from fastjem.ops.autograd import one_pass, one_pass_with_statistics
 
 PAIRS = ("different", "same", "all")
@@ -28,8 +30,8 @@ def prototype_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
     *,
-    student_temperature: float,
-    teacher_temperature: float,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
     teacher_bias: Tensor | None = None,
     pairs: str = "different",
     weights: Tensor | None = None,
@@ -41,20 +43,24 @@ def prototype_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
     *,
-    student_temperature: float,
-    teacher_temperature: float,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
     teacher_bias: Tensor | None = None,
     pairs: str = "different",
     weights: Tensor | None = None,
     statistics: Literal[True],
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, TeacherStatistics]: ...
+@over_ranks(
+    lambda student, teacher, *, statistics=False, **_: [(), *[(student[0].shape[-1],)] * 2, ()] if statistics else [()],
+    packed=lambda results: (results[0], TeacherStatistics(*results[1:])) if len(results) > 1 else results[0],
+)
 def prototype_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
     *,
-    student_temperature: float,
-    teacher_temperature: float,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
     teacher_bias: Tensor | None = None,
     pairs: str = "different",
     weights: Tensor | None = None,
@@ -70,7 +76,8 @@ def prototype_cross_entropy(
     Args:
         student: [S, B, K], or a sequence of S tensors [B, K].
         teacher: [T, B, K], or a sequence of T tensors [B, K]; gets no gradient.
-        student_temperature, teacher_temperature: what the logits are divided by.
+        student_temperature, teacher_temperature: what the logits are divided by: numbers or 0-dim tensors. The
+            student's gets its gradient; the teacher's, like the teacher, none.
         teacher_bias: [K] or, one per teacher view, [T, K]; added to teacher / teacher_temperature.
         pairs: "different" (s != t, the same index being the same view), "same" (s = t) or "all".
         weights: [B]: the mean over rows becomes sum(weights * rows) / sum(weights).
@@ -93,29 +100,41 @@ def prototype_cross_entropy(
         teacher = list_of_views(op, contract, teacher)
         checks.matrices(op, contract, *student, *teacher, may_be_empty=None if group is None else 0)
         batch, prototypes = student[0].shape
-        temperatures = (student_temperature, teacher_temperature)
-        options = _options(op, student, teacher, prototypes, temperatures, teacher_bias, pairs, weights)
+        options = _options(op, student, teacher, prototypes, teacher_bias, pairs, weights)
+        of_student = checks.positive(op, "student_temperature", student_temperature, student[0])
+        of_teacher = checks.positive(op, "teacher_temperature", teacher_temperature, student[0])
+        if isinstance(of_teacher, Tensor):
+            of_teacher = of_teacher.detach()
         constants = _constants(teacher, student)
         inputs = checks.common(*student)
         ranks.rows_of(inputs[0])
+    inputs, of_student = _over_temperature(inputs, of_student)
+    constants, of_constants = _over_temperature(constants, of_teacher)
     if group is not None and not batch:
         loss = sum_of_elements(inputs)
         of_nothing = loss.detach().new_full((prototypes,), torch.nan)
-        of_teacher = [of_nothing, of_nothing.clone(), of_nothing[0].clone()]
+        seen = [of_nothing, of_nothing.clone(), of_nothing[0].clone()]
     else:
-        loss, *of_teacher = one_pass_with_statistics(op, inputs, constants, *options, statistics, listed=True)
+        arguments = (constants, of_student, of_constants, *options, statistics)
+        loss, *seen = one_pass_with_statistics(op, inputs, *arguments, listed=True)
     loss = _mean_of_ranks(loss, batch, weights, group)
-    return (loss, TeacherStatistics(*of_teacher)) if statistics else loss
+    if not statistics:
+        return loss
+    mean, usage, entropy = seen
+    if isinstance(of_teacher, Tensor):  # the operator saw logits over the temperature
+        mean = mean * of_teacher.to(mean.dtype)
+    return loss, TeacherStatistics(mean, usage, entropy)
 
 
+@over_ranks()
 def prototype_head_cross_entropy(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
     student_prototypes: Tensor,
     teacher_prototypes: Tensor,
     *,
-    student_temperature: float,
-    teacher_temperature: float,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
     teacher_bias: Tensor | None = None,
     pairs: str = "different",
     weights: Tensor | None = None,
@@ -149,15 +168,23 @@ def prototype_head_cross_entropy(
         if student_prototypes.shape[1] != student[0].shape[1]:
             checks.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
         checks.one_device(op, [student[0], student_prototypes])
-        temperatures = (student_temperature, teacher_temperature)
-        options = _options(op, student, teacher, len(student_prototypes), temperatures, teacher_bias, pairs, weights)
+        options = _options(op, student, teacher, len(student_prototypes), teacher_bias, pairs, weights)
+        of_student = checks.positive(op, "student_temperature", student_temperature, student[0])
+        of_teacher = checks.positive(op, "teacher_temperature", teacher_temperature, student[0])
+        if isinstance(of_teacher, Tensor):
+            of_teacher = of_teacher.detach()
         inputs = checks.common(*student, student_prototypes)
         *constants, prototypes = _constants([*teacher, teacher_prototypes], inputs)
         ranks.rows_of(inputs[0])
+    features, of_student = _over_temperature(inputs[:-1], of_student)
+    constants, of_teacher = _over_temperature(constants, of_teacher)
+    # Features over a temperature that is a tensor are float32 at least, and prototypes are in the dtype of features.
+    inputs = checks.common(*features, inputs[-1])
+    prototypes = prototypes.to(constants[0].dtype)
     if group is not None and not len(student[0]):
         loss = sum_of_elements(inputs[:-1]) + 0 * inputs[-1].sum()
     else:
-        loss = one_pass(op, inputs, constants, prototypes, *options, listed=True)
+        loss = one_pass(op, inputs, constants, prototypes, of_student, of_teacher, *options, listed=True)
     return _mean_of_ranks(loss, len(student[0]), weights, group)
 
 
@@ -189,13 +216,11 @@ def _options(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     prototypes: int,
-    temperatures: tuple[float, float],
     teacher_bias: Tensor | None,
     pairs: str,
     weights: Tensor | None,
-) -> tuple[float, float, Tensor | None, str, Tensor | None]:
-    """The options, checked, as both operators take them: temperatures, bias, pairs, weights; the tensors constants."""
-    checks.positive(op, student_temperature=temperatures[0], teacher_temperature=temperatures[1])
+) -> tuple[Tensor | None, str, Tensor | None]:
+    """The options, checked, as both operators take them: bias, pairs, weights; the tensors constants."""
     if pairs not in PAIRS:
         checks.fail(op, f"pairs must be one of {', '.join(PAIRS)}", repr(pairs))
     if pairs == "different" and len(student) == len(teacher) == 1:
@@ -211,7 +236,14 @@ def _options(
             checks.fail(op, f"weights must be [{len(student[0])}]", tuple(weights.shape))
         checks.one_device(op, [weights, student[0]])
         weights = weights.detach()
-    return float(temperatures[0]), float(temperatures[1]), teacher_bias, pairs, weights
+    return teacher_bias, pairs, weights
+
+
+def _over_temperature(scores: list[Tensor], temperature: float | Tensor) -> tuple[list[Tensor], float]:
+    """Scores, and their temperature as an operator takes it; one that is a tensor goes into the scores."""
+    if not isinstance(temperature, Tensor):
+        return scores, temperature
+    return [over(x, temperature) for x in scores], 1.0
 
 
 def _mean_of_ranks(loss: Tensor, rows: int, weights: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_and_count_of_ranks
 from fastjem.functional import checks
+from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.prototypes import list_of_views, sum_of_elements
+from fastjem.functional.temperature import over
 from fastjem.ops.autograd import one_pass
 
 
@@ -33,14 +35,14 @@ def koleo(x: Tensor, *, p: float = 2, eps: float = 1e-8) -> Tensor:
         ValueError: for other shapes, dtypes or options.
     """
     checks.matrices("koleo", "x must be [N, D]", x)
-    checks.positive("koleo", p=p, eps=eps)
-    if p < 1:
-        checks.fail("koleo", "p must be at least 1", p)
-    return one_pass("koleo", (x,), float(p), float(eps))
+    p = checks.host_number("koleo", "p", p, low=1, inclusive=True)
+    eps = checks.host_number("koleo", "eps", eps, low=0)
+    return one_pass("koleo", (x,), p, eps)
 
 
+@over_ranks()
 def mean_entropy(
-    scores: Tensor | Sequence[Tensor], *, temperature: float = 0.1, group: dist.ProcessGroup | None = None
+    scores: Tensor | Sequence[Tensor], *, temperature: float | Tensor = 0.1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """`sum_k p_k log p_k + log K`, p the mean over rows of `softmax(scores / temperature, 1)`: MSN's regulariser.
 
@@ -48,7 +50,7 @@ def mean_entropy(
 
     Args:
         scores: [B, K], or a sequence of V tensors [B, K], or [V, B, K].
-        temperature: what the scores are divided by.
+        temperature: what the scores are divided by: a number, or a 0-dim tensor, which gets its gradient.
         group: the process group over whose global batch p is taken (batches may be uneven, even empty).
 
     Returns:
@@ -62,10 +64,12 @@ def mean_entropy(
     with Agreement(op, group) as ranks:
         views = [scores] if isinstance(scores, Tensor) and scores.dim() == 2 else list_of_views(op, contract, scores)
         checks.matrices(op, contract, *views, may_be_empty=None if group is None else 0)
-        checks.positive(op, temperature=temperature)
+        temperature = checks.positive(op, "temperature", temperature, views[0])
         views = checks.common(*views)
         ranks.rows_of(views[0])
-    temperature = float(temperature)
+    if isinstance(temperature, Tensor):
+        views = [over(x, temperature) for x in views]
+        temperature = 1.0
     if group is None:
         return one_pass(op, views, temperature, None, None, listed=True)
     wide = loss_dtype(views[0])

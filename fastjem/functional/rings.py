@@ -28,6 +28,7 @@ from fastjem.collectives import gradient_factor, other_ranks, sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops.autograd import known, ops, refuse_second_order
+from fastjem.ops.forward_mode import refuse_forward_mode
 
 
 class _NTXent(torch.autograd.Function):
@@ -82,6 +83,7 @@ def nt_xent(
     counted: Tensor | None = None,  # [V, N] bool: which rows are anchors
 ) -> Tensor:
     """The mean over all ranks' rows of the log-sum-exp less the weighted positives."""
+    refuse_forward_mode("nt_xent", (z,))
     return _NTXent.apply(z, weights, counted, options, sizes, group)
 
 
@@ -176,6 +178,7 @@ def clip_loss(
     local: bool = False,
 ) -> Tensor:
     """`local`: the value is the mean over this rank's rows; the gradient stays that of the global loss."""
+    refuse_forward_mode("clip_loss", (x, y, scale))
     return _Clip.apply(x, y, scale, sizes, group, local)
 
 

@@ -1,6 +1,6 @@
 """Losses on the spectrum of embeddings: total coding rate, MMCR, FroSSL, whitening; by the smaller Gram matrix.
 
-In plain torch: what they cost is a factorisation of a small matrix.
+In plain torch: what they cost is a factorisation of a small matrix. Of what isn't finite they are NaN.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastjem.functional import checks
+from fastjem.functional.decompositions import cholesky, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
 
 
@@ -18,17 +19,7 @@ def smaller_gram(z: Tensor) -> Tensor:
     return z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
 
 
-def cholesky(x: Tensor, op: str) -> Tensor:
-    """The lower factor. A matrix without one raises on the CPU and gives NaN on CUDA, where looking would wait."""
-    factor, info = torch.linalg.cholesky_ex(x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        if info.any():
-            checks.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
-        return factor
-    return torch.where((info == 0)[..., None, None], factor, torch.nan)
-
-
-def total_coding_rate(z: Tensor, *, eps: float = 0.2) -> Tensor:
+def total_coding_rate(z: Tensor, *, eps: float | Tensor = 0.2) -> Tensor:
     """`0.5 logdet(I + D / (N eps) Z^T Z)`, the mean over views: the rate of MCR2 and EMP-SSL.
 
     It grows with the volume that the rows fill, so a loss *subtracts* it (Tong et al. 2023, arXiv 2304.03977).
@@ -45,22 +36,22 @@ def total_coding_rate(z: Tensor, *, eps: float = 0.2) -> Tensor:
     """
     dims = 3 if getattr(z, "ndim", 2) == 3 else 2
     checks.matrices("total_coding_rate", "z must be [N, D] or [V, N, D]", z, dims=dims)
-    checks.positive("total_coding_rate", eps=eps)
-    return _coding_rate("total_coding_rate", z, eps)
+    return _coding_rate("total_coding_rate", z, checks.positive("total_coding_rate", "eps", eps, z))
 
 
-def _coding_rate(op: str, z: Tensor, eps: float) -> Tensor:
+def _coding_rate(op: str, z: Tensor, eps: float | Tensor) -> Tensor:
     n, d = z.shape[-2:]
     z = in_float32(z)
     with without_autocast(z):
-        gram = smaller_gram(z) * (d / (n * eps))
+        distortion = eps.to(z.dtype) if isinstance(eps, Tensor) else eps
+        gram = smaller_gram(z) * (d / (n * distortion))
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor = cholesky(identity + gram, op)
         # logdet = 2 sum(log(diagonal of the factor)), and half of that is wanted.
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
 
 
-def emp_ssl(z: Tensor, *, eps: float = 0.2, invariance: float = 200.0) -> Tensor:
+def emp_ssl(z: Tensor, *, eps: float | Tensor = 0.2, invariance: float | Tensor = 200.0) -> Tensor:
     """`-total_coding_rate(z) - invariance * mean cos(z, mean over views of z)`: EMP-SSL's loss.
 
     Tong et al. 2023, arXiv 2304.03977, equation 4, with the sign of a loss.
@@ -77,13 +68,14 @@ def emp_ssl(z: Tensor, *, eps: float = 0.2, invariance: float = 200.0) -> Tensor
         ValueError: for other shapes, dtypes or eps.
     """
     checks.matrices("emp_ssl", "z must be [V, N, D]", z, dims=3)
-    checks.positive("emp_ssl", eps=eps)
+    eps = checks.positive("emp_ssl", "eps", eps, z)
+    weight = checks.number("emp_ssl", "invariance", invariance, z)
     wide = in_float32(z)
     alike = torch.nn.functional.cosine_similarity(wide, wide.mean(0, keepdim=True), dim=-1).mean()
-    return -_coding_rate("emp_ssl", z, eps) - invariance * alike
+    return (-_coding_rate("emp_ssl", z, eps) - weight * alike).to(wide.dtype)
 
 
-def mmcr(online: Tensor, momentum: Tensor, *, lmda: float = 5e-3) -> Tensor:
+def mmcr(online: Tensor, momentum: Tensor, *, lmda: float | Tensor = 5e-3) -> Tensor:
     """`-||mean over views||_* + lmda mean_b ||views of b||_*`, nuclear norms (Yerxa et al. 2023, arXiv 2303.03307).
 
     Args:
@@ -99,14 +91,15 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float = 5e-3) -> Tensor:
     """
     checks.matrices("mmcr", "online and momentum must be [B, V, D] both", online, momentum, dims=3)
     online, momentum = checks.common(online, momentum)
+    weight = checks.number("mmcr", "lmda", lmda, online)
     with without_autocast(online):
         z = torch.cat([in_float32(online), in_float32(momentum)], 1)  # [B, 2 V, D]
-        of_images = torch.linalg.svdvals(z).sum() / len(z)
-        of_means = torch.linalg.svdvals(z.mean(1)).sum()
-        return lmda * of_images - of_means
+        of_images = singular_values(z).sum() / len(z)
+        of_means = singular_values(z.mean(1)).sum()
+        return (weight * of_images - of_means).to(z.dtype)
 
 
-def frossl(views: Sequence[Tensor], *, invariance: float = 1.0) -> Tensor:
+def frossl(views: Sequence[Tensor], *, invariance: float | Tensor = 1.0) -> Tensor:
     """`log ||G / tr G||_F^2 + invariance V D mse(z, mean over views)`, summed over views: FroSSL.
 
     z is a view with normalised columns, G its smaller Gram matrix (Skean et al. 2023, arXiv 2310.02903).
@@ -125,6 +118,7 @@ def frossl(views: Sequence[Tensor], *, invariance: float = 1.0) -> Tensor:
     if len(views) < 2:
         checks.fail("frossl", "views must be at least two", len(views))
     checks.matrices("frossl", "views must be [N, D] each", *views)
+    weight = checks.number("frossl", "invariance", invariance, views[0])
     z = in_float32(torch.stack(checks.common(*views)))  # [V, N, D]
     with without_autocast(z):
         z = normalize(z, dim=1)
@@ -132,10 +126,11 @@ def frossl(views: Sequence[Tensor], *, invariance: float = 1.0) -> Tensor:
         # The trace is D (columns have length 1) but for columns of zeros: a constant, as far as gradients go.
         trace = gram.diagonal(dim1=1, dim2=2).sum(1).detach()
         entropy = gram.square().sum((1, 2)).log() - 2 * trace.log()
-        return entropy.sum() + invariance * len(z) * (z - z.mean(0)).square().sum((1, 2)).sum() / z.shape[1]
+        apart = (z - z.mean(0)).square().sum((1, 2)).sum() / z.shape[1]
+        return (entropy.sum() + weight * len(z) * apart).to(z.dtype)
 
 
-def whiten(x: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def whiten(x: Tensor, *, eps: float | Tensor = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Rows with covariance I: `(x - mean) L^-T` with `L L^T = (1 - eps) cov + eps I`, by Cholesky.
 
     Ermolov et al. 2021, arXiv 2007.06346 (W-MSE).
@@ -154,10 +149,13 @@ def whiten(x: Tensor, *, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     return _whiten("whiten", "x", x, eps)
 
 
-def _whiten(op: str, name: str, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _whiten(op: str, name: str, x: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if len(x) < 2:
         checks.fail(op, f"{name} must have N >= 2 rows, as their covariance is needed", f"N = {len(x)}")
+    eps = checks.number(op, "eps", eps, x, low=0, high=1, inclusive=True)
     x = in_float32(x)
+    if isinstance(eps, Tensor):
+        eps = eps.to(x.dtype)
     with without_autocast(x):
         mean = x.mean(0)
         centred = x - mean
@@ -168,7 +166,7 @@ def _whiten(op: str, name: str, x: Tensor, eps: float) -> tuple[Tensor, Tensor, 
     return whitened, mean.detach(), covariance.detach()
 
 
-def w_mse(z0: Tensor, z1: Tensor, *, eps: float = 0.0) -> Tensor:
+def w_mse(z0: Tensor, z1: Tensor, *, eps: float | Tensor = 0.0) -> Tensor:
     """`2 - 2 mean cos(whiten(z0), whiten(z1))`: W-MSE of two views of one batch.
 
     Ermolov et al. 2021, arXiv 2007.06346, equation 5. The paper whitens sub-batches of random composition:

@@ -27,4 +27,4 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
         came = f"{checks.shape(labels)} {getattr(labels, 'dtype', '')}"
         checks.fail("cross_entropy", f"labels must be [{len(logits)}] int64", came)
     checks.one_device("cross_entropy", (logits, labels))
-    return one_pass("cross_entropy", (logits,), labels, ignore_index)
+    return one_pass("cross_entropy", (logits,), labels, checks.integer("cross_entropy", "ignore_index", ignore_index))

@@ -50,7 +50,7 @@ class _Distillation(nn.Module):
         teacher: list[Tensor],
         student: list[Tensor],
         center: Tensor,
-        temperature: float,
+        temperature: float | Tensor,
         pairs: str = "different",
         weights: Tensor | None = None,
     ) -> Tensor:
@@ -58,7 +58,7 @@ class _Distillation(nn.Module):
         if self.centering == "sinkhorn":
             bias = F.sinkhorn_bias(teacher, epsilon=temperature, group=default_group())
         else:
-            bias = center.flatten() / -temperature
+            bias = center.flatten() / -(temperature.detach() if isinstance(temperature, Tensor) else temperature)
         if not len(teacher[0]):
             self.statistics = None
             return torch.stack([x.sum(dtype=loss_dtype(x)) for x in student]).sum()
@@ -130,14 +130,21 @@ class DINOLoss(_Distillation):
         self.register_buffer("center", torch.zeros(1, 1, output_dim))
         self.held = HeldMean((1, 1, output_dim)) if defer_center_update else None
         self.center_momentum = center_momentum
+        self.warmup_teacher_temp = warmup_teacher_temp
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
-        self.teacher_temp_schedule = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        # Numbers and no state: they stay on the host, where a module that is made on the meta device has them, too.
+        self.teacher_temp_schedule = torch.linspace(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, device="cpu"
+        )
+
+    def reset_parameters(self) -> None:
+        self.center.zero_()
 
     def forward(
         self,
         teacher_out: list[Tensor],
         student_out: list[Tensor],
-        teacher_temp: float | None = None,
+        teacher_temp: float | Tensor | None = None,
         epoch: int | None = None,
     ) -> Tensor:
         """0-dim. Scores [B, K] of each view; views of one index are the same view. The teacher's get no gradient."""
@@ -148,7 +155,7 @@ class DINOLoss(_Distillation):
                 came = f"{len(teacher)} teacher and {len(student)} student views"
                 checks.fail(ranks.who, "there must be at least two views, one of them the teacher's", came)
             self._check(ranks, teacher, student, "a [B, K] a view", self.center.numel())
-        temperature = self._temperature(teacher_temp, epoch)
+            temperature = self._temperature(teacher_temp, epoch, teacher[0])
         loss = self._loss(teacher, student, self.center, temperature)
         if self.centering == "center":
             if is_overridden(self, "update_center", _Distillation):
@@ -157,12 +164,15 @@ class DINOLoss(_Distillation):
                 self._move_center(self._batch_mean(self.center), len(teacher) * len(teacher[0]))
         return loss
 
-    def _temperature(self, teacher_temp: float | None, epoch: int | None) -> float:
+    def _temperature(self, teacher_temp: float | Tensor | None, epoch: int | None, like: Tensor) -> float | Tensor:
         if teacher_temp is not None:
-            return float(teacher_temp)
-        if epoch is not None and epoch < self.warmup_teacher_temp_epochs:
-            return float(self.teacher_temp_schedule[epoch])
-        return float(self.teacher_temp)
+            return checks.positive("DINOLoss", "teacher_temp", teacher_temp, like)
+        last = checks.positive("DINOLoss", "teacher_temp", self.teacher_temp, like)
+        if epoch is None or epoch >= self.warmup_teacher_temp_epochs:
+            return last
+        # Computed and not looked up in a tensor, whose values torch.compile doesn't know.
+        first = checks.positive("DINOLoss", "warmup_teacher_temp", self.warmup_teacher_temp, like)
+        return first + (last - first) * (epoch / max(self.warmup_teacher_temp_epochs - 1, 1))
 
     def _move_center(self, mean: Tensor, rows: int) -> None:
         if self.held is not None:
@@ -207,7 +217,7 @@ class IBOTPatchLoss(_Distillation):
         self.center = Center((1, output_dim), center_mode, center_momentum)
 
     def forward(
-        self, teacher_out: Tensor, student_out: Tensor, mask: Tensor, teacher_temp: float | None = None
+        self, teacher_out: Tensor, student_out: Tensor, mask: Tensor, teacher_temp: float | Tensor | None = None
     ) -> Tensor:
         """The sum over patches of their cross-entropy / the masked patches of their image, / B.
 
@@ -224,16 +234,18 @@ class IBOTPatchLoss(_Distillation):
             if mask.dim() != 3 or mask.dtype != torch.bool:
                 checks.fail(ranks.who, "mask must be [B, H, W] bool", f"{tuple(mask.shape)} {mask.dtype}")
             counts = mask.sum((1, 2))  # [B]
-            if not mask.is_cuda and int(counts.sum()) != len(student_out):  # on CUDA, looking would stall the device
+            looks = not mask.is_cuda and not torch.compiler.is_compiling()  # on CUDA it would stall the device
+            if looks and int(counts.sum()) != len(student_out):
                 contract = "the mask must have as many true entries as there are patches"
                 checks.fail(ranks.who, contract, f"{int(counts.sum())} and {len(student_out)}")
             self._check(ranks, [teacher_out], [student_out], "[M, K], a row a masked patch,", self.center.value.numel())
-        if not any(ranks.sizes):  # no patch is masked, on no rank: no loss
+            temperature = self.teacher_temp if teacher_temp is None else teacher_temp
+            temperature = checks.positive(ranks.who, "teacher_temp", temperature, teacher_out)
+        if not torch.compiler.is_compiling() and not any(ranks.sizes):  # no patch is masked, on no rank: no loss
             self.statistics = None
             return student_out.sum(dtype=loss_dtype(student_out))
         of_image = 1 / counts.clamp_min(1).to(loss_dtype(student_out))
         weights = of_image.repeat_interleave(counts, output_size=len(student_out))  # [M]
-        temperature = float(self.teacher_temp if teacher_temp is None else teacher_temp)
         loss = self._loss([teacher_out], [student_out], self.center.value, temperature, "same", weights)
         if self.centering == "center":
             if is_overridden(self, "update_center", _Distillation):

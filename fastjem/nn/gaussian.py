@@ -1,14 +1,17 @@
 """SIGReg and LeJEPA as modules, with lightly's names, arguments and defaults."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.collectives import check_distributed, default_group
 from fastjem.functional import checks
+from fastjem.nn.hooks import Hooks
 
 
-class SIGReg(nn.Module):
+class SIGReg(Hooks):
     """`fastjem.functional.sigreg` of [..., N, D] with fresh random directions at each call.
 
     Args:
@@ -18,31 +21,42 @@ class SIGReg(nn.Module):
         gather_distributed: take the means over the global batch of all ranks, which draw the same directions.
     """
 
+    t: Tensor
+    phi: Tensor
+    weights: Tensor
+    never_called: ClassVar[dict[str, str]] = {
+        "_generate_unit_vectors": "override directions",
+        "_project_embeddings_to_unit_vector": "override forward",
+        "_compute_cf_error_at_each_frequency": "override forward",
+        "_integrate_via_trapezoidal_rule": "override forward",
+    }
+
     def __init__(
         self, *, knots: int = 17, t_max: float = 3.0, num_vectors: int = 1024, gather_distributed: bool = False
     ):
         super().__init__()
         check_distributed("SIGReg", gather_distributed)
-        for name, value, least in (("knots", knots, 2), ("num_vectors", num_vectors, 1)):
-            if value < least:
-                checks.fail("SIGReg", f"{name} must be at least {least}", value)
-        checks.positive("SIGReg", t_max=t_max)
+        knots = checks.integer("SIGReg", "knots", knots, 2)
+        num_vectors = checks.integer("SIGReg", "num_vectors", num_vectors, 1)
+        t_max = checks.host_number("SIGReg", "t_max", t_max, low=0)
         self.knots = knots
         self.t_max = t_max
         self.num_vectors = num_vectors
         self.gather_distributed = gather_distributed
-        t = torch.linspace(0, t_max, knots)
-        phi = torch.exp(-t.square() / 2)
-        weights = torch.full((knots,), 2 * t_max / (knots - 1))
-        weights[[0, -1]] /= 2
         # These are here for lightly's checkpoints: the loss computes them as it goes.
-        self.register_buffer("t", t)
-        self.register_buffer("phi", phi)
-        self.register_buffer("weights", weights * phi)
+        for name in ("t", "phi", "weights"):
+            self.register_buffer(name, torch.empty(knots))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.t.copy_(torch.linspace(0, self.t_max, self.knots))
+        self.phi.copy_(torch.exp(-self.t.square() / 2))
+        self.weights.copy_(self.phi * (2 * self.t_max / (self.knots - 1)))
+        self.weights[[0, -1]] /= 2
 
     def directions(self, proj: Tensor) -> Tensor:
         """[D, num_vectors] fresh random unit columns for embeddings [..., D], on every rank the same."""
-        return F.random_directions(proj.shape[-1], self.num_vectors, proj, default_group(self.gather_distributed))
+        return F.random_directions(proj.shape[-1], self.num_vectors, proj, group=default_group(self.gather_distributed))
 
     def forward(self, proj: Tensor) -> Tensor:
         proj = proj.flatten(0, -3) if proj.dim() > 3 else proj
@@ -68,9 +82,7 @@ class LeJEPALoss(nn.Module):
         sigreg_num_vectors: int = 1024,
     ):
         super().__init__()
-        if not 0 <= lambda_param <= 1:
-            checks.fail("LeJEPALoss", "lambda_param must be in [0, 1]", lambda_param)
-        self.lambda_param = lambda_param
+        self.lambda_param = checks.number("LeJEPALoss", "lambda_param", lambda_param, low=0, high=1, inclusive=True)
         self.sigreg = SIGReg(
             knots=sigreg_knots,
             t_max=sigreg_t_max,

@@ -37,9 +37,7 @@ class MMCRLoss(nn.Module):
 
     def __init__(self, lmda: float = 5e-3):
         super().__init__()
-        if lmda < 0:
-            checks.fail("MMCRLoss", "lmda must not be negative", lmda)
-        self.lmda = lmda
+        self.lmda = checks.number("MMCRLoss", "lmda", lmda, low=0, inclusive=True)
 
     def forward(self, online: Tensor, momentum: Tensor) -> Tensor:
         return F.mmcr(online, momentum, lmda=self.lmda)
@@ -87,6 +85,11 @@ class Whitening2d(nn.Module):
         if track_running_stats:
             self.register_buffer("running_mean", torch.zeros(1, num_features, 1, 1))
             self.register_buffer("running_variance", torch.eye(num_features))
+
+    def reset_parameters(self) -> None:
+        if self.track_running_stats:
+            self.running_mean.zero_()
+            self.running_variance.copy_(torch.eye(self.num_features))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and self.track_running_stats:

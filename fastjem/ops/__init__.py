@@ -13,9 +13,13 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
+
+from fastjem.ops.forward_mode import refuse_forward_mode
 
 try:
     import fastjem.kernels as kernels
+    from fastjem.kernels import guard
 except ModuleNotFoundError as error:
     raise ImportError(
         "fastjem is not installed: Python found its source folder, but kernels/ becomes fastjem.kernels only by "
@@ -30,10 +34,16 @@ OPERATORS = {op: operator for family in _FAMILIES.values() for op, operator in f
 
 
 def plain(implementation: Callable) -> Callable:
-    """Run without autograd and autocast: inside a Python kernel both still act (autocast makes `@` bfloat16)."""
+    """Run without autograd and autocast: inside a Python kernel both still act (autocast makes `@` bfloat16).
+
+    Forward-mode differentiation is refused here, where every operator's every implementation passes.
+    """
+    name = getattr(implementation, "func", implementation).__name__
 
     @functools.wraps(implementation)
     def run(*args):
+        if forward_ad._current_level >= 0:
+            refuse_forward_mode(name, args)
         # By hand, as the two context managers take longer than a small loss (5 of 30 us).
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
@@ -61,7 +71,7 @@ def cpp_launcher(name: str) -> tuple[Callable | None, str]:
         importlib.import_module("fastjem.kernels._C")
     except ImportError as error:
         return None, f"the C++ extension doesn't load ({error}); it is built at installation if there is a C++ compiler"
-    return _of_family(name, "cpu"), ""
+    return guard.guarded(name, _of_family(name, "cpu"), on_cpu=True), ""
 
 
 def triton_launcher(name: str) -> tuple[Callable | None, str]:
@@ -79,7 +89,7 @@ def triton_launcher(name: str) -> tuple[Callable | None, str]:
     def launch(*args):
         return _of_family(name, "gpu")(*args)
 
-    return launch, ""
+    return guard.guarded(name, launch, on_cpu=False), ""
 
 
 @functools.cache
@@ -92,7 +102,7 @@ def _register(name: str) -> dict[str, str]:
     """Tell PyTorch of an operator; returns what runs where, as `implementations` does."""
     LIBRARY.define(name + OPERATORS[name].schema)
     specification = plain(reference(name))
-    LIBRARY.impl(name, specification, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, guard.guarded(name, specification, on_cpu=False), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastjem::{name}", specification, lib=LIBRARY)
     on_cpu, no_cpu = cpp_launcher(name)
     if on_cpu:

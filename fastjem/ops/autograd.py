@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastjem.ops.forward_mode import refuse_forward_mode
+
 ops = torch.ops.fastjem
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -119,6 +121,7 @@ def one_pass_with_statistics(
     name: str, inputs: Sequence[Tensor], *arguments, listed: bool = False
 ) -> tuple[Tensor, ...]:
     """The loss of `one_pass`, and behind it what statistics the operator was asked for: constants."""
+    refuse_forward_mode(name, inputs)
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
     if not any(wanted):
         loss, _, _, statistics = _call(name, wanted, listed, arguments, inputs)
@@ -128,6 +131,7 @@ def one_pass_with_statistics(
 
 def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence) -> Tensor:
     """`loss`, with the gradient for `inputs[i]` being `factors[i] * gradients[i]` (anything where none is required)."""
+    refuse_forward_mode(name, inputs)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         return loss
     return _Known.apply(name, loss, tuple(factors), tuple(gradients), *inputs)
@@ -135,6 +139,7 @@ def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence
 
 def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None], *arguments, scale: float) -> Tensor:
     """`loss`, with the gradient for `x` being `scale * name(x, *saved, *arguments)`."""
+    refuse_forward_mode(name.removesuffix("_backward"), (x,))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return loss
     tensors: list[Tensor | None] = [x, *saved]

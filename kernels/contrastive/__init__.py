@@ -10,34 +10,34 @@ from ..table import Operator
 
 OPERATORS = {
     "nt_xent": Operator(
-        "(Tensor rows, Tensor candidates, int offset, float temperature, bool decoupled, bool normalize)"
+        "(Tensor rows, Tensor candidates, SymInt offset, float temperature, bool decoupled, bool normalize)"
         " -> (Tensor, Tensor)",
         cpu=True,
         gpu=True,
     ),
     "nt_xent_backward": Operator(
         "(Tensor rows, Tensor candidates, Tensor rows_lse, Tensor candidates_lse, Tensor? weights,"
-        " int offset, float temperature, bool decoupled, bool normalize) -> Tensor",
+        " SymInt offset, float temperature, bool decoupled, bool normalize) -> Tensor",
         cpu=True,
         gpu=True,
     ),
     "info_nce": Operator(
-        "(Tensor query, Tensor positive, Tensor negatives, int offset, float temperature, bool[] wanted)"
+        "(Tensor query, Tensor positive, Tensor negatives, SymInt offset, float temperature, bool[] wanted)"
         " -> (Tensor, Tensor[], Tensor)",
         cpu=True,
         gpu=True,
     ),
     "clip_loss": Operator(
-        "(Tensor x, Tensor y, Tensor logit_scale, int offset) -> (Tensor, Tensor, Tensor)", cpu=True, gpu=True
+        "(Tensor x, Tensor y, Tensor logit_scale, SymInt offset) -> (Tensor, Tensor, Tensor)", cpu=True, gpu=True
     ),
     "clip_loss_backward": Operator(
-        "(Tensor x, Tensor y, Tensor logit_scale, Tensor x_lse, Tensor y_lse, int offset,"
+        "(Tensor x, Tensor y, Tensor logit_scale, Tensor x_lse, Tensor y_lse, SymInt offset,"
         " bool[] wanted) -> (Tensor[], Tensor)",
         cpu=True,
         gpu=True,
     ),
     "siglip_loss": Operator(
-        "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, int offset, bool[] wanted)"
+        "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, SymInt offset, bool[] wanted)"
         " -> (Tensor, Tensor[], Tensor, Tensor)",
         cpu=True,
         gpu=True,

@@ -97,22 +97,22 @@ def info_nce(
     q, q_norm = unit_rows(widen(query))
     p, p_norm = unit_rows(widen(positive))
     k, k_norm = unit_rows(widen(negatives))
-    itself = torch.arange(len(k), device=k.device) == torch.arange(len(q), device=k.device)[:, None] + offset
+    itself = torch.arange(k.shape[0], device=k.device) == torch.arange(q.shape[0], device=k.device)[:, None] + offset
     logits = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).masked_fill(itself, -math.inf)], 1)  # [N, 1 + K]
     log_p = (widest(logits) / temperature).log_softmax(1)
     p_weight = log_p[:, :1].expm1().to(q.dtype)
-    k_weights = log_p[:, 1:].exp().to(q.dtype)
+    k_weights = log_p[:, 1:].exp().masked_fill(itself, 0).to(q.dtype)
     gradients = [
         through_unit_rows(p_weight * p + k_weights @ k, q, q_norm).to(query.dtype) if wanted[0] else no_gradient(query),
         through_unit_rows(p_weight * q, p, p_norm).to(positive.dtype) if wanted[1] else no_gradient(positive),
         through_unit_rows(k_weights.T @ q, k, k_norm).to(negatives.dtype) if wanted[2] else no_gradient(negatives),
     ]
-    return -log_p[:, 0].mean().to(q.dtype), gradients, scalar_like(query, 1 / (len(query) * temperature))
+    return -log_p[:, 0].mean().to(q.dtype), gradients, scalar_like(query, 1 / (query.shape[0] * temperature))
 
 
 def _pairs(x: Tensor, y: Tensor, offset: int) -> tuple[Tensor, Tensor]:
     """The similarities [n, m], and whether column j is row i's own pair, j = offset + i."""
-    own_pair = torch.arange(len(y), device=y.device) == torch.arange(len(x), device=x.device)[:, None] + offset
+    own_pair = torch.arange(y.shape[0], device=y.device) == torch.arange(x.shape[0], device=x.device)[:, None] + offset
     return widen(x) @ widen(y).T, own_pair
 
 
@@ -202,11 +202,14 @@ def koleo(
     is more than a block.
     """
     unit, norm = unit_rows(widen(x), eps)
-    n = len(x)
+    n = x.shape[0]
     nearest = []
-    for first in range(0, n, 256):
-        similarities = unit[first : first + 256] @ unit.T
-        row = torch.arange(len(similarities), device=x.device)
+    # torch.compile asks for the shapes of any number of rows: how many blocks there are isn't known then.
+    block = 256 if isinstance(n, int) else n
+    starts = range(0, n, block) if isinstance(n, int) else [0]
+    for first in starts:
+        similarities = unit[first : first + block] @ unit.T
+        row = torch.arange(similarities.shape[0], device=x.device)
         similarities[row, row + first] = -2  # less than any cosine
         nearest.append(similarities.argmax(1))
     nearest = torch.cat(nearest)

@@ -18,7 +18,7 @@ def negative_cosine(
     loss = -(p_unit * z_unit).sum(1).mean()
     p_gradient = through_unit_rows(-z_unit, p_unit, p_norm, eps).to(p.dtype) if wanted[0] else no_gradient(p)
     z_gradient = through_unit_rows(-p_unit, z_unit, z_norm, eps).to(z.dtype) if wanted[1] else no_gradient(z)
-    return loss, [p_gradient, z_gradient], scalar_like(p, 1 / len(p))
+    return loss, [p_gradient, z_gradient], scalar_like(p, 1 / p.shape[0])
 
 
 def regression(

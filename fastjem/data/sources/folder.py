@@ -25,10 +25,12 @@ class Folder:
             raise UserError(f"{root} is {'a file, no' if os.path.exists(self.root) else 'not a'} folder")
         listed = list_images(self.root)
         self.unlisted = listed.unlisted
-        self.others = listed.others
+        self.others = dict(sorted(listed.others.items(), key=lambda item: (-item[1], item[0])))
         found = listed.images
         if not found:
-            raise UserError(f"{root} has no images; files ending in {' '.join(ENDINGS)} are read, in subfolders too")
+            others = "".join(f"; {path} can't be listed ({why})" for path, why in listed.unlisted)
+            others += f"; there are {', '.join(f'{n} {e}' for e, n in listed.others.items())}" if listed.others else ""
+            raise UserError(f"{root} has no images; files ending in {' '.join(ENDINGS)} are read{others}")
         # One array of bytes instead of a list of strings: a forked worker then copies no reference counts.
         self.files = np.array(sorted(os.fsencode(name) for name in found))
         folders = [first_folder(os.fsdecode(name)) for name in self.files]

@@ -1,0 +1,208 @@
+"""A small call of every public function and module for any batch size: for tests of what goes on around the losses.
+
+Of torch.compile (how many graphs), gradient checkpointing, forward mode. What the losses compute is in cases.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fastjem.functional as F
+from fastjem import nn
+
+D, K = 8, 12
+
+
+@dataclass(frozen=True)
+class Call:
+    """`make(batch)` gives the tensors, those that are differentiated as leaves that require a gradient.
+
+    `fresh()` gives what to call with them: a module's state (a centre, a queue) is as new.
+    """
+
+    make: Callable[[int], list[Tensor]]
+    call: Callable[..., Tensor]
+    differentiable: bool = True
+    module: Callable[[], torch.nn.Module] | None = None  # made anew and given to `call` first
+
+    def fresh(self) -> Callable[..., Tensor]:
+        if self.module is None:
+            return self.call
+        torch.manual_seed(0)
+        return partial(self.call, self.module())
+
+
+def _module(make: Callable[[int], list[Tensor]], module: Callable[[], torch.nn.Module], call=None, **options) -> Call:
+    return Call(make, call or (lambda module, *x: module(*x)), module=module, **options)
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape).requires_grad_()
+
+
+def _two(b: int) -> list[Tensor]:
+    return [leaf(b, D), leaf(b, D)]
+
+
+def _scores(count: int, width: int = K) -> Callable[[int], list[Tensor]]:
+    return lambda b: [leaf(b, width) for _ in range(count)]
+
+
+def _labelled(b: int) -> list[Tensor]:
+    return [leaf(2, b, D), torch.arange(b) % 3]
+
+
+def _with_scale(b: int) -> list[Tensor]:
+    return [*_two(b), torch.tensor(10.0, requires_grad=True)]
+
+
+def _with_scale_and_bias(b: int) -> list[Tensor]:
+    return [*_with_scale(b), torch.tensor(-10.0, requires_grad=True)]
+
+
+def _masked_patches(b: int) -> list[Tensor]:
+    """One masked patch an image, and two of the first."""
+    mask = torch.zeros(b, 3, 3, dtype=torch.bool)
+    mask[:, 0, 0] = True
+    mask[0, 1, 1] = True
+    return [torch.randn(b + 1, K), leaf(b + 1, K), mask]
+
+
+def _table(b: int) -> Tensor:
+    """Parameters of an augmentation that cuts a window and does nothing else."""
+    return torch.tensor([0.0, 0, 6, 6, 0, 1, 1, 1, 0, 0, 0, 0, 0]).repeat(b, 1)
+
+
+def _views(function: Callable[..., Tensor], **options) -> Callable[..., Tensor]:
+    """Half of the inputs are the student's views, the other half the teacher's."""
+    return lambda *x: function(list(x[: len(x) // 2]), list(x[len(x) // 2 :]), **options)
+
+
+TEMPERATURES = {"student_temperature": 0.1, "teacher_temperature": 0.04}
+
+FUNCTIONS = {
+    "nt_xent": Call(_two, lambda a, b: F.nt_xent(a, b, temperature=0.2)),
+    "dcl": Call(_two, F.dcl),
+    "dclw": Call(_two, F.dclw),
+    "supcon": Call(_labelled, F.supcon),
+    "supcon-one": Call(_labelled, lambda z, y: F.supcon(z, y, anchors="one", normalize=False)),
+    "supcon-mask": Call(lambda b: [leaf(2, b, D), torch.rand(b, b)], lambda z, m: F.supcon(z, mask=m)),
+    "info_nce": Call(lambda b: [*_two(b), torch.randn(20, D)], F.info_nce),
+    "info_nce-offset": Call(lambda b: [*_two(b), leaf(2 * b, D)], lambda a, b, q: F.info_nce(a, b, q, label_offset=0)),
+    "info_nce-learned": Call(
+        lambda b: [*_two(b), leaf(20, D), torch.tensor(0.2, requires_grad=True)],
+        lambda a, b, q, t: F.info_nce(a, b, q, temperature=t),
+    ),
+    "nearest_neighbors": Call(lambda b: [torch.randn(b, D), torch.randn(20, D)], F.nearest_neighbors, False),
+    "clip_loss": Call(_with_scale, F.clip_loss),
+    "clip_loss-number": Call(_two, lambda a, b: F.clip_loss(a, b, 10.0)),
+    "siglip_loss": Call(_with_scale_and_bias, F.siglip_loss),
+    "negative_cosine": Call(_two, F.negative_cosine),
+    "regression": Call(lambda b: [leaf(b, D), torch.randn(b, D)], F.regression),
+    "barlow_twins": Call(_two, F.barlow_twins),
+    "vicreg": Call(_two, F.vicreg),
+    "vicreg-health": Call(_two, lambda a, b: F.vicreg(a, b, health=F.Health())),
+    "tico": Call(_two, lambda a, b: F.tico(a, b)[0]),
+    "sigreg": Call(lambda b: [leaf(b, D), torch.randn(D, 6)], F.sigreg),
+    "lejepa": Call(lambda b: [leaf(2, b, D), leaf(2, b, D), torch.randn(D, 6)], F.lejepa),
+    "prototype_cross_entropy": Call(
+        lambda b: [leaf(b, K), leaf(b, K), torch.randn(b, K), torch.randn(b, K)],
+        _views(F.prototype_cross_entropy, **TEMPERATURES),
+    ),
+    "prototype_cross_entropy-all": Call(
+        lambda b: [leaf(b, K), leaf(b, K), torch.randn(b, K), torch.randn(K), torch.rand(b)],
+        lambda s, r, t, bias, weights: F.prototype_cross_entropy(
+            [s, r], [t], teacher_bias=bias, weights=weights, pairs="all", statistics=True, **TEMPERATURES
+        )[0],
+    ),
+    "prototype_head_cross_entropy": Call(
+        lambda b: [leaf(b, D), leaf(b, D), torch.randn(b, D), torch.randn(b, D), leaf(K, D), torch.randn(K, D)],
+        lambda s, r, t, u, w, v: F.prototype_head_cross_entropy([s, r], [t, u], w, v, **TEMPERATURES),
+    ),
+    "koleo": Call(lambda b: [leaf(b, D)], F.koleo),
+    "mean_entropy": Call(_scores(1), F.mean_entropy),
+    "sinkhorn": Call(lambda b: [torch.randn(b, K)], F.sinkhorn, False),
+    "sinkhorn_bias": Call(lambda b: [torch.randn(b, K), torch.randn(b + 1, K)], lambda *x: F.sinkhorn_bias(x), False),
+    "total_coding_rate": Call(lambda b: [leaf(b, D)], F.total_coding_rate),
+    "emp_ssl": Call(lambda b: [leaf(3, b, D)], F.emp_ssl),
+    "mmcr": Call(lambda b: [leaf(b, 2, D), leaf(b, 2, D)], F.mmcr),
+    "frossl": Call(_two, lambda *x: F.frossl(x)),
+    "whiten": Call(lambda b: [leaf(b, D)], lambda x: F.whiten(x, eps=0.1)[0].pow(3).sum()),
+    "w_mse": Call(_two, lambda a, b: F.w_mse(a, b, eps=0.1)),
+    "cross_entropy": Call(lambda b: [leaf(b, K), torch.arange(b) % K], F.cross_entropy),
+    "augment": Call(
+        lambda b: [torch.randint(0, 255, (b, 8, 8, 3), dtype=torch.uint8), _table(b)],
+        lambda x, p: F.augment(x, p, mean=[0.5] * 3, std=[0.5] * 3),
+        False,
+    ),
+    "crop_resize": Call(
+        lambda b: [torch.randint(0, 255, (6, 8, 8, 3), dtype=torch.uint8), torch.arange(b) % 6, _table(b)],
+        lambda x, i, p: F.crop_resize(x, i, p, size=4),
+        False,
+    ),
+}
+
+
+def _dino(call: Callable[..., Tensor], **options) -> Call:
+    def of_views(module: torch.nn.Module, *x: Tensor) -> Tensor:
+        return call(module, list(x[2:]), list(x[:2]))
+
+    return _module(_scores(4), lambda: nn.DINOLoss(K, **options), of_views)
+
+
+MODULES = {
+    "NTXentLoss": _module(_two, nn.NTXentLoss),
+    "NTXentLoss-bank": _module(_two, lambda: nn.NTXentLoss(memory_bank_size=(32, D))),
+    "DCLLoss": _module(_two, nn.DCLLoss),
+    "DCLWLoss": _module(_two, nn.DCLWLoss),
+    "SupConLoss": _module(lambda b: [leaf(b, 2, D), torch.arange(b) % 3], nn.SupConLoss),
+    "ClipLoss": _module(_with_scale_and_bias, nn.ClipLoss),
+    "SigLipLoss": _module(_with_scale_and_bias, nn.SigLipLoss),
+    "BarlowTwinsLoss": _module(_two, nn.BarlowTwinsLoss),
+    "VICRegLoss": _module(_two, lambda: nn.VICRegLoss(track_health=True)),
+    "VICRegLLoss": _module(
+        lambda b: [leaf(b, D), leaf(b, D), leaf(b, 3, 3, D), leaf(b, 3, 3, D), *torch.rand(2, b, 3, 3, 2)],
+        lambda: nn.VICRegLLoss(num_matches=(3, 2)),
+        lambda loss, z0, z1, m0, m1, *grids: loss([(z0, m0), (z1, m1)], grids),
+    ),
+    "TiCoLoss": _module(_two, nn.TiCoLoss),
+    "DINOLoss": _dino(lambda loss, t, s: loss(t, s)),
+    "DINOLoss-epoch": _dino(lambda loss, t, s: loss(t, s, epoch=3)),
+    "DINOLoss-tensor": _dino(lambda loss, t, s: loss(t, s, teacher_temp=torch.tensor(0.05))),
+    "DINOLoss-sinkhorn": _dino(lambda loss, t, s: loss(t, s), centering="sinkhorn"),
+    "DINOLoss-deferred": _dino(lambda loss, t, s: loss(t, s), defer_center_update=True),
+    "IBOTPatchLoss": _module(_masked_patches, lambda: nn.IBOTPatchLoss(K)),
+    "IBOTPatchLoss-sinkhorn": _module(_masked_patches, lambda: nn.IBOTPatchLoss(K, centering="sinkhorn")),
+    "SIGReg": _module(lambda b: [leaf(b, D)], lambda: nn.SIGReg(num_vectors=6)),
+    "LeJEPALoss": _module(
+        lambda b: [leaf(2, b, D), leaf(2, b, D)],
+        lambda: nn.LeJEPALoss(sigreg_num_vectors=6),
+        lambda loss, a, b: loss(local_proj=a, global_proj=b),
+    ),
+    "NegativeCosineSimilarity": _module(_two, nn.NegativeCosineSimilarity),
+    "SwaVLoss": _module(
+        lambda b: [*_scores(3)(b), *torch.randn(2, 5, K)], nn.SwaVLoss, lambda loss, a, b, c, *q: loss([a, b], [c], q)
+    ),
+    "MSNLoss": _module(lambda b: [leaf(2 * b, D), torch.randn(b, D), leaf(K, D)], nn.MSNLoss),
+    "KoLeoLoss": _module(lambda b: [leaf(b, D)], nn.KoLeoLoss),
+    "EMPSSLLoss": _module(_two, nn.EMPSSLLoss, lambda loss, *x: loss(x)),
+    "MMCRLoss": _module(lambda b: [leaf(b, 2, D), leaf(b, 2, D)], nn.MMCRLoss),
+    "FroSSLLoss": _module(_two, nn.FroSSLLoss, lambda loss, *x: loss(x)),
+    "Whitening2d": _module(lambda b: [leaf(b, D)], lambda: nn.Whitening2d(D, eps=0.1), lambda w, x: w(x).pow(3).sum()),
+    "MemoryBankModule": _module(
+        lambda b: [torch.randn(b, D)],
+        lambda: nn.MemoryBankModule((32, D)),
+        lambda bank, x: bank(x, update=True)[1],
+        differentiable=False,
+    ),
+    "NNMemoryBankModule": _module(
+        lambda b: [torch.randn(b, D)],
+        lambda: nn.NNMemoryBankModule((32, D)),
+        lambda bank, x: bank(x, update=True),
+        differentiable=False,
+    ),
+}
+CALLS = FUNCTIONS | MODULES
