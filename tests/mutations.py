@@ -44,7 +44,10 @@ REFERENCE = [
     Mutation("clip_loss", "kernels/contrastive/reference.py", "- 2 * own", "- 1.99 * own"),
     Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
     Mutation(
-        "prototype_cross_entropy", "kernels/prototypes/reference.py", '"different": 1 - same', '"different": same'
+        "prototype_cross_entropy",
+        "kernels/prototypes/reference.py",
+        "is_pair(i, j, pairs)]",
+        "not is_pair(i, j, pairs)]",
     ),
     Mutation("barlow_twins", "kernels/covariance/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
     Mutation("vicreg", "kernels/covariance/reference.py", "(n / (n - 1))", "1"),
@@ -63,7 +66,7 @@ CPU = [
     Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
     Mutation("nt_xent", "csrc/contrastive/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
-    Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sum += g - s[partner]", "sum += g"),
+    Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sums.slope += g;", "sums.slope -= g;"),
     Mutation(
         "prototype_cross_entropy",
         "csrc/prototypes/prototype_cross_entropy.h",

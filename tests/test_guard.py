@@ -199,6 +199,25 @@ def test_grids_of_large_inputs_are_such_as_a_gpu_takes(op, monkeypatch):
     assert max(functools.reduce(int.__mul__, grid) for grid in grids) >= programs
 
 
+def similarities(op: str) -> tuple:
+    """Arguments with several blocks of rows and of columns."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 16, generator=g) / 4 for n in (150, 200))
+    logits = (10 * x @ y.T).double()
+    scale = torch.tensor(10.0)
+    if op == "siglip_loss":
+        return x, y, scale, torch.tensor(-3.0), 2, [True, True]
+    return x, y, scale, logits.logsumexp(1), logits.logsumexp(0), 2, [True, True]
+
+
+@pytest.mark.parametrize("op", ["clip_loss_backward", "siglip_loss"])
+def test_a_grid_of_one_dimension_has_every_tile_once(op, implementation):
+    expected = flat(ops.plain(ops.reference(op))(*similarities(op)))
+    arguments = [x.to(implementation.device) if isinstance(x, torch.Tensor) else x for x in similarities(op)]
+    for got, wanted in zip(flat(getattr(torch.ops.fastjem, op)(*arguments)), expected, strict=True):
+        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_grid_that_a_gpu_does_not_take_is_refused():
     pytest.importorskip("triton")
     launch = importlib.import_module("fastjem.kernels.launch")
