@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.functional import checks
@@ -93,11 +94,15 @@ def _placed(key: str, value: object, tensors: list[Tensor]) -> str:
         return f"'{value}'"
     if value is None or isinstance(value, (bool, int, float)):
         return f"{value}"
+    if not isinstance(value, dist.ProcessGroup):
+        checks.fail("torch.compile", f"with a group, {key} must be a tensor, a number or a string", type(value).__name__)
     return f"group {value.group_name}"
 
 
 def _arguments(plan: list[str], tensors: Sequence[Tensor]) -> tuple[list, dict]:
     """What `_placed` has written down."""
+    from torch.distributed.distributed_c10d import _resolve_process_group as resolve
+
     rest = iter(tensors)
     args: list = []
     options: dict = {}
@@ -110,7 +115,7 @@ def _arguments(plan: list[str], tensors: Sequence[Tensor]) -> tuple[list, dict]:
         elif written.startswith("torch."):
             value = getattr(torch, written[6:])
         elif written.startswith("group "):
-            value = _resolve_process_group(written[6:])
+            value = resolve(written[6:])  # pyright: ignore[reportArgumentType]
         else:
             value = ast.literal_eval(written)
         if key:
@@ -118,12 +123,6 @@ def _arguments(plan: list[str], tensors: Sequence[Tensor]) -> tuple[list, dict]:
         else:
             args.append(value)
     return args, options
-
-
-def _resolve_process_group(name: str) -> object:
-    from torch.distributed.distributed_c10d import _resolve_process_group as resolve
-
-    return resolve(name)
 
 
 def _run(call: str, inputs: list[Tensor], wanted: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
