@@ -14,6 +14,7 @@ import itertools
 import re
 import select
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from fastjem.printing import forget_reader, say
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+LAST_WORDS = 5.0  # seconds for the rank that tells: where one ends, torchrun ends the others at once
 T = TypeVar("T", bound="DataclassInstance")
 
 
@@ -113,7 +115,7 @@ def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[st
             options = parse(kind, command, argv)
         except UserError:
             if not speaks():  # all ranks parse the same words, and the first one tells what is wrong with them
-                return 2
+                raise ToldElsewhereError from None
             raise
         return main(options)
 
@@ -123,9 +125,9 @@ def run(kind: type[T], command: str, main: Callable[[T], int], argv: Sequence[st
 def outcome(command: str, work: Callable[[], int]) -> int:
     """The exit code of a command's work, whose output has reached whoever reads it.
 
-    A user's mistake is one line and 2, and so is a machine that is too small (`fastjem.advice`), no space for what is
-    printed one line and 1; Ctrl-C is 130. Where
-    nobody reads what is printed any more (`| head`) the command ends without a word, and with 141 as other programs do.
+    A user's mistake is one line and 2, and so is a machine that is too small (`fastjem.advice`); no space for what is
+    printed is one line and 1; Ctrl-C is 130. Where nobody reads what is printed any more (`| head`) the command ends
+    without a word, and with 141 as other programs do.
     """
     program = f"fastjem {command}".strip()
     try:
@@ -135,6 +137,7 @@ def outcome(command: str, work: Callable[[], int]) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except ToldElsewhereError:
+        time.sleep(LAST_WORDS)
         return 2
     except UserError as error:
         hint = "" if isinstance(error, ResourceError) else f" ({program} --help)"

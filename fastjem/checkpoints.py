@@ -148,7 +148,7 @@ def load(run: Path, say: Callable[[str], None] | None = printing.say) -> dict[st
             say(f"fastjem: {damaged[0]}; {path.name} is taken, of step {state['step']}")
         return state
     if damaged:
-        raise UserError(f"{damaged[0]}, and there is no earlier one; --resume without that file starts at step 0")
+        raise UserError(f"{damaged[0]}; no earlier one can be read, and without these files --resume starts at step 0")
     return None
 
 

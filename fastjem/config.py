@@ -182,8 +182,9 @@ def _check_numbers(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value > 1:
             raise UserError(f"{config.flag(name)} must be between 0 and 1, got {value}")
-    if config.image_size > LARGEST:
-        raise UserError(f"--image-size must be at most {LARGEST}, got {config.image_size}")
+    for name in ("image_size", "channels"):
+        if getattr(config, name) > LARGEST:
+            raise UserError(f"{config.flag(name)} must be at most {LARGEST}, got {getattr(config, name)}")
     if config.small_views is not None and config.small_views > MOST_VIEWS:
         raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
     if config.workers < -1:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fastjem.checkpoints import Metrics
 from fastjem.errors import UserError
+from fastjem.printing import printable, say
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class TerminalLogger:
     def say(self, text: str) -> None:
         """A line that begins with `fastjem:`, above the bar."""
         if self.bar:
-            self.bar.console.print(f"fastjem: {text}", markup=False, highlight=False)
+            self.bar.console.print(printable(f"fastjem: {text}", sys.stderr), markup=False, highlight=False)
         else:
-            print(f"fastjem: {text}", file=sys.stderr, flush=True)
+            say(f"fastjem: {text}")
 
     def log(self, row: Mapping[str, Any]) -> None:
         step = row["step"]

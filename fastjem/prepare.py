@@ -1,4 +1,4 @@
-"""What a rank makes of a configuration by itself: source, encoder, method; checked before it waits for the others."""
+"""What a rank makes of a configuration by itself: source, encoder and method, checked before ranks wait for others."""
 
 import dataclasses
 import types
@@ -84,7 +84,6 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     """Source, encoder and method of a run, checked; every mistake that needs them to be seen is found here."""
     if state:
         resume.check_objects(state, vars(objects))
-    check_own_encoder(config, objects)
     source, about_values = levelled(config, objects, state)
     check_batch(config, len(source), ranks)
     kind = objects.method or METHODS[config.method]
@@ -92,10 +91,10 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     steps = config.max_steps or steps_per_epoch * config.epochs
     images = fingerprint(source)
     chosen = config.optimizer is not None or config.learning_rate is not None
-    defaults = resume.defaults_of(state) if state else kind.defaults.of_run(steps, chosen=chosen)
+    defaults = resume.defaults_of(out, state) if state else kind.defaults.of_run(steps, chosen=chosen)
     # Of the data that the run was begun with: prototypes and queues have their size of it.
     sized_for = {"images": len(source), "classes": len(source.classes)}
-    said = [*about_values, *([] if state else [defaults.unlike(kind.defaults)])]
+    said = [*unused_options(config, objects), *about_values, *([] if state else [defaults.unlike(kind.defaults)])]
     if state:
         said += [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
         resume.check_length(config, state, steps, complete=is_complete(out))
@@ -152,13 +151,16 @@ def check_batch(config: Config, images: int, ranks: Ranks) -> None:
         raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
 
 
-def check_own_encoder(config: Config, objects: Objects) -> None:
-    """UserError for options that say how a backbone is made, where the encoder is made already."""
+def unused_options(config: Config, objects: Objects) -> list[str]:
+    """What to tell of options that say how a backbone is made, where the encoder is made already."""
     if objects.encoder is None:
-        return
-    for option in dataclasses.fields(config):
-        if option.name in ("backbone", "stem", "patch_size") and getattr(config, option.name) != option.default:
-            raise UserError(f"{config.flag(option.name)} says how a backbone is made, and the encoder is made already")
+        return []
+    given = [
+        f"{config.flag(option.name)} {getattr(config, option.name)}"
+        for option in dataclasses.fields(config)
+        if option.name in ("backbone", "stem", "patch_size") and getattr(config, option.name) != option.default
+    ]
+    return [f"{', '.join(given)}: not used, as the encoder is made already"] if given else []
 
 
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:

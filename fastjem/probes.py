@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastjem.advice import advice
 from fastjem.data.pixels import Pixels, whole_images
 from fastjem.data.source import Source
-from fastjem.errors import UserError
+from fastjem.errors import ResourceError, UserError
 from fastjem.kernels.arithmetic import solvable, widest_dtype
 from fastjem.machine import available_cores
 from fastjem.printing import say
@@ -112,13 +113,10 @@ def _read(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        signs = ("exited unexpectedly", "killed by signal", "shared memory", "Too many open files")
-        if not any(sign in str(error) for sign in signs):
+        line = advice(error)
+        if line is None:
             raise
-        raise UserError(
-            "a process that reads images has died, perhaps for want of memory (docker run --shm-size=2g gives it more "
-            "to share); --workers 0 reads in this process alone"
-        ) from None
+        raise ResourceError(line) from error
 
 
 def embed(

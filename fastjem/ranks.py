@@ -28,6 +28,7 @@ class Ranks:
     control: dist.ProcessGroup | None = None  # gloo, on the host: agreeing on a stop costs the device nothing
     initialised: bool = False  # torch.distributed, by `join` and not by the caller
     local_size: int = 1  # ranks of this machine
+    store: dist.Store | None = None  # what ranks tell each other without meeting
 
     @property
     def cores(self) -> int:
@@ -74,6 +75,15 @@ class Ranks:
         if failed < self.size:
             raise ToldElsewhereError(f"rank {failed} can't go on; what it printed says why")
 
+    def tells(self) -> bool:
+        """Whether this rank is the first that asks: of several that fail alike, or after each other, one tells why."""
+        if self.store is None:
+            return True
+        try:
+            return self.store.add("failures", 1) == 1
+        except Exception:  # the store has ended with another rank
+            return True
+
     def _first_failed(self, mine: int) -> int:
         """The lowest rank that has failed. mine: this rank if it has, else the number of ranks."""
         if self.control is None:
@@ -98,18 +108,18 @@ def join(device: str = "auto") -> Ranks:
         return Ranks(0, 1, local)
     initialise = not dist.is_initialized()
     backend = "nccl" if gpu else "gloo"
-    if initialise:
-        _initialise(here, backend)
+    store = _initialise(here, backend) if initialise else None
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank belongs to it
-    return Ranks(here.rank, here.size, local, dist.group.WORLD, control, initialise, here.local_size)
+    return Ranks(here.rank, here.size, local, dist.group.WORLD, control, initialise, here.local_size, store)
 
 
-def _initialise(here: launchers.Place, backend: str) -> None:
+def _initialise(here: launchers.Place, backend: str) -> dist.Store:
     """torch.distributed with keys of its own each time: those of an earlier group lead to ranks that have hung up."""
     try:
         store = _store(here)
-        prefixed = dist.PrefixStore(f"fastjem-{next(numbers)}", store)
-        dist.init_process_group(backend, store=prefixed, rank=here.rank, world_size=here.size)
+        own = dist.PrefixStore(f"fastjem-{next(numbers)}", store)
+        dist.init_process_group(backend, store=own, rank=here.rank, world_size=here.size)
+        return own
     except (ValueError, RuntimeError) as error:  # torch's errors of a store and of a group are RuntimeErrors
         reason = (str(error).splitlines() or [""])[0]
         way = "start with torchrun, or with srun for all tasks"

@@ -35,22 +35,30 @@ def begins(config: Config) -> bool:
     return not (config.resume and exists)
 
 
-def options_of_run(config: Config, *, named_method: bool) -> Config:
+def options_of_run(config: Config, method: str | None) -> Config:
     """The options of the run in `config.out`, but for those that were given now and may change.
 
-    named_method: no method was given as an object.
+    method: the name of one that was given as an object, or of its class.
 
     Raises:
         UserError: for one that can't change, or an object that only its owner can give.
     """
     before, _, _ = configuration.read(Path(config.out))
     configuration.check_resumed(config, before)
-    if named_method and before.method not in METHODS:
+    if method is None and before.method not in METHODS:
         raise UserError(again("method", before.method))
+    if method not in (None, before.method, name_of(METHODS.get(before.method))):
+        raise UserError(f"--resume: the method was {before.method} in this run and is {method} now")
     now = {name: getattr(config, name) for name in config.given}
     if "epochs" in now and "max_steps" not in now:
         now["max_steps"] = 0  # the epochs say how long the run is
     return replace(before, **{"new_data": False, "resume": config.resume, "out": config.out, **now})
+
+
+def name_of(thing: object) -> str:
+    """The full name of a class, or of the class of an object."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def again(name: str, what: str = "") -> str:
@@ -120,13 +128,13 @@ def changes(config: Config, state: dict[str, Any], steps: int) -> list[str]:
     return said
 
 
-def defaults_of(state: dict[str, Any]) -> Defaults:
+def defaults_of(out: Path, state: dict[str, Any]) -> Defaults:
     """The method's defaults as they were when the run began."""
     names = {f.name for f in dataclasses.fields(Defaults)}
     try:
         return Defaults(**{name: value for name, value in state["defaults"].items() if name in names})
     except TypeError as error:
-        raise UserError(f"the checkpoint was written by another version of fastjem ({error})") from None
+        raise UserError(f"{out / checkpoints.LAST} was written by another version of fastjem ({error})") from None
 
 
 def restore(out: Path, step: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from fastjem.config import Config
 from fastjem.data import shapes
 from fastjem.data.batch import Batch, Crops, finish
 from fastjem.data.source import Source
-from fastjem.errors import DivergedError, ResourceError, UserError
+from fastjem.errors import DivergedError, ResourceError, ToldElsewhereError, UserError
 from fastjem.folder import Folder
 from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
@@ -30,6 +30,7 @@ from fastjem.prepare import MakeOptimizer, Objects
 from fastjem.printing import say
 from fastjem.ranks import Ranks, join, leave
 from fastjem.report import Watch
+from fastjem.resume import name_of
 from fastjem.saving import Saver, export
 from fastjem.stopping import Stop, Stopped
 
@@ -101,8 +102,13 @@ def pretrain(
                 raise refused
         with Stop() as stop:
             return run(config, ranks, objects, loggers, stop, new=new)
-    except (MemoryError, RuntimeError, OSError, EOFError) as error:
-        if line := advice(error):
+    except ToldElsewhereError:
+        raise
+    except Exception as error:
+        line = advice(error)
+        if (line or isinstance(error, UserError)) and not ranks.tells():
+            raise ToldElsewhereError(line or str(error)) from error
+        if line:
             raise ResourceError(line) from error
         raise
     finally:
@@ -118,16 +124,16 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
         raise UserError(f"pretrain takes data or source, got both (data={config.data!r})")
     new = resume.begins(config)
     if not new:
-        config = resume.options_of_run(config, named_method=method is None)
+        config = resume.options_of_run(config, None if method is None else name_of(method))
     if method is not None:
-        config = replace(config, method=_name_of(method))
+        config = replace(config, method=name_of(method))
     configuration.check(config, named_method=method is None)
     if source is not None:
-        config = replace(config, data=_name_of(source))
+        config = replace(config, data=name_of(source))
     if config.data is None:
         config = replace(config, data=str(shapes.folder() / "train"))
         if speaks():
-            say(f"no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
+            say(f"fastjem: no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
     return config, new
 
 
@@ -137,11 +143,6 @@ def main(config: Config) -> int:
     if result.finished:
         return 0
     return 130 if result.stopped else 1
-
-
-def _name_of(thing: object) -> str:
-    kind = thing if isinstance(thing, type) else type(thing)
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def run(config: Config, ranks: Ranks, objects: Objects, loggers: Sequence[Logger], stop: Stop, *, new: bool) -> Result:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from fastjem import checkpoints, config, encoders, exports, fields, reading
 from fastjem.config import Config
@@ -53,10 +54,9 @@ def open_run(path: str | os.PathLike[str]) -> Opened:
         settings.backbone, settings.image_size, settings.stem, settings.patch_size, pool, pixels.channels
     )
     with reading.named(path):
-        weights, step = _of_checkpoint(state)
-        module = built.with_weights(_below("encoder.backbone.", weights))
-        projector = _projector(settings, module, weights)
-    return Opened(path, module.eval(), projector, pixels, step, about, settings)
+        module = built.with_weights(_below("encoder.backbone.", state["model"]))
+        projector = _projector(settings, module, state["model"])
+    return Opened(path, module.eval(), projector, pixels, state["step"], about, settings)
 
 
 def load_encoder(path: str | os.PathLike[str]) -> nn.Module:
@@ -74,17 +74,6 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
-def _of_checkpoint(state: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
-    """(weights by name, step) of a checkpoint; UserError where they aren't there."""
-    weights = state.get("model")
-    step = state.get("step")
-    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
-        raise UserError("its checkpoint holds no weights")
-    if not isinstance(step, int):
-        raise UserError("its checkpoint doesn't say of which step it is")
-    return weights, step
-
-
 def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn.Module | None:
     """The method's projector with its weights, if it has one; a method of the user's own is not built again."""
     if settings.method not in METHODS:
@@ -92,13 +81,20 @@ def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn
     run = RunFacts(
         batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size, channels=settings.channels
     )
-    method = create_method(METHODS[settings.method], encoders.wrap(module).width, run, settings)
+    try:
+        # Without memory, as somebody's file may name any width; the weights bring the projector's.
+        with torch.device("meta"):
+            method = create_method(METHODS[settings.method], encoders.wrap(module).width, run, settings)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a method's constructor may raise
+        raise UserError(f"{settings.method} can't be built as the file says: {error}") from None
     heads = dict(method.named_children())
     if "projector" not in heads:
         return None
     projector = heads["projector"]
     try:
-        projector.load_state_dict(_below("method.projector.", state))
+        projector.load_state_dict(_below("method.projector.", state), assign=True)
     except RuntimeError as error:
         raise UserError(f"the weights are no {settings.method}'s projector's: {error}") from None
     return projector.eval()

@@ -16,10 +16,22 @@ from . import tiling
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+# What CUDA allows in a grid's second and third dimension; the first may have 2^31 - 1 programs. So a kernel whose
+# programs are rows by blocks of columns has a grid of one dimension, and takes its number apart.
+MOST_IN_OTHER_DIMENSIONS = 65535
+
+
 def launch(kernel, grid: tuple[int, ...], *args, device_of: Tensor, **meta) -> None:
     """`kernel[grid](*args, **meta)` on the device of a tensor, which needn't be the current one."""
+    check_grid(grid)
     with torch.cuda.device_of(device_of):
         kernel[grid](*args, **meta)
+
+
+def check_grid(grid: tuple[int, ...]) -> None:
+    """Refuse what CUDA would: its own error says neither the grid nor the limit."""
+    if len(grid) > 1 and max(grid[1:]) > MOST_IN_OTHER_DIMENSIONS:
+        raise ValueError(f"a grid may have {MOST_IN_OTHER_DIMENSIONS} programs beyond its first dimension, got {grid}")
 
 
 def gain(dtype: torch.dtype) -> int:
@@ -38,6 +50,24 @@ def alignment(*matrices: Tensor) -> int:
     """
     common = 16 // min(x.element_size() for x in matrices)
     return math.gcd(common, matrices[0].shape[1], *(x.stride(0) for x in matrices))
+
+
+@triton.jit
+def finite(x):
+    """x, or the largest finite number of its sign where it is infinite; NaN may become finite. For maxima as pivots.
+
+    Infinity less infinity is NaN. From the lowest number -inf is still infinitely far, and from the largest one +inf:
+    each exponential is 0, 1 or infinite, and so is their sum, whose logarithm plus the pivot is the infinity again.
+    A NaN is in the sum anyway.
+    """
+    largest = tl.full((), 1.7976931348623157e308 if x.dtype == tl.float64 else 3.4028234663852886e38, x.dtype)
+    return tl.minimum(tl.maximum(x, -largest), largest)
+
+
+@triton.jit
+def no_softmax(logsumexp):
+    """A log-sum-exp as a softmax subtracts it: NaN where it is infinite (a row of -inf alone, or with +inf)."""
+    return tl.where(tl.abs(logsumexp) == float("inf"), float("nan"), logsumexp)
 
 
 @triton.jit

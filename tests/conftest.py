@@ -85,8 +85,18 @@ def _interpret_products_as_tensor_cores_do() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def _interpret_maxima_as_a_gpu_does() -> None:
+    """`tl.maximum` and `tl.minimum` of NaN and a number are the number, unless they are told otherwise."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    interpreter.InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
+    interpreter.InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+
+
 if INTERPRETING:
     _interpret_products_as_tensor_cores_do()
+    _interpret_maxima_as_a_gpu_does()
 
 
 def implementations() -> list:

@@ -1,4 +1,4 @@
-"""Arguments of every raw operator with -inf, +inf or NaN put into one of their tensors, and what differs of two answers.
+"""Arguments of every raw operator with -inf, +inf or NaN put into one of their tensors, and how two answers differ.
 
 An operator's specification says what comes out. Infinities and NaNs must stand in the same places, and what is finite
 be the same number.
@@ -134,6 +134,16 @@ WITHOUT_TEMPERATURE = {
     "rescale_", "ema_update_", "negative_cosine", "regression", "nearest_neighbors", "koleo", "characteristic",
     "characteristic_backward", "barlow_twins", "vicreg",
 }  # fmt: skip
+# (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN
+# where the other is an infinity: a pair's own weight is added to a product of matrices that has 0 in its place, and 0
+# times an infinite embedding is NaN.
+KINDS_MAY_DIFFER = {("clip_loss_backward", 0), ("clip_loss_backward", 1)}
+# (operator, number of the poisoned tensor, value) that are no input. A log-sum-exp of -inf is one of no logits at all,
+# and there are logits; an infinite scale is a temperature of 0.
+NO_INPUT = {
+    *((op, i, "-inf") for op, both in (("nt_xent_backward", (2, 3)), ("clip_loss_backward", (3, 4))) for i in both),
+    *((op, 2, value) for op in ("clip_loss", "clip_loss_backward") for value in ("-inf", "+inf")),
+}
 OF_IMAGES = {"augment", "crop_resize"}
 
 
@@ -192,20 +202,20 @@ def results(op: str, implementation: Callable, arguments: tuple) -> list[Tensor]
     return flat(arguments) if op.endswith("_") else flat(result)
 
 
-def same(got: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def same(got: Tensor, expected: Tensor, dtype: torch.dtype, kinds: bool = True) -> bool:
+    """Whether both are the same numbers; without `kinds` an infinity may stand for another one, or for NaN."""
     if got.shape != expected.shape:
         return False
     if not expected.is_floating_point():
         return torch.equal(got, expected)
-    if not torch.equal(got.isnan(), expected.isnan()):
-        return False
-    infinite = expected.isinf()
-    if not torch.equal(got.isinf(), infinite) or not torch.equal(got[infinite], expected[infinite]):
-        return False
     finite = expected.isfinite()
+    if not torch.equal(got.isfinite(), finite):
+        return False
+    if kinds and not torch.equal(got[~finite].nan_to_num(0, 1, -1), expected[~finite].nan_to_num(0, 1, -1)):
+        return False
     g, e = got[finite].double(), expected[finite].double()
     size = e.abs().max().item() if len(e) else 0.0
-    return bool(((g - e).abs() <= tolerance(dtype) * max(size, 1e-6)).all())
+    return bool(((g - e).abs() <= tolerance(dtype) * max(size, 1e-3)).all())
 
 
 def differences(
@@ -214,6 +224,8 @@ def differences(
     """One line for each answer that isn't the specification's."""
     specification = ops.plain(ops.reference(op))
     for place, name in itertools.product(places(make(op), where), values):
+        if (op, place.tensor, name) in NO_INPUT:
+            continue
         wanted = make(op)
         place.poison(wanted, VALUES[name])
         given = make(op)
@@ -221,7 +233,7 @@ def differences(
         expected = results(op, specification, wanted)
         got = results(op, implementation, given)
         for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-            if not same(g, e, make.dtype):
+            if not same(g, e, make.dtype, (op, place.tensor) not in KINDS_MAY_DIFFER):
                 yield (
                     f"{op} {str(make.dtype)[6:]} width {make.width} temperature {make.temperature}: {name} in "
                     f"{place.where} of tensor {place.tensor}, result {i}: {_short(g)}, expected {_short(e)}"

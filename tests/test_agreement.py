@@ -232,6 +232,35 @@ def check_groups(rank: int, everything: list[Tensor]) -> None:
     assert nothing == 0
 
 
+def check_sharded_models() -> None:
+    """FSDP2's parameters are updated shard by shard; what is sharded otherwise, or not at all, is refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    for ranks in (2, 1):
+        mesh = init_device_mesh("cpu", (2 // ranks, ranks), mesh_dim_names=("all", "sharded"))["sharded"]
+        student, teacher = (torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3)) for _ in range(2))
+        for seed, model in ((3, student), (4, teacher)):
+            torch.nn.utils.vector_to_parameters(drawn(24, seed=seed).float(), model.parameters())
+        pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+        expected = [(0.9 * t + 0.1 * s).detach() for t, s in pairs]
+        plain = [torch.zeros_like(x) for x in expected]
+        for model in (student, teacher):
+            fully_shard(model, mesh=mesh)
+        nn.update_momentum(student, teacher, 0.9, buffers="average")
+        for parameter, value in zip(teacher.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.full_tensor(), value)
+        whole = [distribute_tensor(x, mesh, [Replicate()]) for x in plain]
+        for other in (plain, whole):
+            with pytest.raises(ValueError, match=r"ema_update_: teacher and student must be sharded alike, got"):
+                F.ema_update_(teacher.parameters(), other, 0.9)
+    parts = [distribute_tensor(torch.full((3, 2), value), mesh, [Shard(1)]) for value in (0.0, 1.0)]
+    F.ema_update_(parts[:1], parts[1:], torch.tensor(0.25))
+    torch.testing.assert_close(parts[0].full_tensor(), torch.full((3, 2), 0.75))
+
+
 def check_rank(rank: int, store: str) -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     torch.set_num_threads(1)
@@ -245,6 +274,7 @@ def check_rank(rank: int, store: str) -> None:
             check_refused(name, function, rank, everything)
     check_groups(rank, everything)
     check_in_step("groups", rank)
+    check_sharded_models()
     dist.destroy_process_group()
 
 

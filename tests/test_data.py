@@ -236,6 +236,18 @@ def test_broken_files_are_named_and_replaced(tmp_path: Path) -> None:
     assert all(reason for _, reason in batch.unreadable)
 
 
+def test_a_batch_holds_few_large_images_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    """The same batch, in parts: 256 photographs of 12 megapixels would take 12 GiB together."""
+    folder = make_folder(tmp_path, 9, classes=0)
+    (folder / "0003.png").write_bytes(b"")
+    (whole,) = batches(open_source(folder), batch=9, stop=1)
+    monkeypatch.setattr("fastjem.data.loaders.torch.HELD", 2 * 24 * 24)
+    (parts,) = batches(open_source(folder), batch=9, stop=1)
+    assert torch.equal(whole.index, parts.index) and whole.unreadable == parts.unreadable
+    for one, other in zip(whole.views + whole.tables, parts.views + parts.tables, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_no_readable_file_at_all(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_text("x")

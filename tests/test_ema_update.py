@@ -135,9 +135,60 @@ def test_compiles_in_one_graph(op, implementation):
 
 
 @op
-def test_the_same_memory_twice_is_refused(op, implementation):
-    if implementation.name == "reference":
-        pytest.skip("plain torch updates it twice")
-    t = torch.zeros(5, device=implementation.device)
-    with pytest.raises(ValueError, match=r"ema_update_: .*twice"):
-        ema_update_([t, t], [t.clone(), t.clone()], 0.9)
+def test_autograd_notices(op, implementation):
+    """As of `lerp_`: backward of what was computed with the old values raises, and doesn't return a wrong gradient."""
+    w = torch.ones(3, device=implementation.device, requires_grad=True)
+    x = torch.ones(3, device=implementation.device, requires_grad=True)
+    y = (w * x).sum()
+    ema_update_([w], [torch.zeros_like(w)], 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@op
+def test_memory_is_checked_before_any_is_written(op, implementation):
+    """What would be written twice, or is another's source, is refused; what interleaves or is its own pair isn't."""
+    memory = torch.zeros(12, device=implementation.device)
+    square = torch.zeros(9, device=implementation.device)
+    first = torch.zeros(2, device=implementation.device)
+    freed = torch.zeros(4, device=implementation.device)
+    freed.untyped_storage().resize_(0)
+
+    def of(*targets: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return [first, *targets], [torch.ones_like(first), *(torch.ones(x.shape, device=x.device) for x in targets)]
+
+    refused = {
+        "the same tensor": of(memory, memory),
+        "ends that overlap": of(memory[:7], memory[5:]),
+        "a part of another": of(memory, square, memory[3:5]),
+        "every second and the first": of(memory[::2], memory[:3]),
+        "other dtype": of(memory[:4].view(torch.float64), memory[3:]),
+        "expanded": of(memory[:1].expand(5)),
+        "a window that slides": of(square.as_strided((3, 3), (2, 1))),
+        "another's source": ([first, memory[:6], memory[6:]], [torch.ones_like(first), memory[6:], memory[:6]]),
+        "a part of its own source": ([first, memory[:7]], [torch.ones_like(first), memory[5:]]),
+        "freed": of(freed),
+        "a shape": ([first, square], [torch.ones_like(first), torch.ones(3, device=implementation.device)]),
+        "a dtype": ([first, memory.half()], [torch.ones_like(first), memory]),
+    }
+    for name, (teacher, student) in refused.items():
+        with pytest.raises(ValueError, match="ema_update_: "):
+            ema_update_(teacher, student, 0.9)
+        assert not first.any() and not memory.any() and not square.any(), name
+    for wrong in (1.5, -0.1, float("nan"), True):
+        with pytest.raises(ValueError, match=r"ema_update_: momentum must be in \[0, 1\], got"):
+            ema_update_(*of(memory), wrong)
+    if implementation.device == "cpu":  # on a GPU nobody looks
+        with pytest.raises(ValueError, match=r"ema_update_: momentum must be in \[0, 1\], got 1.5"):
+            ema_update_(*of(memory), torch.tensor(1.5))
+    with torch.inference_mode():
+        inference = torch.zeros(3, device=implementation.device)
+        ema_update_([inference], [torch.ones_like(inference)], 0.5)
+    with pytest.raises(ValueError, match="inference"):
+        ema_update_([inference], [torch.ones_like(inference)], 0.5)
+    assert not memory.any() and (inference == 0.5).all()
+
+    ema_update_(*of(memory[::2], memory[1::2]), 0.5)  # they interleave
+    assert (memory == 0.5).all()
+    ema_update_([memory], [memory], 0.5)  # a frozen part that both models share
+    assert (memory == 0.5).all()

@@ -94,9 +94,8 @@ def test_only_decoders_of_the_formats_that_are_taken(tmp_path: Path, ending: str
     """An EPS file would start Ghostscript, whatever it is called."""
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(args))
-    (tmp_path / f"a.{ending}").write_bytes(
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-    )
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / f"a.{ending}").write_bytes(postscript)
     Image.new("RGB", (8, 8)).save(tmp_path / "icon.ico")
     (tmp_path / "icon.ico").rename(tmp_path / f"b.{ending}")
     source = open_source(tmp_path)
@@ -149,7 +148,7 @@ def test_pixels_have_a_bound_whoever_decodes_them(tmp_path: Path, monkeypatch) -
     image = Image.new("RGB", (11, 10))
     deep = png(11, 10, 16, 2, (b"\0" + bytes(66)) * 10)
     for data in (encoded(image), encoded(image, "JPEG"), deep):
-        with pytest.raises(Exception, match="110 pixels|11 x 10 pixels, more than the 100"):
+        with pytest.raises(Exception, match=r"110 pixels|11 x 10 pixels, more than the 100"):
             to_image(data)
     for values in (np.zeros((10, 11)), np.zeros((10, 11, 3), np.uint8)):
         with pytest.raises(ValueError, match="11 x 10 pixels, more than the 100 that are read"):

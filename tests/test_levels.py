@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +87,8 @@ def test_the_users_range_and_images_of_another_kind(tmp_path: Path) -> None:
     levels = rule(source, given="1000,2000")
     assert levels == Levels(3, "integer", (1000, 2000))
     deep = np.asarray(decode(Levelled(source, levels), 0))
-    assert (
-        deep.min() == 0
-        and deep.max() == 255
-        and deep[6, 0, 0] == round((ramp(0, 3000, np.uint16)[6, 0] - 1000) / 1000 * 255)
-    )
+    expected = ((ramp(0, 3000, np.uint16) - 1000.0) / 1000 * 255).clip(0, 255).round()
+    assert np.array_equal(deep[:, :, 1], expected)
     assert decode(Levelled(source, levels), 1).getpixel((0, 0)) == (200, 100, 0)
     said = describe(levels, survey(source))
     assert said == [
@@ -132,6 +130,37 @@ def test_bands_of_a_tiff_file(dtype: type, bands: int, layout: str) -> None:
             to_image(file.getvalue(), Levels())
 
 
+def test_a_deflated_tiff_file_holds_no_more_than_its_pixels() -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 4096, (6, 7, 5), np.uint16)
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, photometric="minisblack", planarconfig="contig", compression="zlib")
+    levels = Levels(5, "integer", (0, 255))
+    assert np.array_equal(np.asarray(to_image(file.getvalue(), levels)), values.clip(0, 255))
+    with tifffile.TiffFile(io.BytesIO(file.getvalue())) as opened:
+        tags = opened.pages.first.tags
+        where, length = tags["StripOffsets"].valueoffset, tags["StripByteCounts"].valueoffset
+        sizes = [tags[name].dtype.name for name in ("StripOffsets", "StripByteCounts")]
+    data = bytearray(file.getvalue())
+    bomb = zlib.compress(bytes(10**7))
+    for at, number, size in zip((where, length), (len(data), len(bomb)), sizes, strict=True):
+        data[at : at + (2 if size == "SHORT" else 4)] = number.to_bytes(2 if size == "SHORT" else 4, "little")
+    with pytest.raises(ValueError, match="a part of the TIFF file holds more than its pixels"):
+        to_image(bytes(data) + bomb, levels)
+
+
+def test_a_resumed_run_keeps_its_rule(tmp_path: Path) -> None:
+    """Though the images of today would make another."""
+    from fastjem.config import Config
+    from fastjem.prepare import Objects, levelled
+
+    config = Config(data=str(deep_folder(tmp_path)), out="run")
+    source, said = levelled(config, Objects(), None)
+    assert source.levels == Levels(3, "integer", (0, 4095)) and "white 4095" in said[0]
+    pixels = Pixels.of([ViewSpec()], Levels(3, "integer", (0, 16383)))
+    assert levelled(config, Objects(), {"pixels": pixels.to_dict()})[0].levels == pixels.levels
+
+
 def test_the_fourth_band_is_kept_or_said(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (6, 7, 4), np.uint8)
     Image.fromarray(values).save(tmp_path / "a.tif")
@@ -155,18 +184,9 @@ def test_gray_is_one_channel_of_any_picture() -> None:
 
 
 def test_levels_of_every_type() -> None:
-    for dtype in (
-        np.uint8,
-        np.int8,
-        np.uint16,
-        np.int16,
-        np.dtype(">u2"),
-        np.int32,
-        np.float16,
-        np.float32,
-        np.float64,
-    ):
-        values = np.array([[-3, 0, 1, 50, 100, 120]]).clip(0 if np.dtype(dtype).kind == "u" else -3).astype(dtype)
+    for name in ("u1", "i1", "u2", "i2", ">u2", ">i2", "i4", "i8", "f2", "f4", "f8"):
+        dtype = np.dtype(name)
+        values = np.array([[-3, 0, 1, 50, 100, 120]]).clip(0 if dtype.kind == "u" else -3).astype(dtype)
         expected = ((values.astype(float) - 0) * 2.55).clip(0, 255).round()
         assert np.array_equal(to_levels(values, 0, 100), expected)
     assert to_levels(np.array([[np.nan, np.inf, -np.inf]]), -5, 5).tolist() == [[0, 0, 0]]
@@ -179,10 +199,8 @@ def test_three_channels_are_the_operators_bits() -> None:
     table = torch.from_numpy(Parameters([ViewSpec(size=9)])(0, 0, range(5), 9, 8)[0])
     import fastjem.functional as F
 
-    assert torch.equal(
-        augmented(crops, table, mean=(0.5,) * 3, std=(0.2,) * 3),
-        F.augment(crops, table, mean=(0.5,) * 3, std=(0.2,) * 3),
-    )
+    numbers = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    assert torch.equal(augmented(crops, table, **numbers), F.augment(crops, table, **numbers))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5])

@@ -8,7 +8,7 @@ from view_tables import pictures
 
 import fastjem.functional as F
 from fastjem.data.loaders import Budget, Order, create
-from fastjem.data.loaders.memory import ImageArray, MemoryLoader
+from fastjem.data.loaders.memory import ImageArray, MemoryLoader, side_in_memory
 from fastjem.data.parameters import Parameters
 from fastjem.data.source import decode, open_source
 from fastjem.data.views import ViewSpec
@@ -32,6 +32,39 @@ def test_a_folder_is_held_as_its_pixels(tmp_path):
     Image.new("RGB", (50, 24), (0, 0, 255)).save(tmp_path / "class0" / "wide.png")
     small = ImageArray.from_source(open_source(tmp_path), size=16)
     assert small.images.shape == (11, 16, 16, 3) and (small.images == torch.tensor([0, 0, 255])).all(3).any()
+
+
+def test_no_single_file_decides_about_the_size(tmp_path):
+    from PIL import Image
+
+    make_folder(tmp_path, images=8, classes=2, size=30)
+    Image.new("RGB", (4, 4)).save(tmp_path / "class0" / "0.png")
+    Image.new("RGB", (900, 3)).save(tmp_path / "class0" / "1.png")
+    (tmp_path / "class0" / "2.png").write_bytes(b"")
+    source = open_source(tmp_path)
+    order = Order(samples=len(source), batch=4, stop=1)
+    loader = create("memory", source, [ViewSpec(size=28)], order, Budget())
+    assert loader.array.images.shape == (10, 30, 30, 3)
+    assert side_in_memory(source, [ViewSpec(size=14)]) == 16  # 8/7 of the views, where images are larger
+
+
+def test_a_broken_file_is_replaced_by_the_next(tmp_path):
+    """Also where a batch is as large as the data, and on every rank the same."""
+    make_folder(tmp_path, images=8, classes=0, size=14)
+    (tmp_path / "0007.png").write_bytes(b"")
+    source = open_source(tmp_path)
+    (crops,) = create("memory", source, SPECS, Order(samples=8, batch=8, stop=1, seed=2), Budget())
+    assert sorted(crops.index.tolist()) == [0, 0, 1, 2, 3, 4, 5, 6]
+    (theirs,) = create("torch", source, SPECS, Order(samples=8, batch=8, stop=1, seed=2), Budget())
+    assert torch.equal(crops.index, theirs.index) and crops.unreadable == theirs.unreadable
+    for one, other in zip(crops.views + crops.tables, theirs.views + theirs.tables, strict=True):
+        assert (one.float() - other.float()).abs().max() <= 1
+    index = []
+    for rank in range(2):
+        order = Order(samples=8, batch=8, stop=1, seed=2, ranks=2, rank=rank)
+        (half,) = create("memory", source, SPECS, order, Budget())
+        index.append(half.index)
+    assert torch.equal(torch.cat(index), crops.index)
 
 
 def test_a_budget_refuses_with_what_would_fit(tmp_path):

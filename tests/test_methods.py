@@ -1,6 +1,8 @@
 """Nine methods: their targets, their heads, what is frozen, what collapse looks like."""
 
+import copy
 import itertools
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -104,6 +106,20 @@ def test_a_step_trains_all_and_the_teacher_follows(name: str, momentum_encoder: 
     found = figures(notes)
     assert all(torch.isfinite(value) for value in found.values())
     assert ("teacher_entropy" in found) == (name in ("swav", "dino"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_pickled_and_copied_after_use(name: str) -> None:
+    step, batch = make(name)
+    loss, _ = step(batch, 0)
+    loss.backward()
+    step.step_ends(0, 0.9)
+    step.eval()  # batch norms whose statistics stay
+    others = [pickle.loads(pickle.dumps(step)), copy.deepcopy(step)]
+    losses = [one(batch, 1)[0] for one in (step, *others)]
+    for other, loss in zip(others, losses[1:], strict=True):
+        assert torch.equal(loss, losses[0])
+        assert all(map(torch.equal, step.state_dict().values(), other.state_dict().values()))
 
 
 def test_simsiams_targets_carry_no_gradient() -> None:

@@ -251,6 +251,28 @@ def test_update_momentum(buffers):
         ours.update_momentum(student, teacher, 0.9, buffers="all")
 
 
+def test_update_momentum_writes_nothing_before_all_is_checked():
+    student = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
+    student[1].num_batches_tracked.fill_(3)
+
+    def without(name: str) -> torch.nn.Module:
+        teacher = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4))
+        setattr(teacher[1], name, torch.zeros(7))
+        return teacher
+
+    teachers = [without("running_var"), without("num_batches_tracked"), copy.deepcopy(student).half()]
+    for teacher in teachers:
+        teacher[1].num_batches_tracked.zero_()
+        before = copy.deepcopy(teacher.state_dict())
+        for buffers in ("average", "copy"):
+            with pytest.raises(ValueError, match=r"(ema_update_|update_momentum): "):
+                ours.update_momentum(student, teacher, 0.9, buffers=buffers)
+        for key, value in teacher.state_dict().items():
+            assert torch.equal(value, before[key]), key
+    with pytest.raises(ValueError, match="as many buffers, got 0 and 3"):
+        ours.update_momentum(student, torch.nn.Linear(5, 4), 0.9, buffers="copy")
+
+
 def test_weight_decay_groups_and_frozen_models():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.LayerNorm(4))
     for norm in (False, True):
@@ -406,3 +428,40 @@ def test_autocast_and_half_precision_compute_in_float32():
         torch.testing.assert_close(value, loss(a, b), rtol=1e-6, atol=0, msg=name)
         half = loss(a.bfloat16(), b.bfloat16())
         torch.testing.assert_close(half, loss(a.bfloat16().float(), b.bfloat16().float()), rtol=1e-6, atol=0, msg=name)
+
+
+NOT_FINITE = {
+    "total_coding_rate": lambda a, b: F.total_coding_rate(a) + F.total_coding_rate(torch.stack([b, a])),
+    "emp_ssl": lambda a, b: ours.EMPSSLLoss()([a, b]),
+    "mmcr": lambda a, b: ours.MMCRLoss()(a[:, None], b[:, None]),
+    "frossl": lambda a, b: ours.FroSSLLoss()([a, b]),
+    "whiten": lambda a, b: F.whiten(a, eps=0.1)[0].sum() + b.sum(),
+    "w_mse": lambda a, b: F.w_mse(a, b, eps=0.1),
+    "WMSELoss": lambda a, b: ours.WMSELoss(a.shape[1], w_size=2 * a.shape[1], eps=0.1)(torch.cat([a, b])),
+    "tico": lambda a, b: F.tico(a, b)[0],
+    "barlow_twins": lambda a, b: seen("barlow_twins", a, b),
+    "vicreg": lambda a, b: seen("vicreg", a, b),
+}
+
+
+def seen(op: str, a: Tensor, b: Tensor) -> Tensor:
+    health = F.Health(keep_spectrum=True)
+    loss = getattr(F, op)(a, b, health=health)
+    return loss + health.spectrum().sum()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_what_is_not_finite_gives_nan_and_no_exception(name, shape, bad):
+    """A GradScaler skips a step whose gradient isn't finite; an exception of a decomposition would end the training."""
+    a, b = normal(*shape), normal(*shape, seed=1)
+    if name == "WMSELoss" and shape[0] < shape[1]:
+        return
+    finite = NOT_FINITE[name](a, b)
+    assert finite.isfinite()
+    a[1, 2] = bad
+    a.requires_grad_()
+    loss = NOT_FINITE[name](a, b)
+    loss.backward()
+    assert loss.isnan() and a.grad.isnan().any()

@@ -21,6 +21,25 @@ def test_whole_images_are_torchvisions(size: tuple[int, int]) -> None:
         assert torch.equal(whole_image(image, side), expected)
 
 
+@pytest.mark.parametrize("size", [(20, 400), (700, 30), (1, 40), (100, 3)])
+def test_a_long_image_is_cut_before_it_is_resized(size: tuple[int, int]) -> None:
+    """The same picture, but for rounding; the whole of 5000 x 1 pixels resized to 224 would have 250 million."""
+    V = pytest.importorskip("torchvision.transforms.v2.functional")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    for side in (8, 25):
+        expected = V.pil_to_tensor(V.center_crop(V.resize(image, [side]), [side, side]))
+        assert (whole_image(image, side).int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (65_535, 2)])
+def test_a_long_image_costs_no_more_than_a_square_one(size: tuple[int, int], monkeypatch) -> None:
+    made = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *args: (made.append(args[1]), resize(*args))[1])
+    assert whole_image(Image.new("RGB", size, (1, 2, 3)), 224)[:, 0, 0].tolist() == [1, 2, 3]
+    assert made == [(224, 224)]
+
+
 def test_the_chosen_images_of_a_source(tmp_path) -> None:
     folder = make_folder(tmp_path, 5, size=20)
     source = open_source(folder)

@@ -239,13 +239,16 @@ def test_export_goes_into_timm(images: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, state[f"encoder.backbone.{name}"]) for name, value in values.items())
 
 
-def test_a_module_of_ones_own_and_accumulation(images: str, tmp_path: Path) -> None:
+def test_a_module_of_ones_own_and_accumulation(
+    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 8))
     result = fastjem.pretrain(
         **{**TINY, "batch_size": 8}, data=images, encoder=encoder, method="vicreg", accumulate=2, epochs=1, clip=1.0,
         out=str(tmp_path / "a"), options={"hidden": 8},
     )  # fmt: skip
     assert result.steps == 3 and result.metrics["gradient_norm"] > 0
+    assert "--backbone test_resnet: not used, as the encoder is made already" in capsys.readouterr().err
 
 
 def test_objects_in_place_of_names(images: str, tmp_path: Path) -> None:

@@ -142,6 +142,8 @@ static void similarity_weights_of(const SimilarityTile& t, const SimilarityWeigh
     const auto shifted_both = [=](T x, int64_t j) { return exponential(x * factor - shift) * (row + column[j]); };
     const T dot = t.running ? (column ? weigh(s, t.columns, running_both) : weigh(s, t.columns, running_row))
                             : (column ? weigh(s, t.columns, shifted_both) : weigh(s, t.columns, shifted_row));
+    // Not by their value, which NaN in the row's or the column's log-sum-exp takes with it.
+    for_each_own_column(t, i, [&](int64_t j) { s[j] = 0; });
     if (p.dots) p.dots[i] += dot;
   }
 }

@@ -10,8 +10,8 @@ struct BlockSums {
   W exponentials, y, y_v;
 };
 
-// e = exp(v), v = x * scale - shift; returns the sums of e, y and y v, where 0 times -infinity is 0: a prototype that is
-// ruled out on both sides.
+// e = exp(v), v = x * scale - shift; returns the sums of e, y and y v, where 0 times -infinity is 0: a prototype that
+// is ruled out on both sides.
 template <class S, class W>
 FASTJEM_NOINLINE static BlockSums<W> student_block(const S* x, Scale<W> scale, W shift, const W* y, int64_t n, W* e) {
   W sum = 0;

@@ -63,7 +63,7 @@ struct Potentials {
     }
     p.bias = high.data();
     p.bias_low = low.data();
-    if (!(p.largest_bias - lowest < 40)) return;
+    if (!(p.largest_bias - lowest < 40) || p.rows == 0) return;
     factor.resize(p.width);
     parallel_for(p.width, 4096, threads, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) factor[j] = static_cast<float>(std::exp(bias[j] - p.largest_bias));
@@ -78,7 +78,7 @@ struct Potentials {
 
 // out_j = logsumexp_i(x_ij * scale) without maxima; false where that isn't safe.
 static bool near_columns(Sinkhorn p, int64_t parts, double* out, int threads) {
-  if (p.dtype == Dtype::float64) return false;
+  if (p.dtype == Dtype::float64 || p.rows == 0) return false;
   double first = 0;
   FASTJEM_BEST(first_logsumexp(p, &first));
   p.near_shift = std::round(first / std::log(2.0));

@@ -194,7 +194,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
         "about_values": describe(levels, found),
         "outside": sum(file.outside for file in readable),
         "skipped": [(path_of(source, i), file.why) for i, file in enumerate(files) if file.why],
-        "other_files": dict(collections.Counter(getattr(source, "others", {})).most_common()),
+        "other_files": getattr(source, "others", {}),
         "unlisted": list(getattr(source, "unlisted", ())),
     }
     if readable:

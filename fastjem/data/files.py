@@ -3,8 +3,11 @@
 import errno
 import importlib.util
 import io
+import math
 import os
 import stat
+import zlib
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
@@ -23,6 +26,7 @@ ENDINGS = (
 PNG = b"\x89PNG\r\n\x1a\n"
 NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # of a PNG file, for its pixels
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+DEFLATED = (8, 32946)  # compressions of TIFF files by zlib
 BITS, SAMPLES = 258, 277  # TIFF tags: bits of each sample, and samples of a pixel
 # How a picture whose EXIF orientation is the key is turned upright: transposed first, then its rows, its columns turned
 TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
@@ -39,11 +43,14 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """
     _check_regular(os.stat(path))
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb") as file:
-        _check_regular(os.fstat(file.fileno()))
-        data = file.read(LARGEST_FILE + 1)
-    if len(data) > LARGEST_FILE:  # it has grown, or its size isn't told, as in /proc
-        raise _too_large()
+    with open(os.open(path, flags), "rb", buffering=0) as file:
+        found = os.fstat(file.fileno())
+        _check_regular(found)
+        data = file.read(found.st_size + 1)
+        while len(data) > found.st_size and (more := file.read(2**20)):  # it grows, or its size isn't told, as in /proc
+            data += more
+            if len(data) > LARGEST_FILE:
+                raise _too_large()
     return data
 
 
@@ -169,12 +176,11 @@ def _values_of_tiff(data: bytes) -> np.ndarray:
     try:
         import tifffile
     except ModuleNotFoundError:
-        raise ValueError(
-            "a TIFF file of several deep channels, or more than 4, needs tifffile; pip install tifffile"
-        ) from None
+        raise ValueError("Pillow has no mode for this TIFF file; tifffile may read it: pip install tifffile") from None
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         check_size(page.imagewidth, page.imagelength, page.samplesperpixel)
+        _check_inflated(page, data)
         values = page.asarray()
         axes = page.axes
         orientation = int(page.tags.valueof(ORIENTATION, 1))
@@ -185,6 +191,16 @@ def _values_of_tiff(data: bytes) -> np.ndarray:
     elif axes != "YXS":
         raise ValueError(f"a TIFF file of axes {axes}, not rows, columns and channels")
     return upright(values, orientation)
+
+
+def _check_inflated(page: Any, data: bytes) -> None:
+    """ValueError where a compressed part of a TIFF page holds more than its pixels: zlib would inflate it all."""
+    if page.compression not in DEFLATED:
+        return
+    most = math.prod(page.chunks) * page.dtype.itemsize
+    for start, length in zip(page.dataoffsets, page.databytecounts, strict=True):
+        if len(zlib.decompressobj().decompress(data[start : start + length], most + 1)) > most:
+            raise ValueError("a part of the TIFF file holds more than its pixels")
 
 
 def upright(values: np.ndarray, orientation: int) -> np.ndarray:

@@ -23,6 +23,11 @@ SAMPLED = 64  # images of a data set that are looked at
 SAMPLED_VALUES = 2**27  # and no more once they have so many values together
 STRIP = 2**20  # values that are widened at a time
 RGB = 3
+_UINT8, _UINT16 = np.dtype(np.uint8), np.dtype(np.uint16)
+_DEEP = {
+    "F": np.dtype(np.float32),
+    "I": np.dtype(np.int32),
+}  # Pillow's modes of more than 8 bits but "I;16" and its kin
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def of_image(image: Image.Image | np.ndarray) -> np.dtype:
     """The type of the values that an image stores."""
     if isinstance(image, np.ndarray):
         return image.dtype
-    return np.dtype({"F": np.float32, "I": np.int32}.get(image.mode, np.uint16 if image.mode[:2] == "I;" else np.uint8))
+    return _UINT16 if image.mode.startswith("I;") else _DEEP.get(image.mode, _UINT8)
 
 
 def strips(image: Image.Image | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

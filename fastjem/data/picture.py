@@ -1,4 +1,4 @@
-"""An image as training takes it: 8-bit levels, in color or in any number of channels."""
+"""An image as training takes it: 8-bit levels, in colour or in any number of channels."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias

@@ -133,16 +133,17 @@ def whole_image(image: Picture, size: int) -> Tensor:
     picture of 5000 x 1 pixels, resized as a whole to 224, has 250 million.
     """
     short = min(image.size)
-    if max(image.size) > LONGEST * short:
-        left, top = ((side - short) / 2 for side in image.size)
-        box = (left, top, left + short, top + short)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     width, height = (int(size * side / short) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.crop((left, top, left + size, top + size))
+    if max(image.size) > LONGEST * short:
+        across = image.width / width
+        down = image.height / height
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+    else:
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from fastjem.kernels import guard
 from fastjem.kernels.arithmetic import widest_dtype
 
 
@@ -35,9 +36,16 @@ def matrices(
             fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
         if not x.is_floating_point():
             fail(op, f"{contract}, floating-point", x.dtype)
+        memory(op, x)
     if same and any(x.shape != tensors[0].shape for x in tensors):
         fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
     one_device(op, tensors)
+
+
+def memory(op: str, x: Tensor) -> None:
+    """Refuse a tensor whose memory was freed, before torch computes with it: `torch.stack` would crash, for one."""
+    if type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        guard.refuse_freed(op, x)
 
 
 def one_device(op: str, tensors: Sequence[Tensor]) -> None:

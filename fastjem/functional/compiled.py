@@ -95,7 +95,9 @@ def _placed(key: str, value: object, tensors: list[Tensor]) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return f"{value}"
     if not isinstance(value, dist.ProcessGroup):
-        checks.fail("torch.compile", f"with a group, {key} must be a tensor, a number or a string", type(value).__name__)
+        checks.fail(
+            "torch.compile", f"with a group, {key} must be a tensor, a number or a string", type(value).__name__
+        )
     return f"group {value.group_name}"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from fastjem.collectives import (
 )
 from fastjem.functional import checks, summed_squares
 from fastjem.functional.compiled import over_ranks
+from fastjem.functional.decompositions import eigenvalues, eigenvectors, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.kernels.arithmetic import solvable, widest
 from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
@@ -58,12 +60,16 @@ class Health:
         """By a loss: figures [2, D + 1], the standard deviations and the rank."""
         self.std = figures[:, :-1]
         self.effective_rank = figures[:, -1]
-        self._spectrum = (lambda: spectrum([widest(solvable(x)) for x in squares], n)) if squares else None
+        self._spectrum = partial(_spectrum_of, spectrum, squares, n) if squares else None
+
+
+def _spectrum_of(spectrum: Callable[..., Tensor], squares: list[Tensor], n: int) -> Tensor:
+    return spectrum([widest(solvable(x)) for x in squares], n)
 
 
 def _covariance_spectra(squares: list[Tensor], n: int) -> Tensor:
     """[2, min(N, D)]: eigenvalues of a^T a / (N - 1) of both centred views, from a^T a or a a^T."""
-    return torch.linalg.eigvalsh(torch.stack(squares)).clamp(min=0).flip(1) / (n - 1)
+    return eigenvalues(torch.stack(squares)).clamp(min=0).flip(1) / (n - 1)
 
 
 def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
@@ -72,11 +78,11 @@ def _correlation_spectrum(squares: list[Tensor], n: int) -> Tensor:
     With a a^T = R R^T, C's squared singular values (times N^2) are the eigenvalues of R^T b b^T R.
     """
     if len(squares) == 1:
-        values = torch.linalg.svdvals(squares[0])
+        values = singular_values(squares[0])
     else:
-        eigenvalues, vectors = torch.linalg.eigh(squares[0])
-        root = vectors * eigenvalues.clamp(min=0).sqrt()
-        values = torch.linalg.eigvalsh(root.T @ squares[1] @ root).clamp(min=0).flip(0).sqrt()
+        of_first, vectors = eigenvectors(squares[0])
+        root = vectors * of_first.clamp(min=0).sqrt()
+        values = eigenvalues(root.T @ squares[1] @ root).clamp(min=0).flip(0).sqrt()
     return (values / n).expand(2, -1)
 
 

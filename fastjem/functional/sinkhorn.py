@@ -11,7 +11,7 @@ from fastjem.functional import checks
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import over
-from fastjem.kernels.arithmetic import widest_dtype
+from fastjem.kernels.arithmetic import widest, widest_dtype
 from fastjem.ops.autograd import ops
 from fastjem.ops.forward_mode import refuse_forward_mode
 
@@ -34,25 +34,28 @@ def sinkhorn(
     Args:
         scores: [B, K], samples by prototypes.
         epsilon: temperature of the scores: a number or a 0-dim tensor.
-        iterations: how often both are normalised, at least 1. Few iterations do not converge, and their order matters.
+        iterations: how often both are normalised. Few iterations do not converge, and their order matters. 0: Q is
+            divided by its sum alone, and so the codes' mean sum over prototypes is 1 (lightly's convention).
         normalize_samples_first: divide each sample by its sum once before (MSN normalises probabilities).
         dtype: of the codes; None: float32 (float64 for float64 scores).
         group: the process group over whose global batch prototypes are normalised (batches may be uneven, even empty).
 
     Returns:
-        [B, K] codes; every row sums to 1.
+        [B, K] codes; every row sums to 1 (with iterations).
 
     Raises:
         ValueError: for other shapes, dtypes or options.
     """
     with Agreement("sinkhorn", group) as ranks:
-        (scores,), epsilon, iterations = _checked("sinkhorn", epsilon, iterations, group, scores)
+        (scores,), epsilon, iterations = _checked("sinkhorn", epsilon, iterations, group, scores, least=0)
         if dtype is None:
             dtype = loss_dtype(scores)
         if not dtype.is_floating_point:
             checks.fail("sinkhorn", "dtype must be floating-point", dtype)
         ranks.rows_of(scores)
         ranks.alike(iterations, normalize_samples_first)
+    if not iterations:
+        return _unnormalised(scores.detach(), epsilon, normalize_samples_first, sum(ranks.sizes), group).to(dtype)
     if group is None:
         return ops.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
     bias = _potentials([scores], epsilon, iterations, normalize_samples_first, group)
@@ -98,15 +101,28 @@ def sinkhorn_bias(
     return _potentials(parts, epsilon, iterations, normalize_samples_first, group).to(wide)
 
 
+def _unnormalised(
+    scores: Tensor, epsilon: float, normalize_samples_first: bool, rows: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The codes of no iteration: Q over its sum, times the rows of all ranks; samples that are normalised stay so."""
+    logits = widest(scores) / epsilon
+    if normalize_samples_first:
+        return logits.softmax(1)
+    total = logits.flatten().logsumexp(0)
+    if group is not None:
+        total = stack_of_ranks(total, group).logsumexp(0)
+    return rows * (logits - total).exp()
+
+
 def _checked(
-    op: str, epsilon: float | Tensor, iterations: int, group: dist.ProcessGroup | None, *scores: Tensor
+    op: str, epsilon: float | Tensor, iterations: int, group: dist.ProcessGroup | None, *scores: Tensor, least: int = 1
 ) -> tuple[list[Tensor], float, int]:
     """The scores, constants; an epsilon that is a tensor goes into them."""
     contract = "scores must be [B, K]" if len(scores) == 1 else "scores must be [B, K] with the same K"
     checks.matrices(op, contract, *scores, same=False, may_be_empty=None if group is None else 0)
     if len({x.shape[1] for x in scores}) > 1:
         checks.fail(op, contract, " and ".join(str(tuple(x.shape)) for x in scores))
-    iterations = checks.integer(op, "iterations", iterations, 1)
+    iterations = checks.integer(op, "iterations", iterations, least)
     epsilon = checks.positive(op, "epsilon", epsilon, scores[0])
     refuse_forward_mode(op, scores)
     constants = [x.detach() for x in scores]

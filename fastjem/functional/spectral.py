@@ -1,6 +1,6 @@
 """Losses on the spectrum of embeddings: total coding rate, MMCR, FroSSL, whitening; by the smaller Gram matrix.
 
-In plain torch: what they cost is a factorisation of a small matrix.
+In plain torch: what they cost is a factorisation of a small matrix. Of what isn't finite they are NaN.
 """
 
 from collections.abc import Sequence
@@ -10,22 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastjem.functional import checks
+from fastjem.functional.decompositions import cholesky, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
 
 
 def smaller_gram(z: Tensor) -> Tensor:
     """The smaller of `z @ z.mT` [..., N, N] and `z.mT @ z` [..., D, D]: their nonzero eigenvalues are the same."""
     return z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
-
-
-def cholesky(x: Tensor, op: str) -> Tensor:
-    """The lower factor. A matrix without one raises on the CPU and gives NaN on CUDA, where looking would wait."""
-    factor, info = torch.linalg.cholesky_ex(x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        if info.any():
-            checks.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
-        return factor
-    return torch.where((info == 0)[..., None, None], factor, torch.nan)
 
 
 def total_coding_rate(z: Tensor, *, eps: float | Tensor = 0.2) -> Tensor:
@@ -103,8 +94,8 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float | Tensor = 5e-3) -> Te
     weight = checks.number("mmcr", "lmda", lmda, online)
     with without_autocast(online):
         z = torch.cat([in_float32(online), in_float32(momentum)], 1)  # [B, 2 V, D]
-        of_images = torch.linalg.svdvals(z).sum() / len(z)
-        of_means = torch.linalg.svdvals(z.mean(1)).sum()
+        of_images = singular_values(z).sum() / len(z)
+        of_means = singular_values(z.mean(1)).sum()
         return (weight * of_images - of_means).to(z.dtype)
 
 

@@ -6,23 +6,32 @@ import torch
 from torch import Tensor
 
 from fastjem.functional import checks
+from fastjem.functional.memory import PLAIN, check_update
 from fastjem.kernels.arithmetic import widest, widest_dtype
 from fastjem.ops.autograd import ops
+
+WIDE = (torch.float32, torch.float64)
 
 
 @torch.no_grad()
 def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float | Tensor) -> None:
     """`teacher = momentum * teacher + (1 - momentum) * student`, in place, for all pairs of tensors in one launch.
 
+    All of it is checked before anything is written, and autograd notices, as of `teacher.lerp_(...)`: backward of what
+    was computed with the old values raises.
+
     Args:
         teacher: float32 (or float64) tensors, for example `teacher.parameters()`. Half-precision teachers are refused:
             a relative change of 1 - momentum is below their resolution, so that every update would round to nothing.
-        student: as many tensors of the same shapes, float64, float32, bfloat16 or float16.
+            Each has memory of its own. DTensors (FSDP2) are updated shard by shard.
+        student: as many tensors of the same shapes, float64, float32, bfloat16 or float16. A pair may be one tensor.
         momentum: in [0, 1], a number or a 0-dim tensor on the teacher's device (a schedule that never leaves the
-            device).
+            device). On the CPU a tensor is checked as a number is; on a GPU, where looking would wait for it, a tensor
+            outside [0, 1] extrapolates.
 
     Raises:
-        ValueError: for other lengths, shapes, dtypes or devices, or a number outside [0, 1].
+        ValueError: for other lengths, shapes, dtypes, devices, placements or numbers, for teachers that share memory
+            with each other or with another's student, and for inference tensors outside of inference mode.
     """
     op = "ema_update_"
     teacher = list(teacher)
@@ -31,19 +40,45 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
         checks.fail(op, "teacher and student must be as many tensors", f"{len(teacher)} and {len(student)}")
     if not teacher:
         return
-    checks.one_device(op, [*teacher, *student])
-    for i, (t, s) in enumerate(zip(teacher, student, strict=True)):
-        if t.shape != s.shape:
-            came = f"{tuple(t.shape)} and {tuple(s.shape)} at {i}"
-            checks.fail(op, "teacher and student must have the same shapes", came)
-        if t.dtype not in (torch.float32, torch.float64) or not s.is_floating_point():
-            contract = "teacher must be float32 or float64 (half precision rounds updates away), student floating-point"
-            checks.fail(op, contract, f"{t.dtype} and {s.dtype} at {i}")
-    momentum = checks.number(op, "momentum", momentum, teacher[0], low=0, high=1, inclusive=True)
-    if isinstance(momentum, Tensor):
-        momentum = widest(momentum)
-    else:
-        # In float64 where there is one, because 1 - 0.9999 in float32 is off by 3e-4 of itself.
-        device = teacher[0].device
-        momentum = torch.full((), momentum, dtype=widest_dtype(device), device=device)
-    ops.ema_update_(teacher, student, momentum)
+    written = teacher
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not PLAIN.issuperset(map(type, [*teacher, *student])):
+        teacher, student = _local(op, teacher, student)
+    check_update(op, teacher, student, _check_dtypes)
+    weight = _momentum(op, momentum, teacher[0])
+    if not compiling:  # the compiler sees from the operator's schema what is written
+        torch.autograd.graph.increment_version(written)
+    ops.ema_update_(teacher, student, weight)
+
+
+def _check_dtypes(op: str, teacher: torch.dtype, student: torch.dtype, i: int) -> None:
+    if teacher not in WIDE or not student.is_floating_point:
+        contract = "teacher must be float32 or float64 (half precision rounds updates away), student floating-point"
+        checks.fail(op, contract, f"{teacher} and {student} at {i}")
+
+
+def _momentum(op: str, momentum: float | Tensor, like: Tensor) -> Tensor:
+    """0-dim, in float64 where there is one: 1 - 0.9999 in float32 is off by 3e-4 of itself."""
+    momentum = checks.number(op, "momentum", momentum, like, low=0, high=1, inclusive=True)
+    if not isinstance(momentum, Tensor):
+        return torch.full((), momentum, dtype=widest_dtype(like.device), device=like.device)
+    if momentum.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= momentum.item() <= 1:
+        checks.fail(op, "momentum must be in [0, 1]", momentum.item())
+    return widest(momentum)
+
+
+def _local(op: str, teacher: list[Tensor], student: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """DTensors as this rank's shards of them, where both sides are sharded alike; others as they are."""
+    if not torch.distributed.is_available():
+        return teacher, student
+    from torch.distributed.tensor import DTensor
+
+    pairs = [(t, s) for t, s in zip(teacher, student, strict=True)]
+    for i, pair in enumerate(pairs):
+        layouts = [(x.device_mesh, x.placements) if isinstance(x, DTensor) else None for x in pair]
+        is_partial = any(layout is not None and any(p.is_partial() for p in layout[1]) for layout in layouts)
+        if layouts[0] != layouts[1] or is_partial:
+            came = [str(layout and layout[1]) if layout else "a plain tensor" for layout in layouts]
+            checks.fail(op, "teacher and student must be sharded alike", f"{' and '.join(came)} at {i}")
+    local = [[x.to_local() if isinstance(x, DTensor) else x for x in side] for side in zip(*pairs, strict=True)]
+    return local[0], local[1]

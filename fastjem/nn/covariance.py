@@ -1,6 +1,7 @@
 """Losses on covariance as modules, with lightly's names, arguments and defaults."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 import fastjem.functional as F
 from fastjem.collectives import Agreement, check_distributed, default_group
 from fastjem.functional import checks
+from fastjem.nn.hooks import Hooks
 from fastjem.nn.parts import HeldMean
 from fastjem.nn.tokens import nearest_neighbors
 
@@ -109,7 +111,7 @@ class VICRegLoss(_TracksHealth):
         return torch.stack([F.vicreg(a, b, **options) for a, b in positions]).mean()
 
 
-class VICRegLLoss(nn.Module):
+class VICRegLLoss(Hooks):
     """VICRegL: VICReg of the views' global features and of matched local ones (Bardes et al. 2022, arXiv 2210.01571).
 
     Args:
@@ -119,6 +121,20 @@ class VICRegLLoss(nn.Module):
         eps: added to the variance.
         num_matches: how many nearest neighbours count from a to b, and from b to a.
     """
+
+    never_called: ClassVar[dict[str, str]] = dict.fromkeys(
+        (
+            "_global_loss",
+            "_global_invariance_loss",
+            "_global_variance_and_covariance_loss",
+            "_local_loss",
+            "_local_l2_loss",
+            "_local_location_loss",
+            "_nearest_neighbors_on_l2",
+            "_nearest_neighbors_on_grid",
+        ),
+        "assign another vicreg_loss, or override forward",
+    )
 
     def __init__(
         self,

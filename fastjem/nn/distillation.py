@@ -132,7 +132,13 @@ class DINOLoss(_Distillation):
         self.center_momentum = center_momentum
         self.warmup_teacher_temp = warmup_teacher_temp
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
-        self.teacher_temp_schedule = torch.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        # Numbers and no state: they stay on the host, where a module that is made on the meta device has them, too.
+        self.teacher_temp_schedule = torch.linspace(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, device="cpu"
+        )
+
+    def reset_parameters(self) -> None:
+        self.center.zero_()
 
     def forward(
         self,

@@ -1,14 +1,17 @@
 """SIGReg and LeJEPA as modules, with lightly's names, arguments and defaults."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.collectives import check_distributed, default_group
 from fastjem.functional import checks
+from fastjem.nn.hooks import Hooks
 
 
-class SIGReg(nn.Module):
+class SIGReg(Hooks):
     """`fastjem.functional.sigreg` of [..., N, D] with fresh random directions at each call.
 
     Args:
@@ -17,6 +20,16 @@ class SIGReg(nn.Module):
         num_vectors: how many directions.
         gather_distributed: take the means over the global batch of all ranks, which draw the same directions.
     """
+
+    t: Tensor
+    phi: Tensor
+    weights: Tensor
+    never_called: ClassVar[dict[str, str]] = {
+        "_generate_unit_vectors": "override directions",
+        "_project_embeddings_to_unit_vector": "override forward",
+        "_compute_cf_error_at_each_frequency": "override forward",
+        "_integrate_via_trapezoidal_rule": "override forward",
+    }
 
     def __init__(
         self, *, knots: int = 17, t_max: float = 3.0, num_vectors: int = 1024, gather_distributed: bool = False
@@ -30,14 +43,16 @@ class SIGReg(nn.Module):
         self.t_max = t_max
         self.num_vectors = num_vectors
         self.gather_distributed = gather_distributed
-        t = torch.linspace(0, t_max, knots)
-        phi = torch.exp(-t.square() / 2)
-        weights = torch.full((knots,), 2 * t_max / (knots - 1))
-        weights[[0, -1]] /= 2
         # These are here for lightly's checkpoints: the loss computes them as it goes.
-        self.register_buffer("t", t)
-        self.register_buffer("phi", phi)
-        self.register_buffer("weights", weights * phi)
+        for name in ("t", "phi", "weights"):
+            self.register_buffer(name, torch.empty(knots))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.t.copy_(torch.linspace(0, self.t_max, self.knots))
+        self.phi.copy_(torch.exp(-self.t.square() / 2))
+        self.weights.copy_(self.phi * (2 * self.t_max / (self.knots - 1)))
+        self.weights[[0, -1]] /= 2
 
     def directions(self, proj: Tensor) -> Tensor:
         """[D, num_vectors] fresh random unit columns for embeddings [..., D], on every rank the same."""

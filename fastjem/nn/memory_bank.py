@@ -59,10 +59,14 @@ class MemoryBankModule(Hooks):
         self.gather_distributed = gather_distributed
         self.feature_dim_first = feature_dim_first
         used = self.size[0] > 0
-        bank = nn.functional.normalize(torch.randn(self.size), dim=-1) if used else torch.empty(self.size)
-        self.register_buffer("bank", bank, persistent=used)
+        self.register_buffer("bank", torch.empty(self.size), persistent=used)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=used)
         self.held = HeldRows(min(rows_per_step, self.size[0]), self.size[-1]) if used and rows_per_step else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.bank.copy_(nn.functional.normalize(torch.randn_like(self.bank), dim=-1))
+        self.bank_ptr.zero_()
 
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjem.functional import checks, ema_update_
+from fastjem.functional.memory import check_update
 
 BUFFERS = ("leave", "copy", "average")
 
@@ -12,8 +13,9 @@ BUFFERS = ("leave", "copy", "average")
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float | Tensor, *, buffers: str = "leave") -> None:
     """`p_ema = m p_ema + (1 - m) p` for all parameters, in place, in one launch.
 
-    The addresses are looked up at each call: parameters may be replaced (`load_state_dict(assign=True)`,
-    `.to(device)`).
+    Everything is checked before anything is written. The addresses are looked up at each call: parameters may be
+    replaced (`load_state_dict(assign=True)`, `.to(device)`). Models that `fully_shard` (FSDP2) has sharded alike are
+    updated shard by shard.
 
     Args:
         model, model_ema: the student and its momentum copy; the copy in float32 or float64.
@@ -28,15 +30,21 @@ def update_momentum(model: nn.Module, model_ema: nn.Module, m: float | Tensor, *
         checks.fail("update_momentum", f"buffers must be one of {', '.join(BUFFERS)}", repr(buffers))
     teacher: list[Tensor] = list(model_ema.parameters())
     student: list[Tensor] = list(model.parameters())
+    copied: list[tuple[Tensor, Tensor]] = []
     if buffers != "leave":
-        pairs = list(zip(model_ema.buffers(), model.buffers(), strict=True))
-        for ours, theirs in pairs:
-            if buffers == "average" and ours.is_floating_point():
-                teacher.append(ours)
-                student.append(theirs)
+        ours, theirs = list(model_ema.buffers()), list(model.buffers())
+        if len(ours) != len(theirs):
+            checks.fail("update_momentum", "models must have as many buffers", f"{len(ours)} and {len(theirs)}")
+        for pair in zip(ours, theirs, strict=True):
+            if buffers == "average" and pair[0].is_floating_point():
+                teacher.append(pair[0])
+                student.append(pair[1])
             else:
-                ours.copy_(theirs)
+                copied.append(pair)
+        check_update("update_momentum", [x for x, _ in copied], [x for _, x in copied])
     ema_update_(teacher, student, m)
+    for mine, its in copied:
+        mine.copy_(its)
 
 
 def deactivate_requires_grad(model: nn.Module) -> None:

@@ -1,5 +1,8 @@
 """What heads, losses and methods are made of: the one MLP, prototypes, queue and centre.
 
+**Made without memory.** A module may be made on the meta device, then given memory by `to_empty`: `load_state_dict`, or
+`reset_parameters` of every module that has it (torch's convention), fills it.
+
 **What moves once a step.** A queue and a centre change with each batch. Where an optimiser's step has several
 micro-batches, they must change once for all of them, as with one batch of all their rows. So each has two ways: at once
 (`push`, `move`), and in two parts: `hold` with each micro-batch, then `step_ends` once. What is held lies in buffers of
@@ -9,6 +12,7 @@ fixed size that aren't saved; nothing waits for the device.
 import math
 from collections import OrderedDict
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,8 +102,13 @@ class Prototypes(nn.Module):
 
     def __init__(self, width: int, prototypes: int, frozen_steps: int = 0):
         super().__init__()
-        self.weight = nn.Parameter(normalize(torch.randn(prototypes, width), dim=1))
+        self.weight = nn.Parameter(torch.empty(prototypes, width))
         self.frozen_steps = frozen_steps
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.copy_(normalize(torch.randn_like(self.weight), dim=1))
 
     def unit_weight(self, step: Tensor) -> Tensor:
         """[K, D], rows of length one: what `fastjem.functional.prototype_head_cross_entropy` takes. step: 0-dim."""
@@ -149,6 +158,14 @@ class HeldRows(nn.Module):
         self.register_buffer("rows", torch.zeros(most, width), persistent=False)
         self.register_buffer("count", torch.zeros((), dtype=torch.long), persistent=False)
 
+    def reset_parameters(self) -> None:
+        self.rows.zero_()
+        self.count.zero_()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.reset_parameters()  # a state is saved where nothing is held
+        super()._load_from_state_dict(*args)
+
     @torch.no_grad()
     def hold(self, rows: Tensor) -> None:
         """Rows [N, D] to wait."""
@@ -192,10 +209,16 @@ class Queue(nn.Module):
 
     def __init__(self, length: int, width: int, held: int = 0):
         super().__init__()
-        self.register_buffer("rows", normalize(torch.randn(length, width), dim=1))
+        self.register_buffer("rows", torch.empty(length, width))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.register_buffer("used", torch.zeros((), dtype=torch.bool))
         self.held = HeldRows(min(held, length), width) if held else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.rows.copy_(normalize(torch.randn_like(self.rows), dim=1))
+        self.pointer.zero_()
+        self.used.zero_()
 
     @torch.no_grad()
     def begin(self, keys: Tensor) -> Tensor:
@@ -245,6 +268,14 @@ class HeldMean(nn.Module):
         self.register_buffer("total", torch.zeros(size), persistent=False)
         self.register_buffer("rows", torch.zeros(()), persistent=False)
 
+    def reset_parameters(self) -> None:
+        self.total.zero_()
+        self.rows.zero_()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.reset_parameters()  # a state is saved where nothing is held
+        super()._load_from_state_dict(*args)
+
     @torch.no_grad()
     def hold(self, mean: Tensor, rows: int | Tensor) -> None:
         """A micro-batch's mean over so many rows of this rank."""
@@ -261,8 +292,7 @@ class HeldMean(nn.Module):
         mean = (total / rows.clamp(min=1)).to(average.dtype)
         weight = (rows > 0).to(average.dtype) * (1 - momentum)
         average.lerp_(mean.reshape(average.shape), weight)
-        self.total.zero_()
-        self.rows.zero_()
+        self.reset_parameters()
 
 
 def check_center_mode(who: str, mode: str) -> None:
@@ -298,6 +328,9 @@ class Center(nn.Module):
         self.register_buffer("center", torch.zeros(size))
         self.momentum = momentum
         self.held = HeldMean(size)
+
+    def reset_parameters(self) -> None:
+        self.center.zero_()
 
     @property
     def value(self) -> Tensor:

@@ -21,4 +21,6 @@ class NegativeCosineSimilarity(nn.Module):
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
         if x0.dim() != 2 or self.dim not in (1, -1):
             x0, x1 = (x.movedim(self.dim, -1).reshape(-1, x.shape[self.dim]) for x in (x0, x1))
+        if not self.eps:  # a row of zeros has no cosine then: NaN
+            return -nn.functional.cosine_similarity(x0, x1, dim=1, eps=0.0).mean()
         return F.negative_cosine(x0, x1, eps=self.eps)

@@ -1,6 +1,7 @@
 """SwAV's and MSN's losses, and the heads that give prototype scores. Names, arguments and defaults are lightly's."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from fastjem.collectives import (
 )
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype, without_autocast
-from fastjem.nn.hooks import is_overridden
+from fastjem.nn.hooks import Hooks, is_overridden
 from fastjem.nn.parts import MLP, init_as_vision_transformer
 
 
@@ -32,7 +33,7 @@ class SwaVLoss(nn.Module):
 
     Args:
         temperature: of the predictions.
-        sinkhorn_iterations, sinkhorn_epsilon: of the codes.
+        sinkhorn_iterations, sinkhorn_epsilon: of the codes; with 0 iterations see `fastjem.functional.sinkhorn`.
         sinkhorn_gather_distributed: codes, and the mean of the loss, over the samples of all ranks (one may have none).
 
     A subclass may override `subloss`, the loss of one crop's scores by another's codes, which then exist in memory.
@@ -74,6 +75,8 @@ class SwaVLoss(nn.Module):
             contract = "outputs must be [B, K] of each crop"
             checks.matrices("SwaVLoss", contract, *high, *low, may_be_empty=None if group is None else 0)
             ranks.alike(len(high), len(low), queue_outputs is None)
+        if not self.sinkhorn_iterations or is_overridden(self, "subloss", SwaVLoss):
+            return self._of_codes(high, low, queue_outputs, group)
         bias = [
             F.sinkhorn_bias(
                 crop if queue_outputs is None else [crop, queue_outputs[i]],
@@ -83,12 +86,6 @@ class SwaVLoss(nn.Module):
             )
             for i, crop in enumerate(high)
         ]
-        if is_overridden(self, "subloss", SwaVLoss):
-            codes = [(crop.detach() / self.sinkhorn_epsilon + b).softmax(1) for crop, b in zip(high, bias, strict=True)]
-            crops = [*high, *low]
-            pairs = [(i, v) for i in range(len(high)) for v in range(len(crops)) if v != i]
-            loss = torch.stack([self.subloss(crops[v], codes[i]) for i, v in pairs]).sum(0) / len(pairs)
-            return mean_loss_of_ranks(loss, len(high[0]), group)
         return F.prototype_cross_entropy(
             [*high, *low],
             high,
@@ -100,7 +97,23 @@ class SwaVLoss(nn.Module):
 
     def subloss(self, z: Tensor, q: Tensor) -> Tensor:
         """The cross-entropy of scores z [B, K] by codes q [B, K]. Not overridden, `forward` computes all at once."""
-        return -(q * functional.log_softmax(z / self.temperature, dim=1)).sum(1).mean()
+        return -(q * functional.log_softmax(z.to(q.dtype) / self.temperature, dim=1)).sum(1).mean()
+
+    def _of_codes(
+        self, high: list[Tensor], low: list[Tensor], queues: list[Tensor] | None, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        """The loss by `subloss`, of codes in memory: where it is overridden, and without Sinkhorn's iterations."""
+        crops = [*high, *low]
+        pairs = [(i, v) for i in range(len(high)) for v in range(len(crops)) if v != i]
+        if not pairs:
+            checks.fail("SwaVLoss", "there must be two crops at least, one of high resolution", f"{len(crops)}")
+        options = {"epsilon": self.sinkhorn_epsilon, "iterations": self.sinkhorn_iterations, "group": group}
+        codes = []
+        for i, crop in enumerate(high):
+            scores = crop if queues is None else torch.cat([crop, queues[i].to(crop)])
+            codes.append(F.sinkhorn(scores, **options)[: len(crop)])
+        loss = torch.stack([self.subloss(crops[v], codes[i]) for i, v in pairs]).sum(0) / len(pairs)
+        return mean_loss_of_ranks(loss, len(high[0]), group)
 
 
 class MSNLoss(nn.Module):
@@ -203,9 +216,17 @@ class KoLeoLoss(nn.Module):
         super().__init__()
         self.p = p
         self.eps = eps
+        self.pairwise_distance: nn.Module = nn.PairwiseDistance(p=p, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.koleo(x, p=self.p, eps=self.eps)
+        distance = self.pairwise_distance
+        usual = type(distance) is nn.PairwiseDistance and (distance.norm, distance.eps) == (self.p, self.eps)
+        if usual and self.p >= 1 and self.eps > 0:
+            return F.koleo(x, p=self.p, eps=self.eps)
+        # Another distance, assigned as to lightly's, or an eps of 0: in plain torch.
+        x = functional.normalize(x.to(loss_dtype(x)), dim=-1, eps=self.eps)
+        nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)
+        return -(distance(x, x[nearest]) + self.eps).log().mean()
 
 
 class SwaVPrototypes(nn.Module):
@@ -228,12 +249,16 @@ class SwaVPrototypes(nn.Module):
 
     def forward(self, x: Tensor, step: int | None = None) -> Tensor | list[Tensor]:
         """[B, D] -> [B, K], or a list of them."""
+        self._freeze_prototypes_if_required(step)
+        scores = [head(x) for head in self.heads]
+        return scores[0] if self._is_single_prototype else scores
+
+    def _freeze_prototypes_if_required(self, step: int | None = None) -> None:
+        """A subclass may override it, as lightly's."""
         if self.n_steps_frozen_prototypes > 0:
             if step is None:
                 raise ValueError("SwaVPrototypes: step must be given where n_steps_frozen_prototypes > 0, got None")
             self.requires_grad_(step >= self.n_steps_frozen_prototypes)
-        scores = [head(x) for head in self.heads]
-        return scores[0] if self._is_single_prototype else scores
 
     @torch.no_grad()
     def normalize(self) -> None:
@@ -248,8 +273,12 @@ class _WeightNormLinear(nn.Module):
 
     def __init__(self, input_dim: int, output_dim: int) -> None:
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(output_dim, 1))
+        self.weight_g = nn.Parameter(torch.empty(output_dim, 1))
         self.weight_v = nn.Parameter(torch.empty(output_dim, input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear
 
     @property
@@ -260,7 +289,7 @@ class _WeightNormLinear(nn.Module):
         return functional.linear(x, self.weight)
 
 
-class DINOProjectionHead(nn.Module):
+class DINOProjectionHead(Hooks):
     """Three linear layers with GELU, L2 normalisation, and weight-normalised prototypes: DINO's head.
 
     Caron et al. 2021, arXiv 2104.14294.
@@ -271,6 +300,8 @@ class DINOProjectionHead(nn.Module):
         freeze_last_layer: `cancel_last_layer_gradients` cancels them in epochs before this one.
         norm_last_layer: prototypes of length 1 (better stability) instead of a learned length.
     """
+
+    never_called: ClassVar[dict[str, str]] = {"_init_weights": "initialise layers after super().__init__()"}
 
     def __init__(
         self,

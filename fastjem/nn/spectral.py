@@ -86,6 +86,11 @@ class Whitening2d(nn.Module):
             self.register_buffer("running_mean", torch.zeros(1, num_features, 1, 1))
             self.register_buffer("running_variance", torch.eye(num_features))
 
+    def reset_parameters(self) -> None:
+        if self.track_running_stats:
+            self.running_mean.zero_()
+            self.running_variance.copy_(torch.eye(self.num_features))
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and self.track_running_stats:
             shrunk = (1 - self.eps) * self.running_variance + self.eps * torch.eye(self.num_features, device=x.device)

@@ -76,8 +76,11 @@ def repeat_interleave_batch(x: Tensor, B: int, repeat: int) -> Tensor:
 
 
 def apply_masks(x: Tensor, masks: Tensor | list[Tensor]) -> Tensor:
-    """The tokens that each mask of indices [B, I] keeps, concatenated along the batch: [B, L, D] -> [masks B, I, D]"""
-    return torch.cat([get_at_index(x, mask) for mask in masks])
+    """The tokens that each mask of indices [B, I] keeps, concatenated along the batch: [B, L, D] -> [masks B, I, D]
+
+    masks: a list of them, or one.
+    """
+    return torch.cat([get_at_index(x, mask) for mask in (masks if isinstance(masks, list) else [masks])])
 
 
 def nearest_neighbors(

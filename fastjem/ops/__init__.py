@@ -19,6 +19,7 @@ from fastjem.ops.forward_mode import refuse_forward_mode
 
 try:
     import fastjem.kernels as kernels
+    from fastjem.kernels import guard
 except ModuleNotFoundError as error:
     raise ImportError(
         "fastjem is not installed: Python found its source folder, but kernels/ becomes fastjem.kernels only by "
@@ -70,7 +71,7 @@ def cpp_launcher(name: str) -> tuple[Callable | None, str]:
         importlib.import_module("fastjem.kernels._C")
     except ImportError as error:
         return None, f"the C++ extension doesn't load ({error}); it is built at installation if there is a C++ compiler"
-    return _of_family(name, "cpu"), ""
+    return guard.guarded(name, _of_family(name, "cpu"), on_cpu=True), ""
 
 
 def triton_launcher(name: str) -> tuple[Callable | None, str]:
@@ -88,7 +89,7 @@ def triton_launcher(name: str) -> tuple[Callable | None, str]:
     def launch(*args):
         return _of_family(name, "gpu")(*args)
 
-    return launch, ""
+    return guard.guarded(name, launch, on_cpu=False), ""
 
 
 @functools.cache
@@ -101,7 +102,7 @@ def _register(name: str) -> dict[str, str]:
     """Tell PyTorch of an operator; returns what runs where, as `implementations` does."""
     LIBRARY.define(name + OPERATORS[name].schema)
     specification = plain(reference(name))
-    LIBRARY.impl(name, specification, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, guard.guarded(name, specification, on_cpu=False), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastjem::{name}", specification, lib=LIBRARY)
     on_cpu, no_cpu = cpp_launcher(name)
     if on_cpu:

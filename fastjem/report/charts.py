@@ -11,6 +11,7 @@ import numpy as np
 from fastjem.report.run import Run
 
 POINTS = 400  # a curve is drawn through so many at most
+LARGEST = 1e100  # figure that is drawn
 # matplotlib takes no CSS variables: it draws in these colours, and `themed` puts the page's variables in their place.
 INK, FAINT = "#0a0a01", "#0a0a02"  # --ink, --line
 RUN = "#0a0b{:02x}"  # --run0, --run1, ...
@@ -96,6 +97,7 @@ def series(run: Run, quantity: Quantity, key: str, epochs: bool) -> tuple[np.nda
     rows = run.knn if quantity.knn else run.rows
     found = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
     x, y = np.array(found, float).reshape(-1, 2).T
+    y = np.where(np.abs(y) > LARGEST, np.nan, y)  # no axis has room for it
     if epochs:
         x = x / run.steps_per_epoch
     return x, y * 100 if quantity.percent else y

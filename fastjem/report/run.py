@@ -41,8 +41,8 @@ class Embeddings:
     classes: list[str]
     images: int  # in the folder, of which these are N
     labelled: bool  # False: a flat folder; the one class has no name
-    levels: Levels | None = None  # how the run reads its images
     hidden: frozenset[str] = frozenset()  # files that aren't opened
+    levels: Levels | None = None  # how the run reads its images
 
 
 @dataclass(frozen=True)
@@ -94,22 +94,11 @@ def read(path: str | os.PathLike[str], *, data: str | None = None, trusted: bool
         embeddings = replace(embeddings, root=data)
     elif embeddings is not None and not trusted:
         embeddings = _within_data(embeddings, options.data, troubles)
-    if embeddings is not None:
-        embeddings = replace(embeddings, levels=_levels(path / configuration.FILE, given, troubles))
+    if embeddings is not None and "pixels" in given:
+        with reading.named(path / configuration.FILE):
+            embeddings = replace(embeddings, levels=Pixels.from_dict(given["pixels"]).levels)
     config = {**given, **asdict(options)}
     return Run(path.resolve(), config, rows, knn, environment, embeddings, tuple(troubles))
-
-
-def _levels(path: Path, given: dict[str, Any], troubles: list[str]) -> Levels | None:
-    """How the run reads its images; None where its configuration doesn't say."""
-    if "pixels" not in given:
-        return None
-    try:
-        with reading.named(path):
-            return Pixels.from_dict(given["pixels"]).levels
-    except UserError as error:
-        troubles.append(f"{error}; the report shows images as they are")
-        return None
 
 
 def _rows(path: Path, whole: Sequence[str], troubles: list[str]) -> list[dict[str, Any]]:

@@ -297,8 +297,9 @@ def _add_weighted_by_bands(
         part = a.part(rows)
         n, d = part.rows.shape
         m = len(b.rows)
-        grid = (triton.cdiv(n, tile["BM"]), triton.cdiv(m, tile["BN"]))
-        dots_by_tile = torch.empty(grid[1], n, dtype=torch.float32, device=b.rows.device) if with_dots else None
+        column_blocks = triton.cdiv(m, tile["BN"])
+        grid = (triton.cdiv(n, tile["BM"]) * column_blocks,)
+        dots_by_tile = torch.empty(column_blocks, n, dtype=torch.float32, device=b.rows.device) if with_dots else None
         launch.launch(
             weights_kernel, grid, part.rows, b.rows, scaling.factor, part.pivots, part.adjustments, b.pivots,
             b.adjustments, weights, dots_by_tile, n, m, d, *_own_image_arguments(own_image, rows.start),
@@ -362,8 +363,9 @@ def sigmoid(
         part = a[rows]
         n, d = part.shape
         m = len(b)
-        grid = (triton.cdiv(n, tile["BM"]), triton.cdiv(m, tile["BN"]))
-        sums = torch.empty(3, grid[1], n, dtype=torch.float32, device=a.device)
+        column_blocks = triton.cdiv(m, tile["BN"])
+        grid = (triton.cdiv(n, tile["BM"]) * column_blocks,)
+        sums = torch.empty(3, column_blocks, n, dtype=torch.float32, device=a.device)
         launch.launch(
             sigmoid_kernel, grid, part, b, factor, bias, weights, sums, n, m, d, offset + rows.start,
             0 if weights is None else weights.stride(0) // 8, GAIN=launch.gain(a.dtype), **tile, device_of=a,

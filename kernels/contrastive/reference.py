@@ -101,7 +101,7 @@ def info_nce(
     logits = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).masked_fill(itself, -math.inf)], 1)  # [N, 1 + K]
     log_p = (widest(logits) / temperature).log_softmax(1)
     p_weight = log_p[:, :1].expm1().to(q.dtype)
-    k_weights = log_p[:, 1:].exp().to(q.dtype)
+    k_weights = log_p[:, 1:].exp().masked_fill(itself, 0).to(q.dtype)
     gradients = [
         through_unit_rows(p_weight * p + k_weights @ k, q, q_norm).to(query.dtype) if wanted[0] else no_gradient(query),
         through_unit_rows(p_weight * q, p, p_norm).to(positive.dtype) if wanted[1] else no_gradient(positive),

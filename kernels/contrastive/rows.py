@@ -31,7 +31,7 @@ def _unit_kernel(
     mask = (i_row < N)[:, None] & (column < D)[None, :]
     b_x = tl.load(x + launch.row_start(i_row, s_x, 1)[:, None] + column[None, :], mask, 0).to(tl.float64)
     # float64: at temperature 0.01 the digits that a float32 norm loses are a hundred times as many in the logits
-    divisor = tl.maximum(tl.sqrt(tl.sum(b_x * b_x, 1)), EPS)
+    divisor = tl.maximum(tl.sqrt(tl.sum(b_x * b_x, 1)), EPS, propagate_nan=tl.PropagateNan.ALL)
     b_y = (b_x * (1 / divisor)[:, None]).to(tl.float32)
     tl.store(out + launch.row_start(i_row, D, 1)[:, None] + column[None, :], b_y, mask)
     tl.store(divisors + i_row, divisor.to(tl.float32), i_row < N)
@@ -96,8 +96,7 @@ def _total(maxima, sums, i_row, N, parts, base, abs_factor, RUNNING: tl.constexp
         if RUNNING:
             maximum = tl.load(maxima + at, i_row < N, 0)
             # a part that has seen nothing has the maximum -inf and the sum 0
-            exponent = tl.where(maximum == -float("inf"), 0.0, (maximum - base).to(tl.float64) * abs_factor)
-            part_sum *= tl.exp(exponent)
+            part_sum *= tl.exp((launch.finite(maximum) - base).to(tl.float64) * abs_factor)
         total += part_sum
     return total
 
@@ -124,7 +123,7 @@ def _join_kernel(
         base = _largest(row_max, i_row, N, row_parts, tl.full([BLOCK], -float("inf"), tl.float32))
         if column_sum is not None:
             base = _largest(column_max, i_row, N, column_parts, base)
-        base = tl.where(base == -float("inf"), 0.0, base)
+        base = launch.finite(base)
     total = _total(row_max, row_sum, i_row, N, row_parts, base, abs_factor, RUNNING)
     if column_sum is not None:
         total += _total(column_max, column_sum, i_row, N, column_parts, base, abs_factor, RUNNING)
@@ -152,7 +151,7 @@ def _state_kernel(
         adjustment = tl.where(infinite, 0.0, (b_pivot.to(tl.float64) * factor_value - b_lse) * LOG2_E)
         tl.store(pivots + i_row, b_pivot, i_row < N)
     else:
-        adjustment = tl.exp(tl.minimum(pivot * factor_value - b_lse, 87.0))
+        adjustment = tl.exp(tl.minimum(pivot * factor_value - b_lse, 87.0, propagate_nan=tl.PropagateNan.ALL))
     tl.store(adjustments + i_row, adjustment.to(tl.float32), i_row < N)
 
 

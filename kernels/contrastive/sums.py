@@ -16,12 +16,6 @@ def _exponentials(s, seen, pivot, rate):
     return tl.where(seen, tl.exp2((s - pivot) * rate), 0.0)
 
 
-@triton.jit
-def _finite(maximum):
-    """The maximum as a shift of exponents: 0 where nothing has been seen, as -inf less -inf is NaN."""
-    return tl.where(maximum == -float("inf"), 0.0, maximum)
-
-
 @triton.jit(
     do_not_specialize=[
         "N",
@@ -101,14 +95,14 @@ def sums_kernel(
             s *= sign
             visible = tl.where(seen, s, -float("inf"))
             new = tl.maximum(maximum, tl.max(visible, 1))
-            shift = _finite(new)
-            fade = tl.where(maximum == -float("inf"), 0.0, tl.exp2((maximum - shift) * rate))
+            shift = launch.finite(new)
+            fade = tl.exp2((launch.finite(maximum) - shift) * rate)
             total = total * fade + tl.sum(_exponentials(s, seen, shift[:, None], rate), 1)
             maximum = new
             if column_sum is not None:
                 highest = tl.max(visible, 0)
                 tl.store(column_max + at, highest, written)
-                e = _exponentials(s, seen, _finite(highest)[None, :], rate)
+                e = _exponentials(s, seen, launch.finite(highest)[None, :], rate)
                 tl.store(column_sum + at, tl.sum(e, 0), written)
         else:
             e = _exponentials(s, seen, pivot, rate)
@@ -156,8 +150,8 @@ def attend_kernel(
         s = tl.dot(b_a, b_b)
         seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
         new = tl.maximum(maximum, tl.max(tl.where(seen, s, -float("inf")), 1))
-        shift = _finite(new)
-        fade = tl.where(maximum == -float("inf"), 0.0, tl.exp2((maximum - shift) * rate))
+        shift = launch.finite(new)
+        fade = tl.exp2((launch.finite(maximum) - shift) * rate)
         e = _exponentials(s, seen, shift[:, None], rate)
         total = total * fade + tl.sum(e, 1)
         acc = acc * fade[:, None]
@@ -196,7 +190,8 @@ def best_kernel(
     for t in range(split * tiles_per_program, tl.minimum((split + 1) * tiles_per_program, tl.cdiv(M, BN))):
         i_b = t * BN + tl.arange(0, BN)
         s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
-        s = tl.where((i_b < M)[None, :], s, -float("inf"))
+        # NaN counts as the best, as in torch.argmax; nothing else is infinite among cosines
+        s = tl.where((i_b < M)[None, :], tl.where(s != s, float("inf"), s), -float("inf"))
         highest = tl.max(s, 1)
         first = tl.min(tl.where(s == highest[:, None], i_b[None, :], 2147483647), 1)
         better = highest > best

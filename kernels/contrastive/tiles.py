@@ -75,7 +75,7 @@ def similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE: tl.constexpr, BLOCK_D: tl.
         else:
             s = tl.dot(left, right, s)
     if a.dtype.element_ty == tl.float32:
-        s += s_left + s_right
+        s += tl.where(tl.abs(s) < float("inf"), s_left + s_right, 0.0)  # the remainder of an infinity is NaN
     return s
 
 

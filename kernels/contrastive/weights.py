@@ -95,6 +95,13 @@ def owner_kernel(
 
 
 @triton.jit
+def _blocks_of_tile(N, BM: tl.constexpr):
+    """(block of rows, block of columns) of a program that makes one tile; programs of the same columns are in a row."""
+    blocks = tl.cdiv(N, BM)
+    return tl.program_id(0) % blocks, tl.program_id(0) // blocks
+
+
+@triton.jit
 def _store_tile(out, i_a, i_b, N, M, s_out, tile):
     at = launch.row_start(i_a, s_out, 8)[:, None] + i_b[None, :]
     tl.store(out + at, tile.to(out.dtype.element_ty), (i_a < N)[:, None] & (i_b < M)[None, :])
@@ -127,15 +134,16 @@ def weights_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_a = tl.program_id(0) * BM + tl.arange(0, BM)
-    i_b = tl.program_id(1) * BN + tl.arange(0, BN)
+    block_a, block_b = _blocks_of_tile(N, BM)
+    i_a = block_a * BM + tl.arange(0, BM)
+    i_b = block_b * BN + tl.arange(0, BN)
     rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
     # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
     seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
     g = _weights(s, seen, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
     if dots is not None:
-        tl.store(dots + launch.row_start(tl.program_id(1), N, 1) + i_a, tl.sum(g * s, 1), i_a < N)
+        tl.store(dots + launch.row_start(block_b, N, 1) + i_a, tl.sum(g * s, 1), i_a < N)
     if out is not None:
         _store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
 
@@ -158,8 +166,9 @@ def sigmoid_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    i_a = tl.program_id(0) * BM + tl.arange(0, BM)
-    i_b = tl.program_id(1) * BN + tl.arange(0, BN)
+    block_a, block_b = _blocks_of_tile(N, BM)
+    i_a = block_a * BM + tl.arange(0, BM)
+    i_b = block_b * BN + tl.arange(0, BN)
     # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
     label = tl.where(i_b[None, :] == (i_a + offset)[:, None], -1.0, 1.0)  # -1: the row's own pair
@@ -170,8 +179,8 @@ def sigmoid_kernel(
     log1p = tl.where(one_more == 1, e, tl.log(one_more) * (e / tl.where(one_more == 1, 1.0, one_more - 1)))
     seen = (i_b < M)[None, :]
     g = tl.where(seen, label * tl.where(x > 0, 1.0, e) / one_more, 0.0)
-    at = launch.row_start(tl.program_id(1), N, 1) + i_a
-    one_sum = launch.row_start(tl.num_programs(1), N, 1)
+    at = launch.row_start(block_b, N, 1) + i_a
+    one_sum = launch.row_start(tl.cdiv(M, BN), N, 1)
     tl.store(sums + at, tl.sum(tl.where(seen, tl.maximum(x, 0.0) + log1p, 0.0), 1), i_a < N)
     tl.store(sums + one_sum + at, tl.sum(g, 1), i_a < N)
     tl.store(sums + 2 * one_sum + at, tl.sum(g * s, 1), i_a < N)

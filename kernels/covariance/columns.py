@@ -58,7 +58,9 @@ def _standardise_kernel(
         squares += centred * centred
     low = tl.sum(remainder, 0) / N
     eps = tl.full((), EPS, COMPUTE)
-    variance = tl.maximum(tl.sum(squares, 0) - low * low * N, 0.0) / (N - CORRECTION)
+    b_squares = tl.sum(squares, 0) - low * low * N
+    # NaN stays, or a column with one would have the least deviation there is
+    variance = tl.maximum(b_squares, 0.0, propagate_nan=tl.PropagateNan.ALL) / (N - CORRECTION)
     b_std = tl.sqrt(variance + eps)
     tl.store(std + column, b_std, column < D)
     factor = tl.where(DIVIDE, 1 / b_std, 1.0)[None, :].to(COMPUTE)

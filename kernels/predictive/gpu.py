@@ -23,8 +23,8 @@ def _coefficients(pp, zz, pz, EPS: tl.constexpr):
     eps = tl.full((), EPS, pp.dtype)  # a bare number would be float32 first
     p_norm = tl.sqrt(pp)
     z_norm = tl.sqrt(zz)
-    p_over = 1 / tl.maximum(p_norm, eps)
-    z_over = 1 / tl.maximum(z_norm, eps)
+    p_over = 1 / tl.maximum(p_norm, eps, propagate_nan=tl.PropagateNan.ALL)
+    z_over = 1 / tl.maximum(z_norm, eps, propagate_nan=tl.PropagateNan.ALL)
     cosine = pz * p_over * z_over
     across = -p_over * z_over
     p_along = tl.where(p_norm > eps, cosine * p_over * p_over, 0.0)

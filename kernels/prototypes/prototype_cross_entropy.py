@@ -21,11 +21,12 @@ from .row_logsumexp import dense, row_logsumexp
 
 @triton.jit
 def _probability(teacher, bias, lse, i_row, column, inside, stride, scale, COMPUTE: tl.constexpr):
-    """A block of softmax(teacher * scale + bias) of one row, 0 outside."""
+    """A block of softmax(teacher * scale + bias) of one row, 0 outside and below the smallest normal number."""
     v = tl.load(teacher + tl.cast(i_row, tl.int64) * stride + column, inside, -float("inf")).to(COMPUTE) * scale
     if bias is not None:
         v += tl.load(bias + column, inside, 0)
-    return tl.exp(v - lse)
+    q = tl.exp(v - lse)
+    return tl.where(q < (2.2250738585072014e-308 if tl.float64 == COMPUTE else 1.1754943508222875e-38), 0.0, q)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -52,8 +53,10 @@ def _prototype_cross_entropy_kernel(
     BLOCK: tl.constexpr,
 ):
     # images in reverse: the logsumexp read the last ones last, and they may still be in the L2 cache
-    i_row = B - 1 - tl.program_id(1)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(K, BLOCK)
+    i_row = B - 1 - tl.program_id(0) // blocks
+    i_block = tl.program_id(0) % blocks
+    column = i_block * BLOCK + tl.arange(0, BLOCK)
     inside = column < K
     scale = tl.full((), STUDENT_SCALE, COMPUTE)
     teacher_scale = tl.full((), TEACHER_SCALE, COMPUTE)
@@ -79,14 +82,14 @@ def _prototype_cross_entropy_kernel(
         if MASSES[s] > 0:
             x = tl.load(student[s] + tl.cast(i_row, tl.int64) * s_student[s] + column, inside, 0).to(COMPUTE)
             log_p = x * scale - tl.load(student_lse + s * B + i_row)
-            b_loss -= tl.where(inside, y * log_p, 0.0)
+            b_loss -= tl.where(inside & (y != 0), y * log_p, 0.0)  # 0 times -inf is 0
             if gradients[s] is not None:
                 g = (MASSES[s] * tl.exp(log_p) - y) * weight
                 tl.store(gradients[s] + tl.cast(i_row, tl.int64) * K + column, g, inside)
         else:
             if gradients[s] is not None:
                 tl.store(gradients[s] + tl.cast(i_row, tl.int64) * K + column, tl.zeros([BLOCK], COMPUTE), inside)
-    out = losses + tl.cast(i_row, tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    out = losses + tl.cast(i_row, tl.int64) * blocks + i_block
     tl.store(out, tl.sum(b_loss, 0) * weight)
 
 
@@ -126,7 +129,7 @@ def _statistics_kernel(
             q = tl.where(mask, tl.exp(log_q), 0.0)
             logits += tl.sum(x, 0)
             probabilities += tl.sum(q, 0)
-            entropy -= tl.sum(tl.where(q > 0, q * log_q, 0.0), 0)
+            entropy -= tl.sum(tl.where(q == 0, 0.0, q * log_q), 0)  # NaN stays
     tl.store(mean + column, logits / (B * T), inside)
     tl.store(usage + column, probabilities / (B * T), inside)
     tl.store(entropies + tl.program_id(0), tl.sum(entropy, 0) / (B * T))
@@ -153,10 +156,10 @@ class _Teacher(NamedTuple):
 
 
 def _logsumexps(views: tuple[Tensor, ...], biases: tuple, temperature: float, compute: torch.dtype) -> Tensor:
-    """[V, B], of every view's rows `view / temperature + bias`."""
+    """[V, B], of every view's rows `view / temperature + bias`; NaN where it is infinite."""
     out = torch.empty((len(views), len(views[0])), dtype=compute, device=views[0].device)
     for view, bias, lse in zip(views, biases, out, strict=True):
-        row_logsumexp(view, bias, 1 / temperature, lse)
+        row_logsumexp(view, bias, 1 / temperature, lse, softmax=True)
     return out
 
 
@@ -221,7 +224,7 @@ def prototype_cross_entropy(
     losses = student_lse.new_empty(b, blocks)
     launch.launch(
         _prototype_cross_entropy_kernel,
-        (blocks, b),
+        (blocks * b,),
         student_views,
         gradients,
         teacher_views,

@@ -79,8 +79,8 @@ def attend_kernel(
         else:
             v = tl.where((i_key < K)[None, :], v, -float("inf"))
         new = tl.maximum(maximum, tl.max(v, 1))
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        fade = tl.exp(maximum - shift)
+        shift = launch.finite(new)
+        fade = tl.exp(launch.finite(maximum) - shift)
         e = tl.exp(v - shift[:, None])
         total = total * fade + tl.sum(e, 1)
         maximum = new
@@ -95,7 +95,7 @@ def attend_kernel(
             acc = tl.dot(p, b_values, acc * fade[:, None], input_precision="tf32x3", out_dtype=COMPUTE)
     at = (i_part.to(tl.int64) * tl.num_programs(2) + i_view) * N + i_row
     if i_chunk == 0:
-        tl.store(lse + at, tl.where(maximum == -float("inf"), 0.0, maximum) + tl.log(total), i_row < N)
+        tl.store(lse + at, launch.finite(maximum) + tl.log(total), i_row < N)
     if means is not None:
         column = i_chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = (i_row < N)[:, None] & (column < D)[None, :]
@@ -105,16 +105,16 @@ def attend_kernel(
 
 @triton.jit
 def _join_lse(lse, i_row, rows, parts, COMPUTE: tl.constexpr):
-    """A row's logsumexp from those of its parts, [parts, rows]."""
+    """A row's logsumexp from those of its parts, [parts, rows]; NaN where it is infinite."""
     maximum = tl.full((), -float("inf"), COMPUTE)
     total = tl.zeros((), COMPUTE)
     for part in range(parts):
         b_lse = tl.load(lse + launch.row_start(part, rows, 1) + i_row)
         new = tl.maximum(maximum, b_lse)
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        total = total * tl.exp(maximum - shift) + tl.exp(b_lse - shift)
+        shift = launch.finite(new)
+        total = total * tl.exp(launch.finite(maximum) - shift) + tl.exp(b_lse - shift)
         maximum = new
-    return tl.where(maximum == -float("inf"), 0.0, maximum) + tl.log(total)
+    return launch.no_softmax(launch.finite(maximum) + tl.log(total))
 
 
 @triton.jit

@@ -29,6 +29,7 @@ def _row_logsumexp_kernel(
     out,  # [N]
     K,  # / ALIGN
     s_row,  # / ALIGN
+    SOFTMAX: tl.constexpr,  # for a softmax: an infinite logsumexp becomes NaN
     SCALE: tl.constexpr,  # a float argument would be float32
     LOW: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -51,10 +52,11 @@ def _row_logsumexp_kernel(
         else:
             v = b_x.to(COMPUTE) * scale
         new = tl.maximum(maximum, tl.max(v, 0))
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        b_total = b_total * tl.exp(maximum - shift) + tl.exp(v - shift)
+        shift = launch.finite(new)
+        b_total = b_total * tl.exp(launch.finite(maximum) - shift) + tl.exp(v - shift)
         maximum = new
-    tl.store(out + i_row, shift + tl.log(tl.sum(b_total, 0)))
+    logsumexp = shift + tl.log(tl.sum(b_total, 0))
+    tl.store(out + i_row, launch.no_softmax(logsumexp) if SOFTMAX else logsumexp)
 
 
 def row_logsumexp(
@@ -62,7 +64,9 @@ def row_logsumexp(
     bias: Tensor | None,  # [K], dense, in the dtype to compute in or float64
     scale: float,
     out: Tensor,  # [N]
+    softmax: bool,
 ) -> None:
+    """`softmax`: out is what a softmax subtracts, NaN where the logsumexp is infinite."""
     align = launch.alignment(x)
     launch.launch(
         _row_logsumexp_kernel,
@@ -72,6 +76,7 @@ def row_logsumexp(
         out,
         x.shape[1] // align,
         x.stride(0) // align,
+        SOFTMAX=softmax,
         **two_parts(scale, out.dtype),
         COMPUTE=launch.DTYPES[out.dtype],
         ALIGN=align,

@@ -42,25 +42,30 @@ def _column_logsumexp_kernel(
 
     Without bias the maxima are those of x itself, unscaled: they are exact.
     """
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(K * ALIGN, BLOCK)
+    part = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < K * ALIGN
     per_unit = tl.full((), SCALE if bias is None else 1.0, COMPUTE)  # of v, whose maxima are kept
     maximum = tl.full([BLOCK], -float("inf"), COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)
     if bias is not None:
         b_bias = tl.load(bias + column, inside, 0)[None, :]
+        # It is taken off again in _join_kernel, so an infinite one may be any number here.
+        b_bias = tl.where(tl.abs(b_bias) == float("inf"), 0.0, b_bias)
     for i in range(0, PART, ROWS):
-        i_row = tl.program_id(1) * PART + i + tl.arange(0, ROWS)
+        i_row = part * PART + i + tl.arange(0, ROWS)
         mask = (i_row < N)[:, None] & inside[None, :]
         start = launch.row_start(i_row, s_row, ALIGN)
         v = tl.load(x + start[:, None] + column[None, :], mask, -float("inf")).to(COMPUTE)  # [ROWS, BLOCK]
         if bias is not None:
             v = biased(v, b_bias, SCALE, LOW, COMPUTE) - tl.load(offsets + i_row, i_row < N, 0)[:, None]
         new = tl.maximum(maximum, tl.max(v, 0))
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        total = total * tl.exp((maximum - shift) * per_unit) + tl.sum(tl.exp((v - shift[None, :]) * per_unit), 0)
+        shift = launch.finite(new)
+        fade = tl.exp((launch.finite(maximum) - shift) * per_unit)
+        total = total * fade + tl.sum(tl.exp((v - shift[None, :]) * per_unit), 0)
         maximum = new
-    out = launch.row_start(tl.program_id(1), K, ALIGN) + column
+    out = launch.row_start(part, K, ALIGN) + column
     tl.store(maxima + out, maximum, inside)
     tl.store(sums + out, total, inside)
 
@@ -123,12 +128,14 @@ def _join_kernel(
         else:
             b_maximum = tl.load(maxima + start + column, inside, -float("inf")).to(tl.float64)
             new = tl.maximum(maximum, b_maximum)
-            shift = tl.where(new == -float("inf"), 0.0, new)
-            total = total * tl.exp((maximum - shift) * scale) + b_sum * tl.exp((b_maximum - shift) * scale)
+            shift = launch.finite(new)
+            fade = tl.exp((launch.finite(maximum) - shift) * scale)
+            total = total * fade + b_sum * tl.exp((launch.finite(b_maximum) - shift) * scale)
             maximum = new
-    f = -(tl.where(maximum == -float("inf"), 0.0, maximum * scale) + tl.log(total))
+    f = -(launch.finite(maximum) * scale + tl.log(total))
     if bias is not None:
-        f += tl.load(bias + column, inside, 0)
+        b_bias = tl.load(bias + column, inside, 0)
+        f += tl.where(tl.abs(b_bias) == float("inf"), 0.0, b_bias)
     tl.store(out + column, f, inside)
 
 
@@ -148,8 +155,9 @@ def _codes_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(K * ALIGN, BLOCK)
+    i_row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < K * ALIGN
     mask = (i_row < N)[:, None] & inside[None, :]
     b_x = tl.load(x + launch.row_start(i_row, s_row, ALIGN)[:, None] + column[None, :], mask, -float("inf"))
@@ -185,14 +193,14 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     offsets = None
     if bias is not None:
         offsets = torch.empty(n, dtype=compute, device=scores.device)
-        row_logsumexp(scores, bias, 1 / epsilon, offsets)
+        row_logsumexp(scores, bias, 1 / epsilon, offsets, softmax=False)
     tile = tiling.column_logsumexp(compute)
     align = constants["ALIGN"]
     parts = triton.cdiv(n, tile["PART"])
     maxima, sums = (torch.empty((parts, k), dtype=compute, device=scores.device) for _ in range(2))
     launch.launch(
         _column_logsumexp_kernel,
-        (triton.cdiv(k, tile["BLOCK"]), parts),
+        (triton.cdiv(k, tile["BLOCK"]) * parts,),
         scores,
         bias,
         offsets,
@@ -272,13 +280,13 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
     if tile is None:
         tile = tiling.sinkhorn_codes()
         row_lse = torch.empty(n, dtype=compute, device=scores.device)
-        row_logsumexp(scores, bias, 1 / epsilon, row_lse)
+        row_logsumexp(scores, bias, 1 / epsilon, row_lse, softmax=True)
     codes = torch.empty((n, k), dtype=dtype, device=scores.device)
     constants = _constants(scores, epsilon)
     align = constants["ALIGN"]
     launch.launch(
         _codes_kernel,
-        (triton.cdiv(k, tile["BLOCK"]), triton.cdiv(n, tile["ROWS"])),
+        (triton.cdiv(k, tile["BLOCK"]) * triton.cdiv(n, tile["ROWS"]),),
         scores,
         bias,
         row_lse,

@@ -84,14 +84,14 @@ def _cross_entropy_long_kernel(
     row = logits + launch.row_start(i_row, s_row, ALIGN)
     x_label = tl.load(row + label, valid, float("nan")).to(COMPUTE)
     maximum = tl.full((), -float("inf"), COMPUTE)
-    shift = tl.zeros((), COMPUTE)  # the maximum, but 0 as long as every logit is -inf
+    shift = tl.zeros((), COMPUTE)  # the maximum, but finite
     b_total = tl.zeros([BLOCK], COMPUTE)
     for i in tl.range(0, K * ALIGN, BLOCK, num_stages=STAGES):
         mask = column < K * ALIGN - i
         x = tl.load(row + i + column, mask, -float("inf"), eviction_policy="evict_last").to(COMPUTE)
         new = tl.maximum(maximum, tl.max(x, 0))
-        shift = tl.where(new == -float("inf"), 0.0, new)
-        b_total = b_total * tl.exp(maximum - shift) + tl.exp(x - shift)
+        shift = launch.finite(new)
+        b_total = b_total * tl.exp(launch.finite(maximum) - shift) + tl.exp(x - shift)
         maximum = new
     total = tl.sum(b_total, 0)
     loss = tl.where(ignored, 0.0, tl.log(total) + (maximum - x_label))

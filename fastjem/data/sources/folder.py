@@ -25,7 +25,7 @@ class Folder:
             raise UserError(f"{root} is {'a file, no' if os.path.exists(self.root) else 'not a'} folder")
         listed = list_images(self.root)
         self.unlisted = listed.unlisted
-        self.others = listed.others
+        self.others = dict(sorted(listed.others.items(), key=lambda item: (-item[1], item[0])))
         found = listed.images
         if not found:
             others = "".join(f"; {path} can't be listed ({why})" for path, why in listed.unlisted)

@@ -1,0 +1,53 @@
+"""Decompositions of matrices that may hold NaN or infinities: then NaN comes out, and NaN is the gradient.
+
+LAPACK raises instead, on the CPU and for some of them. A GradScaler, and an alarm, know what to do with a loss that
+isn't finite; an exception ends the training.
+"""
+
+import torch
+from torch import Tensor
+
+from fastjem.functional import checks
+
+
+def finite_or_nan(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., M, N] -> the matrices, those that aren't finite as zeros; and [..., 1], 0 or for those NaN.
+
+    What is computed of the first is to be added to the second, whose gradient for such a matrix is NaN everywhere.
+    """
+    finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.where(finite, x, 0), (x * torch.where(finite, 0.0, torch.nan)).sum((-2, -1))[..., None]
+
+
+def singular_values(x: Tensor) -> Tensor:
+    """[..., min(M, N)], descending; NaN for a matrix that isn't finite."""
+    matrices, nothing = finite_or_nan(x)
+    return torch.linalg.svdvals(matrices) + nothing
+
+
+def eigenvalues(x: Tensor) -> Tensor:
+    """[..., N], ascending, of symmetric matrices; NaN for one that isn't finite."""
+    matrices, nothing = finite_or_nan(x)
+    return torch.linalg.eigvalsh(matrices) + nothing
+
+
+def eigenvectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(eigenvalues [..., N], eigenvectors [..., N, N]) of symmetric matrices, ascending; NaN for one that isn't finite."""
+    matrices, nothing = finite_or_nan(x)
+    values, vectors = torch.linalg.eigh(matrices)
+    return values + nothing, vectors + nothing[..., None]
+
+
+def cholesky(x: Tensor, op: str) -> Tensor:
+    """The lower factor [..., N, N]; NaN for a matrix that isn't finite.
+
+    A finite one without a factor raises on the CPU and gives NaN on CUDA, where looking would wait.
+    """
+    matrices, nothing = finite_or_nan(x)
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if ((info != 0) & nothing[..., 0].isfinite()).any():
+            checks.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
+    else:
+        factor = torch.where((info == 0)[..., None, None], factor, torch.nan)
+    return factor + nothing[..., None]

@@ -1,0 +1,291 @@
+"""What a kernel trusts, looked at before each launch: that tensors' memory is there, and as large as the kernel reads.
+
+Kernels are given addresses. `fastjem.functional` checks what users pass, but an operator can be called directly, and a
+tensor may outlive its memory, with which torch's own `x + 1` crashes too. So `guarded` is around every implementation,
+and SHAPES says of each operator what its arguments must be.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .augment.columns import COLUMNS
+
+
+def guarded(name: str, launcher: Callable, on_cpu: bool) -> Callable:
+    """An implementation of operator `name`, refusing arguments that a kernel would read or write beyond."""
+    check_shapes = SHAPES[name]
+
+    @functools.wraps(launcher)
+    def launch(*args):
+        for argument in args:
+            if isinstance(argument, Tensor):
+                _check_memory(name, argument, on_cpu)
+            elif isinstance(argument, (list, tuple)):
+                for x in argument:
+                    if isinstance(x, Tensor):
+                        _check_memory(name, x, on_cpu)
+        check_shapes(*args)
+        return launcher(*args)
+
+    return launch
+
+
+def holds_its_memory(x: Tensor) -> bool:
+    """Whether the storage of x is as large as its shape and strides ask.
+
+    `x.untyped_storage().resize_(0)` frees the memory of a tensor that is still there, as FSDP does with parameters
+    outside of forward. About 0.4 us.
+    """
+    size = x.itemsize
+    available = x.untyped_storage().nbytes() - x.storage_offset() * size
+    if x.is_contiguous():
+        return x.nbytes <= available
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return not x.numel() or (last + 1) * size <= available
+
+
+def refuse_freed(op: str, x: Tensor) -> None:
+    """ValueError for a tensor that doesn't hold its memory."""
+    if not holds_its_memory(x):
+        held = x.untyped_storage().nbytes()
+        came = f"{_told(x)} and {held} bytes (freed, as FSDP frees parameters outside of forward?)"
+        _fail(op, "a tensor's storage must hold its elements", came)
+
+
+def _check_memory(op: str, x: Tensor, on_cpu: bool) -> None:
+    if on_cpu and not x.is_cpu:
+        _fail(op, "every tensor must be on the CPU where one is", x.device)
+    refuse_freed(op, x)
+
+
+def _fail(op: str, contract: str, came: object) -> NoReturn:
+    raise ValueError(f"{op}: {contract}, got {came}")
+
+
+def _told(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def _expect(op: str, name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Refuse x of another shape or dtype, unless there is none."""
+    if x is not None and (x.shape != shape or (dtype is not None and x.dtype != dtype)):
+        contract = f"{list(shape)}" + ("" if dtype is None else f" {str(dtype).removeprefix('torch.')}")
+        _fail(op, f"{name} must be {contract}", _told(x))
+
+
+def _alike(op: str, names: str, *tensors: Tensor, dims: int = 2, rows: bool = False) -> None:
+    """Refuse tensors that aren't all of one shape, of so many dimensions, and of one floating-point dtype.
+
+    Kernels divide work by the width, which can't be 0; with `rows`, neither can the number of rows.
+    """
+    first = tensors[0]
+    if first.dim() != dims or not first.is_floating_point():
+        _fail(op, f"{names} must have {dims} dimensions, floating-point", _told(first))
+    if not (first.numel() if rows else first.shape[-1]):
+        _fail(op, f"{names} must not be empty", _told(first))
+    for x in tensors[1:]:
+        if x.shape != first.shape or x.dtype != first.dtype:
+            _fail(op, f"{names} must be of one shape and dtype", f"{_told(first)} and {_told(x)}")
+
+
+def _same_width(op: str, names: str, x: Tensor, y: Tensor) -> None:
+    """Refuse anything but [N, D] and [M, D]."""
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or not x.shape[1]:
+        _fail(op, f"{names} must be [N, D] and [M, D]", f"{_told(x)} and {_told(y)}")
+
+
+# Of each operator: a function of its arguments that raises where they don't fit one another ---------------------------
+
+
+def _rescale(gradient, factor):
+    if factor.numel() != 1:
+        _fail("rescale_", "factor must be one number", _told(factor))
+
+
+def _ema_update(teacher, student, momentum):
+    if len(teacher) != len(student) or momentum.numel() != 1:
+        came = f"{len(teacher)}, {len(student)} and {_told(momentum)}"
+        _fail("ema_update_", "teacher and student must be as many tensors, momentum one number", came)
+    for t, s in zip(teacher, student, strict=True):
+        if t.shape != s.shape or t.dtype not in (torch.float32, torch.float64):
+            contract = "teacher and student must have the same shapes, and teacher be float32 or float64"
+            _fail("ema_update_", contract, f"{_told(t)} and {_told(s)}")
+
+
+def _cross_entropy(logits, labels, *_):
+    _alike("cross_entropy", "logits", logits)
+    _expect("cross_entropy", "labels", labels, (len(logits),), torch.int64)
+
+
+def _negative_cosine(p, z, *_):
+    _alike("negative_cosine", "p and z", p, z)
+
+
+def _regression(prediction, target, *_):
+    _alike("regression", "prediction and target", prediction, target)
+
+
+def _barlow_twins(z0, z1, *_):
+    _alike("barlow_twins", "z0 and z1", z0, z1, rows=True)
+
+
+def _vicreg(z0, z1, *_):
+    _alike("vicreg", "z0 and z1", z0, z1, rows=True)
+
+
+def _characteristic(theta, frequencies):
+    _alike("characteristic", "theta", theta, dims=3, rows=True)
+
+
+def _characteristic_backward(theta, weights):
+    _alike("characteristic_backward", "theta", theta, dims=3, rows=True)
+    views, _, slices = theta.shape
+    _expect("characteristic_backward", "weights", weights, (2, *weights.shape[1:2], views, slices))
+
+
+def _augment(images, parameters, mean, std, *_):
+    _expect("augment", "images", images, (*images.shape[:3], 3), torch.uint8)
+    _expect("augment", "parameters", parameters, (len(images), COLUMNS))
+    if images.dim() != 4 or not images.numel() or len(mean) != 3 or len(std) != 3:
+        came = f"{_told(images)}, {len(mean)} and {len(std)}"
+        _fail("augment", "images must be [B, H, W, 3] and not empty, mean and std three numbers", came)
+
+
+def _crop_resize(images, indices, parameters, size, *_):
+    _expect("crop_resize", "images", images, (*images.shape[:3], 3), torch.uint8)
+    _expect("crop_resize", "indices", indices, (indices.numel(),), torch.int64)
+    _expect("crop_resize", "parameters", parameters, (len(indices), COLUMNS))
+    if images.dim() != 4 or not images.numel() or size < 1:
+        _fail("crop_resize", "images must be [N, H, W, 3] and not empty, size positive", f"{_told(images)} and {size}")
+
+
+def _views(op: str, rows: Tensor, candidates: Tensor, *_: object) -> None:
+    """[V, n, D] and [V, N, D]."""
+    _alike(op, "rows", rows, dims=3)
+    v, _n, d = rows.shape
+    _expect(op, "candidates", candidates, (v, *candidates.shape[1:2], d), rows.dtype)
+
+
+def _nt_xent(rows, candidates, *_):
+    _views("nt_xent", rows, candidates)
+
+
+def _nt_xent_backward(rows, candidates, rows_lse, candidates_lse, weights, *_):
+    op = "nt_xent_backward"
+    _views(op, rows, candidates)
+    _expect(op, "rows_lse", rows_lse, tuple(rows.shape[:2]))
+    _expect(op, "candidates_lse", candidates_lse, tuple(candidates.shape[:2]))
+    _expect(op, "weights", weights, tuple(candidates.shape[:2]))
+
+
+def _info_nce(query, positive, negatives, *_):
+    _alike("info_nce", "query and positive", query, positive)
+    _same_width("info_nce", "query and negatives", query, negatives)
+
+
+def _clip_loss(x, y, *_):
+    _same_width("clip_loss", "x and y", x, y)
+
+
+def _clip_loss_backward(x, y, logit_scale, x_lse, y_lse, *_):
+    _same_width("clip_loss_backward", "x and y", x, y)
+    _expect("clip_loss_backward", "x_lse", x_lse, (len(x),))
+    _expect("clip_loss_backward", "y_lse", y_lse, (len(y),))
+
+
+def _siglip_loss(x, y, *_):
+    _same_width("siglip_loss", "x and y", x, y)
+
+
+def _nearest_neighbors(query, bank):
+    _same_width("nearest_neighbors", "query and bank", query, bank)
+
+
+def _koleo(x, *_):
+    _alike("koleo", "x", x)
+
+
+def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
+    _alike(op, "scores", scores)
+    _expect(op, "bias", bias, (scores.shape[1],))
+
+
+def _sinkhorn_step(scores, bias, *_):
+    _scores("sinkhorn_step", scores, bias)
+
+
+def _sinkhorn_bias(scores, *_):
+    _scores("sinkhorn_bias", scores)
+
+
+def _sinkhorn(scores, *_):
+    _scores("sinkhorn", scores)
+
+
+def _sinkhorn_codes(scores, bias, *_):
+    _scores("sinkhorn_codes", scores, bias)
+
+
+def _student_and_teacher(
+    op: str, student: list[Tensor], teacher: list[Tensor], prototypes: int, bias: Tensor | None, weights: Tensor | None
+) -> None:
+    if not student or not teacher:
+        _fail(op, "student and teacher must have views", f"{len(student)} and {len(teacher)}")
+    _alike(op, "student views", *student)
+    _alike(op, "teacher views", *teacher)
+    _expect(op, "teacher views", teacher[0], tuple(student[0].shape))
+    _expect(op, "weights", weights, (len(student[0]),))
+    if bias is not None and bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
+        _fail(op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", _told(bias))
+
+
+def _prototype_cross_entropy(student, teacher, _student, _teacher, bias, _pairs, weights, *_):
+    prototypes = student[0].shape[-1] if student else 0
+    _student_and_teacher("prototype_cross_entropy", student, teacher, prototypes, bias, weights)
+
+
+def _prototype_head_cross_entropy(inputs, teacher, teacher_prototypes, _student, _teacher, bias, _pairs, weights, *_):
+    op = "prototype_head_cross_entropy"
+    *student, prototypes = inputs
+    _student_and_teacher(op, student, teacher, len(prototypes), bias, weights)
+    _same_width(op, "features and prototypes", student[0], prototypes)
+    _expect(op, "teacher_prototypes", teacher_prototypes, tuple(prototypes.shape))
+
+
+def _mean_entropy(scores, temperature, total, *_):
+    _alike("mean_entropy", "scores", *scores)
+    _expect("mean_entropy", "total", total, (scores[0].shape[1],))
+
+
+SHAPES: dict[str, Callable[..., None]] = {
+    "rescale_": _rescale,
+    "ema_update_": _ema_update,
+    "cross_entropy": _cross_entropy,
+    "negative_cosine": _negative_cosine,
+    "regression": _regression,
+    "barlow_twins": _barlow_twins,
+    "vicreg": _vicreg,
+    "characteristic": _characteristic,
+    "characteristic_backward": _characteristic_backward,
+    "augment": _augment,
+    "crop_resize": _crop_resize,
+    "nt_xent": _nt_xent,
+    "nt_xent_backward": _nt_xent_backward,
+    "info_nce": _info_nce,
+    "clip_loss": _clip_loss,
+    "clip_loss_backward": _clip_loss_backward,
+    "siglip_loss": _siglip_loss,
+    "nearest_neighbors": _nearest_neighbors,
+    "koleo": _koleo,
+    "sinkhorn_step": _sinkhorn_step,
+    "sinkhorn_bias": _sinkhorn_bias,
+    "sinkhorn": _sinkhorn,
+    "sinkhorn_codes": _sinkhorn_codes,
+    "prototype_cross_entropy": _prototype_cross_entropy,
+    "prototype_head_cross_entropy": _prototype_head_cross_entropy,
+    "mean_entropy": _mean_entropy,
+}
