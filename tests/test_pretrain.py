@@ -239,9 +239,7 @@ def test_export_goes_into_timm(images: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, state[f"encoder.backbone.{name}"]) for name, value in values.items())
 
 
-def test_a_module_of_ones_own_and_accumulation(
-    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_module_of_ones_own_and_accumulation(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 8))
     result = fastjem.pretrain(
         **{**TINY, "batch_size": 8}, data=images, encoder=encoder, method="vicreg", accumulate=2, epochs=1, clip=1.0,
