@@ -9,9 +9,10 @@ import ast
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.functional import checks
@@ -93,12 +94,17 @@ def _placed(key: str, value: object, tensors: list[Tensor]) -> str:
         return f"'{value}'"
     if value is None or isinstance(value, (bool, int, float)):
         return f"{value}"
-    group: Any = value
-    return f"group {group.group_name}"
+    if not isinstance(value, dist.ProcessGroup):
+        checks.fail(
+            "torch.compile", f"with a group, {key} must be a tensor, a number or a string", type(value).__name__
+        )
+    return f"group {value.group_name}"
 
 
 def _arguments(plan: list[str], tensors: Sequence[Tensor]) -> tuple[list, dict]:
     """What `_placed` has written down."""
+    from torch.distributed.distributed_c10d import _resolve_process_group as resolve
+
     rest = iter(tensors)
     args: list = []
     options: dict = {}
@@ -111,7 +117,7 @@ def _arguments(plan: list[str], tensors: Sequence[Tensor]) -> tuple[list, dict]:
         elif written.startswith("torch."):
             value = getattr(torch, written[6:])
         elif written.startswith("group "):
-            value = _resolve_process_group(written[6:])
+            value = resolve(written[6:])  # pyright: ignore[reportArgumentType]
         else:
             value = ast.literal_eval(written)
         if key:
@@ -119,12 +125,6 @@ def _arguments(plan: list[str], tensors: Sequence[Tensor]) -> tuple[list, dict]:
         else:
             args.append(value)
     return args, options
-
-
-def _resolve_process_group(name: Any) -> object:
-    from torch.distributed.distributed_c10d import _resolve_process_group as resolve
-
-    return resolve(name)
 
 
 def _run(call: str, inputs: list[Tensor], wanted: list[bool]) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,7 +16,7 @@ def finite_or_nan(x: Tensor) -> tuple[Tensor, Tensor]:
     What is computed of the first is to be added to the second, whose gradient for such a matrix is NaN everywhere.
     """
     finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return torch.where(finite, x, 0), (x * torch.where(finite, 0.0, torch.nan)).sum((-2, -1))[..., None]
+    return torch.where(finite, x, 0), (x * x.new_zeros(()).where(finite, torch.nan)).sum((-2, -1))[..., None]
 
 
 def singular_values(x: Tensor) -> Tensor:

@@ -33,17 +33,20 @@ _FAMILY_OF = {op: name for name, family in _FAMILIES.items() for op in family.OP
 OPERATORS = {op: operator for family in _FAMILIES.values() for op, operator in family.OPERATORS.items()}
 
 
-def plain(implementation: Callable) -> Callable:
+def plain(implementation: Callable, name: str | None = None) -> Callable:
     """Run without autograd and autocast: inside a Python kernel both still act (autocast makes `@` bfloat16).
 
     Forward-mode differentiation is refused here, where every operator's every implementation passes.
+
+    Args:
+        name: the operator's, for that message; None: the implementation's.
     """
-    name = getattr(implementation, "func", implementation).__name__
+    called = name or getattr(implementation, "__name__", "an operator")
 
     @functools.wraps(implementation)
     def run(*args):
         if forward_ad._current_level >= 0:
-            refuse_forward_mode(name, args)
+            refuse_forward_mode(called, args)
         # By hand, as the two context managers take longer than a small loss (5 of 30 us).
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
@@ -101,15 +104,15 @@ def _of_family(name: str, module: str) -> Callable:
 def _register(name: str) -> dict[str, str]:
     """Tell PyTorch of an operator; returns what runs where, as `implementations` does."""
     LIBRARY.define(name + OPERATORS[name].schema)
-    specification = plain(reference(name))
+    specification = plain(reference(name), name)
     LIBRARY.impl(name, guard.guarded(name, specification, on_cpu=False), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastjem::{name}", specification, lib=LIBRARY)
     on_cpu, no_cpu = cpp_launcher(name)
     if on_cpu:
-        LIBRARY.impl(name, plain(on_cpu), "CPU")
+        LIBRARY.impl(name, plain(on_cpu, name), "CPU")
     on_cuda, no_cuda = triton_launcher(name)
     if on_cuda:
-        LIBRARY.impl(name, plain(on_cuda), "CUDA")
+        LIBRARY.impl(name, plain(on_cuda, name), "CUDA")
     return {
         "cpu": "C++" if on_cpu else f"reference ({no_cpu})",
         "cuda": "Triton" if on_cuda else f"reference ({no_cuda})",
