@@ -1,7 +1,10 @@
 """Evaluation against independent answers; export and what is loaded from it; mistakes in one line."""
 
+import errno
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,12 @@ from PIL import Image  # noqa: E402
 
 import fastjem  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.commands.evaluate import EvaluateOptions, NotWritten, evaluate  # noqa: E402
+from fastjem.commands.export import ExportOptions, export  # noqa: E402
 from fastjem.data import shapes  # noqa: E402
 from fastjem.data.pixels import Pixels  # noqa: E402
 from fastjem.data.source import open_source  # noqa: E402
+from fastjem.errors import UserError  # noqa: E402
 from fastjem.probes import LinearProbe, embed, knn, moments, rankme  # noqa: E402
 from fastjem.runs import Opened, open_run  # noqa: E402
 
@@ -226,6 +232,137 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert main(line) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and says in error, error
+
+
+def evaluated(*words: object) -> int:
+    return main(["evaluate", *map(str, words), *CPU])
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_counted(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(run.parent / part, tmp_path / "broken" / part)
+        shutil.copytree(run.parent / part, tmp_path / "gone" / part)
+    for part, name in (("train", "class0/0003.png"), ("train", "class1/0022.png"), ("test", "class2/0047.png")):
+        (tmp_path / "broken" / part / name).write_bytes(b"no image")
+        (tmp_path / "gone" / part / name).unlink()
+    figures = []
+    for folder in ("broken", "gone"):
+        out = tmp_path / f"{folder}.json"
+        assert (
+            evaluated(run, "--train", tmp_path / folder / "train", "--test", tmp_path / folder / "test", "--out", out)
+            == 0
+        )
+        figures.append(json.loads(out.read_text()))
+    said = capsys.readouterr()
+    assert said.err.count("skipped") == 3 and "0022.png" in said.err and "3 can't be read" in said.out
+    assert figures[0]["unreadable_images"] == 3 and figures[1]["unreadable_images"] == 0
+    assert figures[0]["features"] == figures[1]["features"]  # labels stay with their images
+    assert [found["train_images"] for found in figures] == [46, 46] and figures[0]["test_images"] == 47
+    for path in (tmp_path / "broken").rglob("*.png"):
+        path.write_bytes(b"no image")
+    assert evaluated(run, "--train", tmp_path / "broken/train") == 2
+    assert "none of the images" in capsys.readouterr().err
+
+
+def test_parts_of_a_data_set_are_no_classes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = run.parent
+    both = tmp_path / "both"
+    both.mkdir()
+    for part in ("train", "test"):
+        (both / part).symlink_to(root / part)
+    assert evaluated(run, "--train", both) == 2
+    assert f"--train {both}/train --test {both}/test" in capsys.readouterr().err
+    (both / "test").rename(both / "Val")
+    (both / "train").unlink()
+    assert evaluated(run, "--train", both) == 2 and "Val" in capsys.readouterr().err
+    (both / "train").symlink_to(root / "train")
+    shutil.copytree(root / "test", both / "others")
+    assert evaluated(run, "--train", both, "--out", tmp_path / "x.json") == 0
+    assert "Val, train" in capsys.readouterr().err  # beside others: said, and taken as they are
+    cifar = tmp_path / "cifar100"
+    for name, part in (("train", "class0"), ("tulip", "class1")):
+        shutil.copytree(root / "train" / part, cifar / name)
+    assert evaluated(run, "--train", cifar, "--out", tmp_path / "x.json") == 0
+    assert "train" not in capsys.readouterr().err
+
+
+def test_a_run_on_the_parts_of_a_data_set_measures_no_knn(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(run.parent / part, tmp_path / "all" / part)
+    fastjem.pretrain(data=tmp_path / "all", out=tmp_path / "run", backbone="test_resnet", image_size=32, batch_size=16,
+                     workers=0, device=torch.device("cpu"), max_steps=1, stem="standard", report=False)  # fmt: skip
+    said = capsys.readouterr().err
+    assert "no kNN: the folders test, train are parts" in said and not (tmp_path / "run/knn.jsonl").read_text()
+
+
+def test_figures_that_cannot_be_written_are_shown(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path, content: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("fastjem.checkpoints.write_atomically", read_only)
+    assert evaluated(run) == 2
+    said = capsys.readouterr()
+    assert "linear probe" in said.out and "%" in said.out
+    assert "Read-only file system" in said.err and "--out" in said.err and said.err.count("\n") == 1
+    with pytest.raises(NotWritten) as error:
+        evaluate(EvaluateOptions(run=run, workers=np.int64(0), device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert 0 <= error.value.figures["features"]["encoder"]["knn"] <= 1
+
+
+@pytest.mark.parametrize("full", ["encoder", "onnx", "report", "picture"])
+def test_a_full_disk_is_seen_in_the_exit_code(
+    full: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    bare = tmp_path / "bare"  # nothing to draw
+    bare.mkdir()
+    shutil.copy(run / "config.yaml", bare)
+    export_words = ["export", str(run), "--out", str(tmp_path / "x.safetensors")]
+    views_words = ["views", "--data", str(run.parent / "train"), "--images", "1", "--image-size", "32"]
+    places = {
+        "encoder": ("fastjem.encoders", export_words),
+        "onnx": ("fastjem.commands.export", [*export_words, "--onnx"]),
+        "report": ("fastjem.report.page", ["report", str(bare)]),
+        "picture": ("fastjem.commands.views", [*views_words, "--out", str(tmp_path / "x.png")]),
+    }
+    module, words = places[full]
+    if full == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    monkeypatch.setattr(f"{module}.write_atomically", no_space)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and error.count("\n") == 1
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_more_neighbours_than_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluated(run, "--k", 1000, "--out", tmp_path / "x.json") == 0
+    assert "--k 1000 is more than the 48" in capsys.readouterr().err
+    assert json.loads((tmp_path / "x.json").read_text())["k"] == 48
+
+
+def test_options_from_python_are_checked(run: Path) -> None:
+    for options, says in (
+        ({"k": "20"}, "evaluate: k must be an integer, got str '20'"),
+        ({"features": "head"}, "evaluate: features must be one of encoder, projector, both"),
+        ({"temperature": math.nan}, "evaluate: temperature must be a number, got NaN"),
+        ({"train": ""}, "evaluate: train must not be empty"),
+        ({"workers": -2}, "--workers must be at least 0"),
+        ({"temperature": math.inf}, "positive and finite"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            evaluate(EvaluateOptions(run=str(run), **options))
+    with pytest.raises(UserError, match="export: out must not be empty"):
+        export(ExportOptions(run=str(run), out=""))
 
 
 def test_the_embedded_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

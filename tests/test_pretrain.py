@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from images import make_folder
@@ -506,6 +508,26 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
         ([*tiny, "--method", "dino", "--options", "prototypes=0"], ["prototypes must be at least 1"]),
         ([*tiny, "--learning-rate", "-1"], ["--learning-rate must be", "-1"]),
         ([*tiny, "--momentum", "2"], ["--momentum must be between 0 and 1"]),
+        ([*tiny, "--momentum", "0.9"], ["simclr has no momentum encoder"]),
+        ([*tiny, "--method", "SimCLR"], ["did you mean simclr?"]),
+        ([*tiny, "--options", "temperature=nan"], ["--options temperature must be a number, got NaN"]),
+        ([*tiny, "--options", "temperature="], ["--options temperature must not be empty"]),
+        ([*tiny, "--view", "tries=2.7"], ["tries must be like 10, got 2.7"]),
+        ([*tiny, "--view", "flip=true"], ["flip must be like 0.5, got True"]),
+        ([*tiny, "--view", "mean=nan,0,0"], ["mean must be like"]),
+        ([*tiny, "--view", "small.scale=0.05,0.2"], ["--view small.scale: there are no small views"]),
+        ([*tiny, "--memory", "-1"], ["--memory must be", "-1"]),
+        ([*tiny, "--device", "cuda:1"], ["CUDA_VISIBLE_DEVICES"]),
+        ([*tiny, "--image-size", "99999"], ["--image-size must be at most"]),
+        (["--data", "", "--out", str(tmp_path / "r3")], ["--data must not be empty"]),
+        (["--data", images, "--out", ""], ["--out must not be empty"]),
+        ([*tiny, "--backbone", "resnet10t.c3_in1k"], ["'c3_in1k' would be ignored", "resnet10t is that"]),
+        ([*tiny, "--backbone", "resnet10t.no_such_tag"], ["no pretrained resnet10t 'no_such_tag'", "c3_in1k"]),
+        ([*tiny, "--backbone", "resnet10t."], ["no pretrained resnet10t ''"]),
+        ([*tiny, "--backbone", "hf_hub:timm/resnet18.a1_in1k"], ["loads none", "resnet18 is that"]),
+        ([*tiny, "--backbone", "hf-hub:somebody/model"], ["loads none"]),
+        ([*tiny, "--backbone", "timm/resnet18"], ["loads none", "resnet18 is that"]),
+        ([*tiny, "--backbone", "ResNet18 "], ["did you mean resnet18?"]),
         ([*tiny, "--batch-size", "1"], ["at least 2"]),
         ([*tiny, "--batch-size", "64"], ["more than the 48 images"]),
         ([*tiny, "--method", "data2vec"], ["vision transformer", "sliding windows"]),
@@ -520,6 +542,50 @@ def test_mistakes_are_one_line(images: str, tmp_path: Path, capsys: pytest.Captu
         error = fails(capsys, *arguments)
         assert all(word in error for word in words), error
         assert not (tmp_path / "run" / "config.yaml").exists(), "the corrected command would find a run there"
+
+
+def test_values_of_other_types_from_python(images: str, tmp_path: Path) -> None:
+    plain: dict = {"workers": 0, "max_steps": 1, "stem": "standard", "report": False}
+    done = fastjem.pretrain(
+        data=Path(images), out=tmp_path / "run", encoder="test_resnet", image_size=(32, 32), batch_size=np.int64(16),
+        device=torch.device("cpu"), learning_rate=np.float32(0.5), options={"temperature": np.float32(0.25)},
+        view={"scale": (0.5, 1)}, seed=2**40, **plain,
+    )  # fmt: skip
+    assert done.steps == 1
+    kept = json.loads((tmp_path / "run/config.yaml").read_text())
+    assert kept["backbone"] == "test_resnet" and kept["image_size"] == 32 and kept["batch_size"] == 16
+    assert kept["device"] == "cpu" and kept["learning_rate"] == 0.5 and kept["options"] == {"temperature": 0.25}
+    assert kept["data"] == images and kept["view"] == {"scale": [0.5, 1.0]}
+    for wrong, says in (
+        ({"batch_size": "16"}, "pretrain: batch_size must be an integer, got str '16'"),
+        ({"batch_size": True}, "pretrain: batch_size must be an integer, got bool True"),
+        ({"image_size": (32, 48)}, "pretrain: image_size must be one number"),
+        ({"learning_rate": float("nan")}, "pretrain: learning_rate must be a number, got NaN"),
+        ({"data": ""}, "pretrain: data must not be empty"),
+        ({"epochs": 1e2}, "pretrain: epochs must be an integer, got float 100.0"),
+        ({"options": [("temperature", 0.1)]}, "pretrain: options must be a dict"),
+        ({"encoder": "test_resnet", "backbone": "resnet18"}, "encoder or backbone, got both"),
+        ({"encoder": torch.nn.Flatten(), "backbone": "resnet50"}, "--backbone says how a backbone is made"),
+        ({"encoder": torch.nn.Flatten(), "stem": "small"}, "--stem says how a backbone is made"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            fastjem.pretrain(**{"data": images, "out": str(tmp_path / "wrong"), "device": "cpu", "workers": 0, **wrong})
+    config = Config(out=str(tmp_path / "wrong"), data=images)
+    config.batch_size = "16"  # type: ignore[assignment]
+    with pytest.raises(UserError, match="batch_size must be an integer"):
+        fastjem.pretrain(config)
+    assert not (tmp_path / "wrong/config.yaml").exists()
+
+
+def test_data_that_nobody_named_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("fastjem.data.shapes.write.__defaults__", ({"train": 20, "test": 10},))
+    done = fastjem.pretrain(out=tmp_path / "run", backbone="test_resnet", image_size=32, batch_size=16, workers=0,
+                            device="cpu", max_steps=1, stem="standard", report=False)  # fmt: skip
+    assert done.finished
+    assert "fastjem: no data is named: the embedded data set" in capsys.readouterr().err
 
 
 def test_an_operators_contract_broken_by_an_option(images: str, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ class SupConLoss(nn.Module):
             z, labels, mask=mask, temperature=self.temperature, anchors=self.contrast_mode, normalize=False
         )  # fmt: skip
         temperature = checks.positive("SupConLoss", "temperature", self.temperature, z)
-        return loss * (temperature / self.base_temperature)
+        return (loss * (temperature / self.base_temperature)).to(loss.dtype)
 
 
 class _ImageText(Hooks):
