@@ -33,6 +33,7 @@ def twice(use: Callable) -> Callable:
 
 def dino(module: nn.DINOLoss) -> Tensor:
     loss = module(SCORES, SCORES, epoch=3)
+    torch.testing.assert_close(module.teacher_temp_schedule, torch.linspace(0.02, 0.07, 30))
     module.step_ends()
     return loss
 
