@@ -241,9 +241,7 @@ def test_export_goes_into_timm(images: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, state[f"encoder.backbone.{name}"]) for name, value in values.items())
 
 
-def test_a_module_of_ones_own_and_accumulation(
-    images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_module_of_ones_own_and_accumulation(images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 8))
     result = fastjem.pretrain(
         **{**TINY, "batch_size": 8}, data=images, encoder=encoder, method="vicreg", accumulate=2, epochs=1, clip=1.0,
@@ -558,6 +556,7 @@ def test_values_of_other_types_from_python(images: str, tmp_path: Path) -> None:
     assert kept["backbone"] == "test_resnet" and kept["image_size"] == 32 and kept["batch_size"] == 16
     assert kept["device"] == "cpu" and kept["learning_rate"] == 0.5 and kept["options"] == {"temperature": 0.25}
     assert kept["data"] == images and kept["view"] == {"scale": [0.5, 1.0]}
+    usual = {"data": images, "out": str(tmp_path / "wrong"), "device": "cpu", "workers": 0, "batch_size": 16}
     for wrong, says in (
         ({"batch_size": "16"}, "pretrain: batch_size must be an integer, got str '16'"),
         ({"batch_size": True}, "pretrain: batch_size must be an integer, got bool True"),
@@ -571,7 +570,7 @@ def test_values_of_other_types_from_python(images: str, tmp_path: Path) -> None:
         ({"encoder": torch.nn.Flatten(), "stem": "small"}, "--stem says how a backbone is made"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
-            fastjem.pretrain(**{"data": images, "out": str(tmp_path / "wrong"), "device": "cpu", "workers": 0, **wrong})
+            fastjem.pretrain(**{**usual, **wrong})
     config = Config(out=str(tmp_path / "wrong"), data=images)
     config.batch_size = "16"  # type: ignore[assignment]
     with pytest.raises(UserError, match="batch_size must be an integer"):
