@@ -1,6 +1,6 @@
 // What every operator's binding needs: dtype codes, threads, the choice of instruction set. No torch header: tensors
-// come as addresses, which nothing here checks. Shapes, dtypes and devices are checked by fastjem.functional, layouts
-// are seen to by the launchers in kernels/FAMILY/cpu.py.
+// come as addresses, which nothing here checks. Shapes, dtypes, devices and that there is memory at all are checked by
+// kernels/guard.py, layouts are seen to by the launchers in kernels/FAMILY/cpu.py.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -96,8 +96,7 @@ static FASTJEM_INLINE double exponential(double x) { return std::exp(x); }
 // 2^n exp(r), |r| <= ln(2) / 2, by Taylor's series to r^7 (error below 1e-8). 0 where x < -87.3, the end of the normal
 // numbers; infinity where 2^n is, from 88.4 on.
 static FASTJEM_INLINE float exponential(float x) {
-  float clamped = x < -87.3f ? -87.3f : x;  // NaN stays
-  clamped = clamped > 88.8f ? 88.8f : clamped;
+  const float clamped = x > 88.8f ? 88.8f : x;  // NaN stays; what is too low comes to nothing in the last line
   const float shifted = clamped * 1.44269504f + integer_shift;
   const float n = shifted - integer_shift;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts
@@ -138,6 +137,13 @@ static FASTJEM_INLINE W to_finite(W x) {
   constexpr W largest = std::numeric_limits<W>::max();
   x = x < -largest ? -largest : x;
   return x > largest ? largest : x;
+}
+
+// x, or the lowest finite number for -infinity: the half of `to_finite` that a loop can afford for each element.
+template <class W>
+static FASTJEM_INLINE W not_minus_infinity(W x) {
+  constexpr W lowest = std::numeric_limits<W>::lowest();
+  return x < lowest ? lowest : x;
 }
 
 // Calls f with a null pointer of the dtype's element type, from which it takes its template argument.

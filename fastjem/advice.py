@@ -11,6 +11,10 @@ KILLED = (
     "--workers 0"
 )
 DESCRIPTORS = "this process may not open so many files: raise the limit (ulimit -n 65536), or take fewer --workers"
+HUNG_UP = (
+    "a worker of the loader couldn't hand over a batch: open files (ulimit -n) or memory don't suffice; take fewer "
+    "--workers, or none: --workers 0"
+)
 PROCESSES = "no further process or thread may be started here: take fewer --workers, or raise the limit (ulimit -u)"
 GPU_MEMORY = (
     "the GPU's memory is full: halve --batch-size and set --accumulate 2, or take a smaller --image-size or --backbone"
@@ -43,6 +47,16 @@ def advice(error: BaseException) -> str | None:
     for pattern, line in KINDS:
         if re.search(pattern, text):
             return line
+    if isinstance(error, (EOFError, ConnectionError)) and _raised_in("multiprocessing", error):
+        return HUNG_UP
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module doesn't import
         return GPU_MEMORY
     return HOST_MEMORY if isinstance(error, MemoryError) else None
+
+
+def _raised_in(package: str, error: BaseException) -> bool:
+    """Whether a module of the package has raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(package)

@@ -121,31 +121,40 @@ def keep_earlier(run: Path, count: int) -> None:
             os.replace(last, before)
 
 
-def load(run: Path, say: Callable[[str], None] | None = printing.say) -> dict[str, Any] | None:
+def present(run: Path) -> list[Path]:
+    """Files of checkpoints, the newest first."""
+    numbers = {path: re.fullmatch(r"last(?:-(\d+))?\.pt", path.name) for path in (run / LAST).parent.glob("last*.pt")}
+    found = [(int(match[1] or 0), path) for path, match in numbers.items() if match]
+    return [path for _, path in sorted(found)]
+
+
+def load(
+    run: Path, say: Callable[[str], None] | None = printing.say, *, set_aside: bool = False
+) -> dict[str, Any] | None:
     """The last checkpoint of a run; where it is damaged, the one before it, and so on. None where there is none yet.
 
     Args:
         say: is told in a line which checkpoint was damaged, and which is taken for it.
+        set_aside: rename what is damaged to `*.damaged`, so that it isn't kept in the place of a good one. For the
+            holder of the run's lock.
 
     Raises:
-        UserError: if there are some and all are damaged; it names the first and says why.
+        UserError: if there are some and all are damaged; it names the newest and says why.
     """
     damaged: list[UserError] = []
-    gone = 0
-    number = 0
-    while gone < 2:  # where a kill came between two names, one is missing
-        path = earlier(run, number)
-        number += 1
-        if not os.path.lexists(path):
-            gone += 1
-            continue
+    files: list[Path] = []
+    for path in present(run):
         try:
             state = read(path)
         except UserError as error:
             damaged.append(error)
+            files.append(path)
             continue
         if damaged and say:
             say(f"fastjem: {damaged[0]}; {path.name} is taken, of step {state['step']}")
+        for file in files if set_aside else []:
+            with contextlib.suppress(OSError):
+                os.replace(file, f"{file}.damaged")
         return state
     if damaged:
         raise UserError(f"{damaged[0]}; no earlier one can be read, and without these files --resume starts at step 0")

@@ -92,8 +92,10 @@ def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:
         if len(value) != 2 or value[0] != value[1]:
             raise _Refused(f"must be one number, as images are square, got {came(value)}")
         return value[0]
-    if metadata.get("pair") and isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(str, value))
+    if metadata.get("pair"):
+        value = value.tolist() if hasattr(value, "tolist") else value  # an array
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return ",".join(map(str, value))
     if metadata.get("device") and type(value).__name__ == "device":  # torch.device; this module needs no torch
         return str(value)
     return value

@@ -13,6 +13,7 @@ from fastjem.config import Config
 from fastjem.errors import UserError
 from fastjem.lock import Lock
 from fastjem.prepare import ENCODER
+from fastjem.printing import say
 from fastjem.ranks import Ranks
 
 # What a run writes before its first step is taken, or in taking it.
@@ -48,7 +49,8 @@ class Folder:
         if self.new:
             return None
         with self.ranks.together():
-            return checkpoints.load(self.out, **({} if self.ranks.first else {"say": None}))
+            first = self.ranks.first
+            return checkpoints.load(self.out, say if first else None, set_aside=first)
 
     def take(self, config: Config, training: Training) -> None:
         """Write the configuration: that of a new run, or what a resumed one is told anew."""

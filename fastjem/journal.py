@@ -22,6 +22,7 @@ class Journal:
     def __init__(self, training: Training, extra: Iterable[Logger] = ()):
         self.training = training
         self.last_row: dict[str, Any] = {}
+        self.troubles: set[str] = set()  # of loggers, that have been told of
         self.unreadable = set(training.unreadable)
         self.alarm = Alarm(training.step.method.asymmetric)
         self.terminal = TerminalLogger()
@@ -79,6 +80,8 @@ class Journal:
         try:
             work()
         except OSError as error:
-            self.say(str(error))
+            if str(error) not in self.troubles:  # a full disk refuses every row
+                self.troubles.add(str(error))
+                self.say(str(error))
         except Exception as error:
             self.say(f"the logger {type(logger).__name__} failed ({type(error).__name__}: {error}); the run goes on")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastjem.advice import advice
 from fastjem.data.pixels import Pixels, whole_images
+from fastjem.data.sharing import share
 from fastjem.data.source import Source
 from fastjem.errors import ResourceError, UserError
 from fastjem.kernels.arithmetic import solvable, widest_dtype
@@ -53,7 +54,9 @@ def _together(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], list[st
     """(positions, images [B, C, H, W]) of what can be read of a batch, and between them what can't, in words."""
     found = [(i, image) for i, image in items if isinstance(image, Tensor)]
     unreadable = [text for _, text in items if isinstance(text, str)]
-    return [i for i, _ in found], unreadable, torch.stack([image for _, image in found]) if found else None
+    images = torch.stack([image for _, image in found]) if found else None
+    share([] if images is None else [images])
+    return [i for i, _ in found], unreadable, images
 
 
 @torch.no_grad()

@@ -110,15 +110,15 @@ class Step(nn.Module):
 class StepEnd:
     """The model as the last step left it, whatever a forward pass that was broken off has done to it since.
 
-    A forward pass moves buffers: a batch norm's running statistics. Which ones is seen in the first step, by their
-    version counters, and from then on those are copied as each step begins (ResNet-18's 60 buffers: 0.1 ms).
+    A forward pass moves buffers: a batch norm's running statistics. Which ones is seen in the first step, and from then
+    on those are copied as each step begins. (Their version counters don't tell: torch's batch norm leaves these alone.)
     """
 
     def __init__(self, step: nn.Module):
         self.step = step
         self.moved: list[Tensor] | None = None  # by a forward pass; None before the first
         self.copies: list[Tensor] = []
-        self.versions: dict[str, tuple[int, int]] = {}
+        self.before: dict[str, tuple[Tensor, Tensor]] = {}  # in the first step: a buffer and a copy of it, by name
         self.replaced = False  # some buffer is a new tensor after each forward pass, which can't be followed
         self.in_forward = False
         self.torn = False  # a step is changing the weights
@@ -126,7 +126,7 @@ class StepEnd:
     def begins(self) -> None:
         """Before a step's first forward pass."""
         if self.moved is None:
-            self.versions = {name: (id(x), x._version) for name, x in self.step.named_buffers()}
+            self.before = {name: (x, x.detach().clone()) for name, x in self.step.named_buffers()}
         elif self.moved:
             torch._foreach_copy_(self.copies, self.moved)
         self.in_forward = True
@@ -134,12 +134,11 @@ class StepEnd:
     def moves(self) -> None:
         """Behind its last backward pass: now the weights change."""
         if self.moved is None:
-            changed = {
-                name: x for name, x in self.step.named_buffers() if self.versions.get(name) != (id(x), x._version)
-            }
-            self.replaced = any(self.versions.get(name, (0, 0))[0] != id(x) for name, x in changed.items())
-            self.moved = list(changed.values())
+            now = dict(self.step.named_buffers())
+            self.replaced = any(x is not self.before.get(name, (None,))[0] for name, x in now.items())
+            self.moved = [x for x, copied in self.before.values() if not torch.equal(x, copied)]
             self.copies = [x.detach().clone() for x in self.moved]
+            self.before = {}
         self.torn = True
 
     def ends(self) -> None:

@@ -12,7 +12,8 @@ Conventions of operators
   loss is `scale * gradient`. The scale (1 / N, 1 / temperature) is applied in backward in float32, because float16
   gradients that carry it vanish. Some operators return a list of statistics after it.
 * A loss that needs a second pass is two operators, `name` and `name_backward`.
-* Shapes are checked by `fastjem.functional`, before an operator is called.
+* `fastjem.functional` checks what users pass, and tells them of it. What a kernel would read or write beyond is refused
+  by `guard.py` as well, as an operator may be called directly.
 * A specification (`reference.py`) is a few lines of plain torch, written to be read. It is the fallback where no faster
   implementation exists and the fake kernel that torch.compile traces. The tests' oracle (in float64) and the
   benchmarks' baseline are formulas of their own: `eager` of each case in tests/cases.py.

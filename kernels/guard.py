@@ -17,35 +17,47 @@ from .augment.columns import COLUMNS
 
 def guarded(name: str, launcher: Callable, on_cpu: bool) -> Callable:
     """An implementation of operator `name`, refusing arguments that a kernel would read or write beyond."""
-    check_shapes = SHAPES[name]
+    check_shapes = SHAPES.get(name, _nothing)
+
+    def check_memory(x: Tensor) -> None:
+        if on_cpu and not x.is_cpu:
+            _fail(name, "every tensor must be on the CPU where one is", x.device)
+        if not holds_its_memory(x):
+            refuse_freed(name, x)
 
     @functools.wraps(launcher)
     def launch(*args):
         for argument in args:
             if isinstance(argument, Tensor):
-                _check_memory(name, argument, on_cpu)
-            elif isinstance(argument, (list, tuple)):
+                check_memory(argument)
+            elif isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
                 for x in argument:
-                    if isinstance(x, Tensor):
-                        _check_memory(name, x, on_cpu)
+                    check_memory(x)
         check_shapes(*args)
         return launcher(*args)
 
     return launch
 
 
+def _nothing(*_: object) -> None:
+    """For an operator in plain torch, which looks by itself."""
+
+
 def holds_its_memory(x: Tensor) -> bool:
     """Whether the storage of x is as large as its shape and strides ask.
 
     `x.untyped_storage().resize_(0)` frees the memory of a tensor that is still there, as FSDP does with parameters
-    outside of forward. About 0.4 us.
+    outside of forward. About 0.3 us, in the order in which most tensors are done soonest.
     """
-    size = x.itemsize
-    available = x.untyped_storage().nbytes() - x.storage_offset() * size
+    try:
+        held = x.untyped_storage().nbytes()
+    except NotImplementedError:  # a tensor around another one, within torch.func.grad or vmap
+        return True
     if x.is_contiguous():
-        return x.nbytes <= available
-    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    return not x.numel() or (last + 1) * size <= available
+        nothing_is_read = not x.nbytes  # an empty view may begin anywhere
+        return nothing_is_read or x.nbytes + x.storage_offset() * x.itemsize <= held
+    last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return not x.numel() or (last + 1) * x.itemsize <= held
 
 
 def refuse_freed(op: str, x: Tensor) -> None:
@@ -54,12 +66,6 @@ def refuse_freed(op: str, x: Tensor) -> None:
         held = x.untyped_storage().nbytes()
         came = f"{_told(x)} and {held} bytes (freed, as FSDP frees parameters outside of forward?)"
         _fail(op, "a tensor's storage must hold its elements", came)
-
-
-def _check_memory(op: str, x: Tensor, on_cpu: bool) -> None:
-    if on_cpu and not x.is_cpu:
-        _fail(op, "every tensor must be on the CPU where one is", x.device)
-    refuse_freed(op, x)
 
 
 def _fail(op: str, contract: str, came: object) -> NoReturn:
@@ -205,10 +211,6 @@ def _nearest_neighbors(query, bank):
     _same_width("nearest_neighbors", "query and bank", query, bank)
 
 
-def _koleo(x, *_):
-    _alike("koleo", "x", x)
-
-
 def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _alike(op, "scores", scores)
     _expect(op, "bias", bias, (scores.shape[1],))
@@ -280,7 +282,6 @@ SHAPES: dict[str, Callable[..., None]] = {
     "clip_loss_backward": _clip_loss_backward,
     "siglip_loss": _siglip_loss,
     "nearest_neighbors": _nearest_neighbors,
-    "koleo": _koleo,
     "sinkhorn_step": _sinkhorn_step,
     "sinkhorn_bias": _sinkhorn_bias,
     "sinkhorn": _sinkhorn,

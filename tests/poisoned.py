@@ -87,9 +87,6 @@ class Inputs:
     def _nearest_neighbors(self, x):
         return x(4, self.width), x(9, self.width)
 
-    def _koleo(self, x):
-        return x(9, self.width), 2.0, 1e-8, [True]
-
     def _sinkhorn_step(self, x):
         return x(6, self.width, scale=0.3), x(self.width, dtype=torch.float64), self.temperature
 
@@ -131,7 +128,7 @@ class Inputs:
 
 
 WITHOUT_TEMPERATURE = {
-    "rescale_", "ema_update_", "negative_cosine", "regression", "nearest_neighbors", "koleo", "characteristic",
+    "rescale_", "ema_update_", "negative_cosine", "regression", "nearest_neighbors", "characteristic",
     "characteristic_backward", "barlow_twins", "vicreg",
 }  # fmt: skip
 # (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN

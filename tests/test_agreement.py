@@ -212,6 +212,19 @@ def check_refused(name: str, function: Callable[..., Tensor], rank: int, everyth
         check_in_step(name, rank)
 
 
+def check_rows_without_weight(rank: int, everything: list[Tensor]) -> None:
+    """Rank 1's rows count nothing: the loss is rank 0's, and rank 1's gradient is 0."""
+    leaves = [x.clone().requires_grad_() for x in everything]
+    teacher = [x.detach() for x in leaves]
+    weights = torch.full((N,), 1.0 - rank)
+    loss = prototypes(leaves, teacher, dist.group.WORLD, None, weights=weights)
+    gradients = torch.autograd.grad(loss, leaves)
+    expected = prototypes(leaves, teacher, None, None)
+    torch.testing.assert_close(loss, expected)
+    for gradient, whole in zip(gradients, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(gradient / 2, whole * (1 - rank))
+
+
 def check_groups(rank: int, everything: list[Tensor]) -> None:
     """The other rank isn't in the group: an error there, and nobody waits."""
     alone = dist.new_group([0])
@@ -272,6 +285,7 @@ def check_rank(rank: int, store: str) -> None:
             check_no_rows(name, function, rank, everything)
             check_in_step(name, rank)
             check_refused(name, function, rank, everything)
+    check_rows_without_weight(rank, everything)
     check_groups(rank, everything)
     check_in_step("groups", rank)
     check_sharded_models()

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from images import make_folder
 from PIL import Image
 
+from fastjem.config import Config
 from fastjem.data.batch import finish
 from fastjem.data.colours import augmented, windows
 from fastjem.data.levels import Levels, describe, levels_of, parsed_range, range_of, survey, to_levels
@@ -20,6 +22,8 @@ from fastjem.data.pixels import Pixels, whole_image, whole_images
 from fastjem.data.source import Levelled, decode, open_source
 from fastjem.data.views import Views, ViewSpec
 from fastjem.errors import UserError
+from fastjem.probes import embed
+from fastjem.report.watch import SampleImages
 
 pytest.importorskip("torchvision")
 
@@ -57,6 +61,8 @@ def rule(source: object, channels: int = 3, given: str = "auto") -> Levels:
         ([ramp(-1, 0.5, np.float32)], (-1, 1)),
         ([ramp(-3, 7.5, np.float32), ramp(0, 1, np.float32)], (-3, 7.5)),
         ([np.full((4, 4), np.nan, np.float32), ramp(0, 0.5, np.float32)], (0, 1)),
+        ([np.full((4, 4), -5, np.float32)], (-5, 0)),
+        ([ramp(0, 2.0**120, np.float32)], (0, 2.0**120)),
     ],
     ids=str,
 )
@@ -99,6 +105,8 @@ def test_the_users_range_and_images_of_another_kind(tmp_path: Path) -> None:
     levels = rule(open_source(tmp_path), given="100,200")  # 8-bit values are stretched where they are all there is
     assert decode(Levelled(open_source(tmp_path), levels), 0).getpixel((0, 0)) == (255, 0, 0)
     assert rule(open_source(tmp_path)) == Levels() and not describe(Levels(), survey(open_source(tmp_path)))
+    for pair in ((0, 4095), [0.0, 4095.0], np.array([0, 4095])):
+        assert parsed_range(Config(out="run", value_range=pair).value_range) == (0, 4095)
     for text in ("1", "2,1", "0,nan", "a,b", "0,1,2"):
         with pytest.raises(UserError, match=f"--value-range must be auto, or black and white as 0,4095, got {text}"):
             parsed_range(text)
@@ -151,7 +159,6 @@ def test_a_deflated_tiff_file_holds_no_more_than_its_pixels() -> None:
 
 def test_a_resumed_run_keeps_its_rule(tmp_path: Path) -> None:
     """Though the images of today would make another."""
-    from fastjem.config import Config
     from fastjem.prepare import Objects, levelled
 
     config = Config(data=str(deep_folder(tmp_path)), out="run")
@@ -192,6 +199,8 @@ def test_levels_of_every_type() -> None:
     assert to_levels(np.array([[np.nan, np.inf, -np.inf]]), -5, 5).tolist() == [[0, 0, 0]]
     assert to_levels(np.array([[True, False]]), 0, 255).tolist() == [[255, 0]]
     assert range_of("integer", 0, 2**31 - 1) == (0, 2**32 - 1)
+    wide = range_of("float", -1.7e308, 1.7e308)
+    assert to_levels(np.array([[-1.7e308, 0, 1.7e308]]), *wide).tolist() == [[0, 128, 255]]
 
 
 def test_three_channels_are_the_operators_bits() -> None:
@@ -269,6 +278,19 @@ def test_loaders_agree_on_deep_images(tmp_path: Path, channels: int) -> None:
             create("dali-cpu", source, specs, order, Budget())
 
 
+def test_dali_decodes_nothing_that_has_a_range(tmp_path: Path) -> None:
+    """8-bit JPEG files between 60 and 160: Pillow's pixels, as DALI knows no range; and the windows are the same."""
+    pytest.importorskip("nvidia.dali")
+    folder = open_source(make_folder(tmp_path, 4, classes=0, kind="jpg"))
+    source = Levelled(folder, rule(folder, given="60,160"))
+    specs = [ViewSpec(size=16)]
+    order = Order(samples=4, batch=4, stop=1)
+    (one,), (other,) = (list(create(name, source, specs, order, Budget())) for name in ("torch", "dali-cpu"))
+    inner = (slice(None), slice(4, -4), slice(4, -4))  # DALI repeats the edge of a window
+    assert (one.views[0][inner].int() - other.views[0][inner].int()).abs().max() <= 1
+    assert one.views[0].max() == 255
+
+
 def _has_dali() -> bool:
     import importlib.util
 
@@ -278,11 +300,11 @@ def _has_dali() -> bool:
 def test_training_and_evaluation_see_the_same_numbers(tmp_path: Path) -> None:
     """A view that is the whole image, and the whole image as evaluation normalises it."""
     source = open_source(deep_folder(tmp_path))
-    levels = rule(source)
+    levels = rule(source, given="0,8000")  # no image alone would be read so
     changes = {"flip": 0, "scale": "1,1", "ratio": "1,1", "jitter_probability": 0, "grayscale": 0}
     specs = Views(large=1).specs(24, changes=changes)
     pixels = Pixels.of(specs, levels)
-    assert (pixels.channels, pixels.value_range, pixels.values) == (3, (0, 4095), "integer")
+    assert (pixels.channels, pixels.value_range, pixels.values) == (3, (0, 8000), "integer")
     assert Pixels.from_dict(json.loads(json.dumps(pixels.to_dict()))).levels == levels
     (crops,) = create("torch", Levelled(source, levels), specs, Order(samples=12, batch=12, stop=1), Budget())
     seen = finish(crops, specs, "cpu").views[0]
@@ -290,6 +312,12 @@ def test_training_and_evaluation_see_the_same_numbers(tmp_path: Path) -> None:
     whole = torch.stack([images[i] for i in range(12)])
     assert torch.allclose(pixels.decoded.normalise(whole, "cpu"), seen, atol=1e-5)
     assert torch.equal(whole[0], whole_image(decode(Levelled(source, levels), int(crops.index[0])), 24))
+    rows, _ = embed(torch.nn.Flatten(), source, pixels)
+    assert torch.allclose(rows[crops.index], seen.flatten(1), atol=1e-5)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 24 * 24, 8))
+    watched = SampleImages(Levelled(source, levels), pixels).embed(encoder)
+    expected = torch.nn.functional.normalize(encoder(rows), dim=1)
+    assert torch.allclose(watched, expected, atol=1e-5)
 
 
 def test_views_of_other_channels_leave_colours_out() -> None:

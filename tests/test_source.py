@@ -50,6 +50,13 @@ class Drawers:
         return self.files[i]
 
 
+class Viewed(Drawers):
+    """The same as views of memory, as a database or a mapped file may give them."""
+
+    def read(self, i: int) -> memoryview:
+        return memoryview(self.files[i])
+
+
 class Decoded(Drawers):
     """The same as pixels; one channel, as it is enough for gray."""
 
@@ -70,7 +77,7 @@ def loaded(name: str, given: object, **order: int) -> Iterator[Crops]:
     return iter(loaders.create(name, opened, SPECS, Order(samples=len(opened), **order), Budget()))
 
 
-@pytest.mark.parametrize("kind", [Drawers, Decoded])
+@pytest.mark.parametrize("kind", [Drawers, Viewed, Decoded])
 @pytest.mark.parametrize("name", ["torch", "memory", "dali-cpu"])
 def test_an_object_with_len_and_read_is_a_source(name: str, kind: type[Drawers]) -> None:
     if name == "dali-cpu":

@@ -98,11 +98,14 @@ static void similarity_sums_of(const SimilarityTile& t, const SimilaritySums& p,
     }
   }
   if (!column_max) return;
+  std::vector<T> pivots(column_max, column_max + t.columns);
+  for (T& pivot : pivots) pivot = to_finite(pivot);
+  const T* pivot = pivots.data();
   for (int64_t i = begin; i < end; ++i) {
     const T* s = static_cast<const T*>(t.values) + i * t.stride;
 #pragma omp simd
     for (int64_t j = 0; j < t.columns; ++j) {
-      column_sum[j] += exponential((s[j] * sign - to_finite(column_max[j])) * scale);
+      column_sum[j] += exponential((s[j] * sign - pivot[j]) * scale);
     }
     if (ends_block_of_rows(i, begin, end)) add_block(column_sum, t.columns, column_total);
   }

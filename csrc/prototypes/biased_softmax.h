@@ -8,6 +8,9 @@
 // Two parts: some numbers are needed to more digits than float has (a potential of Sinkhorn's may be thousands, and
 // nearly cancels with another; a scale rounded to float shifts a logit of 10 by its last digit). They come as
 // high + low, of which `high` is the number rounded, and `low` what that has lost.
+//
+// Infinities: what is made of `low` is NaN where x * high is infinite. Scores of -infinity are common (masked classes)
+// and cost one instruction an element. A row with any other infinity comes out as NaN, and is then computed again.
 
 constexpr int64_t softmax_block = 1024;
 constexpr int64_t sum_block = 256;  // of float sums: equal numbers all round the same way, by 4e-7 of their sum by now
@@ -23,7 +26,7 @@ struct TwoParts {
 template <class W>
 struct Scale : TwoParts<W> {
   using TwoParts<W>::TwoParts;
-  FASTJEM_INLINE W operator()(W x) const { return x * this->high + to_finite(x) * this->low; }
+  FASTJEM_INLINE W operator()(W x) const { return x * this->high + not_minus_infinity(x) * this->low; }
 };
 
 // What is added to each prototype's logits, in one part or in two.
@@ -35,24 +38,33 @@ struct Bias {
 
 enum class Biased { no, one_part, two_parts };
 
+// What the low parts are made of may be infinite: nothing (an infinity then gives NaN), scores of -infinity, anything.
+enum class Infinite { nothing, minus, anything };
+
+template <Infinite infinite, class W>
+static FASTJEM_INLINE W without_infinities(W x) {
+  if (infinite == Infinite::nothing) return x;
+  return infinite == Infinite::minus ? not_minus_infinity(x) : to_finite(x);
+}
+
 // Logit j. Scale and bias nearly cancel where they are large, so their high parts are added first.
-template <Biased biased, class T, class W>
+template <Biased biased, Infinite infinite = Infinite::minus, class T, class W>
 static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, Bias<W> bias, int64_t j) {
   const W v = widen(x[j]);
-  if (biased == Biased::no) return scale(v);
+  const W low = without_infinities<infinite>(v) * scale.low;
+  if (biased == Biased::no) return v * scale.high + low;
   const W high = v * scale.high + bias.high[j];
-  const W low = to_finite(v) * scale.low;
   return biased == Biased::one_part ? high + low : high + (low + bias.low[j]);
 }
 
-// The largest logit of x[begin, end); -infinity of none. A function of its own, as GCC 12 leaves the loop without a
-// bias scalar where it is inlined.
+// The largest logit of x[begin, end) that isn't NaN; -infinity of none. A function of its own, as GCC 12 leaves the
+// loop without a bias scalar where it is inlined.
 template <Biased biased, class T, class W>
 FASTJEM_NOINLINE static W largest_logit(const T* x, Scale<W> scale, Bias<W> bias, int64_t begin, int64_t end) {
   W maximum = -std::numeric_limits<W>::infinity();
 #pragma omp simd reduction(max : maximum)
   for (int64_t j = begin; j < end; ++j) {
-    const W v = biased_logit<biased>(x, scale, bias, j);
+    const W v = biased_logit<biased, Infinite::nothing>(x, scale, bias, j);
     maximum = v > maximum ? v : maximum;
   }
   return maximum;
@@ -66,14 +78,15 @@ static FASTJEM_INLINE W rounding_error(W a, W b, W difference) {
 }
 
 // The logit less shift + shift_low, for a bias in two parts. Bias and shift may be thousands and nearly cancel.
-template <class T, class W>
+template <Infinite infinite = Infinite::minus, class T, class W>
 static FASTJEM_INLINE W logit_above(const T* x, Scale<W> scale, Bias<W> bias, W shift, W shift_low, int64_t j) {
   const W v = widen(x[j]);
   const W difference = bias.high[j] - shift;
   const W high = v * scale.high + difference;
   const W low = bias.low[j] - shift_low + rounding_error(bias.high[j], shift, difference);
-  // What rounding took from an infinity is NaN.
-  return high + (std::abs(high) <= std::numeric_limits<W>::max() ? v * scale.low + low : W(0));
+  const W both_low = without_infinities<infinite>(v) * scale.low + low;
+  if (infinite != Infinite::anything) return high + both_low;
+  return high + (std::abs(high) <= std::numeric_limits<W>::max() ? both_low : W(0));
 }
 
 template <class W>
@@ -109,25 +122,32 @@ struct BiasedSoftmax {
   // Afterwards e[j] * factor[j / softmax_block] is the softmax; returns the logsumexp.
   template <class T>
   double row(const T* x, Scale<W> scale, Bias<W> bias, int64_t k, W* e) {
-    if (bias.low) return row_of<Biased::two_parts>(x, scale, bias, k, e);
-    return bias.high ? row_of<Biased::one_part>(x, scale, bias, k, e) : row_of<Biased::no>(x, scale, bias, k, e);
+    const double logsumexp = row_if<Infinite::minus>(x, scale, bias, k, e);
+    return std::isnan(logsumexp) ? row_if<Infinite::anything>(x, scale, bias, k, e) : logsumexp;
+  }
+
+  template <Infinite infinite, class T>
+  double row_if(const T* x, Scale<W> scale, Bias<W> bias, int64_t k, W* e) {
+    if (bias.low) return row_of<Biased::two_parts, infinite>(x, scale, bias, k, e);
+    if (bias.high) return row_of<Biased::one_part, infinite>(x, scale, bias, k, e);
+    return row_of<Biased::no, infinite>(x, scale, bias, k, e);
   }
 
   // e = exp(logit - shift); returns their sum.
-  template <Biased biased, class T>
+  template <Biased biased, Infinite infinite, class T>
   static W exponentials(const T* x, Scale<W> scale, Bias<W> bias, W shift, int64_t begin, int64_t end, W* e) {
     W partial = 0;
 #pragma omp simd reduction(+ : partial)
     for (int64_t j = begin; j < end; ++j) {
-      const W v = biased == Biased::two_parts ? logit_above(x, scale, bias, shift, W(0), j)
-                                              : biased_logit<biased>(x, scale, bias, j) - shift;
+      const W v = biased == Biased::two_parts ? logit_above<infinite>(x, scale, bias, shift, W(0), j)
+                                              : biased_logit<biased, infinite>(x, scale, bias, j) - shift;
       e[j] = exponential(v);
       partial += e[j];
     }
     return partial;
   }
 
-  template <Biased biased, class T>
+  template <Biased biased, Infinite infinite, class T>
   double row_of(const T* x, Scale<W> scale, Bias<W> bias, int64_t k, W* e) {
     for (int64_t begin = 0, b = 0; begin < k; begin += softmax_block, ++b) {
       const int64_t end = std::min(begin + softmax_block, k);
@@ -136,7 +156,8 @@ struct BiasedSoftmax {
       shift[b] = block_shift;
       sum[b] = 0;
       for (int64_t first = begin; first < end; first += sum_block) {
-        sum[b] += exponentials<biased>(x, scale, bias, block_shift, first, std::min(first + sum_block, end), e);
+        sum[b] +=
+            exponentials<biased, infinite>(x, scale, bias, block_shift, first, std::min(first + sum_block, end), e);
       }
     }
     return finish();

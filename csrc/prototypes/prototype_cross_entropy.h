@@ -10,8 +10,7 @@ struct BlockSums {
   W exponentials, y, y_v;
 };
 
-// e = exp(v), v = x * scale - shift; returns the sums of e, y and y v, where 0 times -infinity is 0: a prototype that
-// is ruled out on both sides.
+// e = exp(v), v = x * scale - shift; returns the sums of e, y and y v.
 template <class S, class W>
 FASTJEM_NOINLINE static BlockSums<W> student_block(const S* x, Scale<W> scale, W shift, const W* y, int64_t n, W* e) {
   W sum = 0;
@@ -24,9 +23,18 @@ FASTJEM_NOINLINE static BlockSums<W> student_block(const S* x, Scale<W> scale, W
     e[j] = exp_v;
     sum += exp_v;
     y_sum += y[j];
-    y_v_sum += y[j] == 0 ? W(0) : y[j] * v;
+    y_v_sum += y[j] * v;
   }
   return {sum, y_sum, y_v_sum};
+}
+
+// The sum of y v where 0 times -infinity is 0: a prototype that is ruled out on both sides.
+template <class S, class W>
+FASTJEM_NOINLINE static W sum_without_ruled_out(const S* x, Scale<W> scale, W shift, const W* y, int64_t n) {
+  W sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += y[j] == 0 ? W(0) : y[j] * (scale(widen(x[j])) - shift);
+  return sum;
 }
 
 // One thread's images, with the memory that it needs for one of them. S and T are the elements of student and teacher.
@@ -138,7 +146,9 @@ class ImageCrossEntropy {
       softmax.shift[b] = shift;
       softmax.sum[b] = sums.exponentials;
       y_sum[b] = sums.y;
-      y_v_sum[b] = sums.y_v;
+      y_v_sum[b] = std::isnan(sums.y_v)
+                       ? sum_without_ruled_out(x + first, student_scale, shift, y + first, last - first)
+                       : sums.y_v;
     }
     const double logsumexp = softmax.no_softmax(softmax.finish());
     for (size_t b = 0; b < y_sum.size(); ++b) loss += (logsumexp - softmax.shift[b]) * y_sum[b] - y_v_sum[b];

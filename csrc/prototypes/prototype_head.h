@@ -55,7 +55,7 @@ static FASTJEM_INLINE void student_gradient(W* x, Scale<W> scale, Shift<W> shift
 #pragma omp simd reduction(+ : block_loss)
     for (int64_t j = first; j < last; ++j) {
       const W log_p = shift(scale(x[j]));
-      block_loss += y[j] == 0 ? W(0) : y[j] * log_p;  // 0 times -infinity is 0
+      block_loss += y[j] == 0 ? W(0) : y[j] * log_p;  // 0 times -infinity is 0: ruled out on both sides
       x[j] = exponential(log_p) * softmax_weight - y[j] * target_weight;
     }
     loss -= block_loss;

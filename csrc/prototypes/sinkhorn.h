@@ -9,13 +9,19 @@ static Bias<W> bias_of(const Sinkhorn& p) {
   return {static_cast<const W*>(p.bias), static_cast<const W*>(p.bias_low)};
 }
 
+// What is subtracted from rows; infinite: some of it is.
+enum class Offsets { none, finite, infinite };
+
 // What column j's logsumexp is taken of: the logit with its bias less the row's offset, or without offsets the score
 // itself.
-template <bool offsets, class T, class W>
+template <Offsets offsets, class T, class W>
 static FASTJEM_INLINE W column_value(const T* x, Scale<W> scale, Bias<W> bias, TwoParts<W> offset, int64_t j) {
-  if constexpr (!offsets) return widen(x[j]);
-  if constexpr (std::is_same<W, double>::value) return biased_logit<Biased::one_part>(x, scale, bias, j) - offset.high;
-  return logit_above(x, scale, bias, offset.high, offset.low, j);
+  constexpr Infinite infinite = offsets == Offsets::infinite ? Infinite::anything : Infinite::minus;
+  if constexpr (offsets == Offsets::none) return widen(x[j]);
+  if constexpr (std::is_same<W, double>::value) {
+    return biased_logit<Biased::one_part, infinite>(x, scale, bias, j) - offset.high;
+  }
+  return logit_above<infinite>(x, scale, bias, offset.high, offset.low, j);
 }
 
 // Logits of cosines lie near each other: one shift for all samples, found from the first of them, then does instead of
@@ -47,7 +53,7 @@ struct Near {
     rough = rough < lowest ? lowest : rough;
     rough = rough > highest ? highest : rough;
     const float shifted = rough + integer_shift;
-    float r = (v * scale.high - (shifted - integer_shift + shift)) + to_finite(v) * scale.low;
+    float r = (v * scale.high - (shifted - integer_shift + shift)) + not_minus_infinity(v) * scale.low;
     r = r < minus_one ? minus_one : r;
     float p = 1.5345811e-4f;
     p = p * r + 1.3399931e-3f;
@@ -131,12 +137,13 @@ static void near_column_sums_of(const Sinkhorn& p, int64_t begin, int64_t end, d
 // maximum + log(sum) = logsumexp_i of each column j, of x_ij * scale or, with offsets, of x_ij * scale + bias_j -
 // offset_i. The maxima so far rise once for each block of rows. Without offsets they are of x itself, not of its
 // logits, so that subtracting them is exact.
-template <bool offsets, class T>
+template <Offsets offsets, class T>
 static void column_logsumexp_of(const Sinkhorn& p, int64_t begin, int64_t end, double* out_maximum, double* sum) {
   using W = wide<T>;
   const Scale<W> scale(p.scale);
   const W lowest = -std::numeric_limits<W>::infinity();
-  const W per_unit = offsets ? W(1) : scale.high;  // logits for each unit of what the maxima are of
+  constexpr bool raw = offsets == Offsets::none;
+  const W per_unit = raw ? scale.high : W(1);  // logits for each unit of what the maxima are of
   std::vector<W> maxima(p.width, lowest);
   std::vector<W> shifts(block_width), partial(block_width), above(block_width), above_low(block_width);
   for (int64_t first = begin; first < end; first += block_rows) {
@@ -154,7 +161,7 @@ static void column_logsumexp_of(const Sinkhorn& p, int64_t begin, int64_t end, d
       std::copy(maximum, maximum + n, shift);
       for (int64_t i = first; i < last; ++i) {
         const T* x = static_cast<const T*>(p.scores) + i * p.row_stride + column;
-        const TwoParts<W> offset(offsets ? p.offsets[i] : 0.0);
+        const TwoParts<W> offset(raw ? 0.0 : p.offsets[i]);
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
           const W v = column_value<offsets>(x, scale, bias, offset, j);
@@ -169,7 +176,7 @@ static void column_logsumexp_of(const Sinkhorn& p, int64_t begin, int64_t end, d
         maximum[j] = risen;
         block_sum[j] = 0;
       }
-      if constexpr (offsets) {  // bias - shift, in two parts: a maximum may be thousands, and what is near it counts
+      if constexpr (!raw) {  // bias - shift, in two parts: a maximum may be thousands, and what is near it counts
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
           above[j] = bias.high[j] - shift[j];
@@ -179,18 +186,18 @@ static void column_logsumexp_of(const Sinkhorn& p, int64_t begin, int64_t end, d
       }
       for (int64_t i = first; i < last; ++i) {
         const T* x = static_cast<const T*>(p.scores) + i * p.row_stride + column;
-        const TwoParts<W> offset(offsets ? p.offsets[i] : 0.0);
+        const TwoParts<W> offset(raw ? 0.0 : p.offsets[i]);
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
           const W v = column_value<offsets>(x, scale, bias, offset, j);
-          block_sum[j] += exponential(offsets ? v : (v - shift[j]) * per_unit);
+          block_sum[j] += exponential(raw ? (v - shift[j]) * per_unit : v);
         }
       }
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) total[j] += block_sum[j];
     }
   }
-  for (int64_t j = 0; j < p.width; ++j) out_maximum[j] = offsets ? maxima[j] : maxima[j] * p.scale;
+  for (int64_t j = 0; j < p.width; ++j) out_maximum[j] = raw ? maxima[j] * p.scale : maxima[j];
 }
 
 // sum_j += softmax(x_i * scale + bias)_j over the rows, and each row's logsumexp.
@@ -244,10 +251,12 @@ static void near_column_sums(const Sinkhorn& p, int64_t begin, int64_t end, doub
 static void column_logsumexp(const Sinkhorn& p, int64_t begin, int64_t end, double* maximum, double* sum) {
   with_dtype(p.dtype, [&](auto* x) {
     using T = std::remove_pointer_t<decltype(x)>;
-    if (p.offsets) {
-      column_logsumexp_of<true, T>(p, begin, end, maximum, sum);
+    if (!p.offsets) {
+      column_logsumexp_of<Offsets::none, T>(p, begin, end, maximum, sum);
+    } else if (std::all_of(p.offsets + begin, p.offsets + end, [](double x) { return std::isfinite(x); })) {
+      column_logsumexp_of<Offsets::finite, T>(p, begin, end, maximum, sum);
     } else {
-      column_logsumexp_of<false, T>(p, begin, end, maximum, sum);
+      column_logsumexp_of<Offsets::infinite, T>(p, begin, end, maximum, sum);
     }
   });
 }

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import io
+import logging
 import math
 import os
 import stat
@@ -28,7 +29,7 @@ NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # of a P
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 DEFLATED = (8, 32946)  # compressions of TIFF files by zlib
 BITS, SAMPLES = 258, 277  # TIFF tags: bits of each sample, and samples of a pixel
-# How a picture whose EXIF orientation is the key is turned upright: transposed first, then its rows, its columns turned
+# By EXIF orientation: whether rows and columns change places first, then whether rows, and columns, are reversed.
 TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
 
 
@@ -177,6 +178,7 @@ def _values_of_tiff(data: bytes) -> np.ndarray:
         import tifffile
     except ModuleNotFoundError:
         raise ValueError("Pillow has no mode for this TIFF file; tifffile may read it: pip install tifffile") from None
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it says of a file isn't for the terminal
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages.first
         check_size(page.imagewidth, page.imagelength, page.samplesperpixel)

@@ -21,6 +21,7 @@ from fastjem.errors import UserError
 KINDS = {"8-bit": (0.0, 255.0), "integer": (0.0, 65535.0), "float": (0.0, 1.0)}  # from black to white, where unsaid
 SAMPLED = 64  # images of a data set that are looked at
 SAMPLED_VALUES = 2**27  # and no more once they have so many values together
+LARGEST_WHOLE = 2.0**32  # floats from there on count nothing
 STRIP = 2**20  # values that are widened at a time
 RGB = 3
 _UINT8, _UINT16 = np.dtype(np.uint8), np.dtype(np.uint16)
@@ -128,16 +129,17 @@ def _computed(values: np.ndarray, black: float, white: float) -> np.ndarray:
 def range_of(kind: str, least: float, largest: float) -> tuple[float, float]:
     """(black, white) of values of that kind between `least` and `largest`.
 
-    Integers, and floats that exceed 1, have as many bits as the largest needs, of 8, 10, 12, 14 and so on: black is 0,
-    white the largest number of so many bits, and negative ones begin at the power of two that holds the least. Floats
-    from 0 to 1, or from -1 to 1, have these; other floats below 0 have their own extremes.
+    Integers, and floats that exceed 1 but not 2^32, have as many bits as the largest needs, of 8, 10, 12, 14 and so on:
+    black is 0, white the largest number of so many bits, and negative integers begin at the power of two that holds the
+    least. Floats from 0 to 1, or from -1 to 1, have these; all others have their own extremes.
     """
     if kind == "8-bit":
         return KINDS[kind]
     if kind == "float" and max(-least, largest) <= 1:
         return (0.0 if least >= 0 else -1.0), 1.0
-    if kind == "float" and least < 0:
-        return least, largest
+    if kind == "float" and (least < 0 or largest >= LARGEST_WHOLE):
+        least, largest = (float(np.clip(x, -1e300, 1e300)) for x in (least, largest))  # whose difference is a number
+        return least, (largest if largest > least else least + max(abs(least), 1.0))
     white = 2.0 ** _bits(largest) - 1
     return (-(2.0 ** _bits(-least - 1)) if least < 0 else 0.0), white
 
@@ -209,7 +211,7 @@ def parsed_range(text: str) -> tuple[float, float] | None:
 def describe(levels: Levels, survey: Survey) -> list[str]:
     """What of the rule isn't as everybody expects it, a sentence each; nothing of pictures of 8 bits in colour."""
     said = []
-    black, white = (f"{value:g}" for value in levels.value_range)
+    black, white = (f"{value:.10g}" for value in levels.value_range)
     if levels.values != "8-bit" or not Levels(RGB, levels.values, levels.value_range).plain:
         name = {"8-bit": "8-bit values", "integer": "integers of more than 8 bits", "float": "floats"}[levels.values]
         text = f"{name}: black is {black}, white {white} (--value-range LOW,HIGH)"

@@ -45,7 +45,7 @@ class Bands:
 Picture: TypeAlias = Image.Image | Bands  # Pillow's, in mode "RGB", for three channels; else bands
 
 
-def to_image(data: bytes | np.ndarray, levels: Levels | None = None) -> Picture:
+def to_image(data: bytes | bytearray | memoryview | np.ndarray, levels: Levels | None = None) -> Picture:
     """An image file's bytes, or values [H, W] or [H, W, C], -> levels, turned as EXIF says.
 
     Args:
@@ -55,8 +55,8 @@ def to_image(data: bytes | np.ndarray, levels: Levels | None = None) -> Picture:
     Raises:
         Exception: whatever a decoder raises on a broken file; ValueError where the image has other channels.
     """
-    if isinstance(data, bytes):
-        return picture(stored(data, levels.channels if levels else RGB), levels)
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return picture(stored(bytes(data), levels.channels if levels else RGB), levels)
     values = np.asarray(data)
     if values.ndim not in (2, 3) or 0 in values.shape:
         raise ValueError(f"pixels must be [H, W] or [H, W, C], got {values.shape}")

@@ -112,7 +112,8 @@ class Completed:
         return str(self.given.name(i)) if hasattr(self.given, "name") else str(i)
 
     def read(self, i: int) -> bytes | np.ndarray:
-        return self.given.read(i)
+        data = self.given.read(i)
+        return bytes(data) if isinstance(data, (bytearray, memoryview)) else data
 
 
 def labels_and_classes(

@@ -32,7 +32,7 @@ def eigenvalues(x: Tensor) -> Tensor:
 
 
 def eigenvectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues [..., N], eigenvectors [..., N, N]) of symmetric matrices, ascending; NaN for one that isn't finite."""
+    """Eigenvalues [..., N], ascending, and eigenvectors [..., N, N] of symmetric matrices; NaN for one not finite."""
     matrices, nothing = finite_or_nan(x)
     values, vectors = torch.linalg.eigh(matrices)
     return values + nothing, vectors + nothing[..., None]

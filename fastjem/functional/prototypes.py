@@ -100,7 +100,7 @@ def prototype_cross_entropy(
         teacher = list_of_views(op, contract, teacher)
         checks.matrices(op, contract, *student, *teacher, may_be_empty=None if group is None else 0)
         batch, prototypes = student[0].shape
-        options = _options(op, student, teacher, prototypes, teacher_bias, pairs, weights)
+        options = _options(op, student, teacher, prototypes, teacher_bias, pairs, weights, group)
         of_student = checks.positive(op, "student_temperature", student_temperature, student[0])
         of_teacher = checks.positive(op, "teacher_temperature", teacher_temperature, student[0])
         if isinstance(of_teacher, Tensor):
@@ -168,7 +168,7 @@ def prototype_head_cross_entropy(
         if student_prototypes.shape[1] != student[0].shape[1]:
             checks.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
         checks.one_device(op, [student[0], student_prototypes])
-        options = _options(op, student, teacher, len(student_prototypes), teacher_bias, pairs, weights)
+        options = _options(op, student, teacher, len(student_prototypes), teacher_bias, pairs, weights, group)
         of_student = checks.positive(op, "student_temperature", student_temperature, student[0])
         of_teacher = checks.positive(op, "teacher_temperature", teacher_temperature, student[0])
         if isinstance(of_teacher, Tensor):
@@ -219,6 +219,7 @@ def _options(
     teacher_bias: Tensor | None,
     pairs: str,
     weights: Tensor | None,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor | None, str, Tensor | None]:
     """The options, checked, as both operators take them: bias, pairs, weights; the tensors constants."""
     if pairs not in PAIRS:
@@ -236,6 +237,8 @@ def _options(
             checks.fail(op, f"weights must be [{len(student[0])}]", tuple(weights.shape))
         checks.one_device(op, [weights, student[0]])
         weights = weights.detach()
+        if group is not None:  # a rank whose rows have no weight adds 0 to the others' mean, and not 0 / 0
+            weights = torch.where(weights.sum() == 0, 1.0, weights)
     return teacher_bias, pairs, weights
 
 

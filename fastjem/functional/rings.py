@@ -27,7 +27,7 @@ from torch import Tensor
 from fastjem.collectives import gradient_factor, other_ranks, sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest
-from fastjem.ops.autograd import known, ops, refuse_second_order
+from fastjem.ops.autograd import distinct, known, ops, refuse_second_order
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -179,6 +179,7 @@ def clip_loss(
 ) -> Tensor:
     """`local`: the value is the mean over this rank's rows; the gradient stays that of the global loss."""
     refuse_forward_mode("clip_loss", (x, y, scale))
+    x, y = distinct((x, y))
     return _Clip.apply(x, y, scale, sizes, group, local)
 
 

@@ -55,10 +55,10 @@ class NTXentLoss(nn.Module):
         """[N, D] and [N, D] -> 0-dim. The memory bank takes up `out1`, normalised, if `out0` requires a gradient."""
         group = default_group(self.gather_distributed)
         if self.memory_bank.size[0] == 0:
-            if not self._is_fused():
+            if not is_mean_cross_entropy(self.cross_entropy):
                 if group is not None:
-                    contract = "with gather_distributed, cross_entropy must be the mean and temperature positive"
-                    checks.fail("NTXentLoss", contract, f"{self.cross_entropy} and {self.temperature}")
+                    contract = "with gather_distributed, cross_entropy must be the mean, nn.CrossEntropyLoss()"
+                    checks.fail("NTXentLoss", contract, self.cross_entropy)
                 return self._of_logits(out0, out1, None)
             return F.nt_xent(out0, out1, temperature=self.temperature, group=group)
         # The bank of all ranks is pushed to together: what fails before, fails on all of them.
@@ -70,16 +70,11 @@ class NTXentLoss(nn.Module):
             self.memory_bank.enqueue(nn.functional.normalize(out1.detach(), dim=1), ranks.sizes)
         return loss
 
-    def _is_fused(self) -> bool:
-        """Whether the fused losses compute it, which need a positive temperature; lightly's takes negative ones."""
-        is_negative = not isinstance(self.temperature, Tensor) and self.temperature < 0
-        return is_mean_cross_entropy(self.cross_entropy) and not is_negative
-
     def _with_bank(self, out0: Tensor, out1: Tensor, is_empty: bool) -> Tensor:
         bank = self.memory_bank.bank.to(out0.device)
         if is_empty:
             return (out0.sum() + out1.sum()).to(loss_dtype(out0))
-        if not self._is_fused():
+        if not is_mean_cross_entropy(self.cross_entropy):
             return self._of_logits(out0, out1, bank)
         return F.info_nce(out0, out1, bank, temperature=self.temperature)
 
@@ -202,7 +197,7 @@ class SupConLoss(nn.Module):
             z, labels, mask=mask, temperature=self.temperature, anchors=self.contrast_mode, normalize=False
         )  # fmt: skip
         temperature = checks.positive("SupConLoss", "temperature", self.temperature, z)
-        return loss * (temperature / self.base_temperature)
+        return (loss * (temperature / self.base_temperature)).to(loss.dtype)
 
 
 class _ImageText(Hooks):

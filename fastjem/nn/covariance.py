@@ -268,6 +268,7 @@ class TiCoLoss(nn.Module):
         with Agreement("TiCoLoss", group) as ranks:
             checks.matrices("TiCoLoss", "z_a and z_b must be [N, D] both", z_a, z_b, may_be_empty=0)
             ranks.rows_of(z_a)
+            ranks.alike("moves C" if update_covariance_matrix else "leaves C")  # `step_ends` waits for all who do
         knows_sizes = not torch.compiler.is_compiling()
         if knows_sizes and sum(ranks.sizes) < 2 and not self.defer_covariance_update:
             checks.fail("TiCoLoss", "z_a and z_b must have N >= 2 rows, for a covariance", f"N = {sum(ranks.sizes)}")

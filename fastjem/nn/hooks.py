@@ -25,5 +25,8 @@ class Hooks(nn.Module):
 
 
 def is_overridden(module: nn.Module, name: str, base: type) -> bool:
-    """Whether the module's method `name` is another than that of the class `base`."""
-    return getattr(getattr(module, name), "__func__", None) is not vars(base)[name]
+    """Whether the module's method `name` is another than that of the class `base`.
+
+    Asked of the class, and not of the bound method: torch.compile makes those anew, and none is what it was.
+    """
+    return name in vars(module) or getattr(type(module), name) is not getattr(base, name)

@@ -126,7 +126,7 @@ def one_pass_with_statistics(
     if not any(wanted):
         loss, _, _, statistics = _call(name, wanted, listed, arguments, inputs)
         return loss, *statistics
-    return _OnePass.apply(name, wanted, listed, arguments, *inputs)
+    return _OnePass.apply(name, wanted, listed, arguments, *distinct(inputs))
 
 
 def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence) -> Tensor:
@@ -134,7 +134,7 @@ def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence
     refuse_forward_mode(name, inputs)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         return loss
-    return _Known.apply(name, loss, tuple(factors), tuple(gradients), *inputs)
+    return _Known.apply(name, loss, tuple(factors), tuple(gradients), *distinct(inputs))
 
 
 def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None], *arguments, scale: float) -> Tensor:
@@ -147,6 +147,19 @@ def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None
     if torch.compiler.is_compiling():
         tensors, places = _each_once(tensors)
     return _TwoPasses.apply(name, places, arguments, scale, loss, *tensors)
+
+
+def distinct(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors, where torch.compile traces a Function, as different objects.
+
+    Of a tensor that a Function is given twice it takes one of the two gradients (torch 2.11), or refuses it (2.15).
+    """
+    if not torch.compiler.is_compiling():
+        return inputs
+    seen: list[Tensor] = []
+    for x in inputs:
+        seen.append(x.view_as(x) if any(x is other for other in seen) else x)
+    return seen
 
 
 def _each_once(given: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[int]]:

@@ -1,5 +1,6 @@
 """Crops of images that Pillow decodes, in a torch DataLoader's workers."""
 
+import contextlib
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing import active_children
@@ -8,12 +9,13 @@ from multiprocessing.process import BaseProcess
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from fastjem.data.batch import Crops
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import Picture
+from fastjem.data.sharing import share
 from fastjem.data.source import NoneReadable, Read, Source, decode, read_or_next
 from fastjem.data.views import ViewSpec
 
@@ -63,7 +65,8 @@ class _BatchesByKeys(Dataset):
             labels_of(self.source, index),
             unreadable,
         )
-        return crops if get_worker_info() is None else shared(crops)
+        share((*crops.views, *crops.tables, crops.index, *([] if crops.labels is None else [crops.labels])))
+        return crops
 
     def _read(self, samples: list[int]) -> Iterator[tuple[list[int], list[Read[Picture]]]]:
         """The samples and their images, as many at a time as have `HELD` pixels; of small ones the whole batch."""
@@ -80,17 +83,6 @@ class _BatchesByKeys(Dataset):
                 waiting, read, pixels = [], [], 0
         if waiting:
             yield waiting, read
-
-
-def shared(crops: Crops) -> Crops:
-    """The crops with their tensors in shared memory.
-
-    The worker's queue would put them there, in a thread that drops what doesn't fit: the run would wait for ever. Here
-    the error reaches the run.
-    """
-    for tensor in (*crops.views, *crops.tables, crops.index, *([] if crops.labels is None else [crops.labels])):
-        tensor.share_memory_()
-    return crops
 
 
 class TorchLoader:
@@ -127,6 +119,9 @@ def _checked(batches: Iterator[Crops], workers: set[BaseProcess]) -> Iterator[Cr
     except BaseException:
         for worker in workers:  # which ignores what asks it to end; Python would wait for it at its own end
             worker.kill()
+        for worker in workers:
+            with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD, which tells of those killed here
+                worker.join()
         raise
 
 
