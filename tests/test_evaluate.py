@@ -234,6 +234,18 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert error.count("\n") == 1 and says in error, error
 
 
+def test_embeddings_keep_their_labels_where_an_image_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = open_source(make_folder(tmp_path, 10, size=8))
+    whole, every_label = embed(torch.nn.Flatten(), folder, Pixels(8))
+    (tmp_path / folder.name(2)).write_bytes(b"no image")
+    rows, labels = embed(torch.nn.Flatten(), folder, Pixels(8), batch=3)
+    left = torch.arange(10) != 2
+    torch.testing.assert_close(rows, whole[left], rtol=0, atol=0)
+    assert labels.tolist() == every_label[left].tolist() and folder.name(2) in capsys.readouterr().err
+
+
 def evaluated(*words: object) -> int:
     return main(["evaluate", *map(str, words), *CPU])
 

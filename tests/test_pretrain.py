@@ -556,6 +556,7 @@ def test_values_of_other_types_from_python(images: str, tmp_path: Path) -> None:
     assert kept["backbone"] == "test_resnet" and kept["image_size"] == 32 and kept["batch_size"] == 16
     assert kept["device"] == "cpu" and kept["learning_rate"] == 0.5 and kept["options"] == {"temperature": 0.25}
     assert kept["data"] == images and kept["view"] == {"scale": [0.5, 1.0]}
+    usual = {"data": images, "out": str(tmp_path / "wrong"), "device": "cpu", "workers": 0, "batch_size": 16}
     for wrong, says in (
         ({"batch_size": "16"}, "pretrain: batch_size must be an integer, got str '16'"),
         ({"batch_size": True}, "pretrain: batch_size must be an integer, got bool True"),
@@ -565,11 +566,9 @@ def test_values_of_other_types_from_python(images: str, tmp_path: Path) -> None:
         ({"epochs": 1e2}, "pretrain: epochs must be an integer, got float 100.0"),
         ({"options": [("temperature", 0.1)]}, "pretrain: options must be a dict"),
         ({"encoder": "test_resnet", "backbone": "resnet18"}, "encoder or backbone, got both"),
-        ({"encoder": torch.nn.Flatten(), "backbone": "resnet50"}, "--backbone says how a backbone is made"),
-        ({"encoder": torch.nn.Flatten(), "stem": "small"}, "--stem says how a backbone is made"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
-            fastjem.pretrain(**{"data": images, "out": str(tmp_path / "wrong"), "device": "cpu", "workers": 0, **wrong})
+            fastjem.pretrain(**{**usual, **wrong})
     config = Config(out=str(tmp_path / "wrong"), data=images)
     config.batch_size = "16"  # type: ignore[assignment]
     with pytest.raises(UserError, match="batch_size must be an integer"):

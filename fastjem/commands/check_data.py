@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastjem import fields
 from fastjem.data.files import ORIENTATION, TIFF, open_image, stored
 from fastjem.data.levels import Levels, Survey, describe, levels_of, parsed_range, survey
 from fastjem.data.picture import to_image
@@ -30,7 +31,7 @@ MEASURED = 256  # files whose crops are timed; decoding is timed on all
 class CheckDataOptions:
     """What training would make of a folder: files that would be skipped and why, sizes, counts, time of an epoch."""
 
-    data: str = field(metadata={"help": "folder of images, nested or flat", "positional": True})
+    data: str = field(metadata={"help": "folder of images, nested or flat", "positional": True, "path": True})
     views: int = field(default=2, metadata={"help": "of an image, for the expected time"})
     image_size: int = field(default=224, metadata={"help": "of a view; smaller images are counted"})
     channels: int = field(default=3, metadata={"help": "as of pretrain"})
@@ -160,6 +161,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
     Raises:
         UserError: if there is no folder, no image in it, or no option like that.
     """
+    fields.conform(options, "check_data: {}".format)
     given_range = parsed_range(options.value_range)
     at_least_one = {"views": options.views, "image-size": options.image_size, "channels": options.channels}
     for name, value in at_least_one.items():

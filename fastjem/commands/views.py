@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fastjem import fields
 from fastjem.checkpoints import write_atomically
 from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
@@ -29,8 +30,10 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class ViewsOptions:
     """What a method's augmentations do to your own images: a picture, rows images, columns views."""
 
-    data: str = field(default="", metadata={"help": "folder of images, nested or flat; none: the embedded data set"})
-    out: str = field(default="views.png", metadata={"help": "the picture"})
+    data: str | None = field(
+        default=None, metadata={"help": "folder of images, nested or flat; none: the embedded data set", "path": True}
+    )
+    out: str = field(default="views.png", metadata={"help": "the picture", "path": True})
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
     recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
     view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
@@ -108,6 +111,8 @@ def draw_views(options: ViewsOptions) -> Path:
     size = options.image_size
     views = views_of(options.method, size, options.small_views, options.recipe)
     mask = _mask(options, views)
+    if options.data is None:
+        say(f"fastjem: no data is named: these are images of the embedded data set ({shapes.folder() / 'train'})")
     source = open_source(options.data or shapes.folder() / "train")
     patch = options.patch_size if mask else 1
     specs = views.specs(size, patch=patch, blur=options.blur, changes=options.view, channels=options.channels)
@@ -152,6 +157,7 @@ def _mask(options: ViewsOptions, views: Views) -> MaskSpec | None:
 
 
 def _check(options: ViewsOptions) -> None:
+    fields.conform(options, "views: {}".format)
     if options.method not in METHODS:
         raise nearest("method", options.method, METHODS)
     if options.mask is not None and options.mask not in MASKS:
