@@ -167,6 +167,6 @@ def _check(
     ]
     for i, block in enumerate(blocks):
         if block is not None and not block.begin:
-            checks.fail(op, "tensors must have memory", f"one whose storage was freed, at {i % (len(blocks) // 2)}")
+            checks.fail(op, "a tensor's storage must hold its elements", f"a freed one at {i % (len(blocks) // 2)}")
     count = len(blocks) // 2
     _check_memory(op, blocks[:count], blocks[count:])
