@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
+from fastjem.functional.decompositions import eigenvalues
 from fastjem.kernels.arithmetic import solvable, widest
 from fastjem.methods.protocol import Codes
 
@@ -71,12 +72,9 @@ def effective_rank(x: Tensor) -> Tensor:
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
     # An eigensolver waits for a GPU's result: figures of health belong to logged steps only.
     gram = solvable(gram)
-    finite = torch.isfinite(gram).all()
-    gram = torch.where(finite, gram, 0)  # of NaN the solver raises, and the alarm would not be heard
-    spectrum = torch.linalg.eigvalsh(widest(gram) if gram.device.type == "cpu" else gram).clamp(min=0)
+    spectrum = eigenvalues(widest(gram) if gram.device.type == "cpu" else gram).clamp(min=0)
     share = spectrum / (spectrum.sum() + 1e-30)
-    rank = torch.exp(-(share * torch.log(share + 1e-30)).sum())
-    return torch.where(finite, rank, torch.nan)
+    return torch.exp(-(share * torch.log(share + 1e-30)).sum())
 
 
 class Alarm:

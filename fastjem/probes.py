@@ -14,6 +14,7 @@ from fastjem.data.pixels import Pixels, whole_images
 from fastjem.data.sharing import share
 from fastjem.data.source import Source
 from fastjem.errors import ResourceError, UserError
+from fastjem.functional.decompositions import eigenvalues
 from fastjem.kernels.arithmetic import solvable, widest_dtype
 from fastjem.machine import available_cores
 from fastjem.printing import say
@@ -270,11 +271,14 @@ class LinearProbe:
 
 
 def rankme(x: Tensor) -> float:
-    """exp of the entropy of the singular values of [N, D], as shares of their sum (Garrido et al. 2023, eq. 1)."""
+    """exp of the entropy of the singular values of [N, D], as shares of their sum (Garrido et al. 2023, eq. 1).
+
+    NaN where these aren't finite.
+    """
     wide = widest_dtype(x.device)
     zero = torch.zeros((), dtype=wide, device=x.device)
     gram = sum((part.T @ part for part in blocks(x, wide)), zero)
-    values = torch.linalg.eigvalsh(solvable(gram)).clamp(min=0).sqrt()
+    values = eigenvalues(solvable(gram)).clamp(min=0).sqrt()
     share = values / (values.sum() + 1e-30) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
 

@@ -107,7 +107,8 @@ def join(device: str = "auto") -> Ranks:
     if here.size == 1:
         return Ranks(0, 1, local)
     initialise = not dist.is_initialized()
-    backend = "nccl" if gpu else "gloo"
+    # With a backend for the host's memory the ranks agree on sizes without a wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     store = _initialise(here, backend) if initialise else None
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank belongs to it
     return Ranks(here.rank, here.size, local, dist.group.WORLD, control, initialise, here.local_size, store)

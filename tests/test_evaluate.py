@@ -77,6 +77,7 @@ def test_rank_and_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
     share = values / values.sum()
     assert rankme(x) == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
     assert rankme(torch.ones(50, 8)) == pytest.approx(1, abs=1e-3)
+    assert math.isnan(rankme(torch.full((5, 8), torch.nan)))
     torch.testing.assert_close(moments(x + 1000)[1], (x + 1000).double().std(0, correction=0))
 
 
