@@ -93,7 +93,8 @@ def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:
             raise _Refused(f"must be one number, as images are square, got {came(value)}")
         return value[0]
     if metadata.get("pair"):
-        value = value.tolist() if hasattr(value, "tolist") else value  # an array
+        to_list = getattr(value, "tolist", None)
+        value = to_list() if to_list else value  # an array
         if isinstance(value, Sequence) and not isinstance(value, str):
             return ",".join(map(str, value))
     if metadata.get("device") and type(value).__name__ == "device":  # torch.device; this module needs no torch
