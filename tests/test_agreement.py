@@ -212,6 +212,63 @@ def check_refused(name: str, function: Callable[..., Tensor], rank: int, everyth
         check_in_step(name, rank)
 
 
+def swav(rank: int, options: dict, *queues: Tensor) -> Tensor:
+    scores = [drawn(N, D), drawn(N, D, seed=1)]
+    return nn.SwaVLoss(sinkhorn_gather_distributed=True, **options)(scores, [], queues)
+
+
+def vicregl(rank: int, width: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Another width, or dtype, of the second view's features."""
+    local = drawn(N, 2, 2, D)
+    features = [(drawn(N, 3), local), (drawn(N, width), local.to(dtype))]
+    return nn.VICRegLLoss(gather_distributed=True)(features, [drawn(N, 2, 2, 2)] * 2)
+
+
+def subloss(rank: int) -> Tensor:
+    def fails_on_one(self, z, q):
+        if rank:
+            raise ValueError("subloss: no")
+        return z.sum() + q.sum()
+
+    scores = [drawn(N, D), drawn(N, D, seed=1)]
+    return type("Mine", (nn.SwaVLoss,), {"subloss": fails_on_one})(sinkhorn_gather_distributed=True)(scores, [])
+
+
+def msn(rank: int, **options) -> Tensor:
+    anchors = drawn(N, D)
+    return nn.MSNLoss(gather_distributed=True, **options)(anchors, anchors, PROTOTYPES)
+
+
+def dino(rank: int, centering: str) -> Tensor:
+    scores = [drawn(N, D), drawn(N, D, seed=1)]
+    return nn.DINOLoss(D, student_temp=0.1 - rank, centering=centering)(scores, scores)
+
+
+# What one rank has otherwise, or wrong, between two collectives.
+ON_ONE_RANK: dict[str, Callable[[int], Tensor]] = {
+    "a queue of other prototypes": lambda rank: swav(rank, {}, drawn(3, D), drawn(3, D - rank)),
+    "without iterations": lambda rank: swav(rank, {"sinkhorn_iterations": 0}, drawn(3, D), drawn(3, D - rank)),
+    "a queue that is no matrix": lambda rank: swav(rank, {"sinkhorn_iterations": 0}, *[drawn(*[3, D][rank:])] * 2),
+    "subloss": subloss,
+    "VICRegLLoss, width": lambda rank: vicregl(rank, 3 + rank),
+    "VICRegLLoss, dtype": lambda rank: vicregl(rank, dtype=[torch.float64, torch.float16][rank]),
+    "VICRegLoss of nothing": lambda rank: nn.VICRegLoss(gather_distributed=True)(
+        *[[drawn(N, D), None][rank]] * 2  # type: ignore[list-item]
+    ),
+    "MSNLoss without regulariser": lambda rank: msn(rank, regularization_weight=1.0 - rank),
+    "MSNLoss without Sinkhorn": lambda rank: msn(rank, sinkhorn_iterations=3 * rank),
+    "DINOLoss": lambda rank: dino(rank, "center"),
+    "DINOLoss by Sinkhorn": lambda rank: dino(rank, "sinkhorn"),
+}
+
+
+def check_one_rank(rank: int) -> None:
+    for name, function in ON_ONE_RANK.items():
+        with pytest.raises(ValueError, match="rank 1"):
+            function(rank)
+        check_in_step(name, rank)
+
+
 def check_rows_without_weight(rank: int, everything: list[Tensor]) -> None:
     """Rank 1's rows count nothing: the loss is rank 0's, and rank 1's gradient is 0."""
     leaves = [x.clone().requires_grad_() for x in everything]
@@ -285,6 +342,7 @@ def check_rank(rank: int, store: str) -> None:
             check_no_rows(name, function, rank, everything)
             check_in_step(name, rank)
             check_refused(name, function, rank, everything)
+    check_one_rank(rank)
     check_rows_without_weight(rank, everything)
     check_groups(rank, everything)
     check_in_step("groups", rank)

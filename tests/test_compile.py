@@ -148,6 +148,22 @@ def test_one_graph_for_all_values_of_a_schedule(name, kind):
     assert counter.graphs <= AT_MOST
 
 
+def test_a_centre_that_is_moved_by_itself():
+    center = nn.Center((1, 1, K))
+
+    def update(x):
+        center.update(x)
+        return center.value.sum()
+
+    compiled, counter = _compiled(update, differentiates=False)
+    for rows in MANY_SIZES:
+        x = torch.randn(2, rows, K)
+        center.center.zero_()
+        compiled(x)
+        torch.testing.assert_close(center.value, 0.1 * x.mean((0, 1), keepdim=True))
+    assert counter.graphs <= AT_MOST
+
+
 def test_one_graph_for_all_epochs():
     loss = nn.DINOLoss(K, warmup_teacher_temp=0.02, warmup_teacher_temp_epochs=5)
     compiled, counter = _compiled(lambda a, b, c, d, e: loss([a, b], [c, d], epoch=e), differentiates=False)

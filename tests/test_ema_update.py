@@ -1,5 +1,7 @@
 """ema_update_ against a loop in float64, for every implementation."""
 
+import time
+
 import pytest
 import torch
 
@@ -188,6 +190,12 @@ def test_memory_is_checked_before_any_is_written(op, implementation):
         ema_update_([inference], [torch.ones_like(inference)], 0.5)
     assert not memory.any() and (inference == 0.5).all()
 
+    columns = torch.zeros(200, 400, device=implementation.device).unbind(1)
+    began = time.monotonic()
+    ema_update_(columns[:200], columns[200:], 0.5)  # a look at each of the 59,800 pairs would take 20 s
+    assert time.monotonic() - began < 5
+    with pytest.raises(ValueError, match="memory of target 199 as source 0"):
+        ema_update_(columns[:200], columns[199:399], 0.5)
     ema_update_(*of(memory[::2], memory[1::2]), 0.5)  # they interleave
     assert (memory == 0.5).all()
     ema_update_([memory], [memory], 0.5)  # a frozen part that both models share

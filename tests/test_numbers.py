@@ -129,6 +129,7 @@ by_name = {"ids": str}
 KINDS = {
     "numpy.float32": np.float32,
     "numpy.float64": np.float64,
+    "0-dim numpy array": np.array,
     "0-dim float64": lambda t: torch.tensor(t, dtype=torch.float64),
     "0-dim float32": lambda t: torch.tensor(t, dtype=torch.float32),
     "a parameter of one element": lambda t: torch.nn.Parameter(torch.tensor([t], dtype=torch.float64)),

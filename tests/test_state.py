@@ -127,6 +127,14 @@ def test_a_module_is_pickled_copied_and_saved_after_use(name):
             assert_same(module.health.spectrum(), other.health.spectrum())
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_loss_with_learned_temperatures_is_copied(shape):
+    learned = torch.nn.Parameter(torch.full(shape, 0.07))
+    module = nn.DINOLoss(K, 0.02, learned, student_temp=learned)
+    assert_same(copy.deepcopy(module)(SCORES, SCORES, epoch=3), module(SCORES, SCORES, epoch=3))
+    torch.testing.assert_close(module.teacher_temp_schedule, torch.linspace(0.02, 0.07, 30))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_module_of_the_meta_device(name):
     """Given memory, which is full of NaN here, and the state of another, it is that one; or it is reset."""

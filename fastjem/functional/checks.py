@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,6 +136,8 @@ def _one_element(op: str, name: str, value: Tensor, like: Tensor | None) -> Tens
 
 
 def _real(op: str, name: str, value: object, low: float, high: float, inclusive: bool) -> float:
+    if isinstance(value, np.ndarray) and not value.ndim:
+        value = value[()]  # numpy's scalar
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         fail(op, f"{name} must be a number", f"{value!r} ({type(value).__name__})")
     real = float(value)

@@ -79,20 +79,50 @@ def _check_memory(op: str, targets: list[_Block | None], sources: list[_Block | 
             groups.append([(block, i)])
         end = max(end, block.end)
     for group in groups:
+        if _are_apart([block for block, _ in group]):
+            continue
         for (a, i), (b, j) in itertools.combinations(group, 2):
             if a.meets(b):
                 contract = "each tensor that is written must have memory of its own"
                 checks.fail(op, contract, f"some memory twice, at {min(i, j)} and {max(i, j)} (tied weights?)")
+    _check_sources(op, groups, sources)
+
+
+def _are_apart(blocks: list[_Block]) -> bool:
+    """Whether no two blocks meet, for blocks in the order of their beginnings; a look at each pair of many is slow."""
+    if len(blocks) < 2:
+        return True
+    contiguous = [block for block in blocks if block.stride is None]
+    if any(a.end > b.begin for a, b in itertools.pairwise(contiguous)):
+        return False
+    units = np.sort(np.concatenate([block.units() for block in blocks]))
+    return not (units[1:] == units[:-1]).any()
+
+
+def _check_sources(op: str, groups: list[list[tuple[_Block, int]]], sources: list[_Block | None]) -> None:
+    """No target is the source of another one."""
     begins = [group[0][0].begin for group in groups]
     ends = [max(block.end for block, _ in group) for group in groups]
+    near: dict[int, list[tuple[_Block, int]]] = {}  # the sources between the ends of each group
     for j, block in enumerate(sources):
-        if block is None:
+        if block is not None:
+            for number in range(bisect_right(ends, block.begin), bisect_left(begins, block.end)):
+                near.setdefault(number, []).append((block, j))
+    for number, given in near.items():
+        group = groups[number]
+        written = {i: target for target, i in group}
+        others = [(block, j) for block, j in given if written.get(j) != block]  # a pair may be one tensor
+        if not others or (len(group) > 1 and _none_meets(group, others)):
             continue
-        for group in groups[bisect_right(ends, block.begin) : bisect_left(begins, block.end)]:
-            for target, i in group:
-                if (i, target) != (j, block) and target.meets(block):
-                    contract = "no tensor that is written may be another's source"
-                    checks.fail(op, contract, f"memory of target {i} as source {j}")
+        for (target, i), (block, j) in itertools.product(group, others):
+            if target.meets(block):
+                contract = "no tensor that is written may be another's source"
+                checks.fail(op, contract, f"memory of target {i} as source {j}")
+
+
+def _none_meets(a: list[tuple[_Block, int]], b: list[tuple[_Block, int]]) -> bool:
+    units = [np.concatenate([block.units() for block, _ in blocks]) for blocks in (a, b)]
+    return not np.isin(*units).any()
 
 
 def check_update(

@@ -100,7 +100,7 @@ class VICRegLoss(_TracksHealth):
             "variance_factor": self.variance_factor,
             "group": default_group(self.gather_distributed),
         }
-        if z_a.dim() <= 2:
+        if getattr(z_a, "ndim", 2) <= 2:
             return F.vicreg(z_a, z_b, **options, health=self._new_health())
         with Agreement("VICRegLoss", options["group"]) as ranks:
             if z_a.shape != z_b.shape:
@@ -169,7 +169,8 @@ class VICRegLLoss(Hooks):
             features, grids, pairs = self._checked(
                 global_view_features, global_view_grids, local_view_features, local_view_grids
             )
-            ranks.alike(len(global_view_features), *(list(local.shape[1:]) for _, local in features))
+            tensors = [x for view in features for x in view] + grids
+            ranks.alike(len(global_view_features), *((list(x.shape[1:]), x.dtype) for x in tensors))
         return self.alpha * self._global(features, pairs) + (1 - self.alpha) * self._local(features, grids, pairs)
 
     def _checked(
@@ -197,8 +198,8 @@ class VICRegLLoss(Hooks):
         pairs = [(i, j) for i in range(len(global_view_features)) for j in range(len(features)) if i != j]
         if not pairs:
             checks.fail("VICRegLLoss", "there must be at least two views, one of them global", f"{len(features)}")
-        for (pooled, local), grid in zip(features, grids, strict=True):
-            checks.matrices("VICRegLLoss", "global features must be [N, D]", pooled)
+        checks.matrices("VICRegLLoss", "global features must be [N, D] of each view", *(x for x, _ in features))
+        for (_, local), grid in zip(features, grids, strict=True):
             contract = "local features must be [N, H, W, D_local] and grids [N, H, W, 2]"
             checks.matrices("VICRegLLoss", contract, local, dims=4)
             if grid.shape != (*local.shape[:3], 2) or len(local) != len(features[0][0]):

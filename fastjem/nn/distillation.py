@@ -42,6 +42,7 @@ class _Distillation(nn.Module):
         checks.matrices(ranks.who, contract, *scores, may_be_empty=may_be_empty)
         if scores[0].shape[1] != prototypes:
             checks.fail(ranks.who, contract, tuple(scores[0].shape))
+        checks.positive(ranks.who, "student_temp", self.student_temp, student[0])
         ranks.rows_of(teacher[0])
         ranks.alike(self.centering, len(teacher))
 
@@ -132,10 +133,13 @@ class DINOLoss(_Distillation):
         self.center_momentum = center_momentum
         self.warmup_teacher_temp = warmup_teacher_temp
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
-        # Numbers and no state: they stay on the host, where a module that is made on the meta device has them, too.
-        self.teacher_temp_schedule = torch.linspace(
-            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, device="cpu"
-        )
+
+    @property
+    @torch.no_grad()
+    def teacher_temp_schedule(self) -> Tensor:
+        """[warmup_teacher_temp_epochs], on the host: the teacher's temperature in each epoch of the warm-up."""
+        epochs = range(self.warmup_teacher_temp_epochs)
+        return torch.tensor([float(self._temperature(None, epoch, None)) for epoch in epochs], device="cpu")
 
     def reset_parameters(self) -> None:
         self.center.zero_()
@@ -164,7 +168,9 @@ class DINOLoss(_Distillation):
                 self._move_center(self._batch_mean(self.center), len(teacher) * len(teacher[0]))
         return loss
 
-    def _temperature(self, teacher_temp: float | Tensor | None, epoch: int | None, like: Tensor) -> float | Tensor:
+    def _temperature(
+        self, teacher_temp: float | Tensor | None, epoch: int | None, like: Tensor | None
+    ) -> float | Tensor:
         if teacher_temp is not None:
             return checks.positive("DINOLoss", "teacher_temp", teacher_temp, like)
         last = checks.positive("DINOLoss", "teacher_temp", self.teacher_temp, like)

@@ -352,7 +352,7 @@ class Center(nn.Module):
             except RuntimeError:
                 checks.fail("Center", f"the mean of x must be of the centre's size {self.size}", tuple(mean.shape))
             ranks.alike(self.size)
-        self.move(mean, math.prod(x.shape[i] for i in self.dim))
+        self.move(mean, math.prod([x.shape[i] for i in self.dim]))
 
     def move(self, mean: Tensor, rows: int) -> None:
         """Move towards the mean over all ranks' rows, of which this rank's, which a loss may have computed, is given.

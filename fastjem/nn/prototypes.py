@@ -74,12 +74,18 @@ class SwaVLoss(nn.Module):
                 checks.fail("SwaVLoss", contract, f"{len(queue_outputs)} for {len(high)}")
             contract = "outputs must be [B, K] of each crop"
             checks.matrices("SwaVLoss", contract, *high, *low, may_be_empty=None if group is None else 0)
-            ranks.alike(len(high), len(low), queue_outputs is None)
+            queues = None if queue_outputs is None else list(queue_outputs)
+            if queues:
+                contract = f"queue_outputs must be [Q, {high[0].shape[1]}] of each high-resolution crop"
+                checks.matrices("SwaVLoss", contract, *queues, same=False, may_be_empty=None if group is None else 0)
+                if any(queue.shape[1] != high[0].shape[1] for queue in queues):
+                    checks.fail("SwaVLoss", contract, [tuple(queue.shape) for queue in queues])
+            ranks.alike(len(high), len(low), queues is None)
         if not self.sinkhorn_iterations or is_overridden(self, "subloss", SwaVLoss):
-            return self._of_codes(high, low, queue_outputs, group)
+            return self._of_codes(high, low, queues, group)
         bias = [
             F.sinkhorn_bias(
-                crop if queue_outputs is None else [crop, queue_outputs[i]],
+                crop if queues is None else [crop, queues[i]],
                 epsilon=self.sinkhorn_epsilon,
                 iterations=self.sinkhorn_iterations,
                 group=group,
@@ -112,7 +118,9 @@ class SwaVLoss(nn.Module):
         for i, crop in enumerate(high):
             scores = crop if queues is None else torch.cat([crop, queues[i].to(crop)])
             codes.append(F.sinkhorn(scores, **options)[: len(crop)])
-        loss = torch.stack([self.subloss(crops[v], codes[i]) for i, v in pairs]).sum(0) / len(pairs)
+        with Agreement("SwaVLoss", group) as ranks:  # a subclass's own subloss may raise
+            loss = torch.stack([self.subloss(crops[v], codes[i]) for i, v in pairs]).sum(0) / len(pairs)
+            ranks.rows_of(high[0])
         return mean_loss_of_ranks(loss, len(high[0]), group)
 
 
@@ -167,7 +175,9 @@ class MSNLoss(nn.Module):
             sharpen = checks.positive(name, "target_sharpen_temperature", target_sharpen_temperature, anchors)
             sharp = checks.positive(name, "temperature", self.temperature, anchors) * sharpen
             weight = checks.number(name, "regularization_weight", self.regularization_weight, anchors)
+            is_regularised = isinstance(weight, Tensor) or weight > 0
             ranks.rows_of(teacher)
+            ranks.alike(self.sinkhorn_iterations, "regularised" if is_regularised else "not regularised")
         bias = None
         if self.sinkhorn_iterations:
             bias = F.sinkhorn_bias(
@@ -182,7 +192,7 @@ class MSNLoss(nn.Module):
             pairs="all",
             group=group,
         )
-        if isinstance(weight, Tensor) or weight > 0:
+        if is_regularised:
             if is_overridden(self, "regularization_loss", MSNLoss):
                 regularizer = self._of_mean_probabilities(scores, group)
             else:
