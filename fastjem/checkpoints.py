@@ -111,9 +111,9 @@ def keep_earlier(run: Path, count: int) -> None:
     except UserError:
         return
     with contextlib.suppress(OSError):  # one more copy is wanted, not needed
-        for number in range(count - 2, 0, -1):
-            if earlier(run, number).exists():
-                os.replace(earlier(run, number), earlier(run, number + 1))
+        for number, path in sorted(numbered(run).items(), reverse=True):
+            if 0 < number < count - 1:
+                os.replace(path, earlier(run, number + 1))
         before.unlink(missing_ok=True)
         try:
             os.link(last, before)
@@ -121,11 +121,15 @@ def keep_earlier(run: Path, count: int) -> None:
             os.replace(last, before)
 
 
+def numbered(run: Path) -> dict[int, Path]:
+    """Files of checkpoints by how many checkpoints ago each was the last."""
+    names = {path: re.fullmatch(r"last(?:-(\d+))?\.pt", path.name) for path in (run / LAST).parent.glob("last*.pt")}
+    return {int(match[1] or 0): path for path, match in names.items() if match}
+
+
 def present(run: Path) -> list[Path]:
     """Files of checkpoints, the newest first."""
-    numbers = {path: re.fullmatch(r"last(?:-(\d+))?\.pt", path.name) for path in (run / LAST).parent.glob("last*.pt")}
-    found = [(int(match[1] or 0), path) for path, match in numbers.items() if match]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(numbered(run).items())]
 
 
 def load(
