@@ -75,6 +75,8 @@ def test_what_is_as_good_becomes_what_is_said(name: str, given: Any, expected: A
     ("name", "given", "says"),
     [
         ("size", "16", "size must be an integer, got str '16'"),
+        ("out", "a\0b", r"out must be a path, got str 'a\x00b'"),
+        ("data", Path("a\0b"), "data must be a path"),
         ("size", True, "size must be an integer, got bool True"),
         ("size", np.bool_(True), "size must be an integer, got bool"),
         ("size", torch.tensor(True), "size must be an integer, got Tensor"),

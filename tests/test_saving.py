@@ -168,6 +168,21 @@ def test_a_temporary_file_is_a_writers_own_and_no_link_is_followed(tmp_path: Pat
     assert not any(part.exists() for part in stale) and foreign.exists()
 
 
+def test_a_device_or_a_pipe_keeps_its_place(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    pipe, null, out = (tmp_path / name for name in ("pipe", "null", "stdout"))
+    os.mkfifo(pipe)
+    null.symlink_to(os.devnull)
+    out.symlink_to(f"/proc/self/fd/{write}")
+    for path in (pipe, null, out, Path(os.devnull)):
+        before = os.lstat(path)
+        with pytest.raises(OSError, match="no place for a file"):
+            checkpoints.write_atomically(path, b"figures")
+        assert os.path.samestat(os.lstat(path), before)
+    os.close(read)
+    os.close(write)
+
+
 def test_rows_of_a_damaged_file_are_left_out(tmp_path: Path) -> None:
     lines = ['{"step": 1}', "3", '{"step": "x"}', "[" * 100_000, '{"step": 9}', '{"st', "\x00\xff"]
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
