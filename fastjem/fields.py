@@ -133,7 +133,8 @@ def _as_any(hints: Sequence[Any], value: Any) -> Any:
         try:
             return _as(hint, value)
         except _Refused as error:
-            refused = error
+            # What isn't one of some words may be meant for another of the annotations: all of them are said.
+            refused = refused if typing.get_origin(hint) is typing.Literal else error
         except (TypeError, ValueError, OverflowError):
             continue
     raise refused or TypeError

@@ -76,6 +76,7 @@ def test_streams_that_are_closed_or_poor_end_no_command() -> None:
         "if sys.argv[1:]: sys.stdout = sys.stderr = None\n"
         "open_streams(); print('\\u2026'); print('\\u2026', file=sys.stderr); assert not is_terminal(sys.stderr)"
     )
+    poor = {"PYTHONIOENCODING": "ascii:strict"}
     for more in ([], ["closed"]):
         run = subprocess.run(
             [sys.executable, "-c", code, *more],
