@@ -82,7 +82,7 @@ def test_streams_that_are_closed_or_poor_end_no_command() -> None:
             [sys.executable, "-c", code, *more],
             capture_output=True,
             timeout=60,
-            env={"PYTHONIOENCODING": "ascii:strict"},
+            env=poor,
         )
         assert run.returncode == 0, run.stderr
         assert run.stdout.split() == ([] if more else [b"\\u2026"])
