@@ -43,6 +43,8 @@ def advice(error: BaseException) -> str | None:
     """What to do about it, in a line; None for an error of another kind, which is the program's and needs its trace."""
     if not isinstance(error, (MemoryError, RuntimeError, OSError, EOFError)):
         return None
+    if isinstance(error, OSError) and _raised_in("multiprocessing.synchronize", error):
+        return SHARED_MEMORY  # a semaphore, which is a file of /dev/shm; Linux says nothing of it in the error's text
     text = str(error)
     for pattern, line in KINDS:
         if re.search(pattern, text):

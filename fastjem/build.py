@@ -185,10 +185,15 @@ def create_schedule(config: Config, defaults: Defaults, steps: int, steps_per_ep
     final_weight_decay = weight_decay
     if config.weight_decay is None and defaults.final_weight_decay is not None:
         final_weight_decay = defaults.final_weight_decay
+    scaled = optim.scaled(optimizer, rate, config.batch_size * config.accumulate)
+    most = torch.finfo(torch.float32).max  # of the optimisers' own figures
+    for name, value in {"learning_rate": scaled, "weight_decay": weight_decay}.items():
+        if value > most:
+            raise UserError(f"{config.flag(name)}: {value:g} for this batch is more than float32 holds ({most:g})")
     return optim.Schedule(
         steps=steps,
-        learning_rate=optim.scaled(optimizer, rate, config.batch_size * config.accumulate),
-        warmup=min(round(warmup_epochs * steps_per_epoch), steps // 10),
+        learning_rate=scaled,
+        warmup=round(min(warmup_epochs * steps_per_epoch, steps // 10)),
         weight_decay=weight_decay,
         final_weight_decay=final_weight_decay,
         momentum=momentum,

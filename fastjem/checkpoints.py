@@ -1,12 +1,14 @@
 """Files that are whole or not there: checkpoints and metrics that outlive a kill at any moment and a full disk."""
 
 import contextlib
+import errno
 import io
 import json
 import os
 import pickle
 import re
 import secrets
+import stat
 import time
 import warnings
 import zipfile
@@ -30,8 +32,16 @@ def write_atomically(path: Path, content: bytes) -> None:
     """The old file or the new one, never a part: a temporary file beside it, flushed to the disk, then renamed.
 
     The temporary file has a name of its own, so that two writers don't meet in it; a link that somebody planted there
-    isn't followed, and a link in the place of `path` is replaced itself.
+    isn't followed, and a link in the place of `path` is replaced itself. What is no file stays: renaming would put a
+    file in the place of /dev/null.
+
+    Raises:
+        OSError: where nothing can be written, or a device, a pipe or a socket is there.
     """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        kind = os.stat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or os.path.realpath(path).startswith("/proc/"):
+            raise OSError(errno.EINVAL, "a device or a pipe is no place for a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
@@ -111,9 +121,9 @@ def keep_earlier(run: Path, count: int) -> None:
     except UserError:
         return
     with contextlib.suppress(OSError):  # one more copy is wanted, not needed
-        for number in range(count - 2, 0, -1):
-            if earlier(run, number).exists():
-                os.replace(earlier(run, number), earlier(run, number + 1))
+        for number, path in sorted(numbered(run).items(), reverse=True):
+            if 0 < number < count - 1:
+                os.replace(path, earlier(run, number + 1))
         before.unlink(missing_ok=True)
         try:
             os.link(last, before)
@@ -121,11 +131,15 @@ def keep_earlier(run: Path, count: int) -> None:
             os.replace(last, before)
 
 
+def numbered(run: Path) -> dict[int, Path]:
+    """Files of checkpoints by how many checkpoints ago each was the last."""
+    names = {path: re.fullmatch(r"last(?:-(\d+))?\.pt", path.name) for path in (run / LAST).parent.glob("last*.pt")}
+    return {int(match[1] or 0): path for path, match in names.items() if match}
+
+
 def present(run: Path) -> list[Path]:
     """Files of checkpoints, the newest first."""
-    numbers = {path: re.fullmatch(r"last(?:-(\d+))?\.pt", path.name) for path in (run / LAST).parent.glob("last*.pt")}
-    found = [(int(match[1] or 0), path) for path, match in numbers.items() if match]
-    return [path for _, path in sorted(found)]
+    return [path for _, path in sorted(numbered(run).items())]
 
 
 def load(

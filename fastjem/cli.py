@@ -2,14 +2,13 @@
 
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastjem.arguments import outcome, run
 from fastjem.errors import UserError
-from fastjem.printing import say
+from fastjem.printing import open_streams, say
 
 
 class Command(NamedTuple):
@@ -93,8 +92,7 @@ def call(name: str, words: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     name, *words = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
-    if sys.stdout is None:  # closed by the caller (`>&-`)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    open_streams()
     if name in COMMANDS:
         return outcome(name, lambda: call(name, words))
     return outcome("", lambda: about(name))

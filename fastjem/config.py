@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -194,8 +195,13 @@ def _check_numbers(config: Config) -> None:
 
 
 def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:
-    """`config.yaml`: the configuration, how pixels become numbers in this run, and how tokens become an embedding."""
+    """`config.yaml`: the configuration, how pixels become numbers in this run, and how tokens become an embedding.
+
+    `data_at` is where a relative `data` leads to from here: a run may be gone on with from another folder.
+    """
     values = {**dataclasses.asdict(config), "pixels": pixels.to_dict(), "pool": pool}
+    if config.data is not None:
+        values["data_at"] = os.path.abspath(config.data)
     try:
         # JSON is YAML; a run must not need a YAML library to start
         checkpoints.write_atomically(out / FILE, (json.dumps(values, indent=2) + "\n").encode())
@@ -244,10 +250,20 @@ def read_options(out: Path) -> tuple[Config, dict[str, Any]]:
     with reading.named(path):
         values = fields.conformed(Config, {name: given[name] for name in known if name in given})
         values["backbone"] = encoders.architecture(values["backbone"])  # earlier versions took a tag and ignored it
+        values["data"] = _found_again(values["data"], given.get("data_at"))
         config = Config(**values)
         _check_numbers(config)
         _check_choices(config)
     return config, given
+
+
+def _found_again(data: str | None, data_at: object) -> str | None:
+    """The run's data; `data_at` where `data` is relative and nothing is there from the present folder."""
+    if not isinstance(data_at, str | None):
+        raise UserError(f"data_at must be text, got {fields.came(data_at)}")
+    if data is None or data_at is None or os.path.exists(data) or not os.path.exists(data_at):
+        return data
+    return data_at
 
 
 def check_resumed(config: Config, before: Config) -> None:

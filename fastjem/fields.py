@@ -87,7 +87,11 @@ class _Refused(ValueError):
 def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:
     """What stands for a value of another type: a path for its text, a square for its side, a device for its name."""
     if metadata.get("path") and isinstance(value, os.PathLike):
-        return os.fsdecode(value)
+        value = os.fsdecode(value)
+    if metadata.get("path") and isinstance(value, str):
+        if "\0" in value:  # the system takes a path to end there, and Python raises
+            raise _Refused(f"must be a path, got {came(value)}")
+        return value
     if metadata.get("square") and isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2 or value[0] != value[1]:
             raise _Refused(f"must be one number, as images are square, got {came(value)}")
@@ -130,7 +134,8 @@ def _as_any(hints: Sequence[Any], value: Any) -> Any:
         try:
             return _as(hint, value)
         except _Refused as error:
-            refused = error
+            # What isn't one of some words may be meant for another of the annotations: all of them are said.
+            refused = refused if typing.get_origin(hint) is typing.Literal else error
         except (TypeError, ValueError, OverflowError):
             continue
     raise refused or TypeError

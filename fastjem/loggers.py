@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fastjem.checkpoints import Metrics
 from fastjem.errors import UserError
-from fastjem.printing import printable, say
+from fastjem.printing import is_terminal, printable, say
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TerminalLogger:
     def begin(self, run: LoggedRun) -> None:
         self.run = run
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -108,7 +108,7 @@ class TerminalLogger:
             self.bar.update(self.task, completed=step, text=text)
         elif step % (self.run.log_every * 10) == 0 or step == self.run.steps:
             minutes = (self.run.steps - step) * self.run.images_per_step / rate / 60
-            print(f"step {step}/{self.run.steps}  {text}  {minutes:.1f} min left", file=sys.stderr, flush=True)
+            say(f"step {step}/{self.run.steps}  {text}  {minutes:.1f} min left")
 
     def close(self) -> None:
         if self.bar:

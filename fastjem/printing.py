@@ -5,6 +5,7 @@ terminal, set its title or forge a line of ours, and bytes that are no text can'
 """
 
 import contextlib
+import io
 import os
 import sys
 from typing import TextIO
@@ -42,6 +43,31 @@ def say(text: object, file: TextIO | None = None) -> None:
         print(printable(text, stream), file=stream, flush=True)
     except BrokenPipeError:
         forget_reader(stream)
+    except OSError:
+        # Notices go to stderr: a full disk behind it, or a terminal that has gone, ends no run. What somebody asked for
+        # goes to stdout, and is an error.
+        if stream is not sys.stderr:
+            raise
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether it is one; a program may have no streams, a closed one, or an object of a notebook's in its place."""
+    try:
+        return stream is not None and stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def open_streams() -> None:
+    """For a program's start: streams that its caller has closed (`>&-`) lead to nowhere, and a character that a
+    terminal's encoding lacks shows as an escape in tables and help texts, too.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def forget_reader(stream: TextIO) -> None:

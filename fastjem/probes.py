@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastjem.advice import advice
 from fastjem.data.pixels import Pixels, whole_images
-from fastjem.data.sharing import share
+from fastjem.data.sharing import check_semaphores, share
 from fastjem.data.source import Source
 from fastjem.errors import ResourceError, UserError
 from fastjem.functional.decompositions import eigenvalues
@@ -115,8 +115,9 @@ def features(
 def _read(loader: DataLoader) -> Iterator[Any]:
     """The loader's batches; UserError where one of its processes has died."""
     try:
+        check_semaphores(loader.num_workers)
         yield from loader
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         line = advice(error)
         if line is None:
             raise

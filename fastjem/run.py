@@ -19,6 +19,7 @@ from fastjem.data import shapes
 from fastjem.data.batch import Batch, Crops, finish
 from fastjem.data.source import Source
 from fastjem.errors import DivergedError, ResourceError, ToldElsewhereError, UserError
+from fastjem.fields import came
 from fastjem.folder import Folder
 from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
@@ -82,9 +83,9 @@ def pretrain(
         fields["backbone"] = encoder
         encoder = None
     objects = Objects(encoder, method, source, optimizer)
-    wrong = [logger for logger in loggers if not isinstance(logger, Logger)]
+    wrong = [one for one in loggers if not isinstance(one, Logger)] if isinstance(loggers, Sequence) else [loggers]
     if wrong:
-        raise UserError(f"loggers must have begin, log and close (fastjem.loggers.Logger), got {wrong[0]!r}")
+        raise UserError(f"loggers must have begin, log and close (fastjem.loggers.Logger), got {came(wrong[0])}")
     if config is None:
         config = configuration.from_fields(fields)
     elif fields:

@@ -1,5 +1,6 @@
 """What of a run reaches the disk: checkpoints, at a step's end and finite, and the encoder at the end."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -98,8 +99,21 @@ class Saver:
         return DivergedError(
             f"step {done}: the run is collapsing: {loss}the weights are not finite any more. The checkpoint of step "
             f"{saved} is the last good one: --resume --out {self.training.out} --learning-rate RATE goes on from it "
-            f"with a smaller rate than {self.training.rate:g}; --clip 1 may help, too"
+            f"with a smaller rate than {self.training.rate:g}; --clip 1 may help, too{self._further_back()}"
         )
+
+    def _further_back(self) -> str:
+        """What to do where a run goes on from weights that are finite, and too large to be trained any more."""
+        training = self.training
+        if not training.resumed or self.saved != training.start:
+            return ""
+        last, *others = checkpoints.present(training.out) or [training.out]
+        for path in others:
+            with contextlib.suppress(UserError):
+                step = checkpoints.read(path, mmap=True)["step"]
+                if step < training.start:
+                    return f". If it ends here again: without {last} the run goes on from {path.name}, of step {step}"
+        return ""
 
 
 def finite_ones(tensors: Iterable[Tensor], *, nan_only: bool = False) -> list[bool]:

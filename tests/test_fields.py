@@ -23,6 +23,7 @@ class Options:
     blur: bool | None = None
     device: str = field(default="auto", metadata={"device": True})
     kind: Literal["a", "b"] = "a"
+    switch: bool | Literal["auto"] = False
     given: dict[str, bool | int | float | str | list[float]] = field(default_factory=dict)
     runs: list[str] = field(default_factory=list)
     pair: tuple[float, float] = (0.0, 1.0)
@@ -75,6 +76,10 @@ def test_what_is_as_good_becomes_what_is_said(name: str, given: Any, expected: A
     ("name", "given", "says"),
     [
         ("size", "16", "size must be an integer, got str '16'"),
+        ("switch", "yes", "switch must be True or False or one of auto, got str 'yes'"),
+        ("switch", 1, "switch must be True or False or one of auto, got int 1"),
+        ("out", "a\0b", r"out must be a path, got str 'a\x00b'"),
+        ("data", Path("a\0b"), "data must be a path"),
         ("size", True, "size must be an integer, got bool True"),
         ("size", np.bool_(True), "size must be an integer, got bool"),
         ("size", torch.tensor(True), "size must be an integer, got Tensor"),

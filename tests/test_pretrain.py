@@ -317,6 +317,7 @@ class Masked(SimCLR):
         ({"source": {}, "data": "photos"}, "data or source, got both"),
         ({"method": Masked}, "masked patches need a vision transformer"),
         ({"loggers": [print]}, "loggers must have begin, log and close"),
+        ({"loggers": None}, "loggers must have begin, log and close"),
     ],
 )
 def test_objects_that_are_none(own: dict, words: str, images: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastjem.printing import printable, say
+from fastjem.printing import is_terminal, printable, say
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,40 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "end\n")
+
+
+class Full(io.TextIOWrapper):
+    """A file on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, os.strerror(28))
+
+
+def test_a_notice_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Full(io.BytesIO())
+    monkeypatch.setattr(sys, "stderr", full)
+    say("step 10")
+    monkeypatch.setattr(sys, "stdout", full)
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(OSError, match="No space"):
+        say("what was asked for", sys.stdout)
+    say("step 20")
+    assert not is_terminal(None) and not is_terminal(full)
+
+
+def test_streams_that_are_closed_or_poor_end_no_command() -> None:
+    code = (
+        "import sys; from fastjem.printing import is_terminal, open_streams, say\n"
+        "if sys.argv[1:]: sys.stdout = sys.stderr = None\n"
+        "open_streams(); print('\\u2026'); print('\\u2026', file=sys.stderr); assert not is_terminal(sys.stderr)"
+    )
+    poor = {"PYTHONIOENCODING": "ascii:strict"}
+    for more in ([], ["closed"]):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *more],
+            capture_output=True,
+            timeout=60,
+            env=poor,
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.split() == ([] if more else [b"\\u2026"])

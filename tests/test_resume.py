@@ -161,3 +161,16 @@ def test_an_epoch_is_whole_steps_of_accumulated_batches() -> None:
     assert epochs == [0] * 6 + [1] * 6  # 7 batches make two steps of three, and the seventh belongs to no epoch
     few = Order(samples=2, batch=1, accumulate=3, stop=6)
     assert [keys[0][0] for keys in few] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_run_begun_with_a_relative_folder_goes_on_from_anywhere(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(images).parent)
+    run = tmp_path / "run"
+    fastjem.pretrain(out=run, data=Path(images).name, max_steps=1, **TINY)
+    monkeypatch.chdir(tmp_path)
+    assert configuration.read(run)[0].data == images
+    assert fastjem.pretrain(out=run, resume=True, max_steps=2).finished
+    (tmp_path / Path(images).name).mkdir()  # what is called so from here goes first: a project may have moved
+    assert configuration.read(run)[0].data == images  # the resumed run has written where its images are

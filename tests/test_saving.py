@@ -133,8 +133,11 @@ def test_earlier_checkpoints_move_on_and_a_failed_one_moves_nothing(
             assert "step" in (checkpoints.save(tmp_path, state_of(step)) or "")
     found = [checkpoints.read(checkpoints.earlier(tmp_path, i))["step"] for i in range(3)]
     assert found == [5, 5, 4] and not list(tmp_path.rglob("*.part"))
-    checkpoints.keep_earlier(tmp_path, 1)
     checkpoints.save(tmp_path, state_of(8))
+    checkpoints.keep_earlier(tmp_path, 2**62)  # of any number of them only those that are there are looked at
+    assert len(checkpoints.present(tmp_path)) == 4
+    checkpoints.keep_earlier(tmp_path, 1)
+    checkpoints.save(tmp_path, state_of(9))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.pt"]
     assert checkpoints.load(tmp_path / "nowhere") is None
 
@@ -163,6 +166,21 @@ def test_a_temporary_file_is_a_writers_own_and_no_link_is_followed(tmp_path: Pat
         part.write_bytes(b"")
     checkpoints.clean(tmp_path)
     assert not any(part.exists() for part in stale) and foreign.exists()
+
+
+def test_a_device_or_a_pipe_keeps_its_place(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    pipe, null, out = (tmp_path / name for name in ("pipe", "null", "stdout"))
+    os.mkfifo(pipe)
+    null.symlink_to(os.devnull)
+    out.symlink_to(f"/proc/self/fd/{write}")
+    for path in (pipe, null, out, Path(os.devnull)):
+        before = os.lstat(path)
+        with pytest.raises(OSError, match="no place for a file"):
+            checkpoints.write_atomically(path, b"figures")
+        assert os.path.samestat(os.lstat(path), before)
+    os.close(read)
+    os.close(write)
 
 
 def test_rows_of_a_damaged_file_are_left_out(tmp_path: Path) -> None:
@@ -227,6 +245,24 @@ def test_a_giant_rate_ends_in_words(images: str, tmp_path: Path, capsys: pytest.
         main(["pretrain", "--resume", "--out", str(tmp_path / "run"), *["--learning-rate", "0.1", "--max-steps", "1"]])
         == 0
     )
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_figure_beyond_float32_is_refused(name: str, images: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="more than float32 holds"):
+        fastjem.pretrain(out=tmp_path / "run", data=images, **TINY, **{name: 1e300})
+    assert not (tmp_path / "run").exists()
+
+
+def test_finite_weights_that_cannot_be_trained_leave_the_way_to_those_before(images: str, tmp_path: Path) -> None:
+    fields = {**TINY, "out": tmp_path, "max_steps": 6}
+    with pytest.raises(DivergedError):
+        fastjem.pretrain(data=images, learning_rate=1e30, checkpoint_steps=1, **fields)
+    assert checkpoints.load(tmp_path)["step"] == 1  # type: ignore[index]
+    with pytest.raises(DivergedError, match=r"without .*last.pt the run goes on from last-1.pt, of step 0"):
+        fastjem.pretrain(resume=True, learning_rate=0.1, **fields)
+    (tmp_path / checkpoints.LAST).unlink()
+    assert fastjem.pretrain(resume=True, learning_rate=0.1, **fields).finished
 
 
 class Breaks(SimCLR):

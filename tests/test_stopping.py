@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from fastjem.advice import (
     advice,
 )
 from fastjem.cli import main
+from fastjem.commands.check_data import CheckDataOptions, check_data
 from fastjem.data.loaders import LOADERS, Budget, Order
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import open_source
@@ -130,6 +132,25 @@ def test_a_batch_that_doesnt_fit_shared_memory_is_an_error(tmp_path: Path, monke
     assert not multiprocessing.active_children()
     with pytest.raises(ResourceError, match="/dev/shm"):
         features(lambda x: [x.flatten(1)], source, Pixels(16), workers=1)
+
+
+def test_no_room_for_semaphores_is_a_want_of_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's error names no file: it looks like a full disk."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    # The real one is written in C: the error comes out of the module that calls it.
+    namespace = {"__name__": "multiprocessing.synchronize", "os": os}
+    monkeypatch.setattr("_multiprocessing.SemLock", types.FunctionType(refuse.__code__, namespace))
+    source = open_source(make_folder(tmp_path, 80))
+    order = Order(samples=8, batch=4, stop=2)
+    with pytest.raises(OSError) as caught:
+        iter(LOADERS["torch"](source, Views(large=2).specs(16), order, Budget(workers=1)))
+    assert advice(caught.value) == SHARED_MEMORY
+    with pytest.raises(ResourceError, match="/dev/shm"):
+        features(lambda x: [x.flatten(1)], source, Pixels(16), workers=1)
+    assert check_data(CheckDataOptions(str(tmp_path), workers=2))["files"] == 80  # in one process
 
 
 PROGRAM = """

@@ -22,7 +22,7 @@ from fastjem.data.picture import to_image
 from fastjem.data.source import Levelled, Source, open_source, path_of, reason, rule_of
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
-from fastjem.printing import printable, say
+from fastjem.printing import is_terminal, printable, say
 
 MEASURED = 256  # files whose crops are timed; decoding is timed on all
 
@@ -138,19 +138,23 @@ def scan(source: Source, image_size: int, workers: int) -> list[File]:
     crops = [image_size if i % every == 0 else 0 for i in images]
     if workers <= 1 or len(source) < 64:  # starting processes takes longer
         return [examine(source, i, crop) for i, crop in zip(images, crops, strict=True)]
+    try:
+        pool = concurrent.futures.ProcessPoolExecutor(workers, initializer=_give, initargs=(source,))
+    except (OSError, NotImplementedError):  # no room for semaphores in /dev/shm: this process does all
+        return scan(source, image_size, 1)
     files = []
     shown_at = time.monotonic()
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=_give, initargs=(source,)) as pool:
+    with pool:
         try:
             for file in pool.map(_examine_given, images, crops, chunksize=32):
                 files.append(file)
-                if sys.stderr.isatty() and time.monotonic() - shown_at > 1:
+                if is_terminal(sys.stderr) and time.monotonic() - shown_at > 1:
                     shown_at = time.monotonic()
                     print(f"\r{len(files)} of {len(source)} files", end="", file=sys.stderr, flush=True)
         except BrokenProcessPool:
             near = path_of(source, min(len(files), len(source) - 1))
             raise UserError(f"a decoder ended its process at {near} or one of the files behind it") from None
-    if sys.stderr.isatty():
+    if is_terminal(sys.stderr):
         print("\r\x1b[K", end="", file=sys.stderr)
     return files
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from fastjem.arguments import Parser
 from fastjem.methods import METHODS, Method, options_of
+from fastjem.printing import is_terminal
 
 COLUMNS = ("method", "family", "what prevents the trivial solution", "needs", "options with defaults", "paper")
 
@@ -30,6 +31,6 @@ def main(argv: Sequence[str]) -> int:
         about = method.about
         options = " ".join(f"{option}={default}" for option, default in options_of(method).items())
         table.add_row(name, about.family, about.prevents_collapse, needs(method), options, about.paper)
-    console = Console() if sys.stdout.isatty() else Console(width=160)  # a pipe is no terminal of 80 columns
+    console = Console() if is_terminal(sys.stdout) else Console(width=160)  # a pipe is no terminal of 80 columns
     console.print(table)
     return 0

@@ -7,13 +7,14 @@ class, so that pixels compared with pixels find little more than chance.
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from fastjem.printing import say
 
 SIZE = 64
 COUNTS = {"train": 4000, "test": 1000}
@@ -141,7 +142,7 @@ def folder() -> Path:
     done = cache / f"shapes-{key}"
     if done.is_dir():
         return done
-    print(f"fastjem: making the embedded data set in {done}", file=sys.stderr, flush=True)
+    say(f"fastjem: making the embedded data set in {done}")
     cache.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{done.name}-", dir=cache))
     try:

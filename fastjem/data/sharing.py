@@ -1,5 +1,6 @@
 """Batches from a loader's worker to the main process."""
 
+import multiprocessing
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -16,3 +17,12 @@ def share(tensors: Iterable[Tensor]) -> None:
         return
     for tensor in tensors:
         tensor.share_memory_()
+
+
+def check_semaphores(workers: int) -> None:
+    """OSError where the queues to so many workers can't be made, as /dev/shm is full, missing or read-only.
+
+    A DataLoader that finds that out by itself is left half made, and prints a trace when Python throws it away.
+    """
+    held = [multiprocessing.Lock() for _ in range(4 * min(workers, 1000) + 8 if workers else 0)]
+    held.clear()

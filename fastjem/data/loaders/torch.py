@@ -15,7 +15,7 @@ from fastjem.data.batch import Crops
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import Picture
-from fastjem.data.sharing import share
+from fastjem.data.sharing import check_semaphores, share
 from fastjem.data.source import NoneReadable, Read, Source, decode, read_or_next
 from fastjem.data.views import ViewSpec
 
@@ -104,6 +104,7 @@ class TorchLoader:
 
     def __iter__(self) -> Iterator[Crops]:
         """The workers start at once, and are gone when the iteration is, a stuck one too."""
+        check_semaphores(self.loader.num_workers)
         others = set(active_children())
         batches = iter(self.loader)
         return _checked(batches, set(active_children()) - others)
