@@ -121,8 +121,8 @@ def _check_sources(op: str, groups: list[list[tuple[_Block, int]]], sources: lis
 
 
 def _none_meets(a: list[tuple[_Block, int]], b: list[tuple[_Block, int]]) -> bool:
-    units = [np.concatenate([block.units() for block, _ in blocks]) for blocks in (a, b)]
-    return not np.isin(*units).any()
+    units_of_a, units_of_b = (np.concatenate([block.units() for block, _ in blocks]) for blocks in (a, b))
+    return not np.isin(units_of_a, units_of_b).any()
 
 
 def check_update(
