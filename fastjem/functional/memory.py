@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastjem.functional import checks
+from fastjem.functional.checks import PLAIN
 
-PLAIN = {Tensor, nn.Parameter}  # what has an address; others are made of such, or of nothing (fake tensors)
 _dtype = operator.attrgetter("dtype")
 
 
@@ -121,8 +121,8 @@ def _check_sources(op: str, groups: list[list[tuple[_Block, int]]], sources: lis
 
 
 def _none_meets(a: list[tuple[_Block, int]], b: list[tuple[_Block, int]]) -> bool:
-    units = [np.concatenate([block.units() for block, _ in blocks]) for blocks in (a, b)]
-    return not np.isin(*units).any()
+    of_a, of_b = (np.concatenate([block.units() for block, _ in blocks]) for blocks in (a, b))
+    return not np.isin(of_a, of_b).any()
 
 
 def check_update(
