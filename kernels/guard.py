@@ -47,15 +47,18 @@ def holds_its_memory(x: Tensor) -> bool:
     """Whether the storage of x is as large as its shape and strides ask.
 
     `x.untyped_storage().resize_(0)` frees the memory of a tensor that is still there, as FSDP does with parameters
-    outside of forward. About 0.3 us, in the order in which most tensors are done soonest.
+    outside of forward. About 0.5 us, in the order in which most tensors are done soonest.
     """
     try:
         held = x.untyped_storage().nbytes()
     except NotImplementedError:  # a tensor around another one, within torch.func.grad or vmap
         return True
     if x.is_contiguous():
-        nothing_is_read = not x.nbytes  # an empty view may begin anywhere
-        return nothing_is_read or x.nbytes + x.storage_offset() * x.itemsize <= held
+        size = x.nbytes
+        begin = x.storage_offset()
+        if not begin or not size:  # an empty view may begin anywhere
+            return not size or size <= held
+        return size + begin * x.itemsize <= held
     last = x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return not x.numel() or (last + 1) * x.itemsize <= held
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastjem.kernels import guard
 from fastjem.kernels.arithmetic import widest_dtype
 
+PLAIN = {Tensor, torch.nn.Parameter}  # what has an address; others are made of such, or of nothing (fake tensors)
+
 
 def fail(op: str, contract: str, came: object) -> NoReturn:
     raise ValueError(f"{op}: {contract}, got {came}")
@@ -33,26 +35,33 @@ def matrices(
     for x in tensors:
         if not isinstance(x, Tensor):
             fail(op, contract, type(x).__name__)
-        if x.dim() != dims or any(length == 0 and i != may_be_empty for i, length in enumerate(x.shape)):
+        # A generator takes longer than all the rest: only where a length is 0 it is made.
+        if x.dim() != dims or (
+            (torch.compiler.is_compiling() or 0 in x.shape)
+            and any(length == 0 and i != may_be_empty for i, length in enumerate(x.shape))
+        ):
             fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
         if not x.is_floating_point():
             fail(op, f"{contract}, floating-point", x.dtype)
         memory(op, x)
-    if same and any(x.shape != tensors[0].shape for x in tensors):
-        fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
+    if same:
+        for x in tensors[1:]:
+            if x.shape != tensors[0].shape:
+                fail(op, contract, " and ".join(str(shape(t)) for t in tensors))
     one_device(op, tensors)
 
 
 def memory(op: str, x: Tensor) -> None:
     """Refuse a tensor whose memory was freed, before torch computes with it: `torch.stack` would crash, for one."""
-    if type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+    if type(x) in PLAIN and not torch.compiler.is_compiling() and not guard.holds_its_memory(x):
         guard.refuse_freed(op, x)
 
 
 def one_device(op: str, tensors: Sequence[Tensor]) -> None:
     device = tensors[0].device
-    if any(x.device != device for x in tensors):
-        fail(op, "tensors must be on one device", " and ".join(str(x.device) for x in tensors))
+    for x in tensors[1:]:
+        if x.device != device:
+            fail(op, "tensors must be on one device", " and ".join(str(x.device) for x in tensors))
 
 
 def number(

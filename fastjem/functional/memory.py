@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastjem.functional import checks
+from fastjem.functional.checks import PLAIN
 
-PLAIN = {Tensor, nn.Parameter}  # what has an address; others are made of such, or of nothing (fake tensors)
 _dtype = operator.attrgetter("dtype")
 
 

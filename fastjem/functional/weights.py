@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastjem.functional import checks
-from fastjem.functional.memory import PLAIN, check_update
+from fastjem.functional.checks import PLAIN
+from fastjem.functional.memory import check_update
 from fastjem.kernels.arithmetic import widest, widest_dtype
 from fastjem.ops.autograd import ops
 
