@@ -86,12 +86,11 @@ class _Refused(ValueError):
 
 def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:
     """What stands for a value of another type: a path for its text, a square for its side, a device for its name."""
-    if metadata.get("path") and isinstance(value, os.PathLike):
-        value = os.fsdecode(value)
-    if metadata.get("path") and isinstance(value, str):
-        if "\0" in value:  # the system takes a path to end there, and Python raises
-            raise _Refused(f"must be a path, got {came(value)}")
-        return value
+    if metadata.get("path") and isinstance(value, (str, os.PathLike)):
+        path = os.fsdecode(value)
+        if "\0" in path:  # the system takes a path to end there, and Python raises
+            raise _Refused(f"must be a path, got {came(path)}")
+        return path
     if metadata.get("square") and isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2 or value[0] != value[1]:
             raise _Refused(f"must be one number, as images are square, got {came(value)}")

@@ -14,6 +14,7 @@ from fastjem.kernels.augment import columns as column
 pytest.importorskip("torchvision")
 from PIL import Image
 
+from fastjem.data import shapes
 from fastjem.data.batch import finish
 from fastjem.data.loaders import Budget, Order
 from fastjem.data.loaders.torch import TorchLoader, crop
@@ -272,3 +273,14 @@ def test_knn() -> None:
     bank = torch.tensor([[1.0, 0.1], [1.0, -0.1], [0.0, 2.0], [0.1, 3.0]])
     found = knn(bank, torch.tensor([0, 0, 1, 1]), torch.tensor([[5.0, 0.2], [0.3, 0.9]]), k=3)
     assert found.tolist() == [0, 1]
+
+
+def test_no_place_for_the_embedded_data_set_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"can't be written \(Not a directory\): XDG_CACHE_HOME"):
+        shapes.folder()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: Path("").expanduser() / Path("~nobody-of-that-name").expanduser())
+    with pytest.raises(UserError, match="can't be written"):
+        shapes.folder()

@@ -1,6 +1,7 @@
 """Waits that would never end, machines that are too small, and ranks that some launcher started."""
 
 import multiprocessing
+import multiprocessing.synchronize  # reads SemLock, which a test replaces
 import os
 import signal
 import socket

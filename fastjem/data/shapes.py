@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastjem.errors import UserError
 from fastjem.printing import say
 
 SIZE = 64
@@ -136,15 +137,28 @@ def folder() -> Path:
     """The folder that holds `train` and `test`, in the cache; made first if it isn't there (seconds).
 
     Its name tells the code that made it, so that a change makes another; it appears whole or not at all.
+
+    Raises:
+        UserError: where it isn't there and nothing can be written.
     """
     key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastjem"
-    done = cache / f"shapes-{key}"
-    if done.is_dir():
-        return done
-    say(f"fastjem: making the embedded data set in {done}")
-    cache.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{done.name}-", dir=cache))
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastjem"
+        done = cache / f"shapes-{key}"
+        if not done.is_dir():
+            say(f"fastjem: making the embedded data set in {done}")
+            _make(done)
+    except (OSError, RuntimeError) as error:  # the latter of an account without a home
+        why = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"no data is named, and the embedded data set can't be written ({why}): XDG_CACHE_HOME says where it may be"
+        ) from None
+    return done
+
+
+def _make(done: Path) -> None:
+    done.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{done.name}-", dir=done.parent))
     try:
         write(part)
         os.chmod(part, 0o755)  # mkdtemp's is for its owner alone
@@ -154,7 +168,6 @@ def folder() -> Path:
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return done
 
 
 def write(root: Path, counts: dict[str, int] = COUNTS) -> None:
