@@ -5,14 +5,31 @@ tensor may outlive its memory, with which torch's own `x + 1` crashes too. So `g
 and SHAPES says of each operator what its arguments must be.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from .augment.columns import COLUMNS
+
+
+_checked_already = False
+
+
+@contextlib.contextmanager
+def checked_already() -> Iterator[None]:
+    """Within it nothing is looked at, as the caller has looked at all of it: twice would take as long as an update of
+    hundreds of small tensors does.
+    """
+    global _checked_already
+    _checked_already = True
+    try:
+        yield
+    finally:
+        _checked_already = False
 
 
 def guarded(name: str, launcher: Callable, on_cpu: bool) -> Callable:
@@ -27,6 +44,8 @@ def guarded(name: str, launcher: Callable, on_cpu: bool) -> Callable:
 
     @functools.wraps(launcher)
     def launch(*args):
+        if _checked_already:
+            return launcher(*args)
         for argument in args:
             if isinstance(argument, Tensor):
                 check_memory(argument)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastjem.kernels import guard
 from fastjem.kernels.arithmetic import widest_dtype
 
+NO_ADDRESS = 2**40  # programs' memory begins far above
 PLAIN = {Tensor, torch.nn.Parameter}  # what has an address; others are made of such, or of nothing (fake tensors)
 
 
@@ -52,8 +53,18 @@ def matrices(
 
 
 def memory(op: str, x: Tensor) -> None:
-    """Refuse a tensor whose memory was freed, before torch computes with it: `torch.stack` would crash, for one."""
-    if type(x) in PLAIN and not torch.compiler.is_compiling() and not guard.holds_its_memory(x):
+    """Refuse a tensor whose memory was freed, before torch computes with it: `torch.stack` would crash, for one.
+
+    Freed memory begins at 0, and a view of it at most as far from there as its offset is. Everything else is looked at
+    once, where an operator is called (`kernels.guard`).
+    """
+    if type(x) not in PLAIN or torch.compiler.is_compiling():
+        return
+    try:
+        begin = x.data_ptr()
+    except RuntimeError:  # a tensor around another one, within torch.func.grad or vmap
+        return
+    if begin < NO_ADDRESS and not guard.holds_its_memory(x):
         guard.refuse_freed(op, x)
 
 

@@ -152,7 +152,9 @@ def check_update(
         return
     contiguous = tuple(map(Tensor.is_contiguous, both))
     strides = () if all(contiguous) else tuple((i, both[i].stride()) for i, dense in enumerate(contiguous) if not dense)
-    _check(op, tuple(map(Tensor.data_ptr, both)), *facts, strides, check_dtypes)
+    storages = [x.untyped_storage() for x in both]
+    ends = tuple([storage.data_ptr() + storage.nbytes() for storage in storages])
+    _check(op, tuple(map(Tensor.data_ptr, both)), ends, *facts, strides, check_dtypes)
     if any(map(Tensor.is_inference, targets)) and not torch.is_inference_mode_enabled():
         checks.fail(op, "outside of inference mode, what is written must be no inference tensor", "one")
 
@@ -181,6 +183,7 @@ def _check_pairs(
 def _check(
     op: str,
     addresses: tuple[int, ...],
+    ends: tuple[int, ...],  # of the storages, as addresses
     sizes: tuple[torch.Size, ...],
     dtypes: tuple[torch.dtype, ...],
     devices: tuple,  # the first one's type, and of each its number, -1 on the host
@@ -196,7 +199,7 @@ def _check(
         for i, (address, size, dtype) in enumerate(zip(addresses, sizes, dtypes, strict=True))
     ]
     for i, block in enumerate(blocks):
-        if block is not None and not block.begin:
+        if block is not None and (not block.begin or block.end > ends[i]):
             checks.fail(op, "a tensor's storage must hold its elements", f"a freed one at {i % (len(blocks) // 2)}")
     count = len(blocks) // 2
     _check_memory(op, blocks[:count], blocks[count:])

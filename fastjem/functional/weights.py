@@ -8,6 +8,7 @@ from torch import Tensor
 from fastjem.functional import checks
 from fastjem.functional.checks import PLAIN
 from fastjem.functional.memory import check_update
+from fastjem.kernels import guard
 from fastjem.kernels.arithmetic import widest, widest_dtype
 from fastjem.ops.autograd import ops
 
@@ -47,9 +48,12 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
         teacher, student = _local(op, teacher, student)
     check_update(op, teacher, student, _check_dtypes)
     weight = _momentum(op, momentum, teacher[0])
-    if not compiling:  # the compiler sees from the operator's schema what is written
-        torch.autograd.graph.increment_version(written)
-    ops.ema_update_(teacher, student, weight)
+    if compiling:  # the compiler sees from the operator's schema what is written
+        ops.ema_update_(teacher, student, weight)
+        return
+    torch.autograd.graph.increment_version(written)
+    with guard.checked_already():
+        ops.ema_update_(teacher, student, weight)
 
 
 def _check_dtypes(op: str, teacher: torch.dtype, student: torch.dtype, i: int) -> None:
