@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .augment.columns import COLUMNS
 
-
 _checked_already = False
 
 

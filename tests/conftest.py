@@ -127,6 +127,15 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny tensors: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """torch.empty gives NaN, so that an element which a kernel doesn't write can't pass."""

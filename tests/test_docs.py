@@ -2,11 +2,9 @@
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from images import make_folder
 
 from fastjem.cli import main
@@ -24,14 +22,6 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_example(code):
     exec(compile(code, "README.md", "exec"), {})
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/getting-started-*.md")), ids=lambda page: page.stem)

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,15 +21,7 @@ from fastjem.nn.parts import MLP, Prototypes, Queue, unit_keys
 from fastjem.optim import Schedule, build, parameter_groups, scaled
 from fastjem.step import Step
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {
     "simclr": {"hidden": 16, "dim": 8},

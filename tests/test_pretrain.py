@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -36,6 +35,8 @@ from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import SimCLR  # noqa: E402
 from fastjem.runs import open_run  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {
     "backbone": "test_resnet",
     "image_size": 32,
@@ -46,14 +47,6 @@ TINY = {
     "report": False,
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,15 +33,9 @@ from fastjem.methods import METHODS, views_of  # noqa: E402
 from fastjem.report import charts, page, pictures, views, watch  # noqa: E402
 from fastjem.report.run import Embeddings, Run, read  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A resumed run knows its own options and its own images, and says what can't change."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,12 @@ from fastjem.data.source import open_source  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import SimCLR  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1,
     "knn_every": 0, "report": False,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from fastjem.methods import SimCLR  # noqa: E402
 from fastjem.runs import open_run  # noqa: E402
 from fastjem.step import StepEnd  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1,
     "knn_every": 0, "report": False,
@@ -35,14 +37,6 @@ TINY_LINE = [
     *("--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16", "--workers", "0", "--device", "cpu"),
     *("--knn-every", "0", "--no-report"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
