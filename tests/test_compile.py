@@ -57,7 +57,11 @@ def _same_at(sizes: tuple[int, ...], name: str, differentiates: bool) -> int:
     for size in sizes:
         torch.manual_seed(size)
         inputs = case.make(size)
-        torch.testing.assert_close(_run(compiled, inputs), _run(eager, inputs), rtol=1e-4, atol=1e-6)
+        for ours, expected in zip(_run(compiled, inputs), _run(eager, inputs), strict=True):
+            # A compiled temperature is a tensor and goes into the rows, so sums round otherwise: 20 units in the last
+            # place of the largest element, as gradients are sums of terms that cancel.
+            largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=max(20 * 1.2e-7 * largest, 1e-6))
     return counter.graphs
 
 

@@ -26,7 +26,11 @@ struct TwoParts {
 template <class W>
 struct Scale : TwoParts<W> {
   using TwoParts<W>::TwoParts;
-  FASTJEM_INLINE W operator()(W x) const { return x * this->high + not_minus_infinity(x) * this->low; }
+  FASTJEM_INLINE W operator()(W x) const {
+    const W product = x * this->high;  // first, as GCC fuses the sum with the first product: this one's digits count
+    const W low = not_minus_infinity(x) * this->low;
+    return product + low;
+  }
 };
 
 // What is added to each prototype's logits, in one part or in two.
@@ -51,9 +55,10 @@ static FASTJEM_INLINE W without_infinities(W x) {
 template <Biased biased, Infinite infinite = Infinite::minus, class T, class W>
 static FASTJEM_INLINE W biased_logit(const T* x, Scale<W> scale, Bias<W> bias, int64_t j) {
   const W v = widen(x[j]);
+  const W product = v * scale.high;  // first, as in `Scale`
   const W low = without_infinities<infinite>(v) * scale.low;
-  if (biased == Biased::no) return v * scale.high + low;
-  const W high = v * scale.high + bias.high[j];
+  if (biased == Biased::no) return product + low;
+  const W high = product + bias.high[j];
   return biased == Biased::one_part ? high + low : high + (low + bias.low[j]);
 }
 
