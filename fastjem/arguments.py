@@ -25,6 +25,7 @@ from fastjem.errors import ResourceError, ToldElsewhereError, UserError
 from fastjem.fields import conformed
 from fastjem.launchers import speaks
 from fastjem.printing import forget_reader, say
+from fastjem.reading import why_not
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -157,7 +158,7 @@ def outcome(command: str, work: Callable[[], int]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         forget_reader(cast(TextIO, sys.stdout))  # or Python says once more, as it ends, that nothing can be written
-        say(f"{program}: the output can't be written: {error.strerror}")
+        say(f"{program}: the output can't be written: {why_not(error)}")
         return 1
     except Exception as error:
         line = advice(error)

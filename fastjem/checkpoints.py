@@ -20,6 +20,7 @@ import torch
 
 from fastjem import printing
 from fastjem.errors import UserError
+from fastjem.reading import why_not
 
 LAST = "checkpoints/last.pt"
 # What only the run itself writes, and nobody while it holds the lock but itself.
@@ -91,7 +92,7 @@ def save(run: Path, state: dict[str, Any]) -> str | None:
     try:
         write_atomically(run / LAST, buffer.getvalue())
     except OSError as error:
-        return f"the checkpoint at step {state['step']} could not be written ({error.strerror or error})"
+        return f"the checkpoint at step {state['step']} could not be written ({why_not(error)})"
     return None
 
 
@@ -188,7 +189,7 @@ def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             raise UserError(f"{path} is no checkpoint: it is empty")
         open(path, "rb").close()
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}") from None
+        raise UserError(f"{path} can't be read: {why_not(error)}") from None
     try:
         state = contents(path, mmap=mmap)
     except MemoryError:
@@ -243,7 +244,7 @@ class Metrics:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as error:
-            return f"{self.path.name} could not be written ({error.strerror})"
+            return f"{self.path.name} could not be written ({why_not(error)})"
         return None
 
     def close(self) -> None:

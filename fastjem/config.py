@@ -206,7 +206,7 @@ def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:
         # JSON is YAML; a run must not need a YAML library to start
         checkpoints.write_atomically(out / FILE, (json.dumps(values, indent=2) + "\n").encode())
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+        raise UserError(f"--out {out}: {reading.why_not(error)}") from None
 
 
 # What decides which network a run has, and which images: none of it may be guessed when a run is opened again.

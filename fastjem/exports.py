@@ -97,8 +97,7 @@ class Built:
         )
 
     def with_weights(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """The module with the weights, whose shapes are looked at first."""
-        self.must_fit({name: tuple(tensor.shape) for name, tensor in state.items()})
+        """The module with weights of which `must_fit` has seen the shapes."""
         module = self.create()
         try:
             module.load_state_dict(dict(state))

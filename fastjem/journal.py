@@ -7,6 +7,7 @@ from fastjem.build import Training
 from fastjem.errors import UserError
 from fastjem.health import Alarm
 from fastjem.loggers import JSONLLogger, LoggedRun, Logger, TensorBoardLogger, TerminalLogger
+from fastjem.reading import why_not
 
 
 class Journal:
@@ -46,7 +47,7 @@ class Journal:
                 logger.begin(run)
             except OSError as error:
                 name = type(logger).__name__
-                raise UserError(f"{name} can't begin in {run.out}: {error.strerror or error}") from error
+                raise UserError(f"{name} can't begin in {run.out}: {why_not(error)}") from error
             self.loggers.append(logger)
 
     def say(self, text: str | None) -> None:

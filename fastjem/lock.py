@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from fastjem.errors import UserError
+from fastjem.reading import why_not
 
 try:
     import fcntl
@@ -45,7 +46,7 @@ class Lock:
             while not self._taken():
                 pass
         except OSError as error:
-            raise UserError(f"--out {self.folder}: {error.strerror or error}") from None
+            raise UserError(f"--out {self.folder}: {why_not(error)}") from None
         held_here.add(self.key)
 
     def _taken(self) -> bool:

@@ -54,7 +54,9 @@ def open_run(path: str | os.PathLike[str]) -> Opened:
         settings.backbone, settings.image_size, settings.stem, settings.patch_size, pool, pixels.channels
     )
     with reading.named(path):
-        module = built.with_weights(_below("encoder.backbone.", state["model"]))
+        weights = _below("encoder.backbone.", state["model"])
+        built.must_fit({name: tuple(tensor.shape) for name, tensor in weights.items()})
+        module = built.with_weights(weights)
         projector = _projector(settings, module, state["model"])
     return Opened(path, module.eval(), projector, pixels, state["step"], about, settings)
 

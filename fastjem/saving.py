@@ -14,6 +14,7 @@ from fastjem.build import Training
 from fastjem.errors import DivergedError, UserError
 from fastjem.journal import Journal
 from fastjem.prepare import ENCODER
+from fastjem.reading import why_not
 
 
 class Saver:
@@ -142,7 +143,7 @@ def export(training: Training, *, named: bool) -> str | None:
         encoders.save(step.encoder.backbone, str(training.out / ENCODER), about)
     except OSError as error:
         return (
-            f"{ENCODER} could not be written ({error.strerror or error}); "
+            f"{ENCODER} could not be written ({why_not(error)}); "
             f"--resume --out {training.out} writes it once there is room"
         )
     return None

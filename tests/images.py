@@ -1,9 +1,29 @@
 """Small folders of real pixels for tests: pictures of coloured shapes, different enough to be told apart."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+# A run of a few steps of a second; beside it data and out are needed.
+TINY: dict[str, Any] = {
+    "backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1,
+    "knn_every": 0, "report": False,
+}  # fmt: skip
+
+
+class Own:
+    """A source of a user's own, with nothing but what a source must have: the first 32 images of another one."""
+
+    def __init__(self, given: Any):
+        self.given = given
+
+    def __len__(self) -> int:
+        return 32
+
+    def read(self, i: int) -> bytes:
+        return self.given.read(i)
 
 
 def make_folder(root: Path, images: int = 48, classes: int = 3, size: int = 24, seed: int = 0, kind: str = "png"):

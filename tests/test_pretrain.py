@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from images import make_folder
+from images import Own, make_folder
 
 for package in ("timm", "torchvision", "safetensors"):
     pytest.importorskip(package)
@@ -247,16 +247,6 @@ def test_a_module_of_ones_own_and_accumulation(images: str, tmp_path: Path, caps
 def test_objects_in_place_of_names(images: str, tmp_path: Path) -> None:
     """A method, a source, an optimizer and a logger of one's own, and a loss that moves things once a step."""
 
-    class Source:
-        def __init__(self) -> None:
-            self.folder = open_source(images)
-
-        def __len__(self) -> int:
-            return 32
-
-        def read(self, i: int) -> bytes:
-            return self.folder.read(i)
-
     class Mine(SimCLR):
         ends: ClassVar[list[int]] = []
         epochs: ClassVar[list[int]] = []
@@ -277,7 +267,7 @@ def test_objects_in_place_of_names(images: str, tmp_path: Path) -> None:
         def close(self) -> None:
             self.closed = True
 
-    logger, source = Kept(), Source()
+    logger, source = Kept(), Own(open_source(images))
     own = {"method": Mine, "source": source, "optimizer": functools.partial(torch.optim.RMSprop, alpha=0.9)}
     tiny = {**TINY, "batch_size": 8, "accumulate": 2, "epochs": 2}
     result = fastjem.pretrain(**tiny, **own, loggers=[logger], out=str(tmp_path / "a"))

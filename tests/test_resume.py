@@ -1,11 +1,10 @@
 """A resumed run knows its own options and its own images, and says what can't change."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from images import make_folder
+from images import TINY, Own, make_folder
 
 for package in ("timm", "torchvision", "safetensors"):
     pytest.importorskip(package)
@@ -23,11 +22,6 @@ from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import SimCLR  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY: dict[str, Any] = {
-    "backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1,
-    "knn_every": 0, "report": False,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +105,9 @@ def test_objects_of_the_owners_are_asked_for_again(images: str, tmp_path: Path) 
     class Mine(SimCLR):
         pass
 
-    class Source:
-        def __init__(self) -> None:
-            self.folder = open_source(images)
-
-        def __len__(self) -> int:
-            return 32
-
-        def read(self, i: int) -> bytes:
-            return self.folder.read(i)
-
     encoder = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 8))
     tiny = {name: value for name, value in TINY.items() if name != "backbone"}
-    own = {"encoder": encoder, "method": Mine, "source": Source()}
+    own = {"encoder": encoder, "method": Mine, "source": Own(open_source(images))}
     run = str(tmp_path / "run")
     fastjem.pretrain(**tiny, **own, epochs=1, out=run)
     for name in own:

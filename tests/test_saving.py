@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from images import make_folder
+from images import TINY, make_folder
 
 for package in ("timm", "torchvision", "safetensors"):
     pytest.importorskip(package)
@@ -27,11 +27,6 @@ from fastjem.runs import open_run  # noqa: E402
 from fastjem.step import StepEnd  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY: dict[str, Any] = {
-    "backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1,
-    "knn_every": 0, "report": False,
-}  # fmt: skip
 
 TINY_LINE = [
     *("--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16", "--workers", "0", "--device", "cpu"),

@@ -18,6 +18,7 @@ from fastjem.data.views import RECIPES, MaskSpec, Value, Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, views_of
 from fastjem.printing import printable, say
+from fastjem.reading import why_not
 from fastjem.report.run import spread
 from fastjem.report.views import INK, MASKS, Sample, samples, titles
 
@@ -137,7 +138,7 @@ def draw_views(options: ViewsOptions) -> Path:
     try:
         write_atomically(out, file.getvalue())
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+        raise UserError(f"--out {out}: {why_not(error)}") from None
     return out
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastjem.data.files import ENDINGS, read_file
 from fastjem.errors import UserError
+from fastjem.reading import why_not
 
 
 class Folder:
@@ -80,7 +81,7 @@ def list_images(root: str) -> Listed:
     visited = set()
 
     def unlisted(error: OSError) -> None:  # os.walk would leave the folder out without a word
-        listed.unlisted.append((os.fsdecode(error.filename or root), error.strerror or str(error)))
+        listed.unlisted.append((os.fsdecode(error.filename or root), why_not(error)))
 
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=unlisted):
         real = os.path.realpath(folder)
