@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 
 from fastjem import ops
 
@@ -25,6 +26,7 @@ try:
 except ImportError:
     _C = None
 
+functorch_config.error_on_custom_op_aliasing = True  # as PyTorch has it where CI is set, and from 2.12 on
 torch.set_num_threads(2)  # so that the threaded paths run on any machine
 
 

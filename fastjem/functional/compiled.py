@@ -142,9 +142,23 @@ def _run(call: str, inputs: list[Tensor], wanted: list[bool]) -> tuple[list[Tens
         if asked:
             found = torch.autograd.grad(results[0], [leaves[i] for i in asked], allow_unused=True)
             for i, gradient in zip(asked, found, strict=True):
-                gradients[i] = torch.zeros_like(leaves[i]) if gradient is None else gradient.contiguous()
+                gradients[i] = torch.zeros_like(leaves[i]) if gradient is None else gradient
     shaped = _shaped(name, args, options, inputs)
-    return [x.detach().to(dtype).clone() for x, (_, dtype) in zip(results, shaped, strict=True)], gradients
+    values = [x.detach().to(dtype).clone() for x, (_, dtype) in zip(results, shaped, strict=True)]
+    return values, _apart(gradients)
+
+
+def _apart(gradients: list[Tensor]) -> list[Tensor]:
+    """Contiguous, none a part of another's memory: two views' gradients may be halves of one tensor, and a graph may
+    write over what an operator returns."""
+    taken: set[int] = set()
+    apart: list[Tensor] = []
+    for gradient in gradients:
+        address = gradient.untyped_storage().data_ptr()
+        shared = address in taken
+        taken.add(address)
+        apart.append(gradient.clone(memory_format=torch.contiguous_format) if shared else gradient.contiguous())
+    return apart
 
 
 @contextlib.contextmanager
