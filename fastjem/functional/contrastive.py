@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
-from fastjem.functional import checks, few, rings
+from fastjem.functional import checks, quick, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import unit_rows_over_root
@@ -83,8 +83,7 @@ def nt_xent(
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
-    loss = few.of_views("nt_xent", z0, z1, temperature, group)
-    if loss is not None:
+    if group is None and (loss := quick.of_views("nt_xent", z0, z1, temperature)) is not None:
         return loss
     with Agreement("nt_xent", group) as ranks:
         z = _stacked("nt_xent", z0, z1, group)
@@ -117,9 +116,10 @@ def dcl(
         z0, z1, temperature, group: as for `nt_xent`.
         weights: [N] or [V, N], constants; None: ones.
     """
-    loss = few.of_views("dcl", z0, z1, temperature, group, decoupled=True) if weights is None else None
-    if loss is not None:
-        return loss
+    if group is None and weights is None:
+        loss = quick.of_views("dcl", z0, z1, temperature, decoupled=True)
+        if loss is not None:
+            return loss
     with Agreement("dcl", group) as ranks:
         z = _stacked("dcl", z0, z1, group)
         temperature = checks.positive("dcl", "temperature", temperature, z)
@@ -193,9 +193,9 @@ def supcon(
         normalize: False takes rows as they come (the authors' convention: they are of unit length already).
         group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
-    if mask is None and anchors in ("all", "one"):
-        options = {"labels": labels, "normalize": normalize, "one_anchor": anchors == "one"}
-        loss = few.of_views("supcon", z, None, temperature, group, **options)
+    if group is None and mask is None and anchors in ("all", "one"):
+        one_anchor = anchors == "one"
+        loss = quick.of_views("supcon", z, None, temperature, labels=labels, normalize=normalize, one_anchor=one_anchor)
         if loss is not None:
             return loss
     with Agreement("supcon", group) as ranks:
@@ -326,8 +326,7 @@ def info_nce(
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
-    loss = few.info_nce(query, positive, negatives, temperature, label_offset)
-    if loss is not None:
+    if (loss := quick.info_nce(query, positive, negatives, temperature, label_offset)) is not None:
         return loss
     contract = "query and positive must be [N, D] both, negatives [K, D]"
     checks.matrices("info_nce", contract, query, positive)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastjem.functional import checks
+from fastjem.functional import checks, quick
 from fastjem.ops.autograd import one_pass
 
 
@@ -22,6 +22,8 @@ def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
     Raises:
         ValueError: for other shapes or dtypes.
     """
+    if (loss := quick.negative_cosine(p, z, eps)) is not None:
+        return loss
     checks.matrices("negative_cosine", "p and z must be [N, D] both", p, z)
     eps = checks.host_number("negative_cosine", "eps", eps, low=0)
     return one_pass("negative_cosine", checks.common(p, z), eps)
@@ -48,6 +50,8 @@ def regression(
     Raises:
         ValueError: for other shapes or dtypes, a negative beta, or an eps that isn't positive.
     """
+    if (loss := quick.regression(prediction, target, beta, normalize, eps)) is not None:
+        return loss
     contract = "prediction and target must be [..., D] both"
     checks.matrices("regression", contract, prediction, target, dims=max(1, getattr(prediction, "ndim", 1)))
     beta = checks.host_number("regression", "beta", beta, low=0, inclusive=True)
