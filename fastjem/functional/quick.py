@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from fastjem.functional.checks import PLAIN
 from fastjem.kernels.native import Found
 from fastjem.ops.autograd import found
 from fastjem.ops.direct import nothing_watches
@@ -81,7 +82,7 @@ def info_nce(
 
 def _is_number(x: object) -> TypeGuard[Tensor]:
     """A 0-dim tensor that can be read without waiting for a device."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.dim() and x.dtype in _NUMBERS and x.is_cpu
+    return isinstance(x, Tensor) and x.dim() == 0 and x.dtype in _NUMBERS and x.is_cpu and type(x) in PLAIN
 
 
 def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor | None:
