@@ -22,6 +22,9 @@ WEIGHTS_BYTES = 1 << 27  # the weights of a contrastive gradient, a band of rows
 
 CPU_TILE = 1024  # rows and columns of similarities: 4 MiB of float32, the second-level caches of two cores
 CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still make a product worth a call
+# The most that few rows' losses take in one call (contrastive/small.py): their similarities, and those times the width.
+CPU_SMALL_SQUARE = 64 * 64
+CPU_SMALL_PRODUCT = 64 * 64 * 64
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
 

@@ -1,0 +1,192 @@
+#include "tensors.h"
+
+namespace fastjem {
+
+// The part of DLPack's interface that is needed (dlpack.h, version 1), which never changes within a major version.
+struct DlTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct DlExchangeTable {
+  uint32_t major, minor;
+  void* previous;
+  void *allocate, *from_python, *to_python;
+  int (*look)(void* python_object, DlTensor* out);
+  void* stream;
+};
+
+static constexpr int32_t dl_cpu = 1;
+static constexpr uint8_t dl_int = 0, dl_float = 2, dl_bfloat = 4;
+
+// What `learn_tensors` was told; without it no tensor is plain.
+static const DlExchangeTable* table = nullptr;
+static PyTypeObject* tensor_type = nullptr;
+static PyTypeObject* parameter_type = nullptr;
+static PyObject *is_neg, *untyped_storage, *nbytes, *data_ptr;  // names
+
+bool Plain::is_contiguous() const {
+  int64_t expected = 1;
+  for (int i = dims - 1; i >= 0; --i) {
+    if (shape[i] != 1 && strides[i] != expected) return elements == 0;
+    expected *= shape[i];
+  }
+  return true;
+}
+
+bool Plain::has_shape_of(const Plain& other) const {
+  return dims == other.dims && std::equal(shape, shape + dims, other.shape);
+}
+
+static int dtype_of(const DlTensor& x) {
+  if (x.lanes != 1) return -1;
+  if (x.code == dl_float) return x.bits == 32 ? 0 : x.bits == 64 ? 1 : x.bits == 16 ? 3 : -1;
+  if (x.code == dl_bfloat) return x.bits == 16 ? 2 : -1;
+  return x.code == dl_int && x.bits == 64 ? Plain::int64 : -1;
+}
+
+// An integer that a method without arguments returns; -1 where it raised.
+static int64_t integer_of(PyObject* object, PyObject* method) {
+  PyObject* result = PyObject_CallMethodNoArgs(object, method);
+  if (!result) return -1;
+  const int64_t value = PyLong_AsLongLong(result);
+  Py_DECREF(result);
+  return value;
+}
+
+// Where the storage of x begins and how many bytes it has. `x.untyped_storage().resize_(0)` frees the memory of a
+// tensor that is still there, as FSDP does with parameters outside of forward.
+static bool storage_of(PyObject* x, int64_t& begin, int64_t& bytes) {
+  PyObject* storage = PyObject_CallMethodNoArgs(x, untyped_storage);
+  if (!storage) return false;
+  begin = integer_of(storage, data_ptr);
+  bytes = integer_of(storage, nbytes);
+  Py_DECREF(storage);
+  return begin != -1 && bytes != -1;
+}
+
+static bool look(PyObject* x, Plain& plain) {
+  if (!table || (Py_TYPE(x) != tensor_type && Py_TYPE(x) != parameter_type)) return false;
+  DlTensor seen{};
+  if (table->look(x, &seen) != 0 || seen.device_type != dl_cpu) return false;
+  plain.data = static_cast<char*>(seen.data) + seen.byte_offset;
+  plain.dims = seen.ndim;
+  plain.shape = seen.shape;
+  plain.strides = seen.strides;
+  plain.dtype = dtype_of(seen);
+  plain.itemsize = (seen.bits * seen.lanes + 7) / 8;
+  plain.elements = 1;
+  int64_t last = 0;
+  for (int i = 0; i < seen.ndim; ++i) {
+    plain.elements *= seen.shape[i];
+    last += (seen.shape[i] - 1) * seen.strides[i];
+  }
+  // A view of an imaginary part may be waiting for its sign, which the dispatcher would see to.
+  PyObject* negative = PyObject_CallMethodNoArgs(x, is_neg);
+  if (!negative) return false;
+  const bool waits_for_sign = negative != Py_False;
+  Py_DECREF(negative);
+  int64_t begin;
+  int64_t bytes;
+  if (waits_for_sign || !storage_of(x, begin, bytes)) return false;
+  plain.storage_end = reinterpret_cast<const char*>(begin + bytes);
+  if (!plain.elements) return true;
+  return begin != 0 && plain.data + (last + 1) * plain.itemsize <= plain.storage_end;
+}
+
+bool look_at(pybind11::handle x, Plain& plain) {
+  if (look(x.ptr(), plain)) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool look_at_dense(pybind11::handle x, int dims, Plain& plain) {
+  return look_at(x, plain) && plain.dims == dims && plain.is_contiguous();
+}
+
+// Calls f for each element of a list or tuple until it returns false, which is then the result; false for others.
+template <class F>
+static bool all_of(PyObject* sequence, F&& f) {
+  if (!PyList_CheckExact(sequence) && !PyTuple_CheckExact(sequence)) return false;
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!f(PySequence_Fast_GET_ITEM(sequence, i))) return false;
+  }
+  return true;
+}
+
+// Whether all tensors among an operator's arguments, lists of them too, are plain.
+static bool plain(pybind11::handle arguments) {
+  Plain seen;
+  return all_of(arguments.ptr(), [&](PyObject* argument) {
+    if (PyObject_TypeCheck(argument, tensor_type)) return look_at(argument, seen);
+    if (!PyList_CheckExact(argument)) return true;
+    return all_of(argument, [&](PyObject* x) { return !PyObject_TypeCheck(x, tensor_type) || look_at(x, seen); });
+  });
+}
+
+// Whether all are plain and floating-point, not empty, of so many dimensions, and `same`: of one shape.
+static bool plain_matrices(pybind11::handle tensors, int dims, bool same) {
+  Plain first;
+  Plain next;
+  bool is_first = true;
+  return all_of(tensors.ptr(), [&](PyObject* x) {
+    Plain& seen = is_first ? first : next;
+    if (!look_at(x, seen) || seen.dims != dims || !seen.elements || !seen.is_floating()) return false;
+    if (same && !is_first && !next.has_shape_of(first)) return false;
+    is_first = false;
+    return true;
+  });
+}
+
+// What can be known of plain tensors without their elements, as bytes: equal for tensors that are where they were, and
+// as large. None where one isn't plain.
+static pybind11::object facts(pybind11::handle tensors) {
+  std::string bytes;
+  const auto write = [&bytes](int64_t number) { bytes.append(reinterpret_cast<const char*>(&number), sizeof(number)); };
+  Plain seen;
+  const bool all_plain = all_of(tensors.ptr(), [&](PyObject* x) {
+    if (!look_at(x, seen)) return false;
+    write(reinterpret_cast<int64_t>(seen.data));
+    write(reinterpret_cast<int64_t>(seen.storage_end));
+    write(seen.dtype + 256 * seen.itemsize);
+    write(seen.dims);
+    for (int i = 0; i < seen.dims; ++i) {
+      write(seen.shape[i]);
+      write(seen.strides[i]);
+    }
+    return true;
+  });
+  if (!all_plain) return pybind11::none();
+  return pybind11::bytes(bytes);
+}
+
+// torch.Tensor, torch.nn.Parameter and the capsule of the exchange table, or None where torch has none.
+static void learn_tensors(pybind11::handle tensor, pybind11::handle parameter, pybind11::handle capsule) {
+  is_neg = PyUnicode_InternFromString("is_neg");
+  untyped_storage = PyUnicode_InternFromString("untyped_storage");
+  nbytes = PyUnicode_InternFromString("nbytes");
+  data_ptr = PyUnicode_InternFromString("data_ptr");
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  table = nullptr;
+  if (capsule.is_none()) return;
+  const void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (!pointer) throw pybind11::error_already_set();
+  const auto* offered = static_cast<const DlExchangeTable*>(pointer);
+  if (offered->major == 1 && offered->look) table = offered;
+}
+
+void bind_tensors(pybind11::module_& m) {
+  m.def("learn_tensors", &learn_tensors);
+  m.def("plain", &plain);
+  m.def("plain_matrices", &plain_matrices);
+  m.def("facts", &facts);
+}
+
+}  // namespace fastjem
