@@ -35,6 +35,7 @@ FAMILIES = (
     "contrastive",
     "covariance",
     "gaussian",
+    "neighbors",
     "predictive",
     "prototypes",
     "supervised",

@@ -232,6 +232,18 @@ def _nearest_neighbors(query, bank):
     _same_width("nearest_neighbors", "query and bank", query, bank)
 
 
+def _kmeans_step(features, centroids, *_):
+    _same_width("kmeans_step", "features and centroids", features, centroids)
+    if not len(features) or not len(centroids):
+        _fail("kmeans_step", "features and centroids must have rows", f"{_told(features)} and {_told(centroids)}")
+
+
+def _nearest_k(query, bank, k):
+    _same_width("nearest_k", "query and bank", query, bank)
+    if not len(query) or not len(bank) or k < 1:
+        _fail("nearest_k", "query and bank must have rows, k be positive", f"{_told(query)}, {_told(bank)} and {k}")
+
+
 def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _alike(op, "scores", scores)
     _expect(op, "bias", bias, (scores.shape[1],))
@@ -303,6 +315,8 @@ SHAPES: dict[str, Callable[..., None]] = {
     "clip_loss_backward": _clip_loss_backward,
     "siglip_loss": _siglip_loss,
     "nearest_neighbors": _nearest_neighbors,
+    "kmeans_step": _kmeans_step,
+    "nearest_k": _nearest_k,
     "sinkhorn_step": _sinkhorn_step,
     "sinkhorn_bias": _sinkhorn_bias,
     "sinkhorn": _sinkhorn,

@@ -158,6 +158,19 @@ def similarity_sigmoid(dtype: torch.dtype) -> dict:
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
 
 
+# neighbors ------------------------------------------------------------------------------------------------------------
+
+
+def kmeans_assign(width: int, dtype: torch.dtype) -> dict:
+    """Each row's nearest centroid: the largest of a row's products, of two in half precision."""
+    return similarity_sums(width, dtype)
+
+
+def kmeans_sums(width: int) -> dict:
+    """32 rows of 128 columns in flight: whole sectors of a gathered row in any dtype."""
+    return {"ROWS": 32, "BLOCK": min(128, _block(width)), "num_warps": 4}
+
+
 # covariance -----------------------------------------------------------------------------------------------------------
 
 

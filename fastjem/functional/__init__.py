@@ -8,6 +8,7 @@ from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbor
 from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
 from fastjem.functional.image_text import clip_loss, siglip_loss
+from fastjem.functional.neighbors import Clusters, kmeans, knn_votes, nearest_rows
 from fastjem.functional.predictive import negative_cosine, regression
 from fastjem.functional.prototypes import (
     TeacherStatistics,
@@ -21,6 +22,7 @@ from fastjem.functional.supervised import cross_entropy
 from fastjem.functional.weights import ema_update_
 
 __all__ = [
+    "Clusters",
     "Health",
     "TeacherStatistics",
     "augment",
@@ -34,11 +36,14 @@ __all__ = [
     "emp_ssl",
     "frossl",
     "info_nce",
+    "kmeans",
+    "knn_votes",
     "koleo",
     "lejepa",
     "mean_entropy",
     "mmcr",
     "nearest_neighbors",
+    "nearest_rows",
     "negative_cosine",
     "nt_xent",
     "prototype_cross_entropy",
