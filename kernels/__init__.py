@@ -35,6 +35,7 @@ FAMILIES = (
     "contrastive",
     "covariance",
     "gaussian",
+    "gram",
     "neighbors",
     "predictive",
     "prototypes",

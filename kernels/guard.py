@@ -244,6 +244,10 @@ def _nearest_k(query, bank, k):
         _fail("nearest_k", "query and bank must have rows, k be positive", f"{_told(query)}, {_told(bank)} and {k}")
 
 
+def _gram_loss(student, teacher, *_):
+    _alike("gram_loss", "student and teacher", student, teacher, dims=3, rows=True)
+
+
 def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _alike(op, "scores", scores)
     _expect(op, "bias", bias, (scores.shape[1],))
@@ -317,6 +321,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "nearest_neighbors": _nearest_neighbors,
     "kmeans_step": _kmeans_step,
     "nearest_k": _nearest_k,
+    "gram_loss": _gram_loss,
     "sinkhorn_step": _sinkhorn_step,
     "sinkhorn_bias": _sinkhorn_bias,
     "sinkhorn": _sinkhorn,

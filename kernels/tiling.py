@@ -25,6 +25,16 @@ CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still 
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
 
+GRAM_ROWS = 256  # of a Gram matrix at a time: that of 14 x 14 patches is one tile
+GRAM_TILE = 1 << 19  # its elements: 2 MiB of float32 a tile, of which there are three at the most
+
+
+def gram(groups: int, patches: int) -> tuple[int, int]:
+    """Rows of a tile, and of how many images at once."""
+    rows = min(patches, GRAM_ROWS)
+    return rows, min(groups, max(1, GRAM_TILE // (rows * patches)))
+
+
 # Shared ---------------------------------------------------------------------------------------------------------------
 
 WARP = 32

@@ -7,6 +7,7 @@ from fastjem.functional.augment import augment, crop_resize
 from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nt_xent, supcon
 from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
+from fastjem.functional.gram import gram_loss
 from fastjem.functional.image_text import clip_loss, siglip_loss
 from fastjem.functional.neighbors import Clusters, kmeans, knn_votes, nearest_rows
 from fastjem.functional.predictive import negative_cosine, regression
@@ -35,6 +36,7 @@ __all__ = [
     "ema_update_",
     "emp_ssl",
     "frossl",
+    "gram_loss",
     "info_nce",
     "kmeans",
     "knn_votes",
