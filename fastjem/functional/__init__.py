@@ -18,7 +18,7 @@ from fastjem.functional.prototypes import (
 )
 from fastjem.functional.regularizers import koleo, mean_entropy
 from fastjem.functional.sinkhorn import sinkhorn, sinkhorn_bias
-from fastjem.functional.spectral import emp_ssl, frossl, mmcr, total_coding_rate, w_mse, whiten
+from fastjem.functional.spectral import emp_ssl, frossl, mmcr, simdino, total_coding_rate, w_mse, whiten
 from fastjem.functional.supervised import cross_entropy
 from fastjem.functional.weights import ema_update_
 
@@ -54,6 +54,7 @@ __all__ = [
     "regression",
     "siglip_loss",
     "sigreg",
+    "simdino",
     "sinkhorn",
     "sinkhorn_bias",
     "supcon",
