@@ -156,6 +156,12 @@ def _regression(prediction, target, *_):
     _alike("regression", "prediction and target", prediction, target)
 
 
+def _regression_rows(prediction, target, rows, weights, *_):
+    _alike("regression_rows", "prediction and target", prediction, target, rows=True)
+    _expect("regression_rows", "rows", rows, (rows.numel(),), torch.int64)
+    _expect("regression_rows", "weights", weights, (len(rows),))
+
+
 def _barlow_twins(z0, z1, *_):
     _alike("barlow_twins", "z0 and z1", z0, z1, rows=True)
 
@@ -306,6 +312,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "cross_entropy": _cross_entropy,
     "negative_cosine": _negative_cosine,
     "regression": _regression,
+    "regression_rows": _regression_rows,
     "barlow_twins": _barlow_twins,
     "vicreg": _vicreg,
     "characteristic": _characteristic,

@@ -10,6 +10,7 @@ from fastjem.functional.gaussian import lejepa, random_directions, sigreg
 from fastjem.functional.gram import gram_loss
 from fastjem.functional.image_text import clip_loss, siglip_loss
 from fastjem.functional.neighbors import Clusters, kmeans, knn_votes, nearest_rows
+from fastjem.functional.patches import masked_rows
 from fastjem.functional.predictive import negative_cosine, regression
 from fastjem.functional.prototypes import (
     TeacherStatistics,
@@ -42,6 +43,7 @@ __all__ = [
     "knn_votes",
     "koleo",
     "lejepa",
+    "masked_rows",
     "mean_entropy",
     "mmcr",
     "nearest_neighbors",
