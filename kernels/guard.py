@@ -156,6 +156,12 @@ def _regression(prediction, target, *_):
     _alike("regression", "prediction and target", prediction, target)
 
 
+def _regression_rows(prediction, target, rows, weights, *_):
+    _alike("regression_rows", "prediction and target", prediction, target, rows=True)
+    _expect("regression_rows", "rows", rows, (rows.numel(),), torch.int64)
+    _expect("regression_rows", "weights", weights, (len(rows),))
+
+
 def _barlow_twins(z0, z1, *_):
     _alike("barlow_twins", "z0 and z1", z0, z1, rows=True)
 
@@ -232,6 +238,22 @@ def _nearest_neighbors(query, bank):
     _same_width("nearest_neighbors", "query and bank", query, bank)
 
 
+def _kmeans_step(features, centroids, *_):
+    _same_width("kmeans_step", "features and centroids", features, centroids)
+    if not len(features) or not len(centroids):
+        _fail("kmeans_step", "features and centroids must have rows", f"{_told(features)} and {_told(centroids)}")
+
+
+def _nearest_k(query, bank, k):
+    _same_width("nearest_k", "query and bank", query, bank)
+    if not len(query) or not len(bank) or k < 1:
+        _fail("nearest_k", "query and bank must have rows, k be positive", f"{_told(query)}, {_told(bank)} and {k}")
+
+
+def _gram_loss(student, teacher, *_):
+    _alike("gram_loss", "student and teacher", student, teacher, dims=3, rows=True)
+
+
 def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _alike(op, "scores", scores)
     _expect(op, "bias", bias, (scores.shape[1],))
@@ -290,6 +312,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "cross_entropy": _cross_entropy,
     "negative_cosine": _negative_cosine,
     "regression": _regression,
+    "regression_rows": _regression_rows,
     "barlow_twins": _barlow_twins,
     "vicreg": _vicreg,
     "characteristic": _characteristic,
@@ -303,6 +326,9 @@ SHAPES: dict[str, Callable[..., None]] = {
     "clip_loss_backward": _clip_loss_backward,
     "siglip_loss": _siglip_loss,
     "nearest_neighbors": _nearest_neighbors,
+    "kmeans_step": _kmeans_step,
+    "nearest_k": _nearest_k,
+    "gram_loss": _gram_loss,
     "sinkhorn_step": _sinkhorn_step,
     "sinkhorn_bias": _sinkhorn_bias,
     "sinkhorn": _sinkhorn,

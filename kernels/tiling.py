@@ -28,6 +28,16 @@ CPU_SMALL_PRODUCT = 64 * 64 * 64
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
 
+GRAM_ROWS = 256  # of a Gram matrix at a time: that of 14 x 14 patches is one tile
+GRAM_TILE = 1 << 19  # its elements: 2 MiB of float32 a tile, of which there are three at the most
+
+
+def gram(groups: int, patches: int) -> tuple[int, int]:
+    """Rows of a tile, and of how many images at once."""
+    rows = min(patches, GRAM_ROWS)
+    return rows, min(groups, max(1, GRAM_TILE // (rows * patches)))
+
+
 # Shared ---------------------------------------------------------------------------------------------------------------
 
 WARP = 32
@@ -159,6 +169,19 @@ def similarity_weights(dtype: torch.dtype) -> dict:
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
     """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
+
+
+# neighbors ------------------------------------------------------------------------------------------------------------
+
+
+def kmeans_assign(width: int, dtype: torch.dtype) -> dict:
+    """Each row's nearest centroid: the largest of a row's products, of two in half precision."""
+    return similarity_sums(width, dtype)
+
+
+def kmeans_sums(width: int) -> dict:
+    """32 rows of 128 columns in flight: whole sectors of a gathered row in any dtype."""
+    return {"ROWS": 32, "BLOCK": min(128, _block(width)), "num_warps": 4}
 
 
 # covariance -----------------------------------------------------------------------------------------------------------
