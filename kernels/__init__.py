@@ -35,6 +35,7 @@ FAMILIES = (
     "contrastive",
     "covariance",
     "gaussian",
+    "optimizers",
     "predictive",
     "prototypes",
     "supervised",
