@@ -73,61 +73,95 @@ static void set_ratio(LarsTensor& x, double parameter_squares, double gradient_s
   }
 }
 
-static void add_squares(const std::vector<LarsTensor>& tensors, const Pieces& pieces, size_t first, double* norms,
-                        int threads) {
+static void add_squares(const LarsTensor& x, int64_t begin, int64_t end, double* sums) {
+  double of_parameter = 0, of_gradient = 0;
+  FASTJEM_BEST(squares_range(x.dtype, x.parameter, begin, end, &of_parameter));
+  FASTJEM_BEST(squares_range(x.gradient_dtype, x.gradient, begin, end, &of_gradient));
+  sums[0] += of_parameter;
+  sums[1] += of_gradient;
+}
+
+// By all threads: the squares of pieces, which are then added in order.
+static void add_squares(const std::vector<LarsTensor>& tensors, const Pieces& pieces, double* norms, int threads) {
   std::vector<double> sums(2 * pieces.size());
   pieces.each(threads, [&](size_t i, const Piece& piece) {
-    const LarsTensor& x = tensors[piece.tensor];
-    FASTJEM_BEST(squares_range(x.dtype, x.parameter, piece.begin, piece.end, &sums[2 * i]));
-    FASTJEM_BEST(squares_range(x.gradient_dtype, x.gradient, piece.begin, piece.end, &sums[2 * i + 1]));
+    add_squares(tensors[piece.tensor], piece.begin, piece.end, &sums[2 * i]);
   });
   for (size_t i = 0; i < pieces.size(); ++i) {
-    double* of_tensor = norms + 2 * (pieces[i].tensor - first);
-    of_tensor[0] += sums[2 * i];
-    of_tensor[1] += sums[2 * i + 1];
+    norms[2 * pieces[i].tensor] += sums[2 * i];
+    norms[2 * pieces[i].tensor + 1] += sums[2 * i + 1];
   }
 }
 
-// Tensors are taken a few at a time, so that the second reading of a parameter and its gradient, for the update, finds
-// them in the second-level caches. A single one may be larger, and is then read from memory twice.
-static constexpr int64_t elements_at_a_time = 1 << 18;
+static void update(const LarsTensor& x, const Piece& piece) { FASTJEM_BEST(lars_range(x, piece.begin, piece.end)); }
 
-static void lars(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t norms, double unscale, bool skipped,
+// One thread: the update begins where the squares ended, as the caches hold that part of a large tensor still.
+static void squares_and_update(LarsTensor& x, bool has_norms, double* norms) {
+  Pieces pieces;
+  pieces.add(0, x.size);
+  if (x.adapts) {
+    for (size_t i = 0; i < pieces.size() && !has_norms; ++i) add_squares(x, pieces[i].begin, pieces[i].end, norms);
+    set_ratio(x, norms[0], norms[1]);
+  }
+  for (size_t i = pieces.size(); i > 0; --i) update(x, pieces[i - 1]);
+}
+
+// A tensor's rate is known when all of its squares are added. Where one thread does both, nobody waits for anybody:
+// each takes whole tensors, the largest first to whoever has least. Only a tensor that is too large a part of all for
+// that is shared, as are updates without squares. (ResNet-50, two threads: tensors shared a few at a time, with a wait
+// behind the squares of each, took twice as long.)
+static void lars(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t given, double unscale, bool skipped,
                  int threads) {
-  const double* given = at<const double>(norms);
   std::vector<LarsTensor> tensors =
       lars_tensors(at<const int64_t>(table), count, at<const double>(settings), unscale, skipped);
-  for (size_t first = 0, last = 0; first < tensors.size(); first = last) {
-    Pieces all, adapted;
-    int64_t elements = 0;
-    for (; last < tensors.size() && (last == first || elements + tensors[last].size <= elements_at_a_time); ++last) {
-      elements += tensors[last].size;
-      all.add(last, tensors[last].size);
-      if (tensors[last].adapts && !skipped) adapted.add(last, tensors[last].size);
+  std::vector<double> norms(2 * count);
+  if (given) std::copy_n(at<const double>(given), 2 * count, norms.begin());
+  int64_t total = 0;
+  for (const LarsTensor& x : tensors) total += x.size;
+  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, total / 65536));
+
+  Pieces shared_squares, shared;
+  std::vector<size_t> whole;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    LarsTensor& x = tensors[i];
+    x.adapts = x.adapts && !skipped;
+    const bool is_large = 4 * workers * x.size > total && workers > 1;
+    if (x.adapts && !is_large) {
+      whole.push_back(i);
+      continue;
     }
-    std::vector<double> sums(2 * (last - first));
-    if (given) {
-      std::copy(given + 2 * first, given + 2 * last, sums.begin());
-    } else {
-      add_squares(tensors, adapted, first, sums.data(), threads);
-    }
-    for (size_t i = first; i < last; ++i) {
-      if (tensors[i].adapts) set_ratio(tensors[i], sums[2 * (i - first)], sums[2 * (i - first) + 1]);
-    }
-    all.each(threads, [&](size_t, const Piece& piece) {
-      FASTJEM_BEST(lars_range(tensors[piece.tensor], piece.begin, piece.end));
-    });
+    shared.add(i, x.size);
+    if (x.adapts && !given) shared_squares.add(i, x.size);
   }
+  std::stable_sort(whole.begin(), whole.end(), [&](size_t i, size_t j) { return tensors[i].size > tensors[j].size; });
+  std::vector<std::vector<size_t>> of_worker(workers);
+  std::vector<int64_t> load(workers);
+  for (size_t i : whole) {
+    const size_t least = std::min_element(load.begin(), load.end()) - load.begin();
+    of_worker[least].push_back(i);
+    load[least] += tensors[i].size;
+  }
+  parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (size_t i : of_worker[worker]) squares_and_update(tensors[i], given != 0, &norms[2 * i]);
+    }
+  });
+  add_squares(tensors, shared_squares, norms.data(), threads);
+  for (size_t i = 0; i < shared.size(); ++i) {
+    LarsTensor& x = tensors[shared[i].tensor];
+    if (x.adapts) set_ratio(x, norms[2 * shared[i].tensor], norms[2 * shared[i].tensor + 1]);
+  }
+  shared.each(threads, [&](size_t, const Piece& piece) { update(tensors[piece.tensor], piece); });
 }
 
 static void lars_norms(uintptr_t table, int64_t count, uintptr_t norms, int threads) {
   const std::vector<double> none(lars_settings);
-  std::vector<LarsTensor> tensors = lars_tensors(at<const int64_t>(table), count, none.data(), 1, false);
+  const std::vector<LarsTensor> tensors = lars_tensors(at<const int64_t>(table), count, none.data(), 1, false);
   Pieces pieces;
   for (size_t i = 0; i < tensors.size(); ++i) pieces.add(i, tensors[i].size);
   double* sums = at<double>(norms);
   std::fill(sums, sums + 2 * count, 0.0);
-  add_squares(tensors, pieces, 0, sums, threads);
+  add_squares(tensors, pieces, sums, threads);
 }
 
 void bind_lars(pybind11::module_& m) {
