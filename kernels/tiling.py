@@ -71,6 +71,16 @@ def elementwise(dtype: torch.dtype) -> dict:
     return {"BLOCK": 4 * 4 * WARP * 16 // dtype.itemsize, "VECTOR": 8, "num_warps": 4}
 
 
+# optimizers -----------------------------------------------------------------------------------------------------------
+
+OPTIMIZER_PART = 16  # blocks, at the least, whose squares one program adds
+
+
+def optimizer() -> dict:
+    """Two 128-bit words of float32 a thread from each of five tensors."""
+    return {"BLOCK": 1024, "VECTOR": 8, "num_warps": 4}
+
+
 # supervised and predictive --------------------------------------------------------------------------------------------
 
 

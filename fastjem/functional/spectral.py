@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
 from fastjem.functional import checks
