@@ -22,6 +22,8 @@ struct Plain {
   bool is_floating() const { return dtype >= 0 && dtype <= 3; }
   bool is_contiguous() const;
   bool has_shape_of(const Plain& other) const;
+  // Whether the same index into each one's memory is the same element of each: one block, in one order.
+  bool has_layout_of(const Plain& other) const;
 };
 
 // Whether x is a plain tensor, which it then is told of. False, and no Python error, for anything else.
@@ -30,5 +32,8 @@ bool look_at(pybind11::handle x, Plain& plain);
 // For a kernel of few numbers, which is called with the tensors themselves: whether x is plain, of so many dimensions,
 // and contiguous.
 bool look_at_dense(pybind11::handle x, int dims, Plain& plain);
+
+// The tensors that `facts` (tensors.cpp) was told of, which lives longer than they do.
+std::vector<Plain> tensors_of(const char* facts, size_t bytes);
 
 }  // namespace fastjem

@@ -31,9 +31,14 @@ except ImportError:
     ) -> bool:
         """`gradient *= upstream * factor` for each, rounded once; False, and nothing is written, if one isn't plain."""
         return False
+
+    def ema_update(_facts: bytes, _momentum: float, _threads: int) -> bool:
+        """`ema_update_` of the tensors that the facts are of, teachers first; False, if C++ can't take one of them."""
+        return False
 else:
-    _C.learn_tensors(Tensor, torch.nn.Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+    _C.learn_tensors(Tensor, torch.nn.Parameter, torch.UntypedStorage, getattr(Tensor, "__dlpack_c_exchange_api__", None))
     plain = _C.plain
     plain_matrices = _C.plain_matrices
     facts = _C.facts
     rescale = _C.rescale_plain
+    ema_update = _C.ema_update_plain
