@@ -2,6 +2,7 @@
 // includes this says before what OPERATOR(NAME) stands for.
 
 OPERATOR(similarity)
+OPERATOR(koleo)
 OPERATOR(prototype_cross_entropy)
 OPERATOR(prototype_head)
 OPERATOR(sinkhorn)

@@ -21,6 +21,7 @@ COLUMN_SUMS = 1 << 24  # float32 numbers, 64 MiB: the parts that columns' log-su
 WEIGHTS_BYTES = 1 << 27  # the weights of a contrastive gradient, a band of rows at a time
 
 CPU_TILE = 1024  # rows and columns of similarities: 4 MiB of float32, the second-level caches of two cores
+CPU_KOLEO_ROWS = 256  # of a strip of a symmetric product: 10 of 16 blocks of 1024 rows are computed
 CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still make a product worth a call
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large

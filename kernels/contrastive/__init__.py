@@ -43,5 +43,11 @@ OPERATORS = {
         gpu=True,
     ),
     "nearest_neighbors": Operator("(Tensor query, Tensor bank) -> Tensor", cpu=True, gpu=True),
-    "koleo": Operator("(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)"),
+    "koleo_neighbors": Operator(
+        "(Tensor rows, Tensor candidates, SymInt offset, int topk, SymInt group_size, float eps) -> Tensor",
+        cpu=True,
+    ),
+    "koleo": Operator(
+        "(Tensor x, Tensor neighbors, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)", cpu=True
+    ),
 }
