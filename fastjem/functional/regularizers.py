@@ -75,7 +75,7 @@ def koleo(
         own = ops.koleo_neighbors(x.detach(), everything, begin, topk, seen, eps)
     neighbors, _ = gather_rows(own, group, ranks.sizes)
     wanted = torch.is_grad_enabled() and x.requires_grad
-    # Of all rows, on every rank: it is a small part of the work, and what another rank's row adds to this rank's is in it
+    # Of all rows, on every rank: a small part of the work, and what other ranks' rows add to this rank's is in it.
     loss, (gradient,), scale = ops.koleo(everything, neighbors, p, eps, [wanted])
     own_rows = gradient[begin : begin + len(x)] if wanted else gradient
     return known(op, loss, (x,), [own_rows], [scale * gradient_factor(group)])
