@@ -249,3 +249,100 @@ def koleo(
     gradient = through_unit_rows(gradient, unit, norm, eps)
     largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16
     return loss, [gradient.clamp(-largest, largest).to(x.dtype)], scale
+
+
+def _hidden(
+    a: Tensor,
+    b: Tensor,
+    own_image: list[int],
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    exclude: Tensor | None,
+    row_limit: Tensor | None,
+    column_limit: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits [N, M] in the dtype to compute in, what a row doesn't see, and what a column doesn't see."""
+    row_period, offset, column_period = own_image
+    logits = widen(a) @ widen(b).T
+    n, m = logits.shape
+    hidden = torch.zeros_like(logits, dtype=torch.bool)
+    if column_period > 0:
+        image = torch.arange(n, device=a.device) % row_period + offset
+        hidden = hidden | (torch.arange(m, device=a.device) % column_period == image[:, None])
+    if row_ids is not None and column_ids is not None:
+        hidden = hidden | (row_ids[:, None] == column_ids)
+    if exclude is not None:
+        hidden = hidden | exclude.repeat(n // exclude.shape[0], m // exclude.shape[1])
+    from_rows = hidden if row_limit is None else hidden | (logits > row_limit.to(logits.dtype)[:, None])
+    from_columns = hidden if column_limit is None else hidden | (logits > column_limit.to(logits.dtype))
+    return logits, from_rows, from_columns
+
+
+def similarity_logsumexp(
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
+    own_image: list[int],  # row_period, offset, column_period: see composed.OwnImage
+    row_ids: Tensor | None,  # what a row sees: see visible.Visible
+    column_ids: Tensor | None,
+    exclude: Tensor | None,
+    row_limit: Tensor | None,
+    column_limit: Tensor | None,
+    columns: bool,  # whether the last three results are wanted
+    totals: bool,  # whether sums and numbers are
+    products: torch.dtype,  # in which an implementation may multiply rows, as the user's rows are no more exact
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the logits `a @ b.T` over the columns that each row sees: log-sum-exp, sum and number, [N] float64.
+
+    Then the same over the rows that each column sees, [M]. What isn't wanted is empty.
+    """
+    logits, *hidden = _hidden(a, b, own_image, row_ids, column_ids, exclude, row_limit, column_limit)
+    results = []
+    for dim, unseen in ((1, hidden[0]), (0, hidden[1])):
+        wide = widest(logits)
+        nothing = wide.new_empty(0)
+        wanted = columns or dim == 1
+        results.append(wide.masked_fill(unseen, -math.inf).logsumexp(dim) if wanted else nothing)
+        results.append(wide.masked_fill(unseen, 0).sum(dim) if wanted and totals else nothing.clone())
+        results.append((~unseen).sum(dim).to(wide.dtype) if wanted and totals else nothing.clone())
+    return tuple(results)
+
+
+def similarity_logsumexp_backward(
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
+    own_image: list[int],
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    exclude: Tensor | None,
+    row_limit: Tensor | None,
+    column_limit: Tensor | None,
+    row_lse: Tensor | None,  # [N]: over all columns there are, of which b may be a part
+    row_slope: Tensor | None,  # [N], the loss's derivative by a row's log-sum-exp
+    row_total_slope: Tensor | None,  # [N], that by its sum
+    column_lse: Tensor | None,  # [M] and so on
+    column_slope: Tensor | None,
+    column_total_slope: Tensor | None,
+    wanted: list[bool],  # for a and b
+    products: torch.dtype,
+) -> list[Tensor]:
+    """The gradients of `similarity_logsumexp`, in the dtypes of a and b: `G @ b` and `G.T @ a`.
+
+    G_ij = row_slope_i * exp(logit_ij - row_lse_i) + row_total_slope_i where row i sees column j, and what follows from
+    the column's numbers where it sees the row.
+    """
+    logits, *hidden = _hidden(a, b, own_image, row_ids, column_ids, exclude, row_limit, column_limit)
+    g = torch.zeros_like(widest(logits))
+    of_rows = (row_lse, row_slope, row_total_slope)
+    of_columns = (column_lse, column_slope, column_total_slope)
+    for unseen, dim, (lse, slope, total_slope) in ((hidden[0], 1, of_rows), (hidden[1], 0, of_columns)):
+        if lse is None or slope is None:
+            continue
+        term = (widest(logits) - lse.unsqueeze(dim)).exp() * slope.unsqueeze(dim)
+        if total_slope is not None:
+            term = term + total_slope.unsqueeze(dim)
+        g = g + term.masked_fill(unseen, 0)
+    narrow = g.to(logits.dtype)
+    return [
+        (narrow @ widen(b)).to(a.dtype) if wanted[0] else no_gradient(a),
+        (narrow.T @ widen(a)).to(b.dtype) if wanted[1] else no_gradient(b),
+    ]
