@@ -154,6 +154,27 @@ def similarity_weights(dtype: torch.dtype) -> dict:
     return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=4, stages=2)
 
 
+def similarity_visible(width: int, dtype: torch.dtype) -> dict:
+    """Log-sum-exps over what rows and columns see; 64 columns spill on sm_80 where all options are there."""
+    if block := _block_on_chip(width, dtype):
+        return {"WHOLE": True, "BLOCK_D": block} | _tile(rows=64, columns=64, warps=8, stages=2)
+    if dtype.itemsize == 2:
+        return {"WHOLE": False, "BLOCK_D": 64} | _tile(rows=64, columns=32, warps=8, stages=3)
+    return {"WHOLE": False, "BLOCK_D": 32} | _tile(rows=64, columns=32, warps=8, stages=2)
+
+
+def similarity_visible_owner(width: int, dtype: torch.dtype) -> dict | None:
+    """Gradients of what rows see; None: `_block_on_chip` has none."""
+    block = _block_on_chip(width, dtype)
+    return None if block is None else {"BLOCK_D": block} | _tile(rows=64, columns=32, warps=8, stages=2)
+
+
+def similarity_visible_weights(dtype: torch.dtype) -> dict:
+    if dtype.itemsize == 2:
+        return {"BLOCK_D": 64} | _tile(rows=64, columns=64, warps=8, stages=3)
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=2)
+
+
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
     """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})

@@ -213,6 +213,23 @@ def _siglip_loss(d: int, dtype: str) -> Case:
     return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
 
 
+def _similarity_logsumexp(d: int, dtype: str, everything: bool = True, n: int = 300) -> Case:
+    """What a row sees by ids, a mask, limits and its own image, with sums of logits; or by ids alone."""
+
+    def call() -> None:
+        a, numbers = torch.zeros(n, d, dtype=torch.float32), torch.zeros(n, dtype=torch.float64)
+        ids = torch.zeros(n, dtype=torch.int64)
+        more = (torch.zeros(n, n, dtype=torch.bool), numbers, numbers) if everything else (None,) * 3
+        visible = ([n, 0, n], ids, ids, *more)
+        contrastive.similarity_logsumexp(a, a, *visible, everything, everything, DTYPES[dtype])
+        slopes = (numbers, numbers, numbers if everything else None)
+        both = (*slopes, *(slopes if everything else (None,) * 3))
+        contrastive.similarity_logsumexp_backward(a, a, *visible, *both, [True, True], DTYPES[dtype])
+
+    shape = f"N x M x {d}" + ("" if everything else " ids alone")
+    return Case("similarity_logsumexp", shape, dtype, call, wgmma=True)
+
+
 def _nearest_neighbors(d: int, dtype: str) -> Case:
     def call() -> None:
         x = torch.zeros(300, d, dtype=DTYPES[dtype])
@@ -292,6 +309,12 @@ CASES = [
     _clip_loss(512, "bf16"),
     _siglip_loss(512, "bf16"),
     _nearest_neighbors(128, "bf16"),
+    _similarity_logsumexp(128, "bf16"),
+    _similarity_logsumexp(256, "bf16"),
+    _similarity_logsumexp(512, "bf16"),
+    _similarity_logsumexp(128, "fp16"),
+    _similarity_logsumexp(128, "bf16", everything=False),
+    _similarity_logsumexp(128, "fp32"),
     _prototype_head(128, "fp16"),
     _prototype_head(256, "bf16"),
     _prototype_head(256, "bf16", students=10),

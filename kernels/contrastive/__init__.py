@@ -47,12 +47,14 @@ OPERATORS = {
         "(Tensor a, Tensor b, SymInt[] own_image, Tensor? row_ids, Tensor? column_ids, Tensor? exclude,"
         " Tensor? row_limit, Tensor? column_limit, bool columns, bool totals, ScalarType products)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        gpu=True,
     ),
     "similarity_logsumexp_backward": Operator(
         "(Tensor a, Tensor b, SymInt[] own_image, Tensor? row_ids, Tensor? column_ids, Tensor? exclude,"
         " Tensor? row_limit, Tensor? column_limit, Tensor? row_lse, Tensor? row_slope, Tensor? row_total_slope,"
         " Tensor? column_lse, Tensor? column_slope, Tensor? column_total_slope, bool[] wanted, ScalarType products)"
         " -> Tensor[]",
+        gpu=True,
     ),
     "nearest_neighbors": Operator("(Tensor query, Tensor bank) -> Tensor", cpu=True, gpu=True),
     "koleo_neighbors": Operator(
