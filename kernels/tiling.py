@@ -81,6 +81,27 @@ def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
 
 
+def regression(width: int, compute: torch.dtype) -> dict | None:
+    """As `negative_cosine`: prediction and target stay in registers."""
+    return negative_cosine(width, compute)
+
+
+def regression_long(compute: torch.dtype) -> dict:
+    return negative_cosine_long(compute)
+
+
+# gaussian -------------------------------------------------------------------------------------------------------------
+
+
+def characteristic() -> dict:
+    """128 rows: what a program writes of each frequency is then a 64th of what it reads."""
+    return {"ROWS": 128, "BLOCK": 32, "num_warps": 8}
+
+
+def characteristic_backward() -> dict:
+    return {"ROWS": 16, "BLOCK": 64, "num_warps": 4}
+
+
 # augment --------------------------------------------------------------------------------------------------------------
 
 

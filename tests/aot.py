@@ -28,6 +28,7 @@ from fastjem.kernels.augment import gpu as augment
 from fastjem.kernels.contrastive import gpu as contrastive
 from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
+from fastjem.kernels.gaussian import gpu as gaussian
 from fastjem.kernels.predictive import gpu as predictive
 from fastjem.kernels.prototypes import gpu as prototypes
 from fastjem.kernels.supervised import gpu as supervised
@@ -177,6 +178,22 @@ def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple
         predictive.negative_cosine(p, z, 1e-8, list(wanted))
 
     return Case("negative_cosine", f"N x {d}" + ("" if all(wanted) else " p only"), dtype, call, vectors)
+
+
+def _regression(d: int, dtype: str, vectors: tuple[int, int], beta: float = 2.0) -> Case:
+    def call() -> None:
+        x, y = torch.zeros(4, d, dtype=DTYPES[dtype]), torch.zeros(4, d, dtype=DTYPES[dtype])
+        predictive.regression(x, y, beta, True, 1e-5, [True])
+
+    return Case("regression", f"N x {d} beta {beta:g}", dtype, call, vectors)
+
+
+def _characteristic(slices: int) -> Case:
+    def call() -> None:
+        theta = torch.zeros(2, 300, slices)
+        gaussian.characteristic_backward(theta, gaussian.characteristic(theta, 16))
+
+    return Case("characteristic", f"2 x N x {slices}", "fp32", call)
 
 
 def _nt_xent(d: int, dtype: str, temperature: float = 0.5, n: int = 300) -> Case:
@@ -357,6 +374,13 @@ CASES = [
     _negative_cosine(2048, "bf16", (4, 4)),
     _negative_cosine(8192, "fp32", (8, 8)),
     _negative_cosine(65_536, "fp32", (8, 4)),
+    _regression(128, "bf16", (2, 1)),
+    _regression(768, "bf16", (2, 1)),
+    _regression(1024, "fp32", (4, 4), beta=0),
+    _regression(8192, "fp32", (8, 8)),
+    _regression(65_536, "bf16", (4, 1)),
+    _characteristic(256),
+    _characteristic(21),
     _covariance("barlow_twins", 64, 512, "fp32"),
     _covariance("barlow_twins", 64, 512, "bf16"),
     _covariance("vicreg", 64, 512, "fp32"),

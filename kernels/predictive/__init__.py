@@ -10,5 +10,6 @@ OPERATORS = {
         "(Tensor prediction, Tensor target, float beta, bool normalize, float eps, bool[] wanted)"
         " -> (Tensor, Tensor[], Tensor)",
         cpu=True,
+        gpu=True,
     ),
 }
