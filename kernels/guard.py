@@ -337,6 +337,24 @@ def _gram_loss(student, teacher, *_):
     _alike("gram_loss", "student and teacher", student, teacher, dims=3, rows=True)
 
 
+def _koleo_neighbors(rows, candidates, offset, topk, group_size, *_):
+    op = "koleo_neighbors"
+    _same_width(op, "rows and candidates", rows, candidates)
+    n, others = len(rows), len(candidates)
+    if not 0 <= offset <= others - n or group_size < 1 or others % group_size:
+        came = f"{n} at {offset}, {others} and {group_size}"
+        _fail(op, "rows must be among the candidates, whose number is a multiple of group_size", came)
+    if topk < 1 or topk > max(group_size - 1, 1):
+        _fail(op, "topk must be at least 1 and less than group_size", f"{topk} and {group_size}")
+
+
+def _koleo(x, neighbors, *_):
+    _alike("koleo", "x", x, rows=True)
+    _expect("koleo", "neighbors", neighbors, (len(x), *neighbors.shape[1:2]), torch.int64)
+    if not neighbors.numel():
+        _fail("koleo", "neighbors must not be empty", _told(neighbors))
+
+
 def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _alike(op, "scores", scores)
     _expect(op, "bias", bias, (scores.shape[1],))
@@ -417,6 +435,8 @@ SHAPES: dict[str, Callable[..., None]] = {
     "kmeans_step": _kmeans_step,
     "nearest_k": _nearest_k,
     "gram_loss": _gram_loss,
+    "koleo_neighbors": _koleo_neighbors,
+    "koleo": _koleo,
     "sinkhorn_step": _sinkhorn_step,
     "sinkhorn_bias": _sinkhorn_bias,
     "sinkhorn": _sinkhorn,

@@ -404,7 +404,8 @@ def info_nce(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    loss = None if options.any() else few.info_nce(query, positive, negatives, temperature, label_offset)
+    plain = negative_ids is None and not options.any()
+    loss = few.info_nce(query, positive, negatives, temperature, label_offset) if plain else None
     if loss is not None:
         return loss
     contract = "query and positive must be [N, D] both, negatives [K, D]"
