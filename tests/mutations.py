@@ -65,6 +65,11 @@ CPU = [
     Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "block_zz += b * b", "block_zz += a * b"),
     Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
     Mutation("nt_xent", "csrc/contrastive/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
+    Mutation("nt_xent", "csrc/contrastive/small.h", "loss += softmax(", "loss += 0.999 * softmax("),
+    Mutation("supcon", "csrc/contrastive/small.h", "weights[i * m + j] -= shares[j]", "weights[i * m + j] += shares[j]"),
+    Mutation("clip_loss", "csrc/contrastive/small.h", "weights[i] += by_column[i]", "weights[i] -= by_column[i]"),
+    Mutation("siglip_loss", "csrc/contrastive/small.h", "(logit > 0 ? e : 1.0)", "(logit > 0 ? 1.0 : e)"),
+    Mutation("info_nce", "csrc/contrastive/small.h", "std::expm1(dot * factor - lse)", "std::exp(dot * factor - lse)"),
     Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
     Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sums.slope += g;", "sums.slope -= g;"),
     Mutation(
