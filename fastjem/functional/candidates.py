@@ -62,8 +62,8 @@ def _of_last_dims(x: Tensor | float, dims: int) -> Tensor | float:
 
 
 def _hard_logits(a: Tensor, hard: Tensor) -> Tensor:
-    """[V, N, H] of rows [V, N, D] and each image's own [N, H, D]."""
-    return widest((hard @ a.movedim(0, -1)).movedim(-1, 0))  # [N, H, V] -> [V, N, H]
+    """[V, N, H] of rows [V, N, D] and each image's own [N, H, D]. Not by a product, which autocast would change."""
+    return torch.stack([dots_of_rows(rows.unsqueeze(1), hard) for rows in a.unbind()])
 
 
 def loss_of_views(
