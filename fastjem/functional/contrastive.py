@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
-from fastjem.functional import candidates, checks, rings
+from fastjem.functional import candidates, checks, few, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.options import Options, check_exclude, check_ids, temperature_of_rows
 from fastjem.functional.precision import loss_dtype
@@ -112,6 +112,10 @@ def nt_xent(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
+    if not options.any():
+        loss = few.of_views("nt_xent", z0, z1, temperature, group)
+        if loss is not None:
+            return loss
     return _nt_xent("nt_xent", z0, z1, temperature, options, None, False, group)
 
 
@@ -183,6 +187,10 @@ def dcl(
     options = Options(
         reduction, None, 0.0, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
+    if weights is None and not options.any():
+        loss = few.of_views("dcl", z0, z1, temperature, group, decoupled=True)
+        if loss is not None:
+            return loss
     return _nt_xent("dcl", z0, z1, temperature, options, weights, True, group)
 
 
@@ -247,6 +255,11 @@ def supcon(
         normalize: False takes rows as they come (the authors' convention: they are of unit length already).
         group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
+    if mask is None and anchors in ("all", "one"):
+        options = {"labels": labels, "normalize": normalize, "one_anchor": anchors == "one"}
+        loss = few.of_views("supcon", z, None, temperature, group, **options)
+        if loss is not None:
+            return loss
     with Agreement("supcon", group) as ranks:
         _check_supcon(z, labels, mask, anchors, group)
         temperature = checks.positive("supcon", "temperature", temperature, z)
@@ -389,6 +402,9 @@ def info_nce(
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
+    loss = few.info_nce(query, positive, negatives, temperature, label_offset)
+    if loss is not None:
+        return loss
     contract = "query and positive must be [N, D] both, negatives [K, D]"
     checks.matrices("info_nce", contract, query, positive)
     checks.matrices("info_nce", contract, negatives)
