@@ -402,9 +402,14 @@ def info_nce(
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
-    loss = few.info_nce(query, positive, negatives, temperature, label_offset)
-    if loss is not None:
-        return loss
+    options = Options(
+        reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
+    )  # fmt: skip
+    has_options = negative_ids is not None or options.any()
+    if not has_options:
+        loss = few.info_nce(query, positive, negatives, temperature, label_offset)
+        if loss is not None:
+            return loss
     contract = "query and positive must be [N, D] both, negatives [K, D]"
     checks.matrices("info_nce", contract, query, positive)
     checks.matrices("info_nce", contract, negatives)
@@ -412,13 +417,9 @@ def info_nce(
         checks.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
     checks.one_device("info_nce", (query, positive, negatives))
     temperature = temperature_of_rows("info_nce", "temperature", temperature, query, [query.shape[:1]])
-    options = Options(
-        reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
-    )  # fmt: skip
     offset = -query.shape[0] if label_offset is None else checks.integer("info_nce", "label_offset", label_offset)
     rows = checks.common(query, positive, negatives)
-    has_rows_temperature = isinstance(temperature, Tensor) and temperature.dim() > 0
-    if has_rows_temperature or negative_ids is not None or options.any():
+    if has_options or (isinstance(temperature, Tensor) and temperature.dim() > 0):
         options = options.checked("info_nce", query, query.shape[0], [query.shape[:1]])
         if (ids is None) != (negative_ids is None):
             checks.fail("info_nce", "ids and negative_ids must be given both or neither", "one of them")

@@ -192,9 +192,10 @@ def _of_some(count: Tensor, value: Tensor, of_none: Tensor) -> Tensor:
 def _debiased(
     lse: Tensor, count: Tensor, positives: Tensor, inverse_temperature: float | Tensor, prior: float | Tensor
 ) -> Tensor:
-    """The negatives' log-sum-exp without what positives among them are expected to add (Chuang et al. 2020, equation 8).
+    """The negatives' log-sum-exp without what positives among them are expected to add (Chuang et al. 2020, eq. 8).
 
-    `log(max((sum(exp(negatives)) - count * prior * mean(exp(positives))) / (1 - prior), count * exp(-1 / temperature)))`
+    `log(max((sum(exp(negatives)) - count * prior * mean(exp(positives))) / (1 - prior), count * exp(-1 / t)))`, t the
+    temperature.
     """
     some = count > 0
     log_count = torch.where(some, count, 1).log()
