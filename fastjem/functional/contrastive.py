@@ -7,7 +7,7 @@ from torch import Tensor
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
 from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
-from fastjem.functional.options import Options, check_exclude, check_ids, temperature_of_rows
+from fastjem.functional.options import Options, check_exclude, check_ids, is_of_rows, temperature_of_rows
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.kernels.arithmetic import widest
@@ -129,21 +129,20 @@ def _nt_xent(
     decoupled: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    has_options = options.any()
+    of_rows = is_of_rows(op, temperature, group)
+    has_options = of_rows or options.any()
     with Agreement(op, group) as ranks:
         z = _stacked(op, z0, z1, group)
-        temperature = temperature_of_rows(op, "temperature", temperature, z, [z.shape[1:2], z.shape[:2]])
+        temperature = _temperature(op, temperature, z, of_rows, [z.shape[1:2], z.shape[:2]])
         if pull is not None:
             if pull.shape not in (z.shape[:2], z.shape[1:2]):
                 checks.fail(op, f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(pull.shape))
             checks.one_device(op, (z, pull))
             pull = pull.detach().expand(z.shape[:2])
         _rows_of_views(ranks, z, temperature)
-        has_options = has_options or (isinstance(temperature, Tensor) and temperature.dim() > 0)
         if has_options:
             options = options.checked(op, z, z.shape[1], [z.shape[1:2], z.shape[:2]])
-            of_rows = temperature.dim() if isinstance(temperature, Tensor) else 0
-            ranks.alike(*options.facts(), f"{of_rows} dimensions of the temperature")
+            ranks.alike(*options.facts())
     if not has_options:
         return _of_views(z, temperature, pull, ranks.sizes, group, decoupled)
     if options.exclude is not None:
@@ -151,6 +150,13 @@ def _nt_xent(
             check_exclude(op, options.exclude, [(z.shape[1], sum(ranks.sizes)), z.shape[1:2]], z)
             again.rows_of(z, dim=1)
     return candidates.loss_of_views(z, temperature, options, ranks.sizes, group, op, decoupled, pull)
+
+
+def _temperature(op: str, value: object, like: Tensor, of_rows: bool, shapes: list[tuple]) -> float | Tensor:
+    """A number, 0-dim, or one of each row."""
+    if of_rows and isinstance(value, Tensor):
+        return temperature_of_rows(op, "temperature", value, like, shapes)
+    return checks.positive(op, "temperature", value, like)
 
 
 def _rows_of_views(ranks: Agreement, z: Tensor, temperature: float | Tensor) -> None:
@@ -405,8 +411,8 @@ def info_nce(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    plain = negative_ids is None and not options.any()
-    loss = quick.info_nce(query, positive, negatives, temperature, label_offset) if plain else None
+    has_options = negative_ids is not None or options.any()
+    loss = None if has_options else quick.info_nce(query, positive, negatives, temperature, label_offset)
     if loss is not None:
         return loss
     contract = "query and positive must be [N, D] both, negatives [K, D]"
@@ -415,11 +421,11 @@ def info_nce(
     if negatives.shape[1] != query.shape[1]:
         checks.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
     checks.one_device("info_nce", (query, positive, negatives))
-    temperature = temperature_of_rows("info_nce", "temperature", temperature, query, [query.shape[:1]])
+    of_rows = is_of_rows("info_nce", temperature, None)
+    temperature = _temperature("info_nce", temperature, query, of_rows, [query.shape[:1]])
     offset = -query.shape[0] if label_offset is None else checks.integer("info_nce", "label_offset", label_offset)
     rows = checks.common(query, positive, negatives)
-    has_rows_temperature = isinstance(temperature, Tensor) and temperature.dim() > 0
-    if has_rows_temperature or negative_ids is not None or options.any():
+    if has_options or of_rows:
         options = options.checked("info_nce", query, query.shape[0], [query.shape[:1]])
         if (ids is None) != (negative_ids is None):
             checks.fail("info_nce", "ids and negative_ids must be given both or neither", "one of them")
