@@ -132,8 +132,9 @@ def similarity_logsumexp(
     of_rows, of_columns = engine.visible_sums(
         rows, candidates, scaling, visible, columns, totals, symmetric=symmetric
     )  # fmt: skip
-    nothing = (torch.empty(0, dtype=of_rows.lse.dtype, device=a.device) for _ in range(3))
-    return (*of_rows, *(nothing if of_columns is None else of_columns))
+    if of_columns is None:
+        of_columns = Sums(*(torch.empty(0, dtype=of_rows.lse.dtype, device=a.device) for _ in range(3)))
+    return *of_rows, *of_columns
 
 
 def similarity_logsumexp_backward(

@@ -12,4 +12,9 @@ OPERATORS = {
         cpu=True,
         gpu=True,
     ),
+    "regression_rows": Operator(
+        "(Tensor prediction, Tensor target, Tensor rows, Tensor weights, float beta, bool normalize, float eps,"
+        " bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
+    ),
 }
