@@ -198,8 +198,9 @@ def similarity_weights(dtype: torch.dtype) -> dict:
     return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=4, stages=2)
 
 
-def koleo_neighbors() -> dict:
-    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=2)
+def koleo_neighbors(topk: int) -> dict:
+    columns = 64 if topk == 1 else 32  # the search for the next best spills in 64 of them, on sm_100
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=columns, warps=8, stages=2)
 
 
 def similarity_visible(width: int, dtype: torch.dtype) -> dict:

@@ -78,7 +78,7 @@ def koleo_neighbors(rows: Tensor, candidates: Tensor, offset: int, topk: int, gr
     b, _ = unit_rows(candidates.float(), True, eps)
     n, d = a.shape
     m = len(b)
-    tile = tiling.koleo_neighbors()
+    tile = tiling.koleo_neighbors(topk)
     blocks = triton.cdiv(n, tile["BM"])
     most = min(m, (triton.cdiv(tile["BM"], group_size) + 1) * group_size)  # candidates of a block of rows
     splits, tiles_per_program = gpu_engine.splits_of(blocks, triton.cdiv(most, tile["BN"]))
