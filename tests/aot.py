@@ -296,6 +296,23 @@ def _prototype_head(d: int, dtype: str, students: int = 2, images: int = 4, k: i
     return Case("prototype_head_cross_entropy", shape, dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
 
 
+def _mean_entropy(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        scores = [torch.zeros(4, k, dtype=DTYPES[dtype])]
+        prototypes.mean_entropy(scores, 0.1, torch.ones(k), torch.ones(()), [True])
+
+    return Case("mean_entropy", f"N x {k}", dtype, call, vectors)
+
+
+def _koleo(d: int, topk: int, dtype: str = "fp32", p: float = 2) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        neighbors = contrastive.koleo_neighbors(x, x, 0, topk, 100, 1e-8)
+        contrastive.koleo(x, neighbors.clamp(0, 299), p, 1e-8, [True])
+
+    return Case("koleo", f"N x {d} top {topk}" + (f" p {p:g}" if p != 2 else ""), dtype, call, wgmma=True)
+
+
 def _augment(size: int, dtype: str, channels_last: bool = False, exact: bool = False) -> Case:
     def call() -> None:
         images, table = torch.zeros(3, size, size, 3, dtype=torch.uint8), torch.zeros(3, 13)
@@ -348,6 +365,11 @@ CASES = [
     _prototype_cross_entropy(8, 2, 3000, "fp32", "different", (1, 0)),
     _prototype_cross_entropy(1, 1, 8192, "bf16", "same", (1, 0)),
     _prototype_cross_entropy(2, 1, 1024, "fp32", "all", (1, 0)),
+    _mean_entropy(1024, "fp32", (1, 1)),
+    _mean_entropy(65_536, "bf16", (1, 1)),
+    _koleo(384, 1),
+    _koleo(1024, 4, "bf16"),
+    _koleo(128, 2, p=3.0),
     _rescale(5000, "bf16", (4, 4)),
     _rescale(5000, "fp32", (4, 4)),
     _ema_update(5000, "fp32", "fp32", (8, 4)),

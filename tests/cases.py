@@ -399,6 +399,7 @@ def _koleo(n: int, d: int, **options) -> Case:
         loss_size=20,
         gradient_size=lambda x: 10 / len(x) / x.norm(dim=1).min().item(),
         dtypes=(torch.float64, torch.float32),  # in half precision another row may be the nearest
+        interpreted=n < 300,
     )
 
 
