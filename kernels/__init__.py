@@ -37,6 +37,7 @@ FAMILIES = (
     "gaussian",
     "gram",
     "neighbors",
+    "optimizers",
     "predictive",
     "prototypes",
     "supervised",

@@ -1,6 +1,7 @@
 """Losses on the spectrum of embeddings: total coding rate, MMCR, FroSSL, whitening; by the smaller Gram matrix.
 
-In plain torch: what they cost is a factorisation of a small matrix. Of what isn't finite they are NaN.
+In plain torch: what they cost is products, and a factorisation of a small matrix. Where autograd would make products
+again that are there already, the gradient is written down with the loss. Of what isn't finite they are NaN.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_r
 from fastjem.functional import checks
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.decompositions import cholesky, singular_values
-from fastjem.functional.precision import in_float32, without_autocast
+from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.functional.prototypes import list_of_views
+from fastjem.kernels.arithmetic import UNIT_EPS, no_gradient, unit_rows
+from fastjem.ops.autograd import known
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -239,15 +242,34 @@ def frossl(views: Sequence[Tensor], *, invariance: float | Tensor = 1.0) -> Tens
         checks.fail("frossl", "views must be at least two", len(views))
     checks.matrices("frossl", "views must be [N, D] each", *views)
     weight = checks.number("frossl", "invariance", invariance, views[0])
-    z = in_float32(torch.stack(checks.common(*views)))  # [V, N, D]
-    with without_autocast(z):
-        z = normalize(z, dim=1)
-        gram = smaller_gram(z)
-        # The trace is D (columns have length 1) but for columns of zeros: a constant, as far as gradients go.
-        trace = gram.diagonal(dim1=1, dim2=2).sum(1).detach()
-        entropy = gram.square().sum((1, 2)).log() - 2 * trace.log()
-        apart = (z - z.mean(0)).square().sum((1, 2)).sum() / z.shape[1]
-        return (entropy.sum() + weight * len(z) * apart).to(z.dtype)
+    views = checks.common(*views)
+    wanted = torch.is_grad_enabled() and any(z.requires_grad for z in views)
+    with torch.no_grad(), without_autocast(views[0]):
+        loss, apart, gradient = _frossl(in_float32(torch.stack(views)), weight, wanted)
+    if isinstance(weight, Tensor):
+        return known("frossl", loss, [*views, weight], [*gradient, apart], [1.0] * (len(views) + 1))
+    return known("frossl", loss, views, list(gradient), [1.0] * len(views))
+
+
+def _frossl(z: Tensor, weight: float | Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of [V, N, D], its gradients for `weight` and, if wanted, for z (else V empty ones)."""
+    length = z.square().sum(1, keepdim=True).sqrt()  # [V, 1, D]; vector_norm takes four times as long along columns
+    divisor = length.clamp_min(UNIT_EPS)
+    x = z / divisor
+    gram = smaller_gram(x)
+    squares = gram.square().sum((1, 2), keepdim=True)
+    # The trace is D (columns have length 1) but for columns of zeros: a constant, as far as gradients go.
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)
+    centred = x - x.mean(0)
+    views, rows, _ = z.shape
+    apart = views * centred.square().sum() / rows
+    loss = (squares.log().sum() - 2 * trace.log().sum() + weight * apart).to(z.dtype)
+    if not wanted:
+        return loss, apart, z.new_empty(views, 0)
+    product = gram @ x if z.shape[1] < z.shape[2] else x @ gram
+    gradient = centred.mul_(2 * views / rows * weight).addcmul_(product, 4 / squares)
+    radial = torch.linalg.vecdot(gradient, x, dim=1)[:, None] * (length > UNIT_EPS)
+    return loss, apart, gradient.addcmul_(x, radial, value=-1).div_(divisor)
 
 
 def whiten(x: Tensor, *, eps: float | Tensor = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,24 +288,29 @@ def whiten(x: Tensor, *, eps: float | Tensor = 0.0) -> tuple[Tensor, Tensor, Ten
         ValueError: for other shapes or dtypes; on the CPU, for a singular covariance.
     """
     checks.matrices("whiten", "x must be [N, D]", x)
-    return _whiten("whiten", "x", x, eps)
-
-
-def _whiten(op: str, name: str, x: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if len(x) < 2:
-        checks.fail(op, f"{name} must have N >= 2 rows, as their covariance is needed", f"N = {len(x)}")
-    eps = checks.number(op, "eps", eps, x, low=0, high=1, inclusive=True)
+    eps = _shrinkage("whiten", "x", x, eps)
     x = in_float32(x)
-    if isinstance(eps, Tensor):
-        eps = eps.to(x.dtype)
     with without_autocast(x):
         mean = x.mean(0)
         centred = x - mean
         covariance = centred.T @ centred / (len(x) - 1)
-        identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        factor = cholesky((1 - eps) * covariance + eps * identity, op)
+        factor = _factor("whiten", covariance, eps)
         whitened = torch.linalg.solve_triangular(factor, centred.T, upper=False).T
     return whitened, mean.detach(), covariance.detach()
+
+
+def _shrinkage(op: str, name: str, x: Tensor, eps: float | Tensor) -> float | Tensor:
+    """Check N, and eps, which comes in the dtype of the covariance if it is a tensor."""
+    if len(x) < 2:
+        checks.fail(op, f"{name} must have N >= 2 rows, as their covariance is needed", f"N = {len(x)}")
+    eps = checks.number(op, "eps", eps, x, low=0, high=1, inclusive=True)
+    return eps.to(loss_dtype(x)) if isinstance(eps, Tensor) else eps
+
+
+def _factor(op: str, covariance: Tensor, eps: float | Tensor) -> Tensor:
+    """L [..., D, D] of the covariance, shrunk by eps."""
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return cholesky((1 - eps) * covariance + eps * identity, op)
 
 
 def w_mse(z0: Tensor, z1: Tensor, *, eps: float | Tensor = 0.0) -> Tensor:
@@ -303,5 +330,54 @@ def w_mse(z0: Tensor, z1: Tensor, *, eps: float | Tensor = 0.0) -> Tensor:
         ValueError: for other shapes or dtypes; on the CPU, for a singular covariance.
     """
     checks.matrices("w_mse", "z0 and z1 must be [N, D] both", z0, z1)
-    a, b = (_whiten("w_mse", "z0 and z1", z, eps)[0] for z in checks.common(z0, z1))
-    return 2 - 2 * (normalize(a, dim=1) * normalize(b, dim=1)).sum(1).mean()
+    eps = _shrinkage("w_mse", "z0 and z1", z0, eps)
+    z0, z1 = checks.common(z0, z1)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (z0, z1)]
+    of_eps = isinstance(eps, Tensor) and torch.is_grad_enabled() and eps.requires_grad
+    with torch.no_grad(), without_autocast(z0):
+        z = in_float32(torch.stack([z0, z1]))
+        centred = z - z.mean(1, keepdim=True)
+        factor = _factor("w_mse", centred.mT @ centred / (len(z0) - 1), eps)
+        # LAPACK's matrices are column by column: transposed, nothing is copied and what comes out is row by row.
+        whitened = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
+        unit, length = unit_rows(whitened)
+        cosine = (unit[0] * unit[1]).sum(1, keepdim=True)
+        loss = 2 - 2 * cosine.mean()
+        gradients, eps_gradient = [no_gradient(z0), no_gradient(z1)], no_gradient(z0)
+        if any(wanted) or of_eps:
+            # for the whitened rows, and -N / 2 of it
+            gradient = (unit.flip(0) - unit * (cosine * (length > UNIT_EPS))).div_(length)
+            gradients, eps_gradient = _through_whitening(gradient, centred, factor, whitened, eps, of_eps)
+    factors = [-2 / len(z0)] * 2
+    if isinstance(eps, Tensor):
+        return known("w_mse", loss, [z0, z1, eps], [*gradients, eps_gradient], [*factors, factors[0]])
+    return known("w_mse", loss, [z0, z1], list(gradients), factors)
+
+
+def _through_whitening(
+    gradient: Tensor,  # [2, N, D], for the whitened rows
+    centred: Tensor,  # [2, N, D]
+    factor: Tensor,  # [2, D, D]
+    whitened: Tensor,  # [2, N, D]
+    eps: float | Tensor,
+    of_eps: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients for the rows [2, N, D], and for eps if wanted.
+
+    With W = X L^-T and G for W, the gradient for X alone is G L^-1, and that for the covariance L L^T is -L^-T S L^-1,
+    S = (P + P^T) / 2, P the lower triangle of G^T W with half of its diagonal (Giles 2008, section 2.2).
+    """
+    n = centred.shape[1]
+    p = (gradient.mT @ whitened).tril()
+    p.diagonal(dim1=1, dim2=2).mul_(0.5)
+    s = p + p.mT  # 2 S
+    within = gradient - (whitened @ s) * ((1 - eps) / (n - 1))  # times L^-1: X and the covariance share it
+    of_rows = torch.linalg.solve_triangular(factor.mT, within.mT, upper=True).mT
+    of_rows -= of_rows.mean(1, keepdim=True)
+    if not of_eps:
+        return of_rows, no_gradient(centred)
+    half = torch.linalg.solve_triangular(factor.mT, s / -2, upper=True).mT
+    of_covariance = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    covariance = centred.mT @ centred / (n - 1)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return of_rows, (of_covariance * (identity - covariance)).sum()
