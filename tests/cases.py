@@ -541,6 +541,59 @@ def _pairs_with_options(n: int, d: int, scale: float, **options) -> Case:
     )
 
 
+def _gram(b: int, p: int, d: int, scale: float = 1.0, **options) -> Case:
+    def eager(s: Tensor, t: Tensor) -> Tensor:
+        wide = torch.promote_types(s.dtype, torch.float32)  # the paper computes in float32
+        u, v = s.to(wide), t.to(wide)
+        if options.get("normalize", True):
+            u, v = TF.normalize(u, dim=2), TF.normalize(v, dim=2)
+        if options.get("level") == "batch":
+            u, v = u.flatten(0, 1), v.flatten(0, 1)
+        a, b = u @ u.mT, v @ v.mT
+        negatives = options.get("negatives")
+        if negatives == "clamp":
+            a = a.relu()
+        elif negatives == "clamp_teacher":
+            a = torch.where((a < 0) & (b < 0), 0, a)
+        return TF.mse_loss(a, b if negatives is None else b.relu())
+
+    return Case(
+        "gram_loss",
+        f"{b}x{p}x{d}" + "".join(f"-{value}" for value in options.values()),
+        make(normal(b, p, d, scale=scale), normal(b, p, d, scale=scale)),
+        lambda s, t: F.gram_loss(s, t, **options),
+        eager,
+        loss_size=1.0,
+        # a row's gradient is 4 / P of its errors, of size 1, over its length; its part along the row is taken out again
+        gradient_size=lambda s, t: 4 / s.shape[1] / s.shape[0] / s.norm(dim=2).min().item(),
+    )
+
+
+def _regression_rows(n: int, d: int, rows: list[int], beta: float = 2.0, weighted: bool = True) -> Case:
+    """Patches of two images, of which one has another number of masked ones."""
+    index = torch.tensor(rows)
+    weights = torch.linspace(0.2, 1, len(rows), dtype=torch.float64)
+
+    def eager(x: Tensor, y: Tensor) -> Tensor:
+        at = index.to(x.device)
+        losses = TF.smooth_l1_loss(x[at], TF.layer_norm(y, (d,))[at], beta=beta, reduction="none").mean(1)
+        w = weights.to(losses) if weighted else torch.ones_like(losses)
+        return (losses * w).sum() / w.sum()
+
+    return Case(
+        "regression_rows",
+        f"{n}x{d}-{len(rows)}rows" + ("" if weighted else "-alike"),
+        make(normal(n, d), normal(n, d)),
+        lambda x, y: F.regression(
+            x, y, beta=beta, rows=index.to(x.device), weights=weights.to(x.device) if weighted else None
+        ),
+        eager,
+        dtypes=_dtypes_of_smooth_l1(),
+        loss_size=1.0,
+        gradient_size=lambda x, y: 1 / len(rows) / d,
+    )
+
+
 LOSSES = [
     # one row; odd widths (no 128-bit loads); the class counts of CIFAR, ImageNet and SwAV; K too large for registers
     _cross_entropy(1, 1),
@@ -658,6 +711,17 @@ LOSSES = [
     _regression(7, 130, beta=0),
     _regression(7, 130, normalize=False),
     _regression(5, 96, shift=30),
+    # some rows out of order, one, all of them; more than a block of a row
+    _regression_rows(9, 37, [7, 0, 3, 8]),
+    _regression_rows(3, 1030, [1]),
+    _regression_rows(4, 5, [0, 1, 2, 3], weighted=False),
+    # one patch; odd numbers; negatives; more than a tile of rows, and than one tile's images
+    _gram(1, 1, 1),
+    _gram(3, 7, 5),
+    _gram(2, 9, 6, negatives="clamp"),
+    _gram(2, 9, 6, negatives="clamp_teacher"),
+    _gram(2, 5, 6, level="batch", normalize=False),
+    _gram(2, 300, 4),
     # slices that fill lanes and don't; few and many frequencies; embeddings so large that angles wrap many times
     _sigreg(2, 9, 5, 21),
     _sigreg(1, 300, 8, 16, knots=2),

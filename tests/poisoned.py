@@ -55,6 +55,19 @@ class Inputs:
     def _regression(self, x):
         return x(4, self.width), x(4, self.width), 2.0, True, 1e-5, [True]
 
+    def _regression_rows(self, x):
+        rows, weights = torch.tensor([2, 0, 1]), x(3, dtype=self.wide).abs()
+        return x(4, self.width), x(4, self.width), rows, weights, 2.0, True, 1e-5, [True]
+
+    def _gram_loss(self, x):
+        return x(2, 5, self.width), x(2, 5, self.width), True, "keep", [True]
+
+    def _kmeans_step(self, x):
+        return x(6, self.width), x(3, self.width, dtype=self.wide), True, True
+
+    def _nearest_k(self, x):
+        return x(4, self.width), x(9, self.width), 3
+
     def _nt_xent(self, x):
         candidates = x(2, 9, self.width)
         return candidates[:, 3:7], candidates, 3, self.temperature, False, True
@@ -152,7 +165,8 @@ class Inputs:
 
 WITHOUT_TEMPERATURE = {
     "rescale_", "ema_update_", "negative_cosine", "regression", "nearest_neighbors", "characteristic",
-    "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo",
+    "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo", "regression_rows", "gram_loss",
+    "kmeans_step", "nearest_k",
 }  # fmt: skip
 # (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN
 # where the other is an infinity: a pair's own weight is added to a product of matrices that has 0 in its place, and 0

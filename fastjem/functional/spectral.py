@@ -187,7 +187,7 @@ def simdino(
     rows = batch if group is None else sum(ranks.sizes)
     # The sum over all pairs is one product of sums; the views that meet themselves are taken from it.
     pairs = len(student) * count - count
-    similarity = sum(student) * sum(teacher)
+    similarity = torch.stack(student).sum(0) * torch.stack(teacher).sum(0)
     similarity = similarity - sum(s * t for s, t in zip(student, teacher, strict=False))
     alike = similarity.sum() / (rows * pairs)
     views = student[:count] if expansion == "student" else [(s + t) / 2 for s, t in zip(student, teacher, strict=False)]

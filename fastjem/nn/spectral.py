@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
+from fastjem.collectives import check_distributed, default_group
 from fastjem.functional import checks
 
 
@@ -26,6 +27,44 @@ class EMPSSLLoss(nn.Module):
 
     def forward(self, z_views: Sequence[Tensor]) -> Tensor:
         return F.emp_ssl(torch.stack(list(z_views)), eps=self.tcr_eps, invariance=self.inv_coef)
+
+
+class SimDINOLoss(nn.Module):
+    """`fastjem.functional.simdino`: what views have in common, and the coding rate in place of prototypes.
+
+    Wu et al. 2025, arXiv 2502.10385.
+
+    Args:
+        eps: the coding rate's distortion.
+        coefficient: weight of the similarities.
+        expansion: see `fastjem.functional.simdino`.
+        gather_distributed: both terms over the samples of all ranks.
+    """
+
+    def __init__(
+        self,
+        eps: float = 0.05,
+        coefficient: float = 1.0,
+        expansion: str = "student",
+        gather_distributed: bool = False,
+    ):
+        super().__init__()
+        check_distributed("SimDINOLoss", gather_distributed)
+        self.eps = eps
+        self.coefficient = coefficient
+        self.expansion = expansion
+        self.gather_distributed = gather_distributed
+
+    def forward(self, teacher_out: Sequence[Tensor], student_out: Sequence[Tensor]) -> Tensor:
+        """0-dim. Features [B, D] of each view, as `DINOLoss` takes scores; the teacher's get no gradient."""
+        return F.simdino(
+            list(student_out),
+            list(teacher_out),
+            eps=self.eps,
+            coefficient=self.coefficient,
+            expansion=self.expansion,
+            group=default_group(self.gather_distributed),
+        )
 
 
 class MMCRLoss(nn.Module):
