@@ -4,6 +4,7 @@
 OPERATOR(tensors)
 OPERATOR(similarity)
 OPERATOR(small)
+OPERATOR(one_tile)
 OPERATOR(prototype_cross_entropy)
 OPERATOR(prototype_head)
 OPERATOR(sinkhorn)
