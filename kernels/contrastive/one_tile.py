@@ -8,7 +8,8 @@ Each function returns None where the tile is too large, an argument isn't plain 
 wide for one shift; whoever calls then goes the long way.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,17 @@ def _fits(x: Tensor, y: Tensor, rows: int) -> bool:
     )
 
 
+def _alone(function: Callable[..., Found | None]) -> Callable[..., Found | None]:
+    """Without autograd, and without autocast, which would make the products bfloat16: no dispatcher sees to it here."""
+
+    @functools.wraps(function)
+    def run(*args, **options) -> Found | None:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return function(*args, **options)
+
+    return run
+
+
 def _total(
     similarities: Tensor, a: Tensor, b: Tensor, distance: int, factor: float, decoupled: bool, wanted: bool
 ) -> float | None:
@@ -61,6 +73,7 @@ def _total(
     return total if found else None
 
 
+@_alone
 def of_two_views(
     z0: Tensor,  # [N, D]
     z1: Tensor,  # [N, D]
@@ -96,6 +109,7 @@ def of_two_views(
     return Found(torch.scalar_tensor(total / (2 * n), dtype=dtype), gradients, (factor, factor))
 
 
+@_alone
 def clip_loss(x: Tensor, y: Tensor, scale: Tensor, wanted: Sequence[bool]) -> Found | None:
     n = x.shape[0]
     if not _fits(x, y, n) or not plain((scale,)):
@@ -121,6 +135,7 @@ def clip_loss(x: Tensor, y: Tensor, scale: Tensor, wanted: Sequence[bool]) -> Fo
     return Found(torch.scalar_tensor(total * each, dtype=a.dtype), gradients, (factor * each, factor * each, each))
 
 
+@_alone
 def siglip_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, wanted: Sequence[bool]) -> Found | None:
     n = x.shape[0]
     if not _fits(x, y, n) or not plain((scale, bias)):
