@@ -94,7 +94,7 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float | Tensor = 5e-3) -> Te
     weight = checks.number("mmcr", "lmda", lmda, online)
     with without_autocast(online):
         z = torch.cat([in_float32(online), in_float32(momentum)], 1)  # [B, 2 V, D]
-        of_images = singular_values(z).sum() / len(z)
+        of_images = singular_values(z).sum() / z.shape[0]
         of_means = singular_values(z.mean(1)).sum()
         return (weight * of_images - of_means).to(z.dtype)
 
@@ -127,7 +127,7 @@ def frossl(views: Sequence[Tensor], *, invariance: float | Tensor = 1.0) -> Tens
         trace = gram.diagonal(dim1=1, dim2=2).sum(1).detach()
         entropy = gram.square().sum((1, 2)).log() - 2 * trace.log()
         apart = (z - z.mean(0)).square().sum((1, 2)).sum() / z.shape[1]
-        return (entropy.sum() + weight * len(z) * apart).to(z.dtype)
+        return (entropy.sum() + weight * z.shape[0] * apart).to(z.dtype)
 
 
 def whiten(x: Tensor, *, eps: float | Tensor = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,8 +150,8 @@ def whiten(x: Tensor, *, eps: float | Tensor = 0.0) -> tuple[Tensor, Tensor, Ten
 
 
 def _whiten(op: str, name: str, x: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if len(x) < 2:
-        checks.fail(op, f"{name} must have N >= 2 rows, as their covariance is needed", f"N = {len(x)}")
+    if x.shape[0] < 2:
+        checks.fail(op, f"{name} must have N >= 2 rows, as their covariance is needed", f"N = {x.shape[0]}")
     eps = checks.number(op, "eps", eps, x, low=0, high=1, inclusive=True)
     x = in_float32(x)
     if isinstance(eps, Tensor):
@@ -159,7 +159,7 @@ def _whiten(op: str, name: str, x: Tensor, eps: float | Tensor) -> tuple[Tensor,
     with without_autocast(x):
         mean = x.mean(0)
         centred = x - mean
-        covariance = centred.T @ centred / (len(x) - 1)
+        covariance = centred.T @ centred / (x.shape[0] - 1)
         identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         factor = cholesky((1 - eps) * covariance + eps * identity, op)
         whitened = torch.linalg.solve_triangular(factor, centred.T, upper=False).T

@@ -10,6 +10,7 @@ from fastjem.functional.checks import PLAIN
 from fastjem.functional.memory import check_update
 from fastjem.kernels import guard
 from fastjem.kernels.arithmetic import widest, widest_dtype
+from fastjem.ops import transforms
 from fastjem.ops.autograd import ops
 
 WIDE = (torch.float32, torch.float64)
@@ -42,6 +43,7 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
         checks.fail(op, "teacher and student must be as many tensors", f"{len(teacher)} and {len(student)}")
     if not teacher:
         return
+    transforms.refuse(op, (*teacher, *student), "by what writes in place")
     written = teacher
     compiling = torch.compiler.is_compiling()
     if not compiling and not PLAIN.issuperset(map(type, [*teacher, *student])):
