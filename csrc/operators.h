@@ -1,7 +1,9 @@
 // One line for each file FAMILY/NAME.cpp: it defines bind_NAME, which adds its functions to the Python module. Whoever
 // includes this says before what OPERATOR(NAME) stands for.
 
+OPERATOR(tensors)
 OPERATOR(similarity)
+OPERATOR(small)
 OPERATOR(prototype_cross_entropy)
 OPERATOR(prototype_head)
 OPERATOR(sinkhorn)
@@ -10,8 +12,11 @@ OPERATOR(covariance)
 OPERATOR(characteristic)
 OPERATOR(negative_cosine)
 OPERATOR(regression)
+OPERATOR(neighbors)
 OPERATOR(cross_entropy)
 OPERATOR(augment)
 OPERATOR(crop_resize)
 OPERATOR(ema_update)
 OPERATOR(rescale)
+OPERATOR(lars)
+OPERATOR(adamw)

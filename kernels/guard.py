@@ -13,7 +13,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .arithmetic import widest_dtype
 from .augment.columns import COLUMNS
+from .optimizers import columns
 
 _checked_already = False
 
@@ -143,6 +145,54 @@ def _ema_update(teacher, student, momentum):
             _fail("ema_update_", contract, f"{_told(t)} and {_told(s)}")
 
 
+def _lars_norms(parameters, gradients):
+    _updates("lars_norms", parameters, gradients)
+
+
+def _lars(parameters, gradients, buffers, teachers, settings, groups, norms, *factors):
+    op = "lars_"
+    if buffers and len(buffers) != len(parameters):
+        _fail(op, "there must be a buffer for each parameter, or none", f"{len(buffers)} and {len(parameters)}")
+    _updates(op, parameters, gradients, buffers, teachers)
+    _settings(op, settings, groups, len(parameters), len(columns.LARS), factors)
+    _expect(op, "norms", norms, (len(parameters), 2), torch.float64)
+
+
+def _adamw(parameters, gradients, averages, squares, steps, teachers, settings, groups, *factors):
+    op = "adamw_"
+    if not len(averages) == len(squares) == len(steps) == len(parameters):
+        came = f"{len(averages)}, {len(squares)}, {len(steps)} and {len(parameters)}"
+        _fail(op, "there must be an average, a square and a step for each parameter", came)
+    for x in steps:
+        _expect(op, "steps", x, (), torch.float32)
+    _updates(op, parameters, gradients, averages, squares, teachers)
+    _settings(op, settings, groups, len(parameters), len(columns.ADAMW), factors)
+
+
+def _updates(op: str, parameters: list[Tensor], gradients: list[Tensor], *others: list[Tensor]) -> None:
+    """Refuse anything but tensors of the parameters' shapes, all but the gradients of their dtypes too."""
+    if not parameters or len(gradients) != len(parameters) or max(map(len, others), default=0) > len(parameters):
+        came = ", ".join(str(len(tensors)) for tensors in (parameters, gradients, *others))
+        _fail(op, "there must be parameters, as many gradients, and no more of what goes with them", came)
+    for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+        if p.dtype not in (torch.float32, torch.float64) or not g.is_floating_point() or p.shape != g.shape:
+            contract = "parameters must be float32 or float64, gradients of their shapes and floating-point"
+            _fail(op, contract, f"{_told(p)} and {_told(g)} at {i}")
+        for tensors in others:
+            if i < len(tensors) and (tensors[i].shape != p.shape or tensors[i].dtype != p.dtype):
+                contract = "averages and teachers must be of their parameters' shapes and dtypes"
+                _fail(op, contract, f"{_told(tensors[i])} for {_told(p)} at {i}")
+
+
+def _settings(op: str, settings: Tensor, groups: list[int], count: int, width: int, factors: tuple) -> None:
+    _expect(op, "settings", settings, (*settings.shape[:1], width), widest_dtype(settings.device))
+    if len(groups) != count or min(groups) < 0 or max(groups) >= len(settings):
+        _fail(op, f"groups must be {count} rows of settings {_told(settings)}", groups)
+    for x in factors:
+        if x is not None and x.numel() != 1:
+            _fail(op, "grad_scale and found_inf must be one number each", _told(x))
+
+
 def _cross_entropy(logits, labels, *_):
     _alike("cross_entropy", "logits", logits)
     _expect("cross_entropy", "labels", labels, (len(logits),), torch.int64)
@@ -154,6 +204,12 @@ def _negative_cosine(p, z, *_):
 
 def _regression(prediction, target, *_):
     _alike("regression", "prediction and target", prediction, target)
+
+
+def _regression_rows(prediction, target, rows, weights, *_):
+    _alike("regression_rows", "prediction and target", prediction, target, rows=True)
+    _expect("regression_rows", "rows", rows, (rows.numel(),), torch.int64)
+    _expect("regression_rows", "weights", weights, (len(rows),))
 
 
 def _barlow_twins(z0, z1, *_):
@@ -232,6 +288,22 @@ def _nearest_neighbors(query, bank):
     _same_width("nearest_neighbors", "query and bank", query, bank)
 
 
+def _kmeans_step(features, centroids, *_):
+    _same_width("kmeans_step", "features and centroids", features, centroids)
+    if not len(features) or not len(centroids):
+        _fail("kmeans_step", "features and centroids must have rows", f"{_told(features)} and {_told(centroids)}")
+
+
+def _nearest_k(query, bank, k):
+    _same_width("nearest_k", "query and bank", query, bank)
+    if not len(query) or not len(bank) or k < 1:
+        _fail("nearest_k", "query and bank must have rows, k be positive", f"{_told(query)}, {_told(bank)} and {k}")
+
+
+def _gram_loss(student, teacher, *_):
+    _alike("gram_loss", "student and teacher", student, teacher, dims=3, rows=True)
+
+
 def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _alike(op, "scores", scores)
     _expect(op, "bias", bias, (scores.shape[1],))
@@ -287,9 +359,13 @@ def _mean_entropy(scores, temperature, total, *_):
 SHAPES: dict[str, Callable[..., None]] = {
     "rescale_": _rescale,
     "ema_update_": _ema_update,
+    "lars_norms": _lars_norms,
+    "lars_": _lars,
+    "adamw_": _adamw,
     "cross_entropy": _cross_entropy,
     "negative_cosine": _negative_cosine,
     "regression": _regression,
+    "regression_rows": _regression_rows,
     "barlow_twins": _barlow_twins,
     "vicreg": _vicreg,
     "characteristic": _characteristic,
@@ -303,6 +379,9 @@ SHAPES: dict[str, Callable[..., None]] = {
     "clip_loss_backward": _clip_loss_backward,
     "siglip_loss": _siglip_loss,
     "nearest_neighbors": _nearest_neighbors,
+    "kmeans_step": _kmeans_step,
+    "nearest_k": _nearest_k,
+    "gram_loss": _gram_loss,
     "sinkhorn_step": _sinkhorn_step,
     "sinkhorn_bias": _sinkhorn_bias,
     "sinkhorn": _sinkhorn,

@@ -22,8 +22,21 @@ WEIGHTS_BYTES = 1 << 27  # the weights of a contrastive gradient, a band of rows
 
 CPU_TILE = 1024  # rows and columns of similarities: 4 MiB of float32, the second-level caches of two cores
 CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still make a product worth a call
+# The most that few rows' losses take in one call (contrastive/small.py): their similarities, and those times the width.
+CPU_SMALL_SQUARE = 64 * 64
+CPU_SMALL_PRODUCT = 64 * 64 * 64
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
+
+GRAM_ROWS = 256  # of a Gram matrix at a time: that of 14 x 14 patches is one tile
+GRAM_TILE = 1 << 19  # its elements: 2 MiB of float32 a tile, of which there are three at the most
+
+
+def gram(groups: int, patches: int) -> tuple[int, int]:
+    """Rows of a tile, and of how many images at once."""
+    rows = min(patches, GRAM_ROWS)
+    return rows, min(groups, max(1, GRAM_TILE // (rows * patches)))
+
 
 # Shared ---------------------------------------------------------------------------------------------------------------
 
@@ -56,6 +69,16 @@ def mean_of_rows() -> dict:
 def elementwise(dtype: torch.dtype) -> dict:
     """Four 128-bit words a thread are enough bytes in flight. A VECTOR is at least one such word in every dtype."""
     return {"BLOCK": 4 * 4 * WARP * 16 // dtype.itemsize, "VECTOR": 8, "num_warps": 4}
+
+
+# optimizers -----------------------------------------------------------------------------------------------------------
+
+OPTIMIZER_PART = 16  # blocks, at the least, whose squares one program adds
+
+
+def optimizer() -> dict:
+    """Two 128-bit words of float32 a thread from each of five tensors."""
+    return {"BLOCK": 1024, "VECTOR": 8, "num_warps": 4}
 
 
 # supervised and predictive --------------------------------------------------------------------------------------------
@@ -156,6 +179,19 @@ def similarity_weights(dtype: torch.dtype) -> dict:
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
     """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
+
+
+# neighbors ------------------------------------------------------------------------------------------------------------
+
+
+def kmeans_assign(width: int, dtype: torch.dtype) -> dict:
+    """Each row's nearest centroid: the largest of a row's products, of two in half precision."""
+    return similarity_sums(width, dtype)
+
+
+def kmeans_sums(width: int) -> dict:
+    """32 rows of 128 columns in flight: whole sectors of a gathered row in any dtype."""
+    return {"ROWS": 32, "BLOCK": min(128, _block(width)), "num_warps": 4}
 
 
 # covariance -----------------------------------------------------------------------------------------------------------

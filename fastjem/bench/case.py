@@ -16,6 +16,9 @@ from fastjem.kernels.arithmetic import widest_dtype
 # in a row. Pixels: a level of 255 in a few of them.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.uint8: 3e-3}
 
+# Shapes of runs on a small data set or a small machine: `--full` alone, as there is one for each loss and dtype.
+SMALL: dict[str, Any] = {"devices": ("cpu",), "full_only": ("cpu",)}
+
 
 @dataclass(frozen=True)
 class Case:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
-from fastjem.functional import checks, rings
+from fastjem.functional import checks, few, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import unit_rows_over_root
@@ -86,6 +86,9 @@ def nt_xent(
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
+    loss = few.of_views("nt_xent", z0, z1, temperature, group)
+    if loss is not None:
+        return loss
     with Agreement("nt_xent", group) as ranks:
         z = _stacked("nt_xent", z0, z1, group)
         temperature = checks.positive("nt_xent", "temperature", temperature, z)
@@ -117,6 +120,9 @@ def dcl(
         z0, z1, temperature, group: as for `nt_xent`.
         weights: [N] or [V, N], constants; None: ones.
     """
+    loss = few.of_views("dcl", z0, z1, temperature, group, decoupled=True) if weights is None else None
+    if loss is not None:
+        return loss
     with Agreement("dcl", group) as ranks:
         z = _stacked("dcl", z0, z1, group)
         temperature = checks.positive("dcl", "temperature", temperature, z)
@@ -190,6 +196,11 @@ def supcon(
         normalize: False takes rows as they come (the authors' convention: they are of unit length already).
         group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
+    if mask is None and anchors in ("all", "one"):
+        options = {"labels": labels, "normalize": normalize, "one_anchor": anchors == "one"}
+        loss = few.of_views("supcon", z, None, temperature, group, **options)
+        if loss is not None:
+            return loss
     with Agreement("supcon", group) as ranks:
         _check_supcon(z, labels, mask, anchors, group)
         temperature = checks.positive("supcon", "temperature", temperature, z)
@@ -318,6 +329,9 @@ def info_nce(
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
+    loss = few.info_nce(query, positive, negatives, temperature, label_offset)
+    if loss is not None:
+        return loss
     contract = "query and positive must be [N, D] both, negatives [K, D]"
     checks.matrices("info_nce", contract, query, positive)
     checks.matrices("info_nce", contract, negatives)

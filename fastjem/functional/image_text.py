@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement
-from fastjem.functional import checks, rings
+from fastjem.functional import checks, few, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.kernels.arithmetic import widest_dtype
 
@@ -55,6 +55,9 @@ def clip_loss(
     Returns:
         0-dim float32 (float64 for float64 inputs); the same on every rank of the group, unless `local_loss`.
     """
+    loss = few.of_pairs("clip_loss", x, y, logit_scale, None, group, has_bias=False)
+    if loss is not None:
+        return loss
     constant_candidates = group is not None and local_loss and not gather_with_grad
     with Agreement("clip_loss", group) as ranks:
         x, y, scale = _checked("clip_loss", x, y, logit_scale, group)
@@ -84,6 +87,9 @@ def siglip_loss(
         x, y, logit_scale, group: as for `clip_loss`.
         logit_bias: 0-dim, with its gradient.
     """
+    loss = few.of_pairs("siglip_loss", x, y, logit_scale, logit_bias, group, has_bias=True)
+    if loss is not None:
+        return loss
     with Agreement("siglip_loss", group) as ranks:
         x, y, scale = _checked("siglip_loss", x, y, logit_scale, group)
         bias = _scalar("siglip_loss", "logit_bias", logit_bias, x)

@@ -11,4 +11,9 @@ OPERATORS = {
         " -> (Tensor, Tensor[], Tensor)",
         cpu=True,
     ),
+    "regression_rows": Operator(
+        "(Tensor prediction, Tensor target, Tensor rows, Tensor weights, float beta, bool normalize, float eps,"
+        " bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
+    ),
 }
