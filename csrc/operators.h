@@ -4,6 +4,8 @@
 OPERATOR(tensors)
 OPERATOR(similarity)
 OPERATOR(small)
+OPERATOR(visible)
+OPERATOR(koleo)
 OPERATOR(prototype_cross_entropy)
 OPERATOR(prototype_head)
 OPERATOR(sinkhorn)

@@ -21,6 +21,7 @@ COLUMN_SUMS = 1 << 24  # float32 numbers, 64 MiB: the parts that columns' log-su
 WEIGHTS_BYTES = 1 << 27  # the weights of a contrastive gradient, a band of rows at a time
 
 CPU_TILE = 1024  # rows and columns of similarities: 4 MiB of float32, the second-level caches of two cores
+CPU_KOLEO_ROWS = 256  # of a strip of a symmetric product: 10 of 16 blocks of 1024 rows are computed
 CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still make a product worth a call
 # The most that few rows' losses take in one call (contrastive/small.py): their similarities, and those times the width.
 CPU_SMALL_SQUARE = 64 * 64
@@ -103,6 +104,27 @@ def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
 
 
+def regression(width: int, compute: torch.dtype) -> dict | None:
+    """As `negative_cosine`: prediction and target stay in registers."""
+    return negative_cosine(width, compute)
+
+
+def regression_long(compute: torch.dtype) -> dict:
+    return negative_cosine_long(compute)
+
+
+# gaussian -------------------------------------------------------------------------------------------------------------
+
+
+def characteristic() -> dict:
+    """128 rows: what a program writes of each frequency is then a 64th of what it reads."""
+    return {"ROWS": 128, "BLOCK": 32, "num_warps": 8}
+
+
+def characteristic_backward() -> dict:
+    return {"ROWS": 16, "BLOCK": 64, "num_warps": 4}
+
+
 # augment --------------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +196,27 @@ def similarity_weights(dtype: torch.dtype) -> dict:
     if dtype.itemsize == 2:
         return {"BLOCK_D": 64} | _tile(rows=128, columns=128, warps=8, stages=3)
     return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=4, stages=2)
+
+
+def similarity_visible(width: int, dtype: torch.dtype) -> dict:
+    """Log-sum-exps over what rows and columns see; 64 columns spill on sm_80 where all options are there."""
+    if block := _block_on_chip(width, dtype):
+        return {"WHOLE": True, "BLOCK_D": block} | _tile(rows=64, columns=64, warps=8, stages=2)
+    if dtype.itemsize == 2:
+        return {"WHOLE": False, "BLOCK_D": 64} | _tile(rows=64, columns=32, warps=8, stages=3)
+    return {"WHOLE": False, "BLOCK_D": 32} | _tile(rows=64, columns=32, warps=8, stages=2)
+
+
+def similarity_visible_owner(width: int, dtype: torch.dtype) -> dict | None:
+    """Gradients of what rows see; None: `_block_on_chip` has none."""
+    block = _block_on_chip(width, dtype)
+    return None if block is None else {"BLOCK_D": block} | _tile(rows=64, columns=32, warps=8, stages=2)
+
+
+def similarity_visible_weights(dtype: torch.dtype) -> dict:
+    if dtype.itemsize == 2:
+        return {"BLOCK_D": 64} | _tile(rows=64, columns=64, warps=8, stages=3)
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=2)
 
 
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
