@@ -385,7 +385,7 @@ def _student_and_teacher(
     _alike(op, "teacher views", *teacher)
     _expect(op, "teacher views", teacher[0], tuple(student[0].shape))
     _expect(op, "weights", weights, (len(student[0]),))
-    if bias is not None and bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
+    if bias is not None and bias.shape != (prototypes,) and bias.shape != (len(teacher), prototypes):
         _fail(op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", _told(bias))
 
 
