@@ -123,11 +123,13 @@ class Fused(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None:
+                    if p.grad.layout is not torch.strided:
+                        checks.fail(type(self).__name__, "gradients must be dense", p.grad.layout)
                     parameters.append(p)
                     groups.append(number)
         gradients = [p.grad for p in parameters]
         states = self._states_of(parameters, groups)
-        every = [*parameters, *gradients, *(x for one in states for x in one), *self._pairs.values()]
+        every = [*parameters, *gradients, *(x for one in states for x in one if x is not None), *self._pairs.values()]
         plain = PLAIN.issuperset(map(type, every))
         if not plain:
             every = [local(x) for x in every]
@@ -140,17 +142,16 @@ class Fused(torch.optim.Optimizer):
 
     def _new_plan(
         self, addresses: tuple, parameters: list[Tensor], gradients: list[Tensor], groups: list[int],
-        states: list[list[Tensor]],
+        states: list[list[Tensor | None]],
     ) -> _Plan:  # fmt: skip
         """Calls by device, sharding and whether there is momentum; checked before anything is written."""
         op = type(self).__name__
         by_kind: dict[tuple, list[int]] = {}
         for i, p in enumerate(parameters):
-            if gradients[i].is_sparse or p.dtype not in (torch.float32, torch.float64):
-                contract = "parameters must be float32 or float64, and gradients dense"
-                checks.fail(op, contract, f"{p.dtype}" + (" and a sparse one" if gradients[i].is_sparse else ""))
+            if p.dtype not in (torch.float32, torch.float64):
+                checks.fail(op, "parameters must be float32 or float64 (half precision rounds updates away)", p.dtype)
             sharding = sharding_of(op, p, gradients[i], self._pairs.get(p))
-            has_states = tuple(bool(one) and one[i] is not None for one in states)
+            has_states = tuple(one[i] is not None for one in states)
             by_kind.setdefault((p.device, sharding, has_states), []).append(i)
         calls = []
         for (_, sharding, has_states), members in by_kind.items():
