@@ -173,7 +173,8 @@ def _optimizer(op: str, elements: int, parameter: str, gradient: str) -> Case:
         else:
             optimizers.adamw_([p], [g], [first], [second], [torch.zeros(())], [teacher], *rest, *factors)
 
-    return Case(op, str(elements), f"{parameter} <- {gradient}", call)
+    first_kernel = {"lars_": (4 if gradient == "fp32" else 3, 0), "adamw_": (0, 0)}[op] if parameter == "fp32" else (0, 0)
+    return Case(op, str(elements), f"{parameter} <- {gradient}", call, first_kernel)
 
 
 def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:
