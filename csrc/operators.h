@@ -1,7 +1,11 @@
 // One line for each file FAMILY/NAME.cpp: it defines bind_NAME, which adds its functions to the Python module. Whoever
 // includes this says before what OPERATOR(NAME) stands for.
 
+OPERATOR(tensors)
 OPERATOR(similarity)
+OPERATOR(small)
+OPERATOR(visible)
+OPERATOR(koleo)
 OPERATOR(prototype_cross_entropy)
 OPERATOR(prototype_head)
 OPERATOR(sinkhorn)
@@ -10,6 +14,7 @@ OPERATOR(covariance)
 OPERATOR(characteristic)
 OPERATOR(negative_cosine)
 OPERATOR(regression)
+OPERATOR(neighbors)
 OPERATOR(cross_entropy)
 OPERATOR(augment)
 OPERATOR(crop_resize)

@@ -35,6 +35,8 @@ FAMILIES = (
     "contrastive",
     "covariance",
     "gaussian",
+    "gram",
+    "neighbors",
     "optimizers",
     "predictive",
     "prototypes",

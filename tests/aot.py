@@ -28,8 +28,12 @@ from fastjem.kernels.augment import gpu as augment
 from fastjem.kernels.contrastive import gpu as contrastive
 from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
+<<<<<<< HEAD
 from fastjem.kernels.optimizers import columns as optimizer_columns
 from fastjem.kernels.optimizers import gpu as optimizers
+=======
+from fastjem.kernels.gaussian import gpu as gaussian
+>>>>>>> main
 from fastjem.kernels.predictive import gpu as predictive
 from fastjem.kernels.prototypes import gpu as prototypes
 from fastjem.kernels.supervised import gpu as supervised
@@ -202,6 +206,22 @@ def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple
     return Case("negative_cosine", f"N x {d}" + ("" if all(wanted) else " p only"), dtype, call, vectors)
 
 
+def _regression(d: int, dtype: str, vectors: tuple[int, int], beta: float = 2.0) -> Case:
+    def call() -> None:
+        x, y = torch.zeros(4, d, dtype=DTYPES[dtype]), torch.zeros(4, d, dtype=DTYPES[dtype])
+        predictive.regression(x, y, beta, True, 1e-5, [True])
+
+    return Case("regression", f"N x {d} beta {beta:g}", dtype, call, vectors)
+
+
+def _characteristic(slices: int) -> Case:
+    def call() -> None:
+        theta = torch.zeros(2, 300, slices)
+        gaussian.characteristic_backward(theta, gaussian.characteristic(theta, 16))
+
+    return Case("characteristic", f"2 x N x {slices}", "fp32", call)
+
+
 def _nt_xent(d: int, dtype: str, temperature: float = 0.5, n: int = 300) -> Case:
     def call() -> None:
         z, lse = torch.zeros(2, n, d, dtype=DTYPES[dtype]), torch.zeros(2, n, dtype=torch.float64)
@@ -234,6 +254,23 @@ def _siglip_loss(d: int, dtype: str) -> Case:
         contrastive.siglip_loss(x, x, torch.ones(()), torch.ones(()), 0, [True, True])
 
     return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
+
+
+def _similarity_logsumexp(d: int, dtype: str, everything: bool = True, n: int = 300) -> Case:
+    """What a row sees by ids, a mask, limits and its own image, with sums of logits; or by ids alone."""
+
+    def call() -> None:
+        a, numbers = torch.zeros(n, d, dtype=torch.float32), torch.zeros(n, dtype=torch.float64)
+        ids = torch.zeros(n, dtype=torch.int64)
+        more = (torch.zeros(n, n, dtype=torch.bool), numbers, numbers) if everything else (None,) * 3
+        visible = ([n, 0, n], ids, ids, *more)
+        contrastive.similarity_logsumexp(a, a, *visible, everything, everything, DTYPES[dtype])
+        slopes = (numbers, numbers, numbers if everything else None)
+        both = (*slopes, *(slopes if everything else (None,) * 3))
+        contrastive.similarity_logsumexp_backward(a, a, *visible, *both, [True, True], DTYPES[dtype])
+
+    shape = f"N x M x {d}" + ("" if everything else " ids alone")
+    return Case("similarity_logsumexp", shape, dtype, call, wgmma=True)
 
 
 def _nearest_neighbors(d: int, dtype: str) -> Case:
@@ -315,6 +352,12 @@ CASES = [
     _clip_loss(512, "bf16"),
     _siglip_loss(512, "bf16"),
     _nearest_neighbors(128, "bf16"),
+    _similarity_logsumexp(128, "bf16"),
+    _similarity_logsumexp(256, "bf16"),
+    _similarity_logsumexp(512, "bf16"),
+    _similarity_logsumexp(128, "fp16"),
+    _similarity_logsumexp(128, "bf16", everything=False),
+    _similarity_logsumexp(128, "fp32"),
     _prototype_head(128, "fp16"),
     _prototype_head(256, "bf16"),
     _prototype_head(256, "bf16", students=10),
@@ -358,6 +401,13 @@ CASES = [
     _negative_cosine(2048, "bf16", (4, 4)),
     _negative_cosine(8192, "fp32", (8, 8)),
     _negative_cosine(65_536, "fp32", (8, 4)),
+    _regression(128, "bf16", (2, 1)),
+    _regression(768, "bf16", (2, 1)),
+    _regression(1024, "fp32", (4, 4), beta=0),
+    _regression(8192, "fp32", (8, 8)),
+    _regression(65_536, "bf16", (4, 1)),
+    _characteristic(256),
+    _characteristic(21),
     _covariance("barlow_twins", 64, 512, "fp32"),
     _covariance("barlow_twins", 64, 512, "bf16"),
     _covariance("vicreg", 64, 512, "fp32"),

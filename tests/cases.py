@@ -377,20 +377,24 @@ def _mean_entropy(v: int, b: int, k: int, scale: float = 1.0, dtypes=(torch.floa
     )
 
 
-def eager_koleo(x: Tensor) -> Tensor:
-    x = TF.normalize(x, dim=1, eps=1e-8)
-    similarities = (x @ x.T).fill_diagonal_(-2)
-    nearest = x[similarities.argmax(1)]
-    return -(TF.pairwise_distance(x, nearest, 2, 1e-8) + 1e-8).log().mean()
+def eager_koleo(x: Tensor, topk: int = 1, group_size: int | None = None, p: float = 2) -> Tensor:
+    """The mean over groups, each for itself, over rows and over each row's k-th neighbour."""
+    losses = []
+    for rows in x.split(group_size or len(x)):
+        u = TF.normalize(rows, dim=1, eps=1e-8)
+        similarities = (u @ u.T).fill_diagonal_(-2)
+        order = similarities.argsort(1, descending=True)
+        losses += [-(TF.pairwise_distance(u, u[order[:, k]], p, 1e-8) + 1e-8).log().mean() for k in range(topk)]
+    return torch.stack(losses).mean()
 
 
-def _koleo(n: int, d: int) -> Case:
+def _koleo(n: int, d: int, **options) -> Case:
     return Case(
         "koleo",
-        f"{n}x{d}",
+        f"{n}x{d}" + "".join(f"-{name}{value:g}" for name, value in options.items()),
         make(normal(n, d)),
-        F.koleo,
-        eager_koleo,
+        lambda x: F.koleo(x, **options),
+        lambda x: eager_koleo(x, **options),
         loss_size=20,
         gradient_size=lambda x: 10 / len(x) / x.norm(dim=1).min().item(),
         dtypes=(torch.float64, torch.float32),  # in half precision another row may be the nearest
@@ -549,6 +553,12 @@ LOSSES = [
     _mean_entropy(2, 3, 1500, scale=0.1, dtypes=ALL),
     _koleo(3, 8),
     _koleo(300, 33),
+    # several neighbours; groups smaller and larger than a strip of tiles; another norm
+    _koleo(40, 16, topk=3),
+    _koleo(60, 9, topk=2, group_size=12),
+    _koleo(600, 8, group_size=300),
+    _koleo(35, 12, topk=2, p=1),
+    _koleo(35, 12, p=3),
     # odd widths, several blocks of 1024, large means, both kinds of error, squared error
     _regression(1, 1),
     _regression(5, 37),

@@ -82,6 +82,8 @@ CPU = [
     Mutation(
         "characteristic", "csrc/gaussian/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"
     ),
+    Mutation("koleo", "csrc/contrastive/koleo.h", "t.row_start + i, k, best", "t.row_start, k, best"),
+    Mutation("koleo", "csrc/contrastive/koleo.h", "-weight(n)", "-0.999f * weight(n)"),
     Mutation("vicreg", "csrc/covariance/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [

@@ -103,6 +103,13 @@ class Inputs:
     def _nearest_neighbors(self, x):
         return x(4, self.width), x(9, self.width)
 
+    def _koleo_neighbors(self, x):
+        candidates = x(12, self.width)
+        return candidates[2:8], candidates, 2, 2, 6, 1e-8
+
+    def _koleo(self, x):
+        return x(6, self.width), torch.tensor([[1, 2], [0, 3], [1, 4], [1, 5], [3, 0], [1, 2]]), 2.0, 1e-8, [True]
+
     def _sinkhorn_step(self, x):
         return x(6, self.width, scale=0.3), x(self.width, dtype=torch.float64), self.temperature
 
@@ -144,8 +151,8 @@ class Inputs:
 
 
 WITHOUT_TEMPERATURE = {
-    "rescale_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression", "nearest_neighbors", "characteristic",
-    "characteristic_backward", "barlow_twins", "vicreg",
+    "rescale_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression", "nearest_neighbors",
+    "characteristic", "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo",
 }  # fmt: skip
 # (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN
 # where the other is an infinity: a pair's own weight is added to a product of matrices that has 0 in its place, and 0

@@ -38,6 +38,7 @@ LOSSES = {
     "tico": lambda z0, z1, group=None: F.tico(z0, z1, group=group)[0],
     "sigreg": lambda z0, z1, group=None: F.sigreg(torch.stack([z0, z1]), directions(), group=group),
     "lejepa": lambda z0, z1, group=None: F.lejepa(z0[None], z1[None], directions(), group=group),
+    "koleo": lambda z0, z1, group=None: F.koleo(z0, topk=3, group=group) + F.koleo(z1, group=group, p=1),
     "nt_xent": partial(F.nt_xent, temperature=0.2),
     "barlow_twins": partial(seen, "barlow_twins"),
     "barlow_twins_wide": lambda z0, z1, group=None: F.barlow_twins(wide(z0), wide(z1), group=group),

@@ -45,9 +45,14 @@ static void regression_rows_of(const Regression& r, int64_t begin, int64_t end) 
   const W beta = static_cast<W>(r.beta);
   const W inverse = static_cast<W>(r.beta > 0 ? 1 / r.beta : 0);
   for (int64_t i = begin; i < end; ++i) {
-    const T* x = static_cast<const T*>(r.prediction) + i * r.prediction_stride;
-    const T* y = static_cast<const T*>(r.target) + i * r.target_stride;
-    T* out = r.gradient ? static_cast<T*>(r.gradient) + i * d : nullptr;
+    const double row_weight = r.weights ? r.weights[i] : 1;
+    r.losses[i] = 0;
+    if (row_weight == 0) continue;  // a row that only fills up: it may be any, and stand there twice
+    const W weight = static_cast<W>(row_weight);
+    const int64_t row = r.rows ? r.rows[i] : i;
+    const T* x = static_cast<const T*>(r.prediction) + row * r.prediction_stride;
+    const T* y = static_cast<const T*>(r.target) + row * r.target_stride;
+    T* out = r.gradient ? static_cast<T*>(r.gradient) + row * d : nullptr;
     const Normalization<W> normalized = r.normalize ? normalization_of(y, d, r.eps) : Normalization<W>{};
     double loss = 0;
     for (int64_t block = 0; block < d; block += terms_per_block) {
@@ -61,7 +66,7 @@ static void regression_rows_of(const Regression& r, int64_t begin, int64_t end) 
         }
         if (out) {
 #pragma omp simd
-          for (int64_t j = block; j < stop; ++j) narrow(2 * (widen(x[j]) - normalized(widen(y[j]))), out[j]);
+          for (int64_t j = block; j < stop; ++j) narrow(weight * (2 * (widen(x[j]) - normalized(widen(y[j])))), out[j]);
         }
       } else {
 #pragma omp simd reduction(+ : sum)
@@ -78,13 +83,13 @@ static void regression_rows_of(const Regression& r, int64_t begin, int64_t end) 
             const W error = widen(x[j]) - normalized(widen(y[j]));
             const W slope = error * inverse;
             const W sign = error < 0 ? W(-1) : W(1);
-            narrow(std::abs(error) >= beta ? sign : slope, out[j]);  // NaN stays
+            narrow(weight * (std::abs(error) >= beta ? sign : slope), out[j]);  // NaN stays
           }
         }
       }
       loss += sum;
     }
-    r.losses[i] = loss;
+    r.losses[i] = row_weight * loss;
   }
 }
 

@@ -13,14 +13,13 @@ from fastjem.collectives import (
     gather_rows,
     gradient_factor,
     of_global_batch,
-    sum_of_ranks,
     sum_over_ranks,
 )
 from fastjem.functional import checks, summed_squares
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.decompositions import eigenvalues, eigenvectors, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
-from fastjem.kernels.arithmetic import solvable, widest
+from fastjem.kernels.arithmetic import UNIT_EPS, no_gradient, solvable, unit_rows, widest
 from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
 
 
@@ -230,20 +229,57 @@ def tico(
         if isinstance(beta, Tensor):
             beta = widest(beta)
         ranks.rows_of(z0)
-    n = sum(ranks.sizes)
-    with without_autocast(z0):
-        a, b = (torch.nn.functional.normalize(in_float32(z), dim=1) for z in (z0, z1))
-        rows = a.detach()
-        if group is None or n >= d:
-            squares = sum_over_ranks(rows.T @ rows, group)
-        else:  # the rows of all ranks are fewer numbers than a D x D square
-            rows, _ = gather_rows(rows, group, ranks.sizes)
-            squares = rows.T @ rows
-        c = squares * ((1 - beta) / n)
-        if covariance is not None:
-            c = c + beta * covariance.detach().to(c.dtype)
-        loss = 1 + sum_of_ranks((rho * (a @ c * a) - a * b).sum(), group) / n
-        return loss, c.detach()  # a learned beta has its gradient in this step alone
+    numbers = [x if isinstance(x, Tensor) else None for x in (beta, rho)]
+    wanted = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (z0, z1, *numbers)]
+    with torch.no_grad(), without_autocast(z0):
+        loss, gradients, c = _tico(z0, z1, covariance, beta, rho, wanted, ranks.sizes, group)
+    tensors = [(x, g) for x, g in zip((z0, z1, *numbers), gradients, strict=True) if x is not None]
+    factor = gradient_factor(group) / sum(ranks.sizes)
+    inputs, gradients = zip(*tensors, strict=True)
+    return known("tico", loss, inputs, gradients, [factor] * len(inputs)), c
+
+
+def _tico(
+    z0: Tensor,
+    z1: Tensor,
+    covariance: Tensor | None,
+    beta: float | Tensor,
+    rho: float | Tensor,
+    wanted: list[bool],  # for z0, z1, beta, rho
+    sizes: list[int],
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The loss of all ranks' rows, N times its gradients of this rank's part (empty where not wanted), and C."""
+    n = sum(sizes)
+    d = z0.shape[1]
+    a, a_norm = unit_rows(in_float32(z0))
+    b, b_norm = unit_rows(in_float32(z1))
+    if group is None or n >= d:
+        squares = sum_over_ranks(a.T @ a, group)
+    else:  # the rows of all ranks are fewer numbers than a D x D square
+        rows, _ = gather_rows(a, group, sizes)
+        squares = rows.T @ rows
+    c = squares * ((1 - beta) / n)
+    symmetric = c
+    if covariance is not None:
+        covariance = covariance.to(c.dtype)
+        c = c + beta * covariance
+        symmetric = (c + c.T) / 2  # what a^T C a and its gradient, 2 C a, see of a C that isn't
+    product = a @ symmetric
+    squared = (product * a).sum(1, keepdim=True)  # [N, 1], a^T C a
+    cosine = (a * b).sum(1, keepdim=True)
+    loss = 1 + sum_over_ranks((rho * squared - cosine).sum(), group) / n
+
+    gradients = [no_gradient(z0), no_gradient(z1), *[squared.sum()] * 2]
+    if wanted[0]:
+        radial = (cosine - 2 * rho * squared) * (a_norm > UNIT_EPS)
+        gradients[0] = product.mul_(2 * rho).sub_(b).addcmul_(a, radial).div_(a_norm)
+    if wanted[1]:
+        gradients[1] = (b * (cosine * (b_norm > UNIT_EPS))).sub_(a).div_(b_norm)
+    if wanted[2]:  # C is a constant of z0, but not of beta
+        slope = squares / -n if covariance is None else covariance - squares / n
+        gradients[2] = rho * ((a @ slope) * a).sum()
+    return loss, gradients, c
 
 
 @dataclass(frozen=True)

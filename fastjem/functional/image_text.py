@@ -5,8 +5,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement
-from fastjem.functional import checks, rings
+from fastjem.functional import candidates, checks, few, rings
 from fastjem.functional.compiled import over_ranks
+from fastjem.functional.options import Options, check_exclude
 from fastjem.kernels.arithmetic import widest_dtype
 
 
@@ -32,6 +33,15 @@ def clip_loss(
     y: Tensor,
     logit_scale: Tensor | float,
     *,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    ids: Tensor | None = None,
+    exclude: Tensor | None = None,
+    false_negative_margin: float | Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    prior: float | Tensor = 0.0,
+    hardness: float = 0.0,
     group: dist.ProcessGroup | None = None,
     local_loss: bool = False,
     gather_with_grad: bool = True,
@@ -42,8 +52,14 @@ def clip_loss(
 
     Args:
         x, y: [N, D] each, pair by pair, as given: open_clip's convention is that they are normalised already.
-        logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter): a number, or a 0-dim
-            tensor, which gets its gradient.
+        logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter): a number, or a tensor
+            that gets its gradient, 0-dim or [N], of each pair's rows.
+        ids: [N] int64: pairs of equal ids aren't negatives of one another (one image with several captions).
+        exclude: bool, [N, N], which rows of y aren't negatives of which of x, and the other way round; or [N], which
+            pairs aren't of any. With a group [N, all ranks' N], or [N] of this rank.
+        hard_negatives: [N, H, D], as given: further rows of y, for row i of x alone.
+        reduction, weights, label_smoothing, false_negative_margin, prior, hardness: as for `nt_xent`, of both
+            directions; a pair's loss is their mean.
         group: as for `nt_xent`.
         local_loss: with a group, the mean over this rank's rows (and, for `logits.T`, its columns) alone, each against
             all ranks' candidates (0 for a rank without rows); the gradient is still that of the global loss, exact
@@ -53,8 +69,18 @@ def clip_loss(
             it changes nothing.
 
     Returns:
-        0-dim float32 (float64 for float64 inputs); the same on every rank of the group, unless `local_loss`.
+        0-dim float32 (float64 for float64 inputs), the same on every rank of the group, unless `local_loss`; [N]
+        without a reduction.
     """
+    options = Options(
+        reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
+    )  # fmt: skip
+    of_rows = isinstance(logit_scale, Tensor) and logit_scale.numel() != 1
+    if of_rows or options.any():
+        return _clip_with_options(x, y, logit_scale, options, group, local_loss, gather_with_grad)
+    loss = few.of_pairs("clip_loss", x, y, logit_scale, None, group, has_bias=False)
+    if loss is not None:
+        return loss
     constant_candidates = group is not None and local_loss and not gather_with_grad
     with Agreement("clip_loss", group) as ranks:
         x, y, scale = _checked("clip_loss", x, y, logit_scale, group)
@@ -65,6 +91,38 @@ def clip_loss(
     if group is not None and constant_candidates:
         return rings.clip_loss_of_constant_candidates(x, y, scale, ranks.sizes, group)
     return rings.clip_loss(x, y, scale, ranks.sizes, group, local_loss and group is not None)
+
+
+def _clip_with_options(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor | float,
+    options: Options,
+    group: dist.ProcessGroup | None,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> Tensor:
+    op = "clip_loss"
+    with Agreement(op, group) as ranks:
+        checks.matrices(op, "x and y must be [N, D] both", x, y, may_be_empty=None if group is None else 0)
+        x, y = checks.common(x, y)
+        of_rows = isinstance(logit_scale, Tensor) and logit_scale.shape == x.shape[:1] and x.shape[0] != 1
+        scale = logit_scale if of_rows else _scalar(op, "logit_scale", logit_scale, x)
+        assert isinstance(scale, Tensor)
+        checks.one_device(op, (x, scale))
+        options = options.checked(op, x, x.shape[0], [x.shape[:1]])
+        if group is not None and local_loss and not gather_with_grad:
+            checks.fail(op, "with options, gather_with_grad must be True", gather_with_grad)
+        if group is not None and of_rows and options.exclude is not None and options.exclude.dim() == 2:
+            checks.fail(op, "with a group and a scale of each row, exclude must be [N]", tuple(options.exclude.shape))
+        ranks.rows_of(x)
+        ranks.backward_of(x, y, scale)
+        ranks.alike(*options.facts(), f"{scale.dim()} dimensions of the scale")
+    if options.exclude is not None:
+        with Agreement(op, group) as again:  # a mask is as wide as all ranks' rows are many
+            check_exclude(op, options.exclude, [(x.shape[0], sum(ranks.sizes)), x.shape[:1]], x)
+            again.rows_of(x)
+    return candidates.clip_loss(x, y, scale, options, ranks.sizes, group, local_loss and group is not None)
 
 
 @over_ranks()
@@ -84,6 +142,9 @@ def siglip_loss(
         x, y, logit_scale, group: as for `clip_loss`.
         logit_bias: 0-dim, with its gradient.
     """
+    loss = few.of_pairs("siglip_loss", x, y, logit_scale, logit_bias, group, has_bias=True)
+    if loss is not None:
+        return loss
     with Agreement("siglip_loss", group) as ranks:
         x, y, scale = _checked("siglip_loss", x, y, logit_scale, group)
         bias = _scalar("siglip_loss", "logit_bias", logit_bias, x)

@@ -219,21 +219,40 @@ class KoLeoLoss(nn.Module):
 
     Args:
         p: the norm's degree.
-        eps: see `fastjem.functional.koleo`.
+        eps, topk, group_size: see `fastjem.functional.koleo`.
+        gather_distributed: the rows of all ranks are one batch.
     """
 
-    def __init__(self, p: float = 2, eps: float = 1e-8) -> None:
+    def __init__(
+        self,
+        p: float = 2,
+        eps: float = 1e-8,
+        topk: int = 1,
+        group_size: int | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
         super().__init__()
+        check_distributed("KoLeoLoss", gather_distributed)
         self.p = p
         self.eps = eps
+        self.topk = topk
+        self.group_size = group_size
+        self.gather_distributed = gather_distributed
         self.pairwise_distance: nn.Module = nn.PairwiseDistance(p=p, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         distance = self.pairwise_distance
         usual = type(distance) is nn.PairwiseDistance and (distance.norm, distance.eps) == (self.p, self.eps)
         if usual and self.p >= 1 and self.eps > 0:
-            return F.koleo(x, p=self.p, eps=self.eps)
-        # Another distance, assigned as to lightly's, or an eps of 0: in plain torch.
+            group = default_group(self.gather_distributed)
+            return F.koleo(x, p=self.p, eps=self.eps, topk=self.topk, group_size=self.group_size, group=group)
+        # Another distance, assigned as to lightly's, or an eps of 0: in plain torch, and of lightly's options.
+        if self.topk != 1 or self.group_size is not None or self.gather_distributed:
+            raise ValueError(
+                "KoLeoLoss: with a pairwise_distance of its own, p below 1 or an eps of 0 it has one neighbour, no "
+                f"groups and one rank, got topk={self.topk}, group_size={self.group_size} and "
+                f"gather_distributed={self.gather_distributed}"
+            )
         x = functional.normalize(x.to(loss_dtype(x)), dim=-1, eps=self.eps)
         nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)
         return -(distance(x, x[nearest]) + self.eps).log().mean()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
+from fastjem.ops import direct
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 try:
@@ -110,6 +111,7 @@ def _register(name: str) -> dict[str, str]:
     on_cpu, no_cpu = cpp_launcher(name)
     if on_cpu:
         LIBRARY.impl(name, plain(on_cpu, name), "CPU")
+        direct.LAUNCHERS[name] = plain(_of_family(name, "cpu"), name)
     on_cuda, no_cuda = triton_launcher(name)
     if on_cuda:
         LIBRARY.impl(name, plain(on_cuda, name), "CUDA")

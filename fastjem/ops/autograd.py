@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastjem.ops import direct
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 ops = torch.ops.fastjem
@@ -45,6 +46,8 @@ class _OnePass(torch.autograd.Function):
     def backward(ctx, upstream: Tensor, *_):
         refuse_second_order(ctx.name)
         scale, *gradients = ctx.saved_tensors
+        if direct.rescale_(gradients, upstream, scale):
+            return None, None, None, None, *[g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
         factor = upstream * scale
         scaled = (_rescaled(g, factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
         return None, None, None, None, *scaled
@@ -71,8 +74,9 @@ class _TwoPasses(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         refuse_second_order(ctx.name)
         tensors = ctx.saved_tensors
-        gradient = getattr(ops, ctx.name)(*(tensors[place] for place in ctx.places), *ctx.arguments)
-        ops.rescale_(gradient, upstream * ctx.scale)
+        gradient = direct.call(ctx.name, *[tensors[place] for place in ctx.places], *ctx.arguments)
+        if not direct.rescale_([gradient], upstream, [ctx.scale]):
+            ops.rescale_(gradient, upstream * ctx.scale)
         return None, None, None, None, None, gradient, *[None] * (len(tensors) - 1)
 
 
@@ -104,8 +108,8 @@ def _call(
     name: str, wanted: tuple[bool, ...], listed: bool, arguments: tuple, inputs: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """(loss, gradients, scale, statistics); an operator without statistics has none of them."""
-    op = getattr(ops, name)
-    result = op([*inputs], *arguments, wanted) if listed else op(*inputs, *arguments, wanted)
+    given = ([*inputs],) if listed else inputs
+    result = direct.call(name, *given, *arguments, wanted)
     return result if len(result) == 4 else (*result, [])
 
 
@@ -135,6 +139,40 @@ def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         return loss
     return _Known.apply(name, loss, tuple(factors), tuple(gradients), *distinct(inputs))
+
+
+class _Found(torch.autograd.Function):
+    """Loss and gradients are there, and will be asked for eagerly: what `_Known` is, in as few steps as can be."""
+
+    @staticmethod
+    def forward(ctx, name: str, loss: tuple[Tensor], gradients: Sequence, factors: Sequence[float], *_: Tensor):
+        ctx.name = name
+        ctx.factors = factors
+        ctx.save_for_backward(*gradients)
+        return loss[0]
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        refuse_second_order(ctx.name)
+        gradients = ctx.saved_tensors
+        if not direct.rescale_(gradients, upstream, ctx.factors):
+            gradients = [
+                None if gradient is None else _rescaled(gradient, upstream * factor)
+                for gradient, factor in zip(gradients, ctx.factors, strict=True)
+            ]
+        return None, None, None, None, *gradients
+
+
+def found(
+    name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], factors: Sequence[float]
+) -> Tensor:
+    """`loss`, with the gradient for `inputs[i]` being `factors[i] * gradients[i]`, in its shape and dtype; None: none.
+
+    Only where `direct.nothing_watches`.
+    """
+    if not any(gradient is not None for gradient in gradients):
+        return loss
+    return _Found.apply(name, (loss,), gradients, factors, *inputs)
 
 
 def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None], *arguments, scale: float) -> Tensor:

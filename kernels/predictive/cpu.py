@@ -1,10 +1,12 @@
 """The losses between predictions and targets on the CPU, in C++."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _C
-from ..arithmetic import compute_dtype, dense_rows
+from ..arithmetic import compute_dtype, dense_rows, no_gradient
 from ..native import CODES, address, gradient_for
 from . import reference
 
@@ -56,3 +58,44 @@ def regression(
         torch.get_num_threads(),
     )
     return torch.full((), total * scale, dtype=dtype), [gradient], torch.full((), scale, dtype=dtype)
+
+
+def regression_rows(
+    prediction: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    beta: float,
+    normalize: bool,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if prediction.dtype not in CODES:
+        return reference.regression_rows(prediction, target, rows, weights, beta, normalize, eps, wanted)
+    prediction = dense_rows(prediction)
+    target = dense_rows(target)
+    dtype = compute_dtype(prediction.dtype)
+    width = prediction.shape[1]
+    gradient = torch.zeros(prediction.shape, dtype=prediction.dtype) if wanted[0] else no_gradient(prediction)
+    rows = rows.contiguous()
+    weights = weights.double().contiguous()
+    total = _C.regression_rows(
+        CODES[prediction.dtype],
+        address(prediction),
+        prediction.stride(0),
+        address(target),
+        target.stride(0),
+        len(rows),
+        width,
+        beta,
+        normalize,
+        eps,
+        address(gradient),
+        address(rows),
+        len(prediction),
+        address(weights),
+        torch.get_num_threads(),
+    )
+    weight = weights.sum().item()
+    loss = torch.full((), total / (weight * width) if weight else math.nan, dtype=dtype)
+    return loss, [gradient], torch.full((), 1 / (weight * width) if weight else math.inf, dtype=dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 import fastjem.functional as F
-from fastjem.bench.case import Case, Draw
+from fastjem.bench.case import SMALL, Case, Draw
 
 SIMCLR_TEMPERATURE, MOCO_TEMPERATURE = 0.5, 0.1
 
@@ -160,4 +160,16 @@ CASES = [
     image_text_case("clip_loss", 32768, 512, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
     image_text_case("siglip_loss", 1024, 512, full_only=("cpu", "cuda")),
     nt_xent_case(4, 16, clock="host"),
+    # small runs
+    nt_xent_case(128, 128, **SMALL),
+    nt_xent_case(256, 2048, **SMALL),
+    nt_xent_case(256, 128, torch.bfloat16, **SMALL),
+    moco_case(128, 4096, 128, **SMALL),
+    moco_case(256, 4096, 128, torch.bfloat16, **SMALL),
+    nearest_neighbors_case(128, 4096, 256, **SMALL),
+    nearest_neighbors_case(128, 4096, 256, torch.bfloat16, **SMALL),
+    image_text_case("clip_loss", 128, 512, **SMALL),
+    image_text_case("clip_loss", 256, 768, torch.bfloat16, **SMALL),
+    image_text_case("siglip_loss", 128, 512, **SMALL),
+    image_text_case("siglip_loss", 256, 768, torch.bfloat16, **SMALL),
 ]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import fastjem.functional as F
-from fastjem.bench.case import Case
+from fastjem.bench.case import SMALL, Case, at_least_float32
 
 
 def off_diagonal(x: Tensor) -> Tensor:
@@ -14,7 +14,7 @@ def off_diagonal(x: Tensor) -> Tensor:
 
 def barlow_twins(z0: Tensor, z1: Tensor) -> Tensor:
     """The authors' code."""
-    a, b = (torch.nn.functional.batch_norm(z, None, None, training=True) for z in (z0, z1))
+    a, b = (torch.nn.functional.batch_norm(at_least_float32(z), None, None, training=True) for z in (z0, z1))
     c = a.T @ b / len(z0)
     return (c.diagonal() - 1).square().sum() + 5e-3 * off_diagonal(c).square().sum()
 
@@ -23,7 +23,7 @@ def vicreg(z0: Tensor, z1: Tensor) -> Tensor:
     """The authors' code."""
     n, d = z0.shape
     regularisers = 0.0
-    for z in (z0, z1):
+    for z in map(at_least_float32, (z0, z1)):
         centred = z - z.mean(0)
         std = (centred.var(0) + 1e-4).sqrt()
         covariance = centred.T @ centred / (n - 1)
@@ -65,4 +65,9 @@ CASES = [
     case("vicreg", 2048, 512, full_only=("cuda",)),
     case("vicreg", 256, 8192, full_only=("cpu",)),
     case("vicreg", 2048, 8192, devices=("cuda",)),
+    # small runs
+    *(case(op, 256, 2048, **SMALL) for op in ("barlow_twins", "vicreg")),
+    *(case(op, 256, 2048, torch.bfloat16, **SMALL) for op in ("barlow_twins", "vicreg")),
+    *(case(op, 128, 128, **SMALL) for op in ("barlow_twins", "vicreg")),
+    *(case(op, 64, 512, **SMALL) for op in ("barlow_twins", "vicreg")),
 ]

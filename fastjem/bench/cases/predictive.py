@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 import fastjem.functional as F
-from fastjem.bench.case import Case
+from fastjem.bench.case import SMALL, Case
 
 
 def eager(p: Tensor, z: Tensor) -> Tensor:
@@ -48,4 +48,9 @@ CASES = [
     case(8, 16, clock="host"),
     regression(4096, 768),
     regression(4096, 768, torch.bfloat16, full_only=("cpu", "cuda")),
+    # small runs
+    case(64, 256, **SMALL),
+    case(128, 2048, torch.bfloat16, **SMALL),
+    regression(256, 768, **SMALL),
+    regression(256, 768, torch.bfloat16, **SMALL),
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, normalize, pairwise_distance, softmax
 
 import fastjem.functional as F
-from fastjem.bench.case import Case, Draw, at_least_float32
+from fastjem.bench.case import SMALL, Case, Draw, at_least_float32
 
 EPSILON, ITERATIONS = 0.05, 3  # SwAV's; its scores are cosines, so small
 SWAV_TEMPERATURE, DINO_TEMPERATURE, TEACHER_TEMPERATURE, CENTER_MOMENTUM = 0.1, 0.1, 0.04, 0.9
@@ -279,4 +279,16 @@ CASES = [
     head_case(2, 10, 1024, 65536, 256, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
     koleo_case(1024, 384, full_only=("cpu", "cuda")),
     mean_entropy_case(2, 256, 1024, full_only=("cpu", "cuda")),
+    # small runs
+    sinkhorn_case(128, 512, **SMALL),
+    sinkhorn_case(256, 3000, torch.bfloat16, **SMALL),
+    sinkhorn_bias_case(256, 3000, **SMALL),
+    sinkhorn_bias_case(256, 3000, torch.bfloat16, **SMALL),
+    swav_case(2, 6, 64, 512, **SMALL),
+    swav_case(2, 6, 64, 3000, torch.bfloat16, **SMALL),
+    dino_case(2, 10, 64, 4096, **SMALL),
+    dino_case(2, 10, 64, 4096, torch.bfloat16, **SMALL),
+    head_case(2, 10, 64, 4096, 256, **SMALL),
+    head_case(2, 10, 64, 4096, 256, torch.bfloat16, **SMALL),
+    mean_entropy_case(2, 64, 512, **SMALL),
 ]

@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fastjem.functional as F
-from fastjem.bench.case import Case
+from fastjem.bench.case import SMALL, Case, at_least_float32
 
 SLICES, KNOTS, T_MAX = 1024, 17, 3.0
 
 
 def tico(z0: Tensor, z1: Tensor) -> Tensor:
     """The first step, from no covariance."""
-    a = normalize(z0, dim=1)
-    b = normalize(z1, dim=1)
+    a = normalize(at_least_float32(z0), dim=1)
+    b = normalize(at_least_float32(z1), dim=1)
     covariance = 0.1 * (a.T @ a).detach() / len(a)
     return 1 - (a * b).sum(1).mean() + 8 * (a @ covariance * a).sum(1).mean()
 
@@ -34,7 +34,7 @@ def mmcr(online: Tensor, momentum: Tensor) -> Tensor:
 
 def frossl(z0: Tensor, z1: Tensor) -> Tensor:
     loss: Any = 0.0
-    z = torch.stack([normalize(z0, dim=0), normalize(z1, dim=0)])
+    z = torch.stack([normalize(at_least_float32(z), dim=0) for z in (z0, z1)])
     for x in z:
         gram = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T
         loss = loss + 2 * (gram / gram.trace().detach()).norm().log()
@@ -44,7 +44,7 @@ def frossl(z0: Tensor, z1: Tensor) -> Tensor:
 
 def w_mse(z0: Tensor, z1: Tensor) -> Tensor:
     whitened = []
-    for z in (z0, z1):
+    for z in map(at_least_float32, (z0, z1)):
         z = z - z.mean(0)
         factor = torch.linalg.cholesky(z.T @ z / (len(z) - 1))
         whitened.append(normalize(torch.linalg.solve_triangular(factor, z.T, upper=False).T, dim=1))
@@ -91,22 +91,45 @@ def _seeded(make: Callable) -> Callable:
     return run
 
 
-def pair(op: str, n: int, d: int, eager: Callable, ours: Callable, lightly: Callable, flops: int) -> Case:
+def pair(
+    op: str, n: int, d: int, eager: Callable, ours: Callable, lightly: Callable, flops: int, dtype=torch.float32
+) -> Case:
+    """Of two views. lightly's losses take no half precision."""
     return Case(
-        op, f"{n} x {d}", lambda draw: draw.pair(n, d), eager, ours, peers={"lightly": lightly},
-        bytes=4 * n * d * 4, flops=flops, devices=("cpu",), full_only=("cpu",),
+        op, f"{n} x {d}", lambda draw: draw.pair(n, d), eager, ours, dtype=dtype,
+        peers={"lightly": lightly} if dtype == torch.float32 else {},
+        bytes=4 * n * d * dtype.itemsize, flops=flops, **SMALL,
     )  # fmt: skip
+
+
+def tico_case(n: int, d: int, dtype: torch.dtype = torch.float32) -> Case:
+    """FLOPs: half of a^T a, and a C, which is the gradient's product as well."""
+    lightly = _loss("TiCoLoss", lambda make: lambda a, b: make()(a, b))
+    return pair("tico", n, d, tico, lambda a, b: F.tico(a, b)[0], lightly, 3 * n * d**2, dtype)
+
+
+def frossl_case(n: int, d: int, dtype: torch.dtype = torch.float32) -> Case:
+    """FLOPs, for each view: half of the smaller Gram matrix, and its product with the view."""
+    lightly = _loss("FroSSLLoss", lambda make: lambda a, b: make()([a, b]))
+    return pair("frossl", n, d, frossl, lambda a, b: F.frossl([a, b]), lightly, 6 * min(n, d) * n * d, dtype)
+
+
+def w_mse_case(n: int, d: int, dtype: torch.dtype = torch.float32) -> Case:
+    """FLOPs, for each view: half of the covariance, two triangular solves, and two products of the gradient."""
+    lightly = _loss("WMSELoss", lambda make: lambda a, b: make()(torch.cat([a, b])))
+    return pair("w_mse", n, d, w_mse, F.w_mse, lightly, 14 * n * d**2, dtype)
 
 
 N, D, BATCH, VIEWS, WIDTH = 256, 2048, 512, 8, 64
 CASES = [
-    # a^T a, a C, and a^T's part of the gradient
-    pair("tico", 2048, 256, tico, lambda a, b: F.tico(a, b)[0],
-         _loss("TiCoLoss", lambda make: lambda a, b: make()(a, b)), 6 * 2048 * 256**2),
-    pair("frossl", N, D, frossl, lambda a, b: F.frossl([a, b]),
-         _loss("FroSSLLoss", lambda make: lambda a, b: make()([a, b])), 8 * N**2 * D),
-    pair("w_mse", N, 128, w_mse, F.w_mse,
-         _loss("WMSELoss", lambda make: lambda a, b: make()(torch.cat([a, b]))), 12 * N * 128**2),
+    tico_case(2048, 256),
+    tico_case(256, 256),
+    tico_case(256, 1024, torch.bfloat16),
+    frossl_case(N, D),
+    frossl_case(256, 128),
+    frossl_case(128, 1024, torch.bfloat16),
+    w_mse_case(N, 128),
+    w_mse_case(512, 64, torch.bfloat16),
     Case(
         "mmcr", "256 x 2 + 2 views x 128", lambda draw: tuple(draw.normal(N, 2, 128, gradient=True) for _ in range(2)),
         mmcr, F.mmcr, peers={"lightly": _loss("MMCRLoss", lambda make: make())},

@@ -3,7 +3,7 @@
 import torch
 
 import fastjem.functional as F
-from fastjem.bench.case import Case
+from fastjem.bench.case import SMALL, Case
 
 
 def case(n: int, k: int, dtype: torch.dtype = torch.float32, **options) -> Case:
@@ -24,4 +24,8 @@ CASES = [
     case(256, 131072, torch.bfloat16, full_only=("cuda",)),
     case(16384, 131072, torch.bfloat16, devices=("cuda",)),
     case(8, 16, clock="host"),
+    # small runs
+    case(128, 1000, **SMALL),
+    case(256, 4096, **SMALL),
+    case(256, 4096, torch.bfloat16, **SMALL),
 ]
