@@ -145,8 +145,9 @@ def _ema_update(teacher, student, momentum):
             _fail("ema_update_", contract, f"{_told(t)} and {_told(s)}")
 
 
-def _lars_norms(parameters, gradients):
+def _lars_norms(parameters, gradients, settings, groups, *factors):
     _updates("lars_norms", parameters, gradients)
+    _settings("lars_norms", settings, groups, len(parameters), len(columns.LARS), factors)
 
 
 def _lars(parameters, gradients, buffers, teachers, settings, groups, norms, *factors):

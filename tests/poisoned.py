@@ -46,6 +46,22 @@ class Inputs:
         teacher = [x(5, dtype=self.wide), x(3, self.width, dtype=self.wide)]
         return teacher, [x(5), x(3, self.width)], torch.tensor(0.9, dtype=torch.float64)
 
+    def _of_parameters(self, x, lists: int) -> list[list[Tensor]]:
+        return [[x(5, dtype=self.wide), x(3, self.width, dtype=self.wide)] for _ in range(lists)]
+
+    def _lars_norms(self, x):
+        parameters, gradients = self._of_parameters(x, 2)
+        return parameters, gradients, x(2, 10, dtype=torch.float64).sigmoid(), [0, 1], None
+
+    def _lars(self, x):
+        return *self._of_parameters(x, 4), x(2, 10, dtype=torch.float64).sigmoid(), [0, 1], None, None, None
+
+    def _adamw(self, x):
+        parameters, gradients, averages, squares, teachers = self._of_parameters(x, 5)
+        steps = [torch.ones(()), torch.ones(())]
+        settings = x(2, 6, dtype=torch.float64).sigmoid()
+        return parameters, gradients, averages, [v.abs() for v in squares], steps, teachers, settings, [0, 1], None, None
+
     def _cross_entropy(self, x):
         return x(4, self.width) / self.temperature, torch.tensor([0, 3, -100, self.width - 1]), -100, [True]
 
@@ -164,7 +180,8 @@ class Inputs:
 
 
 WITHOUT_TEMPERATURE = {
-    "rescale_", "ema_update_", "negative_cosine", "regression", "nearest_neighbors", "characteristic",
+    "rescale_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression", "nearest_neighbors",
+    "characteristic",
     "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo", "regression_rows", "gram_loss",
     "kmeans_step", "nearest_k",
 }  # fmt: skip
