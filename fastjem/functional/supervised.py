@@ -27,6 +27,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
     checks.matrices("cross_entropy", "logits must be [N, K]", logits)
     if not isinstance(labels, Tensor) or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         came = f"{checks.shape(labels)} {getattr(labels, 'dtype', '')}"
-        checks.fail("cross_entropy", f"labels must be [{len(logits)}] int64", came)
+        checks.fail("cross_entropy", f"labels must be [{logits.shape[0]}] int64", came)
     checks.one_device("cross_entropy", (logits, labels))
     return one_pass("cross_entropy", (logits,), labels, checks.integer("cross_entropy", "ignore_index", ignore_index))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _C, tiling
 from ..native import Found, gradients_for, loss_like
+from . import one_tile
 
 
 def few(rows: int, columns: int, width: int) -> bool:
@@ -36,7 +37,9 @@ def of_views(
     first = views[0]
     number = first.shape[0] * (2 if len(views) == 2 else first.shape[1])
     if not few(number, number, first.shape[-1]):
-        return None
+        if len(views) != 2 or labels is not None or one_anchor:
+            return None
+        return one_tile.of_two_views(views[0], views[1], temperature, wanted, decoupled=decoupled, normalize=normalize)
     second = views[1] if len(views) == 2 else None
     gradients = gradients_for(views, wanted)
     given = (first, second, gradients[0], gradients[1] if second is not None else None, labels)
@@ -77,7 +80,9 @@ def of_pairs(
 ) -> Found | None:
     n, width = x.shape
     if not few(n, n, width):
-        return None
+        return (
+            one_tile.clip_loss(x, y, scale, wanted) if bias is None else one_tile.siglip_loss(x, y, scale, bias, wanted)
+        )
     gradients = gradients_for((x, y), wanted[:2])
     factor = scale.item()
     numbers = _C.small_pairs(x, y, *gradients, factor, 0.0 if bias is None else bias.item(), bias is not None)

@@ -10,6 +10,7 @@ from fastjem.bench.cases import (
     contrastive,
     covariance,
     hosts,
+    optimizers,
     predictive,
     prototypes,
     spectral,
@@ -17,7 +18,7 @@ from fastjem.bench.cases import (
     weights,
 )
 
-FAMILIES = (weights, supervised, predictive, contrastive, prototypes, covariance, spectral, augment, hosts)
+FAMILIES = (weights, optimizers, supervised, predictive, contrastive, prototypes, covariance, spectral, augment, hosts)
 
 
 def cases() -> list[Case]:
