@@ -30,6 +30,7 @@ static PyTypeObject* tensor_type = nullptr;
 static PyTypeObject* parameter_type = nullptr;
 
 bool Plain::is_contiguous() const {
+  if (!strides) return true;
   int64_t expected = 1;
   for (int i = dims - 1; i >= 0; --i) {
     if (shape[i] != 1 && strides[i] != expected) return elements == 0;
@@ -44,7 +45,9 @@ bool Plain::has_shape_of(const Plain& other) const {
 
 bool Plain::has_layout_of(const Plain& other) const {
   if (!has_shape_of(other)) return false;
-  if (is_contiguous() && other.is_contiguous()) return true;
+  const bool contiguous = is_contiguous();
+  if (contiguous != other.is_contiguous()) return false;
+  if (contiguous) return true;
   std::vector<std::pair<int64_t, int64_t>> lengths;  // by stride
   for (int i = 0; i < dims; ++i) {
     if (shape[i] == 1) continue;
@@ -187,23 +190,22 @@ static bool plain_matrices(pybind11::handle tensors, int dims, bool same) {
 }
 
 // What can be known of plain tensors without their elements, as bytes: equal for tensors that are where they were, and
-// as large. None where one isn't plain, or of another dtype.
-static pybind11::object facts(pybind11::handle tensors) {
+// as large. None where one isn't plain, or of another dtype. Strides are written of those that aren't contiguous.
+static pybind11::object facts(pybind11::handle targets, pybind11::handle sources) {
   std::vector<int64_t> numbers;
-  const auto write = [&numbers](int64_t number) { numbers.push_back(number); };
   numbers.reserve(2048);
   Plain seen;
-  const bool all_plain = all_of(tensors.ptr(), [&](PyObject* x) {
+  const auto write = [&](PyObject* x) {
     if (!look_at(x, seen) || seen.dtype < 0) return false;
-    write(reinterpret_cast<int64_t>(seen.data));
-    write(reinterpret_cast<int64_t>(seen.storage_end));
-    write(seen.dtype + 256 * seen.itemsize);
-    write(seen.dims);
-    for (int i = 0; i < seen.dims; ++i) write(seen.shape[i]);
-    for (int i = 0; i < seen.dims; ++i) write(seen.strides[i]);
+    const bool contiguous = seen.is_contiguous();
+    numbers.push_back(reinterpret_cast<int64_t>(seen.data));
+    numbers.push_back(reinterpret_cast<int64_t>(seen.storage_end));
+    numbers.push_back((seen.dtype * 256 + seen.itemsize) * 256 + seen.dims * 2 + contiguous);
+    numbers.insert(numbers.end(), seen.shape, seen.shape + seen.dims);
+    if (!contiguous) numbers.insert(numbers.end(), seen.strides, seen.strides + seen.dims);
     return true;
-  });
-  if (!all_plain) return pybind11::none();
+  };
+  if (!all_of(targets.ptr(), write) || !all_of(sources.ptr(), write)) return pybind11::none();
   return pybind11::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));
 }
 
@@ -215,12 +217,14 @@ std::vector<Plain> tensors_of(const char* facts, size_t bytes) {
     Plain x{};
     x.data = reinterpret_cast<char*>(*number++);
     x.storage_end = reinterpret_cast<const char*>(*number++);
-    x.itemsize = (*number + 1) / 256;
-    x.dtype = static_cast<int>(*number++ - 256 * x.itemsize);
-    x.dims = static_cast<int>(*number++);
+    const int64_t kind = *number++;
+    x.dtype = static_cast<int>(kind / 65536);
+    x.itemsize = kind / 256 % 256;
+    x.dims = static_cast<int>(kind % 256 / 2);
     x.shape = number;
-    x.strides = number + x.dims;
-    number += 2 * x.dims;
+    number += x.dims;
+    x.strides = kind % 2 ? nullptr : number;
+    if (x.strides) number += x.dims;
     x.elements = 1;
     for (int i = 0; i < x.dims; ++i) x.elements *= x.shape[i];
     tensors.push_back(x);

@@ -11,7 +11,7 @@ namespace fastjem {
 struct Plain {
   char* data;
   int dims;
-  const int64_t *shape, *strides;  // the tensor's own
+  const int64_t *shape, *strides;  // the tensor's own; no strides: contiguous
   int64_t elements;
   int dtype;         // as in enum Dtype; `int64` for int64; -1 for others
   int64_t itemsize;  // bytes

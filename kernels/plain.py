@@ -22,7 +22,7 @@ except ImportError:
         """Whether all are plain, floating-point, not empty, of so many dimensions, and of one shape if `same`."""
         return False
 
-    def facts(_tensors: list[Tensor]) -> bytes | None:
+    def facts(_targets: list[Tensor], _sources: list[Tensor]) -> bytes | None:
         """Address, end of the storage, dtype, sizes, strides of each, if all are plain: equal where nothing moved."""
         return None
 

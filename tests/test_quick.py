@@ -178,14 +178,14 @@ def test_only_plain_tensors_are_given_to_cpp():
     for tensor in strange:
         assert not plain.plain((tensor,)) and not plain.plain((x, [x, tensor])), type(tensor)
         assert not plain.plain_matrices((tensor,), 2, True)
-        assert plain.facts([x, tensor]) is None
+        assert plain.facts([x], [tensor]) is None
     seen = []
     torch.func.vmap(lambda row: (seen.append(plain.plain((row,))), row)[1])(x)
     torch.func.grad(lambda y: (seen.append(plain.plain((y,))), y.sum())[1])(x)
     assert seen and not any(seen)
     assert not plain.plain_matrices((x, x.T), 2, True) and plain.plain_matrices((x, x.T), 2, False)
     assert not plain.plain_matrices((x[:0],), 2, True) and not plain.plain_matrices((x.long(),), 2, True)
-    assert plain.facts([x]) != plain.facts([x[:, :8]]) != plain.facts([x.T])
+    assert plain.facts([x], []) != plain.facts([x[:, :8]], []) != plain.facts([x.T], [])
 
 
 @pytest.mark.parametrize("left", [0, 8])

@@ -144,17 +144,18 @@ def check_update(
     """
     if len(targets) != len(sources):
         checks.fail(op, "there must be as many tensors on both sides", f"{len(targets)} and {len(sources)}")
-    both = [*targets, *sources]
-    if not both:
+    if not targets:
         return
     if torch.compiler.is_compiling():
+        both = [*targets, *sources]
         kind = both[0].device.type
         numbers = [0 if x.device == both[0].device else 1 for x in both]
         _check_pairs(op, [x.shape for x in both], [x.dtype for x in both], (kind, *numbers), check_dtypes)
         return
-    seen = seen or plain.facts(both)
+    seen = seen or plain.facts(targets, sources)
     if (op, seen, check_dtypes) in _right:
         return
+    both = [*targets, *sources]
     devices = (both[0].device.type, *map(Tensor.get_device, both))
     facts = (tuple(map(Tensor.size, both)), tuple(map(_dtype, both)), devices)
     if not PLAIN.issuperset(map(type, both)):

@@ -47,7 +47,7 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     transforms.refuse(op, (*teacher, *student), "by what writes in place")
     written = teacher
     compiling = torch.compiler.is_compiling()
-    seen = None if compiling else plain.facts([*teacher, *student])
+    seen = None if compiling else plain.facts(teacher, student)
     if seen is None and not compiling and not PLAIN.issuperset(map(type, [*teacher, *student])):
         teacher, student = _local(op, teacher, student)
     check_update(op, teacher, student, _check_dtypes, seen)
@@ -60,8 +60,10 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     except RuntimeError:  # torch's own refusal of an inference tensor that is where another one was
         check_inference_mode(op)
         raise
-    if seen is not None and nothing_watches() and plain.ema_update(seen, weight.item(), torch.get_num_threads()):
-        return
+    if seen is not None and nothing_watches():
+        by = momentum if type(momentum) is float else weight.item()
+        if plain.ema_update(seen, by, torch.get_num_threads()):
+            return
     with guard.checked_already():
         ops.ema_update_(teacher, student, weight)
 
