@@ -1,8 +1,9 @@
-"""From operators to differentiable losses: three autograd Functions serve every loss.
+"""From operators to differentiable losses: four autograd Functions serve every loss.
 
 `one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is that of another
-operator, which runs in backward. `known`: loss and gradients are there already. Conventions: kernels/__init__.py.
-Within torch.func's transforms all three are `transforms.known`.
+operator, which runs in backward. `known`: loss and gradients are there already; `found`: the same in the fewest steps,
+for calls that nobody watches (`direct.py`). Conventions: kernels/__init__.py.
+Within torch.func's transforms the first three are `transforms.known`.
 """
 
 from collections.abc import Sequence
