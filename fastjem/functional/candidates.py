@@ -89,7 +89,7 @@ def loss_of_views(
         views = z.shape[0]
         positives = [dots_of_rows(a, b.roll(-step, 0)) for step in range(1, views)]
         logits = torch.stack(positives, -1)  # [V, N, V - 1]
-        ids = None if options.ids is None else options.ids.expand(z.shape[:2])
+        ids = None if options.ids is None else options.ids.expand(z.shape[:2]).contiguous()
         limit = _limit(logits, inverse, options)
         columns = None if b is a else Side(b, ids)
         view = View(0, False, options.needs_totals(), z.dtype, sizes, group)
