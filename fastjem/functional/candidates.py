@@ -44,16 +44,22 @@ def _negatives(
             if columns is not None and columns.limit is not None:
                 of_columns = columns._replace(limit=columns.limit * by)
             harder.append(sums_of_seen(of_rows, of_columns, exclude, only_lse))
-    found = []
+    found: list[Negatives | None] = []
     for side in (0, 1):
         of_side = sums[side]
         if of_side is None:
             found.append(None)
             continue
         totals = (of_side.total, of_side.count) if view.totals else (None, None)
-        of_harder = (harder[0][side].lse, harder[1][side].lse) if harder else None
+        of_harder = None
+        if harder:
+            more, less = (of_both[side] for of_both in harder)
+            assert more is not None and less is not None
+            of_harder = more.lse, less.lse
         found.append(Negatives(of_side.lse, *totals, of_harder))
-    return found[0], found[1]
+    of_rows, of_columns = found
+    assert of_rows is not None
+    return of_rows, of_columns
 
 
 def _of_last_dims(x: Tensor | float, dims: int) -> Tensor | float:
