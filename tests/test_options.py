@@ -5,7 +5,6 @@ import random
 import option_formulas as formulas
 import pytest
 import torch
-import torch._dynamo.testing
 from torch import Tensor
 
 import fastjem.functional as F
@@ -178,29 +177,6 @@ def test_the_queue_may_change_before_backward():
     loss = F.info_nce(query, positive, queue, exclude=exclude)
     queue.zero_()
     torch.testing.assert_close(torch.autograd.grad(loss, query), expected)
-
-
-def test_two_graphs_for_all_batch_sizes():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
-    def loss(z: Tensor, x: Tensor, y: Tensor, ids: Tensor, weights: Tensor, temperature: Tensor) -> Tensor:
-        options = {"ids": ids, "weights": weights, "label_smoothing": 0.1, "false_negative_margin": 0.2}
-        of_views = F.nt_xent(z, temperature=temperature, **options)
-        return of_views + F.clip_loss(x, y, 2.0, **options) + F.info_nce(x, y, z[0], exclude=ids > 2)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend=counter)
-    for n in (5, 6, 9):
-        draw = Draw(n)
-        leaves = [draw.normal(2, n, D), draw.normal(n, D), draw.normal(n, D)]
-        rest = draw.ids(n), draw.uniform(n), draw.uniform() + 0.2
-        results = []
-        for function in (loss, compiled):
-            inputs = [x.clone().requires_grad_() for x in leaves]
-            value = function(*inputs, *rest)
-            results.append([value.detach(), *torch.autograd.grad(value, inputs)])
-        torch.testing.assert_close(*results)
-    assert counter.frame_count <= 2
 
 
 def test_forward_mode_is_refused():
