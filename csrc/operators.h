@@ -3,8 +3,10 @@
 
 OPERATOR(tensors)
 OPERATOR(similarity)
-OPERATOR(visible)
 OPERATOR(small)
+OPERATOR(visible)
+OPERATOR(koleo)
+OPERATOR(one_tile)
 OPERATOR(prototype_cross_entropy)
 OPERATOR(prototype_head)
 OPERATOR(sinkhorn)

@@ -145,8 +145,9 @@ def _ema_update(teacher, student, momentum):
             _fail("ema_update_", contract, f"{_told(t)} and {_told(s)}")
 
 
-def _lars_norms(parameters, gradients):
+def _lars_norms(parameters, gradients, settings, groups, *factors):
     _updates("lars_norms", parameters, gradients)
+    _settings("lars_norms", settings, groups, len(parameters), len(columns.LARS), factors)
 
 
 def _lars(parameters, gradients, buffers, teachers, settings, groups, norms, *factors):
@@ -337,6 +338,24 @@ def _gram_loss(student, teacher, *_):
     _alike("gram_loss", "student and teacher", student, teacher, dims=3, rows=True)
 
 
+def _koleo_neighbors(rows, candidates, offset, topk, group_size, *_):
+    op = "koleo_neighbors"
+    _same_width(op, "rows and candidates", rows, candidates)
+    n, others = len(rows), len(candidates)
+    if not 0 <= offset <= others - n or group_size < 1 or others % group_size:
+        came = f"{n} at {offset}, {others} and {group_size}"
+        _fail(op, "rows must be among the candidates, whose number is a multiple of group_size", came)
+    if topk < 1 or topk > max(group_size - 1, 1):
+        _fail(op, "topk must be at least 1 and less than group_size", f"{topk} and {group_size}")
+
+
+def _koleo(x, neighbors, *_):
+    _alike("koleo", "x", x, rows=True)
+    _expect("koleo", "neighbors", neighbors, (len(x), *neighbors.shape[1:2]), torch.int64)
+    if not neighbors.numel():
+        _fail("koleo", "neighbors must not be empty", _told(neighbors))
+
+
 def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _alike(op, "scores", scores)
     _expect(op, "bias", bias, (scores.shape[1],))
@@ -367,7 +386,7 @@ def _student_and_teacher(
     _alike(op, "teacher views", *teacher)
     _expect(op, "teacher views", teacher[0], tuple(student[0].shape))
     _expect(op, "weights", weights, (len(student[0]),))
-    if bias is not None and bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
+    if bias is not None and bias.shape != (prototypes,) and bias.shape != (len(teacher), prototypes):
         _fail(op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", _told(bias))
 
 
@@ -417,6 +436,8 @@ SHAPES: dict[str, Callable[..., None]] = {
     "kmeans_step": _kmeans_step,
     "nearest_k": _nearest_k,
     "gram_loss": _gram_loss,
+    "koleo_neighbors": _koleo_neighbors,
+    "koleo": _koleo,
     "sinkhorn_step": _sinkhorn_step,
     "sinkhorn_bias": _sinkhorn_bias,
     "sinkhorn": _sinkhorn,

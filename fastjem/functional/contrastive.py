@@ -1,17 +1,20 @@
 """Contrastive losses of one set of rows: a log-sum-exp over similarities, less the positives."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
-from fastjem.functional import candidates, checks, few, rings
+from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.options import Options, check_exclude, check_ids, is_of_rows, temperature_of_rows
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.kernels.arithmetic import widest
-from fastjem.ops.autograd import one_pass, ops, refuse_second_order, two_passes
+from fastjem.ops import transforms
+from fastjem.ops.autograd import known, needs_gradient, one_pass, ops, refuse_second_order, two_passes
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -112,10 +115,10 @@ def nt_xent(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    if not options.any():
-        loss = few.of_views("nt_xent", z0, z1, temperature, group)
-        if loss is not None:
-            return loss
+    plain = group is None and not options.any()
+    loss = quick.of_views("nt_xent", z0, z1, temperature) if plain else None
+    if loss is not None:
+        return loss
     return _nt_xent("nt_xent", z0, z1, temperature, options, None, False, group)
 
 
@@ -193,10 +196,10 @@ def dcl(
     options = Options(
         reduction, None, 0.0, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    if weights is None and not options.any():
-        loss = few.of_views("dcl", z0, z1, temperature, group, decoupled=True)
-        if loss is not None:
-            return loss
+    plain = group is None and weights is None and not options.any()
+    loss = quick.of_views("dcl", z0, z1, temperature, decoupled=True) if plain else None
+    if loss is not None:
+        return loss
     return _nt_xent("dcl", z0, z1, temperature, options, weights, True, group)
 
 
@@ -261,9 +264,9 @@ def supcon(
         normalize: False takes rows as they come (the authors' convention: they are of unit length already).
         group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
-    if mask is None and anchors in ("all", "one"):
-        options = {"labels": labels, "normalize": normalize, "one_anchor": anchors == "one"}
-        loss = few.of_views("supcon", z, None, temperature, group, **options)
+    if group is None and mask is None and anchors in ("all", "one"):
+        one_anchor = anchors == "one"
+        loss = quick.of_views("supcon", z, None, temperature, labels=labels, normalize=normalize, one_anchor=one_anchor)
         if loss is not None:
             return loss
     with Agreement("supcon", group) as ranks:
@@ -342,7 +345,7 @@ def _over_positives(
     if mask is not None:
         weight = mask.to(by_image)
         return weight @ by_image, weight.sum(1), weight.diagonal()
-    n = len(by_image)
+    n = by_image.shape[0]
     ones = torch.ones(n, dtype=by_image.dtype, device=by_image.device)
     classes = torch.arange(n, device=by_image.device) if labels is None else labels
     # A class's number is where it begins among the sorted labels. In float64 index_put adds in one order everywhere.
@@ -412,10 +415,9 @@ def info_nce(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
     has_options = negative_ids is not None or options.any()
-    if not has_options:
-        loss = few.info_nce(query, positive, negatives, temperature, label_offset)
-        if loss is not None:
-            return loss
+    loss = None if has_options else quick.info_nce(query, positive, negatives, temperature, label_offset)
+    if loss is not None:
+        return loss
     contract = "query and positive must be [N, D] both, negatives [K, D]"
     checks.matrices("info_nce", contract, query, positive)
     checks.matrices("info_nce", contract, negatives)
@@ -438,7 +440,8 @@ def info_nce(
         return one_pass("info_nce", rows, offset, temperature)
     refuse_forward_mode("info_nce", (*rows, temperature))
     rows = [unit_rows_over_root(x, temperature) for x in rows]
-    return _InfoNCE.apply(*rows, offset).to(loss_dtype(query))
+    loss = _info_nce_at_once(rows, offset) if transforms.active() else _InfoNCE.apply(*rows, offset)
+    return loss.to(loss_dtype(query))
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -449,9 +452,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> Tensor:
-        logits = widest((query * positive).sum(1))
-        _, lse = ops.nt_xent(query[None], negatives[None], offset, 1.0, False, False)
-        lse = torch.logaddexp(lse[0], logits)
+        logits, lse = _logits_and_lse(query, positive, negatives, offset)
         ctx.save_for_backward(query, positive, negatives, lse, logits)
         ctx.offset = offset
         return (lse - logits).mean()
@@ -460,19 +461,45 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         refuse_second_order("info_nce")
         query, positive, negatives, lse, logits = ctx.saved_tensors
-        # An infinite log-sum-exp has no probabilities: a candidate is no row here.
-        none = torch.full_like(negatives[:, 0], torch.inf, dtype=lse.dtype)[None]
-        rows = query[None]
-        candidates = negatives[None]
-        options = (1.0, False, False)
+        learned = ctx.needs_input_grad[2]
+        gradients = _info_nce_gradients(query, positive, negatives, lse, logits, ctx.offset, learned)
         scale = (upstream / lse.numel()).to(query.dtype)
-        pull = (logits - lse).expm1().to(query.dtype)[:, None]  # the positive's probability - 1
-        of_negatives = None
-        of_query = ops.nt_xent_backward(rows, candidates, lse[None], none, None, ctx.offset, *options)[0]
-        if ctx.needs_input_grad[2]:
-            of_negatives = ops.nt_xent_backward(candidates, rows, none, lse[None], None, -ctx.offset, *options)[0]
-            of_negatives = of_negatives * scale
-        return (of_query + pull * positive) * scale, pull * query * scale, of_negatives, None
+        return *(None if gradient is None else gradient * scale for gradient in gradients), None
+
+
+def _logits_and_lse(query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """The positives' logits, and the log-sum-exps of all logits, both [N] float64."""
+    logits = widest((query * positive).sum(1))
+    _, lse = ops.nt_xent(query[None], negatives[None], offset, 1.0, False, False)
+    return logits, torch.logaddexp(lse[0], logits)
+
+
+def _info_nce_gradients(
+    query: Tensor, positive: Tensor, negatives: Tensor, lse: Tensor, logits: Tensor, offset: int, learned: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of the sum over rows; for the negatives where they are `learned`."""
+    # An infinite log-sum-exp has no probabilities: a candidate is no row here.
+    none = torch.full_like(negatives[:, 0], torch.inf, dtype=lse.dtype)[None]
+    rows = query[None]
+    candidates = negatives[None]
+    options = (1.0, False, False)
+    pull = (logits - lse).expm1().to(query.dtype)[:, None]  # the positive's probability - 1
+    of_query = ops.nt_xent_backward(rows, candidates, lse[None], none, None, offset, *options)[0] + pull * positive
+    if not learned:
+        return of_query, pull * query, None
+    of_negatives = ops.nt_xent_backward(candidates, rows, none, lse[None], None, -offset, *options)[0]
+    return of_query, pull * query, of_negatives
+
+
+def _info_nce_at_once(inputs: Sequence[Tensor], offset: int) -> Tensor:
+    """`_InfoNCE` within a transform of torch.func: the gradients with the loss."""
+    query, positive, negatives = (x.detach() for x in inputs)
+    logits, lse = _logits_and_lse(query, positive, negatives, offset)
+    loss = (lse - logits).mean()
+    learned = needs_gradient(inputs[2])
+    gradients = _info_nce_gradients(query, positive, negatives, lse, logits, offset, learned)
+    of_all = [negatives if gradient is None else gradient for gradient in gradients]
+    return known("info_nce", loss, inputs, of_all, [1 / lse.numel()] * 3)
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement
-from fastjem.functional import candidates, checks, few, rings
+from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.options import Options, check_exclude, is_of_rows, temperature_of_rows
 from fastjem.kernels.arithmetic import widest_dtype
@@ -78,8 +78,7 @@ def clip_loss(
     of_rows = is_of_rows("clip_loss", logit_scale, group)
     if of_rows or options.any():
         return _clip_with_options(x, y, logit_scale, of_rows, options, group, local_loss, gather_with_grad)
-    loss = few.of_pairs("clip_loss", x, y, logit_scale, None, group, has_bias=False)
-    if loss is not None:
+    if group is None and (loss := quick.clip_loss(x, y, logit_scale)) is not None:
         return loss
     constant_candidates = group is not None and local_loss and not gather_with_grad
     with Agreement("clip_loss", group) as ranks:
@@ -143,8 +142,7 @@ def siglip_loss(
         x, y, logit_scale, group: as for `clip_loss`.
         logit_bias: 0-dim, with its gradient.
     """
-    loss = few.of_pairs("siglip_loss", x, y, logit_scale, logit_bias, group, has_bias=True)
-    if loss is not None:
+    if group is None and (loss := quick.siglip_loss(x, y, logit_scale, logit_bias)) is not None:
         return loss
     with Agreement("siglip_loss", group) as ranks:
         x, y, scale = _checked("siglip_loss", x, y, logit_scale, group)

@@ -49,6 +49,7 @@ OPERATORS = {
         " Tensor? row_limit, Tensor? column_limit, bool columns, bool totals, ScalarType products)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         cpu=True,
+        gpu=True,
     ),
     "similarity_logsumexp_backward": Operator(
         "(Tensor a, Tensor b, SymInt[] own_image, Tensor? row_ids, Tensor? column_ids, Tensor? exclude,"
@@ -56,7 +57,17 @@ OPERATORS = {
         " Tensor? column_lse, Tensor? column_slope, Tensor? column_total_slope, bool[] wanted, ScalarType products)"
         " -> Tensor[]",
         cpu=True,
+        gpu=True,
     ),
     "nearest_neighbors": Operator("(Tensor query, Tensor bank) -> Tensor", cpu=True, gpu=True),
-    "koleo": Operator("(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)"),
+    "koleo_neighbors": Operator(
+        "(Tensor rows, Tensor candidates, SymInt offset, int topk, SymInt group_size, float eps) -> Tensor",
+        cpu=True,
+        gpu=True,
+    ),
+    "koleo": Operator(
+        "(Tensor x, Tensor neighbors, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
 }

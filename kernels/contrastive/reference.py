@@ -190,41 +190,65 @@ def nearest_neighbors(
     return (unit_rows(widen(query))[0] @ unit_rows(widen(bank))[0].T).argmax(1)
 
 
-def koleo(
-    x: Tensor,  # [N, D]
-    p: float,
+def koleo_neighbors(
+    rows: Tensor,  # [n, D]: the rows offset .. offset + n of the candidates
+    candidates: Tensor,  # [N, D]
+    offset: int,
+    topk: int,
+    group_size: int,  # so many candidates after one another are a group, whose rows see each other alone
     eps: float,
-    wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`-log(||u_i - u_n(i) + eps||_p + eps).mean()`, u rows of unit length and n(i) the nearest other one.
+) -> Tensor:
+    """[n, topk] int64: of each row the candidates of its group with the largest cosines, without itself, best first.
 
-    KoLeo, arXiv 1806.03198, section 3. Similarities are looked at in blocks of rows, so that no [N, N] exists where N
-    is more than a block.
+    A row that is alone in its group is its own neighbour. Similarities are looked at in blocks of rows, so that no
+    [N, N] exists where N is more than a block.
     """
-    unit, norm = unit_rows(widen(x), eps)
-    n = x.shape[0]
+    unit, _ = unit_rows(widen(rows), eps)
+    others, _ = unit_rows(widen(candidates), eps)
+    n = rows.shape[0]
+    column = torch.arange(candidates.shape[0], device=rows.device)
     nearest = []
     # torch.compile asks for the shapes of any number of rows: how many blocks there are isn't known then.
     block = 256 if isinstance(n, int) else n
     starts = range(0, n, block) if isinstance(n, int) else [0]
     for first in starts:
-        similarities = unit[first : first + block] @ unit.T
-        row = torch.arange(similarities.shape[0], device=x.device)
-        similarities[row, row + first] = -2  # less than any cosine
-        nearest.append(similarities.argmax(1))
-    nearest = torch.cat(nearest)
-    difference = unit - unit[nearest] + eps  # [N, D]
-    distance = torch.linalg.vector_norm(difference, p, dim=1, keepdim=True)
+        similarities = unit[first : first + block] @ others.T
+        itself = torch.arange(similarities.shape[0], device=rows.device)[:, None] + first + offset
+        # less than any cosine
+        similarities = similarities.masked_fill(column == itself, -2)
+        similarities = similarities.masked_fill(column // group_size != itself // group_size, -3)
+        if topk == 1:
+            nearest.append(similarities.argmax(1, keepdim=True))
+        else:  # of equal ones the first, as argmax has it; torch.topk takes any
+            nearest.append(similarities.sort(dim=1, descending=True, stable=True).indices[:, :topk])
+    return torch.cat(nearest)
+
+
+def koleo(
+    x: Tensor,  # [N, D]
+    neighbors: Tensor,  # [N, k] int64
+    p: float,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`-log(||u_i - u_j + eps||_p + eps)`, the mean over rows i and their neighbours j; u are rows of unit length.
+
+    KoLeo, arXiv 1806.03198, section 3.
+    """
+    unit, norm = unit_rows(widen(x), eps)
+    difference = unit[:, None] - unit[neighbors] + eps  # [N, k, D]
+    distance = torch.linalg.vector_norm(difference, p, dim=2, keepdim=True)
     loss = -(distance + eps).log().mean()
+    scale = scalar_like(x, 1 / (neighbors.shape[0] * neighbors.shape[1]))
     if not wanted[0]:
-        return loss, [no_gradient(x)], scalar_like(x, 1 / n)
+        return loss, [no_gradient(x)], scale
     direction = difference.sgn() * (difference.abs() / distance).pow(p - 1)  # of the distance: x / |x| for p = 2
     slope = -direction / (distance + eps)
     # Sums in a fixed order for a row that is the nearest of many: index_put_ sorts, index_add_ uses atomics on CUDA.
-    gradient = slope.index_put((nearest,), -slope, accumulate=True)
+    gradient = slope.sum(1).index_put((neighbors.flatten(),), -slope.flatten(0, 1), accumulate=True)
     gradient = through_unit_rows(gradient, unit, norm, eps)
     largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16
-    return loss, [gradient.clamp(-largest, largest).to(x.dtype)], scalar_like(x, 1 / n)
+    return loss, [gradient.clamp(-largest, largest).to(x.dtype)], scale
 
 
 def _hidden(

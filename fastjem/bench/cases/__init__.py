@@ -9,6 +9,7 @@ from fastjem.bench.cases import (
     augment,
     contrastive,
     covariance,
+    optimizers,
     options,
     predictive,
     prototypes,
@@ -17,7 +18,18 @@ from fastjem.bench.cases import (
     weights,
 )
 
-FAMILIES = (weights, supervised, predictive, contrastive, options, prototypes, covariance, spectral, augment)
+FAMILIES = (
+    weights,
+    optimizers,
+    supervised,
+    predictive,
+    contrastive,
+    options,
+    prototypes,
+    covariance,
+    spectral,
+    augment,
+)
 
 
 def cases() -> list[Case]:
