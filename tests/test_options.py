@@ -179,7 +179,9 @@ def test_the_queue_may_change_before_backward():
     torch.testing.assert_close(torch.autograd.grad(loss, query), expected)
 
 
-def test_forward_mode_is_refused():
+def test_forward_mode_and_transforms_are_refused():
     z = drawn(2, N, D)
     with pytest.raises(NotImplementedError, match="nt_xent: forward-mode"):
         torch.func.jvp(lambda x: F.nt_xent(x, label_smoothing=0.1), (z,), (z,))
+    with pytest.raises(NotImplementedError, match="nt_xent: transforms of torch.func are not supported with options"):
+        torch.func.grad(lambda x: F.nt_xent(x, label_smoothing=0.1))(z)

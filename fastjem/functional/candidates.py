@@ -21,7 +21,14 @@ from fastjem.functional.options import (
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.functional.seen import Side, Sums, View, sums_of_seen
 from fastjem.kernels.arithmetic import widest
+from fastjem.ops import transforms
 from fastjem.ops.forward_mode import refuse_forward_mode
+
+
+def _refuse_other_modes(op: str, *tensors: object) -> None:
+    """Of differentiation: only backward is there."""
+    refuse_forward_mode(op, tensors)
+    transforms.refuse(op, [x for x in tensors if isinstance(x, Tensor)], "with options")
 
 
 def _scaled(side: Side, by: float) -> Side:
@@ -83,7 +90,7 @@ def loss_of_views(
     pull: Tensor | None = None,  # [V, N], what positives are multiplied by
 ) -> Tensor:
     """0-dim, or [V, N] without a reduction."""
-    refuse_forward_mode(op, (z, temperature, options.hard_negatives))
+    _refuse_other_modes(op, z, temperature, options.hard_negatives)
     with without_autocast(z):
         unit = normalize(in_float32(z), dim=-1)
         inverse = _inverse(temperature, unit)
@@ -135,7 +142,7 @@ def info_nce(
     options: Options,
 ) -> Tensor:
     """0-dim, or [N] without a reduction."""
-    refuse_forward_mode("info_nce", (query, positive, negatives, temperature, options.hard_negatives))
+    _refuse_other_modes("info_nce", query, positive, negatives, temperature, options.hard_negatives)
     with without_autocast(query):
         inverse = _inverse(temperature, query)
         unit, of_positive, columns = (normalize(in_float32(x), dim=-1) for x in (query, positive, negatives))
@@ -164,7 +171,7 @@ def clip_loss(
     local: bool,
 ) -> Tensor:
     """0-dim, or [N] without a reduction: the mean of both directions."""
-    refuse_forward_mode("clip_loss", (x, y, scale, options.hard_negatives))
+    _refuse_other_modes("clip_loss", x, y, scale, options.hard_negatives)
     with without_autocast(x):
         a, b = (in_float32(z) for z in (x, y))
         factor = scale.to(a.dtype)
