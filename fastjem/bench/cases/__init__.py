@@ -11,6 +11,7 @@ from fastjem.bench.cases import (
     covariance,
     hosts,
     optimizers,
+    options,
     predictive,
     prototypes,
     spectral,
@@ -18,7 +19,19 @@ from fastjem.bench.cases import (
     weights,
 )
 
-FAMILIES = (weights, optimizers, supervised, predictive, contrastive, prototypes, covariance, spectral, augment, hosts)
+FAMILIES = (
+    weights,
+    optimizers,
+    supervised,
+    predictive,
+    contrastive,
+    options,
+    prototypes,
+    covariance,
+    spectral,
+    augment,
+    hosts,
+)
 
 
 def cases() -> list[Case]:
