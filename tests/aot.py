@@ -28,7 +28,12 @@ from fastjem.kernels.augment import gpu as augment
 from fastjem.kernels.contrastive import gpu as contrastive
 from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
+<<<<<<< HEAD
+from fastjem.kernels.optimizers import columns as optimizer_columns
+from fastjem.kernels.optimizers import gpu as optimizers
+=======
 from fastjem.kernels.gaussian import gpu as gaussian
+>>>>>>> main
 from fastjem.kernels.predictive import gpu as predictive
 from fastjem.kernels.prototypes import gpu as prototypes
 from fastjem.kernels.supervised import gpu as supervised
@@ -153,6 +158,27 @@ def _rescale(elements: int, dtype: str, vectors: tuple[int, int]) -> Case:
         weights.rescale_(torch.zeros(elements, dtype=DTYPES[dtype]), torch.ones(()))
 
     return Case("rescale_", str(elements), dtype, call, vectors)
+
+
+OPTIMIZER_DTYPES = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64"))
+
+
+def _optimizer(op: str, elements: int, parameter: str, gradient: str) -> Case:
+    """A step with a teacher, and with all that a GradScaler gives."""
+
+    def call() -> None:
+        p, first, second, teacher = (torch.zeros(elements, dtype=DTYPES[parameter]) for _ in range(4))
+        g = torch.zeros(elements, dtype=DTYPES[gradient])
+        names = optimizer_columns.LARS if op == "lars_" else optimizer_columns.ADAMW
+        rest = torch.zeros(1, len(names), dtype=torch.float64), [0]
+        factors = torch.ones(()), torch.zeros(())
+        if op == "lars_":
+            optimizers.lars_([p], [g], [first], [teacher], *rest, None, *factors)
+        else:
+            optimizers.adamw_([p], [g], [first], [second], [torch.zeros(())], [teacher], *rest, *factors)
+
+    first_kernel = {"lars_": (4 if gradient == "fp32" else 3, 0), "adamw_": (0, 0)}[op] if parameter == "fp32" else (0, 0)
+    return Case(op, str(elements), f"{parameter} <- {gradient}", call, first_kernel)
 
 
 def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:
@@ -377,6 +403,7 @@ CASES = [
     _ema_update(5000, "fp32", "fp16", (6, 4)),
     _ema_update(5000, "fp64", "fp64", (16, 8)),
     _ema_update(5000, "fp32", "fp32", (0, 0), offset=1),
+    *(_optimizer(op, 5000, *dtypes) for op in ("lars_", "adamw_") for dtypes in OPTIMIZER_DTYPES),
     _cross_entropy(1, "fp32", (0, 0)),
     _cross_entropy(10, "fp32", (0, 0)),
     _cross_entropy(1000, "bf16", (1, 1)),

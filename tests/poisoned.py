@@ -46,6 +46,22 @@ class Inputs:
         teacher = [x(5, dtype=self.wide), x(3, self.width, dtype=self.wide)]
         return teacher, [x(5), x(3, self.width)], torch.tensor(0.9, dtype=torch.float64)
 
+    def _of_parameters(self, x, lists: int) -> list[list[Tensor]]:
+        return [[x(5, dtype=self.wide), x(3, self.width, dtype=self.wide)] for _ in range(lists)]
+
+    def _lars_norms(self, x):
+        parameters, gradients = self._of_parameters(x, 2)
+        return parameters, gradients, x(2, 10, dtype=torch.float64).sigmoid(), [0, 1], None
+
+    def _lars(self, x):
+        return *self._of_parameters(x, 4), x(2, 10, dtype=torch.float64).sigmoid(), [0, 1], None, None, None
+
+    def _adamw(self, x):
+        parameters, gradients, averages, squares, teachers = self._of_parameters(x, 5)
+        steps = [torch.ones(()), torch.ones(())]
+        settings = x(2, 6, dtype=torch.float64).sigmoid()
+        return parameters, gradients, averages, [v.abs() for v in squares], steps, teachers, settings, [0, 1], None, None
+
     def _cross_entropy(self, x):
         return x(4, self.width) / self.temperature, torch.tensor([0, 3, -100, self.width - 1]), -100, [True]
 
@@ -54,6 +70,19 @@ class Inputs:
 
     def _regression(self, x):
         return x(4, self.width), x(4, self.width), 2.0, True, 1e-5, [True]
+
+    def _regression_rows(self, x):
+        rows, weights = torch.tensor([2, 0, 1]), x(3, dtype=self.wide).abs()
+        return x(4, self.width), x(4, self.width), rows, weights, 2.0, True, 1e-5, [True]
+
+    def _gram_loss(self, x):
+        return x(2, 5, self.width), x(2, 5, self.width), True, "keep", [True]
+
+    def _kmeans_step(self, x):
+        return x(6, self.width), x(3, self.width, dtype=self.wide), True, True
+
+    def _nearest_k(self, x):
+        return x(4, self.width), x(9, self.width), 3
 
     def _nt_xent(self, x):
         candidates = x(2, 9, self.width)
@@ -151,8 +180,10 @@ class Inputs:
 
 
 WITHOUT_TEMPERATURE = {
-    "rescale_", "ema_update_", "negative_cosine", "regression", "nearest_neighbors", "characteristic",
-    "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo",
+    "rescale_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression", "nearest_neighbors",
+    "characteristic",
+    "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo", "regression_rows", "gram_loss",
+    "kmeans_step", "nearest_k",
 }  # fmt: skip
 # (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN
 # where the other is an infinity: a pair's own weight is added to a product of matrices that has 0 in its place, and 0
