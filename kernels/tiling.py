@@ -217,8 +217,8 @@ def similarity_visible_owner(width: int, dtype: torch.dtype) -> dict | None:
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    # two stages of 128 columns spill on sm_80 where all options are there
-    return {"BLOCK_D": block} | _tile(rows=64, columns=32, warps=8, stages=2 if block > 128 else 3)
+    # where all options are there, 32 columns beside rows of 128 spill: two stages on sm_80, three on sm_100
+    return {"BLOCK_D": block} | _tile(rows=64, columns=32 if block > 128 else 16, warps=8, stages=2)
 
 
 def similarity_visible_weights(dtype: torch.dtype) -> dict:

@@ -107,6 +107,17 @@ INTERPRETER = [
         "(mass * u - y) * weight",
         "(mass * u - 0.99 * y) * weight",
     ),
+    Mutation("similarity_logsumexp", "kernels/contrastive/visible_kernels.py", "above == 0", "above == 1"),
+    Mutation(
+        "similarity_logsumexp",
+        "kernels/contrastive/visible_kernels.py",
+        "tl.expand_dims(slope, AXIS)",
+        "tl.expand_dims(0.99 * slope, AXIS)",
+    ),
+    Mutation("koleo", "kernels/contrastive/gpu_koleo.py", "total += _slope", "total += 0.99 * _slope"),
+    Mutation("characteristic", "kernels/gaussian/gpu.py", "(quadrant + 1) & 2", "quadrant & 2"),
+    Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),
+    Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
     Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 11)", "mask = part < 1"),
     Mutation("adamw_", "kernels/optimizers/adamw.py", "kept * p - rate", "p - rate"),
@@ -143,12 +154,16 @@ def _replace(file: Path, mutation: Mutation) -> None:
 
 
 def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
-    """An extension with the mutated operator alone (and rescale, which every backward needs): seconds, not minutes."""
+    """An extension with the mutated operator and what its launcher calls beside it: seconds, not minutes."""
     import pybind11
 
-    operator = csrc.parent / Path(mutation.file).with_suffix(".cpp")
-    (csrc / "operators.h").write_text(f"OPERATOR({operator.stem})\nOPERATOR(rescale)\n")
-    sources = [csrc / "bindings.cpp", operator, csrc / "weights/rescale.cpp"]
+    mutated = Path(mutation.file).relative_to("csrc").with_suffix("")
+    names = [mutated, Path("tensors"), Path("weights/rescale"), Path("weights/ema_update")]  # every import and every backward need those
+    if mutated.parent.name == "contrastive":
+        names += [Path("contrastive/similarity"), Path("contrastive/small")]
+    names = list(dict.fromkeys(names))
+    (csrc / "operators.h").write_text("".join(f"OPERATOR({name.name})\n" for name in names))
+    sources = [csrc / "bindings.cpp", *(csrc / name.with_suffix(".cpp") for name in names)]
     includes = [f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     (target,) = kernels.glob("_C.*.so")
     command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", *includes]
