@@ -49,6 +49,9 @@ REFERENCE = [
         "is_pair(i, j, pairs)]",
         "not is_pair(i, j, pairs)]",
     ),
+    Mutation("kmeans_step", "kernels/neighbors/reference.py", "scores.argmax(1)", "scores.argmin(1)"),
+    Mutation("nearest_k", "kernels/neighbors/reference.py", "start += part", "start += 1 + part"),
+    Mutation("gram_loss", "kernels/gram/reference.py", "(error * counts) @ u", "(0.999 * error * counts) @ u"),
     Mutation("barlow_twins", "kernels/covariance/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
     Mutation("vicreg", "kernels/covariance/reference.py", "(n / (n - 1))", "1"),
     Mutation("crop_resize", "kernels/augment/reference.py", "-0.5 * x + 2.5", "-0.6 * x + 2.6"),
@@ -75,6 +78,7 @@ CPU = [
     ),
     Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
     Mutation("regression", "csrc/predictive/regression.h", "size < beta ?", "size < 2 * beta ?"),
+    Mutation("regression_rows", "csrc/predictive/regression.h", "row_weight * loss", "loss"),
     Mutation("characteristic", "csrc/gaussian/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
     Mutation(
         "characteristic", "csrc/gaussian/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"
@@ -91,6 +95,7 @@ INTERPRETER = [
         "(mass * u - y) * weight",
         "(mass * u - 0.99 * y) * weight",
     ),
+    Mutation("kmeans_step", "kernels/neighbors/kmeans.py", "total += b_x", "total += 0.999 * b_x"),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
 ]
 
