@@ -51,9 +51,8 @@ def regression_rows(images: int, patches: int, d: int, dtype: torch.dtype = torc
 
     def inputs(draw) -> tuple[Tensor, ...]:
         prediction, target = draw.pair(images * patches, d, (True, False))
-        rows, weights = F.masked_rows(
-            draw.normal(images, patches, dtype=torch.float32) < 0.25, images * patches * 3 // 5
-        )
+        mask = draw.normal(images, patches, dtype=torch.float32) < 0.25
+        rows, weights = F.masked_rows(mask, images * patches * 3 // 5)
         return prediction, target, rows, weights
 
     n = images * patches

@@ -44,11 +44,15 @@ def simdino(*views: Tensor) -> Tensor:
 def simdino_case(views: int, n: int, d: int) -> Case:
     """Bytes: all views read, the students' gradients written; FLOPs: two Gram matrices, factors, inverses, products."""
     smaller = min(n, d)
+
+    def inputs(draw) -> tuple[Tensor, ...]:
+        teacher = [draw.normal(n, d) for _ in range(2)]
+        return *teacher, *(draw.normal(n, d, gradient=True) for _ in range(views))
+
     return Case(
-        "simdino", f"2 + {views - 2} views, {n} x {d}",
-        lambda draw: (*(draw.normal(n, d) for _ in range(2)), *(draw.normal(n, d, gradient=True) for _ in range(views))),
-        simdino, lambda *x: F.simdino(list(x[2:]), list(x[:2])), bytes=(2 + 2 * views) * n * d * 4,
-        flops=2 * (4 * n * d * smaller + 2 * smaller**3), full_only=("cuda",),
+        "simdino", f"2 + {views - 2} views, {n} x {d}", inputs, simdino, lambda *x: F.simdino(list(x[2:]), list(x[:2])),
+        bytes=(2 + 2 * views) * n * d * 4, flops=2 * (4 * n * d * smaller + 2 * smaller**3),
+        full_only=("cpu", "cuda"),
     )  # fmt: skip
 
 
