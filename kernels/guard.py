@@ -145,8 +145,9 @@ def _ema_update(teacher, student, momentum):
             _fail("ema_update_", contract, f"{_told(t)} and {_told(s)}")
 
 
-def _lars_norms(parameters, gradients):
+def _lars_norms(parameters, gradients, settings, groups, *factors):
     _updates("lars_norms", parameters, gradients)
+    _settings("lars_norms", settings, groups, len(parameters), len(columns.LARS), factors)
 
 
 def _lars(parameters, gradients, buffers, teachers, settings, groups, norms, *factors):
@@ -385,7 +386,7 @@ def _student_and_teacher(
     _alike(op, "teacher views", *teacher)
     _expect(op, "teacher views", teacher[0], tuple(student[0].shape))
     _expect(op, "weights", weights, (len(student[0]),))
-    if bias is not None and bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
+    if bias is not None and bias.shape != (prototypes,) and bias.shape != (len(teacher), prototypes):
         _fail(op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", _told(bias))
 
 

@@ -5,8 +5,13 @@ Launchers take tensors of any layout and copy rows that aren't dense. A dtype wi
 reference computes it.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from .arithmetic import compute_dtype
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common.h: enum Dtype
 
@@ -33,3 +38,23 @@ def same_layout(*tensors: Tensor) -> bool:
     return all(map(Tensor.is_contiguous, tensors)) or (  # twice as fast as a loop: hundreds of weights go through here
         tensors[0].dim() == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
     )
+
+
+class Found(NamedTuple):
+    """What C++ found of plain tensors (plain.py). Gradients are still to be multiplied by their factors; None where one
+    isn't wanted.
+    """
+
+    loss: Tensor
+    gradients: Sequence[Tensor | None]
+    factors: Sequence[float]
+
+
+def gradients_for(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for the gradients of plain tensors; None where one isn't wanted."""
+    return [torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
+
+
+def loss_like(x: Tensor, value: float) -> Tensor:
+    """A loss of x: 0-dim, in the dtype to compute in."""
+    return torch.scalar_tensor(value, dtype=compute_dtype(x.dtype))

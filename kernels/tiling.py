@@ -198,6 +198,11 @@ def similarity_weights(dtype: torch.dtype) -> dict:
     return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=4, stages=2)
 
 
+def koleo_neighbors(topk: int) -> dict:
+    columns = 64 if topk == 1 else 32  # the search for the next best spills in 64 of them, on sm_100
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=columns, warps=8, stages=2)
+
+
 def similarity_visible(width: int, dtype: torch.dtype) -> dict:
     """Log-sum-exps over what rows and columns see; 64 columns spill on sm_80 where all options are there."""
     if block := _block_on_chip(width, dtype):
@@ -210,7 +215,10 @@ def similarity_visible(width: int, dtype: torch.dtype) -> dict:
 def similarity_visible_owner(width: int, dtype: torch.dtype) -> dict | None:
     """Gradients of what rows see; None: `_block_on_chip` has none."""
     block = _block_on_chip(width, dtype)
-    return None if block is None else {"BLOCK_D": block} | _tile(rows=64, columns=32, warps=8, stages=2)
+    if block is None:
+        return None
+    # two stages of 128 columns spill on sm_80 where all options are there
+    return {"BLOCK_D": block} | _tile(rows=64, columns=32, warps=8, stages=2 if block > 128 else 3)
 
 
 def similarity_visible_weights(dtype: torch.dtype) -> dict:
@@ -278,6 +286,10 @@ def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
 
 def sinkhorn_codes() -> dict:
     return {"ROWS": 1, "BLOCK": 1024, "num_warps": 4}
+
+
+def softmax_slope(width: int, dtype: torch.dtype) -> dict:
+    return row_logsumexp(width, dtype)
 
 
 def prototype_cross_entropy(dtype: torch.dtype) -> dict:

@@ -30,6 +30,8 @@ from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
 from fastjem.kernels.gaussian import gpu as gaussian
 from fastjem.kernels.neighbors import gpu as neighbors
+from fastjem.kernels.optimizers import columns as optimizer_columns
+from fastjem.kernels.optimizers import gpu as optimizers
 from fastjem.kernels.predictive import gpu as predictive
 from fastjem.kernels.prototypes import gpu as prototypes
 from fastjem.kernels.supervised import gpu as supervised
@@ -154,6 +156,27 @@ def _rescale(elements: int, dtype: str, vectors: tuple[int, int]) -> Case:
         weights.rescale_(torch.zeros(elements, dtype=DTYPES[dtype]), torch.ones(()))
 
     return Case("rescale_", str(elements), dtype, call, vectors)
+
+
+OPTIMIZER_DTYPES = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64"))
+
+
+def _optimizer(op: str, elements: int, parameter: str, gradient: str) -> Case:
+    """A step with a teacher, and with all that a GradScaler gives."""
+
+    def call() -> None:
+        p, first, second, teacher = (torch.zeros(elements, dtype=DTYPES[parameter]) for _ in range(4))
+        g = torch.zeros(elements, dtype=DTYPES[gradient])
+        names = optimizer_columns.LARS if op == "lars_" else optimizer_columns.ADAMW
+        rest = torch.zeros(1, len(names), dtype=torch.float64), [0]
+        factors = torch.ones(()), torch.zeros(())
+        if op == "lars_":
+            optimizers.lars_([p], [g], [first], [teacher], *rest, None, *factors)
+        else:
+            optimizers.adamw_([p], [g], [first], [second], [torch.zeros(())], [teacher], *rest, *factors)
+
+    first_kernel = {"lars_": (4 if gradient == "fp32" else 3, 0), "adamw_": (0, 0)}[op] if parameter == "fp32" else (0, 0)
+    return Case(op, str(elements), f"{parameter} <- {gradient}", call, first_kernel)
 
 
 def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:
@@ -304,6 +327,23 @@ def _prototype_head(d: int, dtype: str, students: int = 2, images: int = 4, k: i
     return Case("prototype_head_cross_entropy", shape, dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
 
 
+def _mean_entropy(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        scores = [torch.zeros(4, k, dtype=DTYPES[dtype])]
+        prototypes.mean_entropy(scores, 0.1, torch.ones(k), torch.ones(()), [True])
+
+    return Case("mean_entropy", f"N x {k}", dtype, call, vectors)
+
+
+def _koleo(d: int, topk: int, dtype: str = "fp32", p: float = 2) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        neighbors = contrastive.koleo_neighbors(x, x, 0, topk, 100, 1e-8)
+        contrastive.koleo(x, neighbors.clamp(0, 299), p, 1e-8, [True])
+
+    return Case("koleo", f"N x {d} top {topk}" + (f" p {p:g}" if p != 2 else ""), dtype, call, wgmma=True)
+
+
 def _augment(size: int, dtype: str, channels_last: bool = False, exact: bool = False) -> Case:
     def call() -> None:
         images, table = torch.zeros(3, size, size, 3, dtype=torch.uint8), torch.zeros(3, 13)
@@ -360,6 +400,11 @@ CASES = [
     _prototype_cross_entropy(8, 2, 3000, "fp32", "different", (1, 0)),
     _prototype_cross_entropy(1, 1, 8192, "bf16", "same", (1, 0)),
     _prototype_cross_entropy(2, 1, 1024, "fp32", "all", (1, 0)),
+    _mean_entropy(1024, "fp32", (1, 1)),
+    _mean_entropy(65_536, "bf16", (1, 1)),
+    _koleo(384, 1),
+    _koleo(1024, 4, "bf16"),
+    _koleo(128, 2, p=3.0),
     _rescale(5000, "bf16", (4, 4)),
     _rescale(5000, "fp32", (4, 4)),
     _ema_update(5000, "fp32", "fp32", (8, 4)),
@@ -367,6 +412,7 @@ CASES = [
     _ema_update(5000, "fp32", "fp16", (6, 4)),
     _ema_update(5000, "fp64", "fp64", (16, 8)),
     _ema_update(5000, "fp32", "fp32", (0, 0), offset=1),
+    *(_optimizer(op, 5000, *dtypes) for op in ("lars_", "adamw_") for dtypes in OPTIMIZER_DTYPES),
     _cross_entropy(1, "fp32", (0, 0)),
     _cross_entropy(10, "fp32", (0, 0)),
     _cross_entropy(1000, "bf16", (1, 1)),

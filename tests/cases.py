@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import option_formulas
 import torch
 import torch.nn.functional as TF
 from torch import Tensor
@@ -398,6 +399,7 @@ def _koleo(n: int, d: int, **options) -> Case:
         loss_size=20,
         gradient_size=lambda x: 10 / len(x) / x.norm(dim=1).min().item(),
         dtypes=(torch.float64, torch.float32),  # in half precision another row may be the nearest
+        interpreted=n < 300,
     )
 
 
@@ -456,6 +458,86 @@ def _covariance(op: str, n: int, d: int, scale: float = 1.0) -> Case:
         gradient_size=lambda a, b: 1 / len(a) / min(a.std(0).min().item(), b.std(0).min().item()),
         # Half precision as a user would write it overflows or falls to batch norm's own kernels: the bar is float32's.
         dtypes=(torch.float64, torch.float32),
+    )
+
+
+def _ids(n: int, kinds: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda g: torch.randint(kinds, (n,), generator=g)
+
+
+def _mask(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda g: torch.rand(*shape, generator=g) < 0.2
+
+
+def _weights(n: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda g: torch.rand(n, generator=g, dtype=torch.float64)
+
+
+def _views_with_options(n: int, d: int, temperature: float, prior: float = 0.0, **options) -> Case:
+    """Ids, a learned temperature, label smoothing, weights, a prior, hard negatives."""
+
+    def function(nt_xent: Callable) -> Callable:
+        def call(z0: Tensor, z1: Tensor, hard: Tensor, temperature: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            given = {"ids": ids, "weights": weights, "hard_negatives": hard, "label_smoothing": 0.1, "prior": prior}
+            return nt_xent(torch.stack([z0, z1]), temperature=temperature, **given)
+
+        return call
+
+    rows = (normal(n, d), normal(n, d), normal(n, 2, d))
+    learned = lambda g: torch.tensor(temperature, dtype=torch.float64)  # noqa: E731
+    return Case(
+        "similarity_logsumexp",
+        f"nt_xent-{n}x{d}-tau{temperature:g}",
+        make(*rows, learned, _ids(n, n), _weights(n)),
+        function(F.nt_xent),
+        function(option_formulas.nt_xent),
+        differentiable=4,
+        **options,
+    )
+
+
+def _queue_with_options(n: int, k: int, d: int, temperature: float, **options) -> Case:
+    """A mask, a temperature of each query, harder negatives."""
+
+    def function(info_nce: Callable) -> Callable:
+        def call(query: Tensor, positive: Tensor, queue: Tensor, temperature: Tensor, exclude: Tensor) -> Tensor:
+            return info_nce(query, positive, queue, temperature=temperature, exclude=exclude, hardness=0.5)
+
+        return call
+
+    by_query = lambda g: temperature + torch.rand(n, generator=g, dtype=torch.float64) * temperature  # noqa: E731
+    return Case(
+        "similarity_logsumexp",
+        f"info_nce-{n}x{k}x{d}-tau{temperature:g}",
+        make(normal(n, d), normal(n, d), normal(k, d), by_query, _mask(n, k)),
+        function(F.info_nce),
+        function(option_formulas.info_nce),
+        differentiable=4,
+        **options,
+    )
+
+
+def _pairs_with_options(n: int, d: int, scale: float, **options) -> Case:
+    """A mask for both directions, label smoothing, the sum."""
+
+    def function(clip_loss: Callable) -> Callable:
+        def call(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor) -> Tensor:
+            return clip_loss(x, y, scale, exclude=exclude, label_smoothing=0.2, reduction="sum")
+
+        return call
+
+    def pairs(g: torch.Generator) -> list[Tensor]:
+        x, y = (TF.normalize(z(g), dim=1) for z in (normal(n, d), normal(n, d)))
+        return [x, y, torch.tensor(scale, dtype=torch.float64), _mask(n, n)(g)]
+
+    return Case(
+        "similarity_logsumexp",
+        f"clip-{n}x{d}-scale{scale:g}",
+        pairs,
+        function(F.clip_loss),
+        function(option_formulas.clip_loss),
+        differentiable=3,
+        **options,
     )
 
 
@@ -585,6 +667,16 @@ LOSSES = [
     _image_text("siglip_loss", 1, 16, 10.0),
     _image_text("siglip_loss", 1100, 16, 10.0, interpreted=False),
     _image_text("siglip_loss", 37, 33, 10.0, bias=-1.0),
+    # smallest first: on it the compiled graphs are tried, too; then a running maximum, and more rows than a tile has
+    _views_with_options(7, 9, 0.3, prior=0.05),
+    _views_with_options(24, 33, 0.01),
+    _views_with_options(530, 16, 0.1, interpreted=False),
+    _queue_with_options(9, 40, 16, 0.1),
+    _queue_with_options(1, 33, 8, 0.01),
+    _queue_with_options(70, 1100, 16, 0.01, interpreted=False),
+    _pairs_with_options(13, 16, 10.0),
+    _pairs_with_options(40, 24, 100.0),
+    _pairs_with_options(1100, 8, 20.0, interpreted=False),
     _prototype_cross_entropy(2, 2, 3, 7, "different"),
     _prototype_cross_entropy(4, 2, 5, 100, "different", bias="K"),
     _prototype_cross_entropy(3, 2, 6, 33, "different", bias="TK", weighted=True),

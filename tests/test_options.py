@@ -55,7 +55,7 @@ def some_options(draw: Draw, exclude: tuple, views: int | None) -> dict:
 
 
 def check(function, formula, rows: list[Tensor], learned: dict, options: dict, tolerance: float = 1e-9) -> None:
-    """Value, and gradients of the rows, of what is learned and of hard negatives, for an upstream gradient of its own."""
+    """Value, and gradients of the rows, of what is learned and of hard negatives; upstream gradients differ by row."""
     results = []
     for call in (function, formula):
         leaves = [x.clone().requires_grad_() for x in rows]

@@ -10,7 +10,7 @@ struct LarsTensor {
   void* teacher;  // null: none
   int64_t size;
   Dtype dtype, gradient_dtype;
-  bool nesterov, adapts, clips;
+  bool nesterov, adapts, clips, decay_in_norm;
   bool skipped;  // the gradients aren't finite: only the teacher moves
   double rate, momentum, weight_decay, teacher_momentum, trust, eps;
   double unscale;    // what the gradient is multiplied by
@@ -26,7 +26,7 @@ namespace fastjem {
 
 // Columns of the table of tensors and of the settings of a group: kernels/optimizers/columns.py.
 static constexpr int lars_columns = 8;
-static constexpr int lars_settings = 9;
+static constexpr int lars_settings = 10;
 
 static std::vector<LarsTensor> lars_tensors(const int64_t* table, int64_t count, const double* settings, double unscale,
                                             bool skipped) {
@@ -51,6 +51,7 @@ static std::vector<LarsTensor> lars_tensors(const int64_t* table, int64_t count,
     x.nesterov = of_group[6] != 0;
     x.adapts = of_group[7] == 2 || (of_group[7] == 1 && x.weight_decay != 0);
     x.clips = of_group[8] != 0;
+    x.decay_in_norm = of_group[9] != 0;
     x.unscale = unscale;
     x.skipped = skipped;
     x.ratio = 1;
@@ -62,10 +63,11 @@ static std::vector<LarsTensor> lars_tensors(const int64_t* table, int64_t count,
 // From the squares' sums of parameter and gradient.
 static void set_ratio(LarsTensor& x, double parameter_squares, double gradient_squares) {
   const double parameter_norm = std::sqrt(parameter_squares);
-  const double gradient_norm = std::sqrt(gradient_squares) * x.unscale;
+  const double gradient_norm = std::sqrt(gradient_squares);
+  const double decay = x.decay_in_norm ? 0 : x.weight_decay;  // what the norm lacks of it
   x.ratio = 1;
   if (parameter_norm > 0 && gradient_norm > 0) {
-    x.ratio = x.trust * parameter_norm / (gradient_norm + x.weight_decay * parameter_norm + x.eps);
+    x.ratio = x.trust * parameter_norm / (gradient_norm + decay * parameter_norm + x.eps);
   }
   if (x.clips) {
     const double clipped = x.ratio / x.rate;
@@ -73,20 +75,14 @@ static void set_ratio(LarsTensor& x, double parameter_squares, double gradient_s
   }
 }
 
-static void add_squares(const LarsTensor& x, int64_t begin, int64_t end, double* sums) {
-  double of_parameter = 0, of_gradient = 0;
-  FASTJEM_BEST(squares_range(x.dtype, x.parameter, begin, end, &of_parameter));
-  FASTJEM_BEST(squares_range(x.gradient_dtype, x.gradient, begin, end, &of_gradient));
-  sums[0] += of_parameter;
-  sums[1] += of_gradient;
+static void add_squares(const LarsTensor& x, const Piece& piece, double* sums) {
+  FASTJEM_BEST(squares_range(x, piece.begin, piece.end, sums));
 }
 
 // By all threads: the squares of pieces, which are then added in order.
 static void add_squares(const std::vector<LarsTensor>& tensors, const Pieces& pieces, double* norms, int threads) {
   std::vector<double> sums(2 * pieces.size());
-  pieces.each(threads, [&](size_t i, const Piece& piece) {
-    add_squares(tensors[piece.tensor], piece.begin, piece.end, &sums[2 * i]);
-  });
+  pieces.each(threads, [&](size_t i, const Piece& piece) { add_squares(tensors[piece.tensor], piece, &sums[2 * i]); });
   for (size_t i = 0; i < pieces.size(); ++i) {
     norms[2 * pieces[i].tensor] += sums[2 * i];
     norms[2 * pieces[i].tensor + 1] += sums[2 * i + 1];
@@ -100,7 +96,7 @@ static void squares_and_update(LarsTensor& x, bool has_norms, double* norms) {
   Pieces pieces;
   pieces.add(0, x.size);
   if (x.adapts) {
-    for (size_t i = 0; i < pieces.size() && !has_norms; ++i) add_squares(x, pieces[i].begin, pieces[i].end, norms);
+    for (size_t i = 0; i < pieces.size() && !has_norms; ++i) add_squares(x, pieces[i], norms);
     set_ratio(x, norms[0], norms[1]);
   }
   for (size_t i = pieces.size(); i > 0; --i) update(x, pieces[i - 1]);
@@ -154,9 +150,10 @@ static void lars(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t g
   shared.each(threads, [&](size_t, const Piece& piece) { update(tensors[piece.tensor], piece); });
 }
 
-static void lars_norms(uintptr_t table, int64_t count, uintptr_t norms, int threads) {
-  const std::vector<double> none(lars_settings);
-  const std::vector<LarsTensor> tensors = lars_tensors(at<const int64_t>(table), count, none.data(), 1, false);
+static void lars_norms(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t norms, double unscale,
+                       int threads) {
+  const std::vector<LarsTensor> tensors =
+      lars_tensors(at<const int64_t>(table), count, at<const double>(settings), unscale, false);
   Pieces pieces;
   for (size_t i = 0; i < tensors.size(); ++i) pieces.add(i, tensors[i].size);
   double* sums = at<double>(norms);

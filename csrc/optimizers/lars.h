@@ -1,22 +1,33 @@
-// Elements [begin, end) of one tensor: their squares' sum, and SGD with momentum at the tensor's own rate.
+// Elements [begin, end) of one tensor: their squares' sums, and SGD with momentum at the tensor's own rate.
 #include "optimizers/blend.h"
 
 // In double: the square of a float32 gradient of 1e-20 would be 0, and that of 1e20 infinite.
-template <class T>
-static double squares_of(const T* x, int64_t begin, int64_t end) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
+template <class T, class G>
+static void squares_of(const LarsTensor& x, const T* parameter, const G* gradient, int64_t begin, int64_t end,
+                       double* sums) {
+  const double unscale = x.unscale;
+  const double decay = x.decay_in_norm ? x.weight_decay : 0;
+  double of_parameter = 0, of_gradient = 0;
+#pragma omp simd reduction(+ : of_parameter, of_gradient)
   for (int64_t j = begin; j < end; ++j) {
-    const double wide_x = widen(x[j]);
-    sum += wide_x * wide_x;
+    const double p = parameter[j];
+    const double g = widen(gradient[j]) * unscale + decay * p;
+    of_parameter += p * p;
+    of_gradient += g * g;
   }
-  return sum;
+  sums[0] += of_parameter;
+  sums[1] += of_gradient;
 }
 
-static void squares_range(Dtype dtype, const void* x, int64_t begin, int64_t end, double* sum) {
-  with_dtype(dtype, [&](auto* element) {
-    using T = std::remove_pointer_t<decltype(element)>;
-    *sum = squares_of(static_cast<const T*>(x), begin, end);
+// Adds to two sums: of the parameter's squares and of the gradient's.
+static void squares_range(const LarsTensor& x, int64_t begin, int64_t end, double* sums) {
+  with_dtype(x.gradient_dtype, [&](auto* element) {
+    const auto* gradient = static_cast<const std::remove_pointer_t<decltype(element)>*>(x.gradient);
+    if (x.dtype == Dtype::float64) {
+      squares_of(x, static_cast<const double*>(x.parameter), gradient, begin, end, sums);
+    } else {
+      squares_of(x, static_cast<const float*>(x.parameter), gradient, begin, end, sums);
+    }
   });
 }
 

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "tensors.h"
 
 namespace fastjem {
 
@@ -61,9 +61,29 @@ static double regression(int dtype, uintptr_t prediction, int64_t prediction_str
                          gradient, 0, 0, 0, threads);
 }
 
+// The same of plain tensors [..., D]; None where they aren't, or don't fit one another.
+static pybind11::object regression_of_plain(pybind11::handle prediction, pybind11::handle target,
+                                            pybind11::handle gradient, double beta, bool normalize, double eps,
+                                            int threads) {
+  Given given;
+  const Plain x = given(prediction, 0);
+  const Plain y = given(target, 0);
+  const void* out = given.gradient_of(x, gradient);
+  if (!given.good || !y.has_shape_of(x)) return pybind11::none();
+  const int64_t d = x.shape[x.dims - 1];
+  double total;
+  {
+    const pybind11::gil_scoped_release release;
+    total = regression(x.dtype, address(x.data), d, address(y.data), d, x.elements / d, d, beta, normalize, eps,
+                       address(out), threads);
+  }
+  return pybind11::float_(total);
+}
+
 void bind_regression(pybind11::module_& m) {
   const pybind11::call_guard<pybind11::gil_scoped_release> release;
   m.def("regression", &regression, release);
+  m.def("regression_of_plain", &regression_of_plain);
   m.def("regression_rows", &regression_rows, release);
 }
 

@@ -62,8 +62,8 @@ def _of_last_dims(x: Tensor | float, dims: int) -> Tensor | float:
 
 
 def _hard_logits(a: Tensor, hard: Tensor) -> Tensor:
-    """[V, N, H] of rows [V, N, D] and each image's own [N, H, D]."""
-    return widest((hard @ a.movedim(0, -1)).movedim(-1, 0))  # [N, H, V] -> [V, N, H]
+    """[V, N, H] of rows [V, N, D] and each image's own [N, H, D]. Not by a product, which autocast would change."""
+    return torch.stack([dots_of_rows(rows.unsqueeze(1), hard) for rows in a.unbind()])
 
 
 def loss_of_views(
@@ -91,10 +91,9 @@ def loss_of_views(
         logits = torch.stack(positives, -1)  # [V, N, V - 1]
         ids = None if options.ids is None else options.ids.expand(z.shape[:2])
         limit = _limit(logits, inverse, options)
-        exclude = options.exclude if options.exclude is None or options.exclude.dim() == 2 else options.exclude[None]
         columns = None if b is a else Side(b, ids)
         view = View(0, False, options.needs_totals(), z.dtype, sizes, group)
-        negatives, _ = _negatives(Side(a, ids, limit), columns, exclude, view, options.hardness)
+        negatives, _ = _negatives(Side(a, ids, limit), columns, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
             factor = inverse if b is not a else _root(inverse)
@@ -138,11 +137,10 @@ def info_nce(
         a = unit * _of_last_dims(by, 1)
         logits = dots_of_rows(a, of_positive)[None, :, None]  # [1, N, 1]
         limit = _limit(logits, inverse, options)
-        exclude = options.exclude if options.exclude is None or options.exclude.dim() == 2 else options.exclude[None]
         rows = Side(a[None], None if options.ids is None else options.ids[None], limit)
         candidates = Side(columns[None], None if negative_ids is None else negative_ids[None])
         view = View(offset, False, options.needs_totals(), query.dtype, [query.shape[0]], None)
-        seen, _ = _negatives(rows, candidates, exclude, view, options.hardness)
+        seen, _ = _negatives(rows, candidates, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
             seen = with_hard(seen, _hard_logits(a[None], hard), options.hardness)
@@ -175,12 +173,12 @@ def clip_loss(
         view = View(0, True, options.needs_totals(), x.dtype, sizes, group)
         if scale.dim() or of_columns_alone:  # the directions' logits differ, or what they see does
             one_way = view._replace(columns=False)
-            masks = (exclude, None if exclude is None else exclude.T) if not of_columns_alone else (exclude[None],) * 2
+            back = exclude.T if exclude is not None and exclude.dim() == 2 else exclude
             of_x, _ = _negatives(
-                Side(a_scaled[None], ids, limit), Side(b[None], ids), masks[0], one_way, options.hardness
+                Side(a_scaled[None], ids, limit), Side(b[None], ids), exclude, one_way, options.hardness
             )
             of_y, _ = _negatives(
-                Side((b * factor)[None], ids, limit), Side(a[None], ids), masks[1], one_way, options.hardness
+                Side((b * factor)[None], ids, limit), Side(a[None], ids), back, one_way, options.hardness
             )
         else:
             of_x, of_y = _negatives(

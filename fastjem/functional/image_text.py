@@ -5,9 +5,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement
-from fastjem.functional import candidates, checks, few, rings
+from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
-from fastjem.functional.options import Options, check_exclude
+from fastjem.functional.options import Options, check_exclude, is_of_rows, temperature_of_rows
 from fastjem.kernels.arithmetic import widest_dtype
 
 
@@ -75,11 +75,10 @@ def clip_loss(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    of_rows = isinstance(logit_scale, Tensor) and logit_scale.numel() != 1
+    of_rows = is_of_rows("clip_loss", logit_scale, group)
     if of_rows or options.any():
-        return _clip_with_options(x, y, logit_scale, options, group, local_loss, gather_with_grad)
-    loss = few.of_pairs("clip_loss", x, y, logit_scale, None, group, has_bias=False)
-    if loss is not None:
+        return _clip_with_options(x, y, logit_scale, of_rows, options, group, local_loss, gather_with_grad)
+    if group is None and (loss := quick.clip_loss(x, y, logit_scale)) is not None:
         return loss
     constant_candidates = group is not None and local_loss and not gather_with_grad
     with Agreement("clip_loss", group) as ranks:
@@ -97,6 +96,7 @@ def _clip_with_options(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor | float,
+    of_rows: bool,
     options: Options,
     group: dist.ProcessGroup | None,
     local_loss: bool,
@@ -106,18 +106,18 @@ def _clip_with_options(
     with Agreement(op, group) as ranks:
         checks.matrices(op, "x and y must be [N, D] both", x, y, may_be_empty=None if group is None else 0)
         x, y = checks.common(x, y)
-        of_rows = isinstance(logit_scale, Tensor) and logit_scale.shape == x.shape[:1] and x.shape[0] != 1
-        scale = logit_scale if of_rows else _scalar(op, "logit_scale", logit_scale, x)
-        assert isinstance(scale, Tensor)
-        checks.one_device(op, (x, scale))
+        if of_rows and isinstance(logit_scale, Tensor):
+            scale = temperature_of_rows(op, "logit_scale", logit_scale, x, [x.shape[:1]])
+        else:
+            scale = _scalar(op, "logit_scale", logit_scale, x)
         options = options.checked(op, x, x.shape[0], [x.shape[:1]])
         if group is not None and local_loss and not gather_with_grad:
             checks.fail(op, "with options, gather_with_grad must be True", gather_with_grad)
-        if group is not None and of_rows and options.exclude is not None and options.exclude.dim() == 2:
-            checks.fail(op, "with a group and a scale of each row, exclude must be [N]", tuple(options.exclude.shape))
         ranks.rows_of(x)
         ranks.backward_of(x, y, scale)
-        ranks.alike(*options.facts(), f"{scale.dim()} dimensions of the scale")
+        if group is not None and of_rows and options.exclude is not None and options.exclude.dim() == 2:
+            checks.fail(op, "with a group and a scale of each row, exclude must be [N]", tuple(options.exclude.shape))
+        ranks.alike(*options.facts(), f"local_loss={local_loss}")
     if options.exclude is not None:
         with Agreement(op, group) as again:  # a mask is as wide as all ranks' rows are many
             check_exclude(op, options.exclude, [(x.shape[0], sum(ranks.sizes)), x.shape[:1]], x)
@@ -142,8 +142,7 @@ def siglip_loss(
         x, y, logit_scale, group: as for `clip_loss`.
         logit_bias: 0-dim, with its gradient.
     """
-    loss = few.of_pairs("siglip_loss", x, y, logit_scale, logit_bias, group, has_bias=True)
-    if loss is not None:
+    if group is None and (loss := quick.siglip_loss(x, y, logit_scale, logit_bias)) is not None:
         return loss
     with Agreement("siglip_loss", group) as ranks:
         x, y, scale = _checked("siglip_loss", x, y, logit_scale, group)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import global_loss, sum_over_ranks
+from fastjem.collectives import Agreement, global_loss, sum_over_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
 from fastjem.kernels.arithmetic import widest, widest_dtype
@@ -45,12 +45,15 @@ class Options(NamedTuple):
         )
 
     def facts(self) -> list[str]:
-        """What ranks have to have alike: which options there are, and their shapes but for the number of rows."""
-        told = [f"reduction={self.reduction}"]
-        for name, value in zip(self._fields[1:], self[1:], strict=True):
-            kind = f"{value.dtype} of {value.dim()} dimensions" if isinstance(value, Tensor) else value
-            told.append(f"{name}={kind}")
-        return told
+        """What ranks have to have alike, as it decides what they send one another."""
+        margin = "without" if self.false_negative_margin is None else "with"
+        exclude = "no exclude" if self.exclude is None else f"exclude of {self.exclude.dim()} dimensions"
+        ids = "without ids" if self.ids is None else "with ids"
+        totals = "with" if self.needs_totals() else "without"
+        return [
+            f"reduction={self.reduction}", ids, exclude, f"{margin} false_negative_margin",
+            f"{totals} label_smoothing, prior or hardness", f"hardness={self.hardness}",
+        ]  # fmt: skip
 
     def needs_totals(self) -> bool:
         return any(is_given(x) for x in (self.label_smoothing, self.prior, self.hardness))
@@ -127,12 +130,25 @@ def check_exclude(op: str, exclude: Tensor | None, shapes: list[tuple], like: Te
             checks.fail(op, "exclude must be bool", exclude.dtype)
 
 
-def temperature_of_rows(op: str, name: str, value: object, like: Tensor, shapes: list[tuple]) -> float | Tensor:
-    """A number, a 0-dim tensor, or a tensor with a temperature for each row."""
-    if isinstance(value, Tensor) and value.numel() != 1 and tuple(value.shape) in shapes:
-        checks.one_device(op, (like, value))
-        return value if value.is_floating_point() else value.to(torch.float32)
-    return checks.positive(op, name, value, like)
+def is_of_rows(op: str, temperature: object, group: dist.ProcessGroup | None) -> bool:
+    """Whether a temperature (or scale) is one for each row, and not one number for all.
+
+    A tensor of one element is a number, unless other ranks, which have more rows, have more of them.
+    """
+    if not isinstance(temperature, Tensor) or not temperature.dim():
+        return False
+    if group is None:
+        return temperature.numel() != 1
+    with Agreement(op, group) as ranks:
+        ranks.alike(f"a tensor of {temperature.dim()} dimensions")
+    several = torch.full((), float(temperature.numel() != 1), device=temperature.device)
+    return sum_over_ranks(several, group).item() > 0
+
+
+def temperature_of_rows(op: str, name: str, value: Tensor, like: Tensor, shapes: list[tuple]) -> Tensor:
+    """One for each row; of a floating-point dtype."""
+    _tensor(op, name, value, shapes, like)
+    return value if value.is_floating_point() else value.to(torch.float32)
 
 
 class Negatives(NamedTuple):
@@ -192,9 +208,10 @@ def _of_some(count: Tensor, value: Tensor, of_none: Tensor) -> Tensor:
 def _debiased(
     lse: Tensor, count: Tensor, positives: Tensor, inverse_temperature: float | Tensor, prior: float | Tensor
 ) -> Tensor:
-    """The negatives' log-sum-exp without what positives among them are expected to add (Chuang et al. 2020, equation 8).
+    """The negatives' log-sum-exp without what positives among them are expected to add (Chuang et al. 2020, eq. 8).
 
-    `log(max((sum(exp(negatives)) - count * prior * mean(exp(positives))) / (1 - prior), count * exp(-1 / temperature)))`
+    `log(max((sum(exp(negatives)) - count * prior * mean(exp(positives))) / (1 - prior), count * exp(-1 / t)))`, t the
+    temperature.
     """
     some = count > 0
     log_count = torch.where(some, count, 1).log()

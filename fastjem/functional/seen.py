@@ -48,9 +48,8 @@ def sums_of_seen(rows: Side, columns: Side | None, exclude: Tensor | None, view:
     """The sums of rows over columns, and if `view` says so of columns over rows. columns None: the rows themselves.
 
     Args:
-        exclude: [n, m] bool, what neither side sees of the other, for images (one for all views). n is 1 where it says
-            of columns alone which of them are seen, and then it is of this rank's columns; otherwise it is of this
-            rank's images and those of all ranks.
+        exclude: bool, for images (one for all views). [n, m]: which of this rank's rows and of all ranks' columns don't
+            see one another. [m]: which of this rank's columns nobody sees; not with the columns' sums.
     """
     b, b_ids, b_limit = (None, None, None) if columns is None else columns
     if b_ids is not None and b_ids is rows.ids:
@@ -67,8 +66,8 @@ class _Masks:
     """`exclude` between this rank's rows and another's columns, or the other way round."""
 
     def __init__(self, exclude: Tensor | None, view: View):
-        self.exclude = exclude
-        self.of_columns = exclude is not None and exclude.shape[0] == 1
+        self.of_columns = exclude is not None and exclude.dim() == 1
+        self.exclude = exclude[None] if exclude is not None and self.of_columns else exclude
         self.sizes = view.sizes
         self.group = view.group
 

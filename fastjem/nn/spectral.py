@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import fastjem.functional as F
 from fastjem.collectives import check_distributed, default_group
 from fastjem.functional import checks
+from fastjem.ops.transforms import refuse_vmap
 
 
 class EMPSSLLoss(nn.Module):
@@ -137,6 +138,7 @@ class Whitening2d(nn.Module):
             return torch.linalg.solve_triangular(factor, (x - self.running_mean.flatten()).T, upper=False).T
         whitened, mean, covariance = F.whiten(x, eps=self.eps)
         if self.track_running_stats:
+            refuse_vmap("Whitening2d", self.running_mean, mean)
             self.running_mean.lerp_(mean.reshape(1, -1, 1, 1).to(self.running_mean.dtype), self.momentum)
             self.running_variance.lerp_(covariance.to(self.running_variance.dtype), self.momentum)
         return whitened
@@ -177,9 +179,9 @@ class WMSELoss(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """0-dim, of [num_samples B, D]: all first views, then all second ones, ..."""
-        if len(input) % self.num_samples:
+        if input.shape[0] % self.num_samples:
             raise RuntimeError(
-                f"WMSELoss: input must be a multiple of num_samples = {self.num_samples} rows, got {len(input)}"
+                f"WMSELoss: input must be a multiple of num_samples = {self.num_samples} rows, got {input.shape[0]}"
             )
         views = input.unflatten(0, (self.num_samples, -1))  # [V, B, D]
         batch = views.shape[1]

@@ -63,8 +63,11 @@ OPERATORS = {
     "koleo_neighbors": Operator(
         "(Tensor rows, Tensor candidates, SymInt offset, int topk, SymInt group_size, float eps) -> Tensor",
         cpu=True,
+        gpu=True,
     ),
     "koleo": Operator(
-        "(Tensor x, Tensor neighbors, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)", cpu=True
+        "(Tensor x, Tensor neighbors, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
+        gpu=True,
     ),
 }

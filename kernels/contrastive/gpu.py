@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from . import composed, gpu_engine, gpu_visible, reference, visible
+from . import composed, gpu_engine, gpu_koleo, gpu_visible, reference, visible
+
+koleo_neighbors = gpu_koleo.koleo_neighbors
+koleo = gpu_koleo.koleo
 
 
 def _supported(*tensors: Tensor) -> bool:

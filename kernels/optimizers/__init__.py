@@ -15,7 +15,10 @@ A parameter, its averages and its teacher are of one dtype, float32 or float64; 
 from ..table import Operator
 
 OPERATORS = {
-    "lars_norms": Operator("(Tensor[] parameters, Tensor[] gradients) -> Tensor", cpu=True, gpu=True),
+    "lars_norms": Operator(
+        "(Tensor[] parameters, Tensor[] gradients, Tensor settings, int[] groups, Tensor? grad_scale) -> Tensor",
+        cpu=True, gpu=True,
+    ),
     "lars_": Operator(
         "(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] buffers, Tensor(c!)[] teachers, Tensor settings, "
         "int[] groups, Tensor? norms, Tensor? grad_scale, Tensor? found_inf) -> ()",

@@ -11,13 +11,19 @@ from ..native import CODES, address, same_layout
 from . import reference
 
 
-def lars_norms(parameters: list[Tensor], gradients: list[Tensor]) -> Tensor:
+def lars_norms(
+    parameters: list[Tensor], gradients: list[Tensor], settings: Tensor, groups: list[int], grad_scale: Tensor | None
+) -> Tensor:
     gradients = _laid_out_as(parameters, gradients)
-    if not all(map(_dense, parameters)):
-        return reference.lars_norms(parameters, gradients)
-    table = _table([parameters, gradients, (), ()], parameters, gradients, [0] * len(parameters))
+    if not _all_laid_out_alike(parameters, gradients):
+        return reference.lars_norms(parameters, gradients, settings, groups, grad_scale)
+    table = _table([parameters, gradients, (), ()], parameters, gradients, groups)
+    settings = settings.contiguous()
     norms = torch.empty(len(parameters), 2, dtype=torch.float64)
-    _C.lars_norms(table.ctypes.data, len(parameters), norms.data_ptr(), torch.get_num_threads())
+    _C.lars_norms(
+        table.ctypes.data, len(parameters), settings.data_ptr(), norms.data_ptr(), _unscale(grad_scale),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return norms
 
 
@@ -54,10 +60,6 @@ def adamw_(
         table.ctypes.data, len(parameters), settings.data_ptr(), _unscale(grad_scale), _skipped(found_inf),
         torch.get_num_threads(),
     )  # fmt: skip
-
-
-def _dense(x: Tensor) -> bool:
-    return x.is_contiguous() or same_layout(x)
 
 
 def _laid_out_as(parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:

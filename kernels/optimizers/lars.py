@@ -19,10 +19,14 @@ def _squares_kernel(
     table,  # [P, COLUMNS] int64
     owners,  # [parts] int64, the line of the table that a part is of
     sums,  # [parts, 2] float64, of the parameter and of the gradient
+    settings,  # [G, SETTINGS] float64
+    grad_scale,  # 0-dim, where SCALED
     DTYPE: tl.constexpr,
     GRADIENT: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SETTINGS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -32,6 +36,9 @@ def _squares_kernel(
     offset = (i_part - tl.load(line + 10)) * size
     parameter = tensor_at(line, 0, DTYPE, ALIGNED) + offset
     gradient = tensor_at(line, 1, GRADIENT, ALIGNED) + offset
+    row = settings + tl.load(line + 7) * SETTINGS
+    unscale = gradient_factor(grad_scale, SCALED).to(DTYPE)
+    decay = tl.where(tl.load(row + 9) != 0, tl.load(row + 2), 0.0).to(DTYPE)
     inside = tl.minimum(tl.load(line + 6) - offset, size).to(tl.int32)
     whole = inside // VECTOR * VECTOR  # a mask that changes only between vectors keeps the 128-bit accesses
     index = tl.arange(0, BLOCK)
@@ -40,12 +47,12 @@ def _squares_kernel(
     for begin in range(0, whole, BLOCK):
         mask = index < whole - begin
         p = tl.load(parameter + begin + index, mask, 0).to(DTYPE)
-        g = tl.load(gradient + begin + index, mask, 0).to(DTYPE)
+        g = tl.load(gradient + begin + index, mask, 0).to(DTYPE) * unscale + decay * p
         of_parameter += p * p
         of_gradient += g * g
     tail = whole + tl.arange(0, VECTOR)
     p = tl.load(parameter + tail, tail < inside, 0).to(tl.float64)
-    g = tl.load(gradient + tail, tail < inside, 0).to(tl.float64)
+    g = tl.load(gradient + tail, tail < inside, 0).to(tl.float64) * unscale + decay * p
     tl.store(sums + 2 * i_part, tl.sum(of_parameter.to(tl.float64), 0) + tl.sum(p * p, 0))
     tl.store(sums + 2 * i_part + 1, tl.sum(of_gradient.to(tl.float64), 0) + tl.sum(g * g, 0))
 
@@ -72,13 +79,14 @@ def _norms_kernel(table, sums, norms, COLUMNS: tl.constexpr, MOST_PARTS: tl.cons
 
 
 @triton.jit
-def _ratio(line, row, sums, unscale, GIVEN: tl.constexpr, MOST_PARTS: tl.constexpr):
+def _ratio(line, row, sums, GIVEN: tl.constexpr, MOST_PARTS: tl.constexpr):
     """Of the tensor's rate to its group's; columns of `row` as columns.LARS."""
     of_parameter, of_gradient = _squares_of(line, sums, GIVEN, MOST_PARTS)
     parameter = tl.sqrt(of_parameter)
-    gradient = tl.sqrt(of_gradient) * unscale
+    gradient = tl.sqrt(of_gradient)
     decay = tl.load(row + 2)
-    ratio = tl.load(row + 4) * parameter / (gradient + decay * parameter + tl.load(row + 5))
+    beside = tl.where(tl.load(row + 9) != 0, 0.0, decay)  # what the gradient's norm lacks of it
+    ratio = tl.load(row + 4) * parameter / (gradient + beside * parameter + tl.load(row + 5))
     ratio = tl.where((parameter > 0) & (gradient > 0), ratio, 1.0)
     clipped = ratio / tl.load(row)
     ratio = tl.where(tl.load(row + 8) != 0, tl.where(clipped > 1, 1.0, clipped), ratio)
@@ -134,10 +142,9 @@ def _lars_kernel(
     teacher = tensor_at(line, 3, DTYPE, ALIGNED) + offset
     follows = tl.load(line + 3) != 0
     row = settings + tl.load(line + 7) * SETTINGS
-    factor = gradient_factor(grad_scale, SCALED)
     taken = is_taken(found_inf, CHECKED)
-    ratio = _ratio(line, row, sums, factor, GIVEN, MOST_PARTS).to(DTYPE)
-    unscale = factor.to(DTYPE)
+    ratio = _ratio(line, row, sums, GIVEN, MOST_PARTS).to(DTYPE)
+    unscale = gradient_factor(grad_scale, SCALED).to(DTYPE)
     rate = tl.load(row).to(DTYPE)
     momentum = tl.load(row + 1).to(DTYPE)
     decay = tl.load(row + 2).to(DTYPE)
@@ -158,7 +165,7 @@ def _lars_kernel(
         )  # fmt: skip
 
 
-def _add_squares(batch: tables.Batch) -> Tensor:
+def _add_squares(batch: tables.Batch, settings: Tensor, grad_scale: Tensor | None) -> Tensor:
     """[parts, 2] float64."""
     sums = torch.empty(len(batch.parts), 2, dtype=torch.float64, device=batch.table.device)
     if not len(batch.parts):
@@ -169,32 +176,40 @@ def _add_squares(batch: tables.Batch) -> Tensor:
         batch.table,
         batch.parts,
         sums,
+        settings,
+        settings if grad_scale is None else grad_scale,
         DTYPE=launch.DTYPES[batch.dtype],
         GRADIENT=launch.DTYPES[batch.gradient],
         ALIGNED=batch.aligned,
+        SCALED=grad_scale is not None,
         COLUMNS=tables.COLUMNS,
+        SETTINGS=len(columns.LARS),
         **tiling.optimizer(),
         device_of=sums,
     )
     return sums
 
 
-def lars_norms(parameters: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    plan = tables.plan("lars_norms", [parameters, gradients], [0] * len(parameters))
+def lars_norms(
+    parameters: list[Tensor], gradients: list[Tensor], settings: Tensor, groups: list[int], grad_scale: Tensor | None
+) -> Tensor:
+    plan = tables.plan("lars_norms", [parameters, gradients], groups)
+    settings = settings.contiguous()
     norms = torch.zeros(len(parameters), 2, dtype=torch.float64, device=parameters[0].device)
     for batch in plan.batches:
         launch.launch(
             _norms_kernel,
             (len(batch.table),),
             batch.table,
-            _add_squares(batch),
+            _add_squares(batch, settings, grad_scale),
             norms,
             COLUMNS=tables.COLUMNS,
             MOST_PARTS=tables.MOST_PARTS,
             device_of=norms,
         )
     for i in plan.others:
-        norms[i] = reference.lars_norms([parameters[i]], [gradients[i]])[0]
+        of_one = [parameters[i]], [gradients[i]], settings, groups[i : i + 1], grad_scale
+        norms[i] = reference.lars_norms(*of_one)[0]
     return norms
 
 
@@ -212,7 +227,7 @@ def lars_(
             (len(batch.blocks),),
             batch.table,
             batch.blocks,
-            _add_squares(batch) if norms is None else norms.contiguous(),
+            _add_squares(batch, settings, grad_scale) if norms is None else norms.contiguous(),
             settings,
             settings if grad_scale is None else grad_scale,
             settings if found_inf is None else found_inf,

@@ -7,10 +7,20 @@ from ..arithmetic import widest
 from . import columns
 
 
-def lars_norms(parameters: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """[P, 2]: the sum of the squares of each parameter, and of its gradient. With shards these are added over ranks."""
-    pairs = zip(parameters, gradients, strict=True)
-    return torch.stack([torch.stack([widest(x).square().sum() for x in pair]) for pair in pairs])
+def lars_norms(
+    parameters: list[Tensor], gradients: list[Tensor], settings: Tensor, groups: list[int], grad_scale: Tensor | None
+) -> Tensor:
+    """[P, 2]: the sum of the squares of each parameter, and of its gradient (decay_in_norm: of g + weight_decay * p).
+
+    Of parameters in shards these are added over ranks.
+    """
+    squares = []
+    for p, g, group in zip(parameters, gradients, groups, strict=True):
+        of = dict(zip(columns.LARS, settings[group].unbind(), strict=True))
+        g = _unscaled(widest(g), widest(p), grad_scale)
+        decayed = torch.where(of["decay_in_norm"] != 0, g + of["weight_decay"] * widest(p), g)
+        squares += [widest(p).square().sum(), decayed.square().sum()]
+    return torch.stack(squares).reshape(-1, 2)
 
 
 def lars_(
@@ -30,13 +40,14 @@ def lars_(
     either norm is 0:
 
         ratio = trust_coeff * |p| / (|g| + weight_decay * |p| + eps)
+            (decay_in_norm: trust_coeff * |p| / (|g + weight_decay * p| + eps), as SimCLR's and BYOL's code has it)
         b = momentum * b + ratio * (g + weight_decay * p)
         p = p - lr * b          (nesterov: p - lr * (ratio * (g + weight_decay * p) + momentum * b))
     """
-    norms = lars_norms(parameters, gradients) if norms is None else norms
+    norms = lars_norms(parameters, gradients, settings, groups, grad_scale) if norms is None else norms
     for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
         of = dict(zip(columns.LARS, settings[groups[i]].unbind(), strict=True))
-        step = (_unscaled(g, p, grad_scale) + of["weight_decay"] * p) * _ratio(of, norms[i], grad_scale)
+        step = (_unscaled(g, p, grad_scale) + of["weight_decay"] * p) * _ratio(of, norms[i])
         if buffers:
             buffer = of["momentum"] * buffers[i] + step
             step = torch.where(of["nesterov"] != 0, step + of["momentum"] * buffer, buffer)
@@ -46,12 +57,11 @@ def lars_(
             _follow(teachers[i], p, of["teacher_momentum"])
 
 
-def _ratio(of: dict[str, Tensor], norms: Tensor, grad_scale: Tensor | None) -> Tensor:
+def _ratio(of: dict[str, Tensor], norms: Tensor) -> Tensor:
     """Of a tensor's rate to its group's, 0-dim."""
     parameter, gradient = norms.sqrt().unbind()
-    if grad_scale is not None:
-        gradient = gradient / widest(grad_scale)
-    ratio = of["trust_coeff"] * parameter / (gradient + of["weight_decay"] * parameter + of["eps"])
+    decay = torch.where(of["decay_in_norm"] != 0, 0, of["weight_decay"])  # what the norm lacks of it
+    ratio = of["trust_coeff"] * parameter / (gradient + decay * parameter + of["eps"])
     ratio = torch.where((parameter > 0) & (gradient > 0), ratio, 1)
     ratio = torch.where(of["trust_clip"] != 0, (ratio / of["lr"]).clamp(max=1), ratio)
     adapts = (of["adapts"] == 2) | ((of["adapts"] == 1) & (of["weight_decay"] != 0))

@@ -1,13 +1,14 @@
 """The losses between predictions and targets on the CPU, in C++."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..arithmetic import compute_dtype, dense_rows, no_gradient
-from ..native import CODES, address, gradient_for
+from ..native import CODES, Found, address, gradient_for, gradients_for, loss_like
 from . import reference
 
 
@@ -99,3 +100,27 @@ def regression_rows(
     weight = weights.sum().item()
     loss = torch.full((), total / (weight * width) if weight else math.nan, dtype=dtype)
     return loss, [gradient], torch.full((), 1 / (weight * width) if weight else math.inf, dtype=dtype)
+
+
+# The same of plain tensors. None where C++ says that they aren't, or don't fit one another ----------------------------
+
+
+def negative_cosine_of_plain(p: Tensor, z: Tensor, eps: float, wanted: Sequence[bool]) -> Found | None:
+    gradients = gradients_for((p, z), wanted)
+    total = _C.negative_cosine_of_plain(p, z, *gradients, eps, torch.get_num_threads())
+    if total is None:
+        return None
+    rows = len(p)
+    return Found(loss_like(p, total / rows), gradients, (1 / rows, 1 / rows))
+
+
+def regression_of_plain(
+    prediction: Tensor, target: Tensor, beta: float, normalize: bool, eps: float, wanted: Sequence[bool]
+) -> Found | None:
+    gradients = gradients_for((prediction,), wanted)
+    options = (beta, normalize, eps, torch.get_num_threads())
+    total = _C.regression_of_plain(prediction, target, *gradients, *options)
+    if total is None:
+        return None
+    scale = 1 / prediction.numel()
+    return Found(loss_like(prediction, total * scale), gradients, (scale,))

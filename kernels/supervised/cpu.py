@@ -1,13 +1,14 @@
 """Cross-entropy on the CPU, in C++."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..arithmetic import compute_dtype, dense_rows
-from ..native import CODES, address, gradient_for
+from ..native import CODES, Found, address, gradient_for, gradients_for, loss_like
 from . import reference
 
 
@@ -33,3 +34,14 @@ def cross_entropy(
     loss = torch.full((), total / counted if counted else math.nan, dtype=dtype)
     scale = torch.full((), 1 / counted if counted else math.inf, dtype=dtype)
     return loss, [gradient], scale
+
+
+def cross_entropy_of_plain(logits: Tensor, labels: Tensor, ignore_index: int, wanted: Sequence[bool]) -> Found | None:
+    """None where C++ says that they aren't plain tensors, or don't fit one another."""
+    gradients = gradients_for((logits,), wanted)
+    numbers = _C.cross_entropy_of_plain(logits, labels, *gradients, ignore_index, torch.get_num_threads())
+    if numbers is None:
+        return None
+    total, counted = numbers
+    scale = 1 / counted if counted else math.inf
+    return Found(loss_like(logits, total / counted if counted else math.nan), gradients, (scale,))

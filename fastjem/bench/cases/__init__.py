@@ -10,6 +10,7 @@ from fastjem.bench.cases import (
     contrastive,
     covariance,
     neighbors,
+    optimizers,
     predictive,
     prototypes,
     spectral,
@@ -17,7 +18,18 @@ from fastjem.bench.cases import (
     weights,
 )
 
-FAMILIES = (weights, supervised, predictive, contrastive, prototypes, covariance, spectral, neighbors, augment)
+FAMILIES = (
+    weights,
+    optimizers,
+    supervised,
+    predictive,
+    contrastive,
+    prototypes,
+    covariance,
+    spectral,
+    neighbors,
+    augment,
+)
 
 
 def cases() -> list[Case]:
