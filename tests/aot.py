@@ -29,6 +29,7 @@ from fastjem.kernels.contrastive import gpu as contrastive
 from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
 from fastjem.kernels.gaussian import gpu as gaussian
+from fastjem.kernels.neighbors import gpu as neighbors
 from fastjem.kernels.optimizers import columns as optimizer_columns
 from fastjem.kernels.optimizers import gpu as optimizers
 from fastjem.kernels.predictive import gpu as predictive
@@ -278,6 +279,13 @@ def _nearest_neighbors(d: int, dtype: str) -> Case:
     return Case("nearest_neighbors", f"N x K x {d}", dtype, call, wgmma=True)
 
 
+def _kmeans_step(d: int, dtype: str) -> Case:
+    def call() -> None:
+        neighbors.kmeans_step(torch.zeros(300, d, dtype=DTYPES[dtype]), torch.zeros(70, d), True, True)
+
+    return Case("kmeans_step", f"N x K x {d}", dtype, call, wgmma=True)
+
+
 def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
     def call() -> None:
         z0, z1 = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(n, d, dtype=DTYPES[dtype])
@@ -366,6 +374,10 @@ CASES = [
     _clip_loss(512, "bf16"),
     _siglip_loss(512, "bf16"),
     _nearest_neighbors(128, "bf16"),
+    _kmeans_step(128, "bf16"),
+    _kmeans_step(256, "fp16"),
+    _kmeans_step(384, "bf16"),
+    _kmeans_step(128, "fp32"),
     _similarity_logsumexp(128, "bf16"),
     _similarity_logsumexp(256, "bf16"),
     _similarity_logsumexp(512, "bf16"),

@@ -55,6 +55,9 @@ REFERENCE = [
         "is_pair(i, j, pairs)]",
         "not is_pair(i, j, pairs)]",
     ),
+    Mutation("kmeans_step", "kernels/neighbors/reference.py", "scores.argmax(1)", "scores.argmin(1)"),
+    Mutation("nearest_k", "kernels/neighbors/reference.py", "start += part", "start += 1 + part"),
+    Mutation("gram_loss", "kernels/gram/reference.py", "(error * counts) @ u", "(0.999 * error * counts) @ u"),
     Mutation("barlow_twins", "kernels/covariance/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
     Mutation("vicreg", "kernels/covariance/reference.py", "(n / (n - 1))", "1"),
     Mutation("crop_resize", "kernels/augment/reference.py", "-0.5 * x + 2.5", "-0.6 * x + 2.6"),
@@ -91,6 +94,7 @@ CPU = [
     ),
     Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
     Mutation("regression", "csrc/predictive/regression.h", "size < beta ?", "size < 2 * beta ?"),
+    Mutation("regression_rows", "csrc/predictive/regression.h", "row_weight * loss", "loss"),
     Mutation("characteristic", "csrc/gaussian/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
     Mutation(
         "characteristic", "csrc/gaussian/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"
@@ -118,6 +122,7 @@ INTERPRETER = [
     Mutation("characteristic", "kernels/gaussian/gpu.py", "(quadrant + 1) & 2", "quadrant & 2"),
     Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),
     Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
+    Mutation("kmeans_step", "kernels/neighbors/kmeans.py", "total += b_x", "total += 0.999 * b_x"),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
     Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 11)", "mask = part < 1"),
     Mutation("adamw_", "kernels/optimizers/adamw.py", "kept * p - rate", "p - rate"),
