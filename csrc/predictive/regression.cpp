@@ -10,6 +10,7 @@ struct Regression {
   bool normalize;
   void* gradient;  // [N, D], or null
   double* losses;  // [N]
+  double scale;    // of the gradient
 };
 
 }  // namespace fastjem
@@ -22,7 +23,7 @@ namespace fastjem {
 // Returns the sum of the elements' losses.
 static double regression(int dtype, uintptr_t prediction, int64_t prediction_stride, uintptr_t target,
                          int64_t target_stride, int64_t rows, int64_t width, double beta, bool normalize, double eps,
-                         uintptr_t gradient, int threads) {
+                         uintptr_t gradient, double scale, int threads) {
   std::vector<double> losses(rows);
   const Regression problem{static_cast<Dtype>(dtype),
                            at<const void>(prediction),
@@ -34,7 +35,8 @@ static double regression(int dtype, uintptr_t prediction, int64_t prediction_str
                            eps,
                            normalize,
                            at<void>(gradient),
-                           losses.data()};
+                           losses.data(),
+                           scale};
   parallel_for(rows, 1 + 32768 / width, threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(regression_rows(problem, begin, end)); });
   double total = 0;

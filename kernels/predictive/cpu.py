@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _C
 from ..arithmetic import compute_dtype, dense_rows
-from ..native import CODES, address, gradient_for
+from ..native import CODES, address, gradient_for, scale_within
 from . import reference
 
 
@@ -16,6 +16,8 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
     z = dense_rows(z)
     dtype = compute_dtype(p.dtype)
     gradients = [gradient_for(p, wanted[0]), gradient_for(z, wanted[1])]
+    scale = 1 / len(p)
+    within = scale_within(scale, p.dtype)
     total = _C.negative_cosine(
         CODES[p.dtype],
         address(p),
@@ -26,10 +28,11 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         eps,
         address(gradients[0]),
         address(gradients[1]),
+        within,
         torch.get_num_threads(),
     )
-    loss = torch.full((), total / len(p), dtype=dtype)
-    return loss, gradients, torch.full((), 1 / len(p), dtype=dtype)
+    loss = torch.full((), total * scale, dtype=dtype)
+    return loss, gradients, torch.full((), scale / within, dtype=dtype)
 
 
 def regression(
@@ -42,6 +45,7 @@ def regression(
     dtype = compute_dtype(prediction.dtype)
     gradient = gradient_for(prediction, wanted[0])
     scale = 1 / prediction.numel()
+    within = scale_within(scale, prediction.dtype)
     total = _C.regression(
         CODES[prediction.dtype],
         address(prediction),
@@ -53,6 +57,7 @@ def regression(
         normalize,
         eps,
         address(gradient),
+        within,
         torch.get_num_threads(),
     )
-    return torch.full((), total * scale, dtype=dtype), [gradient], torch.full((), scale, dtype=dtype)
+    return torch.full((), total * scale, dtype=dtype), [gradient], torch.full((), scale / within, dtype=dtype)

@@ -20,6 +20,7 @@ def cross_entropy(
     labels = labels.contiguous()
     dtype = compute_dtype(logits.dtype)
     gradient = gradient_for(logits, wanted[0])
+    mean = logits.dtype != torch.float16  # which can't hold the gradient over N; see native.scale_within
     total, counted = _C.cross_entropy(
         CODES[logits.dtype],
         address(logits),
@@ -28,8 +29,9 @@ def cross_entropy(
         address(labels),
         ignore_index,
         address(gradient),
+        mean,
         torch.get_num_threads(),
     )
     loss = torch.full((), total / counted if counted else math.nan, dtype=dtype)
-    scale = torch.full((), 1 / counted if counted else math.inf, dtype=dtype)
+    scale = torch.full((), math.inf if not counted else 1.0 if mean else 1 / counted, dtype=dtype)
     return loss, [gradient], scale
