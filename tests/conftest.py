@@ -18,7 +18,7 @@ from torch._functorch import config as functorch_config
 from fastjem import ops
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-MATRIX_PRODUCTS = {"nt_xent", "info_nce", "clip_loss", "siglip_loss", "barlow_twins", "vicreg"}
+MATRIX_PRODUCTS = {"nt_xent", "info_nce", "clip_loss", "siglip_loss", "siglip_pairs", "barlow_twins", "vicreg"}
 MATRIX_PRODUCTS.add("prototype_head_cross_entropy")
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
 try:

@@ -43,6 +43,7 @@ REFERENCE = [
     Mutation("info_nce", "kernels/contrastive/reference.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
     Mutation("clip_loss", "kernels/contrastive/reference.py", "- 2 * own", "- 1.99 * own"),
     Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
+    Mutation("siglip_pairs", "kernels/contrastive/reference.py", "(1 - target) * up", "(1.001 - target) * up"),
     Mutation(
         "prototype_cross_entropy",
         "kernels/prototypes/reference.py",
@@ -67,6 +68,7 @@ CPU = [
     Mutation("nt_xent", "csrc/contrastive/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
     Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sums.slope += g;", "sums.slope -= g;"),
+    Mutation("siglip_pairs", "csrc/contrastive/siglip_pairs.h", "x > 0 ? 1 - target[j] : target[j]", "target[j]"),
     Mutation(
         "prototype_cross_entropy",
         "csrc/prototypes/prototype_cross_entropy.h",

@@ -84,6 +84,15 @@ class Inputs:
         a, b, factor, offset = self._clip_loss(x)
         return a, b, factor, x(1, dtype=self.wide)[0], offset, [True, True]
 
+    def _siglip_pairs(self, x):
+        a, b, factor, offset = self._clip_loss(x)
+        ids = torch.arange(4), torch.arange(9) % 4
+        exclude = torch.arange(36).reshape(4, 9) % 7 == 0
+        smoothing = torch.tensor(0.1, dtype=self.wide)
+        weights = torch.linspace(0.5, 2, 4, dtype=self.wide)
+        bias = x(1, dtype=self.wide)[0]
+        return a, b, factor, bias, smoothing, weights, *ids, None, exclude, offset, [True, True]
+
     def _nearest_neighbors(self, x):
         return x(4, self.width), x(9, self.width)
 

@@ -102,8 +102,8 @@ def is_given(number: float | Tensor) -> bool:
 
 
 def _tensor(op: str, name: str, x: Tensor, shapes: list[tuple], like: Tensor) -> None:
-    contract = f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}"
-    if not isinstance(x, Tensor) or tuple(x.shape) not in shapes:
+    if not isinstance(x, Tensor) or all(x.shape != shape for shape in shapes):
+        contract = f"{name} must be {' or '.join(f'{list(shape)}' for shape in shapes)}"
         checks.fail(op, contract, checks.shape(x))
     checks.one_device(op, (like, x))
 
@@ -121,10 +121,14 @@ def check_ids(op: str, name: str, ids: Tensor | None, shape: tuple, like: Tensor
 
 
 def check_exclude(op: str, exclude: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
-    if exclude is not None:
-        _tensor(op, "exclude", exclude, shapes, like)
-        if exclude.dtype != torch.bool:
-            checks.fail(op, "exclude must be bool", exclude.dtype)
+    check_mask(op, "exclude", exclude, shapes, like)
+
+
+def check_mask(op: str, name: str, mask: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
+    if mask is not None:
+        _tensor(op, name, mask, shapes, like)
+        if mask.dtype != torch.bool:
+            checks.fail(op, f"{name} must be bool", mask.dtype)
 
 
 def temperature_of_rows(op: str, name: str, value: object, like: Tensor, shapes: list[tuple]) -> float | Tensor:
