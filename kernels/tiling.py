@@ -233,6 +233,11 @@ def similarity_sigmoid(dtype: torch.dtype) -> dict:
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
 
 
+def siglip_pairs(dtype: torch.dtype) -> dict:
+    """As `similarity_sigmoid`."""
+    return similarity_sigmoid(dtype)
+
+
 # neighbors ------------------------------------------------------------------------------------------------------------
 
 

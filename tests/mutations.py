@@ -49,6 +49,7 @@ REFERENCE = [
         "row_ids[:, None] == column_ids + 1",
     ),
     Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
+    Mutation("siglip_pairs", "kernels/contrastive/reference.py", "(1 - target) * up", "(1.001 - target) * up"),
     Mutation(
         "prototype_cross_entropy",
         "kernels/prototypes/reference.py",
@@ -78,7 +79,9 @@ CPU = [
     Mutation("adamw_", "csrc/optimizers/adamw.h", "std::sqrt(v) * root", "std::sqrt(v * root)"),
     Mutation("nt_xent", "csrc/contrastive/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("nt_xent", "csrc/contrastive/small.h", "loss += softmax(", "loss += 0.999 * softmax("),
-    Mutation("supcon", "csrc/contrastive/small.h", "weights[i * m + j] -= shares[j]", "weights[i * m + j] += shares[j]"),
+    Mutation(
+        "supcon", "csrc/contrastive/small.h", "weights[i * m + j] -= shares[j]", "weights[i * m + j] += shares[j]"
+    ),
     Mutation("clip_loss", "csrc/contrastive/small.h", "weights[i] += by_column[i]", "weights[i] -= by_column[i]"),
     Mutation("siglip_loss", "csrc/contrastive/small.h", "(logit > 0 ? e : 1.0)", "(logit > 0 ? 1.0 : e)"),
     Mutation("info_nce", "csrc/contrastive/small.h", "std::expm1(dot * factor - lse)", "std::exp(dot * factor - lse)"),
@@ -86,6 +89,7 @@ CPU = [
     Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "from = 0;", "from = 1;"),
     Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "e * row_of_lse + row_of_total", "e * row_of_lse"),
     Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sums.slope += g;", "sums.slope -= g;"),
+    Mutation("siglip_pairs", "csrc/contrastive/siglip_pairs.h", "x > 0 ? 1 - target[j] : target[j]", "target[j]"),
     Mutation(
         "prototype_cross_entropy",
         "csrc/prototypes/prototype_cross_entropy.h",
@@ -163,7 +167,12 @@ def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
     import pybind11
 
     mutated = Path(mutation.file).relative_to("csrc").with_suffix("")
-    names = [mutated, Path("tensors"), Path("weights/rescale"), Path("weights/ema_update")]  # every import and every backward need those
+    names = [
+        mutated,
+        Path("tensors"),
+        Path("weights/rescale"),
+        Path("weights/ema_update"),
+    ]  # every import and every backward need those
     if mutated.parent.name == "contrastive":
         names += [Path("contrastive/similarity"), Path("contrastive/small")]
     names = list(dict.fromkeys(names))

@@ -14,8 +14,8 @@ from fastjem.functional.memory import check_update
 from fastjem.functional.weights import ema_update_
 from fastjem.kernels import guard
 from fastjem.kernels.arithmetic import widest_dtype
-from fastjem.optim.sharded import Sharding, local, sharding_of, sum_over_shards
 from fastjem.ops.autograd import ops
+from fastjem.optim.sharded import Sharding, local, sharding_of, sum_over_shards
 
 
 class _Call(NamedTuple):
@@ -41,7 +41,9 @@ class _Plan(NamedTuple):
 class Fused(torch.optim.Optimizer):
     """What LARS, SGD and AdamW share: gathering tensors, the teacher, DTensors, checks before anything is written."""
 
-    _step_supports_amp_scaling = True  # torch's GradScaler then gives `grad_scale` and `found_inf`, and looks at neither
+    _step_supports_amp_scaling = (
+        True  # torch's GradScaler then gives `grad_scale` and `found_inf`, and looks at neither
+    )
     _adapts = 0
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
@@ -162,7 +164,10 @@ class Fused(torch.optim.Optimizer):
                     chosen,
                     [local(p) for p in chosen],
                     [local(gradients[i]) for i in members],
-                    [[local(one[i]) for i in members] if has else [] for one, has in zip(states, has_states, strict=True)],
+                    [
+                        [local(one[i]) for i in members] if has else []
+                        for one, has in zip(states, has_states, strict=True)
+                    ],
                     [local(self._pairs[p]) for p in chosen if p in self._pairs],
                     [groups[i] for i in members],
                     sharding,
