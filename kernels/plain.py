@@ -36,7 +36,9 @@ except ImportError:
         """`ema_update_` of the tensors that the facts are of, teachers first; False, if C++ can't take one of them."""
         return False
 else:
-    _C.learn_tensors(Tensor, torch.nn.Parameter, torch.UntypedStorage, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+    _C.learn_tensors(
+        Tensor, torch.nn.Parameter, torch.UntypedStorage, getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    )
     plain = _C.plain
     plain_matrices = _C.plain_matrices
     facts = _C.facts

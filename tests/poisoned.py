@@ -60,7 +60,18 @@ class Inputs:
         parameters, gradients, averages, squares, teachers = self._of_parameters(x, 5)
         steps = [torch.ones(()), torch.ones(())]
         settings = x(2, 6, dtype=torch.float64).sigmoid()
-        return parameters, gradients, averages, [v.abs() for v in squares], steps, teachers, settings, [0, 1], None, None
+        return (
+            parameters,
+            gradients,
+            averages,
+            [v.abs() for v in squares],
+            steps,
+            teachers,
+            settings,
+            [0, 1],
+            None,
+            None,
+        )
 
     def _cross_entropy(self, x):
         return x(4, self.width) / self.temperature, torch.tensor([0, 3, -100, self.width - 1]), -100, [True]
@@ -159,10 +170,11 @@ WITHOUT_TEMPERATURE = {
 # times an infinite embedding is NaN.
 KINDS_MAY_DIFFER = {("clip_loss_backward", 0), ("clip_loss_backward", 1)}
 # (operator, number of the poisoned tensor, value) that are no input. A log-sum-exp of -inf is one of no logits at all,
-# and there are logits; an infinite scale is a temperature of 0.
+# and there are logits; an infinite scale is a temperature of 0; a rate and a weight decay are finite.
 NO_INPUT = {
     *((op, i, "-inf") for op, both in (("nt_xent_backward", (2, 3)), ("clip_loss_backward", (3, 4))) for i in both),
     *((op, 2, value) for op in ("clip_loss", "clip_loss_backward") for value in ("-inf", "+inf")),
+    *((op, i, value) for op, i in (("lars_norms", 4), ("lars_", 8)) for value in ("-inf", "+inf")),
 }
 OF_IMAGES = {"augment", "crop_resize"}
 

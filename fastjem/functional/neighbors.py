@@ -107,7 +107,11 @@ def _step(
         assignments, sums, counts, inertia = ops.kmeans_step(x, centroids, spherical, True)
     else:
         assignments = torch.empty(0, dtype=torch.int64, device=x.device)
-        sums, counts, inertia = torch.zeros_like(centroids), assignments.new_zeros(len(centroids)), centroids.new_zeros(())
+        sums, counts, inertia = (
+            torch.zeros_like(centroids),
+            assignments.new_zeros(len(centroids)),
+            centroids.new_zeros(()),
+        )
     if group is None:
         return assignments, sums, counts, inertia
     packed = sum_over_ranks(torch.cat([widest(part).flatten() for part in (sums, counts, inertia)]), group)
@@ -135,7 +139,9 @@ class _Rows:
         """[K, D], each drawn with a probability in proportion to its squared distance from those before it."""
         wide = widest_dtype(self.x.device)
         device = self.x.device if generator is None else generator.device
-        draws = from_first_rank(torch.rand(count, generator=generator, device=device, dtype=wide).to(self.x.device), self.group)
+        draws = from_first_rank(
+            torch.rand(count, generator=generator, device=device, dtype=wide).to(self.x.device), self.group
+        )
         nearest = torch.ones(self.x.shape[0], dtype=wide, device=self.x.device)  # the first: each row alike
         centroids: list[Tensor] = []
         for draw in draws.unbind():

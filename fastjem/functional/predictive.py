@@ -73,7 +73,9 @@ def regression(
     options = (beta, bool(normalize), eps)
     if rows is None and weights is None:
         return one_pass("regression", (predictions,), targets, *options)
-    return one_pass("regression_rows", (predictions,), targets, *_rows_and_weights(rows, weights, predictions), *options)
+    return one_pass(
+        "regression_rows", (predictions,), targets, *_rows_and_weights(rows, weights, predictions), *options
+    )
 
 
 def _rows_and_weights(rows: Tensor | None, weights: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,7 @@ def smaller_gram(z: Tensor) -> Tensor:
 
 
 @over_ranks()
-def total_coding_rate(
-    z: Tensor, *, eps: float | Tensor = 0.2, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def total_coding_rate(z: Tensor, *, eps: float | Tensor = 0.2, group: dist.ProcessGroup | None = None) -> Tensor:
     """`0.5 logdet(I + D / (N eps) Z^T Z)`, the mean over views: the rate of MCR2 and EMP-SSL.
 
     It grows with the volume that the rows fill, so a loss *subtracts* it (Tong et al. 2023, arXiv 2304.03977).
@@ -58,9 +56,7 @@ def total_coding_rate(
     return rate if group is None else global_loss(rate, rate, group)
 
 
-def _coding_rate(
-    op: str, z: Tensor, eps: float | Tensor, rows: int, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def _coding_rate(op: str, z: Tensor, eps: float | Tensor, rows: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """The rate of all ranks' rows, differentiable for this rank's."""
     z = in_float32(z)
     scale = z.shape[-1] / (rows * eps)

@@ -22,7 +22,9 @@ from torch.autograd import forward_ad
 
 from fastjem.kernels import plain as tensors
 
-LAUNCHERS: dict[str, Callable] = {}  # operator -> its C++ launcher, without autograd and autocast; filled by fastjem.ops
+LAUNCHERS: dict[
+    str, Callable
+] = {}  # operator -> its C++ launcher, without autograd and autocast; filled by fastjem.ops
 
 _ops = torch.ops.fastjem
 _is_off = False

@@ -32,7 +32,9 @@ def kmeans_step(
     inertia = (x - centroids[assignments]).square().sum()
     if not update:
         return assignments, x.new_empty(0), assignments.new_empty(0), inertia
-    ones = torch.zeros_like(scores).scatter_(1, assignments[:, None], 1)  # a product is no sum by atomics, as index_add_
+    ones = torch.zeros_like(scores).scatter_(
+        1, assignments[:, None], 1
+    )  # a product is no sum by atomics, as index_add_
     return assignments, ones.T @ x, ones.sum(0).long(), inertia
 
 

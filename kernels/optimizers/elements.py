@@ -34,4 +34,6 @@ def follow(teacher, updated, weight, index, mask):
     """The teacher's elements towards the parameter's: lerp in torch's two forms, as `ema_update_` has it."""
     t = tl.load(teacher + index, mask)
     difference = updated - t
-    tl.store(teacher + index, tl.where(weight < 0.5, t + weight * difference, updated - difference * (1 - weight)), mask)
+    tl.store(
+        teacher + index, tl.where(weight < 0.5, t + weight * difference, updated - difference * (1 - weight)), mask
+    )

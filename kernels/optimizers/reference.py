@@ -82,8 +82,8 @@ def adamw_(
 ) -> None:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2), as torch has it.
 
-        m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
-        p = (1 - lr * weight_decay) * p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+    m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
+    p = (1 - lr * weight_decay) * p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
     """
     for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
         of = dict(zip(columns.ADAMW, settings[groups[i]].unbind(), strict=True))

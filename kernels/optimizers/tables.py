@@ -40,9 +40,7 @@ class Plan(NamedTuple):
 _captured: list[Plan] = []  # CUDA graphs read their tables at every replay, so these are never freed
 
 
-def plan(
-    op: str, lists: Sequence[Sequence[Tensor]], groups: Sequence[int], steps: Sequence[Tensor] = ()
-) -> Plan:
+def plan(op: str, lists: Sequence[Sequence[Tensor]], groups: Sequence[int], steps: Sequence[Tensor] = ()) -> Plan:
     """The launches for tensors in lists (parameters, gradients, ...); a shorter list is of the first parameters.
 
     What isn't dense, or laid out otherwise than its parameter, is left to the reference.
