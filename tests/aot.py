@@ -175,10 +175,19 @@ def _optimizer(op: str, elements: int, parameter: str, gradient: str) -> Case:
         else:
             optimizers.adamw_([p], [g], [first], [second], [torch.zeros(())], [teacher], *rest, *factors)
 
-    first_kernel = (
-        {"lars_": (4 if gradient == "fp32" else 3, 0), "adamw_": (0, 0)}[op] if parameter == "fp32" else (0, 0)
+    of_squares = {
+        ("fp32", "fp32"): (4, 0),
+        ("fp32", "bf16"): (3, 0),
+        ("fp32", "fp16"): (3, 0),
+        ("fp64", "fp64"): (8, 0),
+    }
+    return Case(
+        op,
+        str(elements),
+        f"{parameter} <- {gradient}",
+        call,
+        of_squares[parameter, gradient] if op == "lars_" else (0, 0),
     )
-    return Case(op, str(elements), f"{parameter} <- {gradient}", call, first_kernel)
 
 
 def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:

@@ -212,7 +212,7 @@ KINDS_MAY_DIFFER = {
     (op, i) for op in ("clip_loss_backward", "similarity_logsumexp_backward") for i in (0, 1)
 }  # fmt: skip
 # (operator, number of the poisoned tensor, value) that are no input. A log-sum-exp of -inf is one of no logits at all,
-# and there are logits; an infinite scale is a temperature of 0; and the slope of a log-sum-exp, an upstream gradient,
+# and there are logits; an infinite scale is a temperature of 0; a rate and a weight decay are finite; and the slope of a log-sum-exp, an upstream gradient,
 # meets probabilities that are 0 in float32 and tiny numbers in the specification's float64.
 NO_INPUT = {
     *(
@@ -226,6 +226,7 @@ NO_INPUT = {
     ),
     *(("similarity_logsumexp_backward", i, value) for i in (5, 8) for value in ("-inf", "+inf")),
     *((op, 2, value) for op in ("clip_loss", "clip_loss_backward") for value in ("-inf", "+inf")),
+    *((op, i, value) for op, i in (("lars_norms", 4), ("lars_", 8)) for value in ("-inf", "+inf")),
 }
 OF_IMAGES = {"augment", "crop_resize"}
 

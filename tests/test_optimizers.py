@@ -1,4 +1,4 @@
-"""LARS, SGD, AdamW and the teacher's average in the same pass, against formulas in float64, and against torch and timm."""
+"""LARS, SGD, AdamW with the teacher in the same pass, against formulas in float64, and against torch and timm."""
 
 import copy
 import math
@@ -94,7 +94,8 @@ def test_update_of_lars(op, name, dtype, momentum, implementation):
         g = tensors(2 + step, device, dtype)
         scale = 8.0 if step == 1 else 1.0
         torch.ops.fastjem.lars_(
-            p, [x * scale for x in g], b if momentum else [], teachers, settings(columns.LARS, device, *of), groups, None,
+            p, [x * scale for x in g], b if momentum else [], teachers, settings(columns.LARS, device, *of), groups,
+            None,
             torch.tensor(scale, device=device) if step == 1 else None,
             torch.zeros((), device=device) if step == 1 else None,
         )  # fmt: skip
