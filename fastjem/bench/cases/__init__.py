@@ -10,7 +10,9 @@ from fastjem.bench.cases import (
     contrastive,
     covariance,
     hosts,
+    neighbors,
     optimizers,
+    options,
     predictive,
     prototypes,
     spectral,
@@ -18,7 +20,20 @@ from fastjem.bench.cases import (
     weights,
 )
 
-FAMILIES = (weights, optimizers, supervised, predictive, contrastive, prototypes, covariance, spectral, augment, hosts)
+FAMILIES = (
+    weights,
+    optimizers,
+    supervised,
+    predictive,
+    contrastive,
+    options,
+    prototypes,
+    neighbors,
+    covariance,
+    spectral,
+    augment,
+    hosts,
+)
 
 
 def cases() -> list[Case]:
