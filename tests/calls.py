@@ -218,6 +218,13 @@ MODULES = {
     ),
     "MSNLoss": _module(lambda b: [leaf(2 * b, D), torch.randn(b, D), leaf(K, D)], nn.MSNLoss),
     "KoLeoLoss": _module(lambda b: [leaf(b, D)], nn.KoLeoLoss),
+    "GramLoss": _module(lambda b: [leaf(b, 5, D), torch.randn(b, 5, D)], nn.GramLoss),
+    "SimDINOLoss": _module(_scores(3), nn.SimDINOLoss, lambda loss, s, r, t: loss([t], [s, r])),
+    "SMoGPrototypes": _module(
+        lambda b: [leaf(b, D)],
+        lambda: nn.SMoGPrototypes(torch.randn(4, D), 0.9),
+        lambda groups, x: groups(x, groups.get_updated_group_features(x)).logsumexp(1).mean(),
+    ),
     "EMPSSLLoss": _module(_two, nn.EMPSSLLoss, lambda loss, *x: loss(x)),
     "MMCRLoss": _module(lambda b: [leaf(b, 2, D), leaf(b, 2, D)], nn.MMCRLoss),
     "FroSSLLoss": _module(_two, nn.FroSSLLoss, lambda loss, *x: loss(x)),

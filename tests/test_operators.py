@@ -71,6 +71,20 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "clip_loss": (x(4, 7), x(9, 7), x(1)[0], 2),
         "clip_loss_backward": (x(4, 7), x(9, 7), x(1)[0], x(4).double(), x(9).double(), 2, [True, True]),
         "siglip_loss": (x(4, 7), x(9, 7), x(1)[0], x(1)[0], 2, [True, False]),
+        "siglip_pairs": (
+            x(4, 7),
+            x(9, 7),
+            x(1)[0],
+            x(1)[0],
+            torch.tensor(0.1),
+            x(4),
+            torch.arange(4),
+            torch.arange(9) % 4,
+            None,
+            x(4, 9) > 0.5,
+            2,
+            [True, False],
+        ),  # fmt: skip
         "similarity_logsumexp": (
             x(4, 7),
             x(6, 7),

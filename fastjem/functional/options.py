@@ -122,10 +122,14 @@ def check_ids(op: str, name: str, ids: Tensor | None, shape: tuple, like: Tensor
 
 
 def check_exclude(op: str, exclude: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
-    if exclude is not None:
-        _tensor(op, "exclude", exclude, shapes, like)
-        if exclude.dtype != torch.bool:
-            checks.fail(op, "exclude must be bool", exclude.dtype)
+    check_mask(op, "exclude", exclude, shapes, like)
+
+
+def check_mask(op: str, name: str, mask: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
+    if mask is not None:
+        _tensor(op, name, mask, shapes, like)
+        if mask.dtype != torch.bool:
+            checks.fail(op, f"{name} must be bool", mask.dtype)
 
 
 def is_of_rows(op: str, temperature: object, group: dist.ProcessGroup | None) -> bool:

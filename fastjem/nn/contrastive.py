@@ -391,6 +391,9 @@ class SigLipLoss(_ImageText):
     With `world_size` > 1 it is the loss of the global batch; how ranks exchange features (`dist_impl`, `bidir`) and
     in which chunks (`chunk_size`) is decided inside.
 
+    Args:
+        reduction, label_smoothing: see `fastjem.functional.siglip_loss`.
+
     A subclass may override `get_logits` and `get_ground_truth`, on one rank; the loss then is made of what they return.
     """
 
@@ -405,8 +408,13 @@ class SigLipLoss(_ImageText):
         chunk_size: int = 0,
         bidir: bool = True,
         use_horovod: bool = False,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
         if use_horovod:
             raise ValueError("SigLipLoss: use_horovod must be False (torch.distributed is what is supported), got True")
         self.cache_labels = cache_labels
@@ -423,16 +431,25 @@ class SigLipLoss(_ImageText):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        ids: Tensor | None = None,
+        positives: Tensor | None = None,
+        exclude: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Features [N, D], normalised by the caller."""
+        """Features [N, D], normalised by the caller. For options see `fastjem.functional.siglip_loss`."""
         group = default_group(self.world_size > 1)
+        options: dict[str, Any] = {"ids": ids, "positives": positives, "exclude": exclude, "weights": weights}
+        options |= {"reduction": self.reduction, "label_smoothing": self.label_smoothing}
         if self._has_own_hooks(SigLipLoss, group):
+            if any(option is not None for option in (ids, positives, exclude, weights)):
+                checks.fail("SigLipLoss", "options can't be combined with own get_logits or get_ground_truth", "both")
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
             labels = self.get_ground_truth(image_features.device, image_features.dtype, image_features.shape[0])
             loss = -nn.functional.logsigmoid(labels * logits).sum() / image_features.shape[0]
         else:
             bias = 0.0 if logit_bias is None else logit_bias
-            loss = F.siglip_loss(image_features, text_features, logit_scale, bias, group=group)
+            loss = F.siglip_loss(image_features, text_features, logit_scale, bias, group=group, **options)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def get_logits(

@@ -9,6 +9,8 @@ from fastjem.bench.cases import (
     augment,
     contrastive,
     covariance,
+    hosts,
+    neighbors,
     optimizers,
     options,
     predictive,
@@ -26,9 +28,11 @@ FAMILIES = (
     contrastive,
     options,
     prototypes,
+    neighbors,
     covariance,
     spectral,
     augment,
+    hosts,
 )
 
 
