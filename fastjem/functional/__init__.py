@@ -4,7 +4,7 @@ Arguments after the tensors are keyword-only.
 """
 
 from fastjem.functional.augment import augment, crop_resize
-from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nt_xent, supcon
+from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nt_xent
 from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
 from fastjem.functional.gram import gram_loss
@@ -20,6 +20,7 @@ from fastjem.functional.prototypes import (
 from fastjem.functional.regularizers import koleo, mean_entropy
 from fastjem.functional.sinkhorn import sinkhorn, sinkhorn_bias
 from fastjem.functional.spectral import emp_ssl, frossl, mmcr, simdino, total_coding_rate, w_mse, whiten
+from fastjem.functional.supcon import supcon
 from fastjem.functional.supervised import cross_entropy
 from fastjem.functional.weights import ema_update_
 

@@ -31,47 +31,29 @@ def _refuse_other_modes(op: str, *tensors: object) -> None:
     transforms.refuse(op, [x for x in tensors if isinstance(x, Tensor)], "with options")
 
 
-def _scaled(side: Side, by: float) -> Side:
-    return Side(side.rows * by, side.ids, None if side.limit is None else side.limit * by)
+def _scaled(side: Side, rows: float, logits: float) -> Side:
+    """The rows and the limits of their logits, by a factor each."""
+    return Side(side.rows * rows, side.ids, None if side.limit is None else side.limit * logits)
 
 
 def _negatives(
     rows: Side, columns: Side | None, exclude: Tensor | None, view: View, hardness: float
 ) -> tuple[Negatives, Negatives | None]:
-    """Of the rows; and of the columns, if `view` says so."""
+    """Of the rows; and of the columns, if `view` says so. columns None: the rows themselves."""
     sums = sums_of_seen(rows, columns, exclude, view)
     harder: list[tuple[Sums, Sums | None]] = []
-    if is_given(hardness):
-        only_lse = view._replace(totals=False)
-        for by in (1 + hardness, hardness):
-            of_rows = _scaled(rows, by**0.5 if columns is None else by)
-            if columns is None:  # the rows are scaled on both sides, their limits once
-                of_rows = of_rows._replace(limit=None if rows.limit is None else rows.limit * by)
-            of_columns = columns
-            if columns is not None and columns.limit is not None:
-                of_columns = columns._replace(limit=columns.limit * by)
-            harder.append(sums_of_seen(of_rows, of_columns, exclude, only_lse))
-    found: list[Negatives | None] = []
-    for side in (0, 1):
-        of_side = sums[side]
-        if of_side is None:
-            found.append(None)
-            continue
-        totals = (of_side.total, of_side.count) if view.totals else (None, None)
-        of_harder = None
-        if harder:
-            more, less = (of_both[side] for of_both in harder)
-            assert more is not None and less is not None
-            of_harder = more.lse, less.lse
-        found.append(Negatives(of_side.lse, *totals, of_harder))
-    of_rows, of_columns = found
-    assert of_rows is not None
-    return of_rows, of_columns
+    for by in (1 + hardness, hardness) if is_given(hardness) else ():
+        of_rows = _scaled(rows, by**0.5 if columns is None else by, by)
+        of_columns = None if columns is None else _scaled(columns, 1, by)
+        harder.append(sums_of_seen(of_rows, of_columns, exclude, view._replace(totals=False)))
+    of_columns = None if sums[1] is None else _side_of_negatives(sums, harder, 1, view.totals)
+    return _side_of_negatives(sums, harder, 0, view.totals), of_columns
 
 
-def _of_last_dims(x: Tensor | float, dims: int) -> Tensor | float:
-    """A number of each row [N], [V, N] or one, as it multiplies rows of one dimension more."""
-    return x.unsqueeze(-1) if isinstance(x, Tensor) and x.dim() else x
+def _side_of_negatives(sums: tuple, harder: list[tuple], side: int, totals: bool) -> Negatives:
+    lse, total, count = sums[side]
+    of_harder = (harder[0][side].lse, harder[1][side].lse) if harder else None
+    return Negatives(lse, total if totals else None, count if totals else None, of_harder)
 
 
 def _hard_logits(a: Tensor, hard: Tensor) -> Tensor:
@@ -147,7 +129,7 @@ def info_nce(
         inverse = _inverse(temperature, query)
         unit, of_positive, columns = (normalize(in_float32(x), dim=-1) for x in (query, positive, negatives))
         by = inverse.to(unit.dtype) if isinstance(inverse, Tensor) else inverse
-        a = unit * _of_last_dims(by, 1)
+        a = unit * (by.unsqueeze(-1) if isinstance(by, Tensor) and by.dim() else by)
         logits = dots_of_rows(a, of_positive)[None, :, None]  # [1, N, 1]
         limit = _limit(logits, inverse, options)
         rows = Side(a[None], None if options.ids is None else options.ids[None], limit)

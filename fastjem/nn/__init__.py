@@ -1,7 +1,7 @@
 """Modules: losses and heads under the names, with the arguments and the defaults that lightly's users know."""
 
 from fastjem.nn.clustering import SMoGPrototypes
-from fastjem.nn.contrastive import ClipLoss, DCLLoss, DCLWLoss, NTXentLoss, SigLipLoss, SupConLoss
+from fastjem.nn.contrastive import DCLLoss, DCLWLoss, NTXentLoss, SupConLoss
 from fastjem.nn.covariance import BarlowTwinsLoss, TiCoLoss, VICRegLLoss, VICRegLoss
 from fastjem.nn.distillation import DINOLoss, IBOTPatchLoss
 from fastjem.nn.gaussian import LeJEPALoss, SIGReg
@@ -28,6 +28,7 @@ from fastjem.nn.heads import (
     VicRegLLocalProjectionHead,
     VICRegProjectionHead,
 )
+from fastjem.nn.image_text import ClipLoss, SigLipLoss
 from fastjem.nn.masks import (
     random_block_mask,
     random_block_mask_image,
