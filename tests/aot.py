@@ -174,7 +174,9 @@ def _optimizer(op: str, elements: int, parameter: str, gradient: str) -> Case:
         else:
             optimizers.adamw_([p], [g], [first], [second], [torch.zeros(())], [teacher], *rest, *factors)
 
-    first_kernel = {"lars_": (4 if gradient == "fp32" else 3, 0), "adamw_": (0, 0)}[op] if parameter == "fp32" else (0, 0)
+    first_kernel = (
+        {"lars_": (4 if gradient == "fp32" else 3, 0), "adamw_": (0, 0)}[op] if parameter == "fp32" else (0, 0)
+    )
     return Case(op, str(elements), f"{parameter} <- {gradient}", call, first_kernel)
 
 

@@ -145,7 +145,12 @@ def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
     import pybind11
 
     mutated = Path(mutation.file).relative_to("csrc").with_suffix("")
-    names = [mutated, Path("tensors"), Path("weights/rescale"), Path("weights/ema_update")]  # every import and every backward need those
+    names = [
+        mutated,
+        Path("tensors"),
+        Path("weights/rescale"),
+        Path("weights/ema_update"),
+    ]  # every import and every backward need those
     if mutated.parent.name == "contrastive":
         names += [Path("contrastive/similarity"), Path("contrastive/small")]
     names = list(dict.fromkeys(names))
