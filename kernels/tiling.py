@@ -26,6 +26,7 @@ CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still 
 # The most that few rows' losses take in one call (contrastive/small.py): their similarities, and those times the width.
 CPU_SMALL_SQUARE = 64 * 64
 CPU_SMALL_PRODUCT = 64 * 64 * 64
+CPU_SYMMETRIC_WORK = 1 << 24  # multiplications of x @ x.T from which halves are worth several calls
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
 
@@ -230,6 +231,11 @@ def similarity_visible_weights(dtype: torch.dtype) -> dict:
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
     """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
+
+
+def siglip_pairs(dtype: torch.dtype) -> dict:
+    """As `similarity_sigmoid`."""
+    return similarity_sigmoid(dtype)
 
 
 # neighbors ------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from fastjem.kernels.contrastive import gpu as contrastive
 from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
 from fastjem.kernels.gaussian import gpu as gaussian
+from fastjem.kernels.neighbors import gpu as neighbors
 from fastjem.kernels.optimizers import columns as optimizer_columns
 from fastjem.kernels.optimizers import gpu as optimizers
 from fastjem.kernels.predictive import gpu as predictive
@@ -174,10 +175,19 @@ def _optimizer(op: str, elements: int, parameter: str, gradient: str) -> Case:
         else:
             optimizers.adamw_([p], [g], [first], [second], [torch.zeros(())], [teacher], *rest, *factors)
 
-    first_kernel = (
-        {"lars_": (4 if gradient == "fp32" else 3, 0), "adamw_": (0, 0)}[op] if parameter == "fp32" else (0, 0)
+    of_squares = {
+        ("fp32", "fp32"): (4, 0),
+        ("fp32", "bf16"): (3, 0),
+        ("fp32", "fp16"): (3, 0),
+        ("fp64", "fp64"): (8, 0),
+    }
+    return Case(
+        op,
+        str(elements),
+        f"{parameter} <- {gradient}",
+        call,
+        of_squares[parameter, gradient] if op == "lars_" else (0, 0),
     )
-    return Case(op, str(elements), f"{parameter} <- {gradient}", call, first_kernel)
 
 
 def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:
@@ -255,6 +265,18 @@ def _siglip_loss(d: int, dtype: str) -> Case:
     return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
 
 
+def _siglip_pairs(d: int, dtype: str, masks: bool) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        numbers = [torch.ones(())] * 3
+        ids = None if masks else torch.zeros(300, dtype=torch.int64)
+        mask = torch.zeros(300, 300, dtype=torch.bool) if masks else None
+        weights = torch.ones(300, dtype=torch.float64)
+        contrastive.siglip_pairs(x, x, *numbers, weights, ids, ids, mask, mask, 0, [True, True])
+
+    return Case("siglip_pairs", f"N x {d} {'masks' if masks else 'ids'}", dtype, call, wgmma=True)
+
+
 def _similarity_logsumexp(d: int, dtype: str, everything: bool = True, n: int = 300) -> Case:
     """What a row sees by ids, a mask, limits and its own image, with sums of logits; or by ids alone."""
 
@@ -278,6 +300,13 @@ def _nearest_neighbors(d: int, dtype: str) -> Case:
         contrastive.nearest_neighbors(x, x)
 
     return Case("nearest_neighbors", f"N x K x {d}", dtype, call, wgmma=True)
+
+
+def _kmeans_step(d: int, dtype: str) -> Case:
+    def call() -> None:
+        neighbors.kmeans_step(torch.zeros(300, d, dtype=DTYPES[dtype]), torch.zeros(70, d), True, True)
+
+    return Case("kmeans_step", f"N x K x {d}", dtype, call, wgmma=True)
 
 
 def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
@@ -367,7 +396,12 @@ CASES = [
     _info_nce(128, "bf16"),
     _clip_loss(512, "bf16"),
     _siglip_loss(512, "bf16"),
+    *(_siglip_pairs(512, dtype, masks) for dtype in ("bf16", "fp32") for masks in (False, True)),
     _nearest_neighbors(128, "bf16"),
+    _kmeans_step(128, "bf16"),
+    _kmeans_step(256, "fp16"),
+    _kmeans_step(384, "bf16"),
+    _kmeans_step(128, "fp32"),
     _similarity_logsumexp(128, "bf16"),
     _similarity_logsumexp(256, "bf16"),
     _similarity_logsumexp(512, "bf16"),

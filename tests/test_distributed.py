@@ -94,6 +94,8 @@ LOSSES = {
     "barlow_twins_wide": lambda z0, z1, group=None: F.barlow_twins(wide(z0), wide(z1), group=group),
     "vicreg": partial(seen, "vicreg"),
     "vicreg_narrow": lambda z0, z1, group=None: seen("vicreg", z0[:, :3] / 3, z1[:, :3] / 3, group),
+    "total_coding_rate": lambda z0, z1, group=None: F.total_coding_rate(torch.stack([z0, z1]), group=group),
+    "simdino": lambda z0, z1, group=None: F.simdino([z0, z1, z0 - z1], [z1.detach(), z0.detach()], group=group),
     "tico_wide": lambda z0, z1, group=None: F.tico(wide(z0), wide(z1), group=group)[0],
 }
 CODES = {
@@ -134,6 +136,25 @@ def check_collectives(z: torch.Tensor, mine: slice, rank: int, world: int) -> No
         torch.testing.assert_close(torch.autograd.grad(mean, leaf)[0] / world, 2 * part / len(z))
 
 
+def check_kmeans(z: torch.Tensor, mine: slice) -> None:
+    """Ranks cluster their rows together; what is drawn at first is the first rank's draw."""
+    group = dist.group.WORLD
+    expected = F.kmeans(z, z[:3], iterations=3)
+    found = F.kmeans(z[mine], z[:3], iterations=3, group=group)
+    torch.testing.assert_close(found, expected._replace(assignments=expected.assignments[mine]))
+    for init in ("random", "k-means++"):
+        options = {"iterations": 2, "init": init}
+        seeds = (0, 0) if dist.get_rank() == 0 else (1, 0)
+        drawn, alone = (torch.Generator().manual_seed(seed) for seed in seeds)
+        expected = F.kmeans(z, 4, generator=alone, **options)
+        found = F.kmeans(z[mine], 4, generator=drawn, group=group, **options)
+        torch.testing.assert_close(found, expected._replace(assignments=expected.assignments[mine]))
+    nothing = z[mine] if dist.get_rank() else z[:0]  # a rank may have no rows
+    found = F.kmeans(nothing, z[:3], iterations=3, group=group)
+    expected = F.kmeans(z[SIZES[dist.get_world_size()][0] :], z[:3], iterations=3)
+    torch.testing.assert_close(found.centroids, expected.centroids)
+
+
 def check_rank(rank: int, world: int, store: str) -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     torch.set_num_threads(1)
@@ -161,6 +182,7 @@ def check_rank(rank: int, world: int, store: str) -> None:
     for name, function in CODES.items():
         torch.testing.assert_close(function(z0[mine], group=group), function(z0)[mine], msg=f"{name}, rank {rank}")
     check_collectives(z0, mine, rank, world)
+    check_kmeans(z0, mine)
     codes = (z0[mine] / 0.05 + F.sinkhorn_bias(z0[mine], group=group)).softmax(1)
     torch.testing.assert_close(codes, F.sinkhorn(z0)[mine])
     dist.destroy_process_group()
