@@ -200,8 +200,8 @@ def similarity_weights(dtype: torch.dtype) -> dict:
 
 
 def koleo_neighbors(topk: int) -> dict:
-    columns = 64 if topk == 1 else 32  # the search for the next best spills in 64 of them, on sm_100
-    return {"BLOCK_D": 32} | _tile(rows=64, columns=columns, warps=8, stages=2)
+    stages = 2 if topk == 1 else 1  # beside the search for the next best, two stages spill on sm_100
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=stages)
 
 
 def similarity_visible(width: int, dtype: torch.dtype) -> dict:

@@ -38,12 +38,12 @@ class Drawn:
         self.b = normal(m, d).to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.own = own
-        self.ids = [torch.randint(0, 5, (rows,), generator=g) if ids else None for rows in (n, m)]
+        self.ids = [torch.randint(0, 5, (rows,), generator=g) for rows in (n, m)] if ids else None
         self.mask = None if mask is None else normal(*mask) > 0.5
         self.limits = [normal(n).to(wide) if row_limit else None, normal(m).to(wide) if column_limit else None]
         self.slopes = [normal(rows) for rows in (n, n, m, m)]
         self.products = dtype if dtype.itemsize > 1 else torch.float32
-        visible = (list(own or (1, 0, 0)), *self.ids, self.mask, *self.limits)
+        visible = (list(own or (1, 0, 0)), *(self.ids or (None, None)), self.mask, *self.limits)
         self.visible = [x.to(device) if isinstance(x, Tensor) else x for x in visible]
         self.device = device
 
@@ -56,13 +56,13 @@ class Drawn:
             for j in range(m):
                 if self.own is not None and i % self.own[0] + self.own[1] == j % self.own[2]:
                     seen[i, j] = False
-                if self.ids[0] is not None and self.ids[0][i] == self.ids[1][j]:
+                if self.ids is not None and self.ids[0][i] == self.ids[1][j]:
                     seen[i, j] = False
                 if self.mask is not None and self.mask[i % self.mask.shape[0], j % self.mask.shape[1]]:
                     seen[i, j] = False
         low = [math.inf if x is None else x.double() for x in self.limits]
         values = logits.detach()
-        row_low = low[0] if isinstance(low[0], float) else low[0][:, None]
+        row_low = low[0][:, None] if isinstance(low[0], Tensor) else low[0]
         return logits, [seen & (values <= row_low), seen & (values <= low[1])]
 
     def expected(self) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -80,7 +80,8 @@ class Drawn:
                 # of a row that sees nothing neither derivative exists
                 loss = loss + (lse.masked_fill(lse.isneginf(), 0) * of_lse).sum()
                 loss = loss + (total * of_total).sum() * self.totals
-        return [x.detach() for x in results], *torch.autograd.grad(loss, (a, b))
+        of_a, of_b = torch.autograd.grad(loss, (a, b))
+        return [x.detach() for x in results], of_a, of_b
 
     def arguments_of_backward(self, results: list[Tensor]) -> list[Tensor | None]:
         sides = []
