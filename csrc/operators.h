@@ -3,6 +3,7 @@
 
 OPERATOR(tensors)
 OPERATOR(similarity)
+OPERATOR(siglip_pairs)
 OPERATOR(small)
 OPERATOR(visible)
 OPERATOR(koleo)

@@ -26,6 +26,7 @@ CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still 
 # The most that few rows' losses take in one call (contrastive/small.py): their similarities, and those times the width.
 CPU_SMALL_SQUARE = 64 * 64
 CPU_SMALL_PRODUCT = 64 * 64 * 64
+CPU_SYMMETRIC_WORK = 1 << 24  # multiplications of x @ x.T from which halves are worth several calls
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
 
@@ -217,8 +218,8 @@ def similarity_visible_owner(width: int, dtype: torch.dtype) -> dict | None:
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    # two stages of 128 columns spill on sm_80 where all options are there
-    return {"BLOCK_D": block} | _tile(rows=64, columns=32, warps=8, stages=2 if block > 128 else 3)
+    # where all options are there, 32 columns beside rows of 128 spill: two stages on sm_80, three on sm_100
+    return {"BLOCK_D": block} | _tile(rows=64, columns=32 if block > 128 else 16, warps=8, stages=2)
 
 
 def similarity_visible_weights(dtype: torch.dtype) -> dict:
@@ -230,6 +231,11 @@ def similarity_visible_weights(dtype: torch.dtype) -> dict:
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
     """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
+
+
+def siglip_pairs(dtype: torch.dtype) -> dict:
+    """As `similarity_sigmoid`."""
+    return similarity_sigmoid(dtype)
 
 
 # neighbors ------------------------------------------------------------------------------------------------------------

@@ -175,8 +175,19 @@ def _optimizer(op: str, elements: int, parameter: str, gradient: str) -> Case:
         else:
             optimizers.adamw_([p], [g], [first], [second], [torch.zeros(())], [teacher], *rest, *factors)
 
-    first_kernel = {"lars_": (4 if gradient == "fp32" else 3, 0), "adamw_": (0, 0)}[op] if parameter == "fp32" else (0, 0)
-    return Case(op, str(elements), f"{parameter} <- {gradient}", call, first_kernel)
+    of_squares = {
+        ("fp32", "fp32"): (4, 0),
+        ("fp32", "bf16"): (3, 0),
+        ("fp32", "fp16"): (3, 0),
+        ("fp64", "fp64"): (8, 0),
+    }
+    return Case(
+        op,
+        str(elements),
+        f"{parameter} <- {gradient}",
+        call,
+        of_squares[parameter, gradient] if op == "lars_" else (0, 0),
+    )
 
 
 def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:
@@ -252,6 +263,18 @@ def _siglip_loss(d: int, dtype: str) -> Case:
         contrastive.siglip_loss(x, x, torch.ones(()), torch.ones(()), 0, [True, True])
 
     return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
+
+
+def _siglip_pairs(d: int, dtype: str, masks: bool) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        numbers = [torch.ones(())] * 3
+        ids = None if masks else torch.zeros(300, dtype=torch.int64)
+        mask = torch.zeros(300, 300, dtype=torch.bool) if masks else None
+        weights = torch.ones(300, dtype=torch.float64)
+        contrastive.siglip_pairs(x, x, *numbers, weights, ids, ids, mask, mask, 0, [True, True])
+
+    return Case("siglip_pairs", f"N x {d} {'masks' if masks else 'ids'}", dtype, call, wgmma=True)
 
 
 def _similarity_logsumexp(d: int, dtype: str, everything: bool = True, n: int = 300) -> Case:
@@ -373,6 +396,7 @@ CASES = [
     _info_nce(128, "bf16"),
     _clip_loss(512, "bf16"),
     _siglip_loss(512, "bf16"),
+    *(_siglip_pairs(512, dtype, masks) for dtype in ("bf16", "fp32") for masks in (False, True)),
     _nearest_neighbors(128, "bf16"),
     _kmeans_step(128, "bf16"),
     _kmeans_step(256, "fp16"),

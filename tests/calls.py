@@ -96,6 +96,18 @@ FUNCTIONS = {
         lambda b: [*_two(b), leaf(20, D), torch.tensor(0.2, requires_grad=True)],
         lambda a, b, q, t: F.info_nce(a, b, q, temperature=t),
     ),
+    "nt_xent-options": Call(
+        lambda b: [*_two(b), torch.arange(b) % 5, torch.rand(b), torch.full((), 0.4, requires_grad=True)],
+        lambda a, b, ids, w, t: F.nt_xent(a, b, temperature=t, ids=ids, weights=w, label_smoothing=0.1, prior=0.1),
+    ),
+    "info_nce-options": Call(
+        lambda b: [*_two(b), leaf(20, D), torch.rand(b, 20) < 0.2, torch.rand(b) + 0.2, leaf(b, 2, D)],
+        lambda a, b, q, mask, t, hard: F.info_nce(a, b, q, exclude=mask, temperature=t, hard_negatives=hard),
+    ),
+    "clip_loss-options": Call(
+        lambda b: [*_with_scale(b), torch.arange(b) % 5],
+        lambda a, b, s, ids: F.clip_loss(a, b, s, ids=ids, reduction="sum", false_negative_margin=2.0, hardness=0.5),
+    ),
     "nearest_neighbors": Call(lambda b: [torch.randn(b, D), torch.randn(20, D)], F.nearest_neighbors, False),
     "clip_loss": Call(_with_scale, F.clip_loss),
     "clip_loss-number": Call(_two, lambda a, b: F.clip_loss(a, b, 10.0)),

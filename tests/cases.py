@@ -258,6 +258,31 @@ def _image_text(op: str, n: int, d: int, scale: float, length: float = 1.0, bias
     )
 
 
+def _siglip_pairs(kind: str, n: int = 37, d: int = 33) -> Case:
+    """With ids or with masks, and all else."""
+
+    def inputs(g: torch.Generator) -> list[Tensor]:
+        x, y = (TF.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1) for _ in range(2))
+        numbers = torch.tensor([10.0, -1.0], dtype=torch.float64)
+        masks = [torch.rand(n, n, generator=g) < 0.2 for _ in range(2)]
+        ids = torch.randint(0, 9, (n,), generator=g)
+        return [x, y, *numbers, torch.rand(n, generator=g, dtype=torch.float64) + 0.1, ids, *masks]
+
+    def call(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, ids: Tensor, *masks: Tensor) -> Tensor:
+        together = {"ids": ids} if kind == "ids" else {"positives": masks[0]}
+        options = {"exclude": masks[1], "weights": weights, "label_smoothing": 0.1} | together
+        return F.siglip_loss(x, y, scale, bias, **options)
+
+    def eager(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, ids: Tensor, *masks: Tensor):
+        together = (ids[:, None] == ids) if kind == "ids" else masks[0]
+        target = together.to(x.dtype) * 0.9 + 0.05
+        logits = scale * x @ y.T + bias
+        pairs = -(target * TF.logsigmoid(logits) + (1 - target) * TF.logsigmoid(-logits)).masked_fill(masks[1], 0)
+        return (pairs.sum(1) * weights).sum() / weights.sum()
+
+    return Case("siglip_pairs", f"{n}x{d}-{kind}", inputs, call, eager, differentiable=4, gradient_size=lambda *_: 1)
+
+
 def eager_prototype_cross_entropy(
     student: list[Tensor],
     teacher: list[Tensor],
@@ -667,6 +692,7 @@ LOSSES = [
     _image_text("siglip_loss", 1, 16, 10.0),
     _image_text("siglip_loss", 1100, 16, 10.0, interpreted=False),
     _image_text("siglip_loss", 37, 33, 10.0, bias=-1.0),
+    *(_siglip_pairs(kind) for kind in ("ids", "masks")),
     # smallest first: on it the compiled graphs are tried, too; then a running maximum, and more rows than a tile has
     _views_with_options(7, 9, 0.3, prior=0.05),
     _views_with_options(24, 33, 0.01),

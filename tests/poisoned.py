@@ -60,7 +60,18 @@ class Inputs:
         parameters, gradients, averages, squares, teachers = self._of_parameters(x, 5)
         steps = [torch.ones(()), torch.ones(())]
         settings = x(2, 6, dtype=torch.float64).sigmoid()
-        return parameters, gradients, averages, [v.abs() for v in squares], steps, teachers, settings, [0, 1], None, None
+        return (
+            parameters,
+            gradients,
+            averages,
+            [v.abs() for v in squares],
+            steps,
+            teachers,
+            settings,
+            [0, 1],
+            None,
+            None,
+        )
 
     def _cross_entropy(self, x):
         return x(4, self.width) / self.temperature, torch.tensor([0, 3, -100, self.width - 1]), -100, [True]
@@ -129,6 +140,15 @@ class Inputs:
             lse += 9 + 1 / self.temperature  # no weight is large
         return *visible, *numbers, [True, True], self.dtype
 
+    def _siglip_pairs(self, x):
+        a, b, factor, offset = self._clip_loss(x)
+        ids = torch.arange(4), torch.arange(9) % 4
+        exclude = torch.arange(36).reshape(4, 9) % 7 == 0
+        smoothing = torch.tensor(0.1, dtype=self.wide)
+        weights = torch.linspace(0.5, 2, 4, dtype=self.wide)
+        bias = x(1, dtype=self.wide)[0]
+        return a, b, factor, bias, smoothing, weights, *ids, None, exclude, offset, [True, True]
+
     def _nearest_neighbors(self, x):
         return x(4, self.width), x(9, self.width)
 
@@ -192,7 +212,7 @@ KINDS_MAY_DIFFER = {
     (op, i) for op in ("clip_loss_backward", "similarity_logsumexp_backward") for i in (0, 1)
 }  # fmt: skip
 # (operator, number of the poisoned tensor, value) that are no input. A log-sum-exp of -inf is one of no logits at all,
-# and there are logits; an infinite scale is a temperature of 0; and the slope of a log-sum-exp, an upstream gradient,
+# and there are logits; an infinite scale is a temperature of 0; a rate and a weight decay are finite; and the slope of a log-sum-exp, an upstream gradient,
 # meets probabilities that are 0 in float32 and tiny numbers in the specification's float64.
 NO_INPUT = {
     *(
@@ -206,6 +226,7 @@ NO_INPUT = {
     ),
     *(("similarity_logsumexp_backward", i, value) for i in (5, 8) for value in ("-inf", "+inf")),
     *((op, 2, value) for op in ("clip_loss", "clip_loss_backward") for value in ("-inf", "+inf")),
+    *((op, i, value) for op, i in (("lars_norms", 4), ("lars_", 8)) for value in ("-inf", "+inf")),
 }
 OF_IMAGES = {"augment", "crop_resize"}
 

@@ -522,3 +522,17 @@ def test_pytest_benchmark_suites():
 def test_draw_makes_views_that_are_alike():
     p, z = Draw(CPU, torch.float32).pair(512, 64)
     assert 0.6 < torch.nn.functional.cosine_similarity(p, z).mean() < 0.8 and p.requires_grad and z.requires_grad
+
+
+def test_check_fails_where_something_is_faster_and_ours_far_from_the_floor():
+    def row(ours: float, other: float, floor: float | None) -> dict:
+        times = {"ours": ours, "eager": other}
+        passes = {name: {"passes": {"total": {"minimum": t, "median": t}}} for name, t in times.items()}
+        return {"variants": passes, "absent": {}, "floor": floor}
+
+    near = row(1.0, 0.9, 0.8)
+    far = row(1.0, 0.9, 0.7)
+    without_floor = row(1.0, 0.9, None)
+    missing = {"variants": {}, "absent": {"ours": "wrong"}, "floor": None}
+    assert report.beaten([near, row(1.0, 0.98, 0.1)]) == []
+    assert report.beaten([far, without_floor, missing]) == [far, without_floor, missing]

@@ -71,6 +71,20 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "clip_loss": (x(4, 7), x(9, 7), x(1)[0], 2),
         "clip_loss_backward": (x(4, 7), x(9, 7), x(1)[0], x(4).double(), x(9).double(), 2, [True, True]),
         "siglip_loss": (x(4, 7), x(9, 7), x(1)[0], x(1)[0], 2, [True, False]),
+        "siglip_pairs": (
+            x(4, 7),
+            x(9, 7),
+            x(1)[0],
+            x(1)[0],
+            torch.tensor(0.1),
+            x(4),
+            torch.arange(4),
+            torch.arange(9) % 4,
+            None,
+            x(4, 9) > 0.5,
+            2,
+            [True, False],
+        ),  # fmt: skip
         "similarity_logsumexp": (
             x(4, 7),
             x(6, 7),
@@ -206,6 +220,21 @@ MISTAKES = [
     (lambda: F.nt_xent(X), "nt_xent: z must be [V, N, D] with V >= 2, or two [N, D], got (3, 4)"),
     (lambda: F.nt_xent(X[None]), "nt_xent: z must be [V, N, D] with V >= 2, or two [N, D], got (1, 3, 4)"),
     (lambda: F.nt_xent(X, X, temperature=0), "nt_xent: temperature must be a positive finite number, got 0"),
+    (lambda: F.nt_xent(X, X, reduction="all"), "nt_xent: reduction must be one of mean, sum, none, got 'all'"),
+    (lambda: F.nt_xent(X, X, weights=torch.ones(4)), "nt_xent: weights must be [3] or [2, 3], got (4,)"),
+    (lambda: F.nt_xent(X, X, ids=torch.ones(3)), "nt_xent: ids must be int64, got torch.float32"),
+    (lambda: F.nt_xent(X, X, exclude=torch.ones(3, 3)), "nt_xent: exclude must be bool, got torch.float32"),
+    (lambda: F.nt_xent(X, X, prior=1.0), "nt_xent: prior must be between 0 and 1, got 1.0"),
+    (lambda: F.nt_xent(X, X, label_smoothing=2.0), "nt_xent: label_smoothing must be in [0, 1], got 2.0"),
+    (
+        lambda: F.nt_xent(X, X, hard_negatives=X),
+        "nt_xent: hard_negatives must be [3, H, 4] with H >= 1, floating-point, got (3, 4)",
+    ),
+    (
+        lambda: F.info_nce(X, X, Y, ids=torch.arange(3)),
+        "info_nce: ids and negative_ids must be given both or neither, got one of them",
+    ),
+    (lambda: F.clip_loss(X, X, torch.ones(2)), "clip_loss: logit_scale must be [3], got (2,)"),
     (
         lambda: F.info_nce(X, X, torch.zeros(7, 3)),
         "info_nce: query and positive must be [N, D] both, negatives [K, D], got (3, 4) and (7, 3)",

@@ -1,4 +1,4 @@
-"""LARS, SGD, AdamW and the teacher's average in the same pass, against formulas in float64, and against torch and timm."""
+"""LARS, SGD, AdamW with the teacher in the same pass, against formulas in float64, and against torch and timm."""
 
 import copy
 import math
@@ -94,7 +94,8 @@ def test_update_of_lars(op, name, dtype, momentum, implementation):
         g = tensors(2 + step, device, dtype)
         scale = 8.0 if step == 1 else 1.0
         torch.ops.fastjem.lars_(
-            p, [x * scale for x in g], b if momentum else [], teachers, settings(columns.LARS, device, *of), groups, None,
+            p, [x * scale for x in g], b if momentum else [], teachers, settings(columns.LARS, device, *of), groups,
+            None,
             torch.tensor(scale, device=device) if step == 1 else None,
             torch.zeros((), device=device) if step == 1 else None,
         )  # fmt: skip
@@ -112,7 +113,10 @@ def test_update_of_lars(op, name, dtype, momentum, implementation):
 @pytest.mark.parametrize("teacher_momentum", [0.3, 0.95])
 def test_update_of_adamw(op, dtype, teacher_momentum, implementation):
     device = implementation.device
-    of = [{**ADAMW, "teacher_momentum": teacher_momentum}, {**ADAMW, "weight_decay": 0.0, "teacher_momentum": teacher_momentum}]
+    of = [
+        {**ADAMW, "teacher_momentum": teacher_momentum},
+        {**ADAMW, "weight_decay": 0.0, "teacher_momentum": teacher_momentum},
+    ]
     groups = [i % 2 for i in range(len(SHAPES))]
     p = tensors(0, device, dtype)
     m, v = ([torch.zeros_like(x) for x in p] for _ in range(2))
@@ -219,7 +223,9 @@ def test_norms_are_right_for_tiny_and_large_numbers(op, implementation):
     p, g = tensors(0, device, shapes=shapes), tensors(1, device, shapes=shapes)
     of = settings(columns.LARS, device, LARS)
     norms = torch.ops.fastjem.lars_norms(p, g, of, [0, 0], None)
-    expected = torch.stack([torch.stack([x.square().sum() for x in pair]) for pair in zip(double(p), double(g), strict=True)])
+    expected = torch.stack(
+        [torch.stack([x.square().sum() for x in pair]) for pair in zip(double(p), double(g), strict=True)]
+    )
     torch.testing.assert_close(norms.cpu(), expected, rtol=1e-6, atol=0)
     if implementation.name != "triton":
         small = [x * 1e-25 for x in g]
@@ -301,7 +307,9 @@ def test_twenty_steps_are_torchs_and_states_are_exchanged(name):
             differentiate(model, step)
             optimizer.step(**options)
         F.ema_update_(teacher_b.parameters(), b.parameters(), 0.9)
-    for p, q in zip((*a.parameters(), *teacher_a.parameters()), (*b.parameters(), *teacher_b.parameters()), strict=True):
+    for p, q in zip(
+        (*a.parameters(), *teacher_a.parameters()), (*b.parameters(), *teacher_b.parameters()), strict=True
+    ):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=5e-7)
 
 

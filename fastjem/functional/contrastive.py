@@ -435,7 +435,7 @@ def info_nce(
         check_ids("info_nce", "negative_ids", negative_ids, negatives.shape[:1], query)
         check_exclude("info_nce", exclude, [(query.shape[0], negatives.shape[0]), negatives.shape[:1]], query)
         own = None if label_offset is None else offset
-        return candidates.info_nce(*rows, negative_ids, own, temperature, options)
+        return candidates.info_nce(rows[0], rows[1], rows[2], negative_ids, own, temperature, options)
     if not isinstance(temperature, Tensor):
         return one_pass("info_nce", rows, offset, temperature)
     refuse_forward_mode("info_nce", (*rows, temperature))

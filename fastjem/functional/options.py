@@ -76,11 +76,10 @@ class Options(NamedTuple):
             _integers(op, "ids", self.ids, (rows,), z)
         hard = self.hard_negatives
         if hard is not None:
-            contract = f"hard_negatives must be [{rows}, H, {z.shape[-1]}], floating-point"
-            if not isinstance(hard, Tensor) or hard.dim() != 3 or not hard.is_floating_point():
+            is_right = isinstance(hard, Tensor) and hard.dim() == 3 and hard.is_floating_point()
+            if not is_right or hard.shape[0] != rows or hard.shape[2] != z.shape[-1] or not hard.shape[1]:
+                contract = f"hard_negatives must be [{rows}, H, {z.shape[-1]}] with H >= 1, floating-point"
                 checks.fail(op, contract, checks.shape(hard))
-            if (hard.shape[0], hard.shape[2]) != (rows, z.shape[-1]):
-                checks.fail(op, contract, tuple(hard.shape))
             checks.memory(op, hard)
             checks.one_device(op, (z, hard))
         margin = self.false_negative_margin
@@ -105,9 +104,8 @@ def is_given(number: float | Tensor) -> bool:
 
 
 def _tensor(op: str, name: str, x: Tensor, shapes: list[tuple], like: Tensor) -> None:
-    contract = f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}"
-    if not isinstance(x, Tensor) or tuple(x.shape) not in shapes:
-        checks.fail(op, contract, checks.shape(x))
+    if not isinstance(x, Tensor) or x.shape not in shapes:
+        checks.fail(op, f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}", checks.shape(x))
     checks.one_device(op, (like, x))
 
 
@@ -124,10 +122,14 @@ def check_ids(op: str, name: str, ids: Tensor | None, shape: tuple, like: Tensor
 
 
 def check_exclude(op: str, exclude: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
-    if exclude is not None:
-        _tensor(op, "exclude", exclude, shapes, like)
-        if exclude.dtype != torch.bool:
-            checks.fail(op, "exclude must be bool", exclude.dtype)
+    check_mask(op, "exclude", exclude, shapes, like)
+
+
+def check_mask(op: str, name: str, mask: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
+    if mask is not None:
+        _tensor(op, name, mask, shapes, like)
+        if mask.dtype != torch.bool:
+            checks.fail(op, f"{name} must be bool", mask.dtype)
 
 
 def is_of_rows(op: str, temperature: object, group: dist.ProcessGroup | None) -> bool:

@@ -44,6 +44,8 @@ def differentiated(x: Tensor) -> bool:
 
 def batched(x: Tensor) -> bool:
     """Whether x is one of vmap's, or of `is_grads_batched`, which PyTorch does with another vmap."""
+    if torch.compiler.is_compiling():
+        return False
     return _functorch.is_legacy_batchedtensor(x) or (active() and _of_vmap(x))
 
 
@@ -135,6 +137,11 @@ class _Gradient(torch.autograd.Function):
 
 
 _TENSOR = "a tensor"  # stands for one in a pattern
+
+
+def once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    """The gradient, of which a second derivative by a transform is refused."""
+    return _Gradient.apply(name, None, 0, len(inputs), gradient, *inputs) if active() else gradient
 
 
 def _in_parts(tensors: Sequence[Tensor], *sizes: int) -> list[Sequence[Tensor]]:

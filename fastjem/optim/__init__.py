@@ -1,4 +1,6 @@
-"""Optimisers that update all parameters and the teacher in one pass (LARS, SGD, AdamW), what has no weight decay, and schedules per step as 0-dim tensors."""
+"""Optimisers that update all parameters and the teacher in one pass (`fused`), what has no weight decay, and schedules
+per step as 0-dim tensors.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -108,3 +110,9 @@ class Schedule:
 def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     """Scale all gradients so that their joint norm is at most `most`; the norm before, 0-dim, without a host sync."""
     return nn.utils.clip_grad_norm_(parameters, most, foreach=True)
+
+
+__all__ = [
+    "LARS", "OPTIMIZERS", "SGD", "AdamW", "Fused", "Schedule", "build", "clip_", "cosine", "parameter_groups", "scaled",
+    "separate_groups",
+]  # fmt: skip

@@ -14,8 +14,8 @@ from fastjem.functional.memory import check_update
 from fastjem.functional.weights import ema_update_
 from fastjem.kernels import guard
 from fastjem.kernels.arithmetic import widest_dtype
-from fastjem.optim.sharded import Sharding, local, sharding_of, sum_over_shards
 from fastjem.ops.autograd import ops
+from fastjem.optim.sharded import Sharding, local, sharding_of, sum_over_shards
 
 
 class _Call(NamedTuple):
@@ -27,6 +27,7 @@ class _Call(NamedTuple):
     local: list[Tensor]
     gradients: list[Tensor]
     states: list[list[Tensor]]  # as `Fused._states_of` gives them
+    steps: list[Tensor]  # of AdamW, 0-dim
     teachers: list[Tensor]  # of the first parameters
     groups: list[int]
     sharding: Sharding | None
@@ -41,7 +42,9 @@ class _Plan(NamedTuple):
 class Fused(torch.optim.Optimizer):
     """What LARS, SGD and AdamW share: gathering tensors, the teacher, DTensors, checks before anything is written."""
 
-    _step_supports_amp_scaling = True  # torch's GradScaler then gives `grad_scale` and `found_inf`, and looks at neither
+    _step_supports_amp_scaling = (
+        True  # torch's GradScaler then gives `grad_scale` and `found_inf`, and looks at neither
+    )
     _adapts = 0
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
@@ -128,8 +131,10 @@ class Fused(torch.optim.Optimizer):
                     parameters.append(p)
                     groups.append(number)
         gradients = [p.grad for p in parameters]
-        states = self._states_of(parameters, groups)
-        every = [*parameters, *gradients, *(x for one in states for x in one if x is not None), *self._pairs.values()]
+        states, steps = self._states_of(parameters, groups)
+        every = [*parameters, *gradients, *self._pairs.values(), *steps]
+        for one in states:
+            every += [x for x in one if x is not None]
         plain = PLAIN.issuperset(map(type, every))
         if not plain:
             every = [local(x) for x in every]
@@ -137,12 +142,12 @@ class Fused(torch.optim.Optimizer):
         of_gradients = [(g.dtype, g.shape, g.stride()) for g in every[len(parameters) : 2 * len(parameters)]]
         addresses = (tuple(map(Tensor.data_ptr, every)), of_gradients, groups, [p.numel() for p in parameters])
         if self._plan is None or self._plan.addresses != addresses:
-            self._plan = self._new_plan(addresses, parameters, gradients, groups, states)
+            self._plan = self._new_plan(addresses, parameters, gradients, groups, states, steps)
         return self._plan
 
     def _new_plan(
         self, addresses: tuple, parameters: list[Tensor], gradients: list[Tensor], groups: list[int],
-        states: list[list[Tensor | None]],
+        states: list[list[Tensor | None]], steps: list[Tensor],
     ) -> _Plan:  # fmt: skip
         """Calls by device, sharding and whether there is momentum; checked before anything is written."""
         op = type(self).__name__
@@ -162,7 +167,11 @@ class Fused(torch.optim.Optimizer):
                     chosen,
                     [local(p) for p in chosen],
                     [local(gradients[i]) for i in members],
-                    [[local(one[i]) for i in members] if has else [] for one, has in zip(states, has_states, strict=True)],
+                    [
+                        [local(one[i]) for i in members] if has else []
+                        for one, has in zip(states, has_states, strict=True)
+                    ],
+                    [steps[i] for i in members] if steps else [],
                     [local(self._pairs[p]) for p in chosen if p in self._pairs],
                     [groups[i] for i in members],
                     sharding,
@@ -242,8 +251,10 @@ class Fused(torch.optim.Optimizer):
         """A group's line of the settings."""
         raise NotImplementedError
 
-    def _states_of(self, parameters: list[Tensor], groups: list[int]) -> list[list[Tensor | None]]:
-        """Lists of what has a parameter's shape, a tensor a parameter, made where there is none yet; None: it needs none."""
+    def _states_of(self, parameters: list[Tensor], groups: list[int]) -> tuple[list[list[Tensor | None]], list[Tensor]]:
+        """Lists of a tensor a parameter, made where there is none yet: of the parameters' shapes, where None is that a
+        parameter needs none; and the steps.
+        """
         raise NotImplementedError
 
     def _update(self, call: _Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -260,7 +271,7 @@ class _Momentum(Fused):
         if group["nesterov"] and not isinstance(momentum, Tensor) and momentum == 0:
             checks.fail(op, "nesterov needs a momentum", momentum)
 
-    def _states_of(self, parameters: list[Tensor], groups: list[int]) -> list[list[Tensor | None]]:
+    def _states_of(self, parameters: list[Tensor], groups: list[int]) -> tuple[list[list[Tensor | None]], list[Tensor]]:
         buffers: list[Tensor | None] = []
         has_momentum = [isinstance(group["momentum"], Tensor) or group["momentum"] != 0 for group in self.param_groups]
         for p, group in zip(parameters, groups, strict=True):
@@ -272,7 +283,7 @@ class _Momentum(Fused):
             if buffer is None:
                 buffer = state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             buffers.append(buffer)
-        return [buffers]
+        return [buffers], []
 
     def _update(self, call: _Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         norms = None
@@ -398,8 +409,8 @@ class AdamW(Fused):
     def _row(self, group: dict[str, Any], teacher_momentum: float | Tensor) -> list[Any]:
         return [group["lr"], *group["betas"], group["eps"], group["weight_decay"], teacher_momentum]
 
-    def _states_of(self, parameters: list[Tensor], groups: list[int]) -> list[list[Tensor | None]]:
-        averages, squares = [], []
+    def _states_of(self, parameters: list[Tensor], groups: list[int]) -> tuple[list[list[Tensor | None]], list[Tensor]]:
+        averages, squares, steps = [], [], []
         for p in parameters:
             state = self.state[p]
             if not state:
@@ -408,11 +419,12 @@ class AdamW(Fused):
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             averages.append(state["exp_avg"])
             squares.append(state["exp_avg_sq"])
-        return [averages, squares]
+            steps.append(state["step"])
+        return [averages, squares], steps
 
     def _update(self, call: _Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         with guard.checked_already():
             ops.adamw_(
-                call.local, call.gradients, *call.states, [self.state[p]["step"] for p in call.parameters],
+                call.local, call.gradients, *call.states, call.steps,
                 call.teachers, settings, call.groups, grad_scale, found_inf,
             )  # fmt: skip

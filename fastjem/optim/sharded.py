@@ -30,7 +30,7 @@ def local(x: Tensor) -> Tensor:
 
 
 def sharding_of(op: str, parameter: Tensor, *others: Tensor | None) -> Sharding | None:
-    """None for a tensor that isn't distributed; ValueError where what goes with a parameter is distributed otherwise."""
+    """None for a tensor that isn't distributed; ValueError where what goes with it is distributed otherwise."""
     layouts = [
         (x.device_mesh, x.placements) if _is_distributed(x) else None  # pyright: ignore[reportAttributeAccessIssue]
         for x in (parameter, *others)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _C
 from ..arithmetic import compute_dtype, dense_rows, no_gradient
-from ..native import CODES, Found, address, gradient_for, gradients_for, loss_like
+from ..native import CODES, Found, address, gradient_for, gradients_for, loss_like, scale_within
 from . import reference
 
 
@@ -19,6 +19,8 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
     z = dense_rows(z)
     dtype = compute_dtype(p.dtype)
     gradients = [gradient_for(p, wanted[0]), gradient_for(z, wanted[1])]
+    scale = 1 / len(p)
+    within = scale_within(scale, p.dtype)
     total = _C.negative_cosine(
         CODES[p.dtype],
         address(p),
@@ -29,10 +31,11 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         eps,
         address(gradients[0]),
         address(gradients[1]),
+        within,
         torch.get_num_threads(),
     )
-    loss = torch.full((), total / len(p), dtype=dtype)
-    return loss, gradients, torch.full((), 1 / len(p), dtype=dtype)
+    loss = torch.full((), total * scale, dtype=dtype)
+    return loss, gradients, torch.full((), scale / within, dtype=dtype)
 
 
 def regression(
@@ -45,6 +48,7 @@ def regression(
     dtype = compute_dtype(prediction.dtype)
     gradient = gradient_for(prediction, wanted[0])
     scale = 1 / prediction.numel()
+    within = scale_within(scale, prediction.dtype)
     total = _C.regression(
         CODES[prediction.dtype],
         address(prediction),
@@ -56,9 +60,10 @@ def regression(
         normalize,
         eps,
         address(gradient),
+        within,
         torch.get_num_threads(),
     )
-    return torch.full((), total * scale, dtype=dtype), [gradient], torch.full((), scale, dtype=dtype)
+    return torch.full((), total * scale, dtype=dtype), [gradient], torch.full((), scale / within, dtype=dtype)
 
 
 def regression_rows(
@@ -95,6 +100,7 @@ def regression_rows(
         address(rows),
         len(prediction),
         address(weights),
+        1.0,
         torch.get_num_threads(),
     )
     weight = weights.sum().item()
@@ -107,20 +113,22 @@ def regression_rows(
 
 def negative_cosine_of_plain(p: Tensor, z: Tensor, eps: float, wanted: Sequence[bool]) -> Found | None:
     gradients = gradients_for((p, z), wanted)
-    total = _C.negative_cosine_of_plain(p, z, *gradients, eps, torch.get_num_threads())
+    scale = 1 / max(len(p), 1)
+    within = scale_within(scale, p.dtype)
+    total = _C.negative_cosine_of_plain(p, z, *gradients, eps, within, torch.get_num_threads())
     if total is None:
         return None
-    rows = len(p)
-    return Found(loss_like(p, total / rows), gradients, (1 / rows, 1 / rows))
+    return Found(loss_like(p, total * scale), gradients, (scale / within, scale / within))
 
 
 def regression_of_plain(
     prediction: Tensor, target: Tensor, beta: float, normalize: bool, eps: float, wanted: Sequence[bool]
 ) -> Found | None:
     gradients = gradients_for((prediction,), wanted)
-    options = (beta, normalize, eps, torch.get_num_threads())
+    scale = 1 / max(prediction.numel(), 1)
+    within = scale_within(scale, prediction.dtype)
+    options = (beta, normalize, eps, within, torch.get_num_threads())
     total = _C.regression_of_plain(prediction, target, *gradients, *options)
     if total is None:
         return None
-    scale = 1 / prediction.numel()
-    return Found(loss_like(prediction, total * scale), gradients, (scale,))
+    return Found(loss_like(prediction, total * scale), gradients, (scale / within,))

@@ -9,8 +9,10 @@ from fastjem.bench.cases import (
     augment,
     contrastive,
     covariance,
+    hosts,
     neighbors,
     optimizers,
+    options,
     predictive,
     prototypes,
     spectral,
@@ -24,11 +26,13 @@ FAMILIES = (
     supervised,
     predictive,
     contrastive,
+    options,
     prototypes,
+    neighbors,
     covariance,
     spectral,
-    neighbors,
     augment,
+    hosts,
 )
 
 

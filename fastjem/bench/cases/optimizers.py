@@ -17,8 +17,9 @@ OPTIONS = {
 
 
 def with_objects(make: Callable[[list[dict], Lists, Lists], Callable[[], object]], options: dict) -> Callable:
-    """`make(groups, teachers, parameters)` returns the step; it is called once for the same tensors, outside the clock's
-    rounds. Single vectors don't decay.
+    """`make(groups, teachers, parameters)` returns the step; it is called once for the same tensors.
+
+    Single vectors don't decay.
     """
     steps: dict[int, Callable[[], object]] = {}
 
@@ -122,7 +123,9 @@ def case(op: str, shape: str, shapes: list[tuple[int, ...]], **options) -> Case:
 SIZES = {
     "ResNet-50 and teacher": resnet50(),
     "ViT-S and teacher": vit_large(384, 12),
-    "a small network and teacher": [(32, 3, 3, 3), (32,), (64, 32, 3, 3), (64,), (128, 64, 3, 3), (128,), (128, 128), (128,)],
+    "a small network and teacher": [
+        (32, 3, 3, 3), (32,), (64, 32, 3, 3), (64,), (128, 64, 3, 3), (128,), (128, 128), (128,),
+    ],
 }  # fmt: skip
 CASES = [
     *(case(op, shape, shapes) for op in OPTIONS for shape, shapes in SIZES.items()),

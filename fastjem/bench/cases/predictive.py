@@ -69,7 +69,6 @@ CASES = [
     case(4096, 256, both=True, full_only=("cuda",)),
     case(256, 2048),
     case(256, 2048, torch.bfloat16, full_only=("cpu", "cuda")),
-    case(8, 16, clock="host"),
     regression(4096, 768),
     regression_rows(32, 196, 768),
     regression_rows(32, 196, 768, torch.bfloat16, full_only=("cpu", "cuda")),
