@@ -1,4 +1,4 @@
-"""Negative cosine similarity."""
+"""k-means, the k nearest rows, Gram anchoring."""
 
 from fastjem.bench.cases.neighbors import CASES  # noqa: F401  (conftest.py runs them)
 

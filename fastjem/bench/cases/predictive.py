@@ -47,7 +47,7 @@ def rows_of_mask(prediction: Tensor, target: Tensor, rows: Tensor, weights: Tens
 
 
 def regression_rows(images: int, patches: int, d: int, dtype: torch.dtype = torch.float32, **options) -> Case:
-    """60 % of the patches are masked. They are read, with rows and weights; of the gradient all rows are written."""
+    """60 % of the patches are masked; counted as if all were read, as parts of pages are."""
 
     def inputs(draw) -> tuple[Tensor, ...]:
         prediction, target = draw.pair(images * patches, d, (True, False))

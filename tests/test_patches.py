@@ -1,0 +1,83 @@
+"""Masked patches as rows, SimDINO and the coding rate, SMoG: against what users would write."""
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+import fastjem.functional as F
+from fastjem import nn
+from fastjem.bench.cases.spectral import simdino
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("count", [None, 7, 9])
+def test_masked_rows_are_those_of_the_mask_and_each_image_counts_alike(count):
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool).view(4, 2, 2)
+    rows, weights = F.masked_rows(mask, count)
+    assert rows[:7].tolist() == [0, 2, 3, 9, 12, 13, 14]
+    assert len(rows) == len(set(rows.tolist())) == (count or 7)
+    expected = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1, 1 / 3, 1 / 3, 1 / 3])
+    torch.testing.assert_close(weights, torch.cat([expected, torch.zeros(len(rows) - 7)]))
+    x, y = drawn(16, 5).requires_grad_(), drawn(16, 5, seed=1)
+    loss = F.regression(x, y, rows=rows, weights=weights)
+    of_image = [TF.smooth_l1_loss(x[at], TF.layer_norm(y, (5,))[at]) for at in ([0, 2, 3], [9], [12, 13, 14])]
+    truth = torch.stack(of_image).mean()
+    torch.testing.assert_close(loss, truth)
+    for got, wanted in zip(torch.autograd.grad(loss, x), torch.autograd.grad(truth, x), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_rows_of_no_weight_may_be_any_and_rows_out_of_range_are_refused(implementation):
+    x = drawn(4, 3).float().to(implementation.device).requires_grad_()
+    rows = torch.tensor([1, 3, 3, 3], device=x.device)
+    weights = torch.tensor([1.0, 0.5, 0.0, 0.0], device=x.device)
+    loss = F.regression(x, x.detach() * 2, rows=rows, weights=weights)
+    torch.testing.assert_close(loss, F.regression(x, x.detach() * 2, rows=rows[:2], weights=weights[:2]))
+    loss.backward()
+    assert x.grad[[1, 3]].any(1).all() and not x.grad[[0, 2]].any()
+    if implementation.name == "c++":
+        with pytest.raises(ValueError, match=r"regression_rows: rows must be in \[0, 4\), got 4 at 0"):
+            F.regression(x, x, rows=rows[:1] + 3)
+    else:
+        assert F.regression(x, x, rows=rows[:1] + 3).isnan()
+
+
+@pytest.mark.parametrize("rows, width", [(9, 5), (5, 9)])
+@pytest.mark.parametrize("views", [2, 4])
+def test_simdino_is_the_authors(rows, width, views):
+    teacher = [drawn(rows, width, seed=i) for i in range(2)]
+    student = [drawn(rows, width, seed=5 + i).requires_grad_() for i in range(views)]
+    loss = nn.SimDINOLoss()(teacher, student)
+    truth = simdino(*teacher, *student)
+    torch.testing.assert_close(loss, truth)
+    for got, wanted in zip(
+        torch.autograd.grad(-0.7 * loss, student), torch.autograd.grad(-0.7 * truth, student), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+    half = F.simdino([x.detach().half() for x in student], teacher, coefficient=2.0, expansion="mean")
+    assert half.dtype == torch.float32 and half.isfinite()
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (2, 5, 9)])
+def test_the_coding_rate_is_differentiable_twice_and_for_its_distortion(shape):
+    z, eps = drawn(*shape).requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def rate(z, eps):
+        return F.total_coding_rate(z, eps=eps)
+
+    assert torch.autograd.gradcheck(rate, (z, eps)) and torch.autograd.gradgradcheck(rate, (z, eps))
+
+
+def test_groups_are_lightlys():
+    theirs = pytest.importorskip("lightly.models.modules.heads").SMoGPrototypes(drawn(6, 4).float(), 0.9)
+    ours = nn.SMoGPrototypes(drawn(6, 4).float(), 0.9)
+    x = drawn(20, 4, seed=1).float()
+    assert torch.equal(ours.assign_groups(x), theirs.assign_groups(x))
+    moved = ours.get_updated_group_features(x)
+    torch.testing.assert_close(moved, theirs.get_updated_group_features(x))
+    torch.testing.assert_close(ours(x, moved), theirs(x, moved))
+    ours.set_group_features(moved)
+    assert torch.equal(ours.state_dict()["group_features"], moved)
