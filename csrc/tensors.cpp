@@ -28,7 +28,6 @@ static constexpr uint8_t dl_int = 0, dl_float = 2, dl_bfloat = 4;
 static const DlExchangeTable* table = nullptr;
 static PyTypeObject* tensor_type = nullptr;
 static PyTypeObject* parameter_type = nullptr;
-static PyObject *is_neg, *untyped_storage, *nbytes, *data_ptr;  // names
 
 bool Plain::is_contiguous() const {
   int64_t expected = 1;
@@ -43,6 +42,24 @@ bool Plain::has_shape_of(const Plain& other) const {
   return dims == other.dims && std::equal(shape, shape + dims, other.shape);
 }
 
+bool Plain::has_layout_of(const Plain& other) const {
+  if (!has_shape_of(other)) return false;
+  if (is_contiguous() && other.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> lengths;  // by stride
+  for (int i = 0; i < dims; ++i) {
+    if (shape[i] == 1) continue;
+    if (strides[i] != other.strides[i]) return false;
+    lengths.emplace_back(strides[i], shape[i]);
+  }
+  std::sort(lengths.begin(), lengths.end());
+  int64_t expected = 1;
+  for (const auto& [stride, length] : lengths) {
+    if (stride != expected) return false;
+    expected *= length;
+  }
+  return true;
+}
+
 static int dtype_of(const DlTensor& x) {
   if (x.lanes != 1) return -1;
   if (x.code == dl_float) return x.bits == 32 ? 0 : x.bits == 64 ? 1 : x.bits == 16 ? 3 : -1;
@@ -50,22 +67,53 @@ static int dtype_of(const DlTensor& x) {
   return x.code == dl_int && x.bits == 64 ? Plain::int64 : -1;
 }
 
-// An integer that a method without arguments returns; -1 where it raised.
-static int64_t integer_of(PyObject* object, PyObject* method) {
-  PyObject* result = PyObject_CallMethodNoArgs(object, method);
-  if (!result) return -1;
-  const int64_t value = PyLong_AsLongLong(result);
-  Py_DECREF(result);
-  return value;
-}
+// A method without arguments of torch's C++, called without Python's search for it, which takes longer than the method.
+class Method {
+ public:
+  void find(pybind11::handle type, const char* name) {
+    descriptor_ = pybind11::object(type.attr(name)).release().ptr();
+    function_ = nullptr;
+    if (Py_TYPE(descriptor_) == &PyMethodDescr_Type) {
+      const PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(descriptor_)->d_method;
+      if (method->ml_flags == METH_NOARGS) function_ = method->ml_meth;
+    }
+  }
+
+  PyObject* operator()(PyObject* self) const {
+    return function_ ? function_(self, nullptr) : PyObject_CallOneArg(descriptor_, self);
+  }
+
+  // For one that returns an integer; -1 where it raised.
+  int64_t integer(PyObject* self) const {
+    PyObject* result = (*this)(self);
+    if (!result) return -1;
+    const int64_t value = PyLong_AsLongLong(result);
+    Py_DECREF(result);
+    return value;
+  }
+
+  // For one that returns a truth value; true where it raised, as nothing good is said of x then.
+  bool truth(PyObject* self) const {
+    PyObject* result = (*this)(self);
+    if (!result) return true;
+    Py_DECREF(result);
+    return result != Py_False;
+  }
+
+ private:
+  PyObject* descriptor_ = nullptr;
+  PyCFunction function_ = nullptr;
+};
+
+static Method is_neg, untyped_storage, nbytes, data_ptr;
 
 // Where the storage of x begins and how many bytes it has. `x.untyped_storage().resize_(0)` frees the memory of a
 // tensor that is still there, as FSDP does with parameters outside of forward.
 static bool storage_of(PyObject* x, int64_t& begin, int64_t& bytes) {
-  PyObject* storage = PyObject_CallMethodNoArgs(x, untyped_storage);
+  PyObject* storage = untyped_storage(x);
   if (!storage) return false;
-  begin = integer_of(storage, data_ptr);
-  bytes = integer_of(storage, nbytes);
+  begin = data_ptr.integer(storage);
+  bytes = nbytes.integer(storage);
   Py_DECREF(storage);
   return begin != -1 && bytes != -1;
 }
@@ -86,14 +134,12 @@ static bool look(PyObject* x, Plain& plain) {
     plain.elements *= seen.shape[i];
     last += (seen.shape[i] - 1) * seen.strides[i];
   }
-  // A view of an imaginary part may be waiting for its sign, which the dispatcher would see to.
-  PyObject* negative = PyObject_CallMethodNoArgs(x, is_neg);
-  if (!negative) return false;
-  const bool waits_for_sign = negative != Py_False;
-  Py_DECREF(negative);
+  // A view of an imaginary part may be waiting for its sign, which the dispatcher would see to. Every second number is
+  // one: such a view isn't contiguous, or is of one number. (To ask takes as long as all the rest.)
+  if ((plain.elements == 1 || !plain.is_contiguous()) && is_neg.truth(x)) return false;
   int64_t begin;
   int64_t bytes;
-  if (waits_for_sign || !storage_of(x, begin, bytes)) return false;
+  if (!storage_of(x, begin, bytes)) return false;
   plain.storage_end = reinterpret_cast<const char*>(begin + bytes);
   if (!plain.elements) return true;
   return begin != 0 && plain.data + (last + 1) * plain.itemsize <= plain.storage_end;
@@ -103,10 +149,6 @@ bool look_at(pybind11::handle x, Plain& plain) {
   if (look(x.ptr(), plain)) return true;
   PyErr_Clear();
   return false;
-}
-
-bool look_at_dense(pybind11::handle x, int dims, Plain& plain) {
-  return look_at(x, plain) && plain.dims == dims && plain.is_contiguous();
 }
 
 // Calls f for each element of a list or tuple until it returns false, which is then the result; false for others.
@@ -145,33 +187,55 @@ static bool plain_matrices(pybind11::handle tensors, int dims, bool same) {
 }
 
 // What can be known of plain tensors without their elements, as bytes: equal for tensors that are where they were, and
-// as large. None where one isn't plain.
+// as large. None where one isn't plain, or of another dtype.
 static pybind11::object facts(pybind11::handle tensors) {
-  std::string bytes;
-  const auto write = [&bytes](int64_t number) { bytes.append(reinterpret_cast<const char*>(&number), sizeof(number)); };
+  std::vector<int64_t> numbers;
+  const auto write = [&numbers](int64_t number) { numbers.push_back(number); };
+  numbers.reserve(2048);
   Plain seen;
   const bool all_plain = all_of(tensors.ptr(), [&](PyObject* x) {
-    if (!look_at(x, seen)) return false;
+    if (!look_at(x, seen) || seen.dtype < 0) return false;
     write(reinterpret_cast<int64_t>(seen.data));
     write(reinterpret_cast<int64_t>(seen.storage_end));
     write(seen.dtype + 256 * seen.itemsize);
     write(seen.dims);
-    for (int i = 0; i < seen.dims; ++i) {
-      write(seen.shape[i]);
-      write(seen.strides[i]);
-    }
+    for (int i = 0; i < seen.dims; ++i) write(seen.shape[i]);
+    for (int i = 0; i < seen.dims; ++i) write(seen.strides[i]);
     return true;
   });
   if (!all_plain) return pybind11::none();
-  return pybind11::bytes(bytes);
+  return pybind11::bytes(reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t));
 }
 
-// torch.Tensor, torch.nn.Parameter and the capsule of the exchange table, or None where torch has none.
-static void learn_tensors(pybind11::handle tensor, pybind11::handle parameter, pybind11::handle capsule) {
-  is_neg = PyUnicode_InternFromString("is_neg");
-  untyped_storage = PyUnicode_InternFromString("untyped_storage");
-  nbytes = PyUnicode_InternFromString("nbytes");
-  data_ptr = PyUnicode_InternFromString("data_ptr");
+std::vector<Plain> tensors_of(const char* facts, size_t bytes) {
+  std::vector<Plain> tensors;
+  const auto* number = reinterpret_cast<const int64_t*>(facts);
+  const auto* end = number + bytes / sizeof(int64_t);
+  while (number < end) {
+    Plain x{};
+    x.data = reinterpret_cast<char*>(*number++);
+    x.storage_end = reinterpret_cast<const char*>(*number++);
+    x.itemsize = (*number + 1) / 256;
+    x.dtype = static_cast<int>(*number++ - 256 * x.itemsize);
+    x.dims = static_cast<int>(*number++);
+    x.shape = number;
+    x.strides = number + x.dims;
+    number += 2 * x.dims;
+    x.elements = 1;
+    for (int i = 0; i < x.dims; ++i) x.elements *= x.shape[i];
+    tensors.push_back(x);
+  }
+  return tensors;
+}
+
+// torch.Tensor, torch.nn.Parameter, torch.UntypedStorage and the capsule of the exchange table, or None where torch has
+// none.
+static void learn_tensors(pybind11::handle tensor, pybind11::handle parameter, pybind11::handle storage,
+                          pybind11::handle capsule) {
+  is_neg.find(tensor, "is_neg");
+  untyped_storage.find(tensor, "untyped_storage");
+  nbytes.find(storage, "nbytes");
+  data_ptr.find(storage, "data_ptr");
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   table = nullptr;

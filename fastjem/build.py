@@ -97,6 +97,8 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         if state:
             resume.restore(out, step, optimizer, state)
         optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
+        if isinstance(optimizer, optim.Fused):
+            optimizer.attach_teacher(*step.teacher_and_student())
         if config.sync_batch_norm and ranks.size > 1:
             step = cast(Step, encoders.synchronize_batch_norm(step))
     said = parts.notices + notices(config, ranks, source, loader)

@@ -14,13 +14,14 @@ from fastjem.data.pixels import Pixels, whole_images
 from fastjem.data.sharing import check_semaphores, share
 from fastjem.data.source import Source
 from fastjem.errors import ResourceError, UserError
+from fastjem.functional import knn_votes
 from fastjem.functional.decompositions import eigenvalues
 from fastjem.kernels.arithmetic import solvable, widest_dtype
 from fastjem.machine import available_cores
 from fastjem.printing import say
 
 ELEMENTS = 2**20  # that are widened at a time
-BANK, QUERIES = 8192, 2048  # rows of one block of similarities
+QUERIES = 2048  # whose votes are in memory at a time
 Compute = Callable[[Tensor], Sequence[Tensor]]  # images [B, C, H, W] -> one or more kinds of features [B, D]
 # Folders of these names are parts of a data set. One may be a class (CIFAR-100 has trains), all of them are none.
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
@@ -155,34 +156,8 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int = 20, temperatu
         queries: [Q, D].
     """
     classes = int(labels.max()) + 1
-    predicted = []
-    for chunk in queries.split(QUERIES):
-        cosine, index = nearest_rows(bank, chunk, min(k, len(bank)))
-        # Less the largest: exp(1 / temperature) overflows at small temperatures.
-        weights = ((cosine - cosine[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(chunk), classes).scatter_add_(1, labels[index], weights)
-        predicted.append(votes.argmax(1))
-    return torch.cat(predicted)
-
-
-def nearest_rows(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(cosines, indices), [Q, k] each, of the k rows of the bank [N, D] nearest to each query [Q, D], nearest first.
-
-    The bank goes in blocks: neither the matrix of all similarities nor a normalised copy of the bank ever exists.
-    """
-    queries = nn.functional.normalize(queries.float(), dim=1)
-    cosine = queries.new_empty(len(queries), 0)
-    index = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    start = 0
-    for part in bank.split(BANK):
-        in_part = queries @ nn.functional.normalize(part.float(), dim=1).T
-        best, place = in_part.topk(min(k, len(part)), dim=1)
-        cosine = torch.cat([cosine, best], 1)
-        index = torch.cat([index, place + start], 1)
-        cosine, kept = cosine.topk(min(k, cosine.shape[1]), dim=1)
-        index = index.gather(1, kept)
-        start += len(part)
-    return cosine, index
+    options = {"classes": classes, "k": k, "temperature": temperature}
+    return torch.cat([knn_votes(part, bank, labels, **options).argmax(1) for part in queries.split(QUERIES)])
 
 
 def knn_accuracy(

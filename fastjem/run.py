@@ -297,9 +297,13 @@ def optimizer_steps(training: Training, journal: Journal, stop: Stop) -> Iterato
         training.step_end.moves()
         if training.clip:
             taken.gradient_norm = optim.clip_(parameters, training.clip)
-        optimizer.step()
         momentum.fill_(scheduled["momentum"].item())
-        step.step_ends(number, momentum)
+        if isinstance(optimizer, optim.Fused):  # parameters and momentum copies in one pass
+            optimizer.step(teacher_momentum=momentum)
+            step.step_ends(number, None)
+        else:
+            optimizer.step()
+            step.step_ends(number, momentum)
         training.step_end.ends()
         yield taken
 

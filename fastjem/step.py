@@ -86,9 +86,14 @@ class Step(nn.Module):
         raise TypeError(f"{type(self.method).__name__}: the {what} must be a 0-dim tensor, got {came}")
 
     @torch.no_grad()
-    def step_ends(self, step: int | Tensor, momentum: float | Tensor) -> None:
-        """Once behind the optimiser's step: momentum copies follow, then what the method itself moves."""
-        self.update_teacher(momentum)
+    def step_ends(self, step: int | Tensor, momentum: float | Tensor | None) -> None:
+        """Once behind the optimiser's step: momentum copies follow, then what the method itself moves.
+
+        Args:
+            momentum: None where they have followed already, as an optimiser has them (`attach_teacher`).
+        """
+        if momentum is not None:
+            self.update_teacher(momentum)
         if not isinstance(step, Tensor):
             step = torch.tensor(step)
         self.method.step_ends(step)
@@ -96,15 +101,14 @@ class Step(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float | Tensor) -> None:
         """`teacher = momentum * teacher + (1 - momentum) * student` for all parameters of all copies at once."""
-        if not self.teacher:
-            return
+        if self.teacher:
+            F.ema_update_(*self.teacher_and_student(), momentum)
+
+    def teacher_and_student(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters of all momentum copies, and those that they follow."""
         live = self._live()
-        pairs = [
-            pair
-            for name, module in self.teacher.items()
-            for pair in zip(module.parameters(), live[name].parameters(), strict=True)
-        ]
-        F.ema_update_([teacher for teacher, _ in pairs], [student for _, student in pairs], momentum)
+        teacher = [p for module in self.teacher.values() for p in module.parameters()]
+        return teacher, [p for name in self.teacher for p in live[name].parameters()]
 
 
 class StepEnd:

@@ -13,7 +13,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .arithmetic import widest_dtype
 from .augment.columns import COLUMNS
+from .optimizers import columns
 
 _checked_already = False
 
@@ -143,6 +145,55 @@ def _ema_update(teacher, student, momentum):
             _fail("ema_update_", contract, f"{_told(t)} and {_told(s)}")
 
 
+def _lars_norms(parameters, gradients, settings, groups, *factors):
+    _updates("lars_norms", parameters, gradients)
+    _settings("lars_norms", settings, groups, len(parameters), len(columns.LARS), factors)
+
+
+def _lars(parameters, gradients, buffers, teachers, settings, groups, norms, *factors):
+    op = "lars_"
+    if buffers and len(buffers) != len(parameters):
+        _fail(op, "there must be a buffer for each parameter, or none", f"{len(buffers)} and {len(parameters)}")
+    _updates(op, parameters, gradients, buffers, teachers)
+    _settings(op, settings, groups, len(parameters), len(columns.LARS), factors)
+    _expect(op, "norms", norms, (len(parameters), 2), torch.float64)
+
+
+def _adamw(parameters, gradients, averages, squares, steps, teachers, settings, groups, *factors):
+    op = "adamw_"
+    if not len(averages) == len(squares) == len(steps) == len(parameters):
+        came = f"{len(averages)}, {len(squares)}, {len(steps)} and {len(parameters)}"
+        _fail(op, "there must be an average, a square and a step for each parameter", came)
+    for x in steps:
+        _expect(op, "steps", x, (), torch.float32)
+    _updates(op, parameters, gradients, averages, squares, teachers)
+    _settings(op, settings, groups, len(parameters), len(columns.ADAMW), factors)
+
+
+def _updates(op: str, parameters: list[Tensor], gradients: list[Tensor], *others: list[Tensor]) -> None:
+    """Refuse anything but tensors of the parameters' shapes, all but the gradients of their dtypes too."""
+    if not parameters or len(gradients) != len(parameters) or max(map(len, others), default=0) > len(parameters):
+        came = ", ".join(str(len(tensors)) for tensors in (parameters, gradients, *others))
+        _fail(op, "there must be parameters, as many gradients, and no more of what goes with them", came)
+    for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+        if p.dtype not in (torch.float32, torch.float64) or not g.is_floating_point() or p.shape != g.shape:
+            contract = "parameters must be float32 or float64, gradients of their shapes and floating-point"
+            _fail(op, contract, f"{_told(p)} and {_told(g)} at {i}")
+        for tensors in others:
+            if i < len(tensors) and (tensors[i].shape != p.shape or tensors[i].dtype != p.dtype):
+                contract = "averages and teachers must be of their parameters' shapes and dtypes"
+                _fail(op, contract, f"{_told(tensors[i])} for {_told(p)} at {i}")
+
+
+def _settings(op: str, settings: Tensor, groups: list[int], count: int, width: int, factors: tuple) -> None:
+    _expect(op, "settings", settings, (*settings.shape[:1], width), widest_dtype(settings.device))
+    if len(groups) != count or min(groups) < 0 or max(groups) >= len(settings):
+        _fail(op, f"groups must be {count} rows of settings {_told(settings)}", groups)
+    for x in factors:
+        if x is not None and x.numel() != 1:
+            _fail(op, "grad_scale and found_inf must be one number each", _told(x))
+
+
 def _cross_entropy(logits, labels, *_):
     _alike("cross_entropy", "logits", logits)
     _expect("cross_entropy", "labels", labels, (len(logits),), torch.int64)
@@ -154,6 +205,12 @@ def _negative_cosine(p, z, *_):
 
 def _regression(prediction, target, *_):
     _alike("regression", "prediction and target", prediction, target)
+
+
+def _regression_rows(prediction, target, rows, weights, *_):
+    _alike("regression_rows", "prediction and target", prediction, target, rows=True)
+    _expect("regression_rows", "rows", rows, (rows.numel(),), torch.int64)
+    _expect("regression_rows", "weights", weights, (len(rows),))
 
 
 def _barlow_twins(z0, z1, *_):
@@ -228,8 +285,75 @@ def _siglip_loss(x, y, *_):
     _same_width("siglip_loss", "x and y", x, y)
 
 
+def _visible(op: str, a, b, own_image, row_ids, column_ids, exclude, row_limit, column_limit) -> None:
+    """Rows [N, D], columns [M, D], and what `contrastive.visible.Visible` consists of."""
+    _same_width(op, "a and b", a, b)
+    if a.dtype != b.dtype or not a.is_floating_point():
+        _fail(op, "a and b must be of one floating-point dtype", f"{_told(a)} and {_told(b)}")
+    if len(own_image) != 3 or own_image[0] < 1 or own_image[2] < 0:
+        _fail(op, "own_image must be a row period of at least 1, an offset, a column period", own_image)
+    _expect(op, "row_ids", row_ids, (len(a),), torch.int64)
+    _expect(op, "column_ids", column_ids, (len(b),), torch.int64)
+    if (row_ids is None) != (column_ids is None):
+        _fail(op, "row_ids and column_ids must be given both or neither", "one of them")
+    if exclude is not None:
+        if exclude.dim() != 2 or exclude.dtype != torch.bool or not exclude.numel():
+            _fail(op, "exclude must be [n, m] bool and not empty", _told(exclude))
+        if len(a) % exclude.shape[0] or len(b) % exclude.shape[1]:
+            _fail(op, f"exclude must repeat in [{len(a)}, {len(b)}]", _told(exclude))
+    _expect(op, "row_limit", row_limit, (len(a),))
+    _expect(op, "column_limit", column_limit, (len(b),))
+
+
+def _similarity_logsumexp(*arguments):
+    _visible("similarity_logsumexp", *arguments[:8])
+
+
+def _similarity_logsumexp_backward(*arguments):
+    op = "similarity_logsumexp_backward"
+    _visible(op, *arguments[:8])
+    for name, vector in zip(("row_lse", "row_slope", "row_total_slope"), arguments[8:11], strict=True):
+        _expect(op, name, vector, (len(arguments[0]),))
+    for name, vector in zip(("column_lse", "column_slope", "column_total_slope"), arguments[11:14], strict=True):
+        _expect(op, name, vector, (len(arguments[1]),))
+
+
 def _nearest_neighbors(query, bank):
     _same_width("nearest_neighbors", "query and bank", query, bank)
+
+
+def _kmeans_step(features, centroids, *_):
+    _same_width("kmeans_step", "features and centroids", features, centroids)
+    if not len(features) or not len(centroids):
+        _fail("kmeans_step", "features and centroids must have rows", f"{_told(features)} and {_told(centroids)}")
+
+
+def _nearest_k(query, bank, k):
+    _same_width("nearest_k", "query and bank", query, bank)
+    if not len(query) or not len(bank) or k < 1:
+        _fail("nearest_k", "query and bank must have rows, k be positive", f"{_told(query)}, {_told(bank)} and {k}")
+
+
+def _gram_loss(student, teacher, *_):
+    _alike("gram_loss", "student and teacher", student, teacher, dims=3, rows=True)
+
+
+def _koleo_neighbors(rows, candidates, offset, topk, group_size, *_):
+    op = "koleo_neighbors"
+    _same_width(op, "rows and candidates", rows, candidates)
+    n, others = len(rows), len(candidates)
+    if not 0 <= offset <= others - n or group_size < 1 or others % group_size:
+        came = f"{n} at {offset}, {others} and {group_size}"
+        _fail(op, "rows must be among the candidates, whose number is a multiple of group_size", came)
+    if topk < 1 or topk > max(group_size - 1, 1):
+        _fail(op, "topk must be at least 1 and less than group_size", f"{topk} and {group_size}")
+
+
+def _koleo(x, neighbors, *_):
+    _alike("koleo", "x", x, rows=True)
+    _expect("koleo", "neighbors", neighbors, (len(x), *neighbors.shape[1:2]), torch.int64)
+    if not neighbors.numel():
+        _fail("koleo", "neighbors must not be empty", _told(neighbors))
 
 
 def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
@@ -262,7 +386,7 @@ def _student_and_teacher(
     _alike(op, "teacher views", *teacher)
     _expect(op, "teacher views", teacher[0], tuple(student[0].shape))
     _expect(op, "weights", weights, (len(student[0]),))
-    if bias is not None and bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
+    if bias is not None and bias.shape != (prototypes,) and bias.shape != (len(teacher), prototypes):
         _fail(op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", _told(bias))
 
 
@@ -287,9 +411,13 @@ def _mean_entropy(scores, temperature, total, *_):
 SHAPES: dict[str, Callable[..., None]] = {
     "rescale_": _rescale,
     "ema_update_": _ema_update,
+    "lars_norms": _lars_norms,
+    "lars_": _lars,
+    "adamw_": _adamw,
     "cross_entropy": _cross_entropy,
     "negative_cosine": _negative_cosine,
     "regression": _regression,
+    "regression_rows": _regression_rows,
     "barlow_twins": _barlow_twins,
     "vicreg": _vicreg,
     "characteristic": _characteristic,
@@ -302,7 +430,14 @@ SHAPES: dict[str, Callable[..., None]] = {
     "clip_loss": _clip_loss,
     "clip_loss_backward": _clip_loss_backward,
     "siglip_loss": _siglip_loss,
+    "similarity_logsumexp": _similarity_logsumexp,
+    "similarity_logsumexp_backward": _similarity_logsumexp_backward,
     "nearest_neighbors": _nearest_neighbors,
+    "kmeans_step": _kmeans_step,
+    "nearest_k": _nearest_k,
+    "gram_loss": _gram_loss,
+    "koleo_neighbors": _koleo_neighbors,
+    "koleo": _koleo,
     "sinkhorn_step": _sinkhorn_step,
     "sinkhorn_bias": _sinkhorn_bias,
     "sinkhorn": _sinkhorn,

@@ -1,8 +1,8 @@
 """Plain tensors: torch.Tensor or Parameter itself, in the host's memory, which is there and large enough.
 
-C++ looks at all of them in one call (csrc/tensors.cpp), which takes 0.2 us a tensor; the checks in Python, which tell what
-is wrong with the others, take ten times as long. Where the extension isn't built, or torch is older than 2.10, no tensor
-is plain, and everything goes the longer way.
+C++ looks at all of them in one call (csrc/tensors.cpp), which takes 0.2 us a tensor. The checks in Python, which tell
+what is wrong with the others, take ten times as long. Where the extension isn't built, or torch is older than 2.10, no
+tensor is plain, and everything goes the longer way.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ except ImportError:
         return False
 
     def facts(_tensors: list[Tensor]) -> bytes | None:
-        """Address, end of the storage, dtype, sizes and strides of each, if all are plain: equal where nothing moved."""
+        """Address, end of the storage, dtype, sizes, strides of each, if all are plain: equal where nothing moved."""
         return None
 
     def rescale(
@@ -31,9 +31,16 @@ except ImportError:
     ) -> bool:
         """`gradient *= upstream * factor` for each, rounded once; False, and nothing is written, if one isn't plain."""
         return False
+
+    def ema_update(_facts: bytes, _momentum: float, _threads: int) -> bool:
+        """`ema_update_` of the tensors that the facts are of, teachers first; False, if C++ can't take one of them."""
+        return False
 else:
-    _C.learn_tensors(Tensor, torch.nn.Parameter, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+    _C.learn_tensors(
+        Tensor, torch.nn.Parameter, torch.UntypedStorage, getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    )
     plain = _C.plain
     plain_matrices = _C.plain_matrices
     facts = _C.facts
     rescale = _C.rescale_plain
+    ema_update = _C.ema_update_plain

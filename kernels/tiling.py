@@ -21,6 +21,7 @@ COLUMN_SUMS = 1 << 24  # float32 numbers, 64 MiB: the parts that columns' log-su
 WEIGHTS_BYTES = 1 << 27  # the weights of a contrastive gradient, a band of rows at a time
 
 CPU_TILE = 1024  # rows and columns of similarities: 4 MiB of float32, the second-level caches of two cores
+CPU_KOLEO_ROWS = 256  # of a strip of a symmetric product: 10 of 16 blocks of 1024 rows are computed
 CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still make a product worth a call
 # The most that few rows' losses take in one call (contrastive/small.py): their similarities, and those times the width.
 CPU_SMALL_SQUARE = 64 * 64
@@ -28,6 +29,16 @@ CPU_SMALL_PRODUCT = 64 * 64 * 64
 CPU_SYMMETRIC_WORK = 1 << 24  # multiplications of x @ x.T from which halves are worth several calls
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
+
+GRAM_ROWS = 256  # of a Gram matrix at a time: that of 14 x 14 patches is one tile
+GRAM_TILE = 1 << 19  # its elements: 2 MiB of float32 a tile, of which there are three at the most
+
+
+def gram(groups: int, patches: int) -> tuple[int, int]:
+    """Rows of a tile, and of how many images at once."""
+    rows = min(patches, GRAM_ROWS)
+    return rows, min(groups, max(1, GRAM_TILE // (rows * patches)))
+
 
 # Shared ---------------------------------------------------------------------------------------------------------------
 
@@ -62,6 +73,16 @@ def elementwise(dtype: torch.dtype) -> dict:
     return {"BLOCK": 4 * 4 * WARP * 16 // dtype.itemsize, "VECTOR": 8, "num_warps": 4}
 
 
+# optimizers -----------------------------------------------------------------------------------------------------------
+
+OPTIMIZER_PART = 16  # blocks, at the least, whose squares one program adds
+
+
+def optimizer() -> dict:
+    """Two 128-bit words of float32 a thread from each of five tensors."""
+    return {"BLOCK": 1024, "VECTOR": 8, "num_warps": 4}
+
+
 # supervised and predictive --------------------------------------------------------------------------------------------
 
 
@@ -82,6 +103,27 @@ def negative_cosine(width: int, compute: torch.dtype) -> dict | None:
 
 def negative_cosine_long(compute: torch.dtype) -> dict:
     return {"BLOCK": 16384 // compute.itemsize, "num_warps": 16, "STAGES": 2}
+
+
+def regression(width: int, compute: torch.dtype) -> dict | None:
+    """As `negative_cosine`: prediction and target stay in registers."""
+    return negative_cosine(width, compute)
+
+
+def regression_long(compute: torch.dtype) -> dict:
+    return negative_cosine_long(compute)
+
+
+# gaussian -------------------------------------------------------------------------------------------------------------
+
+
+def characteristic() -> dict:
+    """128 rows: what a program writes of each frequency is then a 64th of what it reads."""
+    return {"ROWS": 128, "BLOCK": 32, "num_warps": 8}
+
+
+def characteristic_backward() -> dict:
+    return {"ROWS": 16, "BLOCK": 64, "num_warps": 4}
 
 
 # augment --------------------------------------------------------------------------------------------------------------
@@ -157,9 +199,51 @@ def similarity_weights(dtype: torch.dtype) -> dict:
     return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=4, stages=2)
 
 
+def koleo_neighbors(topk: int) -> dict:
+    columns = 64 if topk == 1 else 32  # the search for the next best spills in 64 of them, on sm_100
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=columns, warps=8, stages=2)
+
+
+def similarity_visible(width: int, dtype: torch.dtype) -> dict:
+    """Log-sum-exps over what rows and columns see; 64 columns spill on sm_80 where all options are there."""
+    if block := _block_on_chip(width, dtype):
+        return {"WHOLE": True, "BLOCK_D": block} | _tile(rows=64, columns=64, warps=8, stages=2)
+    if dtype.itemsize == 2:
+        return {"WHOLE": False, "BLOCK_D": 64} | _tile(rows=64, columns=32, warps=8, stages=3)
+    return {"WHOLE": False, "BLOCK_D": 32} | _tile(rows=64, columns=32, warps=8, stages=2)
+
+
+def similarity_visible_owner(width: int, dtype: torch.dtype) -> dict | None:
+    """Gradients of what rows see; None: `_block_on_chip` has none."""
+    block = _block_on_chip(width, dtype)
+    if block is None:
+        return None
+    # two stages of 128 columns spill on sm_80 where all options are there
+    return {"BLOCK_D": block} | _tile(rows=64, columns=32, warps=8, stages=2 if block > 128 else 3)
+
+
+def similarity_visible_weights(dtype: torch.dtype) -> dict:
+    if dtype.itemsize == 2:
+        return {"BLOCK_D": 64} | _tile(rows=64, columns=64, warps=8, stages=3)
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=2)
+
+
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
     """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
+
+
+# neighbors ------------------------------------------------------------------------------------------------------------
+
+
+def kmeans_assign(width: int, dtype: torch.dtype) -> dict:
+    """Each row's nearest centroid: the largest of a row's products, of two in half precision."""
+    return similarity_sums(width, dtype)
+
+
+def kmeans_sums(width: int) -> dict:
+    """32 rows of 128 columns in flight: whole sectors of a gathered row in any dtype."""
+    return {"ROWS": 32, "BLOCK": min(128, _block(width)), "num_warps": 4}
 
 
 # covariance -----------------------------------------------------------------------------------------------------------
@@ -203,6 +287,10 @@ def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
 
 def sinkhorn_codes() -> dict:
     return {"ROWS": 1, "BLOCK": 1024, "num_warps": 4}
+
+
+def softmax_slope(width: int, dtype: torch.dtype) -> dict:
+    return row_logsumexp(width, dtype)
 
 
 def prototype_cross_entropy(dtype: torch.dtype) -> dict:

@@ -28,6 +28,12 @@ from fastjem.kernels.augment import gpu as augment
 from fastjem.kernels.contrastive import gpu as contrastive
 from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
+<<<<<<< HEAD
+from fastjem.kernels.optimizers import columns as optimizer_columns
+from fastjem.kernels.optimizers import gpu as optimizers
+=======
+from fastjem.kernels.gaussian import gpu as gaussian
+>>>>>>> main
 from fastjem.kernels.predictive import gpu as predictive
 from fastjem.kernels.prototypes import gpu as prototypes
 from fastjem.kernels.supervised import gpu as supervised
@@ -154,6 +160,27 @@ def _rescale(elements: int, dtype: str, vectors: tuple[int, int]) -> Case:
     return Case("rescale_", str(elements), dtype, call, vectors)
 
 
+OPTIMIZER_DTYPES = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64"))
+
+
+def _optimizer(op: str, elements: int, parameter: str, gradient: str) -> Case:
+    """A step with a teacher, and with all that a GradScaler gives."""
+
+    def call() -> None:
+        p, first, second, teacher = (torch.zeros(elements, dtype=DTYPES[parameter]) for _ in range(4))
+        g = torch.zeros(elements, dtype=DTYPES[gradient])
+        names = optimizer_columns.LARS if op == "lars_" else optimizer_columns.ADAMW
+        rest = torch.zeros(1, len(names), dtype=torch.float64), [0]
+        factors = torch.ones(()), torch.zeros(())
+        if op == "lars_":
+            optimizers.lars_([p], [g], [first], [teacher], *rest, None, *factors)
+        else:
+            optimizers.adamw_([p], [g], [first], [second], [torch.zeros(())], [teacher], *rest, *factors)
+
+    first_kernel = {"lars_": (4 if gradient == "fp32" else 3, 0), "adamw_": (0, 0)}[op] if parameter == "fp32" else (0, 0)
+    return Case(op, str(elements), f"{parameter} <- {gradient}", call, first_kernel)
+
+
 def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:
     def call() -> None:
         t, s = (torch.zeros(elements + offset, dtype=DTYPES[d])[offset:] for d in (teacher, student))
@@ -177,6 +204,22 @@ def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple
         predictive.negative_cosine(p, z, 1e-8, list(wanted))
 
     return Case("negative_cosine", f"N x {d}" + ("" if all(wanted) else " p only"), dtype, call, vectors)
+
+
+def _regression(d: int, dtype: str, vectors: tuple[int, int], beta: float = 2.0) -> Case:
+    def call() -> None:
+        x, y = torch.zeros(4, d, dtype=DTYPES[dtype]), torch.zeros(4, d, dtype=DTYPES[dtype])
+        predictive.regression(x, y, beta, True, 1e-5, [True])
+
+    return Case("regression", f"N x {d} beta {beta:g}", dtype, call, vectors)
+
+
+def _characteristic(slices: int) -> Case:
+    def call() -> None:
+        theta = torch.zeros(2, 300, slices)
+        gaussian.characteristic_backward(theta, gaussian.characteristic(theta, 16))
+
+    return Case("characteristic", f"2 x N x {slices}", "fp32", call)
 
 
 def _nt_xent(d: int, dtype: str, temperature: float = 0.5, n: int = 300) -> Case:
@@ -211,6 +254,23 @@ def _siglip_loss(d: int, dtype: str) -> Case:
         contrastive.siglip_loss(x, x, torch.ones(()), torch.ones(()), 0, [True, True])
 
     return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
+
+
+def _similarity_logsumexp(d: int, dtype: str, everything: bool = True, n: int = 300) -> Case:
+    """What a row sees by ids, a mask, limits and its own image, with sums of logits; or by ids alone."""
+
+    def call() -> None:
+        a, numbers = torch.zeros(n, d, dtype=torch.float32), torch.zeros(n, dtype=torch.float64)
+        ids = torch.zeros(n, dtype=torch.int64)
+        more = (torch.zeros(n, n, dtype=torch.bool), numbers, numbers) if everything else (None,) * 3
+        visible = ([n, 0, n], ids, ids, *more)
+        contrastive.similarity_logsumexp(a, a, *visible, everything, everything, DTYPES[dtype])
+        slopes = (numbers, numbers, numbers if everything else None)
+        both = (*slopes, *(slopes if everything else (None,) * 3))
+        contrastive.similarity_logsumexp_backward(a, a, *visible, *both, [True, True], DTYPES[dtype])
+
+    shape = f"N x M x {d}" + ("" if everything else " ids alone")
+    return Case("similarity_logsumexp", shape, dtype, call, wgmma=True)
 
 
 def _nearest_neighbors(d: int, dtype: str) -> Case:
@@ -262,6 +322,23 @@ def _prototype_head(d: int, dtype: str, students: int = 2, images: int = 4, k: i
     return Case("prototype_head_cross_entropy", shape, dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
 
 
+def _mean_entropy(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        scores = [torch.zeros(4, k, dtype=DTYPES[dtype])]
+        prototypes.mean_entropy(scores, 0.1, torch.ones(k), torch.ones(()), [True])
+
+    return Case("mean_entropy", f"N x {k}", dtype, call, vectors)
+
+
+def _koleo(d: int, topk: int, dtype: str = "fp32", p: float = 2) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        neighbors = contrastive.koleo_neighbors(x, x, 0, topk, 100, 1e-8)
+        contrastive.koleo(x, neighbors.clamp(0, 299), p, 1e-8, [True])
+
+    return Case("koleo", f"N x {d} top {topk}" + (f" p {p:g}" if p != 2 else ""), dtype, call, wgmma=True)
+
+
 def _augment(size: int, dtype: str, channels_last: bool = False, exact: bool = False) -> Case:
     def call() -> None:
         images, table = torch.zeros(3, size, size, 3, dtype=torch.uint8), torch.zeros(3, 13)
@@ -292,6 +369,12 @@ CASES = [
     _clip_loss(512, "bf16"),
     _siglip_loss(512, "bf16"),
     _nearest_neighbors(128, "bf16"),
+    _similarity_logsumexp(128, "bf16"),
+    _similarity_logsumexp(256, "bf16"),
+    _similarity_logsumexp(512, "bf16"),
+    _similarity_logsumexp(128, "fp16"),
+    _similarity_logsumexp(128, "bf16", everything=False),
+    _similarity_logsumexp(128, "fp32"),
     _prototype_head(128, "fp16"),
     _prototype_head(256, "bf16"),
     _prototype_head(256, "bf16", students=10),
@@ -308,6 +391,11 @@ CASES = [
     _prototype_cross_entropy(8, 2, 3000, "fp32", "different", (1, 0)),
     _prototype_cross_entropy(1, 1, 8192, "bf16", "same", (1, 0)),
     _prototype_cross_entropy(2, 1, 1024, "fp32", "all", (1, 0)),
+    _mean_entropy(1024, "fp32", (1, 1)),
+    _mean_entropy(65_536, "bf16", (1, 1)),
+    _koleo(384, 1),
+    _koleo(1024, 4, "bf16"),
+    _koleo(128, 2, p=3.0),
     _rescale(5000, "bf16", (4, 4)),
     _rescale(5000, "fp32", (4, 4)),
     _ema_update(5000, "fp32", "fp32", (8, 4)),
@@ -315,6 +403,7 @@ CASES = [
     _ema_update(5000, "fp32", "fp16", (6, 4)),
     _ema_update(5000, "fp64", "fp64", (16, 8)),
     _ema_update(5000, "fp32", "fp32", (0, 0), offset=1),
+    *(_optimizer(op, 5000, *dtypes) for op in ("lars_", "adamw_") for dtypes in OPTIMIZER_DTYPES),
     _cross_entropy(1, "fp32", (0, 0)),
     _cross_entropy(10, "fp32", (0, 0)),
     _cross_entropy(1000, "bf16", (1, 1)),
@@ -334,6 +423,13 @@ CASES = [
     _negative_cosine(2048, "bf16", (4, 4)),
     _negative_cosine(8192, "fp32", (8, 8)),
     _negative_cosine(65_536, "fp32", (8, 4)),
+    _regression(128, "bf16", (2, 1)),
+    _regression(768, "bf16", (2, 1)),
+    _regression(1024, "fp32", (4, 4), beta=0),
+    _regression(8192, "fp32", (8, 8)),
+    _regression(65_536, "bf16", (4, 1)),
+    _characteristic(256),
+    _characteristic(21),
     _covariance("barlow_twins", 64, 512, "fp32"),
     _covariance("barlow_twins", 64, 512, "bf16"),
     _covariance("vicreg", 64, 512, "fp32"),

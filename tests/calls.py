@@ -102,6 +102,23 @@ FUNCTIONS = {
     "siglip_loss": Call(_with_scale_and_bias, F.siglip_loss),
     "negative_cosine": Call(_two, F.negative_cosine),
     "regression": Call(lambda b: [leaf(b, D), torch.randn(b, D)], F.regression),
+    "regression-rows": Call(
+        lambda b: [leaf(b, D), torch.randn(b, D), torch.arange(b), torch.rand(b)],
+        lambda p, t, rows, weights: F.regression(p, t, rows=rows, weights=weights),
+    ),
+    "masked_rows": Call(lambda b: [torch.rand(b, 3, 3) > 0.5], lambda mask: F.masked_rows(mask, 7)[1], False),
+    "gram_loss": Call(lambda b: [leaf(b, 5, D), torch.randn(b, 5, D)], F.gram_loss),
+    "kmeans": Call(
+        lambda b: [torch.randn(b, D), torch.eye(D)[:2]], lambda x, c: F.kmeans(x, c, iterations=2).centroids, False
+    ),
+    "nearest_rows": Call(
+        lambda b: [torch.randn(b, D), torch.randn(20, D)], lambda q, bank: F.nearest_rows(q, bank, k=3)[0], False
+    ),
+    "knn_votes": Call(
+        lambda b: [torch.randn(b, D), torch.randn(20, D), torch.arange(20) % 3],
+        lambda q, bank, labels: F.knn_votes(q, bank, labels, classes=3, k=5),
+        False,
+    ),
     "barlow_twins": Call(_two, F.barlow_twins),
     "vicreg": Call(_two, F.vicreg),
     "vicreg-health": Call(_two, lambda a, b: F.vicreg(a, b, health=F.Health())),
@@ -127,6 +144,7 @@ FUNCTIONS = {
     "sinkhorn": Call(lambda b: [torch.randn(b, K)], F.sinkhorn, False),
     "sinkhorn_bias": Call(lambda b: [torch.randn(b, K), torch.randn(b + 1, K)], lambda *x: F.sinkhorn_bias(x), False),
     "total_coding_rate": Call(lambda b: [leaf(b, D)], F.total_coding_rate),
+    "simdino": Call(lambda b: [leaf(b, D), leaf(b, D), torch.randn(b, D)], lambda s, r, t: F.simdino([s, r], [t])),
     "emp_ssl": Call(lambda b: [leaf(3, b, D)], F.emp_ssl),
     "mmcr": Call(lambda b: [leaf(b, 2, D), leaf(b, 2, D)], F.mmcr),
     "frossl": Call(_two, lambda *x: F.frossl(x)),

@@ -64,6 +64,9 @@ CPU = [
     Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
     Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "block_zz += b * b", "block_zz += a * b"),
     Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
+    Mutation("lars_", "csrc/optimizers/lars.h", "momentum * buffer[j] + step", "momentum * buffer[j] + 0.999f * step"),
+    Mutation("lars_", "csrc/optimizers/lars.cpp", "decay * parameter_norm", "1.001 * decay * parameter_norm"),
+    Mutation("adamw_", "csrc/optimizers/adamw.h", "std::sqrt(v) * root", "std::sqrt(v * root)"),
     Mutation("nt_xent", "csrc/contrastive/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
     Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sums.slope += g;", "sums.slope -= g;"),
@@ -79,6 +82,8 @@ CPU = [
     Mutation(
         "characteristic", "csrc/gaussian/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"
     ),
+    Mutation("koleo", "csrc/contrastive/koleo.h", "t.row_start + i, k, best", "t.row_start, k, best"),
+    Mutation("koleo", "csrc/contrastive/koleo.h", "-weight(n)", "-0.999f * weight(n)"),
     Mutation("vicreg", "csrc/covariance/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [
@@ -90,6 +95,8 @@ INTERPRETER = [
         "(mass * u - 0.99 * y) * weight",
     ),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
+    Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 11)", "mask = part < 1"),
+    Mutation("adamw_", "kernels/optimizers/adamw.py", "kept * p - rate", "p - rate"),
 ]
 
 

@@ -46,6 +46,22 @@ class Inputs:
         teacher = [x(5, dtype=self.wide), x(3, self.width, dtype=self.wide)]
         return teacher, [x(5), x(3, self.width)], torch.tensor(0.9, dtype=torch.float64)
 
+    def _of_parameters(self, x, lists: int) -> list[list[Tensor]]:
+        return [[x(5, dtype=self.wide), x(3, self.width, dtype=self.wide)] for _ in range(lists)]
+
+    def _lars_norms(self, x):
+        parameters, gradients = self._of_parameters(x, 2)
+        return parameters, gradients, x(2, 10, dtype=torch.float64).sigmoid(), [0, 1], None
+
+    def _lars(self, x):
+        return *self._of_parameters(x, 4), x(2, 10, dtype=torch.float64).sigmoid(), [0, 1], None, None, None
+
+    def _adamw(self, x):
+        parameters, gradients, averages, squares, teachers = self._of_parameters(x, 5)
+        steps = [torch.ones(()), torch.ones(())]
+        settings = x(2, 6, dtype=torch.float64).sigmoid()
+        return parameters, gradients, averages, [v.abs() for v in squares], steps, teachers, settings, [0, 1], None, None
+
     def _cross_entropy(self, x):
         return x(4, self.width) / self.temperature, torch.tensor([0, 3, -100, self.width - 1]), -100, [True]
 
@@ -54,6 +70,19 @@ class Inputs:
 
     def _regression(self, x):
         return x(4, self.width), x(4, self.width), 2.0, True, 1e-5, [True]
+
+    def _regression_rows(self, x):
+        rows, weights = torch.tensor([2, 0, 1]), x(3, dtype=self.wide).abs()
+        return x(4, self.width), x(4, self.width), rows, weights, 2.0, True, 1e-5, [True]
+
+    def _gram_loss(self, x):
+        return x(2, 5, self.width), x(2, 5, self.width), True, "keep", [True]
+
+    def _kmeans_step(self, x):
+        return x(6, self.width), x(3, self.width, dtype=self.wide), True, True
+
+    def _nearest_k(self, x):
+        return x(4, self.width), x(9, self.width), 3
 
     def _nt_xent(self, x):
         candidates = x(2, 9, self.width)
@@ -84,8 +113,31 @@ class Inputs:
         a, b, factor, offset = self._clip_loss(x)
         return a, b, factor, x(1, dtype=self.wide)[0], offset, [True, True]
 
+    def _visible(self, x):
+        a, b = x(4, self.width, scale=self.width**-0.5 / self.temperature), x(6, self.width)
+        ids = torch.tensor([0, 1, 2, 3]), torch.tensor([5, 0, 6, 1, 7, 8])
+        exclude = torch.tensor([[False, True, False], [False, False, False]])
+        return a, b, [4, 1, 6], *ids, exclude, x(4, dtype=self.wide).abs() + 9, x(6, dtype=self.wide).abs() + 9
+
+    def _similarity_logsumexp(self, x):
+        return *self._visible(x), True, True, self.dtype
+
+    def _similarity_logsumexp_backward(self, x):
+        visible = self._visible(x)
+        numbers = [x(n, dtype=torch.float64) for n in (4, 4, 4, 6, 6, 6)]
+        for lse in (numbers[0], numbers[3]):
+            lse += 9 + 1 / self.temperature  # no weight is large
+        return *visible, *numbers, [True, True], self.dtype
+
     def _nearest_neighbors(self, x):
         return x(4, self.width), x(9, self.width)
+
+    def _koleo_neighbors(self, x):
+        candidates = x(12, self.width)
+        return candidates[2:8], candidates, 2, 2, 6, 1e-8
+
+    def _koleo(self, x):
+        return x(6, self.width), torch.tensor([[1, 2], [0, 3], [1, 4], [1, 5], [3, 0], [1, 2]]), 2.0, 1e-8, [True]
 
     def _sinkhorn_step(self, x):
         return x(6, self.width, scale=0.3), x(self.width, dtype=torch.float64), self.temperature
@@ -128,17 +180,31 @@ class Inputs:
 
 
 WITHOUT_TEMPERATURE = {
-    "rescale_", "ema_update_", "negative_cosine", "regression", "nearest_neighbors", "characteristic",
-    "characteristic_backward", "barlow_twins", "vicreg",
+    "rescale_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression", "nearest_neighbors",
+    "characteristic",
+    "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo", "regression_rows", "gram_loss",
+    "kmeans_step", "nearest_k",
 }  # fmt: skip
 # (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN
 # where the other is an infinity: a pair's own weight is added to a product of matrices that has 0 in its place, and 0
 # times an infinite embedding is NaN.
-KINDS_MAY_DIFFER = {("clip_loss_backward", 0), ("clip_loss_backward", 1)}
+KINDS_MAY_DIFFER = {
+    (op, i) for op in ("clip_loss_backward", "similarity_logsumexp_backward") for i in (0, 1)
+}  # fmt: skip
 # (operator, number of the poisoned tensor, value) that are no input. A log-sum-exp of -inf is one of no logits at all,
-# and there are logits; an infinite scale is a temperature of 0.
+# and there are logits; an infinite scale is a temperature of 0; and the slope of a log-sum-exp, an upstream gradient,
+# meets probabilities that are 0 in float32 and tiny numbers in the specification's float64.
 NO_INPUT = {
-    *((op, i, "-inf") for op, both in (("nt_xent_backward", (2, 3)), ("clip_loss_backward", (3, 4))) for i in both),
+    *(
+        (op, i, "-inf")
+        for op, both in (
+            ("nt_xent_backward", (2, 3)),
+            ("clip_loss_backward", (3, 4)),
+            ("similarity_logsumexp_backward", (4, 7)),
+        )
+        for i in both
+    ),
+    *(("similarity_logsumexp_backward", i, value) for i in (5, 8) for value in ("-inf", "+inf")),
     *((op, 2, value) for op in ("clip_loss", "clip_loss_backward") for value in ("-inf", "+inf")),
 }
 OF_IMAGES = {"augment", "crop_resize"}

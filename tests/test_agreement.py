@@ -75,6 +75,7 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "tico": lambda a, b, group, rows: F.tico(a, b, group=group)[0],
     "sigreg": lambda a, b, group, rows: F.sigreg(a + b, drawn(D, 3), group=group),
     "lejepa": lejepa,
+    "koleo": lambda a, b, group, rows: F.koleo(a + b, topk=2, group=group),
     "sinkhorn_bias": codes,
     "mean_entropy": lambda a, b, group, rows: F.mean_entropy([a, b], group=group),
     "prototype_cross_entropy": of_scores(prototypes),

@@ -48,6 +48,7 @@ OF_A_GROUP: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Tensor]
             [s, r], [t, u], w, v, group=group, **TEMPERATURES
         ),
     ),
+    "koleo": (FUNCTIONS["koleo"].make, lambda group, x: F.koleo(x, topk=2, group=group)),
     "mean_entropy": (FUNCTIONS["mean_entropy"].make, lambda group, x: F.mean_entropy(x, group=group)),
     "sinkhorn": (FUNCTIONS["sinkhorn"].make, lambda group, x: F.sinkhorn(x, group=group)),
     "sinkhorn_bias": (FUNCTIONS["sinkhorn_bias"].make, lambda group, *x: F.sinkhorn_bias(x, group=group)),
@@ -68,6 +69,7 @@ OF_ALL_RANKS = {
     "VICRegLoss": lambda: nn.VICRegLoss(gather_distributed=True),
     "TiCoLoss": lambda: nn.TiCoLoss(gather_distributed=True),
     "MSNLoss": lambda: nn.MSNLoss(gather_distributed=True),
+    "KoLeoLoss": lambda: nn.KoLeoLoss(gather_distributed=True),
     "SwaVLoss": lambda: nn.SwaVLoss(sinkhorn_gather_distributed=True),
     "DINOLoss": lambda: nn.DINOLoss(K),
     "DINOLoss-sinkhorn": lambda: nn.DINOLoss(K, centering="sinkhorn"),

@@ -276,6 +276,32 @@ def test_koleo_is_finite_on_duplicates_one_row_and_zeros():
             assert loss.isfinite() and leaf.grad.isfinite().all()
 
 
+def test_equal_rows_pull_each_other_nowhere_but_from_others():
+    """The slopes of two equal rows, of size 1 / eps, cancel to the last bit."""
+    x = torch.tensor([[1.0, 2, 3], [1, 2, 3], [3, -1, 0.5], [3, -1, 0.5]], requires_grad=True)
+    F.koleo(x).backward()
+    assert (x.grad == 0).all()
+
+
+def test_the_nearest_of_koleo_are_what_a_sort_finds():
+    x = randn(1300, 6).float()
+    for offset, n, topk, group_size in ((0, 1300, 4, 1300), (0, 1300, 2, 20), (0, 1300, 3, 650), (300, 500, 2, 325)):
+        u = torch.nn.functional.normalize(x, dim=1)
+        number = torch.arange(1300)
+        similarities = (u @ u.T).masked_fill(number[:, None] // group_size != number // group_size, -3)
+        similarities.fill_diagonal_(-2)
+        expected = similarities.sort(1, descending=True).values[offset : offset + n, :topk]
+        found = torch.ops.fastjem.koleo_neighbors(x[offset : offset + n], x, offset, topk, group_size, 1e-8)
+        torch.testing.assert_close(similarities[offset : offset + n].gather(1, found), expected)
+        assert (found.sort(1).values.diff(dim=1) > 0).all()
+
+
+def test_neighbours_out_of_range_are_refused():
+    wrong = torch.tensor([[1], [3], [0]])
+    with pytest.raises(ValueError, match=r"neighbors must be in \[0, 3\), got 3 at row 1"):
+        torch.ops.fastjem.koleo(randn(3, 4), wrong, 2.0, 1e-8, [True])
+
+
 MISTAKES = [
     (lambda: F.sinkhorn_bias([]), "sinkhorn_bias: scores must be [B, K], or a list of them, got list"),
     (
@@ -381,6 +407,17 @@ def test_ibot_patch_loss_over_steps():
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     none = torch.zeros(0, 30, requires_grad=True)
     assert ours(none, none, torch.zeros(2, 3, 3, dtype=torch.bool)) == 0
+
+
+def test_koleo_with_dinov3s_options_is_the_mean_over_groups():
+    x = randn(40, 17).float()
+    loss = nn.KoLeoLoss(topk=2, group_size=20)
+    expected = F.koleo(x, topk=2, group_size=20)
+    torch.testing.assert_close(loss(x), expected)
+    torch.testing.assert_close(expected, (F.koleo(x[:20], topk=2) + F.koleo(x[20:], topk=2)) / 2)
+    loss.pairwise_distance = torch.nn.PairwiseDistance(p=1)
+    with pytest.raises(ValueError, match="KoLeoLoss: with a pairwise_distance of its own"):
+        loss(x)
 
 
 @pytest.mark.parametrize("options", [{}, {"p": 1, "eps": 1e-6}, {"p": 3}])

@@ -1,17 +1,7 @@
 // What happens to a tile of similarities between two matrix products: in its place come exponentials, or the weights of
 // a gradient. Unit rows before the first product, and the gradient through them after the last.
 
-// Calls f(j) for each column of the tile that shows row i's own image.
-template <class F>
-static inline void for_each_own_column(const SimilarityTile& t, int64_t i, F&& f) {
-  if (t.column_period == 0) return;
-  const int64_t image = (t.row_start + i) % t.row_period + t.offset;
-  if (image < 0 || image >= t.column_period) return;
-  const int64_t distance = t.column_start - image;
-  const int64_t periods_before = distance > 0 ? (distance + t.column_period - 1) / t.column_period : 0;
-  int64_t column = image + periods_before * t.column_period;
-  for (; column < t.column_start + t.columns; column += t.column_period) f(column - t.column_start);
-}
+#include "contrastive/own_columns.h"
 
 // Running: raises the row's maximum to the tile's, and rescales the sum of before. Returns the maximum as a pivot.
 template <class T>

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "tensors.h"
 
 namespace fastjem {
 
@@ -48,8 +48,27 @@ static std::pair<double, int64_t> cross_entropy(int dtype, uintptr_t logits, int
   return {total, counted};
 }
 
+// The same of a plain tensor; None where it isn't one, or labels and gradient don't fit it.
+static pybind11::object cross_entropy_of_plain(pybind11::handle logits, pybind11::handle labels,
+                                               pybind11::handle gradient, int64_t ignore_index, bool mean,
+                                               int threads) {
+  Given given;
+  const Plain x = given(logits, 2);
+  const int64_t* classes = given.good ? given.labels(labels, x.shape[0]) : nullptr;
+  const void* out = given.gradient_of(x, gradient);
+  if (!given.good) return pybind11::none();
+  std::pair<double, int64_t> found;
+  {
+    const pybind11::gil_scoped_release release;
+    found = cross_entropy(x.dtype, address(x.data), x.shape[0], x.shape[1], x.shape[1], address(classes), ignore_index,
+                          address(out), mean, threads);
+  }
+  return pybind11::cast(found);
+}
+
 void bind_cross_entropy(pybind11::module_& m) {
   m.def("cross_entropy", &cross_entropy, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("cross_entropy_of_plain", &cross_entropy_of_plain);
 }
 
 }  // namespace fastjem

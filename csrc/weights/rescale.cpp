@@ -11,8 +11,8 @@ static void rescale(int dtype, uintptr_t x, int64_t size, double factor, int thr
   });
 }
 
-// Every gradient (None: none) times upstream * factor; `factors` is a 0-dim tensor for all, or a number for each. False,
-// and nothing is written, where one of the tensors isn't plain, or a gradient not contiguous.
+// Every gradient (None: none) times upstream * factor; `factors` is a 0-dim tensor for all, or a number for each.
+// False, and nothing is written, where one of the tensors isn't plain, or a gradient not contiguous.
 static bool rescale_plain(pybind11::sequence gradients, pybind11::handle upstream, pybind11::handle factors,
                           int threads) {
   const auto number = [](const Plain& x) {

@@ -34,6 +34,7 @@ class Case:
     peers: Mapping[str, Callable[[], Callable]] = field(default_factory=dict)  # package -> imports and makes it
     dtype: torch.dtype = torch.float32
     compiled: Callable[[], Callable] | None = None  # makes torch.compile's variant, where it can't take `eager` whole
+    compiles: bool = True  # False: there is no such variant, as of an optimiser's step, whose compile takes minutes
     uses: tuple[str, ...] = ()  # further operators that `ours` consists of
     devices: tuple[str, ...] = ("cpu", "cuda")
     full_only: tuple[str, ...] = ()  # devices on which only `--full` runs it, because it takes too long
@@ -51,7 +52,7 @@ class Case:
         """Name -> function of the inputs, eager first and ours last; and, for peers that can't be had, why."""
         functions = {"eager": self.eager}
         absent = {}
-        if compiled:
+        if compiled and self.compiles:
             functions["compile"] = self.compiled() if self.compiled else torch.compile(self.eager, dynamic=False)
         for package, load in self.peers.items():
             try:

@@ -7,7 +7,10 @@ from fastjem.functional.augment import augment, crop_resize
 from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nt_xent, supcon
 from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
+from fastjem.functional.gram import gram_loss
 from fastjem.functional.image_text import clip_loss, siglip_loss
+from fastjem.functional.neighbors import Clusters, kmeans, knn_votes, nearest_rows
+from fastjem.functional.patches import masked_rows
 from fastjem.functional.predictive import negative_cosine, regression
 from fastjem.functional.prototypes import (
     TeacherStatistics,
@@ -16,11 +19,12 @@ from fastjem.functional.prototypes import (
 )
 from fastjem.functional.regularizers import koleo, mean_entropy
 from fastjem.functional.sinkhorn import sinkhorn, sinkhorn_bias
-from fastjem.functional.spectral import emp_ssl, frossl, mmcr, total_coding_rate, w_mse, whiten
+from fastjem.functional.spectral import emp_ssl, frossl, mmcr, simdino, total_coding_rate, w_mse, whiten
 from fastjem.functional.supervised import cross_entropy
 from fastjem.functional.weights import ema_update_
 
 __all__ = [
+    "Clusters",
     "Health",
     "TeacherStatistics",
     "augment",
@@ -33,12 +37,17 @@ __all__ = [
     "ema_update_",
     "emp_ssl",
     "frossl",
+    "gram_loss",
     "info_nce",
+    "kmeans",
+    "knn_votes",
     "koleo",
     "lejepa",
+    "masked_rows",
     "mean_entropy",
     "mmcr",
     "nearest_neighbors",
+    "nearest_rows",
     "negative_cosine",
     "nt_xent",
     "prototype_cross_entropy",
@@ -47,6 +56,7 @@ __all__ = [
     "regression",
     "siglip_loss",
     "sigreg",
+    "simdino",
     "sinkhorn",
     "sinkhorn_bias",
     "supcon",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastjem.kernels import guard
 from fastjem.kernels.arithmetic import widest_dtype
+from fastjem.kernels.plain import plain_matrices
 
 NO_ADDRESS = 2**40  # programs' memory begins far above
 PLAIN = {Tensor, torch.nn.Parameter}  # what has an address; others are made of such, or of nothing (fake tensors)
@@ -33,6 +34,8 @@ def matrices(
 
     Not empty, but for the dimension `may_be_empty`, where a rank among others may have no rows.
     """
+    if not torch.compiler.is_compiling() and plain_matrices(tensors, dims, same):
+        return  # one look by C++: what follows tells what is wrong with the others
     for x in tensors:
         if not isinstance(x, Tensor):
             fail(op, contract, type(x).__name__)

@@ -26,7 +26,7 @@ R = TypeVar("R")
 _FUNCTIONS: dict[str, Callable] = {}
 _SHAPES: dict[str, Callable] = {}
 _PACKED: dict[str, Callable] = {}
-_HOST_NUMBERS = ("eps", "t_max")  # which a function wants to know on the host: see `checks.host_number`
+_HOST_NUMBERS = ("eps", "t_max", "hardness")  # which a function wants to know on the host: see `checks.host_number`
 
 _KEY = torch._C.DispatchKey
 _AUTOGRAD = (_KEY.AutogradFunctionality, _KEY.ADInplaceOrView)

@@ -1,16 +1,20 @@
 """Contrastive losses of one set of rows: a log-sum-exp over similarities, less the positives."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
-from fastjem.functional import checks, few, rings
+from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
+from fastjem.functional.options import Options, check_exclude, check_ids, is_of_rows, temperature_of_rows
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.kernels.arithmetic import widest
-from fastjem.ops.autograd import one_pass, ops, refuse_second_order, two_passes
+from fastjem.ops import transforms
+from fastjem.ops.autograd import known, needs_gradient, one_pass, ops, refuse_second_order, two_passes
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -63,34 +67,99 @@ def nt_xent(
     z1: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.5,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    ids: Tensor | None = None,
+    exclude: Tensor | None = None,
+    false_negative_margin: float | Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    prior: float | Tensor = 0.0,
+    hardness: float = 0.0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Normalised-temperature cross-entropy, SimCLR's loss (Chen et al. 2020, arXiv 2002.05709, equation 1).
 
     The mean, over all V N rows and their V - 1 positives, of `cross_entropy(cosines with all other rows /
-    temperature, positive)`.
+    temperature, positive)`. Options may be combined; memory stays O(N D) with all of them.
 
     Args:
         z0, z1: [N, D] each, two views of N images, or `z0` alone as [V, N, D]. Normalised inside.
-        temperature: what the cosines are divided by: a number, or a 0-dim tensor, which gets its gradient.
+        temperature: what the cosines are divided by: a number, or a tensor that gets its gradient, 0-dim or of each
+            row, [N] or [V, N].
+        reduction: "mean", "sum", or "none" for the loss of each row, [V, N]. Over ranks "none" gives this rank's rows,
+            and their gradients aren't multiplied by the number of ranks: DistributedDataParallel's mean of a loss made
+            of them is that of the ranks' losses.
+        weights: [N] or [V, N], of the rows' losses, constants; the mean becomes sum(weights * losses) / sum(weights).
+        label_smoothing: torch's: so much of the target is uniform over a row's candidates, positives among them.
+        ids: [N] int64: images of equal ids aren't negatives of one another.
+        exclude: bool, [N, N], which images (columns) aren't negatives of which; or [N], which aren't of any (padding,
+            whose own loss `weights` of 0 leave out). With a group [N, all ranks' N], or [N] of this rank.
+        false_negative_margin: a candidate whose cosine is above that of the row's most similar positive plus this
+            isn't a negative (Zhang et al. 2025, arXiv 2506.05176, with 0.1).
+        hard_negatives: [N, H, D], normalised inside: further negatives of each image alone.
+        prior: how probable it is that a negative is a positive, a number or [N]: what those are expected to add is
+            taken out (Chuang et al. 2020, arXiv 2007.00224, equation 8).
+        hardness: above 0, negatives count by `exp(hardness * cosine / temperature)`, with a mean of 1 (Robinson et
+            al. 2021, arXiv 2010.04592: beta).
         group: the process group whose ranks' rows are candidates and rows of one global batch (batches may be uneven,
             a rank may have no rows); None: this rank's alone. Ranks see each other's rows one rank at a time: memory
             stays that of one batch. All of them must call backward.
 
     Returns:
-        0-dim float32 (float64 for float64 inputs); the same on every rank of the group.
+        0-dim float32 (float64 for float64 inputs), the same on every rank of the group; [V, N] without a reduction.
 
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
-    loss = few.of_views("nt_xent", z0, z1, temperature, group)
+    options = Options(
+        reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
+    )  # fmt: skip
+    plain = group is None and not options.any()
+    loss = quick.of_views("nt_xent", z0, z1, temperature) if plain else None
     if loss is not None:
         return loss
-    with Agreement("nt_xent", group) as ranks:
-        z = _stacked("nt_xent", z0, z1, group)
-        temperature = checks.positive("nt_xent", "temperature", temperature, z)
+    return _nt_xent("nt_xent", z0, z1, temperature, options, None, False, group)
+
+
+def _nt_xent(
+    op: str,
+    z0: Tensor,
+    z1: Tensor | None,
+    temperature: float | Tensor,
+    options: Options,
+    pull: Tensor | None,  # [N] or [V, N], weights of the positive terms
+    decoupled: bool,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    of_rows = is_of_rows(op, temperature, group)
+    has_options = of_rows or options.any()
+    with Agreement(op, group) as ranks:
+        z = _stacked(op, z0, z1, group)
+        temperature = _temperature(op, temperature, z, of_rows, [z.shape[1:2], z.shape[:2]])
+        if pull is not None:
+            if pull.shape not in (z.shape[:2], z.shape[1:2]):
+                checks.fail(op, f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(pull.shape))
+            checks.one_device(op, (z, pull))
+            pull = pull.detach().expand(z.shape[:2])
         _rows_of_views(ranks, z, temperature)
-    return _of_views(z, temperature, None, ranks.sizes, group)
+        if has_options:
+            options = options.checked(op, z, z.shape[1], [z.shape[1:2], z.shape[:2]])
+            ranks.alike(*options.facts())
+    if not has_options:
+        return _of_views(z, temperature, pull, ranks.sizes, group, decoupled)
+    if options.exclude is not None:
+        with Agreement(op, group) as again:  # a mask is as wide as all ranks' rows are many
+            check_exclude(op, options.exclude, [(z.shape[1], sum(ranks.sizes)), z.shape[1:2]], z)
+            again.rows_of(z, dim=1)
+    return candidates.loss_of_views(z, temperature, options, ranks.sizes, group, op, decoupled, pull)
+
+
+def _temperature(op: str, value: object, like: Tensor, of_rows: bool, shapes: list[tuple]) -> float | Tensor:
+    """A number, 0-dim, or one of each row."""
+    if of_rows and isinstance(value, Tensor):
+        return temperature_of_rows(op, "temperature", value, like, shapes)
+    return checks.positive(op, "temperature", value, like)
 
 
 def _rows_of_views(ranks: Agreement, z: Tensor, temperature: float | Tensor) -> None:
@@ -106,6 +175,13 @@ def dcl(
     *,
     temperature: float | Tensor = 0.1,
     weights: Tensor | None = None,
+    reduction: str = "mean",
+    ids: Tensor | None = None,
+    exclude: Tensor | None = None,
+    false_negative_margin: float | Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    prior: float | Tensor = 0.0,
+    hardness: float = 0.0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Decoupled contrastive learning (Yeh et al. 2021, arXiv 2110.06848, equation 6): no positive in the denominator.
@@ -114,22 +190,17 @@ def dcl(
     mean(positives' cosines) / temperature`. With one image alone there is no other: -inf, as in lightly.
 
     Args:
-        z0, z1, temperature, group: as for `nt_xent`.
-        weights: [N] or [V, N], constants; None: ones.
+        z0, z1, temperature, group: as for `nt_xent`, and the other options too.
+        weights: [N] or [V, N], constants, of the positive terms; None: ones.
     """
-    loss = few.of_views("dcl", z0, z1, temperature, group, decoupled=True) if weights is None else None
+    options = Options(
+        reduction, None, 0.0, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
+    )  # fmt: skip
+    plain = group is None and weights is None and not options.any()
+    loss = quick.of_views("dcl", z0, z1, temperature, decoupled=True) if plain else None
     if loss is not None:
         return loss
-    with Agreement("dcl", group) as ranks:
-        z = _stacked("dcl", z0, z1, group)
-        temperature = checks.positive("dcl", "temperature", temperature, z)
-        if weights is not None:
-            if weights.shape not in (z.shape[:2], z.shape[1:2]):
-                checks.fail("dcl", f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(weights.shape))
-            checks.one_device("dcl", (z, weights))
-            weights = weights.detach().expand(z.shape[:2])
-        _rows_of_views(ranks, z, temperature)
-    return _of_views(z, temperature, weights, ranks.sizes, group, decoupled=True)
+    return _nt_xent("dcl", z0, z1, temperature, options, weights, True, group)
 
 
 @over_ranks()
@@ -193,9 +264,9 @@ def supcon(
         normalize: False takes rows as they come (the authors' convention: they are of unit length already).
         group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
-    if mask is None and anchors in ("all", "one"):
-        options = {"labels": labels, "normalize": normalize, "one_anchor": anchors == "one"}
-        loss = few.of_views("supcon", z, None, temperature, group, **options)
+    if group is None and mask is None and anchors in ("all", "one"):
+        one_anchor = anchors == "one"
+        loss = quick.of_views("supcon", z, None, temperature, labels=labels, normalize=normalize, one_anchor=one_anchor)
         if loss is not None:
             return loss
     with Agreement("supcon", group) as ranks:
@@ -274,7 +345,7 @@ def _over_positives(
     if mask is not None:
         weight = mask.to(by_image)
         return weight @ by_image, weight.sum(1), weight.diagonal()
-    n = len(by_image)
+    n = by_image.shape[0]
     ones = torch.ones(n, dtype=by_image.dtype, device=by_image.device)
     classes = torch.arange(n, device=by_image.device) if labels is None else labels
     # A class's number is where it begins among the sorted labels. In float64 index_put adds in one order everywhere.
@@ -307,6 +378,16 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.1,
     label_offset: int | None = None,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    exclude: Tensor | None = None,
+    false_negative_margin: float | Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    prior: float | Tensor = 0.0,
+    hardness: float = 0.0,
 ) -> Tensor:
     """InfoNCE with given negatives, MoCo's loss (He et al. 2020, arXiv 1911.05722, equation 1).
 
@@ -316,17 +397,25 @@ def info_nce(
         query, positive: [N, D] each.
         negatives: [K, D], for example a queue. Constants unless they require a gradient; constants may be changed in
             place before backward, as nothing of them is kept.
-        temperature: what the cosines are divided by: a number, or a 0-dim tensor, which gets its gradient.
+        temperature: what the cosines are divided by: a number, or a tensor that gets its gradient, 0-dim or [N].
         label_offset: row `label_offset + i` of `negatives` is query i's own positive and doesn't count twice. So
             candidates gathered from all ranks, or a shard of them, can be given as they are (MoCo v3: rank * N).
+        ids, negative_ids: [N] and [K] int64, given both: a row of `negatives` whose id is the query's isn't its
+            negative (the same image in a queue).
+        exclude: bool, [N, K], or [K] for all queries (a queue that isn't full yet).
+        reduction, weights, label_smoothing, false_negative_margin, hard_negatives, prior, hardness: as for `nt_xent`.
 
     Returns:
-        0-dim float32 (float64 for float64 inputs).
+        0-dim float32 (float64 for float64 inputs); [N] without a reduction.
 
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
-    loss = few.info_nce(query, positive, negatives, temperature, label_offset)
+    options = Options(
+        reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
+    )  # fmt: skip
+    has_options = negative_ids is not None or options.any()
+    loss = None if has_options else quick.info_nce(query, positive, negatives, temperature, label_offset)
     if loss is not None:
         return loss
     contract = "query and positive must be [N, D] both, negatives [K, D]"
@@ -335,14 +424,24 @@ def info_nce(
     if negatives.shape[1] != query.shape[1]:
         checks.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
     checks.one_device("info_nce", (query, positive, negatives))
-    temperature = checks.positive("info_nce", "temperature", temperature, query)
+    of_rows = is_of_rows("info_nce", temperature, None)
+    temperature = _temperature("info_nce", temperature, query, of_rows, [query.shape[:1]])
     offset = -query.shape[0] if label_offset is None else checks.integer("info_nce", "label_offset", label_offset)
     rows = checks.common(query, positive, negatives)
+    if has_options or of_rows:
+        options = options.checked("info_nce", query, query.shape[0], [query.shape[:1]])
+        if (ids is None) != (negative_ids is None):
+            checks.fail("info_nce", "ids and negative_ids must be given both or neither", "one of them")
+        check_ids("info_nce", "negative_ids", negative_ids, negatives.shape[:1], query)
+        check_exclude("info_nce", exclude, [(query.shape[0], negatives.shape[0]), negatives.shape[:1]], query)
+        own = None if label_offset is None else offset
+        return candidates.info_nce(*rows, negative_ids, own, temperature, options)
     if not isinstance(temperature, Tensor):
         return one_pass("info_nce", rows, offset, temperature)
     refuse_forward_mode("info_nce", (*rows, temperature))
     rows = [unit_rows_over_root(x, temperature) for x in rows]
-    return _InfoNCE.apply(*rows, offset).to(loss_dtype(query))
+    loss = _info_nce_at_once(rows, offset) if transforms.active() else _InfoNCE.apply(*rows, offset)
+    return loss.to(loss_dtype(query))
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -353,9 +452,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> Tensor:
-        logits = widest((query * positive).sum(1))
-        _, lse = ops.nt_xent(query[None], negatives[None], offset, 1.0, False, False)
-        lse = torch.logaddexp(lse[0], logits)
+        logits, lse = _logits_and_lse(query, positive, negatives, offset)
         ctx.save_for_backward(query, positive, negatives, lse, logits)
         ctx.offset = offset
         return (lse - logits).mean()
@@ -364,19 +461,45 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         refuse_second_order("info_nce")
         query, positive, negatives, lse, logits = ctx.saved_tensors
-        # An infinite log-sum-exp has no probabilities: a candidate is no row here.
-        none = torch.full_like(negatives[:, 0], torch.inf, dtype=lse.dtype)[None]
-        rows = query[None]
-        candidates = negatives[None]
-        options = (1.0, False, False)
+        learned = ctx.needs_input_grad[2]
+        gradients = _info_nce_gradients(query, positive, negatives, lse, logits, ctx.offset, learned)
         scale = (upstream / lse.numel()).to(query.dtype)
-        pull = (logits - lse).expm1().to(query.dtype)[:, None]  # the positive's probability - 1
-        of_negatives = None
-        of_query = ops.nt_xent_backward(rows, candidates, lse[None], none, None, ctx.offset, *options)[0]
-        if ctx.needs_input_grad[2]:
-            of_negatives = ops.nt_xent_backward(candidates, rows, none, lse[None], None, -ctx.offset, *options)[0]
-            of_negatives = of_negatives * scale
-        return (of_query + pull * positive) * scale, pull * query * scale, of_negatives, None
+        return *(None if gradient is None else gradient * scale for gradient in gradients), None
+
+
+def _logits_and_lse(query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """The positives' logits, and the log-sum-exps of all logits, both [N] float64."""
+    logits = widest((query * positive).sum(1))
+    _, lse = ops.nt_xent(query[None], negatives[None], offset, 1.0, False, False)
+    return logits, torch.logaddexp(lse[0], logits)
+
+
+def _info_nce_gradients(
+    query: Tensor, positive: Tensor, negatives: Tensor, lse: Tensor, logits: Tensor, offset: int, learned: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of the sum over rows; for the negatives where they are `learned`."""
+    # An infinite log-sum-exp has no probabilities: a candidate is no row here.
+    none = torch.full_like(negatives[:, 0], torch.inf, dtype=lse.dtype)[None]
+    rows = query[None]
+    candidates = negatives[None]
+    options = (1.0, False, False)
+    pull = (logits - lse).expm1().to(query.dtype)[:, None]  # the positive's probability - 1
+    of_query = ops.nt_xent_backward(rows, candidates, lse[None], none, None, offset, *options)[0] + pull * positive
+    if not learned:
+        return of_query, pull * query, None
+    of_negatives = ops.nt_xent_backward(candidates, rows, none, lse[None], None, -offset, *options)[0]
+    return of_query, pull * query, of_negatives
+
+
+def _info_nce_at_once(inputs: Sequence[Tensor], offset: int) -> Tensor:
+    """`_InfoNCE` within a transform of torch.func: the gradients with the loss."""
+    query, positive, negatives = (x.detach() for x in inputs)
+    logits, lse = _logits_and_lse(query, positive, negatives, offset)
+    loss = (lse - logits).mean()
+    learned = needs_gradient(inputs[2])
+    gradients = _info_nce_gradients(query, positive, negatives, lse, logits, offset, learned)
+    of_all = [negatives if gradient is None else gradient for gradient in gradients]
+    return known("info_nce", loss, inputs, of_all, [1 / lse.numel()] * 3)
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement
-from fastjem.functional import checks, few, rings
+from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
+from fastjem.functional.options import Options, check_exclude, is_of_rows, temperature_of_rows
 from fastjem.kernels.arithmetic import widest_dtype
 
 
@@ -32,6 +33,15 @@ def clip_loss(
     y: Tensor,
     logit_scale: Tensor | float,
     *,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    ids: Tensor | None = None,
+    exclude: Tensor | None = None,
+    false_negative_margin: float | Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    prior: float | Tensor = 0.0,
+    hardness: float = 0.0,
     group: dist.ProcessGroup | None = None,
     local_loss: bool = False,
     gather_with_grad: bool = True,
@@ -42,8 +52,14 @@ def clip_loss(
 
     Args:
         x, y: [N, D] each, pair by pair, as given: open_clip's convention is that they are normalised already.
-        logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter): a number, or a 0-dim
-            tensor, which gets its gradient.
+        logit_scale: what similarities are multiplied by (the exponential of CLIP's parameter): a number, or a tensor
+            that gets its gradient, 0-dim or [N], of each pair's rows.
+        ids: [N] int64: pairs of equal ids aren't negatives of one another (one image with several captions).
+        exclude: bool, [N, N], which rows of y aren't negatives of which of x, and the other way round; or [N], which
+            pairs aren't of any. With a group [N, all ranks' N], or [N] of this rank.
+        hard_negatives: [N, H, D], as given: further rows of y, for row i of x alone.
+        reduction, weights, label_smoothing, false_negative_margin, prior, hardness: as for `nt_xent`, of both
+            directions; a pair's loss is their mean.
         group: as for `nt_xent`.
         local_loss: with a group, the mean over this rank's rows (and, for `logits.T`, its columns) alone, each against
             all ranks' candidates (0 for a rank without rows); the gradient is still that of the global loss, exact
@@ -53,10 +69,16 @@ def clip_loss(
             it changes nothing.
 
     Returns:
-        0-dim float32 (float64 for float64 inputs); the same on every rank of the group, unless `local_loss`.
+        0-dim float32 (float64 for float64 inputs), the same on every rank of the group, unless `local_loss`; [N]
+        without a reduction.
     """
-    loss = few.of_pairs("clip_loss", x, y, logit_scale, None, group, has_bias=False)
-    if loss is not None:
+    options = Options(
+        reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
+    )  # fmt: skip
+    of_rows = is_of_rows("clip_loss", logit_scale, group)
+    if of_rows or options.any():
+        return _clip_with_options(x, y, logit_scale, of_rows, options, group, local_loss, gather_with_grad)
+    if group is None and (loss := quick.clip_loss(x, y, logit_scale)) is not None:
         return loss
     constant_candidates = group is not None and local_loss and not gather_with_grad
     with Agreement("clip_loss", group) as ranks:
@@ -68,6 +90,39 @@ def clip_loss(
     if group is not None and constant_candidates:
         return rings.clip_loss_of_constant_candidates(x, y, scale, ranks.sizes, group)
     return rings.clip_loss(x, y, scale, ranks.sizes, group, local_loss and group is not None)
+
+
+def _clip_with_options(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor | float,
+    of_rows: bool,
+    options: Options,
+    group: dist.ProcessGroup | None,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> Tensor:
+    op = "clip_loss"
+    with Agreement(op, group) as ranks:
+        checks.matrices(op, "x and y must be [N, D] both", x, y, may_be_empty=None if group is None else 0)
+        x, y = checks.common(x, y)
+        if of_rows and isinstance(logit_scale, Tensor):
+            scale = temperature_of_rows(op, "logit_scale", logit_scale, x, [x.shape[:1]])
+        else:
+            scale = _scalar(op, "logit_scale", logit_scale, x)
+        options = options.checked(op, x, x.shape[0], [x.shape[:1]])
+        if group is not None and local_loss and not gather_with_grad:
+            checks.fail(op, "with options, gather_with_grad must be True", gather_with_grad)
+        ranks.rows_of(x)
+        ranks.backward_of(x, y, scale)
+        if group is not None and of_rows and options.exclude is not None and options.exclude.dim() == 2:
+            checks.fail(op, "with a group and a scale of each row, exclude must be [N]", tuple(options.exclude.shape))
+        ranks.alike(*options.facts(), f"local_loss={local_loss}")
+    if options.exclude is not None:
+        with Agreement(op, group) as again:  # a mask is as wide as all ranks' rows are many
+            check_exclude(op, options.exclude, [(x.shape[0], sum(ranks.sizes)), x.shape[:1]], x)
+            again.rows_of(x)
+    return candidates.clip_loss(x, y, scale, options, ranks.sizes, group, local_loss and group is not None)
 
 
 @over_ranks()
@@ -87,8 +142,7 @@ def siglip_loss(
         x, y, logit_scale, group: as for `clip_loss`.
         logit_bias: 0-dim, with its gradient.
     """
-    loss = few.of_pairs("siglip_loss", x, y, logit_scale, logit_bias, group, has_bias=True)
-    if loss is not None:
+    if group is None and (loss := quick.siglip_loss(x, y, logit_scale, logit_bias)) is not None:
         return loss
     with Agreement("siglip_loss", group) as ranks:
         x, y, scale = _checked("siglip_loss", x, y, logit_scale, group)

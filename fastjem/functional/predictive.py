@@ -1,8 +1,10 @@
 """Losses between a prediction and a target: BYOL, SimSiam, data2vec."""
 
+import torch
 from torch import Tensor
 
-from fastjem.functional import checks
+from fastjem.functional import checks, quick
+from fastjem.functional.precision import loss_dtype
 from fastjem.ops.autograd import one_pass
 
 
@@ -22,38 +24,77 @@ def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
     Raises:
         ValueError: for other shapes or dtypes.
     """
+    if (loss := quick.negative_cosine(p, z, eps)) is not None:
+        return loss
     checks.matrices("negative_cosine", "p and z must be [N, D] both", p, z)
     eps = checks.host_number("negative_cosine", "eps", eps, low=0)
     return one_pass("negative_cosine", checks.common(p, z), eps)
 
 
 def regression(
-    prediction: Tensor, target: Tensor, *, beta: float = 1.0, normalize: bool = True, eps: float = 1e-5
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    beta: float = 1.0,
+    normalize: bool = True,
+    eps: float = 1e-5,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """`smooth_l1_loss(prediction, layer_norm(target, [D]), beta=beta)`: data2vec's loss.
 
     Baevski et al. 2022, arXiv 2202.03555, equation 2.
 
     Args:
-        prediction: [..., D], the student's, at the masked positions.
+        prediction: [..., D], the student's: at the masked positions, or at all of them with `rows`.
         target: [..., D], the teacher's; it gets no gradient.
         beta: from squared to absolute error (2 in data2vec's image models); 0: the squared error, as in the official
             code.
         normalize: the target, by layer norm without affine part.
         eps: the layer norm's.
+        rows: [M] int64, the flat indices of the positions that count, as `masked_rows` gives them: they are read where
+            they are, and nothing is gathered. All different, but for those of weight 0, which aren't looked at.
+        weights: [M], one a row (of all rows without `rows`): the mean over rows becomes sum(weights * rows) /
+            sum(weights). With 1 / (masked patches of its image) every image counts alike.
 
     Returns:
         0-dim float32 (float64 for float64 inputs), the mean over all elements.
 
     Raises:
-        ValueError: for other shapes or dtypes, a negative beta, or an eps that isn't positive.
+        ValueError: for other shapes or dtypes, a negative beta, or an eps that isn't positive; on the CPU, for rows out
+            of range (on a GPU these make the loss NaN).
     """
+    if rows is None and weights is None:
+        loss = quick.regression(prediction, target, beta, normalize, eps)
+        if loss is not None:
+            return loss
     contract = "prediction and target must be [..., D] both"
     checks.matrices("regression", contract, prediction, target, dims=max(1, getattr(prediction, "ndim", 1)))
     beta = checks.host_number("regression", "beta", beta, low=0, inclusive=True)
     eps = checks.host_number("regression", "eps", eps, low=0)
     prediction, target = checks.common(prediction, target.detach())
     width = prediction.shape[-1]
-    rows = prediction.reshape(-1, width)
+    predictions = prediction.reshape(-1, width)
     targets = target.reshape(-1, width)
-    return one_pass("regression", (rows,), targets, beta, bool(normalize), eps)
+    options = (beta, bool(normalize), eps)
+    if rows is None and weights is None:
+        return one_pass("regression", (predictions,), targets, *options)
+    rows, weights = _rows_and_weights(rows, weights, predictions)
+    return one_pass("regression_rows", (predictions,), targets, rows, weights, *options)
+
+
+def _rows_and_weights(rows: Tensor | None, weights: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [M], of the rows of x [N, D]: by default all of them, alike."""
+    if rows is None:
+        rows = torch.arange(x.shape[0], device=x.device)
+    elif not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype != torch.int64:
+        came = f"{checks.shape(rows)} {getattr(rows, 'dtype', '')}".strip()
+        checks.fail("regression", "rows must be [M] int64", came)
+    count = rows.shape[0]
+    if weights is None:
+        weights = torch.ones(count, dtype=loss_dtype(x), device=x.device)
+    elif not isinstance(weights, Tensor) or weights.shape != (count,) or not weights.is_floating_point():
+        came = f"{checks.shape(weights)} {getattr(weights, 'dtype', '')}".strip()
+        checks.fail("regression", f"weights must be [{count}], floating-point", came)
+    checks.one_device("regression", [x, rows, weights])
+    return rows, weights.detach()

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from fastjem.functional import checks
 from fastjem.functional.checks import PLAIN
-from fastjem.functional.memory import check_update
-from fastjem.kernels import guard
+from fastjem.functional.memory import check_inference_mode, check_update
+from fastjem.kernels import guard, plain
 from fastjem.kernels.arithmetic import widest, widest_dtype
+from fastjem.ops import transforms
 from fastjem.ops.autograd import ops
+from fastjem.ops.direct import nothing_watches
 
 WIDE = (torch.float32, torch.float64)
 
@@ -42,16 +44,24 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
         checks.fail(op, "teacher and student must be as many tensors", f"{len(teacher)} and {len(student)}")
     if not teacher:
         return
+    transforms.refuse(op, (*teacher, *student), "by what writes in place")
     written = teacher
     compiling = torch.compiler.is_compiling()
-    if not compiling and not PLAIN.issuperset(map(type, [*teacher, *student])):
+    seen = None if compiling else plain.facts([*teacher, *student])
+    if seen is None and not compiling and not PLAIN.issuperset(map(type, [*teacher, *student])):
         teacher, student = _local(op, teacher, student)
-    check_update(op, teacher, student, _check_dtypes)
+    check_update(op, teacher, student, _check_dtypes, seen)
     weight = _momentum(op, momentum, teacher[0])
     if compiling:  # the compiler sees from the operator's schema what is written
         ops.ema_update_(teacher, student, weight)
         return
-    torch.autograd.graph.increment_version(written)
+    try:
+        torch.autograd.graph.increment_version(written)
+    except RuntimeError:  # torch's own refusal of an inference tensor that is where another one was
+        check_inference_mode(op)
+        raise
+    if seen is not None and nothing_watches() and plain.ema_update(seen, weight.item(), torch.get_num_threads()):
+        return
     with guard.checked_already():
         ops.ema_update_(teacher, student, weight)
 

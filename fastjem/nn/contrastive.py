@@ -17,6 +17,7 @@ from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
 from fastjem.nn.hooks import Hooks, is_overridden
 from fastjem.nn.memory_bank import MemoryBankModule
+from fastjem.ops.autograd import needs_gradient
 
 
 class NTXentLoss(nn.Module):
@@ -63,10 +64,11 @@ class NTXentLoss(nn.Module):
             return F.nt_xent(out0, out1, temperature=self.temperature, group=group)
         # The bank of all ranks is pushed to together: what fails before, fails on all of them.
         with Agreement("NTXentLoss", group) as ranks:
-            loss = self._with_bank(out0, out1, is_empty=group is not None and not len(out0))
+            loss = self._with_bank(out0, out1, is_empty=group is not None and not out0.shape[0])
             ranks.rows_of(out1)
-            ranks.alike("enqueued" if out0.requires_grad else "not enqueued")
-        if out0.requires_grad:
+            training = needs_gradient(out0)
+            ranks.alike("enqueued" if training else "not enqueued")
+        if training:
             self.memory_bank.enqueue(nn.functional.normalize(out1.detach(), dim=1), ranks.sizes)
         return loss
 
@@ -86,8 +88,8 @@ class NTXentLoss(nn.Module):
             logits = torch.cat(
                 [(x * y).sum(1, keepdim=True), x @ bank.T.to(x.dtype, copy=True)], 1
             )  # the bank moves before backward
-            return self.cross_entropy(logits / self.temperature, logits.new_zeros(len(x), dtype=torch.long))
-        n = len(x)
+            return self.cross_entropy(logits / self.temperature, logits.new_zeros(x.shape[0], dtype=torch.long))
+        n = x.shape[0]
         others = ~torch.eye(n, dtype=torch.bool, device=x.device)  # a row isn't its own negative
 
         def logits_of(a: Tensor, b: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
     """`2 - N softmax(<out0, out1> / sigma)` of normalised rows: DCLW's weights, float32 for half-precision rows."""
     wide = loss_dtype(out0)
     similarity = (out0.detach().to(wide) * out1.detach().to(wide)).sum(1) / sigma
-    return 2 - len(out0) * similarity.softmax(0)
+    return 2 - out0.shape[0] * similarity.softmax(0)
 
 
 class DCLLoss(Hooks):

@@ -1,7 +1,9 @@
 """Losses on the similarities of rows: NT-Xent and its kin, InfoNCE, CLIP, SigLIP, nearest neighbours, KoLeo.
 
 * `composed.py`: what the log-sum-exp losses are composed of, and the `Engine` that computes tiles of similarities.
-* `cpu_engine.py`: the engine on the CPU; torch.mm makes tiles, C++ works on them. `cpu.py`: the operators.
+* `visible.py`: log-sum-exps over what each row sees, of which losses with options are made, and `VisibleEngine`.
+* `cpu_engine.py`: the engine on the CPU; torch.mm makes tiles, C++ works on them. `cpu_visible.py`: its part for
+  `visible.py`. `cpu.py`: the operators.
 * `gpu_engine.py`: the engine on a GPU, of Triton kernels on `tiles.py`: `sums.py` (log-sum-exps), `weights.py`
   (gradients), `rows.py` (single rows). `gpu.py`: the operators.
 """
@@ -42,6 +44,30 @@ OPERATORS = {
         cpu=True,
         gpu=True,
     ),
+    "similarity_logsumexp": Operator(
+        "(Tensor a, Tensor b, SymInt[] own_image, Tensor? row_ids, Tensor? column_ids, Tensor? exclude,"
+        " Tensor? row_limit, Tensor? column_limit, bool columns, bool totals, ScalarType products)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "similarity_logsumexp_backward": Operator(
+        "(Tensor a, Tensor b, SymInt[] own_image, Tensor? row_ids, Tensor? column_ids, Tensor? exclude,"
+        " Tensor? row_limit, Tensor? column_limit, Tensor? row_lse, Tensor? row_slope, Tensor? row_total_slope,"
+        " Tensor? column_lse, Tensor? column_slope, Tensor? column_total_slope, bool[] wanted, ScalarType products)"
+        " -> Tensor[]",
+        cpu=True,
+        gpu=True,
+    ),
     "nearest_neighbors": Operator("(Tensor query, Tensor bank) -> Tensor", cpu=True, gpu=True),
-    "koleo": Operator("(Tensor x, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)"),
+    "koleo_neighbors": Operator(
+        "(Tensor rows, Tensor candidates, SymInt offset, int topk, SymInt group_size, float eps) -> Tensor",
+        cpu=True,
+        gpu=True,
+    ),
+    "koleo": Operator(
+        "(Tensor x, Tensor neighbors, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
 }

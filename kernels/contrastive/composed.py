@@ -127,14 +127,14 @@ class _Views(NamedTuple):
     has_positives: bool  # whether the rows' images are among the candidates: they all are, or none is
 
 
-def _same_memory(x: Tensor, y: Tensor) -> bool:
+def same_memory(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
 
 
 def _flat_views(engine: Engine, rows: Tensor, candidates: Tensor, offset: int, normalize: bool) -> _Views:
     views, n, width = rows.shape
     total = candidates.shape[1]
-    symmetric = offset == 0 and _same_memory(rows, candidates)
+    symmetric = offset == 0 and same_memory(rows, candidates)
     a, divisors = engine.unit_rows(rows.reshape(views * n, width), normalize)
     b = a if symmetric else engine.unit_rows(candidates.reshape(views * total, width), normalize)[0]
     has_positives = views > 1 and 0 <= offset <= total - n

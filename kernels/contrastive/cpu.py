@@ -8,13 +8,17 @@ from torch import Tensor
 
 from .. import _C
 from ..native import address_of_row
-from . import composed, cpu_engine
+from . import composed, cpu_engine, cpu_koleo, cpu_visible, visible
 
 nt_xent = partial(composed.nt_xent, cpu_engine)
 nt_xent_backward = partial(composed.nt_xent_backward, cpu_engine)
 info_nce = partial(composed.info_nce, cpu_engine)
 clip_loss = partial(composed.clip_loss, cpu_engine)
 clip_loss_backward = partial(composed.clip_loss_backward, cpu_engine)
+similarity_logsumexp = partial(visible.similarity_logsumexp, cpu_visible)
+similarity_logsumexp_backward = partial(visible.similarity_logsumexp_backward, cpu_visible)
+koleo_neighbors = cpu_koleo.koleo_neighbors
+koleo = cpu_koleo.koleo
 
 
 def siglip_loss(

@@ -18,7 +18,9 @@ from ..native import CODES, address, address_of_row
 from .composed import OwnImage
 
 
-def unit_rows(x: Tensor, normalize: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def unit_rows(
+    x: Tensor, normalize: bool, out: Tensor | None = None, eps: float = UNIT_EPS
+) -> tuple[Tensor, Tensor | None]:
     """Rows in the dtype to compute in, and their divisors [N] float64."""
     dtype = compute_dtype(x.dtype)
     if x.dtype not in CODES:
@@ -34,7 +36,7 @@ def unit_rows(x: Tensor, normalize: bool, out: Tensor | None = None) -> tuple[Te
         address(x),
         *x.shape,
         x.stride(0),
-        UNIT_EPS,
+        eps,
         address(out),
         address(divisors),
         torch.get_num_threads(),

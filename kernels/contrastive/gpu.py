@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from . import composed, gpu_engine, reference
+from . import composed, gpu_engine, gpu_koleo, gpu_visible, reference, visible
+
+koleo_neighbors = gpu_koleo.koleo_neighbors
+koleo = gpu_koleo.koleo
 
 
 def _supported(*tensors: Tensor) -> bool:
@@ -55,6 +58,18 @@ def siglip_loss(
         y.new_empty(0) if y_sum is None else y_sum.to(y.dtype),
     ]
     return loss.clone(), gradients, dots.clone(), weights.clone()
+
+
+def similarity_logsumexp(a: Tensor, b: Tensor, *options) -> tuple[Tensor, ...]:
+    if not _supported(a, b):
+        return reference.similarity_logsumexp(a, b, *options)
+    return visible.similarity_logsumexp(gpu_visible, a, b, *options)
+
+
+def similarity_logsumexp_backward(a: Tensor, b: Tensor, *options) -> list[Tensor]:
+    if not _supported(a, b):
+        return reference.similarity_logsumexp_backward(a, b, *options)
+    return visible.similarity_logsumexp_backward(gpu_visible, a, b, *options)
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:

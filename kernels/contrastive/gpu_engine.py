@@ -77,18 +77,18 @@ def scaling_of(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor
     return Scaling(tensor, largest + pivot * factor > 86, pivot)
 
 
-def _splits(blocks: int, tiles: int) -> tuple[int, int]:
+def splits_of(blocks: int, tiles: int) -> tuple[int, int]:
     """How many programs share the walk of a block of rows, and how many of its tiles each takes."""
     tiles_per_program = triton.cdiv(tiles, min(tiles, max(1, tiling.PROGRAMS // blocks)))
     return triton.cdiv(tiles, tiles_per_program), tiles_per_program
 
 
-def _own_image_arguments(own_image: OwnImage, first_row: int = 0) -> tuple[int, int, int, int]:
+def own_image_arguments(own_image: OwnImage, first_row: int = 0) -> tuple[int, int, int, int]:
     """First row, row period, offset, column period for the kernels, which divide by periods: each is at least 1."""
     return first_row, own_image.row_period, own_image.offset, max(own_image.column_period, 1)
 
 
-def _transposed(own_image: OwnImage) -> OwnImage:
+def transposed(own_image: OwnImage) -> OwnImage:
     """Which rows show a column's own image: `own_image` of the transposed product `b @ a.T`."""
     if not own_image.column_period:
         return own_image
@@ -126,11 +126,11 @@ def _walk(
     n, d = a.shape
     m = len(b)
     blocks = triton.cdiv(n, tile["BM"])
-    splits, tiles_per_program = _splits(blocks, len(tiles))
+    splits, tiles_per_program = splits_of(blocks, len(tiles))
     rows = _Parts.empty(splits, n, scaling)
     launch.launch(
         sums_kernel, (blocks, splits), a, b, scaling.factor, *rows, *(columns or (None, None)), n, m, d,
-        *_own_image_arguments(own_image, first_row), tiles.start, tiles.stop, tiles_per_program, scaling.pivot,
+        *own_image_arguments(own_image, first_row), tiles.start, tiles.stop, tiles_per_program, scaling.pivot,
         HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, SYMMETRIC=symmetric, **tile, device_of=a,
     )  # fmt: skip
     return rows
@@ -207,12 +207,12 @@ def attend(
     n, d = query.shape
     m = len(rows)
     blocks = triton.cdiv(n, tile["BM"])
-    splits, tiles_per_program = _splits(blocks, triton.cdiv(m, tile["BN"]))
+    splits, tiles_per_program = splits_of(blocks, triton.cdiv(m, tile["BN"]))
     maxima, sums = torch.empty(2, splits, n, dtype=torch.float32, device=query.device)
     out = torch.empty(splits, n, d, dtype=torch.float32, device=query.device)
     launch.launch(
         attend_kernel, (blocks, splits), query, rows, scaling.factor, maxima, sums, out, n, m, d,
-        *_own_image_arguments(own_image), tiles_per_program, HAS_OWN_IMAGE=own_image.column_period > 0,
+        *own_image_arguments(own_image), tiles_per_program, HAS_OWN_IMAGE=own_image.column_period > 0,
         GAIN=launch.gain(query.dtype), **tile, device_of=query,
     )  # fmt: skip
     lse = join((maxima, sums), None, scaling.factor, 0.0, True)
@@ -247,12 +247,12 @@ def _owned(
     n, d = a.rows.shape
     m = len(b.rows)
     blocks = triton.cdiv(n, tile["BM"])
-    splits, tiles_per_program = _splits(blocks, triton.cdiv(m, tile["BN"]))
+    splits, tiles_per_program = splits_of(blocks, triton.cdiv(m, tile["BN"]))
     out = torch.empty(splits, n, d, dtype=torch.float32, device=a.rows.device)
     row_dots = torch.empty(splits, n, dtype=torch.float32, device=a.rows.device) if with_dots else None
     launch.launch(
         owner_kernel, (blocks, splits), a.rows, b.rows, scaling.factor, a.pivots, a.adjustments, b.pivots,
-        b.adjustments, out, row_dots, n, m, d, *_own_image_arguments(own_image), tiles_per_program, scaling.pivot,
+        b.adjustments, out, row_dots, n, m, d, *own_image_arguments(own_image), tiles_per_program, scaling.pivot,
         HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(a.rows.dtype), **tile,
         device_of=a.rows,
     )  # fmt: skip
@@ -260,7 +260,7 @@ def _owned(
     return product, None if row_dots is None else row_dots.sum(0, dtype=torch.float64)
 
 
-def _bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
+def bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
     """Some rows of a at a time, with memory for their weights [rows, M] if it is wanted.
 
     Rows of memory are whole 16-byte words apart.
@@ -293,7 +293,7 @@ def _add_weighted_by_bands(
 ) -> Tensor | None:
     tile = tiling.similarity_weights(a.rows.dtype)
     row_dots = []
-    for rows, weights in _bands(a.rows, b.rows, a_sum is not None or b_sum is not None):
+    for rows, weights in bands(a.rows, b.rows, a_sum is not None or b_sum is not None):
         part = a.part(rows)
         n, d = part.rows.shape
         m = len(b.rows)
@@ -302,7 +302,7 @@ def _add_weighted_by_bands(
         dots_by_tile = torch.empty(column_blocks, n, dtype=torch.float32, device=b.rows.device) if with_dots else None
         launch.launch(
             weights_kernel, grid, part.rows, b.rows, scaling.factor, part.pivots, part.adjustments, b.pivots,
-            b.adjustments, weights, dots_by_tile, n, m, d, *_own_image_arguments(own_image, rows.start),
+            b.adjustments, weights, dots_by_tile, n, m, d, *own_image_arguments(own_image, rows.start),
             0 if weights is None else weights.stride(0) // 8, scaling.pivot,
             HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(b.rows.dtype), **tile,
             device_of=b.rows,
@@ -343,7 +343,7 @@ def add_weighted(
         if a_sum is not None:
             a_sum += out
     if b_sum is not None:
-        b_sum += _owned(of_b, of_a, scaling, _transposed(own_image), tile, False)[0]
+        b_sum += _owned(of_b, of_a, scaling, transposed(own_image), tile, False)[0]
     return row_dots
 
 
@@ -359,7 +359,7 @@ def sigmoid(
     """
     tile = tiling.similarity_sigmoid(a.dtype)
     totals = torch.zeros(3, dtype=torch.float64, device=a.device)
-    for rows, weights in _bands(a, b, a_sum is not None or b_sum is not None):
+    for rows, weights in bands(a, b, a_sum is not None or b_sum is not None):
         part = a[rows]
         n, d = part.shape
         m = len(b)
@@ -384,7 +384,7 @@ def best(a: Tensor, b: Tensor) -> Tensor:
     m = len(b)
     tile = tiling.similarity_sums(d, a.dtype)
     blocks = triton.cdiv(n, tile["BM"])
-    splits, tiles_per_program = _splits(blocks, triton.cdiv(m, tile["BN"]))
+    splits, tiles_per_program = splits_of(blocks, triton.cdiv(m, tile["BN"]))
     values = torch.empty(splits, n, dtype=torch.float32, device=a.device)
     columns = torch.empty(splits, n, dtype=torch.int64, device=a.device)
     launch.launch(best_kernel, (blocks, splits), a, b, values, columns, n, m, d, tiles_per_program, **tile, device_of=a)

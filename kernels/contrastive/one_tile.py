@@ -10,24 +10,15 @@ wide for one shift; whoever calls then goes the long way.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _C, tiling
 from ..arithmetic import compute_dtype
-from ..native import CODES, address
+from ..native import CODES, Found, address
 from ..plain import plain
 from . import cpu_engine
-
-
-class Found(NamedTuple):
-    """A loss, and gradients that are still to be multiplied by their factors; None where one isn't wanted."""
-
-    loss: Tensor
-    gradients: Sequence[Tensor | None]
-    factors: Sequence[float]
 
 
 def _fits(x: Tensor, y: Tensor, rows: int) -> bool:

@@ -190,38 +190,159 @@ def nearest_neighbors(
     return (unit_rows(widen(query))[0] @ unit_rows(widen(bank))[0].T).argmax(1)
 
 
-def koleo(
-    x: Tensor,  # [N, D]
-    p: float,
+def koleo_neighbors(
+    rows: Tensor,  # [n, D]: the rows offset .. offset + n of the candidates
+    candidates: Tensor,  # [N, D]
+    offset: int,
+    topk: int,
+    group_size: int,  # so many candidates after one another are a group, whose rows see each other alone
     eps: float,
-    wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`-log(||u_i - u_n(i) + eps||_p + eps).mean()`, u rows of unit length and n(i) the nearest other one.
+) -> Tensor:
+    """[n, topk] int64: of each row the candidates of its group with the largest cosines, without itself, best first.
 
-    KoLeo, arXiv 1806.03198, section 3. Similarities are looked at in blocks of rows, so that no [N, N] exists where N
-    is more than a block.
+    A row that is alone in its group is its own neighbour. Similarities are looked at in blocks of rows, so that no
+    [N, N] exists where N is more than a block.
     """
-    unit, norm = unit_rows(widen(x), eps)
-    n = x.shape[0]
+    unit, _ = unit_rows(widen(rows), eps)
+    others, _ = unit_rows(widen(candidates), eps)
+    n = rows.shape[0]
+    column = torch.arange(candidates.shape[0], device=rows.device)
     nearest = []
     # torch.compile asks for the shapes of any number of rows: how many blocks there are isn't known then.
     block = 256 if isinstance(n, int) else n
     starts = range(0, n, block) if isinstance(n, int) else [0]
     for first in starts:
-        similarities = unit[first : first + block] @ unit.T
-        row = torch.arange(similarities.shape[0], device=x.device)
-        similarities[row, row + first] = -2  # less than any cosine
-        nearest.append(similarities.argmax(1))
-    nearest = torch.cat(nearest)
-    difference = unit - unit[nearest] + eps  # [N, D]
-    distance = torch.linalg.vector_norm(difference, p, dim=1, keepdim=True)
+        similarities = unit[first : first + block] @ others.T
+        itself = torch.arange(similarities.shape[0], device=rows.device)[:, None] + first + offset
+        # less than any cosine
+        similarities = similarities.masked_fill(column == itself, -2)
+        similarities = similarities.masked_fill(column // group_size != itself // group_size, -3)
+        if topk == 1:
+            nearest.append(similarities.argmax(1, keepdim=True))
+        else:  # of equal ones the first, as argmax has it; torch.topk takes any
+            nearest.append(similarities.sort(dim=1, descending=True, stable=True).indices[:, :topk])
+    return torch.cat(nearest)
+
+
+def koleo(
+    x: Tensor,  # [N, D]
+    neighbors: Tensor,  # [N, k] int64
+    p: float,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`-log(||u_i - u_j + eps||_p + eps)`, the mean over rows i and their neighbours j; u are rows of unit length.
+
+    KoLeo, arXiv 1806.03198, section 3.
+    """
+    unit, norm = unit_rows(widen(x), eps)
+    difference = unit[:, None] - unit[neighbors] + eps  # [N, k, D]
+    distance = torch.linalg.vector_norm(difference, p, dim=2, keepdim=True)
     loss = -(distance + eps).log().mean()
+    scale = scalar_like(x, 1 / (neighbors.shape[0] * neighbors.shape[1]))
     if not wanted[0]:
-        return loss, [no_gradient(x)], scalar_like(x, 1 / n)
+        return loss, [no_gradient(x)], scale
     direction = difference.sgn() * (difference.abs() / distance).pow(p - 1)  # of the distance: x / |x| for p = 2
     slope = -direction / (distance + eps)
     # Sums in a fixed order for a row that is the nearest of many: index_put_ sorts, index_add_ uses atomics on CUDA.
-    gradient = slope.index_put((nearest,), -slope, accumulate=True)
+    gradient = slope.sum(1).index_put((neighbors.flatten(),), -slope.flatten(0, 1), accumulate=True)
     gradient = through_unit_rows(gradient, unit, norm, eps)
     largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16
-    return loss, [gradient.clamp(-largest, largest).to(x.dtype)], scalar_like(x, 1 / n)
+    return loss, [gradient.clamp(-largest, largest).to(x.dtype)], scale
+
+
+def _hidden(
+    a: Tensor,
+    b: Tensor,
+    own_image: list[int],
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    exclude: Tensor | None,
+    row_limit: Tensor | None,
+    column_limit: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits [N, M] in the dtype to compute in, what a row doesn't see, and what a column doesn't see."""
+    row_period, offset, column_period = own_image
+    logits = widen(a) @ widen(b).T
+    n, m = logits.shape
+    hidden = torch.zeros_like(logits, dtype=torch.bool)
+    if column_period > 0:
+        image = torch.arange(n, device=a.device) % row_period + offset
+        hidden = hidden | (torch.arange(m, device=a.device) % column_period == image[:, None])
+    if row_ids is not None and column_ids is not None:
+        hidden = hidden | (row_ids[:, None] == column_ids)
+    if exclude is not None:
+        hidden = hidden | exclude.repeat(n // exclude.shape[0], m // exclude.shape[1])
+    from_rows = hidden if row_limit is None else hidden | (logits > row_limit.to(logits.dtype)[:, None])
+    from_columns = hidden if column_limit is None else hidden | (logits > column_limit.to(logits.dtype))
+    return logits, from_rows, from_columns
+
+
+def similarity_logsumexp(
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
+    own_image: list[int],  # row_period, offset, column_period: see composed.OwnImage
+    row_ids: Tensor | None,  # what a row sees: see visible.Visible
+    column_ids: Tensor | None,
+    exclude: Tensor | None,
+    row_limit: Tensor | None,
+    column_limit: Tensor | None,
+    columns: bool,  # whether the last three results are wanted
+    totals: bool,  # whether sums and numbers are
+    products: torch.dtype,  # in which an implementation may multiply rows, as the user's rows are no more exact
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the logits `a @ b.T` over the columns that each row sees: log-sum-exp, sum and number, [N] float64.
+
+    Then the same over the rows that each column sees, [M]. What isn't wanted is empty.
+    """
+    logits, *hidden = _hidden(a, b, own_image, row_ids, column_ids, exclude, row_limit, column_limit)
+    results = []
+    for dim, unseen in ((1, hidden[0]), (0, hidden[1])):
+        wide = widest(logits)
+        nothing = wide.new_empty(0)
+        wanted = columns or dim == 1
+        results.append(wide.masked_fill(unseen, -math.inf).logsumexp(dim) if wanted else nothing)
+        results.append(wide.masked_fill(unseen, 0).sum(dim) if wanted and totals else nothing.clone())
+        results.append((~unseen).sum(dim).to(wide.dtype) if wanted and totals else nothing.clone())
+    return tuple(results)
+
+
+def similarity_logsumexp_backward(
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
+    own_image: list[int],
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    exclude: Tensor | None,
+    row_limit: Tensor | None,
+    column_limit: Tensor | None,
+    row_lse: Tensor | None,  # [N]: over all columns there are, of which b may be a part
+    row_slope: Tensor | None,  # [N], the loss's derivative by a row's log-sum-exp
+    row_total_slope: Tensor | None,  # [N], that by its sum
+    column_lse: Tensor | None,  # [M] and so on
+    column_slope: Tensor | None,
+    column_total_slope: Tensor | None,
+    wanted: list[bool],  # for a and b
+    products: torch.dtype,
+) -> list[Tensor]:
+    """The gradients of `similarity_logsumexp`, in the dtypes of a and b: `G @ b` and `G.T @ a`.
+
+    G_ij = row_slope_i * exp(logit_ij - row_lse_i) + row_total_slope_i where row i sees column j, and what follows from
+    the column's numbers where it sees the row.
+    """
+    logits, *hidden = _hidden(a, b, own_image, row_ids, column_ids, exclude, row_limit, column_limit)
+    g = torch.zeros_like(widest(logits))
+    of_rows = (row_lse, row_slope, row_total_slope)
+    of_columns = (column_lse, column_slope, column_total_slope)
+    for unseen, dim, (lse, slope, total_slope) in ((hidden[0], 1, of_rows), (hidden[1], 0, of_columns)):
+        if lse is None or slope is None:
+            continue
+        term = (widest(logits) - lse.unsqueeze(dim)).exp() * slope.unsqueeze(dim)
+        if total_slope is not None:
+            term = term + total_slope.unsqueeze(dim)
+        g = g + term.masked_fill(unseen, 0)
+    narrow = g.to(logits.dtype)
+    return [
+        (narrow @ widen(b)).to(a.dtype) if wanted[0] else no_gradient(a),
+        (narrow.T @ widen(a)).to(b.dtype) if wanted[1] else no_gradient(b),
+    ]

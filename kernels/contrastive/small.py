@@ -14,22 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import _C, tiling
-from ..arithmetic import compute_dtype
+from ..native import Found, gradients_for, loss_like
 from . import one_tile
-from .one_tile import Found
 
 
 def few(rows: int, columns: int, width: int) -> bool:
     """Whether so many similarities of rows so wide are less work than the engine's steps."""
     return rows * columns * width <= tiling.CPU_SMALL_PRODUCT and rows * columns <= tiling.CPU_SMALL_SQUARE
-
-
-def _gradients(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
-
-
-def _loss(value: float, like: Tensor) -> Tensor:
-    return torch.scalar_tensor(value, dtype=compute_dtype(like.dtype))
 
 
 def of_views(
@@ -50,14 +41,14 @@ def of_views(
             return None
         return one_tile.of_two_views(views[0], views[1], temperature, wanted, decoupled=decoupled, normalize=normalize)
     second = views[1] if len(views) == 2 else None
-    gradients = _gradients(views, wanted)
+    gradients = gradients_for(views, wanted)
     given = (first, second, gradients[0], gradients[1] if second is not None else None, labels)
     total = _C.small_views(*given, temperature, normalize, decoupled, one_anchor)
     if total is None:
         return None
     anchors = first.shape[1] if one_anchor else number
     factor = 1 / (anchors * temperature)
-    return Found(_loss(total / anchors, first), gradients, (factor,) * len(gradients))
+    return Found(loss_like(first, total / anchors), gradients, (factor,) * len(gradients))
 
 
 def info_nce(
@@ -72,12 +63,12 @@ def info_nce(
     if not few(n, negatives.shape[0], width):
         return None
     inputs = (query, positive, negatives)
-    gradients = _gradients(inputs, wanted)
+    gradients = gradients_for(inputs, wanted)
     total = _C.small_info_nce(*inputs, *gradients, offset, temperature)
     if total is None:
         return None
     factor = 1 / (n * temperature)
-    return Found(_loss(total / n, query), gradients, (factor,) * 3)
+    return Found(loss_like(query, total / n), gradients, (factor,) * 3)
 
 
 def of_pairs(
@@ -92,7 +83,7 @@ def of_pairs(
         return (
             one_tile.clip_loss(x, y, scale, wanted) if bias is None else one_tile.siglip_loss(x, y, scale, bias, wanted)
         )
-    gradients = _gradients((x, y), wanted[:2])
+    gradients = gradients_for((x, y), wanted[:2])
     factor = scale.item()
     numbers = _C.small_pairs(x, y, *gradients, factor, 0.0 if bias is None else bias.item(), bias is not None)
     if numbers is None:
@@ -101,4 +92,4 @@ def of_pairs(
     each = 1 / (2 * n if bias is None else n)
     for parameter, want, value in zip((scale, bias), wanted[2:], of_numbers, strict=False):
         gradients.append(torch.scalar_tensor(value, dtype=parameter.dtype) if want else None)
-    return Found(_loss(total * each, x), gradients, (factor * each, factor * each, each, each)[: len(gradients)])
+    return Found(loss_like(x, total * each), gradients, (factor * each, factor * each, each, each)[: len(gradients)])

@@ -3,6 +3,6 @@
 from ..table import Operator
 
 OPERATORS = {
-    "characteristic": Operator("(Tensor theta, int frequencies) -> Tensor", cpu=True),
-    "characteristic_backward": Operator("(Tensor theta, Tensor weights) -> Tensor", cpu=True),
+    "characteristic": Operator("(Tensor theta, int frequencies) -> Tensor", cpu=True, gpu=True),
+    "characteristic_backward": Operator("(Tensor theta, Tensor weights) -> Tensor", cpu=True, gpu=True),
 }

@@ -10,5 +10,11 @@ OPERATORS = {
         "(Tensor prediction, Tensor target, float beta, bool normalize, float eps, bool[] wanted)"
         " -> (Tensor, Tensor[], Tensor)",
         cpu=True,
+        gpu=True,
+    ),
+    "regression_rows": Operator(
+        "(Tensor prediction, Tensor target, Tensor rows, Tensor weights, float beta, bool normalize, float eps,"
+        " bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
     ),
 }

@@ -1,11 +1,14 @@
 """The losses between predictions and targets on the CPU, in C++."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import _C
-from ..arithmetic import compute_dtype, dense_rows
-from ..native import CODES, address, gradient_for, scale_within
+from ..arithmetic import compute_dtype, dense_rows, no_gradient
+from ..native import CODES, Found, address, gradient_for, gradients_for, loss_like, scale_within
 from . import reference
 
 
@@ -31,7 +34,7 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         within,
         torch.get_num_threads(),
     )
-    loss = torch.full((), total * scale, dtype=dtype)
+    loss = torch.full((), total / len(p), dtype=dtype)
     return loss, gradients, torch.full((), scale / within, dtype=dtype)
 
 
@@ -61,3 +64,72 @@ def regression(
         torch.get_num_threads(),
     )
     return torch.full((), total * scale, dtype=dtype), [gradient], torch.full((), scale / within, dtype=dtype)
+
+
+def regression_rows(
+    prediction: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    beta: float,
+    normalize: bool,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if prediction.dtype not in CODES:
+        return reference.regression_rows(prediction, target, rows, weights, beta, normalize, eps, wanted)
+    prediction = dense_rows(prediction)
+    target = dense_rows(target)
+    dtype = compute_dtype(prediction.dtype)
+    width = prediction.shape[1]
+    gradient = torch.zeros(prediction.shape, dtype=prediction.dtype) if wanted[0] else no_gradient(prediction)
+    rows = rows.contiguous()
+    weights = weights.double().contiguous()
+    total = _C.regression_rows(
+        CODES[prediction.dtype],
+        address(prediction),
+        prediction.stride(0),
+        address(target),
+        target.stride(0),
+        len(rows),
+        width,
+        beta,
+        normalize,
+        eps,
+        address(gradient),
+        address(rows),
+        len(prediction),
+        address(weights),
+        1.0,
+        torch.get_num_threads(),
+    )
+    weight = weights.sum().item()
+    loss = torch.full((), total / (weight * width) if weight else math.nan, dtype=dtype)
+    return loss, [gradient], torch.full((), 1 / (weight * width) if weight else math.inf, dtype=dtype)
+
+
+# The same of plain tensors. None where C++ says that they aren't, or don't fit one another ----------------------------
+
+
+def negative_cosine_of_plain(p: Tensor, z: Tensor, eps: float, wanted: Sequence[bool]) -> Found | None:
+    gradients = gradients_for((p, z), wanted)
+    rows = p.shape[0] if p.dim() else 1  # C++ looks at what p is
+    scale = 1 / rows if rows else math.inf
+    within = scale_within(scale, p.dtype)
+    total = _C.negative_cosine_of_plain(p, z, *gradients, eps, within, torch.get_num_threads())
+    if total is None:
+        return None
+    return Found(loss_like(p, total / rows), gradients, (scale / within,) * 2)
+
+
+def regression_of_plain(
+    prediction: Tensor, target: Tensor, beta: float, normalize: bool, eps: float, wanted: Sequence[bool]
+) -> Found | None:
+    gradients = gradients_for((prediction,), wanted)
+    scale = 1 / max(prediction.numel(), 1)  # of nothing C++ makes nothing
+    within = scale_within(scale, prediction.dtype)
+    options = (beta, normalize, eps, within, torch.get_num_threads())
+    total = _C.regression_of_plain(prediction, target, *gradients, *options)
+    if total is None:
+        return None
+    return Found(loss_like(prediction, total * scale), gradients, (scale / within,))

@@ -30,16 +30,45 @@ def regression(
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """`smooth_l1_loss(prediction, layer_norm(target, [D], eps=eps), beta=beta)`; beta = 0: `mse_loss`."""
-    y = widen(target)
+    losses, gradient = _smooth_l1(widen(prediction), widen(target), beta, normalize, eps)
+    gradient = gradient.to(prediction.dtype) if wanted[0] else no_gradient(prediction)
+    return losses.mean(), [gradient], scalar_like(prediction, 1 / losses.numel())
+
+
+def regression_rows(
+    prediction: Tensor,  # [N, D]
+    target: Tensor,  # [N, D]
+    rows: Tensor,  # [M] int64, which of them count
+    weights: Tensor,  # [M], of those in the mean
+    beta: float,
+    normalize: bool,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """`regression` of `prediction[rows]` and `target[rows]`, the mean over rows weighted.
+
+    Rows with a weight of 0 aren't looked at, and may be any; all others are different ones. NaN for one out of range.
+    """
+    inside = ((rows >= 0) & (rows < prediction.shape[0]))[:, None]
+    at = rows.clamp(0, prediction.shape[0] - 1)
+    x = widen(prediction)[at].masked_fill(~inside, torch.nan)
+    losses, gradient = _smooth_l1(x, widen(target)[at], beta, normalize, eps)
+    weight = weights.to(losses.dtype)[:, None]
+    total = weight.sum()
+    loss = (losses * weight).masked_fill(weight == 0, 0).sum() / (total * losses.shape[1])
+    gradient = (gradient * weight).masked_fill(weight == 0, 0)
+    of_all = torch.zeros_like(prediction, dtype=gradient.dtype).index_put((at,), gradient, accumulate=True)
+    of_all = of_all.to(prediction.dtype) if wanted[0] else no_gradient(prediction)
+    return loss, [of_all], 1 / (total * losses.shape[1])
+
+
+def _smooth_l1(x: Tensor, y: Tensor, beta: float, normalize: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """Each element's loss, and its derivative by x."""
     if normalize:
         y = torch.nn.functional.layer_norm(y, y.shape[1:], eps=eps)
-    error = widen(prediction) - y
+    error = x - y
     if beta == 0:
-        losses = error.square()
-        gradient = 2 * error
-    else:
-        size = error.abs()
-        losses = torch.where(size < beta, error.square() / (2 * beta), size - beta / 2)
-        gradient = torch.where(size >= beta, error.sign(), error / beta)
-    gradient = gradient.to(prediction.dtype) if wanted[0] else no_gradient(prediction)
-    return losses.mean(), [gradient], scalar_like(prediction, 1 / error.numel())
+        return error.square(), 2 * error
+    size = error.abs()
+    losses = torch.where(size < beta, error.square() / (2 * beta), size - beta / 2)
+    return losses, torch.where(size >= beta, error.sign(), error / beta)

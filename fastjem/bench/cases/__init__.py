@@ -5,9 +5,9 @@ ours, and its bytes and FLOPs; a peer is a function that imports it and returns 
 """
 
 from fastjem.bench.case import Case
-from fastjem.bench.cases import augment, contrastive, covariance, predictive, prototypes, spectral, supervised, weights
+from fastjem.bench.cases import augment, contrastive, covariance, optimizers, predictive, prototypes, spectral, supervised, weights
 
-FAMILIES = (weights, supervised, predictive, contrastive, prototypes, covariance, spectral, augment)
+FAMILIES = (weights, optimizers, supervised, predictive, contrastive, prototypes, covariance, spectral, augment)
 
 
 def cases() -> list[Case]:

@@ -1,4 +1,4 @@
-"""Optimisers of torch and timm, what has no weight decay, and schedules per step as 0-dim tensors."""
+"""Optimisers that update all parameters and the teacher in one pass (LARS, SGD, AdamW), what has no weight decay, and schedules per step as 0-dim tensors."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from fastjem.optim.fused import LARS, SGD, AdamW, Fused
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 
@@ -27,15 +29,13 @@ def parameter_groups(module: nn.Module, constant_rate: Sequence[str] = ()) -> li
 
 
 def build(name: str, groups: list[dict], *, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """AdamW, SGD with momentum, or LARS (timm's), which adapts only what decays. Rates come from `Schedule.apply`."""
+    """AdamW, SGD with momentum, or LARS, which adapts only what decays. Rates come from `Schedule.apply`."""
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=torch.tensor(0.0), betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+        return AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=torch.tensor(0.0), momentum=momentum, weight_decay=0.0, fused=True)
+        return SGD(groups, lr=0.0, momentum=momentum, weight_decay=0.0)
     if name == "lars":
-        from timm.optim import Lars
-
-        return Lars(groups, lr=0.0, momentum=momentum, weight_decay=0.0)  # pyright: ignore[reportArgumentType]
+        return LARS(groups, lr=0.0, momentum=momentum, weight_decay=0.0)
     raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
 
 

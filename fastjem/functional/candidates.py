@@ -1,0 +1,192 @@
+"""NT-Xent and its kin, InfoNCE and CLIP with options: what a row sees, and its loss from that.
+
+A loss without options takes another way, which needs half of the work or less (`contrastive.py`, `image_text.py`).
+Temperatures are in the rows here, as learned ones and those of single rows need it.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fastjem.functional.options import (
+    Negatives,
+    Options,
+    dots_of_rows,
+    is_given,
+    losses_of_rows,
+    reduced,
+    with_hard,
+)
+from fastjem.functional.precision import in_float32, without_autocast
+from fastjem.functional.seen import Side, Sums, View, sums_of_seen
+from fastjem.kernels.arithmetic import widest
+from fastjem.ops.forward_mode import refuse_forward_mode
+
+
+def _scaled(side: Side, by: float) -> Side:
+    return Side(side.rows * by, side.ids, None if side.limit is None else side.limit * by)
+
+
+def _negatives(
+    rows: Side, columns: Side | None, exclude: Tensor | None, view: View, hardness: float
+) -> tuple[Negatives, Negatives | None]:
+    """Of the rows; and of the columns, if `view` says so."""
+    sums = sums_of_seen(rows, columns, exclude, view)
+    harder: list[tuple[Sums, Sums | None]] = []
+    if is_given(hardness):
+        only_lse = view._replace(totals=False)
+        for by in (1 + hardness, hardness):
+            of_rows = _scaled(rows, by**0.5 if columns is None else by)
+            if columns is None:  # the rows are scaled on both sides, their limits once
+                of_rows = of_rows._replace(limit=None if rows.limit is None else rows.limit * by)
+            of_columns = columns
+            if columns is not None and columns.limit is not None:
+                of_columns = columns._replace(limit=columns.limit * by)
+            harder.append(sums_of_seen(of_rows, of_columns, exclude, only_lse))
+    found = []
+    for side in (0, 1):
+        of_side = sums[side]
+        if of_side is None:
+            found.append(None)
+            continue
+        totals = (of_side.total, of_side.count) if view.totals else (None, None)
+        of_harder = (harder[0][side].lse, harder[1][side].lse) if harder else None
+        found.append(Negatives(of_side.lse, *totals, of_harder))
+    return found[0], found[1]
+
+
+def _of_last_dims(x: Tensor | float, dims: int) -> Tensor | float:
+    """A number of each row [N], [V, N] or one, as it multiplies rows of one dimension more."""
+    return x.unsqueeze(-1) if isinstance(x, Tensor) and x.dim() else x
+
+
+def _hard_logits(a: Tensor, hard: Tensor) -> Tensor:
+    """[V, N, H] of rows [V, N, D] and each image's own [N, H, D]. Not by a product, which autocast would change."""
+    return torch.stack([dots_of_rows(rows.unsqueeze(1), hard) for rows in a.unbind()])
+
+
+def loss_of_views(
+    z: Tensor,  # [V, N, D]
+    temperature: float | Tensor,  # 0-dim, [N] or [V, N] if it is a tensor
+    options: Options,
+    sizes: list[int],
+    group: dist.ProcessGroup | None,
+    op: str = "nt_xent",
+    decoupled: bool = False,
+    pull: Tensor | None = None,  # [V, N], what positives are multiplied by
+) -> Tensor:
+    """0-dim, or [V, N] without a reduction."""
+    refuse_forward_mode(op, (z, temperature, options.hard_negatives))
+    with without_autocast(z):
+        unit = normalize(in_float32(z), dim=-1)
+        inverse = _inverse(temperature, unit)
+        if isinstance(inverse, Tensor) and inverse.dim():
+            a = unit * inverse.to(unit.dtype).unsqueeze(-1)
+            b = unit
+        else:  # rows and columns are the same: half of the work
+            a = b = unit * (inverse.to(unit.dtype).sqrt() if isinstance(inverse, Tensor) else inverse**0.5)
+        views = z.shape[0]
+        positives = [dots_of_rows(a, b.roll(-step, 0)) for step in range(1, views)]
+        logits = torch.stack(positives, -1)  # [V, N, V - 1]
+        ids = None if options.ids is None else options.ids.expand(z.shape[:2])
+        limit = _limit(logits, inverse, options)
+        columns = None if b is a else Side(b, ids)
+        view = View(0, False, options.needs_totals(), z.dtype, sizes, group)
+        negatives, _ = _negatives(Side(a, ids, limit), columns, options.exclude, view, options.hardness)
+        if options.hard_negatives is not None:
+            hard = normalize(in_float32(options.hard_negatives), dim=-1)
+            factor = inverse if b is not a else _root(inverse)
+            hard = hard if b is not a else hard * factor
+            negatives = with_hard(negatives, _hard_logits(a, hard), options.hardness)
+        losses = losses_of_rows(logits, negatives, options, inverse, options.prior, decoupled, pull)
+        return reduced(losses, options, z, group)
+
+
+def _inverse(temperature: float | Tensor, like: Tensor) -> float | Tensor:
+    return 1 / (widest(temperature) if isinstance(temperature, Tensor) else temperature)
+
+
+def _root(number: float | Tensor) -> float | Tensor:
+    return number.sqrt() if isinstance(number, Tensor) else number**0.5
+
+
+def _limit(positives: Tensor, inverse: float | Tensor, options: Options) -> Tensor | None:
+    """The logit above which a row takes no negative, [...]: of its most similar positive, and the margin."""
+    margin = options.false_negative_margin
+    if margin is None:
+        return None
+    return (positives.amax(-1) + margin * inverse).detach()
+
+
+def info_nce(
+    query: Tensor,  # [N, D]
+    positive: Tensor,  # [N, D]
+    negatives: Tensor,  # [K, D]
+    negative_ids: Tensor | None,  # [K]
+    offset: int | None,
+    temperature: float | Tensor,  # 0-dim or [N] if it is a tensor
+    options: Options,
+) -> Tensor:
+    """0-dim, or [N] without a reduction."""
+    refuse_forward_mode("info_nce", (query, positive, negatives, temperature, options.hard_negatives))
+    with without_autocast(query):
+        inverse = _inverse(temperature, query)
+        unit, of_positive, columns = (normalize(in_float32(x), dim=-1) for x in (query, positive, negatives))
+        by = inverse.to(unit.dtype) if isinstance(inverse, Tensor) else inverse
+        a = unit * _of_last_dims(by, 1)
+        logits = dots_of_rows(a, of_positive)[None, :, None]  # [1, N, 1]
+        limit = _limit(logits, inverse, options)
+        rows = Side(a[None], None if options.ids is None else options.ids[None], limit)
+        candidates = Side(columns[None], None if negative_ids is None else negative_ids[None])
+        view = View(offset, False, options.needs_totals(), query.dtype, [query.shape[0]], None)
+        seen, _ = _negatives(rows, candidates, options.exclude, view, options.hardness)
+        if options.hard_negatives is not None:
+            hard = normalize(in_float32(options.hard_negatives), dim=-1)
+            seen = with_hard(seen, _hard_logits(a[None], hard), options.hardness)
+        losses = losses_of_rows(logits, seen, options, inverse, options.prior)
+        return reduced(losses[0], options, query, None)
+
+
+def clip_loss(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [N, D]
+    scale: Tensor,  # 0-dim or [N]
+    options: Options,
+    sizes: list[int],
+    group: dist.ProcessGroup | None,
+    local: bool,
+) -> Tensor:
+    """0-dim, or [N] without a reduction: the mean of both directions."""
+    refuse_forward_mode("clip_loss", (x, y, scale, options.hard_negatives))
+    with without_autocast(x):
+        a, b = (in_float32(z) for z in (x, y))
+        factor = scale.to(a.dtype)
+        factor = factor.unsqueeze(-1) if scale.dim() else factor
+        a_scaled = a * factor
+        logits = dots_of_rows(a_scaled, b)[None, :, None]  # [1, N, 1]
+        inverse = widest(scale)
+        limit = _limit(logits, inverse, options)
+        ids = None if options.ids is None else options.ids[None]
+        exclude = options.exclude
+        of_columns_alone = exclude is not None and exclude.dim() == 1
+        view = View(0, True, options.needs_totals(), x.dtype, sizes, group)
+        if scale.dim() or of_columns_alone:  # the directions' logits differ, or what they see does
+            one_way = view._replace(columns=False)
+            back = exclude.T if exclude is not None and exclude.dim() == 2 else exclude
+            of_x, _ = _negatives(
+                Side(a_scaled[None], ids, limit), Side(b[None], ids), exclude, one_way, options.hardness
+            )
+            of_y, _ = _negatives(
+                Side((b * factor)[None], ids, limit), Side(a[None], ids), back, one_way, options.hardness
+            )
+        else:
+            of_x, of_y = _negatives(
+                Side(a_scaled[None], ids, limit), Side(b[None], ids, limit), exclude, view, options.hardness
+            )
+        assert of_y is not None
+        if options.hard_negatives is not None:
+            hard = _hard_logits(a_scaled[None], in_float32(options.hard_negatives))
+            of_x = with_hard(of_x, hard, options.hardness)
+        of_rows, of_columns = (losses_of_rows(logits, side, options, inverse, options.prior) for side in (of_x, of_y))
+        return reduced(((of_rows + of_columns) / 2)[0], options, x, group, local)

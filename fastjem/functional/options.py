@@ -1,0 +1,259 @@
+"""What contrastive losses can be asked for beside their formula: options, and the loss of a row that has them.
+
+Every option is a matter of a row's negatives (which it sees: `seen.py`) or of a few numbers of each row: log-sum-exp,
+sum and number of its negatives, and the logits of its positives. The latter are here, in plain torch, O(N) of it.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastjem.collectives import Agreement, global_loss, sum_over_ranks
+from fastjem.functional import checks
+from fastjem.functional.precision import loss_dtype
+from fastjem.kernels.arithmetic import widest, widest_dtype
+
+
+class Options(NamedTuple):
+    """Of one call. Each loss's documentation says which shapes it takes."""
+
+    reduction: str = "mean"
+    weights: Tensor | None = None
+    label_smoothing: float | Tensor = 0.0
+    ids: Tensor | None = None
+    exclude: Tensor | None = None
+    false_negative_margin: float | Tensor | None = None
+    hard_negatives: Tensor | None = None
+    prior: float | Tensor = 0.0
+    hardness: float = 0.0
+
+    def any(self) -> bool:
+        """Whether there is one that isn't as it is by default."""
+        return (
+            self.reduction != "mean"
+            or self.weights is not None
+            or self.ids is not None
+            or self.exclude is not None
+            or self.false_negative_margin is not None
+            or self.hard_negatives is not None
+            or is_given(self.label_smoothing)
+            or is_given(self.prior)
+            or is_given(self.hardness)
+        )
+
+    def facts(self) -> list[str]:
+        """What ranks have to have alike, as it decides what they send one another."""
+        margin = "without" if self.false_negative_margin is None else "with"
+        exclude = "no exclude" if self.exclude is None else f"exclude of {self.exclude.dim()} dimensions"
+        ids = "without ids" if self.ids is None else "with ids"
+        totals = "with" if self.needs_totals() else "without"
+        return [
+            f"reduction={self.reduction}", ids, exclude, f"{margin} false_negative_margin",
+            f"{totals} label_smoothing, prior or hardness", f"hardness={self.hardness}",
+        ]  # fmt: skip
+
+    def needs_totals(self) -> bool:
+        return any(is_given(x) for x in (self.label_smoothing, self.prior, self.hardness))
+
+    def checked(self, op: str, z: Tensor, rows: int, row_shapes: list[tuple]) -> "Options":
+        """The options as numbers and constants, or ValueError.
+
+        Args:
+            z: what other tensors must be on the device of.
+            rows: the number of images or pairs.
+            row_shapes: what `weights` may be shaped like.
+        """
+        if self.reduction not in ("mean", "sum", "none"):
+            checks.fail(op, "reduction must be one of mean, sum, none", repr(self.reduction))
+        weights = self.weights
+        if weights is not None:
+            _tensor(op, "weights", weights, row_shapes, z)
+            weights = weights.detach()
+        if self.ids is not None:
+            _integers(op, "ids", self.ids, (rows,), z)
+        hard = self.hard_negatives
+        if hard is not None:
+            contract = f"hard_negatives must be [{rows}, H, {z.shape[-1]}], floating-point"
+            if not isinstance(hard, Tensor) or hard.dim() != 3 or not hard.is_floating_point():
+                checks.fail(op, contract, checks.shape(hard))
+            if (hard.shape[0], hard.shape[2]) != (rows, z.shape[-1]):
+                checks.fail(op, contract, tuple(hard.shape))
+            checks.memory(op, hard)
+            checks.one_device(op, (z, hard))
+        margin = self.false_negative_margin
+        if margin is not None:
+            margin = checks.number(op, "false_negative_margin", margin, z)
+        prior = self.prior
+        if isinstance(prior, Tensor) and prior.numel() != 1:
+            _tensor(op, "prior", prior, [(rows,)], z)
+            prior = prior.detach()
+        elif is_given(prior):
+            prior = checks.number(op, "prior", prior, z, low=0.0, high=1.0)
+        smoothing = checks.number(op, "label_smoothing", self.label_smoothing, z, low=0.0, high=1.0, inclusive=True)
+        hardness = checks.host_number(op, "hardness", self.hardness, low=0.0, inclusive=True)
+        return Options(
+            self.reduction, weights, smoothing, self.ids, self.exclude, margin, hard, prior, hardness
+        )  # fmt: skip
+
+
+def is_given(number: float | Tensor) -> bool:
+    """Whether a number whose default is 0 is another one; a tensor is, as nobody looks at its value."""
+    return isinstance(number, Tensor) or number != 0
+
+
+def _tensor(op: str, name: str, x: Tensor, shapes: list[tuple], like: Tensor) -> None:
+    contract = f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}"
+    if not isinstance(x, Tensor) or tuple(x.shape) not in shapes:
+        checks.fail(op, contract, checks.shape(x))
+    checks.one_device(op, (like, x))
+
+
+def _integers(op: str, name: str, ids: Tensor, shape: tuple, like: Tensor) -> None:
+    _tensor(op, name, ids, [shape], like)
+    if ids.dtype != torch.int64:
+        checks.fail(op, f"{name} must be int64", ids.dtype)
+
+
+def check_ids(op: str, name: str, ids: Tensor | None, shape: tuple, like: Tensor) -> None:
+    """Ids that one loss alone has."""
+    if ids is not None:
+        _integers(op, name, ids, shape, like)
+
+
+def check_exclude(op: str, exclude: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
+    if exclude is not None:
+        _tensor(op, "exclude", exclude, shapes, like)
+        if exclude.dtype != torch.bool:
+            checks.fail(op, "exclude must be bool", exclude.dtype)
+
+
+def is_of_rows(op: str, temperature: object, group: dist.ProcessGroup | None) -> bool:
+    """Whether a temperature (or scale) is one for each row, and not one number for all.
+
+    A tensor of one element is a number, unless other ranks, which have more rows, have more of them.
+    """
+    if not isinstance(temperature, Tensor) or not temperature.dim():
+        return False
+    if group is None:
+        return temperature.numel() != 1
+    with Agreement(op, group) as ranks:
+        ranks.alike(f"a tensor of {temperature.dim()} dimensions")
+    several = torch.full((), float(temperature.numel() != 1), device=temperature.device)
+    return sum_over_ranks(several, group).item() > 0
+
+
+def temperature_of_rows(op: str, name: str, value: Tensor, like: Tensor, shapes: list[tuple]) -> Tensor:
+    """One for each row; of a floating-point dtype."""
+    _tensor(op, name, value, shapes, like)
+    return value if value.is_floating_point() else value.to(torch.float32)
+
+
+class Negatives(NamedTuple):
+    """Of each row, in the widest dtype: what it sees beside its positives. Any shape, one for all."""
+
+    lse: Tensor  # -inf of none
+    total: Tensor | None = None  # the sum of their logits
+    count: Tensor | None = None
+    harder: tuple[Tensor, Tensor] | None = None  # log-sum-exps of (1 + hardness) and of hardness times the logits
+
+
+def with_hard(negatives: Negatives, logits: Tensor, hardness: float) -> Negatives:
+    """And a row's own hard negatives, whose logits [..., H] are in the widest dtype."""
+    harder = negatives.harder
+    if harder is not None:
+        of_hard = ((1 + hardness) * logits).logsumexp(-1), (hardness * logits).logsumexp(-1)
+        harder = torch.logaddexp(harder[0], of_hard[0]), torch.logaddexp(harder[1], of_hard[1])
+    return Negatives(
+        torch.logaddexp(negatives.lse, logits.logsumexp(-1)),
+        None if negatives.total is None else negatives.total + logits.sum(-1),
+        None if negatives.count is None else negatives.count + logits.shape[-1],
+        harder,
+    )
+
+
+def losses_of_rows(
+    positives: Tensor,  # [..., P], in the widest dtype: the logits of each row's positives
+    negatives: Negatives,
+    options: Options,
+    inverse_temperature: float | Tensor,  # of each row, as `negatives.lse`; or one
+    prior: float | Tensor,  # the same
+    decoupled: bool = False,  # the positives aren't in the denominator
+    pull: Tensor | None = None,  # what the positives' mean is multiplied by
+) -> Tensor:
+    """The loss of each row: `log(sum of exp(candidates)) - mean of positives`, and what the options make of it."""
+    mean = positives.mean(-1) if pull is None else positives.mean(-1) * pull
+    lse = negatives.lse
+    count = negatives.count
+    if negatives.harder is not None and count is not None:
+        # Robinson et al. 2021: the mean is one weighted by exp(hardness * logit)
+        lse = _of_some(count, count.log() + negatives.harder[0] - negatives.harder[1], lse)
+    if is_given(prior) and count is not None:
+        lse = _debiased(lse, count, positives, inverse_temperature, prior)
+    if not decoupled:
+        lse = torch.logaddexp(lse, positives.logsumexp(-1))
+    smoothing = options.label_smoothing
+    if not is_given(smoothing) or negatives.total is None or count is None:
+        return lse - mean
+    uniform = (negatives.total + positives.sum(-1)) / (count + positives.shape[-1])
+    return lse - (1 - smoothing) * mean - smoothing * uniform
+
+
+def _of_some(count: Tensor, value: Tensor, of_none: Tensor) -> Tensor:
+    return torch.where(count > 0, value, of_none)
+
+
+def _debiased(
+    lse: Tensor, count: Tensor, positives: Tensor, inverse_temperature: float | Tensor, prior: float | Tensor
+) -> Tensor:
+    """The negatives' log-sum-exp without what positives among them are expected to add (Chuang et al. 2020, eq. 8).
+
+    `log(max((sum(exp(negatives)) - count * prior * mean(exp(positives))) / (1 - prior), count * exp(-1 / t)))`, t the
+    temperature.
+    """
+    some = count > 0
+    log_count = torch.where(some, count, 1).log()
+    of_positives = log_count + positives.logsumexp(-1) - math.log(positives.shape[-1])
+    floor = log_count - inverse_temperature
+    pivot = torch.maximum(torch.maximum(lse, of_positives), floor).detach()
+    rest = ((lse - pivot).exp() - prior * (of_positives - pivot).exp()) / (1 - prior)
+    kept = torch.maximum(rest, (floor - pivot).exp())
+    return _of_some(count, pivot + torch.where(some, kept, 1).log(), lse)
+
+
+def dots_of_rows(a: Tensor, b: Tensor) -> Tensor:
+    """[...] of rows [..., D]: sums in the widest dtype."""
+    return (a * b).sum(-1, dtype=widest_dtype(a.device))
+
+
+def reduced(
+    losses: Tensor,  # of each row
+    options: Options,
+    like: Tensor,
+    group: dist.ProcessGroup | None,
+    local: bool = False,  # the value is that of this rank's rows
+) -> Tensor:
+    """As `reduction` says. Over ranks the mean and the sum are of all rows, and "none" is of this rank's."""
+    dtype = loss_dtype(like)
+    if options.reduction == "none":
+        weighted = losses if options.weights is None else _weighted(losses, options.weights)
+        return weighted.to(dtype)
+    weights = None if options.weights is None else widest(options.weights).expand(losses.shape)
+    total = (losses if weights is None else _weighted(losses, weights)).sum()
+    one = torch.ones((), dtype=total.dtype, device=total.device)
+    own_count = one if options.reduction == "sum" else one * losses.numel() if weights is None else weights.sum()
+    if group is None:
+        return (total / own_count).to(dtype)
+    count = one if options.reduction == "sum" else sum_over_ranks(own_count, group)
+    value = total / own_count if local else sum_over_ranks(total, group) / count
+    if local:
+        value = torch.where(own_count == 0, 0, value)
+    return global_loss((total / count).to(dtype), value.to(dtype), group)
+
+
+def _weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """A row that doesn't count may be padding, whose loss is anything."""
+    weights = weights.to(losses.dtype)
+    return torch.where(weights == 0, 0, losses) * weights

@@ -1,0 +1,5 @@
+"""Gram matrices on a GPU: their products are all of it, and torch has those."""
+
+from .tiles import gram_loss
+
+__all__ = ["gram_loss"]
