@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C
 from .arithmetic import compute_dtype
 
 LARGE = 4 << 20  # bytes; what is smaller comes from memory that was used before
@@ -30,19 +29,23 @@ def address_of_row(x: Tensor | None, row: int) -> int:
     return 0 if x is None else x.data_ptr() + row * x.stride(0) * x.element_size()
 
 
-def gradient_for(x: Tensor, wanted: bool) -> Tensor:
-    """Memory for the gradient of x, contiguous; empty where it isn't wanted.
+def _memory_like(x: Tensor) -> Tensor:
+    """Contiguous, in the shape and dtype of x.
 
     The system hands out large memory anew each time, page by page as it is first written: 128 MiB in pages of 4 KiB
     took 100 ms of a cross-entropy's 180.
     """
-    if not wanted:
-        return x.new_empty(0)
-    # `empty_like` takes half the time of `empty`
-    gradient = torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
-    if gradient.nbytes >= LARGE:
-        _C.prefer_huge_pages(address(gradient), gradient.nbytes)
-    return gradient
+    memory = torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)  # half of `empty`'s time
+    if memory.nbytes >= LARGE:
+        from . import _C  # here, as `Found` is wanted where the extension isn't built, too
+
+        _C.prefer_huge_pages(address(memory), memory.nbytes)
+    return memory
+
+
+def gradient_for(x: Tensor, wanted: bool) -> Tensor:
+    """Memory for the gradient of x, contiguous; empty where it isn't wanted."""
+    return _memory_like(x) if wanted else x.new_empty(0)
 
 
 def scale_within(scale: float, dtype: torch.dtype) -> float:
@@ -72,7 +75,7 @@ class Found(NamedTuple):
 
 def gradients_for(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """Memory for the gradients of plain tensors; None where one isn't wanted."""
-    return [gradient_for(x, True) if want else None for x, want in zip(inputs, wanted, strict=True)]
+    return [_memory_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
 
 
 def loss_like(x: Tensor, value: float) -> Tensor:

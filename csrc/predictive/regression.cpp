@@ -12,7 +12,7 @@ struct Regression {
   double* losses;         // [N]
   const int64_t* rows;    // [N], which rows of prediction, target and gradient; or null: the first N
   const double* weights;  // [N], of the rows in the sum of losses; or null
-  double scale = 1;       // of the gradient
+  double scale;           // of the gradient
 };
 
 }  // namespace fastjem

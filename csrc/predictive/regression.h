@@ -42,18 +42,17 @@ static Normalization<wide<T>> normalization_of(const T* y, int64_t d, double eps
   return {mean, mean_low, static_cast<W>(1 / std::sqrt(squares / d + eps))};
 }
 
-// The sum of the squared errors of n elements, and their slopes times `scale`, unless `out` is null.
+// The sum of the squared errors of n elements, and their slopes times the row's weight, unless `out` is null.
 template <class T, class W>
-FASTJEM_NOINLINE static W squared_errors(const T* x, const T* y, Normalization<W> normalized, int64_t n, W scale,
+FASTJEM_NOINLINE static W squared_errors(const T* x, const T* y, Normalization<W> normalized, W weight, int64_t n,
                                          T* out) {
-  const W twice = 2 * scale;
   W sum = 0;
   if (out) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) {
       const W error = widen(x[j]) - normalized(widen(y[j]));
       sum += error * error;
-      narrow(error * twice, out[j]);
+      narrow(weight * (2 * error), out[j]);
     }
   } else {
 #pragma omp simd reduction(+ : sum)
@@ -68,8 +67,8 @@ FASTJEM_NOINLINE static W squared_errors(const T* x, const T* y, Normalization<W
 // The same of smooth L1. With c the error cut off at -beta and beta, c / beta is the slope, and c (error - c / 2) /
 // beta the loss: it needs no branch. NaN stays.
 template <class T, class W>
-FASTJEM_NOINLINE static W smooth_errors(const T* x, const T* y, Normalization<W> normalized, W beta, int64_t n, W scale,
-                                        T* out) {
+FASTJEM_NOINLINE static W smooth_errors(const T* x, const T* y, Normalization<W> normalized, W beta, W weight,
+                                        int64_t n, T* out) {
   const W inverse = 1 / beta;
   W sum = 0;
   if (out) {
@@ -79,7 +78,7 @@ FASTJEM_NOINLINE static W smooth_errors(const T* x, const T* y, Normalization<W>
       const W above = error < -beta ? -beta : error;
       const W slope = (above > beta ? beta : above) * inverse;
       sum += slope * (error - W(0.5) * beta * slope);
-      narrow(slope * scale, out[j]);
+      narrow(weight * slope, out[j]);
     }
   } else {
 #pragma omp simd reduction(+ : sum)
@@ -103,7 +102,7 @@ static void regression_rows_of(const Regression& r, int64_t begin, int64_t end) 
     const double row_weight = r.weights ? r.weights[i] : 1;
     r.losses[i] = 0;
     if (row_weight == 0) continue;  // a row that only fills up: it may be any, and stand there twice
-    const W scale = static_cast<W>(row_weight * r.scale);
+    const W weight = static_cast<W>(row_weight * r.scale);
     const int64_t row = r.rows ? r.rows[i] : i;
     const T* x = static_cast<const T*>(r.prediction) + row * r.prediction_stride;
     const T* y = static_cast<const T*>(r.target) + row * r.target_stride;
@@ -113,8 +112,8 @@ static void regression_rows_of(const Regression& r, int64_t begin, int64_t end) 
     for (int64_t block = 0; block < d; block += terms_per_block) {
       const int64_t n = std::min(terms_per_block, d - block);
       T* slopes = out ? out + block : nullptr;
-      loss += r.beta == 0 ? squared_errors(x + block, y + block, normalized, n, scale, slopes)
-                          : smooth_errors(x + block, y + block, normalized, beta, n, scale, slopes);
+      loss += r.beta == 0 ? squared_errors(x + block, y + block, normalized, weight, n, slopes)
+                          : smooth_errors(x + block, y + block, normalized, beta, weight, n, slopes);
     }
     r.losses[i] = row_weight * loss;
   }

@@ -34,7 +34,7 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float, wanted: list[bool]) -> tup
         within,
         torch.get_num_threads(),
     )
-    loss = torch.full((), total * scale, dtype=dtype)
+    loss = torch.full((), total / len(p), dtype=dtype)
     return loss, gradients, torch.full((), scale / within, dtype=dtype)
 
 
@@ -113,19 +113,20 @@ def regression_rows(
 
 def negative_cosine_of_plain(p: Tensor, z: Tensor, eps: float, wanted: Sequence[bool]) -> Found | None:
     gradients = gradients_for((p, z), wanted)
-    scale = 1 / max(len(p), 1)
+    rows = p.shape[0] if p.dim() else 1  # C++ looks at what p is
+    scale = 1 / rows if rows else math.inf
     within = scale_within(scale, p.dtype)
     total = _C.negative_cosine_of_plain(p, z, *gradients, eps, within, torch.get_num_threads())
     if total is None:
         return None
-    return Found(loss_like(p, total * scale), gradients, (scale / within, scale / within))
+    return Found(loss_like(p, total / rows), gradients, (scale / within,) * 2)
 
 
 def regression_of_plain(
     prediction: Tensor, target: Tensor, beta: float, normalize: bool, eps: float, wanted: Sequence[bool]
 ) -> Found | None:
     gradients = gradients_for((prediction,), wanted)
-    scale = 1 / max(prediction.numel(), 1)
+    scale = 1 / max(prediction.numel(), 1)  # of nothing C++ makes nothing
     within = scale_within(scale, prediction.dtype)
     options = (beta, normalize, eps, within, torch.get_num_threads())
     total = _C.regression_of_plain(prediction, target, *gradients, *options)

@@ -21,7 +21,7 @@ def cross_entropy(
     labels = labels.contiguous()
     dtype = compute_dtype(logits.dtype)
     gradient = gradient_for(logits, wanted[0])
-    mean = logits.dtype != torch.float16  # which can't hold the gradient over N; see native.scale_within
+    mean = _of_mean(logits)
     total, counted = _C.cross_entropy(
         CODES[logits.dtype],
         address(logits),
@@ -34,17 +34,27 @@ def cross_entropy(
         torch.get_num_threads(),
     )
     loss = torch.full((), total / counted if counted else math.nan, dtype=dtype)
-    scale = torch.full((), math.inf if not counted else 1.0 if mean else 1 / counted, dtype=dtype)
-    return loss, [gradient], scale
+    return loss, [gradient], torch.full((), _scale(counted, mean), dtype=dtype)
+
+
+def _of_mean(logits: Tensor) -> bool:
+    """Whether C++ gives the gradient of the mean, not of the sum: float16 can't hold it (`native.scale_within`)."""
+    return logits.dtype != torch.float16
+
+
+def _scale(counted: int, mean: bool) -> float:
+    """What is left for backward to multiply by."""
+    if not counted:
+        return math.inf
+    return 1.0 if mean else 1 / counted
 
 
 def cross_entropy_of_plain(logits: Tensor, labels: Tensor, ignore_index: int, wanted: Sequence[bool]) -> Found | None:
     """None where C++ says that they aren't plain tensors, or don't fit one another."""
     gradients = gradients_for((logits,), wanted)
-    mean = logits.dtype != torch.float16
+    mean = _of_mean(logits)
     numbers = _C.cross_entropy_of_plain(logits, labels, *gradients, ignore_index, mean, torch.get_num_threads())
     if numbers is None:
         return None
     total, counted = numbers
-    scale = math.inf if not counted else 1.0 if mean else 1 / counted
-    return Found(loss_like(logits, total / counted if counted else math.nan), gradients, (scale,))
+    return Found(loss_like(logits, total / counted if counted else math.nan), gradients, (_scale(counted, mean),))
