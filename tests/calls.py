@@ -96,6 +96,11 @@ FUNCTIONS = {
         lambda b: [*_two(b), leaf(20, D), torch.tensor(0.2, requires_grad=True)],
         lambda a, b, q, t: F.info_nce(a, b, q, temperature=t),
     ),
+    "nnclr": Call(lambda b: [*_two(b), *_two(b), torch.randn(20, D)], F.nnclr),
+    "siglip_loss-ids": Call(
+        lambda b: [*_with_scale_and_bias(b), torch.arange(b) % 3],
+        lambda a, b, s, t, i: F.siglip_loss(a, b, s, t, ids=i),
+    ),
     "nearest_neighbors": Call(lambda b: [torch.randn(b, D), torch.randn(20, D)], F.nearest_neighbors, False),
     "clip_loss": Call(_with_scale, F.clip_loss),
     "clip_loss-number": Call(_two, lambda a, b: F.clip_loss(a, b, 10.0)),
