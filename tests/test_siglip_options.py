@@ -61,7 +61,8 @@ OPTIONS = {
     "none": {"reduction": "none"},
     "smoothing": {"label_smoothing": 0.2},
     "all with ids": {
-        "ids": IDS, "exclude": EXCLUDE, "weights": WEIGHTS, "reduction": "none", "label_smoothing": torch.tensor(0.1, dtype=torch.float64),
+        "ids": IDS, "exclude": EXCLUDE, "weights": WEIGHTS, "reduction": "none",
+        "label_smoothing": torch.tensor(0.1, dtype=torch.float64),
     },
     "all with positives": {"positives": POSITIVES, "exclude": EXCLUDE, "weights": WEIGHTS, "label_smoothing": 0.3},
 }  # fmt: skip

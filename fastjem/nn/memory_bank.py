@@ -127,8 +127,8 @@ class NNMemoryBankModule(MemoryBankModule):
 class NNCLRLoss(nn.Module):
     """NNCLR's loss with its support set: `fastjem.functional.nnclr`.
 
-    What lightly composes of `NNMemoryBankModule` and two `NTXentLoss`, with one pass over the bank, of which nothing but
-    the neighbours is copied.
+    What lightly composes of `NNMemoryBankModule` and two `NTXentLoss`, with one pass over the bank, of which nothing
+    but the neighbours is copied.
 
     Args:
         temperature: what cosines are divided by.
