@@ -234,8 +234,10 @@ def similarity_sigmoid(dtype: torch.dtype) -> dict:
 
 
 def siglip_pairs(dtype: torch.dtype) -> dict:
-    """As `similarity_sigmoid`."""
-    return similarity_sigmoid(dtype)
+    """Labels, targets and masks beside a loss and a slope spill in larger tiles."""
+    if dtype.itemsize == 2:
+        return {"BLOCK_D": 64} | _tile(rows=64, columns=64, warps=8, stages=3)
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=32, warps=8, stages=2)
 
 
 # neighbors ------------------------------------------------------------------------------------------------------------

@@ -108,6 +108,11 @@ FUNCTIONS = {
         lambda b: [*_with_scale(b), torch.arange(b) % 5],
         lambda a, b, s, ids: F.clip_loss(a, b, s, ids=ids, reduction="sum", false_negative_margin=2.0, hardness=0.5),
     ),
+    "nnclr": Call(lambda b: [*_two(b), *_two(b), torch.randn(20, D)], F.nnclr),
+    "siglip_loss-ids": Call(
+        lambda b: [*_with_scale_and_bias(b), torch.arange(b) % 3],
+        lambda a, b, s, t, i: F.siglip_loss(a, b, s, t, ids=i),
+    ),
     "nearest_neighbors": Call(lambda b: [torch.randn(b, D), torch.randn(20, D)], F.nearest_neighbors, False),
     "clip_loss": Call(_with_scale, F.clip_loss),
     "clip_loss-number": Call(_two, lambda a, b: F.clip_loss(a, b, 10.0)),

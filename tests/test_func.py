@@ -89,6 +89,10 @@ def test_batched_gradients(name):
     inputs = case.make(ROWS)
     loss = _function(case)(*inputs)
     upstream = torch.tensor([1.0, -2.0, 0.5], dtype=loss.dtype)
+    if name == "siglip_loss-ids":
+        with pytest.raises(NotImplementedError, match="siglip_loss: with options, batched gradients must come of"):
+            torch.autograd.grad(loss, [inputs[i] for i in places], upstream, is_grads_batched=True)
+        return
     got = torch.autograd.grad(
         loss, [inputs[i] for i in places], upstream, is_grads_batched=True, allow_unused=True, retain_graph=True
     )
@@ -154,7 +158,7 @@ def test_a_second_derivative_is_right_or_refused(name):
     inputs, places, _ = _given(case)
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     function = _function(case)
-    place = places[0]
+    place = places[-1] if name == "nnclr" else places[0]  # whose projections are constants
 
     def size(*x: Tensor) -> Tensor:
         return grad(function, argnums=place)(*x).pow(2).sum()

@@ -1,7 +1,11 @@
 """SigLIP's options, each and together, against a formula in float64; on one rank and over ranks."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import logsigmoid, normalize
@@ -57,7 +61,8 @@ OPTIONS = {
     "none": {"reduction": "none"},
     "smoothing": {"label_smoothing": 0.2},
     "all with ids": {
-        "ids": IDS, "exclude": EXCLUDE, "weights": WEIGHTS, "reduction": "none", "label_smoothing": torch.tensor(0.1, dtype=torch.float64),
+        "ids": IDS, "exclude": EXCLUDE, "weights": WEIGHTS, "reduction": "none",
+        "label_smoothing": torch.tensor(0.1, dtype=torch.float64),
     },
     "all with positives": {"positives": POSITIVES, "exclude": EXCLUDE, "weights": WEIGHTS, "label_smoothing": 0.3},
 }  # fmt: skip
@@ -189,3 +194,48 @@ def test_module():
     x, y, scale, bias = inputs()
     got = SigLipLoss(label_smoothing=0.1)(x, y, scale, bias, ids=IDS, weights=WEIGHTS)
     torch.testing.assert_close(got, formula(x, y, scale, bias, ids=IDS, weights=WEIGHTS, label_smoothing=0.1))
+
+
+SIZES = {2: (5, 3), 3: (4, 0, 6)}
+RANKED = [
+    {"ids": IDS},
+    {"positives": POSITIVES, "exclude": EXCLUDE, "weights": WEIGHTS, "label_smoothing": 0.2},
+    {"ids": IDS, "exclude": EXCLUDE, "weights": WEIGHTS, "reduction": "sum"},
+    {"ids": IDS, "weights": WEIGHTS, "reduction": "none"},
+]
+
+
+def check_rank(rank: int, world: int, store: str) -> None:
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    n = sum(SIZES[world])
+    mine = slice(sum(SIZES[world][:rank]), sum(SIZES[world][: rank + 1]))
+    for of_rows in (False, True):
+        for options in RANKED:
+            whole = {name: of[:n, :n] if name in ("positives", "exclude") else of[:n] if isinstance(of, Tensor) else of
+                     for name, of in options.items()}  # fmt: skip
+            leaves = inputs(n, D, of_rows=of_rows)
+            expected = formula(*leaves, **whole)
+            each = options.get("reduction") == "none"
+            upstream = torch.linspace(-1, 2, n, dtype=torch.float64) if each else torch.tensor(-0.7)
+            gradients = torch.autograd.grad((expected * upstream).sum(), leaves)
+            own = {name: of[mine] if isinstance(of, Tensor) else of for name, of in whole.items()}
+            parts = [(z[mine] if z.dim() else z).detach().clone().requires_grad_() for z in leaves]
+            loss = F.siglip_loss(*parts, group=dist.group.WORLD, **own)
+            told = f"{[*options]}, rank {rank}"
+            torch.testing.assert_close(loss, expected[mine] if each else expected, msg=told)
+            got = torch.autograd.grad((loss * (upstream[mine] if each else upstream)).sum(), parts)
+            for part, full, of in zip(got, gradients, leaves, strict=True):
+                if not of.dim():  # a number's gradient is the sum of all ranks' parts
+                    dist.all_reduce(part)
+                factor = 1 if each else world  # DistributedDataParallel divides by it
+                torch.testing.assert_close(part / factor, full[mine] if of.dim() else full, msg=f"{told}, gradient")
+    with pytest.raises(ValueError, match=r"exclude must be \[\d, \d+\], got \(\d, 7\) .on rank 0"):
+        F.siglip_loss(*parts, group=dist.group.WORLD, exclude=EXCLUDE[: parts[0].shape[0], : n if rank else 7])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_ranks(world, tmp_path):
+    mp.spawn(check_rank, (world, str(tmp_path / "store")), nprocs=world)

@@ -4,7 +4,7 @@ Arguments after the tensors are keyword-only.
 """
 
 from fastjem.functional.augment import augment, crop_resize
-from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nt_xent
+from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nnclr, nt_xent
 from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
 from fastjem.functional.gram import gram_loss
@@ -50,6 +50,7 @@ __all__ = [
     "nearest_neighbors",
     "nearest_rows",
     "negative_cosine",
+    "nnclr",
     "nt_xent",
     "prototype_cross_entropy",
     "prototype_head_cross_entropy",

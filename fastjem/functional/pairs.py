@@ -125,12 +125,14 @@ class _LossesOfRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.ranks = inputs
+        ctx.in_transform = transforms.active()
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        if not transforms.active():
+        if not ctx.in_transform:  # a transform's backward has create_graph=True in any case
             refuse_second_order("siglip_loss")
+        transforms.refuse_batched_gradients("siglip_loss", upstream)
         x, y, scale, bias, *options = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         found = _gradients(x, y, scale, bias, upstream, Pairs(*options), ctx.ranks, wanted)

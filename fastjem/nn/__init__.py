@@ -37,7 +37,7 @@ from fastjem.nn.masks import (
     random_prefix_mask,
     random_token_mask,
 )
-from fastjem.nn.memory_bank import MemoryBankModule, NNMemoryBankModule
+from fastjem.nn.memory_bank import MemoryBankModule, NNCLRLoss, NNMemoryBankModule
 from fastjem.nn.momentum import activate_requires_grad, deactivate_requires_grad, update_momentum
 from fastjem.nn.parts import Center
 from fastjem.nn.predictive import GramLoss, NegativeCosineSimilarity
@@ -70,6 +70,7 @@ __all__ = [
     "MSNProjectionHead",
     "MemoryBankModule",
     "MoCoProjectionHead",
+    "NNCLRLoss",
     "NNCLRPredictionHead",
     "NNCLRProjectionHead",
     "NNMemoryBankModule",

@@ -122,3 +122,35 @@ class NNMemoryBankModule(MemoryBankModule):
         if update:
             self.enqueue(output)
         return neighbours
+
+
+class NNCLRLoss(nn.Module):
+    """NNCLR's loss with its support set: `fastjem.functional.nnclr`.
+
+    What lightly composes of `NNMemoryBankModule` and two `NTXentLoss`, with one pass over the bank, of which nothing
+    but the neighbours is copied.
+
+    Args:
+        temperature: what cosines are divided by.
+        memory_bank_size: (number of rows, dimension).
+        rows_per_step: see `MemoryBankModule`; with more than 0 call `step_ends` once per optimiser step.
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, memory_bank_size: Sequence[int] = (65536, 256), rows_per_step: int = 0
+    ):
+        super().__init__()
+        self.temperature = temperature
+        self.memory_bank = NNMemoryBankModule(memory_bank_size, rows_per_step=rows_per_step)
+
+    def forward(self, z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
+        """Projections z and predictions p of two views, [N, D] each -> 0-dim. In training, z1 is enqueued."""
+        bank = self.memory_bank.bank.to(z0.device)
+        loss = F.nnclr(z0, z1, p0, p1, bank, temperature=self.temperature)
+        if self.training:
+            self.memory_bank.enqueue(z1.detach())
+        return loss
+
+    def step_ends(self) -> None:
+        """With `rows_per_step`: enqueue the rows of all batches since the last call."""
+        self.memory_bank.step_ends()

@@ -141,7 +141,16 @@ _TENSOR = "a tensor"  # stands for one in a pattern
 
 def once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
     """The gradient, of which a second derivative by a transform is refused."""
-    return _Gradient.apply(name, None, 0, len(inputs), gradient, *inputs) if active() else gradient
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradient
+    return _Gradient.apply(name, None, 0, len(inputs), gradient, *inputs)
+
+
+def refuse_batched_gradients(name: str, upstream: Tensor) -> None:
+    """Raise where a gradient is a kernel's of the upstream gradients of rows, and these are batched."""
+    if not torch.compiler.is_compiling() and _functorch.is_legacy_batchedtensor(upstream):
+        contract = "with options, batched gradients must come of torch.func.vmap"
+        raise NotImplementedError(f"{name}: {contract}, got is_grads_batched=True")
 
 
 def _in_parts(tensors: Sequence[Tensor], *sizes: int) -> list[Sequence[Tensor]]:

@@ -83,7 +83,8 @@ def siglip_pairs(
     y = y.contiguous()
     largest = None
     if weights is not None:  # between -1 and 1, so that no derivative leaves half precision
-        largest = weights.abs().max().double().clamp_min(1e-30)
+        finite = torch.where(weights.isfinite(), weights.abs(), 0)
+        largest = finite.max().double().clamp_min(1e-30)
         weights = weights / largest
     x_sum = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if wanted[0] else None
     y_sum = torch.zeros(y.shape, dtype=torch.float32, device=y.device) if wanted[1] else None

@@ -1,7 +1,7 @@
-"""SigLIP's loss of pairs with options, in Triton: several positives, pairs that don't count, weights, smoothed targets.
+"""SigLIP's loss with options, in Triton: several positives, pairs that don't count, weights, smoothed targets.
 
-A kernel beside `weights.sigmoid_kernel`, which a plain call takes: masks are N x M bytes, and a target that isn't 0 or 1
-needs both terms of the loss.
+A kernel beside `weights.sigmoid_kernel`, which a plain call takes: masks are N x M bytes, and a target that isn't 0 or
+1 needs both terms of the loss.
 """
 
 import torch

@@ -110,6 +110,43 @@ def nearest_neighbors_case(n: int, k: int, d: int, dtype: torch.dtype = torch.fl
     )  # fmt: skip
 
 
+def nnclr(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, bank: Tensor) -> Tensor:
+    rows = normalize(bank, dim=1)
+    neighbours = [bank[(normalize(z, dim=1) @ rows.T).argmax(1)] for z in (z0, z1)]
+    return (nt_xent(neighbours[0], p1) + nt_xent(neighbours[1], p0)) / 2
+
+
+def lightly_nnclr(k: int, d: int):
+    def load():
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import NNMemoryBankModule
+
+        search = NNMemoryBankModule(size=(k, d))
+        loss = NTXentLoss(temperature=SIMCLR_TEMPERATURE)
+
+        def run(z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor, bank: Tensor) -> Tensor:
+            search.bank = bank.T  # lightly's is [D, K]
+            return (loss(search(z0, update=False), p1) + loss(search(z1, update=False), p0)) / 2
+
+        return run
+
+    return load
+
+
+def nnclr_case(n: int, k: int, d: int, **options) -> Case:
+    """FLOPs: both views' rows against the bank, and two losses of 2 N rows. Bytes: everything read, gradients
+    written."""
+
+    def inputs(draw: Draw) -> tuple[Tensor, ...]:
+        return *draw.pair(n, d, (False, False)), *draw.pair(n, d), normalize(draw.normal(k, d), dim=1)
+
+    return Case(
+        "nnclr", f"{n} x {k} x {d}", inputs, nnclr, partial(F.nnclr, temperature=SIMCLR_TEMPERATURE),
+        peers={"lightly": lightly_nnclr(k, d)}, uses=("nearest_neighbors", "nt_xent", "nt_xent_backward"),
+        bytes=4 * (k + 6 * n) * d, flops=4 * n * k * d + 8 * (2 * n) ** 2 * d, **options,
+    )  # fmt: skip
+
+
 def clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     logits = scale * (x @ y.T)
     partner = torch.arange(len(x), device=x.device)
@@ -154,6 +191,7 @@ CASES = [
     nt_xent_case(32768, 128, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
     moco_case(256, 65536, 128, full_only=("cuda",)),
     moco_case(4096, 65536, 128, torch.bfloat16, devices=("cuda",)),
+    nnclr_case(256, 65536, 256, full_only=("cpu", "cuda")),
     nearest_neighbors_case(256, 65536, 128, full_only=("cpu", "cuda")),
     image_text_case("clip_loss", 512, 512, full_only=("cuda",)),
     image_text_case("clip_loss", 4096, 512, full_only=("cpu", "cuda")),
