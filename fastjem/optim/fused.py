@@ -97,8 +97,6 @@ class Fused(torch.optim.Optimizer):
             checks.number(op, "teacher momentum", momentum, low=0, high=1, inclusive=True)
         self._pairs, self._others, self._teacher_momentum, self._plan = pairs, others, momentum, None
 
-    @torch.compiler.disable
-    @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Any] | None = None, *, teacher_momentum: float | Tensor | None = None
     ) -> Any:
@@ -115,6 +113,12 @@ class Fused(torch.optim.Optimizer):
         momentum = self._teacher_momentum if teacher_momentum is None else teacher_momentum
         if teacher_momentum is not None and (self._pairs or self._others):
             checks.number(type(self).__name__, "teacher momentum", momentum, low=0, high=1, inclusive=True)
+        with torch.no_grad():
+            self._take(momentum)  # pyright: ignore[reportAttributeAccessIssue]
+        return loss
+
+    @torch.compiler.disable
+    def _take(self, momentum: float | Tensor) -> None:
         plan = self._planned()
         for call in plan.calls:
             settings = self._settings_on(call.local[0].device, momentum)
@@ -123,7 +127,6 @@ class Fused(torch.optim.Optimizer):
             torch.autograd.graph.increment_version([x for tensors in written for x in tensors])
         if plan.rest:
             ema_update_([teacher for teacher, _ in plan.rest], [student for _, student in plan.rest], momentum)
-        return loss
 
     def _planned(self) -> _Plan:
         """The calls of this step: the last step's, where every tensor is where it was then."""
