@@ -1,4 +1,5 @@
 #include "common.h"
+#include "huge_pages.h"
 
 namespace fastjem {
 
@@ -36,6 +37,10 @@ PYBIND11_MODULE(_C, m) {
       "isa", [] { return static_cast<int>(fastjem::isa()); },
       "The instruction set in use: 0 baseline, 1 AVX2, 2 AVX-512.");
   m.def("use_isa", &fastjem::use_isa, "Use a lesser instruction set: for tests.");
+  m.def(
+      "prefer_huge_pages",
+      [](uintptr_t address, int64_t bytes) { fastjem::prefer_huge_pages(fastjem::at<void>(address), bytes); },
+      "For memory that is about to be written for the first time.");
 #define OPERATOR(name) fastjem::bind_##name(m);
 #include "operators.h"
 #undef OPERATOR

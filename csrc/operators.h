@@ -3,9 +3,11 @@
 
 OPERATOR(tensors)
 OPERATOR(similarity)
+OPERATOR(siglip_pairs)
 OPERATOR(small)
 OPERATOR(visible)
 OPERATOR(koleo)
+OPERATOR(one_tile)
 OPERATOR(prototype_cross_entropy)
 OPERATOR(prototype_head)
 OPERATOR(sinkhorn)

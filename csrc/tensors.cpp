@@ -151,10 +151,6 @@ bool look_at(pybind11::handle x, Plain& plain) {
   return false;
 }
 
-bool look_at_dense(pybind11::handle x, int dims, Plain& plain) {
-  return look_at(x, plain) && plain.dims == dims && plain.is_contiguous();
-}
-
 // Calls f for each element of a list or tuple until it returns false, which is then the result; false for others.
 template <class F>
 static bool all_of(PyObject* sequence, F&& f) {

@@ -29,9 +29,42 @@ struct Plain {
 // Whether x is a plain tensor, which it then is told of. False, and no Python error, for anything else.
 bool look_at(pybind11::handle x, Plain& plain);
 
-// For a kernel of few numbers, which is called with the tensors themselves: whether x is plain, of so many dimensions,
-// and contiguous.
-bool look_at_dense(pybind11::handle x, int dims, Plain& plain);
+// Dense tensors of `dims` dimensions and one dtype, as an operator takes them; `good` tells whether that is so.
+class Given {
+ public:
+  bool good = true;
+
+  // dims: how many x must have; 0: any but none.
+  Plain operator()(pybind11::handle x, int dims) {
+    Plain plain{};
+    good = good && look_at(x, plain) && (dims ? plain.dims == dims : plain.dims > 0) && plain.is_contiguous();
+    good = good && plain.elements && plain.is_floating();
+    good = good && (first_ < 0 || plain.dtype == first_);
+    first_ = plain.dtype;
+    return plain;
+  }
+
+  // int64, one for each row.
+  const int64_t* labels(pybind11::handle x, int64_t rows) {
+    Plain plain{};
+    good = good && look_at(x, plain) && plain.dtype == Plain::int64 && plain.dims == 1 && plain.shape[0] == rows &&
+           plain.is_contiguous();
+    return reinterpret_cast<const int64_t*>(plain.data);
+  }
+
+  // Memory for a gradient of x: its shape and dtype, or None.
+  void* gradient_of(const Plain& x, pybind11::handle gradient) {
+    if (gradient.is_none() || !good) return nullptr;
+    Plain plain{};
+    good = look_at(gradient, plain) && plain.has_shape_of(x) && plain.is_contiguous() && plain.dtype == x.dtype;
+    return plain.data;
+  }
+
+ private:
+  int first_ = -1;
+};
+
+inline uintptr_t address(const void* memory) { return reinterpret_cast<uintptr_t>(memory); }
 
 // The tensors that `facts` (tensors.cpp) was told of, which lives longer than they do.
 std::vector<Plain> tensors_of(const char* facts, size_t bytes);

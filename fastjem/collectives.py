@@ -94,6 +94,9 @@ class Agreement:
         self.group = group if self._knows_sizes else None
         if self._knows_sizes:
             self.sizes = [1]
+        if group is not None and torch._C._are_functorch_transforms_active():
+            # Ranks would have to be in the same transform, and vmap would ask all of them for a batch of collectives.
+            raise NotImplementedError(f"{who}: within a transform of torch.func, group must be None, got {group}")
         if group is not None and not isinstance(group, dist.ProcessGroup):  # new_group gives others a number
             raise ValueError(f"{who}: group must have this rank ({dist.get_rank()}) in it, got one that hasn't")
 

@@ -268,6 +268,18 @@ def _similarity_logsumexp_backward(*arguments):
         _expect(op, name, vector, (len(arguments[1]),))
 
 
+def _siglip_pairs(x, y, _scale, _bias, _smoothing, weights, row_ids, column_ids, positives, exclude, *_):
+    op = "siglip_pairs"
+    _same_width(op, "x and y", x, y)
+    _expect(op, "weights", weights, (len(x),))
+    _expect(op, "row_ids", row_ids, (len(x),), torch.int64)
+    _expect(op, "column_ids", column_ids, (len(y),), torch.int64)
+    if (row_ids is None) != (column_ids is None):
+        _fail(op, "row_ids and column_ids must be given together", "one of them")
+    _expect(op, "positives", positives, (len(x), len(y)), torch.bool)
+    _expect(op, "exclude", exclude, (len(x), len(y)), torch.bool)
+
+
 def _nearest_neighbors(query, bank):
     _same_width("nearest_neighbors", "query and bank", query, bank)
 
@@ -336,7 +348,7 @@ def _student_and_teacher(
     _alike(op, "teacher views", *teacher)
     _expect(op, "teacher views", teacher[0], tuple(student[0].shape))
     _expect(op, "weights", weights, (len(student[0]),))
-    if bias is not None and bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
+    if bias is not None and bias.shape != (prototypes,) and bias.shape != (len(teacher), prototypes):
         _fail(op, f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]", _told(bias))
 
 
@@ -380,6 +392,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "clip_loss": _clip_loss,
     "clip_loss_backward": _clip_loss_backward,
     "siglip_loss": _siglip_loss,
+    "siglip_pairs": _siglip_pairs,
     "similarity_logsumexp": _similarity_logsumexp,
     "similarity_logsumexp_backward": _similarity_logsumexp_backward,
     "nearest_neighbors": _nearest_neighbors,

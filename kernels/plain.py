@@ -1,8 +1,8 @@
 """Plain tensors: torch.Tensor or Parameter itself, in the host's memory, which is there and large enough.
 
-C++ looks at all of them in one call (csrc/tensors.cpp), which takes 0.2 us a tensor; the checks in Python, which tell what
-is wrong with the others, take ten times as long. Where the extension isn't built, or torch is older than 2.10, no tensor
-is plain, and everything goes the longer way.
+C++ looks at all of them in one call (csrc/tensors.cpp), which takes 0.2 us a tensor. The checks in Python, which tell
+what is wrong with the others, take ten times as long. Where the extension isn't built, or torch is older than 2.10, no
+tensor is plain, and everything goes the longer way.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ except ImportError:
         return False
 
     def facts(_tensors: list[Tensor]) -> bytes | None:
-        """Address, end of the storage, dtype, sizes and strides of each, if all are plain: equal where nothing moved."""
+        """Address, end of the storage, dtype, sizes, strides of each, if all are plain: equal where nothing moved."""
         return None
 
     def rescale(

@@ -26,6 +26,7 @@ CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still 
 # The most that few rows' losses take in one call (contrastive/small.py): their similarities, and those times the width.
 CPU_SMALL_SQUARE = 64 * 64
 CPU_SMALL_PRODUCT = 64 * 64 * 64
+CPU_SYMMETRIC_WORK = 1 << 24  # multiplications of x @ x.T from which halves are worth several calls
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
 
@@ -198,6 +199,11 @@ def similarity_weights(dtype: torch.dtype) -> dict:
     return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=4, stages=2)
 
 
+def koleo_neighbors(topk: int) -> dict:
+    columns = 64 if topk == 1 else 32  # the search for the next best spills in 64 of them, on sm_100
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=columns, warps=8, stages=2)
+
+
 def similarity_visible(width: int, dtype: torch.dtype) -> dict:
     """Log-sum-exps over what rows and columns see; 64 columns spill on sm_80 where all options are there."""
     if block := _block_on_chip(width, dtype):
@@ -210,7 +216,10 @@ def similarity_visible(width: int, dtype: torch.dtype) -> dict:
 def similarity_visible_owner(width: int, dtype: torch.dtype) -> dict | None:
     """Gradients of what rows see; None: `_block_on_chip` has none."""
     block = _block_on_chip(width, dtype)
-    return None if block is None else {"BLOCK_D": block} | _tile(rows=64, columns=32, warps=8, stages=2)
+    if block is None:
+        return None
+    # where all options are there, 32 columns beside rows of 128 spill: two stages on sm_80, three on sm_100
+    return {"BLOCK_D": block} | _tile(rows=64, columns=32 if block > 128 else 16, warps=8, stages=2)
 
 
 def similarity_visible_weights(dtype: torch.dtype) -> dict:
@@ -222,6 +231,11 @@ def similarity_visible_weights(dtype: torch.dtype) -> dict:
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
     """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
     return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
+
+
+def siglip_pairs(dtype: torch.dtype) -> dict:
+    """As `similarity_sigmoid`."""
+    return similarity_sigmoid(dtype)
 
 
 # neighbors ------------------------------------------------------------------------------------------------------------
@@ -278,6 +292,10 @@ def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
 
 def sinkhorn_codes() -> dict:
     return {"ROWS": 1, "BLOCK": 1024, "num_warps": 4}
+
+
+def softmax_slope(width: int, dtype: torch.dtype) -> dict:
+    return row_logsumexp(width, dtype)
 
 
 def prototype_cross_entropy(dtype: torch.dtype) -> dict:

@@ -29,6 +29,7 @@ from fastjem.kernels.contrastive import gpu as contrastive
 from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
 from fastjem.kernels.gaussian import gpu as gaussian
+from fastjem.kernels.neighbors import gpu as neighbors
 from fastjem.kernels.optimizers import columns as optimizer_columns
 from fastjem.kernels.optimizers import gpu as optimizers
 from fastjem.kernels.predictive import gpu as predictive
@@ -253,6 +254,18 @@ def _siglip_loss(d: int, dtype: str) -> Case:
     return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
 
 
+def _siglip_pairs(d: int, dtype: str, masks: bool) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        numbers = [torch.ones(())] * 3
+        ids = None if masks else torch.zeros(300, dtype=torch.int64)
+        mask = torch.zeros(300, 300, dtype=torch.bool) if masks else None
+        weights = torch.ones(300, dtype=torch.float64)
+        contrastive.siglip_pairs(x, x, *numbers, weights, ids, ids, mask, mask, 0, [True, True])
+
+    return Case("siglip_pairs", f"N x {d} {'masks' if masks else 'ids'}", dtype, call, wgmma=True)
+
+
 def _similarity_logsumexp(d: int, dtype: str, everything: bool = True, n: int = 300) -> Case:
     """What a row sees by ids, a mask, limits and its own image, with sums of logits; or by ids alone."""
 
@@ -276,6 +289,13 @@ def _nearest_neighbors(d: int, dtype: str) -> Case:
         contrastive.nearest_neighbors(x, x)
 
     return Case("nearest_neighbors", f"N x K x {d}", dtype, call, wgmma=True)
+
+
+def _kmeans_step(d: int, dtype: str) -> Case:
+    def call() -> None:
+        neighbors.kmeans_step(torch.zeros(300, d, dtype=DTYPES[dtype]), torch.zeros(70, d), True, True)
+
+    return Case("kmeans_step", f"N x K x {d}", dtype, call, wgmma=True)
 
 
 def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
@@ -319,6 +339,23 @@ def _prototype_head(d: int, dtype: str, students: int = 2, images: int = 4, k: i
     return Case("prototype_head_cross_entropy", shape, dtype, call, (1, 0), wgmma=dtype in ("bf16", "fp16"))
 
 
+def _mean_entropy(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        scores = [torch.zeros(4, k, dtype=DTYPES[dtype])]
+        prototypes.mean_entropy(scores, 0.1, torch.ones(k), torch.ones(()), [True])
+
+    return Case("mean_entropy", f"N x {k}", dtype, call, vectors)
+
+
+def _koleo(d: int, topk: int, dtype: str = "fp32", p: float = 2) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        neighbors = contrastive.koleo_neighbors(x, x, 0, topk, 100, 1e-8)
+        contrastive.koleo(x, neighbors.clamp(0, 299), p, 1e-8, [True])
+
+    return Case("koleo", f"N x {d} top {topk}" + (f" p {p:g}" if p != 2 else ""), dtype, call, wgmma=True)
+
+
 def _augment(size: int, dtype: str, channels_last: bool = False, exact: bool = False) -> Case:
     def call() -> None:
         images, table = torch.zeros(3, size, size, 3, dtype=torch.uint8), torch.zeros(3, 13)
@@ -348,7 +385,12 @@ CASES = [
     _info_nce(128, "bf16"),
     _clip_loss(512, "bf16"),
     _siglip_loss(512, "bf16"),
+    *(_siglip_pairs(512, dtype, masks) for dtype in ("bf16", "fp32") for masks in (False, True)),
     _nearest_neighbors(128, "bf16"),
+    _kmeans_step(128, "bf16"),
+    _kmeans_step(256, "fp16"),
+    _kmeans_step(384, "bf16"),
+    _kmeans_step(128, "fp32"),
     _similarity_logsumexp(128, "bf16"),
     _similarity_logsumexp(256, "bf16"),
     _similarity_logsumexp(512, "bf16"),
@@ -371,6 +413,11 @@ CASES = [
     _prototype_cross_entropy(8, 2, 3000, "fp32", "different", (1, 0)),
     _prototype_cross_entropy(1, 1, 8192, "bf16", "same", (1, 0)),
     _prototype_cross_entropy(2, 1, 1024, "fp32", "all", (1, 0)),
+    _mean_entropy(1024, "fp32", (1, 1)),
+    _mean_entropy(65_536, "bf16", (1, 1)),
+    _koleo(384, 1),
+    _koleo(1024, 4, "bf16"),
+    _koleo(128, 2, p=3.0),
     _rescale(5000, "bf16", (4, 4)),
     _rescale(5000, "fp32", (4, 4)),
     _ema_update(5000, "fp32", "fp32", (8, 4)),

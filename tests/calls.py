@@ -96,12 +96,41 @@ FUNCTIONS = {
         lambda b: [*_two(b), leaf(20, D), torch.tensor(0.2, requires_grad=True)],
         lambda a, b, q, t: F.info_nce(a, b, q, temperature=t),
     ),
+    "nt_xent-options": Call(
+        lambda b: [*_two(b), torch.arange(b) % 5, torch.rand(b), torch.full((), 0.4, requires_grad=True)],
+        lambda a, b, ids, w, t: F.nt_xent(a, b, temperature=t, ids=ids, weights=w, label_smoothing=0.1, prior=0.1),
+    ),
+    "info_nce-options": Call(
+        lambda b: [*_two(b), leaf(20, D), torch.rand(b, 20) < 0.2, torch.rand(b) + 0.2, leaf(b, 2, D)],
+        lambda a, b, q, mask, t, hard: F.info_nce(a, b, q, exclude=mask, temperature=t, hard_negatives=hard),
+    ),
+    "clip_loss-options": Call(
+        lambda b: [*_with_scale(b), torch.arange(b) % 5],
+        lambda a, b, s, ids: F.clip_loss(a, b, s, ids=ids, reduction="sum", false_negative_margin=2.0, hardness=0.5),
+    ),
     "nearest_neighbors": Call(lambda b: [torch.randn(b, D), torch.randn(20, D)], F.nearest_neighbors, False),
     "clip_loss": Call(_with_scale, F.clip_loss),
     "clip_loss-number": Call(_two, lambda a, b: F.clip_loss(a, b, 10.0)),
     "siglip_loss": Call(_with_scale_and_bias, F.siglip_loss),
     "negative_cosine": Call(_two, F.negative_cosine),
     "regression": Call(lambda b: [leaf(b, D), torch.randn(b, D)], F.regression),
+    "regression-rows": Call(
+        lambda b: [leaf(b, D), torch.randn(b, D), torch.arange(b), torch.rand(b)],
+        lambda p, t, rows, weights: F.regression(p, t, rows=rows, weights=weights),
+    ),
+    "masked_rows": Call(lambda b: [torch.rand(b, 3, 3) > 0.5], lambda mask: F.masked_rows(mask, 7)[1], False),
+    "gram_loss": Call(lambda b: [leaf(b, 5, D), torch.randn(b, 5, D)], F.gram_loss),
+    "kmeans": Call(
+        lambda b: [torch.randn(b, D), torch.eye(D)[:2]], lambda x, c: F.kmeans(x, c, iterations=2).centroids, False
+    ),
+    "nearest_rows": Call(
+        lambda b: [torch.randn(b, D), torch.randn(20, D)], lambda q, bank: F.nearest_rows(q, bank, k=3)[0], False
+    ),
+    "knn_votes": Call(
+        lambda b: [torch.randn(b, D), torch.randn(20, D), torch.arange(20) % 3],
+        lambda q, bank, labels: F.knn_votes(q, bank, labels, classes=3, k=5),
+        False,
+    ),
     "barlow_twins": Call(_two, F.barlow_twins),
     "vicreg": Call(_two, F.vicreg),
     "vicreg-health": Call(_two, lambda a, b: F.vicreg(a, b, health=F.Health())),
@@ -127,6 +156,7 @@ FUNCTIONS = {
     "sinkhorn": Call(lambda b: [torch.randn(b, K)], F.sinkhorn, False),
     "sinkhorn_bias": Call(lambda b: [torch.randn(b, K), torch.randn(b + 1, K)], lambda *x: F.sinkhorn_bias(x), False),
     "total_coding_rate": Call(lambda b: [leaf(b, D)], F.total_coding_rate),
+    "simdino": Call(lambda b: [leaf(b, D), leaf(b, D), torch.randn(b, D)], lambda s, r, t: F.simdino([s, r], [t])),
     "emp_ssl": Call(lambda b: [leaf(3, b, D)], F.emp_ssl),
     "mmcr": Call(lambda b: [leaf(b, 2, D), leaf(b, 2, D)], F.mmcr),
     "frossl": Call(_two, lambda *x: F.frossl(x)),
@@ -188,6 +218,13 @@ MODULES = {
     ),
     "MSNLoss": _module(lambda b: [leaf(2 * b, D), torch.randn(b, D), leaf(K, D)], nn.MSNLoss),
     "KoLeoLoss": _module(lambda b: [leaf(b, D)], nn.KoLeoLoss),
+    "GramLoss": _module(lambda b: [leaf(b, 5, D), torch.randn(b, 5, D)], nn.GramLoss),
+    "SimDINOLoss": _module(_scores(3), nn.SimDINOLoss, lambda loss, s, r, t: loss([t], [s, r])),
+    "SMoGPrototypes": _module(
+        lambda b: [leaf(b, D)],
+        lambda: nn.SMoGPrototypes(torch.randn(4, D), 0.9),
+        lambda groups, x: groups(x, groups.get_updated_group_features(x)).logsumexp(1).mean(),
+    ),
     "EMPSSLLoss": _module(_two, nn.EMPSSLLoss, lambda loss, *x: loss(x)),
     "MMCRLoss": _module(lambda b: [leaf(b, 2, D), leaf(b, 2, D)], nn.MMCRLoss),
     "FroSSLLoss": _module(_two, nn.FroSSLLoss, lambda loss, *x: loss(x)),

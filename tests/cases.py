@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import option_formulas
 import torch
 import torch.nn.functional as TF
 from torch import Tensor
@@ -257,6 +258,31 @@ def _image_text(op: str, n: int, d: int, scale: float, length: float = 1.0, bias
     )
 
 
+def _siglip_pairs(kind: str, n: int = 37, d: int = 33) -> Case:
+    """With ids or with masks, and all else."""
+
+    def inputs(g: torch.Generator) -> list[Tensor]:
+        x, y = (TF.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1) for _ in range(2))
+        numbers = torch.tensor([10.0, -1.0], dtype=torch.float64)
+        masks = [torch.rand(n, n, generator=g) < 0.2 for _ in range(2)]
+        ids = torch.randint(0, 9, (n,), generator=g)
+        return [x, y, *numbers, torch.rand(n, generator=g, dtype=torch.float64) + 0.1, ids, *masks]
+
+    def call(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, ids: Tensor, *masks: Tensor) -> Tensor:
+        together = {"ids": ids} if kind == "ids" else {"positives": masks[0]}
+        options = {"exclude": masks[1], "weights": weights, "label_smoothing": 0.1} | together
+        return F.siglip_loss(x, y, scale, bias, **options)
+
+    def eager(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, ids: Tensor, *masks: Tensor):
+        together = (ids[:, None] == ids) if kind == "ids" else masks[0]
+        target = together.to(x.dtype) * 0.9 + 0.05
+        logits = scale * x @ y.T + bias
+        pairs = -(target * TF.logsigmoid(logits) + (1 - target) * TF.logsigmoid(-logits)).masked_fill(masks[1], 0)
+        return (pairs.sum(1) * weights).sum() / weights.sum()
+
+    return Case("siglip_pairs", f"{n}x{d}-{kind}", inputs, call, eager, differentiable=4, gradient_size=lambda *_: 1)
+
+
 def eager_prototype_cross_entropy(
     student: list[Tensor],
     teacher: list[Tensor],
@@ -398,6 +424,7 @@ def _koleo(n: int, d: int, **options) -> Case:
         loss_size=20,
         gradient_size=lambda x: 10 / len(x) / x.norm(dim=1).min().item(),
         dtypes=(torch.float64, torch.float32),  # in half precision another row may be the nearest
+        interpreted=n < 300,
     )
 
 
@@ -456,6 +483,139 @@ def _covariance(op: str, n: int, d: int, scale: float = 1.0) -> Case:
         gradient_size=lambda a, b: 1 / len(a) / min(a.std(0).min().item(), b.std(0).min().item()),
         # Half precision as a user would write it overflows or falls to batch norm's own kernels: the bar is float32's.
         dtypes=(torch.float64, torch.float32),
+    )
+
+
+def _ids(n: int, kinds: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda g: torch.randint(kinds, (n,), generator=g)
+
+
+def _mask(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda g: torch.rand(*shape, generator=g) < 0.2
+
+
+def _weights(n: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda g: torch.rand(n, generator=g, dtype=torch.float64)
+
+
+def _views_with_options(n: int, d: int, temperature: float, prior: float = 0.0, **options) -> Case:
+    """Ids, a learned temperature, label smoothing, weights, a prior, hard negatives."""
+
+    def function(nt_xent: Callable) -> Callable:
+        def call(z0: Tensor, z1: Tensor, hard: Tensor, temperature: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            given = {"ids": ids, "weights": weights, "hard_negatives": hard, "label_smoothing": 0.1, "prior": prior}
+            return nt_xent(torch.stack([z0, z1]), temperature=temperature, **given)
+
+        return call
+
+    rows = (normal(n, d), normal(n, d), normal(n, 2, d))
+    learned = lambda g: torch.tensor(temperature, dtype=torch.float64)  # noqa: E731
+    return Case(
+        "similarity_logsumexp",
+        f"nt_xent-{n}x{d}-tau{temperature:g}",
+        make(*rows, learned, _ids(n, n), _weights(n)),
+        function(F.nt_xent),
+        function(option_formulas.nt_xent),
+        differentiable=4,
+        **options,
+    )
+
+
+def _queue_with_options(n: int, k: int, d: int, temperature: float, **options) -> Case:
+    """A mask, a temperature of each query, harder negatives."""
+
+    def function(info_nce: Callable) -> Callable:
+        def call(query: Tensor, positive: Tensor, queue: Tensor, temperature: Tensor, exclude: Tensor) -> Tensor:
+            return info_nce(query, positive, queue, temperature=temperature, exclude=exclude, hardness=0.5)
+
+        return call
+
+    by_query = lambda g: temperature + torch.rand(n, generator=g, dtype=torch.float64) * temperature  # noqa: E731
+    return Case(
+        "similarity_logsumexp",
+        f"info_nce-{n}x{k}x{d}-tau{temperature:g}",
+        make(normal(n, d), normal(n, d), normal(k, d), by_query, _mask(n, k)),
+        function(F.info_nce),
+        function(option_formulas.info_nce),
+        differentiable=4,
+        **options,
+    )
+
+
+def _pairs_with_options(n: int, d: int, scale: float, **options) -> Case:
+    """A mask for both directions, label smoothing, the sum."""
+
+    def function(clip_loss: Callable) -> Callable:
+        def call(x: Tensor, y: Tensor, scale: Tensor, exclude: Tensor) -> Tensor:
+            return clip_loss(x, y, scale, exclude=exclude, label_smoothing=0.2, reduction="sum")
+
+        return call
+
+    def pairs(g: torch.Generator) -> list[Tensor]:
+        x, y = (TF.normalize(z(g), dim=1) for z in (normal(n, d), normal(n, d)))
+        return [x, y, torch.tensor(scale, dtype=torch.float64), _mask(n, n)(g)]
+
+    return Case(
+        "similarity_logsumexp",
+        f"clip-{n}x{d}-scale{scale:g}",
+        pairs,
+        function(F.clip_loss),
+        function(option_formulas.clip_loss),
+        differentiable=3,
+        **options,
+    )
+
+
+def _gram(b: int, p: int, d: int, scale: float = 1.0, **options) -> Case:
+    def eager(s: Tensor, t: Tensor) -> Tensor:
+        wide = torch.promote_types(s.dtype, torch.float32)  # the paper computes in float32
+        u, v = s.to(wide), t.to(wide)
+        if options.get("normalize", True):
+            u, v = TF.normalize(u, dim=2), TF.normalize(v, dim=2)
+        if options.get("level") == "batch":
+            u, v = u.flatten(0, 1), v.flatten(0, 1)
+        a, b = u @ u.mT, v @ v.mT
+        negatives = options.get("negatives")
+        if negatives == "clamp":
+            a = a.relu()
+        elif negatives == "clamp_teacher":
+            a = torch.where((a < 0) & (b < 0), 0, a)
+        return TF.mse_loss(a, b if negatives is None else b.relu())
+
+    return Case(
+        "gram_loss",
+        f"{b}x{p}x{d}" + "".join(f"-{value}" for value in options.values()),
+        make(normal(b, p, d, scale=scale), normal(b, p, d, scale=scale)),
+        lambda s, t: F.gram_loss(s, t, **options),
+        eager,
+        loss_size=1.0,
+        # a row's gradient is 4 / P of its errors, of size 1, over its length; its part along the row is taken out again
+        gradient_size=lambda s, t: 4 / s.shape[1] / s.shape[0] / s.norm(dim=2).min().item(),
+    )
+
+
+def _regression_rows(n: int, d: int, rows: list[int], beta: float = 2.0, weighted: bool = True) -> Case:
+    """Patches of two images, of which one has another number of masked ones."""
+    index = torch.tensor(rows)
+    weights = torch.linspace(0.2, 1, len(rows), dtype=torch.float64)
+
+    def eager(x: Tensor, y: Tensor) -> Tensor:
+        at = index.to(x.device)
+        losses = TF.smooth_l1_loss(x[at], TF.layer_norm(y, (d,))[at], beta=beta, reduction="none").mean(1)
+        w = weights.to(losses) if weighted else torch.ones_like(losses)
+        return (losses * w).sum() / w.sum()
+
+    return Case(
+        "regression_rows",
+        f"{n}x{d}-{len(rows)}rows" + ("" if weighted else "-alike"),
+        make(normal(n, d), normal(n, d)),
+        lambda x, y: F.regression(
+            x, y, beta=beta, rows=index.to(x.device), weights=weights.to(x.device) if weighted else None
+        ),
+        eager,
+        dtypes=_dtypes_of_smooth_l1(),
+        loss_size=1.0,
+        gradient_size=lambda x, y: 1 / len(rows) / d,
     )
 
 
@@ -532,6 +692,17 @@ LOSSES = [
     _image_text("siglip_loss", 1, 16, 10.0),
     _image_text("siglip_loss", 1100, 16, 10.0, interpreted=False),
     _image_text("siglip_loss", 37, 33, 10.0, bias=-1.0),
+    *(_siglip_pairs(kind) for kind in ("ids", "masks")),
+    # smallest first: on it the compiled graphs are tried, too; then a running maximum, and more rows than a tile has
+    _views_with_options(7, 9, 0.3, prior=0.05),
+    _views_with_options(24, 33, 0.01),
+    _views_with_options(530, 16, 0.1, interpreted=False),
+    _queue_with_options(9, 40, 16, 0.1),
+    _queue_with_options(1, 33, 8, 0.01),
+    _queue_with_options(70, 1100, 16, 0.01, interpreted=False),
+    _pairs_with_options(13, 16, 10.0),
+    _pairs_with_options(40, 24, 100.0),
+    _pairs_with_options(1100, 8, 20.0, interpreted=False),
     _prototype_cross_entropy(2, 2, 3, 7, "different"),
     _prototype_cross_entropy(4, 2, 5, 100, "different", bias="K"),
     _prototype_cross_entropy(3, 2, 6, 33, "different", bias="TK", weighted=True),
@@ -566,6 +737,17 @@ LOSSES = [
     _regression(7, 130, beta=0),
     _regression(7, 130, normalize=False),
     _regression(5, 96, shift=30),
+    # some rows out of order, one, all of them; more than a block of a row
+    _regression_rows(9, 37, [7, 0, 3, 8]),
+    _regression_rows(3, 1030, [1]),
+    _regression_rows(4, 5, [0, 1, 2, 3], weighted=False),
+    # one patch; odd numbers; negatives; more than a tile of rows, and than one tile's images
+    _gram(1, 1, 1),
+    _gram(3, 7, 5),
+    _gram(2, 9, 6, negatives="clamp"),
+    _gram(2, 9, 6, negatives="clamp_teacher"),
+    _gram(2, 5, 6, level="batch", normalize=False),
+    _gram(2, 300, 4),
     # slices that fill lanes and don't; few and many frequencies; embeddings so large that angles wrap many times
     _sigreg(2, 9, 5, 21),
     _sigreg(1, 300, 8, 16, knots=2),

@@ -8,7 +8,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -16,15 +16,17 @@ import torch
 from torch._functorch import config as functorch_config
 
 from fastjem import ops
+from fastjem.ops import direct
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-MATRIX_PRODUCTS = {"nt_xent", "info_nce", "clip_loss", "siglip_loss", "barlow_twins", "vicreg"}
-MATRIX_PRODUCTS.add("prototype_head_cross_entropy")
+MATRIX_PRODUCTS = {"nt_xent", "info_nce", "clip_loss", "siglip_loss", "siglip_pairs", "barlow_twins", "vicreg"}
+MATRIX_PRODUCTS |= {"prototype_head_cross_entropy", "similarity_logsumexp", "koleo", "kmeans_step"}
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
 try:
     from fastjem.kernels import _C
 except ImportError:
     _C = None
+BEST_ISA = _C.isa() if _C else None
 
 functorch_config.error_on_custom_op_aliasing = True  # as PyTorch has it where CI is set, and from 2.12 on
 torch.set_num_threads(2)  # so that the threaded paths run on any machine
@@ -44,7 +46,10 @@ class Implementation:
     def active(self) -> Iterator[None]:
         """Make the dispatcher use this implementation for every operator that has it."""
         key = self.device.upper()
-        with torch.library._scoped_library("fastjem", "IMPL") as library:
+        # Only the best instruction set's functions are called past the dispatcher, so that both ways are tested.
+        past_dispatcher = self.name == "c++" and self.isa == BEST_ISA
+        direct_calls = nullcontext() if past_dispatcher else direct.off()
+        with direct_calls, torch.library._scoped_library("fastjem", "IMPL") as library:
             if self.name == "reference":
                 for name in ops.OPERATORS:
                     library.impl(name, ops.plain(ops.reference(name)), key, allow_override=True)

@@ -42,13 +42,23 @@ REFERENCE = [
     Mutation("nt_xent", "kernels/contrastive/reference.py", "else itself, -math.inf)", "else itself, 0)"),
     Mutation("info_nce", "kernels/contrastive/reference.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
     Mutation("clip_loss", "kernels/contrastive/reference.py", "- 2 * own", "- 1.99 * own"),
+    Mutation(
+        "similarity_logsumexp",
+        "kernels/contrastive/reference.py",
+        "row_ids[:, None] == column_ids",
+        "row_ids[:, None] == column_ids + 1",
+    ),
     Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
+    Mutation("siglip_pairs", "kernels/contrastive/reference.py", "(1 - target) * up", "(1.001 - target) * up"),
     Mutation(
         "prototype_cross_entropy",
         "kernels/prototypes/reference.py",
         "is_pair(i, j, pairs)]",
         "not is_pair(i, j, pairs)]",
     ),
+    Mutation("kmeans_step", "kernels/neighbors/reference.py", "scores.argmax(1)", "scores.argmin(1)"),
+    Mutation("nearest_k", "kernels/neighbors/reference.py", "start += part", "start += 1 + part"),
+    Mutation("gram_loss", "kernels/gram/reference.py", "(error * counts) @ u", "(0.999 * error * counts) @ u"),
     Mutation("barlow_twins", "kernels/covariance/reference.py", "+ 1e-5).sqrt()", "+ 1e-3).sqrt()"),
     Mutation("vicreg", "kernels/covariance/reference.py", "(n / (n - 1))", "1"),
     Mutation("crop_resize", "kernels/augment/reference.py", "-0.5 * x + 2.5", "-0.6 * x + 2.6"),
@@ -68,8 +78,18 @@ CPU = [
     Mutation("lars_", "csrc/optimizers/lars.cpp", "decay * parameter_norm", "1.001 * decay * parameter_norm"),
     Mutation("adamw_", "csrc/optimizers/adamw.h", "std::sqrt(v) * root", "std::sqrt(v * root)"),
     Mutation("nt_xent", "csrc/contrastive/similarity.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
+    Mutation("nt_xent", "csrc/contrastive/small.h", "loss += softmax(", "loss += 0.999 * softmax("),
+    Mutation(
+        "supcon", "csrc/contrastive/small.h", "weights[i * m + j] -= shares[j]", "weights[i * m + j] += shares[j]"
+    ),
+    Mutation("clip_loss", "csrc/contrastive/small.h", "weights[i] += by_column[i]", "weights[i] -= by_column[i]"),
+    Mutation("siglip_loss", "csrc/contrastive/small.h", "(logit > 0 ? e : 1.0)", "(logit > 0 ? 1.0 : e)"),
+    Mutation("info_nce", "csrc/contrastive/small.h", "std::expm1(dot * factor - lse)", "std::exp(dot * factor - lse)"),
     Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
+    Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "from = 0;", "from = 1;"),
+    Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "e * row_of_lse + row_of_total", "e * row_of_lse"),
     Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sums.slope += g;", "sums.slope -= g;"),
+    Mutation("siglip_pairs", "csrc/contrastive/siglip_pairs.h", "x > 0 ? 1 - target[j] : target[j]", "target[j]"),
     Mutation(
         "prototype_cross_entropy",
         "csrc/prototypes/prototype_cross_entropy.h",
@@ -78,6 +98,7 @@ CPU = [
     ),
     Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
     Mutation("regression", "csrc/predictive/regression.h", "size < beta ?", "size < 2 * beta ?"),
+    Mutation("regression_rows", "csrc/predictive/regression.h", "row_weight * loss", "loss"),
     Mutation("characteristic", "csrc/gaussian/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
     Mutation(
         "characteristic", "csrc/gaussian/characteristic.h", "- weight[j] * sine[j]", "- 0.999f * weight[j] * sine[j]"
@@ -94,6 +115,18 @@ INTERPRETER = [
         "(mass * u - y) * weight",
         "(mass * u - 0.99 * y) * weight",
     ),
+    Mutation("similarity_logsumexp", "kernels/contrastive/visible_kernels.py", "above == 0", "above == 1"),
+    Mutation(
+        "similarity_logsumexp",
+        "kernels/contrastive/visible_kernels.py",
+        "tl.expand_dims(slope, AXIS)",
+        "tl.expand_dims(0.99 * slope, AXIS)",
+    ),
+    Mutation("koleo", "kernels/contrastive/gpu_koleo.py", "total += _slope", "total += 0.99 * _slope"),
+    Mutation("characteristic", "kernels/gaussian/gpu.py", "(quadrant + 1) & 2", "quadrant & 2"),
+    Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),
+    Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
+    Mutation("kmeans_step", "kernels/neighbors/kmeans.py", "total += b_x", "total += 0.999 * b_x"),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
     Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 11)", "mask = part < 1"),
     Mutation("adamw_", "kernels/optimizers/adamw.py", "kept * p - rate", "p - rate"),
@@ -130,12 +163,21 @@ def _replace(file: Path, mutation: Mutation) -> None:
 
 
 def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
-    """An extension with the mutated operator alone (and rescale, which every backward needs): seconds, not minutes."""
+    """An extension with the mutated operator and what its launcher calls beside it: seconds, not minutes."""
     import pybind11
 
-    operator = csrc.parent / Path(mutation.file).with_suffix(".cpp")
-    (csrc / "operators.h").write_text(f"OPERATOR({operator.stem})\nOPERATOR(rescale)\n")
-    sources = [csrc / "bindings.cpp", operator, csrc / "weights/rescale.cpp"]
+    mutated = Path(mutation.file).relative_to("csrc").with_suffix("")
+    names = [
+        mutated,
+        Path("tensors"),
+        Path("weights/rescale"),
+        Path("weights/ema_update"),
+    ]  # every import and every backward need those
+    if mutated.parent.name == "contrastive":
+        names += [Path("contrastive/similarity"), Path("contrastive/small")]
+    names = list(dict.fromkeys(names))
+    (csrc / "operators.h").write_text("".join(f"OPERATOR({name.name})\n" for name in names))
+    sources = [csrc / "bindings.cpp", *(csrc / name.with_suffix(".cpp") for name in names)]
     includes = [f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     (target,) = kernels.glob("_C.*.so")
     command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", *includes]

@@ -18,6 +18,10 @@ def _per_row(x: Tensor | float, like: Tensor) -> Tensor:
     return x.repeat(like.shape[0] // x.shape[0])
 
 
+def _logsumexp(logits: Tensor, of: Tensor) -> Tensor:
+    return logits.masked_fill(~of, -math.inf).logsumexp(1)
+
+
 def losses_of_logits(
     logits: Tensor,  # [R, C]
     positive: Tensor,  # [R, C] bool
@@ -36,22 +40,24 @@ def losses_of_logits(
         logits = torch.cat([logits, hard], 1)
         negative = torch.cat([negative, torch.ones_like(hard, dtype=torch.bool)], 1)
         positive = torch.cat([positive, torch.zeros_like(hard, dtype=torch.bool)], 1)
-    shift = logits.detach().amax(1, keepdim=True)  # the formula is of exp(logits): half precision can't hold those
-    e = (logits - shift).exp()
-    count = negative.sum(1)
-    of_negatives = (e * negative).sum(1)
-    of_positives = (e * positive).sum(1)
-    if options["hardness"]:
-        importance = (e ** options["hardness"]) * negative
-        mean = torch.where(count > 0, importance.sum(1) / count.clamp_min(1), 1)
-        of_negatives = (e * importance / mean[:, None]).sum(1)
+    count = negative.sum(1).to(logits.dtype)
+    some = count > 0
+    of_negatives = _logsumexp(logits, negative)
+    of_positives = _logsumexp(logits, positive)
+    hardness = options["hardness"]
+    if hardness:
+        more, less = (_logsumexp(by * logits, negative) for by in (1 + hardness, hardness))
+        of_negatives = torch.where(some, count.clamp_min(1).log() + more - less, of_negatives)
     prior = options["prior"]
     if isinstance(prior, Tensor) or prior:
         prior = _per_row(prior, logits)
-        expected = count * prior * of_positives / positive.sum(1)
-        floor = count * (-inverse_temperature - shift[:, 0]).exp()
-        of_negatives = torch.maximum((of_negatives - expected) / (1 - prior), floor)
-    log = (of_negatives if decoupled else of_negatives + of_positives).log() + shift[:, 0]
+        shift = torch.maximum(of_negatives, of_positives).detach()
+        expected = count * prior * (of_positives - shift).exp() / positive.sum(1)
+        rest = ((of_negatives - shift).exp() - expected) / (1 - prior)
+        least = count * (-inverse_temperature - shift).exp()
+        kept = torch.where(some, torch.maximum(rest, least), 1)
+        of_negatives = torch.where(some, kept.log() + shift, of_negatives)
+    log = of_negatives if decoupled else torch.logaddexp(of_negatives, of_positives)
     mean_positive = (logits * positive).sum(1) / positive.sum(1)
     smoothing = options["label_smoothing"]
     candidate = positive | negative

@@ -82,6 +82,19 @@ class Inputs:
     def _regression(self, x):
         return x(4, self.width), x(4, self.width), 2.0, True, 1e-5, [True]
 
+    def _regression_rows(self, x):
+        rows, weights = torch.tensor([2, 0, 1]), x(3, dtype=self.wide).abs()
+        return x(4, self.width), x(4, self.width), rows, weights, 2.0, True, 1e-5, [True]
+
+    def _gram_loss(self, x):
+        return x(2, 5, self.width), x(2, 5, self.width), True, "keep", [True]
+
+    def _kmeans_step(self, x):
+        return x(6, self.width), x(3, self.width, dtype=self.wide), True, True
+
+    def _nearest_k(self, x):
+        return x(4, self.width), x(9, self.width), 3
+
     def _nt_xent(self, x):
         candidates = x(2, 9, self.width)
         return candidates[:, 3:7], candidates, 3, self.temperature, False, True
@@ -110,6 +123,31 @@ class Inputs:
     def _siglip_loss(self, x):
         a, b, factor, offset = self._clip_loss(x)
         return a, b, factor, x(1, dtype=self.wide)[0], offset, [True, True]
+
+    def _visible(self, x):
+        a, b = x(4, self.width, scale=self.width**-0.5 / self.temperature), x(6, self.width)
+        ids = torch.tensor([0, 1, 2, 3]), torch.tensor([5, 0, 6, 1, 7, 8])
+        exclude = torch.tensor([[False, True, False], [False, False, False]])
+        return a, b, [4, 1, 6], *ids, exclude, x(4, dtype=self.wide).abs() + 9, x(6, dtype=self.wide).abs() + 9
+
+    def _similarity_logsumexp(self, x):
+        return *self._visible(x), True, True, self.dtype
+
+    def _similarity_logsumexp_backward(self, x):
+        visible = self._visible(x)
+        numbers = [x(n, dtype=torch.float64) for n in (4, 4, 4, 6, 6, 6)]
+        for lse in (numbers[0], numbers[3]):
+            lse += 9 + 1 / self.temperature  # no weight is large
+        return *visible, *numbers, [True, True], self.dtype
+
+    def _siglip_pairs(self, x):
+        a, b, factor, offset = self._clip_loss(x)
+        ids = torch.arange(4), torch.arange(9) % 4
+        exclude = torch.arange(36).reshape(4, 9) % 7 == 0
+        smoothing = torch.tensor(0.1, dtype=self.wide)
+        weights = torch.linspace(0.5, 2, 4, dtype=self.wide)
+        bias = x(1, dtype=self.wide)[0]
+        return a, b, factor, bias, smoothing, weights, *ids, None, exclude, offset, [True, True]
 
     def _nearest_neighbors(self, x):
         return x(4, self.width), x(9, self.width)
@@ -163,16 +201,30 @@ class Inputs:
 
 WITHOUT_TEMPERATURE = {
     "rescale_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression", "nearest_neighbors",
-    "characteristic", "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo",
+    "characteristic",
+    "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo", "regression_rows", "gram_loss",
+    "kmeans_step", "nearest_k",
 }  # fmt: skip
 # (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN
 # where the other is an infinity: a pair's own weight is added to a product of matrices that has 0 in its place, and 0
 # times an infinite embedding is NaN.
-KINDS_MAY_DIFFER = {("clip_loss_backward", 0), ("clip_loss_backward", 1)}
+KINDS_MAY_DIFFER = {
+    (op, i) for op in ("clip_loss_backward", "similarity_logsumexp_backward") for i in (0, 1)
+}  # fmt: skip
 # (operator, number of the poisoned tensor, value) that are no input. A log-sum-exp of -inf is one of no logits at all,
-# and there are logits; an infinite scale is a temperature of 0; a rate and a weight decay are finite.
+# and there are logits; an infinite scale is a temperature of 0; a rate and a weight decay are finite; and the slope of a log-sum-exp, an upstream gradient,
+# meets probabilities that are 0 in float32 and tiny numbers in the specification's float64.
 NO_INPUT = {
-    *((op, i, "-inf") for op, both in (("nt_xent_backward", (2, 3)), ("clip_loss_backward", (3, 4))) for i in both),
+    *(
+        (op, i, "-inf")
+        for op, both in (
+            ("nt_xent_backward", (2, 3)),
+            ("clip_loss_backward", (3, 4)),
+            ("similarity_logsumexp_backward", (4, 7)),
+        )
+        for i in both
+    ),
+    *(("similarity_logsumexp_backward", i, value) for i in (5, 8) for value in ("-inf", "+inf")),
     *((op, 2, value) for op in ("clip_loss", "clip_loss_backward") for value in ("-inf", "+inf")),
     *((op, i, value) for op, i in (("lars_norms", 4), ("lars_", 8)) for value in ("-inf", "+inf")),
 }

@@ -49,6 +49,11 @@ def small(op: str) -> Case:
         "swav": lambda: all_cases.prototypes.swav_case(2, 3, 9, 11),
         "dino": lambda: all_cases.prototypes.dino_case(2, 5, 9, 11),
         "barlow_twins": lambda: all_cases.covariance.case("barlow_twins", 9, 5),
+        "kmeans_step": lambda: all_cases.neighbors.kmeans_case(31, 5, 11),
+        "nearest_k": lambda: all_cases.neighbors.votes_case(9, 31, 11),
+        "gram_loss": lambda: all_cases.neighbors.gram_case(2, 9, 11),
+        "regression_rows": lambda: all_cases.predictive.regression_rows(2, 9, 11),
+        "simdino": lambda: all_cases.spectral.simdino_case(3, 9, 11),
         "vicreg": lambda: all_cases.covariance.case("vicreg", 5, 9),
     }
     return families[op]()
@@ -56,6 +61,7 @@ def small(op: str) -> Case:
 
 OPS = ("ema_update_", "cross_entropy", "negative_cosine", "nt_xent", "info_nce", "sinkhorn", "swav", "dino")
 OPS += ("barlow_twins", "vicreg", "nearest_neighbors", "clip_loss", "siglip_loss", "sinkhorn_bias")
+OPS += ("kmeans_step", "nearest_k", "gram_loss", "regression_rows", "simdino")
 OPS += ("prototype_head_cross_entropy", "koleo", "mean_entropy")
 
 
@@ -516,3 +522,17 @@ def test_pytest_benchmark_suites():
 def test_draw_makes_views_that_are_alike():
     p, z = Draw(CPU, torch.float32).pair(512, 64)
     assert 0.6 < torch.nn.functional.cosine_similarity(p, z).mean() < 0.8 and p.requires_grad and z.requires_grad
+
+
+def test_check_fails_where_something_is_faster_and_ours_far_from_the_floor():
+    def row(ours: float, other: float, floor: float | None) -> dict:
+        times = {"ours": ours, "eager": other}
+        passes = {name: {"passes": {"total": {"minimum": t, "median": t}}} for name, t in times.items()}
+        return {"variants": passes, "absent": {}, "floor": floor}
+
+    near = row(1.0, 0.9, 0.8)
+    far = row(1.0, 0.9, 0.7)
+    without_floor = row(1.0, 0.9, None)
+    missing = {"variants": {}, "absent": {"ours": "wrong"}, "floor": None}
+    assert report.beaten([near, row(1.0, 0.98, 0.1)]) == []
+    assert report.beaten([far, without_floor, missing]) == [far, without_floor, missing]

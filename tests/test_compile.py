@@ -67,6 +67,7 @@ def _same_at(sizes: tuple[int, ...], name: str, differentiates: bool) -> int:
 
 # One of each way in which a graph may be tied to a size: the rest takes minutes.
 QUICK = ("nt_xent", "info_nce", "clip_loss", "negative_cosine", "koleo", "sinkhorn", "crop_resize", "SupConLoss")
+QUICK += ("clip_loss-options",)
 QUICK += ("DINOLoss-epoch", "DINOLoss-tensor", "IBOTPatchLoss", "SigLipLoss", "MSNLoss")
 
 

@@ -49,6 +49,11 @@ OF_A_GROUP: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Tensor]
         ),
     ),
     "koleo": (FUNCTIONS["koleo"].make, lambda group, x: F.koleo(x, topk=2, group=group)),
+    "total_coding_rate": (
+        FUNCTIONS["total_coding_rate"].make,
+        lambda group, z: F.total_coding_rate(z, group=group),
+    ),
+    "simdino": (FUNCTIONS["simdino"].make, lambda group, s, r, t: F.simdino([s, r], [t], group=group)),
     "mean_entropy": (FUNCTIONS["mean_entropy"].make, lambda group, x: F.mean_entropy(x, group=group)),
     "sinkhorn": (FUNCTIONS["sinkhorn"].make, lambda group, x: F.sinkhorn(x, group=group)),
     "sinkhorn_bias": (FUNCTIONS["sinkhorn_bias"].make, lambda group, *x: F.sinkhorn_bias(x, group=group)),

@@ -33,6 +33,50 @@ def seen(op: str, z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tenso
     return loss + (health.std.sum() + health.effective_rank.sum() + health.spectrum().sum()).to(loss.dtype)
 
 
+def options_of(z: torch.Tensor) -> dict:
+    """Options that follow from an image's own rows, so that every rank finds those of its images."""
+    z = z.detach()
+    return {
+        "ids": (z[:, 0] * 1.5).long(),
+        "weights": z[:, 1].abs(),
+        "prior": z[:, 2].sigmoid() / 5,
+        "hard_negatives": torch.stack([z.roll(1, 1), z.roll(2, 1)], 1),
+        "label_smoothing": 0.1,
+    }
+
+
+def between_images(z: torch.Tensor, group) -> torch.Tensor:
+    """[N, all ranks' N] bool, not a symmetric one."""
+    z = z.detach()
+    everything = z
+    if group is not None:
+        everything = collectives.gather_rows(z, group, list(SIZES[group.size()]))[0]
+    return z[:, 3, None] > everything[:, 4] + 1
+
+
+def nt_xent_with_options(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor:
+    exclude = z0.detach()[:, 5] > 1
+    return F.nt_xent(z0, z1, temperature=0.4, exclude=exclude, hardness=0.5, **options_of(z0), group=group)
+
+
+def nt_xent_of_rows(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor:
+    """Asymmetric in every way; each rank's losses are weighed and added by hand."""
+    temperature = 0.3 + z1.detach()[:, 6].abs()
+    options = {"temperature": temperature, "exclude": between_images(z0, group), "false_negative_margin": 0.1}
+    losses = F.nt_xent(z0, z1, reduction="none", **options, group=group)
+    return collectives.sum_of_ranks((losses * z0.detach()[:, 0]).sum(), group)
+
+
+def clip_with_options(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor:
+    options = options_of(z0) | {"exclude": between_images(z0, group), "false_negative_margin": 0.7}
+    return F.clip_loss(z0, z1, 0.8, reduction="sum", hardness=0.3, **options, group=group)
+
+
+def clip_of_rows(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor:
+    scale = 0.3 + z1.detach()[:, 6].abs()
+    return F.clip_loss(z0, z1, scale, exclude=z0.detach()[:, 5] > 1, **options_of(z0), group=group)
+
+
 # Of 8 and 11 rows and 7 columns, Barlow Twins adds squares and VICReg gathers rows; the narrow and wide ones differ.
 LOSSES = {
     "tico": lambda z0, z1, group=None: F.tico(z0, z1, group=group)[0],
@@ -40,10 +84,18 @@ LOSSES = {
     "lejepa": lambda z0, z1, group=None: F.lejepa(z0[None], z1[None], directions(), group=group),
     "koleo": lambda z0, z1, group=None: F.koleo(z0, topk=3, group=group) + F.koleo(z1, group=group, p=1),
     "nt_xent": partial(F.nt_xent, temperature=0.2),
+    "nt_xent_margin": partial(F.nt_xent, temperature=0.2, false_negative_margin=-0.1),
+    "nt_xent_options": nt_xent_with_options,
+    "nt_xent_rows": nt_xent_of_rows,
+    "dcl_options": partial(F.dcl, false_negative_margin=0.5, prior=0.1),
+    "clip_options": clip_with_options,
+    "clip_rows": clip_of_rows,
     "barlow_twins": partial(seen, "barlow_twins"),
     "barlow_twins_wide": lambda z0, z1, group=None: F.barlow_twins(wide(z0), wide(z1), group=group),
     "vicreg": partial(seen, "vicreg"),
     "vicreg_narrow": lambda z0, z1, group=None: seen("vicreg", z0[:, :3] / 3, z1[:, :3] / 3, group),
+    "total_coding_rate": lambda z0, z1, group=None: F.total_coding_rate(torch.stack([z0, z1]), group=group),
+    "simdino": lambda z0, z1, group=None: F.simdino([z0, z1, z0 - z1], [z1.detach(), z0.detach()], group=group),
     "tico_wide": lambda z0, z1, group=None: F.tico(wide(z0), wide(z1), group=group)[0],
 }
 CODES = {
@@ -84,6 +136,25 @@ def check_collectives(z: torch.Tensor, mine: slice, rank: int, world: int) -> No
         torch.testing.assert_close(torch.autograd.grad(mean, leaf)[0] / world, 2 * part / len(z))
 
 
+def check_kmeans(z: torch.Tensor, mine: slice) -> None:
+    """Ranks cluster their rows together; what is drawn at first is the first rank's draw."""
+    group = dist.group.WORLD
+    expected = F.kmeans(z, z[:3], iterations=3)
+    found = F.kmeans(z[mine], z[:3], iterations=3, group=group)
+    torch.testing.assert_close(found, expected._replace(assignments=expected.assignments[mine]))
+    for init in ("random", "k-means++"):
+        options = {"iterations": 2, "init": init}
+        seeds = (0, 0) if dist.get_rank() == 0 else (1, 0)
+        drawn, alone = (torch.Generator().manual_seed(seed) for seed in seeds)
+        expected = F.kmeans(z, 4, generator=alone, **options)
+        found = F.kmeans(z[mine], 4, generator=drawn, group=group, **options)
+        torch.testing.assert_close(found, expected._replace(assignments=expected.assignments[mine]))
+    nothing = z[mine] if dist.get_rank() else z[:0]  # a rank may have no rows
+    found = F.kmeans(nothing, z[:3], iterations=3, group=group)
+    expected = F.kmeans(z[SIZES[dist.get_world_size()][0] :], z[:3], iterations=3)
+    torch.testing.assert_close(found.centroids, expected.centroids)
+
+
 def check_rank(rank: int, world: int, store: str) -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     torch.set_num_threads(1)
@@ -111,6 +182,7 @@ def check_rank(rank: int, world: int, store: str) -> None:
     for name, function in CODES.items():
         torch.testing.assert_close(function(z0[mine], group=group), function(z0)[mine], msg=f"{name}, rank {rank}")
     check_collectives(z0, mine, rank, world)
+    check_kmeans(z0, mine)
     codes = (z0[mine] / 0.05 + F.sinkhorn_bias(z0[mine], group=group)).softmax(1)
     torch.testing.assert_close(codes, F.sinkhorn(z0)[mine])
     dist.destroy_process_group()

@@ -1,11 +1,14 @@
 """ema_update_ against a loop in float64, for every implementation."""
 
+import contextlib
+import math
 import time
 
 import pytest
 import torch
 
 from fastjem.functional import ema_update_
+from fastjem.ops import direct
 
 SHAPES = [(), (1,), (7,), (3, 5), (0, 4), (64, 3, 7, 7), (1000,), (257, 129), (70_001,)]
 op = pytest.mark.parametrize("op", ["ema_update_"])
@@ -200,3 +203,80 @@ def test_memory_is_checked_before_any_is_written(op, implementation):
     assert (memory == 0.5).all()
     ema_update_([memory], [memory], 0.5)  # a frozen part that both models share
     assert (memory == 0.5).all()
+
+
+def _freed(teacher, student):
+    student[1].untyped_storage().resize_(0)
+
+
+def _shrunk(teacher, student):
+    teacher[1].untyped_storage().resize_(8)
+
+
+def _replaced_by_another_ones_memory(teacher, student):
+    teacher[1].data = teacher[0].data
+
+
+def _replaced_by_another_ones_source(teacher, student):
+    student[1].data = teacher[0].data
+
+
+def _of_another_dtype(teacher, student):
+    student[1].data = student[1].data.view(torch.int32)
+
+
+def _of_another_shape(teacher, student):
+    student[1].data = student[1].data.view(2, 8)
+
+
+def _expanded(teacher, student):
+    teacher[1].data = teacher[1].data[:1].expand(16)
+
+
+def _a_view_of_its_own_memory(teacher, student):
+    teacher[1].data = teacher[0].data[:8].expand(2, 8)
+    student[1].data = student[1].data.view(2, 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _freed,
+        _shrunk,
+        _replaced_by_another_ones_memory,
+        _replaced_by_another_ones_source,
+        _of_another_dtype,
+        _of_another_shape,
+        _expanded,
+        _a_view_of_its_own_memory,
+    ],
+)
+def test_what_was_found_right_is_looked_at_again(change):
+    """Training updates the same tensors at each step, and what was found of them is remembered."""
+    teacher = [torch.zeros(16) for _ in range(3)]
+    student = [torch.ones(16) for _ in range(3)]
+    for _ in range(2):
+        ema_update_(teacher, student, 0.5)
+    change(teacher, student)
+    with pytest.raises(ValueError, match="ema_update_: "):
+        ema_update_(teacher, student, 0.5)
+    assert torch.equal(teacher[2], torch.full((16,), 0.75))
+
+
+def test_the_way_past_the_dispatcher_writes_the_same_bits():
+    shapes = [(), (3,), (0,), (5, 4), (2, 3, 5, 7), (300, 257)]
+    dtypes = [torch.float32, torch.float64, torch.float32, torch.float32, torch.float32, torch.float32]
+    students = [torch.bfloat16, torch.float64, torch.float32, torch.float16, torch.float32, torch.float64]
+    results = []
+    for context in (contextlib.nullcontext(), direct.off()):
+        teacher = [torch.linspace(-1, 1, math.prod(s)).reshape(s).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+        student = [torch.linspace(2, 3, math.prod(s)).reshape(s).to(d) for s, d in zip(shapes, students, strict=True)]
+        for side in (teacher, student):
+            side[4] = side[4].contiguous(memory_format=torch.channels_last)
+        versions = [t._version for t in teacher]
+        with context:
+            ema_update_(teacher, student, 0.9)
+            ema_update_(teacher, student, torch.tensor(0.25))
+        assert all(t._version == before + 2 for t, before in zip(teacher, versions, strict=True))
+        results.append(teacher)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

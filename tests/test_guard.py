@@ -81,7 +81,11 @@ def flattened(x):
 FITTING = {
     *((op, 0, one_row_less) for op in ("sinkhorn_step", "sinkhorn_bias", "sinkhorn", "sinkhorn_codes")),
     *((op, 0, one_column_less) for op in ("sinkhorn_bias", "sinkhorn", "characteristic")),
-    *((op, i, one_row_less) for op in ("clip_loss", "siglip_loss", "nearest_neighbors") for i in (0, 1)),
+    *(
+        (op, i, one_row_less)
+        for op in ("clip_loss", "siglip_loss", "nearest_neighbors", "kmeans_step", "nearest_k")
+        for i in (0, 1)
+    ),
     *(("rescale_", 0, change) for change in (one_row_less, one_column_less, flattened)),
     ("info_nce", 2, one_row_less),
     ("koleo_neighbors", 0, one_row_less),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastjem.functional as F
+from fastjem.nn import ClipLoss, DCLLoss, NTXentLoss
 
 N = 11
 D = 7
@@ -55,7 +56,7 @@ def some_options(draw: Draw, exclude: tuple, views: int | None) -> dict:
 
 
 def check(function, formula, rows: list[Tensor], learned: dict, options: dict, tolerance: float = 1e-9) -> None:
-    """Value, and gradients of the rows, of what is learned and of hard negatives, for an upstream gradient of its own."""
+    """Value, and gradients of the rows, of what is learned and of hard negatives; upstream gradients differ by row."""
     results = []
     for call in (function, formula):
         leaves = [x.clone().requires_grad_() for x in rows]
@@ -121,3 +122,66 @@ def test_clip_loss(seed, implementation):
     x, y = (torch.nn.functional.normalize(draw.normal(N, D), dim=1) for _ in range(2))
     learned = {"logit_scale": draw.uniform(*draw.of((), (N,))) * 3 + 2}
     check(F.clip_loss, formulas.clip_loss, [x, y], learned, options)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return Draw(seed).normal(*shape)
+
+
+def test_modules():
+    z0, z1 = drawn(N, D), drawn(N, D, seed=1)
+    ids = Draw(2).ids(N)
+    ours = NTXentLoss(0.3, label_smoothing=0.1, prior=0.05, reduction="none")(z0, z1, ids=ids)
+    z = torch.stack([z0, z1])
+    exact = formulas.nt_xent(z, 0.3, label_smoothing=0.1, prior=0.05, reduction="none", ids=ids)
+    torch.testing.assert_close(ours, exact)
+
+    ours = DCLLoss(0.3, false_negative_margin=0.5)(z0, z1, ids=ids)
+    exact = formulas.nt_xent(z, 0.3, decoupled=True, false_negative_margin=0.5, ids=ids)
+    torch.testing.assert_close(ours, exact)
+
+    bank = NTXentLoss(0.3, memory_bank_size=(K, D), hardness=0.4).double()
+    exclude = Draw(3).bools(K)
+    queue = bank.memory_bank.bank.clone()
+    exact = formulas.info_nce(z0, z1, queue, 0.3, exclude=exclude, hardness=0.4)
+    torch.testing.assert_close(bank(z0, z1, exclude=exclude), exact)
+
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    options = {"weights": Draw(4).uniform(N), "hard_negatives": drawn(N, 2, D)}
+    ours = ClipLoss(label_smoothing=0.1)(z0, z1, scale, **options)
+    torch.testing.assert_close(ours, formulas.clip_loss(z0, z1, scale, label_smoothing=0.1, **options))
+
+
+def test_module_refuses_options_of_other_formulas():
+    module = NTXentLoss(label_smoothing=0.1)
+    module.cross_entropy = torch.nn.CrossEntropyLoss(reduction="sum")
+    with pytest.raises(ValueError, match="NTXentLoss: with options, cross_entropy must be"):
+        module(drawn(N, D), drawn(N, D))
+    with pytest.raises(ValueError, match="with a memory bank, which has no ids"):
+        NTXentLoss(memory_bank_size=(K, D))(drawn(N, D), drawn(N, D), ids=Draw(0).ids(N))
+
+
+def test_padding_is_nobodys_candidate():
+    """Rows that are excluded and weigh nothing change nothing, whatever they hold."""
+    z = drawn(2, N, D)
+    padded = torch.cat([z, torch.full((2, 3, D), torch.nan, dtype=z.dtype)], 1).requires_grad_()
+    is_padding = torch.arange(N + 3) >= N
+    loss = F.nt_xent(padded, exclude=is_padding, weights=(~is_padding).double())
+    torch.testing.assert_close(loss, F.nt_xent(z))
+
+
+def test_the_queue_may_change_before_backward():
+    query, positive, queue = drawn(N, D).requires_grad_(), drawn(N, D, seed=1), drawn(K, D, seed=2)
+    exclude = Draw(3).bools(K)
+    expected = torch.autograd.grad(F.info_nce(query, positive, queue, exclude=exclude), query)
+    loss = F.info_nce(query, positive, queue, exclude=exclude)
+    queue.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, query), expected)
+
+
+def test_forward_mode_and_transforms_are_refused():
+    z = drawn(2, N, D)
+    with pytest.raises(NotImplementedError, match="nt_xent: forward-mode"):
+        torch.func.jvp(lambda x: F.nt_xent(x, label_smoothing=0.1), (z,), (z,))
+    with pytest.raises(NotImplementedError, match="nt_xent: transforms of torch.func are not supported with options"):
+        torch.func.grad(lambda x: F.nt_xent(x, label_smoothing=0.1))(z)

@@ -146,7 +146,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (STUDENT, TEACHER, normal(9, 7), normal(9, 7, seed=1).detach()),
     ),
     "random_directions": (lambda z: F.random_directions(6, 9, z.detach()), VIEWS[:1]),
-    "regression": (F.regression, VIEWS),
+    "regression": (both(F.regression, partial(F.regression, rows=torch.tensor([2, 0]))), VIEWS),
+    "gram_loss": (F.gram_loss, (STACKED, STACKED.detach().flip(0))),
+    "kmeans": (F.kmeans, (VIEWS[0], VIEWS[1][:3])),
+    "knn_votes": (lambda q, b: F.knn_votes(q, b, LABELS, classes=9, k=3), VIEWS),
+    "masked_rows": (lambda: F.masked_rows(torch.eye(3) > 0), ()),
+    "nearest_rows": (partial(F.nearest_rows, k=3), VIEWS),
+    "simdino": (lambda a, b: F.simdino([a, b], [b.detach()]), VIEWS),
     "siglip_loss": (F.siglip_loss, (*VIEWS, SCALE, BIAS)),
     "sigreg": (F.sigreg, (STACKED, DIRECTIONS)),
     "sinkhorn": (both(F.sinkhorn, partial(F.sinkhorn, normalize_samples_first=True)), (TEACHER[0],)),
@@ -171,7 +177,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 
 
 def test_each_function_has_its_case() -> None:
-    records = {"Health", "TeacherStatistics"}
+    records = {"Clusters", "Health", "TeacherStatistics"}
     assert FUNCTIONS.keys() == set(F.__all__) - records
     assert MODULES.keys() == {name for name in modules.__all__ if name.endswith("Loss")} | {
         "NegativeCosineSimilarity",
@@ -208,6 +214,8 @@ MODULES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "DINOLoss": (lambda s, t: modules.DINOLoss(7)(list(t), list(s), epoch=0), (STUDENT, TEACHER)),
     "EMPSSLLoss": (made("EMPSSLLoss"), (VIEWS,)),
     "FroSSLLoss": (made("FroSSLLoss"), (VIEWS,)),
+    "GramLoss": (made("GramLoss"), (STACKED, STACKED.detach().flip(0))),
+    "SimDINOLoss": (lambda s, t: modules.SimDINOLoss()(list(t), list(s)), (STUDENT, TEACHER)),
     "IBOTPatchLoss": (made("IBOTPatchLoss", output_dim=7), (normal(12, 7).detach(), normal(12, 7, seed=1), HIDDEN)),
     "KoLeoLoss": (made("KoLeoLoss"), VIEWS[:1]),
     "LeJEPALoss": (

@@ -43,31 +43,6 @@ namespace fastjem {
 
 namespace py = pybind11;
 
-// Dense tensors of `dims` dimensions and one dtype, as an operator takes them; `good` tells whether that is so.
-class Given {
- public:
-  bool good = true;
-
-  Plain operator()(py::handle x, int dims) {
-    Plain plain{};
-    good = good && look_at_dense(x, dims, plain) && plain.elements && plain.is_floating();
-    good = good && (first_ < 0 || plain.dtype == first_);
-    first_ = plain.dtype;
-    return plain;
-  }
-
-  // Memory for a gradient of x: its shape and dtype, or None.
-  void* gradient_of(const Plain& x, py::handle gradient) {
-    if (gradient.is_none() || !good) return nullptr;
-    Plain plain{};
-    good = look_at_dense(gradient, x.dims, plain) && plain.has_shape_of(x) && plain.dtype == x.dtype;
-    return plain.data;
-  }
-
- private:
-  int first_ = -1;
-};
-
 // Each of these returns None where a tensor isn't plain and dense, or shapes and dtypes aren't alike: the operators
 // then say what is wrong, or compute it. Few numbers: no GIL is released and no thread started.
 
@@ -99,13 +74,8 @@ static py::object views(py::handle z0, py::handle z1, py::handle g0, py::handle 
     p.width = first.shape[1];
     p.views = {first.data, second.data};
   }
-  Plain classes{};
-  if (!labels.is_none()) {
-    if (!look_at_dense(labels, 1, classes) || classes.dtype != Plain::int64 || classes.shape[0] != p.images) {
-      return py::none();
-    }
-    p.labels = reinterpret_cast<const int64_t*>(classes.data);
-  }
+  if (!labels.is_none()) p.labels = given.labels(labels, p.images);
+  if (!given.good) return py::none();
   p.temperature = temperature;
   p.normalize = normalize;
   p.decoupled = decoupled;

@@ -51,8 +51,12 @@ static void write_gradients(const SmallRows& rows, const Square& gradient, bool 
       out += i % rows_per_view * d;
       const double* g = gradient.data() + i * d;
       const double* u = rows.unit.data() + i * d;
-      double radial = 0;
-      if (normalize && !(rows.divisors[i] <= unit_eps)) {
+      if (!normalize) {
+        for (int64_t j = 0; j < d; ++j) narrow(static_cast<wide<T>>(g[j]), out[j]);
+        continue;
+      }
+      double radial = 0;  // the part along the row, which normalising takes away, unless eps was the divisor
+      if (!(rows.divisors[i] <= unit_eps)) {
 #pragma omp simd reduction(+ : radial)
         for (int64_t j = 0; j < d; ++j) radial += g[j] * u[j];
       }

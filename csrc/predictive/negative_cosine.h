@@ -35,17 +35,17 @@ static void negative_cosine_rows_of(const NegativeCosine& c, int64_t begin, int6
     c.losses[i] = -cosine;
 
     // d(-cos)/dp = (cos p / |p| - z / |z|) / |p|, the first term only where |p| and not eps is the divisor.
-    const W across = static_cast<W>(-1 / p_divisor / z_divisor);
+    const W across = static_cast<W>(-c.scale / p_divisor / z_divisor);
     const auto combine = [d, across](const T* x, const T* other, double x_weight, T* out) {
       const W along = static_cast<W>(x_weight);
 #pragma omp simd
       for (int64_t j = 0; j < d; ++j) narrow(along * widen(x[j]) + across * widen(other[j]), out[j]);
     };
     if (c.p_gradient) {
-      combine(p, z, p_norm > c.eps ? cosine / pp : 0.0, static_cast<T*>(c.p_gradient) + i * d);
+      combine(p, z, p_norm > c.eps ? c.scale * cosine / pp : 0.0, static_cast<T*>(c.p_gradient) + i * d);
     }
     if (c.z_gradient) {
-      combine(z, p, z_norm > c.eps ? cosine / zz : 0.0, static_cast<T*>(c.z_gradient) + i * d);
+      combine(z, p, z_norm > c.eps ? c.scale * cosine / zz : 0.0, static_cast<T*>(c.z_gradient) + i * d);
     }
   }
 }

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "tensors.h"
 
 namespace fastjem {
 
@@ -12,6 +12,7 @@ struct Regression {
   double* losses;         // [N]
   const int64_t* rows;    // [N], which rows of prediction, target and gradient; or null: the first N
   const double* weights;  // [N], of the rows in the sum of losses; or null
+  double scale = 1;       // of the gradient
 };
 
 }  // namespace fastjem
@@ -25,7 +26,7 @@ namespace fastjem {
 static double regression_rows(int dtype, uintptr_t prediction, int64_t prediction_stride, uintptr_t target,
                               int64_t target_stride, int64_t rows, int64_t width, double beta, bool normalize,
                               double eps, uintptr_t gradient, uintptr_t indices, int64_t indexed, uintptr_t weights,
-                              int threads) {
+                              double scale, int threads) {
   const int64_t* index = at<const int64_t>(indices);
   for (int64_t i = 0; index && i < rows; ++i) {
     if (index[i] < 0 || index[i] >= indexed) {
@@ -46,7 +47,8 @@ static double regression_rows(int dtype, uintptr_t prediction, int64_t predictio
                            at<void>(gradient),
                            losses.data(),
                            index,
-                           at<const double>(weights)};
+                           at<const double>(weights),
+                           scale};
   parallel_for(rows, 1 + 32768 / width, threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(regression_rows(problem, begin, end)); });
   double total = 0;
@@ -56,14 +58,34 @@ static double regression_rows(int dtype, uintptr_t prediction, int64_t predictio
 
 static double regression(int dtype, uintptr_t prediction, int64_t prediction_stride, uintptr_t target,
                          int64_t target_stride, int64_t rows, int64_t width, double beta, bool normalize, double eps,
-                         uintptr_t gradient, int threads) {
+                         uintptr_t gradient, double scale, int threads) {
   return regression_rows(dtype, prediction, prediction_stride, target, target_stride, rows, width, beta, normalize, eps,
-                         gradient, 0, 0, 0, threads);
+                         gradient, 0, 0, 0, scale, threads);
+}
+
+// The same of plain tensors [..., D]; None where they aren't, or don't fit one another.
+static pybind11::object regression_of_plain(pybind11::handle prediction, pybind11::handle target,
+                                            pybind11::handle gradient, double beta, bool normalize, double eps,
+                                            double scale, int threads) {
+  Given given;
+  const Plain x = given(prediction, 0);
+  const Plain y = given(target, 0);
+  const void* out = given.gradient_of(x, gradient);
+  if (!given.good || !y.has_shape_of(x)) return pybind11::none();
+  const int64_t d = x.shape[x.dims - 1];
+  double total;
+  {
+    const pybind11::gil_scoped_release release;
+    total = regression(x.dtype, address(x.data), d, address(y.data), d, x.elements / d, d, beta, normalize, eps,
+                       address(out), scale, threads);
+  }
+  return pybind11::float_(total);
 }
 
 void bind_regression(pybind11::module_& m) {
   const pybind11::call_guard<pybind11::gil_scoped_release> release;
   m.def("regression", &regression, release);
+  m.def("regression_of_plain", &regression_of_plain);
   m.def("regression_rows", &regression_rows, release);
 }
 

@@ -39,8 +39,8 @@ static void cross_entropy_rows_of(const CrossEntropy& p, int64_t begin, int64_t 
     p.losses[i] = std::log(sum) + (static_cast<double>(maximum) - widen(x[label]));
 
     if (gradient) {
-      const W inverse = static_cast<W>(1 / sum);
-      const W at_label = e[label] * inverse - 1;
+      const W inverse = static_cast<W>(p.scale / sum);
+      const W at_label = e[label] * inverse - static_cast<W>(p.scale);
 #pragma omp simd
       for (int64_t j = 0; j < k; ++j) narrow(e[j] * inverse, gradient[j]);
       narrow(at_label, gradient[label]);

@@ -11,6 +11,8 @@ from pathlib import Path
 from fastjem.bench.neighbours import BUSY
 
 LOST = 0.98  # ratios below it are listed as losses; what is nearer to 1 is noise
+BEATEN = 0.97  # ratios below it fail `--check`,
+NEAR_FLOOR = 0.75  # unless the least that any code needs is such a share of our time
 NOISY = 1.5  # a median so many times the minimum says that the machine had other things to do
 
 LEGEND = """\
@@ -98,6 +100,19 @@ def losses(rows: Sequence[dict]) -> list[str]:
             if (both := ratio(row, other)) and both[0] < LOST:
                 lines.append(f"{name}: {other} is {1 / both[0]:.2f}x faster ({1 / both[1]:.2f}x by medians)")
     return lines
+
+
+def beaten(rows: Sequence[dict]) -> list[dict]:
+    """The rows that `--check` fails: ours is missing, or something else is faster and ours far from the floor."""
+
+    def is_beaten(row: dict) -> bool:
+        if "ours" not in row["variants"]:
+            return True
+        ours = row["variants"]["ours"]["passes"]["total"]["minimum"]
+        ratios = [both[0] for other in baselines([row]) if (both := ratio(row, other))]
+        return any(value < BEATEN for value in ratios) and (row["floor"] or 0) < NEAR_FLOOR * ours
+
+    return [row for row in rows if is_beaten(row)]
 
 
 def text(results: dict) -> str:

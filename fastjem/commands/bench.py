@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run `fastjem bench` with these arguments.
 
     Returns:
-        0; 1 where ours failed or computed something else; 2 for a mistake in the arguments; 130 where Ctrl-C (SIGINT)
-        ended it early, with the results so far.
+        0; 1 where ours failed or computed something else, or with --check was beaten; 2 for a mistake in the
+        arguments; 130 where Ctrl-C (SIGINT) ended it early, with the results so far.
     """
     parser = _parser()
     try:
@@ -74,6 +74,10 @@ def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], 
         print(f"wrote {path}")
     if len(rows) < len(chosen):
         return 130
+    if options.check and (lost := report.beaten(rows)):
+        names = "|".join(re.escape(f"{row['op']} {row['shape']} {row['dtype']}") for row in lost)
+        print(f"{len(lost)} of {len(rows)} cases are beaten; to measure them again: --filter '^({names})$'")
+        return 1
     return int(any("ours" in row["absent"] for row in rows))
 
 
@@ -83,7 +87,7 @@ def _measured(
     """The rows of the chosen cases, or of the first of them where Ctrl-C ends it."""
     rows: list[dict] = []
     compiled = not (options.no_compile or options.quick)
-    budget = QUICK_BUDGET if options.quick else BUDGET
+    budget = QUICK_BUDGET if options.quick else options.budget
     with _cold_caches(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if compiled:
@@ -206,6 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default=here, help=f"here: {here}")
     add("--dtype", choices=("fp32", "bf16"), help="only cases with such inputs")
     add("--rounds", type=_rounds, metavar="N", help="turns of each variant; default: 5 to 25, as the time allows")
+    add("--budget", type=float, default=BUDGET, metavar="S", help=f"seconds of sampling per case; default: {BUDGET:g}")
+    add("--check", action="store_true", help="exit with 1 where anything is faster, and ours far from the floor")
     add("--quick", action="store_true", help="short and without torch.compile: does everything run?")
     add("--full", action="store_true", help="slow and less usual cases too")
     add("--no-compile", action="store_true", help="leave torch.compile out")

@@ -21,7 +21,14 @@ from fastjem.functional.options import (
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.functional.seen import Side, Sums, View, sums_of_seen
 from fastjem.kernels.arithmetic import widest
+from fastjem.ops import transforms
 from fastjem.ops.forward_mode import refuse_forward_mode
+
+
+def _refuse_other_modes(op: str, *tensors: object) -> None:
+    """Of differentiation: only backward is there."""
+    refuse_forward_mode(op, tensors)
+    transforms.refuse(op, [x for x in tensors if isinstance(x, Tensor)], "with options")
 
 
 def _scaled(side: Side, by: float) -> Side:
@@ -44,16 +51,22 @@ def _negatives(
             if columns is not None and columns.limit is not None:
                 of_columns = columns._replace(limit=columns.limit * by)
             harder.append(sums_of_seen(of_rows, of_columns, exclude, only_lse))
-    found = []
+    found: list[Negatives | None] = []
     for side in (0, 1):
         of_side = sums[side]
         if of_side is None:
             found.append(None)
             continue
         totals = (of_side.total, of_side.count) if view.totals else (None, None)
-        of_harder = (harder[0][side].lse, harder[1][side].lse) if harder else None
+        of_harder = None
+        if harder:
+            more, less = (of_both[side] for of_both in harder)
+            assert more is not None and less is not None
+            of_harder = more.lse, less.lse
         found.append(Negatives(of_side.lse, *totals, of_harder))
-    return found[0], found[1]
+    of_rows, of_columns = found
+    assert of_rows is not None
+    return of_rows, of_columns
 
 
 def _of_last_dims(x: Tensor | float, dims: int) -> Tensor | float:
@@ -62,8 +75,8 @@ def _of_last_dims(x: Tensor | float, dims: int) -> Tensor | float:
 
 
 def _hard_logits(a: Tensor, hard: Tensor) -> Tensor:
-    """[V, N, H] of rows [V, N, D] and each image's own [N, H, D]."""
-    return widest((hard @ a.movedim(0, -1)).movedim(-1, 0))  # [N, H, V] -> [V, N, H]
+    """[V, N, H] of rows [V, N, D] and each image's own [N, H, D]. Not by a product, which autocast would change."""
+    return torch.stack([dots_of_rows(rows.unsqueeze(1), hard) for rows in a.unbind()])
 
 
 def loss_of_views(
@@ -77,7 +90,7 @@ def loss_of_views(
     pull: Tensor | None = None,  # [V, N], what positives are multiplied by
 ) -> Tensor:
     """0-dim, or [V, N] without a reduction."""
-    refuse_forward_mode(op, (z, temperature, options.hard_negatives))
+    _refuse_other_modes(op, z, temperature, options.hard_negatives)
     with without_autocast(z):
         unit = normalize(in_float32(z), dim=-1)
         inverse = _inverse(temperature, unit)
@@ -89,12 +102,11 @@ def loss_of_views(
         views = z.shape[0]
         positives = [dots_of_rows(a, b.roll(-step, 0)) for step in range(1, views)]
         logits = torch.stack(positives, -1)  # [V, N, V - 1]
-        ids = None if options.ids is None else options.ids.expand(z.shape[:2])
+        ids = None if options.ids is None else options.ids.expand(z.shape[:2]).contiguous()
         limit = _limit(logits, inverse, options)
-        exclude = options.exclude if options.exclude is None or options.exclude.dim() == 2 else options.exclude[None]
         columns = None if b is a else Side(b, ids)
         view = View(0, False, options.needs_totals(), z.dtype, sizes, group)
-        negatives, _ = _negatives(Side(a, ids, limit), columns, exclude, view, options.hardness)
+        negatives, _ = _negatives(Side(a, ids, limit), columns, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
             factor = inverse if b is not a else _root(inverse)
@@ -130,7 +142,7 @@ def info_nce(
     options: Options,
 ) -> Tensor:
     """0-dim, or [N] without a reduction."""
-    refuse_forward_mode("info_nce", (query, positive, negatives, temperature, options.hard_negatives))
+    _refuse_other_modes("info_nce", query, positive, negatives, temperature, options.hard_negatives)
     with without_autocast(query):
         inverse = _inverse(temperature, query)
         unit, of_positive, columns = (normalize(in_float32(x), dim=-1) for x in (query, positive, negatives))
@@ -138,11 +150,10 @@ def info_nce(
         a = unit * _of_last_dims(by, 1)
         logits = dots_of_rows(a, of_positive)[None, :, None]  # [1, N, 1]
         limit = _limit(logits, inverse, options)
-        exclude = options.exclude if options.exclude is None or options.exclude.dim() == 2 else options.exclude[None]
         rows = Side(a[None], None if options.ids is None else options.ids[None], limit)
         candidates = Side(columns[None], None if negative_ids is None else negative_ids[None])
         view = View(offset, False, options.needs_totals(), query.dtype, [query.shape[0]], None)
-        seen, _ = _negatives(rows, candidates, exclude, view, options.hardness)
+        seen, _ = _negatives(rows, candidates, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
             seen = with_hard(seen, _hard_logits(a[None], hard), options.hardness)
@@ -160,7 +171,7 @@ def clip_loss(
     local: bool,
 ) -> Tensor:
     """0-dim, or [N] without a reduction: the mean of both directions."""
-    refuse_forward_mode("clip_loss", (x, y, scale, options.hard_negatives))
+    _refuse_other_modes("clip_loss", x, y, scale, options.hard_negatives)
     with without_autocast(x):
         a, b = (in_float32(z) for z in (x, y))
         factor = scale.to(a.dtype)
@@ -175,12 +186,12 @@ def clip_loss(
         view = View(0, True, options.needs_totals(), x.dtype, sizes, group)
         if scale.dim() or of_columns_alone:  # the directions' logits differ, or what they see does
             one_way = view._replace(columns=False)
-            masks = (exclude, None if exclude is None else exclude.T) if not of_columns_alone else (exclude[None],) * 2
+            back = exclude.T if exclude is not None and exclude.dim() == 2 else exclude
             of_x, _ = _negatives(
-                Side(a_scaled[None], ids, limit), Side(b[None], ids), masks[0], one_way, options.hardness
+                Side(a_scaled[None], ids, limit), Side(b[None], ids), exclude, one_way, options.hardness
             )
             of_y, _ = _negatives(
-                Side((b * factor)[None], ids, limit), Side(a[None], ids), masks[1], one_way, options.hardness
+                Side((b * factor)[None], ids, limit), Side(a[None], ids), back, one_way, options.hardness
             )
         else:
             of_x, of_y = _negatives(

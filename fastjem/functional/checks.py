@@ -58,8 +58,8 @@ def matrices(
 def memory(op: str, x: Tensor) -> None:
     """Refuse a tensor whose memory was freed, before torch computes with it: `torch.stack` would crash, for one.
 
-    Freed memory begins at 0, and a view of it at most as far from there as its offset is. Everything else is looked at
-    once, where an operator is called (`kernels.guard`).
+    Freed memory begins at 0, and a view of it at most as far from there as its offset is. More is looked at only on the
+    host, where good tensors haven't come this far (`plain_matrices`); on a GPU an operator looks (`kernels.guard`).
     """
     if type(x) not in PLAIN or torch.compiler.is_compiling():
         return
@@ -67,7 +67,7 @@ def memory(op: str, x: Tensor) -> None:
         begin = x.data_ptr()
     except RuntimeError:  # a tensor around another one, within torch.func.grad or vmap
         return
-    if begin < NO_ADDRESS and not guard.holds_its_memory(x):
+    if (x.is_cpu or begin < NO_ADDRESS) and not guard.holds_its_memory(x):
         guard.refuse_freed(op, x)
 
 

@@ -57,6 +57,8 @@ def over_ranks(
         def call(*args: P.args, **options: P.kwargs) -> R:
             if options.get("group") is None or not torch.compiler.is_compiling():
                 return function(*args, **options)
+            if options.get("reduction") == "none":
+                checks.fail(name, "under torch.compile, with a group, reduction must be mean or sum", "'none'")
             return _in_one_operator(name, differentiable, args, options)
 
         return call

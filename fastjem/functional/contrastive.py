@@ -1,17 +1,20 @@
 """Contrastive losses of one set of rows: a log-sum-exp over similarities, less the positives."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
-from fastjem.functional import candidates, checks, few, rings
+from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
-from fastjem.functional.options import Options, check_exclude, check_ids, temperature_of_rows
+from fastjem.functional.options import Options, check_exclude, check_ids, is_of_rows, temperature_of_rows
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.kernels.arithmetic import widest
-from fastjem.ops.autograd import one_pass, ops, refuse_second_order, two_passes
+from fastjem.ops import transforms
+from fastjem.ops.autograd import known, needs_gradient, one_pass, ops, refuse_second_order, two_passes
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -112,7 +115,8 @@ def nt_xent(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    loss = None if options.any() else few.of_views("nt_xent", z0, z1, temperature, group)
+    plain = group is None and not options.any()
+    loss = quick.of_views("nt_xent", z0, z1, temperature) if plain else None
     if loss is not None:
         return loss
     return _nt_xent("nt_xent", z0, z1, temperature, options, None, False, group)
@@ -128,21 +132,20 @@ def _nt_xent(
     decoupled: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    has_options = options.any()
+    of_rows = is_of_rows(op, temperature, group)
+    has_options = of_rows or options.any()
     with Agreement(op, group) as ranks:
         z = _stacked(op, z0, z1, group)
-        temperature = temperature_of_rows(op, "temperature", temperature, z, [z.shape[1:2], z.shape[:2]])
+        temperature = _temperature(op, temperature, z, of_rows, [z.shape[1:2], z.shape[:2]])
         if pull is not None:
             if pull.shape not in (z.shape[:2], z.shape[1:2]):
                 checks.fail(op, f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(pull.shape))
             checks.one_device(op, (z, pull))
             pull = pull.detach().expand(z.shape[:2])
         _rows_of_views(ranks, z, temperature)
-        has_options = has_options or (isinstance(temperature, Tensor) and temperature.dim() > 0)
         if has_options:
             options = options.checked(op, z, z.shape[1], [z.shape[1:2], z.shape[:2]])
-            of_rows = temperature.dim() if isinstance(temperature, Tensor) else 0
-            ranks.alike(*options.facts(), f"{of_rows} dimensions of the temperature")
+            ranks.alike(*options.facts())
     if not has_options:
         return _of_views(z, temperature, pull, ranks.sizes, group, decoupled)
     if options.exclude is not None:
@@ -150,6 +153,13 @@ def _nt_xent(
             check_exclude(op, options.exclude, [(z.shape[1], sum(ranks.sizes)), z.shape[1:2]], z)
             again.rows_of(z, dim=1)
     return candidates.loss_of_views(z, temperature, options, ranks.sizes, group, op, decoupled, pull)
+
+
+def _temperature(op: str, value: object, like: Tensor, of_rows: bool, shapes: list[tuple]) -> float | Tensor:
+    """A number, 0-dim, or one of each row."""
+    if of_rows and isinstance(value, Tensor):
+        return temperature_of_rows(op, "temperature", value, like, shapes)
+    return checks.positive(op, "temperature", value, like)
 
 
 def _rows_of_views(ranks: Agreement, z: Tensor, temperature: float | Tensor) -> None:
@@ -186,8 +196,8 @@ def dcl(
     options = Options(
         reduction, None, 0.0, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    plain = weights is None and not options.any()
-    loss = few.of_views("dcl", z0, z1, temperature, group, decoupled=True) if plain else None
+    plain = group is None and weights is None and not options.any()
+    loss = quick.of_views("dcl", z0, z1, temperature, decoupled=True) if plain else None
     if loss is not None:
         return loss
     return _nt_xent("dcl", z0, z1, temperature, options, weights, True, group)
@@ -254,9 +264,9 @@ def supcon(
         normalize: False takes rows as they come (the authors' convention: they are of unit length already).
         group: as for `nt_xent`; positives are of the same class on any rank. Not with a mask.
     """
-    if mask is None and anchors in ("all", "one"):
-        options = {"labels": labels, "normalize": normalize, "one_anchor": anchors == "one"}
-        loss = few.of_views("supcon", z, None, temperature, group, **options)
+    if group is None and mask is None and anchors in ("all", "one"):
+        one_anchor = anchors == "one"
+        loss = quick.of_views("supcon", z, None, temperature, labels=labels, normalize=normalize, one_anchor=one_anchor)
         if loss is not None:
             return loss
     with Agreement("supcon", group) as ranks:
@@ -335,7 +345,7 @@ def _over_positives(
     if mask is not None:
         weight = mask.to(by_image)
         return weight @ by_image, weight.sum(1), weight.diagonal()
-    n = len(by_image)
+    n = by_image.shape[0]
     ones = torch.ones(n, dtype=by_image.dtype, device=by_image.device)
     classes = torch.arange(n, device=by_image.device) if labels is None else labels
     # A class's number is where it begins among the sorted labels. In float64 index_put adds in one order everywhere.
@@ -404,8 +414,8 @@ def info_nce(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    plain = negative_ids is None and not options.any()
-    loss = few.info_nce(query, positive, negatives, temperature, label_offset) if plain else None
+    has_options = negative_ids is not None or options.any()
+    loss = None if has_options else quick.info_nce(query, positive, negatives, temperature, label_offset)
     if loss is not None:
         return loss
     contract = "query and positive must be [N, D] both, negatives [K, D]"
@@ -414,23 +424,24 @@ def info_nce(
     if negatives.shape[1] != query.shape[1]:
         checks.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
     checks.one_device("info_nce", (query, positive, negatives))
-    temperature = temperature_of_rows("info_nce", "temperature", temperature, query, [query.shape[:1]])
+    of_rows = is_of_rows("info_nce", temperature, None)
+    temperature = _temperature("info_nce", temperature, query, of_rows, [query.shape[:1]])
     offset = -query.shape[0] if label_offset is None else checks.integer("info_nce", "label_offset", label_offset)
     rows = checks.common(query, positive, negatives)
-    has_rows_temperature = isinstance(temperature, Tensor) and temperature.dim() > 0
-    if has_rows_temperature or negative_ids is not None or options.any():
+    if has_options or of_rows:
         options = options.checked("info_nce", query, query.shape[0], [query.shape[:1]])
         if (ids is None) != (negative_ids is None):
             checks.fail("info_nce", "ids and negative_ids must be given both or neither", "one of them")
         check_ids("info_nce", "negative_ids", negative_ids, negatives.shape[:1], query)
         check_exclude("info_nce", exclude, [(query.shape[0], negatives.shape[0]), negatives.shape[:1]], query)
         own = None if label_offset is None else offset
-        return candidates.info_nce(*rows, negative_ids, own, temperature, options)
+        return candidates.info_nce(rows[0], rows[1], rows[2], negative_ids, own, temperature, options)
     if not isinstance(temperature, Tensor):
         return one_pass("info_nce", rows, offset, temperature)
     refuse_forward_mode("info_nce", (*rows, temperature))
     rows = [unit_rows_over_root(x, temperature) for x in rows]
-    return _InfoNCE.apply(*rows, offset).to(loss_dtype(query))
+    loss = _info_nce_at_once(rows, offset) if transforms.active() else _InfoNCE.apply(*rows, offset)
+    return loss.to(loss_dtype(query))
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -441,9 +452,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> Tensor:
-        logits = widest((query * positive).sum(1))
-        _, lse = ops.nt_xent(query[None], negatives[None], offset, 1.0, False, False)
-        lse = torch.logaddexp(lse[0], logits)
+        logits, lse = _logits_and_lse(query, positive, negatives, offset)
         ctx.save_for_backward(query, positive, negatives, lse, logits)
         ctx.offset = offset
         return (lse - logits).mean()
@@ -452,19 +461,45 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         refuse_second_order("info_nce")
         query, positive, negatives, lse, logits = ctx.saved_tensors
-        # An infinite log-sum-exp has no probabilities: a candidate is no row here.
-        none = torch.full_like(negatives[:, 0], torch.inf, dtype=lse.dtype)[None]
-        rows = query[None]
-        candidates = negatives[None]
-        options = (1.0, False, False)
+        learned = ctx.needs_input_grad[2]
+        gradients = _info_nce_gradients(query, positive, negatives, lse, logits, ctx.offset, learned)
         scale = (upstream / lse.numel()).to(query.dtype)
-        pull = (logits - lse).expm1().to(query.dtype)[:, None]  # the positive's probability - 1
-        of_negatives = None
-        of_query = ops.nt_xent_backward(rows, candidates, lse[None], none, None, ctx.offset, *options)[0]
-        if ctx.needs_input_grad[2]:
-            of_negatives = ops.nt_xent_backward(candidates, rows, none, lse[None], None, -ctx.offset, *options)[0]
-            of_negatives = of_negatives * scale
-        return (of_query + pull * positive) * scale, pull * query * scale, of_negatives, None
+        return *(None if gradient is None else gradient * scale for gradient in gradients), None
+
+
+def _logits_and_lse(query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """The positives' logits, and the log-sum-exps of all logits, both [N] float64."""
+    logits = widest((query * positive).sum(1))
+    _, lse = ops.nt_xent(query[None], negatives[None], offset, 1.0, False, False)
+    return logits, torch.logaddexp(lse[0], logits)
+
+
+def _info_nce_gradients(
+    query: Tensor, positive: Tensor, negatives: Tensor, lse: Tensor, logits: Tensor, offset: int, learned: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of the sum over rows; for the negatives where they are `learned`."""
+    # An infinite log-sum-exp has no probabilities: a candidate is no row here.
+    none = torch.full_like(negatives[:, 0], torch.inf, dtype=lse.dtype)[None]
+    rows = query[None]
+    candidates = negatives[None]
+    options = (1.0, False, False)
+    pull = (logits - lse).expm1().to(query.dtype)[:, None]  # the positive's probability - 1
+    of_query = ops.nt_xent_backward(rows, candidates, lse[None], none, None, offset, *options)[0] + pull * positive
+    if not learned:
+        return of_query, pull * query, None
+    of_negatives = ops.nt_xent_backward(candidates, rows, none, lse[None], None, -offset, *options)[0]
+    return of_query, pull * query, of_negatives
+
+
+def _info_nce_at_once(inputs: Sequence[Tensor], offset: int) -> Tensor:
+    """`_InfoNCE` within a transform of torch.func: the gradients with the loss."""
+    query, positive, negatives = (x.detach() for x in inputs)
+    logits, lse = _logits_and_lse(query, positive, negatives, offset)
+    loss = (lse - logits).mean()
+    learned = needs_gradient(inputs[2])
+    gradients = _info_nce_gradients(query, positive, negatives, lse, logits, offset, learned)
+    of_all = [negatives if gradient is None else gradient for gradient in gradients]
+    return known("info_nce", loss, inputs, of_all, [1 / lse.numel()] * 3)
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fastjem.functional.compiled import over_ranks
 from fastjem.functional.decompositions import eigenvalues, eigenvectors, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.kernels.arithmetic import UNIT_EPS, no_gradient, solvable, unit_rows, widest
-from fastjem.ops.autograd import known, one_pass, one_pass_with_statistics
+from fastjem.ops.autograd import known, needs_gradient, one_pass, one_pass_with_statistics
 
 
 @dataclass
@@ -230,7 +230,7 @@ def tico(
             beta = widest(beta)
         ranks.rows_of(z0)
     numbers = [x if isinstance(x, Tensor) else None for x in (beta, rho)]
-    wanted = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in (z0, z1, *numbers)]
+    wanted = [x is not None and needs_gradient(x) for x in (z0, z1, *numbers)]
     with torch.no_grad(), without_autocast(z0):
         loss, gradients, c = _tico(z0, z1, covariance, beta, rho, wanted, ranks.sizes, group)
     tensors = [(x, g) for x, g in zip((z0, z1, *numbers), gradients, strict=True) if x is not None]

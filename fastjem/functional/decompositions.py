@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastjem.functional import checks
+from fastjem.ops import transforms
 
 
 def finite_or_nan(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,11 +43,12 @@ def eigenvectors(x: Tensor) -> tuple[Tensor, Tensor]:
 def cholesky(x: Tensor, op: str) -> Tensor:
     """The lower factor [..., N, N]; NaN for a matrix that isn't finite.
 
-    A finite one without a factor raises on the CPU and gives NaN on CUDA, where looking would wait.
+    A finite one without a factor raises on the CPU and gives NaN on CUDA, where looking would wait, and within
+    transforms of torch.func, where a matrix may be many.
     """
     matrices, nothing = finite_or_nan(x)
     factor, info = torch.linalg.cholesky_ex(matrices)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms.active():
         if ((info != 0) & nothing[..., 0].isfinite()).any():
             checks.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
     else:

@@ -12,7 +12,7 @@ from fastjem.collectives import Agreement, from_first_rank, gradient_factor, sum
 from fastjem.functional import checks
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
-from fastjem.ops.autograd import known, ops
+from fastjem.ops.autograd import known, needs_gradient, ops
 
 ELEMENTS_AT_ONCE = 1 << 19  # of [V, N, slices]: a few such tensors stay in cache
 
@@ -37,12 +37,12 @@ def _statistic(
     phi = (-0.5 * t.square()).exp()
     weight = 2 * dt * phi
     weight[-1] /= 2
-    at_once = max(1, ELEMENTS_AT_ONCE // (len(z) * max(sizes)))  # on every rank the same: each makes a collective
+    at_once = max(1, ELEMENTS_AT_ONCE // (z.shape[0] * max(sizes)))  # on every rank the same: each makes a collective
     statistic = z.new_zeros(())
     gradient = torch.zeros_like(z) if wanted else z.new_empty(0)
     for some in directions.split(at_once, 1):
         theta = (z @ some).mul_(dt)
-        own = ops.characteristic(theta, knots - 1) if rows else z.new_zeros(2, knots - 1, len(z), some.shape[1])
+        own = ops.characteristic(theta, knots - 1) if rows else z.new_zeros(2, knots - 1, z.shape[0], some.shape[1])
         errors = sum_over_ranks(own, group) / n  # [2, K, V, slices]
         errors[0] -= phi
         statistic += (weight * errors.square()).sum()
@@ -115,12 +115,12 @@ def _sigreg(
     sizes: list[int],
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    wanted = torch.is_grad_enabled() and z.requires_grad
+    wanted = needs_gradient(z)
     with torch.no_grad(), without_autocast(z):
         wide = in_float32(z)
         total, gradient = _statistic(wide, directions.to(wide.dtype), knots, t_max, sizes, group, wanted)
         gradient = gradient.to(z.dtype)
-    count = len(z) * directions.shape[1]
+    count = z.shape[0] * directions.shape[1]
     return known(op, total / count, (z,), [gradient], [gradient_factor(group) / count])
 
 
@@ -164,6 +164,6 @@ def lejepa(
         ranks.alike(directions.shape[1], knots)
     regulariser = _sigreg("lejepa", views, directions, knots, t_max, ranks.sizes, group)
     z = in_float32(views)
-    squares = (z - z[: len(global_proj)].mean(0)).square().sum()
-    invariance = sum_of_ranks(squares, group) / (len(z) * sum(ranks.sizes) * z.shape[2])
+    squares = (z - z[: global_proj.shape[0]].mean(0)).square().sum()
+    invariance = sum_of_ranks(squares, group) / (z.shape[0] * sum(ranks.sizes) * z.shape[2])
     return (weight * regulariser + (1 - weight) * invariance).to(loss_dtype(views))

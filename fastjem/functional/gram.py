@@ -14,8 +14,8 @@ def gram_loss(
 ) -> Tensor:
     """`mse_loss(u @ u.mT, v @ v.mT)`, u and v the patches of student and teacher at unit length: Gram anchoring.
 
-    Siméoni et al. 2025, arXiv 2508.10104, equation 2, as a mean over pairs of patches. Neither Gram matrix is in memory:
-    only tiles of them.
+    Siméoni et al. 2025, arXiv 2508.10104, equation 2, as a mean over pairs of patches. Neither Gram matrix is in
+    memory: only tiles of them.
 
     Args:
         student: [B, P, D], features of patches.

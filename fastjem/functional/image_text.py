@@ -5,9 +5,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement
-from fastjem.functional import candidates, checks, few, rings
+from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
-from fastjem.functional.options import Options, check_exclude
+from fastjem.functional.options import Options, check_exclude, check_mask, is_of_rows, reduced, temperature_of_rows
+from fastjem.functional.pairs import Pairs, losses_of_rows
+from fastjem.functional.precision import in_float32
 from fastjem.kernels.arithmetic import widest_dtype
 
 
@@ -75,11 +77,10 @@ def clip_loss(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    of_rows = isinstance(logit_scale, Tensor) and logit_scale.numel() != 1
+    of_rows = is_of_rows("clip_loss", logit_scale, group)
     if of_rows or options.any():
-        return _clip_with_options(x, y, logit_scale, options, group, local_loss, gather_with_grad)
-    loss = few.of_pairs("clip_loss", x, y, logit_scale, None, group, has_bias=False)
-    if loss is not None:
+        return _clip_with_options(x, y, logit_scale, of_rows, options, group, local_loss, gather_with_grad)
+    if group is None and (loss := quick.clip_loss(x, y, logit_scale)) is not None:
         return loss
     constant_candidates = group is not None and local_loss and not gather_with_grad
     with Agreement("clip_loss", group) as ranks:
@@ -97,6 +98,7 @@ def _clip_with_options(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor | float,
+    of_rows: bool,
     options: Options,
     group: dist.ProcessGroup | None,
     local_loss: bool,
@@ -106,18 +108,18 @@ def _clip_with_options(
     with Agreement(op, group) as ranks:
         checks.matrices(op, "x and y must be [N, D] both", x, y, may_be_empty=None if group is None else 0)
         x, y = checks.common(x, y)
-        of_rows = isinstance(logit_scale, Tensor) and logit_scale.shape == x.shape[:1] and x.shape[0] != 1
-        scale = logit_scale if of_rows else _scalar(op, "logit_scale", logit_scale, x)
-        assert isinstance(scale, Tensor)
-        checks.one_device(op, (x, scale))
+        if of_rows and isinstance(logit_scale, Tensor):
+            scale = temperature_of_rows(op, "logit_scale", logit_scale, x, [x.shape[:1]])
+        else:
+            scale = _scalar(op, "logit_scale", logit_scale, x)
         options = options.checked(op, x, x.shape[0], [x.shape[:1]])
         if group is not None and local_loss and not gather_with_grad:
             checks.fail(op, "with options, gather_with_grad must be True", gather_with_grad)
-        if group is not None and of_rows and options.exclude is not None and options.exclude.dim() == 2:
-            checks.fail(op, "with a group and a scale of each row, exclude must be [N]", tuple(options.exclude.shape))
         ranks.rows_of(x)
         ranks.backward_of(x, y, scale)
-        ranks.alike(*options.facts(), f"{scale.dim()} dimensions of the scale")
+        if group is not None and of_rows and options.exclude is not None and options.exclude.dim() == 2:
+            checks.fail(op, "with a group and a scale of each row, exclude must be [N]", tuple(options.exclude.shape))
+        ranks.alike(*options.facts(), f"local_loss={local_loss}")
     if options.exclude is not None:
         with Agreement(op, group) as again:  # a mask is as wide as all ranks' rows are many
             check_exclude(op, options.exclude, [(x.shape[0], sum(ranks.sizes)), x.shape[:1]], x)
@@ -133,20 +135,93 @@ def siglip_loss(
     logit_bias: Tensor | float,
     *,
     group: dist.ProcessGroup | None = None,
+    ids: Tensor | None = None,
+    positives: Tensor | None = None,
+    exclude: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float | Tensor = 0.0,
 ) -> Tensor:
     """SigLIP's loss (Zhai et al. 2023, arXiv 2303.15343): every pair is a binary decision of its own.
 
     `-logsigmoid(labels * (logit_scale * x @ y.T + logit_bias)).sum() / N`, labels 1 on the diagonal and -1 elsewhere.
+    Options may be combined.
 
     Args:
-        x, y, logit_scale, group: as for `clip_loss`.
-        logit_bias: 0-dim, with its gradient.
+        x, y, group: as for `clip_loss`.
+        logit_scale, logit_bias: 0-dim, or [N], one of each row of x, with their gradients.
+        ids: [N] int64: pairs of images and texts of equal ids belong together, beside each image's own pair.
+        positives: [N, N] bool, which pairs belong together, instead of the diagonal: an image may have several texts,
+            or none. Over ranks [N, all ranks' N]. Not with ids.
+        exclude: [N, N] bool, which pairs don't count, of whatever label; over ranks [N, all ranks' N].
+        weights: [N], of the losses of x's rows, constants; the mean becomes sum(weights * losses) / sum(weights).
+        reduction: "mean" over x's rows, "sum", or "none" for the loss of each row, [N]; see `nt_xent`.
+        label_smoothing: the targets are so much nearer to 1/2: `1 - label_smoothing / 2` of pairs that belong together.
+
+    Returns:
+        0-dim float32 (float64 for float64 inputs); the same on every rank of the group. [N] without a reduction.
+
+    Raises:
+        ValueError: for other shapes, dtypes or options.
     """
-    loss = few.of_pairs("siglip_loss", x, y, logit_scale, logit_bias, group, has_bias=True)
-    if loss is not None:
+    options = Options(reduction, weights, label_smoothing, ids, exclude)
+    of_rows = any(isinstance(z, Tensor) and z.dim() == 1 and z.numel() != 1 for z in (logit_scale, logit_bias))
+    if of_rows or positives is not None or options.any():
+        return _siglip_with_options(x, y, logit_scale, logit_bias, positives, options, group)
+    if group is None and (loss := quick.siglip_loss(x, y, logit_scale, logit_bias)) is not None:
         return loss
     with Agreement("siglip_loss", group) as ranks:
         x, y, scale = _checked("siglip_loss", x, y, logit_scale, group)
         bias = _scalar("siglip_loss", "logit_bias", logit_bias, x)
         ranks.rows_of(x)
     return rings.siglip_loss(x, y, scale, bias, ranks.sizes, group)
+
+
+def _siglip_with_options(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    positives: Tensor | None,
+    options: Options,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    op = "siglip_loss"
+    with Agreement(op, group) as ranks:
+        checks.matrices(op, "x and y must be [N, D] both", x, y, may_be_empty=None if group is None else 0)
+        x, y = checks.common(x, y)
+        scale, bias = (
+            number if isinstance(number, Tensor) and number.shape == x.shape[:1] else _scalar(op, name, number, x)
+            for name, number in (("logit_scale", logit_scale), ("logit_bias", logit_bias))
+        )
+        checks.one_device(op, (x, scale, bias))
+        options = options.checked(op, x, x.shape[0], [x.shape[:1]])
+        if positives is not None and options.ids is not None:
+            checks.fail(op, "ids or positives must be given, not both", "both")
+        ranks.rows_of(x)
+        ranks.backward_of(x, y, scale, bias)
+        has_masks = (positives is not None, options.exclude is not None)
+        ranks.alike(*options.facts(), f"masks {has_masks}", f"{scale.dim()} and {bias.dim()} dimensions")
+    with Agreement(op, group) as again:  # a mask is as wide as all ranks' rows are many
+        shape = (x.shape[0], sum(ranks.sizes))
+        check_exclude(op, options.exclude, [shape], x)
+        check_mask(op, "positives", positives, [shape], x)
+        again.rows_of(x)
+    rows, columns, scale, bias = _in_rows(x, y, scale, bias)
+    smoothing = _scalar(op, "label_smoothing", options.label_smoothing, x).detach()
+    pairs = Pairs(options.ids, positives, options.exclude, smoothing)
+    return reduced(losses_of_rows(rows, columns, scale, bias, pairs, ranks.sizes, group), options, x, group)
+
+
+def _in_rows(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, columns, scale and bias, the latter numbers: those of each row become a part of it."""
+    if bias.dim():
+        wide = in_float32(y)
+        y = torch.cat([wide, wide.new_ones(y.shape[0], 1)], 1)
+    if scale.dim() or bias.dim():
+        wide = in_float32(x)
+        x = wide * scale.to(wide.dtype)[:, None] if scale.dim() else wide * scale.to(wide.dtype)
+        if bias.dim():
+            x = torch.cat([x, bias.to(wide.dtype)[:, None]], 1)
+        scale = scale.detach().new_ones(())
+    return *checks.common(x, y), scale, bias.detach().new_zeros(()) if bias.dim() else bias

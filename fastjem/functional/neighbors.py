@@ -78,7 +78,7 @@ def kmeans(
             count = checks.integer(op, "clusters", clusters, 1)
         ranks.rows_of(x)
         ranks.alike(count, isinstance(clusters, Tensor), iterations, spherical, init)
-    refuse_forward_mode(op, (x,))
+    refuse_forward_mode(op, [x, clusters] if isinstance(clusters, Tensor) else [x])
     x = x.detach()
     if isinstance(clusters, Tensor) and clusters.dim():
         centroids = clusters.detach().to(loss_dtype(x))

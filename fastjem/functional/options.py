@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import global_loss, sum_over_ranks
+from fastjem.collectives import Agreement, global_loss, sum_over_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
 from fastjem.kernels.arithmetic import widest, widest_dtype
@@ -45,12 +45,15 @@ class Options(NamedTuple):
         )
 
     def facts(self) -> list[str]:
-        """What ranks have to have alike: which options there are, and their shapes but for the number of rows."""
-        told = [f"reduction={self.reduction}"]
-        for name, value in zip(self._fields[1:], self[1:], strict=True):
-            kind = f"{value.dtype} of {value.dim()} dimensions" if isinstance(value, Tensor) else value
-            told.append(f"{name}={kind}")
-        return told
+        """What ranks have to have alike, as it decides what they send one another."""
+        margin = "without" if self.false_negative_margin is None else "with"
+        exclude = "no exclude" if self.exclude is None else f"exclude of {self.exclude.dim()} dimensions"
+        ids = "without ids" if self.ids is None else "with ids"
+        totals = "with" if self.needs_totals() else "without"
+        return [
+            f"reduction={self.reduction}", ids, exclude, f"{margin} false_negative_margin",
+            f"{totals} label_smoothing, prior or hardness", f"hardness={self.hardness}",
+        ]  # fmt: skip
 
     def needs_totals(self) -> bool:
         return any(is_given(x) for x in (self.label_smoothing, self.prior, self.hardness))
@@ -73,11 +76,10 @@ class Options(NamedTuple):
             _integers(op, "ids", self.ids, (rows,), z)
         hard = self.hard_negatives
         if hard is not None:
-            contract = f"hard_negatives must be [{rows}, H, {z.shape[-1]}], floating-point"
-            if not isinstance(hard, Tensor) or hard.dim() != 3 or not hard.is_floating_point():
+            is_right = isinstance(hard, Tensor) and hard.dim() == 3 and hard.is_floating_point()
+            if not is_right or hard.shape[0] != rows or hard.shape[2] != z.shape[-1] or not hard.shape[1]:
+                contract = f"hard_negatives must be [{rows}, H, {z.shape[-1]}] with H >= 1, floating-point"
                 checks.fail(op, contract, checks.shape(hard))
-            if (hard.shape[0], hard.shape[2]) != (rows, z.shape[-1]):
-                checks.fail(op, contract, tuple(hard.shape))
             checks.memory(op, hard)
             checks.one_device(op, (z, hard))
         margin = self.false_negative_margin
@@ -102,9 +104,8 @@ def is_given(number: float | Tensor) -> bool:
 
 
 def _tensor(op: str, name: str, x: Tensor, shapes: list[tuple], like: Tensor) -> None:
-    contract = f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}"
-    if not isinstance(x, Tensor) or tuple(x.shape) not in shapes:
-        checks.fail(op, contract, checks.shape(x))
+    if not isinstance(x, Tensor) or x.shape not in shapes:
+        checks.fail(op, f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}", checks.shape(x))
     checks.one_device(op, (like, x))
 
 
@@ -121,18 +122,35 @@ def check_ids(op: str, name: str, ids: Tensor | None, shape: tuple, like: Tensor
 
 
 def check_exclude(op: str, exclude: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
-    if exclude is not None:
-        _tensor(op, "exclude", exclude, shapes, like)
-        if exclude.dtype != torch.bool:
-            checks.fail(op, "exclude must be bool", exclude.dtype)
+    check_mask(op, "exclude", exclude, shapes, like)
 
 
-def temperature_of_rows(op: str, name: str, value: object, like: Tensor, shapes: list[tuple]) -> float | Tensor:
-    """A number, a 0-dim tensor, or a tensor with a temperature for each row."""
-    if isinstance(value, Tensor) and value.numel() != 1 and tuple(value.shape) in shapes:
-        checks.one_device(op, (like, value))
-        return value if value.is_floating_point() else value.to(torch.float32)
-    return checks.positive(op, name, value, like)
+def check_mask(op: str, name: str, mask: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
+    if mask is not None:
+        _tensor(op, name, mask, shapes, like)
+        if mask.dtype != torch.bool:
+            checks.fail(op, f"{name} must be bool", mask.dtype)
+
+
+def is_of_rows(op: str, temperature: object, group: dist.ProcessGroup | None) -> bool:
+    """Whether a temperature (or scale) is one for each row, and not one number for all.
+
+    A tensor of one element is a number, unless other ranks, which have more rows, have more of them.
+    """
+    if not isinstance(temperature, Tensor) or not temperature.dim():
+        return False
+    if group is None:
+        return temperature.numel() != 1
+    with Agreement(op, group) as ranks:
+        ranks.alike(f"a tensor of {temperature.dim()} dimensions")
+    several = torch.full((), float(temperature.numel() != 1), device=temperature.device)
+    return sum_over_ranks(several, group).item() > 0
+
+
+def temperature_of_rows(op: str, name: str, value: Tensor, like: Tensor, shapes: list[tuple]) -> Tensor:
+    """One for each row; of a floating-point dtype."""
+    _tensor(op, name, value, shapes, like)
+    return value if value.is_floating_point() else value.to(torch.float32)
 
 
 class Negatives(NamedTuple):
@@ -192,9 +210,10 @@ def _of_some(count: Tensor, value: Tensor, of_none: Tensor) -> Tensor:
 def _debiased(
     lse: Tensor, count: Tensor, positives: Tensor, inverse_temperature: float | Tensor, prior: float | Tensor
 ) -> Tensor:
-    """The negatives' log-sum-exp without what positives among them are expected to add (Chuang et al. 2020, equation 8).
+    """The negatives' log-sum-exp without what positives among them are expected to add (Chuang et al. 2020, eq. 8).
 
-    `log(max((sum(exp(negatives)) - count * prior * mean(exp(positives))) / (1 - prior), count * exp(-1 / temperature)))`
+    `log(max((sum(exp(negatives)) - count * prior * mean(exp(positives))) / (1 - prior), count * exp(-1 / t)))`, t the
+    temperature.
     """
     some = count > 0
     log_count = torch.where(some, count, 1).log()

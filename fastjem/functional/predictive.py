@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastjem.functional import checks
+from fastjem.functional import checks, quick
 from fastjem.functional.precision import loss_dtype
 from fastjem.ops.autograd import one_pass
 
@@ -24,6 +24,8 @@ def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
     Raises:
         ValueError: for other shapes or dtypes.
     """
+    if (loss := quick.negative_cosine(p, z, eps)) is not None:
+        return loss
     checks.matrices("negative_cosine", "p and z must be [N, D] both", p, z)
     eps = checks.host_number("negative_cosine", "eps", eps, low=0)
     return one_pass("negative_cosine", checks.common(p, z), eps)
@@ -62,6 +64,10 @@ def regression(
         ValueError: for other shapes or dtypes, a negative beta, or an eps that isn't positive; on the CPU, for rows out
             of range (on a GPU these make the loss NaN).
     """
+    if rows is None and weights is None:
+        loss = quick.regression(prediction, target, beta, normalize, eps)
+        if loss is not None:
+            return loss
     contract = "prediction and target must be [..., D] both"
     checks.matrices("regression", contract, prediction, target, dims=max(1, getattr(prediction, "ndim", 1)))
     beta = checks.host_number("regression", "beta", beta, low=0, inclusive=True)
@@ -73,9 +79,8 @@ def regression(
     options = (beta, bool(normalize), eps)
     if rows is None and weights is None:
         return one_pass("regression", (predictions,), targets, *options)
-    return one_pass(
-        "regression_rows", (predictions,), targets, *_rows_and_weights(rows, weights, predictions), *options
-    )
+    rows, weights = _rows_and_weights(rows, weights, predictions)
+    return one_pass("regression_rows", (predictions,), targets, rows, weights, *options)
 
 
 def _rows_and_weights(rows: Tensor | None, weights: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -168,7 +168,7 @@ def prototype_head_cross_entropy(
         if student_prototypes.shape[1] != student[0].shape[1]:
             checks.fail(op, contract, f"{tuple(student[0].shape)} and {tuple(student_prototypes.shape)}")
         checks.one_device(op, [student[0], student_prototypes])
-        options = _options(op, student, teacher, len(student_prototypes), teacher_bias, pairs, weights, group)
+        options = _options(op, student, teacher, student_prototypes.shape[0], teacher_bias, pairs, weights, group)
         of_student = checks.positive(op, "student_temperature", student_temperature, student[0])
         of_teacher = checks.positive(op, "teacher_temperature", teacher_temperature, student[0])
         if isinstance(of_teacher, Tensor):
@@ -181,11 +181,11 @@ def prototype_head_cross_entropy(
     # Features over a temperature that is a tensor are float32 at least, and prototypes are in the dtype of features.
     inputs = checks.common(*features, inputs[-1])
     prototypes = prototypes.to(constants[0].dtype)
-    if group is not None and not len(student[0]):
+    if group is not None and not student[0].shape[0]:
         loss = sum_of_elements(inputs[:-1]) + 0 * inputs[-1].sum()
     else:
         loss = one_pass(op, inputs, constants, prototypes, of_student, of_teacher, *options, listed=True)
-    return _mean_of_ranks(loss, len(student[0]), weights, group)
+    return _mean_of_ranks(loss, student[0].shape[0], weights, group)
 
 
 def list_of_views(op: str, contract: str, views: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -227,14 +227,14 @@ def _options(
     if pairs == "different" and len(student) == len(teacher) == 1:
         checks.fail(op, 'pairs="different" needs at least two views on one side', "one student and one teacher view")
     if teacher_bias is not None:
-        if teacher_bias.shape not in {(prototypes,), (len(teacher), prototypes)}:
+        if teacher_bias.shape != (prototypes,) and teacher_bias.shape != (len(teacher), prototypes):
             contract = f"teacher_bias must be [{prototypes}] or [{len(teacher)}, {prototypes}]"
             checks.fail(op, contract, tuple(teacher_bias.shape))
         checks.one_device(op, [teacher_bias, student[0]])
         teacher_bias = teacher_bias.detach().to(loss_dtype(student[0]))
     if weights is not None:
-        if weights.shape != (len(student[0]),):
-            checks.fail(op, f"weights must be [{len(student[0])}]", tuple(weights.shape))
+        if weights.shape != (student[0].shape[0],):
+            checks.fail(op, f"weights must be [{student[0].shape[0]}]", tuple(weights.shape))
         checks.one_device(op, [weights, student[0]])
         weights = weights.detach()
         if group is not None:  # a rank whose rows have no weight adds 0 to the others' mean, and not 0 / 0

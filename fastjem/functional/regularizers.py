@@ -116,10 +116,10 @@ def mean_entropy(
     wide = loss_dtype(views[0])
     with torch.no_grad():
         of_rank = torch.stack([(x.to(wide) / temperature).softmax(1).sum(0) for x in views]).sum(0)  # [K]
-        of_all, rows = sum_and_count_of_ranks(of_rank, len(views) * len(views[0]), group)
-    if not len(views[0]):  # a rank without rows: the others' loss, and gradients of no elements
+        of_all, rows = sum_and_count_of_ranks(of_rank, len(views) * views[0].shape[0], group)
+    if not views[0].shape[0]:  # a rank without rows: the others' loss, and gradients of no elements
         mean = of_all / rows
-        value = torch.special.xlogy(mean, mean).sum() + math.log(len(mean))
+        value = torch.special.xlogy(mean, mean).sum() + math.log(mean.shape[0])
         return global_loss(sum_of_elements(views), value, group)
     loss = one_pass(op, views, temperature, of_all.clone(), rows.clone(), listed=True)
     return global_loss(loss, loss, group)

@@ -27,7 +27,8 @@ from torch import Tensor
 from fastjem.collectives import gradient_factor, other_ranks, sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest
-from fastjem.ops.autograd import distinct, known, ops, refuse_second_order
+from fastjem.ops import transforms
+from fastjem.ops.autograd import distinct, known, needs_gradient, ops, refuse_second_order, rescaled_in_place
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -53,7 +54,7 @@ class _NTXent(torch.autograd.Function):
             lse = lse.where(counted, torch.inf)
         ctx.save_for_backward(z, lse, weights)
         ctx.options, ctx.group = options, group
-        ctx.count = len(z) * sum(ctx.sizes)
+        ctx.count = z.shape[0] * sum(ctx.sizes)
         return (sum_over_ranks(terms.sum(), group) / ctx.count).to(loss_dtype(z))
 
     @staticmethod
@@ -104,7 +105,7 @@ def sums_of_own_classes(
         class_begin = torch.searchsorted(classes, classes)
         for total, x in zip(sums, others, strict=True):
             by_class = torch.zeros_like(x).index_put((class_begin,), x[order], accumulate=True)
-            of_own_class = by_class[begin.clamp_max(len(x) - 1)]
+            of_own_class = by_class[begin.clamp_max(x.shape[0] - 1)]
             total += of_own_class.where(found.view(-1, *[1] * (x.dim() - 1)), 0)
     return sums
 
@@ -123,7 +124,7 @@ class _Clip(torch.autograd.Function):
         ctx.group = group
         ctx.count = 2 * sum(ctx.sizes)
         if local:
-            return (total / (2 * max(len(x), 1))).to(loss_dtype(x))
+            return (total / (2 * max(x.shape[0], 1))).to(loss_dtype(x))
         return (sum_over_ranks(total, group) / ctx.count).to(loss_dtype(x))
 
     @staticmethod
@@ -133,30 +134,32 @@ class _Clip(torch.autograd.Function):
         x_wanted, y_wanted, scale_wanted = ctx.needs_input_grad[:3]
         gradients = [torch.zeros_like(x), torch.zeros_like(y)]
         scale_gradient = widest(torch.zeros_like(scale))
-        if len(x):
+        if x.shape[0]:
             gradients, scale_gradient = ops.clip_loss_backward(x, y, scale, x_lse, y_lse, 0, [x_wanted, y_wanted])
         if ctx.group is not None:
             x_gradient, y_gradient = (in_float32(gradient) for gradient in gradients)
             for xs, ys, xs_lse, ys_lse in other_ranks([x, y, x_lse, y_lse], 0, ctx.sizes, ctx.group):
-                (of_x, _), of_scale = ops.clip_loss_backward(x, ys, scale, x_lse, ys_lse, -len(x), [x_wanted, False])
+                (of_x, _), of_scale = ops.clip_loss_backward(
+                    x, ys, scale, x_lse, ys_lse, -x.shape[0], [x_wanted, False]
+                )
                 x_gradient += of_x
                 scale_gradient = scale_gradient + of_scale
                 if y_wanted:
-                    (_, of_y), _ = ops.clip_loss_backward(xs, y, scale, xs_lse, y_lse, -len(xs), [False, True])
+                    (_, of_y), _ = ops.clip_loss_backward(xs, y, scale, xs_lse, y_lse, -xs.shape[0], [False, True])
                     y_gradient += of_y
             gradients = [x_gradient, y_gradient]
         factor = upstream * (gradient_factor(ctx.group) / ctx.count)
         scaled = []
         for gradient, like, wanted in ((gradients[0], x, x_wanted), (gradients[1], y, y_wanted)):
             if wanted:
-                ops.rescale_(gradient, factor * scale.to(factor.dtype))
+                gradient = rescaled_in_place(gradient, factor * scale.to(factor.dtype))
             scaled.append(gradient.to(like.dtype) if wanted else None)
         return *scaled, (scale_gradient * factor).to(scale.dtype) if scale_wanted else None, None, None, None
 
 
 def _clip_of_own_rows(x: Tensor, y: Tensor, scale: Tensor) -> Sequence[Tensor]:
     """Positives, and both log-sum-exps over this rank's candidates, [N] each."""
-    return ops.clip_loss(x, y, scale, 0) if len(x) else _nothing(3, x.shape[:1], x)
+    return ops.clip_loss(x, y, scale, 0) if x.shape[0] else _nothing(3, x.shape[:1], x)
 
 
 def _with_other_ranks(
@@ -164,8 +167,8 @@ def _with_other_ranks(
 ) -> tuple[Tensor, Tensor]:
     """The log-sum-exps [N] of x's rows over all ranks' y, and of y's over all ranks' x, from those of this rank."""
     for xs, ys in other_ranks([x, y], 0, sizes, group):
-        x_lse = torch.logaddexp(x_lse, ops.clip_loss(x, ys, scale, -len(x))[1])
-        y_lse = torch.logaddexp(y_lse, ops.clip_loss(xs, y, scale, -len(xs))[2])
+        x_lse = torch.logaddexp(x_lse, ops.clip_loss(x, ys, scale, -x.shape[0])[1])
+        y_lse = torch.logaddexp(y_lse, ops.clip_loss(xs, y, scale, -xs.shape[0])[2])
     return x_lse, y_lse
 
 
@@ -179,8 +182,24 @@ def clip_loss(
 ) -> Tensor:
     """`local`: the value is the mean over this rank's rows; the gradient stays that of the global loss."""
     refuse_forward_mode("clip_loss", (x, y, scale))
+    if transforms.active():
+        return _clip_at_once(x, y, scale)
     x, y = distinct((x, y))
     return _Clip.apply(x, y, scale, sizes, group, local)
+
+
+def _clip_at_once(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """Within a transform of torch.func: the gradients with the loss."""
+    wanted = [needs_gradient(z) for z in (x, y)]
+    rows, columns, factor = (z.detach() for z in (x, y, scale))
+    positives, x_lse, y_lse = ops.clip_loss(rows, columns, factor, 0)
+    per_row = 1 / (2 * x.shape[0])
+    loss = (((x_lse - positives) + (y_lse - positives)).sum() * per_row).to(loss_dtype(x))
+    if not any(needs_gradient(z) for z in (x, y, scale)):
+        return loss
+    gradients, of_scale = ops.clip_loss_backward(rows, columns, factor, x_lse, y_lse, 0, wanted)
+    row_factor = factor.to(loss_dtype(x)) * per_row
+    return known("clip_loss", loss, (x, y, scale), (*gradients, of_scale), (row_factor, row_factor, per_row))
 
 
 def clip_loss_of_constant_candidates(
@@ -191,7 +210,7 @@ def clip_loss_of_constant_candidates(
     rows, columns, factor = (z.detach() for z in (x, y, scale))
     positives, x_lse, y_lse = _clip_of_own_rows(rows, columns, factor)
     x_lse, y_lse = _with_other_ranks(rows, columns, factor, x_lse, y_lse, sizes, group)
-    per_row = 1 / (2 * max(len(x), 1))
+    per_row = 1 / (2 * max(x.shape[0], 1))
     loss = (((x_lse - positives) + (y_lse - positives)).sum() * per_row).to(loss_dtype(x))
     if not (torch.is_grad_enabled() and any(z.requires_grad for z in (x, y, scale))):
         return loss
@@ -201,14 +220,14 @@ def clip_loss_of_constant_candidates(
 
         An infinite log-sum-exp makes a candidate's own probabilities 0: what it would get as an anchor is left out.
         """
-        no_x, no_y = (torch.full((len(z),), torch.inf, dtype=x_lse.dtype, device=x.device) for z in (xs, ys))
-        x_offset, y_offset = (0, 0) if own else (-len(rows), -len(xs))
+        no_x, no_y = (torch.full((z.shape[0],), torch.inf, dtype=x_lse.dtype, device=x.device) for z in (xs, ys))
+        x_offset, y_offset = (0, 0) if own else (-rows.shape[0], -xs.shape[0])
         (of_x, _), x_scale = ops.clip_loss_backward(rows, ys, factor, x_lse, no_y, x_offset, [wanted[0], False])
         (_, of_y), y_scale = ops.clip_loss_backward(xs, columns, factor, no_x, y_lse, y_offset, [False, wanted[1]])
         return of_x, of_y, x_scale + y_scale
 
     of_x, of_y, scale_gradient = torch.zeros_like(rows), torch.zeros_like(columns), widest(torch.zeros_like(factor))
-    if len(x):
+    if x.shape[0]:
         of_x, of_y, scale_gradient = gradients_of(rows, columns, own=True)
     # The operator subtracts a pair's logit once for each direction; with one of them left out that is once too often.
     x_gradient = in_float32(of_x) + in_float32(columns) if wanted[0] else in_float32(of_x)
@@ -228,9 +247,9 @@ def siglip_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, sizes: list[int], group: dist.ProcessGroup | None
 ) -> Tensor:
     """The sum over all pairs of all ranks, over the images. Its gradients come in the forward pass."""
-    wanted = [torch.is_grad_enabled() and z.requires_grad for z in (x, y)]
+    wanted = [needs_gradient(z) for z in (x, y)]
     rows, columns, *parameters = (z.detach() for z in (x, y, scale, bias))
-    if len(x):
+    if x.shape[0]:
         total, gradients, scale_gradient, bias_gradient = ops.siglip_loss(rows, columns, *parameters, 0, wanted)
     else:
         gradients = [rows, columns]
@@ -239,13 +258,13 @@ def siglip_loss(
     if group is not None:
         x_gradient, y_gradient = (in_float32(gradient) for gradient in gradients)
         for xs, ys in other_ranks([rows, columns], 0, sizes, group):
-            of_rows = ops.siglip_loss(rows, ys, *parameters, -len(x), [wanted[0], False])
+            of_rows = ops.siglip_loss(rows, ys, *parameters, -x.shape[0], [wanted[0], False])
             total = total + of_rows[0]
             x_gradient = x_gradient + of_rows[1][0]
             scale_gradient = scale_gradient + of_rows[2]
             bias_gradient = bias_gradient + of_rows[3]
             if wanted[1]:
-                of_columns = ops.siglip_loss(xs, columns, *parameters, -len(xs), [False, True])
+                of_columns = ops.siglip_loss(xs, columns, *parameters, -xs.shape[0], [False, True])
                 y_gradient += of_columns[1][1]
         gradients = [x_gradient, y_gradient]
     loss = (sum_over_ranks(total, group) / count).to(loss_dtype(x))

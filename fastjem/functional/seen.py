@@ -4,7 +4,8 @@ Over ranks it is a ring as those in `rings.py`: other ranks' rows come by, and i
 log-sum-exps and the derivatives by them. No gradient is communicated.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from fastjem.kernels.arithmetic import widest
 from fastjem.ops.autograd import distinct, ops, refuse_second_order
 
 NOWHERE = [1, 0, 0]  # no column shows a row's own image
+NOTHING = (None, None, None)  # log-sum-exps and derivatives of a side that has no part in a loss
 
 
 class Side(NamedTuple):
@@ -48,13 +50,12 @@ def sums_of_seen(rows: Side, columns: Side | None, exclude: Tensor | None, view:
     """The sums of rows over columns, and if `view` says so of columns over rows. columns None: the rows themselves.
 
     Args:
-        exclude: [n, m] bool, what neither side sees of the other, for images (one for all views). n is 1 where it says
-            of columns alone which of them are seen, and then it is of this rank's columns; otherwise it is of this
-            rank's images and those of all ranks.
+        exclude: bool, for images (one for all views). [n, m]: which of this rank's rows and of all ranks' columns don't
+            see one another. [m]: which of this rank's columns nobody sees; not with the columns' sums.
     """
     b, b_ids, b_limit = (None, None, None) if columns is None else columns
     if b_ids is not None and b_ids is rows.ids:
-        _, b_ids = distinct((rows.ids, b_ids))
+        _, b_ids = distinct((b_ids, b_ids))
     results = _SumsOfSeen.apply(rows.rows, b, rows.ids, b_ids, exclude, rows.limit, b_limit, view)
     return Sums(*results[:3]), Sums(*results[3:]) if view.columns else None
 
@@ -63,21 +64,14 @@ def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.flatten(0, 1)
 
 
-class _Masks:
-    """`exclude` between this rank's rows and another's columns, or the other way round."""
+class _Other(NamedTuple):
+    """What has come from another rank."""
 
-    def __init__(self, exclude: Tensor | None, view: View):
-        self.exclude = exclude
-        self.of_columns = exclude is not None and exclude.shape[0] == 1
-        self.sizes = view.sizes
-        self.group = view.group
-
-    def columns_of(self, mask: Tensor | None, rank: int) -> Tensor | None:
-        """The part [n, m] of a mask [n, all ranks' images] that is of a rank's images; a mask of columns is whole."""
-        if mask is None or self.of_columns or self.group is None:
-            return mask
-        first = sum(self.sizes[:rank])
-        return mask[:, first : first + self.sizes[rank]]
+    rows: Side
+    columns: Side
+    seen: Tensor | None  # exclude between this rank's rows and its columns
+    back: Tensor | None  # exclude between this rank's columns and its rows
+    vectors: list[Tensor]  # those that were sent along
 
 
 class _SumsOfSeen(torch.autograd.Function):
@@ -106,14 +100,15 @@ class _SumsOfSeen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, row_slope, row_total_slope, _row_count, column_slope, column_total_slope, _column_count):
         refuse_second_order("similarity_logsumexp")
-        *given, row_lse, column_lse = ctx.saved_tensors
+        a, b, a_ids, b_ids, exclude, a_limit, b_limit, row_lse, column_lse = ctx.saved_tensors
         view = ctx.view
         if not view.totals:
             row_total_slope = column_total_slope = None
-        ring = _Ring(*given, view)
+        ring = _Ring(a, b, a_ids, b_ids, exclude, a_limit, b_limit, view)
         of_rows = (row_lse, row_slope, row_total_slope)
-        of_columns = (column_lse, column_slope, column_total_slope) if view.columns else (None, None, None)
-        gradients = ring.backward(of_rows, of_columns, ctx.needs_input_grad[:2])
+        of_columns = (column_lse, column_slope, column_total_slope) if view.columns else NOTHING
+        wanted = ctx.needs_input_grad[:2]
+        gradients = ring.backward(of_rows, of_columns, wanted)
         return *gradients, None, None, None, None, None, None
 
 
@@ -135,49 +130,63 @@ class _Ring:
         self.shared = b is None
         self.rows = Side(a, a_ids, a_limit)
         self.columns = self.rows if b is None else Side(b, b_ids, b_limit)
-        self.masks = _Masks(exclude, view)
+        self.of_columns = exclude is not None and exclude.dim() == 1
+        self.exclude = exclude[None] if exclude is not None and self.of_columns else exclude
         self.me = 0 if view.group is None else dist.get_rank(view.group)
+
+    def part(self, mask: Tensor | None, rank: int) -> Tensor | None:
+        """Of a mask [n, all ranks' images] what is of a rank's images."""
+        if mask is None or self.of_columns or self.view.group is None:
+            return mask
+        first = sum(self.view.sizes[:rank])
+        return mask[:, first : first + self.view.sizes[rank]]
 
     def own_image(self) -> list[int]:
         if self.view.own_image is None:
             return NOWHERE
         return [self.rows.rows.shape[1], self.view.own_image, self.columns.rows.shape[1]]
 
-    def others(self, *vectors: Tensor):
-        """(rank, its rows' side, its columns' side, its exclude, its vectors) of each other rank."""
+    def others(self, *vectors: Tensor) -> Iterator[_Other]:
+        """Each other rank's, with those of its tensors that these vectors are here."""
         view = self.view
         if view.group is None:
             return
-        exclude = self.masks.exclude
-        given = [*self.rows, *((None, None, None) if self.shared else self.columns)]
-        given.append(None if exclude is None else exclude.T[None] if self.masks.of_columns else exclude[None])
-        travelling = [*given, *vectors]
+        sides = [*self.rows] if self.shared else [*self.rows, *self.columns]
+        mask = None
+        if self.exclude is not None:  # images first
+            mask = self.exclude.T[None] if self.of_columns else self.exclude[None]
+        travelling = [*sides, mask, *vectors]
         dense = [x for x in travelling if x is not None]
-        ranks = iter([rank for rank, size in enumerate(view.sizes) if size and rank != self.me])
-        for received in other_ranks(dense, 1, view.sizes, view.group):
+        ranks = [rank for rank, size in enumerate(view.sizes) if size and rank != self.me]
+        # A rank without rows is given nothing, and walks on to the end.
+        for received, rank in zip(other_ranks(dense, 1, view.sizes, view.group), ranks, strict=False):
             left = iter(received)
-            rebuilt = [None if x is None else next(left) for x in travelling]
-            theirs = Side(*rebuilt[:3])
-            columns = theirs if self.shared else Side(*rebuilt[3:6])
-            mask = rebuilt[6]
-            if mask is not None:
-                mask = mask[0].T if self.masks.of_columns else mask[0]
-            yield next(ranks), theirs, columns, mask, rebuilt[7:]
+            rebuilt: list[Any] = [None if x is None else next(left) for x in travelling]
+            rows = Side(*rebuilt[:3])
+            columns = rows if self.shared else Side(*rebuilt[3:6])
+            their_mask = rebuilt[len(sides)]
+            if self.of_columns:
+                seen = their_mask[0].T
+                back = self.exclude
+            else:
+                seen = self.part(self.exclude, rank)
+                back = None if their_mask is None else self.part(their_mask[0], self.me)
+            turned = None if back is None else back.T
+            yield _Other(rows, columns, seen, turned, rebuilt[len(sides) + 1 :])
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
         view = self.view
-        if view.group is not None and not self.rows.rows.shape[1]:
-            own = [widest(self.rows.rows.new_zeros(0)) for _ in range(6)]
+        if self.rows.rows.shape[1] or view.group is None:
+            seen = self.part(self.exclude, self.me)
+            own = _sums(self.rows, self.columns, self.own_image(), seen, view.columns, view)
         else:
-            own = _sums(self.rows, self.columns, self.own_image(), self.masks.columns_of(self.masks.exclude, self.me),
-                        view.columns, view)  # fmt: skip
-        of_rows, of_columns = own[:3], own[3:]
-        for rank, theirs, columns, mask, _ in self.others():
-            seen = mask if self.masks.of_columns else self.masks.columns_of(self.masks.exclude, rank)
-            _join(of_rows, _sums(self.rows, columns, NOWHERE, seen, False, view))
+            own = [widest(self.rows.rows.new_zeros(0)) for _ in range(6)]
+        of_rows = own[:3]
+        of_columns = own[3:]
+        for other in self.others():
+            _join(of_rows, _sums(self.rows, other.columns, NOWHERE, other.seen, False, view))
             if view.columns:
-                turned = _turned(self.masks.columns_of(mask, self.me))
-                _join(of_columns, _sums(self.columns, theirs, NOWHERE, turned, False, view))
+                _join(of_columns, _sums(self.columns, other.rows, NOWHERE, other.back, False, view))
         of_rows = self._shaped(of_rows, self.rows)
         return of_rows, self._shaped(of_columns, self.columns) if view.columns else of_columns
 
@@ -187,52 +196,40 @@ class _Ring:
         return [*(x.view(side.rows.shape[:2]) for x in wanted), *sums[len(wanted) :]]
 
     def backward(self, of_rows: tuple, of_columns: tuple, wanted: tuple) -> list[Tensor | None]:
-        a_gradient = torch.zeros_like(self.rows.rows) if wanted[0] else None
-        b_gradient = torch.zeros_like(self.columns.rows) if wanted[1] and not self.shared else None
+        """of_rows, of_columns: log-sum-exps, and the loss's derivatives by them and by totals, or None."""
+        gradients: list[Tensor | None] = [torch.zeros_like(self.rows.rows), torch.zeros_like(self.columns.rows)]
         if self.rows.rows.shape[1]:
-            a_gradient, b_gradient = self._own_gradients(of_rows, of_columns, wanted)
-        exclude = self.masks.exclude
+            gradients = self._own_gradients(of_rows, of_columns, wanted)
         vectors = [x for x in (*of_rows, *of_columns) if x is not None]
-        for rank, theirs, columns, mask, received in self.others(*vectors):
-            left = iter(received)
-            of_their_rows, of_their_columns = (
-                tuple(None if x is None else next(left) for x in vectors) for vectors in (of_rows, of_columns)
-            )
-            seen = mask if self.masks.of_columns else self.masks.columns_of(exclude, rank)
-            back = exclude if self.masks.of_columns else self.masks.columns_of(mask, self.me)
-            if self.shared:
-                of_candidates = of_their_rows if exclude is None else (None, None, None)
-                add = [(self.rows, theirs, seen, of_rows, of_candidates)]
-                if exclude is not None:
-                    add.append((self.rows, theirs, _turned(back), (None, None, None), of_their_rows))
-                for each in add:
-                    a_gradient = a_gradient + _gradients(*each, NOWHERE, [True, False], self.view)[0]
-                continue
-            if a_gradient is not None:
-                a_gradient = a_gradient + _gradients(
-                    self.rows, columns, seen, of_rows, of_their_columns, NOWHERE, [True, False], self.view
-                )[0]  # fmt: skip
-            if b_gradient is not None:
-                b_gradient = b_gradient + _gradients(
-                    self.columns, theirs, _turned(back), of_columns, of_their_rows, NOWHERE, [True, False], self.view
-                )[0]  # fmt: skip
-        return [a_gradient, b_gradient]
+        for other in self.others(*vectors):
+            left = iter(other.vectors)
+            of_their_rows = tuple(None if x is None else next(left) for x in of_rows)
+            of_their_columns = tuple(None if x is None else next(left) for x in of_columns)
+            if self.shared and self.exclude is None:
+                of_their_columns = of_their_rows
+            if wanted[0]:
+                self._add(gradients, 0, (self.rows, other.columns, other.seen, of_rows, of_their_columns))
+            if self.shared and self.exclude is not None:  # which may be another one for columns than for rows
+                self._add(gradients, 0, (self.rows, other.rows, other.back, NOTHING, of_their_rows))
+            elif not self.shared and wanted[1]:
+                self._add(gradients, 1, (self.columns, other.rows, other.back, of_columns, of_their_rows))
+        return [x if want else None for x, want in zip(gradients, wanted, strict=True)]
+
+    def _add(self, gradients: list[Tensor | None], which: int, of_pair: tuple) -> None:
+        rows, columns, exclude, of_rows, of_columns = of_pair
+        found, _ = _gradients(rows, columns, exclude, of_rows, of_columns, NOWHERE, [True, False], self.view)
+        before = gradients[which]
+        gradients[which] = found if before is None else before + found
 
     def _own_gradients(self, of_rows: tuple, of_columns: tuple, wanted: tuple) -> list[Tensor | None]:
         own = self.own_image()
-        seen = self.masks.columns_of(self.masks.exclude, self.me)
+        seen = self.part(self.exclude, self.me)
         if self.shared and seen is None:  # a row is a column, whose numbers are the row's: half of the work
-            of_a = _gradients(self.rows, self.rows, None, of_rows, of_rows, own, [True, False], self.view)
-            return [of_a[0], None]
+            of_a, _ = _gradients(self.rows, self.rows, None, of_rows, of_rows, own, [True, False], self.view)
+            return [of_a, None]
         asked = [True, True] if self.shared else list(wanted)
         of_a, of_b = _gradients(self.rows, self.columns, seen, of_rows, of_columns, own, asked, self.view)
-        if self.shared:
-            return [of_a + of_b, None]
-        return [of_a if wanted[0] else None, of_b if wanted[1] else None]
-
-
-def _turned(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.T
+        return [of_a + of_b, None] if self.shared else [of_a, of_b]
 
 
 def _sums(

@@ -59,7 +59,7 @@ def sinkhorn(
     if group is None:
         return ops.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
     bias = _potentials([scores], epsilon, iterations, normalize_samples_first, group)
-    if not len(scores):
+    if not scores.shape[0]:
         return scores.new_empty(scores.shape, dtype=dtype)
     return ops.sinkhorn_codes(scores, bias, epsilon, dtype)
 
@@ -120,7 +120,7 @@ def _checked(
     """The scores, constants; an epsilon that is a tensor goes into them."""
     contract = "scores must be [B, K]" if len(scores) == 1 else "scores must be [B, K] with the same K"
     checks.matrices(op, contract, *scores, same=False, may_be_empty=None if group is None else 0)
-    if len({x.shape[1] for x in scores}) > 1:
+    if any(x.shape[1] != scores[0].shape[1] for x in scores):
         checks.fail(op, contract, " and ".join(str(tuple(x.shape)) for x in scores))
     iterations = checks.integer(op, "iterations", iterations, least)
     epsilon = checks.positive(op, "epsilon", epsilon, scores[0])
@@ -151,7 +151,7 @@ def _log_sums(
     parts: list[Tensor], potentials: Tensor | None, epsilon: float, group: dist.ProcessGroup | None
 ) -> Tensor:
     """[K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials). One collective."""
-    sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts if len(x)]
+    sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts if x.shape[0]]
     if not sums:  # a rank without samples
         sums = [parts[0].new_full(parts[0].shape[1:], -torch.inf, dtype=widest_dtype(parts[0].device))]
     total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)

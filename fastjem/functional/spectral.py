@@ -18,7 +18,8 @@ from fastjem.functional.decompositions import cholesky, singular_values
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.functional.prototypes import list_of_views
 from fastjem.kernels.arithmetic import UNIT_EPS, no_gradient, unit_rows
-from fastjem.ops.autograd import known
+from fastjem.ops import transforms
+from fastjem.ops.autograd import known, needs_gradient
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -67,7 +68,16 @@ def _coding_rate(op: str, z: Tensor, eps: float | Tensor, rows: int, group: dist
         own = z.detach().mT @ z.detach()
         others = sum_over_ranks(own, group) - own
     refuse_forward_mode(op, (z, scale))
-    return _CodingRate.apply(z, scale.to(z.dtype), others, op)
+    scale = scale.to(z.dtype)
+    if transforms.active():  # which take plain torch apart by themselves
+        with without_autocast(z):
+            return _rate_of(_rate_factor(z, scale, others, op))
+    return _CodingRate.apply(z, scale, others, op)
+
+
+def _rate_of(factor: Tensor) -> Tensor:
+    """The mean over views of half a log-determinant: `2 sum(log(diagonal of its Cholesky factor))`."""
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
 
 
 def _rate_factor(z: Tensor, scale: Tensor, others: Tensor | None, op: str) -> Tensor:
@@ -90,8 +100,7 @@ class _CodingRate(torch.autograd.Function):
             factor = _rate_factor(z, scale, others, op)
         ctx.save_for_backward(z, scale, others, factor)
         ctx.op = op
-        # logdet = 2 sum(log(diagonal of the factor)), and half of that is wanted.
-        return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
+        return _rate_of(factor)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -187,7 +196,7 @@ def simdino(
     rows = batch if group is None else sum(ranks.sizes)
     # The sum over all pairs is one product of sums; the views that meet themselves are taken from it.
     pairs = len(student) * count - count
-    similarity = sum(student) * sum(teacher)
+    similarity = torch.stack(student).sum(0) * torch.stack(teacher).sum(0)
     similarity = similarity - sum(s * t for s, t in zip(student, teacher, strict=False))
     alike = similarity.sum() / (rows * pairs)
     views = student[:count] if expansion == "student" else [(s + t) / 2 for s, t in zip(student, teacher, strict=False)]
@@ -217,7 +226,7 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float | Tensor = 5e-3) -> Te
     weight = checks.number("mmcr", "lmda", lmda, online)
     with without_autocast(online):
         z = torch.cat([in_float32(online), in_float32(momentum)], 1)  # [B, 2 V, D]
-        of_images = singular_values(z).sum() / len(z)
+        of_images = singular_values(z).sum() / z.shape[0]
         of_means = singular_values(z.mean(1)).sum()
         return (weight * of_images - of_means).to(z.dtype)
 
@@ -243,7 +252,7 @@ def frossl(views: Sequence[Tensor], *, invariance: float | Tensor = 1.0) -> Tens
     checks.matrices("frossl", "views must be [N, D] each", *views)
     weight = checks.number("frossl", "invariance", invariance, views[0])
     views = checks.common(*views)
-    wanted = torch.is_grad_enabled() and any(z.requires_grad for z in views)
+    wanted = any(needs_gradient(z) for z in views)
     with torch.no_grad(), without_autocast(views[0]):
         loss, apart, gradient = _frossl(in_float32(torch.stack(views)), weight, wanted)
     if isinstance(weight, Tensor):
@@ -293,7 +302,7 @@ def whiten(x: Tensor, *, eps: float | Tensor = 0.0) -> tuple[Tensor, Tensor, Ten
     with without_autocast(x):
         mean = x.mean(0)
         centred = x - mean
-        covariance = centred.T @ centred / (len(x) - 1)
+        covariance = centred.T @ centred / (x.shape[0] - 1)
         factor = _factor("whiten", covariance, eps)
         whitened = torch.linalg.solve_triangular(factor, centred.T, upper=False).T
     return whitened, mean.detach(), covariance.detach()
@@ -301,8 +310,8 @@ def whiten(x: Tensor, *, eps: float | Tensor = 0.0) -> tuple[Tensor, Tensor, Ten
 
 def _shrinkage(op: str, name: str, x: Tensor, eps: float | Tensor) -> float | Tensor:
     """Check N, and eps, which comes in the dtype of the covariance if it is a tensor."""
-    if len(x) < 2:
-        checks.fail(op, f"{name} must have N >= 2 rows, as their covariance is needed", f"N = {len(x)}")
+    if x.shape[0] < 2:
+        checks.fail(op, f"{name} must have N >= 2 rows, as their covariance is needed", f"N = {x.shape[0]}")
     eps = checks.number(op, "eps", eps, x, low=0, high=1, inclusive=True)
     return eps.to(loss_dtype(x)) if isinstance(eps, Tensor) else eps
 
@@ -332,12 +341,12 @@ def w_mse(z0: Tensor, z1: Tensor, *, eps: float | Tensor = 0.0) -> Tensor:
     checks.matrices("w_mse", "z0 and z1 must be [N, D] both", z0, z1)
     eps = _shrinkage("w_mse", "z0 and z1", z0, eps)
     z0, z1 = checks.common(z0, z1)
-    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (z0, z1)]
-    of_eps = isinstance(eps, Tensor) and torch.is_grad_enabled() and eps.requires_grad
+    wanted = [needs_gradient(x) for x in (z0, z1)]
+    of_eps = isinstance(eps, Tensor) and needs_gradient(eps)
     with torch.no_grad(), without_autocast(z0):
         z = in_float32(torch.stack([z0, z1]))
         centred = z - z.mean(1, keepdim=True)
-        factor = _factor("w_mse", centred.mT @ centred / (len(z0) - 1), eps)
+        factor = _factor("w_mse", centred.mT @ centred / (z0.shape[0] - 1), eps)
         # LAPACK's matrices are column by column: transposed, nothing is copied and what comes out is row by row.
         whitened = torch.linalg.solve_triangular(factor, centred.mT, upper=False).mT
         unit, length = unit_rows(whitened)
@@ -348,7 +357,7 @@ def w_mse(z0: Tensor, z1: Tensor, *, eps: float | Tensor = 0.0) -> Tensor:
             # for the whitened rows, and -N / 2 of it
             gradient = (unit.flip(0) - unit * (cosine * (length > UNIT_EPS))).div_(length)
             gradients, eps_gradient = _through_whitening(gradient, centred, factor, whitened, eps, of_eps)
-    factors = [-2 / len(z0)] * 2
+    factors = [-2 / z0.shape[0]] * 2
     if isinstance(eps, Tensor):
         return known("w_mse", loss, [z0, z1, eps], [*gradients, eps_gradient], [*factors, factors[0]])
     return known("w_mse", loss, [z0, z1], list(gradients), factors)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastjem.functional import checks
+from fastjem.functional import checks, quick
 from fastjem.ops.autograd import one_pass
 
 
@@ -22,9 +22,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
         ValueError: for other shapes or dtypes. A label outside [0, K) raises on the CPU; on CUDA, where looking would
             stall the device, the loss and the row's gradient become NaN.
     """
+    if (loss := quick.cross_entropy(logits, labels, ignore_index)) is not None:
+        return loss
     checks.matrices("cross_entropy", "logits must be [N, K]", logits)
     if not isinstance(labels, Tensor) or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
         came = f"{checks.shape(labels)} {getattr(labels, 'dtype', '')}"
-        checks.fail("cross_entropy", f"labels must be [{len(logits)}] int64", came)
+        checks.fail("cross_entropy", f"labels must be [{logits.shape[0]}] int64", came)
     checks.one_device("cross_entropy", (logits, labels))
     return one_pass("cross_entropy", (logits,), labels, checks.integer("cross_entropy", "ignore_index", ignore_index))

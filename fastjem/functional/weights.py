@@ -10,6 +10,7 @@ from fastjem.functional.checks import PLAIN
 from fastjem.functional.memory import check_inference_mode, check_update
 from fastjem.kernels import guard, plain
 from fastjem.kernels.arithmetic import widest, widest_dtype
+from fastjem.ops import transforms
 from fastjem.ops.autograd import ops
 from fastjem.ops.direct import nothing_watches
 
@@ -43,6 +44,7 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
         checks.fail(op, "teacher and student must be as many tensors", f"{len(teacher)} and {len(student)}")
     if not teacher:
         return
+    transforms.refuse(op, (*teacher, *student), "by what writes in place")
     written = teacher
     compiling = torch.compiler.is_compiling()
     seen = None if compiling else plain.facts([*teacher, *student])

@@ -1,5 +1,6 @@
 """Modules: losses and heads under the names, with the arguments and the defaults that lightly's users know."""
 
+from fastjem.nn.clustering import SMoGPrototypes
 from fastjem.nn.contrastive import ClipLoss, DCLLoss, DCLWLoss, NTXentLoss, SigLipLoss, SupConLoss
 from fastjem.nn.covariance import BarlowTwinsLoss, TiCoLoss, VICRegLLoss, VICRegLoss
 from fastjem.nn.distillation import DINOLoss, IBOTPatchLoss
@@ -38,9 +39,9 @@ from fastjem.nn.masks import (
 from fastjem.nn.memory_bank import MemoryBankModule, NNMemoryBankModule
 from fastjem.nn.momentum import activate_requires_grad, deactivate_requires_grad, update_momentum
 from fastjem.nn.parts import Center
-from fastjem.nn.predictive import NegativeCosineSimilarity
+from fastjem.nn.predictive import GramLoss, NegativeCosineSimilarity
 from fastjem.nn.prototypes import DINOProjectionHead, KoLeoLoss, MSNLoss, SwaVLoss, SwaVPrototypes, sinkhorn
-from fastjem.nn.spectral import EMPSSLLoss, FroSSLLoss, MMCRLoss, Whitening2d, WMSELoss
+from fastjem.nn.spectral import EMPSSLLoss, FroSSLLoss, MMCRLoss, SimDINOLoss, Whitening2d, WMSELoss
 
 __all__ = [
     "BYOLPredictionHead",
@@ -56,6 +57,7 @@ __all__ = [
     "DenseCLProjectionHead",
     "EMPSSLLoss",
     "FroSSLLoss",
+    "GramLoss",
     "IBOTPatchLoss",
     "KoLeoLoss",
     "LeJEPALoss",
@@ -76,8 +78,10 @@ __all__ = [
     "SIGReg",
     "SMoGPredictionHead",
     "SMoGProjectionHead",
+    "SMoGPrototypes",
     "SigLipLoss",
     "SimCLRProjectionHead",
+    "SimDINOLoss",
     "SimSiamPredictionHead",
     "SimSiamProjectionHead",
     "SupConLoss",

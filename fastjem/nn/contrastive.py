@@ -14,19 +14,27 @@ from torch import Tensor, nn
 import fastjem.functional as F
 from fastjem.collectives import Agreement, check_distributed, default_group, sum_of_ranks
 from fastjem.functional import checks
+from fastjem.functional.options import Options
 from fastjem.functional.precision import loss_dtype
 from fastjem.nn.hooks import Hooks, is_overridden
 from fastjem.nn.memory_bank import MemoryBankModule
+from fastjem.ops.autograd import needs_gradient
+
+
+def _given(**options: Tensor | None) -> dict[str, Tensor]:
+    """Those that are given, and no others."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 class NTXentLoss(nn.Module):
     """SimCLR's loss, or with a memory bank MoCo's: `fastjem.functional.nt_xent` and `info_nce`.
 
     Args:
-        temperature: what cosines are divided by.
+        temperature: what cosines are divided by; a number, or a tensor (a Parameter is learned).
         memory_bank_size: (number of negatives, dimension); 0: the negatives are in the batch.
         gather_distributed: the negatives of all ranks count; with a memory bank, all ranks' rows are enqueued.
         rows_per_step: see `MemoryBankModule`; with more than 0 call `step_ends` once per optimiser step.
+        reduction, label_smoothing, false_negative_margin, prior, hardness: see `fastjem.functional.nt_xent`.
 
     Another `cross_entropy` may be assigned, as with lightly's: `nn.CrossEntropyLoss(reduction="none")`, say. It is
     given the logits, which then are made, of this rank alone. A rank may come without rows: with a memory bank, where
@@ -39,9 +47,22 @@ class NTXentLoss(nn.Module):
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
         rows_per_step: int = 0,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        false_negative_margin: float | None = None,
+        prior: float = 0.0,
+        hardness: float = 0.0,
     ):
         super().__init__()
         check_distributed("NTXentLoss", gather_distributed)
+        self.options: dict[str, Any] = {
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "false_negative_margin": false_negative_margin,
+            "prior": prior,
+            "hardness": hardness,
+        }
         if abs(temperature) < 1e-8:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         self.temperature = temperature
@@ -51,32 +72,55 @@ class NTXentLoss(nn.Module):
             memory_bank_size, gather_distributed=gather_distributed, rows_per_step=rows_per_step
         )
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """[N, D] and [N, D] -> 0-dim. The memory bank takes up `out1`, normalised, if `out0` requires a gradient."""
+    def forward(
+        self,
+        out0: Tensor,
+        out1: Tensor,
+        *,
+        weights: Tensor | None = None,
+        ids: Tensor | None = None,
+        exclude: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
+    ) -> Tensor:
+        """[N, D] and [N, D] -> 0-dim. The memory bank takes up `out1`, normalised, if `out0` requires a gradient.
+
+        weights, ids, exclude, hard_negatives: see `fastjem.functional.nt_xent`. With a memory bank `exclude` is of its
+        rows, [K] or [N, K], and there are no `ids`, as the bank has none. Without a reduction the loss is [2, N], and
+        with a memory bank [N].
+        """
         group = default_group(self.gather_distributed)
+        given = _given(weights=weights, ids=ids, exclude=exclude, hard_negatives=hard_negatives)
+        options: dict[str, Any] = {**self.options, **given}
+        if not is_mean_cross_entropy(self.cross_entropy) and Options(**options).any():
+            contract = "with options, cross_entropy must be nn.CrossEntropyLoss()"
+            checks.fail("NTXentLoss", contract, self.cross_entropy)
         if self.memory_bank.size[0] == 0:
             if not is_mean_cross_entropy(self.cross_entropy):
                 if group is not None:
                     contract = "with gather_distributed, cross_entropy must be the mean, nn.CrossEntropyLoss()"
                     checks.fail("NTXentLoss", contract, self.cross_entropy)
                 return self._of_logits(out0, out1, None)
-            return F.nt_xent(out0, out1, temperature=self.temperature, group=group)
+            return F.nt_xent(out0, out1, temperature=self.temperature, group=group, **options)
         # The bank of all ranks is pushed to together: what fails before, fails on all of them.
         with Agreement("NTXentLoss", group) as ranks:
-            loss = self._with_bank(out0, out1, is_empty=group is not None and not len(out0))
+            if ids is not None:
+                checks.fail("NTXentLoss", "with a memory bank, which has no ids, there must be none", tuple(ids.shape))
+            loss = self._with_bank(out0, out1, options, is_empty=group is not None and not out0.shape[0])
             ranks.rows_of(out1)
-            ranks.alike("enqueued" if out0.requires_grad else "not enqueued")
-        if out0.requires_grad:
+            training = needs_gradient(out0)
+            ranks.alike("enqueued" if training else "not enqueued")
+        if training:
             self.memory_bank.enqueue(nn.functional.normalize(out1.detach(), dim=1), ranks.sizes)
         return loss
 
-    def _with_bank(self, out0: Tensor, out1: Tensor, is_empty: bool) -> Tensor:
+    def _with_bank(self, out0: Tensor, out1: Tensor, options: dict[str, Any], is_empty: bool) -> Tensor:
         bank = self.memory_bank.bank.to(out0.device)
         if is_empty:
-            return (out0.sum() + out1.sum()).to(loss_dtype(out0))
+            nothing = (out0.sum(1) + out1.sum(1)).to(loss_dtype(out0))
+            return nothing if self.options["reduction"] == "none" else nothing.sum()
         if not is_mean_cross_entropy(self.cross_entropy):
             return self._of_logits(out0, out1, bank)
-        return F.info_nce(out0, out1, bank, temperature=self.temperature)
+        return F.info_nce(out0, out1, bank, temperature=self.temperature, **options)
 
     def _of_logits(self, out0: Tensor, out1: Tensor, bank: Tensor | None) -> Tensor:
         """`cross_entropy` of lightly's logits: positives first beside a bank, else pairs by their number."""
@@ -86,8 +130,8 @@ class NTXentLoss(nn.Module):
             logits = torch.cat(
                 [(x * y).sum(1, keepdim=True), x @ bank.T.to(x.dtype, copy=True)], 1
             )  # the bank moves before backward
-            return self.cross_entropy(logits / self.temperature, logits.new_zeros(len(x), dtype=torch.long))
-        n = len(x)
+            return self.cross_entropy(logits / self.temperature, logits.new_zeros(x.shape[0], dtype=torch.long))
+        n = x.shape[0]
         others = ~torch.eye(n, dtype=torch.bool, device=x.device)  # a row isn't its own negative
 
         def logits_of(a: Tensor, b: Tensor) -> Tensor:
@@ -115,7 +159,7 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
     """`2 - N softmax(<out0, out1> / sigma)` of normalised rows: DCLW's weights, float32 for half-precision rows."""
     wide = loss_dtype(out0)
     similarity = (out0.detach().to(wide) * out1.detach().to(wide)).sum(1) / sigma
-    return 2 - len(out0) * similarity.softmax(0)
+    return 2 - out0.shape[0] * similarity.softmax(0)
 
 
 class DCLLoss(Hooks):
@@ -125,6 +169,8 @@ class DCLLoss(Hooks):
         temperature: what cosines are divided by.
         weight_fn: from two normalised [N, D] to weights [N] of the first one's positives; differentiated if it can be.
         gather_distributed: the negatives of all ranks count. A rank may have no rows.
+        reduction, false_negative_margin, prior, hardness: see `fastjem.functional.nt_xent`; a reduction other than the
+            mean not with a `weight_fn` that is differentiated.
     """
 
     never_called: ClassVar[dict[str, str]] = {"_loss": "give a weight_fn, or override forward"}
@@ -134,17 +180,37 @@ class DCLLoss(Hooks):
         temperature: float = 0.1,
         weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         gather_distributed: bool = False,
+        *,
+        reduction: str = "mean",
+        false_negative_margin: float | None = None,
+        prior: float = 0.0,
+        hardness: float = 0.0,
     ):
         super().__init__()
+        self.options: dict[str, Any] = {
+            "reduction": reduction,
+            "false_negative_margin": false_negative_margin,
+            "prior": prior,
+            "hardness": hardness,
+        }
         check_distributed(type(self).__name__, gather_distributed)
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = gather_distributed
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """[N, D] and [N, D] -> 0-dim."""
+    def forward(
+        self,
+        out0: Tensor,
+        out1: Tensor,
+        *,
+        ids: Tensor | None = None,
+        exclude: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
+    ) -> Tensor:
+        """[N, D] and [N, D] -> 0-dim. ids, exclude, hard_negatives: see `fastjem.functional.nt_xent`."""
         group = default_group(self.gather_distributed)
-        options = {"temperature": self.temperature, "group": group}
+        given = _given(ids=ids, exclude=exclude, hard_negatives=hard_negatives)
+        options: dict[str, Any] = {"temperature": self.temperature, "group": group, **given, **self.options}
         if self.weight_fn is None:
             return F.dcl(out0, out1, **options)
         with Agreement(type(self).__name__, group) as ranks:
@@ -157,6 +223,10 @@ class DCLLoss(Hooks):
             ranks.alike("learned weights" if weights.requires_grad else "constant weights")
         if not weights.requires_grad:
             return F.dcl(out0, out1, weights=weights, **options)
+        if self.options["reduction"] != "mean":
+            checks.fail(
+                ranks.who, "with a weight_fn to differentiate, reduction must be mean", self.options["reduction"]
+            )
         spread = F.dcl(out0, out1, weights=torch.zeros_like(weights), **options)
         positives = (unit[0] * unit[1]).sum(1) / self.temperature * weights.sum(0)
         return spread - sum_of_ranks(positives.sum() / (2 * sum(ranks.sizes)), group)
@@ -229,6 +299,7 @@ class ClipLoss(_ImageText):
         local_loss: the loss of this rank's rows against all ranks' candidates.
         gather_with_grad: with `local_loss`, whether candidates get gradients: True makes the gradient the global
             loss's. Without `local_loss` the gradient is the global loss's anyway.
+        reduction, label_smoothing, false_negative_margin, prior, hardness: see `fastjem.functional.clip_loss`.
 
     A subclass may override `get_logits` and `get_ground_truth`, on one rank; the loss then is made of what they return.
     """
@@ -241,8 +312,21 @@ class ClipLoss(_ImageText):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        false_negative_margin: float | None = None,
+        prior: float = 0.0,
+        hardness: float = 0.0,
     ):
         super().__init__()
+        self.options: dict[str, Any] = {
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "false_negative_margin": false_negative_margin,
+            "prior": prior,
+            "hardness": hardness,
+        }
         if use_horovod:
             raise ValueError("ClipLoss: use_horovod must be False (torch.distributed is what is supported), got True")
         self.local_loss = local_loss
@@ -258,16 +342,29 @@ class ClipLoss(_ImageText):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        weights: Tensor | None = None,
+        ids: Tensor | None = None,
+        exclude: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Features [N, D], normalised by the caller. `logit_bias` shifts all logits alike: softmax doesn't see it."""
+        """Features [N, D], normalised by the caller. `logit_bias` shifts all logits alike: softmax doesn't see it.
+
+        weights, ids, exclude, hard_negatives: see `fastjem.functional.clip_loss`.
+        """
         group = default_group(self.world_size > 1)
+        given = _given(weights=weights, ids=ids, exclude=exclude, hard_negatives=hard_negatives)
+        options: dict[str, Any] = {**self.options, **given}
         if self._has_own_hooks(ClipLoss, group):
+            if Options(**options).any():
+                contract = "with options, get_logits and get_ground_truth must be those of ClipLoss"
+                checks.fail("ClipLoss", contract, f"those of {type(self).__name__}")
             of_images, of_texts = self.get_logits(image_features, text_features, logit_scale, logit_bias)
             labels = self.get_ground_truth(image_features.device, of_images.shape[0])
             cross_entropy = nn.functional.cross_entropy
             loss = (cross_entropy(of_images, labels) + cross_entropy(of_texts, labels)) / 2
             return {"contrastive_loss": loss} if output_dict else loss
-        options = {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
+        options |= {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
         loss = F.clip_loss(image_features, text_features, logit_scale, group=group, **options)
         if isinstance(logit_bias, Tensor):
             # Its gradient is zero and not missing: DistributedDataParallel waits for a gradient of every parameter.
@@ -294,6 +391,9 @@ class SigLipLoss(_ImageText):
     With `world_size` > 1 it is the loss of the global batch; how ranks exchange features (`dist_impl`, `bidir`) and
     in which chunks (`chunk_size`) is decided inside.
 
+    Args:
+        reduction, label_smoothing: see `fastjem.functional.siglip_loss`.
+
     A subclass may override `get_logits` and `get_ground_truth`, on one rank; the loss then is made of what they return.
     """
 
@@ -308,8 +408,13 @@ class SigLipLoss(_ImageText):
         chunk_size: int = 0,
         bidir: bool = True,
         use_horovod: bool = False,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
         if use_horovod:
             raise ValueError("SigLipLoss: use_horovod must be False (torch.distributed is what is supported), got True")
         self.cache_labels = cache_labels
@@ -326,16 +431,25 @@ class SigLipLoss(_ImageText):
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        ids: Tensor | None = None,
+        positives: Tensor | None = None,
+        exclude: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Features [N, D], normalised by the caller."""
+        """Features [N, D], normalised by the caller. For options see `fastjem.functional.siglip_loss`."""
         group = default_group(self.world_size > 1)
+        options: dict[str, Any] = {"ids": ids, "positives": positives, "exclude": exclude, "weights": weights}
+        options |= {"reduction": self.reduction, "label_smoothing": self.label_smoothing}
         if self._has_own_hooks(SigLipLoss, group):
+            if any(option is not None for option in (ids, positives, exclude, weights)):
+                checks.fail("SigLipLoss", "options can't be combined with own get_logits or get_ground_truth", "both")
             logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
             labels = self.get_ground_truth(image_features.device, image_features.dtype, image_features.shape[0])
             loss = -nn.functional.logsigmoid(labels * logits).sum() / image_features.shape[0]
         else:
             bias = 0.0 if logit_bias is None else logit_bias
-            loss = F.siglip_loss(image_features, text_features, logit_scale, bias, group=group)
+            loss = F.siglip_loss(image_features, text_features, logit_scale, bias, group=group, **options)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def get_logits(

@@ -202,7 +202,7 @@ class VICRegLLoss(Hooks):
         for (_, local), grid in zip(features, grids, strict=True):
             contract = "local features must be [N, H, W, D_local] and grids [N, H, W, 2]"
             checks.matrices("VICRegLLoss", contract, local, dims=4)
-            if grid.shape != (*local.shape[:3], 2) or len(local) != len(features[0][0]):
+            if grid.shape != (*local.shape[:3], 2) or local.shape[0] != features[0][0].shape[0]:
                 checks.fail("VICRegLLoss", contract, f"{tuple(local.shape)} and {tuple(grid.shape)}")
         return features, grids, pairs
 
@@ -277,7 +277,7 @@ class TiCoLoss(nn.Module):
         if update_covariance_matrix and self.defer_covariance_update:
             if self.held is None:
                 self.held = HeldMean(covariance.shape).to(covariance)
-            self.held.hold(covariance, len(z_a))
+            self.held.hold(covariance, z_a.shape[0])
         elif update_covariance_matrix:
             self.C = covariance
         return loss

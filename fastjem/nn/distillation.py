@@ -60,7 +60,7 @@ class _Distillation(nn.Module):
             bias = F.sinkhorn_bias(teacher, epsilon=temperature, group=default_group())
         else:
             bias = center.flatten() / -(temperature.detach() if isinstance(temperature, Tensor) else temperature)
-        if not len(teacher[0]):
+        if not teacher[0].shape[0]:
             self.statistics = None
             return torch.stack([x.sum(dtype=loss_dtype(x)) for x in student]).sum()
         loss, self.statistics = F.prototype_cross_entropy(
@@ -87,7 +87,7 @@ class _Distillation(nn.Module):
         [M, K]. Not overridden, `forward` takes the mean that came with the loss: no pass over the scores, no stack.
         """
         rows = teacher_out.flatten(0, -2)
-        self._move_center(rows.mean(0, dtype=loss_dtype(rows)), len(rows))
+        self._move_center(rows.mean(0, dtype=loss_dtype(rows)), rows.shape[0])
 
     def _move_center(self, mean: Tensor, rows: int) -> None:
         raise NotImplementedError
@@ -165,7 +165,7 @@ class DINOLoss(_Distillation):
             if is_overridden(self, "update_center", _Distillation):
                 self.update_center(torch.stack(teacher).detach())
             else:
-                self._move_center(self._batch_mean(self.center), len(teacher) * len(teacher[0]))
+                self._move_center(self._batch_mean(self.center), len(teacher) * teacher[0].shape[0])
         return loss
 
     def _temperature(
@@ -241,9 +241,9 @@ class IBOTPatchLoss(_Distillation):
                 checks.fail(ranks.who, "mask must be [B, H, W] bool", f"{tuple(mask.shape)} {mask.dtype}")
             counts = mask.sum((1, 2))  # [B]
             looks = not mask.is_cuda and not torch.compiler.is_compiling()  # on CUDA it would stall the device
-            if looks and int(counts.sum()) != len(student_out):
+            if looks and int(counts.sum()) != student_out.shape[0]:
                 contract = "the mask must have as many true entries as there are patches"
-                checks.fail(ranks.who, contract, f"{int(counts.sum())} and {len(student_out)}")
+                checks.fail(ranks.who, contract, f"{int(counts.sum())} and {student_out.shape[0]}")
             self._check(ranks, [teacher_out], [student_out], "[M, K], a row a masked patch,", self.center.value.numel())
             temperature = self.teacher_temp if teacher_temp is None else teacher_temp
             temperature = checks.positive(ranks.who, "teacher_temp", temperature, teacher_out)
@@ -251,7 +251,7 @@ class IBOTPatchLoss(_Distillation):
             self.statistics = None
             return student_out.sum(dtype=loss_dtype(student_out))
         of_image = 1 / counts.clamp_min(1).to(loss_dtype(student_out))
-        weights = of_image.repeat_interleave(counts, output_size=len(student_out))  # [M]
+        weights = of_image.repeat_interleave(counts, output_size=student_out.shape[0])  # [M]
         loss = self._loss([teacher_out], [student_out], self.center.value, temperature, "same", weights)
         if self.centering == "center":
             if is_overridden(self, "update_center", _Distillation):
@@ -259,8 +259,8 @@ class IBOTPatchLoss(_Distillation):
             elif is_overridden(self.center, "update", Center):
                 self.center.update(teacher_out.detach())
             else:
-                self._move_center(self._batch_mean(self.center.value), len(teacher_out))
-        return loss * (weights.sum() / max(len(mask), 1))
+                self._move_center(self._batch_mean(self.center.value), teacher_out.shape[0])
+        return loss * (weights.sum() / max(mask.shape[0], 1))
 
     def _move_center(self, mean: Tensor, rows: int) -> None:
         if self.defer_center_update:

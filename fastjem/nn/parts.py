@@ -28,6 +28,7 @@ from fastjem.collectives import (
     sum_of_rows,
 )
 from fastjem.functional import checks
+from fastjem.ops.transforms import refuse_vmap
 
 NORMS = ("batch", "layer", "none")
 
@@ -134,6 +135,7 @@ def unit_keys(keys: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 @torch.no_grad()
 def push_rows(queue: Tensor, pointer: Tensor, rows: Tensor) -> None:
     """Rows [N, D] over the oldest ones of a queue [L, D], around its end; `pointer` ([] or [1] int64) moves on."""
+    refuse_vmap("push_rows", queue, rows)
     length = len(queue)
     skipped = max(len(rows) - length, 0)  # later rows of this very call would replace them
     rows = rows.detach()[skipped:].to(queue)
@@ -169,6 +171,7 @@ class HeldRows(nn.Module):
     @torch.no_grad()
     def hold(self, rows: Tensor) -> None:
         """Rows [N, D] to wait."""
+        refuse_vmap("HeldRows", self.rows, rows)
         most = len(self.rows)
         skipped = max(len(rows) - most, 0)
         rows = rows.detach()[skipped:].to(self.rows)
@@ -279,6 +282,7 @@ class HeldMean(nn.Module):
     @torch.no_grad()
     def hold(self, mean: Tensor, rows: int | Tensor) -> None:
         """A micro-batch's mean over so many rows of this rank."""
+        refuse_vmap("HeldMean", self.total, mean)
         self.total.add_(sum_of_rows(mean.detach().to(self.total.dtype), rows).reshape(self.total.shape))
         self.rows.add_(rows)
 
@@ -305,6 +309,7 @@ def move_center(
     center: Tensor, mean: Tensor, rows: int | Tensor, momentum: float, group: dist.ProcessGroup | None
 ) -> None:
     """In place, towards the mean over all ranks' rows, of which this rank's, of the centre's size, is given."""
+    refuse_vmap("move_center", center, mean)
     mean = mean_of_ranks(mean.to(center.dtype), rows, group).reshape(center.shape)
     center.mul_(momentum).add_(mean * (1 - momentum))
 

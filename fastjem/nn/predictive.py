@@ -24,3 +24,22 @@ class NegativeCosineSimilarity(nn.Module):
         if not self.eps:  # a row of zeros has no cosine then: NaN
             return -nn.functional.cosine_similarity(x0, x1, dim=1, eps=0.0).mean()
         return F.negative_cosine(x0, x1, eps=self.eps)
+
+
+class GramLoss(nn.Module):
+    """`fastjem.functional.gram_loss` of patch features [B, P, D]: DINOv3's Gram anchoring.
+
+    Args:
+        level, normalize, negatives: see `fastjem.functional.gram_loss`.
+    """
+
+    def __init__(self, level: str = "image", normalize: bool = True, negatives: str = "keep"):
+        super().__init__()
+        self.level = level
+        self.normalize = normalize
+        self.negatives = negatives
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """0-dim; the Gram teacher's features get no gradient."""
+        options = {"level": self.level, "normalize": self.normalize, "negatives": self.negatives}
+        return F.gram_loss(student, teacher, **options)

@@ -117,11 +117,11 @@ class SwaVLoss(nn.Module):
         codes = []
         for i, crop in enumerate(high):
             scores = crop if queues is None else torch.cat([crop, queues[i].to(crop)])
-            codes.append(F.sinkhorn(scores, **options)[: len(crop)])
+            codes.append(F.sinkhorn(scores, **options)[: crop.shape[0]])
         with Agreement("SwaVLoss", group) as ranks:  # a subclass's own subloss may raise
             loss = torch.stack([self.subloss(crops[v], codes[i]) for i, v in pairs]).sum(0) / len(pairs)
             ranks.rows_of(high[0])
-        return mean_loss_of_ranks(loss, len(high[0]), group)
+        return mean_loss_of_ranks(loss, high[0].shape[0], group)
 
 
 class MSNLoss(nn.Module):
@@ -164,13 +164,13 @@ class MSNLoss(nn.Module):
             checks.matrices(name, contract, anchors, targets, prototypes, same=False, may_be_empty=may_be_empty)
             if not anchors.shape[1] == targets.shape[1] == prototypes.shape[1]:
                 checks.fail(name, contract, f"{[list(x.shape) for x in (anchors, targets, prototypes)]}")
-            if len(anchors) % len(targets) if len(targets) else len(anchors):
-                contract = f"anchors must be whole views of the {len(targets)} targets"
-                checks.fail(name, contract, f"{len(anchors)} rows")
+            if anchors.shape[0] % targets.shape[0] if targets.shape[0] else anchors.shape[0]:
+                contract = f"anchors must be whole views of the {targets.shape[0]} targets"
+                checks.fail(name, contract, f"{anchors.shape[0]} rows")
             wide = loss_dtype(anchors)
             anchors, targets, prototypes = (functional.normalize(x.to(wide)) for x in (anchors, targets, prototypes))
             scores = anchors @ prototypes.T  # [V B, K]
-            views = scores.split(len(targets)) if len(targets) else (scores,)  # V x [B, K]
+            views = scores.split(targets.shape[0]) if targets.shape[0] else (scores,)  # V x [B, K]
             teacher = targets.detach() @ prototypes.detach().T
             sharpen = checks.positive(name, "target_sharpen_temperature", target_sharpen_temperature, anchors)
             sharp = checks.positive(name, "temperature", self.temperature, anchors) * sharpen
@@ -202,12 +202,12 @@ class MSNLoss(nn.Module):
 
     def regularization_loss(self, mean_anchor_probs: Tensor) -> Tensor:
         """`sum_k p_k log p_k + log K` of p [K]. Not overridden, `forward` doesn't call it: `mean_entropy` is faster."""
-        return torch.special.xlogy(mean_anchor_probs, mean_anchor_probs).sum() + math.log(len(mean_anchor_probs))
+        return torch.special.xlogy(mean_anchor_probs, mean_anchor_probs).sum() + math.log(mean_anchor_probs.shape[0])
 
     def _of_mean_probabilities(self, scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         """A subclass's `regularization_loss`, which is given the mean over the rows of all ranks."""
         total = (scores / self.temperature).softmax(1).sum(0)  # [K]
-        everything, rows = sum_and_count_of_ranks(total, len(scores), group)
+        everything, rows = sum_and_count_of_ranks(total, scores.shape[0], group)
         # The value of all ranks' rows, with the gradient of this rank's.
         mean = (total + (everything - total).detach()) / rows
         loss = self.regularization_loss(mean_anchor_probs=mean)

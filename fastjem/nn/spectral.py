@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
+from fastjem.collectives import check_distributed, default_group
 from fastjem.functional import checks
+from fastjem.ops.transforms import refuse_vmap
 
 
 class EMPSSLLoss(nn.Module):
@@ -26,6 +28,44 @@ class EMPSSLLoss(nn.Module):
 
     def forward(self, z_views: Sequence[Tensor]) -> Tensor:
         return F.emp_ssl(torch.stack(list(z_views)), eps=self.tcr_eps, invariance=self.inv_coef)
+
+
+class SimDINOLoss(nn.Module):
+    """`fastjem.functional.simdino`: what views have in common, and the coding rate in place of prototypes.
+
+    Wu et al. 2025, arXiv 2502.10385.
+
+    Args:
+        eps: the coding rate's distortion.
+        coefficient: weight of the similarities.
+        expansion: see `fastjem.functional.simdino`.
+        gather_distributed: both terms over the samples of all ranks.
+    """
+
+    def __init__(
+        self,
+        eps: float = 0.05,
+        coefficient: float = 1.0,
+        expansion: str = "student",
+        gather_distributed: bool = False,
+    ):
+        super().__init__()
+        check_distributed("SimDINOLoss", gather_distributed)
+        self.eps = eps
+        self.coefficient = coefficient
+        self.expansion = expansion
+        self.gather_distributed = gather_distributed
+
+    def forward(self, teacher_out: Sequence[Tensor], student_out: Sequence[Tensor]) -> Tensor:
+        """0-dim. Features [B, D] of each view, as `DINOLoss` takes scores; the teacher's get no gradient."""
+        return F.simdino(
+            list(student_out),
+            list(teacher_out),
+            eps=self.eps,
+            coefficient=self.coefficient,
+            expansion=self.expansion,
+            group=default_group(self.gather_distributed),
+        )
 
 
 class MMCRLoss(nn.Module):
@@ -98,6 +138,7 @@ class Whitening2d(nn.Module):
             return torch.linalg.solve_triangular(factor, (x - self.running_mean.flatten()).T, upper=False).T
         whitened, mean, covariance = F.whiten(x, eps=self.eps)
         if self.track_running_stats:
+            refuse_vmap("Whitening2d", self.running_mean, mean)
             self.running_mean.lerp_(mean.reshape(1, -1, 1, 1).to(self.running_mean.dtype), self.momentum)
             self.running_variance.lerp_(covariance.to(self.running_variance.dtype), self.momentum)
         return whitened
@@ -138,9 +179,9 @@ class WMSELoss(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """0-dim, of [num_samples B, D]: all first views, then all second ones, ..."""
-        if len(input) % self.num_samples:
+        if input.shape[0] % self.num_samples:
             raise RuntimeError(
-                f"WMSELoss: input must be a multiple of num_samples = {self.num_samples} rows, got {len(input)}"
+                f"WMSELoss: input must be a multiple of num_samples = {self.num_samples} rows, got {input.shape[0]}"
             )
         views = input.unflatten(0, (self.num_samples, -1))  # [V, B, D]
         batch = views.shape[1]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
-from fastjem.ops import direct
+from fastjem.ops import direct, transforms
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 try:
@@ -108,6 +108,8 @@ def _register(name: str) -> dict[str, str]:
     specification = plain(reference(name), name)
     LIBRARY.impl(name, guard.guarded(name, specification, on_cpu=False), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastjem::{name}", specification, lib=LIBRARY)
+    operator = getattr(torch.ops.fastjem, name).default
+    torch.library.register_vmap(f"fastjem::{name}", transforms.loop(operator), lib=LIBRARY)
     on_cpu, no_cpu = cpp_launcher(name)
     if on_cpu:
         LIBRARY.impl(name, plain(on_cpu, name), "CPU")

@@ -2,6 +2,7 @@
 
 `one_pass`: an operator that returns the gradients along with the loss. `two_passes`: the gradient is that of another
 operator, which runs in backward. `known`: loss and gradients are there already. Conventions: kernels/__init__.py.
+Within torch.func's transforms all three are `transforms.known`.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastjem.ops import direct
+from fastjem.ops import direct, reference, transforms
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 ops = torch.ops.fastjem
@@ -26,8 +27,22 @@ def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """`gradient * factor`, in place where autograd needs the unscaled gradient no more."""
     if torch.compiler.is_compiling() or _keeps_graph():
         gradient = gradient.clone()
+    return rescaled_in_place(gradient, factor)
+
+
+def rescaled_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient * factor`, in the memory of `gradient`, unless gradients are batched, with a factor each."""
+    if transforms.batched(factor):
+        return transforms.scaled(gradient, factor)
     ops.rescale_(gradient, factor)
     return gradient
+
+
+def needs_gradient(x: Tensor) -> bool:
+    """Whether a loss must have its gradient for x, of a transform of torch.func too."""
+    if transforms.active():
+        return torch.is_grad_enabled() and transforms.differentiated(x)
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 class _OnePass(torch.autograd.Function):
@@ -76,7 +91,7 @@ class _TwoPasses(torch.autograd.Function):
         tensors = ctx.saved_tensors
         gradient = direct.call(ctx.name, *[tensors[place] for place in ctx.places], *ctx.arguments)
         if not direct.rescale_([gradient], upstream, [ctx.scale]):
-            ops.rescale_(gradient, upstream * ctx.scale)
+            gradient = rescaled_in_place(gradient, upstream * ctx.scale)
         return None, None, None, None, None, gradient, *[None] * (len(tensors) - 1)
 
 
@@ -126,6 +141,12 @@ def one_pass_with_statistics(
 ) -> tuple[Tensor, ...]:
     """The loss of `one_pass`, and behind it what statistics the operator was asked for: constants."""
     refuse_forward_mode(name, inputs)
+    if transforms.active():
+        wanted = tuple(needs_gradient(x) for x in inputs)
+        constants = [x.detach() for x in inputs]
+        loss, gradients, scale, statistics = _call(name, wanted, listed, arguments, constants)
+        twice = (reference(name), *arguments) if name in transforms.TWICE else None
+        return transforms.known(name, loss, inputs, gradients, [scale] * len(inputs), twice), *statistics
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
     if not any(wanted):
         loss, _, _, statistics = _call(name, wanted, listed, arguments, inputs)
@@ -136,6 +157,8 @@ def one_pass_with_statistics(
 def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor], factors: Sequence) -> Tensor:
     """`loss`, with the gradient for `inputs[i]` being `factors[i] * gradients[i]` (anything where none is required)."""
     refuse_forward_mode(name, inputs)
+    if transforms.active():
+        return transforms.known(name, loss, inputs, gradients, factors)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         return loss
     return _Known.apply(name, loss, tuple(factors), tuple(gradients), *distinct(inputs))
@@ -163,6 +186,10 @@ class _Found(torch.autograd.Function):
         return None, None, None, None, *gradients
 
 
+# Without what `Function.apply` does for torch.func's transforms before it comes to this: 2 of 7 us.
+_apply_found = super(torch.autograd.Function, _Found).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def found(
     name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], factors: Sequence[float]
 ) -> Tensor:
@@ -172,12 +199,17 @@ def found(
     """
     if not any(gradient is not None for gradient in gradients):
         return loss
-    return _Found.apply(name, (loss,), gradients, factors, *inputs)
+    return _apply_found(name, (loss,), gradients, factors, *inputs)
 
 
 def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None], *arguments, scale: float) -> Tensor:
     """`loss`, with the gradient for `x` being `scale * name(x, *saved, *arguments)`."""
     refuse_forward_mode(name.removesuffix("_backward"), (x,))
+    if transforms.active():
+        if not needs_gradient(x):
+            return loss
+        gradient = getattr(ops, name)(x.detach(), *saved, *arguments)
+        return transforms.known(name.removesuffix("_backward"), loss, (x,), (gradient,), (scale,))
     if not (torch.is_grad_enabled() and x.requires_grad):
         return loss
     tensors: list[Tensor | None] = [x, *saved]

@@ -1,16 +1,16 @@
 """The way from a loss to its C++ without PyTorch's dispatcher.
 
 For a loss of a few rows the call is all that costs: the dispatcher takes 4 us to find a Python implementation and come
-back, and the looks that such an implementation takes at its arguments (kernels/guard.py) as much again. Neither is needed
-where the dispatcher would do nothing but call C++ with plain tensors. `nothing_watches` and `plain` are that question:
+back, and the looks that such an implementation takes at its arguments (kernels/guard.py) as much again. Neither is
+needed where the dispatcher would do nothing but call C++ with plain tensors. Two questions tell:
 
-* nobody wants to see operators: no torch.compile or tracer, no dispatch or function mode, no transform of torch.func, no
-  profiler;
-* all tensors are torch.Tensor or Parameter itself, in the host's memory, which is there: one look by C++.
+* `nothing_watches`: nobody wants to see operators. There is no torch.compile or tracer, no dispatch or function mode,
+  no transform of torch.func, no forward-mode differentiation, no profiler.
+* `plain` (kernels/plain.py): all tensors are torch.Tensor or Parameter itself, in the host's memory, which is there.
 
-Otherwise the call goes to `torch.ops.fastjem`, as it does on every other device. There is no registry: LAUNCHERS are the
-functions that `fastjem.ops` has given the dispatcher for its CPU key. Shapes aren't looked at again here: what calls is
-`fastjem.functional`, which has checked them.
+Otherwise the call goes to `torch.ops.fastjem`, as it does on every other device. There is no registry: LAUNCHERS are
+the functions that `fastjem.ops` has given the dispatcher for its CPU key. Shapes aren't looked at again here: what
+calls is `fastjem.functional`, which has checked them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ _compiling = torch.compiler.is_compiling
 _transforms = torch._C._are_functorch_transforms_active
 _function_modes = torch._C._is_torch_function_mode_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracer = torch._C._get_tracing_state
+_tracing = torch._C._is_tracing
 _profiler = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -47,7 +47,7 @@ def nothing_watches() -> bool:
         or _transforms()
         or forward_ad._current_level >= 0
         or _profiler()
-        or _tracer() is not None
+        or _tracing()
     )
 
 

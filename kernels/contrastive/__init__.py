@@ -59,12 +59,22 @@ OPERATORS = {
         cpu=True,
         gpu=True,
     ),
+    "siglip_pairs": Operator(
+        "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, Tensor label_smoothing, Tensor? weights,"
+        " Tensor? row_ids, Tensor? column_ids, Tensor? positives, Tensor? exclude, SymInt offset, bool[] wanted)"
+        " -> (Tensor, Tensor[], Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
     "nearest_neighbors": Operator("(Tensor query, Tensor bank) -> Tensor", cpu=True, gpu=True),
     "koleo_neighbors": Operator(
         "(Tensor rows, Tensor candidates, SymInt offset, int topk, SymInt group_size, float eps) -> Tensor",
         cpu=True,
+        gpu=True,
     ),
     "koleo": Operator(
-        "(Tensor x, Tensor neighbors, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)", cpu=True
+        "(Tensor x, Tensor neighbors, float p, float eps, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
+        gpu=True,
     ),
 }

@@ -56,6 +56,61 @@ def siglip_loss(
     return losses.sum(), gradients, dots.sum(), weight_sums.sum()
 
 
+def siglip_pairs(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    label_smoothing: Tensor,
+    weights: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    positives: Tensor | None,
+    exclude: Tensor | None,
+    offset: int,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    a, _ = cpu_engine.unit_rows(x, False)
+    b, _ = cpu_engine.unit_rows(y, False)
+    factor = logit_scale.item()
+    bias = logit_bias.item()
+    low = label_smoothing.item() / 2
+    weights = None if weights is None else weights.double().contiguous()
+    masks = [None if mask is None else mask.contiguous() for mask in (positives, exclude)]
+    ids = [None if of is None else of.contiguous() for of in (row_ids, column_ids)]
+    a_sum = torch.zeros_like(a) if wanted[0] else None
+    b_sum = torch.zeros_like(b) if wanted[1] else None
+    losses, weight_sums, dots = torch.zeros(3, len(a), dtype=torch.float64)
+    for tile in cpu_engine.tiles(a, b):
+        _C.siglip_pairs(
+            *tile.arguments(),
+            factor,
+            bias,
+            tile.row + offset - tile.column,
+            address_of_row(ids[0], tile.row),
+            address_of_row(ids[1], tile.column),
+            *(0 if mask is None else address_of_row(mask, tile.row) + tile.column for mask in masks),
+            len(b),
+            1 - low,
+            low,
+            address_of_row(weights, tile.row),
+            address_of_row(losses, tile.row),
+            address_of_row(weight_sums, tile.row),
+            address_of_row(dots, tile.row),
+            torch.get_num_threads(),
+        )
+        of_pairs = tile.similarities  # in whose place the derivatives are now
+        if a_sum is not None:
+            a_sum[tile.rows].addmm_(of_pairs, b[tile.columns])
+        if b_sum is not None:
+            b_sum[tile.columns].addmm_(of_pairs.T, a[tile.rows])
+    gradients = [
+        x.new_empty(0) if a_sum is None else a_sum.to(x.dtype),
+        y.new_empty(0) if b_sum is None else b_sum.to(y.dtype),
+    ]
+    return losses, gradients, dots.sum(), weight_sums.sum()
+
+
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
     unit_query, _ = cpu_engine.unit_rows(query, True)
     best = torch.full((len(unit_query),), -math.inf, dtype=unit_query.dtype)

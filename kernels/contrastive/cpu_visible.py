@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class _Seen:
         self.arguments = (*map(address, ids), *mask, address(row_limit), address(column_limit))
 
 
-def _addresses(vectors: list[Tensor | None], first: int) -> tuple[int, ...]:
+def _addresses(vectors: Sequence[Tensor | None], first: int) -> tuple[int, ...]:
     return tuple(address_of_row(x, first) for x in vectors)
 
 
@@ -52,7 +53,7 @@ def visible_sums(
         more = [torch.zeros(n, dtype=torch.float64) if totals else None for _ in range(2)]
         return [*scaling.start(n), *more]
 
-    def joined(sums: list[Tensor | None]) -> Sums:
+    def joined(sums: Sequence[Tensor | None]) -> Sums:
         maximum, total = sums[:2]
         assert maximum is not None and total is not None
         of_seen = (torch.empty(0, dtype=torch.float64) if x is None else x for x in sums[2:])

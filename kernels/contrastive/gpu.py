@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from . import composed, gpu_engine, gpu_visible, reference, visible
+from . import composed, gpu_engine, gpu_koleo, gpu_visible, pairs, reference, visible
+
+koleo_neighbors = gpu_koleo.koleo_neighbors
+koleo = gpu_koleo.koleo
 
 
 def _supported(*tensors: Tensor) -> bool:
@@ -67,6 +70,33 @@ def similarity_logsumexp_backward(a: Tensor, b: Tensor, *options) -> list[Tensor
     if not _supported(a, b):
         return reference.similarity_logsumexp_backward(a, b, *options)
     return visible.similarity_logsumexp_backward(gpu_visible, a, b, *options)
+
+
+def siglip_pairs(
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, smoothing: Tensor, weights: Tensor | None, *options
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    if not _supported(x, y):
+        arguments = (logit_scale, logit_bias, smoothing, weights, *options)
+        return reference.siglip_pairs(x, y, *arguments)
+    *options, wanted = options
+    x = x.contiguous()
+    y = y.contiguous()
+    largest = None
+    if weights is not None:  # between -1 and 1, so that no derivative leaves half precision
+        largest = weights.abs().max().double().clamp_min(1e-30)
+        weights = weights / largest
+    x_sum = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if wanted[0] else None
+    y_sum = torch.zeros(y.shape, dtype=torch.float32, device=y.device) if wanted[1] else None
+    arguments = (logit_scale, logit_bias, smoothing, weights, *options, x_sum, y_sum)
+    losses, dots, slopes = pairs.siglip_pairs(x, y, *arguments)
+    if largest is not None:
+        dots, slopes = dots * largest, slopes * largest
+        x_sum, y_sum = (None if z is None else z * largest.float() for z in (x_sum, y_sum))
+    gradients = [
+        x.new_empty(0) if x_sum is None else x_sum.to(x.dtype),
+        y.new_empty(0) if y_sum is None else y_sum.to(y.dtype),
+    ]
+    return losses, gradients, dots, slopes
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:

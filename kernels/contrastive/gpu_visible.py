@@ -31,7 +31,7 @@ class _Mask(NamedTuple):
     """`Visible` as the kernels take it."""
 
     tensors: tuple[Tensor | None, ...]  # row_ids, column_ids, exclude, row_limit, column_limit
-    exclude: tuple[int, int, int, int]  # rows, columns and their strides; each at least 1
+    exclude: tuple[int, int, int, int]  # its rows, columns and their strides
     own_image: OwnImage
 
     @classmethod
@@ -41,7 +41,7 @@ class _Mask(NamedTuple):
         exclude = visible.exclude
         if exclude is None:
             return cls((*ids, None, *limits), (1, 1, 1, 1), visible.own_image)
-        stated = (*exclude.shape, *exclude.stride())
+        stated = (exclude.shape[0], exclude.shape[1], exclude.stride(0), exclude.stride(1))
         return cls((*ids, exclude.view(torch.uint8), *limits), stated, visible.own_image)
 
     def transposed(self) -> "_Mask":
@@ -180,7 +180,7 @@ def add_visible(
     else:
         sums = (
             None if a_sum is None else _owned(a, b, mask, sides, tile),
-            None if b_sum is None else _owned(b, a, mask.transposed(), sides[::-1], tile),
+            None if b_sum is None else _owned(b, a, mask.transposed(), (sides[1], sides[0]), tile),
         )
     for total, part in zip((a_sum, b_sum), sums, strict=True):
         if total is not None and part is not None and part is not total:

@@ -182,6 +182,51 @@ def siglip_loss(
     return loss, gradients, (widest(g) * similarities).sum(), widest(g).sum()
 
 
+def siglip_pairs(
+    x: Tensor,  # [n, D]
+    y: Tensor,  # [m, D]
+    logit_scale: Tensor,  # 0-dim
+    logit_bias: Tensor,  # 0-dim
+    label_smoothing: Tensor,  # 0-dim
+    weights: Tensor | None,  # [n] of the rows' losses in the gradients; None: ones
+    row_ids: Tensor | None,  # [n] int64
+    column_ids: Tensor | None,  # [m] int64: pairs of equal ids belong together
+    positives: Tensor | None,  # [n, m] bool: which pairs belong together, instead of ids and offset
+    exclude: Tensor | None,  # [n, m] bool: pairs that don't count
+    offset: int,  # row i and column offset + i belong together
+    wanted: list[bool],  # for x and y
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """[n] float64: `sum_j (1 - t) softplus(logit) + t softplus(-logit)`, the target t being 1 - label_smoothing / 2 for
+    pairs that belong together and label_smoothing / 2 for others.
+
+    The gradients are those of `sum(weights * losses)`, as in `siglip_loss`.
+    """
+    similarities, together = _pairs(x, y, offset)
+    if positives is not None:
+        together = positives
+    elif row_ids is not None and column_ids is not None:
+        together = together | (row_ids[:, None] == column_ids)
+    low = label_smoothing.to(similarities.dtype) / 2
+    target = torch.where(together, 1 - low, low)
+    logits = similarities * logit_scale.to(similarities.dtype) + logit_bias.to(similarities.dtype)
+    e = (-logits.abs()).exp()
+    wrong = torch.where(logits > 0, 1 - target, target)
+    losses = e.log1p() + torch.where(wrong != 0, wrong * logits.abs(), 0)
+    up = torch.where(logits > 0, 1, e) / (1 + e)
+    down = torch.where(logits > 0, e, 1) / (1 + e)
+    g = (1 - target) * up - target * down
+    if weights is not None:
+        g = g * weights.to(g.dtype)[:, None]
+    dots = g * similarities
+    if exclude is not None:
+        losses, g, dots = (z.masked_fill(exclude, 0) for z in (losses, g, dots))
+    gradients = [
+        (g @ widen(y)).to(x.dtype) if wanted[0] else no_gradient(x),
+        (g.T @ widen(x)).to(y.dtype) if wanted[1] else no_gradient(y),
+    ]
+    return widest(losses).sum(1), gradients, widest(dots).sum(), widest(g).sum()
+
+
 def nearest_neighbors(
     query: Tensor,  # [N, D]
     bank: Tensor,  # [K, D]

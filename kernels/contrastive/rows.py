@@ -155,7 +155,7 @@ def _state_kernel(
     tl.store(adjustments + i_row, adjustment.to(tl.float32), i_row < N)
 
 
-def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def unit_rows(x: Tensor, normalize: bool, eps: float = UNIT_EPS) -> tuple[Tensor, Tensor | None]:
     """Rows in the dtype of the input, which is that of the products; divisors [N] float32."""
     if not normalize:
         return x.contiguous(), None
@@ -164,18 +164,20 @@ def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     divisors = torch.empty(len(x), dtype=torch.float32, device=x.device)
     tile = tiling.similarity_rows(x.shape[1])
     grid = (triton.cdiv(len(x), tile["ROWS"]),)
-    launch.launch(_unit_kernel, grid, x, out, divisors, *x.shape, x.stride(0), EPS=UNIT_EPS, **tile, device_of=x)
+    launch.launch(_unit_kernel, grid, x, out, divisors, *x.shape, x.stride(0), EPS=eps, **tile, device_of=x)
     return out, divisors
 
 
-def through_unit_rows(gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype) -> Tensor:
+def through_unit_rows(
+    gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype, eps: float = UNIT_EPS
+) -> Tensor:
     if divisors is None:
         return gradient.to(dtype)
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     tile = tiling.similarity_rows(gradient.shape[1])
     grid = (triton.cdiv(len(gradient), tile["ROWS"]),)
     launch.launch(
-        _through_unit_kernel, grid, gradient, unit, divisors, out, *out.shape, EPS=UNIT_EPS, **tile, device_of=out
+        _through_unit_kernel, grid, gradient, unit, divisors, out, *out.shape, EPS=eps, **tile, device_of=out
     )  # fmt: skip
     return out
 

@@ -9,34 +9,18 @@ calls then goes the long way, which says what is wrong, or computes it.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _C, tiling
-from ..arithmetic import compute_dtype
-
-
-class Found(NamedTuple):
-    """A loss, and gradients that are still to be multiplied by their factors; None where one isn't wanted."""
-
-    loss: Tensor
-    gradients: Sequence[Tensor | None]
-    factors: Sequence[float]
+from ..native import Found, gradients_for, loss_like
+from . import one_tile
 
 
 def few(rows: int, columns: int, width: int) -> bool:
     """Whether so many similarities of rows so wide are less work than the engine's steps."""
     return rows * columns * width <= tiling.CPU_SMALL_PRODUCT and rows * columns <= tiling.CPU_SMALL_SQUARE
-
-
-def _gradients(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
-
-
-def _loss(value: float, like: Tensor) -> Tensor:
-    return torch.scalar_tensor(value, dtype=compute_dtype(like.dtype))
 
 
 def of_views(
@@ -53,16 +37,18 @@ def of_views(
     first = views[0]
     number = first.shape[0] * (2 if len(views) == 2 else first.shape[1])
     if not few(number, number, first.shape[-1]):
-        return None
+        if len(views) != 2 or labels is not None or one_anchor:
+            return None
+        return one_tile.of_two_views(views[0], views[1], temperature, wanted, decoupled=decoupled, normalize=normalize)
     second = views[1] if len(views) == 2 else None
-    gradients = _gradients(views, wanted)
+    gradients = gradients_for(views, wanted)
     given = (first, second, gradients[0], gradients[1] if second is not None else None, labels)
     total = _C.small_views(*given, temperature, normalize, decoupled, one_anchor)
     if total is None:
         return None
     anchors = first.shape[1] if one_anchor else number
     factor = 1 / (anchors * temperature)
-    return Found(_loss(total / anchors, first), gradients, (factor,) * len(gradients))
+    return Found(loss_like(first, total / anchors), gradients, (factor,) * len(gradients))
 
 
 def info_nce(
@@ -77,12 +63,12 @@ def info_nce(
     if not few(n, negatives.shape[0], width):
         return None
     inputs = (query, positive, negatives)
-    gradients = _gradients(inputs, wanted)
+    gradients = gradients_for(inputs, wanted)
     total = _C.small_info_nce(*inputs, *gradients, offset, temperature)
     if total is None:
         return None
     factor = 1 / (n * temperature)
-    return Found(_loss(total / n, query), gradients, (factor,) * 3)
+    return Found(loss_like(query, total / n), gradients, (factor,) * 3)
 
 
 def of_pairs(
@@ -94,8 +80,10 @@ def of_pairs(
 ) -> Found | None:
     n, width = x.shape
     if not few(n, n, width):
-        return None
-    gradients = _gradients((x, y), wanted[:2])
+        return (
+            one_tile.clip_loss(x, y, scale, wanted) if bias is None else one_tile.siglip_loss(x, y, scale, bias, wanted)
+        )
+    gradients = gradients_for((x, y), wanted[:2])
     factor = scale.item()
     numbers = _C.small_pairs(x, y, *gradients, factor, 0.0 if bias is None else bias.item(), bias is not None)
     if numbers is None:
@@ -104,4 +92,4 @@ def of_pairs(
     each = 1 / (2 * n if bias is None else n)
     for parameter, want, value in zip((scale, bias), wanted[2:], of_numbers, strict=False):
         gradients.append(torch.scalar_tensor(value, dtype=parameter.dtype) if want else None)
-    return Found(_loss(total * each, x), gradients, (factor * each, factor * each, each, each)[: len(gradients)])
+    return Found(loss_like(x, total * each), gradients, (factor * each, factor * each, each, each)[: len(gradients)])

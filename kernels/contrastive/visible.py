@@ -134,7 +134,9 @@ def similarity_logsumexp(
     )  # fmt: skip
     if of_columns is None:
         of_columns = Sums(*(torch.empty(0, dtype=of_rows.lse.dtype, device=a.device) for _ in range(3)))
-    return *of_rows, *of_columns
+    row_lse, row_total, row_count = of_rows
+    column_lse, column_total, column_count = of_columns
+    return row_lse, row_total, row_count, column_lse, column_total, column_count
 
 
 def similarity_logsumexp_backward(

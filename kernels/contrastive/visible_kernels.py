@@ -1,6 +1,7 @@
 """Triton kernels on tiles of similarities whose rows and columns don't see all of one another: see visible.Visible.
 
-A logit is a similarity: the temperature is in the rows. Kernels of losses without options are in sums.py and weights.py.
+A logit is a similarity: the temperature is in the rows. The kernels of losses without options are in sums.py and
+weights.py, and theirs is the faster code: what isn't asked for isn't in it.
 """
 
 import triton
@@ -46,10 +47,8 @@ def _below(seen, s, limits, i, n, AXIS: tl.constexpr):
     """What rows (AXIS 1) or columns (AXIS 0) see of a tile under their limits, if there are any. NaN is above none."""
     if limits is not None:
         b_limits = tl.load(limits + i, i < n, float("inf"))
-        if AXIS == 1:
-            seen = seen & ((s > b_limits[:, None]) == 0)
-        else:
-            seen = seen & ((s > b_limits[None, :]) == 0)
+        above = s > tl.expand_dims(b_limits, AXIS)
+        seen = seen & (above == 0)
     return seen
 
 
@@ -145,16 +144,10 @@ def _slopes(seen, s, pivots, adjustments, of_lse, of_total, i, n, AXIS: tl.const
     pivot = tl.load(pivots + i, inside, 0.0)
     adjustment = tl.load(adjustments + i, inside, 0.0)
     slope = tl.load(of_lse + i, inside, 0.0)
-    if AXIS == 1:
-        g = tl.exp2((s - pivot[:, None]) * LOG2_E + adjustment[:, None]) * slope[:, None]
-    else:
-        g = tl.exp2((s - pivot[None, :]) * LOG2_E + adjustment[None, :]) * slope[None, :]
+    g = tl.exp2((s - tl.expand_dims(pivot, AXIS)) * LOG2_E + tl.expand_dims(adjustment, AXIS))
+    g = g * tl.expand_dims(slope, AXIS)
     if of_total is not None:
-        total = tl.load(of_total + i, inside, 0.0)
-        if AXIS == 1:
-            g += total[:, None]
-        else:
-            g += total[None, :]
+        g += tl.expand_dims(tl.load(of_total + i, inside, 0.0), AXIS)
     return tl.where(seen, g, 0.0)
 
 

@@ -95,14 +95,14 @@ def owner_kernel(
 
 
 @triton.jit
-def _blocks_of_tile(N, BM: tl.constexpr):
+def blocks_of_tile(N, BM: tl.constexpr):
     """(block of rows, block of columns) of a program that makes one tile; programs of the same columns are in a row."""
     blocks = tl.cdiv(N, BM)
     return tl.program_id(0) % blocks, tl.program_id(0) // blocks
 
 
 @triton.jit
-def _store_tile(out, i_a, i_b, N, M, s_out, tile):
+def store_tile(out, i_a, i_b, N, M, s_out, tile):
     at = launch.row_start(i_a, s_out, 8)[:, None] + i_b[None, :]
     tl.store(out + at, tile.to(out.dtype.element_ty), (i_a < N)[:, None] & (i_b < M)[None, :])
 
@@ -134,7 +134,7 @@ def weights_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    block_a, block_b = _blocks_of_tile(N, BM)
+    block_a, block_b = blocks_of_tile(N, BM)
     i_a = block_a * BM + tl.arange(0, BM)
     i_b = block_b * BN + tl.arange(0, BN)
     rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
@@ -145,7 +145,7 @@ def weights_kernel(
     if dots is not None:
         tl.store(dots + launch.row_start(block_b, N, 1) + i_a, tl.sum(g * s, 1), i_a < N)
     if out is not None:
-        _store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
+        store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
 
 
 @triton.jit(do_not_specialize=["N", "M", "offset", "s_out"])
@@ -166,7 +166,7 @@ def sigmoid_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    block_a, block_b = _blocks_of_tile(N, BM)
+    block_a, block_b = blocks_of_tile(N, BM)
     i_a = block_a * BM + tl.arange(0, BM)
     i_b = block_b * BN + tl.arange(0, BN)
     # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
@@ -185,4 +185,4 @@ def sigmoid_kernel(
     tl.store(sums + one_sum + at, tl.sum(g, 1), i_a < N)
     tl.store(sums + 2 * one_sum + at, tl.sum(g * s, 1), i_a < N)
     if out is not None:
-        _store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
+        store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from .. import _C, tiling
 from ..arithmetic import compute_dtype, dense_rows
-from ..native import CODES, address, gradient_for
+from ..native import CODES, address, gradient_for, scale_within
 from . import reference
 
 
 def _symmetric(x: Tensor) -> Tensor:
     """`x @ x.T`"""
     n = len(x)
+    if n * n * x.shape[1] < tiling.CPU_SYMMETRIC_WORK:
+        return torch.mm(x, x.T)
     step = max(64, -(-n // tiling.CPU_SYMMETRIC_PARTS))
     out = x.new_empty(n, n)
     for i in range(0, n, step):
@@ -99,7 +101,7 @@ def barlow_twins(
     health = [torch.cat([torch.stack([a_std, b_std]), rank], 1).to(dtype)] if statistics else []
     weights = (1 - lambda_param) * diagonal - 1
     scale = 2 / n
-    in_gradient = scale if z0.dtype == dtype else 1.0  # half precision can't hold the scaled gradient
+    in_gradient = scale_within(scale, z0.dtype)
     gradients = [gradient_for(z0, wanted[0]), gradient_for(z1, wanted[1])]
     sides = ((z0, a, a_std, b), (z1, b, b_std, a))
     for i, (z, columns, std, other) in enumerate(sides):
@@ -183,7 +185,7 @@ def vicreg(
     dtype = compute_dtype(z0.dtype)
     gradients = [gradient_for(z0, wanted[0]), gradient_for(z1, wanted[1])]
     factor = 4 * nu_param * n / (n - 1) ** 2 / d
-    in_gradient = 1 / n if z0.dtype == dtype else 1.0  # half precision can't hold the scaled gradient
+    in_gradient = scale_within(1 / n, z0.dtype)
     views = [
         _view(z, gradient, mu_param, nu_param, eps, factor, in_gradient)
         for z, gradient in zip((z0, z1), gradients, strict=True)

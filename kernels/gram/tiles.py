@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import tiling
-from ..arithmetic import through_unit_rows, unit_rows, widen
+from ..arithmetic import scalar_like, through_unit_rows, unit_rows, widen, widest
 
 
 def _errors(u: Tensor, v: Tensor, first: int, rows: int, negatives: str) -> tuple[Tensor, Tensor]:
@@ -20,10 +20,9 @@ def _errors(u: Tensor, v: Tensor, first: int, rows: int, negatives: str) -> tupl
         error.baddbmm_(v[:, first : first + rows], v_right, alpha=-1)
         return error, error
     targets = torch.bmm(v[:, first : first + rows], v_right)
-    if negatives == "clamp":
-        idle = error <= 0
-    else:
-        idle = (error <= 0).logical_and_(targets <= 0)
+    idle = error <= 0
+    if negatives == "clamp_teacher":
+        idle.logical_and_(targets <= 0)
     error.masked_fill_(idle, 0)
     error.sub_(targets.masked_fill_(targets <= 0, 0))
     return error, error.masked_fill(idle, 0)
@@ -38,7 +37,7 @@ def gram_loss(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     groups, patches, _ = student.shape
     rows, at_once = tiling.gram(groups, patches)
-    total = widen(student.new_zeros(()))
+    total = widest(student.new_zeros(()))
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if wanted[0] else student.new_empty(0)
     for begin in range(0, groups, at_once):
         x = widen(student[begin : begin + at_once])
@@ -59,10 +58,10 @@ def gram_loss(
         if of_rows is not None:
             of_rows = through_unit_rows(of_rows, u, norm) if normalize else of_rows / patches
             gradient[begin : begin + at_once] = of_rows
-    scale = torch.full_like(total, 4 / (groups * patches * (patches if normalize else 1)))
-    return total / (groups * patches**2), [gradient], scale
+    scale = scalar_like(student, 4 / (groups * patches * (patches if normalize else 1)))
+    return (total / (groups * patches**2)).to(scale.dtype), [gradient], scale
 
 
 def _squares(x: Tensor) -> Tensor:
-    """0-dim, the sum of the squares."""
-    return torch.linalg.vector_norm(x).square()
+    """0-dim, the sum of the squares, a row's in float32: torch.linalg.vector_norm of all is off by 4e-6 on a CPU."""
+    return widest(torch.linalg.vector_norm(x, dim=-1)).square().sum()

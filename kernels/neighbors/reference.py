@@ -32,10 +32,11 @@ def kmeans_step(
     inertia = (x - centroids[assignments]).square().sum()
     if not update:
         return assignments, x.new_empty(0), assignments.new_empty(0), inertia
-    ones = torch.zeros_like(scores).scatter_(
-        1, assignments[:, None], 1
-    )  # a product is no sum by atomics, as index_add_
-    return assignments, ones.T @ x, ones.sum(0).long(), inertia
+    # index_put_ sorts on CUDA, where index_add_ and scatter_add_ would add in an order of their own.
+    sums = torch.zeros_like(centroids, dtype=x.dtype).index_put((assignments,), x, accumulate=True)
+    ones = torch.ones_like(assignments)
+    counts = ones.new_zeros(centroids.shape[0]).index_put((assignments,), ones, accumulate=True)
+    return assignments, sums, counts, inertia
 
 
 def nearest_k(

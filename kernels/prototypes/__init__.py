@@ -33,5 +33,6 @@ OPERATORS = {
         "(Tensor[] scores, float temperature, Tensor? total, Tensor? rows, bool[] wanted)"
         " -> (Tensor, Tensor[], Tensor)",
         cpu=True,
+        gpu=True,
     ),
 }

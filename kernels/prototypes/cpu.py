@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _C, tiling
 from ..arithmetic import compute_dtype, dense_rows, no_gradient
-from ..native import CODES, address, gradient_for
+from ..native import CODES, address, gradient_for, scale_within
 from . import reference
 from .pairing import PAIRS, count
 
@@ -123,9 +123,7 @@ def prototype_cross_entropy(
     sums = torch.empty(2, width, dtype=torch.float64) if statistics else None  # the teacher's logits, probabilities
     pairs_of_rows = (rows if weights is None else weights.sum().item()) * count(len(student), len(teacher), pairs)
     scale = _inverse(pairs_of_rows * student_temperature)
-    # Half precision can't hold the scaled gradient; wider gradients needn't be read and written again to be scaled.
-    # Infinite weights give a scale of 0, which nothing can be divided by.
-    factor = 1.0 if student[0].dtype in (torch.bfloat16, torch.float16) or not scale else scale
+    factor = scale_within(scale, student[0].dtype)  # infinite weights give a scale of 0
     total, entropy = _C.prototype_cross_entropy(
         CODES[student[0].dtype],
         [(address(x), x.stride(0)) for x in student],

@@ -1,10 +1,12 @@
 """The prototype operators on a GPU, a file each."""
 
+from .mean_entropy import mean_entropy
 from .prototype_cross_entropy import prototype_cross_entropy
 from .prototype_head_cross_entropy import prototype_head_cross_entropy
 from .sinkhorn import sinkhorn, sinkhorn_bias, sinkhorn_codes, sinkhorn_step
 
 __all__ = [
+    "mean_entropy",
     "prototype_cross_entropy",
     "prototype_head_cross_entropy",
     "sinkhorn",

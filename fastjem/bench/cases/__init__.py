@@ -9,7 +9,10 @@ from fastjem.bench.cases import (
     augment,
     contrastive,
     covariance,
+    hosts,
+    neighbors,
     optimizers,
+    options,
     predictive,
     prototypes,
     spectral,
@@ -17,7 +20,20 @@ from fastjem.bench.cases import (
     weights,
 )
 
-FAMILIES = (weights, optimizers, supervised, predictive, contrastive, prototypes, covariance, spectral, augment)
+FAMILIES = (
+    weights,
+    optimizers,
+    supervised,
+    predictive,
+    contrastive,
+    options,
+    prototypes,
+    neighbors,
+    covariance,
+    spectral,
+    augment,
+    hosts,
+)
 
 
 def cases() -> list[Case]:

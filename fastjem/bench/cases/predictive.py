@@ -39,14 +39,39 @@ def regression(n: int, d: int, dtype: torch.dtype = torch.float32, **options) ->
     )  # fmt: skip
 
 
+def rows_of_mask(prediction: Tensor, target: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """data2vec's at the masked patches, each image alike: rows of both are gathered first."""
+    target = torch.nn.functional.layer_norm(target[rows], target.shape[-1:])
+    losses = torch.nn.functional.smooth_l1_loss(prediction[rows], target, beta=2.0, reduction="none").mean(1)
+    return (losses * weights).sum() / weights.sum()
+
+
+def regression_rows(images: int, patches: int, d: int, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """60 % of the patches are masked. They are read, with rows and weights; of the gradient all rows are written."""
+
+    def inputs(draw) -> tuple[Tensor, ...]:
+        prediction, target = draw.pair(images * patches, d, (True, False))
+        mask = draw.normal(images, patches, dtype=torch.float32) < 0.25
+        rows, weights = F.masked_rows(mask, images * patches * 3 // 5)
+        return prediction, target, rows, weights
+
+    n = images * patches
+    return Case(
+        "regression_rows", f"60 % of {images} x {patches} x {d}", inputs, rows_of_mask,
+        lambda p, t, rows, weights: F.regression(p, t, beta=2.0, rows=rows, weights=weights), dtype=dtype,
+        bytes=(2 * n + n) * d * dtype.itemsize + n * 3 // 5 * 12, **options,
+    )  # fmt: skip
+
+
 CASES = [
     case(4096, 256),
     case(4096, 256, torch.bfloat16),
     case(4096, 256, both=True, full_only=("cuda",)),
     case(256, 2048),
     case(256, 2048, torch.bfloat16, full_only=("cpu", "cuda")),
-    case(8, 16, clock="host"),
     regression(4096, 768),
+    regression_rows(32, 196, 768),
+    regression_rows(32, 196, 768, torch.bfloat16, full_only=("cpu", "cuda")),
     regression(4096, 768, torch.bfloat16, full_only=("cpu", "cuda")),
     # small runs
     case(64, 256, **SMALL),

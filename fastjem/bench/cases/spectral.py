@@ -27,6 +27,35 @@ def total_coding_rate(z: Tensor) -> Tensor:
     return torch.logdet(torch.eye(d, dtype=z.dtype, device=z.device) + d / (n * 0.2) * z.T @ z) / 2
 
 
+def simdino(*views: Tensor) -> Tensor:
+    """The authors' code: the first two views are the teacher's; similarities of all pairs, D x D factorised."""
+    teacher = normalize(torch.stack(views[:2]), dim=2)
+    student = normalize(torch.stack(views[2:]), dim=2)
+    n, d = student.shape[1:]
+    alike = (teacher[:, None] * student[None]).sum(-1).mean(-1)
+    alike = alike.masked_fill(torch.eye(*alike.shape, dtype=torch.bool, device=alike.device), 0).sum()
+    rate: Any = 0.0
+    for view in student[:2]:
+        matrix = torch.eye(d, dtype=view.dtype, device=view.device) + d / (n * 0.05) * (view.T @ view)
+        rate = rate + torch.linalg.cholesky_ex(matrix)[0].diagonal().log().sum() / 2
+    return -alike / (2 * len(student) - 2) - rate * (d + n) / (d * n)
+
+
+def simdino_case(views: int, n: int, d: int) -> Case:
+    """Bytes: all views read, the students' gradients written; FLOPs: two Gram matrices, factors, inverses, products."""
+    smaller = min(n, d)
+
+    def inputs(draw) -> tuple[Tensor, ...]:
+        teacher = [draw.normal(n, d) for _ in range(2)]
+        return *teacher, *(draw.normal(n, d, gradient=True) for _ in range(views))
+
+    return Case(
+        "simdino", f"2 + {views - 2} views, {n} x {d}", inputs, simdino, lambda *x: F.simdino(list(x[2:]), list(x[:2])),
+        bytes=(2 + 2 * views) * n * d * 4, flops=2 * (4 * n * d * smaller + 2 * smaller**3),
+        full_only=("cpu", "cuda"),
+    )  # fmt: skip
+
+
 def mmcr(online: Tensor, momentum: Tensor) -> Tensor:
     z = torch.cat([online, momentum], 1)
     return 5e-3 * torch.linalg.svdvals(z).sum() / len(z) - torch.linalg.svdvals(z.mean(1)).sum()
@@ -147,4 +176,6 @@ CASES = [
         peers={"lightly": _loss("SIGReg", lambda make: _seeded(make))}, uses=("characteristic_backward",),
         bytes=2 * VIEWS * BATCH * WIDTH * 4, flops=4 * VIEWS * BATCH * WIDTH * SLICES, full_only=("cpu",),
     ),
+    simdino_case(10, 64, 256),
+    simdino_case(10, 512, 256),
 ]  # fmt: skip

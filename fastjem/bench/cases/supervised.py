@@ -23,7 +23,6 @@ CASES = [
     case(256, 131072, full_only=("cpu", "cuda")),
     case(256, 131072, torch.bfloat16, full_only=("cuda",)),
     case(16384, 131072, torch.bfloat16, devices=("cuda",)),
-    case(8, 16, clock="host"),
     # small runs
     case(128, 1000, **SMALL),
     case(256, 4096, **SMALL),

@@ -79,5 +79,4 @@ CASES = [
     case("ResNet-50, 159 tensors", resnet50(), torch.bfloat16, full_only=("cuda",)),
     case("ViT-L, 303 M", vit_large(), devices=("cuda",)),
     case("ViT-L, 303 M", vit_large(), torch.bfloat16, devices=("cuda",)),
-    case("159 tensors of 16", [(16,)] * 159, clock="host"),
 ]

@@ -1,0 +1,7 @@
+"""Negative cosine similarity."""
+
+from fastjem.bench.cases.neighbors import CASES  # noqa: F401  (conftest.py runs them)
+
+
+def test_forward_and_backward(benchmark, step):
+    benchmark(step)

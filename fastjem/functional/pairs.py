@@ -1,0 +1,154 @@
+"""SigLIP's loss of each row, with options: several positives, pairs that don't count, smoothed targets; over ranks.
+
+A pair is a decision of its own, so a row's loss is a sum over columns, and the gradient of rows that are weighted
+anyhow is one more pass over the pairs. What is made of the rows' losses (weights, reduction) is `options.reduced`.
+Over ranks each rank's rows go round the ring as in `rings.py`, with ids, masks and, in backward, what the rows weigh.
+"""
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastjem.collectives import other_ranks
+from fastjem.functional.precision import in_float32
+from fastjem.kernels.arithmetic import widest
+from fastjem.ops import transforms
+from fastjem.ops.autograd import needs_gradient, ops, refuse_second_order
+from fastjem.ops.forward_mode import refuse_forward_mode
+
+
+class Pairs(NamedTuple):
+    """Which pairs belong together and which count; constants."""
+
+    ids: Tensor | None  # [N] int64
+    positives: Tensor | None  # [N, all ranks' N] bool
+    exclude: Tensor | None  # [N, all ranks' N] bool
+    label_smoothing: Tensor  # 0-dim
+
+
+class Ranks(NamedTuple):
+    sizes: list[int]  # each rank's N
+    group: dist.ProcessGroup | None
+
+    def columns_of(self, mask: Tensor | None, rank: int) -> Tensor | None:
+        """The part of a mask [N, all ranks' N] that is of a rank's columns."""
+        if mask is None or self.group is None:
+            return mask
+        first = [0, *accumulate(self.sizes)][rank]
+        return mask[:, first : first + self.sizes[rank]]
+
+    def me(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def others(self, *tensors: Tensor | None) -> Iterator[tuple[int, list[Tensor | None]]]:
+        """Each other rank and its tensors, one rank at a time."""
+        if self.group is None:
+            return
+        ranks = iter([rank for rank, size in enumerate(self.sizes) if size and rank != self.me()])
+        for received in other_ranks([x for x in tensors if x is not None], 0, self.sizes, self.group):
+            rest = iter(received)
+            yield next(ranks), [None if x is None else next(rest) for x in tensors]
+
+
+def _losses(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, ranks: Ranks) -> Tensor:
+    """[N], in the widest dtype."""
+    rows = x.shape[0]
+    me = ranks.me()
+    ids, positives, exclude, smoothing = pairs
+    total = widest(x.new_zeros(rows))
+    if rows:
+        own = ranks.columns_of(positives, me), ranks.columns_of(exclude, me)
+        total = ops.siglip_pairs(x, y, scale, bias, smoothing, None, ids, ids, *own, 0, [False, False])[0]
+    for rank, (ys, their_ids) in ranks.others(y, ids):
+        theirs = ranks.columns_of(positives, rank), ranks.columns_of(exclude, rank)
+        arguments = (smoothing, None, ids, their_ids, *theirs, -rows, [False, False])
+        total = total + ops.siglip_pairs(x, ys, scale, bias, *arguments)[0]
+    return total
+
+
+def _gradients(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, pairs: Pairs, ranks: Ranks, wanted: list[bool]
+) -> list[Tensor]:
+    """Of the sum over all ranks' rows of weights [N] times losses: over the scale for x and y, for scale and bias."""
+    rows = x.shape[0]
+    me = ranks.me()
+    ids, positives, exclude, smoothing = pairs
+    of_x, of_y = in_float32(torch.zeros_like(x)), in_float32(torch.zeros_like(y))
+    of_scale, of_bias = (widest(torch.zeros_like(scale)) for _ in range(2))
+    if rows:
+        own = ranks.columns_of(positives, me), ranks.columns_of(exclude, me)
+        arguments = (smoothing, weights, ids, ids, *own, 0, wanted)
+        _, (own_x, own_y), of_scale, of_bias = ops.siglip_pairs(x, y, scale, bias, *arguments)
+        of_x = own_x if wanted[0] else of_x
+        of_y = own_y if wanted[1] else of_y
+    if ranks.group is not None:
+        of_x, of_y = in_float32(of_x), in_float32(of_y)
+    given = (x, y, ids, positives, exclude, weights)
+    for rank, (xs, ys, their_ids, their_positives, their_exclude, their_weights) in ranks.others(*given):
+        theirs = ranks.columns_of(positives, rank), ranks.columns_of(exclude, rank)
+        arguments = (smoothing, weights, ids, their_ids, *theirs, -rows, [wanted[0], False])
+        _, (part, _), scale_part, bias_part = ops.siglip_pairs(x, ys, scale, bias, *arguments)
+        of_scale = of_scale + scale_part
+        of_bias = of_bias + bias_part
+        if wanted[0]:
+            of_x = of_x + part
+        if wanted[1]:
+            mine = ranks.columns_of(their_positives, me), ranks.columns_of(their_exclude, me)
+            arguments = (smoothing, their_weights, their_ids, ids, *mine, -xs.shape[0], [False, True])
+            of_y = of_y + ops.siglip_pairs(xs, y, scale, bias, *arguments)[1][1]
+    return [of_x, of_y, of_scale, of_bias]
+
+
+class _LossesOfRows(torch.autograd.Function):
+    """Differentiable for x, y, scale and bias; a Function as transforms of torch.func take them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        ids: Tensor | None,
+        positives: Tensor | None,
+        exclude: Tensor | None,
+        smoothing: Tensor,
+        ranks: Ranks,
+    ) -> Tensor:
+        return _losses(x, y, scale, bias, Pairs(ids, positives, exclude, smoothing), ranks)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.ranks = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        if not transforms.active():
+            refuse_second_order("siglip_loss")
+        x, y, scale, bias, *options = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:2])
+        found = _gradients(x, y, scale, bias, upstream, Pairs(*options), ctx.ranks, wanted)
+        factors = (in_float32(scale), in_float32(scale), 1.0, 1.0)
+        given = (x, y, scale, bias)
+        gradients = []
+        for gradient, factor, like, want in zip(found, factors, given, ctx.needs_input_grad[:4], strict=True):
+            scaled = (gradient * factor).to(like.dtype) if want else None
+            gradients.append(scaled if scaled is None else transforms.once("siglip_loss", scaled, *given))
+        return *gradients, None, None, None, None, None
+
+
+def losses_of_rows(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, sizes: list[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    """[N], in the widest dtype: this rank's rows' losses against all ranks' columns."""
+    given = (x, y, scale, bias)
+    refuse_forward_mode("siglip_loss", given)
+    if not any(needs_gradient(z) for z in given):
+        return _losses(x, y, scale, bias, pairs, Ranks(sizes, group))
+    return _LossesOfRows.apply(*given, *pairs, Ranks(sizes, group))

@@ -1,0 +1,118 @@
+"""Losses whose call is all that costs, of a few rows above all: one call of C++ for the loss and its gradients.
+
+Only where nothing but a plain loss is asked for, of plain tensors that fit one another (C++ looks), and nobody watches
+operators (`fastjem.ops.direct`). Everything else, mistakes too, goes the long way, which is right for all: these
+functions then return None.
+"""
+# pyright: reportPossiblyUnboundVariable=false
+
+import math
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from fastjem.functional.checks import PLAIN
+from fastjem.kernels.native import Found
+from fastjem.ops.autograd import found
+from fastjem.ops.direct import nothing_watches
+
+try:
+    from fastjem.kernels.contrastive import small
+    from fastjem.kernels.predictive.cpu import negative_cosine_of_plain, regression_of_plain
+    from fastjem.kernels.supervised.cpu import cross_entropy_of_plain
+except ImportError:
+    _is_built = False
+else:
+    _is_built = True
+
+_NUMBERS = (torch.float32, torch.float64)
+
+
+def _may_be(*tensors: object) -> bool:
+    """Whether all are tensors and nobody watches."""
+    return _is_built and nothing_watches() and all(isinstance(x, Tensor) for x in tensors)
+
+
+def _is_positive(number: object) -> TypeGuard[float]:
+    return type(number) is float and 0 < number < math.inf
+
+
+def _asked(*inputs: Tensor) -> list[bool]:
+    recording = torch.is_grad_enabled()
+    return [recording and x.requires_grad for x in inputs]
+
+
+def _loss(name: str, result: Found | None, *inputs: Tensor) -> Tensor | None:
+    return None if result is None else found(name, result.loss, inputs, result.gradients, result.factors)
+
+
+def of_views(
+    name: str,
+    z0: Tensor,  # [N, D], or [V, N, D] alone
+    z1: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    labels: Tensor | None = None,
+    normalize: bool = True,
+    decoupled: bool = False,
+    one_anchor: bool = False,
+) -> Tensor | None:
+    """NT-Xent, DCL, SupCon."""
+    views = (z0,) if z1 is None else (z0, z1)
+    if not _is_positive(temperature) or not _may_be(*views) or any(z.dim() != 4 - len(views) for z in views):
+        return None
+    if z1 is None and len(z0) < 2 and name != "supcon":  # whose only view has classes for its positives
+        return None
+    options = {"labels": labels, "normalize": normalize, "decoupled": decoupled, "one_anchor": one_anchor}
+    return _loss(name, small.of_views(views, temperature, _asked(*views), **options), *views)
+
+
+def info_nce(
+    query: Tensor, positive: Tensor, negatives: Tensor, temperature: float | Tensor, offset: int | None
+) -> Tensor | None:
+    if not _is_positive(temperature) or not _may_be(query, positive, negatives):
+        return None
+    if query.dim() != 2 or negatives.dim() != 2 or not (offset is None or type(offset) is int):
+        return None
+    inputs = (query, positive, negatives)
+    at = -query.shape[0] if offset is None else offset
+    return _loss("info_nce", small.info_nce(*inputs, at, temperature, _asked(*inputs)), *inputs)
+
+
+def _is_number(x: object) -> TypeGuard[Tensor]:
+    """A 0-dim tensor that can be read without waiting for a device."""
+    return isinstance(x, Tensor) and x.dim() == 0 and x.dtype in _NUMBERS and x.is_cpu and type(x) in PLAIN
+
+
+def clip_loss(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor | None:
+    if not _is_number(scale) or not _may_be(x, y) or x.dim() != 2:
+        return None
+    return _loss("clip_loss", small.of_pairs(x, y, scale, None, _asked(x, y, scale)), x, y, scale)
+
+
+def siglip_loss(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor | None:
+    if not (_is_number(scale) and _is_number(bias)) or not _may_be(x, y) or x.dim() != 2:
+        return None
+    return _loss("siglip_loss", small.of_pairs(x, y, scale, bias, _asked(x, y, scale, bias)), x, y, scale, bias)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor | None:
+    if type(ignore_index) is not int or not _may_be(logits, labels):
+        return None
+    return _loss("cross_entropy", cross_entropy_of_plain(logits, labels, ignore_index, _asked(logits)), logits)
+
+
+def negative_cosine(p: Tensor, z: Tensor, eps: float) -> Tensor | None:
+    if not _is_positive(eps) or not _may_be(p, z):
+        return None
+    return _loss("negative_cosine", negative_cosine_of_plain(p, z, eps, _asked(p, z)), p, z)
+
+
+def regression(prediction: Tensor, target: Tensor, beta: float, normalize: bool, eps: float) -> Tensor | None:
+    if type(beta) is not float or not 0 <= beta < math.inf or not _is_positive(eps) or type(normalize) is not bool:
+        return None
+    if not _may_be(prediction, target):
+        return None
+    options = (beta, normalize, eps)
+    return _loss("regression", regression_of_plain(prediction, target, *options, _asked(prediction)), prediction)
