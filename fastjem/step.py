@@ -107,7 +107,7 @@ class Step(nn.Module):
     def teacher_and_student(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters of all momentum copies, and those that they follow."""
         live = self._live()
-        teacher = [p for module in self.teacher.values() for p in module.parameters()]
+        teacher: list[Tensor] = [p for module in self.teacher.values() for p in module.parameters()]
         return teacher, [p for name in self.teacher for p in live[name].parameters()]
 
 

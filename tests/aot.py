@@ -175,19 +175,8 @@ def _optimizer(op: str, elements: int, parameter: str, gradient: str) -> Case:
         else:
             optimizers.adamw_([p], [g], [first], [second], [torch.zeros(())], [teacher], *rest, *factors)
 
-    of_squares = {
-        ("fp32", "fp32"): (4, 0),
-        ("fp32", "bf16"): (3, 0),
-        ("fp32", "fp16"): (3, 0),
-        ("fp64", "fp64"): (8, 0),
-    }
-    return Case(
-        op,
-        str(elements),
-        f"{parameter} <- {gradient}",
-        call,
-        of_squares[parameter, gradient] if op == "lars_" else (0, 0),
-    )
+    loads = {"fp32": 4, "bf16": 3, "fp16": 3, "fp64": 8}[gradient] if op == "lars_" else 0  # of the squares' kernel
+    return Case(op, str(elements), f"{parameter} <- {gradient}", call, (loads, 0))
 
 
 def _ema_update(elements: int, teacher: str, student: str, vectors: tuple[int, int], offset: int = 0) -> Case:

@@ -34,6 +34,8 @@ def small(op: str) -> Case:
     """The family's formulas at a size that takes no time."""
     families = {
         "ema_update_": lambda: all_cases.weights.case("3 tensors", [(5, 3), (7,), ()], torch.bfloat16),
+        "adamw_": lambda: all_cases.optimizers.case("adamw_", "3 tensors", [(5, 3), (7,), (2, 2)]),
+        "lars_": lambda: all_cases.optimizers.case("lars_", "3 tensors", [(5, 3), (7,), (2, 2)]),
         "cross_entropy": lambda: all_cases.supervised.case(9, 11),
         "negative_cosine": lambda: all_cases.predictive.case(9, 11, both=True),
         "nt_xent": lambda: all_cases.contrastive.nt_xent_case(9, 11),
@@ -59,7 +61,18 @@ def small(op: str) -> Case:
     return families[op]()
 
 
-OPS = ("ema_update_", "cross_entropy", "negative_cosine", "nt_xent", "info_nce", "sinkhorn", "swav", "dino")
+OPS = (
+    "ema_update_",
+    "adamw_",
+    "lars_",
+    "cross_entropy",
+    "negative_cosine",
+    "nt_xent",
+    "info_nce",
+    "sinkhorn",
+    "swav",
+    "dino",
+)
 OPS += ("barlow_twins", "vicreg", "nearest_neighbors", "clip_loss", "siglip_loss", "sinkhorn_bias")
 OPS += ("kmeans_step", "nearest_k", "gram_loss", "regression_rows", "simdino")
 OPS += ("prototype_head_cross_entropy", "koleo", "mean_entropy")

@@ -436,3 +436,17 @@ MISTAKES = [
 def test_mistakes_are_told(make, message):
     with pytest.raises(ValueError, match=message):
         make(nn.Parameter(torch.zeros(3)))
+
+
+def test_a_copy_of_an_optimizer_goes_on():
+    """Pickled and deepcopied optimisers have no teacher, and all else."""
+    model = network()
+    optimizer = optim.AdamW(groups_of(model))
+    optimizer.attach_teacher(copy.deepcopy(model).parameters(), model.parameters())
+    differentiate(model, 0)
+    optimizer.step()
+    other, of_other = copy.deepcopy((model, optimizer))
+    for one, its in ((model, optimizer), (other, of_other)):
+        differentiate(one, 1)
+        its.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))

@@ -49,14 +49,19 @@ def train(model: nn.Module, teacher: nn.Module, optimizer: optim.Fused, rank: in
 
 
 def check_rank(rank: int, store: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     torch.set_num_threads(1)
     wait = timedelta(seconds=20)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
-    mesh = init_device_mesh("cpu", (2,))
+    check(rank, 2)
+    dist.destroy_process_group()
+
+
+def check(rank: int, ranks: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks,))
     for make in OPTIMIZERS.values():
         whole, sharded = network(), network()
         teachers = copy.deepcopy(whole), copy.deepcopy(sharded)
@@ -64,7 +69,7 @@ def check_rank(rank: int, store: str) -> None:
             fully_shard(model, mesh=mesh)
         train(whole, teachers[0], make(groups_of(whole)), 0, 1)
         optimizer = make(groups_of(sharded))
-        train(sharded, teachers[1], optimizer, rank, 2)
+        train(sharded, teachers[1], optimizer, rank, ranks)
         for one, other in ((whole, sharded), teachers):
             for p, q in zip(one.parameters(), other.parameters(), strict=True):
                 torch.testing.assert_close(q.full_tensor(), p, rtol=1e-5, atol=1e-6)
@@ -74,8 +79,16 @@ def check_rank(rank: int, store: str) -> None:
     sharded(torch.ones(2, 5)).sum().backward()
     with pytest.raises(ValueError, match="LARS: a parameter, its gradient and its teacher must be sharded alike, got"):
         optimizer.step()
-    dist.destroy_process_group()
 
 
+def test_one_rank_with_shards_is_one_without():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        check(0, 1)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.exhaustive
 def test_shards_are_updated_as_one_rank_would(tmp_path: Path) -> None:
     mp.spawn(check_rank, (str(tmp_path / "store"),), nprocs=2)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastjem.optim.fused import LARS, SGD, AdamW, Fused
+from fastjem.optim.adamw import AdamW
+from fastjem.optim.fused import Fused
+from fastjem.optim.momentum import LARS, SGD
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 

@@ -1,5 +1,5 @@
-"""LARS, SGD and AdamW that update all parameters in one pass, and the momentum copy of the network (the teacher) with
-them: one read and one write of each parameter for both.
+"""What LARS, SGD and AdamW share: they update all parameters in one pass, and the momentum copy of the network (the
+teacher) with them, by one read and one write of each parameter for both.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,13 +12,11 @@ from fastjem.functional import checks
 from fastjem.functional.checks import PLAIN
 from fastjem.functional.memory import check_update
 from fastjem.functional.weights import ema_update_
-from fastjem.kernels import guard
 from fastjem.kernels.arithmetic import widest_dtype
-from fastjem.ops.autograd import ops
-from fastjem.optim.sharded import Sharding, local, sharding_of, sum_over_shards
+from fastjem.optim.sharded import Sharding, local, sharding_of
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """One call of the operator: parameters on one device, sharded alike. What they are made of doesn't change while
     addresses don't.
     """
@@ -35,28 +33,36 @@ class _Call(NamedTuple):
 
 class _Plan(NamedTuple):
     addresses: tuple
-    calls: list[_Call]
+    calls: list[Call]
     rest: list[tuple[Tensor, Tensor]]  # teachers and students that no operator of the optimiser takes
 
 
 class Fused(torch.optim.Optimizer):
-    """What LARS, SGD and AdamW share: gathering tensors, the teacher, DTensors, checks before anything is written."""
+    """An optimiser in one operator: tensors are gathered, and checked before anything is written. See `LARS`.
+
+    Subclasses say what a group's settings are, which states there are, and what is called.
+    """
 
     _step_supports_amp_scaling = (
         True  # torch's GradScaler then gives `grad_scale` and `found_inf`, and looks at neither
     )
-    _adapts = 0
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
+        self._begin()
+        super().__init__(params, defaults)
+
+    def _begin(self) -> None:
         self._pairs: dict[Tensor, Tensor] = {}  # student -> teacher
         self._others: list[tuple[Tensor, Tensor]] = []  # teacher and student, where another teacher has the student
         self._teacher_momentum: float | Tensor = 0.0
         self._plan: _Plan | None = None
         self._settings: dict[torch.device, tuple[list, Tensor]] = {}
         self._captured: list[Tensor] = []  # settings that a CUDA graph reads at every replay, so they are never freed
-        super().__init__(params, defaults)
-        for group in self.param_groups:
-            self._check(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_pairs" not in self.__dict__:  # a copy, or one from a pickle, which has no teacher
+            self._begin()
 
     def attach_teacher(
         self, teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float | Tensor = 0.99
@@ -91,8 +97,6 @@ class Fused(torch.optim.Optimizer):
             checks.number(op, "teacher momentum", momentum, low=0, high=1, inclusive=True)
         self._pairs, self._others, self._teacher_momentum, self._plan = pairs, others, momentum, None
 
-    @torch.compiler.disable
-    @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], Any] | None = None, *, teacher_momentum: float | Tensor | None = None
     ) -> Any:
@@ -109,6 +113,12 @@ class Fused(torch.optim.Optimizer):
         momentum = self._teacher_momentum if teacher_momentum is None else teacher_momentum
         if teacher_momentum is not None and (self._pairs or self._others):
             checks.number(type(self).__name__, "teacher momentum", momentum, low=0, high=1, inclusive=True)
+        with torch.no_grad():
+            self._take(momentum)  # pyright: ignore[reportAttributeAccessIssue]
+        return loss
+
+    @torch.compiler.disable
+    def _take(self, momentum: float | Tensor) -> None:
         plan = self._planned()
         for call in plan.calls:
             settings = self._settings_on(call.local[0].device, momentum)
@@ -117,7 +127,6 @@ class Fused(torch.optim.Optimizer):
             torch.autograd.graph.increment_version([x for tensors in written for x in tensors])
         if plan.rest:
             ema_update_([teacher for teacher, _ in plan.rest], [student for _, student in plan.rest], momentum)
-        return loss
 
     def _planned(self) -> _Plan:
         """The calls of this step: the last step's, where every tensor is where it was then."""
@@ -130,7 +139,7 @@ class Fused(torch.optim.Optimizer):
                         checks.fail(type(self).__name__, "gradients must be dense", p.grad.layout)
                     parameters.append(p)
                     groups.append(number)
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         states, steps = self._states_of(parameters, groups)
         every = [*parameters, *gradients, *self._pairs.values(), *steps]
         for one in states:
@@ -163,12 +172,12 @@ class Fused(torch.optim.Optimizer):
             members.sort(key=lambda i: parameters[i] not in self._pairs)  # those with a teacher first, as they stood
             chosen = [parameters[i] for i in members]
             calls.append(
-                _Call(
+                Call(
                     chosen,
                     [local(p) for p in chosen],
                     [local(gradients[i]) for i in members],
                     [
-                        [local(one[i]) for i in members] if has else []
+                        [local(x) for i in members if (x := one[i]) is not None] if has else []
                         for one, has in zip(states, has_states, strict=True)
                     ],
                     [steps[i] for i in members] if steps else [],
@@ -257,174 +266,5 @@ class Fused(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
-    def _update(self, call: _Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _update(self, call: Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         raise NotImplementedError
-
-
-class _Momentum(Fused):
-    """SGD with momentum, whose rate LARS adapts to each tensor."""
-
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        op = type(self).__name__
-        momentum = checks.number(op, "momentum", group["momentum"], low=0, inclusive=True)
-        if group["nesterov"] and not isinstance(momentum, Tensor) and momentum == 0:
-            checks.fail(op, "nesterov needs a momentum", momentum)
-
-    def _states_of(self, parameters: list[Tensor], groups: list[int]) -> tuple[list[list[Tensor | None]], list[Tensor]]:
-        buffers: list[Tensor | None] = []
-        has_momentum = [isinstance(group["momentum"], Tensor) or group["momentum"] != 0 for group in self.param_groups]
-        for p, group in zip(parameters, groups, strict=True):
-            if not has_momentum[group]:
-                buffers.append(None)
-                continue
-            state = self.state[p]
-            buffer = state.get("momentum_buffer")
-            if buffer is None:
-                buffer = state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            buffers.append(buffer)
-        return [buffers], []
-
-    def _update(self, call: _Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        norms = None
-        with guard.checked_already():
-            if call.sharding is not None and self._adapts:
-                norms = ops.lars_norms(call.local, call.gradients, settings, call.groups, grad_scale)
-        if norms is not None and call.sharding is not None:
-            norms = sum_over_shards(norms, call.sharding)
-        with guard.checked_already():
-            ops.lars_(
-                call.local, call.gradients, call.states[0], call.teachers, settings, call.groups, norms, grad_scale,
-                found_inf,
-            )  # fmt: skip
-
-
-class SGD(_Momentum):
-    """`p -= lr * b`, with `b = momentum * b + g + weight_decay * p`; nesterov: `p -= lr * (g + weight_decay * p +
-    momentum * b)`. torch's, in one pass, and its state is torch's.
-
-    Args:
-        params: parameters or groups of them, float32 or float64. DTensors are updated shard by shard.
-        lr, momentum, weight_decay: numbers or 0-dim tensors. What is on the parameters' device is never read on the
-            host, so that schedules need no synchronisation and CUDA graphs follow them.
-        nesterov: see above.
-
-    Raises:
-        ValueError: for negative numbers.
-    """
-
-    _adapts = 0
-
-    def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, *, momentum: float | Tensor = 0.0,
-        weight_decay: float | Tensor = 0.0, nesterov: bool = False,
-    ):  # fmt: skip
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "dampening": 0}
-        super().__init__(params, defaults)
-
-    def _row(self, group: dict[str, Any], teacher_momentum: float | Tensor) -> list[Any]:
-        given = group["lr"], group["momentum"], group["weight_decay"], teacher_momentum
-        return [*given, 0.0, 0.0, float(group["nesterov"]), 0.0, 0.0, 0.0]
-
-
-class LARS(_Momentum):
-    """SGD with momentum whose rate is adapted to each tensor (You et al. 2017, arXiv 1708.03888, equation 6):
-
-        ratio = trust_coeff * |p| / (|g| + weight_decay * |p| + eps)
-        b = momentum * b + ratio * (g + weight_decay * p);  p -= lr * b
-
-    The names and numbers of timm's `Lars`, and its state. Groups without weight decay (biases, norms) aren't adapted,
-    as SimCLR, BYOL and VICReg leave them out; nor are tensors of zeros, or with a gradient of zeros. Norms of DTensors
-    are those of the whole parameter: each rank sums its shard, and one small all-reduce a step adds them.
-
-    Args:
-        params, lr, momentum, weight_decay, nesterov: as of `SGD`.
-        trust_coeff: 0.001, as in SimCLR's and BYOL's code.
-        eps: beside the norms.
-        trust_clip: rates are only made smaller (LARC): `ratio = min(ratio / lr, 1)`.
-        always_adapt: groups without weight decay too.
-        decay_in_norm: `|g + weight_decay * p|` in place of `|g| + weight_decay * |p|`, as the code of SimCLR, BYOL and
-            Barlow Twins has it.
-
-    Raises:
-        ValueError: for negative numbers.
-    """
-
-    _adapts = 1
-
-    def __init__(
-        self, params: Any, lr: float | Tensor = 1.0, *, momentum: float | Tensor = 0.9,
-        weight_decay: float | Tensor = 0.0, nesterov: bool = False, trust_coeff: float | Tensor = 0.001,
-        eps: float = 1e-8, trust_clip: bool = False, always_adapt: bool = False, decay_in_norm: bool = False,
-    ):  # fmt: skip
-        defaults = {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "dampening": 0,
-            "trust_coeff": trust_coeff, "eps": eps, "trust_clip": trust_clip, "always_adapt": always_adapt,
-            "decay_in_norm": decay_in_norm,
-        }  # fmt: skip
-        super().__init__(params, defaults)
-
-    def _row(self, group: dict[str, Any], teacher_momentum: float | Tensor) -> list[Any]:
-        given = group["lr"], group["momentum"], group["weight_decay"], teacher_momentum
-        flags = group["nesterov"], 2 if group["always_adapt"] else 1, group["trust_clip"], group["decay_in_norm"]
-        return [*given, group["trust_coeff"], group["eps"], *map(float, flags)]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("decay_in_norm", False)  # timm's has none
-
-
-class AdamW(Fused):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101); torch's, and its state is torch's.
-
-        m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g^2
-        p = (1 - lr * weight_decay) * p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
-
-    Args:
-        params, lr, weight_decay: as of `SGD`.
-        betas: numbers or 0-dim tensors.
-        eps: beside the root.
-
-    Raises:
-        ValueError: for negative numbers, and betas of 1 or more.
-    """
-
-    def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8, weight_decay: float | Tensor = 1e-2,
-    ):  # fmt: skip
-        # What is fused or capturable has its steps on the parameter's device when a state is loaded.
-        kept = {"amsgrad": False, "maximize": False, "fused": True, "capturable": True}
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **kept}
-        super().__init__(params, defaults)
-
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        for i, beta in enumerate(group["betas"]):
-            value = checks.number("AdamW", f"betas[{i}]", beta, low=0, high=1, inclusive=True)
-            if not isinstance(value, Tensor) and value == 1:
-                checks.fail("AdamW", f"betas[{i}] must be less than 1", beta)
-
-    def _row(self, group: dict[str, Any], teacher_momentum: float | Tensor) -> list[Any]:
-        return [group["lr"], *group["betas"], group["eps"], group["weight_decay"], teacher_momentum]
-
-    def _states_of(self, parameters: list[Tensor], groups: list[int]) -> tuple[list[list[Tensor | None]], list[Tensor]]:
-        averages, squares, steps = [], [], []
-        for p in parameters:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            averages.append(state["exp_avg"])
-            squares.append(state["exp_avg_sq"])
-            steps.append(state["step"])
-        return [averages, squares], steps
-
-    def _update(self, call: _Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        with guard.checked_already():
-            ops.adamw_(
-                call.local, call.gradients, *call.states, call.steps,
-                call.teachers, settings, call.groups, grad_scale, found_inf,
-            )  # fmt: skip

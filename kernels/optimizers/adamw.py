@@ -151,5 +151,8 @@ def adamw_(
             device_of=settings,
         )
     for i in plan.others:
-        of_one = [one[i : i + 1] for one in (parameters, gradients, averages, squares, steps, teachers)]
-        reference.adamw_(*of_one, settings, groups[i : i + 1], grad_scale, found_inf)
+        one = slice(i, i + 1)
+        reference.adamw_(
+            parameters[one], gradients[one], averages[one], squares[one], steps[one], teachers[one], settings,
+            groups[one], grad_scale, found_inf,
+        )  # fmt: skip

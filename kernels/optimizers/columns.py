@@ -1,6 +1,6 @@
 """The columns of `settings`: what a group of parameters has, as numbers."""
 
-LARS = (
+LARS: tuple[str, ...] = (
     "lr",
     "momentum",
     "weight_decay",
@@ -12,4 +12,4 @@ LARS = (
     "trust_clip",  # 0 or 1: a rate is only ever made smaller
     "decay_in_norm",  # 0 or 1: the norm is of gradient and decay together, in place of the sum of both norms
 )
-ADAMW = ("lr", "beta1", "beta2", "eps", "weight_decay", "teacher_momentum")
+ADAMW: tuple[str, ...] = ("lr", "beta1", "beta2", "eps", "weight_decay", "teacher_momentum")

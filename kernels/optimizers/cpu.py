@@ -81,7 +81,7 @@ def _all_laid_out_alike(parameters: list[Tensor], *others: Sequence[Tensor]) -> 
 
 
 def _table(
-    lists: list[Sequence[Tensor]], parameters: list[Tensor], gradients: list[Tensor], groups: list[int]
+    lists: Sequence[Sequence[Tensor]], parameters: list[Tensor], gradients: list[Tensor], groups: list[int]
 ) -> np.ndarray:
     """[P, columns] int64, a tensor a line: addresses from the lists (0 beyond a list's end), elements, both dtypes,
     the group.

@@ -245,6 +245,9 @@ def lars_(
             device_of=settings,
         )
     for i in plan.others:
-        of_one = [one[i : i + 1] for one in (parameters, gradients, buffers, teachers)]
-        given = None if norms is None else norms[i : i + 1]
-        reference.lars_(*of_one, settings, groups[i : i + 1], given, grad_scale, found_inf)
+        one = slice(i, i + 1)
+        given = None if norms is None else norms[one]
+        reference.lars_(
+            parameters[one], gradients[one], buffers[one], teachers[one], settings, groups[one], given, grad_scale,
+            found_inf,
+        )  # fmt: skip

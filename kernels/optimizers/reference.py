@@ -1,5 +1,7 @@
 """The specification of the optimisers; conventions are in `__init__.py`."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def lars_(
             _follow(teachers[i], p, of["teacher_momentum"])
 
 
-def _ratio(of: dict[str, Tensor], norms: Tensor) -> Tensor:
+def _ratio(of: Mapping[str, Tensor], norms: Tensor) -> Tensor:
     """Of a tensor's rate to its group's, 0-dim."""
     parameter, gradient = norms.sqrt().unbind()
     decay = torch.where(of["decay_in_norm"] != 0, 0, of["weight_decay"])  # what the norm lacks of it

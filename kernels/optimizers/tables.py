@@ -96,7 +96,10 @@ def _plan(
             where += [0] * (5 - len(where))
             step = steps[i] if steps else 0
             lines.setdefault((dtypes[i], dtypes[counts[0] + i], aligned), []).append([*where, step, size, groups[i], i])
-    return Plan([Batch(*key, *_tables(of, device)) for key, of in lines.items()], others)
+    batches = [
+        Batch(dtype, gradient, aligned, *_tables(of, device)) for (dtype, gradient, aligned), of in lines.items()
+    ]
+    return Plan(batches, others)
 
 
 def _layout(size: Sequence[int], stride: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -29,7 +29,7 @@ def with_objects(make: Callable[[list[dict], Lists, Lists], Callable[[], object]
         if key not in steps:
             if values[0].is_cpu:
                 steps.clear()  # the first call's, on a copy of the inputs
-            parameters = [nn.Parameter(x) for x in values]
+            parameters: Lists = [nn.Parameter(x) for x in values]
             for p, g in zip(parameters, gradients, strict=True):
                 p.grad = g
             groups = [
@@ -92,11 +92,11 @@ def timm_lars() -> Callable:
     return with_objects(lambda groups, *lists: behind(Lars(groups), *lists), OPTIONS["lars_"])
 
 
-def ours(kind: type[optim.Fused]) -> Callable[[list[dict], Lists, Lists], Callable[[], object]]:
+def ours(kind: type[optim.AdamW] | type[optim.LARS]) -> Callable[[list[dict], Lists, Lists], Callable[[], object]]:
     def make(groups: list[dict], teachers: Lists, parameters: Lists) -> Callable[[], object]:
         optimizer = kind(groups)
         optimizer.attach_teacher(teachers, parameters, MOMENTUM)
-        return optimizer.step
+        return lambda: optimizer.step()
 
     return make
 
