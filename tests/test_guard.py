@@ -11,7 +11,7 @@ from test_operators import sample_arguments
 
 import fastjem.functional as F
 from fastjem import ops
-from fastjem.kernels import guard
+from fastjem.kernels import guard, shapes
 
 
 def replaced(arguments, number, change):
@@ -96,7 +96,7 @@ FITTING = {
 
 
 @pytest.mark.parametrize("change", [one_row_less, one_column_less, flattened], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("op", guard.SHAPES)
+@pytest.mark.parametrize("op", shapes.SHAPES)
 def test_shapes_that_do_not_fit_are_refused(op, change):
     """Of a raw operator, past the checks of the public function."""
     arguments = sample_arguments("cpu")[op]
@@ -135,7 +135,7 @@ def test_sinkhorn_of_no_rows_adds_nothing_to_the_other_ranks(implementation):
 
 
 def test_every_operator_with_a_kernel_says_what_its_arguments_must_be():
-    assert set(guard.SHAPES) == {name for name, operator in ops.OPERATORS.items() if operator.cpu or operator.gpu}
+    assert set(shapes.SHAPES) == {name for name, operator in ops.OPERATORS.items() if operator.cpu or operator.gpu}
 
 
 def test_a_public_function_refuses_freed_memory():

@@ -91,7 +91,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             [4, 1, 6],
             labels,
             labels[[0, 1, 2, 0, 1, 3]],
-            x(2, 3) > 0,
+            x(4, 6) > 0,
             x(4),
             x(6),
             True,
