@@ -212,8 +212,9 @@ KINDS_MAY_DIFFER = {
     (op, i) for op in ("clip_loss_backward", "similarity_logsumexp_backward") for i in (0, 1)
 }  # fmt: skip
 # (operator, number of the poisoned tensor, value) that are no input. A log-sum-exp of -inf is one of no logits at all,
-# and there are logits; an infinite scale is a temperature of 0; a rate and a weight decay are finite; and the slope of a log-sum-exp, an upstream gradient,
-# meets probabilities that are 0 in float32 and tiny numbers in the specification's float64.
+# and there are logits; an infinite scale is a temperature of 0; a rate and a weight decay are finite; and the slope of
+# a log-sum-exp, an upstream gradient, meets probabilities that are 0 in float32 and tiny numbers in the specification's
+# float64.
 NO_INPUT = {
     *(
         (op, i, "-inf")

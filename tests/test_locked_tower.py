@@ -1,4 +1,4 @@
-"""A tower that needs no gradient costs no product: the FLOPs of a loss and its backward, by the shapes of its products."""
+"""A tower that needs no gradient costs no product, by the FLOPs of a loss's and its backward's products."""
 
 import pytest
 import torch

@@ -84,7 +84,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             x(4, 9) > 0.5,
             2,
             [True, False],
-        ),  # fmt: skip
+        ),
         "similarity_logsumexp": (
             x(4, 7),
             x(6, 7),
