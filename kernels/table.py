@@ -10,3 +10,4 @@ class Operator:
     schema: str  # torch.library's, without the name
     cpu: bool = False  # whether the family's `cpu.py` has a function of that name, which calls C++
     gpu: bool = False  # whether its `gpu.py` has one, which launches Triton kernels
+    tiles: tuple[str, ...] = ()  # of "cpu" and "cuda", where these call no kernel but torch's products of tiles

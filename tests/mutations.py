@@ -97,7 +97,7 @@ CPU = [
         "- 0.999f * y[j] * target",
     ),
     Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
-    Mutation("regression", "csrc/predictive/regression.h", "size < beta ?", "size < 2 * beta ?"),
+    Mutation("regression", "csrc/predictive/regression.h", "squares / d + eps", "squares / (d + 1) + eps"),
     Mutation("regression_rows", "csrc/predictive/regression.h", "row_weight * loss", "loss"),
     Mutation("characteristic", "csrc/gaussian/characteristic.h", "((quadrant + 1) & 2)", "((quadrant) & 2)"),
     Mutation(

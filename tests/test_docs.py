@@ -78,11 +78,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_table_of_what_is_there_is_true():
     from fastjem import ops
 
+    tiles = {"torch": "torch (products of tiles)"}
+    cells = {
+        "cpu": {"yes": "C++", "no": "reference (no C++ kernel yet)", **tiles},
+        "cuda": {"yes": "Triton", "no": "reference (no Triton kernel yet)", **tiles},
+    }
     for row in re.findall(r"^\| `.*$", (ROOT / "README.md").read_text(), re.MULTILINE):
         names, reference, cpu, cuda = (cell.strip() for cell in row.strip("|").split("|"))
         assert reference == "yes"
         for name in re.findall(r"`(\w+)`", names):
-            assert ops.implementations()[name] == {
-                "cpu": "C++" if cpu == "yes" else "reference (no C++ kernel yet)",
-                "cuda": "Triton" if cuda == "yes" else "reference (no Triton kernel yet)",
-            }, name
+            assert ops.implementations()[name] == {"cpu": cells["cpu"][cpu], "cuda": cells["cuda"][cuda]}, name

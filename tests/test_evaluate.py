@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("temperature", [0.07, 0.001])
 def test_knn_is_the_vote_of_all_similarities(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjem.probes.BANK", 17)
+    monkeypatch.setattr("fastjem.probes.QUERIES", 17)
     random = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(70, 5, generator=random), torch.randn(30, 5, generator=random)
     labels = torch.randint(4, (70,), generator=random)

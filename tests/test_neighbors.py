@@ -79,6 +79,17 @@ def test_a_centroid_without_rows_stays_and_of_equal_ones_the_first_is_taken(op, 
     torch.testing.assert_close(opposite.centroids, first[:1])  # two rows that sum to 0
 
 
+@pytest.mark.parametrize("op", ["kmeans_step"])
+def test_values_of_kmeans_far_from_the_origin(op, implementation):
+    """Differences of squares would be as large as the differences of distances, and send one row in six elsewhere."""
+    x = (drawn(60 if INTERPRETING else 800, 8) + 1000).float().to(implementation.device)
+    found = F.kmeans(x, x[:20].clone(), iterations=0, spherical=False)
+    distances = (x.double()[:, None] - x[:20].double()).square().sum(2)
+    chosen = distances.gather(1, found.assignments[:, None])[:, 0]
+    assert (chosen - distances.amin(1) < 1e-2).all()
+    assert found.inertia.item() == pytest.approx(distances.amin(1).sum().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("init", ["random", "k-means++"])
 def test_first_centroids_are_different_rows_and_the_generators(init):
     x = drawn(60, 4).float()
@@ -158,3 +169,7 @@ def test_values_of_votes_are_wu_et_als(op, implementation):
         shares = F.knn_votes(*inputs, classes=7, k=15, temperature=temperature).cpu()
         torch.testing.assert_close(shares, votes / votes.sum(1, keepdim=True), rtol=1e-6, atol=1e-8)
     assert F.knn_votes(*inputs, classes=7, temperature=1e-4).isfinite().all()
+    for label in (-1, 7):
+        labels[40] = label
+        with pytest.raises(ValueError, match=rf"knn_votes: labels must be in \[0, 7\), got {label} at 40"):
+            F.knn_votes(query, bank, labels, classes=7)

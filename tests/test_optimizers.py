@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -234,13 +235,15 @@ def test_norms_are_right_for_tiny_and_large_numbers(op, implementation):
 
 
 @lars
-def test_update_has_the_same_bits_for_any_number_of_threads(op, implementation):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update_has_the_same_bits_for_any_number_of_threads(op, dtype, implementation):
+    """In float64 it is seen whether the squares were added in other parts: those of large tensors, by all threads."""
     results = []
     for threads in (1, 2, 3):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        shapes = [(300_001,), (7,), (40_000,)]
-        p, g, b = (tensors(i, implementation.device, shapes=shapes) for i in range(3))
+        shapes = [(150_001,), (7,), (150_003,), (40_000,)]
+        p, g, b = (tensors(i, implementation.device, dtype, shapes=shapes) for i in range(3))
         call("lars_", p, g, b, [], [], implementation.device)
         torch.set_num_threads(before)
         results.append(torch.cat(p).cpu())
@@ -421,6 +424,61 @@ def test_nothing_is_written_where_something_is_wrong():
     assert not p.any()
 
 
+def test_gradients_are_freed_between_steps():
+    """Nothing of the optimiser holds what `zero_grad` lets go: a step needs the memory of one set of gradients."""
+    for make in (optim.LARS, optim.SGD, optim.AdamW):
+        model = network()
+        optimizer = make(model.parameters())
+        differentiate(model, 0)
+        optimizer.step()
+        gradients = [weakref.ref(p.grad) for p in model.parameters()]
+        optimizer.zero_grad()
+        assert not any(gradient() is not None for gradient in gradients)
+
+
+def as_number(step: Tensor) -> float:
+    return step.item()
+
+
+@pytest.mark.parametrize("kind", [Tensor.double, as_number, Tensor.clone])
+def test_steps_of_a_state_may_be_of_any_kind(kind):
+    """torch's are float64 where that is the default dtype, and have been numbers; a kernel reads float32."""
+    a, b = network(), network()
+    x, y = torch.optim.AdamW(a.parameters(), lr=0.01), optim.AdamW(b.parameters())
+    differentiate(a, 0)
+    x.step()
+    b.load_state_dict(a.state_dict())
+    state = copy.deepcopy(x.state_dict())
+    for of_one in state["state"].values():
+        of_one["step"] = kind(of_one["step"])
+    y.load_state_dict(state)
+    for model, optimizer in ((a, x), (b, y)):
+        differentiate(model, 1)
+        optimizer.step()
+    assert all(one["step"].dtype == torch.float32 and one["step"].item() == 2 for one in y.state.values())
+    assert y.param_groups[0]["fused"]  # torch then puts a loaded step where the parameter is
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=5e-7)
+
+
+def test_states_and_teachers_of_another_dtype_are_refused():
+    """A model that became float64 behind its first step: kernels trust the parameter's dtype."""
+    for make in (optim.LARS, optim.AdamW, optim.SGD):
+        model = network()
+        optimizer = make(model.parameters())
+        if make is optim.SGD:  # it has no states
+            optimizer.attach_teacher(copy.deepcopy(model).parameters(), model.parameters())
+        differentiate(model, 0)
+        optimizer.step()
+        model.double()
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match=r"of a torch.float64 parameter must have its dtype, got torch.float32"):
+            optimizer.step()
+        assert all(map(torch.equal, before, model.parameters()))
+
+
 MISTAKES = [
     (lambda p: optim.LARS([p], lr=-1.0), "LARS: lr must be at least 0 and finite, got -1"),
     (lambda p: optim.LARS([p], weight_decay=math.nan), "LARS: weight_decay must be at least 0 and finite, got nan"),
@@ -428,6 +486,10 @@ MISTAKES = [
     (lambda p: optim.AdamW([p], betas=(0.9, 1.0)), r"AdamW: betas\[1\] must be less than 1, got 1"),
     (lambda p: optim.AdamW([{"params": [p], "amsgrad": True}]), "AdamW: there is no amsgrad, got True"),
     (lambda p: optim.SGD([p]).attach_teacher([p], []), "SGD: teacher and student must be as many tensors, got 1 and 0"),
+    (lambda p: optim.LARS([p], trust_coeff=-1), "LARS: trust_coeff must be at least 0 and finite, got -1"),
+    (lambda p: optim.SGD([p]).attach_teacher([p.half()], [p]), "SGD: a teacher must be float32 or float64 .*, got torch.f"),
+    (lambda p: optim.SGD([p]).attach_teacher([1.0], [p]), "SGD: teacher and student must be tensors, got float and Par"),
+    (lambda p: optim.SGD([p]).attach_teacher([p.double()], [p], -1), r"SGD: teacher momentum must be in \[0, 1\], got -1"),
     (lambda p: optim.SGD([p]).attach_teacher([p], [p], 1.5), r"SGD: teacher momentum must be in \[0, 1\], got 1.5"),
 ]  # fmt: skip
 

@@ -30,6 +30,25 @@ def test_masked_rows_are_those_of_the_mask_and_each_image_counts_alike(count):
         torch.testing.assert_close(got, wanted)
 
 
+def test_capis_loss_is_made_of_a_bias_for_each_position():
+    """docs/drop-in.md's lines: codes by position, over images, of the masked patches alone."""
+    scores, predictions = drawn(6, 5, 9), drawn(6, 5, 9, seed=1).requires_grad_()
+    rows, _ = F.masked_rows(drawn(6, 5, seed=2) > 0.3)
+    bias = torch.stack([F.sinkhorn_bias(s, epsilon=0.3) for s in scores.transpose(0, 1).contiguous()])
+    logits = (scores / 0.3 + bias).flatten(0, 1)[rows]
+    chosen = predictions.flatten(0, 1)[rows]
+    loss = F.prototype_cross_entropy(
+        [chosen], [logits], student_temperature=0.12, teacher_temperature=1.0, pairs="same"
+    )
+    codes = (scores / 0.3).exp()
+    for _ in range(3):  # as CAPI's code has it: over images, then over clusters
+        codes = codes / codes.sum(0, keepdim=True)
+        codes = codes / codes.sum(2, keepdim=True)
+    truth = -(codes * (predictions / 0.12).log_softmax(2)).sum(2).flatten()[rows].mean()
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(torch.autograd.grad(loss, predictions)[0], torch.autograd.grad(truth, predictions)[0])
+
+
 def test_rows_of_no_weight_may_be_any_and_rows_out_of_range_are_refused(implementation):
     x = drawn(4, 3).float().to(implementation.device).requires_grad_()
     rows = torch.tensor([1, 3, 3, 3], device=x.device)

@@ -127,7 +127,10 @@ static void lars(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t g
       continue;
     }
     shared.add(i, x.size);
-    if (x.adapts && !given) shared_squares.add(i, x.size);
+    if (x.adapts && !given) {
+      shared_squares.end_block();  // its pieces are those of a tensor that one thread has to itself
+      shared_squares.add(i, x.size);
+    }
   }
   std::stable_sort(whole.begin(), whole.end(), [&](size_t i, size_t j) { return tensors[i].size > tensors[j].size; });
   std::vector<std::vector<size_t>> of_worker(workers);

@@ -34,6 +34,9 @@ class Pieces {
     }
   }
 
+  // What is added next begins a block.
+  void end_block() { room = 0; }
+
   size_t size() const { return pieces.size(); }
   const Piece& operator[](size_t i) const { return pieces[i]; }
 

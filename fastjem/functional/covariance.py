@@ -222,8 +222,11 @@ def tico(
         checks.matrices("tico", "z0 and z1 must be [N, D] both", z0, z1, may_be_empty=may_be_empty)
         z0, z1 = checks.common(z0, z1)
         d = z0.shape[1]
-        if covariance is not None and covariance.shape != (d, d):
-            checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
+        if covariance is not None:
+            checks.matrices("tico", f"covariance must be [{d}, {d}]", covariance)
+            if covariance.shape != (d, d):
+                checks.fail("tico", f"covariance must be [{d}, {d}]", tuple(covariance.shape))
+            checks.one_device("tico", [z0, covariance])
         beta = checks.number("tico", "beta", beta, z0, low=0, high=1, inclusive=True)
         rho = checks.number("tico", "rho", rho, z0)
         if isinstance(beta, Tensor):

@@ -23,7 +23,7 @@ def gram_loss(
         level: "image": patches of one image meet; "batch": all B P do.
         normalize: False: the rows as they are.
         negatives: of the similarities: "keep"; "clamp": those of either count as 0; "clamp_teacher": the teacher's do,
-            and the student's where both are negative.
+            and the student's where both are negative (DINOv3's code calls them remove_neg and remove_only_teacher_neg).
 
     Returns:
         0-dim float32 (float64 for float64 inputs).

@@ -10,6 +10,7 @@ from fastjem.collectives import Agreement, from_first_rank, stack_of_ranks, sum_
 from fastjem.functional import checks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import UNIT_EPS, unit_rows, widest, widest_dtype
+from fastjem.ops import transforms
 from fastjem.ops.autograd import ops
 from fastjem.ops.forward_mode import refuse_forward_mode
 
@@ -40,9 +41,10 @@ def kmeans(
     """Lloyd's k-means, spherical unless told otherwise: rows and centroids have unit length.
 
     An iteration assigns each row to its nearest centroid and makes centroids the (normalised) means of their rows; a
-    last assignment follows. Memory is O(N + K D): the matrix of distances never exists. A centroid without rows, or
-    whose rows sum to 0, stays where it is, as in DeepCluster v2's code (Caron et al. 2020, arXiv 2006.09882, appendix);
-    of several nearest centroids a row takes the first. The same call gives the same bits.
+    last assignment follows. Memory is O(N + K D): the matrix of distances never exists. A centroid without rows stays
+    where it is, as in the code of DeepCluster v2 (Caron et al. 2020, arXiv 2006.09882; main_deepclusterv2.py of SwAV's
+    repository); so does one whose rows sum to 0, which that code makes 0. Of several nearest centroids a row takes the
+    first. The same call gives the same bits.
 
     Args:
         x: [N, D], any floating-point dtype; widened a block at a time. Taken at unit length where `spherical`.
@@ -237,7 +239,8 @@ def knn_votes(
         float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: for other shapes, dtypes or options.
+        ValueError: for other shapes, dtypes or options; on the CPU, for labels out of range (on a GPU these make the
+            votes for the first or last class NaN).
     """
     op = "knn_votes"
     query, bank = _query_and_bank(op, query, bank)
@@ -246,12 +249,19 @@ def knn_votes(
         checks.fail(op, f"labels must be [{bank.shape[0]}] int64", came)
     checks.one_device(op, [bank, labels])
     classes = checks.integer(op, "classes", classes, 1)
+    inside = (labels >= 0) & (labels < classes)
+    hidden = torch.compiler.is_compiling() or transforms.active()  # nobody can look at a value
+    if labels.is_cpu and not hidden and not inside.all():
+        i = int(inside.logical_not().nonzero()[0, 0])
+        checks.fail(op, f"labels must be in [0, {classes})", f"{labels[i].item()} at {i}")
     temperature = checks.positive(op, "temperature", temperature, query)
     cosines, index = ops.nearest_k(query, bank, checks.integer(op, "k", k, 1))
     # Less the largest, as exp(1 / temperature) overflows at small temperatures; shares are the same.
     weights = ((cosines - cosines[:, :1]) / temperature).exp().to(cosines.dtype)
     weights = weights / weights.sum(1, keepdim=True)
     row = torch.arange(cosines.shape[0], device=query.device)[:, None].expand_as(index)
+    weights = torch.where(inside[index], weights, torch.nan)
+    labels = labels.clamp(0, classes - 1)
     votes = weights.new_zeros(cosines.shape[0], classes)
     # Sums in a fixed order: index_put_ sorts on CUDA, where scatter_add_ would use atomics.
     return votes.index_put((row, labels[index]), weights, accumulate=True)

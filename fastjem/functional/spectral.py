@@ -246,6 +246,8 @@ def frossl(views: Sequence[Tensor], *, invariance: float | Tensor = 1.0) -> Tens
     Raises:
         ValueError: for other shapes or dtypes.
     """
+    if not isinstance(views, (Tensor, list, tuple)):
+        checks.fail("frossl", "views must be [N, D] each", type(views).__name__)
     views = list(views)
     if len(views) < 2:
         checks.fail("frossl", "views must be at least two", len(views))

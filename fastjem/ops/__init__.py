@@ -117,9 +117,10 @@ def _register(name: str) -> dict[str, str]:
     on_cuda, no_cuda = triton_launcher(name)
     if on_cuda:
         LIBRARY.impl(name, plain(on_cuda, name), "CUDA")
+    own = {"cpu": "C++", "cuda": "Triton"} | dict.fromkeys(OPERATORS[name].tiles, "torch (products of tiles)")
     return {
-        "cpu": "C++" if on_cpu else f"reference ({no_cpu})",
-        "cuda": "Triton" if on_cuda else f"reference ({no_cuda})",
+        "cpu": own["cpu"] if on_cpu else f"reference ({no_cpu})",
+        "cuda": own["cuda"] if on_cuda else f"reference ({no_cuda})",
     }
 
 
@@ -127,5 +128,7 @@ _IMPLEMENTATIONS = {name: _register(name) for name in OPERATORS}
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """For each operator, what runs on "cpu" and on "cuda": "C++", "Triton", or "reference (why)"."""
+    """For each operator, what runs on "cpu" and on "cuda": "C++", "Triton", "torch (products of tiles)", which is a fast
+    implementation without a kernel of its own, or "reference (why)".
+    """
     return {name: dict(where) for name, where in _IMPLEMENTATIONS.items()}

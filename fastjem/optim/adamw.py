@@ -26,13 +26,14 @@ class AdamW(Fused):
         ValueError: for negative numbers, and betas of 1 or more.
     """
 
+    # Of torch's groups. What is fused or capturable has its steps on the parameter's device when torch loads the state.
+    _KEPT = {"amsgrad": False, "maximize": False, "fused": True, "capturable": True}  # noqa: RUF012
+
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float | Tensor = 1e-2,
     ):  # fmt: skip
-        # What is fused or capturable has its steps on the parameter's device when a state is loaded.
-        kept = {"amsgrad": False, "maximize": False, "fused": True, "capturable": True}
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **kept}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **self._KEPT}
         super().__init__(params, defaults)
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -41,6 +42,16 @@ class AdamW(Fused):
             value = checks.number("AdamW", f"betas[{i}]", beta, low=0, high=1, inclusive=True)
             if not isinstance(value, Tensor) and value == 1:
                 checks.fail("AdamW", f"betas[{i}] must be less than 1", beta)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch's are on the host where it doesn't fuse, float64 where that is the default, and were numbers once.
+        for group in self.param_groups:
+            group.update(self._KEPT)
+            for p in group["params"]:
+                state = self.state.get(p)
+                if state:
+                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
 
     def _row(self, group: dict[str, Any], teacher_momentum: float | Tensor) -> list[Any]:
         return [group["lr"], *group["betas"], group["eps"], group["weight_decay"], teacher_momentum]
@@ -61,6 +72,6 @@ class AdamW(Fused):
     def _update(self, call: Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         with guard.checked_already():
             ops.adamw_(
-                call.local, call.gradients, *call.states, call.steps,
+                call.local, call.gradients(), *call.states, call.steps,
                 call.teachers, settings, call.groups, grad_scale, found_inf,
             )  # fmt: skip

@@ -15,20 +15,24 @@ from fastjem.functional.weights import ema_update_
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.optim.sharded import Sharding, local, sharding_of
 
+WIDE = (torch.float32, torch.float64)
+
 
 class Call(NamedTuple):
     """One call of the operator: parameters on one device, sharded alike. What they are made of doesn't change while
-    addresses don't.
+    addresses don't. Gradients aren't kept: nothing but the parameters may hold their memory between two steps.
     """
 
     parameters: list[Tensor]  # as the optimiser has them; the others are this rank's shards
     local: list[Tensor]
-    gradients: list[Tensor]
     states: list[list[Tensor]]  # as `Fused._states_of` gives them
     steps: list[Tensor]  # of AdamW, 0-dim
     teachers: list[Tensor]  # of the first parameters
     groups: list[int]
     sharding: Sharding | None
+
+    def gradients(self) -> list[Tensor]:
+        return [local(p.grad) for p in self.parameters if p.grad is not None]
 
 
 class _Plan(NamedTuple):
@@ -87,13 +91,17 @@ class Fused(torch.optim.Optimizer):
         pairs: dict[Tensor, Tensor] = {}
         others: list[tuple[Tensor, Tensor]] = []
         for t, s in zip(teacher, student, strict=True):
+            if not (isinstance(t, Tensor) and isinstance(s, Tensor)):
+                checks.fail(op, "teacher and student must be tensors", f"{type(t).__name__} and {type(s).__name__}")
+            if t.dtype not in WIDE:
+                checks.fail(op, "a teacher must be float32 or float64 (half precision rounds updates away)", t.dtype)
             if t.shape != s.shape:
                 checks.fail(op, "teacher and student must have the same shapes", f"{tuple(t.shape)}, {tuple(s.shape)}")
             if s in pairs or t.dtype != s.dtype:
                 others.append((t, s))
             else:
                 pairs[s] = t
-        if pairs:
+        if pairs or others:
             checks.number(op, "teacher momentum", momentum, low=0, high=1, inclusive=True)
         self._pairs, self._others, self._teacher_momentum, self._plan = pairs, others, momentum, None
 
@@ -162,8 +170,12 @@ class Fused(torch.optim.Optimizer):
         op = type(self).__name__
         by_kind: dict[tuple, list[int]] = {}
         for i, p in enumerate(parameters):
-            if p.dtype not in (torch.float32, torch.float64):
+            if p.dtype not in WIDE:
                 checks.fail(op, "parameters must be float32 or float64 (half precision rounds updates away)", p.dtype)
+            beside = [self._pairs.get(p), *(one[i] for one in states)]
+            if any(x is not None and x.dtype != p.dtype for x in beside):  # the model has changed its dtype since
+                came = " and ".join(str(x.dtype) for x in beside if x is not None)
+                checks.fail(op, f"teacher and averages of a {p.dtype} parameter must have its dtype", came)
             sharding = sharding_of(op, p, gradients[i], self._pairs.get(p))
             has_states = tuple(one[i] is not None for one in states)
             by_kind.setdefault((p.device, sharding, has_states), []).append(i)
@@ -175,7 +187,6 @@ class Fused(torch.optim.Optimizer):
                 Call(
                     chosen,
                     [local(p) for p in chosen],
-                    [local(gradients[i]) for i in members],
                     [
                         [local(x) for i in members if (x := one[i]) is not None] if has else []
                         for one, has in zip(states, has_states, strict=True)
@@ -192,7 +203,7 @@ class Fused(torch.optim.Optimizer):
                 if call.local[0].device == device:
                     for one in (call.local, *call.states, call.teachers):
                         targets += one
-                        sources += call.gradients[: len(one)]
+                        sources += call.gradients()[: len(one)]
             check_update(op, targets, sources)
         updated = set(parameters)
         rest = [(t, s) for s, t in self._pairs.items() if s not in updated] + self._others
@@ -252,7 +263,7 @@ class Fused(torch.optim.Optimizer):
         for name in ("amsgrad", "maximize", "dampening", "differentiable"):  # of a state that torch or timm have saved
             if group.get(name):
                 checks.fail(op, f"there is no {name}", group[name])
-        for name in ("lr", "weight_decay", "eps"):
+        for name in ("lr", "weight_decay", "eps", "trust_coeff"):
             if name in group:
                 checks.number(op, name, group[name], low=0, inclusive=True)
 

@@ -40,14 +40,15 @@ class _Momentum(Fused):
 
     def _update(self, call: Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         norms = None
+        gradients = call.gradients()
         with guard.checked_already():
             if call.sharding is not None and self._adapts:
-                norms = ops.lars_norms(call.local, call.gradients, settings, call.groups, grad_scale)
+                norms = ops.lars_norms(call.local, gradients, settings, call.groups, grad_scale)
         if norms is not None and call.sharding is not None:
             norms = sum_over_shards(norms, call.sharding)
         with guard.checked_already():
             ops.lars_(
-                call.local, call.gradients, call.states[0], call.teachers, settings, call.groups, norms, grad_scale,
+                call.local, gradients, call.states[0], call.teachers, settings, call.groups, norms, grad_scale,
                 found_inf,
             )  # fmt: skip
 

@@ -8,5 +8,7 @@ OPERATORS = {
         cpu=True,
         gpu=True,
     ),
-    "nearest_k": Operator("(Tensor query, Tensor bank, int k) -> (Tensor, Tensor)", cpu=True, gpu=True),
+    "nearest_k": Operator(
+        "(Tensor query, Tensor bank, int k) -> (Tensor, Tensor)", cpu=True, gpu=True, tiles=("cuda",)
+    ),
 }

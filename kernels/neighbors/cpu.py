@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _C, tiling
 from ..contrastive import cpu_engine
 from ..native import CODES, address, address_of_row
+from .reference import about_their_mean
 
 
 def kmeans_step(
@@ -19,8 +20,7 @@ def kmeans_step(
     clusters = len(centroids)
     centroids, _ = cpu_engine.unit_rows(centroids, False)
     dtype = centroids.dtype
-    # A row's product with a centroid, less half of that one's square, is largest where the distance is least.
-    bias = None if spherical else -0.5 * centroids.square().sum(1)
+    compared, bias = (centroids, None) if spherical else about_their_mean(centroids)
     assignments = torch.full((n,), -1, dtype=torch.int64)
     sums = torch.zeros(clusters if update else 0, d, dtype=torch.float64)
     counts = torch.zeros(clusters if update else 0, dtype=torch.int64)
@@ -33,7 +33,7 @@ def kmeans_step(
         rows, _ = cpu_engine.unit_rows(features[row : row + height], spherical, out=unit_memory)
         best = torch.full((len(rows),), -torch.inf, dtype=dtype)
         for column in range(0, clusters, width):
-            tile = centroids[column : column + width]
+            tile = compared[column : column + width]
             scores = memory[: len(rows) * len(tile)].view(len(rows), len(tile))
             if bias is None:
                 torch.mm(rows, tile.T, out=scores)

@@ -117,12 +117,12 @@ def kmeans_step(
     centroids = centroids.float().contiguous()
     n, d = x.shape
     clusters = len(centroids)
-    high = centroids.to(x.dtype)
+    compared, bias = (centroids, None) if spherical else reference.about_their_mean(centroids)
+    high = compared.to(x.dtype)
     # Half precision alone would move the borders between centroids by 2^-9 (bfloat16): two products are as good as one
     # of float32. What float16 loses is below its normal numbers, hence the gain.
     gain = 2048
-    low = None if x.dtype == torch.float32 else ((centroids - high.float()) * gain).to(x.dtype)
-    bias = None if spherical else -0.5 * centroids.square().sum(1)
+    low = None if x.dtype == torch.float32 else ((compared - high.float()) * gain).to(x.dtype)
     assignments = torch.empty(n, dtype=torch.int32, device=x.device)
     norms = torch.empty(n, dtype=torch.float32, device=x.device) if spherical else None
     tile = tiling.kmeans_assign(d, x.dtype)
