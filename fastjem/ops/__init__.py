@@ -128,7 +128,8 @@ _IMPLEMENTATIONS = {name: _register(name) for name in OPERATORS}
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """For each operator, what runs on "cpu" and on "cuda": "C++", "Triton", "torch (products of tiles)", which is a fast
-    implementation without a kernel of its own, or "reference (why)".
+    """For each operator, what runs on "cpu" and on "cuda".
+
+    "C++", "Triton", "torch (products of tiles)", which is fast without a kernel of its own, or "reference (why)".
     """
     return {name: dict(where) for name, where in _IMPLEMENTATIONS.items()}
