@@ -194,12 +194,22 @@ static bool few(pybind11::handle x, int64_t most, Plain& seen) {
   return look_at(x, seen) && (seen.dtype == 0 || seen.dtype == 1) && seen.elements > 0 && seen.elements <= most;
 }
 
-// And the labels plain, int64, one for each row.
-static bool few_with_labels(pybind11::handle x, pybind11::handle labels, int64_t most) {
+// And the labels plain, int64, one for each row: of its columns or `ignore_index`, and not all of them that.
+static bool few_with_labels(pybind11::handle x, pybind11::handle labels, int64_t ignore_index, int64_t most) {
   Plain rows;
   Plain seen;
-  return few(x, most, rows) && rows.dims == 2 && look_at(labels, seen) && seen.dtype == Plain::int64 &&
-         seen.dims == 1 && seen.shape[0] == rows.shape[0];
+  if (!few(x, most, rows) || rows.dims != 2 || !look_at(labels, seen) || seen.dtype != Plain::int64 || seen.dims != 1 ||
+      seen.shape[0] != rows.shape[0] || !seen.is_contiguous()) {
+    return false;
+  }
+  const int64_t* label = reinterpret_cast<const int64_t*>(seen.data);
+  bool counts = false;
+  for (int64_t i = 0; i < rows.shape[0]; ++i) {
+    if (label[i] == ignore_index) continue;
+    if (label[i] < 0 || label[i] >= rows.shape[1]) return false;
+    counts = true;
+  }
+  return counts;
 }
 
 // And y of the same shape and dtype.

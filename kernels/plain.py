@@ -22,8 +22,11 @@ except ImportError:
         """Whether all are plain, floating-point, not empty, of so many dimensions, and of one shape if `same`."""
         return False
 
-    def few_with_labels(_x: Tensor, _labels: Tensor, _most: int) -> bool:
-        """Whether x is plain, [N, K] float32 or float64 of at most so many elements, and the labels are, [N] int64."""
+    def few_with_labels(_x: Tensor, _labels: Tensor, _ignore_index: int, _most: int) -> bool:
+        """Whether x is plain, [N, K] float32 or float64 of at most so many elements, and the labels are, [N] int64.
+
+        In [0, K) or `ignore_index`, and not all of them that.
+        """
         return False
 
     def few_alike(_x: Tensor, _y: Tensor, _most: int) -> bool:

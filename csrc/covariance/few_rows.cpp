@@ -40,11 +40,6 @@ static bool read(py::handle x, py::handle y, py::handle x_gradient, py::handle y
   return given.good;
 }
 
-// As the loss's dtype has it: what is beyond that is infinite.
-static py::object loss_of(const FewRows& p, double loss) {
-  return py::float_(p.dtype == Dtype::float64 ? loss : static_cast<float>(loss));
-}
-
 // The losses; None where `read` refuses. Few numbers: no GIL is released and no thread started.
 
 static py::object vicreg(py::handle x, py::handle y, py::handle x_gradient, py::handle y_gradient, double lambda,
@@ -54,7 +49,7 @@ static py::object vicreg(py::handle x, py::handle y, py::handle x_gradient, py::
   const FewVicreg weights{lambda, mu, nu, eps};
   double loss;
   FASTJEM_BEST(few_vicreg(p, weights, loss));
-  return loss_of(p, loss);
+  return py::float_(loss);
 }
 
 static py::object barlow_twins(py::handle x, py::handle y, py::handle x_gradient, py::handle y_gradient, double lambda,
@@ -63,7 +58,7 @@ static py::object barlow_twins(py::handle x, py::handle y, py::handle x_gradient
   if (!read(x, y, x_gradient, y_gradient, scale, p)) return py::none();
   double loss;
   FASTJEM_BEST(few_barlow_twins(p, lambda, loss));
-  return loss_of(p, loss);
+  return py::float_(loss);
 }
 
 void bind_few_rows(py::module_& m) {
