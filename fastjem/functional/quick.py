@@ -32,7 +32,8 @@ else:
 # memory for a gradient and for the loss: the call is all that costs, and theirs is made in C++.
 FEW = 4096
 MEAN = 1  # of torch's enumeration of reductions
-_torch = torch._C._nn  # what torch.nn.functional calls, after a look at its arguments that takes as long
+# what torch.nn.functional calls, after a look at its arguments that takes as long
+_torch = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
 _NUMBERS = (torch.float32, torch.float64)
 
@@ -115,7 +116,8 @@ def _covariance_fits(z0: Tensor, z1: Tensor, *numbers: object) -> bool:
 def barlow_twins(z0: Tensor, z1: Tensor, lambda_param: float | Tensor) -> Tensor | None:
     if not _covariance_fits(z0, z1, lambda_param):
         return None
-    return _loss("barlow_twins", barlow_twins_of_plain(z0, z1, lambda_param, _asked(z0, z1)), z0, z1)
+    weight = float(lambda_param)  # which it is
+    return _loss("barlow_twins", barlow_twins_of_plain(z0, z1, weight, _asked(z0, z1)), z0, z1)
 
 
 def vicreg(
@@ -129,7 +131,8 @@ def vicreg(
 ) -> Tensor | None:
     if not _covariance_fits(z0, z1, lambda_param, mu_param, nu_param, eps, variance_factor) or eps < 0:
         return None
-    numbers = (lambda_param, 2.0 * variance_factor * mu_param, nu_param, eps)  # the kernel halves the second
+    # floats they are; the kernel halves the second
+    numbers = (float(lambda_param), float(2.0 * variance_factor * mu_param), float(nu_param), eps)
     return _loss("vicreg", vicreg_of_plain(z0, z1, *numbers, _asked(z0, z1)), z0, z1)
 
 

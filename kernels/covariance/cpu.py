@@ -82,7 +82,7 @@ def _barlow_twins(
     a, a_std, _ = _standardised(z0, n, 1e-5, True)
     b, b_std, dots = _standardised(z1, n, 1e-5, True, a if n < d else None)
     diagonal, weights, *of_products = torch.empty(4, d, dtype=torch.float64)  # [D] each
-    if n < d:
+    if dots is not None:  # N < D
         squares = [_symmetric(a), _symmetric(b)]
         total = _dot(*squares)
         torch.div(dots, n, out=diagonal)
