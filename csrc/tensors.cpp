@@ -189,6 +189,37 @@ static bool plain_matrices(pybind11::handle tensors, int dims, bool same) {
   });
 }
 
+// Whether x is plain, of float32 or float64, and of at most `most` elements, but not of none.
+static bool few(pybind11::handle x, int64_t most, Plain& seen) {
+  return look_at(x, seen) && (seen.dtype == 0 || seen.dtype == 1) && seen.elements > 0 && seen.elements <= most;
+}
+
+// And the labels plain, int64, one for each row: of its columns or `ignore_index`, and not all of them that.
+static bool few_with_labels(pybind11::handle x, pybind11::handle labels, int64_t ignore_index, int64_t most) {
+  Plain rows;
+  Plain seen;
+  if (!few(x, most, rows) || rows.dims != 2 || !look_at(labels, seen) || seen.dtype != Plain::int64 || seen.dims != 1 ||
+      seen.shape[0] != rows.shape[0] || !seen.is_contiguous()) {
+    return false;
+  }
+  const int64_t* label = reinterpret_cast<const int64_t*>(seen.data);
+  bool counts = false;
+  for (int64_t i = 0; i < rows.shape[0]; ++i) {
+    if (label[i] == ignore_index) continue;
+    if (label[i] < 0 || label[i] >= rows.shape[1]) return false;
+    counts = true;
+  }
+  return counts;
+}
+
+// And y of the same shape and dtype.
+static bool few_alike(pybind11::handle x, pybind11::handle y, int64_t most) {
+  Plain first;
+  Plain second;
+  return few(x, most, first) && first.dims > 0 && few(y, most, second) && second.dtype == first.dtype &&
+         second.has_shape_of(first);
+}
+
 // What can be known of plain tensors without their elements, as bytes: equal for tensors that are where they were, and
 // as large. None where one isn't plain, or of another dtype. Strides are written of those that aren't contiguous.
 static pybind11::object facts(pybind11::handle targets, pybind11::handle sources) {
@@ -254,6 +285,8 @@ void bind_tensors(pybind11::module_& m) {
   m.def("learn_tensors", &learn_tensors);
   m.def("plain", &plain);
   m.def("plain_matrices", &plain_matrices);
+  m.def("few_with_labels", &few_with_labels);
+  m.def("few_alike", &few_alike);
   m.def("facts", &facts);
 }
 

@@ -79,5 +79,9 @@ def gradients_for(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tens
 
 
 def loss_like(x: Tensor, value: float) -> Tensor:
-    """A loss of x: 0-dim, in the dtype to compute in."""
-    return torch.scalar_tensor(value, dtype=compute_dtype(x.dtype))
+    """A loss of x: 0-dim, in the dtype to compute in; infinite where it is beyond that."""
+    dtype = compute_dtype(x.dtype)
+    try:
+        return torch.scalar_tensor(value, dtype=dtype)
+    except RuntimeError:
+        return torch.scalar_tensor(math.copysign(math.inf, value), dtype=dtype)

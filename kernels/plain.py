@@ -22,6 +22,17 @@ except ImportError:
         """Whether all are plain, floating-point, not empty, of so many dimensions, and of one shape if `same`."""
         return False
 
+    def few_with_labels(_x: Tensor, _labels: Tensor, _ignore_index: int, _most: int) -> bool:
+        """Whether x is plain, [N, K] float32 or float64 of at most so many elements, and the labels are, [N] int64.
+
+        In [0, K) or `ignore_index`, and not all of them that.
+        """
+        return False
+
+    def few_alike(_x: Tensor, _y: Tensor, _most: int) -> bool:
+        """Whether both are plain, float32 or float64, of one dtype and shape, and of at most so many elements."""
+        return False
+
     def facts(_targets: list[Tensor], _sources: list[Tensor]) -> bytes | None:
         """Address, end of the storage, dtype, sizes, strides of each, if all are plain: equal where nothing moved."""
         return None
@@ -41,6 +52,8 @@ else:
     )
     plain = _C.plain
     plain_matrices = _C.plain_matrices
+    few_with_labels = _C.few_with_labels
+    few_alike = _C.few_alike
     facts = _C.facts
     rescale = _C.rescale_plain
     ema_update = _C.ema_update_plain

@@ -105,6 +105,10 @@ CPU = [
     ),
     Mutation("koleo", "csrc/contrastive/koleo.h", "t.row_start + i, k, best", "t.row_start, k, best"),
     Mutation("koleo", "csrc/contrastive/koleo.h", "-weight(n)", "-0.999f * weight(n)"),
+    Mutation("barlow_twins", "csrc/covariance/covariance.cpp", "(1 - lambda) * own[j] - 1", "(1 - lambda) * own[j]"),
+    Mutation("vicreg", "csrc/covariance/covariance.cpp", "slope[j] -= factor * own[j]", "slope[j] += factor * own[j]"),
+    Mutation("vicreg", "csrc/covariance/few_rows.h", "(side ? -2 : 2) * w.lambda", "2 * w.lambda"),
+    Mutation("barlow_twins", "csrc/covariance/few_rows.h", "(1 - lambda) * value - 1;", "(1 - lambda) * value;"),
     Mutation("vicreg", "csrc/covariance/covariance.h", "side ? -invariance : invariance", "invariance"),
 ]
 INTERPRETER = [
@@ -175,6 +179,8 @@ def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
     ]  # every import and every backward need those
     if mutated.parent.name == "contrastive":
         names += [Path("contrastive/similarity"), Path("contrastive/small")]
+    if mutated.parent.name == "covariance":
+        names += [Path("covariance/covariance"), Path("covariance/few_rows")]
     names = list(dict.fromkeys(names))
     (csrc / "operators.h").write_text("".join(f"OPERATOR({name.name})\n" for name in names))
     sources = [csrc / "bindings.cpp", *(csrc / name.with_suffix(".cpp") for name in names)]

@@ -34,6 +34,11 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": lambda x, y: F.cross_entropy(x + y, LABELS),
     "negative_cosine": lambda x, y: F.negative_cosine(x, y),
     "regression": lambda x, y: F.regression(x, y),
+    "regression of squares": lambda x, y: F.regression(x, y, beta=0.0, normalize=False),
+    "vicreg": lambda x, y: F.vicreg(x, y),
+    "vicreg of many rows": lambda x, y: F.vicreg(x.reshape(16, 4), y.reshape(16, 4), nu_param=2.0),
+    "barlow_twins": lambda x, y: F.barlow_twins(x, y),
+    "barlow_twins of many rows": lambda x, y: F.barlow_twins(x.reshape(16, 4), y.reshape(16, 4), lambda_param=0.3),
 }
 OPS = {name.split()[0] for name in CALLS}
 by_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -57,7 +62,11 @@ def results(call: Callable, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def is_quick(loss: Tensor) -> bool:
-    return type(loss.grad_fn).__name__ == "_FoundBackward"
+    return type(loss.grad_fn).__name__ == "_FoundBackward" or is_torchs(loss)
+
+
+def is_torchs(loss: Tensor) -> bool:
+    return type(loss.grad_fn).__name__ in ("NllLossBackward0", "MseLossBackward0", "SmoothL1LossBackward0")
 
 
 @by_call
@@ -111,6 +120,8 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(call):
     ]
     again = [g for g in torch.autograd.grad(loss * 2, inputs, allow_unused=True) if g is not None]
     torch.testing.assert_close(again, [2 * g for g in first])
+    if is_torchs(call(*inputs)):
+        return
     with pytest.raises(RuntimeError, match="differentiable once only"):
         torch.autograd.grad(call(*inputs), inputs, create_graph=True, allow_unused=True)
 
@@ -188,8 +199,47 @@ def test_only_plain_tensors_are_given_to_cpp():
     assert plain.facts([x], []) != plain.facts([x[:, :8]], []) != plain.facts([x.T], [])
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "regression", "regression of squares"])
+def test_what_is_torchs_own_is_differentiable_twice(name):
+    inputs = pair(4, 16, dtype=torch.float64)
+    assert is_torchs(CALLS[name](*inputs))
+    assert torch.autograd.gradgradcheck(lambda x: CALLS[name](x, inputs[1].detach()), inputs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ignore_index", [-100, 1, 17])
+def test_ignored_labels_of_few_logits(dtype, ignore_index):
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=dtype).requires_grad_()
+    for labels in ([0, ignore_index, 6, 2, ignore_index], [ignore_index] * 5):
+        call = lambda x, labels=labels: F.cross_entropy(x, torch.tensor(labels), ignore_index=ignore_index)  # noqa: E731
+        quick = results(call, [x])
+        with direct.off():
+            torch.testing.assert_close(quick, results(call, [x]), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "regression", "vicreg", "barlow_twins"])
+def test_autocast_changes_nothing(name):
+    inputs = pair(4, 16)
+    expected = CALLS[name](*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(CALLS[name](*inputs), expected)
+
+
+def test_freed_logits_and_labels_are_refused():
+    logits, labels = torch.randn(4, 16), LABELS.clone()
+    labels.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a tensor's storage must hold its elements"):
+        F.cross_entropy(logits, labels)
+    logits.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a tensor's storage must hold its elements"):
+        F.cross_entropy(logits, LABELS)
+
+
+FREED = ["nt_xent", "clip_loss", "siglip_loss", "negative_cosine", "regression", "vicreg", "barlow_twins"]
+
+
 @pytest.mark.parametrize("left", [0, 8])
-@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "siglip_loss", "negative_cosine", "regression"])
+@pytest.mark.parametrize("name", FREED)
 def test_freed_memory_is_refused(name, left):
     x, y = pair(4, 16)
     y.untyped_storage().resize_(left)
@@ -209,6 +259,12 @@ def test_freed_memory_is_refused(name, left):
         (lambda x, y: F.cross_entropy(x, LABELS + 14), "labels must be in"),
         (lambda x, y: F.negative_cosine(x, y[:, 1:]), "negative_cosine: p and z"),
         (lambda x, y: F.regression(x, y[1:]), "regression: prediction and target"),
+        (lambda x, y: F.vicreg(x, y[1:]), "vicreg: z0 and z1 must be"),
+        (lambda x, y: F.vicreg(x, y, eps=-1.0), "vicreg: eps must be"),
+        (lambda x, y: F.vicreg(x, y, nu_param=math.nan), "vicreg: nu_param must be"),
+        (lambda x, y: F.vicreg(x[:1], y[:1]), "vicreg: z0 and z1 must have N >= 2"),
+        (lambda x, y: F.barlow_twins(x, y[:, 1:]), "barlow_twins: z0 and z1 must be"),
+        (lambda x, y: F.barlow_twins(x, y, lambda_param=math.inf), "barlow_twins: lambda_param must be"),
     ],
 )
 def test_mistakes_are_told_by_the_long_way(call, message):
@@ -224,6 +280,32 @@ def test_other_dtypes_layouts_and_sizes_go_the_long_way():
     assert not is_quick(F.clip_loss(x, y, 2.0))
     assert not is_quick(F.nt_xent(x, y, temperature=torch.tensor(0.5)))
     assert is_quick(F.negative_cosine(*pair(640, 128)))  # which have no limit
+    assert not is_torchs(F.regression(*pair(64, 128))) and not is_torchs(F.cross_entropy(x.bfloat16(), LABELS))
+    assert not is_quick(F.vicreg(x, y.double())) and not is_quick(F.vicreg(x.T, y.T))
+    assert not is_quick(F.vicreg(x, y, mu_param=torch.tensor(1.0))) and not is_quick(F.vicreg(x, y, health=F.Health()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_quick(F.barlow_twins(x, y)) and not is_quick(F.barlow_twins(*pair(64, 64)))
+
+
+@pytest.mark.parametrize("loss", [F.vicreg, F.barlow_twins])
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
+def test_one_product_of_torch_a_view_and_gradient(loss, shape):
+    """More rows than a call of C++ alone takes: loss and gradients without the operator, and the same."""
+    inputs = pair(*shape)
+    assert is_quick(loss(*inputs))
+    quick = results(loss, inputs)
+    with direct.off():
+        torch.testing.assert_close(quick, results(loss, inputs), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["vicreg", "barlow_twins"])
+def test_a_loss_beyond_float32_is_infinite(name):
+    x, y = pair(4, 16)
+    many = torch.cat([x, y] * 64).detach() * 1e10, torch.cat([y, x] * 64).detach() * -1e10
+    for a, b in ((x.detach() * 1e10, y.detach() * -1e10), many):
+        loss = getattr(F, name)(a, b, lambda_param=1e38)
+        with direct.off():
+            assert loss == math.inf == getattr(F, name)(a, b, lambda_param=1e38)
 
 
 def test_nothing_is_left_behind():

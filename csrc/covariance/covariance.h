@@ -174,3 +174,25 @@ static void dot_range(const Dot& p, int64_t begin, int64_t end, double* total) {
                ? dot_of(static_cast<const double*>(p.x), static_cast<const double*>(p.y), begin, end)
                : dot_of(static_cast<const float*>(p.x), static_cast<const float*>(p.y), begin, end);
 }
+
+template <class W>
+static void correlation_of(const Correlation& p, int64_t begin, int64_t end, double* columns) {
+  for (int64_t i = begin; i < end; ++i) {
+    const W* x = static_cast<const W*>(p.cross) + i * p.width;
+    double total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < p.width; ++j) {
+      const double square = static_cast<double>(x[j]) * static_cast<double>(x[j]);
+      columns[j] += square;
+      total += square;
+    }
+    p.row_squares[i] = total;
+  }
+}
+
+static void correlation_rows(const Correlation& p, int64_t begin, int64_t end, int64_t part) {
+  double* columns = p.column_squares + part * p.width;
+  with_wide_dtype(p.dtype, [&](auto* element) {
+    correlation_of<std::remove_pointer_t<decltype(element)>>(p, begin, end, columns);
+  });
+}

@@ -15,7 +15,7 @@ from fastjem.collectives import (
     of_global_batch,
     sum_over_ranks,
 )
-from fastjem.functional import checks, summed_squares
+from fastjem.functional import checks, quick, summed_squares
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.decompositions import eigenvalues, eigenvectors, singular_values
 from fastjem.functional.precision import in_float32, without_autocast
@@ -112,6 +112,8 @@ def barlow_twins(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
+    if group is None and health is None and (loss := quick.barlow_twins(z0, z1, lambda_param)) is not None:
+        return loss
     weight = checks.number("barlow_twins", "lambda_param", lambda_param, _first(z0))
     if not isinstance(weight, Tensor):
         return _covariance_loss("barlow_twins", z0, z1, group, health, weight)
@@ -154,6 +156,10 @@ def vicreg(
     Raises:
         ValueError: for other shapes or dtypes, and for N = 1.
     """
+    if group is None and health is None:
+        loss = quick.vicreg(z0, z1, lambda_param, mu_param, nu_param, eps, variance_factor)
+        if loss is not None:
+            return loss
     like = _first(z0)
     factor = checks.number("vicreg", "variance_factor", variance_factor, like)
     mu = checks.number("vicreg", "mu_param", mu_param, like)

@@ -14,17 +14,26 @@ from torch import Tensor
 
 from fastjem.functional.checks import PLAIN
 from fastjem.kernels.native import Found
+from fastjem.kernels.plain import few_alike, few_with_labels
 from fastjem.ops.autograd import found
 from fastjem.ops.direct import nothing_watches
 
 try:
     from fastjem.kernels.contrastive import small
+    from fastjem.kernels.covariance.cpu import barlow_twins_of_plain, vicreg_of_plain
     from fastjem.kernels.predictive.cpu import negative_cosine_of_plain, regression_of_plain
     from fastjem.kernels.supervised.cpu import cross_entropy_of_plain
 except ImportError:
     _is_built = False
 else:
     _is_built = True
+
+# Of so few elements torch's own kernels, of which one or two are called, are done before ours would have been given
+# memory for a gradient and for the loss: the call is all that costs, and theirs is made in C++.
+FEW = 4096
+MEAN = 1  # of torch's enumeration of reductions
+# what torch.nn.functional calls, after a look at its arguments that takes as long
+_torch = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 
 _NUMBERS = (torch.float32, torch.float64)
 
@@ -97,8 +106,42 @@ def siglip_loss(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tenso
     return _loss("siglip_loss", small.of_pairs(x, y, scale, bias, _asked(x, y, scale, bias)), x, y, scale, bias)
 
 
+def _covariance_fits(z0: Tensor, z1: Tensor, *numbers: object) -> bool:
+    if not _may_be(z0, z1) or z0.dim() != 2 or not z0.is_cpu:
+        return False
+    # Not before: torch.compile, for which nothing is quick, may know numbers as symbols, and would fix their values.
+    return all(type(x) is float and math.isfinite(x) for x in numbers)
+
+
+def barlow_twins(z0: Tensor, z1: Tensor, lambda_param: float | Tensor) -> Tensor | None:
+    if not _covariance_fits(z0, z1, lambda_param):
+        return None
+    weight = float(lambda_param)  # which it is
+    return _loss("barlow_twins", barlow_twins_of_plain(z0, z1, weight, _asked(z0, z1)), z0, z1)
+
+
+def vicreg(
+    z0: Tensor,
+    z1: Tensor,
+    lambda_param: float | Tensor,
+    mu_param: float | Tensor,
+    nu_param: float | Tensor,
+    eps: float,
+    variance_factor: float | Tensor,
+) -> Tensor | None:
+    if not _covariance_fits(z0, z1, lambda_param, mu_param, nu_param, eps, variance_factor) or eps < 0:
+        return None
+    # floats they are; the kernel halves the second
+    numbers = (float(lambda_param), float(2.0 * variance_factor * mu_param), float(nu_param), eps)
+    return _loss("vicreg", vicreg_of_plain(z0, z1, *numbers, _asked(z0, z1)), z0, z1)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor | None:
-    if type(ignore_index) is not int or not _may_be(logits, labels):
+    if type(ignore_index) is not int or not nothing_watches():
+        return None
+    if few_with_labels(logits, labels, ignore_index, FEW):
+        return _torch.cross_entropy_loss(logits, labels, None, MEAN, ignore_index, 0.0)
+    if not _may_be(logits, labels):
         return None
     return _loss("cross_entropy", cross_entropy_of_plain(logits, labels, ignore_index, _asked(logits)), logits)
 
@@ -112,6 +155,16 @@ def negative_cosine(p: Tensor, z: Tensor, eps: float) -> Tensor | None:
 def regression(prediction: Tensor, target: Tensor, beta: float, normalize: bool, eps: float) -> Tensor | None:
     if type(beta) is not float or not 0 <= beta < math.inf or not _is_positive(eps) or type(normalize) is not bool:
         return None
+    if not nothing_watches():
+        return None
+    if few_alike(prediction, target, FEW):
+        if target.requires_grad:
+            target = target.detach()
+        if normalize:
+            target = torch.layer_norm(target, target.shape[-1:], None, None, eps, False)
+        if beta == 0:
+            return _torch.mse_loss(prediction, target, MEAN)
+        return _torch.smooth_l1_loss(prediction, target, MEAN, beta)
     if not _may_be(prediction, target):
         return None
     options = (beta, normalize, eps)

@@ -17,7 +17,6 @@ from fastjem.ops.direct import nothing_watches
 WIDE = (torch.float32, torch.float64)
 
 
-@torch.no_grad()
 def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float | Tensor) -> None:
     """`teacher = momentum * teacher + (1 - momentum) * student`, in place, for all pairs of tensors in one launch.
 
@@ -45,9 +44,21 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     if not teacher:
         return
     transforms.refuse(op, (*teacher, *student), "by what writes in place")
+    seen = None if torch.compiler.is_compiling() else plain.facts(teacher, student)
+    if seen is not None and type(momentum) is float and 0 <= momentum <= 1 and nothing_watches():
+        check_update(op, teacher, student, _check_dtypes, seen)
+        _note(op, teacher)
+        if plain.ema_update(seen, momentum, torch.get_num_threads()):
+            return
+    _update(op, teacher, student, momentum, seen)
+
+
+@torch.no_grad()
+def _update(
+    op: str, teacher: list[Tensor], student: list[Tensor], momentum: float | Tensor, seen: bytes | None
+) -> None:
     written = teacher
     compiling = torch.compiler.is_compiling()
-    seen = None if compiling else plain.facts(teacher, student)
     if seen is None and not compiling and not PLAIN.issuperset(map(type, [*teacher, *student])):
         teacher, student = _local(op, teacher, student)
     check_update(op, teacher, student, _check_dtypes, seen)
@@ -55,17 +66,20 @@ def ema_update_(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: 
     if compiling:  # the compiler sees from the operator's schema what is written
         ops.ema_update_(teacher, student, weight)
         return
+    _note(op, written)
+    if seen is not None and nothing_watches() and plain.ema_update(seen, weight.item(), torch.get_num_threads()):
+        return
+    with guard.checked_already():
+        ops.ema_update_(teacher, student, weight)
+
+
+def _note(op: str, written: list[Tensor]) -> None:
+    """Tell autograd which tensors are about to change."""
     try:
         torch.autograd.graph.increment_version(written)
     except RuntimeError:  # torch's own refusal of an inference tensor that is where another one was
         check_inference_mode(op)
         raise
-    if seen is not None and nothing_watches():
-        by = momentum if type(momentum) is float else weight.item()
-        if plain.ema_update(seen, by, torch.get_num_threads()):
-            return
-    with guard.checked_already():
-        ops.ema_update_(teacher, student, weight)
 
 
 def _check_dtypes(op: str, teacher: torch.dtype, student: torch.dtype, i: int) -> None:
