@@ -228,4 +228,5 @@ def _in_rows(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor,
         if bias.dim():
             x = torch.cat([x, bias.to(wide.dtype)[:, None]], 1)
         scale = scale.detach().new_ones(())
-    return *checks.common(x, y), scale, bias.detach().new_zeros(()) if bias.dim() else bias
+    x, y = checks.common(x, y)
+    return x, y, scale, bias.detach().new_zeros(()) if bias.dim() else bias
