@@ -1,4 +1,4 @@
-"""A tower that needs no gradient costs no product, by the FLOPs of a loss's and its backward's products."""
+"""A tower that needs no gradient costs no product: the FLOPs of a loss, forward and backward."""
 
 import pytest
 import torch
