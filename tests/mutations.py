@@ -85,6 +85,8 @@ CPU = [
     Mutation("clip_loss", "csrc/contrastive/small.h", "weights[i] += by_column[i]", "weights[i] -= by_column[i]"),
     Mutation("siglip_loss", "csrc/contrastive/small.h", "(logit > 0 ? e : 1.0)", "(logit > 0 ? 1.0 : e)"),
     Mutation("info_nce", "csrc/contrastive/small.h", "std::expm1(dot * factor - lse)", "std::exp(dot * factor - lse)"),
+    Mutation("nt_xent", "csrc/contrastive/one_tile.h", "-2 : weight", "-2 : 0.999 * weight"),
+    Mutation("clip_loss", "csrc/contrastive/one_tile.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
     Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "from = 0;", "from = 1;"),
     Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "e * row_of_lse + row_of_total", "e * row_of_lse"),
@@ -178,7 +180,7 @@ def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
         Path("weights/ema_update"),
     ]  # every import and every backward need those
     if mutated.parent.name == "contrastive":
-        names += [Path("contrastive/similarity"), Path("contrastive/small")]
+        names += [Path("contrastive") / name for name in ("similarity", "small", "one_tile")]
     if mutated.parent.name == "covariance":
         names += [Path("covariance/covariance"), Path("covariance/few_rows")]
     names = list(dict.fromkeys(names))

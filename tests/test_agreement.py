@@ -238,6 +238,10 @@ def subloss(rank: int) -> Tensor:
     return type("Mine", (nn.SwaVLoss,), {"subloss": fails_on_one})(sinkhorn_gather_distributed=True)(scores, [])
 
 
+def views(**options) -> Tensor:
+    return F.nt_xent(drawn(2, N, D), **options, group=dist.group.WORLD)
+
+
 def msn(rank: int, **options) -> Tensor:
     anchors = drawn(N, D)
     return nn.MSNLoss(gather_distributed=True, **options)(anchors, anchors, PROTOTYPES)
@@ -263,6 +267,15 @@ ON_ONE_RANK: dict[str, Callable[[int], Tensor]] = {
     "MSNLoss without Sinkhorn": lambda rank: msn(rank, sinkhorn_iterations=3 * rank),
     "DINOLoss": lambda rank: dino(rank, "center"),
     "DINOLoss by Sinkhorn": lambda rank: dino(rank, "sinkhorn"),
+    "an exclude that is no tensor": lambda rank: views(exclude=[torch.zeros(N, 2 * N).bool(), [0]][rank]),
+    "a prior that is an array": lambda rank: views(prior=[0.1, torch.ones(N).numpy()][rank]),
+    "temperatures of rows": lambda rank: views(temperature=[torch.ones(N), 1.0][rank]),
+    "siglip_loss, scale or bias of rows": lambda rank: F.siglip_loss(
+        drawn(N, D), drawn(N, D), *[torch.ones(N), 1.0][:: 1 - 2 * rank], group=dist.group.WORLD
+    ),
+    "DCLLoss, learned weights and a sum": lambda rank: nn.DCLLoss(
+        weight_fn=lambda a, b: (a * b).sum(1), reduction=["mean", "sum"][rank], gather_distributed=True
+    )(drawn(N, D).requires_grad_(), drawn(N, D, seed=1)),
 }
 
 

@@ -121,6 +121,18 @@ def test_dtypes_and_gradients_of_their_own_memory(name, dtype, taken):
     assert taken == [True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-40, -1e-37, 1e-36])
+def test_a_scale_of_next_to_nothing_without_a_tile(scale, dtype):
+    """What a row doesn't see has a logit as near to 0 as the others then, and yet no weight."""
+    inputs = [*pair(71, 67, dtype), number(scale)]
+    with direct.off():
+        results = run(F.clip_loss, inputs, range(3))
+    truths = run(clip, [x.double() for x in inputs], range(3))
+    for got, truth in zip(results, truths, strict=True):
+        torch.testing.assert_close(got, truth.to(got.dtype), rtol=1e-5, atol=1e-9)
+
+
 def test_what_one_shift_is_too_little_for_goes_the_long_way(taken):
     x, y = pair(71, 67, torch.float32)
     inputs = [x, y.flip(0), number(400.0).float()]

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import option_formulas as formulas
 import pytest
 import torch
@@ -179,8 +180,41 @@ def test_the_queue_may_change_before_backward():
     torch.testing.assert_close(torch.autograd.grad(loss, query), expected)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"exclude": [[False] * N] * N}, "nt_xent: exclude must be a bool tensor, got list"),
+        ({"prior": np.zeros(N)}, "nt_xent: prior must be a number, got array"),
+        ({"label_smoothing": None}, "nt_xent: label_smoothing must be a number, got None"),
+        ({"temperature": torch.ones(N, dtype=torch.bool)}, "nt_xent: temperature must be real numbers, got torch.bool"),
+        ({"temperature": torch.ones(N - 1)}, r"nt_xent: temperature must be \[11\] or \[2, 11\], got \(10,\)"),
+    ],
+    ids=lambda x: "" if isinstance(x, dict) else x[:40],
+)
+def test_mistakes(options, message):
+    with pytest.raises(ValueError, match=message):
+        F.nt_xent(drawn(2, N, D), **options)
+
+
+@pytest.mark.parametrize("name", ["weights", "ids", "exclude", "hard_negatives", "prior", "temperature"])
+def test_freed_memory_is_refused(name):
+    """torch crashes where it reads it."""
+    options = {
+        "weights": torch.ones(N), "ids": torch.arange(N), "exclude": torch.zeros(N, N).bool(),
+        "hard_negatives": drawn(N, 2, D), "prior": torch.ones(N) / 9, "temperature": torch.ones(N),
+    }  # fmt: skip
+    options[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="nt_xent: a tensor's storage must hold its elements"):
+        F.nt_xent(drawn(2, N, D), **{name: options[name]})
+
+
 def test_forward_mode_and_transforms_are_refused():
     z = drawn(2, N, D)
+    leaf = z.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="with options, gradients must be asked for one by one"):
+        torch.autograd.grad(F.nt_xent(leaf, label_smoothing=0.1), leaf, torch.ones(2), is_grads_batched=True)
+    with pytest.raises(NotImplementedError, match=r"nt_xent: transforms of torch\.func are not supported with options"):
+        torch.func.vmap(lambda weights: F.nt_xent(z, weights=weights))(torch.ones(3, N))
     with pytest.raises(NotImplementedError, match="nt_xent: forward-mode"):
         torch.func.jvp(lambda x: F.nt_xent(x, label_smoothing=0.1), (z,), (z,))
     with pytest.raises(NotImplementedError, match=r"nt_xent: transforms of torch\.func are not supported with options"):

@@ -196,7 +196,7 @@ def test_module():
     torch.testing.assert_close(got, formula(x, y, scale, bias, ids=IDS, weights=WEIGHTS, label_smoothing=0.1))
 
 
-SIZES = {2: (5, 3), 3: (4, 0, 6)}
+SIZES = {2: (5, 1), 3: (4, 0, 1)}  # of one row, a scale of each row looks like a number
 RANKED = [
     {"ids": IDS},
     {"positives": POSITIVES, "exclude": EXCLUDE, "weights": WEIGHTS, "label_smoothing": 0.2},

@@ -72,7 +72,7 @@ def loss_of_views(
     pull: Tensor | None = None,  # [V, N], what positives are multiplied by
 ) -> Tensor:
     """0-dim, or [V, N] without a reduction."""
-    _refuse_other_modes(op, z, temperature, options.hard_negatives)
+    _refuse_other_modes(op, z, temperature, *options)
     with without_autocast(z):
         unit = normalize(in_float32(z), dim=-1)
         inverse = _inverse(temperature, unit)
@@ -124,7 +124,7 @@ def info_nce(
     options: Options,
 ) -> Tensor:
     """0-dim, or [N] without a reduction."""
-    _refuse_other_modes("info_nce", query, positive, negatives, temperature, options.hard_negatives)
+    _refuse_other_modes("info_nce", query, positive, negatives, temperature, *options)
     with without_autocast(query):
         inverse = _inverse(temperature, query)
         unit, of_positive, columns = (normalize(in_float32(x), dim=-1) for x in (query, positive, negatives))
@@ -153,7 +153,7 @@ def clip_loss(
     local: bool,
 ) -> Tensor:
     """0-dim, or [N] without a reduction: the mean of both directions."""
-    _refuse_other_modes("clip_loss", x, y, scale, options.hard_negatives)
+    _refuse_other_modes("clip_loss", x, y, scale, *options)
     with without_autocast(x):
         a, b = (in_float32(z) for z in (x, y))
         factor = scale.to(a.dtype)

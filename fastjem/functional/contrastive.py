@@ -132,7 +132,7 @@ def _nt_xent(
     decoupled: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    of_rows = is_of_rows(op, temperature, group)
+    of_rows = is_of_rows(op, "temperature", temperature, group)
     has_options = of_rows or options.any()
     with Agreement(op, group) as ranks:
         z = _stacked(op, z0, z1, group)
@@ -293,7 +293,7 @@ def info_nce(
     if negatives.shape[1] != query.shape[1]:
         checks.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
     checks.one_device("info_nce", (query, positive, negatives))
-    of_rows = is_of_rows("info_nce", temperature, None)
+    of_rows = is_of_rows("info_nce", "temperature", temperature, None)
     temperature = _temperature("info_nce", temperature, query, of_rows, [query.shape[:1]])
     offset = -query.shape[0] if label_offset is None else checks.integer("info_nce", "label_offset", label_offset)
     rows = checks.common(query, positive, negatives)

@@ -21,6 +21,13 @@ def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=widest_dtype(like.device), device=like.device)
 
 
+def _of_rows_or_scalar(op: str, name: str, value: Tensor | float, like: Tensor, of_rows: bool) -> Tensor:
+    """0-dim or [N], as ranks have agreed on."""
+    if of_rows and isinstance(value, Tensor):
+        return temperature_of_rows(op, name, value, like, [like.shape[:1]])
+    return _scalar(op, name, value, like)
+
+
 def _checked(
     op: str, x: Tensor, y: Tensor, logit_scale: Tensor | float, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +84,7 @@ def clip_loss(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
-    of_rows = is_of_rows("clip_loss", logit_scale, group)
+    of_rows = is_of_rows("clip_loss", "logit_scale", logit_scale, group)
     if of_rows or options.any():
         return _clip_with_options(x, y, logit_scale, of_rows, options, group, local_loss, gather_with_grad)
     if group is None and (loss := quick.clip_loss(x, y, logit_scale)) is not None:
@@ -108,10 +115,7 @@ def _clip_with_options(
     with Agreement(op, group) as ranks:
         checks.matrices(op, "x and y must be [N, D] both", x, y, may_be_empty=None if group is None else 0)
         x, y = checks.common(x, y)
-        if of_rows and isinstance(logit_scale, Tensor):
-            scale = temperature_of_rows(op, "logit_scale", logit_scale, x, [x.shape[:1]])
-        else:
-            scale = _scalar(op, "logit_scale", logit_scale, x)
+        scale = _of_rows_or_scalar(op, "logit_scale", logit_scale, x, of_rows)
         options = options.checked(op, x, x.shape[0], [x.shape[:1]])
         if group is not None and local_loss and not gather_with_grad:
             checks.fail(op, "with options, gather_with_grad must be True", gather_with_grad)
@@ -165,9 +169,10 @@ def siglip_loss(
         ValueError: for other shapes, dtypes or options.
     """
     options = Options(reduction, weights, label_smoothing, ids, exclude)
-    of_rows = any(isinstance(z, Tensor) and z.dim() == 1 and z.numel() != 1 for z in (logit_scale, logit_bias))
-    if of_rows or positives is not None or options.any():
-        return _siglip_with_options(x, y, logit_scale, logit_bias, positives, options, group)
+    numbers = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    of_rows = [is_of_rows("siglip_loss", name, number, group) for name, number in numbers.items()]
+    if any(of_rows) or positives is not None or options.any():
+        return _siglip_with_options(x, y, numbers, of_rows, positives, options, group)
     if group is None and (loss := quick.siglip_loss(x, y, logit_scale, logit_bias)) is not None:
         return loss
     with Agreement("siglip_loss", group) as ranks:
@@ -180,8 +185,8 @@ def siglip_loss(
 def _siglip_with_options(
     x: Tensor,
     y: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float,
+    numbers: dict[str, Tensor | float],  # the scale and the bias
+    of_rows: list[bool],  # whether each of them is one of each row
     positives: Tensor | None,
     options: Options,
     group: dist.ProcessGroup | None,
@@ -191,10 +196,9 @@ def _siglip_with_options(
         checks.matrices(op, "x and y must be [N, D] both", x, y, may_be_empty=None if group is None else 0)
         x, y = checks.common(x, y)
         scale, bias = (
-            number if isinstance(number, Tensor) and number.shape == x.shape[:1] else _scalar(op, name, number, x)
-            for name, number in (("logit_scale", logit_scale), ("logit_bias", logit_bias))
+            _of_rows_or_scalar(op, name, number, x, rows)
+            for (name, number), rows in zip(numbers.items(), of_rows, strict=True)
         )
-        checks.one_device(op, (x, scale, bias))
         options = options.checked(op, x, x.shape[0], [x.shape[:1]])
         if positives is not None and options.ids is not None:
             checks.fail(op, "ids or positives must be given, not both", "both")

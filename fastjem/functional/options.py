@@ -74,6 +74,8 @@ class Options(NamedTuple):
             weights = weights.detach()
         if self.ids is not None:
             _integers(op, "ids", self.ids, (rows,), z)
+        if self.exclude is not None and not isinstance(self.exclude, Tensor):
+            checks.fail(op, "exclude must be a bool tensor", checks.shape(self.exclude))
         hard = self.hard_negatives
         if hard is not None:
             is_right = isinstance(hard, Tensor) and hard.dim() == 3 and hard.is_floating_point()
@@ -99,13 +101,18 @@ class Options(NamedTuple):
 
 
 def is_given(number: float | Tensor) -> bool:
-    """Whether a number whose default is 0 is another one; a tensor is, as nobody looks at its value."""
-    return isinstance(number, Tensor) or number != 0
+    """Whether a number whose default is 0 is another one; a tensor is, as nobody looks at its value.
+
+    So is what is no number: `Options.checked` refuses it, on all ranks at once. (An array compared here would raise
+    before the ranks agree.)
+    """
+    return not isinstance(number, (int, float)) or number != 0
 
 
 def _tensor(op: str, name: str, x: Tensor, shapes: list[tuple], like: Tensor) -> None:
     if not isinstance(x, Tensor) or x.shape not in shapes:
         checks.fail(op, f"{name} must be {' or '.join(str(list(shape)) for shape in shapes)}", checks.shape(x))
+    checks.memory(op, x)
     checks.one_device(op, (like, x))
 
 
@@ -132,8 +139,8 @@ def check_mask(op: str, name: str, mask: Tensor | None, shapes: list[tuple], lik
             checks.fail(op, f"{name} must be bool", mask.dtype)
 
 
-def is_of_rows(op: str, temperature: object, group: dist.ProcessGroup | None) -> bool:
-    """Whether a temperature (or scale) is one for each row, and not one number for all.
+def is_of_rows(op: str, name: str, temperature: object, group: dist.ProcessGroup | None) -> bool:
+    """Whether a temperature (or scale, or bias) is one for each row, and not one number for all.
 
     A tensor of one element is a number, unless other ranks, which have more rows, have more of them.
     """
@@ -142,7 +149,7 @@ def is_of_rows(op: str, temperature: object, group: dist.ProcessGroup | None) ->
     if group is None:
         return temperature.numel() != 1
     with Agreement(op, group) as ranks:
-        ranks.alike(f"a tensor of {temperature.dim()} dimensions")
+        ranks.alike(f"{name} of {temperature.dim()} dimensions")
     several = torch.full((), float(temperature.numel() != 1), device=temperature.device)
     return sum_over_ranks(several, group).item() > 0
 
@@ -150,6 +157,8 @@ def is_of_rows(op: str, temperature: object, group: dist.ProcessGroup | None) ->
 def temperature_of_rows(op: str, name: str, value: Tensor, like: Tensor, shapes: list[tuple]) -> Tensor:
     """One for each row; of a floating-point dtype."""
     _tensor(op, name, value, shapes, like)
+    if value.dtype == torch.bool or value.is_complex():
+        checks.fail(op, f"{name} must be real numbers", value.dtype)
     return value if value.is_floating_point() else value.to(torch.float32)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastjem.collectives import other_ranks
 from fastjem.kernels.arithmetic import widest
+from fastjem.ops import transforms
 from fastjem.ops.autograd import distinct, ops, refuse_second_order
 
 NOWHERE = [1, 0, 0]  # no column shows a row's own image
@@ -100,6 +101,7 @@ class _SumsOfSeen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, row_slope, row_total_slope, _row_count, column_slope, column_total_slope, _column_count):
         refuse_second_order("similarity_logsumexp")
+        transforms.refuse_batched_gradients("similarity_logsumexp", row_slope)
         a, b, a_ids, b_ids, exclude, a_limit, b_limit, row_lse, column_lse = ctx.saved_tensors
         view = ctx.view
         if not view.totals:

@@ -220,12 +220,11 @@ class DCLLoss(Hooks):
             weights = torch.stack([self.weight_fn(*unit), self.weight_fn(*reversed(unit))])
             ranks.rows_of(out0)
             ranks.alike("learned weights" if weights.requires_grad else "constant weights")
+            if weights.requires_grad and self.options["reduction"] != "mean":
+                contract = "with a weight_fn to differentiate, reduction must be mean"
+                checks.fail(ranks.who, contract, self.options["reduction"])
         if not weights.requires_grad:
             return F.dcl(out0, out1, weights=weights, **options)
-        if self.options["reduction"] != "mean":
-            checks.fail(
-                ranks.who, "with a weight_fn to differentiate, reduction must be mean", self.options["reduction"]
-            )
         spread = F.dcl(out0, out1, weights=torch.zeros_like(weights), **options)
         positives = (unit[0] * unit[1]).sum(1) / self.temperature * weights.sum(0)
         return spread - sum_of_ranks(positives.sum() / (2 * sum(ranks.sizes)), group)

@@ -149,7 +149,7 @@ def once(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
 def refuse_batched_gradients(name: str, upstream: Tensor) -> None:
     """Raise where a gradient is a kernel's of the upstream gradients of rows, and these are batched."""
     if not torch.compiler.is_compiling() and _functorch.is_legacy_batchedtensor(upstream):
-        contract = "with options, batched gradients must come of torch.func.vmap"
+        contract = "with options, gradients must be asked for one by one"
         raise NotImplementedError(f"{name}: {contract}, got is_grads_batched=True")
 
 

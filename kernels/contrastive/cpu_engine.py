@@ -63,6 +63,15 @@ def through_unit_rows(gradient: Tensor, unit: Tensor, divisors: Tensor | None, d
     return out.to(dtype)
 
 
+def away_from_zero(factor: float) -> float:
+    """A factor that makes logits as good as 0 in place of one that is 0, or nearly.
+
+    What a row doesn't see is -infinity in a sum, and in a gradient float32's lowest number, 3.4e38: times the factor it
+    must be so low that its exponential is 0, and isn't even a small number, as that is multiplied by 3.4e38 again.
+    """
+    return math.copysign(1e-36, factor) if abs(factor) < 1e-36 else factor
+
+
 def dots(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1, dtype=torch.float64)
 
@@ -89,7 +98,7 @@ class Scaling:
         top, bottom = (600.0, 700.0) if dtype == torch.float64 else (70.0, 86.0)
         largest = abs(factor) * bound * 1.0001
         shift = max(0.0, largest - top)
-        factor = factor or 1e-37  # 0 times the -inf of what a row doesn't see would be NaN
+        factor = away_from_zero(factor)
         safe = largest + shift <= bottom  # false for NaN, which makes the maxima running
         return cls(factor, shift, not safe)
 

@@ -56,7 +56,7 @@ def _total(
         address(b),
         a.shape[1],
         distance,
-        factor or 1e-37,  # 0 times the -inf of what a row doesn't see would be NaN
+        cpu_engine.away_from_zero(factor),
         decoupled,
         wanted,
         torch.get_num_threads(),
