@@ -4,8 +4,8 @@ A transform wraps tensors, level by level, and takes apart only functions that i
 
 * **A loss**: the loss and its gradients for the inputs are computed at once, of constants, and `_Known` hands them to
   whatever differentiates. It has a `setup_context`, which transforms ask for; the Functions of `autograd.py`, which are
-  what a training step takes, have none, as PyTorch binds a Function's arguments by its signature where there is one
-  (10 us a call).
+  what a training step takes, have none, as PyTorch binds a Function's arguments by its signature where there is one,
+  anew at each call.
 * **An operator within vmap**: one call for each element of the batch. The kernels have no further dimension, and a loss
   of a batch of losses isn't one of them; so vmap saves Python's loops, not time.
 
