@@ -34,7 +34,8 @@ static int64_t count_of(const CrossEntropy& problem, int64_t rows) {
     if (problem.labels[i] < 0 || problem.labels[i] >= problem.classes) bad = i;
   }
   if (bad >= 0) {
-    throw std::invalid_argument("cross_entropy: labels must be in [0, " + std::to_string(problem.classes) +
+    const std::string op = problem.weights ? "cross_entropy_rows" : "cross_entropy";
+    throw std::invalid_argument(op + ": labels must be in [0, " + std::to_string(problem.classes) +
                                 ") or ignore_index, got " + std::to_string(problem.labels[bad]) + " at row " +
                                 std::to_string(bad));
   }

@@ -54,12 +54,20 @@ static void cross_entropy_rows_of(const CrossEntropy& p, int64_t begin, int64_t 
     p.losses[i] = std::log(sum) + (p.smoothing ? smoothed(x, k, maximum, below, p.smoothing) : below);
 
     if (gradient) {
-      const double scale = p.weights ? p.weights[i] : p.scale;
-      const W of_all = static_cast<W>(scale * p.smoothing / k);  // the target's share of every class
-      const W inverse = static_cast<W>(scale / sum);
-      const W at_label = e[label] * inverse - static_cast<W>(scale * (1 - p.smoothing) + of_all);
+      if (p.weights) {
+        const W weight = static_cast<W>(p.weights[i]);
+        const W of_all = static_cast<W>(p.smoothing / k);  // the target's share of every class
+        const W inverse = static_cast<W>(1 / sum);
+        const W at_label = e[label] * inverse - of_all - static_cast<W>(1 - p.smoothing);
 #pragma omp simd
-      for (int64_t j = 0; j < k; ++j) narrow(e[j] * inverse - of_all, gradient[j]);
+        for (int64_t j = 0; j < k; ++j) narrow((e[j] * inverse - of_all) * weight, gradient[j]);
+        narrow(at_label * weight, gradient[label]);
+        continue;
+      }
+      const W inverse = static_cast<W>(p.scale / sum);
+      const W at_label = e[label] * inverse - static_cast<W>(p.scale);
+#pragma omp simd
+      for (int64_t j = 0; j < k; ++j) narrow(e[j] * inverse, gradient[j]);
       narrow(at_label, gradient[label]);
     }
   }

@@ -118,6 +118,8 @@ def _losses_of_rows(x: Tensor, y: Tensor, weights: Tensor | None, beta: float, n
         x, y = (_without_rows_of_no_weight(in_float32(z), weights) for z in (x, y))
         if normalize:
             y = torch.nn.functional.layer_norm(y, y.shape[1:], eps=eps)
+        if beta == 0:
+            return (x - y).square().mean(1)
         return torch.nn.functional.smooth_l1_loss(x, y, reduction="none", beta=beta).mean(1)
 
 

@@ -43,11 +43,11 @@ def sum_over_prefixes(
     """
     hard = options.hard_negatives
     with Agreement(op, group) as ranks:
-        dims = _checked(op, dims, [*rows, *([] if hard is None else [hard])])
-        weights = _weights(op, weights, len(dims), rows[0])
-        ranks.alike(f"dims={dims}")
+        lengths = _checked(op, dims, [*rows, *([] if hard is None else [hard])])
+        factors = _weights(op, weights, len(lengths), rows[0])
+        ranks.alike(f"dims={lengths}")
     losses = []
-    for length, weight in zip(dims, weights, strict=True):
+    for length, weight in zip(lengths, factors, strict=True):
         parts = [_prefix(x, length, unit) for x in rows]
         of_prefix = options if hard is None else options._replace(hard_negatives=_prefix(hard, length, unit))
         loss = loss_of(*parts, **of_prefix._asdict())

@@ -127,10 +127,11 @@ class _Gradient(torch.autograd.Function):
         inputs, constants = _in_parts(ctx.saved_tensors, ctx.count)
         rest = iter(constants)
         given: list[Any] = [next(rest) if x is _TENSOR else x for x in ctx.pattern]
-        specification, *arguments = given
+        specification, scale, *arguments = given
 
         def gradient_of(*x: Tensor) -> Tensor:
-            return specification(*x, *arguments, [i == ctx.place for i in range(ctx.count)])[1][ctx.place]
+            _, gradients, whole = specification(*x, *arguments, [i == ctx.place for i in range(ctx.count)])
+            return scaled(gradients[ctx.place], whole / scale)  # a kernel's may have a part of the scale in it
 
         pullback = torch.func.vjp(gradient_of, *inputs)[1]
         return None, None, None, None, None, *pullback(upstream), *[None] * len(constants)
@@ -173,7 +174,8 @@ def known(
     """As `autograd.known`, within a transform.
 
     Args:
-        twice: the operator's specification and its arguments beside inputs, where it is differentiable twice.
+        twice: the operator's specification, the scale of `gradients`, and its arguments beside inputs, where it is
+            differentiable twice.
     """
     if twice is None:  # only what is differentiated: the rest, a queue say, may be changed before backward
         live = [differentiated(x) for x in inputs]

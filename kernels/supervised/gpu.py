@@ -63,6 +63,9 @@ def _cross_entropy_kernel(
     maximum = tl.max(x, 1)
     e = tl.exp(x - maximum[:, None])
     total = tl.sum(e, 1)
+    epsilon = tl.zeros((), COMPUTE)
+    per_class = tl.zeros((), COMPUTE)
+    weight = tl.zeros((), COMPUTE)
     if OF_ROWS:
         weight = tl.load(weights + i_row, inside, 0)
         ignored = ignored | (weight == 0)
@@ -135,6 +138,9 @@ def _cross_entropy_long_kernel(
         if OF_ROWS:
             b_sum += tl.where(mask, x, 0.0)
     total = tl.sum(b_total, 0)
+    epsilon = tl.zeros((), COMPUTE)
+    per_class = tl.zeros((), COMPUTE)
+    weight = tl.zeros((), COMPUTE)
     if OF_ROWS:
         weight = tl.load(weights + i_row)
         ignored = ignored | (weight == 0)
