@@ -72,9 +72,7 @@ CPU = [
         "block + terms_per_block, k)",
         "block + terms_per_block - 1, k)",
     ),
-    Mutation(
-        "cross_entropy", "csrc/supervised/cross_entropy.h", "static_cast<W>(scale * (1", "static_cast<W>(scale * (1.01"
-    ),
+    Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", " - static_cast<W>(p.scale)", ""),
     Mutation(
         "cross_entropy_rows", "csrc/supervised/cross_entropy.h", "smoothing * sum / k", "1.01 * smoothing * sum / k"
     ),

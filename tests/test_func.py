@@ -34,7 +34,8 @@ STATE = {
 RAGGED = ("IBOTPatchLoss", "IBOTPatchLoss-sinkhorn")
 # Plain torch, which differentiates as often as asked, or operators whose gradient is differentiable
 TWICE = {
-    "negative_cosine", "negative_cosine-rows", "NegativeCosineSimilarity", "regression", "cross_entropy", "total_coding_rate", "emp_ssl",
+    "negative_cosine", "negative_cosine-rows",
+    "NegativeCosineSimilarity", "regression", "cross_entropy", "total_coding_rate", "emp_ssl",
     "EMPSSLLoss", "mmcr", "MMCRLoss", "whiten", "Whitening2d",
 }  # fmt: skip
 

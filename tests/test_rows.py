@@ -1,5 +1,7 @@
 """Losses of single rows, weighted, and of Matryoshka prefixes, against formulas in float64."""
 
+from collections.abc import Callable
+
 import option_formulas as formulas
 import pytest
 import torch
@@ -22,7 +24,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def check(ours, formula, rows: list[Tensor], dtype: torch.dtype = torch.float64) -> None:
+def check(ours: Callable, formula: Callable, rows: list[Tensor], dtype: torch.dtype = torch.float64) -> None:
     """Value and gradients, in a dtype of `ours` and in float64 of the formula; upstream gradients differ by row."""
     rows = [x.to(dtype) for x in rows]
     results = []
@@ -53,7 +55,7 @@ def test_cross_entropy(reduction, weighted, dtype, implementation):
         weights[4] = 0
     counted = (labels != 77) * (1 if weights is None else weights)
     for smoothing in (0.0, torch.tensor(0.3)):
-        options = {"ignore_index": 77, "reduction": reduction, "label_smoothing": smoothing}
+        options: dict = {"ignore_index": 77, "reduction": reduction, "label_smoothing": smoothing}
         ours = lambda x: F.cross_entropy(x, labels, weights=weights, **options)  # noqa: E731, B023
         formula = lambda x: reduced(  # noqa: E731
             TF.cross_entropy(x, labels, ignore_index=77, reduction="none", label_smoothing=float(smoothing)),  # noqa: B023
@@ -68,7 +70,7 @@ def test_cross_entropys_reductions_are_torchs(implementation):
     labels[0] = -100
     for reduction in REDUCTIONS:
         for smoothing in (0.0, 0.1):
-            options = {"reduction": reduction, "label_smoothing": smoothing}
+            options: dict = {"reduction": reduction, "label_smoothing": smoothing}
             torch.testing.assert_close(F.cross_entropy(x, labels, **options), TF.cross_entropy(x, labels, **options))
 
 
@@ -90,7 +92,8 @@ def test_a_row_of_weight_0_may_hold_anything(implementation):
 
 def test_second_derivatives_are_refused():
     x = drawn(N, D).requires_grad_()
-    for options in ({"reduction": "none"}, {"label_smoothing": 0.1}):
+    asked: list[dict] = [{"reduction": "none"}, {"label_smoothing": 0.1}]
+    for options in asked:
         loss = F.cross_entropy(x, torch.arange(N), **options).sum()
         with pytest.raises(RuntimeError, match="cross_entropy: differentiable once only"):
             torch.autograd.grad(loss, x, create_graph=True)
@@ -111,7 +114,7 @@ def test_regression(reduction, dtype):
     target = drawn(3, N, D, seed=1).to(dtype)
     for beta in (0.0, 0.7):
         for weights in (None, drawn(3 * N, seed=2).abs()):
-            options = {"beta": beta, "reduction": reduction}
+            options: dict = {"beta": beta, "reduction": reduction}
             ours = lambda p: F.regression(p, target, weights=weights, **options)  # noqa: E731, B023
 
             def formula(p: Tensor, weights=weights, beta=beta) -> Tensor:
@@ -128,7 +131,7 @@ def of_prefixes(formula, dims=DIMS, weights=DIM_WEIGHTS):
     """The weighted sum of a formula of the rows' prefixes; hard negatives are cut off, too."""
 
     def call(*rows: Tensor, **options) -> Tensor:
-        total = 0
+        total = torch.zeros((), dtype=torch.float64)
         for d, weight in zip(dims, weights, strict=True):
             given = dict(options)
             if "hard_negatives" in given:
