@@ -122,6 +122,14 @@ def _cross_entropy(logits, labels, *_):
     _expect("cross_entropy", "labels", labels, (len(logits),), torch.int64)
 
 
+def _cross_entropy_rows(logits, labels, weights, label_smoothing, *_):
+    op = "cross_entropy_rows"
+    _alike(op, "logits", logits)
+    _expect(op, "labels", labels, (len(logits),), torch.int64)
+    _expect(op, "weights", weights, (len(logits),))
+    _expect(op, "label_smoothing", label_smoothing, ())
+
+
 def _negative_cosine(p, z, *_):
     _alike("negative_cosine", "p and z", p, z)
 
@@ -350,6 +358,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "lars_": _lars,
     "adamw_": _adamw,
     "cross_entropy": _cross_entropy,
+    "cross_entropy_rows": _cross_entropy_rows,
     "negative_cosine": _negative_cosine,
     "regression": _regression,
     "regression_rows": _regression_rows,

@@ -196,6 +196,14 @@ def _cross_entropy(k: int, dtype: str, vectors: tuple[int, int], gradient: bool 
     return Case("cross_entropy", f"N x {k}" + ("" if gradient else " loss only"), dtype, call, vectors)
 
 
+def _cross_entropy_rows(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        logits, labels = torch.zeros(4, k, dtype=DTYPES[dtype]), torch.zeros(4, dtype=torch.int64)
+        supervised.cross_entropy_rows(logits, labels, torch.ones(4), torch.tensor(0.1), -100, [True])
+
+    return Case("cross_entropy_rows", f"N x {k}", dtype, call, vectors)
+
+
 def _negative_cosine(d: int, dtype: str, vectors: tuple[int, int], wanted: tuple[bool, bool] = (True, True)) -> Case:
     def call() -> None:
         p, z = torch.zeros(4, d, dtype=DTYPES[dtype]), torch.zeros(4, d, dtype=DTYPES[dtype])
@@ -439,6 +447,9 @@ CASES = [
     _cross_entropy(131_072, "bf16", (2, 0), gradient=False),
     _cross_entropy(131_072, "fp32", (8, 4)),
     _cross_entropy(131_072, "fp64", (8, 4)),
+    _cross_entropy_rows(1000, "bf16", (1, 1)),
+    _cross_entropy_rows(16_384, "fp32", (8, 8)),
+    _cross_entropy_rows(131_072, "bf16", (4, 2)),
     _negative_cosine(128, "bf16", (2, 2)),
     _negative_cosine(256, "bf16", (2, 1), wanted=(True, False)),
     _negative_cosine(256, "fp32", (4, 4)),

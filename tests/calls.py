@@ -108,6 +108,11 @@ FUNCTIONS = {
         lambda b: [*_with_scale(b), torch.arange(b) % 5],
         lambda a, b, s, ids: F.clip_loss(a, b, s, ids=ids, reduction="sum", false_negative_margin=2.0, hardness=0.5),
     ),
+    "nt_xent-dims": Call(
+        _two,
+        lambda a, b: F.nt_xent(a, b, dims=(2, 4, D), dim_weights=(0.5, 1.0, 2.0)),
+    ),
+    "clip_loss-dims": Call(_with_scale, lambda a, b, s: F.clip_loss(a, b, s, dims=(3, D))),
     "nnclr": Call(lambda b: [*_two(b), *_two(b), torch.randn(20, D)], F.nnclr),
     "siglip_loss-ids": Call(
         lambda b: [*_with_scale_and_bias(b), torch.arange(b) % 3],
@@ -167,6 +172,18 @@ FUNCTIONS = {
     "frossl": Call(_two, lambda *x: F.frossl(x)),
     "whiten": Call(lambda b: [leaf(b, D)], lambda x: F.whiten(x, eps=0.1)[0].pow(3).sum()),
     "w_mse": Call(_two, lambda a, b: F.w_mse(a, b, eps=0.1)),
+    "cross_entropy-rows": Call(
+        lambda b: [leaf(b, K), torch.arange(b) % K, torch.rand(b) + 0.1],
+        lambda x, y, w: (F.cross_entropy(x, y, weights=w, reduction="none", label_smoothing=0.1) * w).sum(),
+    ),
+    "cross_entropy-weights": Call(
+        lambda b: [leaf(b, K), torch.arange(b) % K, torch.rand(b) + 0.1],
+        lambda x, y, w: F.cross_entropy(x, y, weights=w, label_smoothing=0.1),
+    ),
+    "negative_cosine-rows": Call(
+        lambda b: [*_two(b), torch.rand(b) + 0.1],
+        lambda p, z, w: (F.negative_cosine(p, z, weights=w, reduction="none") * w).sum(),
+    ),
     "cross_entropy": Call(lambda b: [leaf(b, K), torch.arange(b) % K], F.cross_entropy),
     "augment": Call(
         lambda b: [torch.randint(0, 255, (b, 8, 8, 3), dtype=torch.uint8), _table(b)],

@@ -86,6 +86,27 @@ def _cross_entropy(n: int, k: int, scale: float = 1.0, ignored: int = 0, **optio
     )
 
 
+def _cross_entropy_rows(n: int, k: int, reduction: str, ignored: int = 0, **options) -> Case:
+    """Weighted and smoothed; single rows' losses are added by hand."""
+
+    def inputs(g: torch.Generator) -> list[Tensor]:
+        weights = torch.rand(n, generator=g, dtype=torch.float64) + 0.1
+        return [torch.randn(n, k, generator=g, dtype=torch.float64), _labels(n, k, ignored)(g), weights]
+
+    def ours(x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        loss = F.cross_entropy(x, labels, weights=weights, reduction=reduction, label_smoothing=0.2)
+        return (loss * weights).sum() if reduction == "none" else loss
+
+    def eager(x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        losses = TF.cross_entropy(x, labels, reduction="none", label_smoothing=0.2) * weights
+        if reduction == "none":
+            return (losses * weights).sum()
+        return losses.sum() / (weights[labels != -100].sum() if reduction == "mean" else 1)
+
+    name = f"{n}x{k}-{reduction}" + (f"-{ignored}ignored" if ignored else "")
+    return Case("cross_entropy_rows", name, inputs, ours, eager, **options)
+
+
 def _negative_cosine(n: int, d: int, scale: float = 1.0, shift: float = 0.0, **options) -> Case:
     return Case(
         "negative_cosine",
@@ -628,6 +649,10 @@ LOSSES = [
     _cross_entropy(17, 3000, ignored=5),
     _cross_entropy(3, 70_001),
     _cross_entropy(2, 131_072),
+    _cross_entropy_rows(1, 1, "sum"),
+    _cross_entropy_rows(33, 10, "mean", ignored=5),
+    _cross_entropy_rows(5, 1003, "none", ignored=1),
+    _cross_entropy_rows(3, 70_001, "mean"),
     # D = 1 (the gradient is 0), odd, below and above a block, a large common mean
     _negative_cosine(1, 1),
     _negative_cosine(3, 7),

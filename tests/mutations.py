@@ -33,6 +33,7 @@ REFERENCE = [
         "index, -torch.ones_like(rows)",
         "index, -0.999 * torch.ones_like(rows)",
     ),
+    Mutation("cross_entropy_rows", "kernels/supervised/reference.py", "(smoothing - 1)", "(smoothing - 0.99)"),
     Mutation(
         "negative_cosine",
         "kernels/predictive/reference.py",
@@ -71,7 +72,10 @@ CPU = [
         "block + terms_per_block, k)",
         "block + terms_per_block - 1, k)",
     ),
-    Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", "e[label] * inverse - 1", "e[label] * inverse"),
+    Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", " - static_cast<W>(p.scale)", ""),
+    Mutation(
+        "cross_entropy_rows", "csrc/supervised/cross_entropy.h", "smoothing * sum / k", "1.01 * smoothing * sum / k"
+    ),
     Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "block_zz += b * b", "block_zz += a * b"),
     Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
     Mutation("lars_", "csrc/optimizers/lars.h", "momentum * buffer[j] + step", "momentum * buffer[j] + 0.999f * step"),
@@ -128,6 +132,7 @@ INTERPRETER = [
         "tl.expand_dims(slope, AXIS)",
         "tl.expand_dims(0.99 * slope, AXIS)",
     ),
+    Mutation("cross_entropy_rows", "kernels/supervised/gpu.py", "g - (1 - epsilon)", "g - (1.01 - epsilon)"),
     Mutation("koleo", "kernels/contrastive/gpu_koleo.py", "total += _slope", "total += 0.99 * _slope"),
     Mutation("characteristic", "kernels/gaussian/gpu.py", "(quadrant + 1) & 2", "quadrant & 2"),
     Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),

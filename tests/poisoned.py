@@ -76,6 +76,10 @@ class Inputs:
     def _cross_entropy(self, x):
         return x(4, self.width) / self.temperature, torch.tensor([0, 3, -100, self.width - 1]), -100, [True]
 
+    def _cross_entropy_rows(self, x):
+        labels, weights = torch.tensor([0, 3, -100, self.width - 1]), x(4, dtype=self.wide).abs()
+        return x(4, self.width) / self.temperature, labels, weights, torch.tensor(0.1), -100, [True]
+
     def _negative_cosine(self, x):
         return x(4, self.width), x(4, self.width), 1e-8, [True, True]
 

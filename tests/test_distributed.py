@@ -59,6 +59,15 @@ def nt_xent_with_options(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torc
     return F.nt_xent(z0, z1, temperature=0.4, exclude=exclude, hardness=0.5, **options_of(z0), group=group)
 
 
+def nt_xent_of_prefixes(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor:
+    dims = {"dims": (2, 5, z0.shape[1]), "dim_weights": (0.5, 1.0, 2.0)}
+    return F.nt_xent(z0, z1, **dims, **options_of(z0), group=group) + F.nt_xent(z0, z1, **dims, group=group)
+
+
+def clip_of_prefixes(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor:
+    return F.clip_loss(z0, z1, 5.0, dims=(3, 7), ids=options_of(z0)["ids"], group=group)
+
+
 def nt_xent_of_rows(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor:
     """Asymmetric in every way; each rank's losses are weighed and added by hand."""
     temperature = 0.3 + z1.detach()[:, 6].abs()
@@ -87,6 +96,8 @@ LOSSES = {
     "nt_xent_margin": partial(F.nt_xent, temperature=0.2, false_negative_margin=-0.1),
     "nt_xent_options": nt_xent_with_options,
     "nt_xent_rows": nt_xent_of_rows,
+    "nt_xent_prefixes": nt_xent_of_prefixes,
+    "clip_prefixes": clip_of_prefixes,
     "dcl_options": partial(F.dcl, false_negative_margin=0.5, prior=0.1),
     "clip_options": clip_with_options,
     "clip_rows": clip_of_rows,

@@ -50,6 +50,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             x(1)[0],
         ),
         "cross_entropy": (x(4, 7), labels, -100, [True]),
+        "cross_entropy_rows": (x(4, 7), labels, x(4), x(1)[0] / 10, -100, [True]),
         "negative_cosine": (x(4, 7), x(4, 7), 1e-8, [True, False]),
         "regression": (x(4, 7), x(4, 7), 2.0, True, 1e-5, [True]),
         "regression_rows": (

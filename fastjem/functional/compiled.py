@@ -87,6 +87,8 @@ def _placed(key: str, value: object, tensors: list[Tensor]) -> str:
     if isinstance(value, Tensor):
         tensors.append(value)
         return "tensor"
+    if isinstance(value, (list, tuple)) and not any(isinstance(x, Tensor) for x in value):
+        return f"{tuple(value)}"  # of numbers
     if isinstance(value, (list, tuple)):
         tensors.extend(value)
         return f"list {len(value)}"

@@ -1,6 +1,7 @@
 """Contrastive losses of one set of rows: a log-sum-exp over similarities, less the positives."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.options import Options, check_exclude, check_ids, is_of_rows, temperature_of_rows
 from fastjem.functional.precision import loss_dtype
+from fastjem.functional.prefixes import sum_over_prefixes
 from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import transforms
@@ -76,6 +78,8 @@ def nt_xent(
     hard_negatives: Tensor | None = None,
     prior: float | Tensor = 0.0,
     hardness: float = 0.0,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Normalised-temperature cross-entropy, SimCLR's loss (Chen et al. 2020, arXiv 2002.05709, equation 1).
@@ -102,6 +106,9 @@ def nt_xent(
             taken out (Chuang et al. 2020, arXiv 2007.00224, equation 8).
         hardness: above 0, negatives count by `exp(hardness * cosine / temperature)`, with a mean of 1 (Robinson et
             al. 2021, arXiv 2010.04592: beta).
+        dims, dim_weights: lengths of Matryoshka prefixes, ascending, (64, 128, 256) say. The loss is the sum over
+            these of that of each row's first elements, normalised by themselves, times a weight each, by default 1
+            (Kusupati et al. 2022, arXiv 2205.13147, equation 1).
         group: the process group whose ranks' rows are candidates and rows of one global batch (batches may be uneven,
             a rank may have no rows); None: this rank's alone. Ranks see each other's rows one rank at a time: memory
             stays that of one batch. All of them must call backward.
@@ -115,6 +122,10 @@ def nt_xent(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
+    if dims is not None or dim_weights is not None:
+        views = (z0,) if z1 is None else (z0, z1)
+        of_prefix = partial(nt_xent, temperature=temperature, group=group)
+        return sum_over_prefixes("nt_xent", of_prefix, views, options, dims, dim_weights, group)
     plain = group is None and not options.any()
     loss = quick.of_views("nt_xent", z0, z1, temperature) if plain else None
     if loss is not None:
@@ -257,6 +268,8 @@ def info_nce(
     hard_negatives: Tensor | None = None,
     prior: float | Tensor = 0.0,
     hardness: float = 0.0,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """InfoNCE with given negatives, MoCo's loss (He et al. 2020, arXiv 1911.05722, equation 1).
 
@@ -273,6 +286,7 @@ def info_nce(
             negative (the same image in a queue).
         exclude: bool, [N, K], or [K] for all queries (a queue that isn't full yet).
         reduction, weights, label_smoothing, false_negative_margin, hard_negatives, prior, hardness: as for `nt_xent`.
+        dims, dim_weights: as for `nt_xent`, too.
 
     Returns:
         0-dim float32 (float64 for float64 inputs); [N] without a reduction.
@@ -283,6 +297,10 @@ def info_nce(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
+    if dims is not None or dim_weights is not None:
+        of_prefix = partial(info_nce, temperature=temperature, label_offset=label_offset, negative_ids=negative_ids)
+        rows = (query, positive, negatives)
+        return sum_over_prefixes("info_nce", of_prefix, rows, options, dims, dim_weights, None)
     has_options = negative_ids is not None or options.any()
     loss = None if has_options else quick.info_nce(query, positive, negatives, temperature, label_offset)
     if loss is not None:

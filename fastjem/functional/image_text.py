@@ -1,5 +1,8 @@
 """Contrastive losses of pairs from two encoders, with a learned scale: CLIP and SigLIP."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +13,7 @@ from fastjem.functional.compiled import over_ranks
 from fastjem.functional.options import Options, check_exclude, check_mask, is_of_rows, reduced, temperature_of_rows
 from fastjem.functional.pairs import Pairs, losses_of_rows
 from fastjem.functional.precision import in_float32
+from fastjem.functional.prefixes import sum_over_prefixes
 from fastjem.kernels.arithmetic import widest_dtype
 
 
@@ -51,6 +55,8 @@ def clip_loss(
     hard_negatives: Tensor | None = None,
     prior: float | Tensor = 0.0,
     hardness: float = 0.0,
+    dims: Sequence[int] | None = None,
+    dim_weights: Sequence[float] | None = None,
     group: dist.ProcessGroup | None = None,
     local_loss: bool = False,
     gather_with_grad: bool = True,
@@ -69,6 +75,7 @@ def clip_loss(
         hard_negatives: [N, H, D], as given: further rows of y, for row i of x alone.
         reduction, weights, label_smoothing, false_negative_margin, prior, hardness: as for `nt_xent`, of both
             directions; a pair's loss is their mean.
+        dims, dim_weights: as for `nt_xent`; prefixes, those of hard negatives too, are normalised inside.
         group: as for `nt_xent`.
         local_loss: with a group, the mean over this rank's rows (and, for `logits.T`, its columns) alone, each against
             all ranks' candidates (0 for a rank without rows); the gradient is still that of the global loss, exact
@@ -84,6 +91,11 @@ def clip_loss(
     options = Options(
         reduction, weights, label_smoothing, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
     )  # fmt: skip
+    if dims is not None or dim_weights is not None:
+        of_prefix = partial(
+            clip_loss, logit_scale=logit_scale, group=group, local_loss=local_loss, gather_with_grad=gather_with_grad
+        )
+        return sum_over_prefixes("clip_loss", of_prefix, (x, y), options, dims, dim_weights, group, unit=True)
     of_rows = is_of_rows("clip_loss", "logit_scale", logit_scale, group)
     if of_rows or options.any():
         return _clip_with_options(x, y, logit_scale, of_rows, options, group, local_loss, gather_with_grad)

@@ -4,11 +4,14 @@ import torch
 from torch import Tensor
 
 from fastjem.functional import checks, quick
-from fastjem.functional.precision import loss_dtype
+from fastjem.functional.options import Options, reduced
+from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.ops.autograd import one_pass
 
 
-def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
+def negative_cosine(
+    p: Tensor, z: Tensor, *, eps: float = 1e-8, reduction: str = "mean", weights: Tensor | None = None
+) -> Tensor:
     """`-cosine_similarity(p, z).mean()` (SimSiam, Chen and He 2021, arXiv 2011.10566, equation 1).
 
     BYOL's loss is 2 + 2 of it. Detaches nothing: stopping the gradient of `z` is the caller's part of the method,
@@ -17,18 +20,33 @@ def negative_cosine(p: Tensor, z: Tensor, *, eps: float = 1e-8) -> Tensor:
     Args:
         p, z: [N, D] each.
         eps: the least a norm is taken for.
+        reduction: "mean", "sum", or "none" for the loss of each row, [N].
+        weights: [N], of the rows' losses, constants; the mean becomes sum(weights * losses) / sum(weights). A row of
+            weight 0 isn't looked at.
 
     Returns:
-        0-dim float32 (float64 for float64 inputs).
+        0-dim float32 (float64 for float64 inputs); [N] without a reduction.
 
     Raises:
         ValueError: for other shapes or dtypes.
     """
-    if (loss := quick.negative_cosine(p, z, eps)) is not None:
+    has_options = reduction != "mean" or weights is not None
+    if not has_options and (loss := quick.negative_cosine(p, z, eps)) is not None:
         return loss
     checks.matrices("negative_cosine", "p and z must be [N, D] both", p, z)
     eps = checks.host_number("negative_cosine", "eps", eps, low=0)
+    if has_options:
+        options = Options(reduction, weights).checked("negative_cosine", p, p.shape[0], [p.shape[:1]])
+        with without_autocast(p):
+            rows = [_without_rows_of_no_weight(in_float32(x), options.weights) for x in checks.common(p, z)]
+            losses = -torch.nn.functional.cosine_similarity(*rows, dim=1, eps=eps)
+            return reduced(losses, options, p, None)
     return one_pass("negative_cosine", checks.common(p, z), eps)
+
+
+def _without_rows_of_no_weight(x: Tensor, weights: Tensor | None) -> Tensor:
+    """x [N, D] with zeros there: of rows that hold NaN, a weight of 0 alone would leave NaN in the gradient."""
+    return x if weights is None else x.masked_fill((weights == 0)[:, None], 0)
 
 
 def regression(
@@ -40,6 +58,7 @@ def regression(
     eps: float = 1e-5,
     rows: Tensor | None = None,
     weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """`smooth_l1_loss(prediction, layer_norm(target, [D]), beta=beta)`: data2vec's loss.
 
@@ -56,6 +75,8 @@ def regression(
             they are, and nothing is gathered. All different, but for those of weight 0, which aren't looked at.
         weights: [M], one a row (of all rows without `rows`): the mean over rows becomes sum(weights * rows) /
             sum(weights). With 1 / (masked patches of its image) every image counts alike.
+        reduction: "mean", or of the rows' losses, each the mean over its elements, "sum" or "none" ([...], without the
+            last dimension). Not with `rows`, by which a prediction may be indexed.
 
     Returns:
         0-dim float32 (float64 for float64 inputs), the mean over all elements.
@@ -64,7 +85,7 @@ def regression(
         ValueError: for other shapes or dtypes, a negative beta, or an eps that isn't positive; on the CPU, for rows out
             of range (on a GPU these make the loss NaN).
     """
-    if rows is None and weights is None:
+    if rows is None and weights is None and reduction == "mean":
         loss = quick.regression(prediction, target, beta, normalize, eps)
         if loss is not None:
             return loss
@@ -77,10 +98,29 @@ def regression(
     predictions = prediction.reshape(-1, width)
     targets = target.reshape(-1, width)
     options = (beta, bool(normalize), eps)
+    if reduction != "mean":
+        if rows is not None:
+            checks.fail("regression", "with rows, reduction must be mean", repr(reduction))
+        checked = Options(reduction, weights).checked(
+            "regression", prediction, predictions.shape[0], [targets.shape[:1]]
+        )
+        losses = reduced(_losses_of_rows(predictions, targets, checked.weights, *options), checked, prediction, None)
+        return losses.view(prediction.shape[:-1]) if reduction == "none" else losses
     if rows is None and weights is None:
         return one_pass("regression", (predictions,), targets, *options)
     rows, weights = _rows_and_weights(rows, weights, predictions)
     return one_pass("regression_rows", (predictions,), targets, rows, weights, *options)
+
+
+def _losses_of_rows(x: Tensor, y: Tensor, weights: Tensor | None, beta: float, normalize: bool, eps: float) -> Tensor:
+    """[N] of predictions and targets [N, D], in plain torch, which differentiates them."""
+    with without_autocast(x):
+        x, y = (_without_rows_of_no_weight(in_float32(z), weights) for z in (x, y))
+        if normalize:
+            y = torch.nn.functional.layer_norm(y, y.shape[1:], eps=eps)
+        if beta == 0:
+            return (x - y).square().mean(1)
+        return torch.nn.functional.smooth_l1_loss(x, y, reduction="none", beta=beta).mean(1)
 
 
 def _rows_and_weights(rows: Tensor | None, weights: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,8 @@ class NTXentLoss(nn.Module):
         memory_bank_size: (number of negatives, dimension); 0: the negatives are in the batch.
         gather_distributed: the negatives of all ranks count; with a memory bank, all ranks' rows are enqueued.
         rows_per_step: see `MemoryBankModule`; with more than 0 call `step_ends` once per optimiser step.
-        reduction, label_smoothing, false_negative_margin, prior, hardness: see `fastjem.functional.nt_xent`.
+        reduction, label_smoothing, false_negative_margin, prior, hardness, dims, dim_weights: see
+            `fastjem.functional.nt_xent`.
 
     Another `cross_entropy` may be assigned, as with lightly's: `nn.CrossEntropyLoss(reduction="none")`, say. It is
     given the logits, which then are made, of this rank alone. A rank may come without rows: with a memory bank, where
@@ -52,6 +53,8 @@ class NTXentLoss(nn.Module):
         false_negative_margin: float | None = None,
         prior: float = 0.0,
         hardness: float = 0.0,
+        dims: Sequence[int] | None = None,
+        dim_weights: Sequence[float] | None = None,
     ):
         super().__init__()
         check_distributed("NTXentLoss", gather_distributed)
@@ -62,6 +65,7 @@ class NTXentLoss(nn.Module):
             "prior": prior,
             "hardness": hardness,
         }
+        self.prefixes: dict[str, Any] = {"dims": dims, "dim_weights": dim_weights}
         if abs(temperature) < 1e-8:
             raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
         self.temperature = temperature
@@ -90,7 +94,8 @@ class NTXentLoss(nn.Module):
         group = default_group(self.gather_distributed)
         given = given_in_call(weights=weights, ids=ids, exclude=exclude, hard_negatives=hard_negatives)
         options: dict[str, Any] = {**self.options, **given}
-        if not is_mean_cross_entropy(self.cross_entropy) and Options(**options).any():
+        is_optional = Options(**options).any() or any(x is not None for x in self.prefixes.values())
+        if is_optional and not is_mean_cross_entropy(self.cross_entropy):
             contract = "with options, cross_entropy must be nn.CrossEntropyLoss()"
             checks.fail("NTXentLoss", contract, self.cross_entropy)
         if self.memory_bank.size[0] == 0:
@@ -99,7 +104,7 @@ class NTXentLoss(nn.Module):
                     contract = "with gather_distributed, cross_entropy must be the mean, nn.CrossEntropyLoss()"
                     checks.fail("NTXentLoss", contract, self.cross_entropy)
                 return self._of_logits(out0, out1, None)
-            return F.nt_xent(out0, out1, temperature=self.temperature, group=group, **options)
+            return F.nt_xent(out0, out1, temperature=self.temperature, group=group, **options, **self.prefixes)
         # The bank of all ranks is pushed to together: what fails before, fails on all of them.
         with Agreement("NTXentLoss", group) as ranks:
             if ids is not None:
@@ -119,7 +124,7 @@ class NTXentLoss(nn.Module):
             return nothing if self.options["reduction"] == "none" else nothing.sum()
         if not is_mean_cross_entropy(self.cross_entropy):
             return self._of_logits(out0, out1, bank)
-        return F.info_nce(out0, out1, bank, temperature=self.temperature, **options)
+        return F.info_nce(out0, out1, bank, temperature=self.temperature, **options, **self.prefixes)
 
     def _of_logits(self, out0: Tensor, out1: Tensor, bank: Tensor | None) -> Tensor:
         """`cross_entropy` of lightly's logits: positives first beside a bank, else pairs by their number."""

@@ -1,5 +1,6 @@
 """Losses of image-text pairs as modules, with open_clip's names, arguments and defaults: CLIP and SigLIP."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +44,8 @@ class ClipLoss(_ImageText):
         local_loss: the loss of this rank's rows against all ranks' candidates.
         gather_with_grad: with `local_loss`, whether candidates get gradients: True makes the gradient the global
             loss's. Without `local_loss` the gradient is the global loss's anyway.
-        reduction, label_smoothing, false_negative_margin, prior, hardness: see `fastjem.functional.clip_loss`.
+        reduction, label_smoothing, false_negative_margin, prior, hardness, dims, dim_weights: see
+            `fastjem.functional.clip_loss`.
 
     A subclass may override `get_logits` and `get_ground_truth`, on one rank; the loss then is made of what they return.
     """
@@ -62,6 +64,8 @@ class ClipLoss(_ImageText):
         false_negative_margin: float | None = None,
         prior: float = 0.0,
         hardness: float = 0.0,
+        dims: Sequence[int] | None = None,
+        dim_weights: Sequence[float] | None = None,
     ):
         super().__init__()
         self.options: dict[str, Any] = {
@@ -71,6 +75,7 @@ class ClipLoss(_ImageText):
             "prior": prior,
             "hardness": hardness,
         }
+        self.prefixes: dict[str, Any] = {"dims": dims, "dim_weights": dim_weights}
         if use_horovod:
             raise ValueError("ClipLoss: use_horovod must be False (torch.distributed is what is supported), got True")
         self.local_loss = local_loss
@@ -100,7 +105,7 @@ class ClipLoss(_ImageText):
         given = given_in_call(weights=weights, ids=ids, exclude=exclude, hard_negatives=hard_negatives)
         options: dict[str, Any] = {**self.options, **given}
         if self._has_own_hooks(ClipLoss, group):
-            if Options(**options).any():
+            if Options(**options).any() or any(x is not None for x in self.prefixes.values()):
                 contract = "with options, get_logits and get_ground_truth must be those of ClipLoss"
                 checks.fail("ClipLoss", contract, f"those of {type(self).__name__}")
             of_images, of_texts = self.get_logits(image_features, text_features, logit_scale, logit_bias)
@@ -108,7 +113,7 @@ class ClipLoss(_ImageText):
             cross_entropy = nn.functional.cross_entropy
             loss = (cross_entropy(of_images, labels) + cross_entropy(of_texts, labels)) / 2
             return {"contrastive_loss": loss} if output_dict else loss
-        options |= {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad}
+        options |= {"local_loss": self.local_loss, "gather_with_grad": self.gather_with_grad, **self.prefixes}
         loss = F.clip_loss(image_features, text_features, logit_scale, group=group, **options)
         if isinstance(logit_bias, Tensor):
             # Its gradient is zero and not missing: DistributedDataParallel waits for a gradient of every parameter.

@@ -146,7 +146,7 @@ def one_pass_with_statistics(
         wanted = tuple(needs_gradient(x) for x in inputs)
         constants = [x.detach() for x in inputs]
         loss, gradients, scale, statistics = _call(name, wanted, listed, arguments, constants)
-        twice = (reference(name), *arguments) if name in transforms.TWICE else None
+        twice = (reference(name), scale, *arguments) if name in transforms.TWICE else None
         return transforms.known(name, loss, inputs, gradients, [scale] * len(inputs), twice), *statistics
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
     if not any(wanted):

@@ -4,8 +4,8 @@ A transform wraps tensors, level by level, and takes apart only functions that i
 
 * **A loss**: the loss and its gradients for the inputs are computed at once, of constants, and `_Known` hands them to
   whatever differentiates. It has a `setup_context`, which transforms ask for; the Functions of `autograd.py`, which are
-  what a training step takes, have none, as PyTorch binds a Function's arguments by its signature where there is one
-  (10 us a call).
+  what a training step takes, have none, as PyTorch binds a Function's arguments by its signature where there is one,
+  anew at each call.
 * **An operator within vmap**: one call for each element of the batch. The kernels have no further dimension, and a loss
   of a batch of losses isn't one of them; so vmap saves Python's loops, not time.
 
@@ -127,10 +127,11 @@ class _Gradient(torch.autograd.Function):
         inputs, constants = _in_parts(ctx.saved_tensors, ctx.count)
         rest = iter(constants)
         given: list[Any] = [next(rest) if x is _TENSOR else x for x in ctx.pattern]
-        specification, *arguments = given
+        specification, scale, *arguments = given
 
         def gradient_of(*x: Tensor) -> Tensor:
-            return specification(*x, *arguments, [i == ctx.place for i in range(ctx.count)])[1][ctx.place]
+            _, gradients, whole = specification(*x, *arguments, [i == ctx.place for i in range(ctx.count)])
+            return scaled(gradients[ctx.place], whole / scale)  # a kernel's may have a part of the scale in it
 
         pullback = torch.func.vjp(gradient_of, *inputs)[1]
         return None, None, None, None, None, *pullback(upstream), *[None] * len(constants)
@@ -173,7 +174,8 @@ def known(
     """As `autograd.known`, within a transform.
 
     Args:
-        twice: the operator's specification and its arguments beside inputs, where it is differentiable twice.
+        twice: the operator's specification, the scale of `gradients`, and its arguments beside inputs, where it is
+            differentiable twice.
     """
     if twice is None:  # only what is differentiated: the rest, a queue say, may be changed before backward
         live = [differentiated(x) for x in inputs]

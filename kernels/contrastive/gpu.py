@@ -88,8 +88,8 @@ def siglip_pairs(
         weights = weights / largest
     x_sum = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if wanted[0] else None
     y_sum = torch.zeros(y.shape, dtype=torch.float32, device=y.device) if wanted[1] else None
-    arguments = (logit_scale, logit_bias, smoothing, weights, *options, x_sum, y_sum)
-    losses, dots, slopes = pairs.siglip_pairs(x, y, *arguments)
+    given: list = [logit_scale, logit_bias, smoothing, weights, *options, x_sum, y_sum]
+    losses, dots, slopes = pairs.siglip_pairs(x, y, *given)
     if largest is not None:
         dots, slopes = dots * largest, slopes * largest
         x_sum, y_sum = (None if z is None else z * largest.float() for z in (x_sum, y_sum))

@@ -8,4 +8,10 @@ OPERATORS = {
         cpu=True,
         gpu=True,
     ),
+    "cross_entropy_rows": Operator(
+        "(Tensor logits, Tensor labels, Tensor weights, Tensor label_smoothing, int ignore_index, bool[] wanted)"
+        " -> (Tensor, Tensor[])",
+        cpu=True,
+        gpu=True,
+    ),
 }

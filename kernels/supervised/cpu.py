@@ -37,6 +37,37 @@ def cross_entropy(
     return loss, [gradient], torch.full((), _scale(counted, mean), dtype=dtype)
 
 
+def cross_entropy_rows(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    label_smoothing: Tensor,
+    ignore_index: int,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    if logits.dtype not in CODES:
+        return reference.cross_entropy_rows(logits, labels, weights, label_smoothing, ignore_index, wanted)
+    logits = dense_rows(logits)
+    labels = labels.contiguous()
+    weights = weights.double().contiguous()
+    gradient = gradient_for(logits, wanted[0])
+    losses = torch.empty(len(logits), dtype=torch.float64)
+    _C.cross_entropy_rows(
+        CODES[logits.dtype],
+        address(logits),
+        *logits.shape,
+        logits.stride(0),
+        address(labels),
+        address(weights),
+        label_smoothing.item(),
+        ignore_index,
+        address(gradient),
+        address(losses),
+        torch.get_num_threads(),
+    )
+    return losses.to(compute_dtype(logits.dtype)), [gradient]
+
+
 def _of_mean(logits: Tensor) -> bool:
     """Whether C++ gives the gradient of the mean, not of the sum: float16 can't hold it (`native.scale_within`)."""
     return logits.dtype != torch.float16

@@ -22,18 +22,29 @@ def _gradient(p, column, label, ignored, valid):
     return tl.where(ignored, 0.0, tl.where(valid, g, float("nan")))
 
 
+@triton.jit
+def _smoothed_gradient(p, column, label, ignored, valid, epsilon, of_all, weight):
+    """`_gradient` of a target that is `of_all` in every class and 1 - epsilon more at the label, weighted."""
+    g = p - of_all
+    g = tl.where(column == label, g - (1 - epsilon), g) * weight
+    return tl.where(ignored, 0.0, tl.where(valid, g, float("nan")))
+
+
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def _cross_entropy_kernel(
     logits,  # [N, K], rows s_row * ALIGN apart
     labels,  # [N] int64
     gradient,  # [N, K] contiguous, or None
-    sums,  # [programs], the losses of a program's rows
-    counts,  # [programs] int32, how many aren't ignored
+    sums,  # [programs], the losses of a program's rows; [N] with OF_ROWS, of each
+    counts,  # [programs] int32, how many aren't ignored; None with OF_ROWS
+    weights,  # [N], of rows in the gradient; rows of weight 0 are ignored; None without OF_ROWS
+    smoothing,  # 0-dim; None without OF_ROWS
     N,
     K,  # / ALIGN
     s_row,  # / ALIGN
     ignore_index,
     COMPUTE: tl.constexpr,
+    OF_ROWS: tl.constexpr,  # with weights and label smoothing, the losses apart
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # >= K * ALIGN
@@ -52,11 +63,38 @@ def _cross_entropy_kernel(
     maximum = tl.max(x, 1)
     e = tl.exp(x - maximum[:, None])
     total = tl.sum(e, 1)
-    loss = tl.where(ignored, 0.0, tl.log(total) + (maximum - x_label))
-    tl.store(sums + tl.program_id(0), tl.sum(loss, 0))
-    tl.store(counts + tl.program_id(0), tl.sum((label != ignore_index).to(tl.int32), 0))
+    epsilon = tl.zeros((), COMPUTE)
+    per_class = tl.zeros((), COMPUTE)
+    weight = tl.zeros((), COMPUTE)
+    if OF_ROWS:
+        weight = tl.load(weights + i_row, inside, 0)
+        ignored = ignored | (weight == 0)
+        epsilon = tl.load(smoothing)
+        per_class = 1 / (K * ALIGN).to(COMPUTE)
+        # no smoothing, and a logit of -inf: 0 times infinity would be NaN
+        uniform = tl.sum(tl.where(mask, maximum[:, None] - x, 0.0), 1) * per_class
+        uniform = tl.where(epsilon == 0, 0.0, epsilon * uniform)
+        loss = tl.where(ignored, 0.0, tl.log(total) + ((1 - epsilon) * (maximum - x_label) + uniform))
+        tl.store(sums + i_row, loss, inside)
+    else:
+        loss = tl.where(ignored, 0.0, tl.log(total) + (maximum - x_label))
+        tl.store(sums + tl.program_id(0), tl.sum(loss, 0))
+        tl.store(counts + tl.program_id(0), tl.sum((label != ignore_index).to(tl.int32), 0))
     if gradient is not None:
-        g = _gradient(e * (1 / total)[:, None], column, label[:, None], ignored[:, None], valid[:, None])
+        p = e * (1 / total)[:, None]
+        if OF_ROWS:
+            g = _smoothed_gradient(
+                p,
+                column,
+                label[:, None],
+                ignored[:, None],
+                valid[:, None],
+                epsilon,
+                epsilon * per_class,
+                weight[:, None],
+            )
+        else:
+            g = _gradient(p, column, label[:, None], ignored[:, None], valid[:, None])
         tl.store(gradient + launch.row_start(i_row, K, ALIGN)[:, None] + column, g, mask)
 
 
@@ -66,11 +104,14 @@ def _cross_entropy_long_kernel(
     labels,  # [N] int64
     gradient,  # [N, K] contiguous, or None
     sums,  # [N]
-    counts,  # [N] int32
+    counts,  # [N] int32; None with OF_ROWS
+    weights,  # [N], of rows in the gradient; rows of weight 0 are ignored; None without OF_ROWS
+    smoothing,  # 0-dim; None without OF_ROWS
     K,  # / ALIGN
     s_row,  # / ALIGN
     ignore_index,
     COMPUTE: tl.constexpr,
+    OF_ROWS: tl.constexpr,  # with weights and label smoothing, the losses apart
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -86,6 +127,7 @@ def _cross_entropy_long_kernel(
     maximum = tl.full((), -float("inf"), COMPUTE)
     shift = tl.zeros((), COMPUTE)  # the maximum, but finite
     b_total = tl.zeros([BLOCK], COMPUTE)
+    b_sum = tl.zeros([BLOCK], COMPUTE)
     for i in tl.range(0, K * ALIGN, BLOCK, num_stages=STAGES):
         mask = column < K * ALIGN - i
         x = tl.load(row + i + column, mask, -float("inf"), eviction_policy="evict_last").to(COMPUTE)
@@ -93,10 +135,23 @@ def _cross_entropy_long_kernel(
         shift = launch.finite(new)
         b_total = b_total * tl.exp(launch.finite(maximum) - shift) + tl.exp(x - shift)
         maximum = new
+        if OF_ROWS:
+            b_sum += tl.where(mask, x, 0.0)
     total = tl.sum(b_total, 0)
-    loss = tl.where(ignored, 0.0, tl.log(total) + (maximum - x_label))
+    epsilon = tl.zeros((), COMPUTE)
+    per_class = tl.zeros((), COMPUTE)
+    weight = tl.zeros((), COMPUTE)
+    if OF_ROWS:
+        weight = tl.load(weights + i_row)
+        ignored = ignored | (weight == 0)
+        epsilon = tl.load(smoothing)
+        per_class = 1 / (K * ALIGN).to(COMPUTE)
+        uniform = tl.where(epsilon == 0, 0.0, epsilon * (maximum - tl.sum(b_sum, 0) * per_class))
+        loss = tl.where(ignored, 0.0, tl.log(total) + ((1 - epsilon) * (maximum - x_label) + uniform))
+    else:
+        loss = tl.where(ignored, 0.0, tl.log(total) + (maximum - x_label))
+        tl.store(counts + i_row, (label != ignore_index).to(tl.int32))
     tl.store(sums + i_row, loss)
-    tl.store(counts + i_row, (label != ignore_index).to(tl.int32))
     if gradient is not None:
         out = gradient + launch.row_start(i_row, K, ALIGN)
         last_block = (K * ALIGN - 1) // BLOCK * BLOCK
@@ -104,7 +159,11 @@ def _cross_entropy_long_kernel(
             i = last_block - done
             mask = column < K * ALIGN - i
             x = tl.load(row + i + column, mask, 0, eviction_policy="evict_first").to(COMPUTE)
-            g = _gradient(tl.exp(x - shift) * (1 / total), i + column, label, ignored, valid)
+            p = tl.exp(x - shift) * (1 / total)
+            if OF_ROWS:
+                g = _smoothed_gradient(p, i + column, label, ignored, valid, epsilon, epsilon * per_class, weight)
+            else:
+                g = _gradient(p, i + column, label, ignored, valid)
             tl.store(out + i + column, g, mask, eviction_policy="evict_first")
 
 
@@ -116,14 +175,43 @@ def cross_entropy(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if logits.dtype not in launch.DTYPES:
         return reference.cross_entropy(logits, labels, ignore_index, wanted)
+    gradient, sums, counts = _launched(logits, labels, None, None, ignore_index, wanted[0])
+    loss, scale = launch.mean(sums, counts)
+    return loss, [gradient], scale
+
+
+def cross_entropy_rows(
+    logits: Tensor,  # [N, K]
+    labels: Tensor,  # [N] int64
+    weights: Tensor,  # [N]
+    label_smoothing: Tensor,  # 0-dim
+    ignore_index: int,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    if logits.dtype not in launch.DTYPES:
+        return reference.cross_entropy_rows(logits, labels, weights, label_smoothing, ignore_index, wanted)
+    gradient, losses, _ = _launched(logits, labels, weights, label_smoothing, ignore_index, wanted[0])
+    return losses, [gradient]
+
+
+def _launched(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    label_smoothing: Tensor | None,
+    ignore_index: int,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient, and losses and numbers of rows by program; with weights the losses of rows."""
     n, k = logits.shape
     logits = dense_rows(logits)
     compute = compute_dtype(logits.dtype)
-    gradient = torch.empty((n, k), dtype=logits.dtype, device=logits.device) if wanted[0] else None
+    gradient = torch.empty((n, k), dtype=logits.dtype, device=logits.device) if wanted else None
     align = launch.alignment(logits)
     tile = tiling.cross_entropy(k, compute)
     programs = n if tile is None else triton.cdiv(n, tile["ROWS"])
-    sums = torch.empty(programs, dtype=compute, device=logits.device)
+    of_rows = weights is not None and label_smoothing is not None
+    sums = torch.empty(n if of_rows else programs, dtype=compute, device=logits.device)
     counts = torch.empty(programs, dtype=torch.int32, device=logits.device)
     launch.launch(
         _cross_entropy_long_kernel if tile is None else _cross_entropy_kernel,
@@ -132,15 +220,17 @@ def cross_entropy(
         labels.contiguous(),
         gradient,
         sums,
-        counts,
+        None if of_rows else counts,
+        weights.to(compute).contiguous() if of_rows else None,
+        label_smoothing.to(compute) if of_rows else None,
         *([] if tile is None else [n]),
         k // align,
         logits.stride(0) // align,
         ignore_index,
         COMPUTE=launch.DTYPES[compute],
+        OF_ROWS=of_rows,
         ALIGN=align,
         **(tile or tiling.cross_entropy_long(compute)),
         device_of=logits,
     )
-    loss, scale = launch.mean(sums, counts)
-    return loss, [logits.new_empty(0) if gradient is None else gradient], scale
+    return logits.new_empty(0) if gradient is None else gradient, sums, counts
