@@ -244,8 +244,8 @@ MODULES = {
     "SimDINOLoss": _module(_scores(3), nn.SimDINOLoss, lambda loss, s, r, t: loss([t], [s, r])),
     "SMoGPrototypes": _module(
         lambda b: [leaf(b, D)],
-        lambda: nn.SMoGPrototypes(torch.randn(4, D), 0.9),
-        lambda groups, x: groups(x, groups.get_updated_group_features(x)).logsumexp(1).mean(),
+        lambda: nn.SMoGPrototypes(torch.arange(4.0 * D).view(4, D).sin(), 0.9),
+        lambda groups, x: groups(x, groups.group_features).logsumexp(1).mean(),
     ),
     "EMPSSLLoss": _module(_two, nn.EMPSSLLoss, lambda loss, *x: loss(x)),
     "MMCRLoss": _module(lambda b: [leaf(b, 2, D), leaf(b, 2, D)], nn.MMCRLoss),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastjem.functional as F
+from fastjem.ops import direct
 
 OPS = ("barlow_twins", "vicreg")
 EAGER = {"barlow_twins": cases.eager_barlow_twins, "vicreg": cases.eager_vicreg}
@@ -169,7 +170,9 @@ def test_health_figures_come_with_the_loss(op, n, d, implementation, poisoned):
     leaves = [x.to(implementation.device).requires_grad_() for x in (a, b)]
     loss = getattr(F, op)(*leaves, health=health)
     loss.backward()
-    assert torch.equal(loss, getattr(F, op)(*leaves))
+    with direct.off():  # the few rows of a plain call are summed in double
+        assert torch.equal(loss, getattr(F, op)(*leaves))
+    torch.testing.assert_close(loss, getattr(F, op)(*leaves), rtol=1e-6, atol=0)
     z = [x.double() for x in (a, b)]
     if op == "vicreg":
         std = [(x.var(0) + 1e-4).sqrt() for x in z]

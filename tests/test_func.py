@@ -36,7 +36,7 @@ RAGGED = ("IBOTPatchLoss", "IBOTPatchLoss-sinkhorn")
 TWICE = {
     "negative_cosine", "negative_cosine-rows",
     "NegativeCosineSimilarity", "regression", "cross_entropy", "total_coding_rate", "emp_ssl",
-    "EMPSSLLoss", "mmcr", "MMCRLoss", "whiten", "Whitening2d",
+    "EMPSSLLoss", "mmcr", "MMCRLoss", "whiten", "Whitening2d", "simdino", "SimDINOLoss", "SMoGPrototypes",
 }  # fmt: skip
 
 

@@ -38,6 +38,11 @@ def dino(module: nn.DINOLoss) -> Tensor:
     return loss
 
 
+def groups(module: nn.SMoGPrototypes) -> Tensor:
+    module.set_group_features(Y[:4].clone())
+    return module(X, module.get_updated_group_features(X))
+
+
 def bank(module: nn.NTXentLoss) -> Tensor:
     loss = module(X.clone().requires_grad_(), Y)
     module.step_ends()
@@ -66,7 +71,11 @@ CASES: dict[str, tuple[Callable[[], torch.nn.Module], Callable]] = {
         lambda: nn.IBOTPatchLoss(K, defer_center_update=True),
         lambda m: m(SCORES[0][:6], SCORES[1][:6], MASK),
     ),
+    "GramLoss": (nn.GramLoss, lambda m: m(X[None], Y[None])),
     "KoLeoLoss": (nn.KoLeoLoss, lambda m: m(X)),
+    "NNCLRLoss": (lambda: nn.NNCLRLoss(memory_bank_size=(9, D)), lambda m: m(X, Y, Y, X)),
+    "SimDINOLoss": (nn.SimDINOLoss, lambda m: m([X], [Y, X])),
+    "SMoGPrototypes": (lambda: nn.SMoGPrototypes(Y[:4].clone(), 0.9), groups),
     "LeJEPALoss": (
         lambda: nn.LeJEPALoss(sigreg_num_vectors=3),
         lambda m: torch.manual_seed(0) and m(local_proj=X[None], global_proj=Y[None]),

@@ -151,6 +151,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "kmeans": (F.kmeans, (VIEWS[0], VIEWS[1][:3])),
     "knn_votes": (lambda q, b: F.knn_votes(q, b, LABELS, classes=9, k=3), VIEWS),
     "masked_rows": (lambda: F.masked_rows(torch.eye(3) > 0), ()),
+    "nnclr": (lambda a, b: F.nnclr(a.detach(), b.detach(), b, a, a.detach()), VIEWS),
     "nearest_rows": (partial(F.nearest_rows, k=3), VIEWS),
     "simdino": (lambda a, b: F.simdino([a, b], [b.detach()]), VIEWS),
     "siglip_loss": (F.siglip_loss, (*VIEWS, SCALE, BIAS)),
@@ -224,6 +225,10 @@ MODULES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "MMCRLoss": (made("MMCRLoss"), (normal(5, 2, 6), normal(5, 2, 6, seed=1))),
     "MSNLoss": (made("MSNLoss"), (normal(10, 6), normal(5, 6).detach(), normal(8, 6, seed=1))),
+    "NNCLRLoss": (
+        lambda a, b: modules.NNCLRLoss(memory_bank_size=(30, 6))(a.detach(), b.detach(), b, a),
+        VIEWS,
+    ),
     "NTXentLoss": (made("NTXentLoss", memory_bank_size=(30, 6)), VIEWS),
     "NegativeCosineSimilarity": (made("NegativeCosineSimilarity"), VIEWS),
     "SIGReg": (made("SIGReg", num_vectors=9), (STACKED,)),

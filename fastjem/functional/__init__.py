@@ -4,11 +4,12 @@ Arguments after the tensors are keyword-only.
 """
 
 from fastjem.functional.augment import augment, crop_resize
-from fastjem.functional.contrastive import dcl, dclw, info_nce, nearest_neighbors, nnclr, nt_xent
+from fastjem.functional.contrastive import dcl, dclw, info_nce, nt_xent
 from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
 from fastjem.functional.gram import gram_loss
 from fastjem.functional.image_text import clip_loss, siglip_loss
+from fastjem.functional.nearest import nearest_neighbors, nnclr
 from fastjem.functional.neighbors import Clusters, kmeans, knn_votes, nearest_rows
 from fastjem.functional.patches import masked_rows
 from fastjem.functional.predictive import negative_cosine, regression

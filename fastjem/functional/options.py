@@ -156,6 +156,9 @@ def is_of_rows(op: str, name: str, temperature: object, group: dist.ProcessGroup
 
 def temperature_of_rows(op: str, name: str, value: Tensor, like: Tensor, shapes: list[tuple]) -> Tensor:
     """One for each row; of a floating-point dtype."""
+    if all(value.shape != shape for shape in shapes):
+        of_rows = " or ".join(f"{list(shape)}" for shape in shapes)
+        checks.fail(op, f"{name} must be a number or a 0-dim tensor, or {of_rows}", tuple(value.shape))
     _tensor(op, name, value, shapes, like)
     if value.dtype == torch.bool or value.is_complex():
         checks.fail(op, f"{name} must be real numbers", value.dtype)

@@ -60,6 +60,8 @@ def total_coding_rate(z: Tensor, *, eps: float | Tensor = 0.2, group: dist.Proce
 def _coding_rate(op: str, z: Tensor, eps: float | Tensor, rows: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """The rate of all ranks' rows, differentiable for this rank's."""
     z = in_float32(z)
+    if isinstance(eps, Tensor):
+        eps = eps.to(z.dtype)  # before it is divided by: 1 / eps has more digits than eps
     scale = z.shape[-1] / (rows * eps)
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, dtype=z.dtype, device=z.device)
@@ -68,7 +70,6 @@ def _coding_rate(op: str, z: Tensor, eps: float | Tensor, rows: int, group: dist
         own = z.detach().mT @ z.detach()
         others = sum_over_ranks(own, group) - own
     refuse_forward_mode(op, (z, scale))
-    scale = scale.to(z.dtype)
     if transforms.active():  # which take plain torch apart by themselves
         with without_autocast(z):
             return _rate_of(_rate_factor(z, scale, others, op))

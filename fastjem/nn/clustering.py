@@ -28,7 +28,7 @@ class SMoGPrototypes(nn.Module):
 
     def forward(self, x: Tensor, group_features: Tensor, temperature: float = 0.1) -> Tensor:
         """[B, K]: cosines of x [B, D] with group features [K, D], over the temperature."""
-        return normalize(x, dim=1) @ normalize(group_features, dim=1).T / temperature
+        return normalize(x, dim=1) @ normalize(group_features.to(x.dtype), dim=1).T / temperature
 
     @torch.no_grad()
     def get_updated_group_features(self, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class SMoGPrototypes(nn.Module):
         groups = self.group_features.to(x.device)
         rows = widest(x)
         sums = rows.new_zeros(groups.shape).index_put((assignments,), rows, accumulate=True)
-        counts = rows.new_zeros(len(groups)).index_put((assignments,), rows.new_ones(len(rows)), accumulate=True)
+        counts = rows.new_zeros(groups.shape[0]).index_put((assignments,), torch.ones_like(rows[:, 0]), accumulate=True)
         means = (sums / counts[:, None]).to(groups.dtype)
         return torch.where(counts[:, None] > 0, self.beta * groups + (1 - self.beta) * means, groups)
 
