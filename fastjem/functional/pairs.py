@@ -98,6 +98,7 @@ def _gradients(
             of_x = of_x + part
         if wanted[1]:
             mine = ranks.columns_of(their_positives, me), ranks.columns_of(their_exclude, me)
+            assert xs is not None
             arguments = (smoothing, their_weights, their_ids, ids, *mine, -xs.shape[0], [False, True])
             of_y = of_y + ops.siglip_pairs(xs, y, scale, bias, *arguments)[1][1]
     return [of_x, of_y, of_scale, of_bias]

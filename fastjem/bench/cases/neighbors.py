@@ -33,7 +33,8 @@ def sklearn():
         options = {"n_init": 1, "max_iter": 1, "tol": 0.0, "algorithm": "lloyd", "copy_x": False}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = KMeans(len(centroids), init=centroids.numpy(), **options).fit(rows.numpy())
+            start = centroids.numpy()
+            found = KMeans(len(centroids), init=start, **options).fit(rows.numpy())  # pyright: ignore[reportArgumentType]
         moved = normalize(torch.from_numpy(found.cluster_centers_), dim=1)
         return moved, (rows * moved[torch.from_numpy(found.labels_).long()]).sum(1).mean()
 
