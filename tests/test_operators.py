@@ -235,7 +235,10 @@ MISTAKES = [
         lambda: F.info_nce(X, X, Y, ids=torch.arange(3)),
         "info_nce: ids and negative_ids must be given both or neither, got one of them",
     ),
-    (lambda: F.clip_loss(X, X, torch.ones(2)), "clip_loss: logit_scale must be [3], got (2,)"),
+    (
+        lambda: F.clip_loss(X, X, torch.ones(2)),
+        "clip_loss: logit_scale must be a number or a 0-dim tensor, or [3], got (2,)",
+    ),
     (
         lambda: F.info_nce(X, X, torch.zeros(7, 3)),
         "info_nce: query and positive must be [N, D] both, negatives [K, D], got (3, 4) and (7, 3)",
