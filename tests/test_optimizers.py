@@ -514,3 +514,27 @@ def test_a_copy_of_an_optimizer_goes_on():
         differentiate(one, 1)
         its.step()
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_new_gradients_need_no_new_plan(monkeypatch):
+    """`zero_grad` makes new ones at each step, of which only their memory is looked at."""
+    plans = []
+    make = optim.AdamW._new_plan
+    monkeypatch.setattr(optim.AdamW, "_new_plan", lambda self, *given: plans.append(1) or make(self, *given))
+    p = torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = optim.AdamW([p])
+    held = []
+    for _ in range(4):
+        p.grad = torch.randn(4, 3)
+        held.append(p.grad)  # so that none gets the memory of the one before
+        optimizer.step()
+    assert len(plans) == 1
+    before = p.detach().clone()
+    p.grad = optimizer.state[p]["exp_avg"].view(4, 3)[:]
+    with pytest.raises(ValueError, match="AdamW: no tensor that is written may be another's source"):
+        optimizer.step()
+    p.grad = torch.randn(4, 3)
+    p.grad.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="AdamW: a tensor's storage must hold its elements"):
+        optimizer.step()
+    assert torch.equal(p, before)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastjem.functional import checks
 from fastjem.functional.checks import PLAIN
 from fastjem.kernels import plain
+from fastjem.kernels.guard import holds_its_memory
 
 _dtype = operator.attrgetter("dtype")
 _right: dict[tuple, None] = {}  # what was found right of plain tensors, at most 64 lists of them, the oldest first
@@ -172,6 +173,35 @@ def check_update(
         while len(_right) >= 64:
             _right.pop(next(iter(_right)), None)
         _right[op, seen, check_dtypes] = None
+
+
+def _length(x: Tensor) -> int:
+    """Bytes from the beginning of x to the end of its last element."""
+    if x.is_contiguous() or not x.numel():
+        return x.nbytes
+    return (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+
+
+def spans(tensors: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the memory of tensors begins, in ascending order, and the furthest end of those up to there, in bytes."""
+    given = [x for x in tensors if x.numel()]
+    begins = np.fromiter(map(Tensor.data_ptr, given), np.int64, len(given))
+    ends = begins + np.fromiter(map(_length, given), np.int64, len(given))
+    order = np.argsort(begins)
+    return begins[order], np.maximum.accumulate(ends[order])
+
+
+def are_apart(written: tuple[np.ndarray, np.ndarray], sources: Sequence[Tensor]) -> bool:
+    """Whether all sources hold their memory, and none reaches into the `spans` of what is written.
+
+    Where not, they may still be right: `check_update` looks at each element.
+    """
+    if not (plain.plain((sources,)) or all(map(holds_its_memory, sources))):
+        return False
+    begins = np.fromiter(map(Tensor.data_ptr, sources), np.int64, len(sources))
+    lengths = np.fromiter(map(_length, sources), np.int64, len(sources))
+    before = np.searchsorted(written[0], begins + lengths) - 1  # the last that begins before a source ends
+    return not (written[1][before] > begins)[before >= 0].any()
 
 
 def check_inference_mode(op: str) -> None:

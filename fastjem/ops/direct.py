@@ -22,9 +22,8 @@ from torch.autograd import forward_ad
 
 from fastjem.kernels import plain as tensors
 
-LAUNCHERS: dict[
-    str, Callable
-] = {}  # operator -> its C++ launcher, without autograd and autocast; filled by fastjem.ops
+# Operator -> its C++ launcher, without autograd and autocast; filled by fastjem.ops.
+LAUNCHERS: dict[str, Callable] = {}
 
 _ops = torch.ops.fastjem
 _is_off = False

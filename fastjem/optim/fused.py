@@ -5,12 +5,13 @@ teacher) with them, by one read and one write of each parameter for both.
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastjem.functional import checks
 from fastjem.functional.checks import PLAIN
-from fastjem.functional.memory import check_update
+from fastjem.functional.memory import are_apart, check_update, spans
 from fastjem.functional.weights import ema_update_
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.optim.sharded import Sharding, local, sharding_of
@@ -36,7 +37,8 @@ class Call(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    addresses: tuple
+    addresses: tuple  # of all but gradients, and the gradients' dtypes and layouts
+    written: tuple[np.ndarray, np.ndarray]  # `memory.spans` of all that is
     calls: list[Call]
     rest: list[tuple[Tensor, Tensor]]  # teachers and students that no operator of the optimiser takes
 
@@ -47,9 +49,8 @@ class Fused(torch.optim.Optimizer):
     Subclasses say what a group's settings are, which states there are, and what is called.
     """
 
-    _step_supports_amp_scaling = (
-        True  # torch's GradScaler then gives `grad_scale` and `found_inf`, and looks at neither
-    )
+    # torch's GradScaler then gives `grad_scale` and `found_inf`, and looks at neither.
+    _step_supports_amp_scaling = True
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
         self._begin()
@@ -137,7 +138,10 @@ class Fused(torch.optim.Optimizer):
             ema_update_([teacher for teacher, _ in plan.rest], [student for _, student in plan.rest], momentum)
 
     def _planned(self) -> _Plan:
-        """The calls of this step: the last step's, where every tensor is where it was then."""
+        """The calls of this step: the last step's, where every tensor is where it was then.
+
+        But gradients, which `zero_grad` makes new at each step: they need only be apart from what is written.
+        """
         parameters: list[Tensor] = []
         groups: list[int] = []
         for number, group in enumerate(self.param_groups):
@@ -149,18 +153,18 @@ class Fused(torch.optim.Optimizer):
                     groups.append(number)
         gradients = [p.grad for p in parameters if p.grad is not None]
         states, steps = self._states_of(parameters, groups)
-        every = [*parameters, *gradients, *self._pairs.values(), *steps]
+        kept = [*parameters, *self._pairs.values(), *steps]
         for one in states:
-            every += [x for x in one if x is not None]
-        plain = PLAIN.issuperset(map(type, every))
-        if not plain:
-            every = [local(x) for x in every]
-        # Of gradients, which are new at each step, also what a kernel trusts beside the address.
-        of_gradients = [(g.dtype, g.shape, g.stride()) for g in every[len(parameters) : 2 * len(parameters)]]
-        addresses = (tuple(map(Tensor.data_ptr, every)), of_gradients, groups, [p.numel() for p in parameters])
-        if self._plan is None or self._plan.addresses != addresses:
-            self._plan = self._new_plan(addresses, parameters, gradients, groups, states, steps)
-        return self._plan
+            kept += [x for x in one if x is not None]
+        own, new = kept, gradients
+        if not PLAIN.issuperset(map(type, [*kept, *gradients])):
+            own, new = [local(x) for x in kept], [local(x) for x in gradients]
+        of_gradients = [(g.dtype, g.shape, g.stride()) for g in new]
+        addresses = (tuple(map(Tensor.data_ptr, own)), of_gradients, groups, [p.numel() for p in parameters])
+        plan = self._plan
+        if plan is None or plan.addresses != addresses or not are_apart(plan.written, new):
+            plan = self._plan = self._new_plan(addresses, parameters, gradients, groups, states, steps)
+        return plan
 
     def _new_plan(
         self, addresses: tuple, parameters: list[Tensor], gradients: list[Tensor], groups: list[int],
@@ -197,6 +201,7 @@ class Fused(torch.optim.Optimizer):
                     sharding,
                 )
             )
+        written: list[Tensor] = []
         for device in {call.local[0].device for call in calls}:
             targets, sources = [], []
             for call in calls:
@@ -205,9 +210,10 @@ class Fused(torch.optim.Optimizer):
                         targets += one
                         sources += call.gradients()[: len(one)]
             check_update(op, targets, sources)
+            written += targets
         updated = set(parameters)
         rest = [(t, s) for s, t in self._pairs.items() if s not in updated] + self._others
-        return _Plan(addresses, calls, rest)
+        return _Plan(addresses, spans(written), calls, rest)
 
     def _settings_on(self, device: torch.device, teacher_momentum: float | Tensor) -> Tensor:
         """[G, columns] on a device. Numbers, and tensors on the host, are copied there when they have changed; what is
