@@ -206,6 +206,18 @@ def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.P
             yield [x.movedim(0, dim) for x in current]
 
 
+def columns_of_rank(x: Tensor, sizes: list[int], rank: int) -> Tensor:
+    """Of x [n, all ranks' rows] what stands for a rank's rows."""
+    first = sum(sizes[:rank])
+    return x[:, first : first + sizes[rank]]
+
+
+def numbers_of_other_ranks(sizes: list[int], group: dist.ProcessGroup) -> list[int]:
+    """The ranks that `other_ranks` goes through, in its order."""
+    me = dist.get_rank(group)
+    return [rank for rank, size in enumerate(sizes) if size and rank != me]
+
+
 def from_first_rank(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The first rank's `x`, written into this rank's."""
     if group is not None:

@@ -28,6 +28,11 @@ def launch(kernel, grid: tuple[int, ...], *args, device_of: Tensor, **meta) -> N
         kernel[grid](*args, **meta)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # it raises without a GPU
+
+
 def check_grid(grid: tuple[int, ...]) -> None:
     """Refuse what CUDA would: its own error says neither the grid nor the limit."""
     if len(grid) > 1 and max(grid[1:]) > MOST_IN_OTHER_DIMENSIONS:

@@ -10,7 +10,14 @@ from torch import Tensor
 from fastjem.collectives import Agreement, sum_of_ranks
 from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
-from fastjem.functional.options import Options, check_exclude, check_ids, is_of_rows, temperature_of_rows
+from fastjem.functional.options import (
+    Options,
+    check_ids,
+    check_mask,
+    check_masks_of_ranks,
+    is_of_rows,
+    temperature_of_rows,
+)
 from fastjem.functional.precision import loss_dtype
 from fastjem.functional.prefixes import sum_over_prefixes
 from fastjem.functional.temperature import unit_rows_over_root
@@ -159,10 +166,7 @@ def _nt_xent(
             ranks.alike(*options.facts())
     if not has_options:
         return _of_views(z, temperature, pull, ranks.sizes, group, decoupled)
-    if options.exclude is not None:
-        with Agreement(op, group) as again:  # a mask is as wide as all ranks' rows are many
-            check_exclude(op, options.exclude, [(z.shape[1], sum(ranks.sizes)), z.shape[1:2]], z)
-            again.rows_of(z, dim=1)
+    check_masks_of_ranks(op, {"exclude": options.exclude}, z, 1, [z.shape[1:2]], ranks.sizes, group)
     return candidates.loss_of_views(z, temperature, options, ranks.sizes, group, op, decoupled, pull)
 
 
@@ -320,7 +324,7 @@ def info_nce(
         if (ids is None) != (negative_ids is None):
             checks.fail("info_nce", "ids and negative_ids must be given both or neither", "one of them")
         check_ids("info_nce", "negative_ids", negative_ids, negatives.shape[:1], query)
-        check_exclude("info_nce", exclude, [(query.shape[0], negatives.shape[0]), negatives.shape[:1]], query)
+        check_mask("info_nce", "exclude", exclude, [(query.shape[0], negatives.shape[0]), negatives.shape[:1]], query)
         own = None if label_offset is None else offset
         return candidates.info_nce(rows[0], rows[1], rows[2], negative_ids, own, temperature, options)
     if not isinstance(temperature, Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastjem.collectives import Agreement
 from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
-from fastjem.functional.options import Options, check_exclude, check_mask, is_of_rows, reduced, temperature_of_rows
+from fastjem.functional.options import Options, check_masks_of_ranks, is_of_rows, reduced, temperature_of_rows
 from fastjem.functional.pairs import Pairs, losses_of_rows
 from fastjem.functional.precision import in_float32
 from fastjem.functional.prefixes import sum_over_prefixes
@@ -136,10 +136,7 @@ def _clip_with_options(
         if group is not None and of_rows and options.exclude is not None and options.exclude.dim() == 2:
             checks.fail(op, "with a group and a scale of each row, exclude must be [N]", tuple(options.exclude.shape))
         ranks.alike(*options.facts(), f"local_loss={local_loss}")
-    if options.exclude is not None:
-        with Agreement(op, group) as again:  # a mask is as wide as all ranks' rows are many
-            check_exclude(op, options.exclude, [(x.shape[0], sum(ranks.sizes)), x.shape[:1]], x)
-            again.rows_of(x)
+    check_masks_of_ranks(op, {"exclude": options.exclude}, x, 0, [x.shape[:1]], ranks.sizes, group)
     return candidates.clip_loss(x, y, scale, options, ranks.sizes, group, local_loss and group is not None)
 
 
@@ -218,11 +215,8 @@ def _siglip_with_options(
         ranks.backward_of(x, y, scale, bias)
         has_masks = (positives is not None, options.exclude is not None)
         ranks.alike(*options.facts(), f"masks {has_masks}", f"{scale.dim()} and {bias.dim()} dimensions")
-    with Agreement(op, group) as again:  # a mask is as wide as all ranks' rows are many
-        shape = (x.shape[0], sum(ranks.sizes))
-        check_exclude(op, options.exclude, [shape], x)
-        check_mask(op, "positives", positives, [shape], x)
-        again.rows_of(x)
+    masks = {"exclude": options.exclude, "positives": positives}
+    check_masks_of_ranks(op, masks, x, 0, [], ranks.sizes, group)
     rows, columns, scale, bias = _in_rows(x, y, scale, bias)
     smoothing = _scalar(op, "label_smoothing", options.label_smoothing, x).detach()
     pairs = Pairs(options.ids, positives, options.exclude, smoothing)

@@ -128,15 +128,29 @@ def check_ids(op: str, name: str, ids: Tensor | None, shape: tuple, like: Tensor
         _integers(op, name, ids, shape, like)
 
 
-def check_exclude(op: str, exclude: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
-    check_mask(op, "exclude", exclude, shapes, like)
-
-
 def check_mask(op: str, name: str, mask: Tensor | None, shapes: list[tuple], like: Tensor) -> None:
     if mask is not None:
         _tensor(op, name, mask, shapes, like)
         if mask.dtype != torch.bool:
             checks.fail(op, f"{name} must be bool", mask.dtype)
+
+
+def check_masks_of_ranks(
+    op: str,
+    masks: dict[str, Tensor | None],
+    x: Tensor,
+    dim: int,  # where the rows of x are
+    shapes: list[tuple],  # that masks may have, too
+    sizes: list[int],
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Of masks [N, all ranks' N], whose width is known behind the first exchange; ranks agree on which there are."""
+    if all(mask is None for mask in masks.values()):
+        return
+    with Agreement(op, group) as again:
+        for name, mask in masks.items():
+            check_mask(op, name, mask, [(x.shape[dim], sum(sizes)), *shapes], x)
+        again.rows_of(x, dim)
 
 
 def is_of_rows(op: str, name: str, temperature: object, group: dist.ProcessGroup | None) -> bool:

@@ -6,14 +6,13 @@ Over ranks each rank's rows go round the ring as in `rings.py`, with ids, masks 
 """
 
 from collections.abc import Iterator
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import other_ranks
+from fastjem.collectives import columns_of_rank, numbers_of_other_ranks, other_ranks
 from fastjem.functional.precision import in_float32
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import transforms
@@ -38,8 +37,7 @@ class Ranks(NamedTuple):
         """The part of a mask [N, all ranks' N] that is of a rank's columns."""
         if mask is None or self.group is None:
             return mask
-        first = [0, *accumulate(self.sizes)][rank]
-        return mask[:, first : first + self.sizes[rank]]
+        return columns_of_rank(mask, self.sizes, rank)
 
     def me(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group)
@@ -48,7 +46,7 @@ class Ranks(NamedTuple):
         """Each other rank and its tensors, one rank at a time."""
         if self.group is None:
             return
-        ranks = iter([rank for rank, size in enumerate(self.sizes) if size and rank != self.me()])
+        ranks = iter(numbers_of_other_ranks(self.sizes, self.group))
         for received in other_ranks([x for x in tensors if x is not None], 0, self.sizes, self.group):
             rest = iter(received)
             yield next(ranks), [None if x is None else next(rest) for x in tensors]

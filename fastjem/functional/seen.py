@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import other_ranks
+from fastjem.collectives import columns_of_rank, numbers_of_other_ranks, other_ranks
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import transforms
 from fastjem.ops.autograd import distinct, ops, refuse_second_order
@@ -140,8 +140,7 @@ class _Ring:
         """Of a mask [n, all ranks' images] what is of a rank's images."""
         if mask is None or self.of_columns or self.view.group is None:
             return mask
-        first = sum(self.view.sizes[:rank])
-        return mask[:, first : first + self.view.sizes[rank]]
+        return columns_of_rank(mask, self.view.sizes, rank)
 
     def own_image(self) -> list[int]:
         if self.view.own_image is None:
@@ -159,7 +158,7 @@ class _Ring:
             mask = self.exclude.T[None] if self.of_columns else self.exclude[None]
         travelling = [*sides, mask, *vectors]
         dense = [x for x in travelling if x is not None]
-        ranks = [rank for rank, size in enumerate(view.sizes) if size and rank != self.me]
+        ranks = numbers_of_other_ranks(view.sizes, view.group)
         # A rank without rows is given nothing, and walks on to the end.
         for received, rank in zip(other_ranks(dense, 1, view.sizes, view.group), ranks, strict=False):
             left = iter(received)

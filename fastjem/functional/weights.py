@@ -8,6 +8,7 @@ from torch import Tensor
 from fastjem.functional import checks
 from fastjem.functional.checks import PLAIN
 from fastjem.functional.memory import check_inference_mode, check_update
+from fastjem.functional.shards import local, one_layout
 from fastjem.kernels import guard, plain
 from fastjem.kernels.arithmetic import widest, widest_dtype
 from fastjem.ops import transforms
@@ -100,16 +101,6 @@ def _momentum(op: str, momentum: float | Tensor, like: Tensor) -> Tensor:
 
 def _local(op: str, teacher: list[Tensor], student: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """DTensors as this rank's shards of them, where both sides are sharded alike; others as they are."""
-    if not torch.distributed.is_available():
-        return teacher, student
-    from torch.distributed.tensor import DTensor
-
-    pairs = [(t, s) for t, s in zip(teacher, student, strict=True)]
-    for i, pair in enumerate(pairs):
-        layouts = [(x.device_mesh, x.placements) if isinstance(x, DTensor) else None for x in pair]
-        is_partial = any(layout is not None and any(p.is_partial() for p in layout[1]) for layout in layouts)
-        if layouts[0] != layouts[1] or is_partial:
-            came = [str(layout and layout[1]) if layout else "a plain tensor" for layout in layouts]
-            checks.fail(op, "teacher and student must be sharded alike", f"{' and '.join(came)} at {i}")
-    local = [[x.to_local() if isinstance(x, DTensor) else x for x in side] for side in zip(*pairs, strict=True)]
-    return local[0], local[1]
+    for i, pair in enumerate(zip(teacher, student, strict=True)):
+        one_layout(op, "teacher and student must be sharded alike", pair, f" at {i}")
+    return [local(x) for x in teacher], [local(x) for x in student]

@@ -12,9 +12,10 @@ from torch import Tensor
 from fastjem.functional import checks
 from fastjem.functional.checks import PLAIN
 from fastjem.functional.memory import are_apart, check_update, spans
+from fastjem.functional.shards import local
 from fastjem.functional.weights import ema_update_
 from fastjem.kernels.arithmetic import widest_dtype
-from fastjem.optim.sharded import Sharding, local, sharding_of
+from fastjem.optim.sharded import Sharding, sharding_of
 
 WIDE = (torch.float32, torch.float64)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import launch, tiling
 from .gpu_engine import add_product, bands
-from .tiles import similarities
+from .tiles import log1p_of_unit, similarities
 from .weights import blocks_of_tile, store_tile
 
 
@@ -61,12 +61,10 @@ def siglip_pairs_kernel(
     x = s * tl.load(factor).to(tl.float32) + tl.load(bias).to(tl.float32)
     target = tl.where(together, 1 - b_low, b_low)
     e = tl.exp(-tl.abs(x))
-    one_more = 1 + e
-    # log(1 + e) loses e below 1e-7; Kahan's correction gives log1p
-    loss = tl.where(one_more == 1, e, tl.log(one_more) * (e / tl.where(one_more == 1, 1.0, one_more - 1)))
+    loss = log1p_of_unit(e)
     wrong = tl.where(x > 0, 1 - target, target)
     loss += tl.where(wrong != 0, wrong * tl.abs(x), 0.0)
-    g = ((1 - target) * tl.where(x > 0, 1.0, e) - target * tl.where(x > 0, e, 1.0)) / one_more
+    g = ((1 - target) * tl.where(x > 0, 1.0, e) - target * tl.where(x > 0, e, 1.0)) / (1 + e)
     if weights is not None:
         g *= tl.load(weights + i_a, i_a < N, 0.0)[:, None]
     g = tl.where(counts, g, 0.0)

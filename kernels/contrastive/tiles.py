@@ -89,3 +89,10 @@ def seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, H
     if HAS_OWN_IMAGE:
         seen = seen & ((i_b % column_period)[None, :] != ((first_row + i_a) % row_period + offset)[:, None])
     return seen
+
+
+@triton.jit
+def log1p_of_unit(e):
+    """log(1 + e) for e in [0, 1]: tl.log(1 + e) loses e below 1e-7, and Kahan's correction gives it back."""
+    one_more = 1 + e
+    return tl.where(one_more == 1, e, tl.log(one_more) * (e / tl.where(one_more == 1, 1.0, one_more - 1)))

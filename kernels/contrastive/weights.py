@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from .tiles import LOG2_E, load_columns, load_rows, seen_columns, similarities
+from .tiles import LOG2_E, load_columns, load_rows, log1p_of_unit, seen_columns, similarities
 
 
 @triton.jit
@@ -174,14 +174,11 @@ def sigmoid_kernel(
     label = tl.where(i_b[None, :] == (i_a + offset)[:, None], -1.0, 1.0)  # -1: the row's own pair
     x = label * (s * tl.load(factor).to(tl.float32) + tl.load(bias).to(tl.float32))  # the loss is softplus(x)
     e = tl.exp(-tl.abs(x))
-    one_more = 1 + e
-    # log(1 + e) loses e below 1e-7; Kahan's correction gives log1p
-    log1p = tl.where(one_more == 1, e, tl.log(one_more) * (e / tl.where(one_more == 1, 1.0, one_more - 1)))
     seen = (i_b < M)[None, :]
-    g = tl.where(seen, label * tl.where(x > 0, 1.0, e) / one_more, 0.0)
+    g = tl.where(seen, label * tl.where(x > 0, 1.0, e) / (1 + e), 0.0)
     at = launch.row_start(block_b, N, 1) + i_a
     one_sum = launch.row_start(tl.cdiv(M, BN), N, 1)
-    tl.store(sums + at, tl.sum(tl.where(seen, tl.maximum(x, 0.0) + log1p, 0.0), 1), i_a < N)
+    tl.store(sums + at, tl.sum(tl.where(seen, tl.maximum(x, 0.0) + log1p_of_unit(e), 0.0), 1), i_a < N)
     tl.store(sums + one_sum + at, tl.sum(g, 1), i_a < N)
     tl.store(sums + 2 * one_sum + at, tl.sum(g * s, 1), i_a < N)
     if out is not None:

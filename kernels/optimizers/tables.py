@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import tiling
+from .. import launch, tiling
+from ..layout import is_dense, layout
 
 # Of a table's line: addresses of the lists' tensors (at most five), of the step; then elements, group, the tensor's
 # number, first block, first part, parts, blocks of a part.
@@ -58,13 +59,9 @@ def plan(op: str, lists: Sequence[Sequence[Tensor]], groups: Sequence[int], step
         tuple(map(Tensor.data_ptr, steps)),
         device,
     )
-    if _capturing(device):
+    if launch.capturing(device):
         _captured.append(found)
     return found
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # it raises without a GPU
 
 
 @functools.lru_cache(maxsize=64)
@@ -79,16 +76,16 @@ def _plan(
     steps: tuple[int, ...],
     device: torch.device,
 ) -> Plan:
-    if _capturing(device):
+    if launch.capturing(device):
         raise RuntimeError(f"{op}: take a step with these tensors before capturing a CUDA graph, for its table")
-    layouts = {i: _layout(size, stride) for i, size, stride in strided}
+    layouts = {i: layout(size, stride) for i, size, stride in strided}
     first = np.cumsum([0, *counts[:-1]])
     lines: dict[tuple, list[list[int]]] = {}
     others = []
     for i, size in enumerate(elements):
         numbers = [int(begin) + i if i < count else None for begin, count in zip(first, counts, strict=True)]
         alike = {layouts.get(number, ()) for number in numbers if number is not None}
-        if len(alike) > 1 or not _dense(alike.pop()):
+        if len(alike) > 1 or not is_dense(alike.pop()):
             others.append(i)
         else:
             where = [0 if number is None else addresses[number] for number in numbers]
@@ -100,27 +97,6 @@ def _plan(
         Batch(dtype, gradient, aligned, *_tables(of, device)) for (dtype, gradient, aligned), of in lines.items()
     ]
     return Plan(batches, others)
-
-
-def _layout(size: Sequence[int], stride: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """(size, stride) of the dimensions that are more than one element; () for a contiguous tensor."""
-    layout = tuple((n, s) for n, s in zip(size, stride, strict=True) if n != 1)
-    expected = 1
-    for n, s in reversed(layout):
-        if s != expected:
-            return layout
-        expected *= n
-    return ()
-
-
-def _dense(layout: tuple[tuple[int, int], ...]) -> bool:
-    """Whether the elements fill their memory, in whatever order of dimensions."""
-    expected = 1
-    for n, s in sorted(layout, key=lambda dimension: dimension[1]):
-        if s != expected:
-            return False
-        expected *= n
-    return True
 
 
 def _tables(lines: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

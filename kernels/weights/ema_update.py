@@ -9,7 +9,6 @@ first call already.
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from .. import launch, tiling
 from ..arithmetic import compute_dtype
+from ..layout import is_dense, layout
 from . import reference
 
 
@@ -81,21 +81,6 @@ class Plan(NamedTuple):
     others: list[int]  # pairs that are left to the reference
 
 
-def _layout(size: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]]:
-    """(size, stride) of the dimensions that are more than one element."""
-    return [(n, s) for n, s in zip(size, stride, strict=True) if n != 1]
-
-
-def _dense(layout: list[tuple[int, int]]) -> bool:
-    """Whether the elements fill their memory, in whatever order of dimensions."""
-    expected = 1
-    for n, s in sorted(layout, key=lambda dimension: dimension[1]):
-        if s != expected:
-            return False
-        expected *= n
-    return True
-
-
 def _refuse_ties(spans: list[tuple[int, int]]) -> None:
     spans.sort()
     for (_, end), (start, _) in itertools.pairwise(spans):
@@ -103,10 +88,6 @@ def _refuse_ties(spans: list[tuple[int, int]]) -> None:
             raise ValueError(
                 "ema_update_: each teacher tensor must have memory of its own, got some memory twice (tied weights?)"
             )
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # it raises without a GPU
 
 
 @functools.lru_cache(maxsize=64)
@@ -117,11 +98,11 @@ def _plan(
     strided: tuple[tuple, ...],  # (index, size, stride) of those that aren't contiguous
     device: torch.device,
 ) -> Plan:
-    if _capturing(device):
+    if launch.capturing(device):
         raise RuntimeError(
             "ema_update_: call it once with these tensors before capturing a CUDA graph, so that its table is there"
         )
-    layouts = {i: _layout(size, stride) for i, size, stride in strided}
+    layouts = {i: layout(size, stride) for i, size, stride in strided}
     groups = {}  # lines of the table by (teacher's dtype, student's dtype, aligned)
     others = []
     spans = []  # the memory of each teacher tensor
@@ -130,7 +111,7 @@ def _plan(
         if elements[t] == 0 == elements[s]:
             continue
         known = dtypes[t] in launch.DTYPES and dtypes[s] in launch.DTYPES
-        flat = layouts.get(t) == layouts.get(s) and _dense(layouts.get(t, []))
+        flat = layouts.get(t) == layouts.get(s) and is_dense(layouts.get(t, ()))
         if known and flat and elements[t] == elements[s]:
             aligned = addresses[t] % 16 == 0 == addresses[s] % 16
             line = (addresses[t], addresses[s], elements[t])
@@ -170,7 +151,7 @@ def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) 
         tuple([(i, x.size(), x.stride()) for i, x in enumerate(both) if not x.is_contiguous()]),
         momentum.device,
     )
-    if _capturing(momentum.device):
+    if launch.capturing(momentum.device):
         _captured.append(plan)
     for batch in plan.batches:
         launch.launch(
