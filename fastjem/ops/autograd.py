@@ -15,7 +15,6 @@ from fastjem.ops import direct, reference, transforms
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 ops = torch.ops.fastjem
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def refuse_second_order(name: str) -> None:
@@ -26,7 +25,7 @@ def refuse_second_order(name: str) -> None:
 
 def _rescaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """`gradient * factor`, in place where autograd needs the unscaled gradient no more."""
-    if torch.compiler.is_compiling() or _keeps_graph():
+    if torch.compiler.is_compiling() or direct.keeps_graph():
         gradient = gradient.clone()
     return rescaled_in_place(gradient, factor)
 

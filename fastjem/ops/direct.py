@@ -33,7 +33,7 @@ _function_modes = torch._C._is_torch_function_mode_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._is_tracing
 _profiler = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def nothing_watches() -> bool:
@@ -75,6 +75,6 @@ def rescale_(gradients: Sequence[Tensor | None], upstream: Tensor, factors: Tens
     Args:
         factors: one 0-dim tensor for all gradients, or a number for each.
     """
-    if _compiling() or not LAUNCHERS or _keeps_graph() or not nothing_watches():
+    if _compiling() or not LAUNCHERS or keeps_graph() or not nothing_watches():
         return False
     return tensors.rescale(gradients, upstream, factors, torch.get_num_threads())

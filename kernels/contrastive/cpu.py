@@ -44,16 +44,21 @@ def siglip_loss(
             address_of_row(dots, tile.row),
             torch.get_num_threads(),
         )
-        weights = tile.similarities  # in whose place they are now
-        if a_sum is not None:
-            a_sum[tile.rows].addmm_(weights, b[tile.columns])
-        if b_sum is not None:
-            b_sum[tile.columns].addmm_(weights.T, a[tile.rows])
-    gradients = [
-        x.new_empty(0) if a_sum is None else a_sum.to(x.dtype),
-        y.new_empty(0) if b_sum is None else b_sum.to(y.dtype),
-    ]
-    return losses.sum(), gradients, dots.sum(), weight_sums.sum()
+        _add_products(tile, a, b, a_sum, b_sum)
+    return losses.sum(), _gradients((x, a_sum), (y, b_sum)), dots.sum(), weight_sums.sum()
+
+
+def _add_products(tile: cpu_engine.Tile, a: Tensor, b: Tensor, a_sum: Tensor | None, b_sum: Tensor | None) -> None:
+    """`a_sum += G @ b` and `b_sum += G.T @ a` of a tile in whose place the loss's derivatives G are now."""
+    if a_sum is not None:
+        a_sum[tile.rows].addmm_(tile.similarities, b[tile.columns])
+    if b_sum is not None:
+        b_sum[tile.columns].addmm_(tile.similarities.T, a[tile.rows])
+
+
+def _gradients(*sides: tuple[Tensor, Tensor | None]) -> list[Tensor]:
+    """Of inputs and the sums for them, None where none is wanted."""
+    return [x.new_empty(0) if total is None else total.to(x.dtype) for x, total in sides]
 
 
 def siglip_pairs(
@@ -99,16 +104,8 @@ def siglip_pairs(
             address_of_row(dots, tile.row),
             torch.get_num_threads(),
         )
-        of_pairs = tile.similarities  # in whose place the derivatives are now
-        if a_sum is not None:
-            a_sum[tile.rows].addmm_(of_pairs, b[tile.columns])
-        if b_sum is not None:
-            b_sum[tile.columns].addmm_(of_pairs.T, a[tile.rows])
-    gradients = [
-        x.new_empty(0) if a_sum is None else a_sum.to(x.dtype),
-        y.new_empty(0) if b_sum is None else b_sum.to(y.dtype),
-    ]
-    return losses, gradients, dots.sum(), weight_sums.sum()
+        _add_products(tile, a, b, a_sum, b_sum)
+    return losses, _gradients((x, a_sum), (y, b_sum)), dots.sum(), weight_sums.sum()
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
