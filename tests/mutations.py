@@ -1,10 +1,14 @@
 """Breaks one line of a kernel at a time and runs the contract's tests on it: each must fail, or the tests don't bite.
 
 A mutation is (operator, file, line as it stands, line broken). The package is copied, changed, and put first on the
-path of a pytest process, which must find failures; a C++ mutation is compiled first.
+path of a pytest process, which must find failures; a C++ mutation is compiled first. Objects of what isn't changed are
+kept in build/mutations/.
 """
 
+import functools
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +25,7 @@ class Mutation:
     file: str
     old: str
     new: str
+    tests: str = ""  # pytest's -k, where others than the operator's own notice
 
     def __str__(self) -> str:
         return f"{self.op}: {self.file}: {self.old.strip()} -> {self.new.strip()}"
@@ -77,7 +82,7 @@ CPU = [
         "cross_entropy_rows", "csrc/supervised/cross_entropy.h", "smoothing * sum / k", "1.01 * smoothing * sum / k"
     ),
     Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "block_zz += b * b", "block_zz += a * b"),
-    Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
+    Mutation("ema_update_", "csrc/weights/blend.h", "weight < T(0.5)", "weight <= T(1)"),
     Mutation("lars_", "csrc/optimizers/lars.h", "momentum * buffer[j] + step", "momentum * buffer[j] + 0.999f * step"),
     Mutation("lars_", "csrc/optimizers/lars.cpp", "decay * parameter_norm", "1.001 * decay * parameter_norm"),
     Mutation("adamw_", "csrc/optimizers/adamw.h", "std::sqrt(v) * root", "std::sqrt(v * root)"),
@@ -161,7 +166,8 @@ def run(mutation: Mutation, folder: Path, interpreter: bool = False) -> subproce
         _replace(package / mutation.file, mutation)
     where = "c++" if mutation.file.startswith("csrc/") else "interpreter" if interpreter else "reference"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    command += ["-k", f"{mutation.op} and {where} and (value or contiguous or update or layouts)"]
+    own = f"{mutation.op} and {where} and (value or contiguous or update or layouts)"
+    command += ["-k", mutation.tests or own]
     command += ["-m", "interpreter"] if interpreter else []
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -173,25 +179,61 @@ def _replace(file: Path, mutation: Mutation) -> None:
     file.write_text(text.replace(mutation.old, mutation.new))
 
 
+FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+BESIDE = {  # what the launchers of a family call beside the operator that they are named after
+    "contrastive": ["contrastive/similarity", "contrastive/small", "contrastive/one_tile"],
+    "covariance": ["covariance/covariance", "covariance/few_rows"],
+}
+
+
 def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
-    """An extension with the mutated operator and what its launcher calls beside it: seconds, not minutes."""
+    """An extension with what the mutation changes and what its launchers call beside it."""
+    changed = Path(mutation.file).relative_to("csrc")
+    mutated = [str(source.with_suffix("")) for source in _sources(csrc, changed)]
+    # Every import and every backward need the last three.
+    names = [*mutated, *BESIDE.get(changed.parts[0], []), "tensors", "weights/rescale", "weights/ema_update"]
+    names = list(dict.fromkeys(names))
+    (csrc / "operators.h").write_text("".join(f"OPERATOR({Path(name).name})\n" for name in names))
+    objects = [_object(csrc, name, kernels) for name in ("bindings", *mutated)]
+    (ROOT / "build" / "mutations").mkdir(parents=True, exist_ok=True)
+    objects += [_kept_object(name) for name in names if name not in mutated]
+    (target,) = kernels.glob("_C.*.so")
+    subprocess.run(["g++", "-shared", "-fopenmp", *map(str, objects), "-o", str(target)], check=True)
+
+
+def _object(csrc: Path, name: str, folder: Path) -> Path:
     import pybind11
 
-    mutated = Path(mutation.file).relative_to("csrc").with_suffix("")
-    names = [
-        mutated,
-        Path("tensors"),
-        Path("weights/rescale"),
-        Path("weights/ema_update"),
-    ]  # every import and every backward need those
-    if mutated.parent.name == "contrastive":
-        names += [Path("contrastive") / name for name in ("similarity", "small", "one_tile")]
-    if mutated.parent.name == "covariance":
-        names += [Path("covariance/covariance"), Path("covariance/few_rows")]
-    names = list(dict.fromkeys(names))
-    (csrc / "operators.h").write_text("".join(f"OPERATOR({name.name})\n" for name in names))
-    sources = [csrc / "bindings.cpp", *(csrc / name.with_suffix(".cpp") for name in names)]
+    target = folder / f"{name.replace('/', '_')}.{os.getpid()}.o"
     includes = [f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    (target,) = kernels.glob("_C.*.so")
-    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", *includes]
-    subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
+    subprocess.run(["g++", *FLAGS, *includes, "-c", str(csrc / f"{name}.cpp"), "-o", str(target)], check=True)
+    return target
+
+
+def _kept_object(name: str) -> Path:
+    """The object of a source as it stands, compiled once for all mutations."""
+    kept = ROOT / "build" / "mutations" / f"{_content()}-{name.replace('/', '_')}.o"
+    if not kept.exists():
+        _object(ROOT / "csrc", name, kept.parent).replace(kept)
+    return kept
+
+
+@functools.cache
+def _content() -> str:
+    """Of all C++ and how it is compiled, and for which Python."""
+    digest = hashlib.sha256(repr((FLAGS, sys.version)).encode())
+    for file in sorted((ROOT / "csrc").rglob("*.*")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _sources(csrc: Path, file: Path) -> list[Path]:
+    """The .cpp files that a file reaches by including it, and itself; all relative to csrc."""
+    if file.suffix == ".cpp":
+        return [file]
+    texts = {x.relative_to(csrc): x.read_text() for x in csrc.rglob("*.*")}
+    includes = {x: set(map(Path, re.findall(r'(?:include|FASTJEM_KERNEL) "(.+)"', y))) for x, y in texts.items()}
+    reached = {file}
+    while more := {x for x, of in includes.items() if of & reached} - reached:
+        reached |= more
+    return sorted(x for x in reached if x.suffix == ".cpp" and x.name != "bindings.cpp")
