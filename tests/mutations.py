@@ -121,6 +121,74 @@ CPU = [
     Mutation("vicreg", "csrc/covariance/few_rows.h", "(side ? -2 : 2) * w.lambda", "2 * w.lambda"),
     Mutation("barlow_twins", "csrc/covariance/few_rows.h", "(1 - lambda) * value - 1;", "(1 - lambda) * value;"),
     Mutation("vicreg", "csrc/covariance/covariance.h", "side ? -invariance : invariance", "invariance"),
+    Mutation(
+        "nt_xent",
+        "csrc/contrastive/small.h",
+        "std::max(std::sqrt(squares), unit_eps)",
+        "std::sqrt(squares)",
+        tests="test_quick and shorter",
+    ),
+    Mutation(
+        "nt_xent",
+        "csrc/contrastive/small.h",
+        "if (!(rows.divisors[i] <= unit_eps)) {",
+        "if (true) {",
+        tests="test_quick and shorter",
+    ),
+    Mutation("nt_xent", "csrc/contrastive/small.h", "p.decoupled && p.images == 1", "false", tests="one_image"),
+    Mutation(
+        "clip_loss",
+        "csrc/contrastive/one_tile.cpp",
+        "factor * (factor < 0 ? least : largest) - range.top",
+        "0",
+        tests="near_each_other",
+    ),
+    Mutation(
+        "clip_loss",
+        "csrc/contrastive/one_tile.cpp",
+        "part < parts; ++part) column_sum",
+        "part < 1; ++part) column_sum",
+        tests="near_each_other",
+    ),
+    Mutation("clip_loss", "csrc/contrastive/one_tile.cpp", "factor < 0 ? largest : least", "least", tests="one_shift"),
+    Mutation("kmeans_step", "csrc/neighbors/neighbors.h", "if (k % parts != part) continue;", "", tests="two_threads"),
+    Mutation(
+        "nearest_k",
+        "csrc/neighbors/neighbors.h",
+        "s[j] <= worst ? 0 : 1",
+        "s[j] > worst ? 1 : 0",
+        tests="nan_is_found and c++",
+    ),
+    Mutation("nearest_k", "csrc/neighbors/neighbors.h", "if (first > 0) {", "if (false) {"),
+    Mutation(
+        "koleo_neighbors",
+        "csrc/contrastive/koleo.h",
+        "if (!(key > best[k - 1])) return;",
+        "if (!(key >= best[k - 1])) return;",
+        tests="test_infinities and koleo_neighbors and c++",
+    ),
+    Mutation(
+        "siglip_pairs",
+        "csrc/contrastive/siglip_pairs.h",
+        "exponential(x < 0 ? x : -x)",
+        "exponential(-x)",
+        tests="test_siglip_options",
+    ),
+    Mutation(
+        "similarity_logsumexp",
+        "csrc/contrastive/visible.cpp",
+        "at<double>(total)[at_part % t.columns] +=",
+        "at<double>(total)[at_part % t.columns] =",
+        tests="test_visible and c++",
+    ),
+    *(
+        Mutation("adamw_", "csrc/optimizers/gathered.h", old, new, tests="test_optimizers_at_once")
+        for old, new in (
+            ("written_[i - 1].end > written_[i].begin", "false"),
+            ("(after - 1)->end > gradient.begin", "false"),
+            ("x->dtype == parameters_[i].dtype && ", ""),
+        )
+    ),
 ]
 INTERPRETER = [
     Mutation("nt_xent", "kernels/contrastive/weights.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),

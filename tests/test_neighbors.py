@@ -161,7 +161,8 @@ def test_value_that_is_nan_is_found_behind_the_first_columns(op, implementation)
     """The k best are full by then, and C++ looks into a block of columns only where one of them is better."""
     if INTERPRETING:
         pytest.skip("C++'s blocks")
-    bank = drawn(200, 4).to(implementation.device, torch.float32)
+    bank = -torch.ones(200, 4, device=implementation.device)
+    bank[:5] = 1
     bank[150] = math.nan
     _, index = F.nearest_rows(bank[:3], bank, k=5)
     assert index[:, 0].tolist() == [150] * 3
