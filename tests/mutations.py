@@ -51,8 +51,8 @@ REFERENCE = [
     Mutation(
         "similarity_logsumexp",
         "kernels/contrastive/reference.py",
-        "row_ids[:, None] == column_ids",
-        "row_ids[:, None] == column_ids + 1",
+        "hidden | (row_ids[:, None] == column_ids)",
+        "hidden | (row_ids[:, None] == column_ids + 1)",
     ),
     Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
     Mutation("siglip_pairs", "kernels/contrastive/reference.py", "(1 - target) * up", "(1.001 - target) * up"),
@@ -74,8 +74,8 @@ CPU = [
     Mutation(
         "cross_entropy",
         "csrc/supervised/cross_entropy.h",
-        "block + terms_per_block, k)",
-        "block + terms_per_block - 1, k)",
+        "k);\n      W partial = 0;\n#pragma omp simd reduction(+ : partial)\n      for",
+        "k - 1);\n      W partial = 0;\n#pragma omp simd reduction(+ : partial)\n      for",
     ),
     Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", " - static_cast<W>(p.scale)", ""),
     Mutation(
