@@ -136,14 +136,13 @@ INTERPRETER = [
     Mutation("koleo", "kernels/contrastive/gpu_koleo.py", "total += _slope", "total += 0.99 * _slope"),
     Mutation("characteristic", "kernels/gaussian/gpu.py", "(quadrant + 1) & 2", "quadrant & 2"),
     Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),
+    Mutation("regression_rows", "kernels/predictive/regression.py", "tl.sum(loss, 1) * weight", "tl.sum(loss, 1)"),
+    Mutation("regression_rows", "kernels/predictive/regression.py", "slope *= weight[", "slope *= 0.99 * weight["),
     Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
     Mutation("kmeans_step", "kernels/neighbors/kmeans.py", "total += b_x", "total += 0.999 * b_x"),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
     Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 10)", "mask = part < 1"),
     Mutation("adamw_", "kernels/optimizers/adamw.py", "kept * p - rate", "p - rate"),
-    Mutation(
-        "adamw_", "kernels/optimizers/tables.py", "for batch in found.batches]", "for batch in found.batches][::-1]"
-    ),
     Mutation("lars_", "kernels/optimizers/lars.py", "tensor_at(line, 1, DTYPE", "tensor_at(line, 2, DTYPE"),
 ]
 
