@@ -34,7 +34,7 @@ def test_capis_loss_is_made_of_a_bias_for_each_position():
     """docs/drop-in.md's lines: codes by position, over images, of the masked patches alone."""
     scores, predictions = drawn(6, 5, 9), drawn(6, 5, 9, seed=1).requires_grad_()
     rows, _ = F.masked_rows(drawn(6, 5, seed=2) > 0.3)
-    bias = torch.stack([F.sinkhorn_bias(s, epsilon=0.3) for s in scores.transpose(0, 1).contiguous()])
+    bias = F.sinkhorn_bias(scores.transpose(0, 1), epsilon=0.3)
     logits = (scores / 0.3 + bias).flatten(0, 1)[rows]
     chosen = predictions.flatten(0, 1)[rows]
     loss = F.prototype_cross_entropy(
