@@ -159,7 +159,10 @@ def _potentials(
 def _log_sums(
     parts: list[Tensor], potentials: Tensor | None, epsilon: float, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """[K] or [P, K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials). One collective."""
+    """[K] or [P, K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials).
+
+    One collective.
+    """
     sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts if x.shape[-2]]
     if not sums:  # a rank without samples
         sums = [parts[0].new_full(_of_prototypes(parts[0]), -torch.inf, dtype=widest_dtype(parts[0].device))]
