@@ -21,14 +21,6 @@ from . import reference
 from .row_logsumexp import biased, dense, row_logsumexp, two_parts
 
 
-@triton.jit
-def _problem(x, bias, i, K, s_problem, ALIGN: tl.constexpr):
-    """Where a problem's scores and potentials begin."""
-    if bias is not None:
-        bias += launch.row_start(i, K, ALIGN)
-    return x + launch.row_start(i, s_problem, ALIGN), bias
-
-
 @triton.jit(do_not_specialize=["N", "parts", "s_problem"])
 def _column_logsumexp_kernel(
     x,  # [P, N, K], rows s_row * ALIGN apart
@@ -57,14 +49,14 @@ def _column_logsumexp_kernel(
     i_part = tl.program_id(0) // blocks  # of all problems' parts
     problem = i_part // parts
     part = i_part % parts
-    x, bias = _problem(x, bias, problem, K, s_problem, ALIGN)
+    x += launch.row_start(problem, s_problem, ALIGN)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < K * ALIGN
     per_unit = tl.full((), SCALE if bias is None else 1.0, COMPUTE)  # of v, whose maxima are kept
     maximum = tl.full([BLOCK], -float("inf"), COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)
     if bias is not None:
-        b_bias = tl.load(bias + column, inside, 0)[None, :]
+        b_bias = tl.load(bias + launch.row_start(problem, K, ALIGN) + column, inside, 0)[None, :]
         # It is taken off again in _join_kernel, so an infinite one may be any number here.
         b_bias = tl.where(tl.abs(b_bias) == float("inf"), 0.0, b_bias)
     for i in range(0, PART, ROWS):
@@ -104,7 +96,9 @@ def _softmax_sums_kernel(
     STAGES: tl.constexpr,
 ):
     """Sums over rows of `softmax(x * scale + bias, 1)`, each row read once."""
-    x, bias = _problem(x, bias, tl.program_id(0) // parts, K, s_problem, ALIGN)
+    problem = tl.program_id(0) // parts
+    x += launch.row_start(problem, s_problem, ALIGN)
+    bias += launch.row_start(problem, K, ALIGN)
     column = tl.arange(0, BLOCK)
     inside = column < K * ALIGN
     b_bias = tl.load(bias + column, inside, 0)[None, :]
@@ -180,7 +174,8 @@ def _codes_kernel(
     i_rows = tl.program_id(0) // blocks
     problem = i_rows // tl.cdiv(N, ROWS)
     i_row = i_rows % tl.cdiv(N, ROWS) * ROWS + tl.arange(0, ROWS)
-    x, bias = _problem(x, bias, problem, K, s_problem, ALIGN)
+    x += launch.row_start(problem, s_problem, ALIGN)
+    bias += launch.row_start(problem, K, ALIGN)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < K * ALIGN
     mask = (i_row < N)[:, None] & inside[None, :]
