@@ -102,6 +102,8 @@ CPU = [
         "- y[j] * target",
         "- 0.999f * y[j] * target",
     ),
+    Mutation("sinkhorn", "csrc/prototypes/sinkhorn.cpp", "+ i * width : nullptr", ": nullptr"),
+    Mutation("sinkhorn", "csrc/prototypes/sinkhorn.cpp", "index * problem_stride *", "index * row_stride *"),
     Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
     Mutation("regression", "csrc/predictive/regression.h", "squares / d + eps", "squares / (d + 1) + eps"),
     Mutation("regression_rows", "csrc/predictive/regression.h", "row_weight * loss", "loss"),
@@ -138,6 +140,7 @@ INTERPRETER = [
     Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),
     Mutation("regression_rows", "kernels/predictive/regression.py", "tl.sum(loss, 1) * weight", "tl.sum(loss, 1)"),
     Mutation("regression_rows", "kernels/predictive/regression.py", "slope *= weight[", "slope *= 0.99 * weight["),
+    Mutation("sinkhorn", "kernels/prototypes/sinkhorn.py", "row_start(problem * parts + i,", "row_start(i,"),
     Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
     Mutation("kmeans_step", "kernels/neighbors/kmeans.py", "total += b_x", "total += 0.999 * b_x"),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
@@ -164,7 +167,7 @@ def run(mutation: Mutation, folder: Path, interpreter: bool = False) -> subproce
         _replace(package / mutation.file, mutation)
     where = "c++" if mutation.file.startswith("csrc/") else "interpreter" if interpreter else "reference"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    command += ["-k", f"{mutation.op} and {where} and (value or contiguous or update or layouts)"]
+    command += ["-k", f"{mutation.op} and {where} and (value or problems or contiguous or update or layouts)"]
     command += ["-m", "interpreter"] if interpreter else []
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
