@@ -164,6 +164,9 @@ FUNCTIONS = {
     "koleo": Call(lambda b: [leaf(b, D)], F.koleo),
     "mean_entropy": Call(_scores(1), F.mean_entropy),
     "sinkhorn": Call(lambda b: [torch.randn(b, K)], F.sinkhorn, False),
+    "sinkhorn-positions": Call(
+        lambda b: [torch.randn(b, 3, K)], lambda x: F.sinkhorn(x.transpose(0, 1)).transpose(0, 1), False
+    ),
     "sinkhorn_bias": Call(lambda b: [torch.randn(b, K), torch.randn(b + 1, K)], lambda *x: F.sinkhorn_bias(x), False),
     "total_coding_rate": Call(lambda b: [leaf(b, D)], F.total_coding_rate),
     "simdino": Call(lambda b: [leaf(b, D), leaf(b, D), torch.randn(b, D)], lambda s, r, t: F.simdino([s, r], [t])),

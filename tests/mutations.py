@@ -107,6 +107,8 @@ CPU = [
         "- y[j] * target",
         "- 0.999f * y[j] * target",
     ),
+    Mutation("sinkhorn", "csrc/prototypes/sinkhorn.cpp", "+ i * width : nullptr", ": nullptr"),
+    Mutation("sinkhorn", "csrc/prototypes/sinkhorn.cpp", "index * problem_stride *", "index * row_stride *"),
     Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
     Mutation("regression", "csrc/predictive/regression.h", "squares / d + eps", "squares / (d + 1) + eps"),
     Mutation("regression_rows", "csrc/predictive/regression.h", "row_weight * loss", "loss"),
@@ -209,11 +211,15 @@ INTERPRETER = [
     Mutation("koleo", "kernels/contrastive/gpu_koleo.py", "total += _slope", "total += 0.99 * _slope"),
     Mutation("characteristic", "kernels/gaussian/gpu.py", "(quadrant + 1) & 2", "quadrant & 2"),
     Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),
+    Mutation("regression_rows", "kernels/predictive/regression.py", "tl.sum(loss, 1) * weight", "tl.sum(loss, 1)"),
+    Mutation("regression_rows", "kernels/predictive/regression.py", "slope *= weight[", "slope *= 0.99 * weight["),
+    Mutation("sinkhorn", "kernels/prototypes/sinkhorn.py", "row_start(problem * parts + i,", "row_start(i,"),
     Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
     Mutation("kmeans_step", "kernels/neighbors/kmeans.py", "total += b_x", "total += 0.999 * b_x"),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
-    Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 11)", "mask = part < 1"),
+    Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 10)", "mask = part < 1"),
     Mutation("adamw_", "kernels/optimizers/adamw.py", "kept * p - rate", "p - rate"),
+    Mutation("lars_", "kernels/optimizers/lars.py", "tensor_at(line, 1, DTYPE", "tensor_at(line, 2, DTYPE"),
 ]
 
 
@@ -234,7 +240,7 @@ def run(mutation: Mutation, folder: Path, interpreter: bool = False) -> subproce
         _replace(package / mutation.file, mutation)
     where = "c++" if mutation.file.startswith("csrc/") else "interpreter" if interpreter else "reference"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    own = f"{mutation.op} and {where} and (value or contiguous or update or layouts)"
+    own = f"{mutation.op} and {where} and (value or problems or contiguous or update or layouts)"
     command += ["-k", mutation.tests or own]
     command += ["-m", "interpreter"] if interpreter else []
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}

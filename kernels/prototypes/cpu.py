@@ -21,17 +21,22 @@ def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 # Sinkhorn ------------------------------------------------------------------------------------------------------------
 
 
+def _layout(scores: Tensor) -> tuple[int, ...]:
+    """Problems, rows, width, and the strides between problems and between rows."""
+    x = scores if scores.dim() == 3 else scores[None]
+    return (*x.shape, x.stride(0), x.stride(1))
+
+
 def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """`reference.sinkhorn_step` of dense rows and a float64 bias: [K] float64.
+    """`reference.sinkhorn_step` of dense rows and a float64 bias: [K] or [P, K] float64.
 
     A potential may be thousands, and nearly cancels with what it is added to: within an operator it stays float64.
     """
-    sums = torch.empty(scores.shape[1], dtype=torch.float64)
+    sums = torch.empty((*scores.shape[:-2], scores.shape[-1]), dtype=torch.float64)
     _C.sinkhorn_step(
         CODES[scores.dtype],
         address(scores),
-        *scores.shape,
-        scores.stride(0),
+        *_layout(scores),
         1 / epsilon,
         address(bias),
         address(sums),
@@ -42,7 +47,7 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
 
 def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
     """`reference.sinkhorn_bias` in float64."""
-    zeros = torch.zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
+    zeros = torch.zeros(*scores.shape[:-2], scores.shape[-1], dtype=torch.float64) if normalize_samples_first else None
     bias = _step(scores, zeros, epsilon).neg_()
     for _ in range(iterations - 1):
         bias = _step(scores, bias, epsilon).neg_()
@@ -70,8 +75,7 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
     _C.sinkhorn_codes(
         CODES[scores.dtype],
         address(scores),
-        *scores.shape,
-        scores.stride(0),
+        *_layout(scores),
         1 / epsilon,
         address(bias),
         CODES[dtype],
