@@ -4,6 +4,7 @@ In plain torch: what they cost is products, and a factorisation of a small matri
 again that are there already, the gradient is written down with the loss. Of what isn't finite they are NaN.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
-from fastjem.functional import checks
+from fastjem.functional import checks, quick
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.decompositions import cholesky, singular_values
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.functional.prototypes import list_of_views
 from fastjem.kernels.arithmetic import UNIT_EPS, no_gradient, unit_rows
 from fastjem.ops import transforms
-from fastjem.ops.autograd import known, needs_gradient
+from fastjem.ops.autograd import found_again, known, needs_gradient
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -176,6 +177,31 @@ def simdino(
     Raises:
         ValueError: for other shapes, dtypes or options, and where no pair of views is left.
     """
+    if (
+        group is None
+        and expansion in ("student", "mean")
+        and all(isinstance(x, (Tensor, list, tuple)) for x in (student, teacher))
+    ):
+        of_views = [list(student), list(teacher)]
+        result = quick.simdino(*of_views, eps, coefficient, expansion == "mean")
+        if result is not None:
+
+            def formula(*student: Tensor) -> Tensor:
+                return _simdino(student, of_views[1], eps, coefficient, expansion, None)
+
+            return found_again("simdino", result.loss, of_views[0], result.gradients, result.factors, formula)
+    return _simdino(student, teacher, eps, coefficient, expansion, group)
+
+
+def _simdino(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    eps: float | Tensor,
+    coefficient: float | Tensor,
+    expansion: str,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """In plain torch."""
     op = "simdino"
     contract = "student and teacher must be [S, B, D] and [T, B, D], or lists of [B, D], S >= T"
     with Agreement(op, group) as ranks:
@@ -222,6 +248,14 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float | Tensor = 5e-3) -> Te
     Raises:
         ValueError: for other shapes or dtypes.
     """
+    if (result := quick.mmcr(online, momentum, lmda)) is not None:
+        formula = functools.partial(_mmcr, lmda=lmda)
+        return found_again("mmcr", result.loss, (online, momentum), result.gradients, result.factors, formula)
+    return _mmcr(online, momentum, lmda)
+
+
+def _mmcr(online: Tensor, momentum: Tensor, lmda: float | Tensor) -> Tensor:
+    """In plain torch."""
     checks.matrices("mmcr", "online and momentum must be [B, V, D] both", online, momentum, dims=3)
     online, momentum = checks.common(online, momentum)
     weight = checks.number("mmcr", "lmda", lmda, online)
@@ -250,6 +284,8 @@ def frossl(views: Sequence[Tensor], *, invariance: float | Tensor = 1.0) -> Tens
     if not isinstance(views, (Tensor, list, tuple)):
         checks.fail("frossl", "views must be [N, D] each", type(views).__name__)
     views = list(views)
+    if (loss := quick.frossl(views, invariance)) is not None:
+        return loss
     if len(views) < 2:
         checks.fail("frossl", "views must be at least two", len(views))
     checks.matrices("frossl", "views must be [N, D] each", *views)
@@ -341,6 +377,8 @@ def w_mse(z0: Tensor, z1: Tensor, *, eps: float | Tensor = 0.0) -> Tensor:
     Raises:
         ValueError: for other shapes or dtypes; on the CPU, for a singular covariance.
     """
+    if (loss := quick.w_mse(z0, z1, eps)) is not None:
+        return loss
     checks.matrices("w_mse", "z0 and z1 must be [N, D] both", z0, z1)
     eps = _shrinkage("w_mse", "z0 and z1", z0, eps)
     z0, z1 = checks.common(z0, z1)
