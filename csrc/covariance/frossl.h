@@ -14,8 +14,8 @@ static void frossl_columns_of(const Frossl& p, int64_t begin, int64_t end) {
       const T* x = static_cast<const T*>(p.views[v]) + column;
       W* out = static_cast<W*>(p.columns) + v * p.rows * d + column;
       double squares[max_columns] = {};
-      column_sums<W>(p.rows, width, squares, [&](int64_t i, int64_t j) {
-        const W element = widen(x[i * d + j]);
+      column_sums<double>(p.rows, width, squares, [&](int64_t i, int64_t j) {
+        const double element = static_cast<double>(widen(x[i * d + j]));
         return element * element;
       });
       W inverse[max_columns];
@@ -81,7 +81,10 @@ static void frossl_rows_of(const Frossl& p, int64_t begin, int64_t end) {
         return (x[i * d + j] - mean[i * step + j]) * of_centred + product[i * d + j] * of_product;
       };
       double dots[max_columns] = {};
-      column_sums<W>(p.rows, width, dots, [&](int64_t i, int64_t j) { return gradient(i, j) * x[i * d + j]; });
+      // In double: the gradient along the columns is most of it, and what is left of it counts.
+      column_sums<double>(p.rows, width, dots, [&](int64_t i, int64_t j) {
+        return static_cast<double>(gradient(i, j)) * static_cast<double>(x[i * d + j]);
+      });
       W radial[max_columns];
       W inverse[max_columns];
       for (int64_t j = 0; j < width; ++j) {

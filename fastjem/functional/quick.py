@@ -168,6 +168,13 @@ def w_mse(z0: Tensor, z1: Tensor, eps: float | Tensor) -> Tensor | None:
     return _loss("w_mse", spectral.w_mse(z0, z1, float(eps), _asked(z0, z1)), z0, z1)
 
 
+def coding_rate(z: Tensor, eps: float | Tensor) -> Found | None:
+    """Rate and gradient; as of `simdino`."""
+    if not _is_positive(eps) or not _may_be(z) or not z.is_cpu:
+        return None
+    return spectral.coding_rate(z, eps, *_asked(z))
+
+
 def simdino(
     student: list[Tensor], teacher: list[Tensor], eps: float | Tensor, coefficient: float | Tensor, mean: bool
 ) -> Found | None:

@@ -23,6 +23,9 @@ from fastjem.ops import transforms
 from fastjem.ops.autograd import found_again, known, needs_gradient
 from fastjem.ops.forward_mode import refuse_forward_mode
 
+EXPANSIONS = ("student", "mean")  # whose coding rate SimDINO takes
+VIEWS = (Tensor, list, tuple)  # what views may come in
+
 
 def smaller_gram(z: Tensor) -> Tensor:
     """The smaller of `z @ z.mT` [..., N, N] and `z.mT @ z` [..., D, D]: their nonzero eigenvalues are the same."""
@@ -60,6 +63,15 @@ def total_coding_rate(z: Tensor, *, eps: float | Tensor = 0.2, group: dist.Proce
 
 def _coding_rate(op: str, z: Tensor, eps: float | Tensor, rows: int, group: dist.ProcessGroup | None = None) -> Tensor:
     """The rate of all ranks' rows, differentiable for this rank's."""
+    if group is None and (result := quick.coding_rate(z, eps)) is not None:
+        return found_again(op, *result, (z,), functools.partial(_long_coding_rate, op, eps=eps, rows=rows))
+    return _long_coding_rate(op, z, eps, rows, group)
+
+
+def _long_coding_rate(
+    op: str, z: Tensor, eps: float | Tensor, rows: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """In plain torch."""
     z = in_float32(z)
     if isinstance(eps, Tensor):
         eps = eps.to(z.dtype)  # before it is divided by: 1 / eps has more digits than eps
@@ -177,19 +189,12 @@ def simdino(
     Raises:
         ValueError: for other shapes, dtypes or options, and where no pair of views is left.
     """
-    if (
-        group is None
-        and expansion in ("student", "mean")
-        and all(isinstance(x, (Tensor, list, tuple)) for x in (student, teacher))
-    ):
-        of_views = [list(student), list(teacher)]
-        result = quick.simdino(*of_views, eps, coefficient, expansion == "mean")
+    if group is None and expansion in EXPANSIONS and type(student) in VIEWS and type(teacher) in VIEWS:
+        views, of_teacher = list(student), list(teacher)
+        result = quick.simdino(views, of_teacher, eps, coefficient, expansion == "mean")
         if result is not None:
-
-            def formula(*student: Tensor) -> Tensor:
-                return _simdino(student, of_views[1], eps, coefficient, expansion, None)
-
-            return found_again("simdino", result.loss, of_views[0], result.gradients, result.factors, formula)
+            options = (of_teacher, eps, coefficient, expansion, None)
+            return found_again("simdino", *result, views, lambda *student: _simdino(student, *options))
     return _simdino(student, teacher, eps, coefficient, expansion, group)
 
 
@@ -210,7 +215,7 @@ def _simdino(
         checks.matrices(op, contract, *student, *teacher, may_be_empty=None if group is None else 0)
         if len(student) < max(2, len(teacher)):
             checks.fail(op, contract, f"{len(student)} and {len(teacher)} views")
-        if expansion not in ("student", "mean"):
+        if expansion not in EXPANSIONS:
             checks.fail(op, "expansion must be student or mean", repr(expansion))
         eps = checks.positive(op, "eps", eps, student[0])
         weight = checks.number(op, "coefficient", coefficient, student[0])
@@ -249,8 +254,7 @@ def mmcr(online: Tensor, momentum: Tensor, *, lmda: float | Tensor = 5e-3) -> Te
         ValueError: for other shapes or dtypes.
     """
     if (result := quick.mmcr(online, momentum, lmda)) is not None:
-        formula = functools.partial(_mmcr, lmda=lmda)
-        return found_again("mmcr", result.loss, (online, momentum), result.gradients, result.factors, formula)
+        return found_again("mmcr", *result, (online, momentum), functools.partial(_mmcr, lmda=lmda))
     return _mmcr(online, momentum, lmda)
 
 

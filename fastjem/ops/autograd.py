@@ -235,9 +235,9 @@ class _FoundAgain(torch.autograd.Function):
 def found_again(
     name: str,
     loss: Tensor,
-    inputs: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     factors: Sequence[float],
+    inputs: Sequence[Tensor],
     formula: Callable[..., Tensor],
 ) -> Tensor:
     """As `found`, of a loss `formula(*inputs)` that is differentiable again."""

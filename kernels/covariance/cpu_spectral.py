@@ -1,4 +1,5 @@
-"""TiCo, FroSSL, W-MSE, SimDINO and MMCR of plain tensors on the CPU: torch's products, and C++ for all between them.
+"""TiCo, FroSSL, W-MSE, coding rate, SimDINO and MMCR of plain tensors on the CPU: torch's products and factorisations,
+and C++ for all between them.
 
 What such a loss of some hundred rows costs beside two products are steps: in plain torch twenty to fifty of them, each
 of which takes a few microseconds before it begins. All functions return None for tensors that aren't plain or don't fit
@@ -133,6 +134,25 @@ def w_mse(z0: Tensor, z1: Tensor, eps: float, wanted: Sequence[bool]) -> Found |
         of_rows = torch.linalg.solve_triangular(factor.mT, gradient.mT, upper=True).mT.to(z0.dtype)
         gradients = [g if want else None for g, want in zip(of_rows, wanted, strict=True)]
     return Found(loss_like(z0, 2 - 2 / n * cosines), gradients, (-2 / n / within,) * 2)
+
+
+def coding_rate(z: Tensor, eps: float, wanted: bool) -> Found | None:
+    """`0.5 logdet(I + D / (N eps) Z^T Z)` of [N, D], or the mean over V of [V, N, D]."""
+    if z.dim() not in (2, 3) or z.dtype not in CODES or not z.numel() or _is_autocast() or not plain([z]):
+        return None
+    rows = (z if z.dim() == 3 else z[None]).detach().to(compute_dtype(z.dtype))
+    views, n, d = rows.shape
+    scale = d / (n * eps)
+    factor = _factor(_gram(rows), scale, 1.0)
+    if factor is None:
+        return None
+    rate = _C.log_diagonals(CODES[factor.dtype], address(factor), views, factor.shape[1]) / views
+    within = scale_within(scale / views, z.dtype)
+    gradient = None
+    if wanted:
+        product = _times_gram(rows, torch.cholesky_inverse(factor).mul_(within))
+        gradient = product.to(z.dtype).view(z.shape)
+    return Found(loss_like(z, rate), [gradient], (scale / views / within,))
 
 
 def simdino(
