@@ -116,6 +116,20 @@ CPU = [
     Mutation("vicreg", "csrc/covariance/few_rows.h", "(side ? -2 : 2) * w.lambda", "2 * w.lambda"),
     Mutation("barlow_twins", "csrc/covariance/few_rows.h", "(1 - lambda) * value - 1;", "(1 - lambda) * value;"),
     Mutation("vicreg", "csrc/covariance/covariance.h", "side ? -invariance : invariance", "invariance"),
+    Mutation("tico", "csrc/covariance/tico.h", "? cosine - 2 * p.rho", "? cosine - 1.99 * p.rho"),
+    Mutation("tico", "csrc/covariance/tico.h", "has_length(y_divisor) ? cosine : 0.0", "0.0"),
+    Mutation("frossl", "csrc/covariance/frossl.h", "has_length(divisor) ? dots[j] : 0.0", "0.0"),
+    Mutation("frossl", "csrc/covariance/frossl.cpp", "4 / squares * scale", "3.99 / squares * scale"),
+    Mutation("w_mse", "csrc/covariance/factored.h", "gradient[i * d + j] -= mean[j]", "gradient[i * d + j] -= 0"),
+    Mutation("w_mse", "csrc/covariance/factored.h", "x[j * side + i] = x[i * side + j];", ""),
+    Mutation("total_coding_rate", "csrc/covariance/factored.cpp", "i / side * side * side", "0"),
+    Mutation("simdino", "csrc/covariance/factored.h", "static_cast<W>(diagonal)", "static_cast<W>(1.01 * diagonal)"),
+    Mutation("simdino", "csrc/covariance/simdino.h", "g[j] = sum[j] - same[j]", "g[j] = sum[j]"),
+    Mutation("simdino", "csrc/covariance/simdino.h", "has_length(divisor) ? radial", "is_global ? radial"),
+    Mutation("mmcr", "csrc/covariance/mmcr.h", "? 1 / std::sqrt(eigenvalue)", "? 0.999 / std::sqrt(eigenvalue)"),
+    Mutation("mmcr", "csrc/covariance/mmcr.h", "a[i * m + k] = cosine * x - sine * y", "a[i * m + k] = cosine * x"),
+    Mutation("mean_entropy", "csrc/prototypes/softmax_slope.cpp", "(sums)[j] / n", "(sums)[j] / (n + 1)"),
+    Mutation("mean_entropy", "csrc/prototypes/softmax_slope.h", "block[j] += e[j] * factor", "block[j] += e[j]"),
 ]
 INTERPRETER = [
     Mutation("nt_xent", "kernels/contrastive/weights.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
@@ -187,7 +201,7 @@ def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
     if mutated.parent.name == "contrastive":
         names += [Path("contrastive") / name for name in ("similarity", "small", "one_tile")]
     if mutated.parent.name == "covariance":
-        names += [Path("covariance/covariance"), Path("covariance/few_rows")]
+        names += [Path("covariance") / name for name in ("covariance", "few_rows", "factored")]
     names = list(dict.fromkeys(names))
     (csrc / "operators.h").write_text("".join(f"OPERATOR({name.name})\n" for name in names))
     sources = [csrc / "bindings.cpp", *(csrc / name.with_suffix(".cpp") for name in names)]

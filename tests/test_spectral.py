@@ -127,7 +127,7 @@ def assert_near(given: list[Tensor], truth: list[Tensor], tolerance: float) -> N
         assert error <= tolerance, f"{error:.1e}"
 
 
-@pytest.fixture(params=(0, 1, 2), ids=("baseline", "avx2", "avx512"))
+@pytest.fixture(params=(0, 1, 2), ids=("c++ baseline", "c++ avx2", "c++ avx512"))
 def isa(request) -> Iterator[int]:
     """One after the other of the instruction sets that the processor has."""
     best = max(i for i in range(3) if _usable(i))
