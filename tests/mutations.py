@@ -123,7 +123,9 @@ CPU = [
     Mutation("w_mse", "csrc/covariance/factored.h", "gradient[i * d + j] -= mean[j]", "gradient[i * d + j] -= 0"),
     Mutation("w_mse", "csrc/covariance/factored.h", "x[j * side + i] = x[i * side + j];", ""),
     Mutation("total_coding_rate", "csrc/covariance/factored.cpp", "i / side * side * side", "0"),
-    Mutation("simdino", "csrc/covariance/factored.h", "static_cast<W>(diagonal)", "static_cast<W>(1.01 * diagonal)"),
+    Mutation(
+        "total_coding_rate", "csrc/covariance/factored.h", "static_cast<W>(diagonal)", "static_cast<W>(1.01 * diagonal)"
+    ),
     Mutation("simdino", "csrc/covariance/simdino.h", "g[j] = sum[j] - same[j]", "g[j] = sum[j]"),
     Mutation("simdino", "csrc/covariance/simdino.h", "has_length(divisor) ? radial", "is_global ? radial"),
     Mutation("mmcr", "csrc/covariance/mmcr.h", "? 1 / std::sqrt(eigenvalue)", "? 0.999 / std::sqrt(eigenvalue)"),
