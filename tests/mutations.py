@@ -191,6 +191,22 @@ CPU = [
             ("x->dtype == parameters_[i].dtype && ", ""),
         )
     ),
+    Mutation("tico", "csrc/covariance/tico.h", "? cosine - 2 * p.rho", "? cosine - 1.99 * p.rho"),
+    Mutation("tico", "csrc/covariance/tico.h", "has_length(y_divisor) ? cosine : 0.0", "0.0"),
+    Mutation("frossl", "csrc/covariance/frossl.h", "has_length(divisor) ? dots[j] : 0.0", "0.0"),
+    Mutation("frossl", "csrc/covariance/frossl.cpp", "4 / squares * scale", "3.99 / squares * scale"),
+    Mutation("w_mse", "csrc/covariance/factored.h", "gradient[i * d + j] -= mean[j]", "gradient[i * d + j] -= 0"),
+    Mutation("w_mse", "csrc/covariance/factored.h", "x[j * side + i] = x[i * side + j];", ""),
+    Mutation("total_coding_rate", "csrc/covariance/factored.cpp", "i / side * side * side", "0"),
+    Mutation(
+        "total_coding_rate", "csrc/covariance/factored.h", "static_cast<W>(diagonal)", "static_cast<W>(1.01 * diagonal)"
+    ),
+    Mutation("simdino", "csrc/covariance/simdino.h", "g[j] = sum[j] - same[j]", "g[j] = sum[j]"),
+    Mutation("simdino", "csrc/covariance/simdino.h", "has_length(divisor) ? radial", "is_global ? radial"),
+    Mutation("mmcr", "csrc/covariance/mmcr.h", "? 1 / std::sqrt(eigenvalue)", "? 0.999 / std::sqrt(eigenvalue)"),
+    Mutation("mmcr", "csrc/covariance/mmcr.h", "a[i * m + k] = cosine * x - sine * y", "a[i * m + k] = cosine * x"),
+    Mutation("mean_entropy", "csrc/prototypes/softmax_slope.cpp", "(sums)[j] / n", "(sums)[j] / (n + 1)"),
+    Mutation("mean_entropy", "csrc/prototypes/softmax_slope.h", "block[j] += e[j] * factor", "block[j] += e[j]"),
 ]
 INTERPRETER = [
     Mutation("nt_xent", "kernels/contrastive/weights.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
@@ -255,8 +271,15 @@ def _replace(file: Path, mutation: Mutation) -> None:
 
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
 BESIDE = {  # what the launchers of a family call beside the operator that they are named after
-    "contrastive": ["contrastive/similarity", "contrastive/small", "contrastive/one_tile"],
-    "covariance": ["covariance/covariance", "covariance/few_rows"],
+    "contrastive": [
+        "contrastive/similarity",
+        "contrastive/small",
+        "contrastive/one_tile",
+        "contrastive/visible",
+        "contrastive/seen_tile",
+        "covariance/covariance",
+    ],
+    "covariance": ["covariance/covariance", "covariance/few_rows", "covariance/factored"],
 }
 
 

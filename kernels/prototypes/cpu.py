@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _C, tiling
 from ..arithmetic import compute_dtype, dense_rows, no_gradient
-from ..native import CODES, address, gradient_for, scale_within
+from ..native import CODES, address, gradient_for, loss_like, scale_within
 from . import reference
 from .pairing import PAIRS, count
 
@@ -165,17 +165,19 @@ def mean_entropy(
         return reference.mean_entropy(scores, temperature, total, rows, wanted)
     scores = [dense_rows(x) for x in scores]
     prototypes = scores[0].shape[1]
-    if total is None or rows is None:  # Sinkhorn's step from a bias of 0 gives each prototype's logsumexp of log p
-        zeros = torch.zeros(prototypes, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    if total is None or rows is None:
         n = sum(map(len, scores))
-        log_mean = torch.stack([_step(x, zeros, temperature) for x in scores]).logsumexp(0) - math.log(n)
+        sums = torch.zeros(prototypes, dtype=torch.float64)
+        for x in scores:
+            _C.softmax_sums(
+                CODES[x.dtype], address(x), *x.shape, x.stride(0), 1 / temperature, address(sums), threads
+            )  # fmt: skip
     else:
         n = rows.item()
-        log_mean = (total.double() / n).log()
-    log_mean = log_mean.clamp_min(-1e4)  # 0 log 0 is 0
-    mean = log_mean.exp()
-    negative_entropy = mean @ log_mean
-    slope = (log_mean - negative_entropy).to(dtype)  # a constant changes nothing, and this one leaves small numbers
+        sums = total.to(torch.float64).contiguous()
+    slope = torch.empty(prototypes, dtype=dtype)
+    negative_entropy = _C.entropy_slope(CODES[dtype], address(sums), prototypes, n, address(slope))
     scale = 1 / (n * temperature)
     factor = scale if scores[0].dtype == dtype else 1.0  # half precision can't hold the scaled gradient
     gradients = [gradient_for(x, k) for x, k in zip(scores, wanted, strict=True)]
@@ -190,9 +192,9 @@ def mean_entropy(
                 address(slope),
                 factor,
                 address(gradient),
-                torch.get_num_threads(),
+                threads,
             )
-    loss = (negative_entropy + math.log(prototypes)).to(dtype)
+    loss = loss_like(scores[0], negative_entropy + math.log(prototypes))
     return loss, gradients, torch.full((), scale / factor, dtype=dtype)
 
 
