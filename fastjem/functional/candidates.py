@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastjem.functional import one_tile
 from fastjem.functional.options import (
     Negatives,
     Options,
@@ -74,6 +75,10 @@ def loss_of_views(
     """0-dim, or [V, N] without a reduction."""
     _refuse_other_modes(op, z, temperature, *options)
     with without_autocast(z):
+        if group is None and pull is None and not decoupled:
+            losses = one_tile.of_views(z, temperature, options)
+            if losses is not None:
+                return reduced(losses, options, z, None)
         unit = normalize(in_float32(z), dim=-1)
         inverse = _inverse(temperature, unit)
         if isinstance(inverse, Tensor) and inverse.dim():
@@ -126,6 +131,9 @@ def info_nce(
     """0-dim, or [N] without a reduction."""
     _refuse_other_modes("info_nce", query, positive, negatives, temperature, *options)
     with without_autocast(query):
+        losses = one_tile.info_nce(query, positive, negatives, negative_ids, offset, temperature, options)
+        if losses is not None:
+            return reduced(losses, options, query, None)
         inverse = _inverse(temperature, query)
         unit, of_positive, columns = (normalize(in_float32(x), dim=-1) for x in (query, positive, negatives))
         by = inverse.to(unit.dtype) if isinstance(inverse, Tensor) else inverse
@@ -155,6 +163,9 @@ def clip_loss(
     """0-dim, or [N] without a reduction: the mean of both directions."""
     _refuse_other_modes("clip_loss", x, y, scale, *options)
     with without_autocast(x):
+        losses = one_tile.clip_loss(x, y, scale, options) if group is None else None
+        if losses is not None:
+            return reduced(losses, options, x, None)
         a, b = (in_float32(z) for z in (x, y))
         factor = scale.to(a.dtype)
         factor = factor.unsqueeze(-1) if scale.dim() else factor
