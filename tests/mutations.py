@@ -194,6 +194,7 @@ def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
     ]  # every import and every backward need those
     if mutated.parent.name == "contrastive":
         names += [Path("contrastive") / name for name in ("similarity", "small", "one_tile", "visible", "seen_tile")]
+        names.append(Path("covariance/covariance"))  # which has their inner product
     if mutated.parent.name == "covariance":
         names += [Path("covariance/covariance"), Path("covariance/few_rows")]
     names = [

@@ -37,7 +37,7 @@ def _scaled(side: Side, rows: float, logits: float) -> Side:
     return Side(side.rows * rows, side.ids, None if side.limit is None else side.limit * logits)
 
 
-def _negatives(
+def negatives_of(
     rows: Side, columns: Side | None, exclude: Tensor | None, view: View, hardness: float
 ) -> tuple[Negatives, Negatives | None]:
     """Of the rows; and of the columns, if `view` says so. columns None: the rows themselves."""
@@ -57,7 +57,7 @@ def _side_of_negatives(sums: tuple, harder: list[tuple], side: int, totals: bool
     return Negatives(lse, total if totals else None, count if totals else None, of_harder)
 
 
-def _hard_logits(a: Tensor, hard: Tensor) -> Tensor:
+def hard_logits(a: Tensor, hard: Tensor) -> Tensor:
     """[V, N, H] of rows [V, N, D] and each image's own [N, H, D]. Not by a product, which autocast would change."""
     return torch.stack([dots_of_rows(rows.unsqueeze(1), hard) for rows in a.unbind()])
 
@@ -93,12 +93,12 @@ def loss_of_views(
         limit = _limit(logits, inverse, options)
         columns = None if b is a else Side(b, ids)
         view = View(0, False, options.needs_totals(), z.dtype, sizes, group)
-        negatives, _ = _negatives(Side(a, ids, limit), columns, options.exclude, view, options.hardness)
+        negatives, _ = negatives_of(Side(a, ids, limit), columns, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
             factor = inverse if b is not a else _root(inverse)
             hard = hard if b is not a else hard * factor
-            negatives = with_hard(negatives, _hard_logits(a, hard), options.hardness)
+            negatives = with_hard(negatives, hard_logits(a, hard), options.hardness)
         losses = losses_of_rows(logits, negatives, options, inverse, options.prior, decoupled, pull)
         return reduced(losses, options, z, group)
 
@@ -143,10 +143,10 @@ def info_nce(
         rows = Side(a[None], None if options.ids is None else options.ids[None], limit)
         candidates = Side(columns[None], None if negative_ids is None else negative_ids[None])
         view = View(offset, False, options.needs_totals(), query.dtype, [query.shape[0]], None)
-        seen, _ = _negatives(rows, candidates, options.exclude, view, options.hardness)
+        seen, _ = negatives_of(rows, candidates, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
-            seen = with_hard(seen, _hard_logits(a[None], hard), options.hardness)
+            seen = with_hard(seen, hard_logits(a[None], hard), options.hardness)
         losses = losses_of_rows(logits, seen, options, inverse, options.prior)
         return reduced(losses[0], options, query, None)
 
@@ -180,19 +180,19 @@ def clip_loss(
         if scale.dim() or of_columns_alone:  # the directions' logits differ, or what they see does
             one_way = view._replace(columns=False)
             back = exclude.T if exclude is not None and exclude.dim() == 2 else exclude
-            of_x, _ = _negatives(
+            of_x, _ = negatives_of(
                 Side(a_scaled[None], ids, limit), Side(b[None], ids), exclude, one_way, options.hardness
             )
-            of_y, _ = _negatives(
+            of_y, _ = negatives_of(
                 Side((b * factor)[None], ids, limit), Side(a[None], ids), back, one_way, options.hardness
             )
         else:
-            of_x, of_y = _negatives(
+            of_x, of_y = negatives_of(
                 Side(a_scaled[None], ids, limit), Side(b[None], ids, limit), exclude, view, options.hardness
             )
         assert of_y is not None
         if options.hard_negatives is not None:
-            hard = _hard_logits(a_scaled[None], in_float32(options.hard_negatives))
+            hard = hard_logits(a_scaled[None], in_float32(options.hard_negatives))
             of_x = with_hard(of_x, hard, options.hardness)
         of_rows, of_columns = (losses_of_rows(logits, side, options, inverse, options.prior) for side in (of_x, of_y))
         return reduced(((of_rows + of_columns) / 2)[0], options, x, group, local)
