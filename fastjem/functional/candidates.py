@@ -22,14 +22,7 @@ from fastjem.functional.options import (
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.functional.seen import Side, Sums, View, sums_of_seen
 from fastjem.kernels.arithmetic import widest
-from fastjem.ops import transforms
 from fastjem.ops.forward_mode import refuse_forward_mode
-
-
-def _refuse_other_modes(op: str, *tensors: object) -> None:
-    """Of differentiation: only backward is there."""
-    refuse_forward_mode(op, tensors)
-    transforms.refuse(op, [x for x in tensors if isinstance(x, Tensor)], "with options")
 
 
 def _scaled(side: Side, rows: float, logits: float) -> Side:
@@ -73,7 +66,7 @@ def loss_of_views(
     pull: Tensor | None = None,  # [V, N], what positives are multiplied by
 ) -> Tensor:
     """0-dim, or [V, N] without a reduction."""
-    _refuse_other_modes(op, z, temperature, *options)
+    refuse_forward_mode(op, (z, temperature, *options))
     with without_autocast(z):
         if group is None and pull is None and not decoupled:
             losses = one_tile.of_views(z, temperature, options)
@@ -92,7 +85,7 @@ def loss_of_views(
         ids = None if options.ids is None else options.ids.expand(z.shape[:2]).contiguous()
         limit = _limit(logits, inverse, options)
         columns = None if b is a else Side(b, ids)
-        view = View(0, False, options.needs_totals(), z.dtype, sizes, group)
+        view = View(op, 0, False, options.needs_totals(), z.dtype, sizes, group)
         negatives, _ = negatives_of(Side(a, ids, limit), columns, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
@@ -129,7 +122,7 @@ def info_nce(
     options: Options,
 ) -> Tensor:
     """0-dim, or [N] without a reduction."""
-    _refuse_other_modes("info_nce", query, positive, negatives, temperature, *options)
+    refuse_forward_mode("info_nce", (query, positive, negatives, temperature, *options))
     with without_autocast(query):
         losses = one_tile.info_nce(query, positive, negatives, negative_ids, offset, temperature, options)
         if losses is not None:
@@ -142,7 +135,7 @@ def info_nce(
         limit = _limit(logits, inverse, options)
         rows = Side(a[None], None if options.ids is None else options.ids[None], limit)
         candidates = Side(columns[None], None if negative_ids is None else negative_ids[None])
-        view = View(offset, False, options.needs_totals(), query.dtype, [query.shape[0]], None)
+        view = View("info_nce", offset, False, options.needs_totals(), query.dtype, [query.shape[0]], None)
         seen, _ = negatives_of(rows, candidates, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
@@ -161,7 +154,7 @@ def clip_loss(
     local: bool,
 ) -> Tensor:
     """0-dim, or [N] without a reduction: the mean of both directions."""
-    _refuse_other_modes("clip_loss", x, y, scale, *options)
+    refuse_forward_mode("clip_loss", (x, y, scale, *options))
     with without_autocast(x):
         losses = one_tile.clip_loss(x, y, scale, options) if group is None else None
         if losses is not None:
@@ -176,7 +169,7 @@ def clip_loss(
         ids = None if options.ids is None else options.ids[None]
         exclude = options.exclude
         of_columns_alone = exclude is not None and exclude.dim() == 1
-        view = View(0, True, options.needs_totals(), x.dtype, sizes, group)
+        view = View("clip_loss", 0, True, options.needs_totals(), x.dtype, sizes, group)
         if scale.dim() or of_columns_alone:  # the directions' logits differ, or what they see does
             one_way = view._replace(columns=False)
             back = exclude.T if exclude is not None and exclude.dim() == 2 else exclude

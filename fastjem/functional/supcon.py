@@ -24,6 +24,7 @@ from fastjem.functional.precision import in_float32, loss_dtype, without_autocas
 from fastjem.functional.seen import Side, View
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops.autograd import ops, refuse_second_order, two_passes
+from fastjem.ops.forward_mode import refuse_forward_mode
 
 
 @over_ranks()
@@ -145,6 +146,7 @@ def _with_options(
             checks.fail("supcon", "with hardness, classes must be given as labels", "mask")
         rows_of_views(ranks, z, temperature)
         ranks.alike(anchors, "without labels" if labels is None else labels.dtype, *options.facts())
+    refuse_forward_mode("supcon", (z, temperature, *options))
     with without_autocast(z):
         rows = in_float32(z)
         if normalize:
@@ -153,7 +155,7 @@ def _with_options(
         if hard is not None and normalize:
             hard = torch.nn.functional.normalize(in_float32(hard), dim=2)
         options = options._replace(hard_negatives=hard)
-        view = View(0, False, is_given(options.hardness), z.dtype, ranks.sizes, group)
+        view = View("supcon", 0, False, is_given(options.hardness), z.dtype, ranks.sizes, group)
         losses = _anchor_losses(_over(rows[:count], temperature), rows, labels, mask, options, view)
         return reduced(losses, options, z, group)
 
