@@ -89,6 +89,7 @@ FUNCTIONS = {
     "dclw": Call(_two, F.dclw),
     "supcon": Call(_labelled, F.supcon),
     "supcon-one": Call(_labelled, lambda z, y: F.supcon(z, y, anchors="one", normalize=False)),
+    "supcon-options": Call(_labelled, lambda z, y: F.supcon(z, y, hardness=0.5, temperature=0.5)),
     "supcon-mask": Call(lambda b: [leaf(2, b, D), torch.rand(b, b)], lambda z, m: F.supcon(z, mask=m)),
     "info_nce": Call(lambda b: [*_two(b), torch.randn(20, D)], F.info_nce),
     "info_nce-offset": Call(lambda b: [*_two(b), leaf(2 * b, D)], lambda a, b, q: F.info_nce(a, b, q, label_offset=0)),

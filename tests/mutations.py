@@ -97,7 +97,15 @@ CPU = [
     Mutation("nt_xent", "csrc/contrastive/one_tile.h", "-2 : weight", "-2 : 0.999 * weight"),
     Mutation("clip_loss", "csrc/contrastive/one_tile.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
-    Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "from = 0;", "from = 1;"),
+    Mutation("nt_xent", "csrc/contrastive/seen_tile.h", "p.of_positive() + uniform_part", "p.of_positive()"),
+    Mutation("nt_xent", "csrc/contrastive/seen_tile.h", "seen[j] > 0 ? exponential", "true ? exponential"),
+    Mutation(
+        "clip_loss", "csrc/contrastive/seen_tile.h", "probabilities - (row_uniform", "probabilities + (row_uniform"
+    ),
+    Mutation("clip_loss", "csrc/contrastive/seen_tile.h", "column[j] += e;", "column[j] += T(1.001) * e;"),
+    Mutation("clip_loss", "csrc/contrastive/seen_tile.cpp", "sums[1], sums[2]);", "sums[2], sums[1]);"),
+    Mutation("info_nce", "csrc/contrastive/seen_tile.cpp", "count + number", "count"),
+    Mutation("similarity_logsumexp", "csrc/contrastive/look.h", "from = 0;", "from = 1;"),
     Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "e * row_of_lse + row_of_total", "e * row_of_lse"),
     Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sums.slope += g;", "sums.slope -= g;"),
     Mutation("siglip_pairs", "csrc/contrastive/siglip_pairs.h", "x > 0 ? 1 - target[j] : target[j]", "target[j]"),
