@@ -134,14 +134,15 @@ class _SumsWithinTransforms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, row_slope, row_total_slope, _row_count, column_slope, column_total_slope, _column_count):
-        *tensors, row_lse, column_lse = ctx.saved_tensors
+        a, b, a_ids, b_ids, exclude, a_limit, b_limit, row_lse, column_lse = ctx.saved_tensors
         view = ctx.view
         if not view.totals:
             row_total_slope = column_total_slope = None
         of_rows = (row_lse, row_slope, row_total_slope)
         of_columns = (column_lse, column_slope, column_total_slope) if view.columns else NOTHING
-        gradients = _Ring(*tensors, view).backward(of_rows, of_columns, ctx.needs_input_grad[:2])
-        of_these = [x for x in (*tensors[:2], row_slope, row_total_slope, *of_columns[1:]) if x is not None]
+        ring = _Ring(a, b, a_ids, b_ids, exclude, a_limit, b_limit, view)
+        gradients = ring.backward(of_rows, of_columns, ctx.needs_input_grad[:2])
+        of_these = [x for x in (a, b, row_slope, row_total_slope, *of_columns[1:]) if x is not None]
         once = (g if g is None else transforms.once(view.op, g, *of_these) for g in gradients)
         return *once, None, None, None, None, None, None
 
