@@ -105,6 +105,16 @@ CPU = [
     Mutation("clip_loss", "csrc/contrastive/seen_tile.h", "column[j] += e;", "column[j] += T(1.001) * e;"),
     Mutation("clip_loss", "csrc/contrastive/seen_tile.cpp", "sums[1], sums[2]);", "sums[2], sums[1]);"),
     Mutation("info_nce", "csrc/contrastive/seen_tile.cpp", "count + number", "count"),
+    *(
+        Mutation("supcon", "csrc/contrastive/class_tile.h", old, new, tests="test_class_tile")
+        for old, new in (
+            ("* of_positive - share", "* of_positive - T(0.99) * share"),
+            ("* (1 + p.hardness) / sums.both", "* p.hardness / sums.both"),
+            ("!is_positive && key > of_negatives", "key > of_negatives"),
+            ("{0, i, i + 1, columns}", "{0, i, i, columns}"),
+            ("from, to, static_cast<T>(std::exp(-log_sum))", "from, to, static_cast<T>(0.999 * std::exp(-log_sum))"),
+        )
+    ),
     Mutation("similarity_logsumexp", "csrc/contrastive/look.h", "from = 0;", "from = 1;"),
     Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "e * row_of_lse + row_of_total", "e * row_of_lse"),
     Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sums.slope += g;", "sums.slope -= g;"),
@@ -285,6 +295,7 @@ BESIDE = {  # what the launchers of a family call beside the operator that they 
         "contrastive/one_tile",
         "contrastive/visible",
         "contrastive/seen_tile",
+        "contrastive/class_tile",
         "covariance/covariance",
     ],
     "covariance": ["covariance/covariance", "covariance/few_rows", "covariance/factored"],

@@ -1,8 +1,9 @@
-"""NT-Xent, InfoNCE and CLIP with options, of so few rows that one tile holds all similarities, on the CPU.
+"""Contrastive losses with options, of so few rows that one tile holds all similarities, on the CPU.
 
-A tile's exponentials are kept from the forward pass to the backward pass (kernels/contrastive/seen_tile.py). Each
-function gives a loss of each row, or None where the loss is too large or asks for more than ids, `exclude` and label
-smoothing: then `candidates.py`, which calls it, goes the way that is right for all.
+A tile's exponentials, or its derivatives, are kept from the forward pass to the backward pass
+(kernels/contrastive/seen_tile.py, class_tile.py). Each function gives a loss of each row, or None where the loss is too
+large or has other options: NT-Xent, InfoNCE and CLIP take ids, `exclude` and label smoothing, SupCon takes hardness.
+Then `candidates.py` and `supcon.py`, which call them, go the way that is right for all.
 """
 # pyright: reportPossiblyUnboundVariable=false
 
@@ -20,7 +21,7 @@ from fastjem.ops.autograd import refuse_second_order
 from fastjem.ops.direct import keeps_graph, nothing_watches
 
 try:
-    from fastjem.kernels.contrastive import cpu_engine, seen_tile
+    from fastjem.kernels.contrastive import class_tile, cpu_engine, seen_tile
     from fastjem.kernels.contrastive.composed import OwnImage
 except ImportError:
     _is_built = False
@@ -31,15 +32,21 @@ else:
 def _simple(options: Options, rows: Sequence[Tensor], number: float | Tensor) -> bool:
     """Whether these options, of these rows, and a temperature or scale, are what one tile is enough for."""
     return (
-        _is_built
-        and nothing_watches()
-        and options.false_negative_margin is None
+        options.false_negative_margin is None
         and options.hard_negatives is None
         and not is_given(options.prior)
         and not is_given(options.hardness)
+        and _are_plain(rows, number, options.ids, options.exclude, options.label_smoothing)
+    )
+
+
+def _are_plain(rows: Sequence[Tensor], number: float | Tensor, *others: float | Tensor | None) -> bool:
+    return (
+        _is_built
+        and nothing_watches()
         and not (isinstance(number, Tensor) and number.dim())
         and all(x.dtype == rows[0].dtype and x.dtype in CODES and x.shape[-1] for x in rows)
-        and plain((*rows, number, options.ids, options.exclude, options.label_smoothing))
+        and plain((*rows, number, *others))
     )
 
 
@@ -224,3 +231,64 @@ class _Clip(torch.autograd.Function):
                 of_y = torch.mm(saved.weights.T, a).mul_(factor).to(ctx.dtypes[1])
             of_rows = of_x.mul_(factor).to(ctx.dtypes[0]) if wanted[0] and of_x is not None else None
             return None, None, None, of_rows, of_y, of_scale
+
+
+def supcon(
+    z: Tensor,
+    labels: Tensor,  # [N] int64
+    temperature: float | Tensor,
+    count: int,  # of views that are anchors
+    normalize: bool,
+    options: Options,
+) -> Tensor | None:
+    """SupCon: [A, N] for [V, N, D] and a temperature that is one number."""
+    v, n, width = z.shape
+    if options.exclude is not None or options.hard_negatives is not None:
+        return None
+    if not _are_plain((z,), temperature, labels) or not seen_tile.fits(count * n, v * n):
+        return None
+    unit, divisors = cpu_engine.unit_rows(z.detach().reshape(v * n, width), normalize)
+    wanted = _is_wanted(z, temperature)
+    factor = 1 / _number(temperature)
+    found = class_tile.losses(unit, count * n, labels.repeat(v), factor, options.hardness, wanted)
+    if found is None:
+        return None
+    losses, derivatives = found
+    losses = losses.view(count, n)
+    if not wanted:
+        return losses
+    return _SupCon.apply((losses,), factor, (unit, divisors, derivatives), z, temperature)
+
+
+class _SupCon(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, losses: tuple, factor: float, memory: Sequence[Tensor], z: Tensor, temperature: float | Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*memory)
+        ctx.factor = factor
+        ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (z, temperature)]
+        ctx.shape = z.shape
+        return losses[0]
+
+    @staticmethod
+    def backward(ctx, slopes: Tensor):
+        refuse_second_order("supcon")
+        transforms.refuse_batched_gradients("supcon", slopes)
+        unit, divisors, derivatives = ctx.saved_tensors
+        by_row = slopes.reshape(-1, 1).to(derivatives.dtype)
+        with without_autocast(unit):
+            weights = derivatives * by_row if keeps_graph() else derivatives.mul_(by_row)
+            anchors = unit[: by_row.shape[0]]
+            of_anchors = torch.mm(weights, unit)
+            of_temperature = None
+            if ctx.needs_input_grad[4]:
+                slope = -seen_tile.inner_product(anchors, of_anchors) * ctx.factor**2
+                of_temperature = torch.scalar_tensor(slope, dtype=ctx.dtypes[1])
+            if of_anchors.shape == unit.shape:
+                gradient = of_anchors.addmm_(weights.T, anchors)
+            else:
+                gradient = torch.mm(weights.T, anchors)
+                gradient[: by_row.shape[0]] += of_anchors
+            of_rows = cpu_engine.through_unit_rows(gradient, unit, divisors, ctx.dtypes[0], ctx.factor)
+            return None, None, None, of_rows.view(ctx.shape), of_temperature

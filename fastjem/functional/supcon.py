@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement, global_loss, sum_over_ranks
-from fastjem.functional import checks, quick, rings
+from fastjem.functional import checks, one_tile, quick, rings
 from fastjem.functional.candidates import hard_logits, negatives_of
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.contrastive import rows_of_views, temperature_or_rows, with_host_temperature
@@ -148,6 +148,11 @@ def _with_options(
         ranks.alike(anchors, "without labels" if labels is None else labels.dtype, *options.facts())
     refuse_forward_mode("supcon", (z, temperature, *options))
     with without_autocast(z):
+        if group is None and mask is None:
+            images = torch.arange(n, device=z.device) if labels is None else _as_ids(labels)
+            losses = one_tile.supcon(z, images, temperature, count, normalize, options)
+            if losses is not None:
+                return reduced(losses, options, z, None)
         rows = in_float32(z)
         if normalize:
             rows = torch.nn.functional.normalize(rows, dim=2)
