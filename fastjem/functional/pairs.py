@@ -16,7 +16,7 @@ from fastjem.collectives import columns_of_rank, numbers_of_other_ranks, other_r
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import direct, transforms
-from fastjem.ops.autograd import known, needs_gradient, ops, refuse_second_order
+from fastjem.ops.autograd import found, known, needs_gradient, ops, refuse_second_order
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -170,7 +170,13 @@ def loss_at_once(
     arguments = (smoothing, of_rows, ids, ids, positives, exclude, 0, wanted)
     losses, gradients, of_scale, of_bias = direct.call("siglip_pairs", *constants, *arguments)
     total = losses.sum() if of_rows is None else torch.where(of_rows == 0, 0, losses).mul_(of_rows).sum()
+    if x.is_cpu and direct.nothing_watches():  # where numbers can be read, backward is one call
+        each = 1 / float(count)
+        factor = scale.item() * each
+        numbers = [of.to(z.dtype) if needs_gradient(z) else None for of, z in ((of_scale, scale), (of_bias, bias))]
+        all_four = [*(g if want else None for g, want in zip(gradients, wanted, strict=True)), *numbers]
+        return found("siglip_loss", (total * each).to(loss_dtype(x)), given, all_four, (factor, factor, each, each))
     each = 1 / count
     factor = in_float32(constants[2]) * each
-    found = [*gradients, of_scale, of_bias]
-    return known("siglip_loss", (total * each).to(loss_dtype(x)), given, found, (factor, factor, each, each))
+    all_four = [*gradients, of_scale, of_bias]
+    return known("siglip_loss", (total * each).to(loss_dtype(x)), given, all_four, (factor, factor, each, each))

@@ -28,8 +28,8 @@ def siglip_loss(
     b, _ = cpu_engine.unit_rows(y, False)
     factor = logit_scale.item()
     bias = logit_bias.item()
-    a_sum = torch.zeros_like(a) if wanted[0] else None
-    b_sum = torch.zeros_like(b) if wanted[1] else None
+    a_sum = torch.empty_like(a) if wanted[0] else None
+    b_sum = torch.empty_like(b) if wanted[1] else None
     losses, weight_sums, dots = torch.zeros(3, len(a), dtype=torch.float64)
     for tile in cpu_engine.tiles(a, b):
         _C.similarity_sigmoid(
@@ -51,9 +51,17 @@ def siglip_loss(
 def _add_products(tile: cpu_engine.Tile, a: Tensor, b: Tensor, a_sum: Tensor | None, b_sum: Tensor | None) -> None:
     """`a_sum += G @ b` and `b_sum += G.T @ a` of a tile in whose place the loss's derivatives G are now."""
     if a_sum is not None:
-        a_sum[tile.rows].addmm_(tile.similarities, b[tile.columns])
+        _add_product(a_sum[tile.rows], tile.similarities, b[tile.columns], tile.column == 0)
     if b_sum is not None:
-        b_sum[tile.columns].addmm_(tile.similarities.T, a[tile.rows])
+        _add_product(b_sum[tile.columns], tile.similarities.T, a[tile.rows], tile.row == 0)
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor, is_first: bool) -> None:
+    """`total += x @ y`. The first tile of these rows, which is often the only one, finds nothing there to be read."""
+    if is_first:
+        torch.mm(x, y, out=total)
+    else:
+        total.addmm_(x, y)
 
 
 def _gradients(*sides: tuple[Tensor, Tensor | None]) -> list[Tensor]:
@@ -83,8 +91,8 @@ def siglip_pairs(
     weights = None if weights is None else weights.double().contiguous()
     masks = [None if mask is None else mask.contiguous() for mask in (positives, exclude)]
     ids = [None if of is None else of.contiguous() for of in (row_ids, column_ids)]
-    a_sum = torch.zeros_like(a) if wanted[0] else None
-    b_sum = torch.zeros_like(b) if wanted[1] else None
+    a_sum = torch.empty_like(a) if wanted[0] else None
+    b_sum = torch.empty_like(b) if wanted[1] else None
     losses, weight_sums, dots = torch.zeros(3, len(a), dtype=torch.float64)
     for tile in cpu_engine.tiles(a, b):
         _C.siglip_pairs(
