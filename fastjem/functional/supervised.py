@@ -41,7 +41,9 @@ def cross_entropy(
         ValueError: for other shapes or dtypes. A label outside [0, K) raises on the CPU; on CUDA, where looking would
             stall the device, the loss and the row's gradient become NaN.
     """
-    has_options = reduction != "mean" or weights is not None or is_given(label_smoothing)
+    # a call of `is_given` would be a fortieth of what a few rows take
+    is_smoothed = label_smoothing != 0 if type(label_smoothing) is float else is_given(label_smoothing)
+    has_options = is_smoothed or reduction != "mean" or weights is not None
     if not has_options and (loss := quick.cross_entropy(logits, labels, ignore_index)) is not None:
         return loss
     checks.matrices("cross_entropy", "logits must be [N, K]", logits)
