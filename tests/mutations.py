@@ -187,6 +187,29 @@ CPU = [
         "if (!(key >= best[k - 1])) return;",
         tests="test_infinities and koleo_neighbors and c++",
     ),
+    *(
+        Mutation("koleo", "csrc/contrastive/koleo.h", old, new, tests="test_koleo")
+        for old, new in (
+            ("any |= !(s[j] <= least);", "any |= s[j] > least;"),
+            ("any |= !(s[j] <= least[j]);", "any |= s[j] > least[j];"),
+            ("if (!(total > 1e-30)) {", "if (false) {"),
+            ("if (t.divisors[i] > t.eps) {", "if (true) {"),
+            ("value = value < -largest ? -largest : value;", ""),
+            ("value = value > largest ? largest : value;", ""),
+        )
+    ),
+    Mutation("koleo", "csrc/contrastive/koleo.cpp", "t, first_column + begin", "t, begin", tests="what_a_sort_finds"),
+    Mutation("koleo", "csrc/contrastive/koleo.cpp", "numbers[n] < 0 || ", "", tests="test_koleo and out_of_range"),
+    Mutation("koleo", "csrc/contrastive/koleo.cpp", "|| numbers[n] >= rows", "", tests="test_koleo and out_of_range"),
+    *(
+        Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", old, new, tests="test_visible and c++")
+        for old, new in (
+            ("!(value > limit)", "!(value >= limit)"),
+            ("before == now ? 1 : ", ""),
+            ("? exponential(s[j] - pivot[j]) : T(0)", "|| true ? exponential(s[j] - pivot[j]) : T(0)"),
+            ("has_row && t.running ? row.pivot[i] : shift", "shift"),
+        )
+    ),
     Mutation(
         "siglip_pairs",
         "csrc/contrastive/siglip_pairs.h",
@@ -220,7 +243,13 @@ CPU = [
         "total_coding_rate", "csrc/covariance/factored.h", "static_cast<W>(diagonal)", "static_cast<W>(1.01 * diagonal)"
     ),
     Mutation("simdino", "csrc/covariance/simdino.h", "g[j] = sum[j] - same[j]", "g[j] = sum[j]"),
-    Mutation("simdino", "csrc/covariance/simdino.h", "has_length(divisor) ? radial", "is_global ? radial"),
+    Mutation(
+        "simdino",
+        "csrc/covariance/simdino.h",
+        "has_length(divisor) ? radial",
+        "is_global ? radial",
+        tests="without_length",
+    ),
     Mutation("mmcr", "csrc/covariance/mmcr.h", "? 1 / std::sqrt(eigenvalue)", "? 0.999 / std::sqrt(eigenvalue)"),
     Mutation("mmcr", "csrc/covariance/mmcr.h", "a[i * m + k] = cosine * x - sine * y", "a[i * m + k] = cosine * x"),
     Mutation("mean_entropy", "csrc/prototypes/softmax_slope.cpp", "(sums)[j] / n", "(sums)[j] / (n + 1)"),

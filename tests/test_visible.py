@@ -134,3 +134,47 @@ def test_slopes_far_below_float16_are_not_lost(op, implementation):
     found = getattr(torch.ops.fastjem, op + "_backward")(a, b, *drawn.visible, *sides, [True, True], torch.float16)
     for x, exact in zip(found, gradients, strict=True):
         torch.testing.assert_close(x.double().cpu(), exact, rtol=0, atol=1e-2 * exact.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("op", ["similarity_logsumexp"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["views", "ids, a mask of columns", "a mask that repeats, limits", "everything"])
+def test_logits_of_hundreds(name, dtype, op, implementation):
+    """Then maxima run along, where C++ subtracts one number from small ones."""
+    drawn = Drawn(name, dtype, implementation.device)
+    drawn.a = drawn.a * 60
+    drawn.limits = [x if x is None else x * 60 for x in drawn.limits]
+    drawn.visible[-2:] = [x if x is None else x.to(implementation.device) for x in drawn.limits]
+    if name == "everything" and drawn.mask is not None:  # a row that sees nothing at all
+        drawn.mask[0] = True
+        drawn.visible[3] = drawn.mask.to(implementation.device)
+    results, *gradients = drawn.expected()
+    a, b = (x.to(implementation.device) for x in (drawn.a, drawn.b))
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    got = getattr(torch.ops.fastjem, op)(a, b, *drawn.visible, drawn.columns, drawn.totals, drawn.products)
+    for x, exact in zip(got, results, strict=True):
+        if x.numel():
+            size = exact[exact.isfinite()].abs().max().item()
+            torch.testing.assert_close(x.cpu(), exact, rtol=0, atol=tolerance * size)
+    sides = drawn.arguments_of_backward(results)
+    found = getattr(torch.ops.fastjem, op + "_backward")(a, b, *drawn.visible, *sides, [True, True], drawn.products)
+    for x, exact in zip(found, gradients, strict=True):
+        torch.testing.assert_close(x.double().cpu(), exact, rtol=0, atol=10 * tolerance * exact.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("op", ["similarity_logsumexp"])
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_what_is_at_the_limit_is_seen(size, op, implementation):
+    """Of 1, 2 and 3 a limit of 2 leaves two, for rows and for columns."""
+    a = torch.tensor([[size]], device=implementation.device)
+    b = torch.tensor([[1.0], [2.0], [3.0]], device=implementation.device)
+    limit = torch.tensor([2 * size], device=implementation.device)
+    function = getattr(torch.ops.fastjem, op)
+    exact = (a.double() * torch.tensor([1.0, 2.0], device=a.device).double()).logsumexp(1)
+    of_rows = function(a, b, [1, 0, 0], None, None, None, limit, None, False, True, torch.float32)
+    torch.testing.assert_close(of_rows[0], exact, rtol=1e-6, atol=0)
+    of_columns = function(b, a, [1, 0, 0], None, None, None, None, limit, True, True, torch.float32)
+    torch.testing.assert_close(of_columns[3], exact, rtol=1e-6, atol=0)
+    assert of_rows[2].tolist() == of_columns[5].tolist() == [2]
