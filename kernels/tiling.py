@@ -269,6 +269,13 @@ def kmeans_assign(width: int, dtype: torch.dtype) -> dict:
     return similarity_sums(width, dtype)
 
 
+def nearest_k(dtype: torch.dtype) -> dict:
+    """A tile of products beside the 32 best of each row."""
+    if dtype.itemsize == 2:
+        return {"BLOCK_D": 64} | _tile(rows=64, columns=64, warps=4, stages=2)
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=1)  # as koleo_neighbors
+
+
 def kmeans_sums(width: int) -> dict:
     """32 rows of 128 columns in flight: whole sectors of a gathered row in any dtype."""
     return {"ROWS": 32, "BLOCK": min(128, _block(width)), "num_warps": 4}

@@ -308,6 +308,14 @@ def _nearest_neighbors(d: int, dtype: str) -> Case:
     return Case("nearest_neighbors", f"N x K x {d}", dtype, call, wgmma=True)
 
 
+def _nearest_k(d: int, dtype: str, k: int) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        neighbors.nearest_k(x, x, k)
+
+    return Case("nearest_k", f"{k} of M x {d}", dtype, call, wgmma=True)
+
+
 def _kmeans_step(d: int, dtype: str) -> Case:
     def call() -> None:
         neighbors.kmeans_step(torch.zeros(300, d, dtype=DTYPES[dtype]), torch.zeros(70, d), True, True)
@@ -413,6 +421,10 @@ CASES = [
     _siglip_loss(512, "bf16"),
     *(_siglip_pairs(512, dtype, masks) for dtype in ("bf16", "fp32") for masks in (False, True)),
     _nearest_neighbors(128, "bf16"),
+    _nearest_k(384, "bf16", 20),
+    _nearest_k(768, "fp16", 32),
+    _nearest_k(384, "fp32", 20),
+    _nearest_k(384, "fp32", 1),
     _kmeans_step(128, "bf16"),
     _kmeans_step(256, "fp16"),
     _kmeans_step(384, "bf16"),

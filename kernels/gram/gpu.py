@@ -35,17 +35,17 @@ def _errors(s, t, NEGATIVES: tl.constexpr):
     return error, counted
 
 
-@triton.jit(do_not_specialize=["P", "first", "stop", "s_weights"])
+@triton.jit(do_not_specialize=["P", "first_block", "stop", "s_weights"])
 def gram_kernel(
     student,  # [G, P, D]
     teacher,  # [G, P, D]
     student_lengths,  # [G, P] float32; None: rows are taken as they are
     teacher_lengths,  # [G, P] float32, or None
-    weights,  # [G, stop - first, P], rows s_weights * 8 apart; or None
+    weights,  # [G, rows of the band, P], rows s_weights * 8 apart; or None
     squares,  # [programs, BM] float32, 0 before: the sums of a tile's rows
     P,
     D,
-    first,  # the band of rows, a multiple of BM
+    first_block,  # the band of rows begins with this block, and ends before the row `stop`
     stop,
     s_weights,
     NEGATIVES: tl.constexpr,
@@ -53,6 +53,7 @@ def gram_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
+    first = first_block * BM
     row_blocks = tl.cdiv(stop - first, BM)
     tiles_of_group = row_blocks * tl.cdiv(P, BN)
     group = tl.program_id(0) // tiles_of_group
@@ -87,11 +88,14 @@ def gram_kernel(
         tl.store(squares + at, tl.sum(error * error, 1) * tl.where(mirrored, 2.0, 1.0))
         if weights is not None:
             band = launch.row_start(group, stop - first, 1) - first
+            # whole words of 8, up to the end of a row's memory: the padding of a row may be written, nobody reads it
             at = launch.row_start(band + i_a, s_weights, 8)[:, None] + i_b[None, :]
-            tl.store(weights + at, (counted * over_b[None, :]).to(weights.dtype.element_ty), valid)
+            mask = (i_a < stop)[:, None] & (i_b < s_weights * 8)[None, :]
+            tl.store(weights + at, (counted * over_b[None, :]).to(weights.dtype.element_ty), mask)
             if mirrored:
                 at = launch.row_start(band + i_b, s_weights, 8)[None, :] + i_a[:, None]
-                tl.store(weights + at, (counted * over_a[:, None]).to(weights.dtype.element_ty), valid)
+                mask = (i_a < s_weights * 8)[:, None] & (i_b < P)[None, :]
+                tl.store(weights + at, (counted * over_a[:, None]).to(weights.dtype.element_ty), mask)
 
 
 def gram_loss(
@@ -110,7 +114,9 @@ def gram_loss(
     y_lengths = lengths(y.view(-1, d)).view(groups, patches) if normalize else None
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     rows, at_once = tiling.gram_bands(groups, patches, dtype)
-    memory = torch.empty(at_once, rows, triton.cdiv(patches, 8) * 8, dtype=dtype, device=x.device) if wanted[0] else None
+    memory = (
+        torch.empty(at_once, rows, triton.cdiv(patches, 8) * 8, dtype=dtype, device=x.device) if wanted[0] else None
+    )
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     gradients = []  # of bands
     for begin in range(0, groups, at_once):
@@ -154,7 +160,7 @@ def _squares(
     programs = groups * triton.cdiv(stop - first, tile["BM"]) * triton.cdiv(patches, tile["BN"])
     squares = torch.zeros(programs, tile["BM"], dtype=torch.float32, device=x.device)
     launch.launch(
-        gram_kernel, (programs,), *rows, *row_lengths, weights, squares, patches, d, first, stop,
+        gram_kernel, (programs,), *rows, *row_lengths, weights, squares, patches, d, first // tile["BM"], stop,
         0 if weights is None else weights.stride(1) // 8, NEGATIVES=negatives, **tile, device_of=x,
     )  # fmt: skip
     return squares.sum(dtype=torch.float64)
