@@ -1,4 +1,4 @@
-"""The k nearest rows on a GPU, few of them: a program owns a block of queries, and keeps the k best of what it has seen.
+"""The k nearest rows on a GPU, few of them: a program owns a block of queries, and keeps the k best that it has seen.
 
 It walks over tiles of the bank. From a tile, whose products never leave the chip, the best column of each row takes the
 place of the worst that is kept, as long as any row's is better. Of M columns in any order the t-th is among the k best
