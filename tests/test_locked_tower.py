@@ -37,12 +37,12 @@ def info_nce(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "loss, both, one",
-    [(F.clip_loss, 4, 3), (siglip, 3, 2), (siglip_with_ids, 4, 3), (info_nce, 4, 2)],
+    [(F.clip_loss, 4, 3), (siglip, 3, 2), (siglip_with_ids, 3, 2), (info_nce, 4, 2)],
     ids=["clip_loss", "siglip_loss", "siglip_loss with ids", "info_nce"],
 )
 def test_no_product_for_a_locked_tower(loss, both, one):
-    """CLIP: similarities twice, and a product for each tower. SigLIP's gradients come with the loss, and InfoNCE's
-    where the negatives are constants."""
+    """CLIP: similarities twice, and a product for each tower. SigLIP's gradients come with the loss, with ids too, and
+    InfoNCE's where the negatives are constants."""
     x, y = torch.randn(2, N, D)
     scale = torch.tensor(5.0, requires_grad=True)
     learned = products(loss, x.clone().requires_grad_(), y.clone().requires_grad_(), scale)
