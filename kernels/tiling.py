@@ -41,6 +41,21 @@ def gram(groups: int, patches: int) -> tuple[int, int]:
     return rows, min(groups, max(1, GRAM_TILE // (rows * patches)))
 
 
+def gram_bands(groups: int, patches: int, dtype: torch.dtype) -> tuple[int, int]:
+    """On a GPU, by the dtype of weights: rows of which those are in memory, and of how many images at once."""
+    stride = -(-patches // 8) * 8  # whole 16-byte words
+    rows = min(patches, max(128, WEIGHTS_BYTES // (stride * dtype.itemsize) // 128 * 128))
+    at_once = max(1, WEIGHTS_BYTES // (stride * dtype.itemsize * rows)) if rows == patches else 1
+    return rows, min(groups, at_once)
+
+
+def gram_weights(dtype: torch.dtype) -> dict:
+    """Tiles of two products at once. BM is a multiple of BN."""
+    if dtype.itemsize == 2:
+        return {"BLOCK_D": 64} | _tile(rows=128, columns=64, warps=8, stages=3)
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=2)
+
+
 # Shared ---------------------------------------------------------------------------------------------------------------
 
 WARP = 32
@@ -252,6 +267,13 @@ def siglip_pairs(dtype: torch.dtype) -> dict:
 def kmeans_assign(width: int, dtype: torch.dtype) -> dict:
     """Each row's nearest centroid: the largest of a row's products, of two in half precision."""
     return similarity_sums(width, dtype)
+
+
+def nearest_k(dtype: torch.dtype) -> dict:
+    """A tile of products beside the 32 best of each row."""
+    if dtype.itemsize == 2:
+        return {"BLOCK_D": 64} | _tile(rows=64, columns=64, warps=4, stages=2)
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=1)  # as koleo_neighbors
 
 
 def kmeans_sums(width: int) -> dict:

@@ -29,6 +29,7 @@ from fastjem.kernels.contrastive import gpu as contrastive
 from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
 from fastjem.kernels.gaussian import gpu as gaussian
+from fastjem.kernels.gram import gpu as gram
 from fastjem.kernels.neighbors import gpu as neighbors
 from fastjem.kernels.optimizers import columns as optimizer_columns
 from fastjem.kernels.optimizers import gpu as optimizers
@@ -307,11 +308,28 @@ def _nearest_neighbors(d: int, dtype: str) -> Case:
     return Case("nearest_neighbors", f"N x K x {d}", dtype, call, wgmma=True)
 
 
+def _nearest_k(d: int, dtype: str, k: int) -> Case:
+    def call() -> None:
+        x = torch.zeros(300, d, dtype=DTYPES[dtype])
+        neighbors.nearest_k(x, x, k)
+
+    return Case("nearest_k", f"{k} of M x {d}", dtype, call, wgmma=True)
+
+
 def _kmeans_step(d: int, dtype: str) -> Case:
     def call() -> None:
         neighbors.kmeans_step(torch.zeros(300, d, dtype=DTYPES[dtype]), torch.zeros(70, d), True, True)
 
     return Case("kmeans_step", f"N x K x {d}", dtype, call, wgmma=True)
+
+
+def _gram_loss(d: int, dtype: str, negatives: str = "keep", normalize: bool = True) -> Case:
+    def call() -> None:
+        x = torch.zeros(2, 300, d, dtype=DTYPES[dtype])
+        gram.gram_loss(x, x, normalize, negatives, [True])
+
+    shape = f"B x P x {d}" + ("" if normalize else " as it is") + (f" {negatives}" if negatives != "keep" else "")
+    return Case("gram_loss", shape, dtype, call, wgmma=True)
 
 
 def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
@@ -403,10 +421,19 @@ CASES = [
     _siglip_loss(512, "bf16"),
     *(_siglip_pairs(512, dtype, masks) for dtype in ("bf16", "fp32") for masks in (False, True)),
     _nearest_neighbors(128, "bf16"),
+    _nearest_k(384, "bf16", 20),
+    _nearest_k(768, "fp16", 32),
+    _nearest_k(384, "fp32", 20),
+    _nearest_k(384, "fp32", 1),
     _kmeans_step(128, "bf16"),
     _kmeans_step(256, "fp16"),
     _kmeans_step(384, "bf16"),
     _kmeans_step(128, "fp32"),
+    _gram_loss(384, "bf16"),
+    _gram_loss(1024, "bf16", "clamp_teacher"),
+    _gram_loss(384, "bf16", "clamp", normalize=False),
+    _gram_loss(384, "fp16", "clamp"),
+    _gram_loss(384, "fp32", "clamp_teacher"),
     _similarity_logsumexp(128, "bf16"),
     _similarity_logsumexp(256, "bf16"),
     _similarity_logsumexp(512, "bf16"),

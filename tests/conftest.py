@@ -20,7 +20,14 @@ from fastjem.ops import direct
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 MATRIX_PRODUCTS = {"nt_xent", "info_nce", "clip_loss", "siglip_loss", "siglip_pairs", "barlow_twins", "vicreg"}
-MATRIX_PRODUCTS |= {"prototype_head_cross_entropy", "similarity_logsumexp", "koleo", "kmeans_step"}
+MATRIX_PRODUCTS |= {
+    "prototype_head_cross_entropy",
+    "similarity_logsumexp",
+    "koleo",
+    "kmeans_step",
+    "gram_loss",
+    "nearest_k",
+}
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
 try:
     from fastjem.kernels import _C

@@ -278,6 +278,20 @@ INTERPRETER = [
     Mutation("regression_rows", "kernels/predictive/regression.py", "slope *= weight[", "slope *= 0.99 * weight["),
     Mutation("sinkhorn", "kernels/prototypes/sinkhorn.py", "row_start(problem * parts + i,", "row_start(i,"),
     Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
+    Mutation("gram_loss", "kernels/gram/gpu.py", "tl.where(mirrored, 2.0, 1.0)", "1.0"),
+    Mutation("gram_loss", "kernels/gram/gpu.py", "counted * over_a[:, None]", "counted * over_b[None, :]"),
+    Mutation("gram_loss", "kernels/gram/gpu.py", "idle = (s <= 0) & (t <= 0)", "idle = s <= 0"),
+    Mutation(
+        "gram_loss", "kernels/gram/gpu.py", "row_start(group, stop - first, 1)", "row_start(group, stop - first - 1, 1)"
+    ),
+    Mutation("gram_loss", "kernels/contrastive/rows.py", "b_u = b_u / divisor[:, None]", "b_u = b_u"),
+    Mutation("nearest_k", "kernels/neighbors/nearest.py", "while found > 0:", "if found > 0:"),
+    Mutation(
+        "nearest_k",
+        "kernels/neighbors/nearest.py",
+        "tl.where(best == worst, whose, -_BEYOND)",
+        "tl.where(best == worst, -whose, -_BEYOND)",
+    ),
     Mutation("kmeans_step", "kernels/neighbors/kmeans.py", "total += b_x", "total += 0.999 * b_x"),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
     Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 10)", "mask = part < 1"),

@@ -6,6 +6,7 @@ from cases import DTYPES, LOSSES, Case
 
 from fastjem import ops
 from fastjem.functional import quick
+from fastjem.kernels import tiling
 from fastjem.ops import direct
 
 SEEDS = range(5)
@@ -70,6 +71,14 @@ def test_value_and_gradient(case, dtype, implementation, poisoned):
     if dtype not in case.dtypes:
         pytest.skip("no bar in this dtype, see cases.py")
     check_values_and_gradients(case, dtype, implementation.device)
+
+
+@pytest.mark.parametrize("op", ["gram_loss"])
+def test_value_of_gram_matrices_in_bands(op, implementation, poisoned, monkeypatch):
+    """128 rows of an image's 300 at a time, where no more weights are to be in a GPU's memory."""
+    monkeypatch.setattr(tiling, "WEIGHTS_BYTES", 1)
+    (case,) = (case for case in LOSSES if str(case) == "gram_loss-2x300x4")
+    check_values_and_gradients(case, torch.float32, implementation.device)
 
 
 def _transposed(x: torch.Tensor) -> torch.Tensor:

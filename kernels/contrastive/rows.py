@@ -17,7 +17,7 @@ from .tiles import LOG2_E
 @triton.jit(do_not_specialize=["N"])
 def _unit_kernel(
     x,  # [N, D], rows s_x apart
-    out,  # [N, D]
+    out,  # [N, D], or None: the divisors alone
     divisors,  # [N] float32
     N,
     D,
@@ -32,8 +32,9 @@ def _unit_kernel(
     b_x = tl.load(x + launch.row_start(i_row, s_x, 1)[:, None] + column[None, :], mask, 0).to(tl.float64)
     # float64: at temperature 0.01 the digits that a float32 norm loses are a hundred times as many in the logits
     divisor = tl.maximum(tl.sqrt(tl.sum(b_x * b_x, 1)), EPS, propagate_nan=tl.PropagateNan.ALL)
-    b_y = (b_x * (1 / divisor)[:, None]).to(tl.float32)
-    tl.store(out + launch.row_start(i_row, D, 1)[:, None] + column[None, :], b_y, mask)
+    if out is not None:
+        b_y = (b_x * (1 / divisor)[:, None]).to(tl.float32)
+        tl.store(out + launch.row_start(i_row, D, 1)[:, None] + column[None, :], b_y, mask)
     tl.store(divisors + i_row, divisor.to(tl.float32), i_row < N)
 
 
@@ -45,6 +46,7 @@ def _through_unit_kernel(
     out,  # [N, D]
     N,
     D,
+    DIVIDED: tl.constexpr,  # False: `unit` is still to be divided
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -56,6 +58,8 @@ def _through_unit_kernel(
     b_g = tl.load(gradient + at, mask, 0)
     b_u = tl.load(unit + at, mask, 0).to(tl.float32)
     divisor = tl.load(divisors + i_row, i_row < N, 1.0)
+    if not DIVIDED:
+        b_u = b_u / divisor[:, None]
     radial = tl.where(divisor > EPS, tl.sum(b_g * b_u, 1), 0.0)
     tl.store(out + at, (b_g - radial[:, None] * b_u) / divisor[:, None], mask)
 
@@ -168,16 +172,33 @@ def unit_rows(x: Tensor, normalize: bool, eps: float = UNIT_EPS) -> tuple[Tensor
     return out, divisors
 
 
+def lengths(x: Tensor, eps: float = UNIT_EPS) -> Tensor:
+    """[N] float32: what makes unit rows of a contiguous x [N, D]."""
+    divisors = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    tile = tiling.similarity_rows(x.shape[1])
+    grid = (triton.cdiv(len(x), tile["ROWS"]),)
+    launch.launch(_unit_kernel, grid, x, None, divisors, *x.shape, x.shape[1], EPS=eps, **tile, device_of=x)
+    return divisors
+
+
 def through_unit_rows(
-    gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype, eps: float = UNIT_EPS
+    gradient: Tensor,
+    unit: Tensor,
+    divisors: Tensor | None,
+    dtype: torch.dtype,
+    eps: float = UNIT_EPS,
+    *,
+    divided: bool = True,
 ) -> Tensor:
+    """Of rows that aren't `divided` yet, `unit` is the rows as they came."""
     if divisors is None:
         return gradient.to(dtype)
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     tile = tiling.similarity_rows(gradient.shape[1])
     grid = (triton.cdiv(len(gradient), tile["ROWS"]),)
     launch.launch(
-        _through_unit_kernel, grid, gradient, unit, divisors, out, *out.shape, EPS=eps, **tile, device_of=out
+        _through_unit_kernel, grid, gradient, unit, divisors, out, *out.shape, DIVIDED=divided, EPS=eps, **tile,
+        device_of=out,
     )  # fmt: skip
     return out
 

@@ -7,6 +7,6 @@ OPERATORS = {
         "(Tensor student, Tensor teacher, bool normalize, str negatives, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
         cpu=True,
         gpu=True,
-        tiles=("cpu", "cuda"),
+        tiles=("cpu",),
     )
 }

@@ -8,7 +8,5 @@ OPERATORS = {
         cpu=True,
         gpu=True,
     ),
-    "nearest_k": Operator(
-        "(Tensor query, Tensor bank, int k) -> (Tensor, Tensor)", cpu=True, gpu=True, tiles=("cuda",)
-    ),
+    "nearest_k": Operator("(Tensor query, Tensor bank, int k) -> (Tensor, Tensor)", cpu=True, gpu=True),
 }

@@ -1,9 +1,11 @@
-"""Nearest rows and k-means on a GPU. The k nearest are torch's products and top-k, a block of the bank at a time."""
+"""Nearest rows and k-means on a GPU. Many nearest are torch's products and top-k, a block of the bank at a time."""
 
 import torch
 from torch import Tensor
 
+from .. import launch
 from ..arithmetic import unit_rows, widen
+from . import nearest
 from .kmeans import kmeans_step
 from .reference import BANK
 
@@ -11,7 +13,10 @@ __all__ = ["kmeans_step", "nearest_k"]
 
 
 def nearest_k(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Which of several equal cosines is first is up to torch.topk here."""
+    """Which of several equal cosines is first is up to torch.topk where k is above nearest.MOST."""
+    few = min(k, len(bank))
+    if few <= nearest.MOST and query.dtype == bank.dtype != torch.float64 and query.dtype in launch.DTYPES:
+        return nearest.nearest_k(query, bank, few)
     unit = unit_rows(widen(query))[0]
     cosines = unit.new_empty(len(unit), 0)
     index = torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device)

@@ -64,7 +64,7 @@ def attend_kernel(
         bias += launch.row_start(i_view, K, 1)
     b_x = _load(x, first, N, D, 0, BM, BLOCK_D)
     scale = tl.full((), SCALE, COMPUTE)
-    maximum = tl.full([BM], -float("inf"), COMPUTE)
+    maximum = launch.finite(tl.full([BM], -float("inf"), COMPUTE))
     total = tl.zeros([BM], COMPUTE)
     if means is not None:
         acc = tl.zeros([BM, BLOCK_D], COMPUTE)
@@ -78,10 +78,9 @@ def attend_kernel(
             v += tl.load(bias + i_key, i_key < K, -float("inf"))[None, :]
         else:
             v = tl.where((i_key < K)[None, :], v, -float("inf"))
-        new = tl.maximum(maximum, tl.max(v, 1))
-        shift = launch.finite(new)
-        fade = tl.exp(launch.finite(maximum) - shift)
-        e = tl.exp(v - shift[:, None])
+        new = launch.finite(tl.maximum(maximum, tl.max(v, 1)))
+        fade = tl.exp(maximum - new)
+        e = tl.exp(v - new[:, None])
         total = total * fade + tl.sum(e, 1)
         maximum = new
         if means is not None:
@@ -95,7 +94,7 @@ def attend_kernel(
             acc = tl.dot(p, b_values, acc * fade[:, None], input_precision="tf32x3", out_dtype=COMPUTE)
     at = (i_part.to(tl.int64) * tl.num_programs(2) + i_view) * N + i_row
     if i_chunk == 0:
-        tl.store(lse + at, launch.finite(maximum) + tl.log(total), i_row < N)
+        tl.store(lse + at, maximum + tl.log(total), i_row < N)
     if means is not None:
         column = i_chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = (i_row < N)[:, None] & (column < D)[None, :]
