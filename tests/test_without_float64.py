@@ -20,6 +20,7 @@ from fastjem import nn as modules
 from fastjem.collectives import mean_loss_of_ranks
 from fastjem.data import masks
 from fastjem.data.batch import Batch
+from fastjem.data.masking import drawn_masks
 from fastjem.data.philox import philox, philox_on_device
 from fastjem.data.views import MaskSpec
 from fastjem.kernels import arithmetic
@@ -297,7 +298,7 @@ def test_figures_of_health(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 KEYED: dict[str, Callable[[Tensor], Any]] = {
-    name: lambda samples, name=name: masks.draw_hidden(MaskSpec(0, (14, 14), 0.6, name), 3, 5, samples)
+    name: lambda samples, name=name: drawn_masks(MaskSpec(0, (14, 14), 0.6, name), 3, 5, samples).hidden
     for name in masks.SAMPLERS
 }
 KEYED["block"] = lambda samples: masks.block_mask(len(samples), (14, 14), uniform=masks.Keyed(samples, 3, 5, 1))

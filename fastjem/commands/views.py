@@ -13,6 +13,7 @@ from fastjem import fields
 from fastjem.checkpoints import write_atomically
 from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
+from fastjem.data.masking import MASKINGS
 from fastjem.data.source import open_source
 from fastjem.data.views import RECIPES, MaskSpec, Value, Views
 from fastjem.errors import UserError, nearest
@@ -20,7 +21,7 @@ from fastjem.methods import METHODS, views_of
 from fastjem.printing import printable, say
 from fastjem.reading import why_not
 from fastjem.report.run import spread
-from fastjem.report.views import INK, MASKS, Sample, samples, titles
+from fastjem.report.views import INK, Sample, samples, titles
 
 PAPER = (255, 255, 255)
 MARGIN, LINE = 8, 20  # pixels
@@ -48,7 +49,7 @@ class ViewsOptions:
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     mask: str | None = field(
-        default=None, metadata={"help": f"a last view through such a mask: {', '.join(MASKS)}; none: the method's"}
+        default=None, metadata={"help": f"a last view through such a mask: {', '.join(MASKINGS)}; none: the method's"}
     )
     patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
     seed: int = field(default=0, metadata={"help": "the run's"})
@@ -154,15 +155,19 @@ def _mask(options: ViewsOptions, views: Views) -> MaskSpec | None:
     if size % patch or size < 2 * patch:
         what = "no multiple of" if size % patch else "less than two of"
         raise UserError(f"--image-size {size} is {what} --patch-size {patch}")
-    return MaskSpec(0, (size // patch, size // patch), views.mask or 0.75, masking)
+    grid = (size // patch, size // patch)
+    if masking == views.masking and views.mask:
+        return MaskSpec(0, grid, views.mask, masking, least=views.least_mask)
+    low, high = (0.1, 0.5) if masking == "block" else (0.0, 0.75)
+    return MaskSpec(0, grid, high, masking, least=low)
 
 
 def _check(options: ViewsOptions) -> None:
     fields.conform(options, "views: {}".format)
     if options.method not in METHODS:
         raise nearest("method", options.method, METHODS)
-    if options.mask is not None and options.mask not in MASKS:
-        raise nearest("mask", options.mask, MASKS)
+    if options.mask is not None and options.mask not in MASKINGS:
+        raise nearest("mask", options.mask, MASKINGS)
     parsed_range(options.value_range)
     for name, least in (("images", 1), ("channels", 1), ("image_size", 8), ("patch_size", 1)):
         value = getattr(options, name)

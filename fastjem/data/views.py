@@ -55,12 +55,15 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """The mask of one view: a share of its patches is hidden, in each image as many."""
+    """The mask of one view."""
 
     view: int  # its number among the views
     grid: tuple[int, int]  # patches in its height and width
-    share: float
-    masking: str  # which sampler draws it, a name in `fastjem.data.masks.SAMPLERS`
+    share: float  # of its patches that is hidden; of "block" the largest one
+    masking: str  # how it is drawn, a name in `fastjem.data.masking.MASKINGS`
+    drops: bool = False  # the encoder is given the visible patches alone
+    least: float = 0.0  # of "block": each image's share is uniform between this and `share`
+    images: float = 1.0  # of "block": the share of images that have a mask at all
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,13 @@ class Views:
     large: int = 2
     small: int = 0
     recipe: str = "simclr"
-    mask: float = 0.0  # the share of the patches that is hidden
-    masking: str = "even_block"  # which sampler draws it, a name in `fastjem.data.masks.SAMPLERS`
+    sources: int = 1  # of images: view i is cut from the image of source i % sources
+    mask: float = 0.0  # the share of the patches that is hidden; of "block" the largest one
+    masking: str = "even_block"  # how it is drawn, a name in `fastjem.data.masking.MASKINGS`
+    drops: bool = False  # masked patches aren't replaced: the encoder is given the visible ones alone
+    least_mask: float = 0.0  # of "block": each image's share is uniform between this and `mask`
+    masked_images: float = 1.0  # of "block": the share of images that have a mask at all
+    masked_views: tuple[int, ...] | None = None  # which of the large views have masks; None: all of them
 
     def specs(
         self, image_size: int, *, patch: int = 1, blur: bool | None = None, changes: Mapping[str, Value] | None = None,

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
-from fastjem.data.masks import mask_specs
+from fastjem.data.masking import mask_specs
 from fastjem.errors import UserError
 from fastjem.health import Alarm
 from fastjem.methods import views_of

@@ -2,24 +2,23 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastjem.data import masks
 from fastjem.data.colours import augmented
 from fastjem.data.levels import Levels
 from fastjem.data.loaders.torch import crop
+from fastjem.data.masking import drawn_masks
 from fastjem.data.parameters import Parameters
 from fastjem.data.picture import Bands, shown
 from fastjem.data.source import decode_named
 from fastjem.data.views import MaskSpec, Views, ViewSpec
 
 GREY, INK = (128, 128, 128), (40, 40, 40)  # hidden patches, and the frames of I-JEPA's targets
-MASKS = (*masks.SAMPLERS, "block", "multi_block")
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,7 @@ def masked(view: Image.Image, spec: MaskSpec, seed: int, epoch: int, sample: int
 
 def drawn_mask(spec: MaskSpec, seed: int, epoch: int, sample: int) -> tuple[Tensor, Tensor]:
     """(hidden patches [h, w] bool, patches of target blocks [T, P] int64) of one image; T = 0 but for "multi_block"."""
-    index = torch.tensor([sample])
-    no_targets = torch.empty(0, 0, dtype=torch.int64)
-    if spec.masking in masks.SAMPLERS:
-        return masks.draw_hidden(spec, seed, epoch, index)[0], no_targets
-    uniform = masks.Keyed(index, seed, epoch, spec.view)
-    if spec.masking == "block":
-        return masks.block_mask(1, spec.grid, images=1.0, uniform=uniform)[0], no_targets
-    of_target, of_context = np.random.default_rng((seed, epoch, sample)).random(2)
-    blocks = masks.multi_block_mask(1, spec.grid, uniform=uniform, sizes=(of_target, of_context))
-    return blocks.context[0], blocks.targets[0]
+    # Sizes that a batch shares are those of the step of this number, as an image's own step isn't known here.
+    drawn = drawn_masks(replace(spec, images=1.0), seed, epoch, torch.tensor([sample]), step=epoch)
+    targets = torch.empty(0, 0, dtype=torch.int64) if drawn.targets is None else drawn.targets[0]
+    return drawn.hidden[0], targets
