@@ -1,8 +1,11 @@
-"""Nine methods: their targets, their heads, what is frozen, what collapse looks like."""
+"""The methods: their targets, their heads, what is frozen, what collapse looks like."""
 
 import copy
+import functools
 import itertools
+import os
 import pickle
+import tempfile
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import fastjem.functional as F
 from fastjem import encoders
 from fastjem.data.batch import Batch, Masks
 from fastjem.data.masks import SAMPLERS
+from fastjem.data.pixels import Pixels
 from fastjem.encoders import measured_width
 from fastjem.health import Alarm, figures
 from fastjem.methods import METHODS, Branch, Defaults, Method, RunFacts, options_of, prototypes, views_of
@@ -33,7 +37,28 @@ SMALL = {
     "barlow_twins": {"hidden": 16},
     "vicreg": {"hidden": 16},
     "data2vec": {"layers": 1},
+    "dcl": {"hidden": 16, "dim": 8},
+    "supcon": {"hidden": 16, "dim": 8},
+    "clip": {"dim": 8},
+    "siglip": {"dim": 8},
+    "distill": {},
 }
+
+
+@functools.cache
+def given_weights() -> str:
+    """A file with an encoder's weights."""
+    pytest.importorskip("timm")
+    torch.manual_seed(3)
+    module = encoders.create("test_resnet", 32)
+    path = os.path.join(tempfile.mkdtemp(), "encoder.safetensors")
+    encoders.save(module, path, encoders.metadata("test_resnet", "auto", 0, None, Pixels(32)))
+    return path
+
+
+def small_options(name: str) -> dict[str, object]:
+    given = {"given": given_weights()} if name == "distill" else {}
+    return {**SMALL[name], **given}
 
 
 class Tiny(nn.Sequential):
@@ -64,11 +89,11 @@ def make(
     kind = METHODS[name]
     module = vit() if kind.views.mask else Tiny()
     encoder = encoders.wrap(module, 12 if isinstance(module, Tiny) else None, mask_token=kind.mask_token)
-    method = kind(encoder.width, run, **{**SMALL[name], **options})
+    method = kind(encoder.width, run, **{**small_options(name), **options})
     step = Step(encoder, method, momentum_encoder)
     views = [torch.randn(8, 3, 32, 32) for _ in range(kind.views.large)]
     views += [torch.randn(8, 3, 16, 16) for _ in range(kind.views.small)]
-    return step, Batch(views, torch.arange(8), masks=mask_of(method))
+    return step, Batch(views, torch.arange(8), torch.arange(8) % 3, mask_of(method))
 
 
 @pytest.mark.parametrize("momentum_encoder", [None, True])

@@ -37,6 +37,7 @@ class ViewsOptions:
     )
     out: str = field(default="views.png", metadata={"help": "the picture", "path": True})
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
+    preset: str = field(default="imagenet", metadata={"help": "of the method: imagenet | cifar"})
     recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
     view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
     image_size: int = 224
@@ -111,7 +112,7 @@ def draw_views(options: ViewsOptions) -> Path:
     _check(options)
     out = Path(options.out)
     size = options.image_size
-    views = views_of(options.method, size, options.small_views, options.recipe)
+    views = views_of(options.method, size, options.small_views, options.recipe, options.preset)
     mask = _mask(options, views)
     if options.data is None:
         say(f"fastjem: no data is named: these are images of the embedded data set ({shapes.folder() / 'train'})")

@@ -69,8 +69,10 @@ def drawn_masks(spec: MaskSpec, seed: int, epoch: int, samples: Tensor, step: in
     uniform = Keyed(samples, seed, epoch, spec.view)
     images = samples.shape[0]
     if spec.masking == "block":
-        shares = {"images": spec.images, "low": spec.least, "high": spec.share}
-        return Masks(masks.block_mask(images, spec.grid, **shares, uniform=uniform))
+        hidden = masks.block_mask(
+            images, spec.grid, images=spec.images, low=spec.least, high=spec.share, uniform=uniform
+        )
+        return Masks(hidden)
     if spec.masking == "multi_block":
         return _multi_block(images, spec.grid, uniform, of_step(seed, step))
     hidden = SAMPLERS[spec.masking](images, spec.grid, spec.share, uniform=uniform)

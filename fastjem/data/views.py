@@ -118,6 +118,8 @@ RECIPES: dict[str, Recipe] = {
     "mae": Recipe((replace(_PLAIN, scale=(0.2, 1.0)),)),
     # Baevski et al. 2022, mae_image_dataset.py of fairseq's data2vec
     "data2vec": Recipe((replace(_PLAIN, scale=(0.2, 1.0)),)),
+    # Radford et al. 2021, section 2.4: a random square crop is all; both images of a pair are cut alike in distribution
+    "pairs": Recipe((replace(_PLAIN, scale=(0.5, 1.0), flip=0.0),)),
     # Assran et al. 2023, configs/in1k_vith14_ep300.yaml: bilinear, no flip, no colour
     "ijepa": Recipe((replace(_PLAIN, scale=(0.3, 1.0), bicubic=False, flip=0.0),)),
 }

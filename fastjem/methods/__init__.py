@@ -7,13 +7,18 @@ from fastjem.data.views import LARGEST_WITHOUT_BLUR, Views
 from fastjem.encoders import Encoder, Features
 from fastjem.methods.barlow_twins import BarlowTwins
 from fastjem.methods.byol import BYOL
+from fastjem.methods.clip import CLIP
 from fastjem.methods.data2vec import Data2Vec
-from fastjem.methods.defaults import Defaults
+from fastjem.methods.dcl import DCL
+from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.dino import DINO
+from fastjem.methods.distill import Distill
 from fastjem.methods.moco import MoCo
-from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts, options_of
+from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts, options_of, preset_of
+from fastjem.methods.siglip import SigLIP
 from fastjem.methods.simclr import SimCLR
 from fastjem.methods.simsiam import SimSiam
+from fastjem.methods.supcon import SupCon
 from fastjem.methods.swav import SwAV
 from fastjem.methods.vicreg import VICReg
 
@@ -27,18 +32,28 @@ METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
     "vicreg": VICReg,
     "data2vec": Data2Vec,
+    "dcl": DCL,
+    "supcon": SupCon,
+    "clip": CLIP,
+    "siglip": SigLIP,
+    "distill": Distill,
 }
 
 
 def views_of(
-    method: str | Method | type[Method], image_size: int, small_views: int | None = None, recipe: str | None = None
+    method: str | Method | type[Method],
+    image_size: int,
+    small_views: int | None = None,
+    recipe: str | None = None,
+    preset: str = "imagenet",
 ) -> Views:
-    """What a method sees, with what isn't None in place of its own.
+    """What a method sees, with the preset's and then with what isn't None in place of its own.
 
     At 64 pixels and less no small views unless they are asked for: of 32 pixels they would have 14, blown up from 8,
     and hardly anything in them can be told; recipes for CIFAR leave them out.
     """
-    views = METHODS[method].views if isinstance(method, str) else method.views
+    kind = METHODS[method] if isinstance(method, str) else method
+    views = replace(kind.views, **preset_of(kind, preset).views)
     if small_views is None and image_size <= LARGEST_WITHOUT_BLUR:
         small_views = 0
     return replace(
@@ -64,11 +79,14 @@ __all__ = [
     "Masks",
     "Method",
     "MoCo",
+    "Preset",
     "RunFacts",
     "SimCLR",
     "SimSiam",
     "SwAV",
     "VICReg",
+    "Views",
     "options_of",
+    "preset_of",
     "views_of",
 ]

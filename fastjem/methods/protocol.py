@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastjem.data.batch import Batch, Masks
-from fastjem.data.views import Views
+from fastjem.data.views import MEAN, STD, Views
 from fastjem.encoders import Encoder, Features
-from fastjem.methods.defaults import Defaults
+from fastjem.errors import nearest
+from fastjem.methods.defaults import Defaults, Preset
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -170,11 +171,16 @@ class Method(nn.Module):
 
     about: ClassVar[About]
     defaults: ClassVar[Defaults]
+    presets: ClassVar[Mapping[str, Preset]] = {}  # by name, beside "imagenet": its own values
     views: Views = Views(large=2)  # an instance may have its own: an option can change the masks
     momentum: ClassVar[tuple[str, ...]] = ()  # what has a momentum copy: "encoder", and heads by name
     constant_rate: ClassVar[tuple[str, ...]] = ()  # heads whose learning rate doesn't follow the schedule
     pool: ClassVar[str | None] = None  # how a vision transformer's tokens become the embedding; None: its own way
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced, for which the encoder needs a token
+    needs_labels: ClassVar[bool] = False  # of classes, as folders give them
+    frozen: tuple[str, ...] = ()  # parts of the backbone that aren't trained, by name; one it doesn't have is none
+    mean: tuple[float, ...] = MEAN  # how the run normalises the views' pixels, which it sets
+    std: tuple[float, ...] = STD
     asymmetric: ClassVar[bool] = False  # only asymmetry forbids collapse: fastjem.health.Alarm listens more closely
 
     def __init__(self, width: int, run: RunFacts = RunFacts()):
@@ -201,6 +207,19 @@ class Method(nn.Module):
 
         A run that is resumed within an epoch goes on with what its buffers hold.
         """
+
+
+def preset_of(method: type[Method] | Method, name: str) -> Preset:
+    """A method's preset; "imagenet" is its own values.
+
+    Raises:
+        UserError: for one that it doesn't have.
+    """
+    presets = {"imagenet": Preset("the paper"), **method.presets}
+    if name not in presets:
+        kind = method if isinstance(method, type) else type(method)
+        raise nearest(f"preset of {kind.__name__}", name, presets)
+    return presets[name]
 
 
 def options_of(method: type[Method]) -> dict[str, Any]:
