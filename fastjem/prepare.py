@@ -107,6 +107,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     encoder = checked_encoder(config, ranks, kind, module, source)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
+    method.views = replace(method.views, **preset.views)
     if method.views.mask and not encoders.is_transformer(module):
         raise UserError(f"{config.method}: {encoders.no_patches(module)}")
     if method.needs_labels and source.labels is None:

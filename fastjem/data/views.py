@@ -79,6 +79,11 @@ _BYOL_PAIR = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))
 _SWAV = ViewSpec(scale=(0.14, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), std=(0.228, 0.224, 0.225))
 _SIMCLR = ViewSpec(jitter=(0.8, 0.8, 0.8, 0.2))
 _MSN = replace(_SIMCLR, scale=(0.3, 1.0), bicubic=False)
+_PATCH = ViewSpec(
+    scale=(0.25, 0.25), ratio=(1.0, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), blur=0.1, solarize=0.1, mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+)  # fmt: skip
+_LEJEPA = ViewSpec(scale=(0.3, 1.0), bicubic=True)
 _PLAIN = ViewSpec(bicubic=True, jitter_probability=0.0, grayscale=0.0, blur=0.0)
 
 
@@ -114,6 +119,16 @@ RECIPES: dict[str, Recipe] = {
     "dinov2_intended": _dino(0.05, (1.0, 0.1, 0.5), 0.32),
     # Assran et al. 2022, with the strengths of lightly's MSNTransform
     "msn": Recipe((_MSN,), replace(_MSN, scale=(0.05, 0.3))),
+    # Zheng et al. 2021, in solo-learn's form: the student's view is changed strongly, the target's cut and flipped
+    "ressl": Recipe((ViewSpec(), ViewSpec(jitter_probability=0.0, grayscale=0.0, blur=0.0))),
+    # Ermolov et al. 2021, in solo-learn's form
+    "wmse": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur=0.0),)),
+    # Tong et al. 2023, dataset/datasets.py and aug.py: fixed-scale square patches
+    "empssl": Recipe((_PATCH,)),
+    # Balestriero and LeCun 2025, in lightly's form
+    "lejepa": Recipe((_LEJEPA,), replace(_LEJEPA, scale=(0.05, 0.3))),
+    # Wu et al. 2026, appendix A.1: one distribution of augmentations for all views
+    "visreg": Recipe((replace(_LEJEPA, solarize=0.2),), replace(_LEJEPA, scale=(0.05, 0.3), solarize=0.2)),
     # He et al. 2022, main_pretrain.py
     "mae": Recipe((replace(_PLAIN, scale=(0.2, 1.0)),)),
     # Baevski et al. 2022, mae_image_dataset.py of fairseq's data2vec

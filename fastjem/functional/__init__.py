@@ -23,6 +23,7 @@ from fastjem.functional.sinkhorn import sinkhorn, sinkhorn_bias
 from fastjem.functional.spectral import emp_ssl, frossl, mmcr, simdino, total_coding_rate, w_mse, whiten
 from fastjem.functional.supcon import supcon
 from fastjem.functional.supervised import cross_entropy
+from fastjem.functional.visreg import visreg
 from fastjem.functional.weights import ema_update_
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "tico",
     "total_coding_rate",
     "vicreg",
+    "visreg",
     "w_mse",
     "whiten",
 ]

@@ -13,14 +13,24 @@ from fastjem.methods.dcl import DCL
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.dino import DINO
 from fastjem.methods.distill import Distill
+from fastjem.methods.empssl import EMPSSL
+from fastjem.methods.frossl import FroSSL
+from fastjem.methods.lejepa import LeJEPA
+from fastjem.methods.mmcr import MMCR
 from fastjem.methods.moco import MoCo
+from fastjem.methods.mocov3 import MoCoV3
+from fastjem.methods.nnclr import NNCLR
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts, options_of, preset_of
+from fastjem.methods.ressl import ReSSL
 from fastjem.methods.siglip import SigLIP
 from fastjem.methods.simclr import SimCLR
 from fastjem.methods.simsiam import SimSiam
 from fastjem.methods.supcon import SupCon
 from fastjem.methods.swav import SwAV
+from fastjem.methods.tico import TiCo
 from fastjem.methods.vicreg import VICReg
+from fastjem.methods.visreg import VISReg
+from fastjem.methods.wmse import WMSE
 
 METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
@@ -36,6 +46,16 @@ METHODS: dict[str, type[Method]] = {
     "supcon": SupCon,
     "clip": CLIP,
     "siglip": SigLIP,
+    "mocov3": MoCoV3,
+    "nnclr": NNCLR,
+    "ressl": ReSSL,
+    "tico": TiCo,
+    "wmse": WMSE,
+    "mmcr": MMCR,
+    "frossl": FroSSL,
+    "empssl": EMPSSL,
+    "lejepa": LeJEPA,
+    "visreg": VISReg,
     "distill": Distill,
 }
 
@@ -65,8 +85,14 @@ def views_of(
 
 __all__ = [
     "BYOL",
+    "CLIP",
+    "DCL",
     "DINO",
+    "EMPSSL",
     "METHODS",
+    "MMCR",
+    "NNCLR",
+    "WMSE",
     "About",
     "BarlowTwins",
     "Batch",
@@ -74,17 +100,26 @@ __all__ = [
     "Codes",
     "Data2Vec",
     "Defaults",
+    "Distill",
     "Encoder",
     "Features",
+    "FroSSL",
+    "LeJEPA",
     "Masks",
     "Method",
     "MoCo",
+    "MoCoV3",
     "Preset",
+    "ReSSL",
     "RunFacts",
+    "SigLIP",
     "SimCLR",
     "SimSiam",
+    "SupCon",
     "SwAV",
+    "TiCo",
     "VICReg",
+    "VISReg",
     "Views",
     "options_of",
     "preset_of",

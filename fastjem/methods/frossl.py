@@ -1,0 +1,39 @@
+"""FroSSL: Skean et al. 2023, arXiv 2310.02903."""
+
+from torch import Tensor
+
+import fastjem.functional as F
+from fastjem.data.batch import Batch
+from fastjem.data.views import Views
+from fastjem.methods.defaults import Defaults
+from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.symmetric import symmetric
+from fastjem.nn.parts import MLP
+
+
+class FroSSL(Method):
+    """Views alike, and the Frobenius norm of each view's covariance small, which spreads it over all directions."""
+
+    about = About("decorrelation", "a small Frobenius norm of the covariance", "Skean et al. 2023, arXiv 2310.02903")
+    views = Views(large=2, recipe="vicreg")
+    defaults = Defaults("lars", 0.3, 1e-4, source="appendix, as solo-learn's VICReg: LARS, 0.3 at batch 256, wd 1e-4")
+
+    def __init__(
+        self,
+        width: int,
+        run: RunFacts = RunFacts(),
+        *,
+        hidden: int = 2048,
+        dim: int = 1024,
+        invariance: float = 1.0,
+        norm: str = "batch",
+    ):
+        super().__init__(width, run)
+        self.projector = MLP(width, hidden, hidden, dim, norm=norm)
+        self.invariance = invariance
+
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
+        def frossl(z0: Tensor, z1: Tensor) -> Tensor:
+            return F.frossl([z0, z1], invariance=self.invariance)
+
+        return symmetric(frossl, student, teacher, batch.views)
