@@ -129,6 +129,14 @@ RECIPES: dict[str, Recipe] = {
     "lejepa": Recipe((_LEJEPA,), replace(_LEJEPA, scale=(0.05, 0.3))),
     # Wu et al. 2026, appendix A.1: one distribution of augmentations for all views
     "visreg": Recipe((replace(_LEJEPA, solarize=0.2),), replace(_LEJEPA, scale=(0.05, 0.3), solarize=0.2)),
+    # Bardes et al. 2022 (VICRegL), main_vicregl.py
+    "vicregl": Recipe(
+        tuple(replace(view, scale=(0.4, 1.0)) for view in _BYOL_PAIR), replace(_BYOL, blur=0.5, scale=(0.08, 0.4))
+    ),
+    # Misra and van der Maaten 2020, section 3.1: the image is cut and its colours changed, the pieces' as well
+    "pirl": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), blur=0.0),)),
+    # Darcet et al. 2025, default_pretrain_config.yaml
+    "capi": Recipe((replace(_PLAIN, scale=(0.6, 1.0)),)),
     # He et al. 2022, main_pretrain.py
     "mae": Recipe((replace(_PLAIN, scale=(0.2, 1.0)),)),
     # Baevski et al. 2022, mae_image_dataset.py of fairseq's data2vec

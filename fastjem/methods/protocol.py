@@ -101,7 +101,14 @@ class Branch:
         """Leave figures for the log: `embedding` [B, D], `projection` [B, D], `codes`, or any 0-dim tensor by name."""
         self.notes |= figures
 
-    def encode(self, views: Sequence[Tensor], masks: Mapping[int, Masks] | None = None, *, layers: int = 0) -> Features:
+    def encode(
+        self,
+        views: Sequence[Tensor],
+        masks: Mapping[int, Masks] | None = None,
+        *,
+        layers: int = 0,
+        tokens: bool = False,
+    ) -> Features:
         """V tensors [B, C, H, W] -> features of V B rows in the views' order.
 
         Neighbouring views of one size go through the encoder in one call.
@@ -109,7 +116,7 @@ class Branch:
         Args:
             masks: by place in `views`. A view with `visible` patches is given these alone; one without has its `hidden`
                 patches replaced by the mask token.
-            layers: see `Encoder.forward`.
+            layers, tokens: see `Encoder.forward`.
 
         Returns:
             `Features`; `tokens` and `layers` only if all views have the same number of tokens.
@@ -119,17 +126,21 @@ class Branch:
             [i for i, _ in group]
             for _, group in itertools.groupby(enumerate(views), key=lambda item: (item[1].shape, item[0] in masks))
         ]
-        parts = [self._encode_one_size([views[i] for i in at], [masks.get(i) for i in at], layers) for at in groups]
+        parts = [
+            self._encode_one_size([views[i] for i in at], [masks.get(i) for i in at], layers, tokens) for at in groups
+        ]
         features = parts[0] if len(parts) == 1 else _joined(parts)
         if not self.momentum:
             self.notes.setdefault("embedding", features.pooled.detach()[: len(views[0])])
         return features
 
-    def _encode_one_size(self, views: list[Tensor], masks: Sequence[Masks | None], layers: int) -> Features:
+    def _encode_one_size(
+        self, views: list[Tensor], masks: Sequence[Masks | None], layers: int, tokens: bool
+    ) -> Features:
         images = _cat(views)
         found = [mask for mask in masks if mask is not None]
         if not found:
-            return self.encoder(images, layers=layers)
+            return self.encoder(images, layers=layers, tokens=tokens)
         visible = [mask.visible for mask in found if mask.visible is not None]
         if 0 < len(visible) < len(found):
             raise ValueError("Branch.encode: views of one size must all have visible patches in their masks, or none")
@@ -173,7 +184,7 @@ class Method(nn.Module):
     defaults: ClassVar[Defaults]
     presets: ClassVar[Mapping[str, Preset]] = {}  # by name, beside "imagenet": its own values
     views: Views = Views(large=2)  # an instance may have its own: an option can change the masks
-    momentum: ClassVar[tuple[str, ...]] = ()  # what has a momentum copy: "encoder", and heads by name
+    momentum: tuple[str, ...] = ()  # what has a momentum copy: "encoder", and heads by name
     constant_rate: ClassVar[tuple[str, ...]] = ()  # heads whose learning rate doesn't follow the schedule
     pool: ClassVar[str | None] = None  # how a vision transformer's tokens become the embedding; None: its own way
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced, for which the encoder needs a token

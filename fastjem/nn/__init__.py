@@ -39,9 +39,10 @@ from fastjem.nn.masks import (
 )
 from fastjem.nn.memory_bank import MemoryBankModule, NNCLRLoss, NNMemoryBankModule
 from fastjem.nn.momentum import activate_requires_grad, deactivate_requires_grad, update_momentum
+from fastjem.nn.msn import MSNLoss, PMSNCustomLoss, PMSNLoss
 from fastjem.nn.parts import Center
 from fastjem.nn.predictive import GramLoss, NegativeCosineSimilarity
-from fastjem.nn.prototypes import DINOProjectionHead, KoLeoLoss, MSNLoss, SwaVLoss, SwaVPrototypes, sinkhorn
+from fastjem.nn.prototypes import DINOProjectionHead, KoLeoLoss, SwaVLoss, SwaVPrototypes, sinkhorn
 from fastjem.nn.spectral import EMPSSLLoss, FroSSLLoss, MMCRLoss, SimDINOLoss, Whitening2d, WMSELoss
 
 __all__ = [
@@ -76,6 +77,8 @@ __all__ = [
     "NNMemoryBankModule",
     "NTXentLoss",
     "NegativeCosineSimilarity",
+    "PMSNCustomLoss",
+    "PMSNLoss",
     "ProjectionHead",
     "SIGReg",
     "SMoGPredictionHead",

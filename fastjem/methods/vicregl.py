@@ -1,0 +1,85 @@
+"""VICRegL: Bardes et al. 2022, arXiv 2210.01571."""
+
+import torch
+from torch import Tensor
+
+from fastjem.data.batch import Batch
+from fastjem.data.views import Views
+from fastjem.kernels.augment import columns as column
+from fastjem.methods.defaults import Defaults
+from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.nn.covariance import VICRegLLoss
+from fastjem.nn.parts import MLP
+
+
+class VICRegL(Method):
+    """VICReg of whole views, and of the places of their feature maps: a place is like the one nearest to it in the
+    image, and like the one with the most similar features, in another view.
+
+    alpha: weight of whole views; places have the rest.
+    matches, small_matches: how many pairs of places of a large and of a small view are compared.
+    """
+
+    about = About("decorrelation", "variance kept above 1, covariance below", "Bardes et al. 2022, arXiv 2210.01571")
+    views = Views(large=2, small=6, recipe="vicregl")
+    defaults = Defaults(
+        "adamw", 5e-4 * 2**0.5, 0.05, source="main_vicregl.py: AdamW, 5e-4 for 256 images, linear, batch 512, wd 0.05"
+    )
+
+    def __init__(
+        self,
+        width: int,
+        run: RunFacts = RunFacts(),
+        *,
+        hidden: int = 8192,
+        dim: int = 8192,
+        local_hidden: int = 512,
+        local_dim: int = 512,
+        alpha: float = 0.75,
+        matches: int = 20,
+        small_matches: int = 4,
+        invariance: float = 25.0,
+        variance: float = 25.0,
+        covariance: float = 1.0,
+        norm: str = "batch",
+    ):
+        super().__init__(width, run)
+        self.projector = MLP(width, hidden, hidden, dim, norm=norm, last_bias=False)
+        local_norm = "layer" if norm == "batch" else norm
+        self.local_projector = MLP(width, local_hidden, local_hidden, local_dim, norm=local_norm, last_bias=False)
+        self.criterion = VICRegLLoss(
+            invariance,
+            variance,
+            covariance,
+            alpha,
+            gather_distributed=run.group is not None,
+            num_matches=(matches, small_matches),
+        )
+
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
+        features = []
+        grids = []
+        for view, table in zip(batch.views, batch.tables, strict=True):
+            encoded = student.encode([view], tokens=True)
+            assert encoded.tokens is not None  # as they are asked for
+            side = round(encoded.tokens.shape[1] ** 0.5)
+            local = student.local_projector(encoded.tokens).unflatten(1, (side, side))
+            features.append((student.projector(encoded.pooled), local))
+            grids.append(places(table, side))
+        student.note(projection=features[0][0].detach())
+        large = self.views.large
+        if len(features) == large:
+            return self.criterion(features, grids)
+        return self.criterion(features[:large], grids[:large], features[large:], grids[large:])
+
+
+def places(table: Tensor, side: int) -> Tensor:
+    """[B, side, side, 2]: where in its image, in pixels, the middle of each place of a view's feature map is: (x, y).
+
+    table: [B, P], how the views were cut (`fastjem.kernels.augment.columns`).
+    """
+    steps = (torch.arange(side, device=table.device, dtype=table.dtype) + 0.5) / side
+    across = torch.where(table[:, column.FLIP, None] > 0, 1 - steps, steps)  # [B, side]
+    x = table[:, column.LEFT, None] + across * table[:, column.WIDTH, None]
+    y = table[:, column.TOP, None] + steps * table[:, column.HEIGHT, None]
+    return torch.stack([x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], 3)
