@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults, Preset, at_most
+from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
@@ -29,13 +29,12 @@ class All4One(Method):
     views = Views(large=2, recipe="byol")
     momentum = ("encoder", "projector")
     defaults = Defaults(
-        "lars",
+        "larc",
         1.0,
         1e-5,
         momentum=0.99,
-        source="solo-learn: LARS, 1.0 at batch 256, wd 1e-5; m 0.99 to 1",
+        source="solo-learn, cifar/all4one.yaml: LARC, 1.0 at batch 256, wd 1e-5; momentum encoder 0.99 to 1",
     )
-    presets = {"cifar": Preset("solo-learn, scripts/pretrain/cifar/all4one.yaml", options={"queue": 98304})}
 
     def __init__(
         self,
@@ -45,7 +44,7 @@ class All4One(Method):
         hidden: int = 2048,
         dim: int = 256,
         predictor_hidden: int = 4096,
-        queue: int = 65536,
+        queue: int = 98304,
         neighbours: int = 5,
         layers: int = 3,
         heads: int = 8,
