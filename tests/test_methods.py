@@ -26,7 +26,7 @@ from fastjem.methods import METHODS, Branch, Defaults, Method, RunFacts, options
 from fastjem.methods.defaults import at_most
 from fastjem.nn import DINOLoss, SwaVLoss
 from fastjem.nn.parts import MLP, Prototypes, Queue, unit_keys
-from fastjem.optim import Schedule, build, parameter_groups, scaled
+from fastjem.optim import OPTIMIZERS, Schedule, build, parameter_groups, scaled
 from fastjem.step import Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -468,12 +468,31 @@ def test_heads_have_the_papers_shapes() -> None:
         assert shapes(METHODS["swav"](2048).projector) == [(2048, 2048), (128, 2048)]
         assert METHODS["swav"](2048).prototypes.weight.shape == (3000, 128)
         assert shapes(METHODS["dino"](384).projector) == [(2048, 384), (2048, 2048), (256, 2048)]
+        resnet, vit = METHODS["mocov3"](2048), METHODS["mocov3"](384, **METHODS["mocov3"].presets["vit"].options)
+        assert [len(shapes(m.projector)) for m in (resnet, vit)] == [2, 3]
+        assert [isinstance(m.predictor[-1], nn.BatchNorm1d) for m in (resnet, vit)] == [False, True]
+        assert not any("bias" in name for name, _ in resnet.predictor.named_parameters() if not name.startswith("1."))
         assert METHODS["dino"](384).prototypes.weight.shape == (65536, 256)
         for name in ("barlow_twins", "vicreg"):
             assert shapes(METHODS[name](2048).projector) == [(8192, 2048), (8192, 8192), (8192, 8192)]
     assert all(layer.bias is None for layer in MLP(4, 4, 4, last_norm=True) if isinstance(layer, nn.Linear))
     assert at_most(65536, 10_000, each=4) == 2048 and at_most(65536, 10_000, each=16) == 512
     assert at_most(65536, 1_281_167, each=16) == 65536 and at_most(65536, 20, each=16) == 8
+
+
+@pytest.mark.parametrize(("name", "preset"), [(name, preset) for name in METHODS for preset in METHODS[name].presets])
+def test_presets_make_a_method_and_its_views(name: str, preset: str) -> None:
+    kind = METHODS[name]
+    given = kind.presets[preset]
+    options = options_of(kind)
+    assert set(given.options) <= set(options)
+    assert all(options[option] != value for option, value in given.options.items())  # else it says nothing
+    with torch.device("meta"):
+        kind(384, RunFacts(images=50_000, batch=256, image_size=32, patch=4), **given.options)
+    views = views_of(kind, 32, preset=preset)
+    assert len(views.specs(32)) == views.large + views.small
+    assert all(getattr(views, field) == value for field, value in given.views.items())
+    assert given.source and (given.defaults is None or given.defaults.optimizer in OPTIMIZERS)
 
 
 @pytest.mark.parametrize("loss", [1.0, None, {}, torch.zeros(2), {"a": torch.zeros(2)}, (torch.zeros(()),)])

@@ -33,8 +33,8 @@ def parameter_groups(module: nn.Module, constant_rate: Sequence[str] = ()) -> li
 
 
 def build(name: str, groups: list[dict], *, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """AdamW, SGD with momentum, LARS, which adapts only what decays, or LARC: LARS that only ever makes the rate smaller,
-    with the trust coefficient of 0.02 that is its own. Rates come from `Schedule.apply`.
+    """AdamW, SGD with momentum, LARS, which adapts only what decays, or LARC: LARS that only ever makes the rate
+    smaller, with the trust coefficient of 0.02 that is its own. Rates come from `Schedule.apply`.
     """
     if name == "adamw":
         return AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
@@ -62,9 +62,9 @@ def separate_groups(optimizer: torch.optim.Optimizer) -> None:
 def scaled(name: str, rate: float, batch: int) -> float:
     """The learning rate at `batch` images when it is `rate` at 256.
 
-    With the batch for SGD (Goyal et al. 2017) and LARC, whose rate is SGD's where it isn't made smaller; with its square
-    root for AdamW (Malladi et al. 2022) and LARS (SimCLR's B.1: better for small batches and short runs), whose step
-    doesn't grow with the gradient.
+    With the batch for SGD (Goyal et al. 2017) and LARC, whose rate is SGD's where it isn't made smaller; with its
+    square root for AdamW (Malladi et al. 2022) and LARS (SimCLR's B.1: better for small batches and short runs), whose
+    step doesn't grow with the gradient.
     """
     return rate * (batch / 256) ** (1.0 if name in ("sgd", "larc") else 0.5)
 
