@@ -68,7 +68,7 @@ SMALL = {
     "deepcluster": {"hidden": 16, "dim": 8, "prototypes": 4},
     "smog": {"hidden": 16, "dim": 8, "groups": 6, "queue": 24},
     "pirl": {"dim": 8},
-    "vicregl": {"hidden": 16, "dim": 16, "local_hidden": 8, "local_dim": 8},
+    "vicregl": {"hidden": 16, "local_hidden": 8, "local_dim": 8},
     "all4one": {"hidden": 16, "dim": 8, "predictor_hidden": 16, "queue": 24, "heads": 2, "layers": 1},
     "capi": {"clusters": 8, "predictor_width": 16, "predictor_depth": 1},
 }
@@ -78,8 +78,8 @@ NEEDS_IMAGES = {"deepcluster": 8, "pirl": 8}  # what they keep of each image of 
 # Of whose teacher the entropy is noted
 HAVE_PROTOTYPES = ("swav", "dino", "ressl", "ibot", "dinov2", "dinov3", "msn", "pmsn")
 # Whose loss gets worse at first: MoCo's queue fills with keys of the very same images, TiCo's covariance grows from
-# nothing, SimDINOv2's student begins as its own teacher, DeepCluster has no clusters in its first epoch.
-WORSE_AT_FIRST = ("moco", "tico", "simdinov2", "deepcluster")
+# nothing, SimDINO's student begins as its own teacher, DeepCluster has no clusters in its first epoch.
+WORSE_AT_FIRST = ("moco", "tico", "simdino", "simdinov2", "deepcluster")
 
 
 @functools.cache

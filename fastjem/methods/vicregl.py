@@ -40,8 +40,7 @@ class VICRegL(Method):
         width: int,
         run: RunFacts = RunFacts(),
         *,
-        hidden: int = 8192,
-        dim: int = 8192,
+        hidden: int | None = None,
         local_hidden: int = 512,
         local_dim: int = 512,
         alpha: float = 0.75,
@@ -55,7 +54,8 @@ class VICRegL(Method):
         super().__init__(width, run)
         if norm == "auto":
             norm = "batch" if run.batch_norm else "layer"
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm, last_bias=False)
+        hidden = hidden or 4 * width  # as VICReg's
+        self.projector = MLP(width, hidden, hidden, hidden, norm=norm, last_bias=False)
         self.local_projector = MLP(width, local_hidden, local_hidden, local_dim, norm=norm, last_bias=False)
         self.criterion = VICRegLLoss(
             invariance,
