@@ -445,6 +445,23 @@ class TwoTerms(Method):
         return {"size": self.factor * z.square().mean(), "shift": z.mean().square()}
 
 
+def test_all4ones_features_are_decorrelated_as_its_code_does_it() -> None:
+    """Columns of the teacher's rows, which have length one before."""
+    step, batch = make("all4one")
+    _, notes = step(batch, 0)
+    z = step.method.projector(step.encoder(torch.cat(batch.views)).pooled).chunk(2)
+    with torch.no_grad():
+        t = step.teacher["projector"](step.teacher["encoder"](torch.cat(batch.views)).pooled).chunk(2)
+    on, off = 0.0, 0.0
+    for target, other in zip(t, reversed(z), strict=True):
+        rows = nn.functional.normalize(target, dim=1)
+        correlation = nn.functional.normalize(rows, dim=0).T @ nn.functional.normalize(other, dim=0)
+        diagonal = torch.eye(8, dtype=torch.bool)
+        on = on + (correlation[diagonal] - 1).square().mean() / 2
+        off = off + correlation[~diagonal].square().mean() / 2
+    torch.testing.assert_close(figures(notes)["loss_features"], 2.5 * (on.sqrt() + off.sqrt()), rtol=1e-4, atol=1e-5)
+
+
 def test_terms_of_a_loss_are_summed_and_logged() -> None:
     torch.manual_seed(0)
     step = Step(encoders.wrap(Tiny(), 12), TwoTerms(12))

@@ -91,7 +91,7 @@ class All4One(Method):
         centroid = self._contrast(centroids[0], centroids[3], self.centroid_temperature) + self._contrast(
             centroids[1], centroids[2], self.centroid_temperature
         )
-        features = 5 * (_apart(t0, z1, t1, z0))
+        features = 5 * _apart(normalize(t0, dim=1), z1, normalize(t1, dim=1), z0)
         return {"neighbour": neighbour / 4, "centroid": centroid / 4, "features": 0.5 * features}
 
     def _with_first(self, prediction: Tensor, neighbours: Tensor) -> Tensor:

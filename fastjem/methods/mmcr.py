@@ -21,7 +21,12 @@ class MMCR(Method):
     views = Views(large=4, recipe="byol")
     momentum = ("encoder", "projector")
     defaults = Defaults(
-        "lars", 1.7, 1e-6, momentum=0.99, source="pretrain_imagenet.py: LARS, 4.8 at batch 2048, wd 1e-6; tau 0.99"
+        "lars",
+        1.7,
+        1e-6,
+        momentum=0.99,
+        final_momentum=0.99,
+        source="pretrain_imagenet.py: LARS, 4.8 at batch 2048, wd 1e-6; tau 0.99",
     )
     presets = {
         "cifar": Preset(
