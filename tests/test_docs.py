@@ -56,8 +56,10 @@ def test_every_method_has_its_page() -> None:
         assert f"(methods/{name}.md)" in index
         page = (ROOT / f"docs/methods/{name}.md").read_text()
         said = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page, re.MULTILINE))
-        assert said == {option: str(default) for option, default in module.options_of(method).items()}, name
-        assert re.search(r"arXiv \d{4}\.\d{5}", page)
+        assert said == {option: str(default) or '""' for option, default in module.options_of(method).items()}, name
+        presets = re.findall(r"^\| (\w+) \|(?:[^|]*\|){3}$", page, re.MULTILINE)
+        assert set(presets) - {"preset"} == set(method.presets), name
+        assert re.search(r"arXiv \d{4}\.\d{4,5}", page)
 
 
 def anchors(page: Path) -> set[str]:
