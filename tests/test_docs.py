@@ -1,5 +1,6 @@
 """What the README and the pages for a start show runs as it stands, and every method's page says its defaults."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -46,6 +47,23 @@ def test_getting_started(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
                 words[0], []
             )
             assert main([*words, *cheap]) == 0, line
+
+
+def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """The class of docs/adding-a-method.md is imported from a file, and trained by the page's calls."""
+    pytest.importorskip("timm")
+    first, *calls = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-a-method.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "alignuniform.py").write_text(first)
+    make_folder(tmp_path / "photos", 48)
+    for code in calls:
+        code = code.replace("resnet18", "test_resnet").replace(
+            'out="runs/', 'workers=0, max_steps=2, report=False, out="runs/'
+        )
+        exec(compile(code, "adding-a-method.md", "exec"), {})
+    rows = [json.loads(line) for line in (tmp_path / "runs/alignuniform/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] == pytest.approx(rows[-1]["loss_align"] + rows[-1]["loss_uniform"], rel=1e-5)
 
 
 def test_every_method_has_its_page() -> None:
