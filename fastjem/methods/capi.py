@@ -114,9 +114,8 @@ class CAPI(Method):
 
     def _bias(self, scores: Tensor) -> Tensor:
         """[1, L, K]: Sinkhorn's potentials of the scores [B, L, K], at each of L places by itself."""
-        places = scores.transpose(0, 1)
         options = {"epsilon": self.teacher_temperature, "iterations": self.iterations, "group": self.run.group}
-        return torch.stack([F.sinkhorn_bias(place.contiguous(), **options) for place in places])[None]
+        return F.sinkhorn_bias(scores.transpose(0, 1), **options)[None]
 
     def _wanted(self, hidden: Tensor) -> Tensor:
         """[B, Q] int64: some of the hidden patches [B, h, w], at random."""
