@@ -100,7 +100,7 @@ class DINO(Method):
             teacher_bias=bias,
         )
         self.centre.hold_scores(mean, 2 * len(y[0]), step)
-        student.note(codes=Codes(y[0], prototypes, bias if bias.dim() == 1 else bias[0], self.centre.temperature))
+        student.note(codes=Codes(y[0], prototypes, bias, self.centre.temperature))
         return loss
 
     def step_ends(self, step: Tensor) -> None:

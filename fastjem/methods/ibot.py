@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
@@ -158,8 +158,7 @@ class IBOT(Method):
             teacher_bias=bias,
         )
         self.centre.hold_scores(mean, len(y), step)
-        first = bias if bias.dim() == 1 else bias[0]
-        student.note(codes=Codes(targets[0], prototypes, first, self.centre.temperature))
+        student.note(codes=Codes(targets[0], prototypes, bias, self.centre.temperature))
         return loss
 
     def _of_patches(
@@ -177,7 +176,7 @@ class IBOT(Method):
                 bias = self.patch_centre.bias([targets], prototypes, step, self.run.group)
 
         def cross_entropy(weights: Tensor) -> Tensor:
-            loss, mean = cross_entropy_of_features(
+            return cross_entropy_of_features(
                 [normalize(x, dim=1)],
                 [targets],
                 head.unit_weight(step),
@@ -187,10 +186,11 @@ class IBOT(Method):
                 teacher_bias=bias,
                 pairs="same",
                 weights=weights,
-            )
-            self.patch_centre.hold_scores(mean, len(y), step)
-            return loss
+            )[0]
 
+        with torch.no_grad():
+            mean, count = hidden.mean_of(targets)
+            self.patch_centre.hold_scores(linear(mean, prototypes), count, step)
         loss = hidden.mean_over_images(cross_entropy, x)
         # A batch without a mask leaves a head of the patches' own without a gradient, for which other ranks would wait.
         return loss if self.shared else loss + 0.0 * head.weight.sum()
