@@ -291,7 +291,7 @@ def test_hidden_patches_count_alike_however_many_rows_there_are(monkeypatch: pyt
         rows = hidden.hidden_rows(batch, step.method.views, replace(step.method.run, image_size=32), padded=True)
         assert len(rows.rows) == count and mask.flatten()[rows.rows].all()
         monkeypatch.setattr(ibot, "hidden_rows", lambda *_, rows=rows: rows)
-        loss, notes = step(batch, 0)
+        loss, _ = step(batch, 0)
         step.step_ends(0, 0.9)
         found.append((loss, step.method.patch_centre.value.clone()))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
