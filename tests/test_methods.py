@@ -467,6 +467,27 @@ class TwoTerms(Method):
         return {"size": self.factor * z.square().mean(), "shift": z.mean().square()}
 
 
+def test_smogs_groups_move_with_the_batch_and_pass_its_gradient_on() -> None:
+    step, batch = make("smog")
+    loss, _ = step(batch, 0)
+    z = step.method.projector(step.encoder(batch.views[0]).pooled)
+    with torch.no_grad():
+        target = nn.functional.normalize(step.teacher["projector"](step.teacher["encoder"](batch.views[1]).pooled))
+    unit, groups = nn.functional.normalize(z), step.method.groups.clone()
+    moved = []
+    for k, group in enumerate(groups):
+        own = unit[(unit @ groups.T).argmax(1) == k]
+        moved.append(nn.functional.normalize(0.99 * group + 0.01 * own.mean(0), dim=0) if len(own) else group)
+    logits = nn.functional.normalize(step.method.predictor(z)) @ torch.stack(moved).T / 0.1
+    expected = nn.functional.cross_entropy(logits, (target @ groups.T).argmax(1))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    weight = step.encoder.backbone[2].weight
+    ours, theirs = (torch.autograd.grad(one, weight, retain_graph=True)[0] for one in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    step.step_ends(0, 0.9)
+    torch.testing.assert_close(step.method.groups, torch.stack(moved).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_all4ones_features_are_decorrelated_as_its_code_does_it() -> None:
     """Columns of the teacher's rows, which have length one before."""
     step, batch = make("all4one")
