@@ -71,7 +71,10 @@ def test_every_method_has_its_page() -> None:
     assert {page.stem for page in ROOT.glob("docs/methods/*.md")} == set(module.METHODS)
     index = (ROOT / "docs/methods.md").read_text()
     for name, method in module.METHODS.items():
-        assert f"(methods/{name}.md)" in index
+        row = next(line for line in index.splitlines() if line.startswith(f"| [{name}](methods/{name}.md)"))
+        optimizer, rate = re.split(r"[, (]+", row.split("|")[4].strip())[:2]
+        assert optimizer.lower() == method.defaults.optimizer, name
+        assert float(rate) == pytest.approx(method.defaults.learning_rate, rel=0.02), name
         page = (ROOT / f"docs/methods/{name}.md").read_text()
         said = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page, re.MULTILINE))
         assert said == {option: str(default) or '""' for option, default in module.options_of(method).items()}, name

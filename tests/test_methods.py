@@ -650,8 +650,29 @@ def test_what_decays() -> None:
 
 def test_rates_grow_with_the_batch_by_the_optimisers_rule() -> None:
     assert scaled("sgd", 0.03, 64) == pytest.approx(0.0075) and scaled("sgd", 0.05, 512) == pytest.approx(0.1)
-    # SimCLR's 4.8, BYOL's 3.2, DINO's 2e-3, each at the paper's batch
-    for name, batch, rate in (("simclr", 4096, 4.8), ("byol", 4096, 3.2), ("vicreg", 2048, 1.6), ("dino", 1024, 2e-3)):
+    # The papers' rates, each at the paper's batch
+    for name, batch, rate in (
+        ("simclr", 4096, 4.8),
+        ("byol", 4096, 3.2),
+        ("vicreg", 2048, 1.6),
+        ("dino", 1024, 2e-3),
+        ("mocov3", 4096, 9.6),
+        ("nnclr", 4096, 4.8),
+        ("wmse", 512, 2e-3),
+        ("mmcr", 2048, 4.8),
+        ("empssl", 100, 0.3),
+        ("ijepa", 2048, 1e-3),
+        ("mae", 4096, 2.4e-3),
+        ("ibot", 1024, 2e-3),
+        ("dinov2", 1024, 4e-3),
+        ("simdino", 512, 1e-3),
+        ("simdinov2", 1024, 4e-3),
+        ("msn", 1024, 1e-3),
+        ("deepcluster", 4096, 4.8),
+        ("pirl", 1024, 0.12),
+        ("vicregl", 512, 1e-3),
+        ("capi", 16384, 1e-3),
+    ):
         defaults = METHODS[name].defaults
         assert scaled(defaults.optimizer, defaults.learning_rate, batch) == pytest.approx(rate, rel=0.01)
 
