@@ -123,10 +123,16 @@ RECIPES: dict[str, Recipe] = {
     "dinov2_intended": _dino(0.05, (1.0, 0.1, 0.5), 0.32),
     # Assran et al. 2022, msn_vits16.yaml: colours at half of SimCLR's strength
     "msn": Recipe((_MSN,), replace(_MSN, scale=(0.05, 0.3))),
-    # Zheng et al. 2021, in solo-learn's form: the student's view is changed strongly, the target's cut and flipped
-    "ressl": Recipe((ViewSpec(), ViewSpec(jitter_probability=0.0, grayscale=0.0, blur=0.0))),
-    # Ermolov et al. 2021, in solo-learn's form
-    "wmse": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur=0.0),)),
+    # Zheng et al. 2021, data/augmentation.py: the student's view is changed as MoCo v2's, the target's cut and flipped
+    "ressl": Recipe(
+        (
+            ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)),
+            ViewSpec(scale=(0.2, 1.0), jitter_probability=0.0, grayscale=0.0, blur=0.0),
+        )
+    ),
+    # Ermolov et al. 2021, README's flags for ImageNet-100, and cfg.py's defaults, which are for CIFAR
+    "wmse": Recipe((replace(_SIMCLR, blur=0.0),)),
+    "wmse_cifar": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.1, blur=0.0),)),
     # Tong et al. 2023, dataset/datasets.py and aug.py: fixed-scale square patches
     "empssl": Recipe((_PATCH,)),
     # Balestriero and LeCun 2025, lejepa's README: one distribution of augmentations for all views

@@ -25,7 +25,10 @@ class WMSE(Method):
     )
     presets = {
         "cifar": Preset(
-            "solo-learn, scripts/pretrain/cifar/wmse.yaml", Defaults("adamw", 2e-3, 1e-6), {"whitening_size": 128}
+            "htdt/self-supervised, README: Adam, 3e-3 at batch 512, wd 1e-6",
+            Defaults("adamw", 3e-3 / 2**0.5, 1e-6),
+            {"whitening_size": 128},
+            {"recipe": "wmse_cifar"},
         )
     }
 
