@@ -1,4 +1,4 @@
-"""A method's step in float64 against a formula that is written from its paper, or from the authors' code, in plain torch.
+"""A method's step in float64 against a formula, written from its paper or by the authors' code, in plain torch.
 
 Encoders and heads are called as modules; everything behind them is the formula's own. Momentum copies and memories hold
 something of their own, so that a formula that takes the one for the other fails.

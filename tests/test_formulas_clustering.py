@@ -180,7 +180,8 @@ def test_capi(predicted: float) -> None:
         wanted = method._wanted(mask.hidden)
         assert wanted.shape[1] == max(int(mask.hidden[0].sum() * predicted), 1)
         seen = it.step.encoder(images, visible=mask.visible).tokens
-        x = torch.stack([method.predictor(*(t[None] for t in one))[0] for one in zip(seen, mask.visible, wanted)])
+        of_images = zip(seen, mask.visible, wanted, strict=True)
+        x = torch.stack([method.predictor(*(t[None] for t in one))[0] for one in of_images])
         logits = unit(x) @ unit(method.head.weight).T
         chosen = torch.stack([target[places] for target, places in zip(targets, wanted, strict=True)])
         return clustering + entropy_of(chosen, logits / 0.12).mean()
@@ -192,7 +193,7 @@ def test_capi(predicted: float) -> None:
 
 def test_capis_terms_train_their_own_part_only() -> None:
     it = exact("capi")
-    loss, notes = it.step(it.batch, 0)
+    _, notes = it.step(it.batch, 0)
     assert set(notes) >= {"loss_prediction", "loss_clustering"}
     names = [name for name, p in it.step.named_parameters() if p.requires_grad]
     parameters = [dict(it.step.named_parameters())[name] for name in names]

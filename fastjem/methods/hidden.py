@@ -22,6 +22,11 @@ class HiddenRows:
     weights: Tensor  # [M], 1 / (hidden patches of its image); 0 of those that aren't hidden and fill up
     images: int  # V B
 
+    @property
+    def count(self) -> Tensor:
+        """0-dim, how many rows are hidden patches: the others, of weight 0, fill up."""
+        return (self.weights > 0).sum()
+
     def of(self, tokens: Tensor) -> Tensor:
         """Tokens [V B, L, D] -> [M, D]."""
         return tokens.flatten(0, 1)[self.rows]

@@ -188,7 +188,7 @@ class IBOT(Method):
                 pairs="same",
                 weights=weights,
             )
-            self.patch_centre.hold_scores(mean, len(y), step)
+            self.patch_centre.hold_scores(mean, hidden.count, step)
             return loss
 
         loss = hidden.mean_over_images(cross_entropy, x)
