@@ -256,8 +256,7 @@ def test_simdinov2(masked: str) -> None:
 
 
 def test_ijepa() -> None:
-    """Assran et al. 2023, by src/train.py: smooth L1 to the target encoder's normalised patches; each block is predicted
-    by itself."""
+    """Assran et al. 2023, by src/train.py: smooth L1 to the target encoder's normalised patches, block by block."""
     it = exact("ijepa")
 
     def formula() -> Tensor:
