@@ -33,8 +33,8 @@ def solvable(x: Tensor) -> Tensor:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """[N, D] whose rows are dense, copied only where they aren't; the rows themselves may be anywhere."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    """[..., N, D] whose rows are dense, copied only where they aren't; the rows themselves may be anywhere."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def no_gradient(x: Tensor) -> Tensor:

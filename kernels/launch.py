@@ -54,7 +54,7 @@ def alignment(*matrices: Tensor) -> int:
     K = 3000 isn't, though rows of 3000 bfloat16 are whole 128-bit words.
     """
     common = 16 // min(x.element_size() for x in matrices)
-    return math.gcd(common, matrices[0].shape[1], *(x.stride(0) for x in matrices))
+    return math.gcd(common, matrices[0].shape[-1], *(stride for x in matrices for stride in x.stride()[:-1]))
 
 
 @triton.jit

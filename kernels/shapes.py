@@ -300,8 +300,8 @@ def _koleo(x, neighbors, *_):
 
 
 def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
-    _alike(op, "scores", scores)
-    _expect(op, "bias", bias, (scores.shape[1],))
+    _alike(op, "scores", scores, dims=3 if scores.dim() == 3 else 2)  # one problem, or several
+    _expect(op, "bias", bias, (*scores.shape[:-2], scores.shape[-1]))
 
 
 def _sinkhorn_step(scores, bias, *_):

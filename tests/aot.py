@@ -220,6 +220,14 @@ def _regression(d: int, dtype: str, vectors: tuple[int, int], beta: float = 2.0)
     return Case("regression", f"N x {d} beta {beta:g}", dtype, call, vectors)
 
 
+def _regression_rows(d: int, dtype: str) -> Case:
+    def call() -> None:
+        x, y = torch.zeros(9, d, dtype=DTYPES[dtype]), torch.zeros(9, d, dtype=DTYPES[dtype])
+        predictive.regression_rows(x, y, torch.zeros(5, dtype=torch.int64), torch.ones(5), 2.0, True, 1e-5, [True])
+
+    return Case("regression_rows", f"M of N x {d}", dtype, call, (1, 1))
+
+
 def _characteristic(slices: int) -> Case:
     def call() -> None:
         theta = torch.zeros(2, 300, slices)
@@ -461,6 +469,10 @@ CASES = [
     _regression(1024, "fp32", (4, 2), beta=0),
     _regression(8192, "fp32", (8, 4)),
     _regression(65_536, "bf16", (4, 1)),
+    _regression_rows(128, "bf16"),
+    _regression_rows(768, "fp32"),
+    _regression_rows(8192, "fp32"),
+    _regression_rows(65_536, "bf16"),
     _characteristic(256),
     _characteristic(21),
     _covariance("barlow_twins", 64, 512, "fp32"),

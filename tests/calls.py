@@ -89,6 +89,7 @@ FUNCTIONS = {
     "dclw": Call(_two, F.dclw),
     "supcon": Call(_labelled, F.supcon),
     "supcon-one": Call(_labelled, lambda z, y: F.supcon(z, y, anchors="one", normalize=False)),
+    "supcon-options": Call(_labelled, lambda z, y: F.supcon(z, y, hardness=0.5, temperature=0.5)),
     "supcon-mask": Call(lambda b: [leaf(2, b, D), torch.rand(b, b)], lambda z, m: F.supcon(z, mask=m)),
     "info_nce": Call(lambda b: [*_two(b), torch.randn(20, D)], F.info_nce),
     "info_nce-offset": Call(lambda b: [*_two(b), leaf(2 * b, D)], lambda a, b, q: F.info_nce(a, b, q, label_offset=0)),
@@ -165,6 +166,9 @@ FUNCTIONS = {
     "koleo": Call(lambda b: [leaf(b, D)], F.koleo),
     "mean_entropy": Call(_scores(1), F.mean_entropy),
     "sinkhorn": Call(lambda b: [torch.randn(b, K)], F.sinkhorn, False),
+    "sinkhorn-positions": Call(
+        lambda b: [torch.randn(b, 3, K)], lambda x: F.sinkhorn(x.transpose(0, 1)).transpose(0, 1), False
+    ),
     "sinkhorn_bias": Call(lambda b: [torch.randn(b, K), torch.randn(b + 1, K)], lambda *x: F.sinkhorn_bias(x), False),
     "total_coding_rate": Call(lambda b: [leaf(b, D)], F.total_coding_rate),
     "simdino": Call(lambda b: [leaf(b, D), leaf(b, D), torch.randn(b, D)], lambda s, r, t: F.simdino([s, r], [t])),

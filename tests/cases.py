@@ -760,11 +760,13 @@ LOSSES = [
     _regression(5, 37),
     _regression(9, 2050, beta=0.5),
     _regression(7, 130, beta=0),
+    _regression(3, 8200),
     _regression(7, 130, normalize=False),
     _regression(5, 96, shift=30),
     # some rows out of order, one, all of them; more than a block of a row
     _regression_rows(9, 37, [7, 0, 3, 8]),
     _regression_rows(3, 1030, [1]),
+    _regression_rows(3, 8200, [2, 0]),
     _regression_rows(4, 5, [0, 1, 2, 3], weighted=False),
     # one patch; odd numbers; negatives; more than a tile of rows, and than one tile's images
     _gram(1, 1, 1),

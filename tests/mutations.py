@@ -1,10 +1,14 @@
 """Breaks one line of a kernel at a time and runs the contract's tests on it: each must fail, or the tests don't bite.
 
 A mutation is (operator, file, line as it stands, line broken). The package is copied, changed, and put first on the
-path of a pytest process, which must find failures; a C++ mutation is compiled first.
+path of a pytest process, which must find failures; a C++ mutation is compiled first. Objects of what isn't changed are
+kept in build/mutations/.
 """
 
+import functools
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +25,7 @@ class Mutation:
     file: str
     old: str
     new: str
+    tests: str = ""  # pytest's -k, where others than the operator's own notice
 
     def __str__(self) -> str:
         return f"{self.op}: {self.file}: {self.old.strip()} -> {self.new.strip()}"
@@ -46,8 +51,8 @@ REFERENCE = [
     Mutation(
         "similarity_logsumexp",
         "kernels/contrastive/reference.py",
-        "row_ids[:, None] == column_ids",
-        "row_ids[:, None] == column_ids + 1",
+        "hidden | (row_ids[:, None] == column_ids)",
+        "hidden | (row_ids[:, None] == column_ids + 1)",
     ),
     Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
     Mutation("siglip_pairs", "kernels/contrastive/reference.py", "(1 - target) * up", "(1.001 - target) * up"),
@@ -69,15 +74,15 @@ CPU = [
     Mutation(
         "cross_entropy",
         "csrc/supervised/cross_entropy.h",
-        "block + terms_per_block, k)",
-        "block + terms_per_block - 1, k)",
+        "k);\n      W partial = 0;\n#pragma omp simd reduction(+ : partial)\n      for",
+        "k - 1);\n      W partial = 0;\n#pragma omp simd reduction(+ : partial)\n      for",
     ),
     Mutation("cross_entropy", "csrc/supervised/cross_entropy.h", " - static_cast<W>(p.scale)", ""),
     Mutation(
         "cross_entropy_rows", "csrc/supervised/cross_entropy.h", "smoothing * sum / k", "1.01 * smoothing * sum / k"
     ),
     Mutation("negative_cosine", "csrc/predictive/negative_cosine.h", "block_zz += b * b", "block_zz += a * b"),
-    Mutation("ema_update_", "csrc/weights/ema_update.h", "weight < T(0.5)", "weight <= T(1)"),
+    Mutation("ema_update_", "csrc/weights/blend.h", "weight < T(0.5)", "weight <= T(1)"),
     Mutation("lars_", "csrc/optimizers/lars.h", "momentum * buffer[j] + step", "momentum * buffer[j] + 0.999f * step"),
     Mutation("lars_", "csrc/optimizers/lars.cpp", "decay * parameter_norm", "1.001 * decay * parameter_norm"),
     Mutation("adamw_", "csrc/optimizers/adamw.h", "std::sqrt(v) * root", "std::sqrt(v * root)"),
@@ -92,7 +97,15 @@ CPU = [
     Mutation("nt_xent", "csrc/contrastive/one_tile.h", "-2 : weight", "-2 : 0.999 * weight"),
     Mutation("clip_loss", "csrc/contrastive/one_tile.h", "column_sum[j] += e;", "column_sum[j] += e + e;"),
     Mutation("info_nce", "csrc/contrastive/similarity.h", "p.rescale[i] = rescale", "p.rescale[i] = 1"),
-    Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "from = 0;", "from = 1;"),
+    Mutation("nt_xent", "csrc/contrastive/seen_tile.h", "p.of_positive() + uniform_part", "p.of_positive()"),
+    Mutation("nt_xent", "csrc/contrastive/seen_tile.h", "seen[j] > 0 ? exponential", "true ? exponential"),
+    Mutation(
+        "clip_loss", "csrc/contrastive/seen_tile.h", "probabilities - (row_uniform", "probabilities + (row_uniform"
+    ),
+    Mutation("clip_loss", "csrc/contrastive/seen_tile.h", "column[j] += e;", "column[j] += T(1.001) * e;"),
+    Mutation("clip_loss", "csrc/contrastive/seen_tile.cpp", "sums[1], sums[2]);", "sums[2], sums[1]);"),
+    Mutation("info_nce", "csrc/contrastive/seen_tile.cpp", "count + number", "count"),
+    Mutation("similarity_logsumexp", "csrc/contrastive/look.h", "from = 0;", "from = 1;"),
     Mutation("similarity_logsumexp", "csrc/contrastive/visible.h", "e * row_of_lse + row_of_total", "e * row_of_lse"),
     Mutation("siglip_loss", "csrc/contrastive/similarity.h", "sums.slope += g;", "sums.slope -= g;"),
     Mutation("siglip_pairs", "csrc/contrastive/siglip_pairs.h", "x > 0 ? 1 - target[j] : target[j]", "target[j]"),
@@ -102,6 +115,8 @@ CPU = [
         "- y[j] * target",
         "- 0.999f * y[j] * target",
     ),
+    Mutation("sinkhorn", "csrc/prototypes/sinkhorn.cpp", "+ i * width : nullptr", ": nullptr"),
+    Mutation("sinkhorn", "csrc/prototypes/sinkhorn.cpp", "index * problem_stride *", "index * row_stride *"),
     Mutation("barlow_twins", "csrc/covariance/covariance.h", "- own[k] * of_own[j]", "+ own[k] * of_own[j]"),
     Mutation("regression", "csrc/predictive/regression.h", "squares / d + eps", "squares / (d + 1) + eps"),
     Mutation("regression_rows", "csrc/predictive/regression.h", "row_weight * loss", "loss"),
@@ -116,6 +131,90 @@ CPU = [
     Mutation("vicreg", "csrc/covariance/few_rows.h", "(side ? -2 : 2) * w.lambda", "2 * w.lambda"),
     Mutation("barlow_twins", "csrc/covariance/few_rows.h", "(1 - lambda) * value - 1;", "(1 - lambda) * value;"),
     Mutation("vicreg", "csrc/covariance/covariance.h", "side ? -invariance : invariance", "invariance"),
+    Mutation(
+        "nt_xent",
+        "csrc/contrastive/small.h",
+        "std::max(std::sqrt(squares), unit_eps)",
+        "std::sqrt(squares)",
+        tests="test_quick and shorter",
+    ),
+    Mutation(
+        "nt_xent",
+        "csrc/contrastive/small.h",
+        "if (!(rows.divisors[i] <= unit_eps)) {",
+        "if (true) {",
+        tests="test_quick and shorter",
+    ),
+    Mutation("nt_xent", "csrc/contrastive/small.h", "p.decoupled && p.images == 1", "false", tests="one_image"),
+    Mutation(
+        "clip_loss",
+        "csrc/contrastive/one_tile.cpp",
+        "factor * (factor < 0 ? least : largest) - range.top",
+        "0",
+        tests="near_each_other",
+    ),
+    Mutation(
+        "clip_loss",
+        "csrc/contrastive/one_tile.cpp",
+        "part < parts; ++part) column_sum",
+        "part < 1; ++part) column_sum",
+        tests="near_each_other",
+    ),
+    Mutation("clip_loss", "csrc/contrastive/one_tile.cpp", "factor < 0 ? largest : least", "least", tests="one_shift"),
+    Mutation("kmeans_step", "csrc/neighbors/neighbors.h", "if (k % parts != part) continue;", "", tests="two_threads"),
+    Mutation(
+        "nearest_k",
+        "csrc/neighbors/neighbors.h",
+        "s[j] <= worst ? 0 : 1",
+        "s[j] > worst ? 1 : 0",
+        tests="nan_is_found and c++",
+    ),
+    Mutation("nearest_k", "csrc/neighbors/neighbors.h", "if (first > 0) {", "if (false) {"),
+    Mutation(
+        "koleo_neighbors",
+        "csrc/contrastive/koleo.h",
+        "if (!(key > best[k - 1])) return;",
+        "if (!(key >= best[k - 1])) return;",
+        tests="test_infinities and koleo_neighbors and c++",
+    ),
+    Mutation(
+        "siglip_pairs",
+        "csrc/contrastive/siglip_pairs.h",
+        "exponential(x < 0 ? x : -x)",
+        "exponential(-x)",
+        tests="test_siglip_options",
+    ),
+    Mutation(
+        "similarity_logsumexp",
+        "csrc/contrastive/visible.cpp",
+        "at<double>(total)[at_part % t.columns] +=",
+        "at<double>(total)[at_part % t.columns] =",
+        tests="test_visible and c++",
+    ),
+    *(
+        Mutation("adamw_", "csrc/optimizers/gathered.h", old, new, tests="test_optimizers_at_once")
+        for old, new in (
+            ("written_[i - 1].end > written_[i].begin", "false"),
+            ("(after - 1)->end > gradient.begin", "false"),
+            ("x->dtype == parameters_[i].dtype && ", ""),
+        )
+    ),
+    Mutation("tico", "csrc/covariance/tico.h", "? cosine - 2 * p.rho", "? cosine - 1.99 * p.rho"),
+    Mutation("tico", "csrc/covariance/tico.h", "has_length(y_divisor) ? cosine : 0.0", "0.0"),
+    Mutation("frossl", "csrc/covariance/frossl.h", "has_length(divisor) ? dots[j] : 0.0", "0.0"),
+    Mutation("frossl", "csrc/covariance/frossl.cpp", "4 / squares * scale", "3.99 / squares * scale"),
+    Mutation("w_mse", "csrc/covariance/factored.h", "gradient[i * d + j] -= mean[j]", "gradient[i * d + j] -= 0"),
+    Mutation("w_mse", "csrc/covariance/factored.h", "x[j * side + i] = x[i * side + j];", ""),
+    Mutation("total_coding_rate", "csrc/covariance/factored.cpp", "i / side * side * side", "0"),
+    Mutation(
+        "total_coding_rate", "csrc/covariance/factored.h", "static_cast<W>(diagonal)", "static_cast<W>(1.01 * diagonal)"
+    ),
+    Mutation("simdino", "csrc/covariance/simdino.h", "g[j] = sum[j] - same[j]", "g[j] = sum[j]"),
+    Mutation("simdino", "csrc/covariance/simdino.h", "has_length(divisor) ? radial", "is_global ? radial"),
+    Mutation("mmcr", "csrc/covariance/mmcr.h", "? 1 / std::sqrt(eigenvalue)", "? 0.999 / std::sqrt(eigenvalue)"),
+    Mutation("mmcr", "csrc/covariance/mmcr.h", "a[i * m + k] = cosine * x - sine * y", "a[i * m + k] = cosine * x"),
+    Mutation("mean_entropy", "csrc/prototypes/softmax_slope.cpp", "(sums)[j] / n", "(sums)[j] / (n + 1)"),
+    Mutation("mean_entropy", "csrc/prototypes/softmax_slope.h", "block[j] += e[j] * factor", "block[j] += e[j]"),
 ]
 INTERPRETER = [
     Mutation("nt_xent", "kernels/contrastive/weights.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
@@ -136,11 +235,15 @@ INTERPRETER = [
     Mutation("koleo", "kernels/contrastive/gpu_koleo.py", "total += _slope", "total += 0.99 * _slope"),
     Mutation("characteristic", "kernels/gaussian/gpu.py", "(quadrant + 1) & 2", "quadrant & 2"),
     Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),
+    Mutation("regression_rows", "kernels/predictive/regression.py", "tl.sum(loss, 1) * weight", "tl.sum(loss, 1)"),
+    Mutation("regression_rows", "kernels/predictive/regression.py", "slope *= weight[", "slope *= 0.99 * weight["),
+    Mutation("sinkhorn", "kernels/prototypes/sinkhorn.py", "row_start(problem * parts + i,", "row_start(i,"),
     Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
     Mutation("kmeans_step", "kernels/neighbors/kmeans.py", "total += b_x", "total += 0.999 * b_x"),
     Mutation("ema_update_", "kernels/weights/ema_update.py", "1.0 - tl.load(momentum)", "0.999 - tl.load(momentum)"),
-    Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 11)", "mask = part < 1"),
+    Mutation("lars_", "kernels/optimizers/lars.py", "mask = part < tl.load(line + 10)", "mask = part < 1"),
     Mutation("adamw_", "kernels/optimizers/adamw.py", "kept * p - rate", "p - rate"),
+    Mutation("lars_", "kernels/optimizers/lars.py", "tensor_at(line, 1, DTYPE", "tensor_at(line, 2, DTYPE"),
 ]
 
 
@@ -161,7 +264,8 @@ def run(mutation: Mutation, folder: Path, interpreter: bool = False) -> subproce
         _replace(package / mutation.file, mutation)
     where = "c++" if mutation.file.startswith("csrc/") else "interpreter" if interpreter else "reference"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    command += ["-k", f"{mutation.op} and {where} and (value or contiguous or update or layouts)"]
+    own = f"{mutation.op} and {where} and (value or problems or contiguous or update or layouts)"
+    command += ["-k", mutation.tests or own]
     command += ["-m", "interpreter"] if interpreter else []
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -173,25 +277,68 @@ def _replace(file: Path, mutation: Mutation) -> None:
     file.write_text(text.replace(mutation.old, mutation.new))
 
 
+FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+BESIDE = {  # what the launchers of a family call beside the operator that they are named after
+    "contrastive": [
+        "contrastive/similarity",
+        "contrastive/small",
+        "contrastive/one_tile",
+        "contrastive/visible",
+        "contrastive/seen_tile",
+        "covariance/covariance",
+    ],
+    "covariance": ["covariance/covariance", "covariance/few_rows", "covariance/factored"],
+}
+
+
 def _compile(csrc: Path, kernels: Path, mutation: Mutation) -> None:
-    """An extension with the mutated operator and what its launcher calls beside it: seconds, not minutes."""
+    """An extension with what the mutation changes and what its launchers call beside it."""
+    changed = Path(mutation.file).relative_to("csrc")
+    mutated = [str(source.with_suffix("")) for source in _sources(csrc, changed)]
+    # Every import and every backward need the last three.
+    names = [*mutated, *BESIDE.get(changed.parts[0], []), "tensors", "weights/rescale", "weights/ema_update"]
+    names = list(dict.fromkeys(names))
+    (csrc / "operators.h").write_text("".join(f"OPERATOR({Path(name).name})\n" for name in names))
+    objects = [_object(csrc, name, kernels) for name in ("bindings", *mutated)]
+    (ROOT / "build" / "mutations").mkdir(parents=True, exist_ok=True)
+    objects += [_kept_object(name) for name in names if name not in mutated]
+    (target,) = kernels.glob("_C.*.so")
+    subprocess.run(["g++", "-shared", "-fopenmp", *map(str, objects), "-o", str(target)], check=True)
+
+
+def _object(csrc: Path, name: str, folder: Path) -> Path:
     import pybind11
 
-    mutated = Path(mutation.file).relative_to("csrc").with_suffix("")
-    names = [
-        mutated,
-        Path("tensors"),
-        Path("weights/rescale"),
-        Path("weights/ema_update"),
-    ]  # every import and every backward need those
-    if mutated.parent.name == "contrastive":
-        names += [Path("contrastive") / name for name in ("similarity", "small", "one_tile")]
-    if mutated.parent.name == "covariance":
-        names += [Path("covariance/covariance"), Path("covariance/few_rows")]
-    names = list(dict.fromkeys(names))
-    (csrc / "operators.h").write_text("".join(f"OPERATOR({name.name})\n" for name in names))
-    sources = [csrc / "bindings.cpp", *(csrc / name.with_suffix(".cpp") for name in names)]
+    target = folder / f"{name.replace('/', '_')}.{os.getpid()}.o"
     includes = [f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    (target,) = kernels.glob("_C.*.so")
-    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", *includes]
-    subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
+    subprocess.run(["g++", *FLAGS, *includes, "-c", str(csrc / f"{name}.cpp"), "-o", str(target)], check=True)
+    return target
+
+
+def _kept_object(name: str) -> Path:
+    """The object of a source as it stands, compiled once for all mutations."""
+    kept = ROOT / "build" / "mutations" / f"{_content()}-{name.replace('/', '_')}.o"
+    if not kept.exists():
+        _object(ROOT / "csrc", name, kept.parent).replace(kept)
+    return kept
+
+
+@functools.cache
+def _content() -> str:
+    """Of all C++ and how it is compiled, and for which Python."""
+    digest = hashlib.sha256(repr((FLAGS, sys.version)).encode())
+    for file in sorted((ROOT / "csrc").rglob("*.*")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _sources(csrc: Path, file: Path) -> list[Path]:
+    """The .cpp files that a file reaches by including it, and itself; all relative to csrc."""
+    if file.suffix == ".cpp":
+        return [file]
+    texts = {x.relative_to(csrc): x.read_text() for x in csrc.rglob("*.*")}
+    includes = {x: set(map(Path, re.findall(r'(?:include|FASTJEM_KERNEL) "(.+)"', y))) for x, y in texts.items()}
+    reached = {file}
+    while more := {x for x, of in includes.items() if of & reached} - reached:
+        reached |= more
+    return sorted(x for x in reached if x.suffix == ".cpp" and x.name != "bindings.cpp")

@@ -152,3 +152,47 @@ def clip_loss(x: Tensor, y: Tensor, logit_scale: float | Tensor, **given) -> Ten
     of_x = losses_of_logits(similarities * scale[:, None], pair, negative & ~exclude, hard, scale, options)
     of_y = losses_of_logits(similarities.T * scale[:, None], pair, negative & ~back, None, scale, options)
     return reduced((of_x + of_y) / 2, options)
+
+
+def supcon(
+    z: Tensor,  # [V, N, D]
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    anchors: str = "all",
+    normalize: bool = True,
+    **given,
+) -> Tensor:
+    """Khosla et al. 2020, equation 2: candidates are positives, by mask or labels, and negatives."""
+    options = NO_OPTIONS | given
+    v, n, _ = z.shape
+    rows = (TF.normalize(z, dim=2) if normalize else z).flatten(0, 1)
+    inverse = 1 / _per_row(temperature, rows)
+    logits = rows @ rows.T * inverse[:, None]
+    if mask is None:
+        mask = torch.eye(n) if labels is None else (labels[:, None] == labels)
+    itself = torch.eye(v * n, dtype=torch.bool, device=z.device)
+    of_other_image = ~torch.eye(n, dtype=torch.bool, device=z.device)
+    exclude = torch.zeros_like(of_other_image) if options["exclude"] is None else options["exclude"].expand(n, n)
+    candidate = ~(exclude & of_other_image).repeat(v, v) & ~itself
+    weight = mask.to(z).repeat(v, v) * candidate
+    negative = candidate & (weight == 0)
+    hard = options["hard_negatives"]
+    if hard is not None:
+        hard = (TF.normalize(hard, dim=2) if normalize else hard).repeat(v, 1, 1)
+        logits = torch.cat([logits, (hard @ rows[:, :, None])[:, :, 0] * inverse[:, None]], 1)
+        added = torch.ones(v * n, hard.shape[1], dtype=torch.bool, device=z.device)
+        candidate = torch.cat([candidate, added], 1)
+        negative = torch.cat([negative, added], 1)
+        weight = torch.cat([weight, torch.zeros_like(added, dtype=z.dtype)], 1)
+    mass = candidate.to(z)
+    hardness = options["hardness"]
+    if hardness:
+        share = (hardness * logits).masked_fill(~negative, -math.inf).softmax(1) * negative.sum(1, keepdim=True)
+        mass = torch.where(negative, share, mass)
+    log = (logits.masked_fill(~candidate, -math.inf) + torch.where(candidate, mass, 1).log()).logsumexp(1)
+    counts = weight.sum(1)
+    some = counts > 0
+    positives = (weight * logits).sum(1) / torch.where(some, counts, 1)
+    losses = torch.where(some, log - positives, 0).view(v, n)
+    return reduced(losses if anchors == "all" else losses[:1], options)

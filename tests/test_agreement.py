@@ -46,6 +46,10 @@ def supcon(a, b, group, rows):
     return F.supcon(torch.stack([a, b]), LABELS[rows], group=group)
 
 
+def supcon_with_options(a, b, group, rows):
+    return F.supcon(torch.stack([a, b]), LABELS[rows], hardness=0.5, temperature=0.5, group=group)
+
+
 def codes(a, b, group, rows):
     """Sums of squares, as codes themselves are of this rank's rows."""
     bias = F.sinkhorn_bias([a, b], group=group)
@@ -66,6 +70,7 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "nt_xent of views": lambda a, b, group, rows: F.nt_xent(torch.stack([a, b, a + b]), group=group),
     "dcl": lambda a, b, group, rows: F.dcl(a, b, group=group),
     "supcon": supcon,
+    "supcon with options": supcon_with_options,
     "clip_loss": lambda a, b, group, rows: F.clip_loss(a, b, 2.0, group=group),
     "siglip_loss": lambda a, b, group, rows: F.siglip_loss(a, b, 2.0, -1.0, group=group),
     "barlow_twins": lambda a, b, group, rows: F.barlow_twins(a, b, group=group),

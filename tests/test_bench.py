@@ -45,6 +45,7 @@ def small(op: str) -> Case:
         "clip_loss": lambda: all_cases.contrastive.image_text_case("clip_loss", 9, 11),
         "siglip_loss": lambda: all_cases.contrastive.image_text_case("siglip_loss", 9, 11),
         "sinkhorn": lambda: all_cases.prototypes.sinkhorn_case(9, 11),
+        "sinkhorn of positions": lambda: all_cases.prototypes.positions_case(3, 9, 11),
         "sinkhorn_bias": lambda: all_cases.prototypes.sinkhorn_bias_case(9, 11),
         "prototype_head_cross_entropy": lambda: all_cases.prototypes.head_case(2, 5, 9, 31, 11),
         "koleo": lambda: all_cases.prototypes.koleo_case(9, 11),
@@ -77,7 +78,7 @@ OPS = (
 )
 OPS += ("barlow_twins", "vicreg", "nearest_neighbors", "clip_loss", "siglip_loss", "sinkhorn_bias")
 OPS += ("kmeans_step", "nearest_k", "gram_loss", "regression_rows", "simdino")
-OPS += ("prototype_head_cross_entropy", "koleo", "mean_entropy")
+OPS += ("prototype_head_cross_entropy", "koleo", "mean_entropy", "sinkhorn of positions")
 
 
 # What is timed ------------------------------------------------------------------------------------------------------

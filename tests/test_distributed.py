@@ -86,6 +86,25 @@ def clip_of_rows(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor
     return F.clip_loss(z0, z1, scale, exclude=z0.detach()[:, 5] > 1, **options_of(z0), group=group)
 
 
+def supcon_with_options(z0: torch.Tensor, z1: torch.Tensor, group=None, anchors: str = "all") -> torch.Tensor:
+    """Classes go across ranks; a temperature of each row, and each rank's losses are weighed and added by hand."""
+    options = options_of(z0)
+    given = {"exclude": z0.detach()[:, 5] > 1, "hard_negatives": options["hard_negatives"], "hardness": 0.5}
+    labels = options["ids"]
+    mean = F.supcon(
+        torch.stack([z0, z1]),
+        labels,
+        anchors=anchors,
+        weights=options["weights"],
+        temperature=0.4,
+        group=group,
+        **given,
+    )
+    temperature = 0.3 + z1[:, 6].square()
+    losses = F.supcon(torch.stack([z0, z1]), labels, temperature=temperature, reduction="none", group=group)
+    return mean + collectives.sum_of_ranks((losses * z0.detach()[:, 0]).sum(), group)
+
+
 # Of 8 and 11 rows and 7 columns, Barlow Twins adds squares and VICReg gathers rows; the narrow and wide ones differ.
 LOSSES = {
     "tico": lambda z0, z1, group=None: F.tico(z0, z1, group=group)[0],
@@ -100,6 +119,8 @@ LOSSES = {
     "nt_xent_prefixes": nt_xent_of_prefixes,
     "clip_prefixes": clip_of_prefixes,
     "dcl_options": partial(F.dcl, false_negative_margin=0.5, prior=0.1),
+    "supcon_options": supcon_with_options,
+    "supcon_one_anchor": partial(supcon_with_options, anchors="one"),
     "clip_options": clip_with_options,
     "clip_rows": clip_of_rows,
     "barlow_twins": partial(seen, "barlow_twins"),

@@ -15,10 +15,7 @@ from fastjem.collectives import Agreement
 
 ROWS = 12  # more than D, by which some losses choose their form
 
-# What these are made of has a ring of ranks in its backward; they are refused in words.
-WITH_OPTIONS = [name for name in CALLS if name.endswith("-options")]
-LOSSES = {name: call for name, call in CALLS.items() if call.differentiable and name not in WITH_OPTIONS}
-EXPORTED = {name: call for name, call in CALLS.items() if call.differentiable}
+LOSSES = {name: call for name, call in CALLS.items() if call.differentiable}
 OTHERS = [
     name for name in CALLS if not CALLS[name].differentiable and name not in ("MemoryBankModule", "NNMemoryBankModule")
 ]
@@ -95,7 +92,7 @@ def test_batched_gradients(name):
     inputs = case.make(ROWS)
     loss = _function(case)(*inputs)
     upstream = torch.tensor([1.0, -2.0, 0.5], dtype=loss.dtype)
-    if name in ("siglip_loss-ids", "cross_entropy-rows"):
+    if name == "cross_entropy-rows" or name.endswith("-options"):
         op = name.split("-")[0]
         with pytest.raises(NotImplementedError, match=f"{op}: with options, gradients must be asked for one"):
             torch.autograd.grad(loss, [inputs[i] for i in places], upstream, is_grads_batched=True)
@@ -129,14 +126,6 @@ def test_vmap_of_a_loss_and_of_its_gradient(name):
     expected = tuple(torch.stack(of_input) for of_input in zip(*of_each, strict=True))
     _close(vmap(gradient, randomness="same")(*both), expected)
     _close(grad(lambda *x: vmap(function, randomness="same")(*x).sum(), argnums=places)(*both), expected)
-
-
-@pytest.mark.parametrize("name", WITH_OPTIONS)
-def test_options_are_refused_in_words(name):
-    case = CALLS[name]
-    inputs = [x.detach() for x in case.make(ROWS)]
-    with pytest.raises(NotImplementedError, match=r"transforms of torch.func are not supported with options"):
-        grad(case.call)(*inputs)
 
 
 def test_autograd_around_vmap():
@@ -257,7 +246,7 @@ class _Module(torch.nn.Module):
 
 def _check_export(name: str, strict: bool) -> None:
     """An exported loss, made of one batch, gives another batch its loss."""
-    case = EXPORTED[name]
+    case = LOSSES[name]
     torch.manual_seed(0)
     inputs, others = ([x.detach() for x in case.make(n)] for n in (ROWS, ROWS + 5))
     shapes = tuple(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO) for x in inputs)
@@ -272,7 +261,7 @@ def _check_export(name: str, strict: bool) -> None:
 
 
 SLOW_EXPORTS = ("VICRegLLoss",)  # 8 and 13 s
-QUICK = [name for name in EXPORTED if name not in SLOW_EXPORTS]
+QUICK = [name for name in LOSSES if name not in SLOW_EXPORTS]
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -5,6 +5,7 @@ import torch
 from conftest import HAS_GPU
 
 import fastjem.functional as F
+from fastjem import optim
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
 
@@ -93,6 +94,29 @@ def test_ema_update_in_a_graph_follows_its_momentum():
     graph.replay()
     for t, e in zip(teacher, expected, strict=True):
         torch.testing.assert_close(t, e, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, optim.LARS])
+def test_a_step_with_new_gradients_waits_for_nothing(make):
+    """Their addresses are copied from pinned memory; the table isn't made again."""
+    parameters = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (5, 1000, 70_001)]
+    gradients = [[torch.randn_like(p) for p in parameters] for _ in range(4)]
+    optimizer = make(parameters)
+
+    def step(i: int) -> None:
+        for p, g in zip(parameters, gradients[i], strict=True):
+            p.grad = g
+        optimizer.step()
+
+    step(0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(1, 4):
+            step(i)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in parameters)
 
 
 def test_offsets_past_2_31_elements():

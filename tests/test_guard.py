@@ -129,9 +129,10 @@ def test_empty_rows_are_refused_where_work_is_divided_by_them():
 
 def test_sinkhorn_of_no_rows_adds_nothing_to_the_other_ranks(implementation):
     step = torch.ops.fastjem.sinkhorn_step
-    for bias in (None, torch.zeros(4, dtype=torch.float64, device=implementation.device)):
-        none = step(torch.empty(0, 4, device=implementation.device), bias, 0.05)
-        assert torch.equal(none.cpu(), torch.full((4,), -torch.inf, dtype=torch.float64))
+    for problems in ((), (3,)):
+        for bias in (None, torch.zeros(*problems, 4, dtype=torch.float64, device=implementation.device)):
+            none = step(torch.empty(*problems, 0, 4, device=implementation.device), bias, 0.05)
+            assert torch.equal(none.cpu(), torch.full((*problems, 4), -torch.inf, dtype=torch.float64))
 
 
 def test_every_operator_with_a_kernel_says_what_its_arguments_must_be():

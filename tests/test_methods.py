@@ -68,7 +68,7 @@ SMALL = {
     "deepcluster": {"hidden": 16, "dim": 8, "prototypes": 4},
     "smog": {"hidden": 16, "dim": 8, "groups": 6, "queue": 24},
     "pirl": {"dim": 8},
-    "vicregl": {"hidden": 16, "dim": 16, "local_hidden": 8, "local_dim": 8},
+    "vicregl": {"hidden": 16, "local_hidden": 8, "local_dim": 8},
     "all4one": {"hidden": 16, "dim": 8, "predictor_hidden": 16, "queue": 24, "heads": 2, "layers": 1},
     "capi": {"clusters": 8, "predictor_width": 16, "predictor_depth": 1},
 }

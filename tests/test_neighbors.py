@@ -157,6 +157,33 @@ def test_values_that_are_equal_are_in_the_order_of_the_bank_and_nan_is_the_neare
 
 
 @pytest.mark.parametrize("op", ["nearest_k"])
+def test_value_that_is_nan_is_found_behind_the_first_columns(op, implementation):
+    """The k best are full by then, and C++ looks into a block of columns only where one of them is better."""
+    if INTERPRETING:
+        pytest.skip("C++'s blocks")
+    bank = -torch.ones(200, 4, device=implementation.device)
+    bank[:5] = 1
+    bank[150] = math.nan
+    _, index = F.nearest_rows(bank[:3], bank, k=5)
+    assert index[:, 0].tolist() == [150] * 3
+
+
+@pytest.mark.parametrize("op", ["kmeans_step"])
+def test_values_of_kmeans_by_two_threads(op, implementation):
+    if INTERPRETING:
+        pytest.skip("C++'s threads")
+    x, first = drawn(900, 48), drawn(6, 48, seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = F.kmeans(x.to(implementation.device), first.to(implementation.device), iterations=1, spherical=False)
+    finally:
+        torch.set_num_threads(before)
+    for got, expected in zip(found, lloyd(x, first, 1, False), strict=True):
+        torch.testing.assert_close(got.cpu().double(), expected.double(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", ["nearest_k"])
 def test_values_of_votes_are_wu_et_als(op, implementation):
     query, bank, labels = drawn(11, 6), drawn(90, 6, seed=1), torch.arange(90) % 7
     truth = nearest(query, bank, 15)

@@ -133,14 +133,32 @@ def test_a_scale_of_next_to_nothing_without_a_tile(scale, dtype):
         torch.testing.assert_close(got, truth.to(got.dtype), rtol=1e-5, atol=1e-9)
 
 
-def test_what_one_shift_is_too_little_for_goes_the_long_way(taken):
+@pytest.mark.parametrize("scale", [400.0, -400.0])
+def test_what_one_shift_is_too_little_for_goes_the_long_way(scale, taken):
     x, y = pair(71, 67, torch.float32)
-    inputs = [x, y.flip(0), number(400.0).float()]
+    inputs = [x, y.flip(0), number(scale).float()]
     results = run(F.clip_loss, inputs, range(3))
     truths = run(clip, [z.double() for z in inputs], range(3))
     for got, truth in zip(results, truths, strict=True):
         assert (got.double() - truth).norm() <= 1e-4 * truth.norm()
     assert taken == [False]
+
+
+def test_logits_far_from_0_but_near_each_other_take_one_shift(taken):
+    """Two threads have columns' sums of their own. (exp(100) is infinite in float32.)"""
+    x, y = pair(131, 67)
+    inputs = [torch.nn.functional.normalize(z * 0.01 + x[:1], dim=1).float() for z in (x, y)]
+    inputs = [*inputs, number(100.0).float()]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = run(F.clip_loss, inputs, range(3))
+    finally:
+        torch.set_num_threads(before)
+    truths = run(clip, [z.double() for z in inputs], range(3))
+    for got, truth in zip(results, truths, strict=True):
+        assert (got.double() - truth).norm() <= 1e-3 * truth.norm() + 1e-6
+    assert taken == [True]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

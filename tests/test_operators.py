@@ -243,7 +243,7 @@ MISTAKES = [
         lambda: F.info_nce(X, X, torch.zeros(7, 3)),
         "info_nce: query and positive must be [N, D] both, negatives [K, D], got (3, 4) and (7, 3)",
     ),
-    (lambda: F.sinkhorn(torch.zeros(3, 4, 5)), "sinkhorn: scores must be [B, K], got (3, 4, 5)"),
+    (lambda: F.sinkhorn(torch.zeros(4)), "sinkhorn: scores must be [B, K] or [P, B, K], got (4,)"),
     (lambda: F.sinkhorn(X, iterations=-1), "sinkhorn: iterations must be at least 0, got -1"),
     (lambda: F.sinkhorn_bias(X, iterations=0), "sinkhorn_bias: iterations must be at least 1, got 0"),
     (lambda: F.sinkhorn_bias(X, epsilon=-1), "sinkhorn_bias: epsilon must be a positive finite number, got -1"),

@@ -252,6 +252,39 @@ def test_update_has_the_same_bits_for_any_number_of_threads(op, dtype, implement
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("op", ["lars_", "adamw_"])
+def test_update_follows_gradients_that_move(op, implementation, monkeypatch):
+    """New gradients at each step, of either alignment, then the first ones again: the same numbers as of one step each
+    with tensors of their own. On a GPU the table is made once for each alignment, and addresses copied for new ones.
+    """
+    device = implementation.device
+    made: list[str] = []
+    if implementation.name == "triton":
+        from fastjem.kernels.optimizers import tables
+
+        make, to_device = tables._tables, tables._to_device
+        monkeypatch.setattr(tables, "_tables", lambda *given: made.append("table") or make(*given))
+        monkeypatch.setattr(tables, "_to_device", lambda *given: made.append("copy") or to_device(*given))
+    mine, yours = ([tensors(0, device), tensors(1, device), [x.abs() for x in tensors(2, device)]] for _ in range(2))
+    steps = [[torch.ones((), device=device) for _ in SHAPES] for _ in range(2)]
+    gradients = [tensors(3 + i, device) for i in range(2)]
+    gradients.append([torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in tensors(5, device)])
+    copies = []
+    for g in [*gradients, gradients[0]]:
+        before = len(made)
+        call(op, mine[0], g, *mine[1:], [], device, steps=steps[0])
+        copies.append(made[before:])
+        moved = [[x.clone() for x in one] for one in yours]
+        call(op, moved[0], [x.clone() for x in g], *moved[1:], [], device, steps=steps[1])
+        for one, other in zip(yours, moved, strict=True):
+            for x, y in zip(one, other, strict=True):
+                x.copy_(y)
+    assert all(map(torch.equal, mine[0], yours[0]))
+    if implementation.name == "triton":
+        assert "table" in copies[0] and copies[1] == ["copy"] and copies[3] == [], copies
+        assert "table" in copies[2], copies  # odd addresses: other kernels
+
+
 # The optimisers ------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, tuple[Callable, Callable]] = {

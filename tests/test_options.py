@@ -1,6 +1,7 @@
 """Options of contrastive losses, in many combinations, against formulas of all N x N logits (option_formulas.py)."""
 
 import random
+from typing import Any
 
 import numpy as np
 import option_formulas as formulas
@@ -211,14 +212,48 @@ def test_freed_memory_is_refused(name):
         F.nt_xent(drawn(2, N, D), **{name: options[name]})
 
 
-def test_forward_mode_and_transforms_are_refused():
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("op", ["nt_xent", "clip_loss", "info_nce"])
+def test_transforms(op, seed):
+    """The gradient by torch.func, and that of each of a batch, are autograd's."""
+    draw = Draw(seed)
+    options = some_options(draw, (draw.bools(N, K if op == "info_nce" else N),), None)
+    rows = [draw.normal(N, D), draw.normal(N, D), draw.normal(K, D)][: 3 if op == "info_nce" else 2]
+    if op == "info_nce" and "ids" in options:
+        options["negative_ids"] = draw.ids(K)
+    number = draw.uniform() / 2 + 0.5
+    name = "logit_scale" if op == "clip_loss" else "temperature"
+
+    def loss(learned, *x):
+        given: dict[str, Any] = {name: learned, **options}
+        return getattr(F, op)(*x, **given).square().sum()
+
+    places = tuple(range(1 + len(rows)))
+    leaves = [x.clone().requires_grad_() for x in (number, *rows)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.func.grad(loss, argnums=places)(number, *rows)
+    batched = [torch.stack([x, 0.9 * x]) for x in (number, *rows)]
+    of_each = torch.func.vmap(torch.func.grad(loss, argnums=places))(*batched)
+    for x, y, z in zip(got, expected, of_each, strict=True):
+        torch.testing.assert_close(x, y)
+        torch.testing.assert_close(z[0], y)
+
+
+def test_a_transform_of_weights():
+    z = drawn(2, N, D)
+    weights = Draw(1).uniform(3, N)
+    got = torch.func.vmap(lambda w: F.nt_xent(z, weights=w))(weights)
+    torch.testing.assert_close(got, torch.stack([F.nt_xent(z, weights=w) for w in weights]))
+
+
+def test_what_there_is_no_rule_for_is_refused():
     z = drawn(2, N, D)
     leaf = z.clone().requires_grad_()
     with pytest.raises(NotImplementedError, match="with options, gradients must be asked for one by one"):
         torch.autograd.grad(F.nt_xent(leaf, label_smoothing=0.1), leaf, torch.ones(2), is_grads_batched=True)
-    with pytest.raises(NotImplementedError, match=r"nt_xent: transforms of torch\.func are not supported with options"):
-        torch.func.vmap(lambda weights: F.nt_xent(z, weights=weights))(torch.ones(3, N))
     with pytest.raises(NotImplementedError, match="nt_xent: forward-mode"):
         torch.func.jvp(lambda x: F.nt_xent(x, label_smoothing=0.1), (z,), (z,))
-    with pytest.raises(NotImplementedError, match=r"nt_xent: transforms of torch\.func are not supported with options"):
-        torch.func.grad(lambda x: F.nt_xent(x, label_smoothing=0.1))(z)
+    with pytest.raises(NotImplementedError, match="supcon: forward-mode"):
+        torch.func.jvp(lambda x: F.supcon(x, hardness=0.1), (z,), (z,))
+    with pytest.raises(RuntimeError, match="nt_xent: differentiable once only, got a second derivative"):
+        torch.func.jacrev(torch.func.grad(lambda x: F.nt_xent(x, label_smoothing=0.1)))(z)

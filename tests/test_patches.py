@@ -34,7 +34,7 @@ def test_capis_loss_is_made_of_a_bias_for_each_position():
     """docs/drop-in.md's lines: codes by position, over images, of the masked patches alone."""
     scores, predictions = drawn(6, 5, 9), drawn(6, 5, 9, seed=1).requires_grad_()
     rows, _ = F.masked_rows(drawn(6, 5, seed=2) > 0.3)
-    bias = torch.stack([F.sinkhorn_bias(s, epsilon=0.3) for s in scores.transpose(0, 1).contiguous()])
+    bias = F.sinkhorn_bias(scores.transpose(0, 1), epsilon=0.3)
     logits = (scores / 0.3 + bias).flatten(0, 1)[rows]
     chosen = predictions.flatten(0, 1)[rows]
     loss = F.prototype_cross_entropy(
@@ -49,19 +49,23 @@ def test_capis_loss_is_made_of_a_bias_for_each_position():
     torch.testing.assert_close(torch.autograd.grad(loss, predictions)[0], torch.autograd.grad(truth, predictions)[0])
 
 
-def test_rows_of_no_weight_may_be_any_and_rows_out_of_range_are_refused(implementation):
-    x = drawn(4, 3).float().to(implementation.device).requires_grad_()
-    rows = torch.tensor([1, 3, 3, 3], device=x.device)
+@pytest.mark.parametrize("width", [3, 8200])  # in registers, and longer than that
+def test_rows_of_no_weight_may_be_any_and_rows_out_of_range_are_refused(width, implementation):
+    x = drawn(4, width).float().to(implementation.device)
+    x[2] = torch.nan
+    x.requires_grad_()
+    rows = torch.tensor([1, 3, 2, 3], device=x.device)
     weights = torch.tensor([1.0, 0.5, 0.0, 0.0], device=x.device)
     loss = F.regression(x, x.detach() * 2, rows=rows, weights=weights)
     torch.testing.assert_close(loss, F.regression(x, x.detach() * 2, rows=rows[:2], weights=weights[:2]))
     loss.backward()
     assert x.grad[[1, 3]].any(1).all() and not x.grad[[0, 2]].any()
-    if implementation.device == "cpu" and implementation.name != "reference":  # Triton has none, and C++ runs
-        with pytest.raises(ValueError, match=r"regression_rows: rows must be in \[0, 4\), got 4 at 0"):
-            F.regression(x, x, rows=rows[:1] + 3)
-    else:
-        assert F.regression(x, x, rows=rows[:1] + 3).isnan()
+    for outside in (4, -1):
+        if implementation.name == "c++":
+            with pytest.raises(ValueError, match=rf"regression_rows: rows must be in \[0, 4\), got {outside} at 0"):
+                F.regression(x, x, rows=rows[:1] * 0 + outside)
+        else:
+            assert F.regression(x, x, rows=rows[:1] * 0 + outside).isnan()
 
 
 @pytest.mark.parametrize("rows, width", [(9, 5), (5, 9)])

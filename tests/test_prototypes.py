@@ -157,6 +157,33 @@ def test_bias_gives_the_codes_and_takes_a_batch_in_parts(op, implementation):
     torch.testing.assert_close(parts, bias, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", ["sinkhorn"])
+@pytest.mark.parametrize("samples_first", [False, True])
+@pytest.mark.parametrize("problems, n, k", [(1, 1, 1), (3, 9, 41), (2, 140, 5), (5, 3, 301)])
+def test_sinkhorn_of_several_problems_is_that_of_each(
+    problems, n, k, samples_first, op, implementation, poisoned, monkeypatch
+):
+    """As they lie in [B, P, K], where a problem's rows are far apart; with scores near each other, and not."""
+    if k > 300:  # as rows that are too long for registers
+        monkeypatch.setattr("fastjem.kernels.tiling.sinkhorn_rows", lambda *_: None)
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(n, problems, k, generator=g, dtype=torch.float64).float() * 0.1
+    scores[:, 0] *= 40
+    scores = scores.to(implementation.device).transpose(0, 1)
+    options = {"epsilon": 0.05, "normalize_samples_first": samples_first}
+    expected = torch.stack([log_sinkhorn(x.cpu().double(), 0.05, 3, samples_first) for x in scores])
+    codes = F.sinkhorn(scores, **options)
+    torch.testing.assert_close(codes.cpu().double(), expected, rtol=2e-4, atol=1e-6)
+    bias = F.sinkhorn_bias(scores, **options)
+    assert bias.shape == (problems, k)
+    in_parts = F.sinkhorn_bias([scores[:, : n // 2 + 1], scores[:, n // 2 + 1 :]], **options) if n > 1 else bias
+    for f in (bias, in_parts):
+        codes = (scores.double() / 0.05 + f.double()[:, None]).softmax(2)
+        torch.testing.assert_close(codes.cpu(), expected, rtol=3e-4, atol=1e-5)
+    none = F.sinkhorn(scores, iterations=0, **options)
+    torch.testing.assert_close(none, torch.stack([F.sinkhorn(x, iterations=0, **options) for x in scores]))
+
+
 @pytest.mark.parametrize("op", ["sinkhorn_step"])
 def test_potentials_of_a_batch_in_parts_are_float64(op, implementation):
     """A float32 potential of 600,000 would be off by 0.03."""
@@ -303,10 +330,15 @@ def test_neighbours_out_of_range_are_refused():
 
 
 MISTAKES = [
+    (
+        lambda: F.sinkhorn_bias([torch.zeros(2, 3, 4), torch.zeros(3, 3, 4)]),
+        "sinkhorn_bias: scores must be [B, K] or [P, B, K] with the same P and K, got (2, 3, 4) and (3, 3, 4)",
+    ),
+    (lambda: F.sinkhorn(torch.zeros(2, 0, 4)), "sinkhorn: scores must be [B, K] or [P, B, K], got (2, 0, 4)"),
     (lambda: F.sinkhorn_bias([]), "sinkhorn_bias: scores must be [B, K], or a list of them, got list"),
     (
         lambda: F.sinkhorn_bias([torch.zeros(2, 3), torch.zeros(2, 4)]),
-        "sinkhorn_bias: scores must be [B, K] with the same K, got (2, 3) and (2, 4)",
+        "sinkhorn_bias: scores must be [B, K] or [P, B, K] with the same P and K, got (2, 3) and (2, 4)",
     ),
     (lambda: F.sinkhorn(torch.ones(2, 3), dtype=torch.int8), "sinkhorn: dtype must be floating-point, got torch.int8"),
     (lambda: F.koleo(torch.zeros(3)), "koleo: x must be [N, D], got (3,)"),

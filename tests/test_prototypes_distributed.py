@@ -90,6 +90,11 @@ def check_rank(rank: int, world: int, store: str) -> None:
 
     for codes in (F.sinkhorn, partial(F.sinkhorn, iterations=10, epsilon=0.3, normalize_samples_first=True)):
         torch.testing.assert_close(codes(everything[0][mine], group=group), codes(everything[0])[mine])
+    positions = torch.stack(everything)
+    torch.testing.assert_close(F.sinkhorn(positions[:, mine], group=group), F.sinkhorn(positions)[:, mine])
+    nothing = positions[:, mine] if rank else positions[:, :0]  # a rank without images
+    bias = F.sinkhorn_bias(positions[:, SIZES[world][0] :])
+    torch.testing.assert_close(F.sinkhorn_bias(nothing, group=group), bias)
     parts = F.sinkhorn_bias([x[mine] for x in everything], group=group)
     torch.testing.assert_close(parts, F.sinkhorn_bias(torch.cat(everything)))
 

@@ -79,6 +79,25 @@ def test_the_long_way_comes_to_the_same(call):
         torch.testing.assert_close(quick, results(call, inputs), rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-14])
+@pytest.mark.parametrize("name", ["nt_xent", "dcl", "supcon", "info_nce"])
+def test_rows_shorter_than_what_they_are_divided_by_at_the_least(name, size):
+    inputs = pair(4, 16, dtype=torch.float64)
+    with torch.no_grad():
+        inputs[0][1] *= size
+    quick = results(CALLS[name], inputs)
+    with direct.off():
+        torch.testing.assert_close(quick, results(CALLS[name], inputs), rtol=1e-7, atol=1e-12)
+
+
+def test_one_image_has_no_candidates_in_dcl():
+    inputs = pair(1, 16, dtype=torch.float64)
+    loss, *gradients = results(F.dcl, inputs)
+    assert loss == -math.inf
+    with direct.off():
+        torch.testing.assert_close(gradients, results(F.dcl, inputs)[1:], rtol=1e-7, atol=1e-12)
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("place", [(0, 0), (3, 2), slice(None)], ids=["first", "one", "all"])
 @by_call
@@ -254,6 +273,8 @@ def test_freed_memory_is_refused(name, left):
         (lambda x, y: F.info_nce(x, y, y[:, :3]), "info_nce: query and positive"),
         (lambda x, y: F.info_nce(x, y[:2], y), "info_nce: query and positive"),
         (lambda x, y: F.clip_loss(x, y[:, :5], SCALE), "clip_loss: x and y"),
+        (lambda x, y: F.info_nce(x, y, y[:, :3].contiguous()), "info_nce: query and positive"),
+        (lambda x, y: F.clip_loss(x, y[:3], SCALE), "clip_loss: x and y"),
         (lambda x, y: F.supcon(x[None], LABELS[:3]), "supcon: labels must be"),
         (lambda x, y: F.cross_entropy(x, LABELS[:3]), "cross_entropy: labels must be"),
         (lambda x, y: F.cross_entropy(x, LABELS + 14), "labels must be in"),

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "contrastive/tile.h"
 
 namespace fastjem {
 
@@ -33,13 +33,6 @@ struct OneTileSums {
 namespace fastjem {
 
 namespace py = pybind11;
-
-// Logits less the shift are between -bottom and top: sums of exponentials are normal numbers. The shift is 0 where it
-// can be, as the exponents' rounding errors are in proportion to their size.
-struct Range {
-  double top, bottom;
-  explicit Range(Dtype dtype) : top(dtype == Dtype::float64 ? 600 : 70), bottom(dtype == Dtype::float64 ? 700 : 80) {}
-};
 
 // The sum of the rows' losses, and of the columns' where they aren't the rows. In place of the similarities come the
 // weights of the gradient, if they are wanted: `weights @ columns` is the rows' gradient over the factor, and

@@ -64,4 +64,12 @@ void in_parts(int64_t rows, int64_t parts, F&& f) {
   for (int64_t part = 0; part < parts; ++part) f(rows * part / parts, rows * (part + 1) / parts, part);
 }
 
+// Of a tile that holds all logits of a loss, with one shift. Logits less the shift are between -bottom and top: sums of
+// exponentials are normal numbers. The shift is 0 where it can be, as the exponents' rounding errors are in proportion
+// to their size.
+struct Range {
+  double top, bottom;
+  explicit Range(Dtype dtype) : top(dtype == Dtype::float64 ? 600 : 70), bottom(dtype == Dtype::float64 ? 700 : 80) {}
+};
+
 }  // namespace fastjem

@@ -1,16 +1,6 @@
-#include "contrastive/tile.h"
+#include "contrastive/seen.h"
 
 namespace fastjem {
-
-// Which columns a row sees, and which rows a column sees: kernels/contrastive/visible.py says it in words. Vectors are
-// of all rows and all columns, not of a tile's; logits are similarities (a factor of 1).
-struct Visible {
-  const int64_t *row_ids, *column_ids;                    // or null both
-  const uint8_t* exclude;                                 // or null; it repeats in both directions
-  int64_t exclude_rows, exclude_columns, exclude_stride;  // its size, and how far apart its rows are
-  const void* row_limit;                                  // or null
-  const void* column_limit;                               // not null where columns have sums or slopes
-};
 
 // As `SimilaritySums`, with totals and counts of what is seen, or null.
 struct VisibleSums {
@@ -34,15 +24,6 @@ struct VisibleSlopes {
 #include "contrastive/add_columns.h"
 
 namespace fastjem {
-
-// As Python hands it over: row_ids, column_ids, exclude, its rows, columns and stride, row_limit, column_limit.
-using VisibleArguments = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>;
-
-static Visible visible(const VisibleArguments& given) {
-  const auto& [row_ids, column_ids, exclude, rows, columns, stride, row_limit, column_limit] = given;
-  return {at<const int64_t>(row_ids), at<const int64_t>(column_ids), at<const uint8_t>(exclude), rows, columns, stride,
-          at<const void>(row_limit),  at<const void>(column_limit)};
-}
 
 // (maximum, sum, total, count), each [rows] or [columns] of the tile; the last two are 0 where no totals are wanted,
 // all are where the side has no sums.

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "covariance/columns.h"
 
 namespace fastjem {
 
@@ -53,29 +53,12 @@ struct Correlation {
   double* column_squares;  // [parts, width]: the same of columns, of a part of the rows
 };
 
-constexpr int64_t max_columns = 256;
-
-// Columns are computed by blocks of this width: 64 or more, as each row's piece is a jump in memory, and not so many
-// that all rows of a block outgrow the L2 cache.
-inline int64_t columns_at_a_time(int64_t rows) {
-  return std::max<int64_t>(64, std::min(max_columns, 65536 / rows / 64 * 64));
-}
-
 }  // namespace fastjem
 
 #define FASTJEM_KERNEL "covariance/covariance.h"
 #include "each_isa.h"
 
 namespace fastjem {
-
-// Calls f(begin, end) for parts of the columns, of whole blocks.
-template <class F>
-static void for_columns(int64_t rows, int64_t width, int threads, F&& f) {
-  const int64_t step = columns_at_a_time(rows);
-  const int64_t blocks = (width + step - 1) / step;
-  parallel_for(blocks, 1 + 32768 / (rows * step), threads,
-               [&](int64_t begin, int64_t end) { f(begin * step, std::min(end * step, width)); });
-}
 
 static void standardise(int dtype, uintptr_t x, int64_t stride, int64_t rows, int64_t width, double divisor, double eps,
                         bool divide, uintptr_t out, uintptr_t std, uintptr_t other, uintptr_t dots, int threads) {

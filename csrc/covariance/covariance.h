@@ -1,18 +1,6 @@
 // Columns [begin, end) of a matrix, or rows of it: what Barlow Twins and VICReg do besides matrix products.
 
-// sums_j += sum_i f(i, j) over all rows i, for the columns j of a block.
-template <class W, class F>
-static inline void column_sums(int64_t rows, int64_t width, double* sums, F&& f) {
-  for (int64_t start = 0; start < rows; start += terms_per_block) {
-    const int64_t stop = std::min(start + terms_per_block, rows);
-    W partial[max_columns] = {};
-    for (int64_t i = start; i < stop; ++i) {
-#pragma omp simd
-      for (int64_t j = 0; j < width; ++j) partial[j] += f(i, j);
-    }
-    for (int64_t j = 0; j < width; ++j) sums[j] += partial[j];
-  }
-}
+#include "covariance/column_sums.h"
 
 // A block of columns is copied into dense memory first: in rows that lie a power of two apart, they would share a few
 // lines of the cache.

@@ -1,5 +1,5 @@
 // Elements [begin, end) of one tensor: AdamW's update of a parameter and its two averages, and its teacher's.
-#include "optimizers/blend.h"
+#include "weights/blend.h"
 
 template <bool has_teacher, class T, class G>
 static void adamw_range_of(const AdamwTensor& x, T* parameter, const G* gradient, int64_t begin, int64_t end) {

@@ -1,4 +1,5 @@
 #include "common.h"
+#include "optimizers/gathered.h"
 #include "optimizers/pieces.h"
 
 namespace fastjem {
@@ -28,12 +29,25 @@ namespace fastjem {
 static constexpr int lars_columns = 8;
 static constexpr int lars_settings = 10;
 
+static void set_group(LarsTensor& x, const double* settings, int64_t group) {
+  const double* of_group = settings + group * lars_settings;
+  x.rate = of_group[0];
+  x.momentum = of_group[1];
+  x.weight_decay = of_group[2];
+  x.teacher_momentum = of_group[3];
+  x.trust = of_group[4];
+  x.eps = of_group[5];
+  x.nesterov = of_group[6] != 0;
+  x.adapts = of_group[7] == 2 || (of_group[7] == 1 && x.weight_decay != 0);
+  x.clips = of_group[8] != 0;
+  x.decay_in_norm = of_group[9] != 0;
+}
+
 static std::vector<LarsTensor> lars_tensors(const int64_t* table, int64_t count, const double* settings, double unscale,
                                             bool skipped) {
   std::vector<LarsTensor> tensors;
   tensors.reserve(count);
   for (const int64_t* row = table; row < table + count * lars_columns; row += lars_columns) {
-    const double* of_group = settings + row[7] * lars_settings;
     LarsTensor x{};
     x.parameter = at<void>(row[0]);
     x.gradient = at<const void>(row[1]);
@@ -42,19 +56,9 @@ static std::vector<LarsTensor> lars_tensors(const int64_t* table, int64_t count,
     x.size = row[4];
     x.dtype = static_cast<Dtype>(row[5]);
     x.gradient_dtype = static_cast<Dtype>(row[6]);
-    x.rate = of_group[0];
-    x.momentum = of_group[1];
-    x.weight_decay = of_group[2];
-    x.teacher_momentum = of_group[3];
-    x.trust = of_group[4];
-    x.eps = of_group[5];
-    x.nesterov = of_group[6] != 0;
-    x.adapts = of_group[7] == 2 || (of_group[7] == 1 && x.weight_decay != 0);
-    x.clips = of_group[8] != 0;
-    x.decay_in_norm = of_group[9] != 0;
+    set_group(x, settings, row[7]);
     x.unscale = unscale;
     x.skipped = skipped;
-    x.ratio = 1;
     tensors.push_back(x);
   }
   return tensors;
@@ -106,12 +110,9 @@ static void squares_and_update(LarsTensor& x, bool has_norms, double* norms) {
 // each takes whole tensors, the largest first to whoever has least. Only a tensor that is too large a part of all for
 // that is shared, as are updates without squares. (ResNet-50, two threads: tensors shared a few at a time, with a wait
 // behind the squares of each, took twice as long.)
-static void lars(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t given, double unscale, bool skipped,
-                 int threads) {
-  std::vector<LarsTensor> tensors =
-      lars_tensors(at<const int64_t>(table), count, at<const double>(settings), unscale, skipped);
-  std::vector<double> norms(2 * count);
-  if (given) std::copy_n(at<const double>(given), 2 * count, norms.begin());
+static void take_step(std::vector<LarsTensor>& tensors, const double* given, int threads) {
+  std::vector<double> norms(2 * tensors.size());
+  if (given) std::copy_n(given, norms.size(), norms.begin());
   int64_t total = 0;
   for (const LarsTensor& x : tensors) total += x.size;
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(threads, total / 65536));
@@ -120,7 +121,7 @@ static void lars(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t g
   std::vector<size_t> whole;
   for (size_t i = 0; i < tensors.size(); ++i) {
     LarsTensor& x = tensors[i];
-    x.adapts = x.adapts && !skipped;
+    x.adapts = x.adapts && !x.skipped;
     const bool is_large = 4 * workers * x.size > total && workers > 1;
     if (x.adapts && !is_large) {
       whole.push_back(i);
@@ -142,7 +143,7 @@ static void lars(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t g
   }
   parallel_for(workers, 1, static_cast<int>(workers), [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (size_t i : of_worker[worker]) squares_and_update(tensors[i], given != 0, &norms[2 * i]);
+      for (size_t i : of_worker[worker]) squares_and_update(tensors[i], given != nullptr, &norms[2 * i]);
     }
   });
   add_squares(tensors, shared_squares, norms.data(), threads);
@@ -151,6 +152,41 @@ static void lars(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t g
     if (x.adapts) set_ratio(x, norms[2 * shared[i].tensor], norms[2 * shared[i].tensor + 1]);
   }
   shared.each(threads, [&](size_t, const Piece& piece) { update(tensors[piece.tensor], piece); });
+}
+
+static void lars(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t given, double unscale, bool skipped,
+                 int threads) {
+  std::vector<LarsTensor> tensors =
+      lars_tensors(at<const int64_t>(table), count, at<const double>(settings), unscale, skipped);
+  take_step(tensors, at<const double>(given), threads);
+}
+
+// Of lists of tensors, buffers and teachers with None where a parameter has none. False, and nothing is written, where
+// one isn't plain, doesn't fit its parameter, or isn't apart from the others.
+static bool lars_of_plain(pybind11::handle parameters, pybind11::handle gradients, pybind11::handle buffers,
+                          pybind11::handle teachers, const std::vector<int64_t>& groups, uintptr_t settings,
+                          int threads) {
+  Gathered gathered(parameters);
+  if (!gathered.good || gathered.size() != groups.size()) return false;
+  std::vector<LarsTensor> tensors(gathered.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    LarsTensor& x = tensors[i];
+    x.parameter = gathered[i].data;
+    x.size = gathered[i].elements;
+    x.dtype = static_cast<Dtype>(gathered[i].dtype);
+    x.unscale = 1;
+    set_group(x, at<const double>(settings), groups[i]);
+  }
+  gathered.gradients(gradients, [&](size_t i, const Plain& gradient) {
+    tensors[i].gradient = gradient.data;
+    tensors[i].gradient_dtype = static_cast<Dtype>(gradient.dtype);
+  });
+  gathered.beside(buffers, [&](size_t i, void* buffer) { tensors[i].buffer = buffer; });
+  gathered.beside(teachers, [&](size_t i, void* teacher) { tensors[i].teacher = teacher; });
+  if (!gathered.may_be_written()) return false;
+  const pybind11::gil_scoped_release release;
+  take_step(tensors, nullptr, threads);
+  return true;
 }
 
 static void lars_norms(uintptr_t table, int64_t count, uintptr_t settings, uintptr_t norms, double unscale,
@@ -166,6 +202,7 @@ static void lars_norms(uintptr_t table, int64_t count, uintptr_t settings, uintp
 
 void bind_lars(pybind11::module_& m) {
   m.def("lars", &lars, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("lars_of_plain", &lars_of_plain);
   m.def("lars_norms", &lars_norms, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

@@ -1,5 +1,5 @@
 // Elements [begin, end) of one tensor: their squares' sums, and SGD with momentum at the tensor's own rate.
-#include "optimizers/blend.h"
+#include "weights/blend.h"
 
 // In double: the square of a float32 gradient of 1e-20 would be 0, and that of 1e20 infinite.
 template <class T, class G>

@@ -14,7 +14,7 @@ struct Piece {
 
 class Pieces {
   static constexpr int64_t elements_per_block = 16384;
-  static constexpr int64_t blocks_per_thread = 4;  // at the least: fewer aren't worth a thread
+  static constexpr int64_t blocks_per_thread = 2;  // at the least: fewer aren't worth a thread
   std::vector<Piece> pieces;
   std::vector<size_t> ends;  // of each block, among the pieces
   int64_t room = 0;          // elements that the last block still has room for

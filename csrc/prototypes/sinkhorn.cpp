@@ -121,10 +121,14 @@ static void columns(const Sinkhorn& p, int64_t parts, const double* bias, double
   });
 }
 
-static Sinkhorn problem(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale) {
+static int64_t element_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// The scores of one of several problems that begin `problem_stride` elements apart.
+static Sinkhorn problem(int dtype, uintptr_t scores, int64_t index, int64_t problem_stride, int64_t rows, int64_t width,
+                        int64_t row_stride, double scale) {
   Sinkhorn p{};
   p.dtype = static_cast<Dtype>(dtype);
-  p.scores = at<const void>(scores);
+  p.scores = at<const char>(scores) + index * problem_stride * element_size(p.dtype);
   p.row_stride = row_stride;
   p.rows = rows;
   p.width = width;
@@ -133,13 +137,12 @@ static Sinkhorn problem(int dtype, uintptr_t scores, int64_t rows, int64_t width
   return p;
 }
 
-// `bias`: double [K], or 0; `out`: double [K].
-static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
-                          uintptr_t bias_address, uintptr_t out_address, int threads) {
-  const double* bias = at<const double>(bias_address);
-  double* out = at<double>(out_address);
+// `bias`: [K], or null; `out`: [K].
+static void step(Sinkhorn p, const double* bias, double* out, int threads) {
+  const Sinkhorn given = p;
+  const int64_t rows = p.rows;
+  const int64_t width = p.width;
   std::vector<double> row_logsumexp(bias ? rows : 0);
-  Sinkhorn p = problem(dtype, scores, rows, width, row_stride, scale);
   const Potentials potentials(p, bias, threads);
   p.row_logsumexp = row_logsumexp.data();
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, rows / 16, rows * width / 16384}));
@@ -169,23 +172,53 @@ static void sinkhorn_step(int dtype, uintptr_t scores, int64_t rows, int64_t wid
     // A prototype's own potential is added and taken off again, so an infinite one may be any number there.
     std::vector<double> finite(bias, bias + width);
     for (double& x : finite) x = std::isinf(x) ? 0 : x;
-    p = problem(dtype, scores, rows, width, row_stride, scale);
+    p = given;
     const Potentials of_columns(p, finite.data(), threads);
     p.offsets = row_logsumexp.data();
     columns(p, parts, finite.data(), out, threads);
   }
 }
 
-static void sinkhorn_codes(int dtype, uintptr_t scores, int64_t rows, int64_t width, int64_t row_stride, double scale,
-                           uintptr_t bias, int code_dtype, int64_t code_bytes, uintptr_t out, int threads) {
-  Sinkhorn p = problem(dtype, scores, rows, width, row_stride, scale);
-  const Potentials potentials(p, at<const double>(bias), threads);
-  p.code_dtype = static_cast<Dtype>(code_dtype);
-  p.codes = at<void>(out);
-  prefer_huge_pages(p.codes, code_bytes);
-  parallel_for(rows, 1 + 16384 / width, threads, [&](int64_t begin, int64_t end) {
+static void write_codes(Sinkhorn p, const double* bias, int threads) {
+  const Potentials potentials(p, bias, threads);
+  parallel_for(p.rows, 1 + 16384 / p.width, threads, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;
     FASTJEM_BEST(codes(p, begin, end));
+  });
+}
+
+// Calls f(problem, threads): problems side by side, a thread each, or one after another where they are too few for
+// that.
+template <class F>
+static void for_each_problem(int64_t problems, int threads, F&& f) {
+  if (problems < threads) {
+    for (int64_t i = 0; i < problems; ++i) f(i, threads);
+    return;
+  }
+  parallel_for(problems, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i, 1);
+  });
+}
+
+// `bias`: double [problems, K], or 0; `out`: double [problems, K].
+static void sinkhorn_step(int dtype, uintptr_t scores, int64_t problems, int64_t rows, int64_t width,
+                          int64_t problem_stride, int64_t row_stride, double scale, uintptr_t bias, uintptr_t out,
+                          int threads) {
+  for_each_problem(problems, threads, [&](int64_t i, int threads_of_one) {
+    const Sinkhorn p = problem(dtype, scores, i, problem_stride, rows, width, row_stride, scale);
+    step(p, bias ? at<const double>(bias) + i * width : nullptr, at<double>(out) + i * width, threads_of_one);
+  });
+}
+
+static void sinkhorn_codes(int dtype, uintptr_t scores, int64_t problems, int64_t rows, int64_t width,
+                           int64_t problem_stride, int64_t row_stride, double scale, uintptr_t bias, int code_dtype,
+                           int64_t code_bytes, uintptr_t out, int threads) {
+  prefer_huge_pages(at<void>(out), code_bytes);
+  for_each_problem(problems, threads, [&](int64_t i, int threads_of_one) {
+    Sinkhorn p = problem(dtype, scores, i, problem_stride, rows, width, row_stride, scale);
+    p.code_dtype = static_cast<Dtype>(code_dtype);
+    p.codes = at<char>(out) + i * rows * width * element_size(p.code_dtype);
+    write_codes(p, at<const double>(bias) + i * width, threads_of_one);
   });
 }
 

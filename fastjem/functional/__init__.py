@@ -4,6 +4,7 @@ Arguments after the tensors are keyword-only.
 """
 
 from fastjem.functional.augment import augment, crop_resize
+from fastjem.functional.coding_rate import emp_ssl, simdino, total_coding_rate
 from fastjem.functional.contrastive import dcl, dclw, info_nce, nt_xent
 from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
@@ -20,7 +21,7 @@ from fastjem.functional.prototypes import (
 )
 from fastjem.functional.regularizers import koleo, mean_entropy
 from fastjem.functional.sinkhorn import sinkhorn, sinkhorn_bias
-from fastjem.functional.spectral import emp_ssl, frossl, mmcr, simdino, total_coding_rate, w_mse, whiten
+from fastjem.functional.spectral import frossl, mmcr, w_mse, whiten
 from fastjem.functional.supcon import supcon
 from fastjem.functional.supervised import cross_entropy
 from fastjem.functional.visreg import visreg

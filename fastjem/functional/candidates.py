@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastjem.functional import one_tile
 from fastjem.functional.options import (
     Negatives,
     Options,
@@ -21,14 +22,7 @@ from fastjem.functional.options import (
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.functional.seen import Side, Sums, View, sums_of_seen
 from fastjem.kernels.arithmetic import widest
-from fastjem.ops import transforms
 from fastjem.ops.forward_mode import refuse_forward_mode
-
-
-def _refuse_other_modes(op: str, *tensors: object) -> None:
-    """Of differentiation: only backward is there."""
-    refuse_forward_mode(op, tensors)
-    transforms.refuse(op, [x for x in tensors if isinstance(x, Tensor)], "with options")
 
 
 def _scaled(side: Side, rows: float, logits: float) -> Side:
@@ -36,7 +30,7 @@ def _scaled(side: Side, rows: float, logits: float) -> Side:
     return Side(side.rows * rows, side.ids, None if side.limit is None else side.limit * logits)
 
 
-def _negatives(
+def negatives_of(
     rows: Side, columns: Side | None, exclude: Tensor | None, view: View, hardness: float
 ) -> tuple[Negatives, Negatives | None]:
     """Of the rows; and of the columns, if `view` says so. columns None: the rows themselves."""
@@ -56,7 +50,7 @@ def _side_of_negatives(sums: tuple, harder: list[tuple], side: int, totals: bool
     return Negatives(lse, total if totals else None, count if totals else None, of_harder)
 
 
-def _hard_logits(a: Tensor, hard: Tensor) -> Tensor:
+def hard_logits(a: Tensor, hard: Tensor) -> Tensor:
     """[V, N, H] of rows [V, N, D] and each image's own [N, H, D]. Not by a product, which autocast would change."""
     return torch.stack([dots_of_rows(rows.unsqueeze(1), hard) for rows in a.unbind()])
 
@@ -72,8 +66,12 @@ def loss_of_views(
     pull: Tensor | None = None,  # [V, N], what positives are multiplied by
 ) -> Tensor:
     """0-dim, or [V, N] without a reduction."""
-    _refuse_other_modes(op, z, temperature, *options)
+    refuse_forward_mode(op, (z, temperature, *options))
     with without_autocast(z):
+        if group is None and pull is None and not decoupled:
+            losses = one_tile.of_views(z, temperature, options)
+            if losses is not None:
+                return reduced(losses, options, z, None)
         unit = normalize(in_float32(z), dim=-1)
         inverse = _inverse(temperature, unit)
         if isinstance(inverse, Tensor) and inverse.dim():
@@ -87,13 +85,13 @@ def loss_of_views(
         ids = None if options.ids is None else options.ids.expand(z.shape[:2]).contiguous()
         limit = _limit(logits, inverse, options)
         columns = None if b is a else Side(b, ids)
-        view = View(0, False, options.needs_totals(), z.dtype, sizes, group)
-        negatives, _ = _negatives(Side(a, ids, limit), columns, options.exclude, view, options.hardness)
+        view = View(op, 0, False, options.needs_totals(), z.dtype, sizes, group)
+        negatives, _ = negatives_of(Side(a, ids, limit), columns, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
             factor = inverse if b is not a else _root(inverse)
             hard = hard if b is not a else hard * factor
-            negatives = with_hard(negatives, _hard_logits(a, hard), options.hardness)
+            negatives = with_hard(negatives, hard_logits(a, hard), options.hardness)
         losses = losses_of_rows(logits, negatives, options, inverse, options.prior, decoupled, pull)
         return reduced(losses, options, z, group)
 
@@ -124,8 +122,11 @@ def info_nce(
     options: Options,
 ) -> Tensor:
     """0-dim, or [N] without a reduction."""
-    _refuse_other_modes("info_nce", query, positive, negatives, temperature, *options)
+    refuse_forward_mode("info_nce", (query, positive, negatives, temperature, *options))
     with without_autocast(query):
+        losses = one_tile.info_nce(query, positive, negatives, negative_ids, offset, temperature, options)
+        if losses is not None:
+            return reduced(losses, options, query, None)
         inverse = _inverse(temperature, query)
         unit, of_positive, columns = (normalize(in_float32(x), dim=-1) for x in (query, positive, negatives))
         by = inverse.to(unit.dtype) if isinstance(inverse, Tensor) else inverse
@@ -134,11 +135,11 @@ def info_nce(
         limit = _limit(logits, inverse, options)
         rows = Side(a[None], None if options.ids is None else options.ids[None], limit)
         candidates = Side(columns[None], None if negative_ids is None else negative_ids[None])
-        view = View(offset, False, options.needs_totals(), query.dtype, [query.shape[0]], None)
-        seen, _ = _negatives(rows, candidates, options.exclude, view, options.hardness)
+        view = View("info_nce", offset, False, options.needs_totals(), query.dtype, [query.shape[0]], None)
+        seen, _ = negatives_of(rows, candidates, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
             hard = normalize(in_float32(options.hard_negatives), dim=-1)
-            seen = with_hard(seen, _hard_logits(a[None], hard), options.hardness)
+            seen = with_hard(seen, hard_logits(a[None], hard), options.hardness)
         losses = losses_of_rows(logits, seen, options, inverse, options.prior)
         return reduced(losses[0], options, query, None)
 
@@ -153,8 +154,11 @@ def clip_loss(
     local: bool,
 ) -> Tensor:
     """0-dim, or [N] without a reduction: the mean of both directions."""
-    _refuse_other_modes("clip_loss", x, y, scale, *options)
+    refuse_forward_mode("clip_loss", (x, y, scale, *options))
     with without_autocast(x):
+        losses = one_tile.clip_loss(x, y, scale, options) if group is None else None
+        if losses is not None:
+            return reduced(losses, options, x, None)
         a, b = (in_float32(z) for z in (x, y))
         factor = scale.to(a.dtype)
         factor = factor.unsqueeze(-1) if scale.dim() else factor
@@ -165,23 +169,23 @@ def clip_loss(
         ids = None if options.ids is None else options.ids[None]
         exclude = options.exclude
         of_columns_alone = exclude is not None and exclude.dim() == 1
-        view = View(0, True, options.needs_totals(), x.dtype, sizes, group)
+        view = View("clip_loss", 0, True, options.needs_totals(), x.dtype, sizes, group)
         if scale.dim() or of_columns_alone:  # the directions' logits differ, or what they see does
             one_way = view._replace(columns=False)
             back = exclude.T if exclude is not None and exclude.dim() == 2 else exclude
-            of_x, _ = _negatives(
+            of_x, _ = negatives_of(
                 Side(a_scaled[None], ids, limit), Side(b[None], ids), exclude, one_way, options.hardness
             )
-            of_y, _ = _negatives(
+            of_y, _ = negatives_of(
                 Side((b * factor)[None], ids, limit), Side(a[None], ids), back, one_way, options.hardness
             )
         else:
-            of_x, of_y = _negatives(
+            of_x, of_y = negatives_of(
                 Side(a_scaled[None], ids, limit), Side(b[None], ids, limit), exclude, view, options.hardness
             )
         assert of_y is not None
         if options.hard_negatives is not None:
-            hard = _hard_logits(a_scaled[None], in_float32(options.hard_negatives))
+            hard = hard_logits(a_scaled[None], in_float32(options.hard_negatives))
             of_x = with_hard(of_x, hard, options.hardness)
         of_rows, of_columns = (losses_of_rows(logits, side, options, inverse, options.prior) for side in (of_x, of_y))
         return reduced(((of_rows + of_columns) / 2)[0], options, x, group, local)

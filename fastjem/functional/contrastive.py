@@ -154,7 +154,7 @@ def _nt_xent(
     has_options = of_rows or options.any()
     with Agreement(op, group) as ranks:
         z = _stacked(op, z0, z1, group)
-        temperature = _temperature(op, temperature, z, of_rows, [z.shape[1:2], z.shape[:2]])
+        temperature = temperature_or_rows(op, temperature, z, of_rows, [z.shape[1:2], z.shape[:2]])
         if pull is not None:
             if pull.shape not in (z.shape[:2], z.shape[1:2]):
                 checks.fail(op, f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(pull.shape))
@@ -170,7 +170,7 @@ def _nt_xent(
     return candidates.loss_of_views(z, temperature, options, ranks.sizes, group, op, decoupled, pull)
 
 
-def _temperature(op: str, value: object, like: Tensor, of_rows: bool, shapes: list[tuple]) -> float | Tensor:
+def temperature_or_rows(op: str, value: object, like: Tensor, of_rows: bool, shapes: list[tuple]) -> float | Tensor:
     """A number, 0-dim, or one of each row."""
     if of_rows and isinstance(value, Tensor):
         return temperature_of_rows(op, "temperature", value, like, shapes)
@@ -316,7 +316,7 @@ def info_nce(
         checks.fail("info_nce", contract, f"{tuple(query.shape)} and {tuple(negatives.shape)}")
     checks.one_device("info_nce", (query, positive, negatives))
     of_rows = is_of_rows("info_nce", "temperature", temperature, None)
-    temperature = _temperature("info_nce", temperature, query, of_rows, [query.shape[:1]])
+    temperature = temperature_or_rows("info_nce", temperature, query, of_rows, [query.shape[:1]])
     offset = -query.shape[0] if label_offset is None else checks.integer("info_nce", "label_offset", label_offset)
     rows = checks.common(query, positive, negatives)
     if has_options or of_rows:

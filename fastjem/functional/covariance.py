@@ -223,6 +223,8 @@ def tico(
     Raises:
         ValueError: for other shapes or dtypes.
     """
+    if group is None and (result := quick.tico(z0, z1, covariance, beta, rho)) is not None:
+        return result
     with Agreement("tico", group) as ranks:
         may_be_empty = None if group is None else 0
         checks.matrices("tico", "z0 and z1 must be [N, D] both", z0, z1, may_be_empty=may_be_empty)

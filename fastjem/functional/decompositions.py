@@ -21,6 +21,11 @@ def finite_or_nan(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite, x, 0), (x * x.new_zeros(()).where(finite, torch.nan)).sum((-2, -1))[..., None]
 
 
+def smaller_gram(z: Tensor) -> Tensor:
+    """The smaller of `z @ z.mT` [..., N, N] and `z.mT @ z` [..., D, D]: their nonzero eigenvalues are the same."""
+    return z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
+
+
 def singular_values(x: Tensor) -> Tensor:
     """[..., min(M, N)], descending; NaN for a matrix that isn't finite."""
     matrices, nothing = finite_or_nan(x)

@@ -11,10 +11,11 @@ from fastjem.collectives import Agreement
 from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.options import Options, check_masks_of_ranks, is_of_rows, reduced, temperature_of_rows
-from fastjem.functional.pairs import Pairs, losses_of_rows
+from fastjem.functional.pairs import Pairs, loss_at_once, losses_of_rows
 from fastjem.functional.precision import in_float32
 from fastjem.functional.prefixes import sum_over_prefixes
-from fastjem.kernels.arithmetic import widest_dtype
+from fastjem.kernels.arithmetic import widest, widest_dtype
+from fastjem.ops import transforms
 
 
 def _scalar(op: str, name: str, value: Tensor | float, like: Tensor) -> Tensor:
@@ -220,6 +221,10 @@ def _siglip_with_options(
     rows, columns, scale, bias = _in_rows(x, y, scale, bias)
     smoothing = _scalar(op, "label_smoothing", options.label_smoothing, x).detach()
     pairs = Pairs(options.ids, positives, options.exclude, smoothing)
+    if group is None and options.reduction != "none" and not transforms.active():
+        weights = options.weights
+        of_all = x.shape[0] if weights is None else widest(weights).sum()
+        return loss_at_once(rows, columns, scale, bias, pairs, weights, of_all if options.reduction == "mean" else 1.0)
     return reduced(losses_of_rows(rows, columns, scale, bias, pairs, ranks.sizes, group), options, x, group)
 
 

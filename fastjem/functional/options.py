@@ -215,9 +215,8 @@ def losses_of_rows(
     mean = positives.mean(-1) if pull is None else positives.mean(-1) * pull
     lse = negatives.lse
     count = negatives.count
-    if negatives.harder is not None and count is not None:
-        # Robinson et al. 2021: the mean is one weighted by exp(hardness * logit)
-        lse = _of_some(count, count.log() + negatives.harder[0] - negatives.harder[1], lse)
+    if negatives.harder is not None:
+        lse = harder_lse(negatives)
     if is_given(prior) and count is not None:
         lse = _debiased(lse, count, positives, inverse_temperature, prior)
     if not decoupled:
@@ -227,6 +226,14 @@ def losses_of_rows(
         return lse - mean
     uniform = (negatives.total + positives.sum(-1)) / (count + positives.shape[-1])
     return lse - (1 - smoothing) * mean - smoothing * uniform
+
+
+def harder_lse(negatives: Negatives) -> Tensor:
+    """The log-sum-exp of negatives that count by exp(hardness * logit), with a mean of 1 (Robinson et al. 2021)."""
+    count = negatives.count
+    if negatives.harder is None or count is None:
+        return negatives.lse
+    return _of_some(count, count.log() + negatives.harder[0] - negatives.harder[1], negatives.lse)
 
 
 def _of_some(count: Tensor, value: Tensor, of_none: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ functions then return None.
 # pyright: reportPossiblyUnboundVariable=false
 
 import math
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
@@ -20,6 +21,7 @@ from fastjem.ops.direct import nothing_watches
 
 try:
     from fastjem.kernels.contrastive import small
+    from fastjem.kernels.covariance import cpu_spectral as spectral
     from fastjem.kernels.covariance.cpu import barlow_twins_of_plain, vicreg_of_plain
     from fastjem.kernels.predictive.cpu import negative_cosine_of_plain, regression_of_plain
     from fastjem.kernels.supervised.cpu import cross_entropy_of_plain
@@ -110,6 +112,10 @@ def _covariance_fits(z0: Tensor, z1: Tensor, *numbers: object) -> bool:
     if not _may_be(z0, z1) or z0.dim() != 2 or not z0.is_cpu:
         return False
     # Not before: torch.compile, for which nothing is quick, may know numbers as symbols, and would fix their values.
+    return _are_finite(*numbers)
+
+
+def _are_finite(*numbers: object) -> bool:
     return all(type(x) is float and math.isfinite(x) for x in numbers)
 
 
@@ -134,6 +140,57 @@ def vicreg(
     # floats they are; the kernel halves the second
     numbers = (float(lambda_param), float(2.0 * variance_factor * mu_param), float(nu_param), eps)
     return _loss("vicreg", vicreg_of_plain(z0, z1, *numbers, _asked(z0, z1)), z0, z1)
+
+
+def tico(
+    z0: Tensor, z1: Tensor, covariance: Tensor | None, beta: float | Tensor, rho: float | Tensor
+) -> tuple[Tensor, Tensor] | None:
+    tensors = (z0, z1) if covariance is None else (z0, z1, covariance)
+    if not _may_be(*tensors) or not _are_finite(beta, rho) or not 0 <= beta <= 1 or not z0.is_cpu:
+        return None
+    result = spectral.tico(z0, z1, covariance, float(beta), float(rho), _asked(z0, z1))
+    if result is None:
+        return None
+    of_loss, c = result
+    return found("tico", of_loss.loss, (z0, z1), of_loss.gradients, of_loss.factors), c
+
+
+def frossl(views: Sequence[Tensor], invariance: float | Tensor) -> Tensor | None:
+    views = list(views)
+    if not _may_be(*views) or not _are_finite(invariance) or len(views) < 2 or not views[0].is_cpu:
+        return None
+    return _loss("frossl", spectral.frossl(views, float(invariance), _asked(*views)), *views)
+
+
+def w_mse(z0: Tensor, z1: Tensor, eps: float | Tensor) -> Tensor | None:
+    if not _covariance_fits(z0, z1, eps) or not 0 <= eps <= 1:
+        return None
+    return _loss("w_mse", spectral.w_mse(z0, z1, float(eps), _asked(z0, z1)), z0, z1)
+
+
+def coding_rate(z: Tensor, eps: float | Tensor) -> Found | None:
+    """Rate and gradient; as of `simdino`."""
+    if not _is_positive(eps) or not _may_be(z) or not z.is_cpu:
+        return None
+    return spectral.coding_rate(z, eps, *_asked(z))
+
+
+def simdino(
+    student: list[Tensor], teacher: list[Tensor], eps: float | Tensor, coefficient: float | Tensor, mean: bool
+) -> Found | None:
+    """Loss and gradients of views that fit one another in number: it is differentiable twice, which `_loss` isn't."""
+    if not _is_positive(eps) or not _are_finite(coefficient) or not _may_be(*student, *teacher):
+        return None
+    if not student[0].is_cpu or len(student) < max(2, len(teacher)):
+        return None
+    return spectral.simdino(student, teacher, eps, float(coefficient), mean, _asked(*student))
+
+
+def mmcr(online: Tensor, momentum: Tensor, lmda: float | Tensor) -> Found | None:
+    """Loss and gradients; as of `simdino`."""
+    if not _may_be(online, momentum) or not _are_finite(lmda) or not online.is_cpu:
+        return None
+    return spectral.mmcr(online, momentum, float(lmda), _asked(online, momentum))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor | None:

@@ -39,6 +39,7 @@ class Sums(NamedTuple):
 class View(NamedTuple):
     """How two sides look at one another, in numbers."""
 
+    op: str  # the function that the user called
     own_image: int | None  # column i + own_image shows row i's image, and it doesn't see it; None: there is none
     columns: bool  # the columns' sums are wanted, too
     totals: bool  # sums and numbers of logits are wanted
@@ -57,7 +58,8 @@ def sums_of_seen(rows: Side, columns: Side | None, exclude: Tensor | None, view:
     b, b_ids, b_limit = (None, None, None) if columns is None else columns
     if b_ids is not None and b_ids is rows.ids:
         _, b_ids = distinct((b_ids, b_ids))
-    results = _SumsOfSeen.apply(rows.rows, b, rows.ids, b_ids, exclude, rows.limit, b_limit, view)
+    function = _SumsWithinTransforms if transforms.active() else _SumsOfSeen
+    results = function.apply(rows.rows, b, rows.ids, b_ids, exclude, rows.limit, b_limit, view)
     return Sums(*results[:3]), Sums(*results[3:]) if view.columns else None
 
 
@@ -100,8 +102,8 @@ class _SumsOfSeen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, row_slope, row_total_slope, _row_count, column_slope, column_total_slope, _column_count):
-        refuse_second_order("similarity_logsumexp")
-        transforms.refuse_batched_gradients("similarity_logsumexp", row_slope)
+        refuse_second_order(ctx.view.op)
+        transforms.refuse_batched_gradients(ctx.view.op, row_slope)
         a, b, a_ids, b_ids, exclude, a_limit, b_limit, row_lse, column_lse = ctx.saved_tensors
         view = ctx.view
         if not view.totals:
@@ -112,6 +114,37 @@ class _SumsOfSeen(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         gradients = ring.backward(of_rows, of_columns, wanted)
         return *gradients, None, None, None, None, None, None
+
+
+class _SumsWithinTransforms(torch.autograd.Function):
+    """The same within torch.func's transforms, where there are no other ranks: they ask for a `setup_context`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*given):
+        of_rows, of_columns = _Ring(*given).forward()
+        return (*of_rows, *of_columns)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.view = inputs
+        ctx.save_for_backward(*tensors, output[0], output[3])
+        ctx.mark_non_differentiable(output[2], output[5])
+
+    @staticmethod
+    def backward(ctx, row_slope, row_total_slope, _row_count, column_slope, column_total_slope, _column_count):
+        a, b, a_ids, b_ids, exclude, a_limit, b_limit, row_lse, column_lse = ctx.saved_tensors
+        view = ctx.view
+        if not view.totals:
+            row_total_slope = column_total_slope = None
+        of_rows = (row_lse, row_slope, row_total_slope)
+        of_columns = (column_lse, column_slope, column_total_slope) if view.columns else NOTHING
+        ring = _Ring(a, b, a_ids, b_ids, exclude, a_limit, b_limit, view)
+        gradients = ring.backward(of_rows, of_columns, ctx.needs_input_grad[:2])
+        of_these = [x for x in (a, b, row_slope, row_total_slope, *of_columns[1:]) if x is not None]
+        once = (g if g is None else transforms.once(view.op, g, *of_these) for g in gradients)
+        return *once, None, None, None, None, None, None
 
 
 class _Ring:

@@ -32,7 +32,8 @@ def sinkhorn(
     its sum over prototypes. In the log domain, so that no finite score overflows or underflows. Not differentiable.
 
     Args:
-        scores: [B, K], samples by prototypes.
+        scores: [B, K], samples by prototypes; or [P, B, K], P problems at once, each for itself: CAPI's positions
+            (arXiv 2502.08769), whose `[B, P, K].transpose(0, 1)` needn't be copied.
         epsilon: temperature of the scores: a number or a 0-dim tensor.
         iterations: how often both are normalised. Few iterations do not converge, and their order matters. 0: Q is
             divided by its sum alone, and so the codes' mean sum over prototypes is 1 (lightly's convention).
@@ -41,7 +42,7 @@ def sinkhorn(
         group: the process group over whose global batch prototypes are normalised (batches may be uneven, even empty).
 
     Returns:
-        [B, K] codes; every row sums to 1 (with iterations).
+        Codes in the shape of the scores; every row sums to 1 (with iterations).
 
     Raises:
         ValueError: for other shapes, dtypes or options.
@@ -52,19 +53,26 @@ def sinkhorn(
             dtype = loss_dtype(scores)
         if not dtype.is_floating_point:
             checks.fail("sinkhorn", "dtype must be floating-point", dtype)
-        ranks.rows_of(scores)
+        ranks.rows_of(scores, scores.dim() - 2)
         ranks.alike(iterations, normalize_samples_first)
     if not iterations:
         return _unnormalised(scores.detach(), epsilon, normalize_samples_first, sum(ranks.sizes), group).to(dtype)
     if group is None:
         return ops.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
     bias = _potentials([scores], epsilon, iterations, normalize_samples_first, group)
-    if not scores.shape[0]:
+    if not scores.shape[-2]:
         return scores.new_empty(scores.shape, dtype=dtype)
     return ops.sinkhorn_codes(scores, bias, epsilon, dtype)
 
 
-@over_ranks(lambda scores, **_: [(scores if isinstance(scores, Tensor) else scores[0]).shape[1:]], differentiable=False)
+def _of_prototypes(scores: Tensor) -> tuple[int, ...]:
+    """The shape of potentials, [K] or [P, K]."""
+    return (*scores.shape[:-2], scores.shape[-1])
+
+
+@over_ranks(
+    lambda scores, **_: [_of_prototypes(scores if isinstance(scores, Tensor) else scores[0])], differentiable=False
+)
 def sinkhorn_bias(
     scores: Tensor | Sequence[Tensor],
     *,
@@ -79,11 +87,11 @@ def sinkhorn_bias(
 
     Args:
         scores: [B, K], or a list of [B, K] whose B may differ: one batch in several tensors (SwAV's crop and queue,
-            DINOv2's views), without a concatenation.
+            DINOv2's views), without a concatenation. Either with P in front of it as for `sinkhorn`.
         epsilon, iterations, normalize_samples_first, group: as for `sinkhorn`.
 
     Returns:
-        [K] float32 (float64 for float64 scores).
+        [K], or [P, K], float32 (float64 for float64 scores).
 
     Raises:
         ValueError: for other shapes, dtypes or options.
@@ -93,7 +101,7 @@ def sinkhorn_bias(
         if not isinstance(parts, (list, tuple)) or not parts:
             checks.fail("sinkhorn_bias", "scores must be [B, K], or a list of them", checks.shape(scores))
         parts, epsilon, iterations = _checked("sinkhorn_bias", epsilon, iterations, group, *parts)
-        ranks.rows_of(parts[0])
+        ranks.rows_of(parts[0], parts[0].dim() - 2)
         ranks.alike(iterations, normalize_samples_first)
     if group is None and len(parts) == 1:
         return ops.sinkhorn_bias(parts[0], epsilon, iterations, normalize_samples_first)
@@ -107,8 +115,8 @@ def _unnormalised(
     """The codes of no iteration: Q over its sum, times the rows of all ranks; samples that are normalised stay so."""
     logits = widest(scores) / epsilon
     if normalize_samples_first:
-        return logits.softmax(1)
-    total = logits.flatten().logsumexp(0)
+        return logits.softmax(-1)
+    total = logits.logsumexp((-2, -1), keepdim=True)
     if group is not None:
         total = stack_of_ranks(total, group).logsumexp(0)
     return rows * (logits - total).exp()
@@ -118,9 +126,10 @@ def _checked(
     op: str, epsilon: float | Tensor, iterations: int, group: dist.ProcessGroup | None, *scores: Tensor, least: int = 1
 ) -> tuple[list[Tensor], float, int]:
     """The scores, constants; an epsilon that is a tensor goes into them."""
-    contract = "scores must be [B, K]" if len(scores) == 1 else "scores must be [B, K] with the same K"
-    checks.matrices(op, contract, *scores, same=False, may_be_empty=None if group is None else 0)
-    if any(x.shape[1] != scores[0].shape[1] for x in scores):
+    contract = "scores must be [B, K] or [P, B, K]" + ("" if len(scores) == 1 else " with the same P and K")
+    dims = 3 if isinstance(scores[0], Tensor) and scores[0].dim() == 3 else 2
+    checks.matrices(op, contract, *scores, dims=dims, same=False, may_be_empty=None if group is None else dims - 2)
+    if any(_of_prototypes(x) != _of_prototypes(scores[0]) for x in scores):
         checks.fail(op, contract, " and ".join(str(tuple(x.shape)) for x in scores))
     iterations = checks.integer(op, "iterations", iterations, least)
     epsilon = checks.positive(op, "epsilon", epsilon, scores[0])
@@ -132,15 +141,15 @@ def _checked(
 
 
 def _potentials(
-    parts: list[Tensor],  # [B, K] each
+    parts: list[Tensor],  # [B, K] or [P, B, K] each
     epsilon: float,
     iterations: int,
     normalize_samples_first: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """[K] in the widest dtype."""
+    """[K] or [P, K], in the widest dtype."""
     wide = widest_dtype(parts[0].device)
-    start = parts[0].new_zeros(parts[0].shape[1], dtype=wide) if normalize_samples_first else None
+    start = parts[0].new_zeros(_of_prototypes(parts[0]), dtype=wide) if normalize_samples_first else None
     potentials = -_log_sums(parts, start, epsilon, group)
     for _ in range(iterations - 1):
         potentials = -_log_sums(parts, potentials, epsilon, group)
@@ -150,9 +159,12 @@ def _potentials(
 def _log_sums(
     parts: list[Tensor], potentials: Tensor | None, epsilon: float, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """[K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials). One collective."""
-    sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts if x.shape[0]]
+    """[K] or [P, K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials).
+
+    One collective.
+    """
+    sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts if x.shape[-2]]
     if not sums:  # a rank without samples
-        sums = [parts[0].new_full(parts[0].shape[1:], -torch.inf, dtype=widest_dtype(parts[0].device))]
+        sums = [parts[0].new_full(_of_prototypes(parts[0]), -torch.inf, dtype=widest_dtype(parts[0].device))]
     total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)
     return total if group is None else stack_of_ranks(total, group).logsumexp(0)

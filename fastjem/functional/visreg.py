@@ -9,6 +9,7 @@ from torch import Tensor
 from fastjem.collectives import Agreement, gather_rows, gradient_factor, sum_of_ranks
 from fastjem.functional import checks
 from fastjem.functional.compiled import over_ranks
+from fastjem.functional.gaussian import no_views
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.ops.autograd import known, needs_gradient
 
@@ -35,7 +36,7 @@ def visreg(
     (constant) deviations + eps, quantiles those of i / (N + 1) (Wu et al. 2026, arXiv 2606.02572, algorithm 1).
 
     Args:
-        local_proj, global_proj: [V_local, N, D] and [V_global, N, D].
+        local_proj, global_proj: [V_local, N, D] and [V_global, N, D]; there may be no local views.
         directions: [D, S], see `random_directions`.
         lambda_param: weight of the regulariser in [0, 1]: a number, or a 0-dim tensor, which gets its gradient.
         scale, shape, center: weights within it, constants.
@@ -52,7 +53,8 @@ def visreg(
     with Agreement(op, group) as ranks:
         contract = "local_proj and global_proj must be [V_local, N, D] and [V_global, N, D]"
         may_be_empty = None if group is None else 1
-        checks.matrices(op, contract, local_proj, global_proj, dims=3, same=False, may_be_empty=may_be_empty)
+        given = [global_proj] if no_views(local_proj) else [local_proj, global_proj]
+        checks.matrices("visreg", contract, *given, dims=3, same=False, may_be_empty=may_be_empty)
         if local_proj.shape[1:] != global_proj.shape[1:]:
             checks.fail(op, contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
         if directions.dim() != 2 or directions.shape[0] != global_proj.shape[-1] or not directions.shape[1]:

@@ -34,12 +34,13 @@ class MMCR(Method):
         width: int,
         run: RunFacts = RunFacts(),
         *,
-        hidden: int = 8192,
+        hidden: int | None = None,
         dim: int = 512,
         local: float = 0.0,
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        hidden = hidden or 4 * width  # the paper's 8192 for ResNet-50's 2048
         self.projector = MLP(width, hidden, hidden, dim, norm=norm)
         self.local = local
 

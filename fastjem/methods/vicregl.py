@@ -31,8 +31,7 @@ class VICRegL(Method):
         width: int,
         run: RunFacts = RunFacts(),
         *,
-        hidden: int = 8192,
-        dim: int = 8192,
+        hidden: int | None = None,
         local_hidden: int = 512,
         local_dim: int = 512,
         alpha: float = 0.75,
@@ -44,7 +43,8 @@ class VICRegL(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm, last_bias=False)
+        hidden = hidden or 4 * width  # as VICReg's
+        self.projector = MLP(width, hidden, hidden, hidden, norm=norm, last_bias=False)
         local_norm = "layer" if norm == "batch" else norm
         self.local_projector = MLP(width, local_hidden, local_hidden, local_dim, norm=local_norm, last_bias=False)
         self.criterion = VICRegLLoss(

@@ -37,8 +37,7 @@ class CAPILoss(nn.Module):
         """[B, P, K] -> [B, P, K]: scores whose softmax, over the teacher's temperature, is the codes."""
         options = {"epsilon": self.teacher_temperature, "iterations": self.sinkhorn_iterations}
         group = default_group(self.gather_distributed)
-        places = scores.detach().transpose(0, 1)  # [P, B, K]
-        bias = torch.stack([F.sinkhorn_bias(place.contiguous(), **options, group=group) for place in places])
+        bias = F.sinkhorn_bias(scores.detach().transpose(0, 1), **options, group=group)  # [P, K]
         return scores.detach() + self.teacher_temperature * bias
 
     def cross_entropy(self, student: Tensor, targets: Tensor) -> Tensor:

@@ -249,25 +249,51 @@ class SupConLoss(nn.Module):
         temperature: what dot products are divided by.
         contrast_mode: "all": every view is an anchor; "one": the first alone.
         base_temperature: the loss is multiplied by temperature / base_temperature.
+        reduction, hardness: see `fastjem.functional.supcon`.
     """
 
-    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07):
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        contrast_mode: str = "all",
+        base_temperature: float = 0.07,
+        *,
+        reduction: str = "mean",
+        hardness: float = 0.0,
+    ):
         super().__init__()
         if contrast_mode not in ("all", "one"):
             raise ValueError(f"SupConLoss: contrast_mode must be one of all, one, got {contrast_mode!r}")
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
+        self.options: dict[str, Any] = {"reduction": reduction, "hardness": hardness}
 
-    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """features [N, V, ...], normalised by the caller; labels [N] or mask [N, N], or neither (SimCLR) -> 0-dim."""
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        exclude: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
+    ) -> Tensor:
+        """features [N, V, ...], normalised by the caller; labels [N] or mask [N, N], or neither (SimCLR) -> 0-dim.
+
+        weights, exclude, hard_negatives: see `fastjem.functional.supcon`. Without a reduction the loss is [V, N].
+        """
         if features.dim() < 3:
             raise ValueError(f"SupConLoss: features must be [N, V, ...], got {tuple(features.shape)}")
         z = features.flatten(2).transpose(0, 1)
         labels = None if labels is None else labels.reshape(-1).to(z.device)
         mask = None if mask is None else mask.to(z.device)
+        given: dict[str, Any] = self.options | given_in_call(
+            weights=weights, exclude=exclude, hard_negatives=hard_negatives
+        )
         loss = F.supcon(
-            z, labels, mask=mask, temperature=self.temperature, anchors=self.contrast_mode, normalize=False
+            z, labels, mask=mask, temperature=self.temperature, anchors=self.contrast_mode, normalize=False,
+            **given,
         )  # fmt: skip
         temperature = checks.positive("SupConLoss", "temperature", self.temperature, z)
         return (loss * (temperature / self.base_temperature)).to(loss.dtype)

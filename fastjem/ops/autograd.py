@@ -6,7 +6,7 @@ for calls that nobody watches (`direct.py`). Conventions: kernels/__init__.py.
 Within torch.func's transforms the first three are `transforms.known`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -200,6 +200,50 @@ def found(
     if not any(gradient is not None for gradient in gradients):
         return loss
     return _apply_found(name, (loss,), gradients, factors, *inputs)
+
+
+class _FoundAgain(torch.autograd.Function):
+    """As `_Found`; where backward is to be differentiated, the gradients are those of a formula of plain torch."""
+
+    @staticmethod
+    def forward(
+        ctx, name: str, loss: tuple[Tensor], gradients: Sequence, factors: Sequence[float], formula, *inputs: Tensor
+    ):
+        ctx.name = name
+        ctx.factors = factors
+        ctx.formula = formula
+        ctx.count = len(gradients)
+        ctx.save_for_backward(*gradients, *inputs)
+        return loss[0]
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        saved = ctx.saved_tensors
+        gradients, inputs = saved[: ctx.count], saved[ctx.count :]
+        if torch.is_grad_enabled():
+            wanted = [x for x, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
+            again = iter(torch.autograd.grad(ctx.formula(*inputs), wanted, upstream, create_graph=True))
+            gradients = [None if gradient is None else next(again) for gradient in gradients]
+        elif not direct.rescale_(gradients, upstream, ctx.factors):
+            gradients = [
+                None if gradient is None else _rescaled(gradient, upstream * factor)
+                for gradient, factor in zip(gradients, ctx.factors, strict=True)
+            ]
+        return None, None, None, None, None, *gradients
+
+
+def found_again(
+    name: str,
+    loss: Tensor,
+    gradients: Sequence[Tensor | None],
+    factors: Sequence[float],
+    inputs: Sequence[Tensor],
+    formula: Callable[..., Tensor],
+) -> Tensor:
+    """As `found`, of a loss `formula(*inputs)` that is differentiable again."""
+    if not any(gradient is not None for gradient in gradients):
+        return loss
+    return _FoundAgain.apply(name, (loss,), gradients, factors, formula, *inputs)
 
 
 def two_passes(name: str, loss: Tensor, x: Tensor, saved: Sequence[Tensor | None], *arguments, scale: float) -> Tensor:

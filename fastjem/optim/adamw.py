@@ -8,7 +8,12 @@ from torch import Tensor
 from fastjem.functional import checks
 from fastjem.kernels import guard
 from fastjem.ops.autograd import ops
-from fastjem.optim.fused import Call, Fused
+from fastjem.optim.fused import Call, Fused, Gathered
+
+try:
+    from fastjem.kernels.optimizers import cpu
+except ImportError:  # the extension isn't built
+    cpu = None
 
 
 class AdamW(Fused):
@@ -75,3 +80,11 @@ class AdamW(Fused):
                 call.local, call.gradients(), *call.states, call.steps,
                 call.teachers, settings, call.groups, grad_scale, found_inf,
             )  # fmt: skip
+
+    def _update_at_once(self, step: Gathered, teachers: list[Tensor | None], settings: Tensor) -> bool:
+        if cpu is None:
+            return False
+        averages, squares = step.states
+        return cpu.adamw_of_plain(
+            step.parameters, step.gradients, averages, squares, step.steps, teachers, step.groups, settings
+        )

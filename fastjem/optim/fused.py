@@ -15,6 +15,7 @@ from fastjem.functional.memory import are_apart, check_update, spans
 from fastjem.functional.shards import local
 from fastjem.functional.weights import ema_update_
 from fastjem.kernels.arithmetic import widest_dtype
+from fastjem.ops.direct import nothing_watches
 from fastjem.optim.sharded import Sharding, sharding_of
 
 WIDE = (torch.float32, torch.float64)
@@ -35,6 +36,16 @@ class Call(NamedTuple):
 
     def gradients(self) -> list[Tensor]:
         return [local(p.grad) for p in self.parameters if p.grad is not None]
+
+
+class Gathered(NamedTuple):
+    """What a step has, in lists with an entry a parameter that has a gradient."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    groups: list[int]
+    states: list[list[Tensor | None]]  # as `Fused._states_of` gives them
+    steps: list[Tensor]
 
 
 class _Plan(NamedTuple):
@@ -129,7 +140,10 @@ class Fused(torch.optim.Optimizer):
 
     @torch.compiler.disable
     def _take(self, momentum: float | Tensor) -> None:
-        plan = self._planned()
+        step = self._gathered()
+        if self._plan is not None and self._taken_at_once(step, momentum):
+            return
+        plan = self._planned(step)
         for call in plan.calls:
             settings = self._settings_on(call.local[0].device, momentum)
             self._update(call, settings, *self._scaler_on(call.local[0].device))
@@ -138,22 +152,51 @@ class Fused(torch.optim.Optimizer):
         if plan.rest:
             ema_update_([teacher for teacher, _ in plan.rest], [student for _, student in plan.rest], momentum)
 
-    def _planned(self) -> _Plan:
+    def _gathered(self) -> Gathered:
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        groups: list[int] = []
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if (gradient := p.grad) is not None:
+                    parameters.append(p)
+                    gradients.append(gradient)
+                    groups.append(number)
+        return Gathered(parameters, gradients, groups, *self._states_of(parameters, groups))
+
+    def _taken_at_once(self, step: Gathered, momentum: float | Tensor) -> bool:
+        """Whether one call of C++ looked at all tensors and took the step: plain ones, all apart, on the host.
+
+        What is remembered of them isn't needed: to compare with it takes as long. A first step never comes here, as
+        what the dispatcher knows alone (inference tensors) has to be asked once.
+        """
+        parameters = step.parameters
+        if not parameters or not parameters[0].is_cpu or not nothing_watches():
+            return False
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            return False
+        teachers: list[Tensor | None] = []
+        if self._pairs:
+            teachers = [self._pairs.get(p) for p in parameters]
+        following = sum([teacher is not None for teacher in teachers])
+        if self._others or following < len(self._pairs):
+            return False  # a teacher follows somebody whom this step doesn't move
+        settings = self._settings_on(parameters[0].device, momentum)
+        if not self._update_at_once(step, teachers, settings):
+            return False
+        written = (parameters, *step.states, teachers)
+        torch.autograd.graph.increment_version([x for one in written for x in one if x is not None])
+        return True
+
+    def _planned(self, step: Gathered) -> _Plan:
         """The calls of this step: the last step's, where every tensor is where it was then.
 
         But gradients, which `zero_grad` makes new at each step: they need only be apart from what is written.
         """
-        parameters: list[Tensor] = []
-        groups: list[int] = []
-        for number, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.grad is not None:
-                    if p.grad.layout is not torch.strided:
-                        checks.fail(type(self).__name__, "gradients must be dense", p.grad.layout)
-                    parameters.append(p)
-                    groups.append(number)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        states, steps = self._states_of(parameters, groups)
+        parameters, gradients, groups, states, steps = step
+        for gradient in gradients:
+            if gradient.layout is not torch.strided:
+                checks.fail(type(self).__name__, "gradients must be dense", gradient.layout)
         kept = [*parameters, *self._pairs.values(), *steps]
         for one in states:
             kept += [x for x in one if x is not None]
@@ -164,14 +207,12 @@ class Fused(torch.optim.Optimizer):
         addresses = (tuple(map(Tensor.data_ptr, own)), of_gradients, groups, [p.numel() for p in parameters])
         plan = self._plan
         if plan is None or plan.addresses != addresses or not are_apart(plan.written, new):
-            plan = self._plan = self._new_plan(addresses, parameters, gradients, groups, states, steps)
+            plan = self._plan = self._new_plan(addresses, step)
         return plan
 
-    def _new_plan(
-        self, addresses: tuple, parameters: list[Tensor], gradients: list[Tensor], groups: list[int],
-        states: list[list[Tensor | None]], steps: list[Tensor],
-    ) -> _Plan:  # fmt: skip
+    def _new_plan(self, addresses: tuple, step: Gathered) -> _Plan:
         """Calls by device, sharding and whether there is momentum; checked before anything is written."""
+        parameters, gradients, groups, states, steps = step
         op = type(self).__name__
         by_kind: dict[tuple, list[int]] = {}
         for i, p in enumerate(parameters):
@@ -260,6 +301,7 @@ class Fused(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        self._plan = None
         self._check(self.param_groups[-1])
 
     # Of each optimiser:
@@ -285,4 +327,8 @@ class Fused(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _update(self, call: Call, settings: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _update_at_once(self, step: Gathered, teachers: list[Tensor | None], settings: Tensor) -> bool:
+        """`adamw_of_plain` or `lars_of_plain`; False where the extension isn't built."""
         raise NotImplementedError

@@ -8,8 +8,13 @@ from torch import Tensor
 from fastjem.functional import checks
 from fastjem.kernels import guard
 from fastjem.ops.autograd import ops
-from fastjem.optim.fused import Call, Fused
+from fastjem.optim.fused import Call, Fused, Gathered
 from fastjem.optim.sharded import sum_over_shards
+
+try:
+    from fastjem.kernels.optimizers import cpu
+except ImportError:  # the extension isn't built
+    cpu = None
 
 
 class _Momentum(Fused):
@@ -51,6 +56,12 @@ class _Momentum(Fused):
                 call.local, gradients, call.states[0], call.teachers, settings, call.groups, norms, grad_scale,
                 found_inf,
             )  # fmt: skip
+
+    def _update_at_once(self, step: Gathered, teachers: list[Tensor | None], settings: Tensor) -> bool:
+        if cpu is None:
+            return False
+        (buffers,) = step.states
+        return cpu.lars_of_plain(step.parameters, step.gradients, buffers, teachers, step.groups, settings)
 
 
 class SGD(_Momentum):

@@ -4,6 +4,8 @@
 * `visible.py`: log-sum-exps over what each row sees, of which losses with options are made, and `VisibleEngine`.
 * `cpu_engine.py`: the engine on the CPU; torch.mm makes tiles, C++ works on them. `cpu_visible.py`: its part for
   `visible.py`. `cpu.py`: the operators.
+* `one_tile.py`, `seen_tile.py`: losses on the CPU whose similarities fit one tile, which is kept; the latter with
+  options. `small.py`: losses of a few rows in one call.
 * `gpu_engine.py`: the engine on a GPU, of Triton kernels on `tiles.py`: `sums.py` (log-sum-exps), `weights.py`
   (gradients), `rows.py` (single rows). `gpu.py`: the operators.
 """

@@ -44,9 +44,11 @@ def unit_rows(
     return out, divisors
 
 
-def through_unit_rows(gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype) -> Tensor:
+def through_unit_rows(
+    gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype, scale: float = 1.0
+) -> Tensor:
     if divisors is None:
-        return gradient.to(dtype)
+        return (gradient if scale == 1 else gradient * scale).to(dtype)
     native = dtype if dtype in CODES else gradient.dtype
     out = gradient if native == gradient.dtype else torch.empty(gradient.shape, dtype=native)
     _C.through_unit_rows(
@@ -56,7 +58,7 @@ def through_unit_rows(gradient: Tensor, unit: Tensor, divisors: Tensor | None, d
         address(divisors),
         *gradient.shape,
         UNIT_EPS,
-        1.0,
+        scale,
         address(out),
         torch.get_num_threads(),
     )

@@ -22,7 +22,7 @@ def product_rows(x: Tensor, products: torch.dtype) -> Tensor:
     return unit_rows(x, False)[0]
 
 
-class _Seen:
+class Seen:
     """`Visible` as C++ takes it, with the memory that the addresses are of."""
 
     def __init__(self, visible: Visible, a: Tensor, b: Tensor, columns: bool):
@@ -46,7 +46,7 @@ def _addresses(vectors: Sequence[Tensor | None], first: int) -> tuple[int, ...]:
 def visible_sums(
     a: Tensor, b: Tensor, scaling: Scaling, visible: Visible, columns: bool, totals: bool, *, symmetric: bool
 ) -> tuple[Sums, Sums | None]:
-    seen = _Seen(visible, a, b, columns or symmetric)
+    seen = Seen(visible, a, b, columns or symmetric)
 
     def start(n: int) -> list[Tensor | None]:
         """Maximum, sum, total, count of nothing."""
@@ -99,7 +99,7 @@ def add_visible(
     *,
     symmetric: bool,
 ) -> None:
-    seen = _Seen(visible, a, b, of_columns is not None)
+    seen = Seen(visible, a, b, of_columns is not None)
     row = _slope_vectors(of_rows, scaling, a.dtype)
     column = row if symmetric else _slope_vectors(of_columns, scaling, a.dtype)
     for tile in tiles(a, b, symmetric):

@@ -22,8 +22,8 @@ def _count_kernel(
 ):
     i = tl.program_id(0)
     line = table + i * COLUMNS
-    row = settings + tl.load(line + 7) * SETTINGS
-    step = tensor_at(line, 5, tl.float32, False)
+    row = settings + tl.load(line + 6) * SETTINGS
+    step = tensor_at(line, 4, tl.float32, False)
     t = tl.load(step) + is_taken(found_inf, CHECKED).to(tl.float32)
     tl.store(step, t)
     power = t.to(tl.float64)
@@ -54,6 +54,7 @@ def _update(
 @triton.jit
 def _adamw_kernel(
     table,  # [P, COLUMNS] int64
+    gradients,  # [P] int64, their addresses
     owners,  # [blocks] int64, the line of the table that a block works on
     corrections,  # [P, 2] float64
     settings,  # [G, SETTINGS] float64, its columns as columns.ADAMW
@@ -72,14 +73,14 @@ def _adamw_kernel(
     i_block = tl.program_id(0)
     i_line = tl.load(owners + i_block)
     line = table + i_line * COLUMNS
-    offset = (i_block - tl.load(line + 9)) * BLOCK
+    offset = (i_block - tl.load(line + 8)) * BLOCK
     parameter = tensor_at(line, 0, DTYPE, ALIGNED) + offset
-    gradient = tensor_at(line, 1, GRADIENT, ALIGNED) + offset
-    average = tensor_at(line, 2, DTYPE, ALIGNED) + offset
-    square = tensor_at(line, 3, DTYPE, ALIGNED) + offset
-    teacher = tensor_at(line, 4, DTYPE, ALIGNED) + offset
-    follows = tl.load(line + 4) != 0
-    row = settings + tl.load(line + 7) * SETTINGS
+    gradient = tensor_at(gradients, i_line, GRADIENT, ALIGNED) + offset
+    average = tensor_at(line, 1, DTYPE, ALIGNED) + offset
+    square = tensor_at(line, 2, DTYPE, ALIGNED) + offset
+    teacher = tensor_at(line, 3, DTYPE, ALIGNED) + offset
+    follows = tl.load(line + 3) != 0
+    row = settings + tl.load(line + 6) * SETTINGS
     taken = is_taken(found_inf, CHECKED)
     lr = tl.load(row)
     beta2 = tl.load(row + 2)
@@ -92,7 +93,7 @@ def _adamw_kernel(
     root = tl.load(corrections + 2 * i_line + 1).to(DTYPE)
     eps = tl.load(row + 3).to(DTYPE)
     weight = (1.0 - tl.load(row + 5)).to(DTYPE)
-    inside = tl.minimum(tl.load(line + 6) - offset, BLOCK).to(tl.int32)
+    inside = tl.minimum(tl.load(line + 5) - offset, BLOCK).to(tl.int32)
     whole = inside // VECTOR * VECTOR  # a mask that changes only between vectors keeps the 128-bit accesses
     index = tl.arange(0, BLOCK)
     _update(
@@ -112,12 +113,11 @@ def adamw_(
     steps: list[Tensor], teachers: list[Tensor], settings: Tensor, groups: list[int], grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:  # fmt: skip
-    lists = [parameters, gradients, averages, squares, teachers]
-    plan = tables.plan("adamw_", lists, groups, steps)
+    launches = tables.plan("adamw_", parameters, gradients, [averages, squares, teachers], groups, steps)
     settings = settings.contiguous()
     sizes = {"COLUMNS": tables.COLUMNS, "SETTINGS": len(columns.ADAMW)}
     checked = settings if found_inf is None else found_inf
-    for batch in plan.batches:
+    for batch, of_gradients in launches.batches:
         corrections = torch.empty(len(batch.table), 2, dtype=torch.float64, device=settings.device)
         launch.launch(
             _count_kernel,
@@ -136,6 +136,7 @@ def adamw_(
             _adamw_kernel,
             (len(batch.blocks),),
             batch.table,
+            of_gradients,
             batch.blocks,
             corrections,
             settings,
@@ -150,7 +151,7 @@ def adamw_(
             **tiling.optimizer(),
             device_of=settings,
         )
-    for i in plan.others:
+    for i in launches.others:
         one = slice(i, i + 1)
         reference.adamw_(
             parameters[one], gradients[one], averages[one], squares[one], steps[one], teachers[one], settings,

@@ -62,6 +62,26 @@ def adamw_(
     )  # fmt: skip
 
 
+def adamw_of_plain(
+    parameters: list[Tensor], gradients: list[Tensor], averages: list[Tensor | None], squares: list[Tensor | None],
+    steps: list[Tensor], teachers: list[Tensor | None], groups: list[int], settings: Tensor,
+) -> bool:  # fmt: skip
+    """`adamw_`, where None is a teacher that isn't there and `settings` contiguous. False, and nothing is written,
+    where C++ says that a tensor isn't plain, doesn't fit its parameter, or isn't apart from all others.
+    """
+    lists = parameters, gradients, averages, squares, steps, teachers
+    return _C.adamw_of_plain(*lists, groups, settings.data_ptr(), torch.get_num_threads())
+
+
+def lars_of_plain(
+    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor | None], teachers: list[Tensor | None],
+    groups: list[int], settings: Tensor,
+) -> bool:  # fmt: skip
+    """`lars_`, as `adamw_of_plain` is `adamw_`; None is also a buffer that isn't there."""
+    lists = parameters, gradients, buffers, teachers
+    return _C.lars_of_plain(*lists, groups, settings.data_ptr(), torch.get_num_threads())
+
+
 def _laid_out_as(parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     """The gradients, copied where they aren't laid out as their parameters are."""
     if all(map(Tensor.is_contiguous, parameters)) and all(map(Tensor.is_contiguous, gradients)):

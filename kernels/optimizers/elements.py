@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def tensor_at(line, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column of a table's line, as a pointer."""
-    pointer = tl.load(line + COLUMN).to(tl.pointer_type(DTYPE))
+def tensor_at(addresses, i, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The i-th of addresses (a table's line, a vector of gradients'), as a pointer."""
+    pointer = tl.load(addresses + i).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer

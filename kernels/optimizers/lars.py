@@ -17,6 +17,7 @@ from .elements import follow, gradient_factor, is_taken, tensor_at
 @triton.jit
 def _squares_kernel(
     table,  # [P, COLUMNS] int64
+    gradients,  # [P] int64, their addresses
     owners,  # [parts] int64, the line of the table that a part is of
     sums,  # [parts, 2] float64, of the parameter and of the gradient
     settings,  # [G, SETTINGS] float64
@@ -31,15 +32,16 @@ def _squares_kernel(
     BLOCK: tl.constexpr,
 ):
     i_part = tl.program_id(0)
-    line = table + tl.load(owners + i_part) * COLUMNS
-    size = tl.load(line + 12) * BLOCK
-    offset = (i_part - tl.load(line + 10)) * size
+    i_line = tl.load(owners + i_part)
+    line = table + i_line * COLUMNS
+    size = tl.load(line + 11) * BLOCK
+    offset = (i_part - tl.load(line + 9)) * size
     parameter = tensor_at(line, 0, DTYPE, ALIGNED) + offset
-    gradient = tensor_at(line, 1, GRADIENT, ALIGNED) + offset
-    row = settings + tl.load(line + 7) * SETTINGS
+    gradient = tensor_at(gradients, i_line, GRADIENT, ALIGNED) + offset
+    row = settings + tl.load(line + 6) * SETTINGS
     unscale = gradient_factor(grad_scale, SCALED).to(DTYPE)
     decay = tl.where(tl.load(row + 9) != 0, tl.load(row + 2), 0.0).to(DTYPE)
-    inside = tl.minimum(tl.load(line + 6) - offset, size).to(tl.int32)
+    inside = tl.minimum(tl.load(line + 5) - offset, size).to(tl.int32)
     whole = inside // VECTOR * VECTOR  # a mask that changes only between vectors keeps the 128-bit accesses
     index = tl.arange(0, BLOCK)
     of_parameter = tl.zeros([BLOCK], DTYPE)
@@ -61,11 +63,11 @@ def _squares_kernel(
 def _squares_of(line, sums, GIVEN: tl.constexpr, MOST_PARTS: tl.constexpr):
     """The squares' sums of a tensor and of its gradient: of its parts, or as they are given by the tensor's number."""
     if GIVEN:
-        of_tensor = sums + 2 * tl.load(line + 8)
+        of_tensor = sums + 2 * tl.load(line + 7)
         return tl.load(of_tensor), tl.load(of_tensor + 1)
     part = tl.arange(0, MOST_PARTS)
-    of_parts = sums + 2 * (tl.load(line + 10) + part)
-    mask = part < tl.load(line + 11)
+    of_parts = sums + 2 * (tl.load(line + 9) + part)
+    mask = part < tl.load(line + 10)
     return tl.sum(tl.load(of_parts, mask, 0), 0), tl.sum(tl.load(of_parts + 1, mask, 0), 0)
 
 
@@ -73,7 +75,7 @@ def _squares_of(line, sums, GIVEN: tl.constexpr, MOST_PARTS: tl.constexpr):
 def _norms_kernel(table, sums, norms, COLUMNS: tl.constexpr, MOST_PARTS: tl.constexpr):
     line = table + tl.program_id(0) * COLUMNS
     of_parameter, of_gradient = _squares_of(line, sums, False, MOST_PARTS)
-    number = tl.load(line + 8)
+    number = tl.load(line + 7)
     tl.store(norms + 2 * number, of_parameter)
     tl.store(norms + 2 * number + 1, of_gradient)
 
@@ -115,6 +117,7 @@ def _update(
 @triton.jit
 def _lars_kernel(
     table,  # [P, COLUMNS] int64
+    gradients,  # [P] int64, their addresses
     owners,  # [blocks] int64, the line of the table that a block works on
     sums,  # [parts, 2] float64, of the squares; GIVEN: [P, 2]
     settings,  # [G, SETTINGS] float64
@@ -134,14 +137,15 @@ def _lars_kernel(
     BLOCK: tl.constexpr,
 ):
     i_block = tl.program_id(0)
-    line = table + tl.load(owners + i_block) * COLUMNS
-    offset = (i_block - tl.load(line + 9)) * BLOCK
+    i_line = tl.load(owners + i_block)
+    line = table + i_line * COLUMNS
+    offset = (i_block - tl.load(line + 8)) * BLOCK
     parameter = tensor_at(line, 0, DTYPE, ALIGNED) + offset
-    gradient = tensor_at(line, 1, GRADIENT, ALIGNED) + offset
-    buffer = tensor_at(line, 2, DTYPE, ALIGNED) + offset
-    teacher = tensor_at(line, 3, DTYPE, ALIGNED) + offset
-    follows = tl.load(line + 3) != 0
-    row = settings + tl.load(line + 7) * SETTINGS
+    gradient = tensor_at(gradients, i_line, GRADIENT, ALIGNED) + offset
+    buffer = tensor_at(line, 1, DTYPE, ALIGNED) + offset
+    teacher = tensor_at(line, 2, DTYPE, ALIGNED) + offset
+    follows = tl.load(line + 2) != 0
+    row = settings + tl.load(line + 6) * SETTINGS
     taken = is_taken(found_inf, CHECKED)
     ratio = _ratio(line, row, sums, GIVEN, MOST_PARTS).to(DTYPE)
     unscale = gradient_factor(grad_scale, SCALED).to(DTYPE)
@@ -150,7 +154,7 @@ def _lars_kernel(
     decay = tl.load(row + 2).to(DTYPE)
     weight = (1.0 - tl.load(row + 3)).to(DTYPE)
     nesterov = tl.load(row + 6) != 0
-    inside = tl.minimum(tl.load(line + 6) - offset, BLOCK).to(tl.int32)
+    inside = tl.minimum(tl.load(line + 5) - offset, BLOCK).to(tl.int32)
     whole = inside // VECTOR * VECTOR
     index = tl.arange(0, BLOCK)
     _update(
@@ -165,7 +169,7 @@ def _lars_kernel(
         )  # fmt: skip
 
 
-def _add_squares(batch: tables.Batch, settings: Tensor, grad_scale: Tensor | None) -> Tensor:
+def _add_squares(batch: tables.Batch, gradients: Tensor, settings: Tensor, grad_scale: Tensor | None) -> Tensor:
     """[parts, 2] float64."""
     sums = torch.empty(len(batch.parts), 2, dtype=torch.float64, device=batch.table.device)
     if not len(batch.parts):
@@ -174,6 +178,7 @@ def _add_squares(batch: tables.Batch, settings: Tensor, grad_scale: Tensor | Non
         _squares_kernel,
         (len(batch.parts),),
         batch.table,
+        gradients,
         batch.parts,
         sums,
         settings,
@@ -193,21 +198,21 @@ def _add_squares(batch: tables.Batch, settings: Tensor, grad_scale: Tensor | Non
 def lars_norms(
     parameters: list[Tensor], gradients: list[Tensor], settings: Tensor, groups: list[int], grad_scale: Tensor | None
 ) -> Tensor:
-    plan = tables.plan("lars_norms", [parameters, gradients], groups)
+    launches = tables.plan("lars_norms", parameters, gradients, [], groups)
     settings = settings.contiguous()
     norms = torch.zeros(len(parameters), 2, dtype=torch.float64, device=parameters[0].device)
-    for batch in plan.batches:
+    for batch, of_gradients in launches.batches:
         launch.launch(
             _norms_kernel,
             (len(batch.table),),
             batch.table,
-            _add_squares(batch, settings, grad_scale),
+            _add_squares(batch, of_gradients, settings, grad_scale),
             norms,
             COLUMNS=tables.COLUMNS,
             MOST_PARTS=tables.MOST_PARTS,
             device_of=norms,
         )
-    for i in plan.others:
+    for i in launches.others:
         of_one = [parameters[i]], [gradients[i]], settings, groups[i : i + 1], grad_scale
         norms[i] = reference.lars_norms(*of_one)[0]
     return norms
@@ -217,17 +222,18 @@ def lars_(
     parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], teachers: list[Tensor], settings: Tensor,
     groups: list[int], norms: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
-    plan = tables.plan("lars_", [parameters, gradients, buffers, teachers], groups)
+    launches = tables.plan("lars_", parameters, gradients, [buffers, teachers], groups)
     settings = settings.contiguous()
-    for batch in plan.batches:
+    for batch, of_gradients in launches.batches:
         if not len(batch.blocks):  # tensors without elements
             continue
         launch.launch(
             _lars_kernel,
             (len(batch.blocks),),
             batch.table,
+            of_gradients,
             batch.blocks,
-            _add_squares(batch, settings, grad_scale) if norms is None else norms.contiguous(),
+            _add_squares(batch, of_gradients, settings, grad_scale) if norms is None else norms.contiguous(),
             settings,
             settings if grad_scale is None else grad_scale,
             settings if found_inf is None else found_inf,
@@ -244,7 +250,7 @@ def lars_(
             **tiling.optimizer(),
             device_of=settings,
         )
-    for i in plan.others:
+    for i in launches.others:
         one = slice(i, i + 1)
         given = None if norms is None else norms[one]
         reference.lars_(

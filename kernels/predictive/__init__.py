@@ -16,5 +16,6 @@ OPERATORS = {
         "(Tensor prediction, Tensor target, Tensor rows, Tensor weights, float beta, bool normalize, float eps,"
         " bool[] wanted) -> (Tensor, Tensor[], Tensor)",
         cpu=True,
+        gpu=True,
     ),
 }

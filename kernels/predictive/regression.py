@@ -1,4 +1,5 @@
-"""`smooth_l1_loss(prediction, layer_norm(target), beta=beta)` and the prediction's gradient, unscaled, in one pass.
+"""`smooth_l1_loss(prediction, layer_norm(target), beta=beta)` and the prediction's gradient, unscaled, in one pass; of
+all rows, or of chosen ones with weights, which are gathered and whose gradients are scattered within the same pass.
 
 A row that fits in registers is read once; a longer one three times, as its mean and its variance come first. The mean
 is corrected by that of what it leaves: in float32 a large one has lost digits that the differences from it have.
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch, tiling
-from ..arithmetic import compute_dtype, dense_rows
+from ..arithmetic import compute_dtype, dense_rows, no_gradient
 from . import reference
 
 
@@ -29,12 +30,23 @@ def _element(error, BETA: tl.constexpr, dtype: tl.constexpr):
     return loss, slope
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
+def _chosen(rows, weights, place, is_place, N, COMPUTE: tl.constexpr):
+    """Which rows are at these places, their weights, whether they are taken, and whether they are in the tensors."""
+    weight = tl.load(weights + place, is_place, 0).to(COMPUTE)
+    i_row = tl.load(rows + place, is_place, 0)
+    return i_row, weight, weight != 0, (i_row >= 0) & (i_row < N)
+
+
+@triton.jit(do_not_specialize=["M", "N"])
 def _regression_kernel(
     prediction,  # [N, D], rows s_x * ALIGN apart
     target,  # [N, D], rows s_y * ALIGN apart
     gradient,  # [N, D] contiguous, or None
     sums,  # [programs], the losses of a program's elements
+    rows,  # [M] int64, which rows count; None: all, and M is N
+    weights,  # [M], of these rows, or None
+    M,
     N,
     D,  # / ALIGN
     s_x,  # / ALIGN
@@ -48,8 +60,12 @@ def _regression_kernel(
     BLOCK: tl.constexpr,  # >= D * ALIGN
 ):
     i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    taken = i_row < M
+    there = taken
+    if rows is not None:
+        i_row, weight, taken, there = _chosen(rows, weights, i_row, taken, N, COMPUTE)
     column = tl.arange(0, BLOCK)[None, :]
-    inside = (i_row < N)[:, None] & (column < D * ALIGN)
+    inside = (taken & there)[:, None] & (column < D * ALIGN)
     y = tl.load(target + launch.row_start(i_row, s_y, ALIGN)[:, None] + column, inside, 0).to(COMPUTE)
     x = tl.load(prediction + launch.row_start(i_row, s_x, ALIGN)[:, None] + column, inside, 0).to(COMPUTE)
     if NORMALIZE:
@@ -59,17 +75,27 @@ def _regression_kernel(
         variance = tl.sum(y * y, 1) * per_element
         y = y * (1 / tl.sqrt(variance + tl.full((), EPS, COMPUTE)))[:, None]
     loss, slope = _element(x - y, BETA, COMPUTE)
-    tl.store(sums + tl.program_id(0), tl.sum(tl.sum(tl.where(inside, loss, 0.0), 1), 0))
+    loss = tl.where(inside, loss, 0.0)
+    if rows is None:
+        tl.store(sums + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
+    else:
+        of_rows = tl.where(taken, tl.where(there, tl.sum(loss, 1) * weight, float("nan")), 0.0)
+        tl.store(sums + tl.program_id(0), tl.sum(of_rows, 0))
+        slope *= weight[:, None]
     if gradient is not None:
         tl.store(gradient + launch.row_start(i_row, D, ALIGN)[:, None] + column, slope, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def _regression_long_kernel(
     prediction,  # [N, D], rows s_x * ALIGN apart
     target,  # [N, D], rows s_y * ALIGN apart
     gradient,  # [N, D] contiguous, or None
-    sums,  # [N]
+    sums,  # [M]
+    rows,  # as above
+    weights,
+    M,
+    N,
     D,  # / ALIGN
     s_x,  # / ALIGN
     s_y,  # / ALIGN
@@ -82,6 +108,10 @@ def _regression_long_kernel(
     STAGES: tl.constexpr,
 ):
     i_row = tl.program_id(0)
+    width = D * ALIGN
+    if rows is not None:
+        i_row, weight, taken, there = _chosen(rows, weights, i_row, True, N, COMPUTE)
+        width = tl.where(taken & there, width, 0)  # of a row that isn't taken nothing is read
     column = tl.arange(0, BLOCK)
     prediction += launch.row_start(i_row, s_x, ALIGN)
     target += launch.row_start(i_row, s_y, ALIGN)
@@ -91,13 +121,13 @@ def _regression_long_kernel(
     if NORMALIZE:
         per_element = 1 / (D * ALIGN).to(COMPUTE)
         total = tl.zeros([BLOCK], COMPUTE)
-        for i in tl.range(0, D * ALIGN, BLOCK, num_stages=STAGES):
-            total += tl.load(target + i + column, column < D * ALIGN - i, 0).to(COMPUTE)
+        for i in tl.range(0, width, BLOCK, num_stages=STAGES):
+            total += tl.load(target + i + column, column < width - i, 0).to(COMPUTE)
         mean = tl.sum(total, 0) * per_element
         total = tl.zeros([BLOCK], COMPUTE)
         squares = tl.zeros([BLOCK], COMPUTE)
-        for i in tl.range(0, D * ALIGN, BLOCK, num_stages=STAGES):
-            inside = column < D * ALIGN - i
+        for i in tl.range(0, width, BLOCK, num_stages=STAGES):
+            inside = column < width - i
             y = tl.where(inside, tl.load(target + i + column, inside, 0).to(COMPUTE) - mean, 0.0)
             total += y
             squares += y * y
@@ -105,8 +135,8 @@ def _regression_long_kernel(
         variance = tl.sum(squares, 0) * per_element - rest * rest
         factor = 1 / tl.sqrt(variance + tl.full((), EPS, COMPUTE))
     total = tl.zeros([BLOCK], COMPUTE)
-    for i in tl.range(0, D * ALIGN, BLOCK, num_stages=STAGES):
-        inside = column < D * ALIGN - i
+    for i in tl.range(0, width, BLOCK, num_stages=STAGES):
+        inside = column < width - i
         y = tl.load(target + i + column, inside, 0).to(COMPUTE)
         if NORMALIZE:
             y = ((y - mean) - rest) * factor
@@ -114,8 +144,59 @@ def _regression_long_kernel(
         loss, slope = _element(x - y, BETA, COMPUTE)
         total += tl.where(inside, loss, 0.0)
         if gradient is not None:
+            if rows is not None:
+                slope *= weight
             tl.store(gradient + launch.row_start(i_row, D, ALIGN) + i + column, slope, inside)
-    tl.store(sums + i_row, tl.sum(total, 0))
+    of_row = tl.sum(total, 0)
+    if rows is not None:
+        of_row = tl.where(taken, tl.where(there, of_row * weight, float("nan")), 0.0)
+    tl.store(sums + tl.program_id(0), of_row)
+
+
+def _summed(
+    prediction: Tensor,  # [N, D]
+    target: Tensor,  # [N, D]
+    gradient: Tensor | None,  # [N, D] contiguous, written where rows count
+    rows: Tensor | None,  # [M] int64; None: all
+    weights: Tensor | None,  # [M]
+    beta: float,
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """0-dim, the sum of the elements' losses, each times its row's weight."""
+    n, d = prediction.shape
+    count = n if rows is None else len(rows)
+    prediction = dense_rows(prediction)
+    target = dense_rows(target)
+    compute = compute_dtype(prediction.dtype, target.dtype)
+    align = launch.alignment(prediction, target)
+    tile = tiling.regression(d, compute)
+    programs = count if tile is None else triton.cdiv(count, tile["ROWS"])
+    sums = torch.empty(programs, dtype=compute, device=prediction.device)
+    if programs:
+        launch.launch(
+            _regression_long_kernel if tile is None else _regression_kernel,
+            (programs,),
+            prediction,
+            target,
+            gradient,
+            sums,
+            rows,
+            weights,
+            count,
+            n,
+            d // align,
+            prediction.stride(0) // align,
+            target.stride(0) // align,
+            COMPUTE=launch.DTYPES[compute],
+            BETA=beta,
+            NORMALIZE=normalize,
+            EPS=eps,
+            ALIGN=align,
+            **(tile or tiling.regression_long(compute)),
+            device_of=prediction,
+        )
+    return sums.sum()
 
 
 def regression(
@@ -129,32 +210,27 @@ def regression(
     if prediction.dtype not in launch.DTYPES or target.dtype not in launch.DTYPES:
         return reference.regression(prediction, target, beta, normalize, eps, wanted)
     n, d = prediction.shape
-    prediction = dense_rows(prediction)
-    target = dense_rows(target)
-    compute = compute_dtype(prediction.dtype, target.dtype)
     gradient = torch.empty((n, d), dtype=prediction.dtype, device=prediction.device) if wanted[0] else None
-    align = launch.alignment(prediction, target)
-    tile = tiling.regression(d, compute)
-    programs = n if tile is None else triton.cdiv(n, tile["ROWS"])
-    sums = torch.empty(programs, dtype=compute, device=prediction.device)
-    launch.launch(
-        _regression_long_kernel if tile is None else _regression_kernel,
-        (programs,),
-        prediction,
-        target,
-        gradient,
-        sums,
-        *([] if tile is None else [n]),
-        d // align,
-        prediction.stride(0) // align,
-        target.stride(0) // align,
-        COMPUTE=launch.DTYPES[compute],
-        BETA=beta,
-        NORMALIZE=normalize,
-        EPS=eps,
-        ALIGN=align,
-        **(tile or tiling.regression_long(compute)),
-        device_of=prediction,
-    )
-    scale = torch.full((), 1 / (n * d), dtype=compute, device=prediction.device)
-    return sums.sum() * scale, [prediction.new_empty(0) if gradient is None else gradient], scale
+    total = _summed(prediction, target, gradient, None, None, beta, normalize, eps)
+    scale = torch.full((), 1 / (n * d), dtype=total.dtype, device=total.device)
+    return total * scale, [no_gradient(prediction) if gradient is None else gradient], scale
+
+
+def regression_rows(
+    prediction: Tensor,  # [N, D]
+    target: Tensor,  # [N, D]
+    rows: Tensor,  # [M] int64
+    weights: Tensor,  # [M]
+    beta: float,
+    normalize: bool,
+    eps: float,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    if prediction.dtype not in launch.DTYPES or target.dtype not in launch.DTYPES:
+        return reference.regression_rows(prediction, target, rows, weights, beta, normalize, eps, wanted)
+    n, d = prediction.shape
+    gradient = torch.zeros((n, d), dtype=prediction.dtype, device=prediction.device) if wanted[0] else None
+    weights = weights.to(compute_dtype(prediction.dtype, target.dtype)).contiguous()
+    total = _summed(prediction, target, gradient, rows.contiguous(), weights, beta, normalize, eps)
+    size = weights.sum() * d
+    return total / size, [no_gradient(prediction) if gradient is None else gradient], 1 / size

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _C, tiling
 from ..arithmetic import compute_dtype, dense_rows, no_gradient
-from ..native import CODES, address, gradient_for, scale_within
+from ..native import CODES, address, gradient_for, loss_like, scale_within
 from . import reference
 from .pairing import PAIRS, count
 
@@ -21,17 +21,22 @@ def _dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 # Sinkhorn ------------------------------------------------------------------------------------------------------------
 
 
+def _layout(scores: Tensor) -> tuple[int, ...]:
+    """Problems, rows, width, and the strides between problems and between rows."""
+    x = scores if scores.dim() == 3 else scores[None]
+    return (*x.shape, x.stride(0), x.stride(1))
+
+
 def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """`reference.sinkhorn_step` of dense rows and a float64 bias: [K] float64.
+    """`reference.sinkhorn_step` of dense rows and a float64 bias: [K] or [P, K] float64.
 
     A potential may be thousands, and nearly cancels with what it is added to: within an operator it stays float64.
     """
-    sums = torch.empty(scores.shape[1], dtype=torch.float64)
+    sums = torch.empty((*scores.shape[:-2], scores.shape[-1]), dtype=torch.float64)
     _C.sinkhorn_step(
         CODES[scores.dtype],
         address(scores),
-        *scores.shape,
-        scores.stride(0),
+        *_layout(scores),
         1 / epsilon,
         address(bias),
         address(sums),
@@ -42,7 +47,7 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
 
 def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
     """`reference.sinkhorn_bias` in float64."""
-    zeros = torch.zeros(scores.shape[1], dtype=torch.float64) if normalize_samples_first else None
+    zeros = torch.zeros(*scores.shape[:-2], scores.shape[-1], dtype=torch.float64) if normalize_samples_first else None
     bias = _step(scores, zeros, epsilon).neg_()
     for _ in range(iterations - 1):
         bias = _step(scores, bias, epsilon).neg_()
@@ -70,8 +75,7 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
     _C.sinkhorn_codes(
         CODES[scores.dtype],
         address(scores),
-        *scores.shape,
-        scores.stride(0),
+        *_layout(scores),
         1 / epsilon,
         address(bias),
         CODES[dtype],
@@ -161,17 +165,19 @@ def mean_entropy(
         return reference.mean_entropy(scores, temperature, total, rows, wanted)
     scores = [dense_rows(x) for x in scores]
     prototypes = scores[0].shape[1]
-    if total is None or rows is None:  # Sinkhorn's step from a bias of 0 gives each prototype's logsumexp of log p
-        zeros = torch.zeros(prototypes, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    if total is None or rows is None:
         n = sum(map(len, scores))
-        log_mean = torch.stack([_step(x, zeros, temperature) for x in scores]).logsumexp(0) - math.log(n)
+        sums = torch.zeros(prototypes, dtype=torch.float64)
+        for x in scores:
+            _C.softmax_sums(
+                CODES[x.dtype], address(x), *x.shape, x.stride(0), 1 / temperature, address(sums), threads
+            )  # fmt: skip
     else:
         n = rows.item()
-        log_mean = (total.double() / n).log()
-    log_mean = log_mean.clamp_min(-1e4)  # 0 log 0 is 0
-    mean = log_mean.exp()
-    negative_entropy = mean @ log_mean
-    slope = (log_mean - negative_entropy).to(dtype)  # a constant changes nothing, and this one leaves small numbers
+        sums = total.to(torch.float64).contiguous()
+    slope = torch.empty(prototypes, dtype=dtype)
+    negative_entropy = _C.entropy_slope(CODES[dtype], address(sums), prototypes, n, address(slope))
     scale = 1 / (n * temperature)
     factor = scale if scores[0].dtype == dtype else 1.0  # half precision can't hold the scaled gradient
     gradients = [gradient_for(x, k) for x, k in zip(scores, wanted, strict=True)]
@@ -186,9 +192,9 @@ def mean_entropy(
                 address(slope),
                 factor,
                 address(gradient),
-                torch.get_num_threads(),
+                threads,
             )
-    loss = (negative_entropy + math.log(prototypes)).to(dtype)
+    loss = loss_like(scores[0], negative_entropy + math.log(prototypes))
     return loss, gradients, torch.full((), scale / factor, dtype=dtype)
 
 

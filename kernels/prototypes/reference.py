@@ -10,8 +10,8 @@ from .pairing import count, is_pair
 
 
 def sinkhorn_step(
-    scores: Tensor,  # [B, K]
-    bias: Tensor | None,  # [K] float64; None: samples are not normalised before
+    scores: Tensor,  # [B, K], or [P, B, K]: P problems, each for itself, as in all of Sinkhorn's operators
+    bias: Tensor | None,  # [K] or [P, K], float64; None: samples are not normalised before
     epsilon: float,
 ) -> Tensor:
     """[K] float64: `logsumexp_i(s_ik + g_i)` with `g_i = -logsumexp_k(s_ik + f_k)`, s = scores / epsilon, f = bias.
@@ -22,8 +22,8 @@ def sinkhorn_step(
     """
     scores = widen(scores) / epsilon
     if bias is not None:
-        scores = scores - (scores + bias).logsumexp(1, keepdim=True)
-    return widest(scores.logsumexp(0))
+        scores = scores - (scores + bias.unsqueeze(-2)).logsumexp(-1, keepdim=True)
+    return widest(scores.logsumexp(-2))
 
 
 def sinkhorn_bias(
@@ -40,7 +40,7 @@ def sinkhorn_bias(
 def _potentials(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
     """The prototypes' potentials f, [K] float64."""
     wide = widest_dtype(scores.device)
-    zeros = scores.new_zeros(scores.shape[1], dtype=wide) if normalize_samples_first else None
+    zeros = scores.new_zeros((*scores.shape[:-2], scores.shape[-1]), dtype=wide) if normalize_samples_first else None
     bias = -sinkhorn_step(scores, zeros, epsilon)
     for _ in range(iterations - 1):
         bias = -sinkhorn_step(scores, bias, epsilon)
@@ -69,7 +69,7 @@ def sinkhorn_codes(
     dtype: torch.dtype,
 ) -> Tensor:
     """[B, K]: `softmax(scores / epsilon + bias, 1)`"""
-    return (widen(scores) / epsilon + bias).softmax(1).to(dtype)
+    return (widen(scores) / epsilon + bias.unsqueeze(-2)).softmax(-1).to(dtype)
 
 
 def prototype_cross_entropy(

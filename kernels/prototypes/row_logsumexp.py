@@ -22,12 +22,14 @@ def biased(x, bias, SCALE: tl.constexpr, LOW: tl.constexpr, COMPUTE: tl.constexp
     return v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "s_problem"])
 def _row_logsumexp_kernel(
-    x,  # [N, K], rows s_row * ALIGN apart
-    bias,  # [K], or None
-    out,  # [N]
+    x,  # [P, N, K], rows s_row * ALIGN apart
+    bias,  # [P, K], or None
+    out,  # [P, N]
+    N,
     K,  # / ALIGN
+    s_problem,  # / ALIGN
     s_row,  # / ALIGN
     SOFTMAX: tl.constexpr,  # for a softmax: an infinite logsumexp becomes NaN
     SCALE: tl.constexpr,  # a float argument would be float32
@@ -38,8 +40,11 @@ def _row_logsumexp_kernel(
     STAGES: tl.constexpr,
 ):
     i_row = tl.program_id(0)
+    problem = i_row // N
     column = tl.arange(0, BLOCK)
-    row = x + launch.row_start(i_row, s_row, ALIGN)
+    row = x + launch.row_start(problem, s_problem, ALIGN) + launch.row_start(i_row % N, s_row, ALIGN)
+    if bias is not None:
+        bias += launch.row_start(problem, K, ALIGN)
     scale = tl.full((), SCALE, COMPUTE)
     maximum = tl.full((), -float("inf"), COMPUTE)  # of the block: one of each element costs a second exponential
     shift = tl.zeros((), COMPUTE)
@@ -60,27 +65,31 @@ def _row_logsumexp_kernel(
 
 
 def row_logsumexp(
-    x: Tensor,  # [N, K] with dense rows
-    bias: Tensor | None,  # [K], dense, in the dtype to compute in or float64
+    x: Tensor,  # [N, K] or [P, N, K], with dense rows
+    bias: Tensor | None,  # [K] or [P, K], dense, in the dtype to compute in or float64
     scale: float,
-    out: Tensor,  # [N]
+    out: Tensor,  # [N] or [P, N]
     softmax: bool,
 ) -> None:
     """`softmax`: out is what a softmax subtracts, NaN where the logsumexp is infinite."""
     align = launch.alignment(x)
+    problems = x if x.dim() == 3 else x[None]
+    p, n, k = problems.shape
     launch.launch(
         _row_logsumexp_kernel,
-        (len(x),),
+        (p * n,),
         x,
         bias,
         out,
-        x.shape[1] // align,
-        x.stride(0) // align,
+        n,
+        k // align,
+        problems.stride(0) // align,
+        problems.stride(1) // align,
         SOFTMAX=softmax,
         **two_parts(scale, out.dtype),
         COMPUTE=launch.DTYPES[out.dtype],
         ALIGN=align,
-        **tiling.row_logsumexp(x.shape[1], out.dtype),
+        **tiling.row_logsumexp(k, out.dtype),
         device_of=x,
     )
 

@@ -6,7 +6,8 @@ iteration before, every prototype has a sample with exp(s / epsilon + f - lse) >
 row stays in registers between its two uses: 4 reads for 3 iterations and the codes. Wider rows are read twice, but in
 the first iteration: 7 reads. `sinkhorn_step` takes any bias, so it keeps running maxima and reads twice.
 
-Columns are summed by programs into partial sums, which one program a column block adds in a fixed order.
+Columns are summed by programs into partial sums, which one program a column block adds in a fixed order. Several
+problems (scores [P, N, K]) are more programs of the same launches.
 """
 
 import torch
@@ -20,15 +21,17 @@ from . import reference
 from .row_logsumexp import biased, dense, row_logsumexp, two_parts
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "parts", "s_problem"])
 def _column_logsumexp_kernel(
-    x,  # [N, K], rows s_row * ALIGN apart
-    bias,  # [K] float64, or None
-    offsets,  # [N], subtracted from rows; None where bias is None
-    maxima,  # [parts, K]
-    sums,  # [parts, K]
+    x,  # [P, N, K], rows s_row * ALIGN apart
+    bias,  # [P, K] float64, or None
+    offsets,  # [P, N], subtracted from rows; None where bias is None
+    maxima,  # [P, parts, K]
+    sums,  # [P, parts, K]
     N,
     K,  # / ALIGN
+    parts,
+    s_problem,  # / ALIGN
     s_row,  # / ALIGN
     SCALE: tl.constexpr,
     LOW: tl.constexpr,
@@ -43,14 +46,17 @@ def _column_logsumexp_kernel(
     Without bias the maxima are those of x itself, unscaled: they are exact.
     """
     blocks = tl.cdiv(K * ALIGN, BLOCK)
-    part = tl.program_id(0) // blocks
+    i_part = tl.program_id(0) // blocks  # of all problems' parts
+    problem = i_part // parts
+    part = i_part % parts
+    x += launch.row_start(problem, s_problem, ALIGN)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < K * ALIGN
     per_unit = tl.full((), SCALE if bias is None else 1.0, COMPUTE)  # of v, whose maxima are kept
     maximum = tl.full([BLOCK], -float("inf"), COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)
     if bias is not None:
-        b_bias = tl.load(bias + column, inside, 0)[None, :]
+        b_bias = tl.load(bias + launch.row_start(problem, K, ALIGN) + column, inside, 0)[None, :]
         # It is taken off again in _join_kernel, so an infinite one may be any number here.
         b_bias = tl.where(tl.abs(b_bias) == float("inf"), 0.0, b_bias)
     for i in range(0, PART, ROWS):
@@ -59,24 +65,26 @@ def _column_logsumexp_kernel(
         start = launch.row_start(i_row, s_row, ALIGN)
         v = tl.load(x + start[:, None] + column[None, :], mask, -float("inf")).to(COMPUTE)  # [ROWS, BLOCK]
         if bias is not None:
-            v = biased(v, b_bias, SCALE, LOW, COMPUTE) - tl.load(offsets + i_row, i_row < N, 0)[:, None]
+            v = biased(v, b_bias, SCALE, LOW, COMPUTE) - tl.load(offsets + problem * N + i_row, i_row < N, 0)[:, None]
         new = tl.maximum(maximum, tl.max(v, 0))
         shift = launch.finite(new)
         fade = tl.exp((launch.finite(maximum) - shift) * per_unit)
         total = total * fade + tl.sum(tl.exp((v - shift[None, :]) * per_unit), 0)
         maximum = new
-    out = launch.row_start(part, K, ALIGN) + column
+    out = launch.row_start(i_part, K, ALIGN) + column
     tl.store(maxima + out, maximum, inside)
     tl.store(sums + out, total, inside)
 
 
-@triton.jit(do_not_specialize=["N", "per_program"])
+@triton.jit(do_not_specialize=["N", "parts", "per_program", "s_problem"])
 def _softmax_sums_kernel(
-    x,  # [N, K], rows s_row * ALIGN apart
-    bias,  # [K] float64
-    sums,  # [programs, K]
+    x,  # [P, N, K], rows s_row * ALIGN apart
+    bias,  # [P, K] float64
+    sums,  # [P, parts, K]
     N,
     K,  # / ALIGN
+    parts,  # of a problem, a program each
+    s_problem,  # / ALIGN
     s_row,  # / ALIGN
     per_program,  # rows, a multiple of ROWS
     SCALE: tl.constexpr,
@@ -88,11 +96,14 @@ def _softmax_sums_kernel(
     STAGES: tl.constexpr,
 ):
     """Sums over rows of `softmax(x * scale + bias, 1)`, each row read once."""
+    problem = tl.program_id(0) // parts
+    x += launch.row_start(problem, s_problem, ALIGN)
+    bias += launch.row_start(problem, K, ALIGN)
     column = tl.arange(0, BLOCK)
     inside = column < K * ALIGN
     b_bias = tl.load(bias + column, inside, 0)[None, :]
     acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-    first = tl.program_id(0) * per_program
+    first = tl.program_id(0) % parts * per_program
     for i in tl.range(first, min(first + per_program, N), ROWS, num_stages=STAGES):
         i_row = i + tl.arange(0, ROWS)
         mask = (i_row < N)[:, None] & inside[None, :]
@@ -106,22 +117,25 @@ def _softmax_sums_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def _join_kernel(
-    maxima,  # [parts, K]; None: all 0
-    sums,  # [parts, K], of exp(v - maximum)
-    bias,  # [K] float64, or None
-    out,  # [K] float64: bias - the logsumexp of all parts
+    maxima,  # [P, parts, K]; None: all 0
+    sums,  # [P, parts, K], of exp(v - maximum)
+    bias,  # [P, K] float64, or None
+    out,  # [P, K] float64: bias - the logsumexp of all parts
     parts,
     K,
     SCALE: tl.constexpr,  # what maxima are multiplied by
     BLOCK: tl.constexpr,
 ):
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(K, BLOCK)
+    problem = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < K
+    of_problem = launch.row_start(problem, K, 1) + column
     scale = tl.full((), SCALE, tl.float64)
     maximum = tl.full([BLOCK], 0.0 if maxima is None else -float("inf"), tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
     for i in range(0, parts):
-        start = launch.row_start(i, K, 1)
+        start = launch.row_start(problem * parts + i, K, 1)
         b_sum = tl.load(sums + start + column, inside, 0).to(tl.float64)
         if maxima is None:
             total += b_sum
@@ -134,19 +148,20 @@ def _join_kernel(
             maximum = new
     f = -(launch.finite(maximum) * scale + tl.log(total))
     if bias is not None:
-        b_bias = tl.load(bias + column, inside, 0)
+        b_bias = tl.load(bias + of_problem, inside, 0)
         f += tl.where(tl.abs(b_bias) == float("inf"), 0.0, b_bias)
-    tl.store(out + column, f, inside)
+    tl.store(out + of_problem, f, inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "s_problem"])
 def _codes_kernel(
-    x,  # [N, K], rows s_row * ALIGN apart
-    bias,  # [K] float64
-    row_lse,  # [N]; None: a row is one block
-    codes,  # [N, K] contiguous
+    x,  # [P, N, K], rows s_row * ALIGN apart
+    bias,  # [P, K] float64
+    row_lse,  # [P, N]; None: a row is one block
+    codes,  # [P, N, K] contiguous
     N,
     K,  # / ALIGN
+    s_problem,  # / ALIGN
     s_row,  # / ALIGN
     SCALE: tl.constexpr,
     LOW: tl.constexpr,
@@ -156,7 +171,11 @@ def _codes_kernel(
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(K * ALIGN, BLOCK)
-    i_row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    i_rows = tl.program_id(0) // blocks
+    problem = i_rows // tl.cdiv(N, ROWS)
+    i_row = i_rows % tl.cdiv(N, ROWS) * ROWS + tl.arange(0, ROWS)
+    x += launch.row_start(problem, s_problem, ALIGN)
+    bias += launch.row_start(problem, K, ALIGN)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < K * ALIGN
     mask = (i_row < N)[:, None] & inside[None, :]
@@ -166,8 +185,9 @@ def _codes_kernel(
         e = tl.exp(v - tl.max(v, 1)[:, None])
         p = e / tl.sum(e, 1)[:, None]
     else:
-        p = tl.exp(v - tl.load(row_lse + i_row, i_row < N, 0)[:, None])
-    tl.store(codes + launch.row_start(i_row, K, ALIGN)[:, None] + column[None, :], p, mask)
+        p = tl.exp(v - tl.load(row_lse + problem * N + i_row, i_row < N, 0)[:, None])
+    out = launch.row_start(problem * N + i_row, K, ALIGN)  # N K of all problems may pass 2^31, their rows not
+    tl.store(codes + out[:, None] + column[None, :], p, mask)
 
 
 def _constants(scores: Tensor, epsilon: float) -> dict:
@@ -176,31 +196,31 @@ def _constants(scores: Tensor, epsilon: float) -> dict:
 
 
 def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """[K] float64: the next potentials."""
-    parts, k = sums.shape
+    """[P, K] float64: the next potentials."""
+    problems, parts, k = sums.shape
     tile = tiling.sinkhorn_join()
-    out = torch.empty(k, dtype=torch.float64, device=sums.device)
-    grid = (triton.cdiv(k, tile["BLOCK"]),)
+    out = torch.empty(problems, k, dtype=torch.float64, device=sums.device)
+    grid = (problems * triton.cdiv(k, tile["BLOCK"]),)
     launch.launch(_join_kernel, grid, maxima, sums, bias, out, parts, k, SCALE=scale, **tile, device_of=sums)
     return out
 
 
 def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """[K] float64: the next potentials, whatever bias they follow."""
-    n, k = scores.shape
+    """[P, K] float64: the next potentials of scores [P, N, K], whatever bias they follow."""
+    problems, n, k = scores.shape
     compute = compute_dtype(scores.dtype)
     constants = _constants(scores, epsilon)
     offsets = None
     if bias is not None:
-        offsets = torch.empty(n, dtype=compute, device=scores.device)
+        offsets = torch.empty(problems, n, dtype=compute, device=scores.device)
         row_logsumexp(scores, bias, 1 / epsilon, offsets, softmax=False)
     tile = tiling.column_logsumexp(compute)
     align = constants["ALIGN"]
     parts = triton.cdiv(n, tile["PART"])
-    maxima, sums = (torch.empty((parts, k), dtype=compute, device=scores.device) for _ in range(2))
+    maxima, sums = (torch.empty((problems, parts, k), dtype=compute, device=scores.device) for _ in range(2))
     launch.launch(
         _column_logsumexp_kernel,
-        (triton.cdiv(k, tile["BLOCK"]) * parts,),
+        (triton.cdiv(k, tile["BLOCK"]) * problems * parts,),
         scores,
         bias,
         offsets,
@@ -208,7 +228,9 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
         sums,
         n,
         k // align,
+        parts,
         scores.stride(0) // align,
+        scores.stride(1) // align,
         **constants,
         **tile,
         device_of=scores,
@@ -217,26 +239,29 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
 
 
 def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """[K] float64: the next potentials after those of an iteration, in one read where a row fits in registers."""
-    n, k = scores.shape
+    """[P, K] float64: the next potentials after those of an iteration, in one read where a row fits in registers."""
+    problems, n, k = scores.shape
     compute = compute_dtype(scores.dtype)
     tile = tiling.sinkhorn_rows(k, compute)
     if tile is None:
         return _step(scores, bias, epsilon)
     constants = _constants(scores, epsilon)
     align = constants["ALIGN"]
-    per_program = triton.cdiv(triton.cdiv(n, tile["ROWS"]), tiling.PROGRAMS) * tile["ROWS"]
-    programs = triton.cdiv(n, per_program)
-    sums = torch.empty((programs, k), dtype=compute, device=scores.device)
+    most = max(1, tiling.PROGRAMS // problems)
+    per_program = triton.cdiv(triton.cdiv(n, tile["ROWS"]), most) * tile["ROWS"]
+    parts = triton.cdiv(n, per_program)
+    sums = torch.empty((problems, parts, k), dtype=compute, device=scores.device)
     launch.launch(
         _softmax_sums_kernel,
-        (programs,),
+        (problems * parts,),
         scores,
         bias,
         sums,
         n,
         k // align,
+        parts,
         scores.stride(0) // align,
+        scores.stride(1) // align,
         per_program,
         STAGES=3,
         **constants,
@@ -247,46 +272,58 @@ def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
 
 
 def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
-    """`reference.sinkhorn_bias` in float64."""
-    zeros = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device) if normalize_samples_first else None
+    """`reference.sinkhorn_bias` in float64, [P, K] of scores [P, N, K]."""
+    of_all = scores.shape[0], scores.shape[2]
+    zeros = torch.zeros(of_all, dtype=torch.float64, device=scores.device) if normalize_samples_first else None
     bias = _step(scores, zeros, epsilon)
     for _ in range(iterations - 1):
         bias = _balanced_step(scores, bias, epsilon)
     return bias
 
 
+def _problems(scores: Tensor) -> Tensor:
+    """[P, N, K] with dense rows."""
+    return dense_rows(scores if scores.dim() == 3 else scores[None])
+
+
+def _of_prototypes(scores: Tensor) -> tuple[int, ...]:
+    """The shape of potentials, [K] or [P, K]."""
+    return (*scores.shape[:-2], scores.shape[-1])
+
+
 def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     if scores.dtype not in launch.DTYPES:
         return reference.sinkhorn_step(scores, bias, epsilon)
-    return _step(dense_rows(scores), dense(bias, torch.float64), epsilon).neg_()
+    return _step(_problems(scores), dense(bias, torch.float64), epsilon).neg_().view(_of_prototypes(scores))
 
 
 def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
     if scores.dtype not in launch.DTYPES:
         return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
-    bias = _bias(dense_rows(scores), epsilon, iterations, normalize_samples_first)
-    return bias.to(compute_dtype(scores.dtype))
+    bias = _bias(_problems(scores), epsilon, iterations, normalize_samples_first)
+    return bias.to(compute_dtype(scores.dtype)).view(_of_prototypes(scores))
 
 
 def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     if scores.dtype not in launch.DTYPES or dtype not in launch.DTYPES:
         return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
-    n, k = scores.shape
-    scores = dense_rows(scores)
+    shape = scores.shape
+    scores = _problems(scores)
+    problems, n, k = scores.shape
     bias = bias.to(torch.float64).contiguous()
     compute = compute_dtype(scores.dtype)
     row_lse = None
     tile = tiling.sinkhorn_rows(k, compute)
     if tile is None:
         tile = tiling.sinkhorn_codes()
-        row_lse = torch.empty(n, dtype=compute, device=scores.device)
+        row_lse = torch.empty(problems, n, dtype=compute, device=scores.device)
         row_logsumexp(scores, bias, 1 / epsilon, row_lse, softmax=True)
-    codes = torch.empty((n, k), dtype=dtype, device=scores.device)
+    codes = torch.empty(shape, dtype=dtype, device=scores.device)
     constants = _constants(scores, epsilon)
     align = constants["ALIGN"]
     launch.launch(
         _codes_kernel,
-        (triton.cdiv(k, tile["BLOCK"]) * triton.cdiv(n, tile["ROWS"]),),
+        (triton.cdiv(k, tile["BLOCK"]) * problems * triton.cdiv(n, tile["ROWS"]),),
         scores,
         bias,
         row_lse,
@@ -294,6 +331,7 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
         n,
         k // align,
         scores.stride(0) // align,
+        scores.stride(1) // align,
         **constants,
         **tile,
         device_of=scores,
@@ -306,6 +344,5 @@ def sinkhorn(
 ) -> Tensor:
     if scores.dtype not in launch.DTYPES or dtype not in launch.DTYPES:
         return reference.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
-    scores = dense_rows(scores)
-    bias = _bias(scores, epsilon, iterations, normalize_samples_first)
+    bias = _bias(_problems(scores), epsilon, iterations, normalize_samples_first)
     return sinkhorn_codes(scores, bias, epsilon, dtype)

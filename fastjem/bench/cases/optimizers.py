@@ -1,5 +1,6 @@
 """A step of an optimiser, and of the momentum encoder behind it: LARS and AdamW with the teacher."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -16,10 +17,15 @@ OPTIONS = {
 }
 
 
-def with_objects(make: Callable[[list[dict], Lists, Lists], Callable[[], object]], options: dict) -> Callable:
+def with_objects(
+    make: Callable[[list[dict], Lists, Lists], Callable[[], object]], options: dict, new_gradients: bool = False
+) -> Callable:
     """`make(groups, teachers, parameters)` returns the step; it is called once for the same tensors.
 
     Single vectors don't decay.
+
+    Args:
+        new_gradients: at each step they are other tensors than at the one before, as `zero_grad` has it in training.
     """
     steps: dict[int, Callable[[], object]] = {}
 
@@ -36,8 +42,23 @@ def with_objects(make: Callable[[list[dict], Lists, Lists], Callable[[], object]
                 {**options, "params": [p for p in parameters if p.dim() > 1]},
                 {**options, "params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
             ]
-            steps[key] = make([group for group in groups if group["params"]], teachers, parameters)
+            step = make([group for group in groups if group["params"]], teachers, parameters)
+            steps[key] = exchanging(step, parameters) if new_gradients else step
         steps[key]()
+
+    return run
+
+
+def exchanging(step: Callable[[], object], parameters: Lists) -> Callable[[], object]:
+    """The step, with its gradients and copies of them in turns."""
+    gradients = [p.grad for p in parameters]
+    others = [g if g is None else g.clone() for g in gradients]
+    sets = itertools.cycle((gradients, others))
+
+    def run() -> None:
+        for p, g in zip(parameters, next(sets), strict=True):
+            p.grad = g
+        step()
 
     return run
 
@@ -86,10 +107,10 @@ def plain_lars(groups: list[dict], teachers: Lists, parameters: Lists) -> Callab
     return behind(PlainLARS(groups, {}), teachers, parameters)
 
 
-def timm_lars() -> Callable:
+def timm_lars(groups: list[dict], teachers: Lists, parameters: Lists) -> Callable[[], object]:
     from timm.optim import Lars
 
-    return with_objects(lambda groups, *lists: behind(Lars(groups), *lists), OPTIONS["lars_"])
+    return behind(Lars(groups), teachers, parameters)
 
 
 def ours(kind: type[optim.AdamW] | type[optim.LARS]) -> Callable[[list[dict], Lists, Lists], Callable[[], object]]:
@@ -103,7 +124,8 @@ def ours(kind: type[optim.AdamW] | type[optim.LARS]) -> Callable[[list[dict], Li
 
 def case(op: str, shape: str, shapes: list[tuple[int, ...]], **options) -> Case:
     """Read: a parameter, its gradient, its averages (two of AdamW, one of LARS) and its teacher; written: all but the
-    gradient. LARS reads parameter and gradient twice, as its rate depends on all of them.
+    gradient. LARS reads parameter and gradient twice, as its rate depends on all of them. The host's time is that of
+    steps with new gradients.
     """
 
     def inputs(draw: Draw) -> tuple[tuple[Lists, Lists], Lists]:
@@ -113,10 +135,12 @@ def case(op: str, shape: str, shapes: list[tuple[int, ...]], **options) -> Case:
     count = sum(torch.Size(s).numel() for s in shapes)
     eager = {"adamw_": torch_adamw, "lars_": plain_lars}[op]
     kind = {"adamw_": optim.AdamW, "lars_": optim.LARS}[op]
-    foreach = {"foreach": lambda: with_objects(torch_foreach, OPTIONS[op])}
+    peer, of_peer = {"adamw_": ("foreach", torch_foreach), "lars_": ("timm", timm_lars)}[op]
+    moves = options.get("clock") == "host"
+    variants = [with_objects(make, OPTIONS[op], moves) for make in (eager, ours(kind), of_peer)]
     return Case(
-        op, shape, inputs, with_objects(eager, OPTIONS[op]), with_objects(ours(kind), OPTIONS[op]),
-        bytes=count * 36, peers={"timm": timm_lars} if op == "lars_" else foreach, compiles=False, **options,
+        op, shape, inputs, variants[0], variants[1],
+        bytes=count * 36, peers={peer: lambda: variants[2]}, compiles=False, **options,
     )  # fmt: skip
 
 

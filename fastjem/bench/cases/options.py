@@ -1,8 +1,8 @@
-"""Contrastive losses with options: duplicates by ids, label smoothing, the losses of single rows, a queue half full."""
+"""Contrastive losses with options: duplicates by ids, label smoothing, the losses of single rows, hard negatives."""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
 import fastjem.functional as F
 from fastjem.bench.case import SMALL, Case, Draw
@@ -10,6 +10,7 @@ from fastjem.bench.case import SMALL, Case, Draw
 TEMPERATURE = 0.2
 SMOOTHING = 0.1
 SCALE = 14.0
+HARDNESS = 0.5
 
 
 def _logits_of_views(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,14 +110,73 @@ def queue_case(n: int, k: int, d: int, dtype: torch.dtype = torch.float32, **opt
     )  # fmt: skip
 
 
+def siglip_of_pairs(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+    """Pairs of equal ids belong together; targets are smoothed."""
+    target = (ids[:, None] == ids).to(x.dtype) * (1 - SMOOTHING) + SMOOTHING / 2
+    return binary_cross_entropy_with_logits(scale * (x @ y.T) + bias, target, reduction="sum") / len(x)
+
+
+def siglip_case(n: int, d: int, dtype: torch.dtype = torch.float32, **options) -> Case:
+    """FLOPs: the gradients come with the loss. Bytes as in `contrastive.image_text_case`."""
+
+    def inputs(draw: Draw) -> tuple[Tensor, ...]:
+        x, y = (normalize(z, dim=1).requires_grad_() for z in draw.pair(n, d, (False, False)))
+        scale, bias = (torch.tensor(value, device=draw.device, requires_grad=True) for value in (SCALE, -SCALE))
+        return x, y, scale, bias, _ids(draw, n, n)
+
+    def ours(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+        return F.siglip_loss(x, y, scale, bias, ids=ids, label_smoothing=SMOOTHING)
+
+    return Case(
+        "siglip_pairs", f"ids, label smoothing: {n} x {d}", inputs, siglip_of_pairs, ours, dtype=dtype,
+        bytes=4 * n * d * dtype.itemsize, flops=6 * n * n * d, **options,
+    )  # fmt: skip
+
+
+def supcon_of_hard(z: Tensor, labels: Tensor) -> Tensor:
+    """Negatives of other classes count by how hard they are."""
+    rows = normalize(z, dim=2).flatten(0, 1)
+    logits = rows @ rows.T / TEMPERATURE
+    classes = labels.repeat(len(z))
+    itself = torch.eye(len(rows), dtype=torch.bool, device=z.device)
+    positive = (classes[:, None] == classes) & ~itself
+    negative = classes[:, None] != classes
+    share = (HARDNESS * logits).masked_fill(~negative, -torch.inf).softmax(1) * negative.sum(1, keepdim=True)
+    mass = torch.where(negative, share, positive.to(share.dtype))
+    of_all = (mass * logits.exp()).sum(1).log()
+    return (of_all - (logits * positive).sum(1) / positive.sum(1)).mean()
+
+
+def supcon_case(n: int, d: int, classes: int, **options) -> Case:
+    """FLOPs and bytes as in `contrastive.nt_xent_case`."""
+
+    def inputs(draw: Draw) -> tuple[Tensor, Tensor]:
+        return draw.normal(2, n, d, gradient=True), draw.labels(n, classes)
+
+    def ours(z: Tensor, labels: Tensor) -> Tensor:
+        return F.supcon(z, labels, temperature=TEMPERATURE, hardness=HARDNESS)
+
+    return Case(
+        "similarity_logsumexp", f"supcon, hardness: 2 x {n} x {d}", inputs, supcon_of_hard, ours,
+        uses=("similarity_logsumexp_backward",), bytes=4 * 4 * n * d, flops=4 * (2 * n) ** 2 * d, **options,
+    )  # fmt: skip
+
+
 CASES = [
     views_case("ids", 1024, 128, full_only=("cuda",)),
     views_case("label smoothing", 1024, 128, full_only=("cpu", "cuda")),
     views_case("label smoothing", 4096, 128, torch.bfloat16, devices=("cuda",)),
     pairs_case(1024, 512, full_only=("cpu", "cuda")),
     queue_case(256, 65536, 128, full_only=("cpu", "cuda")),
+    siglip_case(1024, 512, full_only=("cpu", "cuda")),
+    supcon_case(1024, 128, 100, full_only=("cpu", "cuda")),
     views_case("ids", 128, 128, **SMALL),
+    views_case("ids", 256, 2048, **SMALL),
+    views_case("ids", 512, 128, **SMALL),
     views_case("label smoothing", 256, 128, torch.bfloat16, **SMALL),
     pairs_case(256, 512, **SMALL),
+    pairs_case(512, 768, torch.bfloat16, **SMALL),
     queue_case(128, 4096, 128, **SMALL),
+    siglip_case(256, 512, **SMALL),
+    supcon_case(256, 128, 10, **SMALL),
 ]

@@ -45,6 +45,24 @@ def sinkhorn_case(b: int, k: int, dtype: torch.dtype = torch.float32, **options)
     )  # fmt: skip
 
 
+def positions_case(positions: int, b: int, k: int, **options) -> Case:
+    """CAPI's: a Sinkhorn for each position, over the images. The eager code does all of them at once, too."""
+
+    @torch.no_grad()
+    def eager(scores: Tensor) -> Tensor:
+        codes = (scores.transpose(0, 1) / EPSILON).exp()
+        for _ in range(ITERATIONS):
+            codes = codes / codes.sum(1, keepdim=True)
+            codes = codes / codes.sum(2, keepdim=True)
+        return codes
+
+    return Case(
+        "sinkhorn", f"{b} x {positions} x {k}", lambda draw: (draw.normal(b, positions, k, scale=SCORE_STD),), eager,
+        lambda scores: F.sinkhorn(scores.transpose(0, 1), epsilon=EPSILON, iterations=ITERATIONS),
+        bytes=b * positions * k * 4 * (ITERATIONS + 2), **options,
+    )  # fmt: skip
+
+
 def potentials(codes: Tensor, scores: Tensor) -> Tensor:
     """The prototypes' potentials [K], by the codes' first row; less their mean, a constant that codes don't tell."""
     f = codes[0].log() - at_least_float32(scores[0]) / EPSILON
@@ -281,6 +299,7 @@ CASES = [
     mean_entropy_case(2, 256, 1024, full_only=("cpu", "cuda")),
     # small runs
     sinkhorn_case(128, 512, **SMALL),
+    positions_case(49, 64, 512, **SMALL),
     sinkhorn_case(256, 3000, torch.bfloat16, **SMALL),
     sinkhorn_bias_case(256, 3000, **SMALL),
     sinkhorn_bias_case(256, 3000, torch.bfloat16, **SMALL),

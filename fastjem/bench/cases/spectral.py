@@ -1,4 +1,4 @@
-"""Losses that are plain torch here, as on a factorisation of a small matrix there is nothing to fuse; and SIGReg."""
+"""Losses of products and a factorisation of a small matrix, which are torch's here too; and SIGReg."""
 
 from collections.abc import Callable
 from typing import Any
@@ -149,6 +149,14 @@ def w_mse_case(n: int, d: int, dtype: torch.dtype = torch.float32) -> Case:
     return pair("w_mse", n, d, w_mse, F.w_mse, lightly, 14 * n * d**2, dtype)
 
 
+def coding_rate_case(n: int, d: int, **options) -> Case:
+    """FLOPs: half of the smaller Gram matrix, and its inverse's product with the rows."""
+    return Case(
+        "total_coding_rate", f"{n} x {d}", lambda draw: (normalize(draw.normal(n, d), dim=1).requires_grad_(),),
+        total_coding_rate, F.total_coding_rate, bytes=2 * n * d * 4, flops=3 * min(n, d) * n * d, **options,
+    )  # fmt: skip
+
+
 N, D, BATCH, VIEWS, WIDTH = 256, 2048, 512, 8, 64
 CASES = [
     tico_case(2048, 256),
@@ -164,11 +172,8 @@ CASES = [
         mmcr, F.mmcr, peers={"lightly": _loss("MMCRLoss", lambda make: make())},
         bytes=4 * N * 2 * 128 * 4, devices=("cpu",), full_only=("cpu",),
     ),
-    Case(
-        "total_coding_rate", f"{N} x {D}", lambda draw: (normalize(draw.normal(N, D), dim=1).requires_grad_(),),
-        total_coding_rate, F.total_coding_rate, bytes=2 * N * D * 4, flops=4 * N**2 * D, devices=("cpu",),
-        full_only=("cpu",),
-    ),
+    coding_rate_case(N, D, devices=("cpu",), full_only=("cpu",)),
+    coding_rate_case(256, 128, **SMALL),
     Case(
         "characteristic", f"SIGReg {VIEWS} x {BATCH} x {WIDTH}, {SLICES} slices",
         lambda draw: (draw.normal(VIEWS, BATCH, WIDTH, gradient=True),), sigreg,
