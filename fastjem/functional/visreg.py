@@ -57,7 +57,7 @@ def visreg(
         checks.matrices("visreg", contract, *given, dims=3, same=False, may_be_empty=may_be_empty)
         if local_proj.shape[1:] != global_proj.shape[1:]:
             checks.fail(op, contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
-        if directions.dim() != 2 or directions.shape[0] != global_proj.shape[-1]:
+        if directions.dim() != 2 or directions.shape[0] != global_proj.shape[-1] or not directions.shape[1]:
             checks.fail(op, f"directions must be [{global_proj.shape[-1]}, S]", tuple(directions.shape))
         eps = checks.host_number(op, "eps", eps, low=0)
         weight = checks.number(op, "lambda_param", lambda_param, global_proj)
@@ -98,7 +98,9 @@ def _regulariser(
     centred = z - mean
     std = centred.square().mean(1, keepdim=True).sqrt()
     normal = centred / (std + eps)
-    total, of_normal = _sliced_wasserstein(normal, directions, wanted)
+    total, of_normal = normal.new_zeros(()), normal * 0
+    if isinstance(shape, Tensor) or shape:
+        total, of_normal = _sliced_wasserstein(normal, directions, wanted)
     loss = scale * (1 - std).square().mean() + shape * total + center * mean.square().mean()
     if not wanted:
         return loss, z[:, :0]

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.masks import hidden_indices, hidden_patches
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.transformer import TokenPredictor, grid_of
+from fastjem.nn.capi import CAPILoss
 from fastjem.nn.parts import Prototypes
 
 
@@ -74,9 +74,9 @@ class CAPI(Method):
         self.clustering = nn.Linear(width, count)
         nn.init.normal_(self.clustering.weight)
         nn.init.zeros_(self.clustering.bias)
-        self.temperature = temperature
-        self.teacher_temperature = teacher_temperature
-        self.iterations = iterations
+        self.criterion = CAPILoss(
+            teacher_temperature, temperature, iterations, gather_distributed=run.group is not None
+        )
         self.predicted = predicted
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> dict[str, Tensor]:
@@ -87,35 +87,17 @@ class CAPI(Method):
             assert whole is not None
             whole = normalize(whole, dim=2)
         scores = student.clustering(whole)  # [B, L, K]
-        with torch.no_grad():
-            targets = scores.detach() + self.teacher_temperature * self._bias(scores.detach())
-        clustering = F.prototype_cross_entropy(
-            [scores.flatten(0, 1)],
-            [targets.flatten(0, 1)],
-            student_temperature=self.temperature,
-            teacher_temperature=self.teacher_temperature,
-            pairs="same",
-        )
+        targets = self.criterion.balanced(scores)
+        clustering = self.criterion.cross_entropy(scores, targets)
         wanted = self._wanted(mask.hidden)  # [B, Q]
         tokens = student.encode(batch.views, batch.masks).tokens
         assert tokens is not None
         predicted = student.predictor(tokens, mask.visible, wanted)
         student.note(projection=predicted.detach()[:, 0])
-        predictions = student.head(normalize(predicted.flatten(0, 1), dim=1), step)
+        predictions = student.head(normalize(predicted, dim=2), step)
         chosen = targets.gather(1, wanted[..., None].expand(-1, -1, targets.shape[2]))
-        prediction = F.prototype_cross_entropy(
-            [predictions],
-            [chosen.flatten(0, 1)],
-            student_temperature=self.temperature,
-            teacher_temperature=self.teacher_temperature,
-            pairs="same",
-        )
+        prediction = self.criterion.cross_entropy(predictions, chosen)
         return {"prediction": prediction, "clustering": clustering}
-
-    def _bias(self, scores: Tensor) -> Tensor:
-        """[1, L, K]: Sinkhorn's potentials of the scores [B, L, K], at each of L places by itself."""
-        options = {"epsilon": self.teacher_temperature, "iterations": self.iterations, "group": self.run.group}
-        return F.sinkhorn_bias(scores.transpose(0, 1), **options)[None]
 
     def _wanted(self, hidden: Tensor) -> Tensor:
         """[B, Q] int64: some of the hidden patches [B, h, w], at random."""

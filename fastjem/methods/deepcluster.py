@@ -57,7 +57,7 @@ class DeepCluster(Method):
         self.projector = MLP(width, hidden, dim, norm=norm)
         count = at_most(prototypes, run.images, each=16)
         images = max(run.images, 1)
-        held = max(run.images_per_step // run.ranks, 1)
+        held = run.images_per_step // run.ranks or images
         self.memories = nn.ModuleList(SampleMemory(images, dim, held) for _ in range(self.views.large))
         self.register_buffer("centroids", normalize(torch.randn(heads, count, dim), dim=2))
         self.register_buffer("assignments", torch.full((heads, images), NO_CLUSTER))

@@ -22,6 +22,11 @@ class HiddenRows:
     weights: Tensor  # [M], 1 / (hidden patches of its image); 0 of those that fill up, which come again
     images: int  # V B
 
+    @property
+    def count(self) -> Tensor:
+        """0-dim, how many rows are hidden patches: the others, of weight 0, fill up."""
+        return (self.weights > 0).sum()
+
     def of(self, tokens: Tensor) -> Tensor:
         """Tokens [V B, L, D] -> [M, D]."""
         return tokens.flatten(0, 1)[self.rows]
@@ -31,12 +36,6 @@ class HiddenRows:
         both = head(torch.cat([pooled, self.of(tokens)]))
         return both[: pooled.shape[0]], both[pooled.shape[0] :]
 
-    def mean_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean [D] of the rows x [M, D] but for those that fill up, and how many these are; of none 0."""
-        counts = (self.weights > 0).to(self.weights.dtype)  # float32, whatever autocast made of x
-        count = counts.sum()
-        return (counts[:, None] * x).sum(0) / count.clamp(min=1), count
-
     def mean_over_images(self, loss_of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A loss over the rows x [M, D] as a mean over each image's patches, then over all images.
 
@@ -45,9 +44,8 @@ class HiddenRows:
         if not x.shape[0]:
             return x.sum()
         total = self.weights.sum()
-        weights = torch.where(
-            total > 0, self.weights, 1.0
-        )  # of no hidden patch the mean is no number: it counts 0 times
+        # Of no hidden patch the mean would be no number, though it counts 0 times.
+        weights = torch.where(total > 0, self.weights, 1.0)
         return loss_of(weights) * (total / self.images)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
@@ -176,7 +176,7 @@ class IBOT(Method):
                 bias = self.patch_centre.bias([targets], prototypes, step, self.run.group)
 
         def cross_entropy(weights: Tensor) -> Tensor:
-            return cross_entropy_of_features(
+            loss, mean = cross_entropy_of_features(
                 [normalize(x, dim=1)],
                 [targets],
                 head.unit_weight(step),
@@ -186,11 +186,10 @@ class IBOT(Method):
                 teacher_bias=bias,
                 pairs="same",
                 weights=weights,
-            )[0]
+            )
+            self.patch_centre.hold_scores(mean, hidden.count, step)
+            return loss
 
-        with torch.no_grad():
-            mean, count = hidden.mean_of(targets)
-            self.patch_centre.hold_scores(linear(mean, prototypes), count, step)
         loss = hidden.mean_over_images(cross_entropy, x)
         # A batch without a mask leaves a head of the patches' own without a gradient, for which other ranks would wait.
         return loss if self.shared else loss + 0.0 * head.weight.sum()

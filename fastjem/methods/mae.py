@@ -8,6 +8,7 @@ from torch import Tensor
 from fastjem.data.batch import Batch
 from fastjem.data.masks import hidden_indices, hidden_patches
 from fastjem.data.views import Views
+from fastjem.functional.precision import in_float32
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.transformer import TokenPredictor, grid_of
@@ -70,10 +71,10 @@ class MAE(Method):
         hidden = hidden_indices(mask.hidden, count)  # [B, M]
         tokens = student.encode([images], batch.masks).tokens
         assert tokens is not None  # masks are for transformers, which have them
-        prediction = student.decoder(tokens, mask.visible, hidden).float()  # [B, M, p p C]
+        prediction = in_float32(student.decoder(tokens, mask.visible, hidden))  # [B, M, p p C]
         with torch.no_grad():
             patches = patchify(images, self.run.patch)
-            target = patches.gather(1, hidden[..., None].expand(-1, -1, patches.shape[2])).float()
+            target = in_float32(patches.gather(1, hidden[..., None].expand(-1, -1, patches.shape[2])))
             if self.normalise:
                 variance, mean = torch.var_mean(target, dim=2, keepdim=True)
                 target = (target - mean) * (variance + 1e-6).rsqrt()

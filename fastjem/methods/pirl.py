@@ -47,7 +47,7 @@ class PIRL(Method):
         self.pieces = nn.Linear(width, dim)
         self.jigsaw = nn.Linear(SIDE * SIDE * dim, dim)
         images = max(run.images, 1)
-        self.memory = SampleMemory(images, dim, max(run.images_per_step // run.ranks, 1))
+        self.memory = SampleMemory(images, dim, run.images_per_step // run.ranks or images)
         self.negatives = min(negatives, images)
         self.temperature = temperature
         self.share = share

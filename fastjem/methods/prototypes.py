@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 import fastjem.functional as F
+from fastjem.functional.precision import in_float32
 from fastjem.nn.parts import Center, linear_warmup
 
 # Bytes of a step's scores and their gradients beyond which they aren't held in memory but made in tiles, twice. On two
@@ -49,7 +50,7 @@ def cross_entropy_of_features(
         pairs, weights: as for `prototype_cross_entropy`; iBOT's patches are the pairs "same".
 
     Returns:
-        The loss, 0-dim, and the mean [K] over this rank's teacher views and rows.
+        The loss, 0-dim, and the mean [K] over this rank's teacher views and rows; those of weight 0 don't count.
     """
     options = {
         "student_temperature": student_temperature,
@@ -62,12 +63,23 @@ def cross_entropy_of_features(
         student_scores = linear(torch.cat(list(student)), student_prototypes).split([len(x) for x in student])
         with torch.no_grad():
             teacher_scores = linear(torch.cat(list(teacher)), teacher_prototypes).split([len(x) for x in teacher])
-        loss, statistics = F.prototype_cross_entropy(student_scores, teacher_scores, **options, statistics=True)
-        return loss, statistics.mean
-    loss = F.prototype_head_cross_entropy(student, teacher, student_prototypes, teacher_prototypes, **options)
-    with torch.no_grad():
-        mean = linear(torch.cat(list(teacher)).mean(0, dtype=torch.float32), teacher_prototypes.float())
-    return loss, mean
+        if weights is None:
+            loss, statistics = F.prototype_cross_entropy(student_scores, teacher_scores, **options, statistics=True)
+            return loss, statistics.mean
+        loss = F.prototype_cross_entropy(student_scores, teacher_scores, **options)
+    else:
+        loss = F.prototype_head_cross_entropy(student, teacher, student_prototypes, teacher_prototypes, **options)
+    return loss, _mean_scores(teacher, teacher_prototypes, weights)
+
+
+@torch.no_grad()
+def _mean_scores(features: Sequence[Tensor], prototypes: Tensor, weights: Tensor | None) -> Tensor:
+    """[K]: the mean over views and rows, of which those of weight 0 don't count, is a product with the mean feature."""
+    x = in_float32(torch.cat(list(features)))
+    if weights is None:
+        return linear(x.mean(0), in_float32(prototypes))
+    counts = (weights > 0).to(x.dtype).repeat(len(features))
+    return linear(counts @ x / counts.sum().clamp(min=1), in_float32(prototypes))
 
 
 class TeacherCentre(Center):
