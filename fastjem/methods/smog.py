@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fastjem.functional as F
-from fastjem.collectives import sum_over_ranks
+from fastjem.collectives import shared_sum
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, at_most
@@ -71,22 +71,17 @@ class SMoG(Method):
         sums, counts = self._assigned(normalize(z, dim=1).to(self.groups.dtype))
         groups = self._moved(sums, counts)
         self.held += sums.detach()
-        self.counts += counts
+        self.counts += counts.detach()
         logits = prediction @ groups.to(prediction.dtype).T / self.temperature
         return F.cross_entropy(logits, assigned[:, 0])
 
     def _assigned(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Over all ranks, of features [B, D] of unit length: the sum [K, D] and number [K] of each group's.
-
-        The sums have a gradient for this rank's features.
-        """
+        """Over all ranks, of features [B, D] of unit length: the sum [K, D] and number [K] of each group's."""
         group = F.nearest_rows(x.detach(), self.groups, k=1)[1][:, 0]
-        own = torch.zeros_like(self.groups).index_put((group,), x, accumulate=True)
-        with torch.no_grad():
-            counts = torch.zeros_like(self.counts).index_put((group,), torch.ones_like(x[:, 0]), accumulate=True)
-            both = sum_over_ranks(torch.cat([own, counts[:, None]], 1), self.run.group)
-            others = both[:, :-1] - own
-        return own + others, both[:, -1]
+        sums = torch.zeros_like(self.groups).index_put((group,), x, accumulate=True)
+        counts = torch.zeros_like(self.counts).index_put((group,), torch.ones_like(x[:, 0]), accumulate=True)
+        both = shared_sum(torch.cat([sums, counts[:, None]], 1), self.run.group)
+        return both[:, :-1], both[:, -1]
 
     def _moved(self, sums: Tensor, counts: Tensor) -> Tensor:
         """[K, D]: each group moved by 1 - beta towards the mean of its features; one without any stays."""
