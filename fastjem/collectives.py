@@ -284,27 +284,6 @@ def sum_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return x if group is None else global_loss(x, sum_over_ranks(x, group), group)
 
 
-class _SharedSum(torch.autograd.Function):
-    """The sum over ranks; its gradient on each rank is the sum of what all ranks' losses have for it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return sum_over_ranks(x, group)
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        return sum_over_ranks(upstream, ctx.group), None
-
-
-def shared_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over ranks of what goes into a loss of each rank's own: a group's features, say.
-
-    Where `sum_of_ranks` is for one global loss, whose gradient each rank knows, here ranks exchange it in backward.
-    """
-    return x if group is None else _SharedSum.apply(x, group)
-
-
 def mean_loss_of_ranks(loss: Tensor, weight: float | Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The mean of all ranks' losses, each with its weight (the rows it is a mean over), differentiable."""
     if group is None:

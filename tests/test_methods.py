@@ -97,8 +97,9 @@ WORSE_AT_FIRST = ("moco", "tico", "simdino", "simdinov2", "deepcluster")
 def given_weights() -> str:
     """A file with an encoder's weights."""
     pytest.importorskip("timm")
-    torch.manual_seed(3)
-    module = encoders.create("test_resnet", 32)
+    with torch.random.fork_rng():  # made once, in whoever's turn it is: that must not see another generator
+        torch.manual_seed(3)
+        module = encoders.create("test_resnet", 32)
     path = os.path.join(tempfile.mkdtemp(), "encoder.safetensors")
     encoders.save(module, path, encoders.metadata("test_resnet", "auto", 0, None, Pixels(32)))
     return path
