@@ -46,7 +46,7 @@ class PIRL(Method):
         piece = run.image_size // SIDE
         if run.patch > 1 and piece % run.patch:
             raise ValueError(
-                f"pirl: a piece, a third of the image's {run.image_size} pixels, must be whole patches of {run.patch} pixels"
+                f"pirl: a third of the image's {run.image_size} pixels must be whole patches of {run.patch} pixels"
             )
         self.projector = nn.Linear(width, dim)
         self.pieces = nn.Linear(width, dim)
