@@ -144,8 +144,8 @@ def make(
         module = vit()
     elif name == "vicregl":
         module = feature_maps()
-    run = replace(run, image_size=32, patch=8, images=run.images or NEEDS_IMAGES.get(name, 0))
     encoder = encoders.wrap(module, 12 if isinstance(module, Tiny) else None, mask_token=kind.mask_token)
+    run = replace(run, image_size=32, patch=encoder.patch, images=run.images or NEEDS_IMAGES.get(name, 0))
     method = kind(encoder.width, run, **{**small_options(name), **options})
     step = Step(encoder, method, momentum_encoder)
     views = [torch.randn(8, 3, 32, 32) for _ in range(kind.views.large)]
