@@ -201,7 +201,10 @@ def test_simsiams_targets_carry_no_gradient() -> None:
     )
 
 
-def test_swav_is_the_papers_loss() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_swav_is_the_papers_loss(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fused:
+        monkeypatch.setattr(prototypes, "LARGEST_SCORES", 0)
     step, batch = make("swav")
     loss, _ = step(batch, 0)
     weight = nn.functional.normalize(step.method.prototypes.weight, dim=1)
