@@ -321,9 +321,10 @@ def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
 def test_a_picture_of_every_methods_views(method: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 5, classes=0)
     (folder / "0000.png").write_bytes(b"")  # another takes its place
-    options = ViewsOptions(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
-    out = draw_views(options)
     found = views_of(method, 32)
+    data = ",".join([str(folder)] * found.sources)
+    options = ViewsOptions(data, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
+    out = draw_views(options)
     assert len(views.titles(found, found.mask > 0)) == found.large + found.small + bool(found.mask)
     with Image.open(out) as sheet:
         assert sheet.height == LINE + MARGIN + 3 * (96 + LINE + MARGIN)

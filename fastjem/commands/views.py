@@ -14,7 +14,7 @@ from fastjem.checkpoints import write_atomically
 from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
 from fastjem.data.masking import MASKINGS
-from fastjem.data.source import open_source
+from fastjem.data.source import Levelled, are_pairs, decode_all, open_sources
 from fastjem.data.views import RECIPES, MaskSpec, Value, Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, views_of
@@ -116,7 +116,7 @@ def draw_views(options: ViewsOptions) -> Path:
     mask = _mask(options, views)
     if options.data is None:
         say(f"fastjem: no data is named: these are images of the embedded data set ({shapes.folder() / 'train'})")
-    source = open_source(options.data or shapes.folder() / "train")
+    source = open_sources(options.data or shapes.folder() / "train", views.sources)
     patch = options.patch_size if mask else 1
     specs = views.specs(size, patch=patch, blur=options.blur, changes=options.view, channels=options.channels)
     levels = levels_of(options.channels, parsed_range(options.value_range), survey(source, options.channels))
@@ -131,6 +131,7 @@ def draw_views(options: ViewsOptions) -> Path:
         epoch=options.epoch,
         mask=mask,
         levels=levels,
+        read=(lambda i: decode_all(Levelled(source, levels), i)) if are_pairs(source) else None,
     )
     if not shown:
         raise UserError(f"none of the files in {source.root} can be read")

@@ -78,12 +78,12 @@ _BYOL = ViewSpec(bicubic=True, blur=1.0)
 _BYOL_PAIR = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))
 _SWAV = ViewSpec(scale=(0.14, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), std=(0.228, 0.224, 0.225))
 _SIMCLR = ViewSpec(jitter=(0.8, 0.8, 0.8, 0.2))
-_MSN = replace(_SIMCLR, scale=(0.3, 1.0), bicubic=False)
+_MSN = ViewSpec(scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))
 _PATCH = ViewSpec(
     scale=(0.25, 0.25), ratio=(1.0, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), blur=0.1, solarize=0.1, mean=(0.5,) * 3,
     std=(0.5,) * 3,
 )  # fmt: skip
-_LEJEPA = ViewSpec(scale=(0.3, 1.0), bicubic=True)
+_LEJEPA = ViewSpec(scale=(0.3, 1.0), bicubic=True, solarize=0.2)
 _PLAIN = ViewSpec(bicubic=True, jitter_probability=0.0, grayscale=0.0, blur=0.0)
 
 
@@ -103,12 +103,16 @@ RECIPES: dict[str, Recipe] = {
     "mocov2": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)),)),
     # Grill et al. 2020, table 6, by torchvision's definitions of the steps (the authors' code adds brightness)
     "byol": Recipe(_BYOL_PAIR),
+    # Chen et al. 2021 (MoCo v3), main_moco.py with the flags of its ResNet-50; its vision transformers have "byol"
+    "mocov3": Recipe(tuple(replace(view, scale=(0.2, 1.0)) for view in _BYOL_PAIR)),
     # Zbontar et al. 2021, main.py
     "barlow": Recipe(_BYOL_PAIR),
     # Bardes et al. 2022, augmentations.py
     "vicreg": Recipe(_BYOL_PAIR),
     # Caron et al. 2020, src/multicropdataset.py; the third deviation is theirs
     "swav": Recipe((_SWAV,), replace(_SWAV, scale=(0.05, 0.14))),
+    # Caron et al. 2020, scripts/deepclusterv2_400ep_pretrain.sh
+    "deepcluster": Recipe((replace(_SWAV, scale=(0.08, 1.0)),), replace(_SWAV, scale=(0.05, 0.14))),
     # Caron et al. 2021, main_dino.py
     "dino": _dino(0.05, (1.0, 0.1, 0.5), 0.4),
     # Zhou et al. 2022, the flags of iBOT's README
@@ -117,18 +121,24 @@ RECIPES: dict[str, Recipe] = {
     "dinov2": _dino(0.05, (0.0, 0.9, 0.5), 0.32),
     # Oquab et al. 2023 as its code reads
     "dinov2_intended": _dino(0.05, (1.0, 0.1, 0.5), 0.32),
-    # Assran et al. 2022, with the strengths of lightly's MSNTransform
+    # Assran et al. 2022, msn_vits16.yaml: colours at half of SimCLR's strength
     "msn": Recipe((_MSN,), replace(_MSN, scale=(0.05, 0.3))),
-    # Zheng et al. 2021, in solo-learn's form: the student's view is changed strongly, the target's cut and flipped
-    "ressl": Recipe((ViewSpec(), ViewSpec(jitter_probability=0.0, grayscale=0.0, blur=0.0))),
-    # Ermolov et al. 2021, in solo-learn's form
-    "wmse": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur=0.0),)),
+    # Zheng et al. 2021, data/augmentation.py: the student's view is changed as MoCo v2's, the target's cut and flipped
+    "ressl": Recipe(
+        (
+            ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)),
+            ViewSpec(scale=(0.2, 1.0), jitter_probability=0.0, grayscale=0.0, blur=0.0),
+        )
+    ),
+    # Ermolov et al. 2021, README's flags for ImageNet-100, and cfg.py's defaults, which are for CIFAR
+    "wmse": Recipe((replace(_SIMCLR, blur=0.0),)),
+    "wmse_cifar": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.1, blur=0.0),)),
     # Tong et al. 2023, dataset/datasets.py and aug.py: fixed-scale square patches
     "empssl": Recipe((_PATCH,)),
-    # Balestriero and LeCun 2025, in lightly's form
+    # Balestriero and LeCun 2025, lejepa's README: one distribution of augmentations for all views
     "lejepa": Recipe((_LEJEPA,), replace(_LEJEPA, scale=(0.05, 0.3))),
-    # Wu et al. 2026, appendix A.1: one distribution of augmentations for all views
-    "visreg": Recipe((replace(_LEJEPA, solarize=0.2),), replace(_LEJEPA, scale=(0.05, 0.3), solarize=0.2)),
+    # Wu et al. 2026, appendix A.1: the same
+    "visreg": Recipe((_LEJEPA,), replace(_LEJEPA, scale=(0.05, 0.3))),
     # Bardes et al. 2022 (VICRegL), main_vicregl.py
     "vicregl": Recipe(
         tuple(replace(view, scale=(0.4, 1.0)) for view in _BYOL_PAIR), replace(_BYOL, blur=0.5, scale=(0.08, 0.4))

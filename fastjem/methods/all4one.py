@@ -11,7 +11,7 @@ import fastjem.functional as F
 from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults, Preset, at_most
+from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
@@ -31,13 +31,12 @@ class All4One(Method):
     views = Views(large=2, recipe="byol")
     momentum = ("encoder", "projector")
     defaults = Defaults(
-        "lars",
+        "larc",
         1.0,
         1e-5,
         momentum=0.99,
-        source="solo-learn: LARS, 1.0 at batch 256, wd 1e-5; m 0.99 to 1",
+        source="solo-learn, cifar/all4one.yaml: LARC, 1.0 at batch 256, wd 1e-5; momentum encoder 0.99 to 1",
     )
-    presets = {"cifar": Preset("solo-learn, scripts/pretrain/cifar/all4one.yaml", options={"queue": 98304})}
 
     def __init__(
         self,
@@ -47,7 +46,7 @@ class All4One(Method):
         hidden: int = 2048,
         dim: int = 256,
         predictor_hidden: int = 4096,
-        queue: int = 65536,
+        queue: int = 98304,
         neighbours: int = 5,
         layers: int = 3,
         heads: int = 8,
@@ -94,7 +93,7 @@ class All4One(Method):
         centroid = self._contrast(centroids[0], centroids[3], self.centroid_temperature) + self._contrast(
             centroids[1], centroids[2], self.centroid_temperature
         )
-        features = 5 * self._of_all_ranks(_apart, t0, z1, t1, z0)
+        features = 5 * self._of_all_ranks(_apart, normalize(t0, dim=1), z1, normalize(t1, dim=1), z0)
         return {"neighbour": neighbour / 4, "centroid": centroid / 4, "features": 0.5 * features}
 
     def _with_first(self, prediction: Tensor, neighbours: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults, at_most, frozen_steps
+from fastjem.methods.defaults import Defaults, Preset, at_most, frozen_steps
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.methods.prototypes import TeacherCentre, check_centring, cross_entropy_of_features
 from fastjem.nn.parts import MLP, Prototypes, init_as_vision_transformer
@@ -36,6 +36,14 @@ class DINO(Method):
         momentum=0.996,
         source="main_dino.py: AdamW, 2e-3 at batch 1024, wd 0.04 to 0.4, clip 3",
     )
+
+    presets = {
+        "cifar": Preset(
+            "solo-learn, scripts/pretrain/cifar/dino.yaml",
+            Defaults("larc", 0.3, 1e-6, momentum=0.9995),
+            {"prototypes": 4096},
+        )
+    }
 
     def __init__(
         self,
@@ -92,7 +100,7 @@ class DINO(Method):
             teacher_bias=bias,
         )
         self.centre.hold_scores(mean, 2 * len(y[0]), step)
-        student.note(codes=Codes(y[0], prototypes, bias if bias.dim() == 1 else bias[0], self.centre.temperature))
+        student.note(codes=Codes(y[0], prototypes, bias, self.centre.temperature))
         return loss
 
     def step_ends(self, step: Tensor) -> None:

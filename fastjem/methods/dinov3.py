@@ -35,7 +35,6 @@ class DINOv3(DINOv2):
         "adamw",
         5e-4,
         0.04,
-        0.4,
         clip=3.0,
         momentum=0.994,
         final_momentum=0.994,

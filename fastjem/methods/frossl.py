@@ -6,7 +6,7 @@ import fastjem.functional as F
 from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults
+from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import symmetric
 from fastjem.nn.parts import MLP
@@ -17,7 +17,14 @@ class FroSSL(Method):
 
     about = About("decorrelation", "a small Frobenius norm of the covariance", "Skean et al. 2023, arXiv 2310.02903")
     views = Views(large=2, recipe="vicreg")
-    defaults = Defaults("lars", 0.3, 1e-4, source="appendix, as solo-learn's VICReg: LARS, 0.3 at batch 256, wd 1e-4")
+    defaults = Defaults("larc", 0.3, 1e-4, source="OFSkean/FroSSL, imagenet: LARC, 0.3 at batch 256, wd 1e-4")
+    presets = {
+        "cifar": Preset(
+            "OFSkean/FroSSL, scripts/pretrain/cifar/frossl.yaml",
+            options={"invariance": 1.0},
+            views={"recipe": "simclr"},
+        )
+    }
 
     def __init__(
         self,
@@ -26,7 +33,7 @@ class FroSSL(Method):
         *,
         hidden: int = 2048,
         dim: int = 1024,
-        invariance: float = 1.0,
+        invariance: float = 2.0,
         norm: str = "batch",
     ):
         super().__init__(width, run)

@@ -19,7 +19,7 @@ class HiddenRows:
     """The hidden patches of V views of B images, as rows of their tokens [V B, L, D]."""
 
     rows: Tensor  # [M] int64, the flat indices of the patches
-    weights: Tensor  # [M], 1 / (hidden patches of its image); 0 of those that aren't hidden and fill up
+    weights: Tensor  # [M], 1 / (hidden patches of its image); 0 of those that fill up, which come again
     images: int  # V B
 
     @property
@@ -44,22 +44,30 @@ class HiddenRows:
         if not x.shape[0]:
             return x.sum()
         total = self.weights.sum()
-        weights = torch.where(
-            total > 0, self.weights, 1.0
-        )  # of no hidden patch the mean is no number: it counts 0 times
+        # Of no hidden patch the mean would be no number, though it counts 0 times.
+        weights = torch.where(total > 0, self.weights, 1.0)
         return loss_of(weights) * (total / self.images)
 
 
-def hidden_rows(batch: Batch, views: Views, run: RunFacts) -> HiddenRows:
+def hidden_rows(batch: Batch, views: Views, run: RunFacts, padded: bool | None = None) -> HiddenRows:
     """The patches that the batch's masks hide in its large views.
 
-    On a GPU, where looking how many there are would wait, there are always as many rows, some of weight 0.
+    padded: whether there are as many rows whatever the mask; None: on a GPU.
+
+    On a GPU, where looking how many there are would wait, there are always as many rows: the first ones come again at
+    the end, with weight 0. (Sinkhorn, which knows no weights, counts them twice.)
     """
     hidden = torch.cat([mask.hidden for _, mask in sorted(batch.masks.items())])  # [V B, h, w]
     count = None
-    if not hidden.is_cpu:
+    if padded or (padded is None and not hidden.is_cpu):
         grid = grid_of(run.image_size, run.patch)
         spec = MaskSpec(0, grid, views.mask, views.masking, views.drops, views.least_mask, views.masked_images)
         count = most_masked(spec, hidden.shape[0])
     rows, weights = F.masked_rows(hidden, count)
-    return HiddenRows(rows, weights, hidden.shape[0])
+    return HiddenRows(_repeated(rows, weights), weights, hidden.shape[0])
+
+
+def _repeated(rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows [M] of weight 0, which are the last ones and not hidden, replaced by the first ones again."""
+    hidden = (weights > 0).sum().clamp(min=1)
+    return rows[torch.arange(rows.shape[0], device=rows.device) % hidden]

@@ -158,8 +158,7 @@ class IBOT(Method):
             teacher_bias=bias,
         )
         self.centre.hold_scores(mean, len(y), step)
-        first = bias if bias.dim() == 1 else bias[0]
-        student.note(codes=Codes(targets[0], prototypes, first, self.centre.temperature))
+        student.note(codes=Codes(targets[0], prototypes, bias, self.centre.temperature))
         return loss
 
     def _of_patches(

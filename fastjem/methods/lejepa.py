@@ -20,13 +20,15 @@ class LeJEPA(Method):
     )
     views = Views(large=2, small=6, recipe="lejepa")
     defaults = Defaults(
-        "adamw", 5e-4, 0.05, warmup_epochs=1, source="MINIMAL.md: AdamW, 5e-4 at batch 256, wd 0.05, 1 epoch warm-up"
+        "adamw", 5e-4, 0.05, warmup_epochs=1, source="README: AdamW, 5e-4, wd 0.05 (ViT; ResNet: 5e-4), 1 epoch warm-up"
     )
     presets = {
         "cifar": Preset(
-            "eb_jepa, CIFAR-10: LARS, 0.3 at batch 256, wd 1e-4",
-            Defaults("lars", 0.3, 1e-4),
-            {"dim": 128},
+            # Its weight is 10, of a statistic that isn't multiplied by the batch's 256, beside the squared distance of
+            # two views, which is 4 times that from their mean.
+            "eb_jepa, sigreg.yaml: LARC, 0.3 at batch 256, wd 1e-4",
+            Defaults("larc", 0.3, 1e-4),
+            {"dim": 128, "weight": 0.01},
         )
     }
 

@@ -22,11 +22,19 @@ class MMCR(Method):
     views = Views(large=4, recipe="byol")
     momentum = ("encoder", "projector")
     defaults = Defaults(
-        "lars", 1.7, 1e-6, momentum=0.99, source="ImageNet: LARS, 0.6 for 256 images, linear, batch 2048; m 0.99"
+        "lars",
+        1.7,
+        1e-6,
+        momentum=0.99,
+        final_momentum=0.99,
+        source="pretrain_imagenet.py: LARS, 4.8 at batch 2048, wd 1e-6; tau 0.99",
     )
     presets = {
         "cifar": Preset(
-            "mmcr, CIFAR: Adam, 1e-3 at batch 32, 40 views", Defaults("adamw", 1e-3 * 8**0.5, 1e-6), views={"large": 8}
+            "mmcr, pretrain_cifar_stl.py: Adam, 1e-3 at batch 32 (of 40 views, here 8)",
+            Defaults("adamw", 1e-3 * 8**0.5, 1e-6),
+            {"hidden": 512, "dim": 128},
+            {"large": 8},
         )
     }
 

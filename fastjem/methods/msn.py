@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults, Preset, at_most
+from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.nn.msn import MSNLoss, PMSNLoss
-from fastjem.nn.parts import MLP, Prototypes
+from fastjem.nn.parts import MLP, Prototypes, init_as_vision_transformer
 
 
 class MSN(Method):
@@ -36,7 +36,6 @@ class MSN(Method):
         warmup_epochs=15,
         source="msn_vits16.yaml: AdamW, 1e-3 at batch 1024, wd 0.04 to 0.4, clip 3; momentum encoder 0.996 to 1",
     )
-    presets = {"cifar": Preset("half the patches, which small grids bear", options={"mask": 0.3})}
 
     def __init__(
         self,
@@ -58,6 +57,7 @@ class MSN(Method):
             raise ValueError(f"{type(self).__name__.lower()}: mask must be a share between 0 and 1, got {mask}")
         self.views = replace(type(self).views, mask=mask)
         self.projector = MLP(width, hidden, hidden, dim, norm=norm, activation=nn.GELU)
+        init_as_vision_transformer(self.projector)
         count = at_most(prototypes, run.images, each=16)
         self.prototypes = Prototypes(dim, count)
         self.sharpen = sharpen

@@ -20,7 +20,7 @@ class NNCLR(Method):
     presets = {
         "cifar": Preset(
             "solo-learn, scripts/pretrain/cifar/nnclr.yaml",
-            Defaults("lars", 0.4, 1e-5),
+            Defaults("larc", 0.4, 1e-5),
             {"temperature": 0.2, "queue": 65536},
         )
     }

@@ -116,11 +116,11 @@ class TeacherCentre(Center):
     def bias(
         self, views: Sequence[Tensor], prototypes: Tensor, step: Tensor, group: dist.ProcessGroup | None
     ) -> Tensor:
-        """[K], or for Sinkhorn one of each view [T, K], of sharpened features [B, D] a view."""
+        """[K], of sharpened features [B, D] a view; Sinkhorn's of all views together, as DINOv2's code has it."""
         if self.centring == "mean":
             return -self.value / self.now(step)
-        scores = linear(torch.cat(list(views)), prototypes).split([len(view) for view in views])
-        return torch.stack([F.sinkhorn_bias(view, epsilon=self.temperature, group=group) for view in scores])
+        scores = linear(torch.cat(list(views)), prototypes)
+        return F.sinkhorn_bias(scores, epsilon=self.temperature, group=group)
 
     def hold_scores(self, mean: Tensor, rows: int | Tensor, step: Tensor) -> None:
         """The mean [K] of a micro-batch's scores of sharpened features, over so many rows, for `step_ends`."""

@@ -23,16 +23,16 @@ class SimDINO(Method):
     """
 
     about = About("self-distillation", "the features' coding rate is large", "Wu et al. 2025, arXiv 2502.10385")
-    views = Views(large=2, small=8, recipe="dino")
+    views = Views(large=2, small=10, recipe="dino")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "adamw",
-        1e-3,
+        1e-3 / 2**0.5,
         0.04,
         0.4,
-        clip=0.3,
+        clip=3.0,
         momentum=0.996,
-        source="simdino/main_dino.py: AdamW, 2e-3 at batch 1024, wd 0.04 to 0.4; momentum encoder 0.996 to 1",
+        source="README's run of simdino/main_dino.py: AdamW, 1e-3 at batch 512, wd 0.04 to 0.4, clip 3",
     )
 
     def __init__(
@@ -42,9 +42,9 @@ class SimDINO(Method):
         *,
         hidden: int = 2048,
         dim: int = 256,
-        eps: float = 0.5,
+        eps: float = 0.05,
         coefficient: float = 1.0,
-        expansion: str = "student",
+        expansion: str = "mean",
         norm: str = "auto",
     ):
         super().__init__(width, run)
@@ -97,7 +97,7 @@ class SimDINOv2(SimDINO):
         0.4,
         clip=3.0,
         momentum=0.9,
-        source="simdinov2/configs: AdamW, 4e-3 at batch 1024, wd 0.04 to 0.4; momentum encoder 0.9 to 1",
+        source="simdino_config.yaml: AdamW, 4e-3 at batch 1024, wd 0.04 to 0.4; momentum encoder 0.9 to 1",
     )
 
     def __init__(

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.functional import normalize
 
 import fastjem.functional as F
-from fastjem.collectives import sum_over_ranks
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, at_most
@@ -49,7 +49,7 @@ class SMoG(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
-        self.projector = MLP(width, hidden, dim, norm=norm)
+        self.projector = MLP(width, hidden, dim, norm=norm, last_norm=True, last_affine=False)
         self.predictor = MLP(dim, hidden, dim, norm=norm)
         count = at_most(groups, run.images, each=16)
         length = max(at_most(queue, run.images, each=1), count)
@@ -66,21 +66,27 @@ class SMoG(Method):
         with torch.no_grad():
             target = normalize(teacher.project(batch.views[1:]), dim=1)
             _, assigned = F.nearest_rows(target, self.groups.to(target.dtype), k=1)
-            sums, counts = self._assigned(normalize(z.detach(), dim=1).to(self.groups.dtype))
-            groups = self._moved(sums, counts)
-            self.held += sums
-            self.counts += counts
             self.queue.hold(unit_keys(z, self.run.group))
+        # The loss reaches the features that groups are made of through the groups, too: they are synchronous.
+        sums, counts = self._assigned(normalize(z, dim=1).to(self.groups.dtype))
+        groups = self._moved(sums, counts)
+        self.held += sums.detach()
+        self.counts += counts
         logits = prediction @ groups.to(prediction.dtype).T / self.temperature
         return F.cross_entropy(logits, assigned[:, 0])
 
     def _assigned(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Over all ranks, of features [B, D] of unit length: the sum [K, D] and number [K] of each group's."""
-        group = F.nearest_rows(x, self.groups, k=1)[1][:, 0]
-        sums = torch.zeros_like(self.groups).index_put((group,), x, accumulate=True)
-        counts = torch.zeros_like(self.counts).index_put((group,), torch.ones_like(x[:, 0]), accumulate=True)
-        both = sum_over_ranks(torch.cat([sums, counts[:, None]], 1), self.run.group)
-        return both[:, :-1], both[:, -1]
+        """Over all ranks, of features [B, D] of unit length: the sum [K, D] and number [K] of each group's.
+
+        The sums have a gradient for this rank's features, to which all ranks' losses contribute.
+        """
+        group = F.nearest_rows(x.detach(), self.groups, k=1)[1][:, 0]
+        ones = torch.ones_like(x[:, :1])
+        both = torch.zeros_like(torch.cat([self.groups, self.counts[:, None]], 1))
+        both = both.index_put((group,), torch.cat([x, ones], 1), accumulate=True)
+        if self.run.group is not None:
+            both = all_reduce(both, group=self.run.group)
+        return both[:, :-1], both[:, -1].detach()
 
     def _moved(self, sums: Tensor, counts: Tensor) -> Tensor:
         """[K, D]: each group moved by 1 - beta towards the mean of its features; one without any stays."""

@@ -16,7 +16,7 @@ class SupCon(Method):
     about = About(
         "contrastive, supervised", "images of other classes push away", "Khosla et al. 2020, arXiv 2004.11362"
     )
-    views = Views(large=2, recipe="simclr")
+    views = Views(large=2, recipe="mocov2")
     needs_labels = True
     defaults = Defaults(
         "sgd",

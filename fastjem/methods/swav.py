@@ -9,7 +9,7 @@ from torch.nn.functional import linear, normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import SHORT, Defaults, at_most, frozen_steps
+from fastjem.methods.defaults import SHORT, Defaults, Preset, at_most, frozen_steps
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.methods.prototypes import scores_fit
 from fastjem.nn.parts import MLP, Prototypes, Queue, unit_keys
@@ -27,6 +27,15 @@ class SwAV(Method):
     views = Views(large=2, small=6, recipe="swav")
     queues: Any  # a ModuleList of Queue
     defaults = Defaults("lars", 1.2, 1e-6, source="main_swav.py: base_lr 4.8, final_lr 0.0048, wd 1e-6, batch 4096")
+
+    presets = {
+        "cifar": Preset(
+            "solo-learn, scripts/pretrain/cifar/swav.yaml",
+            Defaults("larc", 0.6, 1e-6),
+            {"hidden": 2048, "queue": 3840, "frozen_epochs": 2},
+            {"recipe": "simclr", "small": 0},
+        )
+    }
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from torch import Tensor
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.kernels.augment import columns as column
-from fastjem.methods.defaults import Defaults
+from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.covariance import VICRegLLoss
 from fastjem.nn.parts import MLP
@@ -17,14 +17,23 @@ class VICRegL(Method):
     image, and like the one with the most similar features, in another view.
 
     alpha: weight of whole views; places have the rest.
-    matches, small_matches: how many pairs of places of a large and of a small view are compared.
+    matches: of how many places of a large view the partners in the other view are looked for, and small_matches the
+        other way around.
+    norm: of both heads; "auto" is batch norm if the encoder has it, and layer norm otherwise.
     """
 
     about = About("decorrelation", "variance kept above 1, covariance below", "Bardes et al. 2022, arXiv 2210.01571")
     views = Views(large=2, small=6, recipe="vicregl")
     defaults = Defaults(
-        "adamw", 5e-4 * 2**0.5, 0.05, source="main_vicregl.py: AdamW, 5e-4 for 256 images, linear, batch 512, wd 0.05"
+        "adamw", 5e-4 * 2**0.5, 0.05, source="main_vicregl.py, ConvNeXt: AdamW, 1e-3 at batch 512, wd 0.05"
     )
+    presets = {
+        "resnet": Preset(
+            "README, ResNet-50: LARS, 0.6 at batch 512, wd 1e-6; two large views alone",
+            Defaults("lars", 0.6 / 2**0.5, 1e-6),
+            views={"small": 0, "recipe": "vicreg"},
+        )
+    }
 
     def __init__(
         self,
@@ -40,13 +49,14 @@ class VICRegL(Method):
         invariance: float = 25.0,
         variance: float = 25.0,
         covariance: float = 1.0,
-        norm: str = "batch",
+        norm: str = "auto",
     ):
         super().__init__(width, run)
+        if norm == "auto":
+            norm = "batch" if run.batch_norm else "layer"
         hidden = hidden or 4 * width  # as VICReg's
         self.projector = MLP(width, hidden, hidden, hidden, norm=norm, last_bias=False)
-        local_norm = "layer" if norm == "batch" else norm
-        self.local_projector = MLP(width, local_hidden, local_hidden, local_dim, norm=local_norm, last_bias=False)
+        self.local_projector = MLP(width, local_hidden, local_hidden, local_dim, norm=norm, last_bias=False)
         self.criterion = VICRegLLoss(
             invariance,
             variance,
@@ -63,7 +73,7 @@ class VICRegL(Method):
             encoded = student.encode([view], tokens=True)
             assert encoded.tokens is not None  # as they are asked for
             side = round(encoded.tokens.shape[1] ** 0.5)
-            local = student.local_projector(encoded.tokens).unflatten(1, (side, side))
+            local = student.local_projector(encoded.tokens.flatten(0, 1)).unflatten(0, (-1, side, side))
             features.append((student.projector(encoded.pooled), local))
             grids.append(places(table, side))
         student.note(projection=features[0][0].detach())

@@ -20,10 +20,15 @@ class WMSE(Method):
 
     about = About("decorrelation", "embeddings are whitened", "Ermolov et al. 2021, arXiv 2007.06346")
     views = Views(large=2, recipe="wmse")
-    defaults = Defaults("adamw", 1e-3, 1e-6, source="htdt/self-supervised: Adam, 1e-3 at batch 512, wd 1e-6")
+    defaults = Defaults(
+        "adamw", 2e-3 / 2**0.5, 1e-6, source="htdt/self-supervised, ImageNet-100: Adam, 2e-3 at batch 512, wd 1e-6"
+    )
     presets = {
         "cifar": Preset(
-            "solo-learn, scripts/pretrain/cifar/wmse.yaml", Defaults("adamw", 2e-3, 1e-6), {"whitening_size": 128}
+            "htdt/self-supervised, README: Adam, 3e-3 at batch 512, wd 1e-6",
+            Defaults("adamw", 3e-3 / 2**0.5, 1e-6),
+            {"whitening_size": 128},
+            {"recipe": "wmse_cifar"},
         )
     }
 

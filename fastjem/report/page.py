@@ -214,6 +214,8 @@ def seen(run: Run) -> str:
     patch = run.environment.get("patch", 1)
     preset = config.get("preset", "imagenet")
     views = views_of(config["method"], size, config.get("small_views"), config.get("recipe"), preset)
+    if views.sources > 1:
+        return '<p class="note">Images of several sources belong together: fastjem views shows them.</p>'
     given = config.get("options") or {}
     if views.mask:  # an option may change how much is hidden, and how
         views = replace(views, mask=given.get("mask", views.mask), masking=given.get("masking", views.masking))

@@ -1,7 +1,7 @@
 """What the augmentations do to real images: the views and the masks of some of them."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from fastjem.data.levels import Levels
 from fastjem.data.loaders.torch import crop
 from fastjem.data.masking import drawn_masks
 from fastjem.data.parameters import Parameters
-from fastjem.data.picture import Bands, shown
+from fastjem.data.picture import Bands, Picture, shown
 from fastjem.data.source import decode_named
 from fastjem.data.views import MaskSpec, Views, ViewSpec
 
@@ -44,6 +44,7 @@ def samples(
     seed: int = 0,
     epoch: int = 0,
     mask: MaskSpec | None = None,
+    read: Callable[[int], list[Picture]] | None = None,
     levels: Levels | None = None,
 ) -> list[Sample]:
     """The views that training with that seed sees in that epoch of the first `images` files that can be read.
@@ -52,16 +53,21 @@ def samples(
         files: (index, name) of images of the source at `root`.
         mask: of a last view, which shows what a transformer sees of the view that the mask is for.
         levels: how the run reads its images.
+        read: of an index, the images of each source that belong together; None: there is one source.
     """
     parameters = Parameters(specs)
     found: list[Sample] = []
     for index, name in files:
         try:
-            image = decode_named(root, name, levels)
+            images_of_it = read(index) if read else [decode_named(root, name, levels)]
         except Exception:  # whatever a decoder may raise on a broken file
             continue
-        table = parameters(seed, epoch, index, image.height, image.width)
-        views = [picture(crop(image, spec, row[0]), row) for spec, row in zip(specs, table, strict=True)]
+        image = images_of_it[0]
+        of_views = [images_of_it[v % len(images_of_it)] for v in range(len(specs))]
+        heights = [[one.height] for one in of_views]
+        widths = [[one.width] for one in of_views]
+        table = parameters(seed, epoch, index, heights, widths)
+        views = [picture(crop(one, spec, row[0]), row) for one, spec, row in zip(of_views, specs, table, strict=True)]
         if mask:
             views.append(masked(views[mask.view], mask, seed, epoch, index))
         found.append(Sample(os.path.join(root, name), shown(image), views))
