@@ -117,7 +117,7 @@ def test_all4one() -> None:
         strange = [method.transformer(x + codes)[:, 0] for x in shifted]
         centroid = (among(rich[0], strange[1], 0.1) + among(rich[1], strange[0], 0.1)) / 2
         on, off = [], []
-        for target, x in ((t[0], z[1]), (t[1], z[0])):
+        for target, x in ((unit(t[0]), z[1]), (unit(t[1]), z[0])):
             c = (target / target.norm(dim=0)).T @ (x / x.norm(dim=0))
             on.append((c.diagonal() - 1).square().mean())
             off.append(c[~torch.eye(len(c), dtype=torch.bool)].square().mean())

@@ -144,7 +144,8 @@ def make(
         module = vit()
     elif name == "vicregl":
         module = feature_maps()
-    run = replace(run, image_size=32, patch=8, images=run.images or NEEDS_IMAGES.get(name, 0))
+    patch = 8 if kind.views.mask or kind.mask_token else 1
+    run = replace(run, image_size=32, patch=patch, images=run.images or NEEDS_IMAGES.get(name, 0))
     encoder = encoders.wrap(module, 12 if isinstance(module, Tiny) else None, mask_token=kind.mask_token)
     method = kind(encoder.width, run, **{**small_options(name), **options})
     step = Step(encoder, method, momentum_encoder)
