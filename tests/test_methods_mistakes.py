@@ -45,10 +45,10 @@ NEED_PATCHES = [name for name, kind in METHODS.items() if kind.views.mask or kin
 
 @pytest.mark.parametrize("name", NEED_PATCHES)
 def test_masked_methods_refuse_an_encoder_without_patches(name: str) -> None:
-    step, batch = make(name)
+    _, batch = make(name)
     method = METHODS[name](12, RunFacts(image_size=32, patch=8), **small_options(name))
     other = Step(encoders.wrap(Tiny(), 12), method)
-    with pytest.raises(ValueError, match="masked patches need a vision transformer|Tiny has no transformer blocks"):
+    with pytest.raises(ValueError, match=r"masked patches need a vision transformer|Tiny has no transformer blocks"):
         other(batch, 0)
 
 
