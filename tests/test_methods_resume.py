@@ -1,4 +1,4 @@
-"""A run that is killed between two checkpoints and goes on is the same run, for each kind of state that methods have."""
+"""A run that is killed between two checkpoints and goes on is the same run, for each kind of state of methods."""
 
 import json
 from pathlib import Path
