@@ -61,7 +61,7 @@ def test_deepclusters_memory_and_its_clusters() -> None:
 
 
 def test_smog() -> None:
-    """Pang et al. 2022, equations 4 to 6: groups move by what is assigned to them, and pass the gradient on."""
+    """Pang et al. 2022, equations 4 to 6: groups move by what is assigned to them, which learns through them, too."""
     it = exact("smog", beta=0.9)
     groups = it.method.groups.clone()
 

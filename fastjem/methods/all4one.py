@@ -1,12 +1,14 @@
 """All4One: Estepa et al. 2023, arXiv 2303.09417."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import fastjem.functional as F
+from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, at_most
@@ -91,15 +93,22 @@ class All4One(Method):
         centroid = self._contrast(centroids[0], centroids[3], self.centroid_temperature) + self._contrast(
             centroids[1], centroids[2], self.centroid_temperature
         )
-        features = 5 * _apart(normalize(t0, dim=1), z1, normalize(t1, dim=1), z0)
+        features = 5 * self._of_all_ranks(_apart, normalize(t0, dim=1), z1, normalize(t1, dim=1), z0)
         return {"neighbour": neighbour / 4, "centroid": centroid / 4, "features": 0.5 * features}
 
     def _with_first(self, prediction: Tensor, neighbours: Tensor) -> Tensor:
         return torch.cat([prediction[:, None], neighbours[:, :-1].to(prediction.dtype)], 1)
 
     def _contrast(self, target: Tensor, prediction: Tensor, temperature: float) -> Tensor:
-        """Each target must find its prediction among the batch's."""
-        return F.info_nce(target, prediction, prediction, temperature=temperature, label_offset=0)
+        """Each target must find its prediction among those of all ranks' batch."""
+
+        def contrast(target: Tensor, prediction: Tensor) -> Tensor:
+            return F.info_nce(target, prediction, prediction, temperature=temperature, label_offset=0)
+
+        return self._of_all_ranks(contrast, target, prediction)
+
+    def _of_all_ranks(self, loss: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        return of_global_batch(loss, self.run.group, [rows[0].shape[0]] * self.run.ranks, *rows)
 
     def step_ends(self, step: Tensor) -> None:
         self.queue.step_ends()

@@ -82,6 +82,8 @@ class CAPI(Method):
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> dict[str, Tensor]:
         mask = batch.masks[0]
         assert mask.visible is not None  # as `views` drops patches
+        tokens = student.encode(batch.views, batch.masks).tokens
+        assert tokens is not None  # an encoder without patches has refused the masks
         with torch.no_grad():
             whole = teacher.encode(batch.views).tokens
             assert whole is not None
@@ -90,8 +92,6 @@ class CAPI(Method):
         targets = self.criterion.balanced(scores)
         clustering = self.criterion.cross_entropy(scores, targets)
         wanted = self._wanted(mask.hidden)  # [B, Q]
-        tokens = student.encode(batch.views, batch.masks).tokens
-        assert tokens is not None
         predicted = student.predictor(tokens, mask.visible, wanted)
         student.note(projection=predicted.detach()[:, 0])
         predictions = student.head(normalize(predicted, dim=2), step)

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fastjem.functional as F
+from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults
@@ -41,4 +42,8 @@ class EMPSSL(Method):
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         z = normalize(student.project(batch.views), dim=1).unflatten(0, (len(batch.views), -1))
-        return F.emp_ssl(z, eps=self.eps, invariance=self.invariance)
+
+        def emp_ssl(images: Tensor) -> Tensor:
+            return F.emp_ssl(images.transpose(0, 1), eps=self.eps, invariance=self.invariance)
+
+        return of_global_batch(emp_ssl, self.run.group, [z.shape[1]] * self.run.ranks, z.transpose(0, 1))

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 import fastjem.functional as F
+from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, Preset
@@ -43,4 +44,7 @@ class FroSSL(Method):
         def frossl(z0: Tensor, z1: Tensor) -> Tensor:
             return F.frossl([z0, z1], invariance=self.invariance)
 
-        return symmetric(frossl, student, teacher, batch.views)
+        def of_all_ranks(z0: Tensor, z1: Tensor) -> Tensor:
+            return of_global_batch(frossl, self.run.group, [z0.shape[0]] * self.run.ranks, z0, z1)
+
+        return symmetric(of_all_ranks, student, teacher, batch.views)

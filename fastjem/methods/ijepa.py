@@ -54,11 +54,11 @@ class IJEPA(Method):
         mask = batch.masks[0]
         assert mask.targets is not None and mask.visible is not None  # "multi_block" draws both
         images, blocks, patches = mask.targets.shape
+        context = student.encode(batch.views[:1], batch.masks).tokens  # [B, M, D]
+        assert context is not None  # an encoder without patches has refused the masks
         with torch.no_grad():
             whole = teacher.encode(batch.views[:1]).tokens  # [B, L, D]
             assert whole is not None
-        context = student.encode(batch.views[:1], batch.masks).tokens  # [B, M, D]
-        assert context is not None
         # Each block is predicted by itself from the same context.
         context = context.repeat_interleave(blocks, 0)
         visible = mask.visible.repeat_interleave(blocks, 0)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fastjem.functional as F
+from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, Preset
@@ -57,4 +58,8 @@ class MMCR(Method):
         online = normalize(student.project(batch.views), dim=1).unflatten(0, (count, -1)).transpose(0, 1)
         with torch.no_grad():
             momentum = normalize(teacher.project(batch.views), dim=1).unflatten(0, (count, -1)).transpose(0, 1)
-        return F.mmcr(online, momentum, lmda=self.local)
+
+        def mmcr(online: Tensor, momentum: Tensor) -> Tensor:
+            return F.mmcr(online, momentum, lmda=self.local)
+
+        return of_global_batch(mmcr, self.run.group, [online.shape[0]] * self.run.ranks, online, momentum)

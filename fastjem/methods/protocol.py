@@ -5,7 +5,6 @@ encoder as `Branch`es and a `Batch`; everything else (data, optimiser, ranks, ch
 `docs/adding-a-method.md` builds one from nothing.
 """
 
-import itertools
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,10 +121,13 @@ class Branch:
             `Features`; `tokens` and `layers` only if all views have the same number of tokens.
         """
         masks = masks or {}
-        groups = [
-            [i for i, _ in group]
-            for _, group in itertools.groupby(enumerate(views), key=lambda item: (item[1].shape, item[0] in masks))
-        ]
+        groups: list[list[int]] = []
+        for i, view in enumerate(views):
+            before = groups[-1][-1] if groups else -1
+            if groups and view.shape == views[before].shape and (i in masks) == (before in masks):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
         parts = [
             self._encode_one_size([views[i] for i in at], [masks.get(i) for i in at], layers, tokens) for at in groups
         ]
