@@ -11,7 +11,7 @@ from torch import nn
 from fastjem import encoders, optim, resume
 from fastjem.config import Config
 from fastjem.data import loaders
-from fastjem.data.masks import mask_specs
+from fastjem.data.masking import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Source
 from fastjem.data.views import MaskSpec, ViewSpec

@@ -59,6 +59,9 @@ class Config:
     clip: float | None = field(default=None, metadata={"help": "the gradient's largest norm; 0: no clipping"})
     momentum: float | None = field(default=None, metadata={"help": "of the momentum encoder at the start"})
     momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method a momentum encoder"})
+    preset: str = field(
+        default="imagenet", metadata={"help": "whose values a method takes: imagenet: the paper's; cifar: small data's"}
+    )
     options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     recipe: str | None = field(default=None, metadata={"help": f"augmentation: {', '.join(RECIPES)}"})

@@ -50,7 +50,13 @@ class Encoder(nn.Module):
         self.prefix_tokens = prefix_tokens
 
     def forward(
-        self, images: Tensor, *, hidden: Tensor | None = None, visible: Tensor | None = None, layers: int = 0
+        self,
+        images: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        visible: Tensor | None = None,
+        layers: int = 0,
+        tokens: bool = False,
     ) -> Features:
         """Embed images [N, C, H, W].
 
@@ -58,15 +64,29 @@ class Encoder(nn.Module):
             hidden: [N, h, w] bool: patches that the mask token replaces.
             visible: [N, M] int64: the only patches that the transformer is given; its cost falls with their number.
             layers: of how many of the last blocks `Features.layers` is wanted.
+            tokens: `Features.tokens` are wanted of a convolutional encoder too: the places of its last feature map.
 
         Raises:
-            ValueError: for masks or layers of an encoder that has no patches or blocks.
+            ValueError: for masks, layers or tokens of an encoder that has no patches, blocks or feature map.
         """
         if hidden is not None or visible is not None:
             raise ValueError(no_patches(self.backbone))
         if layers:
             raise ValueError(f"Encoder: {type(self.backbone).__name__} has no transformer blocks to give layers of")
+        if tokens:
+            return self._with_feature_map(images)
         return Features(self.backbone(images))
+
+    def _with_feature_map(self, images: Tensor) -> Features:
+        backbone = self.backbone
+        kind = type(backbone).__name__
+        if not (hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head")):
+            raise ValueError(f"Encoder: {kind} has no forward_features and forward_head, as timm's models have them")
+        features = backbone.forward_features(images)
+        if features.dim() != 4 or features.shape[1] != self.width:
+            came = f"{tuple(features.shape)}"
+            raise ValueError(f"Encoder: the feature map of {kind} must be [N, {self.width}, h, w], got {came}")
+        return Features(backbone.forward_head(features), features.flatten(2).mT)
 
 
 class TransformerEncoder(Encoder):
@@ -81,26 +101,32 @@ class TransformerEncoder(Encoder):
         self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02) if mask_token else None
 
     def forward(
-        self, images: Tensor, *, hidden: Tensor | None = None, visible: Tensor | None = None, layers: int = 0
+        self,
+        images: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        visible: Tensor | None = None,
+        layers: int = 0,
+        tokens: bool = False,
     ) -> Features:
         vit = self.backbone
         if hidden is None and visible is None and not layers:
-            tokens = vit.forward_features(images)
-            return Features(vit.forward_head(tokens), tokens[:, self.prefix_tokens :])
+            x = vit.forward_features(images)
+            return Features(vit.forward_head(x), x[:, self.prefix_tokens :])
         patches = vit.patch_embed(images)  # [N, L, D], or [N, h, w, D] where the size may vary
         if hidden is not None:
             patches = self._with_mask_token(patches, hidden)
-        tokens, rotations = self._positioned(patches)
+        x, rotations = self._positioned(patches)
         if visible is not None:
-            tokens, rotations = self._only(visible, tokens, rotations)
-        tokens = vit.norm_pre(tokens)
+            x, rotations = self._only(visible, x, rotations)
+        x = vit.norm_pre(x)
         outputs = []
         for block, rotation in zip(vit.blocks, rotations, strict=True):
-            tokens = block(tokens) if rotation is None else block(tokens, rope=rotation)
-            outputs.append(tokens[:, self.prefix_tokens :])
-        tokens = vit.norm(tokens)
+            x = block(x) if rotation is None else block(x, rope=rotation)
+            outputs.append(x[:, self.prefix_tokens :])
+        x = vit.norm(x)
         last_layers = tuple(outputs[-layers:]) if layers else ()
-        return Features(vit.forward_head(tokens), tokens[:, self.prefix_tokens :], last_layers)
+        return Features(vit.forward_head(x), x[:, self.prefix_tokens :], last_layers)
 
     def _with_mask_token(self, patches: Tensor, hidden: Tensor) -> Tensor:
         if self.mask_token is None:

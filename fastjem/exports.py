@@ -4,14 +4,18 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastjem import reading
+from fastjem import checkpoints, reading
 from fastjem.data.pixels import METADATA, Pixels
-from fastjem.encoders import STEMS, architecture, create
+from fastjem.encoders import STEMS, architecture, create, metadata
 from fastjem.errors import UserError
+
+CONFIG = "config.yaml"  # of a run, in its folder
 
 
 def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str]]:
@@ -35,6 +39,54 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str]]:
             return module.eval(), file.metadata()
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is no safetensors file: {error}") from None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An encoder in eval mode, and how its images become numbers."""
+
+    encoder: nn.Module
+    pixels: Pixels
+
+
+def open_file(path: str | os.PathLike[str]) -> Opened:
+    """An `encoder.safetensors`; UserError as `load` raises it."""
+    encoder, about = load(path)
+    with reading.named(path):
+        return Opened(encoder, Pixels.from_metadata(about))
+
+
+def open_folder(path: str | os.PathLike[str]) -> Opened:
+    """The encoder of a run folder at its last checkpoint, whatever method trained it.
+
+    Raises:
+        UserError: for a folder that is no run's, one without a checkpoint, and what can't be built as it says.
+    """
+    folder = Path(path)
+    file = folder / CONFIG
+    try:
+        settings = reading.json_object(file)
+    except reading.Missing:
+        raise UserError(f"there is no run in {folder} (a run folder has a {CONFIG})") from None
+    state = checkpoints.load(folder)
+    if state is None:
+        raise UserError(f"{folder} has no checkpoint; fastjem pretrain --resume --out {folder} goes on with it")
+    with reading.named(file):
+        lacking = [name for name in ("backbone", "image_size", "stem", "patch_size", "pixels") if name not in settings]
+        if lacking:
+            raise UserError(f"it lacks {', '.join(lacking)}")
+        pixels = Pixels.from_dict(settings["pixels"])
+        names = [str(settings[name]) for name in ("backbone", "stem", "patch_size")]
+        about = metadata(names[0], names[1], 0, settings.get("pool"), pixels) | {"patch_size": names[2]}
+        built = Built.of(about)
+        weights = below("encoder.backbone.", state["model"])
+        built.must_fit({name: tuple(tensor.shape) for name, tensor in weights.items()})
+        return Opened(built.with_weights(weights).eval(), pixels)
+
+
+def below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state has of one part, by the names within it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)

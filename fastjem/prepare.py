@@ -17,11 +17,11 @@ from fastjem.data.batch import finish
 from fastjem.data.fingerprint import fingerprint
 from fastjem.data.levels import describe, levels_of, parsed_range, survey
 from fastjem.data.pixels import Pixels
-from fastjem.data.source import Levelled, Source, open_source
+from fastjem.data.source import Levelled, Source, open_sources
 from fastjem.data.views import ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError, nearest
-from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, views_of
+from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, preset_of, views_of
 from fastjem.methods.protocol import option_types
 from fastjem.ranks import Ranks
 
@@ -84,17 +84,19 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     """Source, encoder and method of a run, checked; every mistake that needs them to be seen is found here."""
     if state:
         resume.check_objects(state, vars(objects))
-    source, about_values = levelled(config, objects, state)
-    check_batch(config, len(source), ranks)
     kind = objects.method or METHODS[config.method]
+    source, about_values = levelled(config, objects, state, kind.views.sources)
+    check_batch(config, len(source), ranks)
     steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
     steps = config.max_steps or steps_per_epoch * config.epochs
     images = fingerprint(source)
     chosen = config.optimizer is not None or config.learning_rate is not None
-    defaults = resume.defaults_of(out, state) if state else kind.defaults.of_run(steps, chosen=chosen)
+    preset = preset_of(kind, config.preset)
+    published = preset.defaults or kind.defaults
+    defaults = resume.defaults_of(out, state) if state else published.of_run(steps, chosen=chosen)
     # Of the data that the run was begun with: prototypes and queues have their size of it.
     sized_for = {"images": len(source), "classes": len(source.classes)}
-    said = [*unused_options(config, objects), *about_values, *([] if state else [defaults.unlike(kind.defaults)])]
+    said = [*unused_options(config, objects), *about_values, *([] if state else [defaults.unlike(published)])]
     if state:
         said += [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
         resume.check_length(config, state, steps, complete=is_complete(out))
@@ -105,8 +107,11 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     encoder = checked_encoder(config, ranks, kind, module, source)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
+    method.views = replace(method.views, **preset.views)
     if method.views.mask and not encoders.is_transformer(module):
         raise UserError(f"{config.method}: {encoders.no_patches(module)}")
+    if method.needs_labels and source.labels is None:
+        raise UserError(f"{config.method} learns from classes, and {source.root} has no folder for each (or labels)")
     kept = {
         "source": images,
         "sized_for": sized_for,
@@ -114,6 +119,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         "objects": [name for name, given in vars(objects).items() if given is not None],
     }
     specs = view_specs(config, method, module)
+    method.mean, method.std = specs[0].mean, specs[0].std
     return Parts(source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, [one for one in said if one])
 
 
@@ -124,9 +130,11 @@ def is_complete(out: Path) -> bool:
     return encoder.exists() and not (last.exists() and encoder.stat().st_mtime < last.stat().st_mtime)
 
 
-def levelled(config: Config, objects: Objects, state: dict[str, Any] | None) -> tuple[Levelled, list[str]]:
+def levelled(
+    config: Config, objects: Objects, state: dict[str, Any] | None, sources: int = 1
+) -> tuple[Levelled, list[str]]:
     """The images with what their values mean, and what there is to be told of it. A run keeps what it found first."""
-    source = open_source(config.data if objects.source is None else objects.source)
+    source = open_sources(config.data if objects.source is None else objects.source, sources)
     if state and "pixels" in state:
         return Levelled(source, Pixels.from_dict(state["pixels"]).levels), []
     found = survey(source, config.channels)
@@ -174,7 +182,7 @@ def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -
     """One for each view of an image, as the method and the configuration want them."""
     if config.small_views and not kind.views.small:
         raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
-    views = views_of(kind, config.image_size, config.small_views, config.recipe)
+    views = views_of(kind, config.image_size, config.small_views, config.recipe, config.preset)
     patch = encoders.patch_size(module)
     return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view, channels=config.channels)
 
@@ -223,6 +231,7 @@ def run_facts(
 def create_method(kind: type[Method], width: int, run: RunFacts, config: Config) -> Method:
     """The method with the user's options; UserError for one that there isn't, or a value that it can't have."""
     options = options_of(kind)
+    given = {**preset_of(kind, config.preset).options, **config.options}
     for name, value in config.options.items():
         if name not in options:
             raise nearest(f"option of {config.method}", name, options)
@@ -234,7 +243,7 @@ def create_method(kind: type[Method], width: int, run: RunFacts, config: Config)
         if isinstance(value, int) and types_of_option <= {int, types.NoneType} and value < least:
             raise UserError(f"--options {name} must be at least {least}, got {value}")
     try:
-        return kind(width, run, **config.options)
+        return kind(width, run, **given)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
 

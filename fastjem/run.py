@@ -338,6 +338,7 @@ def timed(training: Training, journal: Journal, stop: Stop) -> Iterator[tuple[Ba
             training.ranks.device,
             masks=training.masks,
             seed=training.config.seed,
+            step=training.done,
             **training.layout,
         )
         yield batch, time.perf_counter() - begin

@@ -54,7 +54,7 @@ def open_run(path: str | os.PathLike[str]) -> Opened:
         settings.backbone, settings.image_size, settings.stem, settings.patch_size, pool, pixels.channels
     )
     with reading.named(path):
-        weights = _below("encoder.backbone.", state["model"])
+        weights = exports.below("encoder.backbone.", state["model"])
         built.must_fit({name: tuple(tensor.shape) for name, tensor in weights.items()})
         module = built.with_weights(weights)
         projector = _projector(settings, module, state["model"])
@@ -96,11 +96,7 @@ def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn
         return None
     projector = heads["projector"]
     try:
-        projector.load_state_dict(_below("method.projector.", state), assign=True)
+        projector.load_state_dict(exports.below("method.projector.", state), assign=True)
     except RuntimeError as error:
         raise UserError(f"the weights are no {settings.method}'s projector's: {error}") from None
     return projector.eval()
-
-
-def _below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

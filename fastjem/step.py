@@ -33,6 +33,9 @@ class Step(nn.Module):
         self.encoder = wrap(encoder, method.width, mask_token=method.mask_token)
         self.method = method
         name = type(method).__name__
+        for part in method.frozen:
+            if isinstance(module := getattr(self.encoder.backbone, part, None), nn.Module):
+                module.requires_grad_(False)
         if self.encoder.width != method.width:
             raise ValueError(
                 f"{name} was made for embeddings of {method.width}, the encoder's have {self.encoder.width}"

@@ -148,6 +148,7 @@ FUNCTIONS = {
     "tico": Call(_two, lambda a, b: F.tico(a, b)[0]),
     "sigreg": Call(lambda b: [leaf(b, D), torch.randn(D, 6)], F.sigreg),
     "lejepa": Call(lambda b: [leaf(2, b, D), leaf(2, b, D), torch.randn(D, 6)], F.lejepa),
+    "visreg": Call(lambda b: [leaf(2, b, D), leaf(2, b, D), torch.randn(D, 6)], F.visreg),
     "prototype_cross_entropy": Call(
         lambda b: [leaf(b, K), leaf(b, K), torch.randn(b, K), torch.randn(b, K)],
         _views(F.prototype_cross_entropy, **TEMPERATURES),
@@ -238,6 +239,12 @@ MODULES = {
         lambda: nn.LeJEPALoss(sigreg_num_vectors=6),
         lambda loss, a, b: loss(local_proj=a, global_proj=b),
     ),
+    "VISRegLoss": _module(
+        lambda b: [leaf(2, b, D), leaf(2, b, D)],
+        lambda: nn.VISRegLoss(num_slices=6),
+        lambda loss, a, b: loss(local_proj=a, global_proj=b),
+    ),
+    "CAPILoss": _module(lambda b: [torch.randn(b, 3, K), leaf(b, 3, K)], nn.CAPILoss),
     "NegativeCosineSimilarity": _module(_two, nn.NegativeCosineSimilarity),
     "SwaVLoss": _module(
         lambda b: [*_scores(3)(b), *torch.randn(2, 5, K)], nn.SwaVLoss, lambda loss, a, b, c, *q: loss([a, b], [c], q)

@@ -83,6 +83,7 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "kmeans": lambda a, b, group, rows: F.kmeans(a, PROTOTYPES, group=group).inertia + (a + b).sum() * 0,
     "sigreg": lambda a, b, group, rows: F.sigreg(a + b, drawn(D, 3), group=group),
     "lejepa": lejepa,
+    "visreg": lambda a, b, group, rows: F.visreg(a[None], b[None], drawn(D, 3), group=group),
     "koleo": lambda a, b, group, rows: F.koleo(a + b, topk=2, group=group),
     "sinkhorn_bias": codes,
     "mean_entropy": lambda a, b, group, rows: F.mean_entropy([a, b], group=group),
@@ -97,6 +98,8 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "SigLipLoss": lambda a, b, group, rows: nn.SigLipLoss(world_size=1 + (group is not None))(a, b, torch.tensor(2.0)),
     "SwaVLoss": lambda a, b, group, rows: nn.SwaVLoss(sinkhorn_gather_distributed=group is not None)([a, b], []),
     "MSNLoss": lambda a, b, group, rows: nn.MSNLoss(gather_distributed=group is not None)(a, b, PROTOTYPES),
+    "PMSNLoss": lambda a, b, group, rows: nn.PMSNLoss(gather_distributed=group is not None)(a, b, PROTOTYPES),
+    "CAPILoss": lambda a, b, group, rows: nn.CAPILoss(gather_distributed=group is not None)(a[:, None], b[:, None]),
 }
 
 
@@ -161,6 +164,9 @@ LOCAL: dict[str, Callable[..., Tensor]] = {
     "DCLWLoss": module(lambda several: nn.DCLWLoss(gather_distributed=several)),
     "SIGReg": lambda a, b, group, rows: nn.SIGReg(gather_distributed=True, num_vectors=4)(a),
     "LeJEPALoss": lambda a, b, group, rows: nn.LeJEPALoss(gather_distributed=True, sigreg_num_vectors=4)(
+        local_proj=a[None], global_proj=b[None]
+    ),
+    "VISRegLoss": lambda a, b, group, rows: nn.VISRegLoss(gather_distributed=True, num_slices=4)(
         local_proj=a[None], global_proj=b[None]
     ),
     "VICRegLoss of maps": lambda a, b, group, rows: nn.VICRegLoss(gather_distributed=True)(

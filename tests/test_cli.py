@@ -177,11 +177,18 @@ def test_dali_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_methods_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
     from fastjem.commands.methods import needs
-    from fastjem.methods import METHODS
+    from fastjem.methods import METHODS, options_of
 
     assert main(["methods"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in METHODS) and "2006.07733" in out and "temperature=0.1" in out
+    assert all(name in out for name in METHODS) and "2006.07733" in out
+    for name, kind in METHODS.items():
+        assert main(["methods", name]) == 0
+        one = capsys.readouterr().out
+        assert all(f"  {option} = " in one for option in options_of(kind)), name
+        assert kind.about.paper in one and kind.defaults.source in one
+    assert main(["methods", "simcrl"]) == 2
+    assert "no method 'simcrl'; did you mean simclr" in capsys.readouterr().err
     needed = {name: needs(kind) for name, kind in METHODS.items()}
     assert needed["simclr"] == "-" and needed["swav"] == "multi-crop" and needed["moco"] == "momentum encoder, queue"
     assert needed["data2vec"] == "momentum encoder, vision transformer"

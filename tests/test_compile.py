@@ -128,6 +128,10 @@ SCHEDULES: dict[str, tuple[Callable[[], list[Tensor]], Callable[..., Tensor]]] =
         lambda: [leaf(2, 10, D), leaf(2, 10, D), torch.randn(D, 6)],
         lambda a, b, d, t: F.lejepa(a, b, d, lambda_param=t),
     ),
+    "visreg": (
+        lambda: [leaf(2, 10, D), leaf(2, 10, D), torch.randn(D, 6)],
+        lambda a, b, d, t: F.visreg(a, b, d, lambda_param=t, scale=t, shape=t, center=t),
+    ),
     "emp_ssl": (lambda: [leaf(2, 10, D)], lambda z, t: F.emp_ssl(z, eps=t, invariance=t)),
     "DINOLoss": (_scores(4), lambda a, b, c, d, t: nn.DINOLoss.forward(_dino, [a, b], [c, d], teacher_temp=t)),
     "NTXentLoss": (_two, _with(nn.NTXentLoss(), "temperature")),

@@ -41,6 +41,7 @@ OF_A_GROUP: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Tensor]
     "tico": (FUNCTIONS["tico"].make, lambda group, a, b: F.tico(a, b, group=group)[0]),
     "sigreg": (FUNCTIONS["sigreg"].make, lambda group, z, d: F.sigreg(z, d.sign(), group=group)),
     "lejepa": (FUNCTIONS["lejepa"].make, lambda group, a, b, d: F.lejepa(a, b, torch.ones_like(d), group=group)),
+    "visreg": (FUNCTIONS["visreg"].make, lambda group, a, b, d: F.visreg(a, b, torch.ones_like(d), group=group)),
     "prototype_cross_entropy": (FUNCTIONS["prototype_cross_entropy"].make, _statistics),
     "prototype_head_cross_entropy": (
         FUNCTIONS["prototype_head_cross_entropy"].make,

@@ -110,6 +110,7 @@ LOSSES = {
     "tico": lambda z0, z1, group=None: F.tico(z0, z1, group=group)[0],
     "sigreg": lambda z0, z1, group=None: F.sigreg(torch.stack([z0, z1]), directions(), group=group),
     "lejepa": lambda z0, z1, group=None: F.lejepa(z0[None], z1[None], directions(), group=group),
+    "visreg": lambda z0, z1, group=None: F.visreg(z0[None], torch.stack([z1, z0 - z1]), directions(), group=group),
     "koleo": lambda z0, z1, group=None: F.koleo(z0, topk=3, group=group) + F.koleo(z1, group=group, p=1),
     "nt_xent": partial(F.nt_xent, temperature=0.2),
     "nt_xent_margin": partial(F.nt_xent, temperature=0.2, false_negative_margin=-0.1),

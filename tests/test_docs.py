@@ -1,5 +1,6 @@
 """What the README and the pages for a start show runs as it stands, and every method's page says its defaults."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -48,16 +49,38 @@ def test_getting_started(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert main([*words, *cheap]) == 0, line
 
 
+def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """The class of docs/adding-a-method.md is imported from a file, and trained by the page's calls."""
+    pytest.importorskip("timm")
+    first, *calls = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-a-method.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "alignuniform.py").write_text(first)
+    make_folder(tmp_path / "photos", 48)
+    for code in calls:
+        code = code.replace("resnet18", "test_resnet").replace(
+            'out="runs/', 'workers=0, max_steps=2, report=False, out="runs/'
+        )
+        exec(compile(code, "adding-a-method.md", "exec"), {})
+    rows = [json.loads(line) for line in (tmp_path / "runs/alignuniform/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] == pytest.approx(rows[-1]["loss_align"] + rows[-1]["loss_uniform"], rel=1e-5)
+
+
 def test_every_method_has_its_page() -> None:
     module = pytest.importorskip("fastjem.methods")
     assert {page.stem for page in ROOT.glob("docs/methods/*.md")} == set(module.METHODS)
     index = (ROOT / "docs/methods.md").read_text()
     for name, method in module.METHODS.items():
-        assert f"(methods/{name}.md)" in index
+        row = next(line for line in index.splitlines() if line.startswith(f"| [{name}](methods/{name}.md)"))
+        optimizer, rate = re.split(r"[, (]+", row.split("|")[4].strip())[:2]
+        assert optimizer.lower() == method.defaults.optimizer, name
+        assert float(rate) == pytest.approx(method.defaults.learning_rate, rel=0.02), name
         page = (ROOT / f"docs/methods/{name}.md").read_text()
         said = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page, re.MULTILINE))
-        assert said == {option: str(default) for option, default in module.options_of(method).items()}, name
-        assert re.search(r"arXiv \d{4}\.\d{5}", page)
+        assert said == {option: str(default) or '""' for option, default in module.options_of(method).items()}, name
+        presets = re.findall(r"^\| (\w+) \|(?:[^|]*\|){3}$", page, re.MULTILINE)
+        assert set(presets) - {"preset"} == set(method.presets), name
+        assert re.search(r"arXiv \d{4}\.\d{4,5}", page)
 
 
 def anchors(page: Path) -> set[str]:

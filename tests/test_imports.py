@@ -43,7 +43,19 @@ ORDER = (
     "__main__",
 )
 # What knows no method. From each other and from `nn` and below, never from `methods` and above.
-BESIDE = ("data", "encoders", "optim", "ranks", "checkpoints", "exports", "loggers", "lock", "stopping", "bench")
+BESIDE = (
+    "data",
+    "encoders",
+    "optim",
+    "ranks",
+    "checkpoints",
+    "exports",
+    "given",
+    "loggers",
+    "lock",
+    "stopping",
+    "bench",
+)
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
 LEAVES = ("errors", "advice", "arguments", "fields", "launchers", "machine", "printing", "reading", "schedules")
 

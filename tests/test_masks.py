@@ -9,11 +9,12 @@ import torch
 
 from fastjem.data import masks
 from fastjem.data.batch import Crops, finish
-from fastjem.data.masks import Keyed, MaskSpec, mask_specs
+from fastjem.data.masking import drawn_masks, mask_specs, most_masked, of_step
+from fastjem.data.masks import Keyed
 from fastjem.data.philox import FIRST_MASK_BLOCK, philox, philox_on_device
-from fastjem.data.views import Views
+from fastjem.data.views import MaskSpec, Views
 from fastjem.errors import UserError
-from fastjem.nn.masks import random_block_mask
+from fastjem.nn.masks import random_block_mask, random_inverse_block_mask
 
 GRID = (14, 14)
 
@@ -165,7 +166,7 @@ def test_no_mask_waits_for_the_device() -> None:
     assert drawn.context.shape == (4, 14, 14) and drawn.targets.shape[:2] == (4, 4)
     samples = torch.empty(4, dtype=torch.int64, device="meta")
     for masking in masks.SAMPLERS:
-        assert masks.draw_hidden(MaskSpec(0, GRID, 0.75, masking), 0, 0, samples).shape == (4, 14, 14)
+        assert drawn_masks(MaskSpec(0, GRID, 0.75, masking), 0, 0, samples).hidden.shape == (4, 14, 14)
 
 
 def test_philox_is_the_same_on_the_device() -> None:
@@ -197,7 +198,7 @@ def keyed_multi_block(samples: torch.Tensor, seed: int = 0, epoch: int = 0, view
 
 def keyed_hidden(masking: str):
     def draw(samples: torch.Tensor, seed: int = 0, epoch: int = 0, view: int = 0) -> torch.Tensor:
-        return masks.draw_hidden(MaskSpec(view, GRID, 0.6, masking), seed, epoch, samples)
+        return drawn_masks(MaskSpec(view, GRID, 0.6, masking), seed, epoch, samples).hidden
 
     return draw
 
@@ -220,14 +221,14 @@ def test_masks_depend_on_nothing_but_their_key(draw) -> None:
 
 
 def test_sizes_follow_seed_and_step() -> None:
-    drawn = np.array([masks.of_step(seed, step) for seed in range(20) for step in range(50)])
-    assert masks.of_step(3, 7) == drawn[157].tolist() and len(np.unique(drawn)) == drawn.size
+    drawn = np.array([of_step(seed, step) for seed in range(20) for step in range(50)])
+    assert of_step(3, 7) == drawn[157].tolist() and len(np.unique(drawn)) == drawn.size
     assert np.abs(drawn.mean(0) - 0.5).max() < 4.5 * math.sqrt(1 / 12 / 1000) and 0 < drawn.min() < drawn.max() < 1
 
 
 @pytest.mark.parametrize("masking", masks.SAMPLERS)
 def test_keyed_masks_have_the_samplers_statistics(masking: str) -> None:
-    ours = masks.draw_hidden(MaskSpec(0, GRID, 0.6, masking), 3, 5, torch.arange(2000)).numpy()
+    ours = drawn_masks(MaskSpec(0, GRID, 0.6, masking), 3, 5, torch.arange(2000)).hidden.numpy()
     theirs = masks.SAMPLERS[masking](2000, GRID, 0.6, generator=generator()).numpy()
     assert (ours.sum((1, 2)) == theirs.sum((1, 2))).all()
     close(ours.astype(float), theirs.astype(float))
@@ -256,5 +257,72 @@ def test_a_batch_has_the_masks_of_its_images() -> None:
     index = torch.tensor([5, 2, 9])
     view, table = torch.zeros(3, 32, 32, 3, dtype=torch.uint8), torch.zeros(3, 13)
     batch = finish(Crops([view], [table], index, 4, None, []), specs, "cpu", masks=wanted[:1], seed=7)
-    assert torch.equal(batch.masks[0].hidden, masks.draw_hidden(wanted[0], 7, 4, index))
+    assert torch.equal(batch.masks[0].hidden, drawn_masks(wanted[0], 7, 4, index).hidden)
     assert (batch.masks[0].hidden.sum((1, 2)) == masks.hidden_patches((4, 4), 0.75)).all()
+
+
+def test_inverse_rectangles_are_seen_and_go_around_the_edges() -> None:
+    for grid in ((14, 14), (8, 8), (6, 10), (1, 4)):
+        for share in (0.0, 0.4, 0.65, 0.9, 1.0):
+            seen = ~masks.inverse_rectangle_mask(300, grid, share, generator=generator()).numpy()
+            patches = grid[0] * grid[1]
+            assert (seen.sum((1, 2)) == patches - masks.hidden_patches(grid, share)).all()
+            columns = np.array([len(set(np.roll(row, 0).nonzero()[0])) for row in seen.any(1)])
+            rows = np.array([row.sum() for row in seen.any(2)])
+            assert (rows * columns - seen.sum((1, 2)) < np.maximum(columns, 1)).all()  # less than a row is cut off
+    drawn = (~masks.inverse_rectangle_mask(4000, GRID, generator=generator(1))).float().numpy()
+    close(drawn, np.broadcast_to(drawn.mean((1, 2), keepdims=True), drawn.shape))  # every patch as often
+    tall = drawn.any(2).sum(1) / drawn.any(1).sum(1)
+    assert tall.min() > 0.4 and tall.max() < 2.3 and abs(np.log(tall).mean()) < 0.1
+    grid, share = (14, 14), 0.65  # as lightly's form draws them: how ragged they are
+    kept = [random_inverse_block_mask((1, 197), share)[0][0, 1:] - 1 for _ in range(1000)]
+    theirs = torch.ones(1000, 196, dtype=torch.bool).scatter_(1, torch.stack(kept), False).view(-1, *grid)
+    ours = masks.inverse_rectangle_mask(1000, grid, share, generator=generator(2))
+    assert abs(runs(ours.numpy()).mean() - runs(theirs.numpy()).mean()) < 2
+
+
+def test_dropped_patches_come_with_those_that_are_left() -> None:
+    samples = torch.arange(50)
+    for masking in masks.SAMPLERS:
+        plain = drawn_masks(MaskSpec(0, GRID, 0.6, masking), 3, 5, samples)
+        drawn = drawn_masks(MaskSpec(0, GRID, 0.6, masking, drops=True), 3, 5, samples)
+        assert plain.visible is None and torch.equal(plain.hidden, drawn.hidden)
+        assert (drawn.visible.diff(dim=1) > 0).all()
+        found = torch.ones(50, 196, dtype=torch.bool).scatter_(1, drawn.visible, False)
+        assert torch.equal(found.view(-1, *GRID), drawn.hidden)
+    wanted = mask_specs(Views(large=2, mask=0.15, masking="random", drops=True, masked_views=(1,)), 32, 8)
+    assert wanted == [MaskSpec(1, (4, 4), 0.15, "random", drops=True)]
+    with pytest.raises(UserError, match="can only be replaced"):
+        mask_specs(Views(mask=0.5, masking="block", drops=True), 32, 8)
+
+
+@pytest.mark.parametrize("side", [4, 8, 14])
+def test_the_blocks_of_a_run_are_even_and_depend_on_the_image_alone(side: int) -> None:
+    spec = MaskSpec(0, (side, side), 0.5, "multi_block", drops=True)
+    samples = torch.arange(200)
+    sizes = set()
+    for step in range(10):
+        drawn = drawn_masks(spec, 3, 5, samples, step)
+        patches = drawn.targets.shape[2]
+        assert drawn.visible.shape == (200, max(side**2 - 4 * patches, side**2 // 8, 1))
+        in_target = torch.zeros(200, side**2, dtype=torch.bool).scatter_(1, drawn.targets.flatten(1), True)
+        if side > 4:  # of 16 patches blocks may cover all
+            assert not in_target.gather(1, drawn.visible).any()
+        assert (drawn.visible.diff(dim=1) > 0).all()
+        alone = drawn_masks(spec, 3, 5, samples[7:8], step)
+        assert all(torch.equal(one[0], all_[7]) for one, all_ in zip(alone, drawn, strict=True))
+        sizes.add(patches)
+    assert len(sizes) > 1 or side == 4
+
+
+def test_blocks_follow_the_views_shares() -> None:
+    spec = MaskSpec(0, GRID, 0.3, "block", least=0.1, images=0.25)
+    hidden = drawn_masks(spec, 0, 0, torch.arange(4000)).hidden.flatten(1)
+    has = hidden.any(1)
+    assert abs(has.float().mean() - 0.25) < 4.5 * math.sqrt(0.25 * 0.75 / 4000)
+    share = hidden[has].float().mean(1)
+    assert share.max() <= 0.3 and 0.15 < share.mean() < 0.21
+    sums = hidden.sum(1).split(64)
+    rows = most_masked(spec, 64)
+    assert sum(int(part.sum()) > rows for part in sums) == 0 and rows < 64 * 196 * 0.25
+    assert most_masked(MaskSpec(0, GRID, 0.6, "random"), 64) == 64 * masks.hidden_patches(GRID, 0.6)

@@ -420,6 +420,7 @@ def test_autocast_and_half_precision_compute_in_float32():
         "mmcr": lambda x, y: F.mmcr(x[None], y[None]),
         "regression": F.regression,
         "sigreg": lambda x, y: F.sigreg(x, torch.eye(10)),
+        "visreg": lambda x, y: F.visreg(x[None], y[None], torch.eye(10)),
     }
     for name, loss in losses.items():
         with torch.autocast("cpu", torch.bfloat16):

@@ -571,3 +571,15 @@ def test_new_gradients_need_no_new_plan(monkeypatch):
     with pytest.raises(ValueError, match="AdamW: a tensor's storage must hold its elements"):
         optimizer.step()
     assert torch.equal(p, before)
+
+
+def test_larc_is_sgd_whose_rate_the_trust_ratio_may_only_make_smaller() -> None:
+    """As the recipes for CIFAR have it: 0.02 |p| / |g|, and never more than the rate."""
+    for gradient, expected in ((1.0, 0.02), (0.01, 0.4)):  # of |p| = |g| the ratio is 0.02; of a small gradient 2
+        p = nn.Parameter(torch.eye(4))
+        p.grad = gradient * torch.eye(4)
+        optimizer = optim.build("larc", optim.parameter_groups(nn.ParameterList([p])))
+        optim.Schedule(steps=10, learning_rate=0.4, weight_decay=1e-9).apply(optimizer, 0)
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), torch.eye(4) * (1 - expected * gradient), rtol=1e-5, atol=1e-6)
+    assert optim.scaled("larc", 0.4, 64) == pytest.approx(0.1)

@@ -25,6 +25,7 @@ from fastjem.data import masks  # noqa: E402
 from fastjem.data.batch import finish  # noqa: E402
 from fastjem.data.loaders import Budget, Order  # noqa: E402
 from fastjem.data.loaders.torch import TorchLoader  # noqa: E402
+from fastjem.data.masking import MASKINGS, mask_specs  # noqa: E402
 from fastjem.data.pixels import Pixels  # noqa: E402
 from fastjem.data.source import open_source  # noqa: E402
 from fastjem.data.views import MaskSpec  # noqa: E402
@@ -295,7 +296,7 @@ def test_the_mask_shown_is_the_mask_trained_on(tmp_path: Path) -> None:
     folder = open_source(make_folder(tmp_path, 6, classes=0))
     found = views_of("data2vec", 32)
     specs = found.specs(32, patch=4)
-    mask = masks.mask_specs(found, 32, 4)[0]
+    mask = mask_specs(found, 32, 4)[0]
     batch = next(iter(TorchLoader(folder, specs, Order(samples=6, batch=6, seed=5, stop=1), Budget())))
     trained = finish(batch, specs, "cpu", masks=[mask], seed=5)
     files = [(i, folder.name(i)) for i in trained.index.tolist()]
@@ -305,7 +306,7 @@ def test_the_mask_shown_is_the_mask_trained_on(tmp_path: Path) -> None:
         assert ((patches == views.GREY[0]).all(1) == hidden.flatten().numpy()).all()
 
 
-@pytest.mark.parametrize("mask", views.MASKS)
+@pytest.mark.parametrize("mask", MASKINGS)
 def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 2, classes=0)
     options = ViewsOptions(folder, tmp_path / "views.png", mask=mask, image_size=64, images=2, patch_size=8)
@@ -320,9 +321,10 @@ def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
 def test_a_picture_of_every_methods_views(method: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 5, classes=0)
     (folder / "0000.png").write_bytes(b"")  # another takes its place
-    options = ViewsOptions(folder, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
-    out = draw_views(options)
     found = views_of(method, 32)
+    data = ",".join([str(folder)] * found.sources)
+    options = ViewsOptions(data, tmp_path / "views.png", method=method, image_size=32, images=3, patch_size=8)
+    out = draw_views(options)
     assert len(views.titles(found, found.mask > 0)) == found.large + found.small + bool(found.mask)
     with Image.open(out) as sheet:
         assert sheet.height == LINE + MARGIN + 3 * (96 + LINE + MARGIN)

@@ -20,6 +20,7 @@ from fastjem import nn as modules
 from fastjem.collectives import mean_loss_of_ranks
 from fastjem.data import masks
 from fastjem.data.batch import Batch
+from fastjem.data.masking import drawn_masks
 from fastjem.data.philox import philox, philox_on_device
 from fastjem.data.views import MaskSpec
 from fastjem.kernels import arithmetic
@@ -171,6 +172,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "tico": (F.tico, VIEWS),
     "total_coding_rate": (F.total_coding_rate, (STACKED,)),
+    "visreg": (F.visreg, (normal(3, 20, 6), STACKED, DIRECTIONS)),
     "vicreg": (both(F.vicreg, partial(seen, F.vicreg)), VIEWS),
     "w_mse": (F.w_mse, VIEWS),
     "whiten": (F.whiten, VIEWS[:1]),
@@ -223,8 +225,18 @@ MODULES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda local, views: modules.LeJEPALoss(sigreg_num_vectors=9)(local_proj=local, global_proj=views),
         (normal(3, 20, 6), STACKED),
     ),
+    "VISRegLoss": (
+        lambda local, views: modules.VISRegLoss(num_slices=9)(local_proj=local, global_proj=views),
+        (normal(3, 20, 6), STACKED),
+    ),
+    "CAPILoss": (made("CAPILoss"), (normal(5, 3, 7).detach(), normal(5, 3, 7, seed=1))),
     "MMCRLoss": (made("MMCRLoss"), (normal(5, 2, 6), normal(5, 2, 6, seed=1))),
     "MSNLoss": (made("MSNLoss"), (normal(10, 6), normal(5, 6).detach(), normal(8, 6, seed=1))),
+    "PMSNLoss": (made("PMSNLoss"), (normal(10, 6), normal(5, 6).detach(), normal(8, 6, seed=1))),
+    "PMSNCustomLoss": (
+        made("PMSNCustomLoss", target_distribution=torch.ones_like),
+        (normal(10, 6), normal(5, 6).detach(), normal(8, 6, seed=1)),
+    ),
     "NNCLRLoss": (
         lambda a, b: modules.NNCLRLoss(memory_bank_size=(30, 6))(a.detach(), b.detach(), b, a),
         VIEWS,
@@ -297,7 +309,7 @@ def test_figures_of_health(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 KEYED: dict[str, Callable[[Tensor], Any]] = {
-    name: lambda samples, name=name: masks.draw_hidden(MaskSpec(0, (14, 14), 0.6, name), 3, 5, samples)
+    name: lambda samples, name=name: drawn_masks(MaskSpec(0, (14, 14), 0.6, name), 3, 5, samples).hidden
     for name in masks.SAMPLERS
 }
 KEYED["block"] = lambda samples: masks.block_mask(len(samples), (14, 14), uniform=masks.Keyed(samples, 3, 5, 1))

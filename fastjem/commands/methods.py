@@ -1,36 +1,101 @@
-"""`fastjem methods`: what can be trained, what it rests on, and its options."""
+"""`fastjem methods`: what can be trained and what it rests on; `fastjem methods NAME`: everything about one."""
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 from fastjem.arguments import Parser
-from fastjem.methods import METHODS, Method, options_of
-from fastjem.printing import is_terminal
+from fastjem.errors import nearest
+from fastjem.methods import METHODS, Defaults, Method, Views, options_of
+from fastjem.printing import is_terminal, say
 
-COLUMNS = ("method", "family", "what prevents the trivial solution", "needs", "options with defaults", "paper")
+COLUMNS = ("method", "family", "what prevents the trivial solution", "needs", "paper")
 
 
 def needs(method: type[Method]) -> str:
     """What a method needs beside an encoder and two views; "-" for nothing."""
+    views = method.views
     parts = {
         "momentum encoder": method.momentum,
         "queue": options_of(method).get("queue"),
-        "multi-crop": method.views.small,
-        "vision transformer": method.views.mask,
+        "multi-crop": views.small,
+        f"{views.sources} sources of images": views.sources > 1,
+        "classes": method.needs_labels,
+        "given weights": "given" in options_of(method),
+        "vision transformer": views.mask or method.mask_token,
     }
     return ", ".join(name for name, needed in parts.items() if needed) or "-"
 
 
 def main(argv: Sequence[str]) -> int:
-    Parser("fastjem methods", description="what pretrain can train with").parse_args(argv)
+    parser = Parser("fastjem methods", description="what pretrain can train with")
+    parser.add_argument("name", nargs="?", help="of a method: everything about it")
+    name = parser.parse_args(argv).name
+    if name is None:
+        print_table()
+        return 0
+    if name not in METHODS:
+        raise nearest("method", name, METHODS)
+    for line in described(name):
+        say(line, sys.stdout)
+    return 0
+
+
+def print_table() -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*COLUMNS, show_lines=True)
     for name, method in METHODS.items():
         about = method.about
-        options = " ".join(f"{option}={default}" for option, default in options_of(method).items())
-        table.add_row(name, about.family, about.prevents_collapse, needs(method), options, about.paper)
+        table.add_row(name, about.family, about.prevents_collapse, needs(method), about.paper)
     console = Console() if is_terminal(sys.stdout) else Console(width=160)  # a pipe is no terminal of 80 columns
     console.print(table)
-    return 0
+
+
+def described(name: str) -> Iterator[str]:
+    """The lines about one method: what it is, what it needs, its views, its optimiser, its options and its presets."""
+    method = METHODS[name]
+    about = method.about
+    yield f"{name}: {about.family}"
+    yield ""
+    yield from (inspect.getdoc(method) or "").splitlines()
+    yield ""
+    yield f"paper          {about.paper}"
+    yield f"no collapse    {about.prevents_collapse}"
+    yield f"needs          {needs(method)}"
+    yield f"views          {_views(method.views)}"
+    yield f"optimiser      {_optimiser(method.defaults)}"
+    yield f"               {method.defaults.source}"
+    if method.defaults.short:
+        optimizer, rate = method.defaults.short
+        yield f"               in runs below 10,000 steps {optimizer}, {rate:g}"
+    yield "options        --options NAME=VALUE ..."
+    yield from (f"  {option} = {default}" for option, default in options_of(method).items())
+    yield "presets        --preset NAME, in place of imagenet" if method.presets else "presets        imagenet alone"
+    for preset, values in method.presets.items():
+        changed = [*values.options.items(), *values.views.items()]
+        optimiser = [_optimiser(values.defaults)] if values.defaults else []
+        yield f"  {preset}: {', '.join([*optimiser, *(f'{key}={value}' for key, value in changed)])} ({values.source})"
+    yield f"page           docs/methods/{name}.md"
+
+
+def _views(views: Views) -> str:
+    """In words: how many views of which recipe, and every other field that isn't as it is by default."""
+    small = f" and {views.small} small ones" if views.small else ""
+    said = f"{views.large} large{small}, recipe {views.recipe}"
+    others = [
+        f"{field.name}={getattr(views, field.name)}"
+        for field in fields(views)
+        if field.name not in ("large", "small", "recipe") and getattr(views, field.name) != field.default
+    ]
+    return ", ".join([said, *others])
+
+
+def _optimiser(defaults: Defaults) -> str:
+    decay = f"{defaults.weight_decay:g}"
+    if defaults.final_weight_decay is not None:
+        decay += f" to {defaults.final_weight_decay:g}"
+    clip = f", clip {defaults.clip:g}" if defaults.clip else ""
+    return f"{defaults.optimizer}, {defaults.learning_rate:.3g} for 256 images, weight decay {decay}{clip}"

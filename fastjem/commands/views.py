@@ -13,14 +13,15 @@ from fastjem import fields
 from fastjem.checkpoints import write_atomically
 from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
-from fastjem.data.source import open_source
+from fastjem.data.masking import MASKINGS
+from fastjem.data.source import Levelled, are_pairs, decode_all, open_sources
 from fastjem.data.views import RECIPES, MaskSpec, Value, Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, views_of
 from fastjem.printing import printable, say
 from fastjem.reading import why_not
 from fastjem.report.run import spread
-from fastjem.report.views import INK, MASKS, Sample, samples, titles
+from fastjem.report.views import INK, Sample, samples, titles
 
 PAPER = (255, 255, 255)
 MARGIN, LINE = 8, 20  # pixels
@@ -36,6 +37,7 @@ class ViewsOptions:
     )
     out: str = field(default="views.png", metadata={"help": "the picture", "path": True})
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
+    preset: str = field(default="imagenet", metadata={"help": "of the method: imagenet | cifar"})
     recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
     view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
     image_size: int = 224
@@ -48,7 +50,7 @@ class ViewsOptions:
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     mask: str | None = field(
-        default=None, metadata={"help": f"a last view through such a mask: {', '.join(MASKS)}; none: the method's"}
+        default=None, metadata={"help": f"a last view through such a mask: {', '.join(MASKINGS)}; none: the method's"}
     )
     patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
     seed: int = field(default=0, metadata={"help": "the run's"})
@@ -110,11 +112,11 @@ def draw_views(options: ViewsOptions) -> Path:
     _check(options)
     out = Path(options.out)
     size = options.image_size
-    views = views_of(options.method, size, options.small_views, options.recipe)
+    views = views_of(options.method, size, options.small_views, options.recipe, options.preset)
     mask = _mask(options, views)
     if options.data is None:
         say(f"fastjem: no data is named: these are images of the embedded data set ({shapes.folder() / 'train'})")
-    source = open_source(options.data or shapes.folder() / "train")
+    source = open_sources(options.data or shapes.folder() / "train", views.sources)
     patch = options.patch_size if mask else 1
     specs = views.specs(size, patch=patch, blur=options.blur, changes=options.view, channels=options.channels)
     levels = levels_of(options.channels, parsed_range(options.value_range), survey(source, options.channels))
@@ -129,6 +131,7 @@ def draw_views(options: ViewsOptions) -> Path:
         epoch=options.epoch,
         mask=mask,
         levels=levels,
+        read=(lambda i: decode_all(Levelled(source, levels), i)) if are_pairs(source) else None,
     )
     if not shown:
         raise UserError(f"none of the files in {source.root} can be read")
@@ -154,15 +157,19 @@ def _mask(options: ViewsOptions, views: Views) -> MaskSpec | None:
     if size % patch or size < 2 * patch:
         what = "no multiple of" if size % patch else "less than two of"
         raise UserError(f"--image-size {size} is {what} --patch-size {patch}")
-    return MaskSpec(0, (size // patch, size // patch), views.mask or 0.75, masking)
+    grid = (size // patch, size // patch)
+    if masking == views.masking and views.mask:
+        return MaskSpec(0, grid, views.mask, masking, least=views.least_mask)
+    low, high = (0.1, 0.5) if masking == "block" else (0.0, 0.75)
+    return MaskSpec(0, grid, high, masking, least=low)
 
 
 def _check(options: ViewsOptions) -> None:
     fields.conform(options, "views: {}".format)
     if options.method not in METHODS:
         raise nearest("method", options.method, METHODS)
-    if options.mask is not None and options.mask not in MASKS:
-        raise nearest("mask", options.mask, MASKS)
+    if options.mask is not None and options.mask not in MASKINGS:
+        raise nearest("mask", options.mask, MASKINGS)
     parsed_range(options.value_range)
     for name, least in (("images", 1), ("channels", 1), ("image_size", 8), ("patch_size", 1)):
         value = getattr(options, name)

@@ -7,16 +7,8 @@ import torch
 from torch import Tensor
 
 from fastjem.data.colours import augmented
-from fastjem.data.masks import draw_hidden
+from fastjem.data.masking import Masks, drawn_masks
 from fastjem.data.views import MaskSpec, ViewSpec
-
-
-class Masks(NamedTuple):
-    """Which patches of a view [B, C, H, W] whom concern; h x w is the grid of its patches, numbered row by row."""
-
-    hidden: Tensor  # [B, h, w] bool: patches that the mask token replaces
-    visible: Tensor | None = None  # [B, M] int64: the only patches that the encoder is given
-    targets: Tensor | None = None  # [B, T, P] int64: the patches of each target block (I-JEPA)
 
 
 class Batch(NamedTuple):
@@ -26,6 +18,7 @@ class Batch(NamedTuple):
     index: Tensor  # [B] int64: the number in its source of the image that each row shows
     labels: Tensor | None = None  # [B] int64; None where the source has none
     masks: dict[int, Masks] = {}  # noqa: RUF012  by the number of the view; never changed in place
+    tables: list[Tensor] = []  # noqa: RUF012  V x [B, P]: how each view was cut and changed (`fastjem.kernels.augment.columns`)
 
 
 class Crops(NamedTuple):
@@ -50,6 +43,7 @@ def finish(
     *,
     masks: Sequence[MaskSpec] = (),
     seed: int = 0,
+    step: int = 0,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Batch:
@@ -57,19 +51,20 @@ def finish(
 
     Args:
         specs: one a view, those that the loader had.
-        masks: at most one a view. Which patches are hidden follows (seed, epoch, index, view) and nothing else.
+        masks: at most one a view. Which patches are hidden follows (seed, epoch, index, view); how many, the step.
         seed: the run's.
+        step: the number of the optimiser's step.
         dtype: of the views: float32, bfloat16 or float16.
         channels_last: the views' memory format; their shape is [B, C, size, size] in either case.
     """
 
     def colours(view: Tensor, table: Tensor, spec: ViewSpec) -> Tensor:
         view = view.to(device, non_blocking=True)
-        table = table.to(device, non_blocking=True)
         return augmented(view, table, mean=spec.mean, std=spec.std, dtype=dtype, channels_last=channels_last)
 
-    views = [colours(*parts) for parts in zip(crops.views, crops.tables, specs, strict=True)]
+    tables = [table.to(device, non_blocking=True) for table in crops.tables]
+    views = [colours(*parts) for parts in zip(crops.views, tables, specs, strict=True)]
     index = crops.index.to(device, non_blocking=True)
     labels = None if crops.labels is None else crops.labels.to(device, non_blocking=True)
-    drawn = {spec.view: Masks(draw_hidden(spec, seed, crops.epoch, index)) for spec in masks}
-    return Batch(views, index, labels, drawn)
+    drawn = {spec.view: drawn_masks(spec, seed, crops.epoch, index, step) for spec in masks}
+    return Batch(views, index, labels, drawn, tables)

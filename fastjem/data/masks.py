@@ -1,22 +1,19 @@
 """Masks as augmentation: which patches a transformer doesn't see, drawn for a whole batch on its device.
 
 Every function draws on a device and waits for nothing, so that masks cost no host sync. Masks are bool [B, H, W] over
-the grid of patches, true where a patch is hidden. A run's masks are drawn by `draw_hidden` from `Keyed` numbers: each
-image's follow (seed, epoch, sample, view) and nothing else. Without these the samplers take torch's generator.
-lightly's forms, drawn on the host, are in `fastjem.nn`.
+the grid of patches, true where a patch is hidden. A run's masks are drawn (`fastjem.data.masking`) from `Keyed`
+numbers: each image's follow (seed, epoch, sample, view) and nothing else. Without these the samplers take torch's
+generator. lightly's forms, drawn on the host, are in `fastjem.nn`.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastjem.data.philox import FIRST_MASK_BLOCK, NO_VIEW, philox, philox_on_device
-from fastjem.data.views import MaskSpec, Views
-from fastjem.errors import nearest
+from fastjem.data.philox import FIRST_MASK_BLOCK, philox_on_device
 from fastjem.kernels.arithmetic import widest_dtype
 
 Device = torch.device | str | None
@@ -72,44 +69,12 @@ class Keyed:
         return drawn.permute(1, 2, 0).flatten(1)[:, :count]
 
 
-def of_step(seed: int, step: int) -> list[float]:
-    """Four numbers that all images of a step share, on all ranks: sizes of masks, which make a batch's tensors even."""
-    zero = np.int64(0)
-    return philox([np.int64(step), zero, np.int64(NO_VIEW), zero], seed).tolist()
-
-
 @dataclass(frozen=True)
 class MultiBlock:
     """I-JEPA's masks of a batch."""
 
     context: Tensor  # [B, H, W] bool, true where the context encoder doesn't look
     targets: Tensor  # [B, T, h * w] int64: the patches of each target block, ascending
-
-
-def mask_specs(views: Views, image_size: int, patch: int) -> list[MaskSpec]:
-    """The masks of the large views in patches of `patch` pixels; none where the method hides nothing.
-
-    Raises:
-        UserError: for a sampler that isn't there.
-    """
-    if not views.mask:
-        return []
-    if views.masking not in SAMPLERS:
-        raise nearest("masking", views.masking, SAMPLERS)
-    side = image_size // patch
-    return [MaskSpec(view, (side, side), views.mask, views.masking) for view in range(views.large)]
-
-
-def draw_hidden(spec: MaskSpec, seed: int, epoch: int, samples: Tensor) -> Tensor:
-    """[B, H, W] bool: the mask of one view, of the images [B] int64 with these numbers in their source, keyed.
-
-    Raises:
-        UserError: for a sampler that isn't there.
-    """
-    if spec.masking not in SAMPLERS:
-        raise nearest("masking", spec.masking, SAMPLERS)
-    sampler = SAMPLERS[spec.masking]
-    return sampler(len(samples), spec.grid, spec.share, uniform=Keyed(samples, seed, epoch, spec.view))
 
 
 def hidden_patches(grid: Grid, share: float) -> int:
@@ -197,8 +162,47 @@ def inverse_block_mask(
     return ~_hide_highest(scores, patches - hidden_patches(grid, share), grid)
 
 
+def inverse_rectangle_mask(
+    batch: int,
+    grid: Grid,
+    share: float = 0.65,
+    *,
+    aspect: float = 0.5,
+    uniform: Uniform | None = None,
+    generator: torch.Generator | None = None,
+    device: Device = None,
+) -> Tensor:
+    """[B, H, W]: what is seen is one rectangle that goes on around the edges, so that every patch is hidden as often
+    (CAPI, arXiv 2502.08769, section 3.2: inverse block masking with roll), in every image `hidden_patches` are.
+
+    aspect: the rectangle's height over width is log-uniform between this and its inverse, as far as the grid allows.
+    Where it is rounded up to too many patches the last ones of its last row are hidden.
+    """
+    _check_share("inverse_rectangle_mask", share)
+    height, width = grid
+    seen = height * width - hidden_patches(grid, share)
+    drawn = (uniform or Generated(batch, generator, device))(3)
+    low = max(math.log(aspect), math.log(max(seen, 1) / width**2))
+    high = max(min(-math.log(aspect), math.log(height**2 / max(seen, 1))), low)
+    ratio = (low + (high - low) * drawn[:, :1]).exp()  # [B, 1]
+    # A ratio at the grid's limit is rounded to it: 1e-4 below, so that a product that should be whole isn't above it.
+    tall = ((seen * ratio).sqrt() - 1e-4).ceil().clamp(1, height)
+    broad = (seen / tall - 1e-4).ceil().clamp(1, width)
+    rows = torch.arange(height, device=drawn.device)
+    columns = torch.arange(width, device=drawn.device)
+    below = (rows - (drawn[:, 1:2] * height).floor()) % height  # [B, H], from the rectangle's top on
+    beside = (columns - (drawn[:, 2:3] * width).floor()) % width  # [B, W]
+    place = below[:, :, None] * broad[:, :, None] + beside[:, None, :]  # within the rectangle, row by row
+    return ~((beside < broad)[:, None, :] & (place < seen))
+
+
 # With the same number of patches in every image, as a batch of what is hidden, or of what is seen, needs.
-SAMPLERS = {"even_block": even_block_mask, "random": random_mask, "inverse_block": inverse_block_mask}
+SAMPLERS = {
+    "even_block": even_block_mask,
+    "random": random_mask,
+    "inverse_block": inverse_block_mask,
+    "inverse_rectangle": inverse_rectangle_mask,
+}
 
 
 def block_mask(
@@ -298,8 +302,8 @@ def multi_block_mask(
     to wait for the device to know it; on masks drawn on the CPU that costs nothing.
 
     Args:
-        sizes: the two uniform numbers, of target and context: in a run two of `of_step`, as their batch shares them.
-            None: from torch's generator of the host.
+        sizes: the two uniform numbers, of target and context: in a run two of
+            `fastjem.data.masking.of_step`, as their batch shares them. None: from torch's generator of the host.
     """
     height, width = grid
     of_target, of_context = torch.rand(2).tolist() if sizes is None else sizes

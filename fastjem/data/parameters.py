@@ -42,11 +42,12 @@ class Parameters:
         self.solarize = field("solarize")
 
     def __call__(self, seed: int, epoch: int, samples: ArrayLike, heights: ArrayLike, widths: ArrayLike) -> np.ndarray:
-        """samples, heights, widths: [B], the images' numbers in the data and sizes in pixels -> [V, B, P] float32."""
+        """samples [B], the images' numbers in the data; heights and widths in pixels, [B] or each view's [V, B]
+        -> [V, B, P] float32."""
         views = len(self.specs)
         images = len(np.atleast_1d(samples))
 
-        def for_each_view(values: ArrayLike) -> np.ndarray:  # [B] -> [V B]
+        def for_each_view(values: ArrayLike) -> np.ndarray:  # [B] or [V, B] -> [V B]
             return np.broadcast_to(np.asarray(values, np.int64), (views, images)).ravel()
 
         sample = for_each_view(samples)

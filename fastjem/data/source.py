@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from fastjem.data.levels import Levels
 from fastjem.data.picture import Picture, to_image
 from fastjem.data.sources.arrays import Arrays
 from fastjem.data.sources.folder import Folder
+from fastjem.data.sources.pairs import Pairs, check_sources, roots
 from fastjem.errors import UserError
 from fastjem.printing import say
 
@@ -64,6 +65,25 @@ def format_of(root: Path) -> Format:
     return next(kind for kind in SOURCES.values() if kind.recognises(root))
 
 
+def open_sources(data: str | os.PathLike[str] | Any, count: int = 1) -> Source:
+    """`open_source`; for a method that compares images of several sources, `Pairs` of so many of them: "a,b", or a list
+    of paths or objects.
+
+    Raises:
+        UserError: for another number of sources, and as `open_source` and `Pairs` do.
+    """
+    pairs = data.source if isinstance(data, Levelled) else data
+    if isinstance(pairs, Pairs):
+        check_sources(count, pairs.parts, pairs.root)
+        return cast(Source, data)
+    if count == 1:
+        return open_source(data)
+    given = roots(os.fspath(data)) if isinstance(data, (str, os.PathLike)) else data
+    given = list(given) if isinstance(given, (list, tuple)) else [given]
+    check_sources(count, given, data)
+    return Pairs([open_source(one) for one in given])
+
+
 def open_source(data: str | os.PathLike[str] | Any) -> Source:
     """A source of what the user named: a folder, a .npz or .npy file, or an object of their own with `len` and `read`.
 
@@ -78,7 +98,7 @@ def open_source(data: str | os.PathLike[str] | Any) -> Source:
         for folder, why in getattr(source, "unlisted", ()):
             say(f"fastjem: {folder} can't be listed ({why}): what is in it is left out")
         return source
-    if isinstance(data, (Completed, Levelled)) or type(data) in SOURCES.values():
+    if isinstance(data, (Completed, Levelled, Pairs)) or type(data) in SOURCES.values():
         return data
     return Completed(data)
 
@@ -139,7 +159,15 @@ def labels_and_classes(
 
 def path_of(source: Source, i: int) -> str:
     """The i-th image's name with its root's before it, as messages and reports call it."""
-    return os.path.join(source.root, source.name(i))
+    return os.path.join(roots(source.root)[0], source.name(i))
+
+
+def decode_all(source: Source, i: int) -> list[Picture]:
+    """The i-th image of each source of `Pairs`, or of the one that there is; see `decode`."""
+    pairs = source.source if isinstance(source, Levelled) else source
+    if not isinstance(pairs, Pairs):
+        return [decode(source, i)]
+    return [to_image(data, rule_of(source)) for data in pairs.read_all(i)]
 
 
 def decode(source: Source, i: int) -> Picture:
@@ -149,7 +177,8 @@ def decode(source: Source, i: int) -> Picture:
 
 def decode_named(root: str, name: str, levels: Levels | None = None) -> Picture:
     """The image called `name` of the source that `open_source(root)` opens, which isn't listed for it."""
-    return to_image(format_of(Path(root)).read_named(root, name), levels)
+    first = roots(root)[0]  # the names are those of its images
+    return to_image(format_of(Path(first)).read_named(first, name), levels)
 
 
 class Levelled:
@@ -171,6 +200,11 @@ class Levelled:
 
     def read(self, i: int) -> bytes | np.ndarray:
         return self.source.read(i)
+
+
+def are_pairs(source: Source) -> bool:
+    """Whether images of several sources belong together."""
+    return isinstance(source.source if isinstance(source, Levelled) else source, Pairs)
 
 
 def rule_of(source: Source) -> Levels | None:

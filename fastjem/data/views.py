@@ -55,12 +55,15 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """The mask of one view: a share of its patches is hidden, in each image as many."""
+    """The mask of one view."""
 
     view: int  # its number among the views
     grid: tuple[int, int]  # patches in its height and width
-    share: float
-    masking: str  # which sampler draws it, a name in `fastjem.data.masks.SAMPLERS`
+    share: float  # of its patches that is hidden; of "block" the largest one
+    masking: str  # how it is drawn, a name in `fastjem.data.masking.MASKINGS`
+    drops: bool = False  # the encoder is given the visible patches alone
+    least: float = 0.0  # of "block": each image's share is uniform between this and `share`
+    images: float = 1.0  # of "block": the share of images that have a mask at all
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,12 @@ _BYOL = ViewSpec(bicubic=True, blur=1.0)
 _BYOL_PAIR = (_BYOL, replace(_BYOL, blur=0.1, solarize=0.2))
 _SWAV = ViewSpec(scale=(0.14, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), std=(0.228, 0.224, 0.225))
 _SIMCLR = ViewSpec(jitter=(0.8, 0.8, 0.8, 0.2))
-_MSN = replace(_SIMCLR, scale=(0.3, 1.0), bicubic=False)
+_MSN = ViewSpec(scale=(0.3, 1.0), jitter=(0.4, 0.4, 0.4, 0.1))
+_PATCH = ViewSpec(
+    scale=(0.25, 0.25), ratio=(1.0, 1.0), jitter=(0.4, 0.4, 0.4, 0.2), blur=0.1, solarize=0.1, mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+)  # fmt: skip
+_LEJEPA = ViewSpec(scale=(0.3, 1.0), bicubic=True, solarize=0.2)
 _PLAIN = ViewSpec(bicubic=True, jitter_probability=0.0, grayscale=0.0, blur=0.0)
 
 
@@ -95,12 +103,16 @@ RECIPES: dict[str, Recipe] = {
     "mocov2": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)),)),
     # Grill et al. 2020, table 6, by torchvision's definitions of the steps (the authors' code adds brightness)
     "byol": Recipe(_BYOL_PAIR),
+    # Chen et al. 2021 (MoCo v3), main_moco.py with the flags of its ResNet-50; its vision transformers have "byol"
+    "mocov3": Recipe(tuple(replace(view, scale=(0.2, 1.0)) for view in _BYOL_PAIR)),
     # Zbontar et al. 2021, main.py
     "barlow": Recipe(_BYOL_PAIR),
     # Bardes et al. 2022, augmentations.py
     "vicreg": Recipe(_BYOL_PAIR),
     # Caron et al. 2020, src/multicropdataset.py; the third deviation is theirs
     "swav": Recipe((_SWAV,), replace(_SWAV, scale=(0.05, 0.14))),
+    # Caron et al. 2020, scripts/deepclusterv2_400ep_pretrain.sh
+    "deepcluster": Recipe((replace(_SWAV, scale=(0.08, 1.0)),), replace(_SWAV, scale=(0.05, 0.14))),
     # Caron et al. 2021, main_dino.py
     "dino": _dino(0.05, (1.0, 0.1, 0.5), 0.4),
     # Zhou et al. 2022, the flags of iBOT's README
@@ -109,12 +121,38 @@ RECIPES: dict[str, Recipe] = {
     "dinov2": _dino(0.05, (0.0, 0.9, 0.5), 0.32),
     # Oquab et al. 2023 as its code reads
     "dinov2_intended": _dino(0.05, (1.0, 0.1, 0.5), 0.32),
-    # Assran et al. 2022, with the strengths of lightly's MSNTransform
+    # Assran et al. 2022, msn_vits16.yaml: colours at half of SimCLR's strength
     "msn": Recipe((_MSN,), replace(_MSN, scale=(0.05, 0.3))),
+    # Zheng et al. 2021, data/augmentation.py: the student's view is changed as MoCo v2's, the target's cut and flipped
+    "ressl": Recipe(
+        (
+            ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)),
+            ViewSpec(scale=(0.2, 1.0), jitter_probability=0.0, grayscale=0.0, blur=0.0),
+        )
+    ),
+    # Ermolov et al. 2021, README's flags for ImageNet-100, and cfg.py's defaults, which are for CIFAR
+    "wmse": Recipe((replace(_SIMCLR, blur=0.0),)),
+    "wmse_cifar": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), grayscale=0.1, blur=0.0),)),
+    # Tong et al. 2023, dataset/datasets.py and aug.py: fixed-scale square patches
+    "empssl": Recipe((_PATCH,)),
+    # Balestriero and LeCun 2025, lejepa's README: one distribution of augmentations for all views
+    "lejepa": Recipe((_LEJEPA,), replace(_LEJEPA, scale=(0.05, 0.3))),
+    # Wu et al. 2026, appendix A.1: the same
+    "visreg": Recipe((_LEJEPA,), replace(_LEJEPA, scale=(0.05, 0.3))),
+    # Bardes et al. 2022 (VICRegL), main_vicregl.py
+    "vicregl": Recipe(
+        tuple(replace(view, scale=(0.4, 1.0)) for view in _BYOL_PAIR), replace(_BYOL, blur=0.5, scale=(0.08, 0.4))
+    ),
+    # Misra and van der Maaten 2020, section 3.1: the image is cut and its colours changed, the pieces' as well
+    "pirl": Recipe((ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), blur=0.0),)),
+    # Darcet et al. 2025, default_pretrain_config.yaml
+    "capi": Recipe((replace(_PLAIN, scale=(0.6, 1.0)),)),
     # He et al. 2022, main_pretrain.py
     "mae": Recipe((replace(_PLAIN, scale=(0.2, 1.0)),)),
     # Baevski et al. 2022, mae_image_dataset.py of fairseq's data2vec
     "data2vec": Recipe((replace(_PLAIN, scale=(0.2, 1.0)),)),
+    # Radford et al. 2021, section 2.4: a random square crop is all; both images of a pair are cut alike in distribution
+    "pairs": Recipe((replace(_PLAIN, scale=(0.5, 1.0), flip=0.0),)),
     # Assran et al. 2023, configs/in1k_vith14_ep300.yaml: bilinear, no flip, no colour
     "ijepa": Recipe((replace(_PLAIN, scale=(0.3, 1.0), bicubic=False, flip=0.0),)),
 }
@@ -127,8 +165,13 @@ class Views:
     large: int = 2
     small: int = 0
     recipe: str = "simclr"
-    mask: float = 0.0  # the share of the patches that is hidden
-    masking: str = "even_block"  # which sampler draws it, a name in `fastjem.data.masks.SAMPLERS`
+    sources: int = 1  # of images: view i is cut from the image of source i % sources
+    mask: float = 0.0  # the share of the patches that is hidden; of "block" the largest one
+    masking: str = "even_block"  # how it is drawn, a name in `fastjem.data.masking.MASKINGS`
+    drops: bool = False  # masked patches aren't replaced: the encoder is given the visible ones alone
+    least_mask: float = 0.0  # of "block": each image's share is uniform between this and `mask`
+    masked_images: float = 1.0  # of "block": the share of images that have a mask at all
+    masked_views: tuple[int, ...] | None = None  # which of the large views have masks; None: all of them
 
     def specs(
         self, image_size: int, *, patch: int = 1, blur: bool | None = None, changes: Mapping[str, Value] | None = None,

@@ -24,6 +24,7 @@ from fastjem.functional.sinkhorn import sinkhorn, sinkhorn_bias
 from fastjem.functional.spectral import frossl, mmcr, w_mse, whiten
 from fastjem.functional.supcon import supcon
 from fastjem.functional.supervised import cross_entropy
+from fastjem.functional.visreg import visreg
 from fastjem.functional.weights import ema_update_
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "tico",
     "total_coding_rate",
     "vicreg",
+    "visreg",
     "w_mse",
     "whiten",
 ]

@@ -124,6 +124,11 @@ def _sigreg(
     return known(op, total / count, (z,), [gradient], [gradient_factor(group) / count])
 
 
+def no_views(local_proj: Tensor) -> bool:
+    """Whether there are no local views: [0, N, D], as small images have none."""
+    return isinstance(local_proj, Tensor) and local_proj.dim() == 3 and local_proj.shape[0] == 0
+
+
 @over_ranks()
 def lejepa(
     local_proj: Tensor,
@@ -138,7 +143,7 @@ def lejepa(
     """`lambda sigreg(all views) + (1 - lambda) mean (all views - mean of the global views)^2` (arXiv 2511.08544).
 
     Args:
-        local_proj, global_proj: [V_local, N, D] and [V_global, N, D].
+        local_proj, global_proj: [V_local, N, D] and [V_global, N, D]; there may be no local views.
         directions: [D, S], see `random_directions`.
         lambda_param: weight of SIGReg in [0, 1]: a number, or a 0-dim tensor, which gets its gradient.
         knots, t_max, group: see `sigreg`.
@@ -152,9 +157,8 @@ def lejepa(
     with Agreement("lejepa", group) as ranks:
         contract = "local_proj and global_proj must be [V_local, N, D] and [V_global, N, D]"
         may_be_empty = None if group is None else 1
-        checks.matrices(
-            "lejepa", contract, local_proj, global_proj, dims=3, same=False, may_be_empty=may_be_empty
-        )  # fmt: skip
+        given = [global_proj] if no_views(local_proj) else [local_proj, global_proj]
+        checks.matrices("lejepa", contract, *given, dims=3, same=False, may_be_empty=may_be_empty)
         if local_proj.shape[1:] != global_proj.shape[1:]:
             checks.fail("lejepa", contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
         knots, t_max = _options("lejepa", global_proj, directions, knots, t_max)

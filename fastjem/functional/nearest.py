@@ -1,6 +1,7 @@
 """NNCLR: nearest neighbours as positives."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.functional import checks
@@ -17,6 +18,7 @@ def nnclr(
     bank: Tensor,
     *,
     temperature: float | Tensor = 0.1,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """NNCLR's loss (Dwibedi et al. 2021, arXiv 2104.14548, equation 4): nearest neighbours are the positives.
 
@@ -28,7 +30,7 @@ def nnclr(
         z0, z1: [N, D], projections of two views; constants, as nothing is differentiated through the search.
         p0, p1: [N, D], predictions of the same.
         bank: [K, D], the support set; constants. May be changed in place before backward.
-        temperature: as for `nt_xent`.
+        temperature, group: as for `nt_xent`; each rank's neighbours are of its own bank, which ranks have alike.
 
     Returns:
         0-dim float32 (float64 for float64 inputs).
@@ -45,8 +47,9 @@ def nnclr(
     checks.one_device(op, (z0, bank))
     rows = bank.detach()[nearest_neighbors(torch.cat(checks.common(z0, z1)), bank)]
     of_z0, of_z1 = rows.unflatten(0, (2, z0.shape[0])).unbind()
-    losses = [nt_xent(of_z0, p1, temperature=temperature), nt_xent(of_z1, p0, temperature=temperature)]
-    return torch.stack(losses).mean()
+    first = nt_xent(of_z0, p1, temperature=temperature, group=group)
+    second = nt_xent(of_z1, p0, temperature=temperature, group=group)
+    return torch.stack([first, second]).mean()
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:

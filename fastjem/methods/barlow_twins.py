@@ -5,7 +5,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults
+from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import symmetric
 from fastjem.nn.parts import MLP
@@ -19,6 +19,14 @@ class BarlowTwins(Method):
     defaults = Defaults(
         "lars", 0.57, 1.5e-6, source="section 2.2: LARS, 1.6 at batch 2048, 1.5e-6; loss times 0.024 in main.py"
     )
+
+    presets = {
+        "cifar": Preset(
+            "solo-learn, scripts/pretrain/cifar/barlow.yaml",
+            Defaults("larc", 0.3, 1e-4),
+            {"hidden": 2048, "scale": 0.1},
+        )
+    }
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults
+from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
 
@@ -24,6 +24,10 @@ class BYOL(Method):
     defaults = Defaults(
         "lars", 0.8, 1.5e-6, momentum=0.996, source="section 3.3: LARS, 3.2 at batch 4096, 1.5e-6; tau 0.996 to 1"
     )
+
+    presets = {
+        "cifar": Preset("solo-learn, scripts/pretrain/cifar/byol.yaml", Defaults("larc", 1.0, 1e-5, momentum=0.99))
+    }
 
     def __init__(
         self,

@@ -1,6 +1,8 @@
 """What papers trained with, and what of it a short run or a small data set can't take over."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 SHORT = 10_000  # steps of a run below which papers' values, made for a hundred times as many, are replaced
 
@@ -40,6 +42,19 @@ class Defaults:
             return ""
         theirs = f"{paper.optimizer} at {paper.learning_rate}, which --optimizer {paper.optimizer} brings back"
         return f"in so short a run {self.optimizer} at {self.learning_rate} in place of the paper's {theirs}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What of a method is otherwise on other data than ImageNet, which its own values are for: `--preset NAME`.
+
+    Whatever the user gives comes before it.
+    """
+
+    source: str  # who published these values
+    defaults: Defaults | None = None  # of the optimiser; None: the method's own
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    views: Mapping[str, Any] = field(default_factory=dict)  # fields of its `Views`
 
 
 def at_most(most: int, images: int, *, each: int) -> int:

@@ -2,15 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 
-import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults, at_most, frozen_steps
+from fastjem.methods.defaults import Defaults, Preset, at_most, frozen_steps
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
-from fastjem.methods.prototypes import cross_entropy_of_features
-from fastjem.nn.parts import MLP, Center, Prototypes, init_as_vision_transformer, linear_warmup
+from fastjem.methods.prototypes import TeacherCentre, check_centring, cross_entropy_of_features
+from fastjem.nn.parts import MLP, Prototypes, init_as_vision_transformer
 
 
 class DINO(Method):
@@ -38,6 +37,14 @@ class DINO(Method):
         source="main_dino.py: AdamW, 2e-3 at batch 1024, wd 0.04 to 0.4, clip 3",
     )
 
+    presets = {
+        "cifar": Preset(
+            "solo-learn, scripts/pretrain/cifar/dino.yaml",
+            Defaults("larc", 0.3, 1e-6, momentum=0.9995),
+            {"prototypes": 4096},
+        )
+    }
+
     def __init__(
         self,
         width: int,
@@ -56,8 +63,7 @@ class DINO(Method):
         norm: str = "auto",
     ):
         super().__init__(width, run)
-        if centring not in ("mean", "sinkhorn"):
-            raise ValueError(f"dino: centring must be mean or sinkhorn, got {centring!r}")
+        check_centring("dino", centring)
         if norm == "auto":
             norm = "batch" if run.batch_norm else "none"
         self.projector = MLP(width, hidden, hidden, bottleneck, norm=norm, activation=nn.GELU)
@@ -65,48 +71,37 @@ class DINO(Method):
         prototypes = at_most(prototypes, run.images, each=16)
         frozen = frozen_steps(frozen_epochs, run.steps_per_epoch, run.steps)
         self.prototypes = Prototypes(bottleneck, prototypes, frozen)
-        self.centre = Center((prototypes,), momentum=centre_momentum)
-        self.centring = centring
+        self.centre = TeacherCentre(
+            prototypes,
+            centring=centring,
+            momentum=centre_momentum,
+            first=warmup_teacher_temperature,
+            temperature=teacher_temperature,
+            # Not hurried in a short run, which stays near the first temperature: at 0.07 the targets of an encoder that
+            # knows nothing yet are all but uniform, and the loss goes to log K and stays there (docs/log.md).
+            warmup_steps=round(warmup_epochs * run.steps_per_epoch),
+        )
         self.temperature = temperature
-        self.teacher_temperature = teacher_temperature
-        self.warmup_teacher_temperature = warmup_teacher_temperature
-        # Not hurried in a short run, which stays near the first temperature: at 0.07 the targets of an encoder that
-        # knows nothing yet are all but uniform, and the loss goes to log K and stays there (docs/log.md).
-        self.warmup_steps = round(warmup_epochs * run.steps_per_epoch)
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         views = batch.views
         x = normalize(student.project(views), dim=1).chunk(len(views))
         with torch.no_grad():
-            # The operator takes its temperature as a number. The schedule, a tensor, goes into the teacher's features:
-            # scaled by how much sharper than at the end the softmax is now, they give logits scaled so.
-            final = self.teacher_temperature
-            now = linear_warmup(step, self.warmup_teacher_temperature, final, self.warmup_steps)
-            sharper = final / now
-            features = normalize(teacher.project(views[:2]), dim=1)
-            y = (features * sharper).chunk(2)
+            y = self.centre.sharpened(teacher.project(views[:2]), step).chunk(2)
             prototypes = teacher.prototypes.unit_weight(step)
-            bias = self._bias(y, prototypes, now)
+            bias = self.centre.bias(y, prototypes, step, self.run.group)
         loss, mean = cross_entropy_of_features(
             x,
             y,
             student.prototypes.unit_weight(step),
             prototypes,
             student_temperature=self.temperature,
-            teacher_temperature=final,
+            teacher_temperature=self.centre.temperature,
             teacher_bias=bias,
         )
-        self.centre.hold(mean / sharper, len(features))
-        student.note(codes=Codes(y[0], prototypes, bias if bias.dim() == 1 else bias[0], final))
+        self.centre.hold_scores(mean, 2 * len(y[0]), step)
+        student.note(codes=Codes(y[0], prototypes, bias, self.centre.temperature))
         return loss
-
-    def _bias(self, y: tuple[Tensor, ...], prototypes: Tensor, temperature: Tensor) -> Tensor:
-        """[K], or for Sinkhorn one of each large view [2, K]."""
-        if self.centring == "mean":
-            return -self.centre.value / temperature
-        scores = linear(torch.cat(y), prototypes).chunk(2)
-        options = {"epsilon": self.teacher_temperature, "group": self.run.group}
-        return torch.stack([F.sinkhorn_bias(view, **options) for view in scores])
 
     def step_ends(self, step: Tensor) -> None:
         self.centre.step_ends(self.run.group)

@@ -6,7 +6,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults, at_most
+from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
@@ -35,6 +35,14 @@ class MoCo(Method):
         least_momentum=0.99,
         source="main_moco.py --mlp --moco-t 0.2 --aug-plus --cos",
     )
+
+    presets = {
+        "cifar": Preset(
+            "solo-learn, scripts/pretrain/cifar/mocov2plus.yaml",
+            Defaults("sgd", 0.3, 1e-4, momentum=0.99, final_momentum=0.999, least_momentum=0.99),
+            {"hidden": 2048, "dim": 256, "queue": 32768},
+        )
+    }
 
     def __init__(
         self,

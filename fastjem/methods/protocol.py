@@ -5,7 +5,6 @@ encoder as `Branch`es and a `Batch`; everything else (data, optimiser, ranks, ch
 `docs/adding-a-method.md` builds one from nothing.
 """
 
-import itertools
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastjem.data.batch import Batch, Masks
-from fastjem.data.views import Views
+from fastjem.data.views import MEAN, STD, Views
 from fastjem.encoders import Encoder, Features
-from fastjem.methods.defaults import Defaults
+from fastjem.errors import nearest
+from fastjem.methods.defaults import Defaults, Preset
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -100,7 +100,14 @@ class Branch:
         """Leave figures for the log: `embedding` [B, D], `projection` [B, D], `codes`, or any 0-dim tensor by name."""
         self.notes |= figures
 
-    def encode(self, views: Sequence[Tensor], masks: Mapping[int, Masks] | None = None, *, layers: int = 0) -> Features:
+    def encode(
+        self,
+        views: Sequence[Tensor],
+        masks: Mapping[int, Masks] | None = None,
+        *,
+        layers: int = 0,
+        tokens: bool = False,
+    ) -> Features:
         """V tensors [B, C, H, W] -> features of V B rows in the views' order.
 
         Neighbouring views of one size go through the encoder in one call.
@@ -108,27 +115,34 @@ class Branch:
         Args:
             masks: by place in `views`. A view with `visible` patches is given these alone; one without has its `hidden`
                 patches replaced by the mask token.
-            layers: see `Encoder.forward`.
+            layers, tokens: see `Encoder.forward`.
 
         Returns:
             `Features`; `tokens` and `layers` only if all views have the same number of tokens.
         """
         masks = masks or {}
-        groups = [
-            [i for i, _ in group]
-            for _, group in itertools.groupby(enumerate(views), key=lambda item: (item[1].shape, item[0] in masks))
+        groups: list[list[int]] = []
+        for i, view in enumerate(views):
+            before = groups[-1][-1] if groups else -1
+            if groups and view.shape == views[before].shape and (i in masks) == (before in masks):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        parts = [
+            self._encode_one_size([views[i] for i in at], [masks.get(i) for i in at], layers, tokens) for at in groups
         ]
-        parts = [self._encode_one_size([views[i] for i in at], [masks.get(i) for i in at], layers) for at in groups]
         features = parts[0] if len(parts) == 1 else _joined(parts)
         if not self.momentum:
             self.notes.setdefault("embedding", features.pooled.detach()[: len(views[0])])
         return features
 
-    def _encode_one_size(self, views: list[Tensor], masks: Sequence[Masks | None], layers: int) -> Features:
+    def _encode_one_size(
+        self, views: list[Tensor], masks: Sequence[Masks | None], layers: int, tokens: bool
+    ) -> Features:
         images = _cat(views)
         found = [mask for mask in masks if mask is not None]
         if not found:
-            return self.encoder(images, layers=layers)
+            return self.encoder(images, layers=layers, tokens=tokens)
         visible = [mask.visible for mask in found if mask.visible is not None]
         if 0 < len(visible) < len(found):
             raise ValueError("Branch.encode: views of one size must all have visible patches in their masks, or none")
@@ -170,11 +184,16 @@ class Method(nn.Module):
 
     about: ClassVar[About]
     defaults: ClassVar[Defaults]
+    presets: ClassVar[Mapping[str, Preset]] = {}  # by name, beside "imagenet": its own values
     views: Views = Views(large=2)  # an instance may have its own: an option can change the masks
-    momentum: ClassVar[tuple[str, ...]] = ()  # what has a momentum copy: "encoder", and heads by name
+    momentum: tuple[str, ...] = ()  # what has a momentum copy: "encoder", and heads by name
     constant_rate: ClassVar[tuple[str, ...]] = ()  # heads whose learning rate doesn't follow the schedule
     pool: ClassVar[str | None] = None  # how a vision transformer's tokens become the embedding; None: its own way
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced, for which the encoder needs a token
+    needs_labels: ClassVar[bool] = False  # of classes, as folders give them
+    frozen: tuple[str, ...] = ()  # parts of the backbone that aren't trained, by name; one it doesn't have is none
+    mean: tuple[float, ...] = MEAN  # how the run normalises the views' pixels, which it sets
+    std: tuple[float, ...] = STD
     asymmetric: ClassVar[bool] = False  # only asymmetry forbids collapse: fastjem.health.Alarm listens more closely
 
     def __init__(self, width: int, run: RunFacts = RunFacts()):
@@ -201,6 +220,19 @@ class Method(nn.Module):
 
         A run that is resumed within an epoch goes on with what its buffers hold.
         """
+
+
+def preset_of(method: type[Method] | Method, name: str) -> Preset:
+    """A method's preset; "imagenet" is its own values.
+
+    Raises:
+        UserError: for one that it doesn't have.
+    """
+    presets = {"imagenet": Preset("the paper"), **method.presets}
+    if name not in presets:
+        kind = method if isinstance(method, type) else type(method)
+        raise nearest(f"preset of {kind.__name__}", name, presets)
+    return presets[name]
 
 
 def options_of(method: type[Method]) -> dict[str, Any]:

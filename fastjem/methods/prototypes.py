@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, normalize
 
 import fastjem.functional as F
+from fastjem.functional.precision import in_float32
+from fastjem.nn.parts import Center, linear_warmup
 
 # Bytes of a step's scores and their gradients beyond which they aren't held in memory but made in tiles, twice. On two
 # AVX-512 cores, float32, a DINO step of a small encoder (2 + 8 views, features of 256) then takes 0.64 of the time at
@@ -47,7 +50,7 @@ def cross_entropy_of_features(
         pairs, weights: as for `prototype_cross_entropy`; iBOT's patches are the pairs "same".
 
     Returns:
-        The loss, 0-dim, and the mean [K] over this rank's teacher views and rows.
+        The loss, 0-dim, and the mean [K] over this rank's teacher views and rows; those of weight 0 don't count.
     """
     options = {
         "student_temperature": student_temperature,
@@ -60,9 +63,70 @@ def cross_entropy_of_features(
         student_scores = linear(torch.cat(list(student)), student_prototypes).split([len(x) for x in student])
         with torch.no_grad():
             teacher_scores = linear(torch.cat(list(teacher)), teacher_prototypes).split([len(x) for x in teacher])
-        loss, statistics = F.prototype_cross_entropy(student_scores, teacher_scores, **options, statistics=True)
-        return loss, statistics.mean
-    loss = F.prototype_head_cross_entropy(student, teacher, student_prototypes, teacher_prototypes, **options)
-    with torch.no_grad():
-        mean = linear(torch.cat(list(teacher)).mean(0, dtype=torch.float32), teacher_prototypes.float())
-    return loss, mean
+        if weights is None:
+            loss, statistics = F.prototype_cross_entropy(student_scores, teacher_scores, **options, statistics=True)
+            return loss, statistics.mean
+        loss = F.prototype_cross_entropy(student_scores, teacher_scores, **options)
+    else:
+        loss = F.prototype_head_cross_entropy(student, teacher, student_prototypes, teacher_prototypes, **options)
+    return loss, _mean_scores(teacher, teacher_prototypes, weights)
+
+
+@torch.no_grad()
+def _mean_scores(features: Sequence[Tensor], prototypes: Tensor, weights: Tensor | None) -> Tensor:
+    """[K]: the mean over views and rows, of which those of weight 0 don't count, is a product with the mean feature."""
+    x = in_float32(torch.cat(list(features)))
+    if weights is None:
+        return linear(x.mean(0), in_float32(prototypes))
+    counts = (weights > 0).to(x.dtype).repeat(len(features))
+    return linear(counts @ x / counts.sum().clamp(min=1), in_float32(prototypes))
+
+
+class TeacherCentre(Center):
+    """What DINO and its kin do to the teacher's scores: a temperature that may warm up, and a bias that keeps
+    prototypes in use, by a running mean or by Sinkhorn.
+
+    The operators take their temperature as a number. The schedule, a tensor, goes into the teacher's features: scaled
+    by how much sharper than at the end the softmax is now, they give logits scaled so.
+
+    Args:
+        prototypes: K.
+        centring: "mean" (a running mean of the teacher's scores is taken from them) or "sinkhorn".
+        momentum: of the running mean.
+        first, temperature: the teacher's temperature at step 0, and from step `warmup_steps` on.
+    """
+
+    def __init__(
+        self, prototypes: int, *, centring: str, momentum: float, first: float, temperature: float, warmup_steps: int
+    ):
+        super().__init__((prototypes,), momentum=momentum)
+        self.centring = centring
+        self.first = first
+        self.temperature = temperature
+        self.warmup_steps = warmup_steps
+
+    def now(self, step: Tensor) -> Tensor:
+        """0-dim, the temperature of a step."""
+        return linear_warmup(step, self.first, self.temperature, self.warmup_steps)
+
+    def sharpened(self, features: Tensor, step: Tensor) -> Tensor:
+        """Features [N, D] -> of unit length, times `temperature / now`."""
+        return normalize(features, dim=1) * (self.temperature / self.now(step)).to(features.dtype)
+
+    def bias(
+        self, views: Sequence[Tensor], prototypes: Tensor, step: Tensor, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        """[K], of sharpened features [B, D] a view; Sinkhorn's of all views together, as DINOv2's code has it."""
+        if self.centring == "mean":
+            return -self.value / self.now(step)
+        scores = linear(torch.cat(list(views)), prototypes)
+        return F.sinkhorn_bias(scores, epsilon=self.temperature, group=group)
+
+    def hold_scores(self, mean: Tensor, rows: int | Tensor, step: Tensor) -> None:
+        """The mean [K] of a micro-batch's scores of sharpened features, over so many rows, for `step_ends`."""
+        self.hold(mean * (self.now(step) / self.temperature), rows)
+
+
+def check_centring(who: str, centring: str) -> None:
+    if centring not in ("mean", "sinkhorn"):
+        raise ValueError(f"{who}: centring must be mean or sinkhorn, got {centring!r}")

@@ -5,7 +5,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults
+from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import symmetric
 from fastjem.nn.parts import MLP
@@ -17,6 +17,14 @@ class SimCLR(Method):
     about = About("contrastive", "the other images of the batch push away", "Chen et al. 2020, arXiv 2002.05709")
     views = Views(large=2, recipe="simclr")
     defaults = Defaults("lars", 1.2, 1e-6, source="B.1: LARS, 0.075 sqrt(B), which is 4.8 at 4096; weight decay 1e-6")
+
+    presets = {
+        "cifar": Preset(
+            "solo-learn, scripts/pretrain/cifar/simclr.yaml",
+            Defaults("larc", 0.4, 1e-4),
+            {"hidden": 2048, "dim": 256, "temperature": 0.2, "norm": "none"},
+        )
+    }
 
     def __init__(
         self,

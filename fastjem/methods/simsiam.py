@@ -6,7 +6,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults
+from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
 
@@ -33,6 +33,8 @@ class SimSiam(Method):
         short=("lars", 2.4),
         source="section 3: SGD, 0.05 B/256, 1e-4, predictor's rate constant",
     )
+
+    presets = {"cifar": Preset("solo-learn, scripts/pretrain/cifar/simsiam.yaml", Defaults("sgd", 0.5, 1e-5))}
 
     def __init__(
         self,

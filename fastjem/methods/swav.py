@@ -9,8 +9,9 @@ from torch.nn.functional import linear, normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import SHORT, Defaults, at_most, frozen_steps
+from fastjem.methods.defaults import SHORT, Defaults, Preset, at_most, frozen_steps
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
+from fastjem.methods.prototypes import scores_fit
 from fastjem.nn.parts import MLP, Prototypes, Queue, unit_keys
 
 
@@ -26,6 +27,15 @@ class SwAV(Method):
     views = Views(large=2, small=6, recipe="swav")
     queues: Any  # a ModuleList of Queue
     defaults = Defaults("lars", 1.2, 1e-6, source="main_swav.py: base_lr 4.8, final_lr 0.0048, wd 1e-6, batch 4096")
+
+    presets = {
+        "cifar": Preset(
+            "solo-learn, scripts/pretrain/cifar/swav.yaml",
+            Defaults("larc", 0.6, 1e-6),
+            {"hidden": 2048, "queue": 3840, "frozen_epochs": 2},
+            {"recipe": "simclr", "small": 0},
+        )
+    }
 
     def __init__(
         self,
@@ -57,27 +67,30 @@ class SwAV(Method):
         views = batch.views
         z = normalize(student.project(views), dim=1)
         prototypes = student.prototypes.unit_weight(step)
-        scores = linear(z, prototypes).chunk(len(views))
         with torch.no_grad():
             if teacher.momentum:
                 keys = normalize(teacher.project(views[:2]), dim=1).chunk(2)
-                prototypes = teacher.prototypes.unit_weight(step)
-                targets = [linear(key, prototypes) for key in keys]
+                constants = teacher.prototypes.unit_weight(step)
             else:
                 keys = z.detach().chunk(len(views))[:2]
-                prototypes = prototypes.detach()
-                targets = [view.detach() for view in scores[:2]]
-            bias = torch.stack([self._bias(view, targets[view], prototypes) for view in range(2)])
+                constants = prototypes.detach()
+        fit = scores_fit(z.chunk(len(views)), keys, len(prototypes))
+        scores = linear(z, prototypes).chunk(len(views)) if fit else ()
+        with torch.no_grad():
+            known = [view.detach() for view in scores[:2]] if not teacher.momentum else []
+            targets = known or [linear(key, constants) for key in keys]
+            bias = torch.stack([self._bias(view, targets[view], constants) for view in range(2)])
             for queue, key in zip(self.queues, keys, strict=False):
                 queue.hold(unit_keys(key, self.run.group))
-            student.note(codes=Codes(keys[0], prototypes, bias[0], self.epsilon))
-        return F.prototype_cross_entropy(
-            scores,
-            targets,
-            student_temperature=self.temperature,
-            teacher_temperature=self.epsilon,
-            teacher_bias=bias,
-        )
+            student.note(codes=Codes(keys[0], constants, bias[0], self.epsilon))
+        options = {
+            "student_temperature": self.temperature,
+            "teacher_temperature": self.epsilon,
+            "teacher_bias": bias,
+        }
+        if fit:
+            return F.prototype_cross_entropy(scores, targets, **options)
+        return F.prototype_head_cross_entropy(z.chunk(len(views)), keys, prototypes, constants, **options)
 
     def _bias(self, view: int, scores: Tensor, prototypes: Tensor) -> Tensor:
         """The prototypes' log-potentials [K] of a large view's scores [B, K], its queue's beside them."""

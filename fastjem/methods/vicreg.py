@@ -5,7 +5,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
-from fastjem.methods.defaults import Defaults
+from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import symmetric
 from fastjem.nn.parts import MLP
@@ -17,6 +17,10 @@ class VICReg(Method):
     about = About("decorrelation", "variance kept above 1, covariance below", "Bardes et al. 2022, arXiv 2105.04906")
     views = Views(large=2, recipe="vicreg")
     defaults = Defaults("lars", 0.57, 1e-6, source="section 4.2: LARS, 1.6 at batch 2048, 1e-6")
+
+    presets = {
+        "cifar": Preset("solo-learn, scripts/pretrain/cifar/vicreg.yaml", Defaults("larc", 0.3, 1e-4), {"hidden": 2048})
+    }
 
     def __init__(
         self,

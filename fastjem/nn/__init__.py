@@ -1,5 +1,6 @@
 """Modules: losses and heads under the names, with the arguments and the defaults that lightly's users know."""
 
+from fastjem.nn.capi import CAPILoss
 from fastjem.nn.clustering import SMoGPrototypes
 from fastjem.nn.contrastive import DCLLoss, DCLWLoss, NTXentLoss, SupConLoss
 from fastjem.nn.covariance import BarlowTwinsLoss, TiCoLoss, VICRegLLoss, VICRegLoss
@@ -39,16 +40,19 @@ from fastjem.nn.masks import (
 )
 from fastjem.nn.memory_bank import MemoryBankModule, NNCLRLoss, NNMemoryBankModule
 from fastjem.nn.momentum import activate_requires_grad, deactivate_requires_grad, update_momentum
+from fastjem.nn.msn import MSNLoss, PMSNCustomLoss, PMSNLoss
 from fastjem.nn.parts import Center
 from fastjem.nn.predictive import GramLoss, NegativeCosineSimilarity
-from fastjem.nn.prototypes import DINOProjectionHead, KoLeoLoss, MSNLoss, SwaVLoss, SwaVPrototypes, sinkhorn
+from fastjem.nn.prototypes import DINOProjectionHead, KoLeoLoss, SwaVLoss, SwaVPrototypes, sinkhorn
 from fastjem.nn.spectral import EMPSSLLoss, FroSSLLoss, MMCRLoss, SimDINOLoss, Whitening2d, WMSELoss
+from fastjem.nn.visreg import VISRegLoss, VISRegLossComponents
 
 __all__ = [
     "BYOLPredictionHead",
     "BYOLProjectionHead",
     "BarlowTwinsLoss",
     "BarlowTwinsProjectionHead",
+    "CAPILoss",
     "Center",
     "ClipLoss",
     "DCLLoss",
@@ -76,6 +80,8 @@ __all__ = [
     "NNMemoryBankModule",
     "NTXentLoss",
     "NegativeCosineSimilarity",
+    "PMSNCustomLoss",
+    "PMSNLoss",
     "ProjectionHead",
     "SIGReg",
     "SMoGPredictionHead",
@@ -95,6 +101,8 @@ __all__ = [
     "VICRegLLoss",
     "VICRegLoss",
     "VICRegProjectionHead",
+    "VISRegLoss",
+    "VISRegLossComponents",
     "VicRegLLocalProjectionHead",
     "WMSELoss",
     "Whitening2d",

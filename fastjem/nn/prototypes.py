@@ -13,12 +13,10 @@ from fastjem.collectives import (
     Agreement,
     check_distributed,
     default_group,
-    global_loss,
     mean_loss_of_ranks,
-    sum_and_count_of_ranks,
 )
 from fastjem.functional import checks
-from fastjem.functional.precision import loss_dtype, without_autocast
+from fastjem.functional.precision import loss_dtype
 from fastjem.nn.hooks import Hooks, is_overridden
 from fastjem.nn.parts import MLP, init_as_vision_transformer
 
@@ -122,96 +120,6 @@ class SwaVLoss(nn.Module):
             loss = torch.stack([self.subloss(crops[v], codes[i]) for i, v in pairs]).sum(0) / len(pairs)
             ranks.rows_of(high[0])
         return mean_loss_of_ranks(loss, high[0].shape[0], group)
-
-
-class MSNLoss(nn.Module):
-    """Masked Siamese Networks (Assran et al. 2022, arXiv 2204.07141).
-
-    Args:
-        temperature: of the similarities with the prototypes, in (0, inf).
-        sinkhorn_iterations: on the sharpened targets; 0 for none.
-        regularization_weight: of the mean entropy regulariser; 0 for none.
-        gather_distributed: Sinkhorn, the regulariser and the mean of the loss over the samples of all ranks (one may
-            have none).
-
-    A subclass may override `regularization_loss`, as lightly's PMSNLoss does.
-    """
-
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        sinkhorn_iterations: int = 3,
-        regularization_weight: float = 1.0,
-        gather_distributed: bool = False,
-    ) -> None:
-        super().__init__()
-        checks.positive("MSNLoss", "temperature", temperature)
-        check_distributed("MSNLoss", gather_distributed)
-        self.temperature = temperature
-        self.sinkhorn_iterations = checks.integer("MSNLoss", "sinkhorn_iterations", sinkhorn_iterations, 0)
-        self.regularization_weight = regularization_weight
-        self.gather_distributed = gather_distributed
-
-    def forward(
-        self, anchors: Tensor, targets: Tensor, prototypes: Tensor, target_sharpen_temperature: float = 0.25
-    ) -> Tensor:
-        """0-dim. anchors [V B, D], view after view; targets [B, D], constants; prototypes [K, D]. Normalised inside."""
-        group = default_group(self.gather_distributed)
-        name = type(self).__name__
-        with Agreement(name, group) as ranks, without_autocast(anchors):
-            may_be_empty = None if group is None else 0
-            contract = "anchors must be [V B, D], targets [B, D], prototypes [K, D]"
-            checks.matrices(name, contract, anchors, targets, prototypes, same=False, may_be_empty=may_be_empty)
-            if not anchors.shape[1] == targets.shape[1] == prototypes.shape[1]:
-                checks.fail(name, contract, f"{[list(x.shape) for x in (anchors, targets, prototypes)]}")
-            if anchors.shape[0] % targets.shape[0] if targets.shape[0] else anchors.shape[0]:
-                contract = f"anchors must be whole views of the {targets.shape[0]} targets"
-                checks.fail(name, contract, f"{anchors.shape[0]} rows")
-            wide = loss_dtype(anchors)
-            anchors, targets, prototypes = (functional.normalize(x.to(wide)) for x in (anchors, targets, prototypes))
-            scores = anchors @ prototypes.T  # [V B, K]
-            views = scores.split(targets.shape[0]) if targets.shape[0] else (scores,)  # V x [B, K]
-            teacher = targets.detach() @ prototypes.detach().T
-            sharpen = checks.positive(name, "target_sharpen_temperature", target_sharpen_temperature, anchors)
-            sharp = checks.positive(name, "temperature", self.temperature, anchors) * sharpen
-            weight = checks.number(name, "regularization_weight", self.regularization_weight, anchors)
-            is_regularised = isinstance(weight, Tensor) or weight > 0
-            ranks.rows_of(teacher)
-            ranks.alike(self.sinkhorn_iterations, "regularised" if is_regularised else "not regularised")
-        bias = None
-        if self.sinkhorn_iterations:
-            bias = F.sinkhorn_bias(
-                teacher, epsilon=sharp, iterations=self.sinkhorn_iterations, normalize_samples_first=True, group=group
-            )
-        loss = F.prototype_cross_entropy(
-            views,
-            [teacher],
-            student_temperature=self.temperature,
-            teacher_temperature=sharp,
-            teacher_bias=bias,
-            pairs="all",
-            group=group,
-        )
-        if is_regularised:
-            if is_overridden(self, "regularization_loss", MSNLoss):
-                regularizer = self._of_mean_probabilities(scores, group)
-            else:
-                regularizer = F.mean_entropy(views, temperature=self.temperature, group=group)
-            loss = loss + (weight * regularizer).to(loss.dtype)
-        return loss
-
-    def regularization_loss(self, mean_anchor_probs: Tensor) -> Tensor:
-        """`sum_k p_k log p_k + log K` of p [K]. Not overridden, `forward` doesn't call it: `mean_entropy` is faster."""
-        return torch.special.xlogy(mean_anchor_probs, mean_anchor_probs).sum() + math.log(mean_anchor_probs.shape[0])
-
-    def _of_mean_probabilities(self, scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        """A subclass's `regularization_loss`, which is given the mean over the rows of all ranks."""
-        total = (scores / self.temperature).softmax(1).sum(0)  # [K]
-        everything, rows = sum_and_count_of_ranks(total, scores.shape[0], group)
-        # The value of all ranks' rows, with the gradient of this rank's.
-        mean = (total + (everything - total).detach()) / rows
-        loss = self.regularization_loss(mean_anchor_probs=mean)
-        return loss if group is None else global_loss(loss, loss, group)
 
 
 class KoLeoLoss(nn.Module):

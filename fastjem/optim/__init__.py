@@ -13,7 +13,7 @@ from fastjem.optim.adamw import AdamW
 from fastjem.optim.fused import Fused
 from fastjem.optim.momentum import LARS, SGD
 
-OPTIMIZERS = ("adamw", "sgd", "lars")
+OPTIMIZERS = ("adamw", "sgd", "lars", "larc")
 
 
 def parameter_groups(module: nn.Module, constant_rate: Sequence[str] = ()) -> list[dict]:
@@ -33,13 +33,17 @@ def parameter_groups(module: nn.Module, constant_rate: Sequence[str] = ()) -> li
 
 
 def build(name: str, groups: list[dict], *, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """AdamW, SGD with momentum, or LARS, which adapts only what decays. Rates come from `Schedule.apply`."""
+    """AdamW, SGD with momentum, LARS, which adapts only what decays, or LARC: LARS that only ever makes the rate
+    smaller, with the trust coefficient of 0.02 that is its own. Rates come from `Schedule.apply`.
+    """
     if name == "adamw":
         return AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
     if name == "sgd":
         return SGD(groups, lr=0.0, momentum=momentum, weight_decay=0.0)
     if name == "lars":
         return LARS(groups, lr=0.0, momentum=momentum, weight_decay=0.0)
+    if name == "larc":
+        return LARS(groups, lr=0.0, momentum=momentum, weight_decay=0.0, trust_coeff=0.02, trust_clip=True)
     raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
 
 
@@ -58,10 +62,11 @@ def separate_groups(optimizer: torch.optim.Optimizer) -> None:
 def scaled(name: str, rate: float, batch: int) -> float:
     """The learning rate at `batch` images when it is `rate` at 256.
 
-    With the batch for SGD (Goyal et al. 2017); with its square root for AdamW (Malladi et al. 2022) and LARS (SimCLR's
-    B.1: better for small batches and short runs), whose step doesn't grow with the gradient.
+    With the batch for SGD (Goyal et al. 2017) and LARC, whose rate is SGD's where it isn't made smaller; with its
+    square root for AdamW (Malladi et al. 2022) and LARS (SimCLR's B.1: better for small batches and short runs), whose
+    step doesn't grow with the gradient.
     """
-    return rate * (batch / 256) ** (1.0 if name == "sgd" else 0.5)
+    return rate * (batch / 256) ** (1.0 if name in ("sgd", "larc") else 0.5)
 
 
 def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> Tensor:

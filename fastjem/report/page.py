@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
-from fastjem.data.masks import mask_specs
+from fastjem.data.masking import mask_specs
 from fastjem.errors import UserError
 from fastjem.health import Alarm
-from fastjem.methods import views_of
+from fastjem.methods import preset_of, views_of
 from fastjem.printing import printable, say
 from fastjem.reading import why_not
 from fastjem.report.charts import charts
@@ -212,7 +212,10 @@ def seen(run: Run) -> str:
         return '<p class="note">No images have been saved yet.</p>'
     size = config["image_size"]
     patch = run.environment.get("patch", 1)
-    views = views_of(config["method"], size, config.get("small_views"), config.get("recipe"))
+    preset = config.get("preset", "imagenet")
+    views = views_of(config["method"], size, config.get("small_views"), config.get("recipe"), preset)
+    if views.sources > 1:
+        return '<p class="note">Images of several sources belong together: fastjem views shows them.</p>'
     given = config.get("options") or {}
     if views.mask:  # an option may change how much is hidden, and how
         views = replace(views, mask=given.get("mask", views.mask), masking=given.get("masking", views.masking))
@@ -248,7 +251,10 @@ def option(run: Run, key: str) -> str:
         return ", ".join(f"{name}={x}" for name, x in value.items())
     if value is not None:
         return str(value)
-    defaults = asdict(run.method.defaults) if run.method else {}
+    if run.method is None:
+        return ""
+    preset = preset_of(run.method, run.config.get("preset", "imagenet"))
+    defaults = asdict(preset.defaults or run.method.defaults)
     default = defaults.get(key)
     return "" if default is None else f"{default} (the method's)"
 

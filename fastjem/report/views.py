@@ -1,25 +1,24 @@
 """What the augmentations do to real images: the views and the masks of some of them."""
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastjem.data import masks
 from fastjem.data.colours import augmented
 from fastjem.data.levels import Levels
 from fastjem.data.loaders.torch import crop
+from fastjem.data.masking import drawn_masks
 from fastjem.data.parameters import Parameters
-from fastjem.data.picture import Bands, shown
+from fastjem.data.picture import Bands, Picture, shown
 from fastjem.data.source import decode_named
 from fastjem.data.views import MaskSpec, Views, ViewSpec
 
 GREY, INK = (128, 128, 128), (40, 40, 40)  # hidden patches, and the frames of I-JEPA's targets
-MASKS = (*masks.SAMPLERS, "block", "multi_block")
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ def samples(
     seed: int = 0,
     epoch: int = 0,
     mask: MaskSpec | None = None,
+    read: Callable[[int], list[Picture]] | None = None,
     levels: Levels | None = None,
 ) -> list[Sample]:
     """The views that training with that seed sees in that epoch of the first `images` files that can be read.
@@ -53,16 +53,21 @@ def samples(
         files: (index, name) of images of the source at `root`.
         mask: of a last view, which shows what a transformer sees of the view that the mask is for.
         levels: how the run reads its images.
+        read: of an index, the images of each source that belong together; None: there is one source.
     """
     parameters = Parameters(specs)
     found: list[Sample] = []
     for index, name in files:
         try:
-            image = decode_named(root, name, levels)
+            images_of_it = read(index) if read else [decode_named(root, name, levels)]
         except Exception:  # whatever a decoder may raise on a broken file
             continue
-        table = parameters(seed, epoch, index, image.height, image.width)
-        views = [picture(crop(image, spec, row[0]), row) for spec, row in zip(specs, table, strict=True)]
+        image = images_of_it[0]
+        of_views = [images_of_it[v % len(images_of_it)] for v in range(len(specs))]
+        heights = [[one.height] for one in of_views]
+        widths = [[one.width] for one in of_views]
+        table = parameters(seed, epoch, index, heights, widths)
+        views = [picture(crop(one, spec, row[0]), row) for one, spec, row in zip(of_views, specs, table, strict=True)]
         if mask:
             views.append(masked(views[mask.view], mask, seed, epoch, index))
         found.append(Sample(os.path.join(root, name), shown(image), views))
@@ -101,13 +106,7 @@ def masked(view: Image.Image, spec: MaskSpec, seed: int, epoch: int, sample: int
 
 def drawn_mask(spec: MaskSpec, seed: int, epoch: int, sample: int) -> tuple[Tensor, Tensor]:
     """(hidden patches [h, w] bool, patches of target blocks [T, P] int64) of one image; T = 0 but for "multi_block"."""
-    index = torch.tensor([sample])
-    no_targets = torch.empty(0, 0, dtype=torch.int64)
-    if spec.masking in masks.SAMPLERS:
-        return masks.draw_hidden(spec, seed, epoch, index)[0], no_targets
-    uniform = masks.Keyed(index, seed, epoch, spec.view)
-    if spec.masking == "block":
-        return masks.block_mask(1, spec.grid, images=1.0, uniform=uniform)[0], no_targets
-    of_target, of_context = np.random.default_rng((seed, epoch, sample)).random(2)
-    blocks = masks.multi_block_mask(1, spec.grid, uniform=uniform, sizes=(of_target, of_context))
-    return blocks.context[0], blocks.targets[0]
+    # Sizes that a batch shares are those of the step of this number, as an image's own step isn't known here.
+    drawn = drawn_masks(replace(spec, images=1.0), seed, epoch, torch.tensor([sample]), step=epoch)
+    targets = torch.empty(0, 0, dtype=torch.int64) if drawn.targets is None else drawn.targets[0]
+    return drawn.hidden[0], targets

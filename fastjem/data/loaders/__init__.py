@@ -9,7 +9,7 @@ from fastjem.data.levels import RGB
 from fastjem.data.loaders import dali, memory
 from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order
 from fastjem.data.loaders.torch import TorchLoader
-from fastjem.data.source import Source, rule_of
+from fastjem.data.source import Source, are_pairs, rule_of
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
@@ -45,6 +45,10 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
     """
     if name not in NAMES:
         raise UserError(f"--loader must be one of {', '.join(NAMES)}, got {name}")
+    if are_pairs(source):
+        if name not in ("auto", "torch"):
+            raise UserError(f"--loader {name} reads one source, and these are pairs of images; torch can")
+        return "torch"
     if name == "auto" and source.decoded:
         return "memory" if memory.fits_in_memory(source, specs, budget.memory) else "torch"
     rule = rule_of(source)

@@ -16,7 +16,7 @@ from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import Picture
 from fastjem.data.sharing import check_semaphores, share
-from fastjem.data.source import NoneReadable, Read, Source, decode, read_or_next
+from fastjem.data.source import NoneReadable, Read, Source, decode_all, read_or_next
 from fastjem.data.views import ViewSpec
 
 HELD = 2**26  # pixels of decoded images that a batch holds at a time: 256 MiB, as Pillow has four bytes a pixel
@@ -47,12 +47,13 @@ class _BatchesByKeys(Dataset):
         views: list[list[np.ndarray]] = [[] for _ in self.specs]
         try:
             for samples, read in self._read([sample for _, sample in keys]):
-                images = [found.value for found in read]
-                heights = [image.height for image in images]
-                widths = [image.width for image in images]
+                # view i is cut from the image of source i % sources
+                images = [[found.value[v % len(found.value)] for found in read] for v in range(len(views))]
+                heights = [[image.height for image in of_view] for of_view in images]
+                widths = [[image.width for image in of_view] for of_view in images]
                 tables.append(self.parameters(self.seed, epoch, samples, heights, widths))
-                for view, spec, table in zip(views, self.specs, tables[-1], strict=True):
-                    view += [crop(image, spec, row) for image, row in zip(images, table, strict=True)]
+                for view, spec, table, of_view in zip(views, self.specs, tables[-1], images, strict=True):
+                    view += [crop(image, spec, row) for image, row in zip(of_view, table, strict=True)]
                 index += [found.sample for found in read]
                 unreadable += [one for found in read for one in found.unreadable]
         except NoneReadable as error:  # a worker's exception would arrive without its type
@@ -68,16 +69,16 @@ class _BatchesByKeys(Dataset):
         share((*crops.views, *crops.tables, crops.index, *([] if crops.labels is None else [crops.labels])))
         return crops
 
-    def _read(self, samples: list[int]) -> Iterator[tuple[list[int], list[Read[Picture]]]]:
+    def _read(self, samples: list[int]) -> Iterator[tuple[list[int], list[Read[list[Picture]]]]]:
         """The samples and their images, as many at a time as have `HELD` pixels; of small ones the whole batch."""
         waiting: list[int] = []
-        read: list[Read[Picture]] = []
+        read: list[Read[list[Picture]]] = []
         pixels = 0
         for sample in samples:
-            found = read_or_next(self.source, sample, lambda i: decode(self.source, i))
+            found = read_or_next(self.source, sample, lambda i: decode_all(self.source, i))
             waiting.append(sample)
             read.append(found)
-            pixels += found.value.width * found.value.height
+            pixels += sum(image.width * image.height for image in found.value)
             if pixels >= HELD:
                 yield waiting, read
                 waiting, read, pixels = [], [], 0

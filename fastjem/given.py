@@ -1,0 +1,110 @@
+"""An encoder with given weights that isn't trained: the teacher of distillation, or of Gram anchoring."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from fastjem import encoders, exports
+from fastjem.encoders import Encoder, Features
+from fastjem.errors import UserError
+
+PLACES = ("timm", "hf-hub", "local-dir")  # from where timm takes weights
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An encoder with its weights, and how its images are normalised."""
+
+    module: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def open_weights(name: str) -> Weights:
+    """The encoder of a run folder or an `encoder.safetensors`, or timm's: "timm/MODEL.TAG", "hf-hub:USER/MODEL",
+    "local-dir:FOLDER".
+
+    Raises:
+        UserError: for a name that is none of these, or weights that can't be had; it says why.
+    """
+    place = name.partition("/")[0] if name.startswith("timm/") else name.partition(":")[0]
+    if os.path.exists(name):
+        opened = exports.open_file(name) if os.path.isfile(name) else exports.open_folder(name)
+        return Weights(opened.encoder, opened.pixels.mean, opened.pixels.std)
+    if place not in PLACES:
+        raise UserError(
+            f"{name or repr(name)} names no encoder with weights: a run folder, an encoder.safetensors, "
+            "timm/MODEL.TAG, hf-hub:USER/MODEL or local-dir:FOLDER does"
+        )
+    return _from_timm(name.removeprefix("timm/"))
+
+
+def _from_timm(name: str) -> Weights:
+    import timm
+
+    try:
+        module: Any = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # whatever timm, huggingface_hub and the network may raise
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the weights of {name} can't be had: {line}") from None
+    about = module.pretrained_cfg
+    return Weights(module, tuple(about["mean"]), tuple(about["std"]))
+
+
+class Given(nn.Module):
+    """A frozen encoder in eval mode. Its weights are no part of a state: whoever resumes opens them again.
+
+    Args:
+        name: see `open_weights`. While modules are made without memory, on the meta device, it isn't opened.
+        size: pixels of the images that it is given, to which others are resized; None: as they come.
+    """
+
+    def __init__(self, name: str, size: int | None = None):
+        super().__init__()
+        self.size = size
+        self.width = 1  # D of its embeddings
+        self.held: tuple[Encoder, ...] = ()  # not registered, so that no state and no optimizer has its weights
+        self.normalisation: tuple[tuple, Tensor, Tensor] | None = None  # the last one, by what it is made of
+        if torch.get_default_device().type != "meta":
+            opened = open_weights(name)
+            encoder = encoders.wrap(opened.module.requires_grad_(False).eval())
+            self.held = (encoder,)
+            self.width = encoder.width
+            self.mean = opened.mean
+            self.std = opened.std
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.held[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Given":
+        """What moves a module to a device, or to another dtype."""
+        super()._apply(fn, recurse)
+        for encoder in self.held:
+            encoder._apply(fn, recurse)
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, mean: Sequence[float], std: Sequence[float], layers: int = 0) -> Features:
+        """Features of images [N, C, H, W] that were normalised by `mean` and `std`, as another encoder's are."""
+        if (self.mean, self.std) != (tuple(mean), tuple(std)):
+            scale, shift = self._from(images, tuple(mean), tuple(std))
+            images = images * scale + shift
+        if self.size is not None and images.shape[-1] != self.size:
+            images = interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        return self.encoder(images, layers=layers)
+
+    def _from(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+        """(scale, shift) [C, 1, 1] from one normalisation to its own; kept, as making them waits for the device."""
+        key = (mean, std, images.dtype, images.device)
+        if self.normalisation is None or self.normalisation[0] != key:
+            scale = [theirs / ours for theirs, ours in zip(std, self.std, strict=True)]
+            shift = [(theirs - ours) / s for theirs, ours, s in zip(mean, self.mean, self.std, strict=True)]
+            made = (torch.tensor(x, dtype=images.dtype, device=images.device)[:, None, None] for x in (scale, shift))
+            self.normalisation = (key, *made)  # type: ignore[assignment]
+        return self.normalisation[1], self.normalisation[2]  # type: ignore[index]

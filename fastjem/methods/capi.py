@@ -1,0 +1,109 @@
+"""CAPI: Darcet et al. 2025, arXiv 2502.08769."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fastjem.data.batch import Batch
+from fastjem.data.masks import hidden_indices, hidden_patches
+from fastjem.data.views import Views
+from fastjem.methods.defaults import Defaults, at_most
+from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.transformer import TokenPredictor, grid_of
+from fastjem.nn.capi import CAPILoss
+from fastjem.nn.parts import Prototypes
+
+
+class CAPI(Method):
+    """The momentum encoder's patches are clustered as training goes, by Sinkhorn at each place of the grid; from the
+    visible patches a small transformer predicts the clusters of some hidden ones.
+
+    mask: the share of the patches that is hidden: all but a rectangle that goes around the edges.
+    predicted: the share of the hidden patches that is predicted.
+    """
+
+    about = About(
+        "masked prediction, clustering", "Sinkhorn's clusters are used equally", "Darcet et al. 2025, arXiv 2502.08769"
+    )
+    views = Views(large=1, recipe="capi", mask=0.65, masking="inverse_rectangle", drops=True)
+    momentum = ("encoder",)
+    pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
+    defaults = Defaults(
+        "adamw",
+        1e-3 / 64**0.5,
+        0.1,
+        momentum=0.999,
+        warmup_epochs=10,
+        source="default_pretrain_config.yaml: AdamW, 1e-3 at batch 16,384, wd 0.1; momentum encoder 0.999 to 1",
+    )
+
+    def __init__(
+        self,
+        width: int,
+        run: RunFacts = RunFacts(),
+        *,
+        clusters: int = 16384,
+        temperature: float = 0.12,
+        teacher_temperature: float = 0.06,
+        iterations: int = 3,
+        predictor_width: int = 0,
+        predictor_depth: int = 12,
+        predictor_heads: int = 0,
+        mask: float = 0.65,
+        predicted: float = 0.05,
+    ):
+        super().__init__(width, run)
+        if not 0 < mask < 1 or not 0 < predicted <= 1:
+            raise ValueError(f"capi: mask and predicted must be shares above 0, got {mask} and {predicted}")
+        self.views = replace(type(self).views, mask=mask)
+        inner = predictor_width or width
+        self.predictor = TokenPredictor(
+            width,
+            grid_of(run.image_size, run.patch),
+            inner=inner,
+            depth=predictor_depth,
+            heads=predictor_heads or max(inner // 64, 1),
+            out=inner,
+            cross=True,
+        )
+        count = at_most(clusters, run.images, each=16)
+        self.head = Prototypes(inner, count)
+        # The clusters, which are trained on the momentum encoder's patches
+        self.clustering = nn.Linear(width, count)
+        nn.init.normal_(self.clustering.weight)
+        nn.init.zeros_(self.clustering.bias)
+        self.criterion = CAPILoss(
+            teacher_temperature, temperature, iterations, gather_distributed=run.group is not None
+        )
+        self.predicted = predicted
+
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> dict[str, Tensor]:
+        mask = batch.masks[0]
+        assert mask.visible is not None  # as `views` drops patches
+        tokens = student.encode(batch.views, batch.masks).tokens
+        assert tokens is not None  # an encoder without patches has refused the masks
+        with torch.no_grad():
+            whole = teacher.encode(batch.views).tokens
+            assert whole is not None
+            whole = normalize(whole, dim=2)
+        scores = student.clustering(whole)  # [B, L, K]
+        targets = self.criterion.balanced(scores)
+        clustering = self.criterion.cross_entropy(scores, targets)
+        wanted = self._wanted(mask.hidden)  # [B, Q]
+        predicted = student.predictor(tokens, mask.visible, wanted)
+        student.note(projection=predicted.detach()[:, 0])
+        predictions = student.head(normalize(predicted, dim=2), step)
+        chosen = targets.gather(1, wanted[..., None].expand(-1, -1, targets.shape[2]))
+        prediction = self.criterion.cross_entropy(predictions, chosen)
+        return {"prediction": prediction, "clustering": clustering}
+
+    def _wanted(self, hidden: Tensor) -> Tensor:
+        """[B, Q] int64: some of the hidden patches [B, h, w], at random."""
+        _, height, width = hidden.shape
+        count = hidden_patches((height, width), self.views.mask)
+        places = hidden_indices(hidden, count)
+        number = max(int(count * self.predicted), 1)
+        chosen = torch.rand(places.shape, device=places.device).argsort(1)[:, :number]
+        return places.gather(1, chosen)

@@ -1,0 +1,111 @@
+"""DINOv3's Gram anchoring: Siméoni et al. 2025, arXiv 2508.10104, written from the paper."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+import fastjem.functional as F
+from fastjem.data.batch import Batch
+from fastjem.encoders import Features
+from fastjem.given import Given
+from fastjem.methods.defaults import Defaults
+from fastjem.methods.dinov2 import DINOv2
+from fastjem.methods.protocol import About, Branch, RunFacts
+
+
+class DINOv3(DINOv2):
+    """DINOv2 with a head of each loss's own and Sinkhorn, and Gram anchoring: the similarities between an image's
+    patches stay those that an earlier model, the Gram teacher with given weights, has.
+
+    given: the Gram teacher: a run folder, an encoder.safetensors, or timm's weights; empty: no Gram anchoring.
+    gram_weight: of it. gram_from: the share of the run from which on it counts.
+    gram_size: pixels of the Gram teacher's images, 0 as they come; of larger ones its map of patches is made smaller.
+    """
+
+    about = About(
+        "self-distillation, masked prediction",
+        "Sinkhorn's targets use all prototypes equally, KoLeo",
+        "Siméoni et al. 2025, arXiv 2508.10104",
+    )
+    views = replace(DINOv2.views, recipe="dinov2_intended")
+    defaults = Defaults(
+        "adamw",
+        5e-4,
+        0.04,
+        clip=3.0,
+        momentum=0.994,
+        final_momentum=0.994,
+        source="appendix C, ViT-L: AdamW, 1e-3 under a square-root rule on batch 1024, wd 0.04, momentum encoder 0.994",
+    )
+
+    def __init__(
+        self,
+        width: int,
+        run: RunFacts = RunFacts(),
+        *,
+        prototypes: int = 262144,
+        patch_prototypes: int = 98304,
+        bottleneck: int = 512,
+        hidden: int = 2048,
+        shared: bool = False,
+        centring: str = "sinkhorn",
+        koleo: float = 0.1,
+        mask: float = 0.5,
+        masked_images: float = 0.5,
+        given: str = "",
+        gram_weight: float = 2.0,
+        gram_from: float = 0.0,
+        gram_size: int = 0,
+        norm: str = "none",
+    ):
+        options: dict[str, Any] = {
+            "prototypes": prototypes,
+            "patch_prototypes": patch_prototypes,
+            "bottleneck": bottleneck,
+            "hidden": hidden,
+            "shared": shared,
+            "centring": centring,
+            "koleo": koleo,
+            "mask": mask,
+            "masked_images": masked_images,
+            "norm": norm,
+        }
+        super().__init__(width, run, **options)
+        self.given = Given(given, gram_size or None) if given else None
+        self.gram_weight = gram_weight
+        self.gram_from = round(gram_from * run.steps)
+
+    def losses(
+        self,
+        student: Branch,
+        teacher: Branch,
+        batch: Batch,
+        step: Tensor,
+        seen: Features,
+        small: Tensor | None,
+        whole: Features,
+    ) -> dict[str, Tensor]:
+        losses = super().losses(student, teacher, batch, step, seen, small, whole)
+        if self.given is None:
+            return losses
+        assert seen.tokens is not None
+        anchor = self.given(torch.cat(batch.views[:2]), self.mean, self.std).tokens
+        if anchor is None:
+            raise ValueError("dinov3: the Gram teacher must be a vision transformer, as patches are compared")
+        anchor = _as_many(anchor, seen.tokens.shape[1])
+        counts = (step >= self.gram_from).to(anchor.dtype)
+        losses["gram"] = self.gram_weight * counts * F.gram_loss(seen.tokens, anchor)
+        return losses
+
+
+def _as_many(tokens: Tensor, count: int) -> Tensor:
+    """[N, L, D] of a square of patches -> [N, count, D], of a smaller square, by bicubic interpolation."""
+    if tokens.shape[1] == count:
+        return tokens
+    side = round(tokens.shape[1] ** 0.5)
+    wanted = round(count**0.5)
+    maps = tokens.mT.unflatten(2, (side, side))
+    return interpolate(maps, (wanted, wanted), mode="bicubic", antialias=True).flatten(2).mT

@@ -1,0 +1,99 @@
+"""PIRL: Misra and van der Maaten 2020, arXiv 1912.01991."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+import fastjem.functional as F
+from fastjem.data.batch import Batch
+from fastjem.data.views import Views
+from fastjem.methods.defaults import Defaults
+from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.nn.sample_memory import SampleMemory
+
+SIDE = 3  # pieces of the jigsaw in height and in width
+
+
+class PIRL(Method):
+    """An image's nine pieces, in random order, and the image itself must both be found by what a memory holds of the
+    image, among what it holds of others.
+
+    share: of the pieces' loss; the image's has the rest. momentum_of_memory: how much of a memory stays in an epoch.
+    """
+
+    about = About(
+        "contrastive", "a memory of other images pushes away", "Misra and van der Maaten 2020, arXiv 1912.01991"
+    )
+    views = Views(large=2, recipe="pirl")
+    defaults = Defaults(
+        "sgd", 0.03, 1e-4, warmup_epochs=0, short=("lars", 1.2), source="section 3.1: SGD, 0.12 at batch 1024, wd 1e-4"
+    )
+
+    def __init__(
+        self,
+        width: int,
+        run: RunFacts = RunFacts(),
+        *,
+        dim: int = 128,
+        negatives: int = 32000,
+        temperature: float = 0.07,
+        share: float = 0.5,
+        memory: float = 0.5,
+    ):
+        super().__init__(width, run)
+        if not 0 <= share <= 1 or not 0 <= memory <= 1:
+            raise ValueError(f"pirl: share and memory must be between 0 and 1, got {share} and {memory}")
+        piece = run.image_size // SIDE
+        if run.patch > 1 and piece % run.patch:
+            raise ValueError(
+                f"pirl: a third of the image's {run.image_size} pixels must be whole patches of {run.patch} pixels"
+            )
+        self.projector = nn.Linear(width, dim)
+        self.pieces = nn.Linear(width, dim)
+        self.jigsaw = nn.Linear(SIDE * SIDE * dim, dim)
+        images = max(run.images, 1)
+        self.memory = SampleMemory(images, dim, run.images_per_step // run.ranks or images)
+        self.negatives = min(negatives, images)
+        self.temperature = temperature
+        self.share = share
+        self.kept = memory
+
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
+        z = student.project(batch.views[:1])
+        pieces = student.encoder(_pieces(batch.views[1])).pooled
+        pieces = student.pieces(pieces).unflatten(0, (len(z), -1))  # [B, 9, dim]
+        shuffled = student.jigsaw(pieces.flatten(1))
+        with torch.no_grad():
+            own = self.memory.of(batch.index)
+            others = torch.randint(self.memory.images, (self.negatives,), device=z.device)
+            candidates = self.memory.of(others)
+            now = self.kept * own + (1 - self.kept) * normalize(z.detach(), dim=1).to(own.dtype)
+            self.memory.hold(batch.index, normalize(now, dim=1))
+
+        def contrast(query: Tensor) -> Tensor:
+            return F.info_nce(
+                query,
+                own.to(query.dtype),
+                candidates.to(query.dtype),
+                temperature=self.temperature,
+                ids=batch.index,
+                negative_ids=others,
+            )
+
+        return self.share * contrast(shuffled) + (1 - self.share) * contrast(z)
+
+    def step_ends(self, step: Tensor) -> None:
+        self.memory.step_ends(self.run.group)
+
+
+def _pieces(images: Tensor) -> Tensor:
+    """[B, C, H, W] -> [9 B, C, h, w]: the pieces of a 3 x 3 grid, each image's in a random order of its own.
+
+    Pixels that are left over at the right and at the bottom belong to none.
+    """
+    size = images.shape[-1] // SIDE
+    pieces = images[..., : SIDE * size, : SIDE * size].unfold(2, size, size).unfold(3, size, size)
+    pieces = pieces.flatten(2, 3).transpose(1, 2)  # [B, 9, C, h, w]
+    order = torch.rand(pieces.shape[:2], device=images.device).argsort(1)
+    at = torch.arange(pieces.shape[0], device=images.device)[:, None]
+    return pieces[at, order].flatten(0, 1).contiguous()

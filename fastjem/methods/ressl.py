@@ -1,0 +1,85 @@
+"""ReSSL: Zheng et al. 2021, arXiv 2107.09282."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fastjem.data.batch import Batch
+from fastjem.data.views import Views
+from fastjem.methods.defaults import Defaults, Preset, at_most
+from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
+from fastjem.methods.prototypes import cross_entropy_of_features
+from fastjem.nn.parts import MLP, Queue, unit_keys
+
+
+class ReSSL(Method):
+    """How a strongly augmented view is related to earlier images must be how the momentum encoder relates a weakly
+    augmented one to them: two distributions over a queue, the target's sharper.
+    """
+
+    about = About(
+        "self-distillation", "sharp relations to a queue of earlier images", "Zheng et al. 2021, arXiv 2107.09282"
+    )
+    views = Views(large=2, recipe="ressl")
+    momentum = ("encoder", "projector")
+    defaults = Defaults(
+        "sgd",
+        0.05,
+        1e-4,
+        momentum=0.999,
+        final_momentum=0.999,
+        warmup_epochs=5,
+        short=("lars", 1.2),
+        least_momentum=0.99,
+        source="section 4: SGD, 0.05 at batch 256, wd 1e-4, momentum encoder 0.999",
+    )
+    presets = {
+        "cifar": Preset(
+            "solo-learn, scripts/pretrain/cifar/ressl.yaml",
+            Defaults("sgd", 0.05, 1e-4, momentum=0.99, warmup_epochs=5),
+            {"queue": 65536, "dim": 256},
+        )
+    }
+
+    def __init__(
+        self,
+        width: int,
+        run: RunFacts = RunFacts(),
+        *,
+        hidden: int = 4096,
+        dim: int = 512,
+        queue: int = 131072,
+        temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        norm: str = "none",
+    ):
+        super().__init__(width, run)
+        self.projector = MLP(width, hidden, dim, norm=norm)
+        length = at_most(queue, run.images, each=4)
+        self.queue = Queue(length, dim, held=run.images_per_step or length)
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+
+    def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
+        query = normalize(student.project(batch.views[:1]), dim=1)
+        with torch.no_grad():
+            key = normalize(teacher.project(batch.views[1:]), dim=1)
+            keys = unit_keys(key, self.run.group)
+            earlier = self.queue.begin(keys).to(key.dtype)
+            self.queue.hold(keys)
+        no_bias = torch.zeros(earlier.shape[0], device=earlier.device)
+        student.note(codes=Codes(key, earlier, no_bias, self.teacher_temperature))
+        loss, _ = cross_entropy_of_features(
+            [query],
+            [key],
+            earlier,
+            earlier,
+            student_temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            teacher_bias=no_bias,
+            pairs="same",
+        )
+        return loss
+
+    def step_ends(self, step: Tensor) -> None:
+        self.queue.step_ends()

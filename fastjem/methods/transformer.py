@@ -1,0 +1,139 @@
+"""The small transformers that masked prediction puts behind the encoder: I-JEPA's and CAPI's predictor, MAE's decoder.
+
+Blocks are timm's. Positions are fixed sines and cosines of the patches' places.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class TokenPredictor(nn.Module):
+    """What a transformer makes of hidden patches, given the visible ones' tokens.
+
+    Args:
+        width: D of the tokens.
+        grid: patches in an image's height and width.
+        inner: the transformer's own width.
+        depth: of its blocks.
+        heads: of its attention.
+        out: width of what it predicts.
+        cross: the hidden patches look at the visible ones only (CAPI); else all look at all (I-JEPA, MAE).
+    """
+
+    positions: Tensor  # [h w, inner]
+
+    def __init__(
+        self, width: int, grid: tuple[int, int], *, inner: int, depth: int, heads: int, out: int, cross: bool = False
+    ):
+        super().__init__()
+        if inner % heads or inner % 4:
+            raise ValueError(f"a predictor's width must be a multiple of its {heads} heads and of 4, got {inner}")
+        self.embed = nn.Linear(width, inner)
+        self.mask_token = nn.Parameter(torch.empty(inner))
+        self.register_buffer("positions", sines_and_cosines(grid, inner), persistent=False)
+        self.blocks = nn.ModuleList(_block(inner, heads, cross) for _ in range(depth))
+        self.norm = nn.LayerNorm(inner)
+        self.head = nn.Linear(inner, out)
+        self.grid = grid
+        self.cross = cross
+        self._initialise()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.positions.copy_(sines_and_cosines(self.grid, self.positions.shape[1]))
+
+    def _initialise(self) -> None:
+        """As in the papers' code: small normal weights, those that write into the residual stream less with depth."""
+        self.reset_parameters()
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        for i, block in enumerate(self.blocks):
+            parts = cast(Any, block)
+            for layer in (parts.attn.proj, parts.mlp.fc2):
+                with torch.no_grad():
+                    layer.weight.div_((2 * (i + 1)) ** 0.5)
+
+    def forward(self, tokens: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
+        """Tokens [B, M, D] of the patches `visible` [B, M], and which patches are `wanted` [B, Q] -> [B, Q, out]."""
+        context = self.embed(tokens)
+        context = context + self.positions.to(context.dtype)[visible]
+        queries = self.mask_token.to(context.dtype) + self.positions.to(context.dtype)[wanted]
+        if self.cross:
+            x = queries
+            for block in self.blocks:
+                x = block(x, context)
+        else:
+            x = torch.cat([context, queries], 1)
+            for block in self.blocks:
+                x = block(x)
+            x = x[:, visible.shape[1] :]
+        return self.head(self.norm(x))
+
+
+class CrossBlock(nn.Module):
+    """A transformer's block in which tokens look at a context and not at each other."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        from timm.layers.mlp import Mlp
+
+        self.norm1 = nn.LayerNorm(width)
+        self.norm_context = nn.LayerNorm(width)
+        self.attn = CrossAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), self.norm_context(context))
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossAttention(nn.Module):
+    """[B, Q, D] looks at [B, M, D]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        query = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q, d]
+        key, value = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+def _block(width: int, heads: int, cross: bool) -> nn.Module:
+    if cross:
+        return CrossBlock(width, heads)
+    from timm.models.vision_transformer import Block
+
+    return Block(width, heads, qkv_bias=True, norm_layer=nn.LayerNorm)
+
+
+def sines_and_cosines(grid: tuple[int, int], width: int) -> Tensor:
+    """[h w, width]: half of it the row's sines and cosines, half the column's, at frequencies from 1 to 1 / 10,000
+    (MAE's `get_2d_sincos_pos_embed`, whose first half is the column's)."""
+    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    of_axis = []
+    for size in reversed(grid):
+        angles = torch.arange(size, dtype=torch.float64)[:, None] * frequencies
+        of_axis.append(torch.cat([angles.sin(), angles.cos()], 1))  # [size, width / 2]
+    columns, rows = of_axis
+    height, breadth = grid
+    both = [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, breadth, -1)]
+    return torch.cat(both, 2).flatten(0, 1).float()
+
+
+def grid_of(image_size: int, patch: int) -> tuple[int, int]:
+    """Patches in a square image's height and width; 1 where a run hasn't said how large they are."""
+    side = max(image_size // max(patch, 1), 1)
+    return side, side
