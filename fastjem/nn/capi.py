@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.collectives import check_distributed, default_group
+from fastjem.collectives import Agreement, check_distributed, default_group
 from fastjem.functional import checks
 
 
@@ -62,6 +62,15 @@ class CAPILoss(nn.Module):
         Raises:
             ValueError: for other shapes.
         """
+        with Agreement("CAPILoss", default_group(self.gather_distributed)) as ranks:
+            self._check(teacher_logits, student_logits, teacher_index)
+            ranks.rows_of(teacher_logits)
+        targets = self.balanced(teacher_logits)
+        if teacher_index is not None:
+            targets = targets.gather(1, teacher_index[..., None].expand(-1, -1, targets.shape[2]))
+        return self.cross_entropy(student_logits, targets)
+
+    def _check(self, teacher_logits: Tensor, student_logits: Tensor, teacher_index: Tensor | None) -> None:
         contract = "teacher_logits must be [B, P, K], student_logits [B, Q, K], teacher_index [B, Q] or None, Q = P"
         shapes = [tuple(teacher_logits.shape), tuple(student_logits.shape)]
         wanted = student_logits.shape[:2] if teacher_index is None else teacher_index.shape
@@ -69,7 +78,3 @@ class CAPILoss(nn.Module):
         if not fit or shapes[0][::2] != shapes[1][::2] or (teacher_index is None and shapes[0] != shapes[1]):
             came = shapes if teacher_index is None else [*shapes, tuple(teacher_index.shape)]
             checks.fail("CAPILoss", contract, came)
-        targets = self.balanced(teacher_logits)
-        if teacher_index is not None:
-            targets = targets.gather(1, teacher_index[..., None].expand(-1, -1, targets.shape[2]))
-        return self.cross_entropy(student_logits, targets)
