@@ -27,6 +27,15 @@ def widest(x: Tensor) -> Tensor:
     return x.float() if x.device.type in WITHOUT_FLOAT64 else x.double()
 
 
+def add_at(total: Tensor, index: tuple[Tensor, ...], values: Tensor) -> Tensor:
+    """A copy of `total` with values added at the places of an index, which may come more than once, in one order.
+
+    index_put_ sorts on CUDA; on the CPU it adds float64 in the order of the index, but float32 by several threads in
+    whatever order they come (index_add_ and scatter_add_ do that on CUDA).
+    """
+    return widest(total).index_put(index, widest(values), accumulate=True).to(total.dtype)
+
+
 def solvable(x: Tensor) -> Tensor:
     """Matrices where torch has an eigensolver for them: MPS has none (torch 2.11), so that they go to the host."""
     return x.cpu() if x.device.type == "mps" else x

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastjem.collectives import Agreement, from_first_rank, stack_of_ranks, sum_over_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import in_float32, loss_dtype
-from fastjem.kernels.arithmetic import UNIT_EPS, unit_rows, widest, widest_dtype
+from fastjem.kernels.arithmetic import UNIT_EPS, add_at, unit_rows, widest, widest_dtype
 from fastjem.ops import transforms
 from fastjem.ops.autograd import ops
 from fastjem.ops.forward_mode import refuse_forward_mode
@@ -263,5 +263,4 @@ def knn_votes(
     weights = torch.where(inside[index], weights, torch.nan)
     labels = labels.clamp(0, classes - 1)
     votes = weights.new_zeros(cosines.shape[0], classes)
-    # Sums in a fixed order: index_put_ sorts on CUDA, where scatter_add_ would use atomics.
-    return votes.index_put((row, labels[index]), weights, accumulate=True)
+    return add_at(votes, (row, labels[index]), weights)

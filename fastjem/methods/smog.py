@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.kernels.arithmetic import add_at
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP, Queue, unit_keys
@@ -83,7 +84,7 @@ class SMoG(Method):
         group = F.nearest_rows(x.detach(), self.groups, k=1)[1][:, 0]
         ones = torch.ones_like(x[:, :1])
         both = torch.zeros_like(torch.cat([self.groups, self.counts[:, None]], 1))
-        both = both.index_put((group,), torch.cat([x, ones], 1), accumulate=True)
+        both = add_at(both, (group,), torch.cat([x, ones], 1))
         if self.run.group is not None:
             both = all_reduce(both, group=self.run.group)
         return both[:, :-1], both[:, -1].detach()

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..arithmetic import no_gradient, scalar_like, through_unit_rows, unit_rows, widen, widest
+from ..arithmetic import add_at, no_gradient, scalar_like, through_unit_rows, unit_rows, widen, widest
 
 
 def _unit_if(normalize: bool, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,8 +289,7 @@ def koleo(
         return loss, [no_gradient(x)], scale
     direction = difference.sgn() * (difference.abs() / distance).pow(p - 1)  # of the distance: x / |x| for p = 2
     slope = -direction / (distance + eps)
-    # Sums in a fixed order for a row that is the nearest of many: index_put_ sorts, index_add_ uses atomics on CUDA.
-    gradient = slope.sum(1).index_put((neighbors.flatten(),), -slope.flatten(0, 1), accumulate=True)
+    gradient = add_at(slope.sum(1), (neighbors.flatten(),), -slope.flatten(0, 1))
     gradient = through_unit_rows(gradient, unit, norm, eps)
     largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16
     return loss, [gradient.clamp(-largest, largest).to(x.dtype)], scale

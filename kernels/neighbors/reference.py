@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arithmetic import unit_rows, widen, widest
+from ..arithmetic import add_at, unit_rows, widen, widest
 
 BANK = 8192  # rows of a bank whose similarities are in memory at a time
 
@@ -48,8 +48,7 @@ def kmeans_step(
     inertia = (x - centroids[assignments]).square().sum()
     if not update:
         return assignments, x.new_empty(0), assignments.new_empty(0), inertia
-    # index_put_ sorts on CUDA, where index_add_ and scatter_add_ would add in an order of their own.
-    sums = torch.zeros_like(centroids, dtype=x.dtype).index_put((assignments,), x, accumulate=True)
+    sums = add_at(torch.zeros_like(centroids, dtype=x.dtype), (assignments,), x)
     ones = torch.ones_like(assignments)
     counts = ones.new_zeros(centroids.shape[0]).index_put((assignments,), ones, accumulate=True)
     return assignments, sums, counts, inertia

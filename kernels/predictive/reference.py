@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arithmetic import no_gradient, scalar_like, through_unit_rows, unit_rows, widen
+from ..arithmetic import add_at, no_gradient, scalar_like, through_unit_rows, unit_rows, widen
 
 
 def negative_cosine(
@@ -57,7 +57,7 @@ def regression_rows(
     total = weight.sum()
     loss = (losses * weight).masked_fill(weight == 0, 0).sum() / (total * losses.shape[1])
     gradient = (gradient * weight).masked_fill(weight == 0, 0)
-    of_all = torch.zeros_like(prediction, dtype=gradient.dtype).index_put((at,), gradient, accumulate=True)
+    of_all = add_at(torch.zeros_like(prediction, dtype=gradient.dtype), (at,), gradient)
     of_all = of_all.to(prediction.dtype) if wanted[0] else no_gradient(prediction)
     return loss, [of_all], 1 / (total * losses.shape[1])
 
