@@ -232,3 +232,8 @@ def test_half_precision_within_autocast_of_the_other_one(loss, dtype):
     with torch.autocast("cpu", torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
         found = loss(x)
     assert torch.equal(found, expected)
+
+
+def test_gram_loss_beyond_float32_is_infinite():
+    rows = torch.full((1, 5, 3), 1e18)
+    assert F.gram_loss(rows, -2 * rows.sign(), normalize=False) == torch.inf
