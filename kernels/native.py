@@ -78,10 +78,14 @@ def gradients_for(inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tens
     return [_memory_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
 
 
-def loss_like(x: Tensor, value: float) -> Tensor:
-    """A loss of x: 0-dim, in the dtype to compute in; infinite where it is beyond that."""
-    dtype = compute_dtype(x.dtype)
+def scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """0-dim; infinite where the number is beyond the dtype, which `scalar_tensor` refuses."""
     try:
         return torch.scalar_tensor(value, dtype=dtype)
     except RuntimeError:
         return torch.scalar_tensor(math.copysign(math.inf, value), dtype=dtype)
+
+
+def loss_like(x: Tensor, value: float) -> Tensor:
+    """A loss of x: 0-dim, in the dtype to compute in."""
+    return scalar(value, compute_dtype(x.dtype))

@@ -99,6 +99,14 @@ def test_logits_of_any_size(temperature, isa, taken):
     assert taken == [True]
 
 
+def test_a_temperature_s_gradient_may_be_beyond_its_dtype(taken):
+    temperature = torch.tensor(1e-30, requires_grad=True)
+    loss = F.supcon(Draw(7).normal(2, 5, D), temperature=temperature, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, temperature)
+    assert loss.isfinite() and gradient.isinf()
+    assert taken == [True]
+
+
 def test_more_columns_than_a_block_has(taken):
     draw = Draw(6)
     rows = draw.normal(30, 45, 3)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import DTYPES, LOSSES, Case
 
+import fastjem.functional as F
 from fastjem import ops
 from fastjem.functional import quick
 from fastjem.kernels import tiling
@@ -212,3 +213,27 @@ def test_offsets_past_2_31_elements(implementation):
     far.copy_(near)
     assert torch.equal(cross_entropy(far, torch.tensor([3, 9])), cross_entropy(near, torch.tensor([3, 9])))
     assert torch.equal(negative_cosine(far, near.flip(0)), negative_cosine(near, near.flip(0)))
+
+
+JOINED = {  # losses that join their tensors in torch
+    "nt_xent": lambda x: F.nt_xent(x, x + 1, reduction="sum"),
+    "dcl": lambda x: F.dcl(x, x + 1, temperature=torch.tensor(0.5)),
+    "nnclr": lambda x: F.nnclr(x, x + 1, x + 2, x, x),
+    "lejepa": lambda x: F.lejepa(x[None], x[None] + 1, torch.eye(4)),
+    "visreg": lambda x: F.visreg(x[None], x[None] + 1, torch.eye(4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", JOINED.values(), ids=JOINED)
+def test_half_precision_within_autocast_of_the_other_one(loss, dtype):
+    x = torch.arange(12.0).sin().view(3, 4).to(dtype)
+    expected = loss(x)
+    with torch.autocast("cpu", torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+        found = loss(x)
+    assert torch.equal(found, expected)
+
+
+def test_gram_loss_beyond_float32_is_infinite():
+    rows = torch.full((1, 5, 3), 1e18)
+    assert F.gram_loss(rows, -2 * rows.sign(), normalize=False) == torch.inf

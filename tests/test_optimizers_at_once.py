@@ -141,3 +141,16 @@ def test_one_call_writes_nothing_where_something_does_not_fit(name, change):
     before = [x.clone() for x in written]
     assert not call_of_plain(name, lists, [0] * len(lists[0]))
     assert all(map(torch.equal, before, written))
+
+
+@named
+def test_a_step_of_nothing_but_empty_tensors(name):
+    """A second one, too, which is compared with the first; by operators, as a teacher follows somebody else."""
+    empty, other = (torch.nn.Parameter(torch.zeros(count)) for count in (0, 3))
+    optimizer = OPTIMIZERS[name][0]([empty, other])
+    teacher = torch.ones(3)
+    optimizer.attach_teacher([teacher], [other], 0.5)
+    for expected in (0.5, 0.25):
+        empty.grad = torch.zeros(0)
+        optimizer.step()
+        assert torch.equal(teacher, torch.full((3,), expected))

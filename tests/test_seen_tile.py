@@ -181,6 +181,25 @@ def results_of_call(op: str, rows: list[Tensor], options: dict) -> list[Tensor]:
     return [loss, *torch.autograd.grad(loss.sum(), rows)]
 
 
+@pytest.mark.parametrize("temperature", [0.0, torch.nan, torch.inf, -0.5])
+@pytest.mark.parametrize("op", ["nt_xent", "info_nce", "supcon"])
+def test_a_learned_temperature_of_any_value_is_what_it_is_without_a_tile(op, temperature):
+    """Learning may end there: a loss that isn't finite tells, an exception ends the training."""
+    draw = Draw(12)
+    rows = [draw.normal(2, 5, D)] if op != "info_nce" else [draw.normal(5, D), draw.normal(5, D), draw.normal(9, D)]
+    given = torch.tensor(temperature, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        loss = getattr(F, op)(*rows, temperature=given, reduction="sum")
+        return [loss.detach(), *torch.autograd.grad(loss, given)]
+
+    found = results()
+    with direct.off():
+        expected = results()
+    for got, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, truth, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_derivatives_that_there_are_none_of_are_refused(op, taken):
     rows = rows_of(op)

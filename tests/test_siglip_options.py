@@ -118,6 +118,13 @@ def test_numbers_layouts_and_what_needs_no_gradient():
     torch.testing.assert_close(got, wanted)
 
 
+def test_weights_of_zero_make_the_mean_nan():
+    x, y = torch.eye(3).requires_grad_(), torch.eye(3)
+    loss = F.siglip_loss(x, y, 10.0, -10.0, weights=torch.zeros(3))
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, x)[0].isnan().all()
+
+
 def test_transforms_of_the_options():
     x, y, scale, bias = (z.detach() for z in inputs())
 

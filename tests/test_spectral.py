@@ -241,6 +241,32 @@ def test_differentiable_once_elsewhere(name):
         torch.autograd.grad(CALLS[name][0](*inputs), inputs, create_graph=True)
 
 
+@pytest.mark.parametrize("std, eps", [(1.0, 0.2), (10.0, 0.01), (100.0, 0.2)])
+def test_a_rate_of_long_rows_in_float16_keeps_its_gradient(std, eps):
+    """The inverse of the covariance is below what float16 holds; the gradient, which is times the scale, isn't."""
+    z = (torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) * std).half().requires_grad_()
+    (got,) = torch.autograd.grad(F.total_coding_rate(z, eps=eps), z)
+    wide = z.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(logdet_rate(wide, eps), wide)
+    assert (got.double() - truth).norm() <= 4e-3 * truth.norm()
+
+
+@by_name
+def test_a_default_dtype_of_half_precision_changes_nothing(name):
+    """Memory that C++ writes floats to is of floats."""
+    call = CALLS[name][0]
+    given = inputs_of(name, 240, 33)
+    expected = results(call, given)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = results(call, given)
+    finally:
+        torch.set_default_dtype(before)
+    for got, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, truth, rtol=0, atol=0)
+
+
 def test_views_that_are_alike():
     """Singular values of 0: their directions are anybody's choice, and ours is none. The others' are right."""
     z = torch.randn(30, 1, 16, generator=torch.Generator().manual_seed(0))

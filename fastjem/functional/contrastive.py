@@ -18,7 +18,7 @@ from fastjem.functional.options import (
     is_of_rows,
     temperature_of_rows,
 )
-from fastjem.functional.precision import loss_dtype
+from fastjem.functional.precision import loss_dtype, without_autocast
 from fastjem.functional.prefixes import sum_over_prefixes
 from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.kernels.arithmetic import widest
@@ -31,7 +31,8 @@ def _stacked(op: str, z0: Tensor, z1: Tensor | None, group: dist.ProcessGroup | 
     """[V, N, D] from two [N, D] or from one tensor of views."""
     if z1 is not None:
         checks.matrices(op, "z0 and z1 must be [N, D] both", z0, z1, may_be_empty=None if group is None else 0)
-        return torch.stack(checks.common(z0, z1))
+        with without_autocast(z0):
+            return torch.stack(checks.common(z0, z1))
     contract = "z must be [V, N, D] with V >= 2, or two [N, D]"
     checks.matrices(op, contract, z0, dims=3, may_be_empty=None if group is None else 1)
     if len(z0) < 2:

@@ -163,7 +163,8 @@ def lejepa(
             checks.fail("lejepa", contract, f"{tuple(local_proj.shape)} and {tuple(global_proj.shape)}")
         knots, t_max = _options("lejepa", global_proj, directions, knots, t_max)
         weight = checks.number("lejepa", "lambda_param", lambda_param, global_proj)
-        views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
+        with without_autocast(global_proj):
+            views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
         ranks.rows_of(views, dim=1)
         ranks.alike(directions.shape[1], knots)
     regulariser = _sigreg("lejepa", views, directions, knots, t_max, ranks.sizes, group)

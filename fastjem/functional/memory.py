@@ -201,7 +201,8 @@ def are_apart(written: tuple[np.ndarray, np.ndarray], sources: Sequence[Tensor])
     begins = np.fromiter(map(Tensor.data_ptr, sources), np.int64, len(sources))
     lengths = np.fromiter(map(_length, sources), np.int64, len(sources))
     before = np.searchsorted(written[0], begins + lengths) - 1  # the last that begins before a source ends
-    return not (written[1][before] > begins)[before >= 0].any()
+    some = before >= 0
+    return not (written[1][before[some]] > begins[some]).any()
 
 
 def check_inference_mode(op: str) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastjem.functional import checks
 from fastjem.functional.contrastive import nt_xent
+from fastjem.functional.precision import without_autocast
 from fastjem.ops.autograd import ops
 from fastjem.ops.forward_mode import refuse_forward_mode
 
@@ -45,7 +46,9 @@ def nnclr(
     if bank.shape[1] != z0.shape[1]:
         checks.fail(op, contract, f"{tuple(z0.shape)} and {tuple(bank.shape)}")
     checks.one_device(op, (z0, bank))
-    rows = bank.detach()[nearest_neighbors(torch.cat(checks.common(z0, z1)), bank)]
+    with without_autocast(z0):
+        both = torch.cat(checks.common(z0, z1))
+    rows = bank.detach()[nearest_neighbors(both, bank)]
     of_z0, of_z1 = rows.unflatten(0, (2, z0.shape[0])).unbind()
     first = nt_xent(of_z0, p1, temperature=temperature, group=group)
     second = nt_xent(of_z1, p0, temperature=temperature, group=group)

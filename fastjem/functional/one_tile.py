@@ -7,6 +7,7 @@ Then `candidates.py` and `supcon.py`, which call them, go the way that is right 
 """
 # pyright: reportPossiblyUnboundVariable=false
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastjem.functional.options import Options, is_given
 from fastjem.functional.precision import without_autocast
-from fastjem.kernels.native import CODES
+from fastjem.kernels.native import CODES, scalar
 from fastjem.kernels.plain import plain
 from fastjem.ops import transforms
 from fastjem.ops.autograd import refuse_second_order
@@ -54,6 +55,12 @@ def _number(x: float | Tensor) -> float:
     return float(x.item() if isinstance(x, Tensor) else x)
 
 
+def _inverse(temperature: float | Tensor) -> float | None:
+    """What logits are similarities times. None for a tensor of 0, or not finite: the long way says what comes of it."""
+    number = _number(temperature)
+    return 1 / number if number and math.isfinite(number) else None
+
+
 def _mask(exclude: Tensor | None) -> Tensor | None:
     """[n, m] for one [n, m] or [m]."""
     return exclude[None] if exclude is not None and exclude.dim() == 1 else exclude
@@ -82,11 +89,14 @@ def of_views(z: Tensor, temperature: float | Tensor, options: Options) -> Tensor
     v, n, width = z.shape
     if not _simple(options, (z,), temperature) or not seen_tile.fits(v * n, v * n):
         return None
+    factor = _inverse(temperature)
+    if factor is None or factor < 0:  # whose root the long way takes: NaN, whatever the batch's size
+        return None
     rows = z.detach().reshape(v * n, width)
     unit, divisors = cpu_engine.unit_rows(rows, True)
     sides = seen_tile.ROWS if options.exclude is not None else seen_tile.SAME
     shape = seen_tile.Shape(sides, OwnImage(n, 0, n), v - 1, n, True)
-    plan = seen_tile.Plan(shape, 1 / _number(temperature), _number(options.label_smoothing))
+    plan = seen_tile.Plan(shape, factor, _number(options.label_smoothing))
     ids = None if options.ids is None else options.ids.repeat(v)
     found = seen_tile.losses(unit, unit, unit, plan, ids, ids, _mask(options.exclude))
     if found is None:
@@ -117,7 +127,7 @@ class _Views(torch.autograd.Function):
             of_temperature = None
             if ctx.needs_input_grad[4]:
                 twice = seen_tile.inner_product(unit, gradient) * (0.5 if is_symmetric else 1)
-                of_temperature = torch.scalar_tensor(-twice * factor**2, dtype=ctx.temperature)
+                of_temperature = scalar(-twice * factor**2, ctx.temperature)
             if not is_symmetric:
                 gradient.addmm_(saved.weights.T, unit)
             of_rows = cpu_engine.through_unit_rows(gradient, unit, saved.others[0], ctx.dtype, factor)
@@ -139,11 +149,13 @@ def info_nce(
     given = (query, positive, negatives)
     if not _simple(options, given, temperature) or not plain((negative_ids,)) or not seen_tile.fits(n, k):
         return None
+    if (factor := _inverse(temperature)) is None:
+        return None
     units = [cpu_engine.unit_rows(x.detach(), True) for x in given]
     (q, of_q), (p, of_p), (bank, of_bank) = units
     own_image = OwnImage(n, offset, k) if offset is not None and -n < offset < k else OwnImage()
     shape = seen_tile.Shape(seen_tile.ROWS, own_image, 1, 0, False)
-    plan = seen_tile.Plan(shape, 1 / _number(temperature), _number(options.label_smoothing))
+    plan = seen_tile.Plan(shape, factor, _number(options.label_smoothing))
     found = seen_tile.losses(q, bank, p, plan, options.ids, negative_ids, _mask(options.exclude))
     if found is None:
         return None
@@ -176,7 +188,7 @@ class _InfoNCE(torch.autograd.Function):
                 found[0] = torch.mm(saved.weights, bank).addcmul_(of_positives, positive)
             if wanted[3] and found[0] is not None:
                 slope = -seen_tile.inner_product(q, found[0]) * factor**2
-                found[3] = torch.scalar_tensor(slope, dtype=ctx.dtypes[3])
+                found[3] = scalar(slope, ctx.dtypes[3])
             if wanted[1]:
                 found[1] = of_positives * q
             if wanted[2]:
@@ -226,7 +238,7 @@ class _Clip(torch.autograd.Function):
             if wanted[0] or wanted[2]:
                 of_x = torch.mm(saved.weights, b)
             if wanted[2] and of_x is not None:
-                of_scale = torch.scalar_tensor(seen_tile.inner_product(a, of_x), dtype=ctx.dtypes[2])
+                of_scale = scalar(seen_tile.inner_product(a, of_x), ctx.dtypes[2])
             if wanted[1]:
                 of_y = torch.mm(saved.weights.T, a).mul_(factor).to(ctx.dtypes[1])
             of_rows = of_x.mul_(factor).to(ctx.dtypes[0]) if wanted[0] and of_x is not None else None
@@ -247,9 +259,10 @@ def supcon(
         return None
     if not _are_plain((z,), temperature, labels) or not seen_tile.fits(count * n, v * n):
         return None
+    if (factor := _inverse(temperature)) is None:
+        return None
     unit, divisors = cpu_engine.unit_rows(z.detach().reshape(v * n, width), normalize)
     wanted = _is_wanted(z, temperature)
-    factor = 1 / _number(temperature)
     found = class_tile.losses(unit, count * n, labels.repeat(v), factor, options.hardness, wanted)
     if found is None:
         return None
@@ -284,7 +297,7 @@ class _SupCon(torch.autograd.Function):
             of_temperature = None
             if ctx.needs_input_grad[4]:
                 slope = -seen_tile.inner_product(anchors, of_anchors) * ctx.factor**2
-                of_temperature = torch.scalar_tensor(slope, dtype=ctx.dtypes[1])
+                of_temperature = scalar(slope, ctx.dtypes[1])
             if of_anchors.shape == unit.shape:
                 gradient = of_anchors.addmm_(weights.T, anchors)
             else:

@@ -170,7 +170,8 @@ def loss_at_once(
     arguments = (smoothing, of_rows, ids, ids, positives, exclude, 0, wanted)
     losses, gradients, of_scale, of_bias = direct.call("siglip_pairs", *constants, *arguments)
     total = losses.sum() if of_rows is None else torch.where(of_rows == 0, 0, losses).mul_(of_rows).sum()
-    if x.is_cpu and direct.nothing_watches():  # where numbers can be read, backward is one call
+    # Where numbers can be read, backward is one call. Of rows that all weigh nothing the mean is NaN.
+    if x.is_cpu and direct.nothing_watches() and float(count) != 0:
         each = 1 / float(count)
         factor = scale.item() * each
         numbers = [of.to(z.dtype) if needs_gradient(z) else None for of, z in ((of_scale, scale), (of_bias, bias))]

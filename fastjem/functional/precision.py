@@ -14,4 +14,5 @@ def in_float32(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
+    """Around products, and around `cat` and `stack`: these refuse half precision that isn't autocast's own."""
     return torch.autocast(x.device.type, enabled=False)

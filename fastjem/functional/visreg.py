@@ -65,7 +65,8 @@ def visreg(
             checks.number(op, name, value, global_proj)
             for name, value in (("scale", scale), ("shape", shape), ("center", center))
         ]
-        views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
+        with without_autocast(global_proj):
+            views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
         ranks.rows_of(views, dim=1)
         ranks.alike(directions.shape[1])
     rows = views.shape[1] if group is None else sum(ranks.sizes)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _C, tiling
 from ..arithmetic import compute_dtype
-from ..native import CODES, Found, address
+from ..native import CODES, Found, address, scalar
 from ..plain import plain
 from . import cpu_engine
 
@@ -97,7 +97,7 @@ def of_two_views(
         for of_view, rows, divisor, want in zip(weights.split(n), unit.split(n), divisors, wanted, strict=True)
     ]
     factor = 1 / (2 * n * temperature)
-    return Found(torch.scalar_tensor(total / (2 * n), dtype=dtype), gradients, (factor, factor))
+    return Found(scalar(total / (2 * n), dtype), gradients, (factor, factor))
 
 
 @_alone
@@ -118,12 +118,12 @@ def clip_loss(x: Tensor, y: Tensor, scale: Tensor, wanted: Sequence[bool]) -> Fo
         if wanted[2]:  # the sum of weight * similarity, as similarities are a @ b.T
             size = of_rows.numel()
             dot = _C.dot(CODES[a.dtype], address(a), address(of_rows), size, torch.get_num_threads())
-            gradients[2] = torch.scalar_tensor(dot, dtype=scale.dtype)
+            gradients[2] = scalar(dot, scale.dtype)
         gradients[0] = of_rows.to(x.dtype) if wanted[0] else None
     if wanted[1]:
         gradients[1] = torch.mm(weights.T, a).to(y.dtype)
     each = 1 / (2 * n)
-    return Found(torch.scalar_tensor(total * each, dtype=a.dtype), gradients, (factor * each, factor * each, each))
+    return Found(scalar(total * each, a.dtype), gradients, (factor * each, factor * each, each))
 
 
 @_alone
@@ -147,10 +147,8 @@ def siglip_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, wanted: Seque
     gradients = [
         torch.mm(slopes, b).to(x.dtype) if wanted[0] else None,
         torch.mm(slopes.T, a).to(y.dtype) if wanted[1] else None,
-        torch.scalar_tensor(of_scale, dtype=scale.dtype) if wanted[2] else None,
-        torch.scalar_tensor(of_bias, dtype=bias.dtype) if wanted[3] else None,
+        scalar(of_scale, scale.dtype) if wanted[2] else None,
+        scalar(of_bias, bias.dtype) if wanted[3] else None,
     ]
     each = 1 / n
-    return Found(
-        torch.scalar_tensor(total * each, dtype=a.dtype), gradients, (factor * each, factor * each, each, each)
-    )
+    return Found(scalar(total * each, a.dtype), gradients, (factor * each, factor * each, each, each))

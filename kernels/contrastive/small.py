@@ -10,11 +10,10 @@ calls then goes the long way, which says what is wrong, or computes it.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import _C, tiling
-from ..native import Found, gradients_for, loss_like
+from ..native import Found, gradients_for, loss_like, scalar
 from . import one_tile
 
 
@@ -91,5 +90,5 @@ def of_pairs(
     total, *of_numbers = numbers
     each = 1 / (2 * n if bias is None else n)
     for parameter, want, value in zip((scale, bias), wanted[2:], of_numbers, strict=False):
-        gradients.append(torch.scalar_tensor(value, dtype=parameter.dtype) if want else None)
+        gradients.append(scalar(value, parameter.dtype) if want else None)
     return Found(loss_like(x, total * each), gradients, (factor * each, factor * each, each, each)[: len(gradients)])

@@ -6,6 +6,7 @@ of which takes a few microseconds before it begins. All functions return None fo
 one another, and for what isn't finite: `fastjem.functional` computes that, or says what is wrong.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,8 @@ def tico(
     loss = _C.tico(
         z0, z1, address(unit), address(product), rho, within, *[address(g) for g in gradients], threads
     )  # fmt: skip
+    if not math.isfinite(loss):
+        return None
     return Found(loss_like(z0, loss), gradients, (1 / n / within,) * 2), c
 
 
@@ -89,6 +92,8 @@ def frossl(views: list[Tensor], invariance: float, wanted: Sequence[bool]) -> Fo
         [address(g) for g in gradients],
         threads,
     )
+    if not math.isfinite(loss):
+        return None
     return Found(loss_like(first, loss), gradients, (1.0,) * len(views))
 
 
@@ -151,6 +156,10 @@ def coding_rate(z: Tensor, eps: float, wanted: bool) -> Found | None:
     gradient = None
     if wanted:
         product = _times_gram(rows, torch.cholesky_inverse(factor).mul_(within))
+        if z.dtype == torch.float16:  # whose numbers end at 6e-8: of long rows the inverse is below that
+            largest = product.abs().max().item() or 1.0
+            product.div_(largest)
+            within = 1 / largest
         gradient = product.to(z.dtype).view(z.shape)
     return Found(loss_like(z, rate), [gradient], (scale / views / within,))
 
@@ -204,7 +213,7 @@ def mmcr(online: Tensor, momentum: Tensor, lmda: float, wanted: Sequence[bool]) 
         return None
     images, views, d = online.shape
     means = torch.empty(images, d, dtype=torch.float64)
-    polar = torch.empty(images, 2 * views, 2 * views)
+    polar = torch.empty(images, 2 * views, 2 * views, dtype=torch.float32)
     threads = torch.get_num_threads()
     of_images = _C.mmcr_images(online, momentum, address(means), address(polar), threads)
     if of_images is None:

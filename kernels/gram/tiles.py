@@ -48,7 +48,7 @@ def gram_loss(
         for first in range(0, patches, rows):
             error, counted = _errors(u, v, first, min(rows, patches - first), negatives)
             height = error.shape[1]
-            total += 2 * _squares(error) - _squares(error[:, :, :height])
+            total += _squares(error[:, :, :height]) + 2 * _squares(error[:, :, height:])  # not less: inf - inf is NaN
             if of_rows is None:
                 continue
             of_rows[:, first : first + height].baddbmm_(counted, u[:, first:])
