@@ -27,43 +27,56 @@ def _layout(scores: Tensor) -> tuple[int, ...]:
     return (*x.shape, x.stride(0), x.stride(1))
 
 
-def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """`reference.sinkhorn_step` of dense rows and a float64 bias: [K] or [P, K] float64.
+def _arguments(scores: Tensor, epsilon: float) -> tuple:
+    """What C++ takes of scores with dense rows."""
+    return CODES[scores.dtype], address(scores), *_layout(scores), 1 / epsilon
+
+
+def _of_prototypes(scores: Tensor) -> Tensor:
+    """Memory for [K] or [P, K] float64.
 
     A potential may be thousands, and nearly cancels with what it is added to: within an operator it stays float64.
     """
-    sums = torch.empty((*scores.shape[:-2], scores.shape[-1]), dtype=torch.float64)
-    _C.sinkhorn_step(
-        CODES[scores.dtype],
-        address(scores),
-        *_layout(scores),
-        1 / epsilon,
-        address(bias),
-        address(sums),
-        torch.get_num_threads(),
-    )
-    return sums
+    return torch.empty((*scores.shape[:-2], scores.shape[-1]), dtype=torch.float64)
 
 
-def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
-    """`reference.sinkhorn_bias` in float64."""
-    zeros = torch.zeros(*scores.shape[:-2], scores.shape[-1], dtype=torch.float64) if normalize_samples_first else None
-    bias = _step(scores, zeros, epsilon).neg_()
-    for _ in range(iterations - 1):
-        bias = _step(scores, bias, epsilon).neg_()
+def _bias(arguments: tuple, scores: Tensor, iterations: int, normalize_samples_first: bool) -> Tensor:
+    """`reference.sinkhorn_bias` in float64. A step reads one potential and writes another, which take turns."""
+    threads = torch.get_num_threads()
+    bias = _of_prototypes(scores).zero_() if normalize_samples_first else None
+    other = None
+    for _ in range(iterations):
+        sums = _of_prototypes(scores) if other is None else other
+        _C.sinkhorn_step(*arguments, address(bias), address(sums), threads)
+        other = bias
+        bias = sums.neg_()
+    assert bias is not None  # iterations >= 1
     return bias
+
+
+def _codes(arguments: tuple, scores: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.sinkhorn_codes` of dense rows and a float64 bias."""
+    codes = torch.empty(scores.shape, dtype=dtype)
+    _C.sinkhorn_codes(*arguments, address(bias), CODES[dtype], codes.nbytes, address(codes), torch.get_num_threads())
+    return codes
 
 
 def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     if scores.dtype not in CODES:
         return reference.sinkhorn_step(scores, bias, epsilon)
-    return _step(dense_rows(scores), _dense(bias, torch.float64), epsilon)
+    scores = dense_rows(scores)
+    bias = _dense(bias, torch.float64)
+    sums = _of_prototypes(scores)
+    _C.sinkhorn_step(*_arguments(scores, epsilon), address(bias), address(sums), torch.get_num_threads())
+    return sums
 
 
 def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
     if scores.dtype not in CODES:
         return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
-    return _bias(dense_rows(scores), epsilon, iterations, normalize_samples_first).to(compute_dtype(scores.dtype))
+    scores = dense_rows(scores)
+    bias = _bias(_arguments(scores, epsilon), scores, iterations, normalize_samples_first)
+    return bias.to(compute_dtype(scores.dtype))
 
 
 def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
@@ -71,19 +84,7 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
         return reference.sinkhorn_codes(scores, bias, epsilon, dtype)
     scores = dense_rows(scores)
     bias = bias.to(torch.float64).contiguous()
-    codes = torch.empty(scores.shape, dtype=dtype)
-    _C.sinkhorn_codes(
-        CODES[scores.dtype],
-        address(scores),
-        *_layout(scores),
-        1 / epsilon,
-        address(bias),
-        CODES[dtype],
-        codes.nbytes,
-        address(codes),
-        torch.get_num_threads(),
-    )
-    return codes
+    return _codes(_arguments(scores, epsilon), scores, bias, dtype)
 
 
 def sinkhorn(
@@ -92,8 +93,9 @@ def sinkhorn(
     if scores.dtype not in CODES or dtype not in CODES:
         return reference.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
     scores = dense_rows(scores)
-    bias = _bias(scores, epsilon, iterations, normalize_samples_first)
-    return sinkhorn_codes(scores, bias, epsilon, dtype)
+    arguments = _arguments(scores, epsilon)
+    bias = _bias(arguments, scores, iterations, normalize_samples_first)
+    return _codes(arguments, scores, bias, dtype)
 
 
 # Cross-entropy -------------------------------------------------------------------------------------------------------
