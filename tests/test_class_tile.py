@@ -137,7 +137,7 @@ def test_a_graph_that_is_kept_has_its_derivatives(taken):
 def test_what_one_tile_is_no_help_for_goes_the_long_way(taken):
     draw = Draw(5)
     rows = draw.normal(2, N, D)
-    F.supcon(draw.normal(2, 513, D), hardness=0.5)
+    F.supcon(draw.normal(2, 1025, D), hardness=0.5)
     F.supcon(rows, hardness=0.5, exclude=draw.bools(N))
     F.supcon(rows, hardness=0.5, hard_negatives=draw.normal(N, 2, D))
     F.supcon(rows, hardness=0.5, temperature=draw.uniform(N) + 0.1)

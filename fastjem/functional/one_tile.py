@@ -257,7 +257,7 @@ def supcon(
     v, n, width = z.shape
     if options.exclude is not None or options.hard_negatives is not None:
         return None
-    if not _are_plain((z,), temperature, labels) or not seen_tile.fits(count * n, v * n):
+    if not _are_plain((z,), temperature, labels) or not class_tile.fits(count * n, v * n):
         return None
     if (factor := _inverse(temperature)) is None:
         return None

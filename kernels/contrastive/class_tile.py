@@ -10,6 +10,14 @@ from torch import Tensor
 from .. import _C
 from ..native import CODES, address
 
+# Similarities that are kept until backward: 16 MiB of float32. At 2 x 1024 rows of 128 the five passes over tiles that
+# hold none take more than twice torch.compile's time, which keeps several such matrices.
+MOST_PAIRS = 1 << 22
+
+
+def fits(rows: int, columns: int) -> bool:
+    return 0 < rows * columns <= MOST_PAIRS
+
 
 def losses(
     rows: Tensor,  # [M, D], float32 or float64, dense
