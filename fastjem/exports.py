@@ -68,9 +68,7 @@ def open_folder(path: str | os.PathLike[str]) -> Opened:
         settings = reading.json_object(file)
     except reading.Missing:
         raise UserError(f"there is no run in {folder} (a run folder has a {CONFIG})") from None
-    state = checkpoints.load(folder)
-    if state is None:
-        raise UserError(f"{folder} has no checkpoint; fastjem pretrain --resume --out {folder} goes on with it")
+    state = last_checkpoint(folder)
     with reading.named(file):
         lacking = [name for name in ("backbone", "image_size", "stem", "patch_size", "pixels") if name not in settings]
         if lacking:
@@ -78,10 +76,15 @@ def open_folder(path: str | os.PathLike[str]) -> Opened:
         pixels = Pixels.from_dict(settings["pixels"])
         names = [str(settings[name]) for name in ("backbone", "stem", "patch_size")]
         about = metadata(names[0], names[1], 0, settings.get("pool"), pixels) | {"patch_size": names[2]}
-        built = Built.of(about)
-        weights = below("encoder.backbone.", state["model"])
-        built.must_fit({name: tuple(tensor.shape) for name, tensor in weights.items()})
-        return Opened(built.with_weights(weights).eval(), pixels)
+        return Opened(Built.of(about).of_run(state).eval(), pixels)
+
+
+def last_checkpoint(folder: Path) -> dict[str, Any]:
+    """The state at the last checkpoint of a run's folder; a UserError where it has none."""
+    state = checkpoints.load(folder)
+    if state is None:
+        raise UserError(f"{folder} has no checkpoint; fastjem pretrain --resume --out {folder} goes on with it")
+    return state
 
 
 def below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,3 +159,9 @@ class Built:
         except RuntimeError as error:
             raise UserError(f"the weights are no {self.backbone}'s: {error}") from None
         return module
+
+    def of_run(self, state: Mapping[str, Any]) -> nn.Module:
+        """The module with the weights of a run's checkpoint."""
+        weights = below("encoder.backbone.", state["model"])
+        self.must_fit({name: tuple(tensor.shape) for name, tensor in weights.items()})
+        return self.with_weights(weights)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import checkpoints, config, encoders, exports, fields, reading
+from fastjem import config, encoders, exports, fields, reading
 from fastjem.config import Config
 from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError
@@ -46,17 +46,13 @@ def open_run(path: str | os.PathLike[str]) -> Opened:
             pixels = Pixels.from_metadata(about)
         return Opened(path, encoder, None, pixels, None, about)
     settings, pixels, pool = config.read(path)
-    state = checkpoints.load(path)
-    if state is None:
-        raise UserError(f"{path} has no checkpoint; fastjem pretrain --resume --out {path} goes on with it")
+    state = exports.last_checkpoint(path)
     about = encoders.metadata(settings.backbone, settings.stem, settings.patch_size, pool, pixels)
     built = exports.Built(
         settings.backbone, settings.image_size, settings.stem, settings.patch_size, pool, pixels.channels
     )
     with reading.named(path):
-        weights = exports.below("encoder.backbone.", state["model"])
-        built.must_fit({name: tuple(tensor.shape) for name, tensor in weights.items()})
-        module = built.with_weights(weights)
+        module = built.of_run(state)
         projector = _projector(settings, module, state["model"])
     return Opened(path, module.eval(), projector, pixels, state["step"], about, settings)
 
