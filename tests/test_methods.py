@@ -346,10 +346,10 @@ def test_moco_begins_against_real_keys() -> None:
 
 
 def test_short_runs_have_their_own_defaults() -> None:
-    paper = Defaults("sgd", 0.03, 1e-4, momentum=0.999, short=("lars", 1.2), least_momentum=0.99)
+    paper = Defaults("sgd", 0.03, 1e-4, momentum=0.999, short=("adamw", 1e-3), least_momentum=0.99)
     assert paper.of_run(10_000) == paper
     short, chosen = paper.of_run(9_999), paper.of_run(100, chosen=True)
-    assert (short.optimizer, short.learning_rate, short.momentum) == ("lars", 1.2, 1 - 10 / 9_999)
+    assert (short.optimizer, short.learning_rate, short.momentum) == ("adamw", 1e-3, 1 - 10 / 9_999)
     assert (chosen.optimizer, chosen.learning_rate, chosen.momentum) == ("sgd", 0.03, 0.99)
     assert Defaults("adamw", 1e-3, 0.1).of_run(20) == Defaults("adamw", 1e-3, 0.1, momentum=0.9)
 

@@ -24,7 +24,7 @@ class Defaults:
     final_momentum: float = 1.0
     warmup_epochs: float = 10
     source: str = ""
-    short: tuple[str, float] | None = None  # optimiser and rate of a short run, where the paper's hardly move anything
+    short: tuple[str, float] | None = None  # optimiser and rate of a short run, where the paper's learn less
     least_momentum: float = 0.9  # in a run however short
 
     def of_run(self, steps: int, *, chosen: bool = False) -> "Defaults":
@@ -37,10 +37,10 @@ class Defaults:
         return replace(self, optimizer=optimizer, learning_rate=rate, momentum=momentum)
 
     def unlike(self, paper: "Defaults") -> str:
-        """In words, if the optimiser isn't the paper's."""
-        if self.optimizer == paper.optimizer:
+        """In words, if the optimiser or its rate isn't the paper's."""
+        if (self.optimizer, self.learning_rate) == (paper.optimizer, paper.learning_rate):
             return ""
-        theirs = f"{paper.optimizer} at {paper.learning_rate}, which --optimizer {paper.optimizer} brings back"
+        theirs = f"{paper.optimizer} at {paper.learning_rate:.3g}, which --optimizer {paper.optimizer} brings back"
         return f"in so short a run {self.optimizer} at {self.learning_rate} in place of the paper's {theirs}"
 
 
