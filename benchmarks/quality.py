@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import fastjem
-from fastjem import encoders
+from fastjem import backbones
 from fastjem.bench import machine
 from fastjem.data import shapes
 from fastjem.data.source import open_source
@@ -105,7 +105,7 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def untrained_encoder(name: str, options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(options.seed)
     vit = is_transformer(name)
-    return encoders.create(
+    return backbones.create(
         options.vit if vit else options.backbone,
         options.size,
         stem="auto" if vit else "standard",

@@ -57,6 +57,13 @@ class Training:
         return torch.bfloat16 if self.ranks.device.type == "cuda" else None
 
     @property
+    def encoder(self) -> nn.Module:
+        """What is measured along the way and written at the end: the trained module, or its momentum copy."""
+        teacher = self.config.teacher
+        encoder = self.step.teacher["encoder"] if teacher else self.step.encoder
+        return cast(Encoder, encoder).backbone
+
+    @property
     def rate(self) -> float:
         """The learning rate as a user gives it, for 256 images."""
         return given_or(self.config.learning_rate, self.defaults.learning_rate)
@@ -93,6 +100,8 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
             raise UserError(str(error)) from None
         if config.momentum is not None and not step.teacher:
             raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
+        if config.teacher and "encoder" not in step.teacher:
+            raise UserError(f"--teacher: {config.method} has no momentum encoder; --momentum-encoder gives it one")
         optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
         if state:
             resume.restore(out, step, optimizer, state)

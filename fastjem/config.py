@@ -10,13 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from fastjem import checkpoints, encoders, fields, optim, reading
+from fastjem import backbones, checkpoints, fields, optim, reading
 from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
 from fastjem.data.pixels import LARGEST, Pixels
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
-from fastjem.methods import METHODS
 
 FILE = "config.yaml"
 MOST_VIEWS = 1000  # small ones of an image: each is a crop to be made and a row of the batch
@@ -32,7 +31,7 @@ class Config:
         default=None,
         metadata={"help": "folder of images, nested or flat, or a .npz; none: the embedded data set", "path": True},
     )
-    method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
+    method: str = field(default="simclr", metadata={"help": "its name; fastjem methods lists them"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
     image_size: int = field(default=224, metadata={"square": True})
     channels: int = field(
@@ -90,6 +89,10 @@ class Config:
     knn_every: float | None = field(
         default=None, metadata={"help": "epochs; 0: at start and end; a twentieth of the run"}
     )
+    teacher: bool = field(
+        default=False,
+        metadata={"help": "kNN, pictures and encoder.safetensors are the momentum encoder's, not the trained one's"},
+    )
     report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
     resume: bool | Literal["auto"] = field(
         default=False, metadata={"help": "go on with the run in --out, by its own options; auto: or begin one"}
@@ -141,17 +144,13 @@ def from_fields(given: dict[str, Any]) -> Config:
     return Config(**given)
 
 
-def check(config: Config, *, named_method: bool = True) -> None:
-    """Mistakes that need no file and no model to be seen.
-
-    named_method: the method is one of `METHODS`, not an object of the user's.
+def check(config: Config) -> None:
+    """Mistakes that need no file, no method and no model to be seen.
 
     Raises:
         UserError: for the first.
     """
     fields.conform(config, "pretrain: {}".format)  # once more, as its fields may have been set since it was made
-    if named_method and config.method not in METHODS:
-        raise nearest("method", config.method, METHODS)
     _check_numbers(config)
     parsed_range(config.value_range)
     _check_choices(config)
@@ -165,7 +164,7 @@ def _check_choices(config: Config) -> None:
             f"--device {config.device}: a run takes the GPU of its rank; CUDA_VISIBLE_DEVICES chooses another"
         )
     choices = {
-        "stem": encoders.STEMS,
+        "stem": backbones.STEMS,
         "device": ("auto", "cpu", "cuda"),
         "optimizer": (*optim.OPTIMIZERS, None),
     }
@@ -252,7 +251,7 @@ def read_options(out: Path) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"{path} lacks {', '.join(lacking)}")
     with reading.named(path):
         values = fields.conformed(Config, {name: given[name] for name in known if name in given})
-        values["backbone"] = encoders.architecture(values["backbone"])  # earlier versions took a tag and ignored it
+        values["backbone"] = backbones.architecture(values["backbone"])  # earlier versions took a tag and ignored it
         values["data"] = _found_again(values["data"], given.get("data_at"))
         config = Config(**values)
         _check_numbers(config)

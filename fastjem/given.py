@@ -25,16 +25,20 @@ class Weights:
     std: tuple[float, ...]
 
 
-def open_weights(name: str) -> Weights:
+def open_weights(name: str, *, teacher: bool = False) -> Weights:
     """The encoder of a run folder or an `encoder.safetensors`, or timm's: "timm/MODEL.TAG", "hf-hub:USER/MODEL",
     "local-dir:FOLDER".
+
+    teacher: a run's momentum encoder, in place of the trained one.
 
     Raises:
         UserError: for a name that is none of these, or weights that can't be had; it says why.
     """
+    if teacher and not os.path.exists(name):
+        raise UserError(f"{name or repr(name)}: a run's folder alone has a momentum encoder")
     place = name.partition("/")[0] if name.startswith("timm/") else name.partition(":")[0]
     if os.path.exists(name):
-        opened = exports.open_file(name) if os.path.isfile(name) else exports.open_folder(name)
+        opened = exports.open_encoder(name, teacher=teacher)
         return Weights(opened.encoder, opened.pixels.mean, opened.pixels.std)
     if place not in PLACES:
         raise UserError(
@@ -60,18 +64,18 @@ class Given(nn.Module):
     """A frozen encoder in eval mode. Its weights are no part of a state: whoever resumes opens them again.
 
     Args:
-        name: see `open_weights`. While modules are made without memory, on the meta device, it isn't opened.
+        name, teacher: see `open_weights`. While modules are made without memory, on the meta device, it isn't opened.
         size: pixels of the images that it is given, to which others are resized; None: as they come.
     """
 
-    def __init__(self, name: str, size: int | None = None):
+    def __init__(self, name: str, size: int | None = None, *, teacher: bool = False):
         super().__init__()
         self.size = size
         self.width = 1  # D of its embeddings
         self.held: tuple[Encoder, ...] = ()  # not registered, so that no state and no optimizer has its weights
         self.normalisation: tuple[tuple, Tensor, Tensor] | None = None  # the last one, by what it is made of
         if torch.get_default_device().type != "meta":
-            opened = open_weights(name)
+            opened = open_weights(name, teacher=teacher)
             encoder = encoders.wrap(opened.module.requires_grad_(False).eval())
             self.held = (encoder,)
             self.width = encoder.width

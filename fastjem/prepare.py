@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import checkpoints, encoders, resume
+from fastjem import backbones, checkpoints, encoders, resume
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import finish
@@ -172,7 +172,7 @@ def unused_options(config: Config, objects: Objects) -> list[str]:
 
 
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
-    return encoders.create(
+    return backbones.create(
         config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
         channels=config.channels,
     )  # fmt: skip

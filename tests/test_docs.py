@@ -66,6 +66,16 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     assert rows[-1]["loss"] == pytest.approx(rows[-1]["loss_align"] + rows[-1]["loss_uniform"], rel=1e-5)
 
 
+def test_what_the_page_about_encoders_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "photos", 48)
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/encoders.md").read_text(), re.DOTALL):
+        exec(compile(code.replace("epochs=", "workers=0, report=False, epochs="), "encoders.md", "exec"), names)
+    assert not names["encoder"].training
+
+
 def test_every_method_has_its_page() -> None:
     module = pytest.importorskip("fastjem.methods")
     assert {page.stem for page in ROOT.glob("docs/methods/*.md")} == set(module.METHODS)

@@ -23,7 +23,7 @@ for package in ("timm", "torchvision", "safetensors"):
 from safetensors.torch import load_file  # noqa: E402
 
 import fastjem  # noqa: E402
-from fastjem import checkpoints, encoders  # noqa: E402
+from fastjem import backbones, checkpoints, encoders  # noqa: E402
 from fastjem.arguments import parse  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.config import Config  # noqa: E402
@@ -167,7 +167,7 @@ def test_kill_dash_nine(method: str, tmp_path: Path) -> None:
 
     def encoder() -> torch.nn.Module | None:
         torch.manual_seed(0)
-        return None if method == "byol" else encoders.create("test_vit", 32, patch=8, pool="avg", drop_path=0.3)
+        return None if method == "byol" else backbones.create("test_vit", 32, patch=8, pool="avg", drop_path=0.3)
 
     images = make_folder(tmp_path / "images", 48)
     (images / "broken.png").write_bytes(b"no image")
@@ -376,15 +376,15 @@ def test_a_run_of_an_earlier_version_is_named_as_such(images: str, tmp_path: Pat
 
 
 def test_stems() -> None:
-    assert encoders.create("resnet18", 32).conv1.kernel_size == (3, 3)
-    assert encoders.create("resnet18", 32, stem="standard").conv1.kernel_size == (7, 7)
-    assert encoders.create("resnet18", 96).conv1.kernel_size == (7, 7)
+    assert backbones.create("resnet18", 32).conv1.kernel_size == (3, 3)
+    assert backbones.create("resnet18", 32, stem="standard").conv1.kernel_size == (7, 7)
+    assert backbones.create("resnet18", 96).conv1.kernel_size == (7, 7)
 
 
 @pytest.mark.parametrize("backbone", ["test_efficientnet", "test_resnet", "test_byobnet"])
 def test_synchronized_batch_norms_compute_the_same(backbone: str) -> None:
     """timm's fused activations among them; in eval mode, as a CPU synchronises nothing in training."""
-    module = encoders.create(backbone, 32).eval()
+    module = backbones.create(backbone, 32).eval()
     images = torch.randn(2, 3, 32, 32)
     weights = {id(weight) for weight in module.parameters()}
     with torch.no_grad():
@@ -406,7 +406,7 @@ def test_a_batch_norm_of_ones_own_is_not_replaced() -> None:
 
 
 def test_images_come_in_the_layout_of_the_encoder(images: str) -> None:
-    convolutional, transformer = encoders.create("test_resnet", 32), encoders.create("test_vit", 32, patch=8)
+    convolutional, transformer = backbones.create("test_resnet", 32), backbones.create("test_vit", 32, patch=8)
     assert encoders.memory_format(convolutional) == torch.channels_last
     assert (
         encoders.memory_format(transformer)
