@@ -90,7 +90,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     with ranks.together():
         parts = prepare(config, ranks, objects, out, state)
     # From here on ranks wait for each other.
-    source, method, encoder, steps = parts.source, parts.method, parts.encoder, parts.steps
+    config, source, method, encoder, steps = parts.config, parts.source, parts.method, parts.encoder, parts.steps
     start = state["step"] if state else 0
     loader = create_loader(config, ranks, source, parts.specs, start, steps, state)
     with ranks.together():
@@ -174,16 +174,27 @@ def view_layout(ranks: Ranks, encoder: Encoder, *, named: bool) -> dict[str, Any
 def create_optimizer(
     config: Config, defaults: Defaults, step: Step, make: MakeOptimizer | None
 ) -> torch.optim.Optimizer:
-    groups = optim.parameter_groups(step, step.method.constant_rate)
+    groups = optim.parameter_groups(step, step.method.constant_rate, rate_factors(config, step.encoder))
     if make is not None:
         optimizer = make(groups)
         kept = isinstance(optimizer, torch.optim.Optimizer) and all(
-            {"decays", "constant_rate"} <= group.keys() for group in optimizer.param_groups
+            {"decays", "constant_rate", "rate_factor"} <= group.keys() for group in optimizer.param_groups
         )
         if not kept:
             raise UserError(f"optimizer must make a torch.optim.Optimizer of the groups it is given, got {optimizer!r}")
         return optimizer
     return optim.build(given_or(config.optimizer, defaults.optimizer), groups)
+
+
+def rate_factors(config: Config, encoder: Encoder) -> dict[str, float]:
+    """On the learning rate, by the parameter's name in `Step`. A mask token is of the stem, as a class token is."""
+    layer_decay = given_or(config.layer_decay, 1.0)
+    of_backbone = optim.rate_factors(encoder.backbone, layer_decay, given_or(config.patch_embed_rate, 1.0))
+    found = {f"encoder.backbone.{name}": factor for name, factor in of_backbone.items()}
+    if layer_decay != 1:
+        stem = min(optim.rate_factors(encoder.backbone, layer_decay).values())
+        found["encoder.mask_token"] = stem
+    return found
 
 
 def create_schedule(config: Config, defaults: Defaults, steps: int, steps_per_epoch: int) -> optim.Schedule:

@@ -55,6 +55,10 @@ class Config:
     )
     weight_decay: float | None = None
     warmup_epochs: float | None = field(default=None, metadata={"help": "at most a tenth of the run"})
+    layer_decay: float | None = field(
+        default=None, metadata={"help": "of the encoder's rate from layer to layer away from the heads; 1: none"}
+    )
+    patch_embed_rate: float | None = field(default=None, metadata={"help": "a factor on the patch embedding's rate"})
     clip: float | None = field(default=None, metadata={"help": "the gradient's largest norm; 0: no clipping"})
     momentum: float | None = field(default=None, metadata={"help": "of the momentum encoder at the start"})
     momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method a momentum encoder"})
@@ -71,6 +75,9 @@ class Config:
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     stem: str = field(default="auto", metadata={"help": "auto | standard | small"})
     patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own", "square": True})
+    drop_path: float | None = field(
+        default=None, metadata={"help": "rate of stochastic depth in the trained encoder; 0: none"}
+    )
     sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda", "device": True})
     loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(NAMES)}"})
@@ -126,9 +133,10 @@ CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip")
 AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every", "keep_checkpoints")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
-    "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory",
+    "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory", "layer_decay",
+    "patch_embed_rate", "drop_path",
 )  # fmt: skip
-SHARES = ("momentum", "decoder_share")
+SHARES = ("momentum", "decoder_share", "layer_decay", "drop_path")
 
 
 def from_fields(given: dict[str, Any]) -> Config:
@@ -190,6 +198,10 @@ def _check_numbers(config: Config) -> None:
             raise UserError(f"{config.flag(name)} must be at most {LARGEST}, got {getattr(config, name)}")
     if config.small_views is not None and config.small_views > MOST_VIEWS:
         raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
+    if config.layer_decay == 0:
+        raise UserError("--layer-decay must be above 0 (1: all layers learn alike), got 0")
+    if config.drop_path == 1:
+        raise UserError("--drop-path must be below 1, as 1 leaves out whole blocks, got 1")
     if config.workers < -1:
         raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
     if config.batch_size < 2:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import backbones, checkpoints, encoders, resume
+from fastjem import backbones, checkpoints, encoders, optim, resume
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import finish
@@ -22,10 +22,12 @@ from fastjem.data.views import ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, preset_of, views_of
+from fastjem.methods.defaults import SHORT
 from fastjem.methods.protocol import option_types
 from fastjem.ranks import Ranks
 
 ENCODER = "encoder.safetensors"
+BY_DEPTH = ("drop_path", "layer_decay", "patch_embed_rate")  # options that are the method's own in a long run alone
 # Parameter groups, as `fastjem.optim.parameter_groups` makes them, -> an optimizer: a class of torch.optim, say.
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -69,6 +71,7 @@ class Objects:
 class Parts:
     """What a rank makes of a run by itself, without a word to the others."""
 
+    config: Config  # with what it left to the method where that depends on the encoder
     source: Levelled
     encoder: Encoder
     method: Method
@@ -97,6 +100,8 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     # Of the data that the run was begun with: prototypes and queues have their size of it.
     sized_for = {"images": len(source), "classes": len(source.classes)}
     said = [*unused_options(config, objects), *about_values, *([] if state else [defaults.unlike(published)])]
+    asked = config
+    config = with_drop_path(config, objects, kind, defaults)
     if state:
         said += [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
         resume.check_length(config, state, steps, complete=is_complete(out))
@@ -104,6 +109,10 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
 
     torch.manual_seed(config.seed)
     module = objects.encoder if objects.encoder is not None else create_backbone(config, kind)
+    config = with_layer_rates(config, defaults, module)
+    if not state:
+        longer = with_layer_rates(with_drop_path(asked, objects, kind, published), published, module)
+        said.append(left_out(config, longer))
     encoder = checked_encoder(config, ranks, kind, module, source)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
@@ -120,7 +129,8 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     }
     specs = view_specs(config, method, module)
     method.mean, method.std = specs[0].mean, specs[0].std
-    return Parts(source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, [one for one in said if one])
+    said = [one for one in said if one]
+    return Parts(config, source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, said)
 
 
 def is_complete(out: Path) -> bool:
@@ -174,8 +184,54 @@ def unused_options(config: Config, objects: Objects) -> list[str]:
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
     return backbones.create(
         config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
-        channels=config.channels,
+        drop_path=config.drop_path or 0.0, channels=config.channels,
     )  # fmt: skip
+
+
+def with_drop_path(config: Config, objects: Objects, kind: type[Method] | Method, defaults: Defaults) -> Config:
+    """With the run's rate of stochastic depth: the user's, or the method's where the backbone takes one.
+
+    Papers have it in transformers and ConvNeXts. An encoder with batch norms has none unless the user asks for it, as
+    in DINO's and VICRegL's code for ResNets.
+
+    Raises:
+        UserError: for a rate that is asked for with an encoder that is made already.
+    """
+    if objects.encoder is not None:
+        if config.drop_path is not None:
+            raise UserError(f"--drop-path {config.drop_path:g}: the encoder is made already, with a rate of its own")
+        return config
+    if config.drop_path is not None:
+        return config
+    if not defaults.drop_path:
+        return replace(config, drop_path=0.0)
+    try:
+        with torch.device("meta"):  # no memory, and no random numbers
+            module = create_backbone(replace(config, drop_path=defaults.drop_path), kind)
+    except UserError:
+        return replace(config, drop_path=0.0)
+    if encoders.has_batch_norm(module):
+        return replace(config, drop_path=0.0)
+    return replace(config, drop_path=defaults.drop_path_of(len(getattr(module, "blocks", ()))))
+
+
+def with_layer_rates(config: Config, defaults: Defaults, module: nn.Module) -> Config:
+    """With the run's layer-wise decay and factor on the patch embedding's rate: the user's, or the method's where the
+    encoder has layers and a patch embedding."""
+    layer_decay = defaults.layer_decay if optim.has_layers(module) else 1.0
+    patch_embed_rate = defaults.patch_embed_rate if hasattr(module, "patch_embed") else 1.0
+    return replace(
+        config,
+        layer_decay=given_or(config.layer_decay, layer_decay),
+        patch_embed_rate=given_or(config.patch_embed_rate, patch_embed_rate),
+    )
+
+
+def left_out(config: Config, longer: Config) -> str:
+    """In words, what the method has by itself in a longer run, and not in this one."""
+    names = [name for name in BY_DEPTH if getattr(config, name) != getattr(longer, name)]
+    given = " ".join(f"{config.flag(name)} {getattr(longer, name):g}" for name in names)
+    return f"so short a run goes without {given}, which the method has from {SHORT:,} steps on" if names else ""
 
 
 def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -> list[ViewSpec]:

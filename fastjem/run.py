@@ -160,7 +160,7 @@ def run(config: Config, ranks: Ranks, objects: Objects, loggers: Sequence[Logger
         with stop.waiting():
             state = folder.open()
             training = build(config, ranks, objects, folder.out, state)
-            folder.take(config, training)
+            folder.take(training)
         return train(training, objects, loggers, stop)
     except resume.AtItsEndError as error:
         if config.resume != "auto":

@@ -93,6 +93,24 @@ def test_every_method_has_its_page() -> None:
         assert re.search(r"arXiv \d{4}\.\d{4,5}", page)
 
 
+def test_what_depends_on_the_layer_is_on_the_page_about_encoders_and_on_the_methods_own() -> None:
+    module = pytest.importorskip("fastjem.methods")
+    table = re.findall(r"^\| (\w+) \|((?: [\d.]+ \|){4}).*\|$", (ROOT / "docs/encoders.md").read_text(), re.MULTILINE)
+    said = {name: tuple(float(cell) for cell in cells.split("|")[:4]) for name, cells in table}
+    found = {}
+    for name, method in module.METHODS.items():
+        defaults = method.defaults
+        rates = (defaults.drop_path_of(12), defaults.drop_path_of(24), defaults.layer_decay, defaults.patch_embed_rate)
+        if rates == (0, 0, 1, 1):
+            continue
+        found[name] = rates
+        page = (ROOT / f"docs/methods/{name}.md").read_text().lower()
+        assert f"drop path {rates[0]:g}" in page and "runs of 10,000" in page, name
+        assert f"layer decay {rates[2]:g}" in page or rates[2] == 1, name
+        assert f"patch embedding at {rates[3]:g}" in page or rates[3] == 1, name
+    assert said == found
+
+
 def anchors(page: Path) -> set[str]:
     """What `#...` may name on a page, as GitHub makes it of a heading."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)

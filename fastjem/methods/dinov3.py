@@ -39,6 +39,10 @@ class DINOv3(DINOv2):
         clip=3.0,
         momentum=0.994,
         final_momentum=0.994,
+        drop_path=0.1,
+        deep_drop_path=0.3,
+        layer_decay=0.9,
+        patch_embed_rate=0.2,
         source="appendix C, ViT-L: AdamW, 1e-3 under a square-root rule on batch 1024, wd 0.04, momentum encoder 0.994",
     )
 
