@@ -38,8 +38,8 @@ def create(
     """
     import timm
 
-    if short := SHORT_VIT.fullmatch(name):
-        name = f"vit_{short[1]}_patch16_224"
+    if SHORT_VIT.fullmatch(name):
+        name = full_name(name)
         patch = patch or (max(image_size // 8, 1) if image_size <= 112 else 16)
     known = timm.list_models()
     if name not in known:
@@ -47,7 +47,7 @@ def create(
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if channels != 3:
         options["in_chans"] = channels
-    transformer = name.startswith(("vit_", "deit", "test_vit"))
+    transformer = takes_patch_size(name)
     if transformer:
         options |= {"dynamic_img_size": True, **({"patch_size": patch} if patch else {})}
         if patch:
@@ -107,24 +107,64 @@ def architecture(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _no_backbone(name: str, known: Sequence[str]) -> UserError:
-    """Why a name isn't one of timm's architectures: it names weights too, or a place that has them, or nothing."""
+def tag_of(name: str) -> str:
+    """The tag of pretrained weights in a model's name: "resnet10t.c3_in1k" -> "c3_in1k"; "" for a name without.
+
+    Raises:
+        UserError: for a tag that the model doesn't have.
+    """
     import timm
 
-    place, separator, model = name.replace(":", "/").rpartition("/")
-    if separator and (place == "timm" or place.startswith(("hf-hub", "hf_hub", "local-dir"))):
-        hint = f"; {architecture(model)} is that architecture" if architecture(model) in known else ""
-        return UserError(f"--backbone {name}: a run begins with random weights and loads none from {place}{hint}")
     model, dot, tag = name.partition(".")
-    if not dot or model not in known:
-        return nearest("backbone", name, [*known, "vit_tiny", "vit_small"])
+    if not dot or model not in timm.list_models():
+        return ""
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
     if tag not in tags:
-        return nearest(f"pretrained {model}", tag, tags)
-    return UserError(
-        f"--backbone {name}: a run begins with random weights and loads none, so {tag!r} would be ignored; "
-        f"{model} is that architecture"
-    )
+        raise nearest(f"pretrained {model}", tag, tags)
+    return tag
 
 
-__all__ = ["STEMS", "architecture", "create", "small_stem"]
+def has_small_stem(module: nn.Module) -> bool:
+    """Whether a ResNet has the stem for small images."""
+    first = getattr(module, "conv1", None)
+    is_small = isinstance(first, nn.Conv2d) and first.kernel_size == (3, 3)
+    return is_small and isinstance(getattr(module, "maxpool", None), nn.Identity)
+
+
+def takes_patch_size(name: str) -> bool:
+    """Whether a model of timm's can have patches and positions of another size."""
+    return name.startswith(("vit_", "deit", "test_vit"))
+
+
+def outline(name: str) -> nn.Module:
+    """A model of timm's as it is by itself, without memory for its weights."""
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=0)
+
+
+def full_name(name: str) -> str:
+    """timm's name of a model that has a short one: "vit_tiny" -> "vit_tiny_patch16_224"."""
+    short = SHORT_VIT.fullmatch(name)
+    return f"vit_{short[1]}_patch16_224" if short else name
+
+
+def _no_backbone(name: str, known: Sequence[str]) -> UserError:
+    """Why a name isn't one of timm's architectures: it names weights, too, or nothing."""
+    if tag_of(name):
+        return UserError(f"{name} names weights, too: {architecture(name)} is that architecture")
+    return nearest("backbone", name, [*known, "vit_tiny", "vit_small"])
+
+
+__all__ = [
+    "STEMS",
+    "architecture",
+    "create",
+    "full_name",
+    "has_small_stem",
+    "outline",
+    "small_stem",
+    "tag_of",
+    "takes_patch_size",
+]

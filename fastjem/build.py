@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastjem import encoders, optim, resume
+from fastjem import encoders, optim, resume, starting
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.masking import mask_specs
@@ -98,6 +98,10 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
             step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if parts.weights is not None and config.weights_of == "all":
+            starting.load_all(step, parts.weights, config, len(source))
+        if config.freeze is not None:
+            starting.freeze(step.encoder.backbone, config.freeze)
         if config.momentum is not None and not step.teacher:
             raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
         if config.teacher and "encoder" not in step.teacher:
@@ -174,11 +178,15 @@ def view_layout(ranks: Ranks, encoder: Encoder, *, named: bool) -> dict[str, Any
 def create_optimizer(
     config: Config, defaults: Defaults, step: Step, make: MakeOptimizer | None
 ) -> torch.optim.Optimizer:
-    groups = optim.parameter_groups(step, step.method.constant_rate, rate_factors(config, step.encoder))
+    waiting = ("encoder.",) if config.head_warmup_epochs else ()
+    groups = optim.parameter_groups(step, step.method.constant_rate, rate_factors(config, step.encoder), waiting)
+    if not groups or all(group["waits"] for group in groups):
+        flag = f"--head-warmup-epochs {config.head_warmup_epochs:g}" if groups else f"--freeze {config.freeze}"
+        raise UserError(f"{flag} leaves nothing to train: {config.method} has no heads of its own")
     if make is not None:
         optimizer = make(groups)
         kept = isinstance(optimizer, torch.optim.Optimizer) and all(
-            {"decays", "constant_rate", "rate_factor"} <= group.keys() for group in optimizer.param_groups
+            {"decays", "constant_rate", "rate_factor", "waits"} <= group.keys() for group in optimizer.param_groups
         )
         if not kept:
             raise UserError(f"optimizer must make a torch.optim.Optimizer of the groups it is given, got {optimizer!r}")
@@ -207,6 +215,10 @@ def create_schedule(config: Config, defaults: Defaults, steps: int, steps_per_ep
     final_weight_decay = weight_decay
     if config.weight_decay is None and defaults.final_weight_decay is not None:
         final_weight_decay = defaults.final_weight_decay
+    head_warmup = round(config.head_warmup_epochs * steps_per_epoch)
+    if head_warmup >= steps:
+        given = f"--head-warmup-epochs {config.head_warmup_epochs:g}"
+        raise UserError(f"{given} is the whole run of {steps} steps: the encoder would never learn")
     scaled = optim.scaled(optimizer, rate, config.batch_size * config.accumulate)
     most = torch.finfo(torch.float32).max  # of the optimisers' own figures
     for name, value in {"learning_rate": scaled, "weight_decay": weight_decay}.items():
@@ -216,6 +228,7 @@ def create_schedule(config: Config, defaults: Defaults, steps: int, steps_per_ep
         steps=steps,
         learning_rate=scaled,
         warmup=round(min(warmup_epochs * steps_per_epoch, steps // 10)),
+        head_warmup=head_warmup,
         weight_decay=weight_decay,
         final_weight_decay=final_weight_decay,
         momentum=momentum,

@@ -33,6 +33,22 @@ class Config:
     )
     method: str = field(default="simclr", metadata={"help": "its name; fastjem methods lists them"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
+    weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "to begin with: a run, an encoder.safetensors, timm/MODEL.TAG, hf-hub:USER/MODEL, local-dir:FOLDER",
+            "path": True,
+        },
+    )
+    weights_of: Literal["encoder", "teacher", "all"] = field(
+        default="encoder",
+        metadata={"help": "a run's encoder, its momentum encoder, or all of it, heads and momentum copies too"},
+    )
+    freeze: str | None = field(
+        default=None,
+        metadata={"help": "parts of the encoder that stay as they are: patch_embed,blocks.0", "pair": True},
+    )
+    head_warmup_epochs: float = field(default=0.0, metadata={"help": "in which the heads alone learn"})
     image_size: int = field(default=224, metadata={"square": True})
     channels: int = field(
         default=3,
@@ -118,6 +134,12 @@ class Config:
     def __post_init__(self) -> None:
         fields.conform(self, "pretrain: {}".format)
 
+    def with_values(self, **values: Any) -> "Config":
+        """A copy with other values, of which nothing counts as given that didn't before."""
+        changed = dataclasses.replace(self, **values)
+        changed.given = self.given
+        return changed
+
     def flag(self, name: str) -> str:
         """A field's name as the command line has it."""
         return f"--{name.replace('_', '-')}"
@@ -134,7 +156,7 @@ AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every", "
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
     "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory", "layer_decay",
-    "patch_embed_rate", "drop_path",
+    "patch_embed_rate", "drop_path", "head_warmup_epochs",
 )  # fmt: skip
 SHARES = ("momentum", "decoder_share", "layer_decay", "drop_path")
 
@@ -176,6 +198,8 @@ def _check_choices(config: Config) -> None:
         "device": ("auto", "cpu", "cuda"),
         "optimizer": (*optim.OPTIMIZERS, None),
     }
+    if config.weights is None and config.weights_of != "encoder":
+        raise UserError(f"--weights-of {config.weights_of} is for --weights")
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise nearest(name, getattr(config, name), [a for a in allowed if a])
@@ -285,6 +309,8 @@ def check_resumed(config: Config, before: Config) -> None:
     for name in sorted(config.given - MAY_CHANGE - set(CHANGES_NUMBERS)):
         old = getattr(before, name)
         new = getattr(config, name)
+        if isinstance(old, dict) and old == {**old, **new}:
+            continue  # of several values those that are told are the same
         if old != new:
             raise UserError(
                 f"--resume: {config.flag(name)} was {old} in this run and is {new} now; without it the run goes on as "

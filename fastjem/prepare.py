@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import backbones, checkpoints, encoders, optim, resume
+from fastjem import backbones, checkpoints, encoders, optim, resume, starting
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import finish
@@ -21,6 +21,7 @@ from fastjem.data.source import Levelled, Source, open_sources
 from fastjem.data.views import ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError, nearest
+from fastjem.given import Weights
 from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, preset_of, views_of
 from fastjem.methods.defaults import SHORT
 from fastjem.methods.protocol import option_types
@@ -71,7 +72,8 @@ class Objects:
 class Parts:
     """What a rank makes of a run by itself, without a word to the others."""
 
-    config: Config  # with what it left to the method where that depends on the encoder
+    config: Config  # with what it left to the weights, and to the method where that depends on the encoder
+    weights: Weights | None  # that a new run begins with
     source: Levelled
     encoder: Encoder
     method: Method
@@ -87,6 +89,9 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     """Source, encoder and method of a run, checked; every mistake that needs them to be seen is found here."""
     if state:
         resume.check_objects(state, vars(objects))
+    weights = None if state else starting.opened(config)
+    if weights is not None:
+        config = starting.taken_over(config, weights)
     kind = objects.method or METHODS[config.method]
     source, about_values = levelled(config, objects, state, kind.views.sources)
     check_batch(config, len(source), ranks)
@@ -106,14 +111,18 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         said += [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
         resume.check_length(config, state, steps, complete=is_complete(out))
         sized_for = state.get("sized_for", sized_for)
+    if weights is not None:
+        said.append(starting.told(config, weights))
+        sized_for = starting.sized_for(config, weights) or sized_for
 
     torch.manual_seed(config.seed)
-    module = objects.encoder if objects.encoder is not None else create_backbone(config, kind)
+    module = made_encoder(config, objects, kind, weights)
     config = with_layer_rates(config, defaults, module)
     if not state:
         longer = with_layer_rates(with_drop_path(asked, objects, kind, published), published, module)
         said.append(left_out(config, longer))
-    encoder = checked_encoder(config, ranks, kind, module, source)
+    normalised = (state or {}).get("normalised") or starting.normalisation(weights)
+    encoder = checked_encoder(config, ranks, kind, module, source, normalised)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
     method.views = replace(method.views, **preset.views)
@@ -125,12 +134,13 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         "source": images,
         "sized_for": sized_for,
         "steps": steps,
+        "normalised": normalised,
         "objects": [name for name, given in vars(objects).items() if given is not None],
     }
-    specs = view_specs(config, method, module)
+    specs = view_specs(config, method, module, normalised)
     method.mean, method.std = specs[0].mean, specs[0].std
     said = [one for one in said if one]
-    return Parts(config, source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, said)
+    return Parts(config, weights, source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, said)
 
 
 def is_complete(out: Path) -> bool:
@@ -179,6 +189,16 @@ def unused_options(config: Config, objects: Objects) -> list[str]:
         if option.name in ("backbone", "stem", "patch_size") and getattr(config, option.name) != option.default
     ]
     return [f"{', '.join(given)}: not used, as the encoder is made already"] if given else []
+
+
+def made_encoder(config: Config, objects: Objects, kind: type[Method] | Method, weights: Weights | None) -> nn.Module:
+    """The user's own module, or the named backbone with the weights that it begins with."""
+    if objects.encoder is not None:
+        return objects.encoder
+    module = create_backbone(config, kind)
+    if weights is not None:
+        starting.load_encoder(module, weights, config)
+    return module
 
 
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
@@ -234,21 +254,31 @@ def left_out(config: Config, longer: Config) -> str:
     return f"so short a run goes without {given}, which the method has from {SHORT:,} steps on" if names else ""
 
 
-def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -> list[ViewSpec]:
-    """One for each view of an image, as the method and the configuration want them."""
+def view_specs(
+    config: Config, kind: type[Method] | Method, module: nn.Module, normalised: dict[str, list[float]]
+) -> list[ViewSpec]:
+    """One for each view of an image, as the method and the configuration want them. normalised: mean and std of weights
+    that the encoder begins with, for which the user has the last word.
+    """
     if config.small_views and not kind.views.small:
         raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
     views = views_of(kind, config.image_size, config.small_views, config.recipe, config.preset)
     patch = encoders.patch_size(module)
-    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view, channels=config.channels)
+    changes = {**normalised, **config.view}
+    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=changes, channels=config.channels)
 
 
 def checked_encoder(
-    config: Config, ranks: Ranks, kind: type[Method] | Method, module: nn.Module, source: Source
+    config: Config,
+    ranks: Ranks,
+    kind: type[Method] | Method,
+    module: nn.Module,
+    source: Source,
+    normalised: dict[str, list[float]],
 ) -> Encoder:
     """The module on its device as an `Encoder`, once it has embedded some of the run's images."""
     module = module.to(ranks.device)
-    specs = view_specs(config, kind, module)
+    specs = view_specs(config, kind, module, normalised)
     order = loaders.Order(samples=len(source), batch=min(config.batch_size, 16), seed=config.seed, stop=1)
     crops = next(iter(loaders.LOADERS["torch"](source, specs, order, loaders.Budget())))
     channels_last = encoders.memory_format(module) == torch.channels_last

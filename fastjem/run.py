@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastjem import config as configuration
-from fastjem import optim, resume
+from fastjem import optim, resume, starting
 from fastjem.advice import advice
 from fastjem.build import Training, build
 from fastjem.config import Config
@@ -127,6 +127,10 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
         raise UserError("options are arguments of a method that the run makes; this one is made already")
     if source is not None and config.data:
         raise UserError(f"pretrain takes data or source, got both (data={config.data!r})")
+    if config.weights is not None and objects.encoder is not None:
+        raise UserError(f"--weights {config.weights}: the encoder is made already, with weights of its own")
+    config = starting.with_weights_of_backbone(config)
+    given = config.given
     new = resume.begins(config)
     if not new:
         config = resume.options_of_run(config, None if method is None else name_of(method))
@@ -141,6 +145,7 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
         config = replace(config, data=str(shapes.folder() / "train"))
         if speaks():
             say(f"fastjem: no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
+    config.given = given
     return config, new
 
 

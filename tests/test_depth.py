@@ -1,11 +1,11 @@
 """Stochastic depth, and learning rates that depend on the layer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from broken import broken_off, rows
 from images import TINY, make_folder
 from torch import Tensor, nn
 
@@ -84,7 +84,13 @@ def test_it_works_with_masks(masked: str) -> None:
     torch.testing.assert_close(found.tokens, vit.norm(vit.blocks[0](tokens))[:, 1:])
 
 
-def test_it_follows_the_seed_in_a_compiled_step() -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_it_follows_the_seed(compiled: bool) -> None:
+    torch.manual_seed(0)
+    module = backbones.create("test_vit", 32, patch=8, drop_path=0.5)
+    step = Step(module, DINO(module.num_features, RunFacts(), **DINOS)).train()
+    batch = Batch([torch.randn(4, 3, 32, 32) for _ in range(3)], torch.arange(4))
+
     def losses(step: nn.Module) -> list[Tensor]:
         found = []
         for seed in (0, 1, 0):
@@ -92,44 +98,12 @@ def test_it_follows_the_seed_in_a_compiled_step() -> None:
             found.append(step(batch, torch.tensor(0))[0])
         return found
 
-    torch.manual_seed(0)
-    module = backbones.create("test_vit", 32, patch=8, drop_path=0.5)
-    step = Step(module, DINO(module.num_features, RunFacts(), **DINOS)).train()
-    batch = Batch([torch.randn(4, 3, 32, 32) for _ in range(3)], torch.arange(4))
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for one, other, again in (losses(step), losses(compiled)):
-        assert torch.equal(one, again) and not torch.equal(one, other)
-    torch.testing.assert_close(losses(compiled), losses(step))
-
-
-class Watched(BaseException):
-    """As a kill is, past everything that would end a run in order."""
-
-
-class Until:
-    """A logger that breaks a run off behind a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def begin(self, run: Any) -> None: ...
-    def close(self) -> None: ...
-
-    def log(self, row: dict[str, Any]) -> None:
-        if row["step"] == self.step:
-            raise Watched
-
-
-def begun(until: int, **fields: Any) -> Path:
-    with pytest.raises(Watched):
-        fastjem.pretrain(loggers=[Until(until)], **fields)
-    return Path(fields["out"])
-
-
-def rows(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
+    one, other, again = losses(step)
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    if compiled:
+        torch._dynamo.reset()
+        found = losses(torch.compile(step, fullgraph=True, backend="aot_eager"))
+        torch.testing.assert_close(found, [one, other, again])
 
 
 @pytest.mark.parametrize("method", ["dino", "dinov2", pytest.param("capi", marks=pytest.mark.exhaustive)])
@@ -138,16 +112,16 @@ def test_a_long_run_has_the_papers_and_resumes(method: str, images: str, tmp_pat
     options = {"clusters": 8, "predictor_width": 16, "predictor_depth": 1} if method == "capi" else DINOS
     common = {**VIT, "method": method, "options": options, "data": images, "batch_size": 8, "accumulate": 2}
     common |= {"max_steps": LONG, "warmup_epochs": 0}
-    whole = begun(5, **common, out=str(tmp_path / "whole"))
-    cut = begun(3, **common, out=str(tmp_path / "cut"), checkpoint_steps=2)
-    begun(5, out=str(cut), resume=True)
+    whole = broken_off(5, **common, out=str(tmp_path / "whole"))
+    cut = broken_off(3, **common, out=str(tmp_path / "cut"), checkpoint_steps=2)
+    broken_off(5, out=str(cut), resume=True)
     assert len(rows(whole)) >= 4 and rows(cut) == rows(whole)
     config = configuration.read(whole)[0]
     defaults = METHODS[method].defaults
     found = (config.drop_path, config.layer_decay, config.patch_embed_rate)
     assert found == (defaults.drop_path, defaults.layer_decay, defaults.patch_embed_rate)
     assert configuration.read(cut)[0].drop_path == defaults.drop_path
-    one = begun(2, **common, drop_path=0.0, layer_decay=1.0, patch_embed_rate=1.0, out=str(tmp_path / "none"))
+    one = broken_off(2, **common, drop_path=0.0, layer_decay=1.0, patch_embed_rate=1.0, out=str(tmp_path / "none"))
     assert rows(one)[0]["loss"] != rows(whole)[0]["loss"]
 
 

@@ -72,7 +72,8 @@ def test_what_the_page_about_encoders_shows(tmp_path: Path, monkeypatch: pytest.
     make_folder(tmp_path / "photos", 48)
     names: dict = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/encoders.md").read_text(), re.DOTALL):
-        exec(compile(code.replace("epochs=", "workers=0, report=False, epochs="), "encoders.md", "exec"), names)
+        code = code.replace("resnet18", "test_resnet").replace("epochs=", "workers=0, report=False, epochs=")
+        exec(compile(code, "encoders.md", "exec"), names)
     assert not names["encoder"].training
 
 

@@ -27,6 +27,7 @@ ORDER = (
     "config",
     "exports",
     "given",
+    "starting",
     "methods",
     "health",
     "step",
