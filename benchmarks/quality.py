@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import fastjem
-from fastjem import encoders
+from fastjem import backbones
 from fastjem.bench import machine
 from fastjem.data import shapes
 from fastjem.data.pixels import Pixels
@@ -115,7 +115,7 @@ def figures_of(encoder: nn.Module, train: Source, test: Source, pixels: Pixels) 
 def untrained_encoder(name: str, options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(options.seed)
     vit = is_transformer(name)
-    return encoders.create(
+    return backbones.create(
         options.vit if vit else options.backbone,
         options.size,
         stem="auto" if vit else "standard",

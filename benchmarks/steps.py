@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastjem import encoders, optim
+from fastjem import backbones, encoders, optim
 from fastjem.bench import machine
 from fastjem.data.batch import Batch, Crops, finish
 from fastjem.data.loaders import Order
@@ -139,7 +139,7 @@ def ours(name: str, size: int, options: argparse.Namespace, given: str) -> Ours:
     patch = 4 if size <= 64 else 16
     backbone = backbone_of(name, size, options)
     is_vit = backbone == options.vit
-    module = encoders.create(backbone, size, patch=patch if is_vit else 0, pool=kind.pool)
+    module = backbones.create(backbone, size, patch=patch if is_vit else 0, pool=kind.pool)
     encoder = encoders.wrap(module.to(device), mask_token=kind.mask_token)
     facts = RunFacts(
         images=IMAGES, classes=10, steps=10_000, steps_per_epoch=100, batch=options.batch, image_size=size,
@@ -197,7 +197,7 @@ def masked_rates(options: argparse.Namespace) -> list[dict]:
     rows = []
     for size in options.size:
         patch = 4 if size <= 64 else 16
-        encoder = encoders.wrap(encoders.create(options.vit, size, patch=patch).to(device))
+        encoder = encoders.wrap(backbones.create(options.vit, size, patch=patch).to(device))
         images = torch.randn(options.batch, 3, size, size, device=device)
         patches = (size // patch) ** 2
         rates = {}
@@ -221,7 +221,7 @@ def given_weights(folder: Path, backbone: str) -> str:
     if not path.exists():
         from fastjem.data.pixels import Pixels
 
-        module = encoders.create(backbone, 32)
+        module = backbones.create(backbone, 32)
         encoders.save(module, str(path), encoders.metadata(backbone, "auto", 0, None, Pixels(32)))
     return str(path)
 

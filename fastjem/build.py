@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastjem import encoders, optim, resume
+from fastjem import encoders, optim, resume, starting
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.masking import mask_specs
@@ -57,6 +57,13 @@ class Training:
         return torch.bfloat16 if self.ranks.device.type == "cuda" else None
 
     @property
+    def encoder(self) -> nn.Module:
+        """What is measured along the way and written at the end: the trained module, or its momentum copy."""
+        teacher = self.config.teacher
+        encoder = self.step.teacher["encoder"] if teacher else self.step.encoder
+        return cast(Encoder, encoder).backbone
+
+    @property
     def rate(self) -> float:
         """The learning rate as a user gives it, for 256 images."""
         return given_or(self.config.learning_rate, self.defaults.learning_rate)
@@ -83,7 +90,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     with ranks.together():
         parts = prepare(config, ranks, objects, out, state)
     # From here on ranks wait for each other.
-    source, method, encoder, steps = parts.source, parts.method, parts.encoder, parts.steps
+    config, source, method, encoder, steps = parts.config, parts.source, parts.method, parts.encoder, parts.steps
     start = state["step"] if state else 0
     loader = create_loader(config, ranks, source, parts.specs, start, steps, state)
     with ranks.together():
@@ -91,8 +98,14 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
             step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if parts.weights is not None and config.weights_of == "all":
+            starting.load_all(step, parts.weights, config, len(source))
+        if config.freeze is not None:
+            starting.freeze(step.encoder.backbone, config.freeze)
         if config.momentum is not None and not step.teacher:
             raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
+        if config.teacher and "encoder" not in step.teacher:
+            raise UserError(f"--teacher: {config.method} has no momentum encoder; --momentum-encoder gives it one")
         optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
         if state:
             resume.restore(out, step, optimizer, state)
@@ -165,16 +178,31 @@ def view_layout(ranks: Ranks, encoder: Encoder, *, named: bool) -> dict[str, Any
 def create_optimizer(
     config: Config, defaults: Defaults, step: Step, make: MakeOptimizer | None
 ) -> torch.optim.Optimizer:
-    groups = optim.parameter_groups(step, step.method.constant_rate)
+    waiting = ("encoder.",) if config.head_warmup_epochs else ()
+    groups = optim.parameter_groups(step, step.method.constant_rate, rate_factors(config, step.encoder), waiting)
+    if not groups or all(group["waits"] for group in groups):
+        flag = f"--head-warmup-epochs {config.head_warmup_epochs:g}" if groups else f"--freeze {config.freeze}"
+        raise UserError(f"{flag} leaves nothing to train: {config.method} has no heads of its own")
     if make is not None:
         optimizer = make(groups)
         kept = isinstance(optimizer, torch.optim.Optimizer) and all(
-            {"decays", "constant_rate"} <= group.keys() for group in optimizer.param_groups
+            {"decays", "constant_rate", "rate_factor", "waits"} <= group.keys() for group in optimizer.param_groups
         )
         if not kept:
             raise UserError(f"optimizer must make a torch.optim.Optimizer of the groups it is given, got {optimizer!r}")
         return optimizer
     return optim.build(given_or(config.optimizer, defaults.optimizer), groups)
+
+
+def rate_factors(config: Config, encoder: Encoder) -> dict[str, float]:
+    """On the learning rate, by the parameter's name in `Step`. A mask token is of the stem, as a class token is."""
+    layer_decay = given_or(config.layer_decay, 1.0)
+    of_backbone = optim.rate_factors(encoder.backbone, layer_decay, given_or(config.patch_embed_rate, 1.0))
+    found = {f"encoder.backbone.{name}": factor for name, factor in of_backbone.items()}
+    if layer_decay != 1:
+        stem = min(optim.rate_factors(encoder.backbone, layer_decay).values())
+        found["encoder.mask_token"] = stem
+    return found
 
 
 def create_schedule(config: Config, defaults: Defaults, steps: int, steps_per_epoch: int) -> optim.Schedule:
@@ -187,6 +215,10 @@ def create_schedule(config: Config, defaults: Defaults, steps: int, steps_per_ep
     final_weight_decay = weight_decay
     if config.weight_decay is None and defaults.final_weight_decay is not None:
         final_weight_decay = defaults.final_weight_decay
+    head_warmup = round(config.head_warmup_epochs * steps_per_epoch)
+    if head_warmup >= steps:
+        given = f"--head-warmup-epochs {config.head_warmup_epochs:g}"
+        raise UserError(f"{given} is the whole run of {steps} steps: the encoder would never learn")
     scaled = optim.scaled(optimizer, rate, config.batch_size * config.accumulate)
     most = torch.finfo(torch.float32).max  # of the optimisers' own figures
     for name, value in {"learning_rate": scaled, "weight_decay": weight_decay}.items():
@@ -196,6 +228,7 @@ def create_schedule(config: Config, defaults: Defaults, steps: int, steps_per_ep
         steps=steps,
         learning_rate=scaled,
         warmup=round(min(warmup_epochs * steps_per_epoch, steps // 10)),
+        head_warmup=head_warmup,
         weight_decay=weight_decay,
         final_weight_decay=final_weight_decay,
         momentum=momentum,

@@ -10,13 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from fastjem import checkpoints, encoders, fields, optim, reading
+from fastjem import backbones, checkpoints, fields, optim, reading
 from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
 from fastjem.data.pixels import LARGEST, Pixels
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
-from fastjem.methods import METHODS
 
 FILE = "config.yaml"
 MOST_VIEWS = 1000  # small ones of an image: each is a crop to be made and a row of the batch
@@ -32,8 +31,24 @@ class Config:
         default=None,
         metadata={"help": "folder of images, nested or flat, or a .npz; none: the embedded data set", "path": True},
     )
-    method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
+    method: str = field(default="simclr", metadata={"help": "its name; fastjem methods lists them"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
+    weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "to begin with: a run, an encoder.safetensors, timm/MODEL.TAG, hf-hub:USER/MODEL, local-dir:FOLDER",
+            "path": True,
+        },
+    )
+    weights_of: Literal["encoder", "teacher", "all"] = field(
+        default="encoder",
+        metadata={"help": "a run's encoder, its momentum encoder, or all of it, heads and momentum copies too"},
+    )
+    freeze: str | None = field(
+        default=None,
+        metadata={"help": "parts of the encoder that stay as they are: patch_embed,blocks.0", "pair": True},
+    )
+    head_warmup_epochs: float = field(default=0.0, metadata={"help": "in which the heads alone learn"})
     image_size: int = field(default=224, metadata={"square": True})
     channels: int = field(
         default=3,
@@ -56,6 +71,10 @@ class Config:
     )
     weight_decay: float | None = None
     warmup_epochs: float | None = field(default=None, metadata={"help": "at most a tenth of the run"})
+    layer_decay: float | None = field(
+        default=None, metadata={"help": "of the encoder's rate from layer to layer away from the heads; 1: none"}
+    )
+    patch_embed_rate: float | None = field(default=None, metadata={"help": "a factor on the patch embedding's rate"})
     clip: float | None = field(default=None, metadata={"help": "the gradient's largest norm; 0: no clipping"})
     momentum: float | None = field(default=None, metadata={"help": "of the momentum encoder at the start"})
     momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method a momentum encoder"})
@@ -72,6 +91,9 @@ class Config:
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     stem: str = field(default="auto", metadata={"help": "auto | standard | small"})
     patch_size: int = field(default=0, metadata={"help": "of a ViT; 0: its own", "square": True})
+    drop_path: float | None = field(
+        default=None, metadata={"help": "rate of stochastic depth in the trained encoder; 0: none"}
+    )
     sync_batch_norm: bool = field(default=False, metadata={"help": "statistics over all ranks (CUDA)"})
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda", "device": True})
     loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(NAMES)}"})
@@ -89,6 +111,10 @@ class Config:
     keep_checkpoints: int = field(default=2, metadata={"help": "the last ones, for where the newest is damaged"})
     knn_every: float | None = field(
         default=None, metadata={"help": "epochs; 0: at start and end; a twentieth of the run"}
+    )
+    teacher: bool = field(
+        default=False,
+        metadata={"help": "kNN, pictures and encoder.safetensors are the momentum encoder's, not the trained one's"},
     )
     report: bool = field(default=True, metadata={"help": "report.html in the run's folder, new at each checkpoint"})
     resume: bool | Literal["auto"] = field(
@@ -108,6 +134,12 @@ class Config:
     def __post_init__(self) -> None:
         fields.conform(self, "pretrain: {}".format)
 
+    def with_values(self, **values: Any) -> "Config":
+        """A copy with other values, of which nothing counts as given that didn't before."""
+        changed = dataclasses.replace(self, **values)
+        changed.given = self.given
+        return changed
+
     def flag(self, name: str) -> str:
         """A field's name as the command line has it."""
         return f"--{name.replace('_', '-')}"
@@ -123,9 +155,10 @@ CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip")
 AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every", "keep_checkpoints")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
-    "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory",
+    "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory", "layer_decay",
+    "patch_embed_rate", "drop_path", "head_warmup_epochs",
 )  # fmt: skip
-SHARES = ("momentum", "decoder_share")
+SHARES = ("momentum", "decoder_share", "layer_decay", "drop_path")
 
 
 def from_fields(given: dict[str, Any]) -> Config:
@@ -141,17 +174,13 @@ def from_fields(given: dict[str, Any]) -> Config:
     return Config(**given)
 
 
-def check(config: Config, *, named_method: bool = True) -> None:
-    """Mistakes that need no file and no model to be seen.
-
-    named_method: the method is one of `METHODS`, not an object of the user's.
+def check(config: Config) -> None:
+    """Mistakes that need no file, no method and no model to be seen.
 
     Raises:
         UserError: for the first.
     """
     fields.conform(config, "pretrain: {}".format)  # once more, as its fields may have been set since it was made
-    if named_method and config.method not in METHODS:
-        raise nearest("method", config.method, METHODS)
     _check_numbers(config)
     parsed_range(config.value_range)
     _check_choices(config)
@@ -165,10 +194,12 @@ def _check_choices(config: Config) -> None:
             f"--device {config.device}: a run takes the GPU of its rank; CUDA_VISIBLE_DEVICES chooses another"
         )
     choices = {
-        "stem": encoders.STEMS,
+        "stem": backbones.STEMS,
         "device": ("auto", "cpu", "cuda"),
         "optimizer": (*optim.OPTIMIZERS, None),
     }
+    if config.weights is None and config.weights_of != "encoder":
+        raise UserError(f"--weights-of {config.weights_of} is for --weights")
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise nearest(name, getattr(config, name), [a for a in allowed if a])
@@ -191,6 +222,10 @@ def _check_numbers(config: Config) -> None:
             raise UserError(f"{config.flag(name)} must be at most {LARGEST}, got {getattr(config, name)}")
     if config.small_views is not None and config.small_views > MOST_VIEWS:
         raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
+    if config.layer_decay == 0:
+        raise UserError("--layer-decay must be above 0 (1: all layers learn alike), got 0")
+    if config.drop_path == 1:
+        raise UserError("--drop-path must be below 1, as 1 leaves out whole blocks, got 1")
     if config.workers < -1:
         raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
     if config.batch_size < 2:
@@ -252,7 +287,7 @@ def read_options(out: Path) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"{path} lacks {', '.join(lacking)}")
     with reading.named(path):
         values = fields.conformed(Config, {name: given[name] for name in known if name in given})
-        values["backbone"] = encoders.architecture(values["backbone"])  # earlier versions took a tag and ignored it
+        values["backbone"] = backbones.architecture(values["backbone"])  # earlier versions took a tag and ignored it
         values["data"] = _found_again(values["data"], given.get("data_at"))
         config = Config(**values)
         _check_numbers(config)
@@ -274,6 +309,8 @@ def check_resumed(config: Config, before: Config) -> None:
     for name in sorted(config.given - MAY_CHANGE - set(CHANGES_NUMBERS)):
         old = getattr(before, name)
         new = getattr(config, name)
+        if isinstance(old, dict) and old == {**old, **new}:
+            continue  # of several values those that are told are the same
         if old != new:
             raise UserError(
                 f"--resume: {config.flag(name)} was {old} in this run and is {new} now; without it the run goes on as "

@@ -1,13 +1,11 @@
-"""Encoders: backbones by timm's names, any module of one's own, and the one way in which methods call them.
+"""Encoders: any module, and the one way in which methods call them.
 
 `wrap` makes an `Encoder` of any module that maps images [B, C, H, W] to embeddings [B, D]. Methods see nothing else: an
 encoder gives `Features`, and a vision transformer also takes masks. What is exported is the module inside.
 """
 
 import contextlib
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,10 +14,9 @@ from torch import Tensor, nn
 
 from fastjem.checkpoints import write_atomically
 from fastjem.data.pixels import Pixels
-from fastjem.errors import UserError, nearest
+from fastjem.errors import UserError
 
-SHORT_VIT = re.compile(r"vit_(tiny|small|base|large)$")
-STEMS = ("auto", "standard", "small")
+DROP_PATHS = ("DropPath", "StochasticDepth")
 NO_TOKEN = "the encoder has no mask token: fastjem.encoders.wrap(module, mask_token=True) gives it one"
 
 
@@ -231,6 +228,25 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
+def drop_paths(module: nn.Module) -> list[tuple[str, float]]:
+    """(name, rate) of each part that leaves out a residual branch at random: timm's DropPath, torchvision's
+    StochasticDepth, and whatever else is called so.
+    """
+    return [
+        (name, float(getattr(part, "drop_prob", None) or getattr(part, "p", 0.0)))
+        for name, part in module.named_modules(remove_duplicate=False)
+        if type(part).__name__ in DROP_PATHS
+    ]
+
+
+def without_drop_path(module: nn.Module) -> nn.Module:
+    """The module itself, whose residual branches are never left out any more; its state is as it was."""
+    for name, _ in drop_paths(module):
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, nn.Identity())
+    return module
+
+
 def synchronize_batch_norm(module: nn.Module) -> nn.Module:
     """The module with batch norms whose statistics are those of all ranks; weights and running statistics stay.
 
@@ -285,100 +301,6 @@ def measured_width(module: nn.Module, images: Tensor) -> int:
     return x.shape[1]
 
 
-def small_stem(module: nn.Module) -> bool:
-    """A ResNet's 7x7 first convolution and max-pool -> 3x3 without pool (SimCLR, appendix B.9); whether it had them."""
-    first = getattr(module, "conv1", None)
-    if not (isinstance(first, nn.Conv2d) and first.kernel_size == (7, 7) and hasattr(module, "maxpool")):
-        return False
-    module.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False)
-    nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
-    module.maxpool = nn.Identity()
-    return True
-
-
-def create(
-    name: str, image_size: int, *, stem: str = "auto", patch: int = 0, pool: str | None = None, drop_path: float = 0.0,
-    channels: int = 3,
-) -> nn.Module:  # fmt: skip
-    """A timm model without its classifier, random weights: [B, C, H, W] -> [B, D].
-
-    `vit_tiny`, `vit_small`, `vit_base` without patch and size stand for timm's model of that width with the patch that
-    cuts the image into about 8 x 8 (at 112 pixels and less) or 14 x 14.
-
-    Args:
-        name: a model of `timm.list_models()`, or one of the short names.
-        image_size: of the views, in pixels.
-        stem: "small": a ResNet's stem for small images; "standard"; "auto": small at 64 pixels and less.
-        patch: any other patch size for a ViT; 0: its own.
-        pool: how a vision transformer's tokens become one embedding ("avg", "token"); None: its own way.
-        drop_path: the rate of stochastic depth.
-        channels: C.
-
-    Raises:
-        UserError: for a name that timm doesn't know, or options that the model can't have.
-    """
-    import timm
-
-    if short := SHORT_VIT.fullmatch(name):
-        name = f"vit_{short[1]}_patch16_224"
-        patch = patch or (max(image_size // 8, 1) if image_size <= 112 else 16)
-    known = timm.list_models()
-    if name not in known:
-        raise _no_backbone(name, known)
-    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-    if channels != 3:
-        options["in_chans"] = channels
-    transformer = name.startswith(("vit_", "deit", "test_vit"))
-    if transformer:
-        options |= {"dynamic_img_size": True, **({"patch_size": patch} if patch else {})}
-        if patch:
-            options["img_size"] = image_size
-    elif patch:
-        raise UserError(f"--patch-size is for vision transformers; {name} has no patches")
-    if pool is not None and transformer:
-        options |= {"global_pool": pool, "fc_norm": False}
-    try:
-        module = timm.create_model(name, num_classes=0, **options)
-    except TypeError:
-        options.pop("dynamic_img_size", None)
-        module = timm.create_model(name, num_classes=0, **options)
-    size = patch_size(module)
-    if size > 1 and image_size % size:
-        near = max(round(image_size / size), 1) * size
-        raise UserError(f"--image-size {image_size} is no multiple of {name}'s patch of {size}; {near} is")
-    if stem == "small" and not small_stem(module):
-        raise UserError(f"--stem small replaces a ResNet's 7x7 first convolution; {name} has none")
-    if stem == "auto" and image_size <= 64:
-        small_stem(module)
-    # A ResNet-18's step on 32-pixel images: 1.38 times as many images a second on one AVX2 core.
-    return module if is_transformer(module) else cast(Any, module).to(memory_format=torch.channels_last)
-
-
-def architecture(name: str) -> str:
-    """A model's name without the tag that names pretrained weights: "resnet10t.c3_in1k" -> "resnet10t"."""
-    return name.partition(".")[0]
-
-
-def _no_backbone(name: str, known: Sequence[str]) -> UserError:
-    """Why a name isn't one of timm's architectures: it names weights too, or a place that has them, or nothing."""
-    import timm
-
-    place, separator, model = name.replace(":", "/").rpartition("/")
-    if separator and (place == "timm" or place.startswith(("hf-hub", "hf_hub", "local-dir"))):
-        hint = f"; {architecture(model)} is that architecture" if architecture(model) in known else ""
-        return UserError(f"--backbone {name}: a run begins with random weights and loads none from {place}{hint}")
-    model, dot, tag = name.partition(".")
-    if not dot or model not in known:
-        return nearest("backbone", name, [*known, "vit_tiny", "vit_small"])
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{model}.*")]
-    if tag not in tags:
-        return nearest(f"pretrained {model}", tag, tags)
-    return UserError(
-        f"--backbone {name}: a run begins with random weights and loads none, so {tag!r} would be ignored; "
-        f"{model} is that architecture"
-    )
-
-
 def metadata(backbone: str, stem: str, patch_size: int, pool: str | None, pixels: Pixels) -> dict[str, str]:
     """What an export holds beside the weights: how to build the module again, and how its images are prepared."""
     return {
@@ -403,8 +325,7 @@ __all__ = [
     "Encoder",
     "Features",
     "TransformerEncoder",
-    "architecture",
-    "create",
+    "drop_paths",
     "has_batch_norm",
     "is_transformer",
     "measured_width",
@@ -413,6 +334,6 @@ __all__ = [
     "no_patches",
     "patch_size",
     "save",
-    "small_stem",
+    "without_drop_path",
     "wrap",
 ]

@@ -10,73 +10,101 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjem import checkpoints, reading
+from fastjem import checkpoints, config, reading
+from fastjem.backbones import STEMS, architecture, create
+from fastjem.config import Config
 from fastjem.data.pixels import METADATA, Pixels
-from fastjem.encoders import STEMS, architecture, create, metadata
+from fastjem.encoders import metadata
 from fastjem.errors import UserError
 
-CONFIG = "config.yaml"  # of a run, in its folder
-
-
-def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str]]:
-    """(the encoder in eval mode, what `metadata` says of it).
-
-    Raises:
-        UserError: for a file that isn't there, isn't safetensors, or doesn't say how its encoder is built.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not os.path.isfile(path):
-        what = "is a folder; fastjem.load_encoder opens a run" if os.path.isdir(path) else "is no file"
-        raise UserError(f"{path} {what}" if os.path.exists(path) else f"there is no file {path}")
-    try:
-        with safe_open(path, "pt") as file, reading.named(path):
-            built = Built.of(file.metadata() or {})
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            built.must_fit(shapes)
-            state = {name: file.get_tensor(name) for name in shapes}
-            module = built.with_weights(state)
-            return module.eval(), file.metadata()
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no safetensors file: {error}") from None
+TEACHER = "teacher"  # the key in an export's metadata where its weights are the momentum encoder's: "true"
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An encoder in eval mode, and how its images become numbers."""
+    """An encoder in eval mode, how its images become numbers, and what its export says or would say of it."""
 
     encoder: nn.Module
     pixels: Pixels
+    metadata: dict[str, str]
+    config: Config | None = None  # of a run
+    state: Mapping[str, Any] | None = None  # of a run, at its last checkpoint
+
+    @property
+    def teacher(self) -> bool:
+        """Whether this is a momentum encoder."""
+        return self.metadata.get(TEACHER) == "true"
 
 
-def open_file(path: str | os.PathLike[str]) -> Opened:
-    """An `encoder.safetensors`; UserError as `load` raises it."""
-    encoder, about = load(path)
-    with reading.named(path):
-        return Opened(encoder, Pixels.from_metadata(about))
+def open_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> Opened:
+    """The encoder of a run folder at its last checkpoint, whatever method trained it, or of an `encoder.safetensors`.
 
-
-def open_folder(path: str | os.PathLike[str]) -> Opened:
-    """The encoder of a run folder at its last checkpoint, whatever method trained it.
+    Args:
+        path: of the folder or the file.
+        teacher: the momentum encoder of a run, in place of the trained one.
+        encoder: the module that a run was begun with in place of a backbone's name; the weights are loaded into it.
 
     Raises:
-        UserError: for a folder that is no run's, one without a checkpoint, and what can't be built as it says.
+        UserError: for a folder that is no run's, one without a checkpoint or without a momentum encoder, a file that is
+            no encoder's, and what can't be built as it says.
     """
-    folder = Path(path)
-    file = folder / CONFIG
+    if os.path.isdir(path):
+        return open_folder(Path(path), teacher=teacher, encoder=encoder)
+    opened = open_file(path, encoder=encoder)
+    if teacher and not opened.teacher:
+        has = "holds one encoder, the trained one; a run's folder has its momentum encoder"
+        raise UserError(f"--teacher: {path} {has}")
+    return opened
+
+
+def open_file(path: str | os.PathLike[str], *, encoder: nn.Module | None = None) -> Opened:
+    """An `encoder.safetensors`, see `open_encoder`.
+
+    Raises:
+        UserError: for a file that isn't there, isn't safetensors, or doesn't say how its encoder is built or takes
+            pixels.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is no file" if os.path.exists(path) else f"there is no file {path}")
     try:
-        settings = reading.json_object(file)
-    except reading.Missing:
-        raise UserError(f"there is no run in {folder} (a run folder has a {CONFIG})") from None
+        with safe_open(path, "pt") as file, reading.named(path):
+            about = file.metadata() or {}
+            module = Built.of(about) if encoder is None else Own(encoder)
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            module.must_fit(shapes)
+            state = {name: file.get_tensor(name) for name in shapes}
+            return Opened(module.with_weights(state).eval(), Pixels.from_metadata(about), about)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no safetensors file: {error}") from None
+
+
+def open_folder(folder: Path, *, teacher: bool = False, encoder: nn.Module | None = None) -> Opened:
+    """A run's folder, see `open_encoder`."""
+    settings, pixels, pool = config.read(folder)
     state = last_checkpoint(folder)
-    with reading.named(file):
-        lacking = [name for name in ("backbone", "image_size", "stem", "patch_size", "pixels") if name not in settings]
-        if lacking:
-            raise UserError(f"it lacks {', '.join(lacking)}")
-        pixels = Pixels.from_dict(settings["pixels"])
-        names = [str(settings[name]) for name in ("backbone", "stem", "patch_size")]
-        about = metadata(names[0], names[1], 0, settings.get("pool"), pixels) | {"patch_size": names[2]}
-        return Opened(Built.of(about).of_run(state).eval(), pixels)
+    if encoder is None and "encoder" in state.get("objects", ()):
+        raise UserError(
+            f"the run in {folder} was begun with an encoder of its owner's; give it again from Python: "
+            f"fastjem.load_encoder(path, encoder=...)"
+        )
+    prefix = "teacher.encoder.backbone." if teacher else "encoder.backbone."
+    weights = below(prefix, state["model"])
+    if teacher and not weights:
+        raise UserError(f"--teacher: the run in {folder} has no momentum encoder, as {settings.method} was trained")
+    about = pixels.to_metadata()
+    module: Built | Own
+    if encoder is not None:
+        module = Own(encoder)
+    else:
+        names = settings.backbone, settings.image_size, settings.stem, settings.patch_size
+        module = Built(*names, pool, pixels.channels)
+        about = metadata(settings.backbone, settings.stem, settings.patch_size, pool, pixels)
+    with reading.named(folder):
+        module.must_fit({name: tuple(tensor.shape) for name, tensor in weights.items()})
+        built = module.with_weights(weights).eval()
+    return Opened(built, pixels, {**about, **({TEACHER: "true"} if teacher else {})}, settings, state)
 
 
 def last_checkpoint(folder: Path) -> dict[str, Any]:
@@ -107,7 +135,10 @@ class Built:
     def of(cls, metadata: Mapping[str, str]) -> "Built":
         """What the function `metadata` wrote; UserError for anything else."""
         if "backbone" not in metadata:
-            raise UserError("it names no backbone: its weights only fit into the module that they came from")
+            raise UserError(
+                "it names no backbone: its weights only fit into the module that they came from, which "
+                "fastjem.load_encoder(path, encoder=...) takes"
+            )
         numbers = {}
         for name, least in (("image_size", 1), ("patch_size", 0)):
             text = metadata.get(name, "")
@@ -141,15 +172,8 @@ class Built:
         that takes all there is.
         """
         with torch.device("meta"):
-            expected = {name: tuple(tensor.shape) for name, tensor in self.create().state_dict().items()}
-        if expected == dict(shapes):
-            return
-        wrong = [name for name in expected if shapes.get(name) != expected[name]]
-        wrong += [name for name in shapes if name not in expected]
-        has, wants = (str(found.get(wrong[0], "nothing")) for found in (shapes, expected))
-        raise UserError(
-            f"the weights are no {self.backbone}'s (a module of your own?): {wrong[0]} is {has} where {wants} is needed"
-        )
+            module = self.create()
+        compare(module, shapes, f"the weights are no {self.backbone}'s (a module of your own?)")
 
     def with_weights(self, state: Mapping[str, Tensor]) -> nn.Module:
         """The module with weights of which `must_fit` has seen the shapes."""
@@ -160,8 +184,29 @@ class Built:
             raise UserError(f"the weights are no {self.backbone}'s: {error}") from None
         return module
 
-    def of_run(self, state: Mapping[str, Any]) -> nn.Module:
-        """The module with the weights of a run's checkpoint."""
-        weights = below("encoder.backbone.", state["model"])
-        self.must_fit({name: tuple(tensor.shape) for name, tensor in weights.items()})
-        return self.with_weights(weights)
+
+@dataclass(frozen=True)
+class Own:
+    """A module of the user's own in place of one that is built."""
+
+    module: nn.Module
+
+    def must_fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """UserError where weights of these shapes, by name, aren't the module's."""
+        compare(self.module, shapes, f"the weights don't fit the {type(self.module).__name__} that was given")
+
+    def with_weights(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The module itself, with weights of which `must_fit` has seen the shapes."""
+        self.module.load_state_dict(dict(state))
+        return self.module
+
+
+def compare(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """UserError that begins with `what` and names the first tensor, where these shapes aren't those of the module."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if expected == dict(shapes):
+        return
+    wrong = [name for name in expected if shapes.get(name) != expected[name]]
+    wrong += [name for name in shapes if name not in expected]
+    has, wants = (str(found.get(wrong[0], "nothing")) for found in (shapes, expected))
+    raise UserError(f"{what}: {wrong[0]} is {has} where {wants} is needed")

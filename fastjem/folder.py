@@ -9,7 +9,6 @@ from typing import Any
 from fastjem import checkpoints
 from fastjem import config as configuration
 from fastjem.build import Training
-from fastjem.config import Config
 from fastjem.errors import UserError
 from fastjem.lock import Lock
 from fastjem.prepare import ENCODER
@@ -52,8 +51,9 @@ class Folder:
             first = self.ranks.first
             return checkpoints.load(self.out, say if first else None, set_aside=first)
 
-    def take(self, config: Config, training: Training) -> None:
+    def take(self, training: Training) -> None:
         """Write the configuration: that of a new run, or what a resumed one is told anew."""
+        config = training.config
         pool = training.step.method.pool
         with self.ranks.together():
             if not self.ranks.first:

@@ -1,42 +1,61 @@
-"""An encoder with given weights that isn't trained: the teacher of distillation, or of Gram anchoring."""
+"""Encoders with given weights: what a run may begin with, and what isn't trained, the teacher of distillation or of
+Gram anchoring.
+"""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fastjem import encoders, exports
+from fastjem.config import Config
+from fastjem.data.pixels import Pixels
 from fastjem.encoders import Encoder, Features
 from fastjem.errors import UserError
 
-PLACES = ("timm", "hf-hub", "local-dir")  # from where timm takes weights
+PLACES = ("timm", "hf-hub", "hf_hub", "local-dir")  # from where timm takes weights
 
 
 @dataclass(frozen=True)
 class Weights:
-    """An encoder with its weights, and how its images are normalised."""
+    """An encoder with its weights, how its images are normalised, and where it comes from."""
 
     module: nn.Module
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    backbone: str  # its architecture's name
+    pixels: Pixels | None = None  # of one of ours
+    built: exports.Built | None = None  # how one of ours is made
+    config: Config | None = None  # of a run
+    state: Mapping[str, Any] | None = None  # of a run, at its last checkpoint
 
 
-def open_weights(name: str) -> Weights:
+def open_weights(name: str, *, teacher: bool = False) -> Weights:
     """The encoder of a run folder or an `encoder.safetensors`, or timm's: "timm/MODEL.TAG", "hf-hub:USER/MODEL",
     "local-dir:FOLDER".
+
+    teacher: a run's momentum encoder, in place of the trained one.
 
     Raises:
         UserError: for a name that is none of these, or weights that can't be had; it says why.
     """
-    place = name.partition("/")[0] if name.startswith("timm/") else name.partition(":")[0]
     if os.path.exists(name):
-        opened = exports.open_file(name) if os.path.isfile(name) else exports.open_folder(name)
-        return Weights(opened.encoder, opened.pixels.mean, opened.pixels.std)
-    if place not in PLACES:
+        opened = exports.open_encoder(name, teacher=teacher)
+        pixels = opened.pixels
+        built = exports.Built.of(opened.metadata)
+        found = opened.encoder, pixels.mean, pixels.std, built.backbone
+        return Weights(*found, pixels, built, opened.config, opened.state)
+    if teacher:
+        raise UserError(f"{name or repr(name)}: a run's folder alone has a momentum encoder")
+    if not names_a_place(name):
         raise UserError(
             f"{name or repr(name)} names no encoder with weights: a run folder, an encoder.safetensors, "
             "timm/MODEL.TAG, hf-hub:USER/MODEL or local-dir:FOLDER does"
@@ -44,34 +63,67 @@ def open_weights(name: str) -> Weights:
     return _from_timm(name.removeprefix("timm/"))
 
 
+def names_a_place(name: str) -> bool:
+    """Whether timm takes weights from where the name says: "timm/...", "hf-hub:...", "local-dir:..."."""
+    place = name.partition("/")[0] if name.startswith("timm/") else name.partition(":")[0]
+    return place in PLACES and place != name
+
+
 def _from_timm(name: str) -> Weights:
     import timm
 
-    try:
-        module: Any = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # whatever timm, huggingface_hub and the network may raise
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the weights of {name} can't be had: {line}") from None
+    with _in_reach(name) as in_reach:
+        try:
+            module: Any = timm.create_model(name, pretrained=True, num_classes=0)
+        except Exception as error:  # whatever timm, huggingface_hub and the network may raise
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            if not in_reach:
+                line = "the hub can't be reached from here, and they aren't in its cache; local-dir:FOLDER takes a copy"
+            raise UserError(f"the weights of {name} can't be had: {line}") from None
     about = module.pretrained_cfg
-    return Weights(module, tuple(about["mean"]), tuple(about["std"]))
+    return Weights(module, tuple(about["mean"]), tuple(about["std"]), about["architecture"])
+
+
+@contextlib.contextmanager
+def _in_reach(name: str) -> Iterator[bool]:
+    """Whether the hub with these weights can be reached. Where it can't, its cache alone is looked at: huggingface_hub
+    would try for 70 seconds, and say so in a dozen lines.
+    """
+    from huggingface_hub import constants
+
+    if name.startswith("local-dir:"):
+        yield True
+        return
+    offline = constants.HF_HUB_OFFLINE
+    in_reach = not offline
+    if in_reach and not getproxies():  # a proxy looks addresses up itself
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            in_reach = False
+    constants.HF_HUB_OFFLINE = not in_reach
+    try:
+        yield in_reach
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 class Given(nn.Module):
     """A frozen encoder in eval mode. Its weights are no part of a state: whoever resumes opens them again.
 
     Args:
-        name: see `open_weights`. While modules are made without memory, on the meta device, it isn't opened.
+        name, teacher: see `open_weights`. While modules are made without memory, on the meta device, it isn't opened.
         size: pixels of the images that it is given, to which others are resized; None: as they come.
     """
 
-    def __init__(self, name: str, size: int | None = None):
+    def __init__(self, name: str, size: int | None = None, *, teacher: bool = False):
         super().__init__()
         self.size = size
         self.width = 1  # D of its embeddings
         self.held: tuple[Encoder, ...] = ()  # not registered, so that no state and no optimizer has its weights
         self.normalisation: tuple[tuple, Tensor, Tensor] | None = None  # the last one, by what it is made of
         if torch.get_default_device().type != "meta":
-            opened = open_weights(name)
+            opened = open_weights(name, teacher=teacher)
             encoder = encoders.wrap(opened.module.requires_grad_(False).eval())
             self.held = (encoder,)
             self.width = encoder.width

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import checkpoints, encoders, resume
+from fastjem import backbones, checkpoints, encoders, optim, resume, starting
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.batch import finish
@@ -21,11 +21,14 @@ from fastjem.data.source import Levelled, Source, open_sources
 from fastjem.data.views import ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError, nearest
+from fastjem.given import Weights
 from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, preset_of, views_of
+from fastjem.methods.defaults import SHORT
 from fastjem.methods.protocol import option_types
 from fastjem.ranks import Ranks
 
 ENCODER = "encoder.safetensors"
+BY_DEPTH = ("drop_path", "layer_decay", "patch_embed_rate")  # options that are the method's own in a long run alone
 # Parameter groups, as `fastjem.optim.parameter_groups` makes them, -> an optimizer: a class of torch.optim, say.
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -69,6 +72,8 @@ class Objects:
 class Parts:
     """What a rank makes of a run by itself, without a word to the others."""
 
+    config: Config  # with what it left to the weights, and to the method where that depends on the encoder
+    weights: Weights | None  # that a new run begins with
     source: Levelled
     encoder: Encoder
     method: Method
@@ -84,6 +89,9 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     """Source, encoder and method of a run, checked; every mistake that needs them to be seen is found here."""
     if state:
         resume.check_objects(state, vars(objects))
+    weights = None if state else starting.opened(config)
+    if weights is not None:
+        config = starting.taken_over(config, weights)
     kind = objects.method or METHODS[config.method]
     source, about_values = levelled(config, objects, state, kind.views.sources)
     check_batch(config, len(source), ranks)
@@ -97,14 +105,24 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     # Of the data that the run was begun with: prototypes and queues have their size of it.
     sized_for = {"images": len(source), "classes": len(source.classes)}
     said = [*unused_options(config, objects), *about_values, *([] if state else [defaults.unlike(published)])]
+    asked = config
+    config = with_drop_path(config, objects, kind, defaults)
     if state:
         said += [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
         resume.check_length(config, state, steps, complete=is_complete(out))
         sized_for = state.get("sized_for", sized_for)
+    if weights is not None:
+        said.append(starting.told(config, weights))
+        sized_for = starting.sized_for(config, weights) or sized_for
 
     torch.manual_seed(config.seed)
-    module = objects.encoder if objects.encoder is not None else create_backbone(config, kind)
-    encoder = checked_encoder(config, ranks, kind, module, source)
+    module = made_encoder(config, objects, kind, weights)
+    config = with_layer_rates(config, defaults, module)
+    if not state:
+        longer = with_layer_rates(with_drop_path(asked, objects, kind, published), published, module)
+        said.append(left_out(config, longer))
+    normalised = (state or {}).get("normalised") or starting.normalisation(weights)
+    encoder = checked_encoder(config, ranks, kind, module, source, normalised)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
     method.views = replace(method.views, **preset.views)
@@ -116,11 +134,13 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         "source": images,
         "sized_for": sized_for,
         "steps": steps,
+        "normalised": normalised,
         "objects": [name for name, given in vars(objects).items() if given is not None],
     }
-    specs = view_specs(config, method, module)
+    specs = view_specs(config, method, module, normalised)
     method.mean, method.std = specs[0].mean, specs[0].std
-    return Parts(source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, [one for one in said if one])
+    said = [one for one in said if one]
+    return Parts(config, weights, source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, said)
 
 
 def is_complete(out: Path) -> bool:
@@ -171,28 +191,94 @@ def unused_options(config: Config, objects: Objects) -> list[str]:
     return [f"{', '.join(given)}: not used, as the encoder is made already"] if given else []
 
 
+def made_encoder(config: Config, objects: Objects, kind: type[Method] | Method, weights: Weights | None) -> nn.Module:
+    """The user's own module, or the named backbone with the weights that it begins with."""
+    if objects.encoder is not None:
+        return objects.encoder
+    module = create_backbone(config, kind)
+    if weights is not None:
+        starting.load_encoder(module, weights, config)
+    return module
+
+
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
-    return encoders.create(
+    return backbones.create(
         config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
-        channels=config.channels,
+        drop_path=config.drop_path or 0.0, channels=config.channels,
     )  # fmt: skip
 
 
-def view_specs(config: Config, kind: type[Method] | Method, module: nn.Module) -> list[ViewSpec]:
-    """One for each view of an image, as the method and the configuration want them."""
+def with_drop_path(config: Config, objects: Objects, kind: type[Method] | Method, defaults: Defaults) -> Config:
+    """With the run's rate of stochastic depth: the user's, or the method's where the backbone takes one.
+
+    Papers have it in transformers and ConvNeXts. An encoder with batch norms has none unless the user asks for it, as
+    in DINO's and VICRegL's code for ResNets.
+
+    Raises:
+        UserError: for a rate that is asked for with an encoder that is made already.
+    """
+    if objects.encoder is not None:
+        if config.drop_path is not None:
+            raise UserError(f"--drop-path {config.drop_path:g}: the encoder is made already, with a rate of its own")
+        return config
+    if config.drop_path is not None:
+        return config
+    if not defaults.drop_path:
+        return replace(config, drop_path=0.0)
+    try:
+        with torch.device("meta"):  # no memory, and no random numbers
+            module = create_backbone(replace(config, drop_path=defaults.drop_path), kind)
+    except UserError:
+        return replace(config, drop_path=0.0)
+    if encoders.has_batch_norm(module):
+        return replace(config, drop_path=0.0)
+    return replace(config, drop_path=defaults.drop_path_of(len(getattr(module, "blocks", ()))))
+
+
+def with_layer_rates(config: Config, defaults: Defaults, module: nn.Module) -> Config:
+    """With the run's layer-wise decay and factor on the patch embedding's rate: the user's, or the method's where the
+    encoder has layers and a patch embedding."""
+    layer_decay = defaults.layer_decay if optim.has_layers(module) else 1.0
+    patch_embed_rate = defaults.patch_embed_rate if hasattr(module, "patch_embed") else 1.0
+    return replace(
+        config,
+        layer_decay=given_or(config.layer_decay, layer_decay),
+        patch_embed_rate=given_or(config.patch_embed_rate, patch_embed_rate),
+    )
+
+
+def left_out(config: Config, longer: Config) -> str:
+    """In words, what the method has by itself in a longer run, and not in this one."""
+    names = [name for name in BY_DEPTH if getattr(config, name) != getattr(longer, name)]
+    given = " ".join(f"{config.flag(name)} {getattr(longer, name):g}" for name in names)
+    return f"so short a run goes without {given}, which the method has from {SHORT:,} steps on" if names else ""
+
+
+def view_specs(
+    config: Config, kind: type[Method] | Method, module: nn.Module, normalised: dict[str, list[float]]
+) -> list[ViewSpec]:
+    """One for each view of an image, as the method and the configuration want them. normalised: mean and std of weights
+    that the encoder begins with, for which the user has the last word.
+    """
     if config.small_views and not kind.views.small:
         raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
     views = views_of(kind, config.image_size, config.small_views, config.recipe, config.preset)
     patch = encoders.patch_size(module)
-    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=config.view, channels=config.channels)
+    changes = {**normalised, **config.view}
+    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=changes, channels=config.channels)
 
 
 def checked_encoder(
-    config: Config, ranks: Ranks, kind: type[Method] | Method, module: nn.Module, source: Source
+    config: Config,
+    ranks: Ranks,
+    kind: type[Method] | Method,
+    module: nn.Module,
+    source: Source,
+    normalised: dict[str, list[float]],
 ) -> Encoder:
     """The module on its device as an `Encoder`, once it has embedded some of the run's images."""
     module = module.to(ranks.device)
-    specs = view_specs(config, kind, module)
+    specs = view_specs(config, kind, module, normalised)
     order = loaders.Order(samples=len(source), batch=min(config.batch_size, 16), seed=config.seed, stop=1)
     crops = next(iter(loaders.LOADERS["torch"](source, specs, order, loaders.Budget())))
     channels_last = encoders.memory_format(module) == torch.channels_last

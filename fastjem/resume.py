@@ -63,8 +63,9 @@ def name_of(thing: object) -> str:
 
 def again(name: str, what: str = "") -> str:
     kind = f" {what}" if what else ""
+    article = "an" if name[0] in "aeiou" else "a"
     return (
-        f"--resume: this run was begun with a {name} of its owner's{kind}; give it again from Python: "
+        f"--resume: this run was begun with {article} {name} of its owner's{kind}; give it again from Python: "
         f"fastjem.pretrain(out=..., resume=True, {name}=...)"
     )
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fastjem import config as configuration
-from fastjem import optim, resume
+from fastjem import optim, resume, starting
 from fastjem.advice import advice
 from fastjem.build import Training, build
 from fastjem.config import Config
 from fastjem.data import shapes
 from fastjem.data.batch import Batch, Crops, finish
 from fastjem.data.source import Source
-from fastjem.errors import DivergedError, ResourceError, ToldElsewhereError, UserError
+from fastjem.errors import DivergedError, ResourceError, ToldElsewhereError, UserError, nearest
 from fastjem.fields import came
 from fastjem.folder import Folder
 from fastjem.journal import Journal
@@ -26,7 +26,7 @@ from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.launchers import speaks
 from fastjem.loggers import Logger
 from fastjem.meter import Meter, Taken
-from fastjem.methods import Method
+from fastjem.methods import METHODS, Method
 from fastjem.prepare import MakeOptimizer, Objects
 from fastjem.printing import say
 from fastjem.ranks import Ranks, join, leave
@@ -62,7 +62,7 @@ def pretrain(
 
     Args:
         config: all fields at once, in place of `fields`.
-        encoder: a backbone's name, or any module [B, 3, H, W] -> [B, D] in place of one.
+        encoder: a backbone's name, or any module [B, 3, H, W] -> [B, D] in place of one; `backbone` takes both, too.
         method: a name, or a subclass of `fastjem.methods.Method`, or one that is made for the encoder's width.
         source: any object with `len` and `read(i)` (bytes of an image file, or pixels [H, W, 3]) in place of `data`.
         optimizer: a name, or what makes one of parameter groups (a class of `torch.optim`, a `functools.partial`).
@@ -77,9 +77,13 @@ def pretrain(
     if isinstance(optimizer, str):
         fields["optimizer"] = optimizer
         optimizer = None
+    is_module = isinstance(fields.get("backbone"), torch.nn.Module)
+    if "backbone" in fields and (isinstance(encoder, str) or (encoder is not None and is_module)):
+        both = f"{came(encoder)} and {came(fields['backbone'])}"
+        raise UserError(f"pretrain takes encoder or backbone, got both ({both})")
+    if is_module:
+        encoder = fields.pop("backbone")
     if isinstance(encoder, str):
-        if "backbone" in fields:
-            raise UserError(f"pretrain takes encoder or backbone, got both ({encoder!r} and {fields['backbone']!r})")
         fields["backbone"] = encoder
         encoder = None
     objects = Objects(encoder, method, source, optimizer)
@@ -123,18 +127,25 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
         raise UserError("options are arguments of a method that the run makes; this one is made already")
     if source is not None and config.data:
         raise UserError(f"pretrain takes data or source, got both (data={config.data!r})")
+    if config.weights is not None and objects.encoder is not None:
+        raise UserError(f"--weights {config.weights}: the encoder is made already, with weights of its own")
+    config = starting.with_weights_of_backbone(config)
+    given = config.given
     new = resume.begins(config)
     if not new:
         config = resume.options_of_run(config, None if method is None else name_of(method))
     if method is not None:
         config = replace(config, method=name_of(method))
-    configuration.check(config, named_method=method is None)
+    configuration.check(config)
+    if method is None and config.method not in METHODS:
+        raise nearest("method", config.method, METHODS)
     if source is not None:
         config = replace(config, data=name_of(source))
     if config.data is None:
         config = replace(config, data=str(shapes.folder() / "train"))
         if speaks():
             say(f"fastjem: no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
+    config.given = given
     return config, new
 
 
@@ -154,7 +165,7 @@ def run(config: Config, ranks: Ranks, objects: Objects, loggers: Sequence[Logger
         with stop.waiting():
             state = folder.open()
             training = build(config, ranks, objects, folder.out, state)
-            folder.take(config, training)
+            folder.take(training)
         return train(training, objects, loggers, stop)
     except resume.AtItsEndError as error:
         if config.resume != "auto":

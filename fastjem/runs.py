@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import config, encoders, exports, fields, reading
+from fastjem import encoders, exports, fields, reading
 from fastjem.config import Config
 from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError
@@ -27,39 +27,44 @@ class Opened:
     step: int | None
     metadata: dict[str, str]
     config: Config | None = None
+    teacher: bool = False  # both are momentum copies, the projector if the method has one of it
 
     @property
     def folder(self) -> Path:
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def open_run(path: str | os.PathLike[str]) -> Opened:
+def open_run(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> Opened:
     """A run at its last checkpoint, one that was killed too, or an `encoder.safetensors`.
+
+    Args:
+        teacher, encoder: see `fastjem.exports.open_encoder`.
 
     Raises:
         UserError: where there is no run, no checkpoint, or one whose encoder can't be built from its configuration.
     """
     path = _existing(path)
-    if path.is_file():
-        encoder, about = exports.load(path)
-        with reading.named(path):
-            pixels = Pixels.from_metadata(about)
-        return Opened(path, encoder, None, pixels, None, about)
-    settings, pixels, pool = config.read(path)
-    state = exports.last_checkpoint(path)
-    about = encoders.metadata(settings.backbone, settings.stem, settings.patch_size, pool, pixels)
-    built = exports.Built(
-        settings.backbone, settings.image_size, settings.stem, settings.patch_size, pool, pixels.channels
-    )
+    opened = exports.open_encoder(path, teacher=teacher, encoder=encoder)
+    settings, state = opened.config, opened.state
+    if settings is None or state is None:
+        return Opened(path, opened.encoder, None, opened.pixels, None, opened.metadata, teacher=opened.teacher)
     with reading.named(path):
-        module = built.of_run(state)
-        projector = _projector(settings, module, state["model"])
-    return Opened(path, module.eval(), projector, pixels, state["step"], about, settings)
+        projector = _projector(settings, opened.encoder, state["model"], teacher=teacher)
+    return Opened(path, opened.encoder, projector, opened.pixels, state["step"], opened.metadata, settings, teacher)
 
 
-def load_encoder(path: str | os.PathLike[str]) -> nn.Module:
-    """The encoder of a run folder, at its last checkpoint, or of an `encoder.safetensors`; in eval mode."""
-    return open_run(path).encoder
+def load_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> nn.Module:
+    """The encoder of a run folder, at its last checkpoint, or of an `encoder.safetensors`; in eval mode.
+
+    Args:
+        path: of the folder or the file.
+        teacher: the momentum encoder of a run, in place of the trained one.
+        encoder: the module that a run was begun with in place of a backbone's name; the weights are loaded into it.
+
+    Raises:
+        UserError: for what is no run and no encoder, a run without a momentum encoder, and weights that don't fit.
+    """
+    return open_run(path, teacher=teacher, encoder=encoder).encoder
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
@@ -72,17 +77,18 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
-def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn.Module | None:
+def _projector(settings: Config, module: nn.Module, state: dict[str, Any], *, teacher: bool) -> nn.Module | None:
     """The method's projector with its weights, if it has one; a method of the user's own is not built again."""
     if settings.method not in METHODS:
         return None
     run = RunFacts(
         batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size, channels=settings.channels
     )
+    width = _width(module, settings)
     try:
         # Without memory, as somebody's file may name any width; the weights bring the projector's.
         with torch.device("meta"):
-            method = create_method(METHODS[settings.method], encoders.wrap(module).width, run, settings)
+            method = create_method(METHODS[settings.method], width, run, settings)
     except UserError:
         raise
     except Exception as error:  # whatever a method's constructor may raise
@@ -91,8 +97,19 @@ def _projector(settings: Config, module: nn.Module, state: dict[str, Any]) -> nn
     if "projector" not in heads:
         return None
     projector = heads["projector"]
+    copy = exports.below("teacher.projector.", state) if teacher else {}
     try:
-        projector.load_state_dict(exports.below("method.projector.", state), assign=True)
+        projector.load_state_dict(copy or exports.below("method.projector.", state), assign=True)
     except RuntimeError as error:
         raise UserError(f"the weights are no {settings.method}'s projector's: {error}") from None
     return projector.eval()
+
+
+def _width(module: nn.Module, settings: Config) -> int:
+    """D of an encoder's embeddings; of a module that doesn't say so, by computing some."""
+    try:
+        return encoders.wrap(module).width
+    except ValueError:
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        images = torch.randn(2, settings.channels, settings.image_size, settings.image_size, device=device)
+        return encoders.measured_width(module, images)

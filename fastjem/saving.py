@@ -12,6 +12,7 @@ from torch import Tensor
 from fastjem import checkpoints, encoders
 from fastjem.build import Training
 from fastjem.errors import DivergedError, UserError
+from fastjem.exports import TEACHER
 from fastjem.journal import Journal
 from fastjem.prepare import ENCODER
 from fastjem.reading import why_not
@@ -136,11 +137,15 @@ def finite_ones(tensors: Iterable[Tensor], *, nan_only: bool = False) -> list[bo
 
 def export(training: Training, *, named: bool) -> str | None:
     """Write the encoder; what went wrong, in words. named: by a backbone's name, else only its owner can build it."""
-    config, step = training.config, training.step
-    pool = step.method.pool
-    about = encoders.metadata(config.backbone, config.stem, config.patch_size, pool, training.pixels) if named else {}
+    config = training.config
+    about = training.pixels.to_metadata()
+    if named:
+        pool = training.step.method.pool
+        about = encoders.metadata(config.backbone, config.stem, config.patch_size, pool, training.pixels)
+    if config.teacher:
+        about[TEACHER] = "true"
     try:
-        encoders.save(step.encoder.backbone, str(training.out / ENCODER), about)
+        encoders.save(training.encoder, str(training.out / ENCODER), about)
     except OSError as error:
         return (
             f"{ENCODER} could not be written ({why_not(error)}); "

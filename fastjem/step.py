@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.data.batch import Batch
-from fastjem.encoders import Encoder, wrap
+from fastjem.encoders import Encoder, without_drop_path, wrap
 from fastjem.methods.protocol import Branch, Method
 
 TARGET_PARTS = ("projector", "prototypes")  # what makes targets, in any method: copied with the encoder where asked for
@@ -50,7 +50,7 @@ class Step(nn.Module):
             copied = ("encoder", *(name for name in TARGET_PARTS if name in heads))
         if momentum_encoder is False and copied:
             raise ValueError(f"{name} can't do without its momentum encoder")
-        self.teacher = nn.ModuleDict({name: copy.deepcopy(live[name]).requires_grad_(False) for name in copied})
+        self.teacher = nn.ModuleDict({name: momentum_copy(live[name]) for name in copied})
 
     def _live(self) -> dict[str, nn.Module]:
         """The encoder and the method's heads, by the names that their momentum copies have too."""
@@ -112,6 +112,11 @@ class Step(nn.Module):
         live = self._live()
         teacher: list[Tensor] = [p for module in self.teacher.values() for p in module.parameters()]
         return teacher, [p for name in self.teacher for p in live[name].parameters()]
+
+
+def momentum_copy(module: nn.Module) -> nn.Module:
+    """A copy that nothing trains, and that gives targets of the whole network: without stochastic depth."""
+    return without_drop_path(copy.deepcopy(module)).requires_grad_(False)
 
 
 class StepEnd:

@@ -66,6 +66,17 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     assert rows[-1]["loss"] == pytest.approx(rows[-1]["loss_align"] + rows[-1]["loss_uniform"], rel=1e-5)
 
 
+def test_what_the_page_about_encoders_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "photos", 48)
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/encoders.md").read_text(), re.DOTALL):
+        code = code.replace("resnet18", "test_resnet").replace("epochs=", "workers=0, report=False, epochs=")
+        exec(compile(code, "encoders.md", "exec"), names)
+    assert not names["encoder"].training
+
+
 def test_every_method_has_its_page() -> None:
     module = pytest.importorskip("fastjem.methods")
     assert {page.stem for page in ROOT.glob("docs/methods/*.md")} == set(module.METHODS)
@@ -81,6 +92,24 @@ def test_every_method_has_its_page() -> None:
         presets = re.findall(r"^\| (\w+) \|(?:[^|]*\|){3}$", page, re.MULTILINE)
         assert set(presets) - {"preset"} == set(method.presets), name
         assert re.search(r"arXiv \d{4}\.\d{4,5}", page)
+
+
+def test_what_depends_on_the_layer_is_on_the_page_about_encoders_and_on_the_methods_own() -> None:
+    module = pytest.importorskip("fastjem.methods")
+    table = re.findall(r"^\| (\w+) \|((?: [\d.]+ \|){4}).*\|$", (ROOT / "docs/encoders.md").read_text(), re.MULTILINE)
+    said = {name: tuple(float(cell) for cell in cells.split("|")[:4]) for name, cells in table}
+    found = {}
+    for name, method in module.METHODS.items():
+        defaults = method.defaults
+        rates = (defaults.drop_path_of(12), defaults.drop_path_of(24), defaults.layer_decay, defaults.patch_embed_rate)
+        if rates == (0, 0, 1, 1):
+            continue
+        found[name] = rates
+        page = (ROOT / f"docs/methods/{name}.md").read_text().lower()
+        assert f"drop path {rates[0]:g}" in page and "runs of 10,000" in page, name
+        assert f"layer decay {rates[2]:g}" in page or rates[2] == 1, name
+        assert f"patch embedding at {rates[3]:g}" in page or rates[3] == 1, name
+    assert said == found
 
 
 def anchors(page: Path) -> set[str]:

@@ -184,8 +184,8 @@ def test_evaluation_and_export_use_the_runs_pixels(run: Path, tmp_path: Path, mo
 
     seen: list[torch.Tensor] = []
 
-    def recording(path: str) -> Opened:
-        opened = open_run(path)
+    def recording(path: str, **options: object) -> Opened:
+        opened = open_run(path, **options)
         opened.encoder.register_forward_pre_hook(lambda module, images: seen.append(images[0].clone()))
         return opened
 

@@ -9,7 +9,7 @@ from method_formulas import Exact, check, entropy_of, exact, unit
 from test_methods import given_weights, vit
 from torch import Tensor
 
-from fastjem import encoders
+from fastjem import backbones, encoders
 from fastjem.data.pixels import Pixels
 from fastjem.methods import RunFacts, prototypes
 from fastjem.methods.hidden import hidden_rows
@@ -155,7 +155,7 @@ def test_dinov2(centring: str) -> None:
 
 def gram_teacher(size: int) -> str:
     torch.manual_seed(4)
-    module = encoders.create("test_vit", size, patch=8)
+    module = backbones.create("test_vit", size, patch=8)
     path = os.path.join(tempfile.mkdtemp(), "encoder.safetensors")
     encoders.save(module, path, encoders.metadata("test_vit", "auto", 8, None, Pixels(size)))
     return path

@@ -1,7 +1,8 @@
 """Who may import whom, and what an import brings along.
 
-Imports go one way, `_C -> kernels -> ops -> functional -> nn -> methods -> build -> run -> cli`: docs/architecture.md
-says why. A module that is new at the top of `fastjem/` is given its place in ORDER, BESIDE or LEAVES.
+Imports go one way, `_C -> kernels -> ops -> functional -> nn -> config -> methods -> build -> run -> cli`:
+docs/architecture.md says why. A module that is new at the top of `fastjem/` is given its place in ORDER, BESIDE or
+LEAVES.
 """
 
 import ast
@@ -16,15 +17,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A layer imports from those before it, from BESIDE (from `methods` on), and from LEAVES.
+# A layer imports from those before it, from BESIDE (from `config` on), and from LEAVES.
 ORDER = (
     "kernels",
     "collectives",
     "ops",
     "functional",
     "nn",
-    "methods",
     "config",
+    "exports",
+    "given",
+    "starting",
+    "methods",
     "health",
     "step",
     "resume",
@@ -42,15 +46,14 @@ ORDER = (
     "cli",
     "__main__",
 )
-# What knows no method. From each other and from `nn` and below, never from `methods` and above.
+# What knows no method and no run. From each other and from `nn` and below, never from `config` and above.
 BESIDE = (
     "data",
     "encoders",
+    "backbones",
     "optim",
     "ranks",
     "checkpoints",
-    "exports",
-    "given",
     "loggers",
     "lock",
     "stopping",
@@ -123,7 +126,7 @@ def allowed(here: str) -> set[str]:
     if here in LEAVES:
         return set(LEAVES)
     if here in BESIDE:
-        return {*ORDER[: ORDER.index("methods")], *BESIDE, *LEAVES}
+        return {*ORDER[: ORDER.index("config")], *BESIDE, *LEAVES}
     if here not in ORDER or here == "kernels":
         return set()
     below = set(ORDER[: ORDER.index(here)])

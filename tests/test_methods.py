@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem import encoders
+from fastjem import backbones, encoders
 from fastjem.data.batch import Batch
 from fastjem.data.masking import Masks, drawn_masks, mask_specs
 from fastjem.data.masks import SAMPLERS
@@ -99,7 +99,7 @@ def given_weights() -> str:
     pytest.importorskip("timm")
     with torch.random.fork_rng():  # made once, in whoever's turn it is: that must not see another generator
         torch.manual_seed(3)
-        module = encoders.create("test_resnet", 32)
+        module = backbones.create("test_resnet", 32)
     path = os.path.join(tempfile.mkdtemp(), "encoder.safetensors")
     encoders.save(module, path, encoders.metadata("test_resnet", "auto", 0, None, Pixels(32)))
     return path

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import encoders, fields
+from fastjem import backbones, fields
 from fastjem.config import Config
 from fastjem.data import shapes
 from fastjem.data.pixels import Pixels
@@ -52,7 +52,7 @@ def demo(options: DemoOptions) -> tuple[dict[str, float], Path]:
     test = open_source(root / "test")
     pixels = Pixels(RECIPE["image_size"])
     torch.manual_seed(options.seed)
-    untrained = encoders.create(RECIPE["backbone"], pixels.size, stem=RECIPE["stem"])
+    untrained = backbones.create(RECIPE["backbone"], pixels.size, stem=RECIPE["stem"])
     found = {
         "raw pixels": knn_accuracy(nn.Flatten(), train, test, pixels),
         "untrained encoder": knn_accuracy(untrained, train, test, pixels),

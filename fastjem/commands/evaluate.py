@@ -32,6 +32,7 @@ class EvaluateOptions:
         metadata={"help": "class folders; none: beside `train`, or each tenth image of it", "path": True},
     )
     features: Literal["encoder", "projector", "both"] = field(default="encoder", metadata={"help": "of which part"})
+    teacher: bool = field(default=False, metadata={"help": "of the run's momentum encoder, not of the trained one"})
     k: int = field(default=20, metadata={"help": "neighbours that vote"})
     temperature: float = field(default=0.07, metadata={"help": "votes weigh exp(cosine / temperature)"})
     half: bool = field(default=False, metadata={"help": "keep features as float16, half the memory"})
@@ -41,7 +42,10 @@ class EvaluateOptions:
     )
     out: str | None = field(
         default=None,
-        metadata={"help": "file of the figures; none: evaluation.json in the run's folder", "path": True},
+        metadata={
+            "help": "file of the figures; none: evaluation.json, or evaluation-teacher.json, in the run's folder",
+            "path": True,
+        },
     )
 
 
@@ -53,28 +57,33 @@ class NotWritten(UserError):
         self.figures = figures
 
 
-def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Every figure, also written to `evaluation.json` in the run's folder (beside an export) or to `options.out`.
+def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> dict[str, Any]:
+    """Every figure, also written to `evaluation.json` (of the momentum encoder `evaluation-teacher.json`) in the run's
+    folder or beside an export, or to `options.out`. `teacher` in it says which encoder the figures are of.
 
     Images become numbers as they did in the run; those that can't be read are left out, said and counted.
+
+    Args:
+        options: as the command line takes them.
+        encoder: the module that the run was begun with in place of a backbone's name.
 
     Raises:
         NotWritten: with the figures, where the file could not be written.
         UserError: for what can't be done, with the reason.
     """
     _check(options)
-    opened = open_run(options.run)
+    opened = open_run(options.run, teacher=options.teacher, encoder=encoder)
     kinds = ["encoder", "projector"] if options.features == "both" else [options.features]
     if "projector" in kinds and opened.projector is None:
         raise UserError(f"{options.run} has no projector (an export holds the encoder alone); --features encoder works")
     train, test = _sources(options, opened)
     known = split(train, test)
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    encoder = opened.encoder.to(device)
+    module = opened.encoder.to(device)
     projector = nn.Identity() if opened.projector is None else opened.projector.to(device)
 
     def compute(images: Tensor) -> list[Tensor]:
-        embeddings = encoder(images)
+        embeddings = module(images)
         return [embeddings if kind == "encoder" else projector(embeddings) for kind in kinds]
 
     def features_of(source: Source, indices: Sequence[int]) -> Computed:
@@ -99,6 +108,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     result = {
         "run": str(opened.path),
         "step": opened.step,
+        "teacher": opened.teacher,
         "train": str(known.bank.root),
         "test": str(known.queries.root),
         "held_out": test is None,
@@ -113,7 +123,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             for kind, bank_rows, query_rows in zip(kinds, bank.arrays, queries.arrays, strict=True)
         },
     }
-    path = opened.folder / "evaluation.json" if options.out is None else Path(options.out)
+    name = "evaluation-teacher.json" if opened.teacher else "evaluation.json"
+    path = opened.folder / name if options.out is None else Path(options.out)
     try:
         checkpoints.write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
     except OSError as error:
@@ -169,6 +180,8 @@ def show(result: dict[str, Any]) -> None:
     left_out = f"; {result['unreadable_images']} can't be read" if result["unreadable_images"] else ""
     images = f"{result['test_images']} images of {result['classes']} classes"
     title = f"{images}, {result['train_images']} known{held_out}{left_out}"
+    if result["teacher"]:
+        title = f"momentum encoder; {title}"
     table = Table("features", f"kNN, k = {result['k']}", "linear probe", "RankMe", "std: min, median, max", title=title)
     for kind, row in result["features"].items():
         deviations = ", ".join(f"{row[f'std_{which}']:.3g}" for which in ("min", "median", "max"))

@@ -28,16 +28,27 @@ class ExportOptions:
 
     run: str = field(metadata={"help": "run folder", "positional": True, "path": True})
     out: str = field(default="encoder.safetensors", metadata={"help": "file to write", "path": True})
+    teacher: bool = field(default=False, metadata={"help": "the run's momentum encoder, not the trained one"})
     onnx: bool = field(default=False, metadata={"help": "an .onnx file beside it, checked against the encoder"})
 
 
-def export(options: ExportOptions) -> list[Path]:
-    """The files written."""
+def export(options: ExportOptions, *, encoder: nn.Module | None = None) -> list[Path]:
+    """The files written; their metadata say `"teacher": "true"` where they hold a momentum encoder.
+
+    Args:
+        options: as the command line takes them.
+        encoder: the module that the run was begun with in place of a backbone's name: the file then holds its weights
+            and how its images become numbers, and whoever opens it needs the module, too.
+
+    Raises:
+        UserError: for what is no run, a run without a momentum encoder where that is asked for, and what can't be
+            written.
+    """
     fields.conform(options, "export: {}".format)
     out = Path(options.out)
     if out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, got {out}")
-    opened = open_run(options.run)
+    opened = open_run(options.run, teacher=options.teacher, encoder=encoder)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         encoders.save(opened.encoder, str(out), opened.metadata)

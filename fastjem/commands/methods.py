@@ -71,6 +71,8 @@ def described(name: str) -> Iterator[str]:
     if method.defaults.short:
         optimizer, rate = method.defaults.short
         yield f"               in runs below 10,000 steps {optimizer}, {rate:g}"
+    if said := _by_depth(method.defaults):
+        yield f"encoder        {said}, in runs of 10,000 steps and more"
     yield "options        --options NAME=VALUE ..."
     yield from (f"  {option} = {default}" for option, default in options_of(method).items())
     yield "presets        --preset NAME, in place of imagenet" if method.presets else "presets        imagenet alone"
@@ -91,6 +93,19 @@ def _views(views: Views) -> str:
         if field.name not in ("large", "small", "recipe") and getattr(views, field.name) != field.default
     ]
     return ", ".join([said, *others])
+
+
+def _by_depth(defaults: Defaults) -> str:
+    """Stochastic depth and what of the learning rate depends on the layer; empty where there is nothing of it."""
+    parts = []
+    if defaults.drop_path:
+        deep = defaults.deep_drop_path
+        parts.append(f"drop path {defaults.drop_path:g}" + (f" ({deep:g} from 24 blocks on)" if deep else ""))
+    if defaults.layer_decay != 1:
+        parts.append(f"layer decay {defaults.layer_decay:g}")
+    if defaults.patch_embed_rate != 1:
+        parts.append(f"patch embedding at {defaults.patch_embed_rate:g} of the rate")
+    return ", ".join(parts)
 
 
 def _optimiser(defaults: Defaults) -> str:

@@ -36,6 +36,8 @@ class CAPI(Method):
         0.1,
         momentum=0.999,
         warmup_epochs=10,
+        drop_path=0.2,
+        patch_embed_rate=0.2,
         source="default_pretrain_config.yaml: AdamW, 1e-3 at batch 16,384, wd 0.1; momentum encoder 0.999 to 1",
     )
 

@@ -38,6 +38,8 @@ class Data2Vec(Method):
         momentum=0.9998,
         final_momentum=0.9998,
         warmup_epochs=40,
+        drop_path=0.25,
+        deep_drop_path=0.2,
         source="section 4.1, released configuration: AdamW, 2e-3 at batch 2048, wd 0.05",
     )
 

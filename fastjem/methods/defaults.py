@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+DEEP = 24  # blocks of a ViT-L, from which on papers' values for large encoders are taken
 SHORT = 10_000  # steps of a run below which papers' values, made for a hundred times as many, are replaced
 
 
@@ -23,18 +24,32 @@ class Defaults:
     momentum: float = 0.99  # of the momentum encoder at the start; it ends at `final_momentum`, on a cosine
     final_momentum: float = 1.0
     warmup_epochs: float = 10
+    drop_path: float = 0.0  # stochastic depth of the trained encoder
+    deep_drop_path: float | None = None  # in encoders of `DEEP` blocks and more; None: the same
+    layer_decay: float = 1.0  # of the learning rate, from layer to layer away from the heads
+    patch_embed_rate: float = 1.0  # a factor on the patch embedding's learning rate
     source: str = ""
     short: tuple[str, float] | None = None  # optimiser and rate of a short run, where the paper's learn less
     least_momentum: float = 0.9  # in a run however short
 
     def of_run(self, steps: int, *, chosen: bool = False) -> "Defaults":
         """In a run of so many steps: a short one may have another optimiser, unless the user has `chosen` one or a
-        rate, and the momentum encoder remembers at most a tenth of the run."""
+        rate, and the momentum encoder remembers at most a tenth of the run. In a short one nothing is regularised by
+        stochastic depth and no layer is slower than others: both are made for runs that could learn too much.
+        """
         optimizer, rate = self.optimizer, self.learning_rate
         if self.short and steps < SHORT and not chosen:
             optimizer, rate = self.short
         momentum = min(self.momentum, max(1 - 10 / steps, self.least_momentum))
-        return replace(self, optimizer=optimizer, learning_rate=rate, momentum=momentum)
+        found = replace(self, optimizer=optimizer, learning_rate=rate, momentum=momentum)
+        if steps < SHORT:
+            found = replace(found, drop_path=0.0, deep_drop_path=None, layer_decay=1.0, patch_embed_rate=1.0)
+        return found
+
+    def drop_path_of(self, blocks: int) -> float:
+        """The rate of stochastic depth in an encoder of so many blocks; 0: not known."""
+        deep = blocks >= DEEP and self.deep_drop_path is not None
+        return self.deep_drop_path if deep and self.deep_drop_path is not None else self.drop_path
 
     def unlike(self, paper: "Defaults") -> str:
         """In words, if the optimiser or its rate isn't the paper's."""

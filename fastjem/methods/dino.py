@@ -34,6 +34,7 @@ class DINO(Method):
         0.4,
         clip=3.0,
         momentum=0.996,
+        drop_path=0.1,
         source="main_dino.py: AdamW, 2e-3 at batch 1024, wd 0.04 to 0.4, clip 3",
     )
 

@@ -32,6 +32,10 @@ class DINOv2(IBOT):
         0.4,
         clip=3.0,
         momentum=0.992,
+        drop_path=0.1,
+        deep_drop_path=0.3,
+        layer_decay=0.9,
+        patch_embed_rate=0.2,
         source="ssl_default_config.yaml: AdamW, 4e-3 at batch 1024 (square root), wd 0.04 to 0.4, clip 3",
     )
 

@@ -21,6 +21,7 @@ class DINOv3(DINOv2):
     patches stay those that an earlier model, the Gram teacher with given weights, has.
 
     given: the Gram teacher: a run folder, an encoder.safetensors, or timm's weights; empty: no Gram anchoring.
+    teacher: of a run that is given, its momentum encoder in place of the trained one, as in the paper.
     gram_weight: of it. gram_from: the share of the run from which on it counts.
     gram_size: pixels of the Gram teacher's images, 0 as they come; of larger ones its map of patches is made smaller.
     """
@@ -38,6 +39,10 @@ class DINOv3(DINOv2):
         clip=3.0,
         momentum=0.994,
         final_momentum=0.994,
+        drop_path=0.1,
+        deep_drop_path=0.3,
+        layer_decay=0.9,
+        patch_embed_rate=0.2,
         source="appendix C, ViT-L: AdamW, 1e-3 under a square-root rule on batch 1024, wd 0.04, momentum encoder 0.994",
     )
 
@@ -56,6 +61,7 @@ class DINOv3(DINOv2):
         mask: float = 0.5,
         masked_images: float = 0.5,
         given: str = "",
+        teacher: bool = False,
         gram_weight: float = 2.0,
         gram_from: float = 0.0,
         gram_size: int = 0,
@@ -74,7 +80,7 @@ class DINOv3(DINOv2):
             "norm": norm,
         }
         super().__init__(width, run, **options)
-        self.given = Given(given, gram_size or None) if given else None
+        self.given = Given(given, gram_size or None, teacher=teacher) if given else None
         self.gram_weight = gram_weight
         self.gram_from = round(gram_from * run.steps)
 

@@ -17,6 +17,7 @@ class Distill(Method):
 
     given: a run folder, an encoder.safetensors, or timm's weights: see `fastjem.given.open_weights`.
     loss: "cosine", or "mse" between features of length one (twice as much).
+    teacher: of a run that is given, its momentum encoder in place of the trained one.
     layers: of the head; 1 is linear.
     size: pixels of the given encoder's images, 0 as they come.
     """
@@ -31,6 +32,7 @@ class Distill(Method):
         run: RunFacts = RunFacts(),
         *,
         given: str = "",
+        teacher: bool = False,
         loss: str = "cosine",
         layers: int = 1,
         hidden: int = 2048,
@@ -39,7 +41,7 @@ class Distill(Method):
         super().__init__(width, run)
         if loss not in ("cosine", "mse"):
             raise ValueError(f"distill: loss must be cosine or mse, got {loss!r}")
-        self.given = Given(given, size or None)
+        self.given = Given(given, size or None, teacher=teacher)
         self.predictor = MLP(width, *[hidden] * (layers - 1), self.given.width, norm="batch")
         self.factor = 2.0 if loss == "mse" else 1.0
 

@@ -40,6 +40,7 @@ class IBOT(Method):
         0.4,
         clip=3.0,
         momentum=0.996,
+        drop_path=0.1,
         source="main_ibot.py: AdamW, 2e-3 at batch 1024, wd 0.04 to 0.4, clip 3, momentum encoder 0.996 to 1",
     )
 

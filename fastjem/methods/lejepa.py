@@ -20,7 +20,12 @@ class LeJEPA(Method):
     )
     views = Views(large=2, small=6, recipe="lejepa")
     defaults = Defaults(
-        "adamw", 5e-4, 0.05, warmup_epochs=1, source="README: AdamW, 5e-4, wd 0.05 (ViT; ResNet: 5e-4), 1 epoch warm-up"
+        "adamw",
+        5e-4,
+        0.05,
+        warmup_epochs=1,
+        drop_path=0.1,
+        source="README: AdamW, 5e-4, wd 0.05 (ViT; ResNet: 5e-4), 1 epoch warm-up",
     )
     presets = {
         "cifar": Preset(

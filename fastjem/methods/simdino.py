@@ -32,6 +32,7 @@ class SimDINO(Method):
         0.4,
         clip=3.0,
         momentum=0.996,
+        drop_path=0.1,
         source="README's run of simdino/main_dino.py: AdamW, 1e-3 at batch 512, wd 0.04 to 0.4, clip 3",
     )
 
@@ -97,6 +98,9 @@ class SimDINOv2(SimDINO):
         0.4,
         clip=3.0,
         momentum=0.9,
+        drop_path=0.2,
+        layer_decay=0.9,
+        patch_embed_rate=0.2,
         source="simdino_config.yaml: AdamW, 4e-3 at batch 1024, wd 0.04 to 0.4; momentum encoder 0.9 to 1",
     )
 

@@ -25,7 +25,11 @@ class VICRegL(Method):
     about = About("decorrelation", "variance kept above 1, covariance below", "Bardes et al. 2022, arXiv 2210.01571")
     views = Views(large=2, small=6, recipe="vicregl")
     defaults = Defaults(
-        "adamw", 5e-4 * 2**0.5, 0.05, source="main_vicregl.py, ConvNeXt: AdamW, 1e-3 at batch 512, wd 0.05"
+        "adamw",
+        5e-4 * 2**0.5,
+        0.05,
+        drop_path=0.1,
+        source="main_vicregl.py, ConvNeXt: AdamW, 1e-3 at batch 512, wd 0.05",
     )
     presets = {
         "resnet": Preset(

@@ -18,7 +18,12 @@ class VISReg(Method):
     about = About("decorrelation", "scale and shape of a normal distribution", "Wu et al. 2026, arXiv 2606.02572")
     views = Views(large=4, small=6, recipe="visreg")
     defaults = Defaults(
-        "adamw", 9e-4, 0.05, warmup_epochs=1, source="lightly's benchmark: AdamW, 9e-4, wd 0.05, 1 epoch warm-up"
+        "adamw",
+        9e-4,
+        0.05,
+        warmup_epochs=1,
+        drop_path=0.1,
+        source="lightly's benchmark: AdamW, 9e-4, wd 0.05, 1 epoch warm-up",
     )
     presets = {"cifar": Preset("section 4: 0.6 for small data", options={"weight": 0.6}, views={"large": 2})}
 

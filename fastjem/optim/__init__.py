@@ -3,7 +3,7 @@ per step as 0-dim tensors.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,25 +11,36 @@ from torch import Tensor, nn
 
 from fastjem.optim.adamw import AdamW
 from fastjem.optim.fused import Fused
+from fastjem.optim.layers import has_layers, rate_factors
 from fastjem.optim.momentum import LARS, SGD
 
 OPTIMIZERS = ("adamw", "sgd", "lars", "larc")
 
 
-def parameter_groups(module: nn.Module, constant_rate: Sequence[str] = ()) -> list[dict]:
-    """Trainable parameters by whether they decay (matrices do; norms, biases and single vectors don't) and by whether
-    their learning rate follows the schedule. `constant_rate` names submodules whose doesn't.
+def parameter_groups(
+    module: nn.Module,
+    constant_rate: Sequence[str] = (),
+    factors: Mapping[str, float] | None = None,
+    waiting: tuple[str, ...] = (),
+) -> list[dict]:
+    """Trainable parameters by whether they decay (matrices do; norms, biases and single vectors don't), by whether
+    their learning rate follows the schedule, by the factor on it, and by whether they wait for the heads.
+
+    Args:
+        constant_rate: names of submodules whose rate doesn't follow the schedule.
+        factors: on the learning rate, by the parameter's name; 1 of those that aren't named.
+        waiting: how the names of those begin that only learn from `Schedule.head_warmup` on.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             decays = parameter.dim() > 1 and not name.endswith(("pos_embed", "cls_token", "mask_token", "reg_token"))
             constant = any(f"{part}." in name for part in constant_rate)
-            groups.setdefault((decays, constant), []).append(parameter)
-    return [
-        {"params": parameters, "decays": decays, "constant_rate": constant}
-        for (decays, constant), parameters in sorted(groups.items())
-    ]
+            factor = (factors or {}).get(name, 1.0)
+            key = decays, constant, factor, name.startswith(waiting)
+            groups.setdefault(key, []).append(parameter)
+    names = "decays", "constant_rate", "rate_factor", "waits"
+    return [{"params": groups[key], **dict(zip(names, key, strict=True))} for key in sorted(groups)]
 
 
 def build(name: str, groups: list[dict], *, momentum: float = 0.9) -> torch.optim.Optimizer:
@@ -88,6 +99,7 @@ class Schedule:
     learning_rate: float
     final_learning_rate: float = 0.0
     warmup: int = 0
+    head_warmup: int = 0  # steps in which what waits stands still; then it has as long a warm-up of its own
     weight_decay: float = 0.0
     final_weight_decay: float = 0.0
     momentum: float = 0.99
@@ -105,6 +117,9 @@ class Schedule:
         now = self.at(step)
         for group in optimizer.param_groups:
             rate = self.learning_rate if group["constant_rate"] else now["learning_rate"].item()
+            rate *= group.get("rate_factor", 1.0)  # a run that began before there were any has none
+            if group.get("waits"):
+                rate *= min(max(step + 1 - self.head_warmup, 0) / max(self.warmup, 1), 1.0)
             # In place where the optimiser keeps a tensor: a compiled step sees no new constant.
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -120,6 +135,6 @@ def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
 
 
 __all__ = [
-    "LARS", "OPTIMIZERS", "SGD", "AdamW", "Fused", "Schedule", "build", "clip_", "cosine", "parameter_groups", "scaled",
-    "separate_groups",
+    "LARS", "OPTIMIZERS", "SGD", "AdamW", "Fused", "Schedule", "build", "clip_", "cosine", "has_layers",
+    "parameter_groups", "rate_factors", "scaled", "separate_groups",
 ]  # fmt: skip

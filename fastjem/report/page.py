@@ -146,7 +146,8 @@ def figures(run: Run) -> dict[str, Escaped]:
         if "loss" in newest:
             found["loss"] = f"{newest['loss']:.4g}"
     if run.knn:
-        found[f"kNN, {run.knn[-1]['classes']} classes"] = f"{run.knn[0]['knn']:.1%} → {run.knn[-1]['knn']:.1%}"
+        whose = " of the momentum encoder" if run.config.get("teacher") else ""
+        found[f"kNN{whose}, {run.knn[-1]['classes']} classes"] = f"{run.knn[0]['knn']:.1%} → {run.knn[-1]['knn']:.1%}"
     if run.rows:
         if "effective_rank" in newest:
             found["effective rank"] = f"{newest['effective_rank']:.1f}"
@@ -190,7 +191,8 @@ def cards(heads: Sequence[Escaped], contents: Sequence[str]) -> str:
 def scatter(run: Run, tsne: bool) -> str:
     if run.embeddings is None:
         return '<p class="note">No embeddings have been saved yet.</p>'
-    return picture(run.embeddings, tsne) + f'<p class="note">After step {run.embeddings.step:,}.</p>'
+    whose = " Of the momentum encoder." if run.config.get("teacher") else ""
+    return picture(run.embeddings, tsne) + f'<p class="note">After step {run.embeddings.step:,}.{whose}</p>'
 
 
 def nearest(run: Run) -> str:

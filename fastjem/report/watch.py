@@ -180,13 +180,15 @@ class Watch:
     def measure(self, step: int) -> None:
         if self.sample is None:
             return
-        rows = self.sample.embed(self.training.step.encoder.backbone)
+        rows = self.sample.embed(self.training.encoder)
         if self.sample.labelled and self.log:
             accuracy = self.sample.knn(rows)
             epoch = step / self.training.steps_per_epoch
             row = {"step": step, "epoch": epoch, "knn": accuracy, "images": len(rows)}
-            self.log.write({**row, "classes": len(self.sample.classes)})
-            self.say(f"kNN {accuracy:.1%} on {len(rows)} images after epoch {epoch:.4g}")
+            of_teacher = {"teacher": True} if self.training.config.teacher else {}
+            self.log.write({**row, "classes": len(self.sample.classes), **of_teacher})
+            whose = " of the momentum encoder" if of_teacher else ""
+            self.say(f"kNN {accuracy:.1%}{whose} on {len(rows)} images after epoch {epoch:.4g}")
         write_atomically(self.out / "embeddings.npz", self.sample.pack(rows, step))
 
     def write(self, last: bool = False) -> None:

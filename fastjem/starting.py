@@ -1,0 +1,187 @@
+"""What a new run starts from: weights that are given, and what of them stays as it is."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastjem import backbones, encoders, exports
+from fastjem.config import Config
+from fastjem.errors import UserError, nearest
+from fastjem.given import Weights, names_a_place, open_weights
+from fastjem.nn.sample_memory import SampleMemory
+
+
+def with_weights_of_backbone(config: Config) -> Config:
+    """`--backbone NAME.TAG` and `--backbone PLACE:...` mean what they mean to timm: that model with its weights.
+
+    Raises:
+        UserError: for a tag that there isn't, or weights that are named twice.
+    """
+    name = config.backbone
+    at_a_place = names_a_place(name)
+    if not at_a_place and ("." not in name or not backbones.tag_of(name)):
+        return config
+    if config.weights is not None:
+        raise UserError(f"--backbone {name} names weights already, and --weights {config.weights} others")
+    if at_a_place:
+        changed = config.with_values(weights=name)
+        changed.given = (config.given | {"weights"}) - {"backbone"}  # the weights say which architecture is theirs
+    else:
+        changed = config.with_values(weights=f"timm/{name}", backbone=backbones.architecture(name))
+        changed.given = config.given | {"weights"}
+    return changed
+
+
+def opened(config: Config) -> Weights | None:
+    """The weights that the configuration names, with all that belongs to them.
+
+    Raises:
+        UserError: for weights that can't be had, or what isn't there of them.
+    """
+    if config.weights is None:
+        return None
+    weights = open_weights(config.weights, teacher=config.weights_of == "teacher")
+    if config.weights_of == "all":
+        if weights.config is None:
+            raise UserError(f"--weights-of all: {config.weights} is no run's folder, which alone has heads")
+        if weights.config.method != config.method:
+            whose = f"the run in {config.weights} was {weights.config.method}'s"
+            raise UserError(
+                f"--weights-of all: {whose}, whose heads {config.method} can't go on with; --weights-of encoder takes "
+                "the encoder alone"
+            )
+    return weights
+
+
+def taken_over(config: Config, weights: Weights) -> Config:
+    """The configuration with what the weights say and the user doesn't: the architecture, its stem and patches; from
+    one of ours also the image size and the channels, and with all of a run the method's options, too.
+
+    Raises:
+        UserError: for images of another number of channels.
+    """
+    found: dict[str, Any] = {"backbone": weights.backbone}
+    given = config.backbone if "backbone" in config.given else weights.backbone
+    if backbones.full_name(given) == backbones.full_name(weights.backbone):
+        stem = "small" if backbones.has_small_stem(weights.module) else "standard"
+        found |= {"stem": stem, "patch_size": _patch_size(weights)}
+    if weights.pixels is not None:
+        found |= {"image_size": weights.pixels.size, "channels": weights.pixels.channels}
+    run = weights.config if config.weights_of == "all" else None
+    if run is not None:
+        found |= {"preset": run.preset, "momentum_encoder": run.momentum_encoder}
+    values = {name: value for name, value in found.items() if name not in config.given}
+    if run is not None:
+        values["options"] = {**run.options, **config.options}
+    config = config.with_values(**values)
+    if len(weights.mean) != config.channels:
+        channels = f"images of {len(weights.mean)} channels, and --channels is {config.channels}"
+        raise UserError(f"--weights {config.weights}: they are for {channels}")
+    return config
+
+
+def _patch_size(weights: Weights) -> int:
+    """What `--patch-size` has to be for these weights; 0: the architecture's own patches and positions are meant."""
+    size = encoders.patch_size(weights.module)
+    if not backbones.takes_patch_size(backbones.full_name(weights.backbone)):
+        return 0
+    if weights.built is not None:  # one of ours; a short name's patches follow the image size
+        return weights.built.patch_size or (size if backbones.full_name(weights.backbone) != weights.backbone else 0)
+    as_it_is = shapes_of(backbones.outline(weights.backbone).state_dict()) == shapes_of(weights.module.state_dict())
+    return 0 if as_it_is else size
+
+
+def normalisation(weights: Weights | None) -> dict[str, list[float]]:
+    """Fields of the views: how the images of these weights are normalised."""
+    return {} if weights is None else {"mean": list(weights.mean), "std": list(weights.std)}
+
+
+def load_encoder(module: nn.Module, weights: Weights, config: Config) -> None:
+    """Load the weights into a module that was made as the configuration says.
+
+    Positions and patches of another size are resampled as timm does it for its own weights.
+
+    Raises:
+        UserError: for another architecture; it names both.
+    """
+    state = fitted(module, weights.module.state_dict())
+    are = f"--weights {config.weights}: they are a {weights.backbone}'s"
+    exports.compare(module, shapes_of(state), f"{are}, and the encoder is a {config.backbone}")
+    module.load_state_dict(state)
+
+
+def fitted(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights for a module, by timm's own filter of that model's checkpoints where shapes differ."""
+    found = dict(state)
+    expected = shapes_of(module.state_dict())
+    if shapes_of(found) == expected or found.keys() != expected.keys():
+        return found
+    resample: Callable[..., dict[str, Tensor]] | None = None
+    for kind in type(module).__mro__:
+        resample = resample or getattr(sys.modules.get(kind.__module__), "checkpoint_filter_fn", None)
+    return found if resample is None else resample(found, module)
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def load_all(step: nn.Module, weights: Weights, config: Config, images: int) -> None:
+    """Load heads and momentum copies of a run into the modules of another one, whose encoder has its weights already.
+
+    images: in the data; what a method keeps of each image goes along with these images alone.
+
+    Raises:
+        UserError: where they don't fit.
+    """
+    assert weights.state is not None  # as `opened` has looked
+    given: Mapping[str, Tensor] = weights.state["model"]
+    here = step.state_dict()
+    state = {name: tensor for name, tensor in given.items() if ".backbone." not in name}
+    state |= {name: tensor for name, tensor in here.items() if name.startswith("encoder.backbone.")}
+    prefix = "teacher.encoder.backbone."
+    if any(name.startswith(prefix) for name in here):
+        copy = fitted(step.get_submodule(prefix.rstrip(".")), exports.below(prefix, given))
+        state |= {f"{prefix}{name}": tensor for name, tensor in copy.items()}
+    kept = [part.images for part in step.modules() if isinstance(part, SampleMemory)]
+    if any(count != images for count in kept):
+        raise UserError(
+            f"--weights-of all: {config.method} keeps a row of each image of its data, {kept[0]} in the run in "
+            f"{config.weights} and {images} here; --weights-of encoder takes the encoder alone"
+        )
+    exports.compare(step, shapes_of(state), f"--weights-of all: {config.weights} doesn't fit this run")
+    step.load_state_dict(state)
+
+
+def sized_for(config: Config, weights: Weights) -> dict[str, int]:
+    """The numbers by which heads have their sizes, where those of a run are taken; empty where they are made anew."""
+    return (weights.state or {}).get("sized_for", {}) if config.weights_of == "all" else {}
+
+
+def told(config: Config, weights: Weights) -> str:
+    """In words: what the run starts from, and what of it is left behind."""
+    if weights.config is None or weights.state is None:
+        return f"the encoder begins with the weights of {config.weights}"
+    whose = f"{weights.config.method}, step {weights.state['step']}"
+    if config.weights_of == "all":
+        return f"encoder, heads and momentum copies begin as those of {config.weights} ({whose})"
+    which = "momentum encoder" if config.weights_of == "teacher" else "encoder"
+    takes = "; --weights-of all takes them along" if weights.config.method == config.method else ""
+    return f"the encoder begins as the {which} of {config.weights} ({whose}), whose heads stay behind{takes}"
+
+
+def freeze(module: nn.Module, names: str) -> None:
+    """Parameters that aren't trained: their names, or those of the parts that they are in, "patch_embed,blocks.0".
+
+    Raises:
+        UserError: for a name that isn't there.
+    """
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        concerned = [p for full, p in module.named_parameters() if full == name or full.startswith(f"{name}.")]
+        if not concerned:
+            parts = [part for part, _ in module.named_modules() if part]
+            raise nearest(f"part of the {type(module).__name__} for --freeze,", name, parts)
+        for parameter in concerned:
+            parameter.requires_grad_(False)
