@@ -26,7 +26,7 @@ class BYOL(Method):
         0.8,
         1.5e-6,
         momentum=0.996,
-        short=("adamw", 1e-3),
+        small=("adamw", 1e-3),
         source="section 3.3: LARS, 3.2 at batch 4096, 1.5e-6; tau 0.996 to 1",
     )
 

@@ -19,7 +19,14 @@ class DCL(Method):
 
     about = About("contrastive", "the other images of the batch push away", "Yeh et al. 2022, arXiv 2110.06848")
     views = Views(large=2, recipe="simclr")
-    defaults = Defaults("sgd", 0.03, 1e-4, short=("adamw", 4e-3), source="section 4.1: SGD, 0.03 at batch 256, wd 1e-4")
+    defaults = Defaults(
+        "sgd",
+        0.03,
+        1e-4,
+        short=("lars", 1.2),
+        small=("adamw", 4e-3),
+        source="section 4.1: SGD, 0.03 at batch 256, wd 1e-4",
+    )
     presets = {"cifar": Preset("table 7: temperature 0.07", options={"temperature": 0.07})}
 
     def __init__(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 DEEP = 24  # blocks of a ViT-L, from which on papers' values for large encoders are taken
+SMALL = 2_000_000  # parameters of an encoder below which a short run takes `Defaults.small`
 SHORT = 10_000  # steps of a run below which papers' values, made for a hundred times as many, are replaced
 
 
@@ -30,16 +31,23 @@ class Defaults:
     patch_embed_rate: float = 1.0  # a factor on the patch embedding's learning rate
     source: str = ""
     short: tuple[str, float] | None = None  # optimiser and rate of a short run, where the paper's learn less
+    small: tuple[str, float] | None = None  # of a short run of a small encoder; None: `short`
     least_momentum: float = 0.9  # in a run however short
 
-    def of_run(self, steps: int, *, chosen: bool = False) -> "Defaults":
+    def of_run(self, steps: int, *, chosen: bool = False, parameters: int = SMALL) -> "Defaults":
         """In a run of so many steps: a short one may have another optimiser, unless the user has `chosen` one or a
         rate, and the momentum encoder remembers at most a tenth of the run. In a short one nothing is regularised by
         stochastic depth and no layer is slower than others: both are made for runs that could learn too much.
+
+        Args:
+            steps: of the optimiser.
+            chosen: the user has named an optimiser or a rate.
+            parameters: of the encoder.
         """
         optimizer, rate = self.optimizer, self.learning_rate
-        if self.short and steps < SHORT and not chosen:
-            optimizer, rate = self.short
+        instead = self.small if self.small and parameters < SMALL else self.short
+        if instead and steps < SHORT and not chosen:
+            optimizer, rate = instead
         momentum = min(self.momentum, max(1 - 10 / steps, self.least_momentum))
         found = replace(self, optimizer=optimizer, learning_rate=rate, momentum=momentum)
         if steps < SHORT:

@@ -25,7 +25,7 @@ class EMPSSL(Method):
         0.3 * 256 / 100,
         1e-4,
         warmup_epochs=0,
-        short=("adamw", 1e-3),
+        small=("adamw", 1e-3),
         source="main.py: LARC, 0.3 at batch 100, wd 1e-4",
     )
 

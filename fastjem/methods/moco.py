@@ -32,7 +32,8 @@ class MoCo(Method):
         final_momentum=0.999,
         warmup_epochs=0,
         least_momentum=0.99,
-        short=("adamw", 1e-3),
+        short=("lars", 1.2),
+        small=("adamw", 1e-3),
         source="main_moco.py --mlp --moco-t 0.2 --aug-plus --cos",
     )
 

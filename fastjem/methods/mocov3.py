@@ -30,7 +30,7 @@ class MoCoV3(Method):
         2.4,
         1e-6,
         momentum=0.99,
-        short=("adamw", 1e-3),
+        small=("adamw", 1e-3),
         source="CONFIG.md, ResNet-50: LARS, 9.6 at batch 4096, wd 1e-6",
     )
     presets = {

@@ -17,7 +17,7 @@ class NNCLR(Method):
     about = About("contrastive", "the other images of the batch push away", "Dwibedi et al. 2021, arXiv 2104.14548")
     views = Views(large=2, recipe="simclr")
     defaults = Defaults(
-        "lars", 1.2, 1e-6, short=("adamw", 4e-3), source="section 4.1: LARS, 4.8 at batch 4096, wd 1e-6"
+        "lars", 1.2, 1e-6, small=("adamw", 4e-3), source="section 4.1: LARS, 4.8 at batch 4096, wd 1e-6"
     )
     presets = {
         "cifar": Preset(

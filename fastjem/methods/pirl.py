@@ -30,7 +30,8 @@ class PIRL(Method):
         0.03,
         1e-4,
         warmup_epochs=0,
-        short=("adamw", 1e-3),
+        short=("lars", 1.2),
+        small=("adamw", 1e-3),
         source="section 3.1: SGD, 0.12 at batch 1024, wd 1e-4",
     )
 

@@ -30,7 +30,8 @@ class ReSSL(Method):
         final_momentum=0.999,
         warmup_epochs=5,
         least_momentum=0.99,
-        short=("adamw", 1e-3),
+        short=("lars", 1.2),
+        small=("adamw", 1e-3),
         source="section 4: SGD, 0.05 at batch 256, wd 1e-4, momentum encoder 0.999",
     )
     presets = {

@@ -20,7 +20,7 @@ class SimCLR(Method):
         "lars",
         1.2,
         1e-6,
-        short=("adamw", 4e-3),
+        small=("adamw", 4e-3),
         source="B.1: LARS, 0.075 sqrt(B), which is 4.8 at 4096; weight decay 1e-6",
     )
 

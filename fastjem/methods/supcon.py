@@ -22,7 +22,8 @@ class SupCon(Method):
         "sgd",
         0.05,
         1e-4,
-        short=("adamw", 4e-3),
+        short=("lars", 1.2),
+        small=("adamw", 4e-3),
         source="SupContrast, main_supcon.py: SGD, 0.05 at batch 256, wd 1e-4",
     )
     presets = {

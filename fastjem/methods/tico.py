@@ -26,7 +26,7 @@ class TiCo(Method):
         0.8,
         1.5e-6,
         momentum=0.99,
-        short=("adamw", 1e-3),
+        small=("adamw", 1e-3),
         source="section 4.1: LARS, 3.2 at batch 4096, wd 1.5e-6; as BYOL",
     )
 
