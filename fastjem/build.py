@@ -18,7 +18,7 @@ from fastjem.data.views import MaskSpec, ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError
 from fastjem.methods import Defaults
-from fastjem.prepare import MakeOptimizer, Objects, given_or, prepare
+from fastjem.prepare import MakeOptimizer, Objects, Parts, given_or, prepare
 from fastjem.ranks import Ranks
 from fastjem.step import Step, StepEnd
 
@@ -94,18 +94,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     start = state["step"] if state else 0
     loader = create_loader(config, ranks, source, parts.specs, start, steps, state)
     with ranks.together():
-        try:
-            step = Step(encoder, method.to(ranks.device), config.momentum_encoder).to(ranks.device)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if parts.weights is not None and config.weights_of == "all":
-            starting.load_all(step, parts.weights, config, len(source))
-        if config.freeze is not None:
-            starting.freeze(step.encoder.backbone, config.freeze)
-        if config.momentum is not None and not step.teacher:
-            raise UserError(f"--momentum: {config.method} has no momentum encoder; --momentum-encoder gives it one")
-        if config.teacher and "encoder" not in step.teacher:
-            raise UserError(f"--teacher: {config.method} has no momentum encoder; --momentum-encoder gives it one")
+        step = create_step(config, ranks, parts)
         optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
         if state:
             resume.restore(out, step, optimizer, state)
@@ -141,6 +130,25 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         layout=view_layout(ranks, encoder, named=objects.encoder is None),
         notices=said,
     )
+
+
+def create_step(config: Config, ranks: Ranks, parts: Parts) -> Step:
+    """The modules, with the weights that they begin with, and with what stays as it is frozen."""
+    try:
+        step = Step(parts.encoder, parts.method.to(ranks.device), config.momentum_encoder).to(ranks.device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if parts.weights is not None and config.weights_of == "all":
+        starting.load_all(step, parts.weights, config, len(parts.source))
+    if config.freeze is not None:
+        starting.freeze(step.encoder.backbone, config.freeze)
+    needing = {"momentum": config.momentum is not None and not step.teacher}
+    needing["teacher"] = config.teacher and "encoder" not in step.teacher
+    for name, lacking in needing.items():
+        if lacking:
+            flag = config.flag(name)
+            raise UserError(f"{flag}: {config.method} has no momentum encoder; --momentum-encoder gives it one")
+    return step
 
 
 def create_loader(

@@ -124,12 +124,15 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
         },
     }
     name = "evaluation-teacher.json" if opened.teacher else "evaluation.json"
-    path = opened.folder / name if options.out is None else Path(options.out)
+    _write(opened.folder / name if options.out is None else Path(options.out), result)
+    return result
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         checkpoints.write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
     except OSError as error:
         raise NotWritten(path, reading.why_not(error), result) from None
-    return result
 
 
 def _check(options: EvaluateOptions) -> None:
