@@ -346,6 +346,17 @@ def _prototype_head_cross_entropy(inputs, teacher, teacher_prototypes, _student,
     _expect(op, "teacher_prototypes", teacher_prototypes, tuple(prototypes.shape))
 
 
+def _prototype_head_usage(inputs, teacher, teacher_prototypes, _student, _teacher, bias, _pairs, *rest):
+    op = "prototype_head_usage" + ("_backward" if rest else "")
+    *student, prototypes = inputs
+    _student_and_teacher(op, student, teacher, len(prototypes), bias, None)
+    _same_width(op, "features and prototypes", student[0], prototypes)
+    _expect(op, "teacher_prototypes", teacher_prototypes, tuple(prototypes.shape))
+    if rest:
+        _expect(op, "upstream", rest[0], ())
+        _expect(op, "slope", rest[1], (len(prototypes),))
+
+
 def _mean_entropy(scores, temperature, total, *_):
     _alike("mean_entropy", "scores", *scores)
     _expect("mean_entropy", "total", total, (scores[0].shape[1],))
@@ -389,5 +400,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "sinkhorn_codes": _sinkhorn_codes,
     "prototype_cross_entropy": _prototype_cross_entropy,
     "prototype_head_cross_entropy": _prototype_head_cross_entropy,
+    "prototype_head_usage": _prototype_head_usage,
+    "prototype_head_usage_backward": _prototype_head_usage,
     "mean_entropy": _mean_entropy,
 }

@@ -71,6 +71,10 @@ def _masked_patches(b: int) -> list[Tensor]:
     return [torch.randn(b + 1, K), leaf(b + 1, K), mask]
 
 
+def _anchors(b: int) -> list[Tensor]:
+    return [leaf(2 * b, D), torch.randn(b, D), leaf(K, D)]
+
+
 def _table(b: int) -> Tensor:
     """Parameters of an augmentation that cuts a window and does nothing else."""
     return torch.tensor([0.0, 0, 6, 6, 0, 1, 1, 1, 0, 0, 0, 0, 0]).repeat(b, 1)
@@ -249,7 +253,9 @@ MODULES = {
     "SwaVLoss": _module(
         lambda b: [*_scores(3)(b), *torch.randn(2, 5, K)], nn.SwaVLoss, lambda loss, a, b, c, *q: loss([a, b], [c], q)
     ),
-    "MSNLoss": _module(lambda b: [leaf(2 * b, D), torch.randn(b, D), leaf(K, D)], nn.MSNLoss),
+    "MSNLoss": _module(_anchors, nn.MSNLoss),
+    "PMSNLoss": _module(_anchors, nn.PMSNLoss),
+    "PMSNCustomLoss": _module(_anchors, lambda: nn.PMSNCustomLoss(lambda p: torch.full_like(p, 1 / len(p)))),
     "KoLeoLoss": _module(lambda b: [leaf(b, D)], nn.KoLeoLoss),
     "GramLoss": _module(lambda b: [leaf(b, 5, D), torch.randn(b, 5, D)], nn.GramLoss),
     "SimDINOLoss": _module(_scores(3), nn.SimDINOLoss, lambda loss, s, r, t: loss([t], [s, r])),

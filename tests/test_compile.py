@@ -15,6 +15,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import fastjem.functional as F
 from fastjem import nn
+from fastjem.kernels import tiling
+from fastjem.nn import msn
 
 SIZES = (13, 17, 9, 32)
 MANY_SIZES = (12, 13, 17, 16, 20, 9, 31, 32, 33, 64, 40, 11, 15, 21, 27, 10)  # torch.compile gives up at the ninth
@@ -84,6 +86,13 @@ def test_one_graph_for_all_batch_sizes(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_one_graph_with_its_backward_for_many_batch_sizes(name):
     assert _same_at(MANY_SIZES, name, differentiates=True) <= AT_MOST
+
+
+@pytest.mark.parametrize("name", ["MSNLoss", "PMSNLoss"])
+def test_one_graph_of_scores_that_are_not_held(name, monkeypatch):
+    monkeypatch.setattr(msn, "LARGEST_SCORES", 0)
+    monkeypatch.setattr(tiling, "HEAD_USAGE_BYTES", 5 * 3 * K * 4)  # five images at a time: no graph may know of it
+    assert _same_at(SIZES, name, differentiates=True) <= AT_MOST
 
 
 def _two() -> list[Tensor]:

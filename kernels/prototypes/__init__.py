@@ -29,6 +29,19 @@ OPERATORS = {
         cpu=True,
         gpu=True,
     ),
+    "prototype_head_usage": Operator(
+        "(Tensor[] inputs, Tensor[] teacher, Tensor teacher_prototypes, float student_temperature,"
+        " float teacher_temperature, Tensor? teacher_bias, str pairs) -> (Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "prototype_head_usage_backward": Operator(
+        "(Tensor[] inputs, Tensor[] teacher, Tensor teacher_prototypes, float student_temperature,"
+        " float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor upstream, Tensor? slope, bool[] wanted)"
+        " -> Tensor[]",
+        cpu=True,
+        gpu=True,
+    ),
     "mean_entropy": Operator(
         "(Tensor[] scores, float temperature, Tensor? total, Tensor? rows, bool[] wanted)"
         " -> (Tensor, Tensor[], Tensor)",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _C, tiling
 from ..arithmetic import compute_dtype, dense_rows, no_gradient
-from ..native import CODES, address, gradient_for, loss_like, scale_within
-from . import reference
+from ..native import CODES, address, gradient_for, in_huge_pages, loss_like, scale_within
+from . import head_usage, reference
 from .pairing import PAIRS, count
 
 
@@ -159,6 +159,22 @@ def prototype_cross_entropy(
     return loss, gradients, torch.full((), scale / factor, dtype=dtype), of_teacher
 
 
+def _rows(x: Tensor, temperature: float) -> tuple:
+    """What C++ takes of scores [N, K] with dense rows."""
+    return CODES[x.dtype], address(x), *x.shape, x.stride(0), 1 / temperature
+
+
+def _add_softmax(x: Tensor, temperature: float, sums: Tensor) -> None:
+    """sums [K] float64 += the softmax of the rows."""
+    _C.softmax_sums(*_rows(x, temperature), address(sums), torch.get_num_threads())
+
+
+def _softmax_slope(x: Tensor, temperature: float, slope: Tensor, factor: float, gradient: Tensor) -> None:
+    """gradient, which may be x itself: `factor * p * (slope - <p, slope>)`, p the softmax of a row."""
+    threads = torch.get_num_threads()
+    _C.softmax_slope(*_rows(x, temperature), address(slope), factor, address(gradient), threads)
+
+
 def mean_entropy(
     scores: list[Tensor], temperature: float, total: Tensor | None, rows: Tensor | None, wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -167,14 +183,11 @@ def mean_entropy(
         return reference.mean_entropy(scores, temperature, total, rows, wanted)
     scores = [dense_rows(x) for x in scores]
     prototypes = scores[0].shape[1]
-    threads = torch.get_num_threads()
     if total is None or rows is None:
         n = sum(map(len, scores))
         sums = torch.zeros(prototypes, dtype=torch.float64)
         for x in scores:
-            _C.softmax_sums(
-                CODES[x.dtype], address(x), *x.shape, x.stride(0), 1 / temperature, address(sums), threads
-            )  # fmt: skip
+            _add_softmax(x, temperature, sums)
     else:
         n = rows.item()
         sums = total.to(torch.float64).contiguous()
@@ -185,17 +198,7 @@ def mean_entropy(
     gradients = [gradient_for(x, k) for x, k in zip(scores, wanted, strict=True)]
     for x, gradient in zip(scores, gradients, strict=True):
         if gradient.numel():
-            _C.softmax_slope(
-                CODES[x.dtype],
-                address(x),
-                *x.shape,
-                x.stride(0),
-                1 / temperature,
-                address(slope),
-                factor,
-                address(gradient),
-                threads,
-            )
+            _softmax_slope(x, temperature, slope, factor, gradient)
     loss = loss_like(scores[0], negative_entropy + math.log(prototypes))
     return loss, gradients, torch.full((), scale / factor, dtype=dtype)
 
@@ -324,3 +327,22 @@ def prototype_head_cross_entropy(
     if w_gradient is not None:
         gradients[-1] = w_gradient.to(prototypes.dtype)
     return loss, gradients, scale
+
+
+# And how much prototypes are used ------------------------------------------------------------------------------------
+
+_KERNELS = head_usage.Kernels(
+    cross_entropy=prototype_cross_entropy,
+    add_softmax=_add_softmax,
+    softmax_slope=lambda scores, temperature, slope: _softmax_slope(scores, temperature, slope, 1.0, scores),
+    memory=lambda features, numbers: in_huge_pages(features.new_empty(numbers)),
+)
+
+
+def prototype_head_usage(*sides) -> tuple[Tensor, Tensor]:
+    return head_usage.forward(head_usage.Sides(*sides), _KERNELS)
+
+
+def prototype_head_usage_backward(*arguments) -> list[Tensor]:
+    *sides, upstream, slope, wanted = arguments
+    return head_usage.backward(head_usage.Sides(*sides), upstream, slope, wanted, _KERNELS)
