@@ -81,7 +81,7 @@ class MSNLoss(nn.Module):
             weight = checks.number(name, "regularization_weight", self.regularization_weight, anchors)
             is_regularised = isinstance(weight, Tensor) or weight > 0
             ranks.rows_of(anchors)
-            ranks.alike(len(prototypes), self.sinkhorn_iterations)
+            ranks.alike(prototypes.shape[0], self.sinkhorn_iterations)
             ranks.alike("regularised" if is_regularised else "not regularised")
         views = list(anchors.split(targets.shape[0])) if targets.shape[0] else [anchors]  # V x [B, D]
         held = _are_held(prototypes, ranks, group)
@@ -118,7 +118,7 @@ class MSNLoss(nn.Module):
         """The loss, and the regulariser if there is one, of scores [V B, K] that are held in memory."""
         with without_autocast(teacher):
             scores = torch.cat(views) @ prototypes.T
-        by_view = scores.split(len(teacher)) if len(teacher) else (scores,)
+        by_view = scores.split(teacher.shape[0]) if teacher.shape[0] else (scores,)
         loss = F.prototype_cross_entropy(by_view, [teacher], **options, group=group)
         if not is_regularised:
             return loss, None
@@ -167,8 +167,8 @@ def _are_held(prototypes: Tensor, ranks: Agreement, group: dist.ProcessGroup | N
     graph of torch.compile none knows that of the others, and the number of prototypes alone tells.
     """
     if group is not None and torch.compiler.is_compiling():
-        return len(prototypes) <= LARGEST_HELD_OVER_RANKS
-    scores = max(ranks.sizes) * len(prototypes)
+        return prototypes.shape[0] <= LARGEST_HELD_OVER_RANKS
+    scores = max(ranks.sizes) * prototypes.shape[0]
     return 2 * scores * prototypes.element_size() <= LARGEST_SCORES
 
 
