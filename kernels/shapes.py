@@ -304,12 +304,14 @@ def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _expect(op, "bias", bias, (*scores.shape[:-2], scores.shape[-1]))
 
 
-def _sinkhorn_step(scores, bias, *_):
+def _sinkhorn_step(scores, bias, _epsilon, rows=None):
     _scores("sinkhorn_step", scores, bias)
+    _expect("sinkhorn_step", "rows", rows, (), torch.int64)
 
 
-def _sinkhorn_bias(scores, *_):
+def _sinkhorn_bias(scores, _epsilon, _iterations, _first, rows=None):
     _scores("sinkhorn_bias", scores)
+    _expect("sinkhorn_bias", "rows", rows, (), torch.int64)
 
 
 def _sinkhorn(scores, *_):

@@ -118,8 +118,8 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             torch.float32,
         ),
         "nearest_neighbors": (x(4, 7), x(9, 7)),
-        "sinkhorn_step": (x(4, 7), x(7), 0.05),
-        "sinkhorn_bias": (x(4, 7), 0.05, 3, False),
+        "sinkhorn_step": (x(4, 7), x(7), 0.05, labels[1]),
+        "sinkhorn_bias": (x(4, 7), 0.05, 3, False, labels[1]),
         "sinkhorn": (x(4, 7), 0.05, 3, True, torch.bfloat16),
         "sinkhorn_codes": (x(4, 7), x(7), 0.05, torch.float32),
         "prototype_cross_entropy": (
@@ -267,6 +267,14 @@ MISTAKES = [
     (lambda: F.sinkhorn(torch.zeros(4)), "sinkhorn: scores must be [B, K] or [P, B, K], got (4,)"),
     (lambda: F.sinkhorn(X, iterations=-1), "sinkhorn: iterations must be at least 0, got -1"),
     (lambda: F.sinkhorn_bias(X, iterations=0), "sinkhorn_bias: iterations must be at least 1, got 0"),
+    (
+        lambda: F.sinkhorn_bias([X, Y], rows=LABELS[0]),
+        "sinkhorn_bias: rows must be a 0-dim int64 tensor, for scores in one tensor, got () torch.int64 for 2",
+    ),
+    (
+        lambda: F.sinkhorn_bias(X, rows=2),
+        "sinkhorn_bias: rows must be a 0-dim int64 tensor, for scores in one tensor, got int for 1",
+    ),
     (lambda: F.sinkhorn_bias(X, epsilon=-1), "sinkhorn_bias: epsilon must be a positive finite number, got -1"),
     (
         lambda: F.prototype_cross_entropy([X], [X], student_temperature=0.1, teacher_temperature=0.1),

@@ -113,6 +113,9 @@ def check_rank(rank: int, world: int, store: str) -> None:
     nothing = positions[:, mine] if rank else positions[:, :0]  # a rank without images
     bias = F.sinkhorn_bias(positions[:, SIZES[world][0] :])
     torch.testing.assert_close(F.sinkhorn_bias(nothing, group=group), bias)
+    filled = torch.cat([nothing, torch.full((3, 2, K), torch.nan)], 1)  # a rank's rows are all filled up
+    counted = torch.tensor(nothing.shape[1])
+    torch.testing.assert_close(F.sinkhorn_bias(filled, rows=counted, group=group), bias)
     parts = F.sinkhorn_bias([x[mine] for x in everything], group=group)
     torch.testing.assert_close(parts, F.sinkhorn_bias(torch.cat(everything)))
 

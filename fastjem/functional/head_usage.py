@@ -41,7 +41,7 @@ def head_cross_entropy_and_usage(
     refuse_forward_mode(op, (*student, prototypes))
     if not student[0].shape[0]:
         nothing = sum_of_elements(student) + 0 * prototypes.sum()
-        return nothing, prototypes.new_zeros(len(prototypes), dtype=widest_dtype(prototypes.device)) + nothing
+        return nothing, prototypes.new_zeros(prototypes.shape[0], dtype=widest_dtype(prototypes.device)) + nothing
     if isinstance(student_temperature, Tensor):
         student = [over(x, student_temperature) for x in student]
         student_temperature = 1.0

@@ -3,9 +3,13 @@
 from ..table import Operator
 
 OPERATORS = {
-    "sinkhorn_step": Operator("(Tensor scores, Tensor? bias, float epsilon) -> Tensor", cpu=True, gpu=True),
+    "sinkhorn_step": Operator(
+        "(Tensor scores, Tensor? bias, float epsilon, Tensor? rows=None) -> Tensor", cpu=True, gpu=True
+    ),
     "sinkhorn_bias": Operator(
-        "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first) -> Tensor", cpu=True, gpu=True
+        "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, Tensor? rows=None) -> Tensor",
+        cpu=True,
+        gpu=True,
     ),
     "sinkhorn": Operator(
         "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, ScalarType dtype) -> Tensor",

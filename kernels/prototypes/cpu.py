@@ -61,20 +61,27 @@ def _codes(arguments: tuple, scores: Tensor, bias: Tensor, dtype: torch.dtype) -
     return codes
 
 
-def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+def _first(scores: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows that count, with dense rows."""
+    return dense_rows(scores if rows is None else scores[..., : int(rows), :])
+
+
+def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float, rows: Tensor | None = None) -> Tensor:
     if scores.dtype not in CODES:
-        return reference.sinkhorn_step(scores, bias, epsilon)
-    scores = dense_rows(scores)
+        return reference.sinkhorn_step(scores, bias, epsilon, rows)
+    scores = _first(scores, rows)
     bias = _dense(bias, torch.float64)
     sums = _of_prototypes(scores)
     _C.sinkhorn_step(*_arguments(scores, epsilon), address(bias), address(sums), torch.get_num_threads())
     return sums
 
 
-def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+def sinkhorn_bias(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+) -> Tensor:
     if scores.dtype not in CODES:
-        return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
-    scores = dense_rows(scores)
+        return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first, rows)
+    scores = _first(scores, rows)
     bias = _bias(_arguments(scores, epsilon), scores, iterations, normalize_samples_first)
     return bias.to(compute_dtype(scores.dtype))
 

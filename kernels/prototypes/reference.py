@@ -13,6 +13,7 @@ def sinkhorn_step(
     scores: Tensor,  # [B, K], or [P, B, K]: P problems, each for itself, as in all of Sinkhorn's operators
     bias: Tensor | None,  # [K] or [P, K], float64; None: samples are not normalised before
     epsilon: float,
+    rows: Tensor | None = None,  # 0-dim int64: so many of the first rows count, and those that fill up don't
 ) -> Tensor:
     """[K] float64: `logsumexp_i(s_ik + g_i)` with `g_i = -logsumexp_k(s_ik + f_k)`, s = scores / epsilon, f = bias.
 
@@ -23,6 +24,9 @@ def sinkhorn_step(
     scores = widen(scores) / epsilon
     if bias is not None:
         scores = scores - (scores + bias.unsqueeze(-2)).logsumexp(-1, keepdim=True)
+    if rows is not None:
+        beyond = torch.arange(scores.shape[-2], device=scores.device) >= rows  # [B]
+        scores = scores.masked_fill(beyond[:, None], -math.inf)
     return widest(scores.logsumexp(-2))
 
 
@@ -31,19 +35,22 @@ def sinkhorn_bias(
     epsilon: float,
     iterations: int,
     normalize_samples_first: bool,
+    rows: Tensor | None = None,  # see `sinkhorn_step`
 ) -> Tensor:
     """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
-    bias = _potentials(scores, epsilon, iterations, normalize_samples_first)
+    bias = _potentials(scores, epsilon, iterations, normalize_samples_first, rows)
     return bias.to(compute_dtype(scores.dtype))
 
 
-def _potentials(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+def _potentials(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+) -> Tensor:
     """The prototypes' potentials f, [K] float64."""
     wide = widest_dtype(scores.device)
     zeros = scores.new_zeros((*scores.shape[:-2], scores.shape[-1]), dtype=wide) if normalize_samples_first else None
-    bias = -sinkhorn_step(scores, zeros, epsilon)
+    bias = -sinkhorn_step(scores, zeros, epsilon, rows)
     for _ in range(iterations - 1):
-        bias = -sinkhorn_step(scores, bias, epsilon)
+        bias = -sinkhorn_step(scores, bias, epsilon, rows)
     return bias
 
 
