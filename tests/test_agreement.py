@@ -7,6 +7,7 @@ wait; and what waits for 20 s fails.
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem import nn
+from fastjem.nn import msn as msn_module
 from fastjem.nn.parts import unit_keys
 
 N, D = 6, 5
@@ -60,6 +62,16 @@ def module(make: Callable[[bool], torch.nn.Module]) -> Callable[..., Tensor]:
     return lambda a, b, group, rows: make(group is not None).double()(a, b)
 
 
+def of_features(make: Callable[..., torch.nn.Module]) -> Callable[..., Tensor]:
+    """MSN's losses where the scores aren't held in memory."""
+
+    def function(a, b, group, rows):
+        with patch.object(msn_module, "LARGEST_SCORES", 0):
+            return make(gather_distributed=group is not None)(torch.cat([a, b, a]), b, PROTOTYPES)
+
+    return function
+
+
 def lejepa(a, b, group, rows):
     return F.lejepa(a[None], b[None], drawn(D, 3), group=group)
 
@@ -99,6 +111,8 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "SwaVLoss": lambda a, b, group, rows: nn.SwaVLoss(sinkhorn_gather_distributed=group is not None)([a, b], []),
     "MSNLoss": lambda a, b, group, rows: nn.MSNLoss(gather_distributed=group is not None)(a, b, PROTOTYPES),
     "PMSNLoss": lambda a, b, group, rows: nn.PMSNLoss(gather_distributed=group is not None)(a, b, PROTOTYPES),
+    "MSNLoss of features": of_features(nn.MSNLoss),
+    "PMSNLoss of features": of_features(nn.PMSNLoss),
     "CAPILoss": lambda a, b, group, rows: nn.CAPILoss(gather_distributed=group is not None)(a[:, None], b[:, None]),
 }
 

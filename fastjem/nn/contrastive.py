@@ -296,4 +296,5 @@ class SupConLoss(nn.Module):
             **given,
         )  # fmt: skip
         temperature = checks.positive("SupConLoss", "temperature", self.temperature, z)
-        return (loss * (temperature / self.base_temperature)).to(loss.dtype)
+        base = checks.positive("SupConLoss", "base_temperature", self.base_temperature, z)
+        return (loss * (temperature / base)).to(loss.dtype)

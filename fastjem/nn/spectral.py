@@ -139,8 +139,11 @@ class Whitening2d(nn.Module):
         whitened, mean, covariance = F.whiten(x, eps=self.eps)
         if self.track_running_stats:
             refuse_vmap("Whitening2d", self.running_mean, mean)
-            self.running_mean.lerp_(mean.reshape(1, -1, 1, 1).to(self.running_mean.dtype), self.momentum)
-            self.running_variance.lerp_(covariance.to(self.running_variance.dtype), self.momentum)
+            momentum = checks.number("Whitening2d", "momentum", self.momentum, x)
+            of_batch = (self.running_mean, mean.reshape(1, -1, 1, 1)), (self.running_variance, covariance)
+            for running, new in of_batch:
+                share = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+                running.lerp_(new.to(running.dtype), share)
         return whitened
 
 
