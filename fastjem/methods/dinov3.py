@@ -23,6 +23,7 @@ class DINOv3(DINOv2):
     given: the Gram teacher: a run folder, an encoder.safetensors, or timm's weights; empty: no Gram anchoring.
     gram_weight: of it. gram_from: the share of the run from which on it counts.
     gram_size: pixels of the Gram teacher's images, 0 as they come; of larger ones its map of patches is made smaller.
+    koleo: weight of KoLeo, which is of each rank's images.
     """
 
     about = About(
