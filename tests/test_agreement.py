@@ -81,6 +81,7 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "nt_xent": lambda a, b, group, rows: F.nt_xent(a, b, group=group),
     "nt_xent of views": lambda a, b, group, rows: F.nt_xent(torch.stack([a, b, a + b]), group=group),
     "dcl": lambda a, b, group, rows: F.dcl(a, b, group=group),
+    "dclw": lambda a, b, group, rows: F.dclw(a, b, group=group),
     "supcon": supcon,
     "supcon with options": supcon_with_options,
     "clip_loss": lambda a, b, group, rows: F.clip_loss(a, b, 2.0, group=group),
@@ -103,6 +104,7 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "prototype_head_cross_entropy": of_scores(fused_head),
     "NTXentLoss": module(lambda several: nn.NTXentLoss(gather_distributed=several)),
     "DCLLoss": module(lambda several: nn.DCLLoss(gather_distributed=several)),
+    "DCLWLoss": module(lambda several: nn.DCLWLoss(gather_distributed=several)),
     "BarlowTwinsLoss": module(lambda several: nn.BarlowTwinsLoss(gather_distributed=several)),
     "VICRegLoss": module(lambda several: nn.VICRegLoss(gather_distributed=several)),
     "TiCoLoss": module(lambda several: nn.TiCoLoss(gather_distributed=several)),
@@ -174,8 +176,6 @@ LOCAL: dict[str, Callable[..., Tensor]] = {
     "clip_loss of constants": lambda a, b, group, rows: F.clip_loss(
         a, b, 2.0, group=group, local_loss=True, gather_with_grad=False
     ),
-    "dclw": lambda a, b, group, rows: F.dclw(a, b, group=group),
-    "DCLWLoss": module(lambda several: nn.DCLWLoss(gather_distributed=several)),
     "SIGReg": lambda a, b, group, rows: nn.SIGReg(gather_distributed=True, num_vectors=4)(a),
     "LeJEPALoss": lambda a, b, group, rows: nn.LeJEPALoss(gather_distributed=True, sigreg_num_vectors=4)(
         local_proj=a[None], global_proj=b[None]

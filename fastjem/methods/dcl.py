@@ -14,7 +14,8 @@ from fastjem.nn.parts import MLP
 class DCL(Method):
     """SimCLR whose positive isn't among the candidates, so that easy positives don't weaken the pull: small batches do.
 
-    sigma: DCLW's: positives that are far apart weigh more, by a softmax of their cosines / sigma; 0 is DCL.
+    sigma: DCLW's: positives that are far apart weigh more, by a softmax of their cosines / sigma over the images of all
+        ranks; 0 is DCL.
     """
 
     about = About("contrastive", "the other images of the batch push away", "Yeh et al. 2022, arXiv 2110.06848")

@@ -157,6 +157,8 @@ class WMSELoss(nn.Module):
         w_size: images of a sub-batch, which divides the batch; at least 2 D.
         loss_fn: of two whitened views.
         num_samples: views of each image.
+
+    Sub-batches are of this rank's images, whatever the number of ranks, as in the official code and solo-learn.
     """
 
     def __init__(
