@@ -246,11 +246,13 @@ def write_pages(options: argparse.Namespace) -> None:
         before, _, section = page.read_text().partition(f"\n{SECTION}\n")
         rest = section.strip().partition("\n\n")[2]
         given = "".join(f", `{key}={value}`" for key, value in OPTIONS.get(row["method"], {}).items())
+        figures = [f"kNN {row['kNN, untrained']} and **{row['kNN']} %**"]
+        if "linear" in row:
+            figures.append(f"linear probe {row['linear, untrained']} and {row['linear']} %")
+            figures.append(f"effective rank {row['rank, untrained']} and {row['rank']}")
         paragraph = (
             f"{of['steps']} steps of {of['batch']} images of the embedded data, {of['size']} pixels, "
-            f"timm's `{row['encoder']}`, default options{given}. Before and after: kNN {row['kNN, untrained']} and "
-            f"**{row['kNN']} %**, linear probe {row['linear, untrained']} and {row['linear']} %, effective rank\n"
-            f"{row['rank, untrained']} and {row['rank']}; {row['images/s']} images/s "
+            f"timm's `{row['encoder']}`, default options{given}.\nBefore and after: {', '.join(figures)} "
             f"([all methods](../../{path.with_suffix('.md')}))."
         )
         page.write_text("\n\n".join(part for part in (before.rstrip(), SECTION, paragraph, rest) if part) + "\n")
