@@ -1,16 +1,18 @@
-"""What every method learns under one budget: kNN accuracy beside the untrained encoder's, images a second, memory.
+"""What every method learns under one budget, beside its untrained encoder: kNN and linear accuracy, effective rank.
 
-    python benchmarks/quality.py [--methods simclr mae ...] [--steps 400] [--batch 64] [--out benchmarks/results]
+    python benchmarks/quality.py [--methods simclr mae ...] [--steps 400] [--batch 64] [--seeds 0 1 2] [--out DIR]
     python benchmarks/quality.py --train DIR --test DIR --size 32      on images of your own, in class folders
 
-Each method runs by `fastjem.pretrain` in a process of its own, on the embedded data set where no other is named: 4,000
-images of ten shapes to train on, 1,000 to test, k = 20. All have one optimiser and rate (--learning-rate, of AdamW for
-256 images), or with --own each its own; encoders are test_resnet (0.4 M parameters), or test_vit where patches are
+Each run is of `fastjem.pretrain` in a process of its own, on the embedded data set where no other is named: 4,000
+images of ten shapes to train on, 1,000 to test. A method has its own defaults, those of a short run; --learning-rate
+gives all of them AdamW at one rate. Encoders are timm's test_resnet (0.4 M parameters), or test_vit where patches are
 hidden.
 """
 
 import argparse
 import json
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,10 +27,14 @@ import fastjem
 from fastjem import backbones
 from fastjem.bench import machine
 from fastjem.data import shapes
-from fastjem.data.source import open_source
+from fastjem.data.pixels import Pixels
+from fastjem.data.source import Source, open_source
 from fastjem.methods import METHODS
-from fastjem.probes import knn_accuracy
+from fastjem.probes import embed, measure
 from fastjem.runs import open_run
+
+FIGURES = {"knn": "kNN", "linear_probe": "linear", "rankme": "rank"}  # of `fastjem.probes.measure` -> a column
+SECTION = "## A short run"  # of a method's page
 
 # What a method needs for so small a run beside its defaults: sizes that fit 4,000 images and batches of 64
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -67,9 +73,8 @@ def fields_of(name: str, options: argparse.Namespace, folder: Path, given: str) 
         fields["patch_size"] = options.size // 8
     else:
         fields["stem"] = "standard"
-    if not options.own:
-        rate = options.learning_rate / (4 if vit else 1)
-        fields |= {"optimizer": "adamw", "learning_rate": rate, "weight_decay": 1e-4}
+    if options.learning_rate:
+        fields |= {"optimizer": "adamw", "learning_rate": options.learning_rate, "weight_decay": 1e-4}
     if name in ("clip", "siglip"):  # two sources: the images twice, each cropped by itself
         fields["data"] = f"{fields['data']},{fields['data']}"
         fields |= {"loader": "torch", "recipe": "simclr"}
@@ -87,19 +92,24 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
         begin = time.perf_counter()
         result = fastjem.pretrain(**fields)
         seconds = time.perf_counter() - begin
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         opened = open_run(result.out)
-        trained = knn_accuracy(opened.encoder, train, test, opened.pixels)
-        untrained = knn_accuracy(untrained_encoder(name, options), train, test, opened.pixels)
+        figures = figures_of(opened.encoder, train, test, opened.pixels)
         lines = (Path(result.out) / "metrics.jsonl").read_text().splitlines()
+    before = figures_of(untrained_encoder(name, options), train, test, opened.pixels)
     rates = sorted(row["images_per_second"] for row in map(json.loads, lines) if row.get("images_per_second"))
-    return {
-        "method": name,
-        "encoder": fields["backbone"],
-        "untrained": round(100 * untrained, 1),
-        "kNN": round(100 * trained, 1),
-        "seconds": round(seconds, 1),
-        "images/s": round(rates[len(rates) // 2], 1) if rates else None,
-    }
+    row = {"method": name, "encoder": fields["backbone"], "seed": options.seed}
+    for key, column in FIGURES.items():
+        row[f"{column}, untrained"] = before[key]
+        row[column] = figures[key]
+    row |= {"seconds": round(seconds, 1), "images/s": rates[len(rates) // 2] if rates else None, "MiB": round(peak)}
+    return {key: round(value, 1) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def figures_of(encoder: nn.Module, train: Source, test: Source, pixels: Pixels) -> dict[str, float]:
+    """Accuracies in percent, and the effective rank, of embeddings of whole images."""
+    found = measure(*embed(encoder, train, pixels), *embed(encoder, test, pixels))
+    return {key: found[key] * (1 if key == "rankme" else 100) for key in FIGURES}
 
 
 def untrained_encoder(name: str, options: argparse.Namespace) -> nn.Module:
@@ -130,15 +140,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--own", action="store_true", help="each method's own optimiser and rate")
+    parser.add_argument("--learning-rate", type=float, default=0.0, help="of AdamW for all methods, of 256 images")
     parser.add_argument("--backbone", default="test_resnet")
     parser.add_argument("--vit", default="test_vit")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--given", default="")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--given", default="", help="of distill: a run's folder; without it, SimCLR of twice the steps")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one method, in a process of its own
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--pages", type=Path, help="docs/methods: only write each row of --out's results into its page")
     options = parser.parse_args()
+    if options.pages:
+        return write_pages(options)
+    options.seed = options.seeds[0]
     if options.alone:
         print("ROW " + json.dumps(one(options.alone, options)), flush=True)
         return
@@ -146,37 +159,101 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "distill" in options.methods and not options.given:
             options.given = given_encoder(options, folder)
-        words = [word for word in sys.argv[1:] if word != "--methods" and word not in options.methods]
         for name in options.methods:
-            command = [sys.executable, __file__, *words, "--given", options.given, "--alone", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
-            error = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            rows.append(json.loads(found[0]) if found else {"method": name, "error": error})
-            print(json.dumps(rows[-1]), flush=True)
-            if options.out:
-                write(options, rows)
+            for seed in options.seeds:
+                rows.append(in_a_process(name, seed, options))
+                print(json.dumps(rows[-1]), flush=True)
+                if options.out:
+                    write(options, rows)
+
+
+def in_a_process(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--alone", name, "--seeds", str(seed)]
+    for key in ("train", "test", "size", "steps", "batch", "learning_rate", "backbone", "vit", "given"):
+        if value := getattr(options, key):
+            command += ["--" + key.replace("_", "-"), str(value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    error = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return json.loads(found[0]) if found else {"method": name, "seed": seed, "error": error}
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method: means, and of accuracies the deviation between seeds where there are several."""
+    found = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        ours = [row for row in rows if row["method"] == name and "error" not in row]
+        if not ours:
+            found.append(next(row for row in rows if row["method"] == name))
+            continue
+        row = {"method": name, "encoder": ours[0]["encoder"]}
+        for key, value in ours[0].items():
+            if isinstance(value, float | int) and key != "seed":
+                values = [one[key] for one in ours]
+                several = len(values) > 1 and key in FIGURES.values()
+                row[key] = f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if several else "")
+        found.append(row)
+    return found
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The rows, beside those that the file has of other methods with the same settings."""
     facts = machine.describe(torch.device("cpu"))
-    settings = {key: str(value) for key, value in vars(options).items() if key not in ("out", "alone", "given")}
-    path = options.out / f"quality-{machine.slug(facts)}"
+    left_out = ("out", "alone", "given", "methods", "seed")
+    settings = {key: str(value) for key, value in vars(options).items() if key not in left_out}
+    path = results_of(options, facts)
+    if path.with_suffix(".json").exists():
+        before = json.loads(path.with_suffix(".json").read_text())
+        if before["settings"] == settings:
+            named = {row["method"] for row in rows}
+            rows = [row for row in before["rows"] if row["method"] not in named] + rows
+    rows = sorted(rows, key=lambda row: [*METHODS].index(row["method"]))
     found = {"machine": facts, "run": machine.now(), "settings": settings, "rows": rows}
     path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    table = over_seeds(rows)
+    keys = list(dict.fromkeys(key for row in table for key in row))
     lines = [
         f"# What methods learn in {options.steps} steps of {options.batch} images",
         "",
         *(f"- {key}: {value}" for key, value in {**facts, **machine.now(), **settings}.items()),
         "",
-        "kNN accuracy in percent, k = 20; seconds and images a second of the whole run.",
+        "kNN (k = 20) and linear accuracy on the test images in percent, effective rank of the training images'",
+        "embeddings (RankMe), the untrained encoder's beside each; seconds and images a second of the whole run, and",
+        "the process's memory at its peak.",
         "",
         "| " + " | ".join(keys) + " |",
         "|" + "---|" * len(keys),
-        *("| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows),
+        *("| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in table),
     ]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def results_of(options: argparse.Namespace, facts: dict[str, Any]) -> Path:
+    """The files of results of this data on this machine, without their suffix."""
+    data = Path(options.train).parent.name if options.train else "shapes"
+    return options.out / f"quality-{data}-{machine.slug(facts)}"
+
+
+def write_pages(options: argparse.Namespace) -> None:
+    """Each method's row of the results as the first paragraph of a section of its page; other paragraphs stay."""
+    path = results_of(options, machine.describe(torch.device("cpu"))).with_suffix(".json")
+    found = json.loads(path.read_text())
+    of = found["settings"]
+    for row in over_seeds(found["rows"]):
+        if "error" in row:
+            continue
+        page = options.pages / f"{row['method']}.md"
+        before, _, section = page.read_text().partition(f"\n{SECTION}\n")
+        rest = section.strip().partition("\n\n")[2]
+        given = "".join(f", `{key}={value}`" for key, value in OPTIONS.get(row["method"], {}).items())
+        paragraph = (
+            f"{of['steps']} steps of {of['batch']} images of the embedded data, {of['size']} pixels, "
+            f"timm's `{row['encoder']}`, default options{given}. Before and after: kNN {row['kNN, untrained']} and "
+            f"**{row['kNN']} %**, linear probe {row['linear, untrained']} and {row['linear']} %, effective rank\n"
+            f"{row['rank, untrained']} and {row['rank']}; {row['images/s']} images/s "
+            f"([all methods](../../{path.with_suffix('.md')}))."
+        )
+        page.write_text("\n\n".join(part for part in (before.rstrip(), SECTION, paragraph, rest) if part) + "\n")
 
 
 if __name__ == "__main__":

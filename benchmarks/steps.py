@@ -11,6 +11,7 @@ others.
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from fastjem.data.batch import Batch, Crops, finish
 from fastjem.data.loaders import Order
 from fastjem.data.loaders.memory import ImageArray, MemoryLoader
 from fastjem.data.masking import mask_specs
+from fastjem.machine import keep_memory
 from fastjem.methods import METHODS, RunFacts, views_of
 from fastjem.step import Step
 
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--masks", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    import tempfile
+    keep_memory()  # as `fastjem pretrain` does; lightly's steps, in the same process, have it from that too
 
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:

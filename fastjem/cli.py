@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fastjem.arguments import outcome, run
 from fastjem.errors import UserError
+from fastjem.machine import keep_memory
 from fastjem.printing import open_streams, say
 
 
@@ -89,10 +90,15 @@ def call(name: str, words: Sequence[str]) -> int:
         raise UserError(f"{error.name} is not installed; pip install 'fastjem[pretrain]'") from None
 
 
+TRAINS = ("pretrain", "demo")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     name, *words = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     open_streams()
+    if argv is None and name in TRAINS:  # the process is ours, and ends with the run
+        keep_memory()
     if name in COMMANDS:
         return outcome(name, lambda: call(name, words))
     return outcome("", lambda: about(name))

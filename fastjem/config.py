@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from fastjem import backbones, checkpoints, fields, optim, reading
 from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
 from fastjem.data.pixels import LARGEST, Pixels
+from fastjem.data.sources.pairs import SEPARATOR
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
 
@@ -171,7 +173,18 @@ def from_fields(given: dict[str, Any]) -> Config:
             raise nearest("option", name, known)
     if "out" not in given:
         raise UserError("pretrain needs out")
+    data = given.get("data")
+    if isinstance(data, (list, tuple)) and data and all(isinstance(one, (str, os.PathLike)) for one in data):
+        given = {**given, "data": joined(data)}
     return Config(**given)
+
+
+def joined(roots: Sequence[str | os.PathLike[str]]) -> str:
+    """Several sources as `--data` names them, "a,b"; UserError for a name that this would cut in two."""
+    names = [os.fspath(root) for root in roots]
+    if parted := [name for name in names if SEPARATOR in name]:
+        raise UserError(f"pretrain: of several data, none may have a comma in its name; got {parted[0]}")
+    return SEPARATOR.join(names)
 
 
 def check(config: Config) -> None:

@@ -104,7 +104,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     defaults = resume.defaults_of(out, state) if state else published.of_run(steps, chosen=chosen)
     # Of the data that the run was begun with: prototypes and queues have their size of it.
     sized_for = {"images": len(source), "classes": len(source.classes)}
-    said = [*unused_options(config, objects), *about_values, *([] if state else [defaults.unlike(published)])]
+    said = [*unused_options(config, objects), *about_values]
     asked = config
     config = with_drop_path(config, objects, kind, defaults)
     if state:
@@ -117,6 +117,10 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
 
     torch.manual_seed(config.seed)
     module = made_encoder(config, objects, kind, weights)
+    if not state:
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        defaults = published.of_run(steps, chosen=chosen, parameters=parameters)
+        said.append(defaults.unlike(published))
     config = with_layer_rates(config, defaults, module)
     if not state:
         longer = with_layer_rates(with_drop_path(asked, objects, kind, published), published, module)

@@ -304,12 +304,14 @@ def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _expect(op, "bias", bias, (*scores.shape[:-2], scores.shape[-1]))
 
 
-def _sinkhorn_step(scores, bias, *_):
+def _sinkhorn_step(scores, bias, _epsilon, rows=None):
     _scores("sinkhorn_step", scores, bias)
+    _expect("sinkhorn_step", "rows", rows, (), torch.int64)
 
 
-def _sinkhorn_bias(scores, *_):
+def _sinkhorn_bias(scores, _epsilon, _iterations, _first, rows=None):
     _scores("sinkhorn_bias", scores)
+    _expect("sinkhorn_bias", "rows", rows, (), torch.int64)
 
 
 def _sinkhorn(scores, *_):
@@ -344,6 +346,17 @@ def _prototype_head_cross_entropy(inputs, teacher, teacher_prototypes, _student,
     _student_and_teacher(op, student, teacher, len(prototypes), bias, weights)
     _same_width(op, "features and prototypes", student[0], prototypes)
     _expect(op, "teacher_prototypes", teacher_prototypes, tuple(prototypes.shape))
+
+
+def _prototype_head_usage(inputs, teacher, teacher_prototypes, _student, _teacher, bias, _pairs, *rest):
+    op = "prototype_head_usage" + ("_backward" if rest else "")
+    *student, prototypes = inputs
+    _student_and_teacher(op, student, teacher, len(prototypes), bias, None)
+    _same_width(op, "features and prototypes", student[0], prototypes)
+    _expect(op, "teacher_prototypes", teacher_prototypes, tuple(prototypes.shape))
+    if rest:
+        _expect(op, "upstream", rest[0], ())
+        _expect(op, "slope", rest[1], (len(prototypes),))
 
 
 def _mean_entropy(scores, temperature, total, *_):
@@ -389,5 +402,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "sinkhorn_codes": _sinkhorn_codes,
     "prototype_cross_entropy": _prototype_cross_entropy,
     "prototype_head_cross_entropy": _prototype_head_cross_entropy,
+    "prototype_head_usage": _prototype_head_usage,
+    "prototype_head_usage_backward": _prototype_head_usage,
     "mean_entropy": _mean_entropy,
 }

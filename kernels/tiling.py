@@ -29,6 +29,7 @@ CPU_SMALL_PRODUCT = 64 * 64 * 64
 CPU_FEW_ROWS = 32 * 32 * 32  # N D min(N, D) of Barlow Twins and VICReg in one call, in double (covariance/few_rows.h)
 CPU_SYMMETRIC_WORK = 1 << 24  # multiplications of x @ x.T from which halves are worth several calls
 CPU_SYMMETRIC_PARTS = 4  # of the rows of x @ x.T: 10 of 16 blocks are computed, 6 mirrored
+HEAD_USAGE_BYTES = 64 << 20  # logits of student and teacher of some images, where a row's are needed together
 CPU_HEAD_BYTES = 8 << 20  # logits of student and teacher at a time: the L2 caches hold most of it, products stay large
 
 GRAM_ROWS = 256  # of a Gram matrix at a time: that of 14 x 14 patches is one tile

@@ -351,6 +351,16 @@ def _sinkhorn(k: int, dtype: str, vectors: tuple[int, int], n: int = 300) -> Cas
     return Case("sinkhorn", f"N x {k}", dtype, call, vectors)
 
 
+def _sinkhorn_rows(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    """Of hidden patches, whose number the host doesn't know."""
+
+    def call() -> None:
+        scores = torch.zeros(300, k, dtype=DTYPES[dtype])
+        prototypes.sinkhorn_bias(scores, 0.05, 2, False, torch.tensor(200))
+
+    return Case("sinkhorn_bias", f"rows of N x {k}", dtype, call, vectors)
+
+
 def _prototype_cross_entropy(
     s: int, t: int, k: int, dtype: str, pairs: str, vectors: tuple[int, int], images: int = 4
 ) -> Case:
@@ -452,6 +462,8 @@ CASES = [
     _sinkhorn(3000, "fp32", (1, 0)),
     _sinkhorn(65_536, "bf16", (1, 0)),
     _sinkhorn(65_536, "fp32", (1, 0)),
+    _sinkhorn_rows(8192, "bf16", (1, 0)),
+    _sinkhorn_rows(65_536, "fp32", (1, 0)),
     _prototype_cross_entropy(10, 2, 65_536, "bf16", "different", (1, 0)),
     _prototype_cross_entropy(8, 2, 3000, "fp32", "different", (1, 0)),
     _prototype_cross_entropy(1, 1, 8192, "bf16", "same", (1, 0)),

@@ -71,6 +71,10 @@ def _masked_patches(b: int) -> list[Tensor]:
     return [torch.randn(b + 1, K), leaf(b + 1, K), mask]
 
 
+def _anchors(b: int) -> list[Tensor]:
+    return [leaf(2 * b, D), torch.randn(b, D), leaf(K, D)]
+
+
 def _table(b: int) -> Tensor:
     """Parameters of an augmentation that cuts a window and does nothing else."""
     return torch.tensor([0.0, 0, 6, 6, 0, 1, 1, 1, 0, 0, 0, 0, 0]).repeat(b, 1)
@@ -169,6 +173,9 @@ FUNCTIONS = {
     "sinkhorn-positions": Call(
         lambda b: [torch.randn(b, 3, K)], lambda x: F.sinkhorn(x.transpose(0, 1)).transpose(0, 1), False
     ),
+    "sinkhorn_bias-rows": Call(
+        lambda b: [torch.randn(b, K)], lambda x: F.sinkhorn_bias(x, rows=(x[:, 0] < 0.5).sum()), False
+    ),
     "sinkhorn_bias": Call(lambda b: [torch.randn(b, K), torch.randn(b + 1, K)], lambda *x: F.sinkhorn_bias(x), False),
     "total_coding_rate": Call(lambda b: [leaf(b, D)], F.total_coding_rate),
     "simdino": Call(lambda b: [leaf(b, D), leaf(b, D), torch.randn(b, D)], lambda s, r, t: F.simdino([s, r], [t])),
@@ -249,7 +256,9 @@ MODULES = {
     "SwaVLoss": _module(
         lambda b: [*_scores(3)(b), *torch.randn(2, 5, K)], nn.SwaVLoss, lambda loss, a, b, c, *q: loss([a, b], [c], q)
     ),
-    "MSNLoss": _module(lambda b: [leaf(2 * b, D), torch.randn(b, D), leaf(K, D)], nn.MSNLoss),
+    "MSNLoss": _module(_anchors, nn.MSNLoss),
+    "PMSNLoss": _module(_anchors, nn.PMSNLoss),
+    "PMSNCustomLoss": _module(_anchors, lambda: nn.PMSNCustomLoss(lambda p: torch.full_like(p, 1 / len(p)))),
     "KoLeoLoss": _module(lambda b: [leaf(b, D)], nn.KoLeoLoss),
     "GramLoss": _module(lambda b: [leaf(b, 5, D), torch.randn(b, 5, D)], nn.GramLoss),
     "SimDINOLoss": _module(_scores(3), nn.SimDINOLoss, lambda loss, s, r, t: loss([t], [s, r])),
@@ -259,6 +268,11 @@ MODULES = {
         lambda groups, x: groups(x, groups.group_features).logsumexp(1).mean(),
     ),
     "EMPSSLLoss": _module(_two, nn.EMPSSLLoss, lambda loss, *x: loss(x)),
+    "NNCLRLoss": _module(lambda b: [leaf(b, D) for _ in range(4)], lambda: nn.NNCLRLoss(memory_bank_size=(32, D))),
+    # Two parts of six images, of a batch that has others, too: parts divide the batch.
+    "WMSELoss": _module(
+        _two, lambda: nn.WMSELoss(3, w_size=6), lambda loss, a, b: loss(torch.cat([a, b]).view(-1, 4)[:24, :3])
+    ),
     "MMCRLoss": _module(lambda b: [leaf(b, 2, D), leaf(b, 2, D)], nn.MMCRLoss),
     "FroSSLLoss": _module(_two, nn.FroSSLLoss, lambda loss, *x: loss(x)),
     "Whitening2d": _module(lambda b: [leaf(b, D)], lambda: nn.Whitening2d(D, eps=0.1), lambda w, x: w(x).pow(3).sum()),

@@ -14,6 +14,7 @@ import torch.nn.functional as TF
 from torch import Tensor
 
 import fastjem.functional as F
+from fastjem.functional.head_usage import head_cross_entropy_and_usage
 
 DTYPES = {
     torch.float64: "float64",
@@ -406,6 +407,45 @@ def _prototype_head(
     )
 
 
+def _prototype_head_usage(s: int, t: int, b: int, k: int, d: int, pairs: str, bias: bool = False) -> Case:
+    """The loss, and what says how evenly the student uses the prototypes."""
+
+    def call(*x: Tensor) -> Tensor:
+        student, w, teacher = list(x[:s]), x[s], list(x[s + 1 : s + 1 + t])
+        loss, total = head_cross_entropy_and_usage(
+            "prototype_head_usage",
+            student,
+            teacher,
+            w,
+            student_temperature=0.2,
+            teacher_temperature=0.3,
+            teacher_bias=x[-1] if bias else None,
+            pairs=pairs,
+        )
+        mean = total / (s * b)
+        return loss + 2 * (mean * mean.log()).sum().to(loss.dtype)
+
+    def eager(*x: Tensor) -> Tensor:
+        student, w, teacher = list(x[:s]), x[s], list(x[s + 1 : s + 1 + t])
+        logits = [z @ w.T for z in student]
+        targets = [z @ w.detach().T for z in teacher]
+        loss = eager_prototype_cross_entropy(logits, targets, pairs, x[-1] if bias else None)
+        mean = (torch.cat(logits) / 0.2).softmax(1).mean(0)
+        return loss + 2 * (mean * mean.log()).sum()
+
+    return Case(
+        "prototype_head_usage",
+        f"{s}x{t}x{b}x{k}x{d}-{pairs}" + ("-bias" if bias else ""),
+        make(*[normal(b, d, scale=d**-0.5)] * s, normal(k, d), *[normal(b, d, scale=d**-0.5)] * t, *[normal(k)] * bias),
+        call,
+        eager,
+        differentiable=s + 1,
+        # as for the head's cross-entropy, and a mean entropy of size log K
+        loss_size=15.0 + 2 * math.log(k),
+        gradient_size=lambda *x: 15.0 / b / (d**0.5),
+    )
+
+
 def _mean_entropy(v: int, b: int, k: int, scale: float = 1.0, dtypes=(torch.float64, torch.float32)) -> Case:
     def eager(*scores: Tensor) -> Tensor:
         p = (torch.cat(scores) / 0.1).softmax(1).mean(0)
@@ -744,6 +784,9 @@ LOSSES = [
     _prototype_head(3, 1, 7, 67, 8, "all", bias="K", weighted=True),
     _prototype_head(2, 3, 5, 129, 40, "same"),
     _prototype_head(2, 2, 3, 20, 130, "different", weighted=True),  # on a GPU: chunks of 64 columns, the last of 2
+    _prototype_head_usage(3, 1, 5, 67, 8, "all", bias=True),
+    _prototype_head_usage(3, 2, 4, 130, 16, "different"),
+    _prototype_head_usage(1, 1, 1, 3, 5, "all"),
     _mean_entropy(1, 1, 3),
     _mean_entropy(4, 9, 100),
     _mean_entropy(2, 3, 1500, scale=0.1, dtypes=ALL),

@@ -254,6 +254,22 @@ CPU = [
     Mutation("mmcr", "csrc/covariance/mmcr.h", "a[i * m + k] = cosine * x - sine * y", "a[i * m + k] = cosine * x"),
     Mutation("mean_entropy", "csrc/prototypes/softmax_slope.cpp", "(sums)[j] / n", "(sums)[j] / (n + 1)"),
     Mutation("mean_entropy", "csrc/prototypes/softmax_slope.h", "block[j] += e[j] * factor", "block[j] += e[j]"),
+    Mutation(
+        "sinkhorn_bias",
+        "kernels/prototypes/cpu.py",
+        ": int(rows), :",
+        ": int(rows) + 1, :",
+        tests="fill_up and not ibot",
+    ),
+    *(
+        Mutation("prototype_head_usage", "kernels/prototypes/head_usage.py", old, new, tests="test_msn and some")
+        for old, new in (
+            ("widest(of_these) * some.share", "widest(of_these)"),
+            ("upstream * scale * some.share", "upstream * scale"),
+            ("of_prototypes.addmm_(some", "of_prototypes.addmm_(0.999 * some"),
+            ("slope / sides.student_temperature", "slope"),
+        )
+    ),
 ]
 INTERPRETER = [
     Mutation("nt_xent", "kernels/contrastive/weights.py", "(s - b_pivot[None, :])", "(s - 0.999 * b_pivot[None, :])"),
@@ -277,7 +293,17 @@ INTERPRETER = [
     Mutation("regression_rows", "kernels/predictive/regression.py", "tl.sum(loss, 1) * weight", "tl.sum(loss, 1)"),
     Mutation("regression_rows", "kernels/predictive/regression.py", "slope *= weight[", "slope *= 0.99 * weight["),
     Mutation("sinkhorn", "kernels/prototypes/sinkhorn.py", "row_start(problem * parts + i,", "row_start(i,"),
+    Mutation(
+        "sinkhorn_bias",
+        "kernels/prototypes/sinkhorn.py",
+        "live = (i_row < N) & (i_row < counted)",
+        "live = i_row < N",
+        tests="fill_up",
+    ),
     Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
+    Mutation(
+        "prototype_head_usage", "kernels/prototypes/prototype_head_usage.py", "sums += added", "sums += 0.999 * added"
+    ),
     Mutation("gram_loss", "kernels/gram/gpu.py", "tl.where(mirrored, 2.0, 1.0)", "1.0"),
     Mutation("gram_loss", "kernels/gram/gpu.py", "counted * over_a[:, None]", "counted * over_b[None, :]"),
     Mutation("gram_loss", "kernels/gram/gpu.py", "idle = (s <= 0) & (t <= 0)", "idle = s <= 0"),

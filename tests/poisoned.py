@@ -187,6 +187,17 @@ class Inputs:
         rest = x(2, self.width, dtype=self.wide), "all", x(4, dtype=self.wide).abs(), [True] * 3
         return [*features[:2], prototypes[0]], features[2:], prototypes[1], 0.1, self.temperature, *rest
 
+    def _prototype_head_usage(self, x):
+        features = [x(4, 5, scale=0.3) for _ in range(4)]
+        prototypes = [x(self.width, 5) for _ in range(2)]
+        rest = x(2, self.width, dtype=self.wide), "all"
+        return [*features[:2], prototypes[0]], features[2:], prototypes[1], 0.1, self.temperature, *rest
+
+    def _prototype_head_usage_backward(self, x):
+        upstream = x(1, dtype=self.wide)[0]
+        slope = x(self.width, dtype=torch.float64)
+        return *self._prototype_head_usage(x), upstream, slope, [True] * 3
+
     def _mean_entropy(self, x):
         return [x(4, self.width, scale=0.3) for _ in range(2)], self.temperature, None, None, [True, True]
 

@@ -7,6 +7,7 @@ wait; and what waits for 20 s fails.
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem import nn
+from fastjem.nn import msn as msn_module
 from fastjem.nn.parts import unit_keys
 
 N, D = 6, 5
@@ -60,6 +62,16 @@ def module(make: Callable[[bool], torch.nn.Module]) -> Callable[..., Tensor]:
     return lambda a, b, group, rows: make(group is not None).double()(a, b)
 
 
+def of_features(make: Callable[..., torch.nn.Module]) -> Callable[..., Tensor]:
+    """MSN's losses where the scores aren't held in memory."""
+
+    def function(a, b, group, rows):
+        with patch.object(msn_module, "LARGEST_SCORES", 0):
+            return make(gather_distributed=group is not None)(torch.cat([a, b, a]), b, PROTOTYPES)
+
+    return function
+
+
 def lejepa(a, b, group, rows):
     return F.lejepa(a[None], b[None], drawn(D, 3), group=group)
 
@@ -69,6 +81,7 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "nt_xent": lambda a, b, group, rows: F.nt_xent(a, b, group=group),
     "nt_xent of views": lambda a, b, group, rows: F.nt_xent(torch.stack([a, b, a + b]), group=group),
     "dcl": lambda a, b, group, rows: F.dcl(a, b, group=group),
+    "dclw": lambda a, b, group, rows: F.dclw(a, b, group=group),
     "supcon": supcon,
     "supcon with options": supcon_with_options,
     "clip_loss": lambda a, b, group, rows: F.clip_loss(a, b, 2.0, group=group),
@@ -91,6 +104,7 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "prototype_head_cross_entropy": of_scores(fused_head),
     "NTXentLoss": module(lambda several: nn.NTXentLoss(gather_distributed=several)),
     "DCLLoss": module(lambda several: nn.DCLLoss(gather_distributed=several)),
+    "DCLWLoss": module(lambda several: nn.DCLWLoss(gather_distributed=several)),
     "BarlowTwinsLoss": module(lambda several: nn.BarlowTwinsLoss(gather_distributed=several)),
     "VICRegLoss": module(lambda several: nn.VICRegLoss(gather_distributed=several)),
     "TiCoLoss": module(lambda several: nn.TiCoLoss(gather_distributed=several)),
@@ -99,6 +113,8 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "SwaVLoss": lambda a, b, group, rows: nn.SwaVLoss(sinkhorn_gather_distributed=group is not None)([a, b], []),
     "MSNLoss": lambda a, b, group, rows: nn.MSNLoss(gather_distributed=group is not None)(a, b, PROTOTYPES),
     "PMSNLoss": lambda a, b, group, rows: nn.PMSNLoss(gather_distributed=group is not None)(a, b, PROTOTYPES),
+    "MSNLoss of features": of_features(nn.MSNLoss),
+    "PMSNLoss of features": of_features(nn.PMSNLoss),
     "CAPILoss": lambda a, b, group, rows: nn.CAPILoss(gather_distributed=group is not None)(a[:, None], b[:, None]),
 }
 
@@ -160,8 +176,6 @@ LOCAL: dict[str, Callable[..., Tensor]] = {
     "clip_loss of constants": lambda a, b, group, rows: F.clip_loss(
         a, b, 2.0, group=group, local_loss=True, gather_with_grad=False
     ),
-    "dclw": lambda a, b, group, rows: F.dclw(a, b, group=group),
-    "DCLWLoss": module(lambda several: nn.DCLWLoss(gather_distributed=several)),
     "SIGReg": lambda a, b, group, rows: nn.SIGReg(gather_distributed=True, num_vectors=4)(a),
     "LeJEPALoss": lambda a, b, group, rows: nn.LeJEPALoss(gather_distributed=True, sigreg_num_vectors=4)(
         local_proj=a[None], global_proj=b[None]

@@ -5,16 +5,19 @@ before there is a mistake, a number that becomes a constant all make one for eac
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo
-from calls import CALLS, D, K, leaf
+from calls import CALLS, MODULES, D, K, leaf
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 import fastjem.functional as F
 from fastjem import nn
+from fastjem.kernels import tiling
+from fastjem.nn import msn
 
 SIZES = (13, 17, 9, 32)
 MANY_SIZES = (12, 13, 17, 16, 20, 9, 31, 32, 33, 64, 40, 11, 15, 21, 27, 10)  # torch.compile gives up at the ninth
@@ -84,6 +87,69 @@ def test_one_graph_for_all_batch_sizes(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_one_graph_with_its_backward_for_many_batch_sizes(name):
     assert _same_at(MANY_SIZES, name, differentiates=True) <= AT_MOST
+
+
+LOSSES = [name for name in MODULES if CALLS[name].differentiable or "Memory" in name]
+
+
+def test_every_loss_is_in_the_table():
+    losses = {name for name in nn.__all__ if name.endswith("Loss")} | {"NegativeCosineSimilarity", "SIGReg"}
+    assert losses <= {name.split("-")[0] for name in MODULES}
+
+
+def _graphs_of_steps(name: str, attribute: str | None = None) -> list[int]:
+    """How many graphs there are after each of four steps of as many images; `attribute` falls a little at each."""
+    case = MODULES[name]
+    module = case.module()
+    value = 0.0 if attribute is None else getattr(module, attribute)
+    # Without dynamic=True a number is a constant at first, and another graph is made when it changes.
+    compiled, counter = _compiled(partial(case.call, module), differentiates=True, dynamic=None)
+    graphs = []
+    for step in range(4):
+        if attribute is not None:
+            setattr(module, attribute, value * (1 - 0.1 * step))
+        torch.manual_seed(step)
+        _run(compiled, case.make(12))
+        graphs.append(counter.graphs)
+    return graphs
+
+
+def _quick_modules() -> list:
+    """But one, whose graph takes half a minute."""
+    return [pytest.param(n, marks=pytest.mark.exhaustive) if n == "VICRegLLoss" else n for n in LOSSES]
+
+
+@pytest.mark.parametrize("name", _quick_modules())
+def test_no_step_compiles_anything_again(name):
+    """TiCo's second step alone finds a covariance."""
+    assert _graphs_of_steps(name) == ([1, 2, 2, 2] if name == "TiCoLoss" else [1, 1, 1, 1])
+
+
+# eps, degrees and the like are known on the host: nobody schedules them, and each value has a graph.
+HOST = ("eps", "p", "t_max")
+SCHEDULED = [
+    (name, attribute)
+    for name in LOSSES
+    for attribute, value in vars(MODULES[name].module()).items()
+    if isinstance(value, float) and value and attribute not in HOST
+]
+QUICK_SCHEDULES = [("PMSNLoss", "power_law_exponent"), ("SimDINOLoss", "coefficient"), ("TiCoLoss", "beta")]
+
+
+@pytest.mark.parametrize(
+    "name, attribute",
+    [x if x in QUICK_SCHEDULES else pytest.param(*x, marks=pytest.mark.exhaustive) for x in SCHEDULED],
+)
+def test_a_number_that_changes_at_each_step_compiles_once_more_at_most(name, attribute):
+    graphs = _graphs_of_steps(name, attribute)
+    assert graphs[0] == 1 and graphs[-1] == graphs[1] <= AT_MOST, graphs
+
+
+@pytest.mark.parametrize("name", ["MSNLoss", "PMSNLoss"])
+def test_one_graph_of_scores_that_are_not_held(name, monkeypatch):
+    monkeypatch.setattr(msn, "LARGEST_SCORES", 0)
+    monkeypatch.setattr(tiling, "HEAD_USAGE_BYTES", 5 * 3 * K * 4)  # five images at a time: no graph may know of it
+    assert _same_at(SIZES, name, differentiates=True) <= AT_MOST
 
 
 def _two() -> list[Tensor]:

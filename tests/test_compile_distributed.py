@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem import nn
+from fastjem.nn import msn
 
 SIZES = (9, 13, 16)
 
@@ -62,7 +63,14 @@ OF_A_GROUP: dict[str, tuple[Callable[[int], list[Tensor]], Callable[..., Tensor]
 
 
 def _gathering(name: str, factory: Callable[[], torch.nn.Module]) -> Call:
-    return Call(MODULES[name].make, MODULES[name].call, module=factory)
+    of_module = MODULES[name.removesuffix("-features")]
+    return Call(of_module.make, of_module.call, module=factory)
+
+
+def _of_features(factory: Callable[..., torch.nn.Module]) -> torch.nn.Module:
+    """A loss whose scores aren't held within a graph, from now on in this process."""
+    msn.LARGEST_HELD_OVER_RANKS = 0
+    return factory(gather_distributed=True)
 
 
 OF_ALL_RANKS = {
@@ -75,6 +83,9 @@ OF_ALL_RANKS = {
     "VICRegLoss": lambda: nn.VICRegLoss(gather_distributed=True),
     "TiCoLoss": lambda: nn.TiCoLoss(gather_distributed=True),
     "MSNLoss": lambda: nn.MSNLoss(gather_distributed=True),
+    "PMSNLoss": lambda: nn.PMSNLoss(gather_distributed=True),
+    "MSNLoss-features": lambda: _of_features(nn.MSNLoss),
+    "PMSNLoss-features": lambda: _of_features(nn.PMSNLoss),
     "KoLeoLoss": lambda: nn.KoLeoLoss(gather_distributed=True),
     "SwaVLoss": lambda: nn.SwaVLoss(sinkhorn_gather_distributed=True),
     "DINOLoss": lambda: nn.DINOLoss(K),

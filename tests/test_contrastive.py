@@ -196,6 +196,7 @@ RANKED = {
     "nt_xent, running maximum": partial(F.nt_xent, temperature=0.001),
     "three views": lambda x, y, group=None: F.nt_xent(torch.stack([x, y, x + 2 * y]), group=group),
     "dcl": F.dcl,
+    "dclw": F.dclw,
     "clip": lambda x, y, group=None: F.clip_loss(x, y, SCALE, group=group),
     "siglip": lambda x, y, group=None: F.siglip_loss(x, y, SCALE, BIAS, group=group),
 }

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fastjem.functional as F
-from fastjem import collectives
+from fastjem import collectives, nn
 
 SIZES = {2: (5, 3), 3: (4, 1, 6)}  # rows of each rank
 
@@ -119,6 +119,9 @@ LOSSES = {
     "nt_xent_prefixes": nt_xent_of_prefixes,
     "clip_prefixes": clip_of_prefixes,
     "dcl_options": partial(F.dcl, false_negative_margin=0.5, prior=0.1),
+    "dclw": partial(F.dclw, sigma=0.3),
+    "dclw_options": partial(F.dclw, prior=0.1, hardness=0.5),
+    "DCLWLoss": lambda z0, z1, group=None: nn.DCLWLoss(sigma=0.3, gather_distributed=group is not None)(z0, z1),
     "supcon_options": supcon_with_options,
     "supcon_one_anchor": partial(supcon_with_options, anchors="one"),
     "clip_options": clip_with_options,
@@ -169,6 +172,26 @@ def check_collectives(z: torch.Tensor, mine: slice, rank: int, world: int) -> No
         torch.testing.assert_close(torch.autograd.grad(mean, leaf)[0] / world, 2 * part / len(z))
 
 
+def check_a_learned_sigma(whole: tuple[torch.Tensor, torch.Tensor], mine: slice, world: int) -> None:
+    """DCLW's weights are a softmax over all ranks' images, and what sigma learns is the sum over ranks, over W."""
+    for temperature in (0.2, torch.tensor(0.2, dtype=torch.float64)):
+        sigmas = [torch.tensor(0.3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        expected = F.dclw(*whole, temperature=temperature, sigma=sigmas[0])
+        cosines = torch.cosine_similarity(*whole)
+        formula = F.dcl(*whole, temperature=temperature, weights=torch.zeros_like(cosines))
+        weights = 2 - len(cosines) * (cosines / sigmas[0]).softmax(0)
+        formula = formula - (weights * cosines).mean() / temperature
+        torch.testing.assert_close(expected, formula)
+        (gradient,) = torch.autograd.grad(expected, sigmas[0])
+        torch.testing.assert_close(gradient, torch.autograd.grad(formula, sigmas[0])[0])
+        parts = [z[mine].clone().requires_grad_() for z in whole]
+        loss = F.dclw(*parts, temperature=temperature, sigma=sigmas[1], group=dist.group.WORLD)
+        loss.backward()
+        dist.all_reduce(sigmas[1].grad)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(sigmas[1].grad / world, gradient)
+
+
 def check_kmeans(z: torch.Tensor, mine: slice) -> None:
     """Ranks cluster their rows together; what is drawn at first is the first rank's draw."""
     group = dist.group.WORLD
@@ -212,6 +235,7 @@ def check_rank(rank: int, world: int, store: str) -> None:
         torch.testing.assert_close(gradient / world, expected_gradients[1][mine] / -0.7, msg=f"{name}, one-sided")
         with torch.no_grad():
             torch.testing.assert_close(function(*parts, group=group), expected)
+    check_a_learned_sigma((z0, z1), mine, world)
     for name, function in CODES.items():
         torch.testing.assert_close(function(z0[mine], group=group), function(z0)[mine], msg=f"{name}, rank {rank}")
     check_collectives(z0, mine, rank, world)

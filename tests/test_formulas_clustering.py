@@ -8,8 +8,10 @@ import torch
 from method_formulas import Exact, check, cross_entropy, entropy_of, exact, unit
 from torch import Tensor
 
+from fastjem.kernels import tiling
 from fastjem.methods import RunFacts
 from fastjem.methods.deepcluster import NO_CLUSTER
+from fastjem.nn import msn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,8 +123,12 @@ def sinkhorn(q: Tensor, iterations: int) -> Tensor:
         ("pmsn", {"power": 1.0, "iterations": 3, "regularization": 0.7}),
     ],
 )
-def test_msn(name: str, options: dict) -> None:
+@pytest.mark.parametrize("held", [True, False], ids=["held", "some images at a time"])
+def test_msn(name: str, options: dict, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Assran et al. 2022, equations 1 and 2, by src/losses.py; PMSN's term is KL(power law || mean prediction)."""
+    if not held:
+        monkeypatch.setattr(msn, "LARGEST_SCORES", 0)
+        monkeypatch.setattr(tiling, "HEAD_USAGE_BYTES", 3 * 4 * 12 * 8)  # three images of four views against 12
     it = exact(name, mask=0.5, **options)
     it.batch = it.batch._replace(views=it.batch.views[:4])
     given = {"iterations": 3 if name == "msn" else 0, "regularization": 1.0, "sharpen": 0.25, "power": 0.25, **options}

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from test_methods import given_weights, vit
 from torch import Tensor
 
 from fastjem import backbones, encoders
+from fastjem.data.batch import Batch
 from fastjem.data.pixels import Pixels
+from fastjem.data.views import Views
 from fastjem.methods import RunFacts, prototypes
-from fastjem.methods.hidden import hidden_rows
+from fastjem.methods.hidden import HiddenRows, hidden_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEP = 21  # in the middle of the temperature's warm-up over 60 steps
@@ -98,14 +101,30 @@ def ibot_losses(it: Exact, centring: str) -> Tensor:
 UNTIED = {"shared": False, "patch_prototypes": 10}
 
 
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden patches are as many rows as all patches there are, of which those that aren't hidden fill up."""
+
+    def filled(batch: Batch, views: Views, run: RunFacts) -> HiddenRows:
+        return hidden_rows(batch, views, replace(run, image_size=32), padded=True)
+
+    every = "fastjem.methods.hidden.most_masked"
+    monkeypatch.setattr(every, lambda spec, images: images * spec.grid[0] * spec.grid[1])
+    monkeypatch.setattr("fastjem.methods.ibot.hidden_rows", filled)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("masked", ["some", "none"])
 @pytest.mark.parametrize("centring", ["mean", "sinkhorn"])
 @pytest.mark.parametrize("heads", [{}, UNTIED], ids=["shared", "untied"])
-def test_ibot(heads: dict, centring: str, masked: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zhou et al. 2022, equations 1 to 3, by main_ibot.py."""
+def test_ibot(
+    heads: dict, centring: str, masked: str, fused: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zhou et al. 2022, equations 1 to 3, by main_ibot.py; with the shapes that a GPU has, too."""
     if fused:
         monkeypatch.setattr(prototypes, "LARGEST_SCORES", 0)
+    if device == "gpu":
+        as_on_a_gpu(monkeypatch)
     it = exact_with_masks("ibot", masked, centring=centring, patch_weight=0.7, **heads)
     for centre in (it.method.centre, it.method.patch_centre):
         centre.center.normal_(std=0.02)
@@ -302,21 +321,22 @@ def test_mae(normalise: bool) -> None:
     check(it, formula)
 
 
-def test_rows_that_fill_up_count_in_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("centring", ["mean", "sinkhorn"])
+def test_rows_that_fill_up_count_in_nothing(centring: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU there are always as many rows, some of weight 0: loss, gradients and centres are those without."""
-    it = exact_with_masks("ibot", **UNTIED)
+    it = exact_with_masks("ibot", centring=centring, **UNTIED)
     expected = it.step(it.batch, STEP)[0]
     it.method.step_ends(torch.tensor(STEP))
     centre = it.method.patch_centre.value.clone()
     gradients = torch.autograd.grad(expected, it.step.encoder.backbone.parameters())
 
-    again = exact_with_masks("ibot", **UNTIED)
+    again = exact_with_masks("ibot", centring=centring, **UNTIED)
     plain = hidden_rows(again.batch, again.method.views, again.method.run)
 
     def filled(*_: object) -> object:
         rows = torch.cat([plain.rows, torch.arange(5)])
         weights = torch.cat([plain.weights, torch.zeros(5, dtype=plain.weights.dtype)])
-        return type(plain)(rows, weights, plain.images)
+        return HiddenRows(rows, weights, plain.images, filled=True)
 
     monkeypatch.setattr("fastjem.methods.ibot.hidden_rows", filled)
     loss, _ = again.step(again.batch, STEP)

@@ -27,13 +27,15 @@ STATE = {
     "DINOLoss-deferred": "HeldMean",
     "NTXentLoss-bank": "push_rows",
     "Whitening2d": "Whitening2d",
+    "WMSELoss": "Whitening2d",
+    "NNCLRLoss": "push_rows",
 }
 RAGGED = ("IBOTPatchLoss", "IBOTPatchLoss-sinkhorn")
 # Plain torch, which differentiates as often as asked, or operators whose gradient is differentiable
 TWICE = {
     "negative_cosine", "negative_cosine-rows",
     "NegativeCosineSimilarity", "regression", "cross_entropy", "total_coding_rate", "emp_ssl",
-    "EMPSSLLoss", "mmcr", "MMCRLoss", "whiten", "Whitening2d", "simdino", "SimDINOLoss", "SMoGPrototypes",
+    "EMPSSLLoss", "mmcr", "MMCRLoss", "whiten", "Whitening2d", "WMSELoss", "simdino", "SimDINOLoss", "SMoGPrototypes",
 }  # fmt: skip
 
 
@@ -162,7 +164,7 @@ def test_a_second_derivative_is_right_or_refused(name):
     inputs, places, _ = _given(case)
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     function = _function(case)
-    place = places[-1] if name == "nnclr" else places[0]  # whose projections are constants
+    place = places[-1] if name in ("nnclr", "NNCLRLoss") else places[0]  # whose projections are constants
 
     def size(*x: Tensor) -> Tensor:
         return grad(function, argnums=place)(*x).pow(2).sum()

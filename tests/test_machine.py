@@ -2,6 +2,8 @@
 
 import ast
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,34 @@ def test_nothing_else_asks_the_system_for_cores():
             if names & {"sched_getaffinity", "cpu_count", "process_cpu_count"}:
                 askers.add(path.relative_to(ROOT).as_posix())
     assert askers == {"fastjem/machine.py"}
+
+
+FAULTS = """
+import resource, sys, torch
+from fastjem.machine import keep_memory
+assert sys.argv[1] == "no" or keep_memory()
+for i in range(30):
+    if i == 10:
+        begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(24 << 20)  # 96 MiB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_memory_that_is_kept_is_not_cleared_again() -> None:
+    """Pages that the system has to hand out for 20 blocks of 96 MiB, after ten others."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "LD_PRELOAD"))}
+
+    def faults(kept: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, kept], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    before, after = faults("no"), faults("yes")
+    assert after < 200 < before  # with huge pages: 48 a block
+
+
+def test_memory_is_kept_only_where_nobody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert not machine.keep_memory()

@@ -346,12 +346,16 @@ def test_moco_begins_against_real_keys() -> None:
 
 
 def test_short_runs_have_their_own_defaults() -> None:
-    paper = Defaults("sgd", 0.03, 1e-4, momentum=0.999, short=("lars", 1.2), least_momentum=0.99)
-    assert paper.of_run(10_000) == paper
-    short, chosen = paper.of_run(9_999), paper.of_run(100, chosen=True)
+    paper = Defaults("sgd", 0.03, 1e-4, momentum=0.999, short=("lars", 1.2), small=("adamw", 4e-3), least_momentum=0.99)
+    assert paper.of_run(10_000, parameters=1000) == paper
+    short, chosen = paper.of_run(9_999), paper.of_run(100, chosen=True, parameters=1000)
     assert (short.optimizer, short.learning_rate, short.momentum) == ("lars", 1.2, 1 - 10 / 9_999)
     assert (chosen.optimizer, chosen.learning_rate, chosen.momentum) == ("sgd", 0.03, 0.99)
+    small = paper.of_run(9_999, parameters=1_999_999)
+    assert (small.optimizer, small.learning_rate) == ("adamw", 4e-3)
+    assert "adamw at 0.004 in place of the paper's sgd at 0.03" in small.unlike(paper)
     assert Defaults("adamw", 1e-3, 0.1).of_run(20) == Defaults("adamw", 1e-3, 0.1, momentum=0.9)
+    assert "at 0.001 in place" in Defaults("adamw", 1e-5, 0.1, short=("adamw", 1e-3)).of_run(20).unlike(paper)
 
 
 @pytest.mark.parametrize("masking", SAMPLERS)

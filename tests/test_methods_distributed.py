@@ -6,6 +6,7 @@ that trains. What is random is drawn alike.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 from test_methods import make, small_options
 from torch import Tensor
 
+from fastjem.cli import main
 from fastjem.data.batch import Batch
 from fastjem.methods import METHODS, RunFacts, options_of
 from fastjem.step import Step
@@ -21,7 +23,7 @@ from fastjem.step import Step
 IMAGES = 8
 
 # By their nature of each rank's images; each still leaves the same state on all ranks. Of others a part is left out:
-# KoLeo's neighbours are of a rank's batch (DINOv2, DINOv3), and so are DCLW's weights.
+# KoLeo's neighbours are of a rank's batch (DINOv2, DINOv3).
 OF_EACH_RANK = {
     "wmse": "parts of a rank's batch are whitened, as solo-learn's",
 }
@@ -38,6 +40,7 @@ VARIANTS = [
     ("ibot", {"centring": "sinkhorn", "shared": False, "patch_prototypes": 10}),
     ("dinov2", {"centring": "sinkhorn"}),
     ("swav", {"queue": 24}),
+    ("dcl", {"sigma": 0.5}),
 ]
 
 
@@ -124,8 +127,19 @@ QUICK = (
     "all4one",
     "tico",
     "mocov3",
+    "dcl",
     "pirl",
 )
+
+
+@pytest.mark.parametrize("name", [*OF_EACH_RANK, "dinov2", "dinov3"])
+def test_what_is_of_each_rank_says_so(name, capsys):
+    """In `fastjem methods NAME` and on the method's page."""
+    assert main(["methods", name]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "one rank's images" in told or "each rank's images" in told
+    page = (Path(__file__).parents[1] / "docs" / "methods" / f"{name}.md").read_text()
+    assert "each rank's own images" in " ".join(page.split())
 
 
 @pytest.mark.parametrize("which", ["quick", pytest.param("others", marks=pytest.mark.exhaustive)])

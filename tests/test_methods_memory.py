@@ -1,6 +1,7 @@
 """What a step doesn't hold and doesn't compute: scores of many prototypes, and patches that a mask drops."""
 
 import pytest
+import torch
 from test_methods import make
 from test_methods_distributed import part_of
 from torch import Tensor
@@ -8,7 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastjem import nn
+from fastjem.kernels import tiling
 from fastjem.methods import prototypes
+from fastjem.nn import msn
 from fastjem.step import Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,10 +25,14 @@ class Largest(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.shapes: set[tuple[int, ...]] = set()
+        self.dtypes: dict[tuple[int, ...], set[torch.dtype]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.shapes |= {tuple(x.shape) for x in tree_leaves(result) if isinstance(x, Tensor) and MANY in x.shape}
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and MANY in x.shape:
+                self.shapes.add(tuple(x.shape))
+                self.dtypes.setdefault(tuple(x.shape), set()).add(x.dtype)
         return result
 
 
@@ -41,13 +49,20 @@ HEADS = {
     "dino": ({"prototypes": MANY}, 8),
     "ibot": ({"prototypes": MANY}, 8),
     "dinov2": ({"prototypes": MANY, "patch_prototypes": MANY, "shared": False}, 8),
+    "pmsn": ({"prototypes": MANY}, 8),
 }
+
+
+def few_scores_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of more images, which these tests haven't got."""
+    for module in (prototypes, msn):
+        monkeypatch.setattr(module, "LARGEST_SCORES", 1 << 20)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_no_scores_of_many_prototypes_are_held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of [rows, K], of students or of a teacher that a running mean centres."""
-    monkeypatch.setattr(prototypes, "LARGEST_SCORES", 1 << 20)  # as of more images, which this test hasn't got
+    few_scores_fit(monkeypatch)
     options, width = HEADS[name]
     step, batch = make(name, **options)
     batch = part_of(batch, slice(0, 3))._replace(views=[view[:3] for view in batch.views[:3]])
@@ -55,15 +70,42 @@ def test_no_scores_of_many_prototypes_are_held(name: str, monkeypatch: pytest.Mo
     assert shapes_of(step, batch) <= allowed
 
 
-@pytest.mark.parametrize("name", ["ibot", "dinov2", "swav"])
+@pytest.mark.parametrize("name", ["ibot", "dinov2", "swav", "msn"])
 def test_sinkhorn_holds_the_teachers_scores_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prototypes, "LARGEST_SCORES", 1 << 20)
-    step, batch = make(name, prototypes=MANY, **({} if name == "swav" else {"centring": "sinkhorn"}))
+    few_scores_fit(monkeypatch)
+    step, batch = make(name, prototypes=MANY, **({} if name in ("swav", "msn") else {"centring": "sinkhorn"}))
     batch = part_of(batch, slice(0, 3))._replace(views=[view[:3] for view in batch.views[:3]])
     patches = int(sum(mask.hidden.sum() for mask in batch.masks.values()))
     rows = {shape[0] for shape in shapes_of(step, batch) if len(shape) == 2 and shape[1] == MANY}
     # The bias [T, K], prototypes' own [D, K]; the teacher's views by themselves or together, and its patches
     assert rows - {1, 2, 8} <= {3, 6, patches}
+
+
+@pytest.mark.parametrize("cls", [nn.MSNLoss, nn.PMSNLoss])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_teachers_scores_are_in_the_inputs_dtype(
+    cls: type[nn.MSNLoss], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of the student's, by MSN's loss itself."""
+    few_scores_fit(monkeypatch)
+    anchors = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+    prototypes_ = torch.randn(MANY, 8, requires_grad=True)
+    with Largest() as seen:
+        cls()(anchors, torch.randn(3, 8, dtype=dtype), prototypes_).backward()
+    assert seen.shapes <= {(MANY, 8), (8, MANY), (MANY,), (MANY, 1), (3, MANY)}
+    assert seen.dtypes[3, MANY] == {dtype}
+
+
+def test_scores_of_some_images_at_a_time_are_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside the operators: the scores and gradients of an image's views and of its target, and not of a second's."""
+    cpu = pytest.importorskip("fastjem.kernels.prototypes.cpu", reason="the C++ extension isn't built")
+    monkeypatch.setattr(tiling, "HEAD_USAGE_BYTES", 2 * 4 * (2 + 1) * MANY - 1)
+    inputs = [torch.randn(4, 8), torch.randn(4, 8), torch.randn(MANY, 8)]
+    sides = inputs, [torch.randn(4, 8)], inputs[-1], 0.1, 0.1, None, "all"
+    with Largest() as seen:
+        cpu.prototype_head_usage(*sides)
+        cpu.prototype_head_usage_backward(*sides, torch.ones(()), torch.randn(MANY).double(), [True] * 3)
+    assert seen.shapes <= {(MANY, 8), (8, MANY), (MANY,), (1, MANY), (2, MANY), (MANY, 2)}
 
 
 def flops(step: Step, batch) -> int:

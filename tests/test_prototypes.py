@@ -149,6 +149,33 @@ def test_sinkhorn_of_any_layout_and_code_dtype(op, implementation, poisoned):
 
 
 @pytest.mark.parametrize("op", ["sinkhorn_bias"])
+@pytest.mark.parametrize("samples_first", [False, True])
+@pytest.mark.parametrize(
+    "scale", [0.1, 8.0], ids=["near", "far"]
+)  # of each other: in C++, without maxima and with them
+@pytest.mark.parametrize("registers", [True, False])  # whether Triton's rows stay there
+def test_rows_that_fill_up_are_as_if_they_were_not_there(
+    registers, scale, samples_first, op, implementation, poisoned, monkeypatch
+):
+    """Whatever is in them; of one problem, of several, and in each step."""
+    if not registers:
+        monkeypatch.setattr("fastjem.kernels.tiling.sinkhorn_rows", lambda *_: None)
+    scores = randn(2, 21, 70, scale=scale).float().to(implementation.device)
+    options = {"normalize_samples_first": samples_first}
+    for count in (21, 17, 1):
+        filled = scores.clone()
+        filled[:, count:] = torch.tensor([torch.nan, torch.inf, 1e30, -torch.inf, 3.0], device=filled.device)[
+            torch.arange(21 - count, device=filled.device) % 5, None
+        ]
+        rows = torch.tensor(count, device=filled.device)
+        for given, whole in ((filled[0], scores[0, :count]), (filled, scores[:, :count])):
+            ours = F.sinkhorn_bias(given, rows=rows, **options)
+            torch.testing.assert_close(ours, F.sinkhorn_bias(whole, **options), rtol=1e-6, atol=1e-5 * scale)
+    assert (F.sinkhorn_bias(scores[0], rows=torch.zeros_like(rows), **options) == torch.inf).all()
+    assert (F.sinkhorn_bias(scores[0], rows=torch.zeros_like(rows), iterations=1, **options) == torch.inf).all()
+
+
+@pytest.mark.parametrize("op", ["sinkhorn_bias"])
 def test_bias_gives_the_codes_and_takes_a_batch_in_parts(op, implementation):
     scores = randn(70, 500, scale=0.3).float().to(implementation.device)
     bias = F.sinkhorn_bias(scores)

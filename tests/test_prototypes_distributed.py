@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.multiprocessing as mp
 
 import fastjem.functional as F
 import fastjem.nn as nn
+from fastjem.nn import msn as module
 
 SIZES = {2: (5, 3), 3: (4, 1, 6)}  # rows of each rank
 K = 9
@@ -46,6 +48,20 @@ def msn(views, group, mine):
     return nn.MSNLoss(gather_distributed=group is not None)(torch.cat(views), views[0], drawn(6, K, seed=82))
 
 
+def pmsn(views, group, mine):
+    return nn.PMSNLoss(gather_distributed=group is not None)(torch.cat(views), views[0], drawn(6, K, seed=82))
+
+
+def some_images_at_a_time(loss, largest=0):
+    """Scores that aren't held, or are by a rank with few images alone if it asked no other rank."""
+
+    def function(views, group, mine):
+        with patch.object(module, "LARGEST_SCORES", largest):
+            return loss(views, group, mine)
+
+    return function
+
+
 def mean_entropy(views, group, mine):
     return F.mean_entropy(views, temperature=0.5, group=group)
 
@@ -78,7 +94,9 @@ def check_rank(rank: int, world: int, store: str) -> None:
     group, rows = dist.group.WORLD, sum(SIZES[world])
     everything = [drawn(rows, K, seed=i) for i in range(3)]
     mine = slice(sum(SIZES[world][:rank]), sum(SIZES[world][: rank + 1]))
-    for function in (swav, weighted, head_fused, msn, mean_entropy):
+    # Three views: 2 x 9 rows against 6 prototypes are 864 bytes, and 2 x 15 are 1440.
+    of_features = [some_images_at_a_time(loss, largest) for loss in (msn, pmsn) for largest in (0, 1000)]
+    for function in (swav, weighted, head_fused, msn, pmsn, *of_features, mean_entropy):
         leaves = [x.clone().requires_grad_() for x in everything]
         expected = function(leaves, None, slice(0, rows))
         expected_gradients = torch.autograd.grad(-0.7 * expected, leaves)
@@ -95,6 +113,9 @@ def check_rank(rank: int, world: int, store: str) -> None:
     nothing = positions[:, mine] if rank else positions[:, :0]  # a rank without images
     bias = F.sinkhorn_bias(positions[:, SIZES[world][0] :])
     torch.testing.assert_close(F.sinkhorn_bias(nothing, group=group), bias)
+    filled = torch.cat([nothing, torch.full((3, 2, K), torch.nan)], 1)  # a rank's rows are all filled up
+    counted = torch.tensor(nothing.shape[1])
+    torch.testing.assert_close(F.sinkhorn_bias(filled, rows=counted, group=group), bias)
     parts = F.sinkhorn_bias([x[mine] for x in everything], group=group)
     torch.testing.assert_close(parts, F.sinkhorn_bias(torch.cat(everything)))
 

@@ -8,6 +8,7 @@ import torch
 from test_nn import assert_same, normal, signature
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastjem.functional as F
 import fastjem.nn as ours
@@ -35,7 +36,8 @@ def formula(local: Tensor, views: Tensor, slices: Tensor, weight: float, scale: 
 
 
 @pytest.mark.parametrize(
-    "weights", [(0.9, 1.0, 1.0, 1.0), (0.3, 2.0, 0.5, 3.0), (1.0, 0.0, 1.0, 0.0), (1.0, 1.0, 0.0, 1.0)]
+    "weights",
+    [(0.9, 1.0, 1.0, 1.0), (0.3, 2.0, 0.5, 3.0), (1.0, 0.0, 1.0, 0.0), (1.0, 1.0, 0.0, 1.0), (0.0, 1.0, 1.0, 1.0)],
 )
 @pytest.mark.parametrize("rows, width, slices", [(2, 1, 1), (9, 5, 7), (16, 33, 40)])
 @pytest.mark.parametrize("at_once", [1, 1 << 20], ids=["one slice at a time", ""])
@@ -51,6 +53,40 @@ def test_value_and_gradient(rows, width, slices, weights, at_once, monkeypatch):
     (of_weight,) = torch.autograd.grad(F.visreg(*given, directions, **{**options, "lambda_param": learned}), learned)
     ends = [formula(*given, directions, end, *weights[1:]) for end in (0.0, 1.0)]
     torch.testing.assert_close(of_weight, ends[1] - ends[0])
+
+
+@pytest.mark.parametrize(
+    "weights, sorts",
+    [
+        ({}, True),
+        ({"shape": torch.tensor(0.0)}, True),  # which nobody reads
+        ({"shape": 0.0}, False),
+        ({"shape": 0}, False),
+        ({"lambda_param": 0.0}, False),
+    ],
+)
+def test_nothing_is_sorted_for_a_weight_of_0(weights, sorts):
+    """Nor are quantiles computed, or rows projected; in lejepa no slice is."""
+    given = normal(3, 8, 4).requires_grad_(), normal(2, 8, 4, seed=1)
+    with Operators() as seen:
+        F.visreg(*given, torch.eye(4, dtype=torch.float64), **weights).backward()
+    for name in ("sort", "special_ndtri", "mm", "bmm", "matmul"):
+        assert not any(name in op for op in seen.names) or sorts, (name, seen.names)
+    assert any("special_ndtri" in op for op in seen.names) == sorts
+    if "lambda_param" in weights:
+        with Operators() as seen:
+            F.lejepa(*given, torch.eye(4, dtype=torch.float64), **weights).backward()
+        assert not any("characteristic" in op for op in seen.names), seen.names
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -71,6 +71,9 @@ def described(name: str) -> Iterator[str]:
     if method.defaults.short:
         optimizer, rate = method.defaults.short
         yield f"               in runs below 10,000 steps {optimizer}, {rate:g}"
+    if method.defaults.small:
+        optimizer, rate = method.defaults.small
+        yield f"               in these, of an encoder below 2 M parameters, {optimizer}, {rate:g}"
     if said := _by_depth(method.defaults):
         yield f"encoder        {said}, in runs of 10,000 steps and more"
     yield "options        --options NAME=VALUE ..."

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import Agreement, sum_of_ranks
+from fastjem.collectives import Agreement, gather_rows, sum_of_ranks
 from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.options import (
@@ -226,33 +226,53 @@ def dclw(
     *,
     temperature: float | Tensor = 0.1,
     sigma: float | Tensor = 0.5,
+    reduction: str = "mean",
+    ids: Tensor | None = None,
+    exclude: Tensor | None = None,
+    false_negative_margin: float | Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    prior: float | Tensor = 0.0,
+    hardness: float = 0.0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """`dcl` with the positives' weights `2 - N softmax(cosine(z0, z1) / sigma)`: hard ones count more.
 
-    The softmax is over the N images of this rank's batch.
+    The softmax is over the N images of the batch, those of all ranks with a group (lightly's: of each rank's batch).
 
     Args:
-        z0, z1, temperature, group: as for `nt_xent`.
-        sigma: the weights' temperature; a 0-dim tensor gets its gradient.
+        z0, z1, temperature, group: as for `nt_xent`, and the other options too.
+        sigma: the weights' temperature; a 0-dim tensor gets its gradient, of the mean.
     """
+    options = Options(
+        reduction, None, 0.0, ids, exclude, false_negative_margin, hard_negatives, prior, hardness
+    )  # fmt: skip
+    of_rows = is_of_rows("dclw", "temperature", temperature, group)
     with Agreement("dclw", group) as ranks:
         z = _stacked("dclw", z0, z1, group)
-        temperature = checks.positive("dclw", "temperature", temperature, z)
+        temperature = temperature_or_rows("dclw", temperature, z, of_rows, [z.shape[1:2], z.shape[:2]])
         sigma = checks.positive("dclw", "sigma", sigma, z)
-        with torch.no_grad():
-            wide = z.to(loss_dtype(z))
-            cosines = torch.cosine_similarity(wide[0], wide[1], dim=1, eps=1e-12)
-        weights = (2 - z.shape[1] * (cosines / sigma).softmax(0)).to(cosines.dtype)
+        learned = isinstance(sigma, Tensor) and needs_gradient(sigma)
+        if learned and reduction != "mean":
+            checks.fail("dclw", "with a learned sigma, reduction must be mean", repr(reduction))
         rows_of_views(ranks, z, temperature)
-        ranks.alike("with a learned sigma" if weights.requires_grad else "with a given sigma")
+        ranks.alike("with a learned sigma" if learned else "with a given sigma")
+    with torch.no_grad():
+        wide = z.to(loss_dtype(z))
+        cosines = torch.cosine_similarity(wide[0], wide[1], dim=1, eps=1e-12)
+        everything, first = (cosines, 0) if group is None else gather_rows(cosines, group, ranks.sizes)
+    shares = (everything / sigma).softmax(0)[first : first + cosines.shape[0]]
+    weights = (2 - everything.shape[0] * shares).to(cosines.dtype)
     of_views = weights.detach().expand(z.shape[:2])
-    loss = _of_views(z, temperature, of_views, ranks.sizes, group, decoupled=True)
+    if of_rows or options.any():
+        loss = _nt_xent("dclw", z, None, temperature, options, of_views, True, group)
+    else:
+        loss = _of_views(z, temperature, of_views, ranks.sizes, group, decoupled=True)
     if not weights.requires_grad:
         return loss
     # Weights are constants for the rows, but a learned sigma has its gradient through them.
     constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
-    pulled = sum_of_ranks((cosines * weights).sum() / (constant * sum(ranks.sizes)), group)
+    pulls = (cosines * weights / constant).expand(z.shape[:2])
+    pulled = sum_of_ranks(pulls.sum() / (z.shape[0] * sum(ranks.sizes)), group)
     return loss - (pulled - pulled.detach()).to(loss.dtype)
 
 

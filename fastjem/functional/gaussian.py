@@ -166,8 +166,11 @@ def lejepa(
         with without_autocast(global_proj):
             views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
         ranks.rows_of(views, dim=1)
-        ranks.alike(directions.shape[1], knots)
-    regulariser = _sigreg("lejepa", views, directions, knots, t_max, ranks.sizes, group)
+        regularised = isinstance(weight, Tensor) or weight != 0
+        ranks.alike(directions.shape[1], knots, "regularised" if regularised else "not regularised")
+    regulariser = 0.0
+    if regularised:
+        regulariser = _sigreg("lejepa", views, directions, knots, t_max, ranks.sizes, group)
     z = in_float32(views)
     squares = (z - z[: global_proj.shape[0]].mean(0)).square().sum()
     invariance = sum_of_ranks(squares, group) / (z.shape[0] * sum(ranks.sizes) * z.shape[2])

@@ -111,11 +111,11 @@ def siglip_loss(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tenso
 def _covariance_fits(z0: Tensor, z1: Tensor, *numbers: object) -> bool:
     if not _may_be(z0, z1) or z0.dim() != 2 or not z0.is_cpu:
         return False
-    # Not before: torch.compile, for which nothing is quick, may know numbers as symbols, and would fix their values.
     return _are_finite(*numbers)
 
 
 def _are_finite(*numbers: object) -> bool:
+    """Asked after `_may_be`: torch.compile, for which nothing is quick, may know numbers as symbols and fix them."""
     return all(type(x) is float and math.isfinite(x) for x in numbers)
 
 
@@ -179,7 +179,7 @@ def simdino(
     student: list[Tensor], teacher: list[Tensor], eps: float | Tensor, coefficient: float | Tensor, mean: bool
 ) -> Found | None:
     """Loss and gradients of views that fit one another in number: it is differentiable twice, which `_loss` isn't."""
-    if not _is_positive(eps) or not _are_finite(coefficient) or not _may_be(*student, *teacher):
+    if not _is_positive(eps) or not _may_be(*student, *teacher) or not _are_finite(coefficient):
         return None
     if not student[0].is_cpu or len(student) < max(2, len(teacher)):
         return None

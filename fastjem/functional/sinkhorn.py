@@ -79,6 +79,7 @@ def sinkhorn_bias(
     epsilon: float | Tensor = 0.05,
     iterations: int = 3,
     normalize_samples_first: bool = False,
+    rows: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The prototypes' log-potentials f [K] of `sinkhorn`: its codes are `softmax(scores / epsilon + f, 1)`.
@@ -89,9 +90,11 @@ def sinkhorn_bias(
         scores: [B, K], or a list of [B, K] whose B may differ: one batch in several tensors (SwAV's crop and queue,
             DINOv2's views), without a concatenation. Either with P in front of it as for `sinkhorn`.
         epsilon, iterations, normalize_samples_first, group: as for `sinkhorn`.
+        rows: 0-dim int64, for scores in one tensor: so many of its first rows count, as if the others weren't there,
+            which fill up to a shape that doesn't change (`masked_rows` with a count). It is never read on a GPU.
 
     Returns:
-        [K], or [P, K], float32 (float64 for float64 scores).
+        [K], or [P, K], float32 (float64 for float64 scores); +inf of no rows at all.
 
     Raises:
         ValueError: for other shapes, dtypes or options.
@@ -101,12 +104,17 @@ def sinkhorn_bias(
         if not isinstance(parts, (list, tuple)) or not parts:
             checks.fail("sinkhorn_bias", "scores must be [B, K], or a list of them", checks.shape(scores))
         parts, epsilon, iterations = _checked("sinkhorn_bias", epsilon, iterations, group, *parts)
+        if rows is not None:
+            if not isinstance(rows, Tensor) or rows.shape or rows.dtype != torch.int64 or len(parts) > 1:
+                came = f"{checks.shape(rows)} {getattr(rows, 'dtype', '')}".strip() + f" for {len(parts)}"
+                checks.fail("sinkhorn_bias", "rows must be a 0-dim int64 tensor, for scores in one tensor", came)
+            checks.one_device("sinkhorn_bias", [rows, parts[0]])
         ranks.rows_of(parts[0], parts[0].dim() - 2)
         ranks.alike(iterations, normalize_samples_first)
     if group is None and len(parts) == 1:
-        return ops.sinkhorn_bias(parts[0], epsilon, iterations, normalize_samples_first)
+        return ops.sinkhorn_bias(parts[0], epsilon, iterations, normalize_samples_first, rows)
     wide = torch.float64 if torch.float64 in {x.dtype for x in parts} else torch.float32
-    return _potentials(parts, epsilon, iterations, normalize_samples_first, group).to(wide)
+    return _potentials(parts, epsilon, iterations, normalize_samples_first, group, rows).to(wide)
 
 
 def _unnormalised(
@@ -146,24 +154,29 @@ def _potentials(
     iterations: int,
     normalize_samples_first: bool,
     group: dist.ProcessGroup | None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """[K] or [P, K], in the widest dtype."""
     wide = widest_dtype(parts[0].device)
     start = parts[0].new_zeros(_of_prototypes(parts[0]), dtype=wide) if normalize_samples_first else None
-    potentials = -_log_sums(parts, start, epsilon, group)
+    potentials = -_log_sums(parts, start, epsilon, group, rows)
     for _ in range(iterations - 1):
-        potentials = -_log_sums(parts, potentials, epsilon, group)
+        potentials = -_log_sums(parts, potentials, epsilon, group, rows)
     return potentials
 
 
 def _log_sums(
-    parts: list[Tensor], potentials: Tensor | None, epsilon: float, group: dist.ProcessGroup | None
+    parts: list[Tensor],
+    potentials: Tensor | None,
+    epsilon: float,
+    group: dist.ProcessGroup | None,
+    rows: Tensor | None,
 ) -> Tensor:
     """[K] or [P, K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials).
 
     One collective.
     """
-    sums = [ops.sinkhorn_step(x, potentials, epsilon) for x in parts if x.shape[-2]]
+    sums = [ops.sinkhorn_step(x, potentials, epsilon, rows) for x in parts if x.shape[-2]]
     if not sums:  # a rank without samples
         sums = [parts[0].new_full(_of_prototypes(parts[0]), -torch.inf, dtype=widest_dtype(parts[0].device))]
     total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)

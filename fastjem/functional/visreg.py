@@ -39,7 +39,7 @@ def visreg(
         local_proj, global_proj: [V_local, N, D] and [V_global, N, D]; there may be no local views.
         directions: [D, S], see `random_directions`.
         lambda_param: weight of the regulariser in [0, 1]: a number, or a 0-dim tensor, which gets its gradient.
-        scale, shape, center: weights within it, constants.
+        scale, shape, center: weights within it, constants. Of a weight that is the number 0, nothing is computed.
         eps: added to deviations.
         group: the process group over whose global batch everything is taken (batches may be uneven, even empty).
 
@@ -68,18 +68,21 @@ def visreg(
         with without_autocast(global_proj):
             views = torch.cat(checks.common(global_proj, local_proj))  # [V, N, D]
         ranks.rows_of(views, dim=1)
-        ranks.alike(directions.shape[1])
+        regularised = isinstance(weight, Tensor) or weight != 0
+        ranks.alike(directions.shape[1], "regularised" if regularised else "not regularised")
     rows = views.shape[1] if group is None else sum(ranks.sizes)
     if rows < 2:
         checks.fail(op, "a batch must have at least two rows, as their deviation is needed", f"N = {rows}")
     z = in_float32(views)
-    wanted = needs_gradient(views)
-    with torch.no_grad(), without_autocast(views):
-        everything, first = (z, 0) if group is None else gather_rows(z, group, ranks.sizes, dim=1)
-        weights = [x.detach() if isinstance(x, Tensor) else x for x in of_terms]
-        loss, gradient = _regulariser(everything.detach(), directions.to(z.dtype), weights, eps, wanted)
-        gradient = gradient[:, first : first + views.shape[1]].to(views.dtype)
-    regulariser = known(op, loss, (views,), [gradient], [gradient_factor(group)])
+    regulariser = 0.0
+    if regularised:
+        wanted = needs_gradient(views)
+        with torch.no_grad(), without_autocast(views):
+            everything, first = (z, 0) if group is None else gather_rows(z, group, ranks.sizes, dim=1)
+            weights = [x.detach() if isinstance(x, Tensor) else x for x in of_terms]
+            loss, gradient = _regulariser(everything.detach(), directions.to(z.dtype), weights, eps, wanted)
+            gradient = gradient[:, first : first + views.shape[1]].to(views.dtype)
+        regulariser = known(op, loss, (views,), [gradient], [gradient_factor(group)])
     squares = (z - z[: global_proj.shape[0]].mean(0)).square().sum()
     invariance = sum_of_ranks(squares, group) / (z.shape[0] * rows * z.shape[2])
     return (weight * regulariser + (1 - weight) * invariance).to(loss_dtype(views))

@@ -35,6 +35,7 @@ class All4One(Method):
         1.0,
         1e-5,
         momentum=0.99,
+        small=("adamw", 1e-3),
         source="solo-learn, cifar/all4one.yaml: LARC, 1.0 at batch 256, wd 1e-5; momentum encoder 0.99 to 1",
     )
 

@@ -17,7 +17,11 @@ class BarlowTwins(Method):
     about = About("decorrelation", "cross-correlation near the identity", "Zbontar et al. 2021, arXiv 2103.03230")
     views = Views(large=2, recipe="barlow")
     defaults = Defaults(
-        "lars", 0.57, 1.5e-6, source="section 2.2: LARS, 1.6 at batch 2048, 1.5e-6; loss times 0.024 in main.py"
+        "lars",
+        0.57,
+        1.5e-6,
+        small=("adamw", 5e-4),
+        source="section 2.2: LARS, 1.6 at batch 2048, 1.5e-6; loss times 0.024 in main.py",
     )
 
     presets = {

@@ -22,7 +22,12 @@ class BYOL(Method):
     views = Views(large=2, recipe="byol")
     momentum = ("encoder", "projector")
     defaults = Defaults(
-        "lars", 0.8, 1.5e-6, momentum=0.996, source="section 3.3: LARS, 3.2 at batch 4096, 1.5e-6; tau 0.996 to 1"
+        "lars",
+        0.8,
+        1.5e-6,
+        momentum=0.996,
+        small=("adamw", 1e-3),
+        source="section 3.3: LARS, 3.2 at batch 4096, 1.5e-6; tau 0.996 to 1",
     )
 
     presets = {

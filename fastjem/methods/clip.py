@@ -25,7 +25,11 @@ class CLIP(Method):
     )
     views = Views(large=2, recipe="pairs", sources=2)
     defaults = Defaults(
-        "adamw", 5e-4 / math.sqrt(128), 0.2, source="table 18 and 19: 5e-4 at batch 32,768 (ViT-B), wd 0.2"
+        "adamw",
+        5e-4 / math.sqrt(128),
+        0.2,
+        short=("adamw", 1e-3),
+        source="table 18 and 19: 5e-4 at batch 32,768 (ViT-B), wd 0.2",
     )
 
     def __init__(

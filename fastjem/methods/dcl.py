@@ -14,12 +14,20 @@ from fastjem.nn.parts import MLP
 class DCL(Method):
     """SimCLR whose positive isn't among the candidates, so that easy positives don't weaken the pull: small batches do.
 
-    sigma: DCLW's: positives that are far apart weigh more, by a softmax of their cosines / sigma; 0 is DCL.
+    sigma: DCLW's: positives that are far apart weigh more, by a softmax of their cosines / sigma over the images of all
+        ranks; 0 is DCL.
     """
 
     about = About("contrastive", "the other images of the batch push away", "Yeh et al. 2022, arXiv 2110.06848")
     views = Views(large=2, recipe="simclr")
-    defaults = Defaults("sgd", 0.03, 1e-4, source="section 4.1: SGD, 0.03 at batch 256, wd 1e-4", short=("lars", 1.2))
+    defaults = Defaults(
+        "sgd",
+        0.03,
+        1e-4,
+        short=("lars", 1.2),
+        small=("adamw", 4e-3),
+        source="section 4.1: SGD, 0.03 at batch 256, wd 1e-4",
+    )
     presets = {"cifar": Preset("table 7: temperature 0.07", options={"temperature": 0.07})}
 
     def __init__(

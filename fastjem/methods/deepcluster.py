@@ -31,7 +31,9 @@ class DeepCluster(Method):
 
     about = About("clustering", "clusters are made anew each epoch", "Caron et al. 2020, arXiv 2006.09882")
     views = Views(large=2, small=4, recipe="deepcluster")
-    defaults = Defaults("lars", 1.2, 1e-6, source="deepclusterv2_400ep: LARS, 4.8 at batch 4096, wd 1e-6")
+    defaults = Defaults(
+        "lars", 1.2, 1e-6, small=("adamw", 1e-3), source="deepclusterv2_400ep: LARS, 4.8 at batch 4096, wd 1e-6"
+    )
     presets = {
         "cifar": Preset(
             "solo-learn, scripts/pretrain/cifar/deepclusterv2.yaml",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 DEEP = 24  # blocks of a ViT-L, from which on papers' values for large encoders are taken
+SMALL = 2_000_000  # parameters of an encoder below which a short run takes `Defaults.small`
 SHORT = 10_000  # steps of a run below which papers' values, made for a hundred times as many, are replaced
 
 
@@ -29,17 +30,24 @@ class Defaults:
     layer_decay: float = 1.0  # of the learning rate, from layer to layer away from the heads
     patch_embed_rate: float = 1.0  # a factor on the patch embedding's learning rate
     source: str = ""
-    short: tuple[str, float] | None = None  # optimiser and rate of a short run, where the paper's hardly move anything
+    short: tuple[str, float] | None = None  # optimiser and rate of a short run, where the paper's learn less
+    small: tuple[str, float] | None = None  # of a short run of a small encoder; None: `short`
     least_momentum: float = 0.9  # in a run however short
 
-    def of_run(self, steps: int, *, chosen: bool = False) -> "Defaults":
+    def of_run(self, steps: int, *, chosen: bool = False, parameters: int = SMALL) -> "Defaults":
         """In a run of so many steps: a short one may have another optimiser, unless the user has `chosen` one or a
         rate, and the momentum encoder remembers at most a tenth of the run. In a short one nothing is regularised by
         stochastic depth and no layer is slower than others: both are made for runs that could learn too much.
+
+        Args:
+            steps: of the optimiser.
+            chosen: the user has named an optimiser or a rate.
+            parameters: of the encoder.
         """
         optimizer, rate = self.optimizer, self.learning_rate
-        if self.short and steps < SHORT and not chosen:
-            optimizer, rate = self.short
+        instead = self.small if self.small and parameters < SMALL else self.short
+        if instead and steps < SHORT and not chosen:
+            optimizer, rate = instead
         momentum = min(self.momentum, max(1 - 10 / steps, self.least_momentum))
         found = replace(self, optimizer=optimizer, learning_rate=rate, momentum=momentum)
         if steps < SHORT:
@@ -52,10 +60,10 @@ class Defaults:
         return self.deep_drop_path if deep and self.deep_drop_path is not None else self.drop_path
 
     def unlike(self, paper: "Defaults") -> str:
-        """In words, if the optimiser isn't the paper's."""
-        if self.optimizer == paper.optimizer:
+        """In words, if the optimiser or its rate isn't the paper's."""
+        if (self.optimizer, self.learning_rate) == (paper.optimizer, paper.learning_rate):
             return ""
-        theirs = f"{paper.optimizer} at {paper.learning_rate}, which --optimizer {paper.optimizer} brings back"
+        theirs = f"{paper.optimizer} at {paper.learning_rate:.3g}, which --optimizer {paper.optimizer} brings back"
         return f"in so short a run {self.optimizer} at {self.learning_rate} in place of the paper's {theirs}"
 
 

@@ -16,7 +16,8 @@ class DINOv2(IBOT):
     """iBOT with 65,536 prototypes, Sinkhorn in place of a running mean by option, and KoLeo, which spreads a batch's
     embeddings.
 
-    koleo: weight of KoLeo. Other options are iBOT's.
+    koleo: weight of KoLeo, which is of each rank's images, as in its code: each is driven from the nearest of a few.
+    Other options are iBOT's.
     """
 
     about = About(

@@ -24,6 +24,7 @@ class DINOv3(DINOv2):
     teacher: of a run that is given, its momentum encoder in place of the trained one, as in the paper.
     gram_weight: of it. gram_from: the share of the run from which on it counts.
     gram_size: pixels of the Gram teacher's images, 0 as they come; of larger ones its map of patches is made smaller.
+    koleo: weight of KoLeo, which is of each rank's images.
     """
 
     about = About(

@@ -21,7 +21,12 @@ class EMPSSL(Method):
     about = About("decorrelation", "the total coding rate is large", "Tong et al. 2023, arXiv 2304.03977")
     views = Views(large=20, recipe="empssl")
     defaults = Defaults(
-        "larc", 0.3 * 256 / 100, 1e-4, warmup_epochs=0, source="main.py: LARC, 0.3 at batch 100, wd 1e-4"
+        "larc",
+        0.3 * 256 / 100,
+        1e-4,
+        warmup_epochs=0,
+        small=("adamw", 1e-3),
+        source="main.py: LARC, 0.3 at batch 100, wd 1e-4",
     )
 
     def __init__(

@@ -17,7 +17,9 @@ class FroSSL(Method):
 
     about = About("decorrelation", "a small Frobenius norm of the covariance", "Skean et al. 2023, arXiv 2310.02903")
     views = Views(large=2, recipe="vicreg")
-    defaults = Defaults("larc", 0.3, 1e-4, source="OFSkean/FroSSL, imagenet: LARC, 0.3 at batch 256, wd 1e-4")
+    defaults = Defaults(
+        "larc", 0.3, 1e-4, small=("adamw", 1e-3), source="OFSkean/FroSSL, imagenet: LARC, 0.3 at batch 256, wd 1e-4"
+    )
     presets = {
         "cifar": Preset(
             "OFSkean/FroSSL, scripts/pretrain/cifar/frossl.yaml",

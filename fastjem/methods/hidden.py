@@ -21,11 +21,17 @@ class HiddenRows:
     rows: Tensor  # [M] int64, the flat indices of the patches
     weights: Tensor  # [M], 1 / (hidden patches of its image); 0 of those that fill up, which come again
     images: int  # V B
+    filled: bool  # whether there may be rows that fill up: the last ones
 
     @property
     def count(self) -> Tensor:
-        """0-dim, how many rows are hidden patches: the others, of weight 0, fill up."""
+        """0-dim, how many of the first rows are hidden patches: the others, of weight 0, fill up."""
         return (self.weights > 0).sum()
+
+    @property
+    def counted(self) -> Tensor | None:
+        """`count` for what has to be told which rows count; None where all do."""
+        return self.count if self.filled else None
 
     def of(self, tokens: Tensor) -> Tensor:
         """Tokens [V B, L, D] -> [M, D]."""
@@ -55,16 +61,18 @@ def hidden_rows(batch: Batch, views: Views, run: RunFacts, padded: bool | None =
     padded: whether there are as many rows whatever the mask; None: on a GPU.
 
     On a GPU, where looking how many there are would wait, there are always as many rows: the first ones come again at
-    the end, with weight 0. (Sinkhorn, which knows no weights, counts them twice.)
+    the end, with weight 0. Losses, centres and Sinkhorn don't count them. (A batch norm in a head does: heads of
+    patches have none unless `norm=batch` says so.)
     """
     hidden = torch.cat([mask.hidden for _, mask in sorted(batch.masks.items())])  # [V B, h, w]
     count = None
-    if padded or (padded is None and not hidden.is_cpu):
+    filled = bool(padded or (padded is None and not hidden.is_cpu))
+    if filled:
         grid = grid_of(run.image_size, run.patch)
         spec = MaskSpec(0, grid, views.mask, views.masking, views.drops, views.least_mask, views.masked_images)
         count = most_masked(spec, hidden.shape[0])
     rows, weights = F.masked_rows(hidden, count)
-    return HiddenRows(_repeated(rows, weights), weights, hidden.shape[0])
+    return HiddenRows(_repeated(rows, weights), weights, hidden.shape[0], filled)
 
 
 def _repeated(rows: Tensor, weights: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class IBOT(Method):
             prototypes = teacher_head.unit_weight(step)
             bias = torch.empty(0)
             if x.shape[0] or self.run.group is not None:  # Sinkhorn's ranks wait for one without hidden patches, too
-                bias = self.patch_centre.bias([targets], prototypes, step, self.run.group)
+                bias = self.patch_centre.bias([targets], prototypes, step, self.run.group, hidden.counted)
 
         def cross_entropy(weights: Tensor) -> Tensor:
             loss, mean = cross_entropy_of_features(

@@ -27,6 +27,7 @@ class MMCR(Method):
         1e-6,
         momentum=0.99,
         final_momentum=0.99,
+        small=("adamw", 1e-3),
         source="pretrain_imagenet.py: LARS, 4.8 at batch 2048, wd 1e-6; tau 0.99",
     )
     presets = {

@@ -31,8 +31,9 @@ class MoCo(Method):
         momentum=0.999,
         final_momentum=0.999,
         warmup_epochs=0,
-        short=("lars", 1.2),
         least_momentum=0.99,
+        short=("lars", 1.2),
+        small=("adamw", 1e-3),
         source="main_moco.py --mlp --moco-t 0.2 --aug-plus --cos",
     )
 

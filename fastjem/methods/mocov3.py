@@ -26,7 +26,12 @@ class MoCoV3(Method):
     views = Views(large=2, recipe="mocov3")
     momentum = ("encoder", "projector")
     defaults = Defaults(
-        "lars", 2.4, 1e-6, momentum=0.99, source="CONFIG.md, ResNet-50: LARS, 9.6 at batch 4096, wd 1e-6"
+        "lars",
+        2.4,
+        1e-6,
+        momentum=0.99,
+        small=("adamw", 1e-3),
+        source="CONFIG.md, ResNet-50: LARS, 9.6 at batch 4096, wd 1e-6",
     )
     presets = {
         "vit": Preset(

@@ -16,7 +16,9 @@ class NNCLR(Method):
 
     about = About("contrastive", "the other images of the batch push away", "Dwibedi et al. 2021, arXiv 2104.14548")
     views = Views(large=2, recipe="simclr")
-    defaults = Defaults("lars", 1.2, 1e-6, source="section 4.1: LARS, 4.8 at batch 4096, wd 1e-6")
+    defaults = Defaults(
+        "lars", 1.2, 1e-6, small=("adamw", 4e-3), source="section 4.1: LARS, 4.8 at batch 4096, wd 1e-6"
+    )
     presets = {
         "cifar": Preset(
             "solo-learn, scripts/pretrain/cifar/nnclr.yaml",

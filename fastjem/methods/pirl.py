@@ -26,7 +26,13 @@ class PIRL(Method):
     )
     views = Views(large=2, recipe="pirl")
     defaults = Defaults(
-        "sgd", 0.03, 1e-4, warmup_epochs=0, short=("lars", 1.2), source="section 3.1: SGD, 0.12 at batch 1024, wd 1e-4"
+        "sgd",
+        0.03,
+        1e-4,
+        warmup_epochs=0,
+        short=("lars", 1.2),
+        small=("adamw", 1e-3),
+        source="section 3.1: SGD, 0.12 at batch 1024, wd 1e-4",
     )
 
     def __init__(

@@ -114,13 +114,25 @@ class TeacherCentre(Center):
         return normalize(features, dim=1) * (self.temperature / self.now(step)).to(features.dtype)
 
     def bias(
-        self, views: Sequence[Tensor], prototypes: Tensor, step: Tensor, group: dist.ProcessGroup | None
+        self,
+        views: Sequence[Tensor],
+        prototypes: Tensor,
+        step: Tensor,
+        group: dist.ProcessGroup | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """[K], of sharpened features [B, D] a view; Sinkhorn's of all views together, as DINOv2's code has it."""
+        """[K], of sharpened features [B, D] a view; Sinkhorn's of all views together, as DINOv2's code has it.
+
+        rows: 0-dim int64, how many of the first rows of all views count; None: all.
+        """
         if self.centring == "mean":
             return -self.value / self.now(step)
         scores = linear(torch.cat(list(views)), prototypes)
-        return F.sinkhorn_bias(scores, epsilon=self.temperature, group=group)
+        bias = F.sinkhorn_bias(scores, epsilon=self.temperature, rows=rows, group=group)
+        if rows is None:
+            return bias
+        # Where no row counts on any rank, there is a loss of weight 0 all the same, which must be a number.
+        return torch.where((bias == torch.inf).all(), 0.0, bias)
 
     def hold_scores(self, mean: Tensor, rows: int | Tensor, step: Tensor) -> None:
         """The mean [K] of a micro-batch's scores of sharpened features, over so many rows, for `step_ends`."""

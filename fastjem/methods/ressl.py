@@ -29,8 +29,9 @@ class ReSSL(Method):
         momentum=0.999,
         final_momentum=0.999,
         warmup_epochs=5,
-        short=("lars", 1.2),
         least_momentum=0.99,
+        short=("lars", 1.2),
+        small=("adamw", 1e-3),
         source="section 4: SGD, 0.05 at batch 256, wd 1e-4, momentum encoder 0.999",
     )
     presets = {

@@ -25,7 +25,11 @@ class SigLIP(Method):
     )
     views = Views(large=2, recipe="pairs", sources=2)
     defaults = Defaults(
-        "adamw", 1e-3 / math.sqrt(64), 1e-4, source="section 4: 1e-3 at batch 16,384 and more, wd 1e-4 (big_vision)"
+        "adamw",
+        1e-3 / math.sqrt(64),
+        1e-4,
+        short=("adamw", 1e-3),
+        source="section 4: 1e-3 at batch 16,384 and more, wd 1e-4 (big_vision)",
     )
 
     def __init__(

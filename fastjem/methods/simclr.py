@@ -16,7 +16,13 @@ class SimCLR(Method):
 
     about = About("contrastive", "the other images of the batch push away", "Chen et al. 2020, arXiv 2002.05709")
     views = Views(large=2, recipe="simclr")
-    defaults = Defaults("lars", 1.2, 1e-6, source="B.1: LARS, 0.075 sqrt(B), which is 4.8 at 4096; weight decay 1e-6")
+    defaults = Defaults(
+        "lars",
+        1.2,
+        1e-6,
+        small=("adamw", 4e-3),
+        source="B.1: LARS, 0.075 sqrt(B), which is 4.8 at 4096; weight decay 1e-6",
+    )
 
     presets = {
         "cifar": Preset(

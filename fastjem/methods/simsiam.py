@@ -31,6 +31,7 @@ class SimSiam(Method):
         1e-4,
         warmup_epochs=0,
         short=("lars", 2.4),
+        small=("adamw", 1e-3),
         source="section 3: SGD, 0.05 B/256, 1e-4, predictor's rate constant",
     )
 

@@ -33,6 +33,7 @@ class SMoG(Method):
         1.2,
         1e-6,
         momentum=0.999,
+        small=("adamw", 1e-3),
         source="section 4.1: LARS, 4.8 at batch 4096, wd 1e-6; m 0.999",
     )
 

@@ -22,8 +22,9 @@ class SupCon(Method):
         "sgd",
         0.05,
         1e-4,
-        source="SupContrast, main_supcon.py: SGD, 0.05 at batch 256, wd 1e-4",
         short=("lars", 1.2),
+        small=("adamw", 4e-3),
+        source="SupContrast, main_supcon.py: SGD, 0.05 at batch 256, wd 1e-4",
     )
     presets = {
         "cifar": Preset(

@@ -26,7 +26,13 @@ class SwAV(Method):
     about = About("clustering", "Sinkhorn's codes use all prototypes equally", "Caron et al. 2020, arXiv 2006.09882")
     views = Views(large=2, small=6, recipe="swav")
     queues: Any  # a ModuleList of Queue
-    defaults = Defaults("lars", 1.2, 1e-6, source="main_swav.py: base_lr 4.8, final_lr 0.0048, wd 1e-6, batch 4096")
+    defaults = Defaults(
+        "lars",
+        1.2,
+        1e-6,
+        small=("adamw", 1e-3),
+        source="main_swav.py: base_lr 4.8, final_lr 0.0048, wd 1e-6, batch 4096",
+    )
 
     presets = {
         "cifar": Preset(

@@ -22,7 +22,12 @@ class TiCo(Method):
     views = Views(large=2, recipe="byol")
     momentum = ("encoder", "projector")
     defaults = Defaults(
-        "lars", 0.8, 1.5e-6, momentum=0.99, source="section 4.1: LARS, 3.2 at batch 4096, wd 1.5e-6; as BYOL"
+        "lars",
+        0.8,
+        1.5e-6,
+        momentum=0.99,
+        small=("adamw", 1e-3),
+        source="section 4.1: LARS, 3.2 at batch 4096, wd 1.5e-6; as BYOL",
     )
 
     def __init__(

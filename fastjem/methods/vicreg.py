@@ -16,7 +16,7 @@ class VICReg(Method):
 
     about = About("decorrelation", "variance kept above 1, covariance below", "Bardes et al. 2022, arXiv 2105.04906")
     views = Views(large=2, recipe="vicreg")
-    defaults = Defaults("lars", 0.57, 1e-6, source="section 4.2: LARS, 1.6 at batch 2048, 1e-6")
+    defaults = Defaults("lars", 0.57, 1e-6, small=("adamw", 5e-4), source="section 4.2: LARS, 1.6 at batch 2048, 1e-6")
 
     presets = {
         "cifar": Preset("solo-learn, scripts/pretrain/cifar/vicreg.yaml", Defaults("larc", 0.3, 1e-4), {"hidden": 2048})

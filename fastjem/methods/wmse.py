@@ -14,6 +14,9 @@ from fastjem.nn.spectral import WMSELoss
 class WMSE(Method):
     """Whitened views are alike. Whitening, over random parts of the batch, makes all directions equally large.
 
+    Parts are drawn from one rank's images, as in solo-learn: 256 of them are enough for a part. So several ranks are
+    not one rank with all images, which would draw other parts.
+
     whitening_size: images of a part, halved until it divides the images of a rank's batch; at least twice `dim`.
     eps: shrinks the covariance to the identity: 0 is the paper's.
     """

@@ -217,6 +217,8 @@ class DCLLoss(Hooks):
         options: dict[str, Any] = {"temperature": self.temperature, "group": group, **given, **self.options}
         if self.weight_fn is None:
             return F.dcl(out0, out1, **options)
+        if isinstance(self.weight_fn, partial) and self.weight_fn.func is negative_mises_fisher_weights:
+            return F.dclw(out0, out1, **self.weight_fn.keywords, **options)
         with Agreement(type(self).__name__, group) as ranks:
             may_be_empty = None if group is None else 0
             checks.matrices(ranks.who, "out0 and out1 must be [N, D] both", out0, out1, may_be_empty=may_be_empty)
@@ -236,7 +238,12 @@ class DCLLoss(Hooks):
 
 
 class DCLWLoss(DCLLoss):
-    """DCL with negative von Mises-Fisher weights: `fastjem.functional.dclw`. `sigma` is their temperature."""
+    """DCL with negative von Mises-Fisher weights: `fastjem.functional.dclw`.
+
+    Args:
+        sigma: the weights' temperature.
+        temperature, gather_distributed: see `DCLLoss`; the weights are over the images of all ranks, too.
+    """
 
     def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False):
         super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
@@ -296,4 +303,5 @@ class SupConLoss(nn.Module):
             **given,
         )  # fmt: skip
         temperature = checks.positive("SupConLoss", "temperature", self.temperature, z)
-        return (loss * (temperature / self.base_temperature)).to(loss.dtype)
+        base = checks.positive("SupConLoss", "base_temperature", self.base_temperature, z)
+        return (loss * (temperature / base)).to(loss.dtype)

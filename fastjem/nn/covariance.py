@@ -210,7 +210,7 @@ class VICRegLLoss(Hooks):
         invariance = torch.stack([nn.functional.mse_loss(features[i][0], features[j][0]) for i, j in pairs]).mean()
         group = default_group(self.gather_distributed)
         # vicreg of a view with itself: v / 2 and c are counted twice
-        nu = self.nu_param / 2
+        nu = checks.number("VICRegLLoss", "nu_param", self.nu_param, features[0][0]) / 2
         statistics = [
             F.vicreg(z, z, lambda_param=0.0, mu_param=self.mu_param, nu_param=nu, eps=self.eps, group=group)
             for z, _ in features

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,19 @@ from fastjem.collectives import (
     check_distributed,
     default_group,
     global_loss,
+    mean_loss_of_ranks,
     sum_and_count_of_ranks,
 )
 from fastjem.functional import checks
+from fastjem.functional.head_usage import head_cross_entropy_and_usage
 from fastjem.functional.precision import loss_dtype, without_autocast
 from fastjem.nn.hooks import is_overridden
+
+# Bytes of the student's scores and their gradients beyond which they are made some images at a time, twice. On two
+# AVX-512 cores, float32, 64 images of 10 views and features of 256, that takes 1.3 times as long for 1024 prototypes (5
+# MiB) and 1.2 times for 65,536 (320 MiB); for PMSN, whose softmax autograd would hold as well, 1.2 and 1.0 times.
+LARGEST_SCORES = 160 << 20
+LARGEST_HELD_OVER_RANKS = 8192  # prototypes, within a graph
 
 
 class MSNLoss(nn.Module):
@@ -65,50 +74,102 @@ class MSNLoss(nn.Module):
                 contract = f"anchors must be whole views of the {targets.shape[0]} targets"
                 checks.fail(name, contract, f"{anchors.shape[0]} rows")
             wide = loss_dtype(anchors)
+            given = targets.dtype
             anchors, targets, prototypes = (functional.normalize(x.to(wide)) for x in (anchors, targets, prototypes))
-            scores = anchors @ prototypes.T  # [V B, K]
-            views = scores.split(targets.shape[0]) if targets.shape[0] else (scores,)  # V x [B, K]
-            teacher = targets.detach() @ prototypes.detach().T
             sharpen = checks.positive(name, "target_sharpen_temperature", target_sharpen_temperature, anchors)
             sharp = checks.positive(name, "temperature", self.temperature, anchors) * sharpen
             weight = checks.number(name, "regularization_weight", self.regularization_weight, anchors)
             is_regularised = isinstance(weight, Tensor) or weight > 0
-            ranks.rows_of(teacher)
-            ranks.alike(self.sinkhorn_iterations, "regularised" if is_regularised else "not regularised")
-        bias = None
-        if self.sinkhorn_iterations:
-            bias = F.sinkhorn_bias(
-                teacher, epsilon=sharp, iterations=self.sinkhorn_iterations, normalize_samples_first=True, group=group
-            )
-        loss = F.prototype_cross_entropy(
-            views,
-            [teacher],
-            student_temperature=self.temperature,
-            teacher_temperature=sharp,
-            teacher_bias=bias,
-            pairs="all",
-            group=group,
-        )
-        if is_regularised:
-            if is_overridden(self, "regularization_loss", MSNLoss):
-                regularizer = self._of_mean_probabilities(scores, group)
-            else:
-                regularizer = F.mean_entropy(views, temperature=self.temperature, group=group)
-            loss = loss + (weight * regularizer).to(loss.dtype)
-        return loss
+            ranks.rows_of(anchors)
+            ranks.alike(prototypes.shape[0], self.sinkhorn_iterations)
+            ranks.alike("regularised" if is_regularised else "not regularised")
+        views = list(anchors.split(targets.shape[0])) if targets.shape[0] else [anchors]  # V x [B, D]
+        held = _are_held(prototypes, ranks, group)
+        scores = bias = None
+        with torch.no_grad(), without_autocast(anchors):
+            if held or self.sinkhorn_iterations:
+                dtype = wide if held else given
+                scores = targets.to(dtype) @ prototypes.to(dtype).T  # [B, K], of the teacher
+        if self.sinkhorn_iterations and scores is not None:
+            iterations = {"iterations": self.sinkhorn_iterations, "normalize_samples_first": True}
+            bias = F.sinkhorn_bias(scores, epsilon=sharp, **iterations, group=group)
+        options = {
+            "student_temperature": self.temperature,
+            "teacher_temperature": sharp,
+            "teacher_bias": bias,
+            "pairs": "all",
+        }
+        if held:
+            assert scores is not None
+            loss, regularizer = self._of_scores(views, scores, prototypes, options, is_regularised, group)
+        else:
+            loss, regularizer = self._of_features(views, targets, prototypes, options, is_regularised, group)
+        return loss if regularizer is None else loss + (weight * regularizer).to(loss.dtype)
+
+    def _of_scores(
+        self,
+        views: list[Tensor],  # [B, D] each
+        teacher: Tensor,  # [B, K], its scores
+        prototypes: Tensor,
+        options: dict[str, Any],
+        is_regularised: bool,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and the regulariser if there is one, of scores [V B, K] that are held in memory."""
+        with without_autocast(teacher):
+            scores = torch.cat(views) @ prototypes.T
+        by_view = scores.split(teacher.shape[0]) if teacher.shape[0] else (scores,)
+        loss = F.prototype_cross_entropy(by_view, [teacher], **options, group=group)
+        if not is_regularised:
+            return loss, None
+        if not is_overridden(self, "regularization_loss", MSNLoss):
+            return loss, F.mean_entropy(by_view, temperature=self.temperature, group=group)
+        temperature = checks.positive(type(self).__name__, "temperature", self.temperature, scores)
+        total = (scores / temperature).softmax(1).sum(0)  # [K]
+        return loss, self._of_mean_probabilities(total, scores.shape[0], group)
+
+    def _of_features(
+        self,
+        views: list[Tensor],
+        targets: Tensor,  # [B, D]
+        prototypes: Tensor,
+        options: dict[str, Any],
+        is_regularised: bool,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, of scores of some images at a time."""
+        loss, total = head_cross_entropy_and_usage(type(self).__name__, views, [targets], prototypes, **options)
+        rows = targets.shape[0]
+        loss = mean_loss_of_ranks(loss, rows, group)
+        if not is_regularised:
+            return loss, None
+        return loss, self._of_mean_probabilities(total, rows * len(views), group)
 
     def regularization_loss(self, mean_anchor_probs: Tensor) -> Tensor:
-        """`sum_k p_k log p_k + log K` of p [K]. Not overridden, `forward` doesn't call it: `mean_entropy` is faster."""
-        return torch.special.xlogy(mean_anchor_probs, mean_anchor_probs).sum() + math.log(mean_anchor_probs.shape[0])
+        """`sum_k p_k log p_k + log K` of p [K]. Where it isn't overridden and scores are held, `mean_entropy` is."""
+        p = mean_anchor_probs
+        logs = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # 0 log 0 is 0, and its slope is finite
+        return (p * logs).sum() + math.log(p.shape[0])
 
-    def _of_mean_probabilities(self, scores: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        """A subclass's `regularization_loss`, which is given the mean over the rows of all ranks."""
-        total = (scores / self.temperature).softmax(1).sum(0)  # [K]
-        everything, rows = sum_and_count_of_ranks(total, scores.shape[0], group)
+    def _of_mean_probabilities(self, total: Tensor, rows: int, group: dist.ProcessGroup | None) -> Tensor:
+        """`regularization_loss` of the mean over the rows of all ranks; total [K] is the sum over this rank's."""
+        everything, count = sum_and_count_of_ranks(total, rows, group)
         # The value of all ranks' rows, with the gradient of this rank's.
-        mean = (total + (everything - total).detach()) / rows
+        mean = (total + (everything - total).detach()) / count
         loss = self.regularization_loss(mean_anchor_probs=mean)
         return loss if group is None else global_loss(loss, loss, group)
+
+
+def _are_held(prototypes: Tensor, ranks: Agreement, group: dist.ProcessGroup | None) -> bool:
+    """Whether the student's scores and their gradients are few enough to be held in memory.
+
+    All ranks say the same, as they talk to each other in other words then: it follows from the largest batch. Within a
+    graph of torch.compile none knows that of the others, and the number of prototypes alone tells.
+    """
+    if group is not None and torch.compiler.is_compiling():
+        return prototypes.shape[0] <= LARGEST_HELD_OVER_RANKS
+    scores = max(ranks.sizes) * prototypes.shape[0]
+    return 2 * scores * prototypes.element_size() <= LARGEST_SCORES
 
 
 class PMSNCustomLoss(MSNLoss):
@@ -158,5 +219,6 @@ class PMSNLoss(MSNLoss):
     def regularization_loss(self, mean_anchor_probs: Tensor) -> Tensor:
         """`sum_k q_k (log q_k - log p_k)`, q the power law, of p [K]."""
         k = torch.arange(1, mean_anchor_probs.shape[0] + 1, device=mean_anchor_probs.device)
-        law = k.to(mean_anchor_probs.dtype) ** -self.power_law_exponent
+        exponent = checks.number("PMSNLoss", "power_law_exponent", self.power_law_exponent, mean_anchor_probs)
+        law = k.to(mean_anchor_probs.dtype) ** -exponent
         return functional.kl_div(mean_anchor_probs.log(), law / law.sum(), reduction="sum")

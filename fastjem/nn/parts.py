@@ -137,11 +137,11 @@ def push_rows(queue: Tensor, pointer: Tensor, rows: Tensor) -> None:
     """Rows [N, D] over the oldest ones of a queue [L, D], around its end; `pointer` ([] or [1] int64) moves on."""
     refuse_vmap("push_rows", queue, rows)
     length = len(queue)
-    skipped = max(len(rows) - length, 0)  # later rows of this very call would replace them
+    skipped = max(rows.shape[0] - length, 0)  # later rows of this very call would replace them
     rows = rows.detach()[skipped:].to(queue)
-    places = (pointer + skipped + torch.arange(len(rows), device=queue.device)) % length
+    places = (pointer + skipped + torch.arange(rows.shape[0], device=queue.device)) % length
     queue.index_copy_(0, places, rows)
-    pointer.add_(skipped + len(rows)).remainder_(length)
+    pointer.add_(skipped + rows.shape[0]).remainder_(length)
 
 
 class HeldRows(nn.Module):
@@ -173,11 +173,11 @@ class HeldRows(nn.Module):
         """Rows [N, D] to wait."""
         refuse_vmap("HeldRows", self.rows, rows)
         most = len(self.rows)
-        skipped = max(len(rows) - most, 0)
+        skipped = max(rows.shape[0] - most, 0)
         rows = rows.detach()[skipped:].to(self.rows)
-        places = (self.count + skipped + torch.arange(len(rows), device=rows.device)) % most
+        places = (self.count + skipped + torch.arange(rows.shape[0], device=rows.device)) % most
         self.rows.index_copy_(0, places, rows)
-        self.count.add_(skipped + len(rows))
+        self.count.add_(skipped + rows.shape[0])
 
     @torch.no_grad()
     def push_into(self, queue: Tensor, pointer: Tensor) -> None:

@@ -139,8 +139,11 @@ class Whitening2d(nn.Module):
         whitened, mean, covariance = F.whiten(x, eps=self.eps)
         if self.track_running_stats:
             refuse_vmap("Whitening2d", self.running_mean, mean)
-            self.running_mean.lerp_(mean.reshape(1, -1, 1, 1).to(self.running_mean.dtype), self.momentum)
-            self.running_variance.lerp_(covariance.to(self.running_variance.dtype), self.momentum)
+            momentum = checks.number("Whitening2d", "momentum", self.momentum, x)
+            of_batch = (self.running_mean, mean.reshape(1, -1, 1, 1)), (self.running_variance, covariance)
+            for running, new in of_batch:
+                share = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+                running.lerp_(new.to(running.dtype), share)
         return whitened
 
 
@@ -154,6 +157,8 @@ class WMSELoss(nn.Module):
         w_size: images of a sub-batch, which divides the batch; at least 2 D.
         loss_fn: of two whitened views.
         num_samples: views of each image.
+
+    Sub-batches are of this rank's images, whatever the number of ranks, as in the official code and solo-learn.
     """
 
     def __init__(

@@ -3,9 +3,13 @@
 from ..table import Operator
 
 OPERATORS = {
-    "sinkhorn_step": Operator("(Tensor scores, Tensor? bias, float epsilon) -> Tensor", cpu=True, gpu=True),
+    "sinkhorn_step": Operator(
+        "(Tensor scores, Tensor? bias, float epsilon, Tensor? rows=None) -> Tensor", cpu=True, gpu=True
+    ),
     "sinkhorn_bias": Operator(
-        "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first) -> Tensor", cpu=True, gpu=True
+        "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, Tensor? rows=None) -> Tensor",
+        cpu=True,
+        gpu=True,
     ),
     "sinkhorn": Operator(
         "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, ScalarType dtype) -> Tensor",
@@ -26,6 +30,19 @@ OPERATORS = {
         "(Tensor[] inputs, Tensor[] teacher, Tensor teacher_prototypes,"
         " float student_temperature, float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor? weights,"
         " bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "prototype_head_usage": Operator(
+        "(Tensor[] inputs, Tensor[] teacher, Tensor teacher_prototypes, float student_temperature,"
+        " float teacher_temperature, Tensor? teacher_bias, str pairs) -> (Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "prototype_head_usage_backward": Operator(
+        "(Tensor[] inputs, Tensor[] teacher, Tensor teacher_prototypes, float student_temperature,"
+        " float teacher_temperature, Tensor? teacher_bias, str pairs, Tensor upstream, Tensor? slope, bool[] wanted)"
+        " -> Tensor[]",
         cpu=True,
         gpu=True,
     ),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _C, tiling
 from ..arithmetic import compute_dtype, dense_rows, no_gradient
-from ..native import CODES, address, gradient_for, loss_like, scale_within
-from . import reference
+from ..native import CODES, address, gradient_for, in_huge_pages, loss_like, scale_within
+from . import head_usage, reference
 from .pairing import PAIRS, count
 
 
@@ -61,20 +61,27 @@ def _codes(arguments: tuple, scores: Tensor, bias: Tensor, dtype: torch.dtype) -
     return codes
 
 
-def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+def _first(scores: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows that count, with dense rows."""
+    return dense_rows(scores if rows is None else scores[..., : int(rows), :])
+
+
+def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float, rows: Tensor | None = None) -> Tensor:
     if scores.dtype not in CODES:
-        return reference.sinkhorn_step(scores, bias, epsilon)
-    scores = dense_rows(scores)
+        return reference.sinkhorn_step(scores, bias, epsilon, rows)
+    scores = _first(scores, rows)
     bias = _dense(bias, torch.float64)
     sums = _of_prototypes(scores)
     _C.sinkhorn_step(*_arguments(scores, epsilon), address(bias), address(sums), torch.get_num_threads())
     return sums
 
 
-def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+def sinkhorn_bias(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+) -> Tensor:
     if scores.dtype not in CODES:
-        return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
-    scores = dense_rows(scores)
+        return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first, rows)
+    scores = _first(scores, rows)
     bias = _bias(_arguments(scores, epsilon), scores, iterations, normalize_samples_first)
     return bias.to(compute_dtype(scores.dtype))
 
@@ -159,6 +166,22 @@ def prototype_cross_entropy(
     return loss, gradients, torch.full((), scale / factor, dtype=dtype), of_teacher
 
 
+def _rows(x: Tensor, temperature: float) -> tuple:
+    """What C++ takes of scores [N, K] with dense rows."""
+    return CODES[x.dtype], address(x), *x.shape, x.stride(0), 1 / temperature
+
+
+def _add_softmax(x: Tensor, temperature: float, sums: Tensor) -> None:
+    """sums [K] float64 += the softmax of the rows."""
+    _C.softmax_sums(*_rows(x, temperature), address(sums), torch.get_num_threads())
+
+
+def _softmax_slope(x: Tensor, temperature: float, slope: Tensor, factor: float, gradient: Tensor) -> None:
+    """gradient, which may be x itself: `factor * p * (slope - <p, slope>)`, p the softmax of a row."""
+    threads = torch.get_num_threads()
+    _C.softmax_slope(*_rows(x, temperature), address(slope), factor, address(gradient), threads)
+
+
 def mean_entropy(
     scores: list[Tensor], temperature: float, total: Tensor | None, rows: Tensor | None, wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -167,14 +190,11 @@ def mean_entropy(
         return reference.mean_entropy(scores, temperature, total, rows, wanted)
     scores = [dense_rows(x) for x in scores]
     prototypes = scores[0].shape[1]
-    threads = torch.get_num_threads()
     if total is None or rows is None:
         n = sum(map(len, scores))
         sums = torch.zeros(prototypes, dtype=torch.float64)
         for x in scores:
-            _C.softmax_sums(
-                CODES[x.dtype], address(x), *x.shape, x.stride(0), 1 / temperature, address(sums), threads
-            )  # fmt: skip
+            _add_softmax(x, temperature, sums)
     else:
         n = rows.item()
         sums = total.to(torch.float64).contiguous()
@@ -185,17 +205,7 @@ def mean_entropy(
     gradients = [gradient_for(x, k) for x, k in zip(scores, wanted, strict=True)]
     for x, gradient in zip(scores, gradients, strict=True):
         if gradient.numel():
-            _C.softmax_slope(
-                CODES[x.dtype],
-                address(x),
-                *x.shape,
-                x.stride(0),
-                1 / temperature,
-                address(slope),
-                factor,
-                address(gradient),
-                threads,
-            )
+            _softmax_slope(x, temperature, slope, factor, gradient)
     loss = loss_like(scores[0], negative_entropy + math.log(prototypes))
     return loss, gradients, torch.full((), scale / factor, dtype=dtype)
 
@@ -324,3 +334,22 @@ def prototype_head_cross_entropy(
     if w_gradient is not None:
         gradients[-1] = w_gradient.to(prototypes.dtype)
     return loss, gradients, scale
+
+
+# And how much prototypes are used ------------------------------------------------------------------------------------
+
+_KERNELS = head_usage.Kernels(
+    cross_entropy=prototype_cross_entropy,
+    add_softmax=_add_softmax,
+    softmax_slope=lambda scores, temperature, slope: _softmax_slope(scores, temperature, slope, 1.0, scores),
+    memory=lambda features, numbers: in_huge_pages(features.new_empty(numbers)),
+)
+
+
+def prototype_head_usage(*sides) -> tuple[Tensor, Tensor]:
+    return head_usage.forward(head_usage.Sides(*sides), _KERNELS)
+
+
+def prototype_head_usage_backward(*arguments) -> list[Tensor]:
+    *sides, upstream, slope, wanted = arguments
+    return head_usage.backward(head_usage.Sides(*sides), upstream, slope, wanted, _KERNELS)

@@ -54,8 +54,8 @@ def _softmax_slope_kernel(
         tl.store(out + i + column, p * (tl.load(slope + i + column, mask, 0) - mean), mask)
 
 
-def _gradient(x: Tensor, temperature: float, slope: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def softmax_slope(x: Tensor, temperature: float, slope: Tensor, out: Tensor) -> Tensor:
+    """out, contiguous, which may be x itself: `p * (slope - <p, slope>)`, p the softmax of a row of x [N, K]."""
     align = launch.alignment(x)
     launch.launch(
         _softmax_slope_kernel,
@@ -98,6 +98,9 @@ def mean_entropy(
     log_mean = log_mean.clamp_min(-1e4)  # 0 log 0 is 0
     negative_entropy = (log_mean.exp() * log_mean).sum()
     slope = (log_mean - negative_entropy).to(compute)  # a constant changes nothing, and this one leaves small numbers
-    gradients = [_gradient(x, temperature, slope) if k else no_gradient(x) for x, k in zip(scores, wanted, strict=True)]
+    gradients = [no_gradient(x) for x in scores]
+    for i, x in enumerate(scores):
+        if wanted[i]:
+            gradients[i] = softmax_slope(x, temperature, slope, torch.empty(x.shape, dtype=x.dtype, device=device))
     loss = (negative_entropy + math.log(prototypes)).to(compute)
     return loss, gradients, (1 / (n * temperature)).to(compute)

@@ -13,6 +13,7 @@ def sinkhorn_step(
     scores: Tensor,  # [B, K], or [P, B, K]: P problems, each for itself, as in all of Sinkhorn's operators
     bias: Tensor | None,  # [K] or [P, K], float64; None: samples are not normalised before
     epsilon: float,
+    rows: Tensor | None = None,  # 0-dim int64: so many of the first rows count, and those that fill up don't
 ) -> Tensor:
     """[K] float64: `logsumexp_i(s_ik + g_i)` with `g_i = -logsumexp_k(s_ik + f_k)`, s = scores / epsilon, f = bias.
 
@@ -23,6 +24,9 @@ def sinkhorn_step(
     scores = widen(scores) / epsilon
     if bias is not None:
         scores = scores - (scores + bias.unsqueeze(-2)).logsumexp(-1, keepdim=True)
+    if rows is not None:
+        beyond = torch.arange(scores.shape[-2], device=scores.device) >= rows  # [B]
+        scores = scores.masked_fill(beyond[:, None], -math.inf)
     return widest(scores.logsumexp(-2))
 
 
@@ -31,19 +35,22 @@ def sinkhorn_bias(
     epsilon: float,
     iterations: int,
     normalize_samples_first: bool,
+    rows: Tensor | None = None,  # see `sinkhorn_step`
 ) -> Tensor:
     """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
-    bias = _potentials(scores, epsilon, iterations, normalize_samples_first)
+    bias = _potentials(scores, epsilon, iterations, normalize_samples_first, rows)
     return bias.to(compute_dtype(scores.dtype))
 
 
-def _potentials(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+def _potentials(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+) -> Tensor:
     """The prototypes' potentials f, [K] float64."""
     wide = widest_dtype(scores.device)
     zeros = scores.new_zeros((*scores.shape[:-2], scores.shape[-1]), dtype=wide) if normalize_samples_first else None
-    bias = -sinkhorn_step(scores, zeros, epsilon)
+    bias = -sinkhorn_step(scores, zeros, epsilon, rows)
     for _ in range(iterations - 1):
-        bias = -sinkhorn_step(scores, bias, epsilon)
+        bias = -sinkhorn_step(scores, bias, epsilon, rows)
     return bias
 
 
@@ -151,6 +158,58 @@ def prototype_head_cross_entropy(
     ]
     of_prototypes = torch.cat(gradients).T @ torch.cat(features) if wanted[-1] else no_gradient(prototypes)
     return loss, [*of_features, of_prototypes.to(prototypes.dtype)], scale
+
+
+def prototype_head_usage(
+    inputs: list[Tensor],  # S x [B, D] student features, then [K, D] student prototypes
+    teacher: list[Tensor],  # T x [B, D] features
+    teacher_prototypes: Tensor,  # [K, D]
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,  # [K] or [T, K]
+    pairs: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss of `prototype_head_cross_entropy`, and [K]: the sum of all rows' softmax of student logits / tau_s.
+
+    That is in the widest dtype, as rows of other ranks are added to it.
+    """
+    options = student_temperature, teacher_temperature, teacher_bias, pairs, None
+    loss = prototype_head_cross_entropy(inputs, teacher, teacher_prototypes, *options, [False] * len(inputs))[0]
+    *student, prototypes = inputs
+    logits = torch.cat([widen(x) for x in student]) @ widen(prototypes).T  # [S B, K]
+    return loss, widest((logits / student_temperature).softmax(1)).sum(0)
+
+
+def prototype_head_usage_backward(
+    inputs: list[Tensor],
+    teacher: list[Tensor],
+    teacher_prototypes: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None,
+    pairs: str,
+    upstream: Tensor,  # 0-dim: the derivative by the loss
+    slope: Tensor | None,  # [K]: the derivatives by the sums
+    wanted: list[bool],  # one per student view, and one for the prototypes
+) -> list[Tensor]:
+    """The gradients of both for the inputs, of `slope + constant` those of `slope`, as a row's softmax sums to 1."""
+    *student, prototypes = inputs
+    features = [widen(x) for x in student]
+    w = widen(prototypes)
+    logits = [x @ w.T for x in features]
+    options = student_temperature, teacher_temperature, teacher_bias, pairs, None, False
+    teacher_logits = [widen(x) @ widen(teacher_prototypes).T for x in teacher]
+    _, gradients, scale, _ = prototype_cross_entropy(logits, teacher_logits, *options, [True] * len(student))
+    of_logits = torch.stack(gradients) * (upstream * scale).to(w.dtype)  # [S, B, K]
+    if slope is not None:
+        p = (torch.stack(logits) / student_temperature).softmax(2)
+        slope = (slope / student_temperature).to(w.dtype)
+        of_logits = of_logits + p * (slope - (p * slope).sum(2, keepdim=True))
+    of_features = [
+        (g @ w).to(x.dtype) if k else no_gradient(x) for g, x, k in zip(of_logits, student, wanted[:-1], strict=True)
+    ]
+    of_prototypes = of_logits.flatten(0, 1).T @ torch.cat(features) if wanted[-1] else no_gradient(prototypes)
+    return [*of_features, of_prototypes.to(prototypes.dtype)]
 
 
 def mean_entropy(

@@ -26,6 +26,7 @@ def _column_logsumexp_kernel(
     x,  # [P, N, K], rows s_row * ALIGN apart
     bias,  # [P, K] float64, or None
     offsets,  # [P, N], subtracted from rows; None where bias is None
+    rows,  # 0-dim int64, how many of the first rows count; None: all
     maxima,  # [P, parts, K]
     sums,  # [P, parts, K]
     N,
@@ -55,17 +56,19 @@ def _column_logsumexp_kernel(
     per_unit = tl.full((), SCALE if bias is None else 1.0, COMPUTE)  # of v, whose maxima are kept
     maximum = tl.full([BLOCK], -float("inf"), COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)
+    counted = N if rows is None else tl.load(rows)
     if bias is not None:
         b_bias = tl.load(bias + launch.row_start(problem, K, ALIGN) + column, inside, 0)[None, :]
         # It is taken off again in _join_kernel, so an infinite one may be any number here.
         b_bias = tl.where(tl.abs(b_bias) == float("inf"), 0.0, b_bias)
     for i in range(0, PART, ROWS):
         i_row = part * PART + i + tl.arange(0, ROWS)
-        mask = (i_row < N)[:, None] & inside[None, :]
+        live = (i_row < N) & (i_row < counted)
+        mask = live[:, None] & inside[None, :]
         start = launch.row_start(i_row, s_row, ALIGN)
         v = tl.load(x + start[:, None] + column[None, :], mask, -float("inf")).to(COMPUTE)  # [ROWS, BLOCK]
         if bias is not None:
-            v = biased(v, b_bias, SCALE, LOW, COMPUTE) - tl.load(offsets + problem * N + i_row, i_row < N, 0)[:, None]
+            v = biased(v, b_bias, SCALE, LOW, COMPUTE) - tl.load(offsets + problem * N + i_row, live, 0)[:, None]
         new = tl.maximum(maximum, tl.max(v, 0))
         shift = launch.finite(new)
         fade = tl.exp((launch.finite(maximum) - shift) * per_unit)
@@ -80,6 +83,7 @@ def _column_logsumexp_kernel(
 def _softmax_sums_kernel(
     x,  # [P, N, K], rows s_row * ALIGN apart
     bias,  # [P, K] float64
+    rows,  # 0-dim int64, how many of the first rows count; None: all
     sums,  # [P, parts, K]
     N,
     K,  # / ALIGN
@@ -103,6 +107,7 @@ def _softmax_sums_kernel(
     inside = column < K * ALIGN
     b_bias = tl.load(bias + column, inside, 0)[None, :]
     acc = tl.zeros([ROWS, BLOCK], COMPUTE)
+    counted = N if rows is None else tl.load(rows)
     first = tl.program_id(0) % parts * per_program
     for i in tl.range(first, min(first + per_program, N), ROWS, num_stages=STAGES):
         i_row = i + tl.arange(0, ROWS)
@@ -111,7 +116,7 @@ def _softmax_sums_kernel(
         v = biased(b_x, b_bias, SCALE, LOW, COMPUTE)
         e = tl.exp(v - tl.max(v, 1)[:, None])
         p = e / tl.sum(e, 1)[:, None]
-        acc += tl.where((i_row < N)[:, None], p, 0.0)
+        acc += tl.where(((i_row < N) & (i_row < counted))[:, None], p, 0.0)
     tl.store(sums + launch.row_start(tl.program_id(0), K, ALIGN) + column, tl.sum(acc, 0), inside)
 
 
@@ -205,7 +210,7 @@ def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float
     return out
 
 
-def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+def _step(scores: Tensor, bias: Tensor | None, epsilon: float, rows: Tensor | None = None) -> Tensor:
     """[P, K] float64: the next potentials of scores [P, N, K], whatever bias they follow."""
     problems, n, k = scores.shape
     compute = compute_dtype(scores.dtype)
@@ -224,6 +229,7 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
         scores,
         bias,
         offsets,
+        rows,
         maxima,
         sums,
         n,
@@ -238,13 +244,13 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     return _join(maxima, sums, bias, 1 / epsilon if bias is None else 1.0)
 
 
-def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float, rows: Tensor | None = None) -> Tensor:
     """[P, K] float64: the next potentials after those of an iteration, in one read where a row fits in registers."""
     problems, n, k = scores.shape
     compute = compute_dtype(scores.dtype)
     tile = tiling.sinkhorn_rows(k, compute)
     if tile is None:
-        return _step(scores, bias, epsilon)
+        return _step(scores, bias, epsilon, rows)
     constants = _constants(scores, epsilon)
     align = constants["ALIGN"]
     most = max(1, tiling.PROGRAMS // problems)
@@ -256,6 +262,7 @@ def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
         (problems * parts,),
         scores,
         bias,
+        rows,
         sums,
         n,
         k // align,
@@ -271,13 +278,15 @@ def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     return _join(None, sums, bias, 1.0)
 
 
-def _bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+def _bias(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+) -> Tensor:
     """`reference.sinkhorn_bias` in float64, [P, K] of scores [P, N, K]."""
     of_all = scores.shape[0], scores.shape[2]
     zeros = torch.zeros(of_all, dtype=torch.float64, device=scores.device) if normalize_samples_first else None
-    bias = _step(scores, zeros, epsilon)
+    bias = _step(scores, zeros, epsilon, rows)
     for _ in range(iterations - 1):
-        bias = _balanced_step(scores, bias, epsilon)
+        bias = _balanced_step(scores, bias, epsilon, rows)
     return bias
 
 
@@ -291,16 +300,18 @@ def _of_prototypes(scores: Tensor) -> tuple[int, ...]:
     return (*scores.shape[:-2], scores.shape[-1])
 
 
-def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float, rows: Tensor | None = None) -> Tensor:
     if scores.dtype not in launch.DTYPES:
-        return reference.sinkhorn_step(scores, bias, epsilon)
-    return _step(_problems(scores), dense(bias, torch.float64), epsilon).neg_().view(_of_prototypes(scores))
+        return reference.sinkhorn_step(scores, bias, epsilon, rows)
+    return _step(_problems(scores), dense(bias, torch.float64), epsilon, rows).neg_().view(_of_prototypes(scores))
 
 
-def sinkhorn_bias(scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool) -> Tensor:
+def sinkhorn_bias(
+    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+) -> Tensor:
     if scores.dtype not in launch.DTYPES:
-        return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first)
-    bias = _bias(_problems(scores), epsilon, iterations, normalize_samples_first)
+        return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first, rows)
+    bias = _bias(_problems(scores), epsilon, iterations, normalize_samples_first, rows)
     return bias.to(compute_dtype(scores.dtype)).view(_of_prototypes(scores))
 
 
