@@ -199,7 +199,7 @@ def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The rows, beside those that the file has of other methods with the same settings."""
     facts = machine.describe(torch.device("cpu"))
-    left_out = ("out", "alone", "given", "methods", "seed")
+    left_out = ("out", "alone", "given", "methods", "seed", "pages")
     settings = {key: str(value) for key, value in vars(options).items() if key not in left_out}
     path = results_of(options, facts)
     if path.with_suffix(".json").exists():
