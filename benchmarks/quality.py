@@ -29,12 +29,20 @@ from fastjem.bench import machine
 from fastjem.data import shapes
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Source, open_source
-from fastjem.methods import METHODS
+from fastjem.methods import METHODS, needs_patches
 from fastjem.probes import embed, measure
 from fastjem.runs import open_run
 
+sys.path.insert(0, str(Path(__file__).parent))
+import tables
+
 FIGURES = {"knn": "kNN", "linear_probe": "linear", "rankme": "rank"}  # of `fastjem.probes.measure` -> a column
 SECTION = "## A short run"  # of a method's page
+ABOUT = (
+    "kNN (k = 20) and linear accuracy on the test images in percent, effective rank of the training images'\n"
+    "embeddings (RankMe), the untrained encoder's beside each; seconds and images a second of the whole run, and\n"
+    "the process's memory at its peak."
+)
 
 # What a method needs for so small a run beside its defaults: sizes that fit 4,000 images and batches of 64
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -45,14 +53,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def is_transformer(name: str) -> bool:
-    kind = METHODS[name]
-    return bool(kind.views.mask or kind.mask_token)
-
-
 def fields_of(name: str, options: argparse.Namespace, folder: Path, given: str) -> dict[str, Any]:
     """What `fastjem.pretrain` is told."""
-    vit = is_transformer(name)
+    vit = needs_patches(METHODS[name])
     fields: dict[str, Any] = {
         "method": name,
         "backbone": options.vit if vit else options.backbone,
@@ -114,7 +117,7 @@ def figures_of(encoder: nn.Module, train: Source, test: Source, pixels: Pixels) 
 
 def untrained_encoder(name: str, options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(options.seed)
-    vit = is_transformer(name)
+    vit = needs_patches(METHODS[name])
     return backbones.create(
         options.vit if vit else options.backbone,
         options.size,
@@ -202,30 +205,16 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     left_out = ("out", "alone", "given", "methods", "seed", "pages")
     settings = {key: str(value) for key, value in vars(options).items() if key not in left_out}
     path = results_of(options, facts)
+    note = ""
     if path.with_suffix(".json").exists():
         before = json.loads(path.with_suffix(".json").read_text())
         if before["settings"] == settings:
             named = {row["method"] for row in rows}
             rows = [row for row in before["rows"] if row["method"] not in named] + rows
+            note = before.get("note", "")
     rows = sorted(rows, key=lambda row: [*METHODS].index(row["method"]))
-    found = {"machine": facts, "run": machine.now(), "settings": settings, "rows": rows}
-    path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    table = over_seeds(rows)
-    keys = list(dict.fromkeys(key for row in table for key in row))
-    lines = [
-        f"# What methods learn in {options.steps} steps of {options.batch} images",
-        "",
-        *(f"- {key}: {value}" for key, value in {**facts, **machine.now(), **settings}.items()),
-        "",
-        "kNN (k = 20) and linear accuracy on the test images in percent, effective rank of the training images'",
-        "embeddings (RankMe), the untrained encoder's beside each; seconds and images a second of the whole run, and",
-        "the process's memory at its peak.",
-        "",
-        "| " + " | ".join(keys) + " |",
-        "|" + "---|" * len(keys),
-        *("| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in table),
-    ]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    title = f"What methods learn in {options.steps} steps of {options.batch} images"
+    tables.write(path, title, ABOUT, facts, settings, rows, over_seeds(rows), note)
 
 
 def results_of(options: argparse.Namespace, facts: dict[str, Any]) -> Path:

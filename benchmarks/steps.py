@@ -29,10 +29,11 @@ from fastjem.data.loaders import Order
 from fastjem.data.loaders.memory import ImageArray, MemoryLoader
 from fastjem.data.masking import mask_specs
 from fastjem.machine import keep_memory
-from fastjem.methods import METHODS, RunFacts, views_of
+from fastjem.methods import METHODS, RunFacts, needs_patches, views_of
 from fastjem.step import Step
 
 sys.path.insert(0, str(Path(__file__).parent))
+import tables
 from lightly_steps import THEIRS, Theirs
 
 PARTS = ("data", "augmentation", "teacher", "forward", "heads and loss", "backward", "optimiser and EMA", "step's end")
@@ -130,7 +131,7 @@ def watched(step: Step, clock: Clock) -> Iterator[None]:
 
 def backbone_of(name: str, size: int, options: argparse.Namespace) -> str:
     kind = METHODS[name]
-    return options.vit if kind.views.mask or kind.mask_token else options.backbone
+    return options.vit if needs_patches(kind) else options.backbone
 
 
 def ours(name: str, size: int, options: argparse.Namespace, given: str) -> Ours:
@@ -274,25 +275,12 @@ def measured(name: str, size: int, options: argparse.Namespace, given: str) -> d
 def write(options: argparse.Namespace, rows: list[dict]) -> None:
     facts = machine.describe(torch.device(options.device))
     kind = "masks" if options.masks else "steps"
-    path = options.out / f"{kind}-{machine.slug(facts)}"
+    title = f"{facts.get('gpu') or facts['cpu']}: " + ("masks" if options.masks else "a step taken apart")
+    about = "Milliseconds, minima over rounds. ratio: lightly's example on the same encoder and views, over ours."
+    if options.masks:
+        about = "Images a second, forward and backward, by the share of patches dropped."
     settings = {"batch": options.batch, "rounds": options.rounds}
-    found = {"machine": facts, "run": machine.now(), "settings": settings, "rows": rows}
-    path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [
-        f"# {facts.get('gpu') or facts['cpu']}: " + ("masks" if options.masks else "a step taken apart"),
-        "",
-        *(f"- {key}: {value}" for key, value in {**facts, **machine.now(), **settings}.items()),
-        "",
-        "Images a second, forward and backward, by the share of patches dropped."
-        if options.masks
-        else "Milliseconds, minima over rounds. ratio: lightly's example on the same encoder and views, over ours.",
-        "",
-        "| " + " | ".join(keys) + " |",
-        "|" + "---|" * len(keys),
-        *("| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows),
-    ]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    tables.write(options.out / f"{kind}-{machine.slug(facts)}", title, about, facts, settings, rows)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,12 @@ class Opened:
     @property
     def teacher(self) -> bool:
         """Whether this is a momentum encoder."""
-        return self.metadata.get(TEACHER) == "true"
+        return is_teacher(self.metadata)
+
+
+def is_teacher(metadata: Mapping[str, str]) -> bool:
+    """Whether an export's metadata say that it is a momentum encoder."""
+    return metadata.get(TEACHER) == "true"
 
 
 def open_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> Opened:

@@ -1,6 +1,5 @@
 """What this process may use of its machine."""
 
-import ctypes
 import math
 import os
 import sys
@@ -36,6 +35,8 @@ def keep_memory() -> bool:
     anew: a third of a step at 224 pixels on the CPU. For a process that trains and then ends; nothing is changed where
     the environment says how malloc shall be.
     """
+    import ctypes  # here, as `fastjem --help` has no use for it
+
     says_so = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
     if not sys.platform.startswith("linux") or says_so:
         return False

@@ -27,7 +27,11 @@ class Opened:
     step: int | None
     metadata: dict[str, str]
     config: Config | None = None
-    teacher: bool = False  # both are momentum copies, the projector if the method has one of it
+
+    @property
+    def teacher(self) -> bool:
+        """Whether both are momentum copies, the projector if the method has one of it."""
+        return exports.is_teacher(self.metadata)
 
     @property
     def folder(self) -> Path:
@@ -47,10 +51,10 @@ def open_run(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn
     opened = exports.open_encoder(path, teacher=teacher, encoder=encoder)
     settings, state = opened.config, opened.state
     if settings is None or state is None:
-        return Opened(path, opened.encoder, None, opened.pixels, None, opened.metadata, teacher=opened.teacher)
+        return Opened(path, opened.encoder, None, opened.pixels, None, opened.metadata)
     with reading.named(path):
         projector = _projector(settings, opened.encoder, state["model"], teacher=teacher)
-    return Opened(path, opened.encoder, projector, opened.pixels, state["step"], opened.metadata, settings, teacher)
+    return Opened(path, opened.encoder, projector, opened.pixels, state["step"], opened.metadata, settings)
 
 
 def load_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> nn.Module:

@@ -11,6 +11,8 @@ TINY: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "batch_size": 16, "workers": 0, "device": "cpu", "log_every": 1,
     "knn_every": 0, "report": False,
 }  # fmt: skip
+# And one whose momentum encoder lags behind after two steps.
+BYOLS: dict[str, Any] = {"method": "byol", "options": {"hidden": 16}, "learning_rate": 10.0, "warmup_epochs": 0}
 
 
 class Own:

@@ -30,6 +30,7 @@ from fastjem.methods import (
     RunFacts,
     hidden,
     ibot,
+    needs_patches,
     options_of,
     prototypes,
     views_of,
@@ -140,7 +141,7 @@ def make(
     torch.manual_seed(0)
     kind = METHODS[name]
     module: nn.Module = Tiny()
-    if kind.views.mask or kind.mask_token:
+    if needs_patches(kind):
         module = vit()
     elif name == "vicregl":
         module = feature_maps()

@@ -7,7 +7,7 @@ from test_methods import Tiny, make, small_options
 from fastjem import encoders
 from fastjem.errors import UserError
 from fastjem.given import open_weights
-from fastjem.methods import METHODS, RunFacts
+from fastjem.methods import METHODS, RunFacts, needs_patches
 from fastjem.step import Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +40,7 @@ def test_options_out_of_range(name: str, options: dict, message: str) -> None:
     assert message in str(told.value)
 
 
-NEED_PATCHES = [name for name, kind in METHODS.items() if kind.views.mask or kind.mask_token]
+NEED_PATCHES = [name for name, kind in METHODS.items() if needs_patches(kind)]
 
 
 @pytest.mark.parametrize("name", NEED_PATCHES)

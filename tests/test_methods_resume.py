@@ -1,10 +1,10 @@
 """A run that is killed between two checkpoints and goes on is the same run, for each kind of state of methods."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from broken import broken_off, rows
 from images import TINY, make_folder
 
 for package in ("timm", "torchvision", "safetensors"):
@@ -15,7 +15,7 @@ from test_methods import given_weights, small_options  # noqa: E402
 import fastjem  # noqa: E402
 from fastjem import checkpoints  # noqa: E402
 from fastjem.cli import main  # noqa: E402
-from fastjem.methods import METHODS  # noqa: E402
+from fastjem.methods import METHODS, needs_patches  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,15 +31,6 @@ RUNS: dict[str, dict] = {
 QUICK = ("deepcluster", "ibot")
 
 
-class Killed(BaseException):
-    pass
-
-
-def rows(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
-
-
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.exhaustive) for n in RUNS])
 def test_killed_and_resumed_is_the_same_run(name: str, tmp_path: Path) -> None:
     images = str(make_folder(tmp_path / "images", 48))
@@ -47,17 +38,7 @@ def test_killed_and_resumed_is_the_same_run(name: str, tmp_path: Path) -> None:
     if name == "distill":
         common["options"] = {"given": given_weights()}
     fastjem.pretrain(**common, out=str(tmp_path / "whole"))
-    original = checkpoints.Metrics.write
-
-    def kill(self, row: dict) -> None:
-        original(self, row)
-        if row["step"] == 5:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints.Metrics, "write", kill)
-        with pytest.raises(Killed):
-            fastjem.pretrain(**common, out=str(tmp_path / "cut"), checkpoint_steps=2)
+    broken_off(5, **common, out=str(tmp_path / "cut"), checkpoint_steps=2)
     fastjem.pretrain(out=str(tmp_path / "cut"), resume=True)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     one, other = (checkpoints.load(tmp_path / run)["model"] for run in ("cut", "whole"))
@@ -72,7 +53,7 @@ def test_resumed_by_the_command_line_and_opened_by_timm(name: str, tmp_path: Pat
 
     images = str(make_folder(tmp_path / "images", 48))
     kind = METHODS[name]
-    is_vit = bool(kind.views.mask or kind.mask_token)
+    is_vit = needs_patches(kind)
     common = {**TINY, "method": name, "data": images, "stem": "standard", **(VIT if is_vit else {})}
     common |= {
         "max_steps": 6,
@@ -83,17 +64,7 @@ def test_resumed_by_the_command_line_and_opened_by_timm(name: str, tmp_path: Pat
     if name == "pirl":
         common["image_size"] = 36
     fastjem.pretrain(**common, out=str(tmp_path / "whole"))
-    original = checkpoints.Metrics.write
-
-    def kill(self, row: dict) -> None:
-        original(self, row)
-        if row["step"] == 3:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints.Metrics, "write", kill)
-        with pytest.raises(Killed):
-            fastjem.pretrain(**common, out=str(tmp_path / "cut"), checkpoint_steps=2)
+    broken_off(3, **common, out=str(tmp_path / "cut"), checkpoint_steps=2)
     assert main(["pretrain", "--resume", "--out", str(tmp_path / "cut")]) in (0, None)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     one, other = (load_file(tmp_path / run / "encoder.safetensors") for run in ("cut", "whole"))

@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from broken import broken_off, rows
 from images import Own, make_folder
 
 for package in ("timm", "torchvision", "safetensors"):
@@ -54,12 +55,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_folder(tmp_path_factory.mktemp("images"), 48, kind="jpg"))
 
 
-def rows(run: Path) -> list[dict]:
-    """Without what a clock measured."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
-
-
 def command(**fields: object) -> list[str]:
     line = [sys.executable, "-m", "fastjem", "pretrain"]
     for name, value in fields.items():
@@ -89,19 +84,7 @@ def test_stopped_and_resumed_is_the_same_run(method: str, loader: str, images: s
     assert whole.finished and whole.steps == 9
 
     # Not ended: broken off between two checkpoints, as by a kill
-    class Killed(BaseException):
-        pass
-
-    def kill(self, row: dict) -> None:
-        original(self, row)
-        if row["step"] == 5:
-            raise Killed
-
-    original = checkpoints.Metrics.write
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints.Metrics, "write", kill)
-        with pytest.raises(Killed):
-            fastjem.pretrain(**common, out=str(tmp_path / "cut"), checkpoint_steps=2)
+    broken_off(5, **common, out=str(tmp_path / "cut"), checkpoint_steps=2)
     assert len(rows(tmp_path / "cut")) == 5
     fastjem.pretrain(**common, out=str(tmp_path / "cut"), resume=True, checkpoint_steps=2)
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from images import TINY, make_folder
+from images import BYOLS, TINY, make_folder
 from torch import Tensor, nn
 
 for package in ("timm", "torchvision", "safetensors", "tyro"):
@@ -25,7 +25,6 @@ from fastjem.runs import open_run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-BYOLS = {"method": "byol", "options": {"hidden": 16}, "learning_rate": 10.0, "warmup_epochs": 0}
 
 
 @pytest.fixture(scope="module")

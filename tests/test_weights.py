@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from broken import broken_off, rows
-from images import TINY, make_folder
+from images import BYOLS, TINY, make_folder
 from torch import Tensor, nn
 
 for package in ("timm", "torchvision", "safetensors", "tyro"):
@@ -27,7 +27,6 @@ from fastjem.ranks import join  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REST = {name: value for name, value in TINY.items() if name not in ("backbone", "image_size")}
-BYOLS = {"method": "byol", "options": {"hidden": 16}, "learning_rate": 10.0, "warmup_epochs": 0}
 VIT = {**TINY, "backbone": "test_vit", "patch_size": 8}
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from fastjem.arguments import Parser
 from fastjem.errors import nearest
-from fastjem.methods import METHODS, Defaults, Method, Views, options_of
+from fastjem.methods import METHODS, Defaults, Method, Views, needs_patches, options_of
 from fastjem.printing import is_terminal, say
 
 COLUMNS = ("method", "family", "what prevents the trivial solution", "needs", "paper")
@@ -23,7 +23,7 @@ def needs(method: type[Method]) -> str:
         f"{views.sources} sources of images": views.sources > 1,
         "classes": method.needs_labels,
         "given weights": "given" in options_of(method),
-        "vision transformer": views.mask or method.mask_token,
+        "vision transformer": needs_patches(method),
     }
     return ", ".join(name for name, needed in parts.items() if needed) or "-"
 

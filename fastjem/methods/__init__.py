@@ -30,7 +30,7 @@ from fastjem.methods.mocov3 import MoCoV3
 from fastjem.methods.msn import MSN, PMSN
 from fastjem.methods.nnclr import NNCLR
 from fastjem.methods.pirl import PIRL
-from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts, options_of, preset_of
+from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts, needs_patches, options_of, preset_of
 from fastjem.methods.ressl import ReSSL
 from fastjem.methods.siglip import SigLIP
 from fastjem.methods.simclr import SimCLR
@@ -164,6 +164,7 @@ __all__ = [
     "VICRegL",
     "VISReg",
     "Views",
+    "needs_patches",
     "options_of",
     "preset_of",
     "views_of",

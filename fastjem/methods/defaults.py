@@ -56,8 +56,9 @@ class Defaults:
 
     def drop_path_of(self, blocks: int) -> float:
         """The rate of stochastic depth in an encoder of so many blocks; 0: not known."""
-        deep = blocks >= DEEP and self.deep_drop_path is not None
-        return self.deep_drop_path if deep and self.deep_drop_path is not None else self.drop_path
+        if blocks >= DEEP and self.deep_drop_path is not None:
+            return self.deep_drop_path
+        return self.drop_path
 
     def unlike(self, paper: "Defaults") -> str:
         """In words, if the optimiser or its rate isn't the paper's."""

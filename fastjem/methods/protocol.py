@@ -235,6 +235,11 @@ def preset_of(method: type[Method] | Method, name: str) -> Preset:
     return presets[name]
 
 
+def needs_patches(method: type[Method] | Method) -> bool:
+    """Whether patches are hidden from its encoder, which must be a vision transformer then."""
+    return bool(method.views.mask or method.mask_token)
+
+
 def options_of(method: type[Method]) -> dict[str, Any]:
     """A method's options with their defaults: the keyword-only arguments of its constructor."""
     return dict(method.__init__.__kwdefaults__ or {})
