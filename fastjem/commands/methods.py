@@ -73,7 +73,7 @@ def described(name: str) -> Iterator[str]:
         yield f"               in runs below 10,000 steps {optimizer}, {rate:g}"
     if method.defaults.small:
         optimizer, rate = method.defaults.small
-        yield f"               in these, of an encoder below 2 M parameters, {optimizer}, {rate:g}"
+        yield f"               in runs below 10,000 steps of an encoder below 2 M parameters {optimizer}, {rate:g}"
     if said := _by_depth(method.defaults):
         yield f"encoder        {said}, in runs of 10,000 steps and more"
     yield "options        --options NAME=VALUE ..."
