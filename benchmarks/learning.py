@@ -1,0 +1,248 @@
+"""What our methods and lightly's learn of the same images, with the same encoder, in the same time.
+
+    python benchmarks/learning.py --train DIR --test DIR --minutes 3 [--methods simclr byol ...] [--out DIR]
+    python benchmarks/learning.py --train DIR --test DIR --minutes 10 --backbone resnet18 --stem auto
+
+DIR has a folder of images for each class. lightly has as many whole epochs as fit the minutes, as its CIFAR-10
+benchmark trains (benchmarks/lightly_runs.py); ours, `fastjem.pretrain` with its defaults, is run beside that for as
+many epochs, and for shares of the seconds that lightly took. Each run is a process of its own. Seconds are those of
+the training, from the opening of the data to the last step; ours have the run's checkpoints and its export in them.
+Embeddings of both are measured by the same kNN (k = 20) and linear probe.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastjem
+from fastjem import backbones, encoders
+from fastjem.bench import machine
+from fastjem.data.pixels import Pixels
+from fastjem.data.source import Source, open_source
+from fastjem.methods import METHODS, needs_patches
+from fastjem.probes import embed, measure
+from fastjem.runs import open_run
+
+sys.path.insert(0, str(Path(__file__).parent))
+import lightly_runs
+import tables
+
+FIGURES = {"knn": "kNN", "linear_probe": "linear"}  # of `fastjem.probes.measure` -> a column
+WARM_STEPS = 30  # by whose rate the length of a run is chosen
+ABOUT = (
+    "kNN (k = 20) and linear accuracy on the test images in percent; seconds of training, and of lightly's;\n"
+    "images a second; encoder: the share of a step that the trained encoder's forward and backward pass takes alone;\n"
+    "MiB: the training process at its peak. lightly: its CIFAR-10 benchmark's settings without Lightning."
+)
+
+
+class Unlabelled:
+    """The images of a source alone: a run that knows no classes measures nothing along the way."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, i: int) -> Any:
+        return self.source.read(i)
+
+
+def encoder_of(options: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(options.seed)
+    return backbones.create(
+        options.backbone, options.size, stem=options.stem, patch=options.patch_size, pool=METHODS[options.alone].pool
+    )
+
+
+def lightly(options: argparse.Namespace) -> dict[str, Any]:
+    """lightly's run; with `--steps 0` as many whole epochs as fit the minutes."""
+    recipe = lightly_runs.recipes()[options.alone]
+    encoder = encoder_of(options)
+    width = encoders.wrap(encoder).width
+    images = len(open_source(options.train))
+    settings = {"batch": options.batch, "workers": options.workers}
+
+    def run(epochs: int, module: nn.Module) -> lightly_runs.Run:
+        return lightly_runs.Run(recipe, module, width, batch=options.batch, epochs=epochs)
+
+    warm, seen = lightly_runs.train(
+        run(1, encoder_of(options)), options.train, options.size, epochs=1, most_steps=WARM_STEPS, **settings
+    )
+    epochs = max(round(60 * options.minutes * seen / warm / images), 1)
+    done = run(epochs, encoder)
+    seconds, seen = lightly_runs.train(done, options.train, options.size, epochs=epochs, **settings)
+    pixels = Pixels(options.size)
+    return {"epochs": epochs, "steps": seen // options.batch, "pixels": pixels, **after(encoder, seconds, seen)}
+
+
+def ours(options: argparse.Namespace) -> dict[str, Any]:
+    """`fastjem.pretrain` by its defaults, for `--steps`, or for as many as fit `--seconds`."""
+    source = Unlabelled(open_source(options.train))
+    fields: dict[str, Any] = {
+        "method": options.alone, "backbone": options.backbone, "image_size": options.size, "stem": options.stem,
+        "patch_size": options.patch_size, "batch_size": options.batch, "epochs": 10_000, "seed": options.seed,
+        "workers": options.workers, "report": False, **dict(options.fields),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        steps = options.steps
+        if options.seconds:
+            begin = time.perf_counter()
+            fastjem.pretrain(source=source, out=f"{folder}/warm", max_steps=WARM_STEPS, **fields)
+            warm = time.perf_counter() - begin
+            rate = median_rate(Path(folder) / "warm")
+            start = warm - WARM_STEPS * options.batch / rate  # opening, building, export
+            steps = max(round((options.seconds - start) * rate / options.batch), 1)
+        begin = time.perf_counter()
+        result = fastjem.pretrain(source=source, out=f"{folder}/run", max_steps=steps, **fields)
+        seconds = time.perf_counter() - begin
+        opened = open_run(result.out)
+    seen = steps * options.batch
+    epochs = round(seen / len(source), 1)
+    return {"epochs": epochs, "steps": steps, "pixels": opened.pixels, **after(opened.encoder, seconds, seen)}
+
+
+def median_rate(out: Path) -> float:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rates = sorted(row["images_per_second"] for row in rows if row.get("images_per_second"))
+    return rates[len(rates) // 2]
+
+
+def after(encoder: nn.Module, seconds: float, seen: int) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"encoder": encoder, "seconds": seconds, "images/s": seen / seconds, "MiB": peak}
+
+
+def encoder_share(encoder: nn.Module, size: int, batch: int, rate: float, rounds: int = 5) -> float:
+    """Of a step's time, that of the encoder's forward and backward pass over both views."""
+    encoder.train()
+    images = torch.randn(batch, 3, size, size)
+    best = float("inf")
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for _ in range(2):
+            encoder(images).sum().backward()
+        best = min(best, time.perf_counter() - begin)
+    return best * rate / batch
+
+
+def one(options: argparse.Namespace) -> dict[str, Any]:
+    """Train and measure, in this process; the row."""
+    found = (lightly if options.side == "lightly" else ours)(options)
+    encoder = found.pop("encoder")
+    pixels = found.pop("pixels")
+    train, test = (open_source(folder) for folder in (options.train, options.test))
+    figures = measure(*embed(encoder, train, pixels), *embed(encoder, test, pixels))
+    row = {"method": options.alone, "side": options.side, "seed": options.seed, **found}
+    row |= {column: 100 * figures[key] for key, column in FIGURES.items()}
+    row["encoder"] = round(encoder_share(encoder, options.size, options.batch, found["images/s"]), 2)
+    digits = {"images/s": 0, "MiB": 0, "encoder": 2}
+    return {key: round(v, digits.get(key, 1)) if isinstance(v, float) else v for key, v in row.items()}
+
+
+def in_a_process(name: str, side: str, seed: int, options: argparse.Namespace, **own: Any) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--alone", name, "--side", side, "--seeds", str(seed)]
+    kept = ("train", "test", "size", "batch", "minutes", "backbone", "stem", "patch_size", "workers")
+    for key, value in ({key: getattr(options, key) for key in kept} | own).items():
+        command += ["--" + key.replace("_", "-"), str(value)]
+    command += ["--fields", *(f"{key}={value}" for key, value in options.fields)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    error = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return json.loads(found[0]) if found else {"method": name, "side": side, "seed": seed, "error": error}
+
+
+def compared(name: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """lightly's run of a method, and ours beside it."""
+    theirs = in_a_process(name, "lightly", seed, options)
+    print(json.dumps(theirs), flush=True)
+    rows = [theirs]
+    if "error" in theirs:
+        return rows
+    wanted: list[tuple[str, dict[str, Any]]] = [("ours, its epochs", {"steps": theirs["steps"]})]
+    wanted += [(f"ours, {share:g} of its time", {"seconds": share * theirs["seconds"]}) for share in options.shares]
+    for label, length in wanted[0 if options.same_epochs else 1 :]:
+        row = in_a_process(name, "ours", seed, options, **length)
+        row["side"] = label
+        if "error" not in row:
+            row["of its time"] = round(row["seconds"] / theirs["seconds"], 2)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def field(text: str) -> tuple[str, Any]:
+    """NAME=VALUE of `fastjem.pretrain`."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--methods", nargs="+", default=[*lightly_runs.METHODS])
+    parser.add_argument("--minutes", type=float, default=3.0, help="of lightly's run")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.4], help="of its time that ours has")
+    parser.add_argument("--same-epochs", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--backbone", default="test_resnet")
+    parser.add_argument("--stem", default="standard")
+    parser.add_argument("--patch-size", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--fields", type=field, nargs="*", default=[], help="of ours: NAME=VALUE of fastjem.pretrain")
+    parser.add_argument("--out", type=Path)
+    for hidden in ("--alone", "--side"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.seed = options.seeds[0]
+    if options.alone:
+        print("ROW " + json.dumps(one(options)), flush=True)
+        return
+    if wrong := [name for name in options.methods if needs_patches(METHODS[name])]:
+        parser.error(f"lightly's benchmark has no {wrong[0]}")
+    rows: list[dict[str, Any]] = []
+    for name in options.methods:
+        for seed in options.seeds:
+            rows += compared(name, seed, options)
+            if options.out:
+                write(options, rows)
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The rows, beside those that the file has of other methods with the same settings."""
+    facts = machine.describe(torch.device("cpu"))
+    kept = ("train", "test", "minutes", "size", "batch", "backbone", "stem", "patch_size", "workers", "seeds", "fields")
+    settings = {key: str(getattr(options, key)) for key in kept}
+    data = Path(options.train).parent.name
+    path = options.out / f"learning-{data}-{options.backbone}-{options.minutes:g}-minutes-{machine.slug(facts)}"
+    if path.with_suffix(".json").exists():
+        before = json.loads(path.with_suffix(".json").read_text())
+        if before["settings"] == settings:
+            named = {row["method"] for row in rows}
+            rows = [row for row in before["rows"] if row["method"] not in named] + rows
+    rows = sorted(rows, key=lambda row: lightly_runs.METHODS.index(row["method"]))
+    title = f"Beside lightly: {options.backbone}, {options.minutes:g} minutes"
+    tables.write(path, title, ABOUT, facts, settings, rows)
+
+
+if __name__ == "__main__":
+    main()
