@@ -8,10 +8,10 @@ import torch
 from method_formulas import Exact, check, cross_entropy, entropy_of, exact, unit
 from torch import Tensor
 
+from fastjem.functional import held as held_scores
 from fastjem.kernels import tiling
 from fastjem.methods import RunFacts
 from fastjem.methods.deepcluster import NO_CLUSTER
-from fastjem.nn import msn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,7 +127,7 @@ def sinkhorn(q: Tensor, iterations: int) -> Tensor:
 def test_msn(name: str, options: dict, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Assran et al. 2022, equations 1 and 2, by src/losses.py; PMSN's term is KL(power law || mean prediction)."""
     if not held:
-        monkeypatch.setattr(msn, "LARGEST_SCORES", 0)
+        monkeypatch.setattr(held_scores, "LARGEST_SCORES", 0)
         monkeypatch.setattr(tiling, "HEAD_USAGE_BYTES", 3 * 4 * 12 * 8)  # three images of four views against 12
     it = exact(name, mask=0.5, **options)
     it.batch = it.batch._replace(views=it.batch.views[:4])

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 
 import fastjem.functional as F
 from fastjem.collectives import gather_rows
@@ -12,6 +12,7 @@ from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.prototypes import cross_entropy_of_labels
 from fastjem.nn.parts import MLP
 from fastjem.nn.sample_memory import SampleMemory
 
@@ -74,11 +75,11 @@ class DeepCluster(Method):
         labels = self.assignments[:, batch.index]  # [heads, B]
         losses = []
         for centroids, cluster in zip(self.centroids, labels, strict=True):
-            logits = linear(z, centroids.to(z.dtype) / self.temperature)
             known = (cluster != NO_CLUSTER).to(torch.float32).repeat(len(views))
             # Images of no cluster have weight 0; where there is no other (the first epoch), the loss is 0.
             weights = torch.where(known.sum() > 0, known, 1.0)
-            loss = F.cross_entropy(logits, cluster.clamp(min=0).repeat(len(views)), weights=weights)
+            own = cluster.clamp(min=0).repeat(len(views))
+            loss = cross_entropy_of_labels(z, centroids, own, self.temperature, weights)
             losses.append(loss * (known.sum() > 0).to(loss.dtype))
         return torch.stack(losses).mean()
 

@@ -11,6 +11,7 @@ from fastjem.data.views import Views
 from fastjem.kernels.arithmetic import add_at
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.prototypes import cross_entropy_of_labels
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
 
@@ -74,8 +75,7 @@ class SMoG(Method):
         groups = self._moved(sums, counts)
         self.held += sums.detach()
         self.counts += counts
-        logits = prediction @ groups.to(prediction.dtype).T / self.temperature
-        return F.cross_entropy(logits, assigned[:, 0])
+        return cross_entropy_of_labels(prediction, groups, assigned[:, 0], self.temperature)
 
     def _assigned(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Over all ranks, of features [B, D] of unit length: the sum [K, D] and number [K] of each group's.

@@ -11,7 +11,7 @@ from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import SHORT, Defaults, Preset, at_most, frozen_steps
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
-from fastjem.methods.prototypes import scores_fit
+from fastjem.methods.prototypes import features_scores_fit
 from fastjem.nn.parts import MLP, Prototypes, Queue, unit_keys
 
 
@@ -80,7 +80,7 @@ class SwAV(Method):
             else:
                 keys = z.detach().chunk(len(views))[:2]
                 constants = prototypes.detach()
-        fit = scores_fit(z.chunk(len(views)), keys, len(prototypes))
+        fit = features_scores_fit(z.chunk(len(views)), keys, len(prototypes))
         scores = linear(z, prototypes).chunk(len(views)) if fit else ()
         with torch.no_grad():
             known = [view.detach() for view in scores[:2]] if not teacher.momentum else []
@@ -105,7 +105,8 @@ class SwAV(Method):
             group = self.run.group
             rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
             rows = self.queues[view].rows[rank::ranks]
-            scores = torch.cat([scores, linear(rows, prototypes).to(scores.dtype)])
+            both = [scores, linear(rows, prototypes).to(scores.dtype)]
+            return F.sinkhorn_bias(both, epsilon=self.epsilon, iterations=self.iterations, group=group)
         return F.sinkhorn_bias(scores, epsilon=self.epsilon, iterations=self.iterations, group=self.run.group)
 
     def step_ends(self, step: Tensor) -> None:
