@@ -304,6 +304,8 @@ def test_hidden_patches_count_alike_however_many_rows_there_are(monkeypatch: pyt
 
 def test_swav_by_method_is_swav_by_module() -> None:
     step, batch = make("swav", queue=24, run=RunFacts(batch=8))
+    for queue in step.method.queues:
+        queue.came.fill_(24)
     expected_rows = [queue.rows.clone() for queue in step.method.queues]
     loss, _ = step(batch, 0)
     weight = nn.functional.normalize(step.method.prototypes.weight, dim=1)

@@ -59,8 +59,8 @@ def made(name: str, run: RunFacts, **options: object) -> tuple[Step, Batch]:
         assigned = torch.randint(0, 4, step.method.assignments.shape, generator=generator)
         step.method.assignments.copy_(assigned)
     for part in step.method.modules():
-        if hasattr(part, "used"):
-            part.used.fill_(True)  # else a queue begins with copies of whatever keys come first
+        if hasattr(part, "came"):
+            part.came.fill_(len(part.rows))  # else a queue begins with copies of whatever keys come first
     views = batch.views[: METHODS[name].views.large + min(METHODS[name].views.small, 2)]
     batch = batch._replace(views=[view.double() for view in views], tables=[x.double() for x in batch.tables])
     return step, batch._replace(tables=batch.tables[: len(views)])

@@ -70,9 +70,13 @@ def test_what_names_no_weights_is_refused(name: str) -> None:
 def test_fewer_images_than_clusters_are_clustered_by_as_many_as_can_be() -> None:
     """By default a run has at most one cluster for 16 images, and at least 8; of fewer images k-means says so."""
     step, _ = make("deepcluster", run=RunFacts(images=4, batch=4), prototypes=3000)
+    for memory in step.method.memories:
+        memory.written.fill_(True)
     with pytest.raises(ValueError, match="kmeans: clusters must be at most the rows, got 8 for 4 rows"):
         step.method.epoch_begins(1)
     step, _ = make("deepcluster", run=RunFacts(images=64, batch=8), prototypes=3000)
+    for memory in step.method.memories:
+        memory.written.fill_(True)
     step.method.epoch_begins(1)
     assert step.method.centroids.shape[1] == 8 and int(step.method.assignments.max()) < 8
 

@@ -16,7 +16,7 @@ from fastjem.methods.prototypes import cross_entropy_of_labels
 from fastjem.nn.parts import MLP
 from fastjem.nn.sample_memory import SampleMemory
 
-NO_CLUSTER = -100  # of an image that wasn't seen yet: it counts in no loss
+NO_CLUSTER = -100  # of an image that hasn't been seen: it counts in no loss
 
 
 class DeepCluster(Method):
@@ -89,12 +89,17 @@ class DeepCluster(Method):
 
     @torch.no_grad()
     def epoch_begins(self, epoch: int) -> None:
-        """Cluster the memory: each head that of another large view, as the official code takes them in turn."""
+        """Cluster the memory: each head that of another large view, as the official code takes them in turn.
+
+        Images that no epoch has come to (those that a last batch would have been too small for) have no cluster.
+        """
         if epoch == 0:
             return
         group = self.run.group
         for head in range(len(self.centroids)):
-            rows = self.memories[head % len(self.memories)].rows[:-1]
+            memory = self.memories[head % len(self.memories)]
+            seen = memory.seen()
+            rows = memory.rows[:-1] if len(seen) == memory.images else memory.rows[seen]
             generator = torch.Generator(rows.device).manual_seed(self.run.seed * 1_000_003 + epoch * 101 + head)
             clusters = len(self.centroids[head])
             shards = [len(part) for part in torch.arange(len(rows)).tensor_split(self.run.ranks)]
@@ -104,4 +109,5 @@ class DeepCluster(Method):
             if group is not None:
                 assignments, _ = gather_rows(assignments, group, shards)
             self.centroids[head] = found.centroids
-            self.assignments[head] = assignments
+            self.assignments[head].fill_(NO_CLUSTER)
+            self.assignments[head, seen] = assignments

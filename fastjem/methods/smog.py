@@ -105,9 +105,13 @@ class SMoG(Method):
 
     @torch.no_grad()
     def epoch_begins(self, epoch: int) -> None:
+        """Cluster the features that the queue has; groups stay where those are fewer."""
         if epoch == 0:
             return
         generator = torch.Generator(self.groups.device).manual_seed(self.run.seed * 1_000_003 + epoch)
-        # Every rank has the whole queue and makes the same of it.
-        found = F.kmeans(self.queue.rows, len(self.groups), generator=generator)
+        # Every rank has the whole queue and makes the same of it. Rows beyond are still the random ones it began with.
+        rows = self.queue.rows[: int(self.queue.came)]
+        if len(rows) < len(self.groups):
+            return
+        found = F.kmeans(rows, len(self.groups), generator=generator)
         self.groups.copy_(found.centroids)

@@ -85,9 +85,10 @@ class SwAV(Method):
         with torch.no_grad():
             known = [view.detach() for view in scores[:2]] if not teacher.momentum else []
             targets = known or [linear(key, constants) for key in keys]
-            bias = torch.stack([self._bias(view, targets[view], constants) for view in range(2)])
-            for queue, key in zip(self.queues, keys, strict=False):
-                queue.hold(unit_keys(key, self.run.group))
+            held = [unit_keys(key, self.run.group) for key in keys] if self.queues else []
+            bias = torch.stack([self._bias(view, targets[view], constants, held) for view in range(2)])
+            for queue, new in zip(self.queues, held, strict=True):
+                queue.hold(new)
             student.note(codes=Codes(keys[0], constants, bias[0], self.epsilon))
         options = {
             "student_temperature": self.temperature,
@@ -98,13 +99,16 @@ class SwAV(Method):
             return F.prototype_cross_entropy(scores, targets, **options)
         return F.prototype_head_cross_entropy(z.chunk(len(views)), keys, prototypes, constants, **options)
 
-    def _bias(self, view: int, scores: Tensor, prototypes: Tensor) -> Tensor:
-        """The prototypes' log-potentials [K] of a large view's scores [B, K], its queue's beside them."""
+    def _bias(self, view: int, scores: Tensor, prototypes: Tensor, keys: list[Tensor]) -> Tensor:
+        """The prototypes' log-potentials [K] of a large view's scores [B, K], its queue's beside them.
+
+        keys: all ranks' of this step, a view, copies of which a queue begins with.
+        """
         if self.queues:
             # Every rank holds the whole queue and brings its share of it to the common Sinkhorn.
             group = self.run.group
             rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
-            rows = self.queues[view].rows[rank::ranks]
+            rows = self.queues[view].begin(keys[view])[rank::ranks]
             both = [scores, linear(rows, prototypes).to(scores.dtype)]
             return F.sinkhorn_bias(both, epsilon=self.epsilon, iterations=self.iterations, group=group)
         return F.sinkhorn_bias(scores, epsilon=self.epsilon, iterations=self.iterations, group=self.run.group)
