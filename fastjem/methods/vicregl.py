@@ -12,6 +12,12 @@ from fastjem.nn.covariance import VICRegLLoss
 from fastjem.nn.parts import MLP
 
 
+class _OfPlacesInOrder(VICRegLLoss):
+    """With the chosen places in the map's order, as main_vicregl.py has them."""
+
+    in_their_order = True
+
+
 class VICRegL(Method):
     """VICReg of whole views, and of the places of their feature maps: a place is like the one nearest to it in the
     image, and like the one with the most similar features, in another view.
@@ -61,7 +67,7 @@ class VICRegL(Method):
         hidden = hidden or 4 * width  # as VICReg's
         self.projector = MLP(width, hidden, hidden, hidden, norm=norm, last_bias=False)
         self.local_projector = MLP(width, local_hidden, local_hidden, local_dim, norm=norm, last_bias=False)
-        self.criterion = VICRegLLoss(
+        self.criterion = _OfPlacesInOrder(
             invariance,
             variance,
             covariance,

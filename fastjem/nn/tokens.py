@@ -88,14 +88,18 @@ def nearest_neighbors(
     candidate_maps: Tensor,  # [N, Q, D]
     distances: Tensor,  # [N, P, Q]
     num_matches: int | None,
+    in_their_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The `num_matches` inputs that are nearest to a candidate, nearest first, and that candidate of each.
+    """The `num_matches` inputs that are nearest to a candidate, and that candidate of each.
 
-    Both [N, matches, D]. num_matches: None, negative or more than there are: all of them.
+    Both [N, matches, D], nearest first, or in the inputs' order. num_matches: None, negative or more than there are:
+    all of them.
     """
     count = distances.shape[1]
     if num_matches is not None and num_matches >= 0:
         count = min(count, num_matches)
     nearest, candidate = distances.min(2)  # [N, P]
     chosen = nearest.topk(count, dim=1, largest=False).indices  # [N, matches]
+    if in_their_order:
+        chosen = chosen.sort(dim=1).values
     return get_at_index(input_maps, chosen), get_at_index(candidate_maps, candidate.gather(1, chosen))
