@@ -11,7 +11,7 @@ from fastjem.collectives import Agreement, check_distributed, default_group
 from fastjem.functional import checks
 from fastjem.nn.hooks import Hooks
 from fastjem.nn.parts import HeldMean
-from fastjem.nn.tokens import nearest_neighbors
+from fastjem.nn.tokens import matches
 
 
 class _TracksHealth(nn.Module):
@@ -230,8 +230,8 @@ class VICRegLLoss(Hooks):
             a, b = (features[k][1].flatten(1, 2) for k in (i, j))  # [N, H W, D]
             grid_a, grid_b = (grids[k].flatten(1, 2) for k in (i, j))
             for distances in (torch.cdist(a.detach(), b.detach()), torch.cdist(grid_a, grid_b)):
-                to_b = nearest_neighbors(a, b, distances, self.num_matches[0], self.in_their_order)
-                to_a = nearest_neighbors(b, a, distances.mT, self.num_matches[1], self.in_their_order)
+                to_b = matches(a, b, distances, self.num_matches[0], in_their_order=self.in_their_order)
+                to_a = matches(b, a, distances.mT, self.num_matches[1], in_their_order=self.in_their_order)
                 losses.append(0.5 * (self.vicreg_loss(*to_b) + self.vicreg_loss(*to_a)))
         return torch.stack(losses).sum() / len(pairs)
 

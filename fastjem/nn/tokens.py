@@ -88,13 +88,18 @@ def nearest_neighbors(
     candidate_maps: Tensor,  # [N, Q, D]
     distances: Tensor,  # [N, P, Q]
     num_matches: int | None,
-    in_their_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The `num_matches` inputs that are nearest to a candidate, and that candidate of each.
+    """The `num_matches` inputs that are nearest to a candidate, nearest first, and that candidate of each.
 
-    Both [N, matches, D], nearest first, or in the inputs' order. num_matches: None, negative or more than there are:
-    all of them.
+    Both [N, matches, D]. num_matches: None, negative or more than there are: all of them.
     """
+    return matches(input_maps, candidate_maps, distances, num_matches, in_their_order=False)
+
+
+def matches(
+    input_maps: Tensor, candidate_maps: Tensor, distances: Tensor, num_matches: int | None, *, in_their_order: bool
+) -> tuple[Tensor, Tensor]:
+    """`nearest_neighbors`, the nearest first or in the inputs' order."""
     count = distances.shape[1]
     if num_matches is not None and num_matches >= 0:
         count = min(count, num_matches)
