@@ -110,9 +110,8 @@ def test_all4one() -> None:
         near = [queue[(unit(x) @ queue.T).topk(3, dim=1).indices] for x in t]  # [B, 3, D]
         p = method.predictor(torch.cat(z)).chunk(2)
         neighbour = (among(near[0][:, 0], p[1], 0.2) + among(near[1][:, 0], p[0], 0.2)) / 2
-        frequencies = 10_000 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-        angles = torch.arange(3)[:, None] * frequencies
-        codes = torch.cat([angles.sin(), angles.cos()], 1)
+        along = torch.arange(8, dtype=torch.float64)  # PositionalEncodingPermute1D of 3 channels, which it makes 4
+        codes = torch.stack([along.sin(), along.cos(), (along / 100).sin()])
         q = method.centroid_predictor(torch.cat(z)).chunk(2)
         shifted = [torch.cat([q[i][:, None], near[i][:, :2]], 1) for i in range(2)]
         rich = [method.transformer(x + codes)[:, 0] for x in near]

@@ -25,7 +25,7 @@ OPTIONS = [
     ("dinov2", {"mask": 0.1, "least_mask": 0.3}, "dinov2: 0 <= least_mask <= mask <= 1 must hold"),
     ("dinov3", {"masked_images": 0.0}, "dinov3: masked_images must be a share above 0, got 0.0"),
     ("simdino", {"expansion": "both"}, "simdino: expansion must be student or mean, got 'both'"),
-    ("all4one", {"dim": 9}, "all4one: dim must be even and a multiple of its 2 heads, got 9"),
+    ("all4one", {"dim": 9}, "all4one: dim must be a multiple of its 2 heads, got 9"),
     ("wmse", {"dim": 8, "whitening_size": 8}, "wmse: a part of the batch must have at least 2 dim = 16 images"),
     ("ijepa", {"predictor_width": 10}, "a predictor's width must be a multiple of its 2 heads and of 4, got 10"),
     ("distill", {"loss": "l1"}, "distill: loss must be cosine or mse, got 'l1'"),
