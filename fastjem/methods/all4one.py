@@ -11,6 +11,7 @@ import fastjem.functional as F
 from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP, Queue, unit_keys
@@ -57,6 +58,8 @@ class All4One(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("all4one", temperature=temperature, centroid_temperature=centroid_temperature)
+        ranges.shares("all4one", dropout=dropout)
         if dim % heads:
             raise ValueError(f"all4one: dim must be a multiple of its {heads} heads, got {dim}")
         self.projector = MLP(width, hidden, hidden, dim, norm=norm, last_norm=True)

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.pairs import PairHeads, embeddings_of_pairs
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
@@ -38,8 +39,9 @@ class CLIP(Method):
         self, width: int, run: RunFacts = RunFacts(), *, dim: int = 512, temperature: float = 0.07, most: float = 100.0
     ):
         super().__init__(width, run)
-        if not most >= 1:
-            raise ValueError(f"clip: most, of the scale, must be at least 1, got {most}")
+        ranges.positive("clip", temperature=temperature)
+        if not 1 <= most < math.inf:
+            raise ValueError(f"clip: most, of the scale, must be at least 1 and finite, got {most}")
         self.projectors = PairHeads(width, dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.most = most

@@ -10,6 +10,7 @@ import fastjem.functional as F
 from fastjem.collectives import gather_rows
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.prototypes import cross_entropy_of_labels
@@ -57,6 +58,7 @@ class DeepCluster(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("deepcluster", temperature=temperature)
         self.projector = MLP(width, hidden, dim, norm=norm)
         count = at_most(prototypes, run.images, each=16)
         images = max(run.images, 1)

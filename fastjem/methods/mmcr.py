@@ -10,6 +10,7 @@ from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.functional.decompositions import singular_values
 from fastjem.functional.precision import in_float32
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
@@ -54,6 +55,7 @@ class MMCR(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.not_negative("mmcr", local=local)
         hidden = hidden or 4 * width  # the paper's 8192 for ResNet-50's 2048
         self.projector = MLP(width, hidden, hidden, dim, norm=norm)
         self.local = local

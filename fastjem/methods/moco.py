@@ -6,6 +6,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP, Queue, unit_keys
@@ -57,6 +58,7 @@ class MoCo(Method):
         norm: str = "none",
     ):
         super().__init__(width, run)
+        ranges.positive("moco", temperature=temperature)
         self.projector = MLP(width, hidden or width, dim, norm=norm)
         length = at_most(queue, run.images, each=4)
         self.queue = Queue(length, dim, held=run.images_per_step or length)

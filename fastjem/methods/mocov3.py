@@ -8,6 +8,7 @@ import fastjem.functional as F
 from fastjem.collectives import gather_rows
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
@@ -62,6 +63,7 @@ class MoCoV3(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("mocov3", temperature=temperature)
         inner = [hidden] * (layers - 1)
         self.projector = MLP(width, *inner, dim, norm=norm, last_norm=True, last_affine=False)
         self.predictor = MLP(dim, hidden, dim, norm=norm, last_norm=predictor_norm, last_affine=False, bias=False)

@@ -6,6 +6,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP, Queue, unit_keys
@@ -40,6 +41,7 @@ class NNCLR(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("nnclr", temperature=temperature)
         self.projector = MLP(width, hidden, hidden, dim, norm=norm, last_norm=True)
         self.predictor = MLP(dim, predictor_hidden, dim, norm=norm)
         length = at_most(queue, run.images, each=4)

@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.methods.prototypes import cross_entropy_of_features
@@ -55,6 +56,7 @@ class ReSSL(Method):
         norm: str = "none",
     ):
         super().__init__(width, run)
+        ranges.positive("ressl", temperature=temperature, teacher_temperature=teacher_temperature)
         self.projector = MLP(width, hidden, dim, norm=norm)
         length = at_most(queue, run.images, each=4)
         self.queue = Queue(length, dim, held=run.images_per_step or length)

@@ -5,6 +5,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import symmetric
@@ -43,6 +44,7 @@ class SimCLR(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("simclr", temperature=temperature)
         self.projector = MLP(width, hidden or width, dim, norm=norm, last_norm=True)
         self.temperature = temperature
 

@@ -9,6 +9,7 @@ import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.kernels.arithmetic import add_at
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.prototypes import cross_entropy_of_labels
@@ -52,6 +53,8 @@ class SMoG(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("smog", temperature=temperature)
+        ranges.shares("smog", beta=beta)
         self.projector = MLP(width, hidden, dim, norm=norm, last_norm=True, last_affine=False)
         self.predictor = MLP(dim, hidden, dim, norm=norm)
         count = at_most(groups, run.images, each=16)

@@ -9,6 +9,7 @@ from torch.nn.functional import linear, normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import SHORT, Defaults, Preset, at_most, frozen_steps
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.methods.prototypes import features_scores_fit
@@ -59,6 +60,10 @@ class SwAV(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("swav", temperature=temperature)
+        if epsilon is not None:
+            ranges.positive("swav", epsilon=epsilon)
+        ranges.not_negative("swav", frozen_epochs=frozen_epochs)
         self.projector = MLP(width, hidden or width, dim, norm=norm)
         prototypes = at_most(prototypes, run.images, each=16)
         frozen = frozen_steps(frozen_epochs, run.steps_per_epoch, run.steps)

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.kernels.augment import columns as column
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.covariance import VICRegLLoss
@@ -62,6 +63,8 @@ class VICRegL(Method):
         norm: str = "auto",
     ):
         super().__init__(width, run)
+        ranges.not_negative("vicregl", invariance=invariance, variance=variance, covariance=covariance)
+        ranges.shares("vicregl", alpha=alpha)
         if norm == "auto":
             norm = "batch" if run.batch_norm else "layer"
         hidden = hidden or 4 * width  # as VICReg's

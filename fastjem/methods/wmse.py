@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
@@ -48,6 +49,7 @@ class WMSE(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.not_negative("wmse", eps=eps)
         self.projector = MLP(width, hidden, dim, norm=norm)
         size = whitening_size
         images = run.batch // run.ranks or size
