@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,10 +29,13 @@ from fastjem.arguments import parse  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.config import Config  # noqa: E402
 from fastjem.data.loaders import dali, memory  # noqa: E402
+from fastjem.data.masking import Masks, most_masked  # noqa: E402
 from fastjem.data.stages import Sizes  # noqa: E402
+from fastjem.data.views import MaskSpec, Views  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.kernels.augment import columns as column  # noqa: E402
 from fastjem.methods import DINO, METHODS, Batch, Branch, RunFacts, SimCLR, needs_patches  # noqa: E402
+from fastjem.methods.hidden import hidden_rows  # noqa: E402
 from fastjem.methods.transformer import TokenPredictor, sines_and_cosines  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -371,6 +375,18 @@ def test_methods_tell_their_predictor_the_grid(name: str, images: str, tmp_path:
     fields = {**TINY, **VIT, "image_size": "32:50%,64", "data": images, "options": small_options(name)}
     fastjem.pretrain(**fields, method=name, max_steps=2, out=tmp_path)
     assert grids == [((8, 8), (4, 4)), ((8, 8), (8, 8))]
+
+
+def test_rows_of_hidden_patches_are_as_many_as_the_stages_masks_have() -> None:
+    """As on a GPU, where they fill up to a number that is known beforehand: of this batch's grid, whatever the run's."""
+    views = Views(mask=0.5, masking="block", masked_images=1.0)
+    rows = []
+    for side in (2, 8):
+        masks = {view: Masks(torch.ones(8, side, side, dtype=torch.bool)) for view in (0, 1)}
+        batch = Batch([], torch.arange(8), masks=masks)
+        rows.append(len(hidden_rows(batch, views, padded=True).rows))
+    spec = MaskSpec(0, (2, 2), 0.5, "block")
+    assert rows == [most_masked(spec, 16), most_masked(replace(spec, grid=(8, 8)), 16)]
 
 
 class Flat(nn.Module):
