@@ -286,9 +286,9 @@ def test_what_is_left_of_it_is_of_the_last_size(fields: dict[str, Any], images: 
     assert config.image_size == "16:75%,32" and pixels.size == 32
     assert json.loads((run / "config.yaml").read_text())["image_size"] == "16:75%,32"
     weights = load_file(run / "encoder.safetensors")
-    options = {"patch_size": 8, "img_size": 32} if "patch_size" in fields else {}
+    options: dict[str, Any] = {"patch_size": 8, "img_size": 32} if "patch_size" in fields else {}
     options |= {"global_pool": pool, "fc_norm": False} if pool else {}
-    module = timm.create_model({**STAGED, **fields}["backbone"], num_classes=0, **options)
+    module: Any = timm.create_model({**STAGED, **fields}["backbone"], num_classes=0, **options)
     module.load_state_dict(weights, strict=True)
     x = torch.randn(2, 3, 32, 32)
     expected = module.eval()(x)
