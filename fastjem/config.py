@@ -16,6 +16,7 @@ from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
 from fastjem.data.pixels import LARGEST, Pixels
 from fastjem.data.sources.pairs import SEPARATOR
+from fastjem.data.stages import Sizes
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
 
@@ -51,7 +52,14 @@ class Config:
         metadata={"help": "parts of the encoder that stay as they are: patch_embed,blocks.0", "pair": True},
     )
     head_warmup_epochs: float = field(default=0.0, metadata={"help": "in which the heads alone learn"})
-    image_size: int = field(default=224, metadata={"square": True})
+    image_size: int | str = field(
+        default=224,
+        metadata={
+            "help": "of the large views; 112:75%,224: smaller ones for the first 75 % of the steps",
+            "square": True,
+            "metavar": "PIXELS",
+        },
+    )
     channels: int = field(
         default=3,
         metadata={"help": "of the images: 3: colours of any picture; 1: its gray; else as many as files have"},
@@ -134,7 +142,22 @@ class Config:
         return config
 
     def __post_init__(self) -> None:
+        self.conform()
+
+    def conform(self) -> None:
+        """Every field in its own type; UserError for one that can't be."""
         fields.conform(self, "pretrain: {}".format)
+        self.image_size = self.sizes.given
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the large views, stage after stage."""
+        return Sizes.of(self.image_size)
+
+    @property
+    def size(self) -> int:
+        """Pixels of the large views in the last stage, for which the encoder is made."""
+        return self.sizes.last
 
     def with_values(self, **values: Any) -> "Config":
         """A copy with other values, of which nothing counts as given that didn't before."""
@@ -154,7 +177,7 @@ MAY_CHANGE = {
 }  # fmt: skip
 # but for these: what makes a run longer, or leads it away from where it diverged. The run says that they changed.
 CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip")
-AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every", "keep_checkpoints")
+AT_LEAST_ONE = ("channels", "epochs", "accumulate", "log_every", "keep_checkpoints")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
     "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory", "layer_decay",
@@ -193,7 +216,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: for the first.
     """
-    fields.conform(config, "pretrain: {}".format)  # once more, as its fields may have been set since it was made
+    config.conform()  # once more, as its fields may have been set since it was made
     _check_numbers(config)
     parsed_range(config.value_range)
     _check_choices(config)
@@ -230,9 +253,8 @@ def _check_numbers(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value > 1:
             raise UserError(f"{config.flag(name)} must be between 0 and 1, got {value}")
-    for name in ("image_size", "channels"):
-        if getattr(config, name) > LARGEST:
-            raise UserError(f"{config.flag(name)} must be at most {LARGEST}, got {getattr(config, name)}")
+    if config.channels > LARGEST:
+        raise UserError(f"--channels must be at most {LARGEST}, got {config.channels}")
     if config.small_views is not None and config.small_views > MOST_VIEWS:
         raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
     if config.layer_decay == 0:
@@ -280,7 +302,7 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
         raise UserError(f"{path}: pool must be text or None, got {fields.came(pool)}")
     with reading.named(path):
         pixels = Pixels.from_dict(given["pixels"])
-        if pixels.size != config.image_size:
+        if pixels.size != config.size:
             raise UserError(f"pixels' size is {pixels.size}, and image_size {config.image_size}")
     return config, pixels, pool
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
 from fastjem import backbones, checkpoints, encoders, optim, resume, starting
 from fastjem.config import Config
@@ -16,9 +17,11 @@ from fastjem.data import loaders
 from fastjem.data.batch import finish
 from fastjem.data.fingerprint import fingerprint
 from fastjem.data.levels import describe, levels_of, parsed_range, survey
+from fastjem.data.masking import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Levelled, Source, open_sources
-from fastjem.data.views import ViewSpec
+from fastjem.data.stages import Stage, told
+from fastjem.data.views import LARGEST_WITHOUT_BLUR, ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError, nearest
 from fastjem.given import Weights
@@ -77,7 +80,7 @@ class Parts:
     source: Levelled
     encoder: Encoder
     method: Method
-    specs: list[ViewSpec]
+    stages: list[Stage]
     defaults: Defaults
     steps: int
     steps_per_epoch: int
@@ -107,6 +110,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     said = [*unused_options(config, objects), *about_values]
     asked = config
     config = with_drop_path(config, objects, kind, defaults)
+    borders = resume.borders(config, state, steps)
     if state:
         said += [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
         resume.check_length(config, state, steps, complete=is_complete(out))
@@ -138,13 +142,20 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         "source": images,
         "sized_for": sized_for,
         "steps": steps,
+        "borders": borders,
         "normalised": normalised,
         "objects": [name for name, given in vars(objects).items() if given is not None],
     }
-    specs = view_specs(config, method, module, normalised)
-    method.mean, method.std = specs[0].mean, specs[0].std
-    said = [one for one in said if one]
-    return Parts(config, weights, source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, said)
+    stages = [
+        Stage(
+            begins, ends, view_specs(config, method, module, normalised, size),
+            mask_specs(method.views, size, encoder.patch),
+        )
+        for size, begins, ends in zip(config.sizes.pixels, [0, *borders], [*borders, steps], strict=True)
+    ]  # fmt: skip
+    method.mean, method.std = stages[-1].specs[0].mean, stages[-1].specs[0].std
+    said = [one for one in (*said, told(stages)) if one]
+    return Parts(config, weights, source, encoder, method, stages, defaults, steps, steps_per_epoch, kept, said)
 
 
 def is_complete(out: Path) -> bool:
@@ -207,7 +218,7 @@ def made_encoder(config: Config, objects: Objects, kind: type[Method] | Method, 
 
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
     return backbones.create(
-        config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
+        config.backbone, config.size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
         drop_path=config.drop_path or 0.0, channels=config.channels,
     )  # fmt: skip
 
@@ -259,17 +270,26 @@ def left_out(config: Config, longer: Config) -> str:
 
 
 def view_specs(
-    config: Config, kind: type[Method] | Method, module: nn.Module, normalised: dict[str, list[float]]
+    config: Config,
+    kind: type[Method] | Method,
+    module: nn.Module,
+    normalised: dict[str, list[float]],
+    size: int,
 ) -> list[ViewSpec]:
-    """One for each view of an image, as the method and the configuration want them. normalised: mean and std of weights
-    that the encoder begins with, for which the user has the last word.
+    """One for each view of an image, as the method and the configuration want them.
+
+    Args:
+        normalised: mean and std of weights that the encoder begins with, for which the user has the last word.
+        size: pixels of the large views. How many views there are and whether they are blurred is decided by the last
+            stage's.
     """
     if config.small_views and not kind.views.small:
         raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
-    views = views_of(kind, config.image_size, config.small_views, config.recipe, config.preset)
+    views = views_of(kind, config.size, config.small_views, config.recipe, config.preset)
     patch = encoders.patch_size(module)
+    blur = given_or(config.blur, config.size > LARGEST_WITHOUT_BLUR)
     changes = {**normalised, **config.view}
-    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=changes, channels=config.channels)
+    return views.specs(size, patch=patch, blur=blur, changes=changes, channels=config.channels)
 
 
 def checked_encoder(
@@ -282,19 +302,23 @@ def checked_encoder(
 ) -> Encoder:
     """The module on its device as an `Encoder`, once it has embedded some of the run's images."""
     module = module.to(ranks.device)
-    specs = view_specs(config, kind, module, normalised)
+    specs = view_specs(config, kind, module, normalised, config.size)
     order = loaders.Order(samples=len(source), batch=min(config.batch_size, 16), seed=config.seed, stop=1)
     crops = next(iter(loaders.LOADERS["torch"](source, specs, order, loaders.Budget())))
     channels_last = encoders.memory_format(module) == torch.channels_last
     images = finish(crops, specs, ranks.device, channels_last=channels_last).views[0]
-    try:
-        width = encoders.measured_width(module, images)
-    except RuntimeError as error:
-        size = config.image_size
-        raise UserError(f"the encoder can't take {size} x {size} images: {error}") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return encoders.wrap(module, width, mask_token=kind.mask_token).to(ranks.device)
+    widths = []
+    for size in config.sizes.pixels:
+        sized = images if size == config.size else interpolate(images, (size, size), mode="bilinear", antialias=True)
+        try:
+            widths.append(encoders.measured_width(module, sized))
+        except (RuntimeError, AssertionError) as error:  # timm asserts the size of an image
+            raise UserError(f"the encoder can't take {size} x {size} images: {error}") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    if len(set(widths)) > 1:
+        raise UserError(f"--image-size {config.image_size}: embeddings must be as wide at every size, got {widths}")
+    return encoders.wrap(module, widths[-1], mask_token=kind.mask_token).to(ranks.device)
 
 
 def run_facts(
@@ -309,7 +333,8 @@ def run_facts(
         accumulate=config.accumulate,
         ranks=ranks.size,
         seed=config.seed,
-        image_size=config.image_size,
+        image_size=config.size,
+        image_sizes=config.sizes.pixels,
         channels=config.channels,
         patch=encoder.patch,
         prefix_tokens=encoder.prefix_tokens,

@@ -293,7 +293,7 @@ def test_hidden_patches_count_alike_however_many_rows_there_are(monkeypatch: pyt
         mask = torch.cat([batch.masks[view].hidden for view in (0, 1)])
         count = int(mask.sum()) + spare
         monkeypatch.setattr(hidden, "most_masked", lambda spec, images, count=count: count)
-        rows = hidden.hidden_rows(batch, step.method.views, replace(step.method.run, image_size=32), padded=True)
+        rows = hidden.hidden_rows(batch, step.method.views, padded=True)
         assert len(rows.rows) == count and mask.flatten()[rows.rows].all()
         monkeypatch.setattr(ibot, "hidden_rows", lambda *_, rows=rows: rows)
         loss, _ = step(batch, 0)

@@ -15,6 +15,7 @@ from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
 from fastjem.data.masking import MASKINGS
 from fastjem.data.source import Levelled, are_pairs, decode_all, open_sources
+from fastjem.data.stages import Sizes
 from fastjem.data.views import RECIPES, MaskSpec, Value, Views
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, views_of
@@ -40,7 +41,10 @@ class ViewsOptions:
     preset: str = field(default="imagenet", metadata={"help": "of the method: imagenet | cifar"})
     recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
     view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
-    image_size: int = 224
+    image_size: int | str = field(
+        default=224,
+        metadata={"help": "of the large views; of several, as in 112:75%,224, the last", "metavar": "PIXELS"},
+    )
     channels: int = field(default=3, metadata={"help": "of the images; more than three are shown by the first three"})
     value_range: str = field(
         default="auto",
@@ -111,7 +115,7 @@ def draw_views(options: ViewsOptions) -> Path:
     """
     _check(options)
     out = Path(options.out)
-    size = options.image_size
+    size = Sizes.of(options.image_size).last
     views = views_of(options.method, size, options.small_views, options.recipe, options.preset)
     mask = _mask(options, views)
     if options.data is None:
@@ -152,7 +156,7 @@ def _mask(options: ViewsOptions, views: Views) -> MaskSpec | None:
         masking = views.masking if views.mask else ""
     if not masking:
         return None
-    size = options.image_size
+    size = Sizes.of(options.image_size).last
     patch = options.patch_size
     if size % patch or size < 2 * patch:
         what = "no multiple of" if size % patch else "less than two of"
@@ -171,8 +175,9 @@ def _check(options: ViewsOptions) -> None:
     if options.mask is not None and options.mask not in MASKINGS:
         raise nearest("mask", options.mask, MASKINGS)
     parsed_range(options.value_range)
+    smallest = Sizes.of(options.image_size).pixels[0]
     for name, least in (("images", 1), ("channels", 1), ("image_size", 8), ("patch_size", 1)):
-        value = getattr(options, name)
+        value = smallest if name == "image_size" else getattr(options, name)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if Path(options.out).suffix.lower() not in FORMATS:

@@ -94,7 +94,7 @@ class CAPI(Method):
         targets = self.criterion.balanced(scores)
         clustering = self.criterion.cross_entropy(scores, targets)
         wanted = self._wanted(mask.hidden)  # [B, Q]
-        predicted = student.predictor(tokens, mask.visible, wanted)
+        predicted = student.predictor(tokens, mask.visible, wanted, mask.hidden.shape[1:])
         student.note(projection=predicted.detach()[:, 0])
         predictions = student.head(normalize(predicted, dim=2), step)
         chosen = targets.gather(1, wanted[..., None].expand(-1, -1, targets.shape[2]))

@@ -127,7 +127,7 @@ class IBOT(Method):
         """
         assert seen.tokens is not None and whole.tokens is not None  # masks are for transformers, which have them
         images = len(batch.index)
-        hidden = hidden_rows(batch, self.views, self.run)
+        hidden = hidden_rows(batch, self.views)
         pooled = seen.pooled if small is None else torch.cat([seen.pooled, small])
         x, patches = self._projected(student, hidden, pooled, seen.tokens)
         with torch.no_grad():

@@ -62,7 +62,8 @@ class IJEPA(Method):
         # Each block is predicted by itself from the same context.
         context = context.repeat_interleave(blocks, 0)
         visible = mask.visible.repeat_interleave(blocks, 0)
-        prediction = student.predictor(context, visible, mask.targets.flatten(0, 1))  # [B T, P, D]
+        grid = mask.hidden.shape[1:]
+        prediction = student.predictor(context, visible, mask.targets.flatten(0, 1), grid)  # [B T, P, D]
         at = mask.targets.view(images, -1, 1).expand(-1, -1, self.width)
         target = whole.gather(1, at).view(images * blocks, patches, self.width)
         student.note(projection=prediction.detach()[::blocks, 0])

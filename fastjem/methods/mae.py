@@ -71,7 +71,7 @@ class MAE(Method):
         hidden = hidden_indices(mask.hidden, count)  # [B, M]
         tokens = student.encode([images], batch.masks).tokens
         assert tokens is not None  # masks are for transformers, which have them
-        prediction = in_float32(student.decoder(tokens, mask.visible, hidden))  # [B, M, p p C]
+        prediction = in_float32(student.decoder(tokens, mask.visible, hidden, mask.hidden.shape[1:]))  # [B, M, p p C]
         with torch.no_grad():
             patches = patchify(images, self.run.patch)
             target = in_float32(patches.gather(1, hidden[..., None].expand(-1, -1, patches.shape[2])))

@@ -49,11 +49,11 @@ class PIRL(Method):
         super().__init__(width, run)
         if not 0 <= share <= 1 or not 0 <= memory <= 1:
             raise ValueError(f"pirl: share and memory must be between 0 and 1, got {share} and {memory}")
-        piece = run.image_size // SIDE
-        if run.patch > 1 and piece % run.patch:
-            raise ValueError(
-                f"pirl: a third of the image's {run.image_size} pixels must be whole patches of {run.patch} pixels"
-            )
+        for size in run.image_sizes or (run.image_size,):
+            if run.patch > 1 and size // SIDE % run.patch:
+                raise ValueError(
+                    f"pirl: a third of the image's {size} pixels must be whole patches of {run.patch} pixels"
+                )
         self.projector = nn.Linear(width, dim)
         self.pieces = nn.Linear(width, dim)
         self.jigsaw = nn.Linear(SIDE * SIDE * dim, dim)

@@ -35,7 +35,8 @@ class RunFacts:
     accumulate: int = 1  # forward passes of one optimiser step
     ranks: int = 1
     seed: int = 0
-    image_size: int = 0  # of the large views, in pixels
+    image_size: int = 0  # of the large views, in pixels; where it grows on the way, in the end
+    image_sizes: tuple[int, ...] = ()  # where it grows on the way, of each stage; batches have their own size
     patch: int = 0  # of the encoder, in pixels; 1: it has none
     channels: int = 3
     prefix_tokens: int = 0  # of the encoder

@@ -132,7 +132,7 @@ class SimDINOv2(SimDINO):
         pooled = seen.pooled
         if len(batch.views) > 2:
             pooled = torch.cat([pooled, student.encode(batch.views[2:]).pooled])
-        rows = hidden_rows(batch, self.views, self.run)
+        rows = hidden_rows(batch, self.views)
         assert seen.tokens is not None  # masks are for transformers, which have them
         x, patches = rows.through(student.projector, pooled, seen.tokens)
         with torch.no_grad():
