@@ -11,7 +11,6 @@ from torch import nn
 from fastjem import encoders, optim, resume, starting
 from fastjem.config import Config
 from fastjem.data import loaders
-from fastjem.data.masking import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Source
 from fastjem.data.views import MaskSpec, ViewSpec
@@ -110,7 +109,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         ranks=ranks,
         source=source,
         specs=parts.specs,
-        masks=mask_specs(method.views, config.image_size, encoder.patch),
+        masks=parts.masks,
         pixels=Pixels.of(parts.specs, source.levels),
         loader=loader,
         step=step,

@@ -14,6 +14,7 @@ import torch
 from fastjem import backbones, checkpoints, fields, optim, reading
 from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
+from fastjem.data.masking import MASKINGS_OF_RUNS
 from fastjem.data.pixels import LARGEST, Pixels
 from fastjem.data.sources.pairs import SEPARATOR
 from fastjem.data.views import RECIPES
@@ -85,6 +86,11 @@ class Config:
     )
     options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
+    mask: float | None = field(
+        default=None,
+        metadata={"help": "share of the patches that any method's transformer isn't given of each view: 0.75"},
+    )
+    masking: str | None = field(default=None, metadata={"help": f"of --mask: {' | '.join(MASKINGS_OF_RUNS)}"})
     recipe: str | None = field(default=None, metadata={"help": f"augmentation: {', '.join(RECIPES)}"})
     view: dict[str, Option | list[float]] = field(
         default_factory=dict,
@@ -158,7 +164,7 @@ AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every", "
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
     "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory", "layer_decay",
-    "patch_embed_rate", "drop_path", "head_warmup_epochs",
+    "patch_embed_rate", "drop_path", "head_warmup_epochs", "mask",
 )  # fmt: skip
 SHARES = ("momentum", "decoder_share", "layer_decay", "drop_path")
 
@@ -210,12 +216,15 @@ def _check_choices(config: Config) -> None:
         "stem": backbones.STEMS,
         "device": ("auto", "cpu", "cuda"),
         "optimizer": (*optim.OPTIMIZERS, None),
+        "masking": (*MASKINGS_OF_RUNS, None),
     }
     if config.weights is None and config.weights_of != "encoder":
         raise UserError(f"--weights-of {config.weights_of} is for --weights")
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise nearest(name, getattr(config, name), [a for a in allowed if a])
+    if config.masking is not None and not config.mask:
+        raise UserError(f"--masking {config.masking} is for --mask")
 
 
 def _check_numbers(config: Config) -> None:
@@ -235,6 +244,8 @@ def _check_numbers(config: Config) -> None:
             raise UserError(f"{config.flag(name)} must be at most {LARGEST}, got {getattr(config, name)}")
     if config.small_views is not None and config.small_views > MOST_VIEWS:
         raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
+    if config.mask is not None and config.mask >= 1:
+        raise UserError(f"--mask must be a share of the patches below 1, got {config.mask:g}")
     if config.layer_decay == 0:
         raise UserError("--layer-decay must be above 0 (1: all layers learn alike), got 0")
     if config.drop_path == 1:

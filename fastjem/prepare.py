@@ -16,13 +16,14 @@ from fastjem.data import loaders
 from fastjem.data.batch import finish
 from fastjem.data.fingerprint import fingerprint
 from fastjem.data.levels import describe, levels_of, parsed_range, survey
+from fastjem.data.masking import mask_specs, masks_of_run
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Levelled, Source, open_sources
-from fastjem.data.views import ViewSpec
+from fastjem.data.views import MaskSpec, ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError, nearest
 from fastjem.given import Weights
-from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, preset_of, views_of
+from fastjem.methods import METHODS, Defaults, Method, RunFacts, combinations, options_of, preset_of, views_of
 from fastjem.methods.defaults import SHORT
 from fastjem.methods.protocol import option_types
 from fastjem.ranks import Ranks
@@ -78,6 +79,7 @@ class Parts:
     encoder: Encoder
     method: Method
     specs: list[ViewSpec]
+    masks: list[MaskSpec]
     defaults: Defaults
     steps: int
     steps_per_epoch: int
@@ -93,6 +95,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     if weights is not None:
         config = starting.taken_over(config, weights)
     kind = objects.method or METHODS[config.method]
+    combinations.check(config, kind)
     source, about_values = levelled(config, objects, state, kind.views.sources)
     check_batch(config, len(source), ranks)
     steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
@@ -130,7 +133,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
     method.views = replace(method.views, **preset.views)
-    if method.views.mask and not encoders.is_transformer(module):
+    if (method.views.mask or config.mask) and not encoders.is_transformer(module):
         raise UserError(f"{config.method}: {encoders.no_patches(module)}")
     if method.needs_labels and source.labels is None:
         raise UserError(f"{config.method} learns from classes, and {source.root} has no folder for each (or labels)")
@@ -143,8 +146,11 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     }
     specs = view_specs(config, method, module, normalised)
     method.mean, method.std = specs[0].mean, specs[0].std
+    masks = mask_specs(method.views, config.image_size, encoder.patch)
+    if config.mask:  # the method has none of its own, as `combinations.check` has seen to
+        masks = masks_of_run(specs, encoder.patch, config.mask, config.masking or "random")
     said = [one for one in said if one]
-    return Parts(config, weights, source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, said)
+    return Parts(config, weights, source, encoder, method, specs, masks, defaults, steps, steps_per_epoch, kept, said)
 
 
 def is_complete(out: Path) -> bool:
@@ -264,8 +270,6 @@ def view_specs(
     """One for each view of an image, as the method and the configuration want them. normalised: mean and std of weights
     that the encoder begins with, for which the user has the last word.
     """
-    if config.small_views and not kind.views.small:
-        raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
     views = views_of(kind, config.image_size, config.small_views, config.recipe, config.preset)
     patch = encoders.patch_size(module)
     changes = {**normalised, **config.view}

@@ -56,10 +56,17 @@ class Step(nn.Module):
         """The encoder and the method's heads, by the names that their momentum copies have too."""
         return {"encoder": self.encoder, **dict(self.method.named_children())}
 
-    def branches(self) -> tuple[Branch, Branch]:
-        """Student and teacher; the student itself twice where nothing has a momentum copy."""
+    def branches(self, batch: Batch | None = None) -> tuple[Branch, Branch]:
+        """Student and teacher; the student itself twice where nothing has a momentum copy.
+
+        Masks of the batch that the method hasn't asked for are the run's: the student sees its views through them, and
+        a teacher sees them whole.
+        """
         heads = dict(self.method.named_children())
-        student = Branch(self.encoder, heads)
+        masked = []
+        if batch is not None and not self.method.views.mask:
+            masked = [(batch.views[view], mask) for view, mask in batch.masks.items()]
+        student = Branch(self.encoder, heads, masked=masked)
         if not self.teacher:
             return student, student
         copies = dict(self.teacher.items())
@@ -73,7 +80,7 @@ class Step(nn.Module):
             raise ValueError(f"{wanted}, the batch has {len(batch.views)}")
         if not isinstance(step, Tensor):
             step = torch.tensor(step, device=batch.views[0].device)
-        student, teacher = self.branches()
+        student, teacher = self.branches(batch)
         loss = self.method.loss(student, teacher, batch, step)
         if isinstance(loss, dict):
             terms = {name: self._checked(term, f"term {name!r} of its loss") for name, term in loss.items()}

@@ -31,6 +31,9 @@ class VICRegL(Method):
         drop_path=0.1,
         source="main_vicregl.py, ConvNeXt: AdamW, 1e-3 at batch 512, wd 0.05",
     )
+    refuses = {
+        "mask": "looks for each place of a whole feature map in another view's",
+    }
     presets = {
         "resnet": Preset(
             "README, ResNet-50: LARS, 0.6 at batch 512, wd 1e-6; two large views alone",
