@@ -89,7 +89,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     with ranks.together():
         parts = prepare(config, ranks, objects, out, state)
     # From here on ranks wait for each other.
-    config, source, method, encoder, steps = parts.config, parts.source, parts.method, parts.encoder, parts.steps
+    config, source, encoder, steps = parts.config, parts.source, parts.encoder, parts.steps
     start = state["step"] if state else 0
     loader = create_loader(config, ranks, source, parts.specs, start, steps, state)
     with ranks.together():

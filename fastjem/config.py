@@ -80,17 +80,22 @@ class Config:
     patch_embed_rate: float | None = field(default=None, metadata={"help": "a factor on the patch embedding's rate"})
     clip: float | None = field(default=None, metadata={"help": "the gradient's largest norm; 0: no clipping"})
     momentum: float | None = field(default=None, metadata={"help": "of the momentum encoder at the start"})
-    momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method a momentum encoder"})
+    momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method one, or take it away"})
     preset: str = field(
         default="imagenet", metadata={"help": "whose values a method takes: imagenet: the paper's; cifar: small data's"}
     )
     options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
+    large_views: int | None = field(default=None, metadata={"help": "whole ones of an image, each a target of others"})
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     mask: float | None = field(
         default=None,
         metadata={"help": "share of the patches that any method's transformer isn't given of each view: 0.75"},
     )
     masking: str | None = field(default=None, metadata={"help": f"of --mask: {' | '.join(MASKINGS_OF_RUNS)}"})
+    projector: str | None = field(
+        default=None,
+        metadata={"help": "widths of its layers, the last its output: 512,128; the method's own", "pair": True},
+    )
     recipe: str | None = field(default=None, metadata={"help": f"augmentation: {', '.join(RECIPES)}"})
     view: dict[str, Option | list[float]] = field(
         default_factory=dict,
@@ -242,8 +247,12 @@ def _check_numbers(config: Config) -> None:
     for name in ("image_size", "channels"):
         if getattr(config, name) > LARGEST:
             raise UserError(f"{config.flag(name)} must be at most {LARGEST}, got {getattr(config, name)}")
-    if config.small_views is not None and config.small_views > MOST_VIEWS:
-        raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
+    for name in ("large_views", "small_views"):
+        if (getattr(config, name) or 0) > MOST_VIEWS:
+            raise UserError(f"{config.flag(name)} must be at most {MOST_VIEWS}, got {getattr(config, name)}")
+    if config.large_views is not None and config.large_views < 2:
+        raise UserError(f"--large-views must be at least 2, as views are compared, got {config.large_views}")
+    projector_widths(config.projector)
     if config.mask is not None and config.mask >= 1:
         raise UserError(f"--mask must be a share of the patches below 1, got {config.mask:g}")
     if config.layer_decay == 0:
@@ -254,6 +263,19 @@ def _check_numbers(config: Config) -> None:
         raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
     if config.batch_size < 2:
         raise UserError(f"--batch-size must be at least 2, as every method compares images, got {config.batch_size}")
+
+
+def projector_widths(given: str | None) -> tuple[int, ...]:
+    """Of `--projector 512,128`; () where nothing is given. UserError for what isn't widths."""
+    if given is None:
+        return ()
+    try:
+        widths = tuple(int(width) for width in given.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or min(widths) < 1:
+        raise UserError(f"--projector must be widths of layers, as 512,128, each at least 1, got {given}")
+    return widths
 
 
 def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:

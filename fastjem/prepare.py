@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastjem import backbones, checkpoints, encoders, optim, resume, starting
-from fastjem.config import Config
+from fastjem.config import Config, projector_widths
 from fastjem.data import loaders
 from fastjem.data.batch import finish
 from fastjem.data.fingerprint import fingerprint
@@ -132,7 +132,8 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     encoder = checked_encoder(config, ranks, kind, module, source, normalised)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
-    method.views = replace(method.views, **preset.views)
+    large = {} if config.large_views is None else {"large": config.large_views}
+    method.views = replace(method.views, **{**preset.views, **large})
     if (method.views.mask or config.mask) and not encoders.is_transformer(module):
         raise UserError(f"{config.method}: {encoders.no_patches(module)}")
     if method.needs_labels and source.labels is None:
@@ -270,7 +271,7 @@ def view_specs(
     """One for each view of an image, as the method and the configuration want them. normalised: mean and std of weights
     that the encoder begins with, for which the user has the last word.
     """
-    views = views_of(kind, config.image_size, config.small_views, config.recipe, config.preset)
+    views = views_of(kind, config.image_size, config.small_views, config.recipe, config.preset, config.large_views)
     patch = encoders.patch_size(module)
     changes = {**normalised, **config.view}
     return views.specs(config.image_size, patch=patch, blur=config.blur, changes=changes, channels=config.channels)
@@ -336,8 +337,14 @@ def create_method(kind: type[Method], width: int, run: RunFacts, config: Config)
         least = int(options[name] != 0)  # none of what counts something can be 0, but where that is the default
         if isinstance(value, int) and types_of_option <= {int, types.NoneType} and value < least:
             raise UserError(f"--options {name} must be at least {least}, got {value}")
+    wanted = replace(
+        run,
+        large_views=config.large_views or 0,
+        projector=projector_widths(config.projector),
+        momentum_encoder=config.momentum_encoder,
+    )
     try:
-        return kind(width, run, **given)
+        return kind(width, wanted, **given)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.encoders import Encoder, without_drop_path, wrap
+from fastjem.methods.combinations import why_not
 from fastjem.methods.protocol import Branch, Method
 
 TARGET_PARTS = ("projector", "prototypes")  # what makes targets, in any method: copied with the encoder where asked for
@@ -20,7 +21,8 @@ class Step(nn.Module):
     Args:
         encoder: an `Encoder`, or any module [B, C, H, W] -> [B, D], which `fastjem.encoders.wrap` makes one of.
         method: made for that width D.
-        momentum_encoder: None: as the method says; True gives any method momentum copies of what makes its targets.
+        momentum_encoder: None: as the method says; True gives any method momentum copies of what makes its targets;
+            False takes them from a method that is known to learn without, whose targets are the student's own then.
 
     In a loop of your own: `loss, notes = step(batch, i)`, backward, optimiser, `step.step_ends(i, momentum)`.
 
@@ -49,7 +51,9 @@ class Step(nn.Module):
             heads = dict(method.named_children())
             copied = ("encoder", *(name for name in TARGET_PARTS if name in heads))
         if momentum_encoder is False and copied:
-            raise ValueError(f"{name} can't do without its momentum encoder")
+            if reason := why_not(method, "no_momentum_encoder"):
+                raise ValueError(f"{name} {reason}")
+            copied = ()
         self.teacher = nn.ModuleDict({name: momentum_copy(live[name]) for name in copied})
 
     def _live(self) -> dict[str, nn.Module]:

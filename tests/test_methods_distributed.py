@@ -41,6 +41,8 @@ VARIANTS = [
     ("dinov2", {"centring": "sinkhorn"}),
     ("swav", {"queue": 24}),
     ("dcl", {"sigma": 0.5}),
+    ("simclr", {"queue": 24}),
+    ("dcl", {"queue": 24, "sigma": 0.5}),
 ]
 
 

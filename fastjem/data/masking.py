@@ -19,8 +19,8 @@ from fastjem.data.views import MaskSpec, Views, ViewSpec
 from fastjem.errors import UserError, nearest
 
 MASKINGS = (*SAMPLERS, "block", "multi_block")
-# `--masking` of any method, whose encoder is given the visible patches alone. Blocks are those that hide as many patches
-# in each image, as the images of a batch are given as many.
+# `--masking` of any method, whose encoder is given the visible patches alone. As these are as many in each image of a
+# batch, blocks are those that hide as many.
 MASKINGS_OF_RUNS = {"random": "random", "block": "even_block", "inverse_block": "inverse_block"}
 TARGETS = 4  # blocks of an image that I-JEPA predicts
 

@@ -128,7 +128,9 @@ RECIPES: dict[str, Recipe] = {
         (
             ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)),
             ViewSpec(scale=(0.2, 1.0), jitter_probability=0.0, grayscale=0.0, blur=0.0),
-        )
+        ),
+        # of this repository, for --small-views: changed as the student's view, of an area as SwAV's
+        ViewSpec(scale=(0.05, 0.2), jitter=(0.4, 0.4, 0.4, 0.1)),
     ),
     # Ermolov et al. 2021, README's flags for ImageNet-100, and cfg.py's defaults, which are for CIFAR
     "wmse": Recipe((replace(_SIMCLR, blur=0.0),)),

@@ -38,14 +38,26 @@ def _why_no_mask(method: type[Method] | Method) -> str:
 
 
 def check(config: Config, method: type[Method] | Method) -> None:
-    """UserError for an option that can't be combined with the method, with the reason."""
+    """UserError for an option that can't be combined with the method, with the reason.
+
+    Whether a method can go without its momentum encoder may be a question of its options: `Step` asks.
+    """
+    if isinstance(method, Method):
+        for option in ("large_views", "projector"):
+            if getattr(config, option) is not None:
+                raise UserError(f"{config.flag(option)}: the method is made already; RunFacts({option}=...) tells it")
     asked = {
         "mask": bool(config.mask),
+        "large_views": config.large_views is not None,
         "small_views": bool(config.small_views),
+        "projector": config.projector is not None,
     }
     for option, is_asked in asked.items():
         if is_asked and (reason := why_not(method, option)):
             raise UserError(f"{config.flag(option)}: {config.method} {reason}")
+    both = [option for option in config.options if option in method.projector_options]
+    if config.projector is not None and both:
+        raise UserError(f"--projector has the projector's widths already: give it or --options {both[0]}")
 
 
 __all__ = ["OPTIONS", "check", "why_not"]

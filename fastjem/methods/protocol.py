@@ -7,7 +7,7 @@ encoder as `Branch`es and a `Batch`; everything else (data, optimiser, ranks, ch
 
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -40,6 +40,9 @@ class RunFacts:
     channels: int = 3
     prefix_tokens: int = 0  # of the encoder
     batch_norm: bool = False  # whether the encoder has any
+    large_views: int = 0  # that the user wants of an image; 0: as many as the method has by itself
+    projector: tuple[int, ...] = ()  # widths of its layers that the user wants; (): the method's own
+    momentum_encoder: bool | None = None  # that the user wants or doesn't; None: as the method has it
     group: "dist.ProcessGroup | None" = None  # of all ranks, for losses of the global batch
 
     @property
@@ -171,8 +174,8 @@ class Branch:
                     break
             else:
                 raise ValueError(
-                    f"Branch.encode: the batch's views have masks, and number {i} of the {len(views)} that came is none "
-                    "of them"
+                    f"Branch.encode: the batch's views have masks, and number {i} of the {len(views)} that came is "
+                    "none of them"
                 )
         return found
 
@@ -227,7 +230,7 @@ class Method(nn.Module):
     presets: ClassVar[Mapping[str, Preset]] = {}  # by name, beside "imagenet": its own values
     views: Views = Views(large=2)  # an instance may have its own: an option can change the masks
     momentum: tuple[str, ...] = ()  # what has a momentum copy: "encoder", and heads by name
-    constant_rate: ClassVar[tuple[str, ...]] = ()  # heads whose learning rate doesn't follow the schedule
+    constant_rate: tuple[str, ...] = ()  # heads whose learning rate doesn't follow the schedule
     pool: ClassVar[str | None] = None  # how a vision transformer's tokens become the embedding; None: its own way
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced, for which the encoder needs a token
     needs_labels: ClassVar[bool] = False  # of classes, as folders give them
@@ -243,6 +246,12 @@ class Method(nn.Module):
         super().__init__()
         self.width = width
         self.run = run
+        if run.large_views:
+            self.views = replace(self.views, large=run.large_views)
+
+    def projector_widths(self, *own: int) -> tuple[int, ...]:
+        """Widths of the projector's layers, the last one its output's: the user's, or else the method's own."""
+        return self.run.projector or own
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor | dict[str, Tensor]:
         """The loss of a batch, 0-dim; or terms by name, which are summed and logged one by one.

@@ -215,7 +215,9 @@ def seen(run: Run) -> str:
     size = config["image_size"]
     patch = run.environment.get("patch", 1)
     preset = config.get("preset", "imagenet")
-    views = views_of(config["method"], size, config.get("small_views"), config.get("recipe"), preset)
+    views = views_of(
+        config["method"], size, config.get("small_views"), config.get("recipe"), preset, config.get("large_views")
+    )
     if views.sources > 1:
         return '<p class="note">Images of several sources belong together: fastjem views shows them.</p>'
     given = config.get("options") or {}
