@@ -52,7 +52,9 @@ class ViewsOptions:
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     mask: str | None = field(
         default=None,
-        metadata={"help": f"a last view through a mask: a run's --mask 0.75, or {', '.join(MASKINGS)}; none: the method's"},
+        metadata={
+            "help": f"a last view through a mask: a run's --mask 0.75, or {', '.join(MASKINGS)}; none: the method's"
+        },
     )
     masking: str | None = field(default=None, metadata={"help": f"of --mask 0.75: {' | '.join(MASKINGS_OF_RUNS)}"})
     patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
@@ -115,9 +117,7 @@ def draw_views(options: ViewsOptions) -> Path:
     _check(options)
     out = Path(options.out)
     size = options.image_size
-    views = views_of(
-        options.method, size, options.small_views, options.recipe, options.preset, options.large_views
-    )
+    views = views_of(options.method, size, options.small_views, options.recipe, options.preset, options.large_views)
     mask = _mask(options, views)
     if options.data is None:
         say(f"fastjem: no data is named: these are images of the embedded data set ({shapes.folder() / 'train'})")
