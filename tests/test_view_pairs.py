@@ -14,7 +14,7 @@ from test_formulas_contrastive import nt_xent
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from fastjem.methods import METHODS, RunFacts
+from fastjem.methods import METHODS, RunFacts, views_of
 from fastjem.methods.combinations import why_not
 from fastjem.methods.symmetric import mean_over_pairs, symmetric
 from fastjem.nn import NTXentLoss
@@ -325,6 +325,20 @@ def test_a_view_is_not_its_own_target_and_one_pair_is_its_loss() -> None:
     seen.clear()
     symmetric(loss, Side(), Side(), views, 2)  # type: ignore[arg-type]
     assert set(seen) == {(0, 1), *((j, i) for j in (2, 3, 4) for i in (0, 1))}
+
+
+def test_a_small_view_is_small_whatever_the_recipe() -> None:
+    """SwAV cut its small views from 5 to 14 % of the image for other losses, too."""
+    for name in METHODS:
+        if not why_not(METHODS[name], "small_views"):
+            specs = views_of(name, 224, 2).specs(224)
+            large = METHODS[name].views.large
+            assert [spec.size for spec in specs] == [224] * large + [96] * 2
+            assert specs[-1].scale[1] <= 0.4 < specs[0].scale[1], name
+    simclr = views_of("simclr", 224, 2).specs(224)
+    assert simclr[-1] == replace(simclr[0], size=96, scale=(0.05, 0.14))
+    ressl = views_of("ressl", 224, 2).specs(224)
+    assert ressl[-1] == replace(ressl[0], size=96, scale=(0.05, 0.14)), "a query is changed as the student's view is"
 
 
 @pytest.mark.parametrize("option", ["large_views", "small_views", "no_momentum_encoder", "projector"])
