@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ for package in ("timm", "torchvision", "safetensors"):
 from test_pretrain import ENVIRONMENT, fails  # noqa: E402
 
 import fastjem  # noqa: E402
-from fastjem import checkpoints  # noqa: E402
+from fastjem import checkpoints, encoders  # noqa: E402
 from fastjem import config as configuration  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
@@ -55,6 +56,25 @@ def test_from_the_command_line_to_timm(backbone: str, theirs: str, images: str, 
     torch.testing.assert_close(module.eval()(x), fastjem.load_encoder(out)(x))
     page = (out / "report.html").read_text()
     assert "masked" in page and "<td>mask</td><td>0.75</td>" in page
+
+
+def test_a_run_gives_its_trained_encoder_the_visible_patches(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large and of small views; its momentum encoder sees whole ones."""
+    calls: list[tuple[bool, int, int | None]] = []
+    forward = encoders.TransformerEncoder.forward
+
+    def noted(self: encoders.TransformerEncoder, images: torch.Tensor, **options: Any) -> encoders.Features:
+        visible = options.get("visible")
+        trained = next(self.parameters()).requires_grad
+        calls.append((trained, images.shape[-1], None if visible is None else visible.shape[1]))
+        return forward(self, images, **options)
+
+    monkeypatch.setattr(encoders.TransformerEncoder, "forward", noted)
+    common = {**MASKED, "data": images, "method": "byol", "options": {"hidden": 16}, "small_views": 1, "max_steps": 1}
+    fastjem.pretrain(**common, out=str(tmp_path / "run"))
+    assert set(calls) == {(True, 32, 4), (True, 16, 1), (False, 32, None)}
 
 
 @pytest.mark.parametrize("masking", ["random", pytest.param("block", marks=pytest.mark.exhaustive)])
