@@ -18,10 +18,7 @@ from fastjem.errors import UserError, nearest
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet; 1 is white
 STD = (0.229, 0.224, 0.225)
 OTHER_MEAN, OTHER_STD = 0.5, 0.25  # of every channel where they aren't red, green and blue: nobody's statistics
-SMALL_SCALE = (
-    0.05,
-    0.14,
-)  # the area of a small view where a recipe has none: SwAV's, who cut them for other losses too
+SMALL_SCALE = (0.05, 0.14)  # the area of a small view where a recipe has none: SwAV's
 LARGEST_WITHOUT_BLUR = 64  # at 64 pixels and less a blur removes what is left to see; CIFAR recipes leave it out
 
 Value = bool | int | float | str | Sequence
