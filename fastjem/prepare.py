@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from fastjem import backbones, checkpoints, encoders, optim, resume, starting
-from fastjem.config import Config
+from fastjem.config import Config, projector_widths
 from fastjem.data import loaders
 from fastjem.data.batch import finish
 from fastjem.data.fingerprint import fingerprint
 from fastjem.data.levels import describe, levels_of, parsed_range, survey
-from fastjem.data.masking import mask_specs
+from fastjem.data.masking import mask_specs, masks_of_run
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Levelled, Source, open_sources
 from fastjem.data.stages import Stage, told
@@ -25,7 +25,7 @@ from fastjem.data.views import LARGEST_WITHOUT_BLUR, ViewSpec
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError, nearest
 from fastjem.given import Weights
-from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, preset_of, views_of
+from fastjem.methods import METHODS, Defaults, Method, RunFacts, combinations, options_of, preset_of, views_of
 from fastjem.methods.defaults import SHORT
 from fastjem.methods.protocol import option_types
 from fastjem.ranks import Ranks
@@ -96,6 +96,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     if weights is not None:
         config = starting.taken_over(config, weights)
     kind = objects.method or METHODS[config.method]
+    combinations.check(config, kind)
     source, about_values = levelled(config, objects, state, kind.views.sources)
     check_batch(config, len(source), ranks)
     steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
@@ -133,8 +134,9 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     encoder = checked_encoder(config, ranks, kind, module, source, normalised)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
-    method.views = replace(method.views, **preset.views)
-    if method.views.mask and not encoders.is_transformer(module):
+    large = {} if config.large_views is None else {"large": config.large_views}
+    method.views = replace(method.views, **{**preset.views, **large})
+    if (method.views.mask or config.mask) and not encoders.is_transformer(module):
         raise UserError(f"{config.method}: {encoders.no_patches(module)}")
     if method.needs_labels and source.labels is None:
         raise UserError(f"{config.method} learns from classes, and {source.root} has no folder for each (or labels)")
@@ -147,15 +149,29 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         "objects": [name for name, given in vars(objects).items() if given is not None],
     }
     stages = [
-        Stage(
-            begins, ends, view_specs(config, method, module, normalised, size),
-            mask_specs(method.views, size, encoder.patch),
-        )
+        stage_of(config, method, encoder, normalised, size, begins, ends)
         for size, begins, ends in zip(config.sizes.pixels, [0, *borders], [*borders, steps], strict=True)
-    ]  # fmt: skip
+    ]
     method.mean, method.std = stages[-1].specs[0].mean, stages[-1].specs[0].std
     said = [one for one in (*said, told(stages)) if one]
     return Parts(config, weights, source, encoder, method, stages, defaults, steps, steps_per_epoch, kept, said)
+
+
+def stage_of(
+    config: Config,
+    method: Method,
+    encoder: Encoder,
+    normalised: dict[str, list[float]],
+    size: int,
+    begins: int,
+    ends: int,
+) -> Stage:
+    """The views and masks of the steps from `begins` on to before `ends`, large views having `size` pixels."""
+    specs = view_specs(config, method, encoder.backbone, normalised, size)
+    masks = mask_specs(method.views, size, encoder.patch)
+    if config.mask:  # the method has none of its own, as `combinations.check` has seen to
+        masks = masks_of_run(specs, encoder.patch, config.mask, config.masking or "random")
+    return Stage(begins, ends, specs, masks)
 
 
 def is_complete(out: Path) -> bool:
@@ -283,9 +299,7 @@ def view_specs(
         size: pixels of the large views. How many views there are and whether they are blurred is decided by the last
             stage's.
     """
-    if config.small_views and not kind.views.small:
-        raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
-    views = views_of(kind, config.size, config.small_views, config.recipe, config.preset)
+    views = views_of(kind, config.size, config.small_views, config.recipe, config.preset, config.large_views)
     patch = encoders.patch_size(module)
     blur = given_or(config.blur, config.size > LARGEST_WITHOUT_BLUR)
     changes = {**normalised, **config.view}
@@ -357,8 +371,14 @@ def create_method(kind: type[Method], width: int, run: RunFacts, config: Config)
         least = int(options[name] != 0)  # none of what counts something can be 0, but where that is the default
         if isinstance(value, int) and types_of_option <= {int, types.NoneType} and value < least:
             raise UserError(f"--options {name} must be at least {least}, got {value}")
+    wanted = replace(
+        run,
+        large_views=config.large_views or 0,
+        projector=projector_widths(config.projector),
+        momentum_encoder=config.momentum_encoder,
+    )
     try:
-        return kind(width, run, **given)
+        return kind(width, wanted, **given)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
 

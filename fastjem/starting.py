@@ -71,7 +71,8 @@ def taken_over(config: Config, weights: Weights) -> Config:
         found |= {"image_size": weights.pixels.size, "channels": weights.pixels.channels}
     run = weights.config if config.weights_of == "all" else None
     if run is not None:
-        found |= {"preset": run.preset, "momentum_encoder": run.momentum_encoder}
+        names = ("preset", "momentum_encoder", "projector", "large_views")
+        found |= {name: getattr(run, name) for name in names}
     values = {name: value for name, value in found.items() if name not in config.given}
     if run is not None:
         values["options"] = {**run.options, **config.options}

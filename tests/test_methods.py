@@ -149,7 +149,7 @@ def make(
     run = replace(run, image_size=32, patch=encoder.patch, images=run.images or NEEDS_IMAGES.get(name, 0))
     method = kind(encoder.width, run, **{**small_options(name), **options})
     step = Step(encoder, method, momentum_encoder)
-    views = [torch.randn(8, 3, 32, 32) for _ in range(kind.views.large)]
+    views = [torch.randn(8, 3, 32, 32) for _ in range(method.views.large)]
     views += [torch.randn(8, 3, 16, 16) for _ in range(kind.views.small)]
     tables = torch.from_numpy(Parameters(kind.views.specs(32))(0, 0, np.arange(8), 40, 40))
     return step, Batch(views, torch.arange(8), torch.arange(8) % 3, masks_of(method), list(tables))

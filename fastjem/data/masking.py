@@ -5,6 +5,7 @@ How many patches are hidden follows the run and its step, so that a batch's tens
 behind any resume. The samplers themselves are in `fastjem.data.masks`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +15,13 @@ from torch import Tensor
 from fastjem.data import masks
 from fastjem.data.masks import SAMPLERS, Grid, Keyed
 from fastjem.data.philox import NO_VIEW, philox
-from fastjem.data.views import MaskSpec, Views
+from fastjem.data.views import MaskSpec, Views, ViewSpec
 from fastjem.errors import UserError, nearest
 
 MASKINGS = (*SAMPLERS, "block", "multi_block")
+# `--masking` of any method, whose encoder is given the visible patches alone. As these are as many in each image of a
+# batch, blocks are those that hide as many.
+MASKINGS_OF_RUNS = {"random": "random", "block": "even_block", "inverse_block": "inverse_block"}
 TARGETS = 4  # blocks of an image that I-JEPA predicts
 
 
@@ -46,6 +50,24 @@ def mask_specs(views: Views, image_size: int, patch: int) -> list[MaskSpec]:
         )
         for view in masked
     ]  # fmt: skip
+
+
+def masks_of_run(specs: Sequence[ViewSpec], patch: int, share: float, masking: str) -> list[MaskSpec]:
+    """A mask on every view, large and small, each over its own grid of patches: `--mask SHARE --masking NAME`.
+
+    Raises:
+        UserError: where a view would keep no patch.
+    """
+    found = []
+    for view, spec in enumerate(specs):
+        side = spec.size // patch
+        hidden = masks.hidden_patches((side, side), share)
+        if hidden >= side * side:
+            raise UserError(
+                f"--mask {share:g} leaves none of the {side * side} patches of a view of {spec.size} pixels"
+            )
+        found.append(MaskSpec(view, (side, side), share, MASKINGS_OF_RUNS[masking], drops=True))
+    return found
 
 
 def check_masking(views: Views) -> None:

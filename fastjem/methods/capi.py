@@ -11,6 +11,7 @@ from fastjem.data.masks import hidden_indices, hidden_patches
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_EACH_VIEW, OF_OWN_TARGETS
 from fastjem.methods.transformer import TokenPredictor, grid_of
 from fastjem.nn.capi import CAPILoss
 from fastjem.nn.parts import Prototypes
@@ -28,6 +29,11 @@ class CAPI(Method):
         "masked prediction, clustering", "Sinkhorn's clusters are used equally", "Darcet et al. 2025, arXiv 2502.08769"
     )
     views = Views(large=1, recipe="capi", mask=0.65, masking="inverse_rectangle", drops=True)
+    refuses = {
+        **OF_OWN_TARGETS,
+        **OF_EACH_VIEW,
+        "projector": "has a predictor in the projector's place: --options predictor_width, predictor_depth",
+    }
     momentum = ("encoder",)
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
     defaults = Defaults(
@@ -59,7 +65,7 @@ class CAPI(Method):
         super().__init__(width, run)
         if not 0 < mask < 1 or not 0 < predicted <= 1:
             raise ValueError(f"capi: mask and predicted must be shares above 0, got {mask} and {predicted}")
-        self.views = replace(type(self).views, mask=mask)
+        self.views = replace(self.views, mask=mask)
         inner = predictor_width or width
         self.predictor = TokenPredictor(
             width,

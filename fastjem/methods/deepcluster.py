@@ -31,6 +31,8 @@ class DeepCluster(Method):
 
     about = About("clustering", "clusters are made anew each epoch", "Caron et al. 2020, arXiv 2006.09882")
     views = Views(large=2, small=4, recipe="deepcluster")
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "lars", 1.2, 1e-6, small=("adamw", 1e-3), source="deepclusterv2_400ep: LARS, 4.8 at batch 4096, wd 1e-6"
     )
@@ -56,7 +58,9 @@ class DeepCluster(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
-        self.projector = MLP(width, hidden, dim, norm=norm)
+        widths = self.projector_widths(hidden, dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm)
         count = at_most(prototypes, run.images, each=16)
         images = max(run.images, 1)
         held = run.images_per_step // run.ranks or images

@@ -19,6 +19,8 @@ class LeJEPA(Method):
         "decorrelation", "SIGReg: embeddings are normally distributed", "Balestriero and LeCun 2025, arXiv 2511.08544"
     )
     views = Views(large=2, small=6, recipe="lejepa")
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "adamw",
         5e-4,
@@ -53,7 +55,7 @@ class LeJEPA(Method):
         super().__init__(width, run)
         if not 0 <= weight <= 1:
             raise ValueError(f"lejepa: weight, of SIGReg, must be between 0 and 1, got {weight}")
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm)
         self.weight = weight
         self.slices = slices
         self.knots = knots

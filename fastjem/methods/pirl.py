@@ -25,6 +25,12 @@ class PIRL(Method):
         "contrastive", "a memory of other images pushes away", "Misra and van der Maaten 2020, arXiv 1912.01991"
     )
     views = Views(large=2, recipe="pirl")
+    refuses = {
+        "large_views": "compares a view and the pieces of another one with what it holds of the image",
+        "small_views": "compares a view and the pieces of another one with what it holds of the image",
+        "projector": "has three linear heads that belong together: --options dim",
+        "mask": "cuts a view into pieces, images of their own, of which a mask over the view says nothing",
+    }
     defaults = Defaults(
         "sgd",
         0.03,

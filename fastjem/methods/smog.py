@@ -11,6 +11,7 @@ from fastjem.data.views import Views
 from fastjem.kernels.arithmetic import add_at
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.symmetric import without_target
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
 
@@ -27,6 +28,11 @@ class SMoG(Method):
 
     about = About("clustering", "groups are clustered anew each epoch", "Pang et al. 2022, arXiv 2207.06167")
     views = Views(large=2, recipe="byol")
+    refuses = {
+        "no_momentum_encoder": "isn't known to learn without its momentum encoder, whose features choose the groups",
+    }
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "lars",
@@ -51,7 +57,9 @@ class SMoG(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
-        self.projector = MLP(width, hidden, dim, norm=norm, last_norm=True, last_affine=False)
+        widths = self.projector_widths(hidden, dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm, last_norm=True, last_affine=False)
         self.predictor = MLP(dim, hidden, dim, norm=norm)
         count = at_most(groups, run.images, each=16)
         length = max(at_most(queue, run.images, each=1), count)
@@ -63,10 +71,12 @@ class SMoG(Method):
         self.temperature = temperature
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        z = student.project(batch.views[:1])
-        prediction = normalize(student.predictor(z), dim=1)
+        queries = without_target(batch.views)
+        rows = student.project(queries)
+        prediction = normalize(student.predictor(rows), dim=1)
+        z = rows[: len(batch.index)]  # groups are made of the first view's
         with torch.no_grad():
-            target = normalize(teacher.project(batch.views[1:]), dim=1)
+            target = normalize(teacher.project(batch.views[1:2]), dim=1)
             _, assigned = F.nearest_rows(target, self.groups.to(target.dtype), k=1)
             self.queue.hold(unit_keys(z, self.run.group))
         # The loss reaches the features that groups are made of through the groups, too: they are synchronous.
@@ -75,7 +85,7 @@ class SMoG(Method):
         self.held += sums.detach()
         self.counts += counts
         logits = prediction @ groups.to(prediction.dtype).T / self.temperature
-        return F.cross_entropy(logits, assigned[:, 0])
+        return F.cross_entropy(logits, assigned[:, 0].repeat(len(queries)))
 
     def _assigned(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Over all ranks, of features [B, D] of unit length: the sum [K, D] and number [K] of each group's.

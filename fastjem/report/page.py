@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
-from fastjem.data.masking import mask_specs
+from fastjem.data.masking import mask_specs, masks_of_run
 from fastjem.data.stages import Sizes
 from fastjem.errors import UserError
 from fastjem.health import Alarm
@@ -218,21 +218,27 @@ def seen(run: Run) -> str:
     size = sizes.last
     patch = run.environment.get("patch", 1)
     preset = config.get("preset", "imagenet")
-    views = views_of(config["method"], size, config.get("small_views"), config.get("recipe"), preset)
+    views = views_of(
+        config["method"], size, config.get("small_views"), config.get("recipe"), preset, config.get("large_views")
+    )
     if views.sources > 1:
         return '<p class="note">Images of several sources belong together: fastjem views shows them.</p>'
     given = config.get("options") or {}
     if views.mask:  # an option may change how much is hidden, and how
         views = replace(views, mask=given.get("mask", views.mask), masking=given.get("masking", views.masking))
-    mask = next(iter(mask_specs(views, size, patch)), None)
+    specs = views.specs(
+        size, patch=patch, blur=config.get("blur"), changes=config.get("view"), channels=config.get("channels", 3)
+    )
+    masks = mask_specs(views, size, patch)
+    if config.get("mask"):
+        masks = masks_of_run(specs, patch, config["mask"], config.get("masking") or "random")
+    mask = masks[0] if masks else None
     # Evenly spread over the images first; the others stand in for files that can't be read.
     spread_first = [*spread(len(embeddings.files), VIEWED).tolist(), *range(len(embeddings.files))]
     order = dict.fromkeys(i for i in spread_first if embeddings.files[i] not in embeddings.hidden)
     shown = samples(
         ((embeddings.indices[i], embeddings.files[i]) for i in order),
-        views.specs(
-            size, patch=patch, blur=config.get("blur"), changes=config.get("view"), channels=config.get("channels", 3)
-        ),
+        specs,
         levels=embeddings.levels,
         root=embeddings.root,
         images=VIEWED,
