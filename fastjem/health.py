@@ -21,6 +21,7 @@ ALARM_STEPS = 50  # in which a fall of std to ALARM_FALL is a sign, and after th
 ALARM_FALL = 0.95
 ALARM_LATER_FALL = 0.7
 ROWS = 512  # of a batch that are looked at
+SCORES = 1 << 20  # against prototypes that are held at a time: those of 512 rows of 65,536 would take 128 MiB
 
 
 @torch.no_grad()
@@ -51,14 +52,20 @@ def figures(notes: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _of_codes(codes: Codes) -> dict[str, Tensor]:
-    scores = linear(codes.features[:ROWS].float(), codes.prototypes.float()) / codes.temperature + codes.bias
-    log_p = scores.float().log_softmax(1)
-    prototypes = log_p.shape[1]
-    entropy = -(log_p.exp() * log_p).sum(1).mean()
-    used = torch.zeros(prototypes, device=log_p.device).index_fill_(0, log_p.argmax(1), 1.0)
+    features = codes.features[:ROWS]
+    prototypes = codes.prototypes.float()
+    at_a_time = max(1, SCORES // len(prototypes))
+    entropies = []
+    largest = []
+    for rows in features.split(at_a_time):
+        scores = linear(rows.float(), prototypes) / codes.temperature + codes.bias
+        log_p = scores.float().log_softmax(1)
+        entropies.append(-(log_p.exp() * log_p).sum(1))
+        largest.append(log_p.argmax(1))
+    used = torch.zeros(len(prototypes), device=prototypes.device).index_fill_(0, torch.cat(largest), 1.0)
     return {
-        "teacher_entropy": entropy / torch.tensor(float(prototypes)).log(),
-        "prototype_usage": used.sum() / min(prototypes, len(log_p)),
+        "teacher_entropy": torch.cat(entropies).mean() / torch.tensor(float(len(prototypes))).log(),
+        "prototype_usage": used.sum() / min(len(prototypes), len(features)),
     }
 
 

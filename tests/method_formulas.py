@@ -114,7 +114,7 @@ def unit(x: Tensor) -> Tensor:
 def fill(queue: nn.Module) -> Tensor:
     """A queue that has been used, and a copy of its rows."""
     queue.rows.copy_(unit(torch.randn_like(queue.rows)))
-    queue.used.fill_(True)
+    queue.came.fill_(len(queue.rows))
     return queue.rows.clone()
 
 

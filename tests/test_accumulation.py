@@ -37,8 +37,8 @@ def test_what_moves_once_a_step_does_so_under_accumulation(name: str, parts: int
     one, batch = make(name, run=RunFacts(batch=8), **options)
     several, _ = make(name, run=RunFacts(batch=8 // parts, accumulate=parts), **options)
     for part in one.method.modules():
-        if hasattr(part, "used"):
-            part.used.fill_(True)  # else a queue begins with copies of whatever keys come first
+        if hasattr(part, "came"):
+            part.came.fill_(len(part.rows))  # else a queue begins with copies of whatever keys come first
     several.load_state_dict(one.state_dict())
     before = one.method.state_dict()[moves].clone()
     one(batch, 0)

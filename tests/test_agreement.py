@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem import nn
-from fastjem.nn import msn as msn_module
+from fastjem.functional import held
 from fastjem.nn.parts import unit_keys
 
 N, D = 6, 5
@@ -66,7 +66,7 @@ def of_features(make: Callable[..., torch.nn.Module]) -> Callable[..., Tensor]:
     """MSN's losses where the scores aren't held in memory."""
 
     def function(a, b, group, rows):
-        with patch.object(msn_module, "LARGEST_SCORES", 0):
+        with patch.object(held, "LARGEST_SCORES", 0):
             return make(gather_distributed=group is not None)(torch.cat([a, b, a]), b, PROTOTYPES)
 
     return function

@@ -16,8 +16,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import fastjem.functional as F
 from fastjem import nn
+from fastjem.functional import held
 from fastjem.kernels import tiling
-from fastjem.nn import msn
 
 SIZES = (13, 17, 9, 32)
 MANY_SIZES = (12, 13, 17, 16, 20, 9, 31, 32, 33, 64, 40, 11, 15, 21, 27, 10)  # torch.compile gives up at the ninth
@@ -147,7 +147,7 @@ def test_a_number_that_changes_at_each_step_compiles_once_more_at_most(name, att
 
 @pytest.mark.parametrize("name", ["MSNLoss", "PMSNLoss"])
 def test_one_graph_of_scores_that_are_not_held(name, monkeypatch):
-    monkeypatch.setattr(msn, "LARGEST_SCORES", 0)
+    monkeypatch.setattr(held, "LARGEST_SCORES", 0)
     monkeypatch.setattr(tiling, "HEAD_USAGE_BYTES", 5 * 3 * K * 4)  # five images at a time: no graph may know of it
     assert _same_at(SIZES, name, differentiates=True) <= AT_MOST
 

@@ -8,10 +8,10 @@ import torch
 from method_formulas import Exact, check, cross_entropy, entropy_of, exact, unit
 from torch import Tensor
 
+from fastjem.functional import held as held_scores
 from fastjem.kernels import tiling
 from fastjem.methods import RunFacts
 from fastjem.methods.deepcluster import NO_CLUSTER
-from fastjem.nn import msn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +62,54 @@ def test_deepclusters_memory_and_its_clusters() -> None:
     assert torch.equal(kept, it.method.assignments), "the epoch and the seed alone decide"
 
 
+def test_an_image_that_was_not_seen_is_in_no_cluster() -> None:
+    """main_deepclusterv2.py leaves assignments of -100 there; what its row begins with moves no centroid either."""
+    it = exact("deepcluster", run=RunFacts(images=20, batch=8), prototypes=3)
+    it.step(it.batch._replace(index=torch.arange(8) * 2 + 1), 0)
+    it.step.step_ends(0, None)
+    it.method.epoch_begins(1)
+    kept = it.method.centroids.clone(), it.method.assignments.clone()
+    known = (it.method.assignments != NO_CLUSTER).sum(0).tolist()
+    assert known == [3 if i % 2 and i < 16 else 0 for i in range(20)]
+    for memory in it.method.memories:
+        memory.rows[::2] = unit(torch.randn(11, 8, dtype=torch.float64))
+    it.method.epoch_begins(1)
+    assert torch.equal(it.method.centroids, kept[0]) and torch.equal(it.method.assignments, kept[1])
+    unseen = it.batch._replace(index=torch.arange(8) * 2)
+    assert it.step(unseen, 1)[0] == 0
+
+
+def test_smogs_groups_are_clustered_from_features_alone() -> None:
+    """Not from the random rows of a queue that isn't full."""
+    it = exact("smog", run=RunFacts(batch=8), groups=3)
+    it.step(it.batch, 0)
+    it.step.step_ends(0, 0.9)
+    queue = it.method.queue
+    assert queue.came == 8 < len(queue.rows)
+    it.method.epoch_begins(1)
+    kept = it.method.groups.clone()
+    queue.rows[8:] = unit(torch.randn_like(queue.rows[8:]))
+    it.method.epoch_begins(1)
+    assert torch.equal(it.method.groups, kept)
+    queue.came.fill_(2)
+    it.method.groups.copy_(-kept)
+    it.method.epoch_begins(1)
+    assert torch.equal(it.method.groups, -kept), "fewer features than groups"
+
+
+def test_swavs_queue_begins_with_the_first_keys() -> None:
+    """Sinkhorn of the first step sees features, and not random directions."""
+    losses = []
+    for seed in (0, 1):
+        it = exact("swav", queue=24)
+        for queue in it.method.queues:
+            queue.rows.copy_(unit(torch.randn(queue.rows.shape, generator=torch.Generator().manual_seed(seed))))
+        losses.append(it.step(it.batch, 0)[0])
+        z = unit(it.projected(it.batch.views)[0]).detach()
+        torch.testing.assert_close(it.method.queues[0].rows, z[torch.arange(24) % 8])
+    assert losses[0] == losses[1]
+
+
 def test_smog() -> None:
     """Pang et al. 2022, equations 4 to 6: groups move by what is assigned to them, which learns through them, too."""
     it = exact("smog", beta=0.9)
@@ -90,7 +138,7 @@ def test_smog() -> None:
 
 def test_smogs_groups_are_clustered_from_its_queue() -> None:
     it = exact("smog", run=RunFacts(images=32, batch=8), queue=32)
-    it.method.queue.rows.copy_(unit(torch.randn(32, 8, dtype=torch.float64)))
+    it.method.queue.push(unit(torch.randn(32, 8, dtype=torch.float64)))
     rows = it.method.queue.rows.clone()
     it.method.epoch_begins(1)
     groups = it.method.groups
@@ -127,7 +175,7 @@ def sinkhorn(q: Tensor, iterations: int) -> Tensor:
 def test_msn(name: str, options: dict, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Assran et al. 2022, equations 1 and 2, by src/losses.py; PMSN's term is KL(power law || mean prediction)."""
     if not held:
-        monkeypatch.setattr(msn, "LARGEST_SCORES", 0)
+        monkeypatch.setattr(held_scores, "LARGEST_SCORES", 0)
         monkeypatch.setattr(tiling, "HEAD_USAGE_BYTES", 3 * 4 * 12 * 8)  # three images of four views against 12
     it = exact(name, mask=0.5, **options)
     it.batch = it.batch._replace(views=it.batch.views[:4])

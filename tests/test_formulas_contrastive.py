@@ -1,5 +1,7 @@
 """Contrastive methods and those of pairs of images: loss and gradients by formula, in float64."""
 
+import math
+
 import pytest
 import torch
 from method_formulas import Exact, among, check, contrast, cross_entropy, exact, fill, unit
@@ -108,9 +110,8 @@ def test_all4one() -> None:
         near = [queue[(unit(x) @ queue.T).topk(3, dim=1).indices] for x in t]  # [B, 3, D]
         p = method.predictor(torch.cat(z)).chunk(2)
         neighbour = (among(near[0][:, 0], p[1], 0.2) + among(near[1][:, 0], p[0], 0.2)) / 2
-        frequencies = 10_000 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-        angles = torch.arange(3)[:, None] * frequencies
-        codes = torch.cat([angles.sin(), angles.cos()], 1)
+        along = torch.arange(8, dtype=torch.float64)  # PositionalEncodingPermute1D of 3 channels, which it makes 4
+        codes = torch.stack([along.sin(), along.cos(), (along / 100).sin()])
         q = method.centroid_predictor(torch.cat(z)).chunk(2)
         shifted = [torch.cat([q[i][:, None], near[i][:, :2]], 1) for i in range(2)]
         rich = [method.transformer(x + codes)[:, 0] for x in near]
@@ -176,19 +177,32 @@ def pairs(it: Exact) -> tuple[Tensor, Tensor]:
     return unit(heads[0](it.encoder(it.batch.views[0]))), unit(heads[1](it.encoder(it.batch.views[1])))
 
 
-@pytest.mark.parametrize("temperature", [0.07, 0.001], ids=["", "held at most 100"])
+@pytest.mark.parametrize("temperature", [0.07, 0.001])
 def test_clip(temperature: float) -> None:
-    """Radford et al. 2021, figure 3; the scale is at most 100."""
+    """Radford et al. 2021, figure 3."""
     it = exact("clip", temperature=temperature)
 
     def formula() -> Tensor:
         x, y = pairs(it)
-        logits = it.method.log_scale.exp().clamp(max=100) * x @ y.T
+        logits = it.method.log_scale.exp() * x @ y.T
         labels = torch.arange(len(x))
         return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
     check(it, formula)
-    assert it.step(it.batch, 0)[1]["logit_scale"] == pytest.approx(min(1 / temperature, 100), rel=1e-5)
+    assert it.step(it.batch, 0)[1]["logit_scale"] == pytest.approx(1 / temperature, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale, held", [(1000.0, 100.0), (0.5, 1.0), (30.0, 30.0)])
+def test_clips_scale_is_held_behind_a_step_and_comes_back(scale: float, held: float) -> None:
+    """As in open_clip's training: within 1 and 100, and with a gradient at either end."""
+    it = exact("clip")
+    with torch.no_grad():
+        it.method.log_scale.fill_(math.log(scale))
+    it.step.step_ends(0, 0.9)
+    torch.testing.assert_close(it.method.log_scale.exp(), torch.tensor(held, dtype=torch.float64))
+    loss, _ = it.step(it.batch, 1)
+    loss.backward()
+    assert it.method.log_scale.grad.abs() > 0
 
 
 def test_siglip() -> None:

@@ -129,12 +129,14 @@ def test_wmse(momentum_encoder: bool | None) -> None:
 
 @pytest.mark.parametrize("local", [0.0, 0.2])
 def test_mmcr(local: float) -> None:
-    """Yerxa et al. 2023, equation 4: nuclear norms of the means, and of each image's views, of both encoders."""
+    """Yerxa et al. 2023, equation 4, by loss_mmcr_momentum.py: the nuclear norm of the means over both encoders' views,
+    and those of each image's views by the trained one."""
     it = exact("mmcr", local=local)
 
     def formula() -> Tensor:
         views = torch.stack([*map(unit, it.projected(it.batch.views)), *map(unit, it.targets(it.batch.views))], 1)
-        of_images = sum(torch.linalg.matrix_norm(image, "nuc") for image in views) / len(views)
+        own = views[:, : len(it.batch.views)]  # the trained encoder's
+        of_images = sum(torch.linalg.matrix_norm(image, "nuc") for image in own) / len(own)
         return local * of_images - torch.linalg.matrix_norm(views.mean(1), "nuc")
 
     check(it, formula, rtol=1e-6)
@@ -160,26 +162,73 @@ def test_frossl() -> None:
 
 @pytest.mark.parametrize("small", [0, 2])
 def test_vicregl(small: int) -> None:
-    """Bardes et al. 2022, equations 1 to 6, by lightly's module; where a place is in the image is computed here."""
+    """Bardes et al. 2022, equations 1 to 6: the whole views by lightly's module, places by main_vicregl.py, whose
+    matches are in the map's order; where a place is in the image is computed here."""
     theirs = pytest.importorskip("lightly.loss").VICRegLLoss
     it = exact("vicregl", alpha=0.6, matches=5, small_matches=2)
-    it.batch = it.batch._replace(views=it.batch.views[: 2 + small], tables=it.batch.tables[: 2 + small])
+    views = [torch.randn(8, 3, size, size, dtype=torch.float64) for size in (128, 128, *[96] * small)]
+    column = importlib.import_module("fastjem.kernels.augment.columns")
+    tables = [table.clone() for table in it.batch.tables[: 2 + small]]
+    for table in tables:  # of two views of whole pixels many places are as near, and sorting may begin with any of them
+        for k in (column.LEFT, column.TOP, column.WIDTH, column.HEIGHT):
+            table[:, k] += torch.rand(8, dtype=torch.float64)
+    it.batch = it.batch._replace(views=views, tables=tables)
 
     def formula() -> Tensor:
         method, encoder = it.method, it.step.encoder.backbone
         features, grids = [], []
         for view, table in zip(it.batch.views, it.batch.tables, strict=True):
             maps = encoder.forward_features(view)  # [B, D, h, w]
+            assert maps.shape[2] > 2, "of a single place there is no order"
             local = method.local_projector(maps.flatten(2).mT).unflatten(1, maps.shape[2:])
             features.append((method.projector(maps.mean((2, 3))), local))
             grids.append(where(table, maps.shape[-1]))
-        criterion = theirs(25.0, 25.0, 1.0, 0.6, num_matches=(5, 2))
+        criterion = theirs(25.0, 25.0, 1.0, 1.0, num_matches=(5, 2))
         if small:
-            return criterion(features[:2], grids[:2], features[2:], grids[2:]).squeeze()
-        return criterion(features, grids).squeeze()
+            whole = criterion(features[:2], grids[:2], features[2:], grids[2:]).squeeze()
+        else:
+            whole = criterion(features, grids).squeeze()
+        maps = [local.flatten(1, 2) for _, local in features]
+        of_places = of_places_in_order(maps, [grid.flatten(1, 2) for grid in grids], (5, 2))
+        return 0.6 * whole + 0.4 * of_places
 
     it.step.eval()  # the encoder's batch norms, which the formula would move a second time
     check(it, formula, rtol=1e-6)
+
+
+def of_places_in_order(maps: list[Tensor], grids: list[Tensor], matches: tuple[int, int]) -> Tensor:
+    """main_vicregl.py's local term, an image and a slot at a time."""
+
+    def chosen(x: Tensor, y: Tensor, distances: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        rows = []
+        for image, of_image in enumerate(distances):
+            nearest = of_image.min(1)
+            kept = sorted(nearest.values.argsort()[:count].tolist())  # in the map's order
+            rows.append((x[image, kept], y[image, nearest.indices[kept]]))
+        return torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows])
+
+    def vicreg(x: Tensor, y: Tensor) -> Tensor:
+        total = 25 * (x - y).square().mean()
+        slots = x.shape[1]
+        for z in (x, y):
+            for slot in z.unbind(1):
+                total = total + 25 * (1 - (slot.var(0) + 1e-4).sqrt()).relu().mean() / 2 / slots
+                covariance = torch.cov(slot.T)
+                beside = covariance.square().sum() - covariance.diagonal().square().sum()
+                total = total + beside / slot.shape[1] / 2 / slots
+        return total
+
+    found = []
+    for i in range(2):
+        for j in range(len(maps)):
+            if i == j:
+                continue
+            for of in (maps, grids):
+                distances = torch.cdist(of[i].detach(), of[j].detach())
+                there = vicreg(*chosen(maps[i], maps[j], distances, matches[0]))
+                back = vicreg(*chosen(maps[j], maps[i], distances.mT, matches[1]))
+                found.append((there + back) / 2)
+    return 2 * torch.stack(found).mean()
 
 
 def where(table: Tensor, side: int) -> Tensor:

@@ -13,7 +13,8 @@ from fastjem import backbones, encoders
 from fastjem.data.batch import Batch
 from fastjem.data.pixels import Pixels
 from fastjem.data.views import Views
-from fastjem.methods import RunFacts, prototypes
+from fastjem.functional import held
+from fastjem.methods import RunFacts
 from fastjem.methods.hidden import HiddenRows, hidden_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,7 +122,7 @@ def test_ibot(
 ) -> None:
     """Zhou et al. 2022, equations 1 to 3, by main_ibot.py; with the shapes that a GPU has, too."""
     if fused:
-        monkeypatch.setattr(prototypes, "LARGEST_SCORES", 0)
+        monkeypatch.setattr(held, "LARGEST_SCORES", 0)
     if device == "gpu":
         as_on_a_gpu(monkeypatch)
     it = exact_with_masks("ibot", masked, centring=centring, patch_weight=0.7, **heads)

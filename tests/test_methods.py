@@ -21,6 +21,7 @@ from fastjem.data.masks import SAMPLERS
 from fastjem.data.parameters import Parameters
 from fastjem.data.pixels import Pixels
 from fastjem.encoders import measured_width
+from fastjem.functional import held
 from fastjem.health import Alarm, figures
 from fastjem.methods import (
     METHODS,
@@ -32,7 +33,6 @@ from fastjem.methods import (
     ibot,
     needs_patches,
     options_of,
-    prototypes,
     views_of,
 )
 from fastjem.methods.defaults import at_most
@@ -217,7 +217,7 @@ def test_simsiams_targets_carry_no_gradient() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_swav_is_the_papers_loss(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if fused:
-        monkeypatch.setattr(prototypes, "LARGEST_SCORES", 0)
+        monkeypatch.setattr(held, "LARGEST_SCORES", 0)
     step, batch = make("swav")
     loss, _ = step(batch, 0)
     weight = nn.functional.normalize(step.method.prototypes.weight, dim=1)
@@ -265,7 +265,7 @@ def test_dino_is_the_papers_loss_and_its_centre_moves_afterwards() -> None:
 def test_dino_by_method_is_dino_by_module(centring: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, gradient and centre, in the middle of the temperature's warm-up; the head-fused operator too."""
     if fused:
-        monkeypatch.setattr(prototypes, "LARGEST_SCORES", 0)
+        monkeypatch.setattr(held, "LARGEST_SCORES", 0)
     step, batch = make("dino", run=RunFacts(steps_per_epoch=2), centring=centring)
     step.double()
     views = [view.double() for view in batch.views]
@@ -304,6 +304,8 @@ def test_hidden_patches_count_alike_however_many_rows_there_are(monkeypatch: pyt
 
 def test_swav_by_method_is_swav_by_module() -> None:
     step, batch = make("swav", queue=24, run=RunFacts(batch=8))
+    for queue in step.method.queues:
+        queue.came.fill_(24)
     expected_rows = [queue.rows.clone() for queue in step.method.queues]
     loss, _ = step(batch, 0)
     weight = nn.functional.normalize(step.method.prototypes.weight, dim=1)

@@ -6,6 +6,7 @@ that trains. What is random is drawn alike.
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ IMAGES = 8
 OF_EACH_RANK = {
     "wmse": "parts of a rank's batch are whitened, as solo-learn's",
 }
+PARTLY_OF_EACH_RANK = (*OF_EACH_RANK, "dinov2", "dinov3")
 # What makes them the same on any number of ranks.
 ALIKE = {
     "dinov2": {"koleo": 0.0},
@@ -62,8 +64,8 @@ def made(name: str, run: RunFacts, **options: object) -> tuple[Step, Batch]:
         assigned = torch.randint(0, 4, step.method.assignments.shape, generator=generator)
         step.method.assignments.copy_(assigned)
     for part in step.method.modules():
-        if hasattr(part, "used"):
-            part.used.fill_(True)  # else a queue begins with copies of whatever keys come first
+        if hasattr(part, "came"):
+            part.came.fill_(len(part.rows))  # else a queue begins with copies of whatever keys come first
     views = batch.views[: step.method.views.large + min(METHODS[name].views.small, 2)]
     if run.large_views and not METHODS[name].views.small:
         views = [*views, batch.views[0][:, :, ::2, ::2]]  # a small one
@@ -138,7 +140,7 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize("name", [*OF_EACH_RANK, "dinov2", "dinov3"])
+@pytest.mark.parametrize("name", PARTLY_OF_EACH_RANK)
 def test_what_is_of_each_rank_says_so(name, capsys):
     """In `fastjem methods NAME` and on the method's page."""
     assert main(["methods", name]) == 0
@@ -146,6 +148,17 @@ def test_what_is_of_each_rank_says_so(name, capsys):
     assert "one rank's images" in told or "each rank's images" in told
     page = (Path(__file__).parents[1] / "docs" / "methods" / f"{name}.md").read_text()
     assert "each rank's own images" in " ".join(page.split())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in PARTLY_OF_EACH_RANK])
+def test_what_is_of_all_ranks_says_nothing_else(name, capsys):
+    """`test_two_ranks_are_one` holds that it is."""
+    assert main(["methods", name]) == 0
+    page = (Path(__file__).parents[1] / "docs" / "methods" / f"{name}.md").read_text()
+    for point in re.split(r"\n\* |\n\n", capsys.readouterr().out + "\n\n" + page):
+        if not re.search("batch.norm", point, re.IGNORECASE):  # which see a rank's images unless they are synchronised
+            told = " ".join(point.split())
+            assert not re.search(r"(each|one|a|its) rank's (own )?images", told), told
 
 
 @pytest.mark.parametrize("which", ["quick", pytest.param("others", marks=pytest.mark.exhaustive)])

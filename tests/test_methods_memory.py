@@ -1,5 +1,7 @@
 """What a step doesn't hold and doesn't compute: scores of many prototypes, and patches that a mask drops."""
 
+import math
+
 import pytest
 import torch
 from test_methods import make
@@ -10,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastjem import nn
+from fastjem.functional import held
+from fastjem.health import SCORES, figures
 from fastjem.kernels import tiling
-from fastjem.methods import prototypes
-from fastjem.nn import msn
+from fastjem.methods import Codes, deepcluster
 from fastjem.step import Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,49 +48,86 @@ def shapes_of(step: Step, batch) -> set[tuple[int, ...]]:
     return seen.shapes
 
 
+SINKHORN = {"centring": "sinkhorn"}
+UNTIED = {"shared": False, "patch_prototypes": MANY}
+# Options, the width of the prototypes, and how many rows the teacher's scores may have: views by themselves or
+# together, and "patches"; nothing of [rows, K] where a running mean centres.
 HEADS = {
-    "dino": ({"prototypes": MANY}, 8),
-    "ibot": ({"prototypes": MANY}, 8),
-    "dinov2": ({"prototypes": MANY, "patch_prototypes": MANY, "shared": False}, 8),
-    "pmsn": ({"prototypes": MANY}, 8),
+    "dino": ("dino", {"prototypes": MANY}, 8, ()),
+    "dino, sinkhorn": ("dino", {"prototypes": MANY, **SINKHORN}, 8, (6,)),
+    "ibot": ("ibot", {"prototypes": MANY}, 8, ()),
+    "ibot, untied": ("ibot", {"prototypes": MANY, **UNTIED}, 8, ()),
+    "ibot, sinkhorn": ("ibot", {"prototypes": MANY, **SINKHORN}, 8, (6, "patches")),
+    "dinov2": ("dinov2", {"prototypes": MANY}, 8, ()),
+    "dinov2, untied": ("dinov2", {"prototypes": MANY, **UNTIED}, 8, ()),
+    "dinov2, sinkhorn": ("dinov2", {"prototypes": MANY, **SINKHORN}, 8, (6, "patches")),
+    "dinov3": ("dinov3", {"prototypes": MANY, "patch_prototypes": MANY}, 8, (6, "patches")),
+    "swav": ("swav", {"prototypes": MANY}, 8, (3,)),
+    "swav, queue": ("swav", {"prototypes": MANY, "queue": 5}, 8, (3, 5)),
+    "msn": ("msn", {"prototypes": MANY}, 8, (3,)),
+    "pmsn": ("pmsn", {"prototypes": MANY}, 8, ()),
+    "smog": ("smog", {"groups": MANY}, 8, ()),
+    "deepcluster": ("deepcluster", {"prototypes": MANY}, 8, ()),
 }
 
 
-def few_scores_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of more images, which these tests haven't got."""
-    for module in (prototypes, msn):
-        monkeypatch.setattr(module, "LARGEST_SCORES", 1 << 20)
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_no_scores_of_many_prototypes_are_held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of [rows, K], of students or of a teacher that a running mean centres."""
-    few_scores_fit(monkeypatch)
-    options, width = HEADS[name]
+def few_images(name: str, **options: object):
+    """A step of three images and three views, or as many as the method has."""
     step, batch = make(name, **options)
-    batch = part_of(batch, slice(0, 3))._replace(views=[view[:3] for view in batch.views[:3]])
-    allowed = {(MANY, width), (width, MANY), (MANY,), (1, MANY), (MANY, 1)}
-    assert shapes_of(step, batch) <= allowed
+    return step, part_of(batch, slice(0, 3))._replace(views=[view[:3] for view in batch.views[:3]])
 
 
-@pytest.mark.parametrize("name", ["ibot", "dinov2", "swav", "msn"])
-def test_sinkhorn_holds_the_teachers_scores_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few_scores_fit(monkeypatch)
-    step, batch = make(name, prototypes=MANY, **({} if name in ("swav", "msn") else {"centring": "sinkhorn"}))
-    batch = part_of(batch, slice(0, 3))._replace(views=[view[:3] for view in batch.views[:3]])
+@pytest.mark.parametrize("of", HEADS)
+def test_no_scores_of_many_prototypes_are_held(of: str) -> None:
+    """Of few images too: nothing of [rows, K] but what Sinkhorn is given, the teacher's scores once."""
+    name, options, width, teacher = HEADS[of]
+    step, batch = few_images(name, **options)
+    if name == "deepcluster":
+        step.method.assignments.fill_(7)
     patches = int(sum(mask.hidden.sum() for mask in batch.masks.values()))
-    rows = {shape[0] for shape in shapes_of(step, batch) if len(shape) == 2 and shape[1] == MANY}
-    # The bias [T, K], prototypes' own [D, K]; the teacher's views by themselves or together, and its patches
-    assert rows - {1, 2, 8} <= {3, 6, patches}
+    rows = [patches if n == "patches" else n for n in teacher]
+    # Prototypes and their gradients, a number for each, SMoG's groups with their counts, DeepCluster's three heads
+    own = {(MANY, width), (width, MANY), (MANY,), (1, MANY), (MANY, 1), (2, MANY), (MANY, width + 1)}
+    own |= {(3, MANY, width), (3, MANY, 1), (1, MANY, width)}
+    seen = shapes_of(step, batch)
+    assert seen - own <= {(n, MANY) for n in rows}
+    assert {(n, MANY) for n in rows} <= seen
+
+
+@pytest.mark.parametrize("name", ["smog", "deepcluster"])
+def test_labels_cost_the_same_whether_scores_are_held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and every gradient, of images without a cluster too."""
+    found = []
+    for many in (held.MANY_PROTOTYPES, 1):
+        monkeypatch.setattr(held, "MANY_PROTOTYPES", many)
+        step, batch = make(name)
+        step.double()
+        for unit in ("groups", "centroids"):  # of length one to float64's digits, which the fused one makes sure of
+            if hasattr(step.method, unit):
+                rows = getattr(step.method, unit)
+                rows.copy_(torch.nn.functional.normalize(rows, dim=-1))
+        batch = batch._replace(views=[view.double() for view in batch.views])
+        if name == "deepcluster":
+            step.method.assignments.copy_(torch.arange(24).view(3, 8) % 5 - 1)
+            step.method.assignments[step.method.assignments < 0] = deepcluster.NO_CLUSTER
+        loss, _ = step(batch, 0)
+        loss.backward()
+        found.append([loss.detach(), *[p.grad for p in step.parameters() if p.grad is not None]])
+    for held_, fused in zip(*found, strict=True):
+        torch.testing.assert_close(held_, fused, rtol=1e-9, atol=1e-12)
+
+
+def test_fewer_prototypes_of_few_images_are_held() -> None:
+    """As tiles take more time there: the rule has both sides."""
+    assert held.scores_fit(80, 16, MANY - 1, 4) and not held.scores_fit(80, 16, MANY, 4)
+    assert held.scores_fit(1, 0, 1 << 15, 4)
+    assert not held.scores_fit(320, 64, 1 << 16, 4) and not held.scores_fit(2560, 512, 8192, 4)
 
 
 @pytest.mark.parametrize("cls", [nn.MSNLoss, nn.PMSNLoss])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_teachers_scores_are_in_the_inputs_dtype(
-    cls: type[nn.MSNLoss], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_teachers_scores_are_in_the_inputs_dtype(cls: type[nn.MSNLoss], dtype: torch.dtype) -> None:
     """And nothing of the student's, by MSN's loss itself."""
-    few_scores_fit(monkeypatch)
     anchors = torch.randn(6, 8, dtype=dtype, requires_grad=True)
     prototypes_ = torch.randn(MANY, 8, requires_grad=True)
     with Largest() as seen:
@@ -150,3 +190,19 @@ def test_ijepas_context_is_what_its_encoder_is_given() -> None:
     assert visible < 16
     depth = len(step.encoder.backbone.blocks)
     assert tokens_given(step, batch) == 8 * depth * (visible + step.encoder.prefix_tokens)
+
+
+def test_figures_of_many_prototypes_are_of_some_rows_at_a_time() -> None:
+    """The same figures as of all scores at once, which aren't in memory."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 8, generator=generator)
+    weight = torch.randn(MANY, 8, generator=generator)
+    bias = torch.randn(MANY, generator=generator)
+    with Largest() as seen:
+        found = figures({"codes": Codes(features, weight, bias, 0.1)})
+    scores = features @ weight.T / 0.1 + bias
+    p = scores.double().softmax(1)
+    entropy = -(p * p.log()).nan_to_num().sum(1).mean() / math.log(MANY)
+    torch.testing.assert_close(found["teacher_entropy"].double(), entropy, rtol=1e-5, atol=0)
+    assert found["prototype_usage"] == len(set(scores.argmax(1).tolist())) / 40
+    assert max(shape[0] for shape in seen.shapes if len(shape) == 2 and shape[1] == MANY) == SCORES // MANY

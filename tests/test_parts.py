@@ -110,7 +110,7 @@ def test_prototypes_are_of_unit_length_and_frozen_at_first():
 def test_a_queue_takes_micro_batches_as_one_batch(length):
     held, pushed = (parts.Queue(length, 3, held=sum(MICRO_BATCHES)).double() for _ in range(2))
     pushed.load_state_dict(held.state_dict())
-    assert set(held.state_dict()) == {"rows", "pointer", "used"}  # what is held isn't saved
+    assert set(held.state_dict()) == {"rows", "pointer", "came"}  # what is held isn't saved
     for step in range(5):
         batch = drawn(sum(MICRO_BATCHES), 3, seed=step)
         before = held.rows.clone()
@@ -119,7 +119,7 @@ def test_a_queue_takes_micro_batches_as_one_batch(length):
         assert torch.equal(held.rows, before)
         held.step_ends()
         pushed.push(batch)
-        assert torch.equal(held.rows, pushed.rows) and held.pointer == pushed.pointer and held.used
+        assert torch.equal(held.rows, pushed.rows) and held.pointer == pushed.pointer and held.came == pushed.came > 0
     held.step_ends()  # nothing was held
     assert torch.equal(held.rows, pushed.rows) and held.pointer == pushed.pointer
 
@@ -128,7 +128,7 @@ def test_a_queue_is_not_used_before_the_first_key():
     queue = parts.Queue(6, 2, held=4)
     keys = torch.nn.functional.normalize(torch.randn(4, 2), dim=1)
     queue.step_ends()
-    assert not queue.used
+    assert not queue.came
     assert torch.equal(queue.begin(keys), keys[[0, 1, 2, 3, 0, 1]])
     queue.hold(keys[:1])
     queue.step_ends()

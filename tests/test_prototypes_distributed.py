@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 import fastjem.functional as F
 import fastjem.nn as nn
-from fastjem.nn import msn as module
+from fastjem.functional import held
 
 SIZES = {2: (5, 3), 3: (4, 1, 6)}  # rows of each rank
 K = 9
@@ -56,7 +56,7 @@ def some_images_at_a_time(loss, largest=0):
     """Scores that aren't held, or are by a rank with few images alone if it asked no other rank."""
 
     def function(views, group, mine):
-        with patch.object(module, "LARGEST_SCORES", largest):
+        with patch.object(held, "LARGEST_SCORES", largest):
             return loss(views, group, mine)
 
     return function

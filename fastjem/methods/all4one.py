@@ -11,6 +11,7 @@ import fastjem.functional as F
 from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.reasons import OF_A_QUEUE
@@ -24,7 +25,7 @@ class All4One(Method):
     neighbours: that the transformer is given.
     """
 
-    codes: Tensor  # [neighbours, D]: sines and cosines of the neighbours' ranks
+    codes: Tensor  # [neighbours, D]: what tells the neighbours' ranks
 
     about = About(
         "contrastive, decorrelation", "the other images of the batch push away", "Estepa et al. 2023, arXiv 2303.09417"
@@ -64,10 +65,12 @@ class All4One(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("all4one", temperature=temperature, centroid_temperature=centroid_temperature)
+        ranges.shares("all4one", dropout=dropout)
         widths = self.projector_widths(hidden, hidden, dim)
         dim = widths[-1]
-        if dim % heads or dim % 2:
-            raise ValueError(f"all4one: dim must be even and a multiple of its {heads} heads, got {dim}")
+        if dim % heads:
+            raise ValueError(f"all4one: dim must be a multiple of its {heads} heads, got {dim}")
         self.projector = MLP(width, *widths, norm=norm, last_norm=True)
         self.predictor = MLP(dim, predictor_hidden, dim, norm=norm)
         self.centroid_predictor = MLP(dim, predictor_hidden, dim, norm=norm)
@@ -139,7 +142,12 @@ def _apart(t0: Tensor, z1: Tensor, t1: Tensor, z0: Tensor) -> Tensor:
 
 
 def rank_codes(count: int, width: int) -> Tensor:
-    """[count, width]: sines and cosines of 0, 1, ... (Vaswani et al. 2017, section 3.5)."""
-    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
-    angles = torch.arange(count)[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], 1)
+    """[count, width]: rows are waves along the width, sin d, cos d, sin(f d), cos(f d) ..., one for each rank.
+
+    What solo-learn's `PositionalEncodingPermute1D(count)` adds to [B, count, width]: it takes the width for the
+    positions and the ranks for the channels of Vaswani et al. 2017, section 3.5, f = 10,000 ** (-2 / channels).
+    """
+    channels = 2 * math.ceil(count / 2)
+    frequencies = 10_000.0 ** (-torch.arange(0, channels, 2) / channels)
+    angles = torch.arange(width)[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)[:, :count].T.contiguous()

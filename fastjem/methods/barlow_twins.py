@@ -5,6 +5,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import symmetric
@@ -45,6 +46,7 @@ class BarlowTwins(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.not_negative("barlow_twins", lambda_param=lambda_param, scale=scale)
         hidden = hidden or 4 * width  # the paper's 8192 for ResNet-50's 2048
         self.projector = MLP(width, *self.projector_widths(hidden, hidden, hidden), norm=norm, last_bias=False)
         self.lambda_param = lambda_param

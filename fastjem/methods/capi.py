@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from fastjem.data.batch import Batch
 from fastjem.data.masks import hidden_indices, hidden_patches
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.reasons import OF_EACH_VIEW, OF_OWN_TARGETS
@@ -63,6 +64,7 @@ class CAPI(Method):
         predicted: float = 0.05,
     ):
         super().__init__(width, run)
+        ranges.positive("capi", temperature=temperature, teacher_temperature=teacher_temperature)
         if not 0 < mask < 1 or not 0 < predicted <= 1:
             raise ValueError(f"capi: mask and predicted must be shares above 0, got {mask} and {predicted}")
         self.views = replace(self.views, mask=mask)

@@ -10,6 +10,7 @@ from fastjem.data.batch import Batch
 from fastjem.data.masks import SAMPLERS, hidden_indices, hidden_patches
 from fastjem.data.views import Views
 from fastjem.errors import nearest
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.reasons import OF_EACH_VIEW, OF_OWN_TARGETS
@@ -60,6 +61,7 @@ class Data2Vec(Method):
         masking: str = "even_block",
     ):
         super().__init__(width, run)
+        ranges.not_negative("data2vec", beta=beta)
         if not 0 < mask < 1:
             raise ValueError(f"data2vec: mask must be a share between 0 and 1, got {mask}")
         if masking not in SAMPLERS:

@@ -8,6 +8,7 @@ from fastjem.collectives import gather_rows
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.functional.precision import in_float32, without_autocast
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import against_queue, made_queue, symmetric
@@ -50,6 +51,8 @@ class DCL(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("dcl", temperature=temperature)
+        ranges.not_negative("dcl", sigma=sigma)
         widths = self.projector_widths(hidden or width, dim)
         self.projector = MLP(width, *widths, norm=norm, last_norm=True)
         self.queue = made_queue(queue, widths[-1], run)

@@ -4,18 +4,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 
 import fastjem.functional as F
 from fastjem.collectives import gather_rows
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.prototypes import cross_entropy_of_labels
 from fastjem.nn.parts import MLP
 from fastjem.nn.sample_memory import SampleMemory
 
-NO_CLUSTER = -100  # of an image that wasn't seen yet: it counts in no loss
+NO_CLUSTER = -100  # of an image that hasn't been seen: it counts in no loss
 
 
 class DeepCluster(Method):
@@ -58,6 +60,7 @@ class DeepCluster(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("deepcluster", temperature=temperature)
         widths = self.projector_widths(hidden, dim)
         dim = widths[-1]
         self.projector = MLP(width, *widths, norm=norm)
@@ -78,11 +81,11 @@ class DeepCluster(Method):
         labels = self.assignments[:, batch.index]  # [heads, B]
         losses = []
         for centroids, cluster in zip(self.centroids, labels, strict=True):
-            logits = linear(z, centroids.to(z.dtype) / self.temperature)
             known = (cluster != NO_CLUSTER).to(torch.float32).repeat(len(views))
             # Images of no cluster have weight 0; where there is no other (the first epoch), the loss is 0.
             weights = torch.where(known.sum() > 0, known, 1.0)
-            loss = F.cross_entropy(logits, cluster.clamp(min=0).repeat(len(views)), weights=weights)
+            own = cluster.clamp(min=0).repeat(len(views))
+            loss = cross_entropy_of_labels(z, centroids, own, self.temperature, weights)
             losses.append(loss * (known.sum() > 0).to(loss.dtype))
         return torch.stack(losses).mean()
 
@@ -92,12 +95,17 @@ class DeepCluster(Method):
 
     @torch.no_grad()
     def epoch_begins(self, epoch: int) -> None:
-        """Cluster the memory: each head that of another large view, as the official code takes them in turn."""
+        """Cluster the memory: each head that of another large view, as the official code takes them in turn.
+
+        Images that no epoch has come to (those that a last batch would have been too small for) have no cluster.
+        """
         if epoch == 0:
             return
         group = self.run.group
         for head in range(len(self.centroids)):
-            rows = self.memories[head % len(self.memories)].rows[:-1]
+            memory = self.memories[head % len(self.memories)]
+            seen = memory.seen()
+            rows = memory.rows[:-1] if len(seen) == memory.images else memory.rows[seen]
             generator = torch.Generator(rows.device).manual_seed(self.run.seed * 1_000_003 + epoch * 101 + head)
             clusters = len(self.centroids[head])
             shards = [len(part) for part in torch.arange(len(rows)).tensor_split(self.run.ranks)]
@@ -107,4 +115,5 @@ class DeepCluster(Method):
             if group is not None:
                 assignments, _ = gather_rows(assignments, group, shards)
             self.centroids[head] = found.centroids
-            self.assignments[head] = assignments
+            self.assignments[head].fill_(NO_CLUSTER)
+            self.assignments[head, seen] = assignments

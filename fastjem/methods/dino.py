@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most, frozen_steps
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.methods.prototypes import TeacherCentre, check_centring, cross_entropy_of_features
@@ -69,6 +70,14 @@ class DINO(Method):
         norm: str = "auto",
     ):
         super().__init__(width, run)
+        ranges.positive(
+            "dino",
+            temperature=temperature,
+            warmup_teacher_temperature=warmup_teacher_temperature,
+            teacher_temperature=teacher_temperature,
+        )
+        ranges.not_negative("dino", warmup_epochs=warmup_epochs, frozen_epochs=frozen_epochs)
+        ranges.shares("dino", centre_momentum=centre_momentum)
         check_centring("dino", centring)
         if centring == "sinkhorn":  # table 7, row 9
             self.combines = self.combines | {"no_momentum_encoder"}

@@ -7,6 +7,7 @@ import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.encoders import Features
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.ibot import IBOT
 from fastjem.methods.protocol import About, Branch, RunFacts
@@ -85,6 +86,7 @@ class DINOv2(IBOT):
             patch_weight=patch_weight,
             norm=norm,
         )
+        ranges.not_negative(type(self).__name__.lower(), koleo=koleo)
         self.koleo = koleo
 
     def losses(

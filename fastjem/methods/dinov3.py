@@ -11,6 +11,7 @@ import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.encoders import Features
 from fastjem.given import Given
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.dinov2 import DINOv2
 from fastjem.methods.protocol import About, Branch, RunFacts
@@ -81,6 +82,8 @@ class DINOv3(DINOv2):
             "norm": norm,
         }
         super().__init__(width, run, **options)
+        ranges.not_negative("dinov3", gram_weight=gram_weight)
+        ranges.shares("dinov3", gram_from=gram_from)
         self.given = Given(given, gram_size or None, teacher=teacher) if given else None
         self.gram_weight = gram_weight
         self.gram_from = round(gram_from * run.steps)

@@ -7,6 +7,7 @@ import fastjem.functional as F
 from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
@@ -44,6 +45,8 @@ class EMPSSL(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.not_negative("empssl", invariance=invariance)
+        ranges.positive("empssl", eps=eps)
         self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm)
         self.invariance = invariance
         self.eps = eps

@@ -6,6 +6,7 @@ import fastjem.functional as F
 from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import symmetric
@@ -41,6 +42,7 @@ class FroSSL(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.not_negative("frossl", invariance=invariance)
         self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm)
         self.invariance = invariance
 

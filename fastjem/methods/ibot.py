@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.encoders import Features
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most, frozen_steps
 from fastjem.methods.hidden import HiddenRows, hidden_rows
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
@@ -74,11 +75,21 @@ class IBOT(Method):
     ):
         super().__init__(width, run)
         name = type(self).__name__.lower()
+        ranges.positive(
+            name,
+            temperature=temperature,
+            warmup_teacher_temperature=warmup_teacher_temperature,
+            teacher_temperature=teacher_temperature,
+        )
+        ranges.not_negative(
+            name,
+            warmup_epochs=warmup_epochs,
+            frozen_epochs=frozen_epochs,
+            patch_weight=patch_weight,
+        )
+        ranges.shares(name, centre_momentum=centre_momentum)
         check_centring(name, centring)
-        if not 0 <= least_mask <= mask <= 1 or not mask:
-            raise ValueError(f"{name}: 0 <= least_mask <= mask <= 1 must hold, got {least_mask} and {mask}")
-        if not 0 < masked_images <= 1:
-            raise ValueError(f"{name}: masked_images must be a share above 0, got {masked_images}")
+        ranges.block_masks(name, mask, least_mask, masked_images)
         self.views = replace(self.views, mask=mask, least_mask=least_mask, masked_images=masked_images)
         frozen = frozen_steps(frozen_epochs, run.steps_per_epoch, run.steps)
         centre = {

@@ -5,6 +5,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
@@ -53,8 +54,8 @@ class LeJEPA(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
-        if not 0 <= weight <= 1:
-            raise ValueError(f"lejepa: weight, of SIGReg, must be between 0 and 1, got {weight}")
+        ranges.shares("lejepa", weight=weight)
+        ranges.positive("lejepa", t_max=t_max)
         self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm)
         self.weight = weight
         self.slices = slices

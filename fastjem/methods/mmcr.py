@@ -8,6 +8,9 @@ import fastjem.functional as F
 from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.functional.decompositions import singular_values
+from fastjem.functional.precision import in_float32
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
@@ -16,6 +19,8 @@ from fastjem.nn.parts import MLP
 class MMCR(Method):
     """The means of each image's views, of length one, should fill all directions: their nuclear norm is large, which it
     can only be where an image's views agree.
+
+    local: weight of each image's own views' nuclear norm, which is small where they agree.
     """
 
     about = About("decorrelation", "the means of views fill all directions", "Yerxa et al. 2023, arXiv 2303.03307")
@@ -53,6 +58,7 @@ class MMCR(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.not_negative("mmcr", local=local)
         hidden = hidden or 4 * width  # the paper's 8192 for ResNet-50's 2048
         self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm)
         self.local = local
@@ -61,14 +67,16 @@ class MMCR(Method):
         count = len(batch.views)
         online = normalize(student.project(batch.views), dim=1).unflatten(0, (count, -1)).transpose(0, 1)
         momentum = online
-        local = self.local
         if teacher.momentum:
             with torch.no_grad():
                 momentum = normalize(teacher.project(batch.views), dim=1).unflatten(0, (count, -1)).transpose(0, 1)
-        else:
-            local = self.local / 2**0.5  # the nuclear norm of each image's views, which come twice then
 
         def mmcr(online: Tensor, momentum: Tensor) -> Tensor:
-            return F.mmcr(online, momentum, lmda=local)
+            means = F.mmcr(online, momentum, lmda=0.0)
+            if not self.local:
+                return means
+            # Of the trained encoder's views alone, as loss_mmcr_momentum.py; `F.mmcr`'s, as lightly's, is of both's.
+            of_images = singular_values(in_float32(online)).sum() / online.shape[0]
+            return means + self.local * of_images
 
         return of_global_batch(mmcr, self.run.group, [online.shape[0]] * self.run.ranks, online, momentum)

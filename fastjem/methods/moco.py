@@ -6,6 +6,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.reasons import OF_A_QUEUE
@@ -62,6 +63,7 @@ class MoCo(Method):
         norm: str = "none",
     ):
         super().__init__(width, run)
+        ranges.positive("moco", temperature=temperature)
         widths = self.projector_widths(hidden or width, dim)
         self.projector = MLP(width, *widths, norm=norm)
         length = at_most(queue, run.images, each=4)

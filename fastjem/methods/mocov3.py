@@ -8,6 +8,7 @@ import fastjem.functional as F
 from fastjem.collectives import gather_rows
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import mean_over_pairs, of_large
@@ -65,6 +66,7 @@ class MoCoV3(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("mocov3", temperature=temperature)
         widths = self.projector_widths(*[hidden] * (layers - 1), dim)
         dim = widths[-1]
         self.projector = MLP(width, *widths, norm=norm, last_norm=True, last_affine=False)

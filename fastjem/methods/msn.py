@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.nn.msn import MSNLoss, PMSNLoss
@@ -58,6 +59,8 @@ class MSN(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive(type(self).__name__.lower(), temperature=temperature, sharpen=sharpen)
+        ranges.not_negative(type(self).__name__.lower(), regularization=regularization)
         if not 0 < mask < 1:
             raise ValueError(f"{type(self).__name__.lower()}: mask must be a share between 0 and 1, got {mask}")
         self.views = replace(self.views, mask=mask, masked_views=tuple(range(1, self.views.large)))
@@ -114,6 +117,7 @@ class PMSN(MSN):
         power: float = 0.25,
         norm: str = "batch",
     ):
+        ranges.not_negative("pmsn", power=power)
         self.power = power
         super().__init__(
             width,

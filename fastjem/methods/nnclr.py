@@ -6,6 +6,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import mean_over_pairs, of_large
@@ -43,6 +44,7 @@ class NNCLR(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("nnclr", temperature=temperature)
         widths = self.projector_widths(hidden, hidden, dim)
         dim = widths[-1]
         self.projector = MLP(width, *widths, norm=norm, last_norm=True)

@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.sample_memory import SampleMemory
@@ -18,7 +19,7 @@ class PIRL(Method):
     """An image's nine pieces, in random order, and the image itself must both be found by what a memory holds of the
     image, among what it holds of others.
 
-    share: of the pieces' loss; the image's has the rest. momentum_of_memory: how much of a memory stays in an epoch.
+    share: of the pieces' loss; the image's has the rest. memory: how much of an image's row stays in an epoch.
     """
 
     about = About(
@@ -53,8 +54,8 @@ class PIRL(Method):
         memory: float = 0.5,
     ):
         super().__init__(width, run)
-        if not 0 <= share <= 1 or not 0 <= memory <= 1:
-            raise ValueError(f"pirl: share and memory must be between 0 and 1, got {share} and {memory}")
+        ranges.positive("pirl", temperature=temperature)
+        ranges.shares("pirl", share=share, memory=memory)
         for size in run.image_sizes or (run.image_size,):
             if run.patch > 1 and size // SIDE % run.patch:
                 raise ValueError(

@@ -8,22 +8,16 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 import fastjem.functional as F
+from fastjem.functional.held import scores_fit
 from fastjem.functional.precision import in_float32
 from fastjem.nn.parts import Center, linear_warmup
 
-# Bytes of a step's scores and their gradients beyond which they aren't held in memory but made in tiles, twice. On two
-# AVX-512 cores, float32, a DINO step of a small encoder (2 + 8 views, features of 256) then takes 0.64 of the time at
-# 1,475 MiB (256 images against 65,536 prototypes) and 0.92 to 1 at 369 and 184 (64 against 65,536, 256 against 8,192).
-# Below, holding them is faster: at 46 MiB (64 against 8,192) the tiles take 1.2 times as long.
-LARGEST_SCORES = 160 << 20
 
-
-def scores_fit(student: Sequence[Tensor], teacher: Sequence[Tensor], prototypes: int) -> bool:
-    """Whether the scores [rows, K] of both sides, and the gradients of the student's, are small enough to be held."""
+def features_scores_fit(student: Sequence[Tensor], teacher: Sequence[Tensor], prototypes: int) -> bool:
+    """`scores_fit` of features [B, D] a view, of both sides, against K prototypes."""
     student_rows = sum(x.shape[0] for x in student)
     teacher_rows = sum(x.shape[0] for x in teacher)
-    element = student[0].element_size()
-    return (2 * student_rows + teacher_rows) * prototypes * element <= LARGEST_SCORES
+    return scores_fit(student_rows, teacher_rows, prototypes, student[0].element_size())
 
 
 def cross_entropy_of_features(
@@ -40,8 +34,8 @@ def cross_entropy_of_features(
 ) -> tuple[Tensor, Tensor]:
     """`fastjem.functional.prototype_cross_entropy` of `features @ prototypes.T`, and the mean of the teacher's scores.
 
-    Where the scores fit into `LARGEST_SCORES` bytes they are computed by one library call a side, else tile by tile
-    inside the head-fused operator, which holds none of them.
+    Where `scores_fit` lets them be held, the scores are computed by one library call a side, else tile by tile inside
+    the head-fused operator, which holds none of them.
 
     Args:
         student: S tensors [B, D]; teacher: T tensors [B, D], constants.
@@ -59,7 +53,7 @@ def cross_entropy_of_features(
         "pairs": pairs,
         "weights": weights,
     }
-    if scores_fit(student, teacher, len(student_prototypes)):
+    if features_scores_fit(student, teacher, len(student_prototypes)):
         student_scores = linear(torch.cat(list(student)), student_prototypes).split([len(x) for x in student])
         with torch.no_grad():
             teacher_scores = linear(torch.cat(list(teacher)), teacher_prototypes).split([len(x) for x in teacher])
@@ -70,6 +64,39 @@ def cross_entropy_of_features(
     else:
         loss = F.prototype_head_cross_entropy(student, teacher, student_prototypes, teacher_prototypes, **options)
     return loss, _mean_scores(teacher, teacher_prototypes, weights)
+
+
+def cross_entropy_of_labels(
+    features: Tensor, prototypes: Tensor, labels: Tensor, temperature: float, weights: Tensor | None = None
+) -> Tensor:
+    """`cross_entropy(features @ prototypes.T / temperature, labels)`, the mean over rows or over their weights.
+
+    Where the scores aren't held (`scores_fit`), it is InfoNCE among the prototypes: a row's own is its positive, and
+    all but its own are its negatives.
+
+    Args:
+        features: [N, D], of length one.
+        prototypes: [K, D], of length one. Constants, or they get a gradient.
+        labels: [N] int64 in [0, K).
+        weights: [N], constants.
+
+    Returns:
+        0-dim float32 (float64 for float64 features).
+    """
+    if scores_fit(len(features), 0, len(prototypes), features.element_size()):
+        scores = linear(features, prototypes.to(features.dtype)) / temperature
+        return F.cross_entropy(scores, labels, weights=weights)
+    ids = torch.arange(len(prototypes), device=labels.device)
+    prototypes = prototypes.to(features.dtype)
+    return F.info_nce(
+        features,
+        prototypes[labels],
+        prototypes,
+        temperature=temperature,
+        weights=weights,
+        ids=labels,
+        negative_ids=ids,
+    )
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.methods.prototypes import cross_entropy_of_features
@@ -63,6 +64,7 @@ class ReSSL(Method):
         norm: str = "none",
     ):
         super().__init__(width, run)
+        ranges.positive("ressl", temperature=temperature, teacher_temperature=teacher_temperature)
         widths = self.projector_widths(hidden, dim)
         dim = widths[-1]
         self.projector = MLP(width, *widths, norm=norm)

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.pairs import PairHeads, embeddings_of_pairs
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
@@ -38,6 +39,8 @@ class SigLIP(Method):
         self, width: int, run: RunFacts = RunFacts(), *, dim: int = 512, temperature: float = 0.1, bias: float = -10.0
     ):
         super().__init__(width, run)
+        ranges.positive("siglip", temperature=temperature)
+        ranges.finite("siglip", bias=bias)
         self.projectors = PairHeads(width, dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))

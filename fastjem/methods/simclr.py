@@ -5,6 +5,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import against_queue, made_queue, symmetric
@@ -50,6 +51,7 @@ class SimCLR(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("simclr", temperature=temperature)
         widths = self.projector_widths(hidden or width, dim)
         self.projector = MLP(width, *widths, norm=norm, last_norm=True)
         self.queue = made_queue(queue, widths[-1], run)

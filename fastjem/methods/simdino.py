@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.hidden import hidden_rows
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
@@ -54,6 +55,8 @@ class SimDINO(Method):
         norm: str = "auto",
     ):
         super().__init__(width, run)
+        ranges.positive(type(self).__name__.lower(), eps=eps)
+        ranges.not_negative(type(self).__name__.lower(), coefficient=coefficient)
         if expansion not in ("student", "mean"):
             raise ValueError(f"simdino: expansion must be student or mean, got {expansion!r}")
         if norm == "auto":
@@ -128,6 +131,8 @@ class SimDINOv2(SimDINO):
         super().__init__(
             width, run, hidden=hidden, dim=dim, eps=eps, coefficient=coefficient, expansion=expansion, norm=norm
         )
+        ranges.block_masks("simdinov2", mask, least_mask, masked_images)
+        ranges.not_negative("simdinov2", patch_weight=patch_weight)
         self.views = replace(self.views, mask=mask, least_mask=least_mask, masked_images=masked_images)
         self.patch_weight = patch_weight
 

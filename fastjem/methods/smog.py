@@ -9,8 +9,10 @@ import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.kernels.arithmetic import add_at
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.prototypes import cross_entropy_of_labels
 from fastjem.methods.symmetric import without_target
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
@@ -57,6 +59,8 @@ class SMoG(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("smog", temperature=temperature)
+        ranges.shares("smog", beta=beta)
         widths = self.projector_widths(hidden, dim)
         dim = widths[-1]
         self.projector = MLP(width, *widths, norm=norm, last_norm=True, last_affine=False)
@@ -84,8 +88,8 @@ class SMoG(Method):
         groups = self._moved(sums, counts)
         self.held += sums.detach()
         self.counts += counts
-        logits = prediction @ groups.to(prediction.dtype).T / self.temperature
-        return F.cross_entropy(logits, assigned[:, 0].repeat(len(queries)))
+        labels = assigned[:, 0].repeat(len(queries))
+        return cross_entropy_of_labels(prediction, groups, labels, self.temperature)
 
     def _assigned(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Over all ranks, of features [B, D] of unit length: the sum [K, D] and number [K] of each group's.
@@ -115,9 +119,13 @@ class SMoG(Method):
 
     @torch.no_grad()
     def epoch_begins(self, epoch: int) -> None:
+        """Cluster the features that the queue has; groups stay where those are fewer."""
         if epoch == 0:
             return
         generator = torch.Generator(self.groups.device).manual_seed(self.run.seed * 1_000_003 + epoch)
-        # Every rank has the whole queue and makes the same of it.
-        found = F.kmeans(self.queue.rows, len(self.groups), generator=generator)
+        # Every rank has the whole queue and makes the same of it. Rows beyond are still the random ones it began with.
+        rows = self.queue.rows[: int(self.queue.came)]
+        if len(rows) < len(self.groups):
+            return
+        found = F.kmeans(rows, len(self.groups), generator=generator)
         self.groups.copy_(found.centroids)

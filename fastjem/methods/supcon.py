@@ -5,6 +5,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
@@ -48,6 +49,7 @@ class SupCon(Method):
         norm: str = "none",
     ):
         super().__init__(width, run)
+        ranges.positive("supcon", temperature=temperature)
         self.projector = MLP(width, *self.projector_widths(hidden or width, dim), norm=norm)
         self.temperature = temperature
 

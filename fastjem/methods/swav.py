@@ -9,9 +9,10 @@ from torch.nn.functional import linear, normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import SHORT, Defaults, Preset, at_most, frozen_steps
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
-from fastjem.methods.prototypes import scores_fit
+from fastjem.methods.prototypes import features_scores_fit
 from fastjem.nn.parts import MLP, Prototypes, Queue, unit_keys
 
 
@@ -61,6 +62,10 @@ class SwAV(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.positive("swav", temperature=temperature)
+        if epsilon is not None:
+            ranges.positive("swav", epsilon=epsilon)
+        ranges.not_negative("swav", frozen_epochs=frozen_epochs)
         widths = self.projector_widths(hidden or width, dim)
         dim = widths[-1]
         self.projector = MLP(width, *widths, norm=norm)
@@ -85,14 +90,15 @@ class SwAV(Method):
             else:
                 keys = z.detach().chunk(len(views))[:large]
                 constants = prototypes.detach()
-        fit = scores_fit(z.chunk(len(views)), keys, len(prototypes))
+        fit = features_scores_fit(z.chunk(len(views)), keys, len(prototypes))
         scores = linear(z, prototypes).chunk(len(views)) if fit else ()
         with torch.no_grad():
             known = [view.detach() for view in scores[:large]] if not teacher.momentum else []
             targets = known or [linear(key, constants) for key in keys]
-            bias = torch.stack([self._bias(view, targets[view], constants) for view in range(large)])
-            for queue, key in zip(self.queues, keys, strict=False):
-                queue.hold(unit_keys(key, self.run.group))
+            held = [unit_keys(key, self.run.group) for key in keys] if self.queues else []
+            bias = torch.stack([self._bias(view, targets[view], constants, held) for view in range(large)])
+            for queue, new in zip(self.queues, held, strict=True):
+                queue.hold(new)
             student.note(codes=Codes(keys[0], constants, bias[0], self.epsilon))
         options = {
             "student_temperature": self.temperature,
@@ -103,14 +109,18 @@ class SwAV(Method):
             return F.prototype_cross_entropy(scores, targets, **options)
         return F.prototype_head_cross_entropy(z.chunk(len(views)), keys, prototypes, constants, **options)
 
-    def _bias(self, view: int, scores: Tensor, prototypes: Tensor) -> Tensor:
-        """The prototypes' log-potentials [K] of a large view's scores [B, K], its queue's beside them."""
+    def _bias(self, view: int, scores: Tensor, prototypes: Tensor, keys: list[Tensor]) -> Tensor:
+        """The prototypes' log-potentials [K] of a large view's scores [B, K], its queue's beside them.
+
+        keys: all ranks' of this step, a view, copies of which a queue begins with.
+        """
         if self.queues:
             # Every rank holds the whole queue and brings its share of it to the common Sinkhorn.
             group = self.run.group
             rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
-            rows = self.queues[view].rows[rank::ranks]
-            scores = torch.cat([scores, linear(rows, prototypes).to(scores.dtype)])
+            rows = self.queues[view].begin(keys[view])[rank::ranks]
+            both = [scores, linear(rows, prototypes).to(scores.dtype)]
+            return F.sinkhorn_bias(both, epsilon=self.epsilon, iterations=self.iterations, group=group)
         return F.sinkhorn_bias(scores, epsilon=self.epsilon, iterations=self.iterations, group=self.run.group)
 
     def step_ends(self, step: Tensor) -> None:

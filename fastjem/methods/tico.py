@@ -6,6 +6,7 @@ from torch import Tensor
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import without_target
@@ -48,6 +49,8 @@ class TiCo(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.shares("tico", beta=beta)
+        ranges.not_negative("tico", rho=rho)
         widths = self.projector_widths(hidden, dim)
         dim = widths[-1]
         self.projector = MLP(width, *widths, norm=norm)

@@ -6,10 +6,17 @@ from torch import Tensor
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.kernels.augment import columns as column
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.covariance import VICRegLLoss
 from fastjem.nn.parts import MLP
+
+
+class _OfPlacesInOrder(VICRegLLoss):
+    """With the chosen places in the map's order, as main_vicregl.py has them."""
+
+    in_their_order = True
 
 
 class VICRegL(Method):
@@ -61,12 +68,14 @@ class VICRegL(Method):
         norm: str = "auto",
     ):
         super().__init__(width, run)
+        ranges.not_negative("vicregl", invariance=invariance, variance=variance, covariance=covariance)
+        ranges.shares("vicregl", alpha=alpha)
         if norm == "auto":
             norm = "batch" if run.batch_norm else "layer"
         hidden = hidden or 4 * width  # as VICReg's
         self.projector = MLP(width, *self.projector_widths(hidden, hidden, hidden), norm=norm, last_bias=False)
         self.local_projector = MLP(width, local_hidden, local_hidden, local_dim, norm=norm, last_bias=False)
-        self.criterion = VICRegLLoss(
+        self.criterion = _OfPlacesInOrder(
             invariance,
             variance,
             covariance,

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.parts import MLP
@@ -44,6 +45,8 @@ class VISReg(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.shares("visreg", weight=weight)
+        ranges.not_negative("visreg", scale=scale, shape=shape, center=center)
         self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm, activation=nn.GELU)
         self.weights = {"lambda_param": weight, "scale": scale, "shape": shape, "center": center}
         self.slices = slices

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import symmetric
@@ -51,6 +52,7 @@ class WMSE(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
+        ranges.not_negative("wmse", eps=eps)
         widths = self.projector_widths(hidden, dim)
         dim = widths[-1]
         self.projector = MLP(width, *widths, norm=norm)

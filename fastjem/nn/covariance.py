@@ -11,7 +11,7 @@ from fastjem.collectives import Agreement, check_distributed, default_group
 from fastjem.functional import checks
 from fastjem.nn.hooks import Hooks
 from fastjem.nn.parts import HeldMean
-from fastjem.nn.tokens import nearest_neighbors
+from fastjem.nn.tokens import matches
 
 
 class _TracksHealth(nn.Module):
@@ -120,8 +120,13 @@ class VICRegLLoss(Hooks):
         gather_distributed: take the statistics over the global batch of all ranks, each of which must have rows.
         eps: added to the variance.
         num_matches: how many nearest neighbours count from a to b, and from b to a.
+
+    Local variance and covariance are over the images, of each match by itself: `in_their_order` says which matches of
+    two images are the same one. False: the nearest ones, the second nearest ones and so on, as in lightly. True, in a
+    subclass: the chosen places in the map's order, as in main_vicregl.py, which `fastjem.methods.VICRegL` follows.
     """
 
+    in_their_order: ClassVar[bool] = False
     never_called: ClassVar[dict[str, str]] = dict.fromkeys(
         (
             "_global_loss",
@@ -225,8 +230,8 @@ class VICRegLLoss(Hooks):
             a, b = (features[k][1].flatten(1, 2) for k in (i, j))  # [N, H W, D]
             grid_a, grid_b = (grids[k].flatten(1, 2) for k in (i, j))
             for distances in (torch.cdist(a.detach(), b.detach()), torch.cdist(grid_a, grid_b)):
-                to_b = nearest_neighbors(a, b, distances, self.num_matches[0])
-                to_a = nearest_neighbors(b, a, distances.mT, self.num_matches[1])
+                to_b = matches(a, b, distances, self.num_matches[0], in_their_order=self.in_their_order)
+                to_a = matches(b, a, distances.mT, self.num_matches[1], in_their_order=self.in_their_order)
                 losses.append(0.5 * (self.vicreg_loss(*to_b) + self.vicreg_loss(*to_a)))
         return torch.stack(losses).sum() / len(pairs)
 

@@ -20,13 +20,10 @@ from fastjem.collectives import (
 )
 from fastjem.functional import checks
 from fastjem.functional.head_usage import head_cross_entropy_and_usage
+from fastjem.functional.held import scores_fit
 from fastjem.functional.precision import loss_dtype, without_autocast
 from fastjem.nn.hooks import is_overridden
 
-# Bytes of the student's scores and their gradients beyond which they are made some images at a time, twice. On two
-# AVX-512 cores, float32, 64 images of 10 views and features of 256, that takes 1.3 times as long for 1024 prototypes (5
-# MiB) and 1.2 times for 65,536 (320 MiB); for PMSN, whose softmax autograd would hold as well, 1.2 and 1.0 times.
-LARGEST_SCORES = 160 << 20
 LARGEST_HELD_OVER_RANKS = 8192  # prototypes, within a graph
 
 
@@ -163,13 +160,16 @@ class MSNLoss(nn.Module):
 def _are_held(prototypes: Tensor, ranks: Agreement, group: dist.ProcessGroup | None) -> bool:
     """Whether the student's scores and their gradients are few enough to be held in memory.
 
+    On two AVX-512 cores, float32, 64 images of 10 views and features of 256, making them some images at a time, twice,
+    takes 1.3 times as long for 1024 prototypes (5 MiB) and 1.2 times for 65,536 (320 MiB); for PMSN, whose softmax
+    autograd would hold as well, 1.2 and 1.0 times.
+
     All ranks say the same, as they talk to each other in other words then: it follows from the largest batch. Within a
     graph of torch.compile none knows that of the others, and the number of prototypes alone tells.
     """
     if group is not None and torch.compiler.is_compiling():
         return prototypes.shape[0] <= LARGEST_HELD_OVER_RANKS
-    scores = max(ranks.sizes) * prototypes.shape[0]
-    return 2 * scores * prototypes.element_size() <= LARGEST_SCORES
+    return scores_fit(max(ranks.sizes), 0, prototypes.shape[0], prototypes.element_size())
 
 
 class PMSNCustomLoss(MSNLoss):

@@ -208,20 +208,20 @@ class Queue(nn.Module):
 
     rows: Tensor  # [L, D]
     pointer: Tensor
-    used: Tensor
+    came: Tensor  # 0-dim int64: how many of the rows, the first ones, are keys by now
 
     def __init__(self, length: int, width: int, held: int = 0):
         super().__init__()
         self.register_buffer("rows", torch.empty(length, width))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
-        self.register_buffer("used", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("came", torch.zeros((), dtype=torch.long))
         self.held = HeldRows(min(held, length), width) if held else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.rows.copy_(normalize(torch.randn_like(self.rows), dim=1))
         self.pointer.zero_()
-        self.used.zero_()
+        self.came.zero_()
 
     @torch.no_grad()
     def begin(self, keys: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class Queue(nn.Module):
         Returns the rows, which no later `push` writes to.
         """
         copies = keys[torch.arange(len(self.rows), device=keys.device) % len(keys)].to(self.rows.dtype)
-        rows = torch.where(self.used, self.rows, copies)
+        rows = torch.where(self.came > 0, self.rows, copies)
         self.rows.copy_(rows)
         return rows
 
@@ -240,7 +240,10 @@ class Queue(nn.Module):
     def push(self, keys: Tensor) -> None:
         """Unit vectors [N, D] over the oldest rows, around the end; without a host sync."""
         push_rows(self.rows, self.pointer, keys)
-        self.used.fill_(True)
+        self._count(keys.shape[0])
+
+    def _count(self, keys: int | Tensor) -> None:
+        self.came.add_(keys).clamp_(max=len(self.rows))
 
     def hold(self, keys: Tensor) -> None:
         """Unit vectors [N, D] for `step_ends` to push."""
@@ -252,7 +255,7 @@ class Queue(nn.Module):
     def step_ends(self) -> None:
         """Push what was held since the last call; once per optimiser step."""
         if self.held is not None:
-            self.used.logical_or_(self.held.count > 0)
+            self._count(self.held.count)
             self.held.push_into(self.rows, self.pointer)
 
 

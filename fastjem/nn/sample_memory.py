@@ -14,6 +14,8 @@ from fastjem.ops.transforms import refuse_vmap
 class SampleMemory(nn.Module):
     """A row of each image of the data, by the image's number: what the last pass over it left there, on all ranks.
 
+    Rows begin as random directions; `written` tells those that an image left.
+
     Rows that come together with one number (where an image stands in for one that can't be read) leave any one of them.
 
     Args:
@@ -23,6 +25,7 @@ class SampleMemory(nn.Module):
     """
 
     rows: Tensor  # [images + 1, D]
+    written: Tensor  # [images + 1] bool
     held_rows: Tensor
     held_index: Tensor  # [held] int64: `images` where nothing is held
     count: Tensor
@@ -31,6 +34,7 @@ class SampleMemory(nn.Module):
         super().__init__()
         self.images = images
         self.register_buffer("rows", torch.empty(images + 1, width))
+        self.register_buffer("written", torch.zeros(images + 1, dtype=torch.bool))
         self.register_buffer("held_rows", torch.zeros(held, width), persistent=False)
         self.register_buffer("held_index", torch.full((held,), images), persistent=False)
         self.register_buffer("count", torch.zeros((), dtype=torch.long), persistent=False)
@@ -38,6 +42,7 @@ class SampleMemory(nn.Module):
 
     def reset_parameters(self) -> None:
         self.rows.copy_(normalize(torch.randn_like(self.rows), dim=1))
+        self.written.zero_()
         self._hold_nothing()
 
     def _hold_nothing(self) -> None:
@@ -51,6 +56,11 @@ class SampleMemory(nn.Module):
     def of(self, index: Tensor) -> Tensor:
         """[B] int64 -> [B, D]: what was left of these images."""
         return self.rows[index]
+
+    @torch.no_grad()
+    def seen(self) -> Tensor:
+        """[n] int64: the images that have left a row. Not for a step, as how many there are waits for the device."""
+        return self.written[:-1].nonzero()[:, 0]
 
     @torch.no_grad()
     def hold(self, index: Tensor, rows: Tensor) -> None:
@@ -70,4 +80,5 @@ class SampleMemory(nn.Module):
             rows, _ = gather_rows(rows, group, sizes)
             index, _ = gather_rows(index, group, sizes)
         self.rows.index_copy_(0, index, rows.to(self.rows.dtype))
+        self.written.index_fill_(0, index, True)
         self._hold_nothing()

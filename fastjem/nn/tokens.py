@@ -93,9 +93,18 @@ def nearest_neighbors(
 
     Both [N, matches, D]. num_matches: None, negative or more than there are: all of them.
     """
+    return matches(input_maps, candidate_maps, distances, num_matches, in_their_order=False)
+
+
+def matches(
+    input_maps: Tensor, candidate_maps: Tensor, distances: Tensor, num_matches: int | None, *, in_their_order: bool
+) -> tuple[Tensor, Tensor]:
+    """`nearest_neighbors`, the nearest first or in the inputs' order."""
     count = distances.shape[1]
     if num_matches is not None and num_matches >= 0:
         count = min(count, num_matches)
     nearest, candidate = distances.min(2)  # [N, P]
     chosen = nearest.topk(count, dim=1, largest=False).indices  # [N, matches]
+    if in_their_order:
+        chosen = chosen.sort(dim=1).values
     return get_at_index(input_maps, chosen), get_at_index(candidate_maps, candidate.gather(1, chosen))
