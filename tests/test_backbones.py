@@ -1,12 +1,14 @@
 """timm's vision transformers as encoders: what their names stand for is built, masked, trained whole and exported."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from broken import broken_off
 from images import make_folder
-from test_methods import NEEDS_IMAGES, small_options
+from test_methods import NEEDS_IMAGES, masks_of, small_options
 
 timm = pytest.importorskip("timm")
 for package in ("safetensors", "torchvision"):
@@ -14,13 +16,15 @@ for package in ("safetensors", "torchvision"):
 from safetensors.torch import load_file  # noqa: E402
 
 import fastjem  # noqa: E402
-from fastjem import backbones, encoders, starting  # noqa: E402
+from fastjem import backbones, build, encoders, starting  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.config import Config  # noqa: E402
 from fastjem.data.batch import Batch  # noqa: E402
 from fastjem.data.masking import drawn_masks, mask_specs  # noqa: E402
 from fastjem.data.parameters import Parameters  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import METHODS, RunFacts, needs_patches  # noqa: E402
+from fastjem.ranks import Ranks  # noqa: E402
 from fastjem.step import Step  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,6 +147,38 @@ WITH_EACH = [
 def test_every_method_trains_all_of_an_eva_a_vit_and_a_convnext(backbone: str, name: str) -> None:
     step, batch = prepared(backbone, name)
     assert without_gradient(step, batch) == []
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Ranks]:
+    """The only process of a group, which DDP treats as one of many."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield Ranks(0, 2, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("idle", ["fc_norm", "attn_pool", "spare"])
+def test_ranks_wait_for_no_parameter_of_an_own_encoder_that_no_loss_reaches(idle: str, alone: Ranks) -> None:
+    """As DDP is by itself its second step raises: "Expected to have finished reduction in the prior iteration"."""
+    name = "simclr" if idle == "spare" else "mae"
+    pool = {"fc_norm": "avg", "attn_pool": "map", "spare": "token"}[idle]
+    module = timm.create_model("test_vit", num_classes=0, patch_size=8, img_size=32, global_pool=pool)
+    if idle == "spare":
+        module.spare = torch.nn.Linear(2, 2)
+    kind = METHODS[name]
+    step = Step(encoders.wrap(module), kind(64, RunFacts(image_size=32, patch=8), **small_options(name)))
+    masks = masks_of(step.method)
+    config = Config(out="run", image_size=32)
+    model = build.wrapped(config, alone, step)
+    assert all(parameter.grad is None for parameter in step.parameters()) and model.training
+    for i in range(3):
+        loss, _ = model(Batch([torch.randn(8, 3, 32, 32)] * 2, torch.arange(8), None, masks), i)
+        loss.backward()
+    without = {key for key, p in step.named_parameters() if p.grad is None}
+    assert without and all(key.startswith(f"encoder.backbone.{idle}.") for key in without)
+    whole = encoders.wrap(timm.create_model("test_vit", num_classes=0, patch_size=8, img_size=32))
+    assert not build.wrapped(config, alone, Step(whole, METHODS["simclr"](64))).find_unused_parameters
 
 
 RUNS = [
