@@ -16,11 +16,12 @@ from fastjem.data import loaders
 from fastjem.data.batch import finish
 from fastjem.data.fingerprint import fingerprint
 from fastjem.data.levels import describe, levels_of, parsed_range, survey
+from fastjem.data.masking import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Levelled, Source, open_sources
 from fastjem.data.views import ViewSpec
 from fastjem.encoders import Encoder
-from fastjem.errors import UserError, nearest
+from fastjem.errors import UserError, first_line, nearest
 from fastjem.given import Weights
 from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, preset_of, views_of
 from fastjem.methods.defaults import SHORT
@@ -130,8 +131,9 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
     method.views = replace(method.views, **preset.views)
-    if method.views.mask and not encoders.is_transformer(module):
+    if method.views.mask and not encoders.takes_masks(module):
         raise UserError(f"{config.method}: {encoders.no_patches(module)}")
+    mask_specs(method.views, config.image_size, encoder.patch)  # which says what masks the grid is too small for
     if method.needs_labels and source.labels is None:
         raise UserError(f"{config.method} learns from classes, and {source.root} has no folder for each (or labels)")
     kept = {
@@ -286,15 +288,34 @@ def checked_encoder(
     order = loaders.Order(samples=len(source), batch=min(config.batch_size, 16), seed=config.seed, stop=1)
     crops = next(iter(loaders.LOADERS["torch"](source, specs, order, loaders.Budget())))
     channels_last = encoders.memory_format(module) == torch.channels_last
-    images = finish(crops, specs, ranks.device, channels_last=channels_last).views[0]
+    views = finish(crops, specs, ranks.device, channels_last=channels_last).views
+    width = embedded(module, views, config)
+    return encoders.wrap(module, width, mask_token=kind.mask_token).to(ranks.device)
+
+
+def embedded(module: nn.Module, views: list[torch.Tensor], config: Config) -> int:
+    """The width of a module's embeddings, once it has taken a view of each size that the run has.
+
+    Raises:
+        UserError: for a size that it can't take, or embeddings that nothing can be learned from.
+    """
+    smaller = {view.shape: view for view in views if view.shape != views[0].shape}
+    images = views[0]
     try:
         width = encoders.measured_width(module, images)
-    except RuntimeError as error:
-        size = config.image_size
-        raise UserError(f"the encoder can't take {size} x {size} images: {error}") from None
+        training = module.training
+        with torch.no_grad():
+            for images in smaller.values():
+                module.eval()(images)  # in which no statistics move, and no random numbers are drawn
+        module.train(training)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return encoders.wrap(module, width, mask_token=kind.mask_token).to(ranks.device)
+    except Exception as error:  # whatever a model may raise
+        channels, height, breadth = images.shape[1:]
+        refused = f"{type(module).__name__}, can't take {height} x {breadth} images of {channels} channels"
+        given = f"--image-size {config.image_size}" if images is views[0] else "--small-views (0: none)"
+        raise UserError(f"{given}: the encoder, a {refused}: {first_line(error)}") from error
+    return width
 
 
 def run_facts(

@@ -246,6 +246,64 @@ def test_weights_are_taken_over_by_an_encoder_that_pools_otherwise(backbone: str
         assert torch.equal(back.fc_norm.weight, own.fc_norm.weight)
 
 
+REFUSED = [
+    ("simclr", "test_vit_relpos", 64, "--image-size 64: the encoder, a VisionTransformerRelPos, can't take 64 x 64"),
+    ("mae", "deit_tiny_distilled_patch16_224", 32, "(the method's embedding is the mean of the patches): The dist"),
+    ("msn", "vit_tiny_r_s16_p8_224", 64, "msn: masked patches need a vision transformer (--backbone vit_tiny): the"),
+    ("mae", "vitamin_small_224", 64, "are those of a convolutional stem, whose windows see one another's"),
+    ("capi", "test_vit_relpos", 160, "VisionTransformerRelPos adds a bias for each two places of the whole grid"),
+    ("mae", "xcit_nano_12_p8_224", 64, "Xcit can't be given some of an image's patches alone"),
+    ("mae", "test_resnet", 64, "a convolution's sliding windows see the edges of the holes, so that ResNet"),
+    ("ijepa", "vit_tiny_patch16_224", 32, "is 2 x 2 patches of 16 pixels, and multi_block masks need 3 x 3: --image"),
+    ("mae", "vit_tiny_patch16_224", 16, "--image-size 16 is 1 x 1 patches of 16 pixels, and random masks need 2 x 2"),
+    ("ibot", "vit_tiny_patch16_224", 16, "is 1 x 1 patches of 16 pixels, and block masks need 2 x 2: --image-size 32"),
+]
+REFUSED_LATER = [
+    ("simclr", "swin_tiny_patch4_window7_224", 64, "a SwinTransformer, can't take 64 x 64 images of 3 channels: Input"),
+    (
+        "dino",
+        "swin_tiny_patch4_window7_224",
+        224,
+        "--small-views (0: none): the encoder, a SwinTransformer, can't",
+    ),
+    ("ibot", "vit_small_r26_s32_224", 64, "are those of a convolutional stem"),
+    ("capi", "beit_base_patch16_224", 224, "Beit adds a bias for each two places"),
+    ("mae", "swin_tiny_patch4_window7_224", 224, "SwinTransformer merges neighbouring patches"),
+    ("mae", "hiera_tiny_224", 224, "Hiera merges neighbouring patches"),
+    ("mae", "naflexvit_base_patch16_gap", 64, "NaFlexVit cuts images into patches and places them in a way of its own"),
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_folder(tmp_path_factory.mktemp("images"), 8))
+
+
+@pytest.mark.parametrize(
+    "name, backbone, size, message",
+    [*REFUSED, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in REFUSED_LATER)],
+)
+def test_what_a_backbone_cant_is_one_line(
+    name: str, backbone: str, size: int, message: str, images: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["pretrain", "--data", images, "--method", name, "--backbone", backbone, "--image-size", str(size)]
+    line += [
+        "--out",
+        str(tmp_path / "run"),
+        "--batch-size",
+        "4",
+        "--max-steps",
+        "1",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    assert main(line) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and message in said[0]
+
+
 def test_a_hybrids_patch_is_that_of_the_image() -> None:
     """Its name tells the patch of 8 places on the stem's map, each of 4 pixels."""
     module = backbones.create("vit_tiny_r_s16_p8_224", 64)
