@@ -1,5 +1,6 @@
 """From a configuration to everything wired: `build` reads top to bottom, and `Training` is what the loop runs on."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,8 +256,14 @@ def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
     model: nn.Module = step
     if ranks.size > 1:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        shape = 2, config.channels, config.size, config.size
+        images = torch.linspace(-1, 1, math.prod(shape), device=ranks.device).view(shape)
+        idle = encoders.unreached(step.encoder, images, tokens=step.method.pool is not None)
         # Batch norm's running statistics stay each rank's own; queue and centre are equal on all ranks by construction.
-        model = nn.parallel.DistributedDataParallel(step, device_ids=device_ids, broadcast_buffers=False)
+        # A module of one's own may have parameters that no loss reaches; to look for them costs every step a little.
+        model = nn.parallel.DistributedDataParallel(
+            step, device_ids=device_ids, broadcast_buffers=False, find_unused_parameters=bool(idle)
+        )
     if not config.compile:
         return model
     # Views of a second size would make sizes symbolic, and their kernels slower: each stage is compiled for its own.

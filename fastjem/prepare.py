@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fastjem.data.source import Levelled, Source, open_sources
 from fastjem.data.stages import Stage, told
 from fastjem.data.views import LARGEST_WITHOUT_BLUR, ViewSpec
 from fastjem.encoders import Encoder
-from fastjem.errors import UserError, nearest
+from fastjem.errors import UserError, first_line, nearest
 from fastjem.given import Weights
 from fastjem.methods import METHODS, Defaults, Method, RunFacts, combinations, options_of, preset_of, views_of
 from fastjem.methods.defaults import SHORT
@@ -136,8 +136,12 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
     large = {} if config.large_views is None else {"large": config.large_views}
     method.views = replace(method.views, **{**preset.views, **large})
-    if (method.views.mask or config.mask) and not encoders.is_transformer(module):
+    if (method.views.mask or config.mask) and not encoders.takes_masks(module):
         raise UserError(f"{config.method}: {encoders.no_patches(module)}")
+    stages = [
+        stage_of(config, method, encoder, normalised, size, begins, ends)
+        for size, begins, ends in zip(config.sizes.pixels, [0, *borders], [*borders, steps], strict=True)
+    ]
     if method.needs_labels and source.labels is None:
         raise UserError(f"{config.method} learns from classes, and {source.root} has no folder for each (or labels)")
     kept = {
@@ -148,10 +152,6 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         "normalised": normalised,
         "objects": [name for name, given in vars(objects).items() if given is not None],
     }
-    stages = [
-        stage_of(config, method, encoder, normalised, size, begins, ends)
-        for size, begins, ends in zip(config.sizes.pixels, [0, *borders], [*borders, steps], strict=True)
-    ]
     method.mean, method.std = stages[-1].specs[0].mean, stages[-1].specs[0].std
     said = [one for one in (*said, told(stages)) if one]
     return Parts(config, weights, source, encoder, method, stages, defaults, steps, steps_per_epoch, kept, said)
@@ -321,18 +321,41 @@ def checked_encoder(
     crops = next(iter(loaders.LOADERS["torch"](source, specs, order, loaders.Budget())))
     channels_last = encoders.memory_format(module) == torch.channels_last
     images = finish(crops, specs, ranks.device, channels_last=channels_last).views[0]
+    sizes = {}  # of views, and the option that each comes from
+    for stage in reversed(config.sizes.pixels):
+        for spec in view_specs(config, kind, module, normalised, stage):
+            given = f"--image-size {config.image_size}" if spec.size == stage else "--small-views (0: none)"
+            sizes.setdefault(spec.size, given)
+    width = embedded(module, images, sizes)
+    return encoders.wrap(module, width, mask_token=kind.mask_token).to(ranks.device)
+
+
+def embedded(module: nn.Module, images: torch.Tensor, sizes: Mapping[int, str]) -> int:
+    """The width of a module's embeddings, once it has taken images of each size that the run has.
+
+    Args:
+        images: [B, C, H, H].
+        sizes: pixels of a side, H first, -> the option of the run that asks for them.
+
+    Raises:
+        UserError: for a size that it can't take, or embeddings that nothing can be learned from.
+    """
     widths = []
-    for size in config.sizes.pixels:
-        sized = images if size == config.size else interpolate(images, (size, size), mode="bilinear", antialias=True)
+    for size, given in sizes.items():
+        sized = images
+        if size != images.shape[-1]:
+            sized = interpolate(images, (size, size), mode="bilinear", antialias=True)
         try:
             widths.append(encoders.measured_width(module, sized))
-        except (RuntimeError, AssertionError) as error:  # timm asserts the size of an image
-            raise UserError(f"the encoder can't take {size} x {size} images: {error}") from None
         except ValueError as error:
             raise UserError(str(error)) from None
-    if len(set(widths)) > 1:
-        raise UserError(f"--image-size {config.image_size}: embeddings must be as wide at every size, got {widths}")
-    return encoders.wrap(module, widths[-1], mask_token=kind.mask_token).to(ranks.device)
+        except Exception as error:  # whatever a model may raise
+            channels = images.shape[1]
+            refused = f"{type(module).__name__}, can't take {size} x {size} images of {channels} channels"
+            raise UserError(f"{given}: the encoder, a {refused}: {first_line(error)}") from error
+        if widths[-1] != widths[0]:
+            raise UserError(f"{given}: embeddings must be as wide at every size, got {widths[0]} and {widths[-1]}")
+    return widths[0]
 
 
 def run_facts(
