@@ -101,7 +101,9 @@ def prepared(backbone: str, name: str) -> tuple[Step, Batch]:
 
 def without_gradient(step: Step, batch: Batch) -> list[str]:
     """Names of what is to be trained and has no gradient behind a step: DDP raises at its second step for one."""
-    if hasattr(step.method, "centroids"):
+    if hasattr(step.method, "centroids"):  # an epoch that has been seen, for clusters
+        step(batch, 0)
+        step.method.step_ends(torch.tensor(0))
         step.method.epoch_begins(1)
     loss, _ = step(batch, 0)
     loss.backward()

@@ -404,9 +404,9 @@ class Flat(nn.Module):
     ("fields", "says"),
     [
         ({"max_steps": 1}, "--image-size 16:75%,32: of 1 steps each stage must have one at least"),
-        ({"encoder": Flat()}, "embeddings must be as wide at every size, got [768, 3072]"),
-        ({**VIT, "image_size": "20:75%,32"}, "the encoder can't take 20 x 20 images: "),
-        ({"backbone": "eva02_tiny_patch14_224", "image_size": "112:75%,224"}, "can't take 112 x 112 images"),
+        ({"encoder": Flat()}, "--image-size 16:75%,32: embeddings must be as wide at every size, got 3072 and 768"),
+        ({**VIT, "image_size": "20:75%,32"}, "can't take 20 x 20 images of 3 channels: "),
+        ({"backbone": "swin_tiny_patch4_window7_224", "image_size": "112:75%,224"}, "can't take 112 x 112 images"),
         ({**VIT, "method": "pirl", "image_size": "48:75%,72", "patch_size": 12}, "a third of the image's 48 pixels"),
     ],
 )
