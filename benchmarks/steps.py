@@ -1,7 +1,8 @@
 """A training step of every method taken apart, what masks save, and lightly's examples on the same encoder beside ours.
 
     python benchmarks/steps.py [--size 32 224] [--methods dino mae ...] [--batch 32] [--rounds 5] [--out DIR]
-    python benchmarks/steps.py --masks             images a second with 0, 50 and 75 % of the patches dropped
+    python benchmarks/steps.py --masks             images a second with 0, 50 and 75 % of the patches dropped: of the
+                                                   encoder alone, and of whole steps of methods with `--mask`
 
 Times are minima over rounds, in milliseconds, of one process; ours and lightly's alternate. Images are random: nothing
 here depends on what they show. Encoders are small, so that what is outside of them shows; --backbone and --vit choose
@@ -27,7 +28,7 @@ from fastjem.bench import machine
 from fastjem.data.batch import Batch, Crops, finish
 from fastjem.data.loaders import Order
 from fastjem.data.loaders.memory import ImageArray, MemoryLoader
-from fastjem.data.masking import mask_specs
+from fastjem.data.masking import mask_specs, masks_of_run
 from fastjem.machine import keep_memory
 from fastjem.methods import METHODS, RunFacts, needs_patches, views_of
 from fastjem.step import Step
@@ -37,6 +38,7 @@ import tables
 from lightly_steps import THEIRS, Theirs
 
 PARTS = ("data", "augmentation", "teacher", "forward", "heads and loss", "backward", "optimiser and EMA", "step's end")
+MASKED = (0.0, 0.5, 0.75)  # shares of the patches
 IMAGES = 50_000  # that a run is taken to have: prototypes and queues have their sizes of it
 
 
@@ -134,13 +136,16 @@ def backbone_of(name: str, size: int, options: argparse.Namespace) -> str:
     return options.vit if needs_patches(kind) else options.backbone
 
 
-def ours(name: str, size: int, options: argparse.Namespace, given: str) -> Ours:
-    """The method as a run on `IMAGES` images of that size has it, and some batches of crops."""
+def ours(name: str, size: int, options: argparse.Namespace, given: str, mask: float | None = None) -> Ours:
+    """The method as a run on `IMAGES` images of that size has it, and some batches of crops.
+
+    mask: a run's share of hidden patches, or 0, on a vision transformer; None: the method's own encoder and masks.
+    """
     torch.manual_seed(0)
     kind = METHODS[name]
     device = torch.device(options.device)
     patch = 4 if size <= 64 else 16
-    backbone = backbone_of(name, size, options)
+    backbone = backbone_of(name, size, options) if mask is None else options.vit
     is_vit = backbone == options.vit
     module = backbones.create(backbone, size, patch=patch if is_vit else 0, pool=kind.pool)
     encoder = encoders.wrap(module.to(device), mask_token=kind.mask_token)
@@ -160,7 +165,10 @@ def ours(name: str, size: int, options: argparse.Namespace, given: str) -> Ours:
     loader = MemoryLoader(array, specs, Order(samples=256, batch=options.batch, stop=10**6))
     crops = [next(iter(loader))]
     step = Step(encoder, method).to(device)
-    return Ours(name, step, specs, mask_specs(method.views, size, encoder.patch), crops, loader, device)
+    masks = (
+        masks_of_run(specs, encoder.patch, mask, "random") if mask else mask_specs(method.views, size, encoder.patch)
+    )
+    return Ours(name, step, specs, masks, crops, loader, device)
 
 
 def taken_apart(run: Ours, rounds: int) -> dict[str, float]:
@@ -204,7 +212,7 @@ def masked_rates(options: argparse.Namespace) -> list[dict]:
         images = torch.randn(options.batch, 3, size, size, device=device)
         patches = (size // patch) ** 2
         rates = {}
-        for share in (0.0, 0.5, 0.75):
+        for share in MASKED:
             kept = patches - round(patches * share)
             visible = torch.rand(options.batch, patches, device=device).argsort(1)[:, :kept]
             best = float("inf")
@@ -214,8 +222,24 @@ def masked_rates(options: argparse.Namespace) -> list[dict]:
                 encoder(images, visible=None if share == 0 else visible).pooled.sum().backward()
                 best = min(best, clock.now() - begin) if i else best
             rates[f"{share:.0%}"] = round(options.batch / best, 1)
-        rows.append({"size": size, "backbone": options.vit, **rates})
+        rows.append({"of": "encoder", "size": size, "backbone": options.vit, "patches": patches, **rates})
+        rows += [masked_steps(name, size, options, patches) for name in options.methods]
     return rows
+
+
+def masked_steps(name: str, size: int, options: argparse.Namespace, patches: int) -> dict:
+    """Images a second of a method's whole step behind the loader, with its views' colours, by the share of patches that
+    its trained encoder isn't given; shares alternate."""
+    runs = {share: ours(name, size, options, "", share) for share in MASKED}
+    best = dict.fromkeys(runs, float("inf"))
+    for i in range(options.rounds + 1):
+        for share, run in runs.items():
+            clock = Clock(run.device)
+            begin = clock.now()
+            run.run(run.finished(run.crops[0]))
+            best[share] = min(best[share], clock.now() - begin) if i else best[share]
+    rates = {f"{share:.0%}": round(options.batch / seconds, 1) for share, seconds in best.items()}
+    return {"of": name, "size": size, "backbone": options.vit, "patches": patches, **rates}
 
 
 def given_weights(folder: Path, backbone: str) -> str:
@@ -232,7 +256,7 @@ def given_weights(folder: Path, backbone: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, nargs="+", default=[32, 224])
-    parser.add_argument("--methods", nargs="+", default=[*METHODS])
+    parser.add_argument("--methods", nargs="+", default=None, help="all; with --masks simclr, byol, vicreg and dino")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -241,6 +265,7 @@ def main() -> None:
     parser.add_argument("--masks", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    options.methods = options.methods or (["simclr", "byol", "vicreg", "dino"] if options.masks else [*METHODS])
     keep_memory()  # as `fastjem pretrain` does; lightly's steps, in the same process, have it from that too
 
     rows: list[dict] = []
@@ -278,7 +303,7 @@ def write(options: argparse.Namespace, rows: list[dict]) -> None:
     title = f"{facts.get('gpu') or facts['cpu']}: " + ("masks" if options.masks else "a step taken apart")
     about = "Milliseconds, minima over rounds. ratio: lightly's example on the same encoder and views, over ours."
     if options.masks:
-        about = "Images a second, forward and backward, by the share of patches dropped."
+        about = "Images a second by the share of patches dropped: an encoder forward and backward, and whole steps."
     settings = {"batch": options.batch, "rounds": options.rounds}
     tables.write(options.out / f"{kind}-{machine.slug(facts)}", title, about, facts, settings, rows)
 

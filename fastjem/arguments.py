@@ -204,9 +204,11 @@ def _for_tyro(field: dataclasses.Field, hint: Any) -> tuple[str, Any, Any]:
         about["help_behavior_hint"] = ""
         marks.append(_primitive(1, f"[{'|'.join(words)}]", lambda given: _word_or_switch(given[0], words)))
     elif isinstance(hint, types.UnionType):  # X | None: tyro would offer the word None
-        (kind,) = set(typing.get_args(hint)) - {types.NoneType}
-        about["help_behavior_hint"] = ""
-        marks.append(_primitive(1, kind.__name__.upper(), lambda words: _converted(kind, words[0])))
+        first, *others = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+        if not others:
+            about["help_behavior_hint"] = ""
+        shown = field.metadata.get("metavar", first.__name__.upper())
+        marks.append(_primitive(1, shown, lambda words: _converted(first, words[0], *others)))
     if typing.get_origin(hint) is dict:
         about["help_behavior_hint"] = ""
         marks.append(_primitive("*", "NAME=VALUE ...", pairs))
@@ -231,7 +233,12 @@ def _word_or_switch(word: str, words: Sequence[str]) -> bool | str:
     return word if word in words else word == "True"
 
 
-def _converted(kind: Callable[[str], Any], word: str) -> Any:
+def _converted(kind: Callable[[str], Any], word: str, *others: Callable[[str], Any]) -> Any:
+    """The word as the first of some types that takes it."""
+    if others:
+        with contextlib.suppress(ValueError):
+            return kind(word)
+        return _converted(others[0], word, *others[1:])
     if kind is not bool:
         return kind(word)
     if word not in ("True", "False"):

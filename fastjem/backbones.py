@@ -1,5 +1,6 @@
 """timm's models by name, made as a run's encoder: without a classifier, for images of the run's size."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, cast
@@ -7,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastjem.encoders import drop_paths, is_transformer, patch_size
-from fastjem.errors import UserError, nearest
+from fastjem.encoders import drop_paths, has_convolutional_stem, is_transformer, patch_size
+from fastjem.errors import UserError, first_line, nearest
 
 SHORT_VIT = re.compile(r"vit_(tiny|small|base|large)$")
 STEMS = ("auto", "standard", "small")
@@ -47,15 +48,11 @@ def create(
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if channels != 3:
         options["in_chans"] = channels
-    transformer = takes_patch_size(name)
-    if transformer:
-        options |= {"dynamic_img_size": True, **({"patch_size": patch} if patch else {})}
-        if patch:
-            options["img_size"] = image_size
-    elif patch:
-        raise UserError(f"--patch-size is for vision transformers; {name} has no patches")
-    if pool is not None and transformer:
-        options |= {"global_pool": pool, "fc_norm": False}
+    if patch and not takes_patch_size(name):
+        why = "has no patches" if not is_transformer(outline_of(name)) else "cuts them from a convolutional stem's maps"
+        raise UserError(f"--patch-size is for vision transformers whose patches can be of any size; {name} {why}")
+    options |= _sizes(name, image_size, patch)
+    options |= _pooling(name, pool)
     module = _made(name, options)
     if drop_path and not any(rate > 0 for _, rate in drop_paths(module)):
         raise _no_drop_path(name, drop_path)
@@ -71,20 +68,58 @@ def create(
     return module if is_transformer(module) else cast(Any, module).to(memory_format=torch.channels_last)
 
 
+def _sizes(name: str, image_size: int, patch: int) -> dict[str, Any]:
+    """Options for images of another size than the model's own, and patches of another (0: its own)."""
+    if not (takes_patch_size(name) or is_transformer(outline_of(name))):
+        return {}
+    given = {"patch_size": patch, "img_size": image_size} if patch else {}
+    return {"dynamic_img_size": True, **given}
+
+
+def _pooling(name: str, pool: str | None) -> dict[str, Any]:
+    """Options that make `pool` the embedding, behind a norm of all tokens.
+
+    The norm behind the pooling, which some models have by themselves in its place, would get no gradient from methods
+    that learn from tokens.
+    """
+    import timm.models
+
+    module = outline_of(name)
+    if pool is None or not is_transformer(module):
+        return {}
+    norm = "use_fc_norm" if isinstance(module, timm.models.Eva) else "fc_norm"
+    return {"global_pool": pool, norm: False}
+
+
 def _made(name: str, options: dict[str, Any]) -> nn.Module:
-    """timm's model with those of the options that some models lack left out; UserError where the user asked for one."""
+    """timm's model with those of the options that some models lack left out.
+
+    Raises:
+        UserError: where the user asked for one, or timm refuses them.
+    """
     import timm
 
     try:
         return timm.create_model(name, num_classes=0, **options)
     except TypeError:
         rest = {key: value for key, value in options.items() if key != "dynamic_img_size"}
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise _refused(name, options, error) from error
     try:
         return timm.create_model(name, num_classes=0, **rest)
     except TypeError:
         if "drop_path_rate" not in rest:
             raise
         raise _no_drop_path(name, rest["drop_path_rate"]) from None
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise _refused(name, rest, error) from error
+
+
+def _refused(name: str, options: dict[str, Any], error: Exception) -> UserError:
+    """What timm says of options that it doesn't make a model with."""
+    given = ", ".join(f"{key}={value}" for key, value in options.items() if key != "dynamic_img_size")
+    why = " (the method's embedding is the mean of the patches)" if options.get("global_pool") == "avg" else ""
+    return UserError(f"--backbone {name}: timm can't make it with {given}{why}: {first_line(error)}")
 
 
 def _no_drop_path(name: str, rate: float) -> UserError:
@@ -133,7 +168,9 @@ def has_small_stem(module: nn.Module) -> bool:
 
 def takes_patch_size(name: str) -> bool:
     """Whether a model of timm's can have patches and positions of another size."""
-    return name.startswith(("vit_", "deit", "test_vit"))
+    module = outline_of(name)
+    by_name = name.startswith(("vit_", "deit", "test_vit"))  # relative positions too
+    return (by_name or is_transformer(module)) and not has_convolutional_stem(module)
 
 
 def outline(name: str) -> nn.Module:
@@ -142,6 +179,9 @@ def outline(name: str) -> nn.Module:
 
     with torch.device("meta"):
         return timm.create_model(name, num_classes=0)
+
+
+outline_of = functools.lru_cache(maxsize=8)(outline)  # to look at; one that is changed is made by `outline`
 
 
 def full_name(name: str) -> str:

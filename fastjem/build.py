@@ -1,5 +1,6 @@
 """From a configuration to everything wired: `build` reads top to bottom, and `Training` is what the loop runs on."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,9 @@ from torch import nn
 from fastjem import encoders, optim, resume, starting
 from fastjem.config import Config
 from fastjem.data import loaders
-from fastjem.data.masking import mask_specs
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Source
-from fastjem.data.views import MaskSpec, ViewSpec
+from fastjem.data.stages import Stage, stage_at
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError
 from fastjem.methods import Defaults
@@ -31,8 +31,7 @@ class Training:
     out: Path
     ranks: Ranks
     source: Source
-    specs: list[ViewSpec]
-    masks: list[MaskSpec]
+    stages: list[Stage]  # what views and masks are, for which steps
     pixels: Pixels
     loader: loaders.Loader
     step: Step  # the modules
@@ -51,6 +50,11 @@ class Training:
     clip: float
     layout: dict[str, Any]  # dtype and memory format of the views
     notices: list[str] = field(default_factory=list)  # what the user is told before the first step
+
+    @property
+    def stage(self) -> Stage:
+        """That of the next step."""
+        return stage_at(self.stages, self.done)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -90,9 +94,9 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     with ranks.together():
         parts = prepare(config, ranks, objects, out, state)
     # From here on ranks wait for each other.
-    config, source, method, encoder, steps = parts.config, parts.source, parts.method, parts.encoder, parts.steps
+    config, source, encoder, steps = parts.config, parts.source, parts.encoder, parts.steps
     start = state["step"] if state else 0
-    loader = create_loader(config, ranks, source, parts.specs, start, steps, state)
+    loader = create_loader(config, ranks, source, parts.stages, start, state)
     with ranks.together():
         step = create_step(config, ranks, parts)
         optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
@@ -109,9 +113,8 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         out=out,
         ranks=ranks,
         source=source,
-        specs=parts.specs,
-        masks=mask_specs(method.views, config.image_size, encoder.patch),
-        pixels=Pixels.of(parts.specs, source.levels),
+        stages=parts.stages,
+        pixels=Pixels.of(parts.stages[-1].specs, source.levels),
         loader=loader,
         step=step,
         step_end=StepEnd(step),
@@ -152,16 +155,16 @@ def create_step(config: Config, ranks: Ranks, parts: Parts) -> Step:
 
 
 def create_loader(
-    config: Config, ranks: Ranks, source: Source, specs: Sequence[ViewSpec], start: int, steps: int,
-    state: dict[str, Any] | None,
-) -> loaders.Loader:  # fmt: skip
+    config: Config, ranks: Ranks, source: Source, stages: Sequence[Stage], start: int, state: dict[str, Any] | None
+) -> loaders.Loader:
+    """One for all steps from `start` on, or one for each stage of image sizes, one behind the other."""
     order = loaders.Order(
         samples=len(source),
         batch=config.batch_size,
         accumulate=config.accumulate,
         seed=config.seed,
         start=start * config.accumulate,
-        stop=steps * config.accumulate,
+        stop=stages[-1].stop * config.accumulate,
         rank=ranks.rank,
         ranks=ranks.size,
     )
@@ -172,7 +175,11 @@ def create_loader(
         decoder_share=(state or {}).get("decoder_share", config.decoder_share),
         agree=ranks.agree,
     )
-    return loaders.create(config.loader, source, specs, order, budget)
+    loader = loaders.create(config.loader, source, stages[-1].specs, order, budget)
+    if len(stages) == 1:
+        return loader
+    batches = [(stage.specs, stage.start * config.accumulate, stage.stop * config.accumulate) for stage in stages]
+    return loaders.Staged(loader, [(specs, order.part(begins, ends)) for specs, begins, ends in batches])
 
 
 def view_layout(ranks: Ranks, encoder: Encoder, *, named: bool) -> dict[str, Any]:
@@ -249,9 +256,18 @@ def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
     model: nn.Module = step
     if ranks.size > 1:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        shape = 2, config.channels, config.size, config.size
+        images = torch.linspace(-1, 1, math.prod(shape), device=ranks.device).view(shape)
+        idle = encoders.unreached(step.encoder, images, tokens=step.method.pool is not None)
         # Batch norm's running statistics stay each rank's own; queue and centre are equal on all ranks by construction.
-        model = nn.parallel.DistributedDataParallel(step, device_ids=device_ids, broadcast_buffers=False)
-    return torch.compile(model) if config.compile else model  # type: ignore[return-value]
+        # A module of one's own may have parameters that no loss reaches; to look for them costs every step a little.
+        model = nn.parallel.DistributedDataParallel(
+            step, device_ids=device_ids, broadcast_buffers=False, find_unused_parameters=bool(idle)
+        )
+    if not config.compile:
+        return model
+    # Views of a second size would make sizes symbolic, and their kernels slower: each stage is compiled for its own.
+    return torch.compile(model, dynamic=False if len(config.sizes.pixels) > 1 else None)  # type: ignore[return-value]
 
 
 def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader) -> list[str]:

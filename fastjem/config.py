@@ -14,8 +14,10 @@ import torch
 from fastjem import backbones, checkpoints, fields, optim, reading
 from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
+from fastjem.data.masking import MASKINGS_OF_RUNS
 from fastjem.data.pixels import LARGEST, Pixels
 from fastjem.data.sources.pairs import SEPARATOR
+from fastjem.data.stages import Sizes
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
 
@@ -51,7 +53,14 @@ class Config:
         metadata={"help": "parts of the encoder that stay as they are: patch_embed,blocks.0", "pair": True},
     )
     head_warmup_epochs: float = field(default=0.0, metadata={"help": "in which the heads alone learn"})
-    image_size: int = field(default=224, metadata={"square": True})
+    image_size: int | str = field(
+        default=224,
+        metadata={
+            "help": "of the large views; 112:75%,224: smaller ones for the first 75 % of the steps",
+            "square": True,
+            "metavar": "PIXELS",
+        },
+    )
     channels: int = field(
         default=3,
         metadata={"help": "of the images: 3: colours of any picture; 1: its gray; else as many as files have"},
@@ -79,12 +88,22 @@ class Config:
     patch_embed_rate: float | None = field(default=None, metadata={"help": "a factor on the patch embedding's rate"})
     clip: float | None = field(default=None, metadata={"help": "the gradient's largest norm; 0: no clipping"})
     momentum: float | None = field(default=None, metadata={"help": "of the momentum encoder at the start"})
-    momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method a momentum encoder"})
+    momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method one, or take it away"})
     preset: str = field(
         default="imagenet", metadata={"help": "whose values a method takes: imagenet: the paper's; cifar: small data's"}
     )
     options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
+    large_views: int | None = field(default=None, metadata={"help": "whole ones of an image, each a target of others"})
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
+    mask: float | None = field(
+        default=None,
+        metadata={"help": "share of the patches that any method's transformer isn't given of each view: 0.75"},
+    )
+    masking: str | None = field(default=None, metadata={"help": f"of --mask: {' | '.join(MASKINGS_OF_RUNS)}"})
+    projector: str | None = field(
+        default=None,
+        metadata={"help": "widths of its layers, the last its output: 512,128; the method's own", "pair": True},
+    )
     recipe: str | None = field(default=None, metadata={"help": f"augmentation: {', '.join(RECIPES)}"})
     view: dict[str, Option | list[float]] = field(
         default_factory=dict,
@@ -134,7 +153,22 @@ class Config:
         return config
 
     def __post_init__(self) -> None:
+        self.conform()
+
+    def conform(self) -> None:
+        """Every field in its own type; UserError for one that can't be."""
         fields.conform(self, "pretrain: {}".format)
+        self.image_size = self.sizes.given
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the large views, stage after stage."""
+        return Sizes.of(self.image_size)
+
+    @property
+    def size(self) -> int:
+        """Pixels of the large views in the last stage, for which the encoder is made."""
+        return self.sizes.last
 
     def with_values(self, **values: Any) -> "Config":
         """A copy with other values, of which nothing counts as given that didn't before."""
@@ -154,11 +188,11 @@ MAY_CHANGE = {
 }  # fmt: skip
 # but for these: what makes a run longer, or leads it away from where it diverged. The run says that they changed.
 CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip")
-AT_LEAST_ONE = ("image_size", "channels", "epochs", "accumulate", "log_every", "keep_checkpoints")
+AT_LEAST_ONE = ("channels", "epochs", "accumulate", "log_every", "keep_checkpoints")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
     "patch_size", "seed", "checkpoint_every", "checkpoint_steps", "knn_every", "memory", "layer_decay",
-    "patch_embed_rate", "drop_path", "head_warmup_epochs",
+    "patch_embed_rate", "drop_path", "head_warmup_epochs", "mask",
 )  # fmt: skip
 SHARES = ("momentum", "decoder_share", "layer_decay", "drop_path")
 
@@ -193,7 +227,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: for the first.
     """
-    fields.conform(config, "pretrain: {}".format)  # once more, as its fields may have been set since it was made
+    config.conform()  # once more, as its fields may have been set since it was made
     _check_numbers(config)
     parsed_range(config.value_range)
     _check_choices(config)
@@ -210,12 +244,15 @@ def _check_choices(config: Config) -> None:
         "stem": backbones.STEMS,
         "device": ("auto", "cpu", "cuda"),
         "optimizer": (*optim.OPTIMIZERS, None),
+        "masking": (*MASKINGS_OF_RUNS, None),
     }
     if config.weights is None and config.weights_of != "encoder":
         raise UserError(f"--weights-of {config.weights_of} is for --weights")
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise nearest(name, getattr(config, name), [a for a in allowed if a])
+    if config.masking is not None and not config.mask:
+        raise UserError(f"--masking {config.masking} is for --mask")
 
 
 def _check_numbers(config: Config) -> None:
@@ -230,11 +267,16 @@ def _check_numbers(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value > 1:
             raise UserError(f"{config.flag(name)} must be between 0 and 1, got {value}")
-    for name in ("image_size", "channels"):
-        if getattr(config, name) > LARGEST:
-            raise UserError(f"{config.flag(name)} must be at most {LARGEST}, got {getattr(config, name)}")
-    if config.small_views is not None and config.small_views > MOST_VIEWS:
-        raise UserError(f"--small-views must be at most {MOST_VIEWS}, got {config.small_views}")
+    if config.channels > LARGEST:
+        raise UserError(f"--channels must be at most {LARGEST}, got {config.channels}")
+    for name in ("large_views", "small_views"):
+        if (getattr(config, name) or 0) > MOST_VIEWS:
+            raise UserError(f"{config.flag(name)} must be at most {MOST_VIEWS}, got {getattr(config, name)}")
+    if config.large_views is not None and config.large_views < 2:
+        raise UserError(f"--large-views must be at least 2, as views are compared, got {config.large_views}")
+    projector_widths(config.projector)
+    if config.mask is not None and config.mask >= 1:
+        raise UserError(f"--mask must be a share of the patches below 1, got {config.mask:g}")
     if config.layer_decay == 0:
         raise UserError("--layer-decay must be above 0 (1: all layers learn alike), got 0")
     if config.drop_path == 1:
@@ -243,6 +285,19 @@ def _check_numbers(config: Config) -> None:
         raise UserError(f"--workers must be at least 0, or -1 for one a core, got {config.workers}")
     if config.batch_size < 2:
         raise UserError(f"--batch-size must be at least 2, as every method compares images, got {config.batch_size}")
+
+
+def projector_widths(given: str | None) -> tuple[int, ...]:
+    """Of `--projector 512,128`; () where nothing is given. UserError for what isn't widths."""
+    if given is None:
+        return ()
+    try:
+        widths = tuple(int(width) for width in given.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or min(widths) < 1:
+        raise UserError(f"--projector must be widths of layers, as 512,128, each at least 1, got {given}")
+    return widths
 
 
 def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:
@@ -280,7 +335,7 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
         raise UserError(f"{path}: pool must be text or None, got {fields.came(pool)}")
     with reading.named(path):
         pixels = Pixels.from_dict(given["pixels"])
-        if pixels.size != config.image_size:
+        if pixels.size != config.size:
             raise UserError(f"pixels' size is {pixels.size}, and image_size {config.image_size}")
     return config, pixels, pool
 

@@ -17,6 +17,18 @@ from fastjem.data.pixels import Pixels
 from fastjem.errors import UserError
 
 DROP_PATHS = ("DropPath", "StochasticDepth")
+# timm's transformers whose blocks need all patches of an image, and why.
+WHOLE_GRID = {
+    **dict.fromkeys(
+        ("VisionTransformerRelPos", "Beit", "VisionTransformerSAM"),
+        "adds a bias for each two places of the whole grid in its attention, and can't be given some patches alone",
+    ),
+    **dict.fromkeys(
+        ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "Hiera", "HieraDet", "MultiScaleVit"),
+        "merges neighbouring patches from stage to stage, and can't be given some alone",
+    ),
+    "NaFlexVit": "cuts images into patches and places them in a way of its own",
+}
 NO_TOKEN = "the encoder has no mask token: fastjem.encoders.wrap(module, mask_token=True) gives it one"
 
 
@@ -107,6 +119,8 @@ class TransformerEncoder(Encoder):
         tokens: bool = False,
     ) -> Features:
         vit = self.backbone
+        if (hidden is not None or visible is not None) and not takes_masks(vit):
+            raise ValueError(no_patches(vit))
         if hidden is None and visible is None and not layers:
             x = vit.forward_features(images)
             return Features(vit.forward_head(x), x[:, self.prefix_tokens :])
@@ -191,27 +205,47 @@ def wrap(module: nn.Module, width: int | None = None, *, mask_token: bool = Fals
 
 
 def is_transformer(module: nn.Module) -> bool:
-    """Whether patches can be masked: timm's VisionTransformer and Eva, and an `Encoder` of one's own that has patches.
-
-    Swin, Hiera and NaFlexVit can't: their blocks mix or merge neighbouring patches, or hold their positions elsewhere.
-    """
+    """Whether a module's tokens and layers are known: timm's VisionTransformer and Eva, and an `Encoder` of one's own
+    that has patches."""
     if isinstance(module, Encoder):
         return module.patch > 1
     timm = sys.modules.get("timm.models")  # a module of timm's has imported it
     return timm is not None and isinstance(module, (timm.VisionTransformer, timm.Eva))
 
 
+def takes_masks(module: nn.Module) -> bool:
+    """Whether patches can be hidden from a module: a transformer (`is_transformer`) whose patches don't overlap.
+
+    A hybrid's come from a convolutional stem. Swin, Hiera and NaFlexVit mix or merge neighbouring patches, or hold
+    their positions elsewhere.
+    """
+    inner = module.backbone if isinstance(module, TransformerEncoder) else module
+    return is_transformer(module) and not has_convolutional_stem(inner)
+
+
+def has_convolutional_stem(module: nn.Module) -> bool:
+    """Whether patches are cut from what convolutions make of the image: timm's hybrids."""
+    return hasattr(getattr(module, "patch_embed", None), "backbone")
+
+
 def no_patches(module: nn.Module) -> str:
     """Why a module can't be given masks, in words."""
-    return (
-        "masked patches need a vision transformer (--backbone vit_tiny): a convolution's sliding windows see the "
-        f"edges of the holes, so that {type(module).__name__} would learn from them"
-    )
+    kind = type(module).__name__
+    needs = "masked patches need a vision transformer (--backbone vit_tiny)"
+    if has_convolutional_stem(module):
+        return f"{needs}: the patches of this {kind} are those of a convolutional stem, whose windows see one another's"
+    for one in type(module).__mro__:
+        if one.__name__ in WHOLE_GRID:
+            return f"{needs}: {kind} {WHOLE_GRID[one.__name__]}"
+    if any("Attention" in type(part).__name__ and "Pool" not in type(part).__name__ for part in module.modules()):
+        return f"{needs}, timm's VisionTransformer or Eva: {kind} can't be given some of an image's patches alone"
+    return f"{needs}: a convolution's sliding windows see the edges of the holes, so that {kind} would learn from them"
 
 
 def patch_size(module: nn.Module) -> int:
-    """Pixels of a patch's side, 1 for a module without patches."""
-    size = getattr(getattr(module, "patch_embed", None), "patch_size", 1)
+    """Pixels of a patch's side, 1 for a module without patches; with what a convolutional stem makes smaller."""
+    embed: Any = getattr(module, "patch_embed", None)
+    size = embed.feat_ratio() if has_convolutional_stem(module) else getattr(embed, "patch_size", 1)
     return int(size[0] if isinstance(size, (tuple, list)) else size)
 
 
@@ -301,6 +335,29 @@ def measured_width(module: nn.Module, images: Tensor) -> int:
     return x.shape[1]
 
 
+def unreached(encoder: Encoder, images: Tensor, *, tokens: bool) -> list[str]:
+    """Names of a backbone's parameters that are to be trained and get no gradient, by one backward pass.
+
+    Nothing is drawn and no statistics move; gradients are None afterwards.
+
+    Args:
+        images: [B, C, H, W].
+        tokens: whether losses reach the tokens alone, and not what becomes of them in the embedding.
+    """
+    training = encoder.training
+    with torch.enable_grad():
+        features = encoder.eval()(images)
+        reached = features.tokens if tokens and features.tokens is not None else features.pooled
+        if reached.requires_grad:
+            reached.float().sum().backward()
+    encoder.train(training)
+    named = list(encoder.backbone.named_parameters())
+    without = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+    for parameter in encoder.parameters():
+        parameter.grad = None
+    return without
+
+
 def metadata(backbone: str, stem: str, patch_size: int, pool: str | None, pixels: Pixels) -> dict[str, str]:
     """What an export holds beside the weights: how to build the module again, and how its images are prepared."""
     return {
@@ -327,6 +384,7 @@ __all__ = [
     "TransformerEncoder",
     "drop_paths",
     "has_batch_norm",
+    "has_convolutional_stem",
     "is_transformer",
     "measured_width",
     "memory_format",
@@ -334,6 +392,8 @@ __all__ = [
     "no_patches",
     "patch_size",
     "save",
+    "takes_masks",
+    "unreached",
     "without_drop_path",
     "wrap",
 ]

@@ -26,6 +26,11 @@ def nearest(kind: str, name: str, known: Iterable[str], limit: int = 3) -> UserE
     return UserError(f"there is no {kind} {name!r}; {hint}")
 
 
+def first_line(said: object) -> str:
+    """The first line of a text, or of what an error says; how it would be written in code where that is nothing."""
+    return str(said).strip().partition("\n")[0] or repr(said)
+
+
 class ResourceError(UserError, RuntimeError):
     """Memory, shared memory or a worker process ran out; the text says what to try. `__cause__` is what was raised."""
 

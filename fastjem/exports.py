@@ -103,7 +103,7 @@ def open_folder(folder: Path, *, teacher: bool = False, encoder: nn.Module | Non
     if encoder is not None:
         module = Own(encoder)
     else:
-        names = settings.backbone, settings.image_size, settings.stem, settings.patch_size
+        names = settings.backbone, settings.size, settings.stem, settings.patch_size
         module = Built(*names, pool, pixels.channels)
         about = metadata(settings.backbone, settings.stem, settings.patch_size, pool, pixels)
     with reading.named(folder):

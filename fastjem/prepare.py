@@ -2,27 +2,30 @@
 
 import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 
 from fastjem import backbones, checkpoints, encoders, optim, resume, starting
-from fastjem.config import Config
+from fastjem.config import Config, projector_widths
 from fastjem.data import loaders
 from fastjem.data.batch import finish
 from fastjem.data.fingerprint import fingerprint
 from fastjem.data.levels import describe, levels_of, parsed_range, survey
+from fastjem.data.masking import mask_specs, masks_of_run
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import Levelled, Source, open_sources
-from fastjem.data.views import ViewSpec
+from fastjem.data.stages import Stage, told
+from fastjem.data.views import LARGEST_WITHOUT_BLUR, ViewSpec
 from fastjem.encoders import Encoder
-from fastjem.errors import UserError, nearest
+from fastjem.errors import UserError, first_line, nearest
 from fastjem.given import Weights
-from fastjem.methods import METHODS, Defaults, Method, RunFacts, options_of, preset_of, views_of
+from fastjem.methods import METHODS, Defaults, Method, RunFacts, combinations, options_of, preset_of, views_of
 from fastjem.methods.defaults import SHORT
 from fastjem.methods.protocol import option_types
 from fastjem.ranks import Ranks
@@ -77,7 +80,7 @@ class Parts:
     source: Levelled
     encoder: Encoder
     method: Method
-    specs: list[ViewSpec]
+    stages: list[Stage]
     defaults: Defaults
     steps: int
     steps_per_epoch: int
@@ -93,6 +96,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     if weights is not None:
         config = starting.taken_over(config, weights)
     kind = objects.method or METHODS[config.method]
+    combinations.check(config, kind)
     source, about_values = levelled(config, objects, state, kind.views.sources)
     check_batch(config, len(source), ranks)
     steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
@@ -107,6 +111,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     said = [*unused_options(config, objects), *about_values]
     asked = config
     config = with_drop_path(config, objects, kind, defaults)
+    borders = resume.borders(config, state, steps)
     if state:
         said += [resume.check_images(config, state, images), *resume.changes(config, state, steps)]
         resume.check_length(config, state, steps, complete=is_complete(out))
@@ -129,22 +134,44 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     encoder = checked_encoder(config, ranks, kind, module, source, normalised)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
-    method.views = replace(method.views, **preset.views)
-    if method.views.mask and not encoders.is_transformer(module):
+    large = {} if config.large_views is None else {"large": config.large_views}
+    method.views = replace(method.views, **{**preset.views, **large})
+    if (method.views.mask or config.mask) and not encoders.takes_masks(module):
         raise UserError(f"{config.method}: {encoders.no_patches(module)}")
+    stages = [
+        stage_of(config, method, encoder, normalised, size, begins, ends)
+        for size, begins, ends in zip(config.sizes.pixels, [0, *borders], [*borders, steps], strict=True)
+    ]
     if method.needs_labels and source.labels is None:
         raise UserError(f"{config.method} learns from classes, and {source.root} has no folder for each (or labels)")
     kept = {
         "source": images,
         "sized_for": sized_for,
         "steps": steps,
+        "borders": borders,
         "normalised": normalised,
         "objects": [name for name, given in vars(objects).items() if given is not None],
     }
-    specs = view_specs(config, method, module, normalised)
-    method.mean, method.std = specs[0].mean, specs[0].std
-    said = [one for one in said if one]
-    return Parts(config, weights, source, encoder, method, specs, defaults, steps, steps_per_epoch, kept, said)
+    method.mean, method.std = stages[-1].specs[0].mean, stages[-1].specs[0].std
+    said = [one for one in (*said, told(stages)) if one]
+    return Parts(config, weights, source, encoder, method, stages, defaults, steps, steps_per_epoch, kept, said)
+
+
+def stage_of(
+    config: Config,
+    method: Method,
+    encoder: Encoder,
+    normalised: dict[str, list[float]],
+    size: int,
+    begins: int,
+    ends: int,
+) -> Stage:
+    """The views and masks of the steps from `begins` on to before `ends`, large views having `size` pixels."""
+    specs = view_specs(config, method, encoder.backbone, normalised, size)
+    masks = mask_specs(method.views, size, encoder.patch)
+    if config.mask:  # the method has none of its own, as `combinations.check` has seen to
+        masks = masks_of_run(specs, encoder.patch, config.mask, config.masking or "random")
+    return Stage(begins, ends, specs, masks)
 
 
 def is_complete(out: Path) -> bool:
@@ -207,7 +234,7 @@ def made_encoder(config: Config, objects: Objects, kind: type[Method] | Method, 
 
 def create_backbone(config: Config, kind: type[Method] | Method) -> nn.Module:
     return backbones.create(
-        config.backbone, config.image_size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
+        config.backbone, config.size, stem=config.stem, patch=config.patch_size, pool=kind.pool,
         drop_path=config.drop_path or 0.0, channels=config.channels,
     )  # fmt: skip
 
@@ -259,17 +286,24 @@ def left_out(config: Config, longer: Config) -> str:
 
 
 def view_specs(
-    config: Config, kind: type[Method] | Method, module: nn.Module, normalised: dict[str, list[float]]
+    config: Config,
+    kind: type[Method] | Method,
+    module: nn.Module,
+    normalised: dict[str, list[float]],
+    size: int,
 ) -> list[ViewSpec]:
-    """One for each view of an image, as the method and the configuration want them. normalised: mean and std of weights
-    that the encoder begins with, for which the user has the last word.
+    """One for each view of an image, as the method and the configuration want them.
+
+    Args:
+        normalised: mean and std of weights that the encoder begins with, for which the user has the last word.
+        size: pixels of the large views. How many views there are and whether they are blurred is decided by the last
+            stage's.
     """
-    if config.small_views and not kind.views.small:
-        raise UserError(f"--small-views: {config.method} compares exactly {kind.views.large} large views")
-    views = views_of(kind, config.image_size, config.small_views, config.recipe, config.preset)
+    views = views_of(kind, config.size, config.small_views, config.recipe, config.preset, config.large_views)
     patch = encoders.patch_size(module)
+    blur = given_or(config.blur, config.size > LARGEST_WITHOUT_BLUR)
     changes = {**normalised, **config.view}
-    return views.specs(config.image_size, patch=patch, blur=config.blur, changes=changes, channels=config.channels)
+    return views.specs(size, patch=patch, blur=blur, changes=changes, channels=config.channels)
 
 
 def checked_encoder(
@@ -282,19 +316,46 @@ def checked_encoder(
 ) -> Encoder:
     """The module on its device as an `Encoder`, once it has embedded some of the run's images."""
     module = module.to(ranks.device)
-    specs = view_specs(config, kind, module, normalised)
+    specs = view_specs(config, kind, module, normalised, config.size)
     order = loaders.Order(samples=len(source), batch=min(config.batch_size, 16), seed=config.seed, stop=1)
     crops = next(iter(loaders.LOADERS["torch"](source, specs, order, loaders.Budget())))
     channels_last = encoders.memory_format(module) == torch.channels_last
     images = finish(crops, specs, ranks.device, channels_last=channels_last).views[0]
-    try:
-        width = encoders.measured_width(module, images)
-    except RuntimeError as error:
-        size = config.image_size
-        raise UserError(f"the encoder can't take {size} x {size} images: {error}") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    sizes = {}  # of views, and the option that each comes from
+    for stage in reversed(config.sizes.pixels):
+        for spec in view_specs(config, kind, module, normalised, stage):
+            given = f"--image-size {config.image_size}" if spec.size == stage else "--small-views (0: none)"
+            sizes.setdefault(spec.size, given)
+    width = embedded(module, images, sizes)
     return encoders.wrap(module, width, mask_token=kind.mask_token).to(ranks.device)
+
+
+def embedded(module: nn.Module, images: torch.Tensor, sizes: Mapping[int, str]) -> int:
+    """The width of a module's embeddings, once it has taken images of each size that the run has.
+
+    Args:
+        images: [B, C, H, H].
+        sizes: pixels of a side, H first, -> the option of the run that asks for them.
+
+    Raises:
+        UserError: for a size that it can't take, or embeddings that nothing can be learned from.
+    """
+    widths = []
+    for size, given in sizes.items():
+        sized = images
+        if size != images.shape[-1]:
+            sized = interpolate(images, (size, size), mode="bilinear", antialias=True)
+        try:
+            widths.append(encoders.measured_width(module, sized))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        except Exception as error:  # whatever a model may raise
+            channels = images.shape[1]
+            refused = f"{type(module).__name__}, can't take {size} x {size} images of {channels} channels"
+            raise UserError(f"{given}: the encoder, a {refused}: {first_line(error)}") from error
+        if widths[-1] != widths[0]:
+            raise UserError(f"{given}: embeddings must be as wide at every size, got {widths[0]} and {widths[-1]}")
+    return widths[0]
 
 
 def run_facts(
@@ -309,7 +370,8 @@ def run_facts(
         accumulate=config.accumulate,
         ranks=ranks.size,
         seed=config.seed,
-        image_size=config.image_size,
+        image_size=config.size,
+        image_sizes=config.sizes.pixels,
         channels=config.channels,
         patch=encoder.patch,
         prefix_tokens=encoder.prefix_tokens,
@@ -332,8 +394,14 @@ def create_method(kind: type[Method], width: int, run: RunFacts, config: Config)
         least = int(options[name] != 0)  # none of what counts something can be 0, but where that is the default
         if isinstance(value, int) and types_of_option <= {int, types.NoneType} and value < least:
             raise UserError(f"--options {name} must be at least {least}, got {value}")
+    wanted = replace(
+        run,
+        large_views=config.large_views or 0,
+        projector=projector_widths(config.projector),
+        momentum_encoder=config.momentum_encoder,
+    )
     try:
-        return kind(width, run, **given)
+        return kind(width, wanted, **given)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -109,6 +109,20 @@ def check_length(config: Config, state: dict[str, Any], steps: int, *, complete:
         raise AtItsEndError(f"the run in {config.out} is already at its end, step {start}; {longer}", start)
 
 
+def borders(config: Config, state: dict[str, Any] | None, steps: int) -> list[int]:
+    """The steps before each stage of image sizes but the first: a new run's, or where those of a resumed one are now.
+
+    Raises:
+        UserError: for a new run of too few steps.
+    """
+    if state is None:
+        return config.sizes.borders(steps)
+    before = state.get("borders", [])  # runs of before there were stages have none
+    if steps == state.get("steps", steps):
+        return before
+    return config.sizes.moved(before, steps, state["step"])
+
+
 def changes(config: Config, state: dict[str, Any], steps: int) -> list[str]:
     """Lines on what a resumed run is told anew and changes its numbers."""
     start = state["step"]

@@ -343,11 +343,12 @@ def timed(training: Training, journal: Journal, stop: Stop) -> Iterator[tuple[Ba
         if arrived is None:
             return
         journal.skip(arrived.unreadable)
+        stage = training.stage
         batch = finish(
             arrived,
-            training.specs,
+            stage.specs,
             training.ranks.device,
-            masks=training.masks,
+            masks=stage.masks,
             seed=training.config.seed,
             step=training.done,
             **training.layout,

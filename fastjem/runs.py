@@ -85,9 +85,7 @@ def _projector(settings: Config, module: nn.Module, state: dict[str, Any], *, te
     """The method's projector with its weights, if it has one; a method of the user's own is not built again."""
     if settings.method not in METHODS:
         return None
-    run = RunFacts(
-        batch_norm=encoders.has_batch_norm(module), image_size=settings.image_size, channels=settings.channels
-    )
+    run = RunFacts(batch_norm=encoders.has_batch_norm(module), image_size=settings.size, channels=settings.channels)
     width = _width(module, settings)
     try:
         # Without memory, as somebody's file may name any width; the weights bring the projector's.
@@ -115,5 +113,5 @@ def _width(module: nn.Module, settings: Config) -> int:
         return encoders.wrap(module).width
     except ValueError:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        images = torch.randn(2, settings.channels, settings.image_size, settings.image_size, device=device)
+        images = torch.randn(2, settings.channels, settings.size, settings.size, device=device)
         return encoders.measured_width(module, images)

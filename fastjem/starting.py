@@ -55,6 +55,9 @@ def opened(config: Config) -> Weights | None:
     return weights
 
 
+LAST_NORMS = {"norm": "fc_norm", "fc_norm": "norm"}  # of timm's transformers: of tokens, and of what is pooled of them
+
+
 def taken_over(config: Config, weights: Weights) -> Config:
     """The configuration with what the weights say and the user doesn't: the architecture, its stem and patches; from
     one of ours also the image size and the channels, and with all of a run the method's options, too.
@@ -71,7 +74,8 @@ def taken_over(config: Config, weights: Weights) -> Config:
         found |= {"image_size": weights.pixels.size, "channels": weights.pixels.channels}
     run = weights.config if config.weights_of == "all" else None
     if run is not None:
-        found |= {"preset": run.preset, "momentum_encoder": run.momentum_encoder}
+        names = ("preset", "momentum_encoder", "projector", "large_views")
+        found |= {name: getattr(run, name) for name in names}
     values = {name: value for name, value in found.items() if name not in config.given}
     if run is not None:
         values["options"] = {**run.options, **config.options}
@@ -113,9 +117,20 @@ def load_encoder(module: nn.Module, weights: Weights, config: Config) -> None:
 
 
 def fitted(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights for a module, by timm's own filter of that model's checkpoints where shapes differ."""
-    found = dict(state)
+    """The weights for a module, by timm's own filter of that model's checkpoints where shapes differ.
+
+    What differs by how tokens are pooled is fitted first: the last norm is the same one before the pooling and behind
+    it, and of attention that pools nothing is left where tokens are averaged.
+    """
     expected = shapes_of(module.state_dict())
+    found = {}
+    for name, value in state.items():
+        part, _, rest = name.partition(".")
+        moved = f"{LAST_NORMS.get(part)}.{rest}"
+        if name not in expected and moved in expected and moved not in state:
+            found[moved] = value
+        elif name in expected or part != "attn_pool":
+            found[name] = value
     if shapes_of(found) == expected or found.keys() != expected.keys():
         return found
     resample: Callable[..., dict[str, Tensor]] | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.encoders import Encoder, without_drop_path, wrap
+from fastjem.methods.combinations import why_not
 from fastjem.methods.protocol import Branch, Method
 
 TARGET_PARTS = ("projector", "prototypes")  # what makes targets, in any method: copied with the encoder where asked for
@@ -20,7 +21,8 @@ class Step(nn.Module):
     Args:
         encoder: an `Encoder`, or any module [B, C, H, W] -> [B, D], which `fastjem.encoders.wrap` makes one of.
         method: made for that width D.
-        momentum_encoder: None: as the method says; True gives any method momentum copies of what makes its targets.
+        momentum_encoder: None: as the method says; True gives any method momentum copies of what makes its targets;
+            False takes them from a method that is known to learn without, whose targets are the student's own then.
 
     In a loop of your own: `loss, notes = step(batch, i)`, backward, optimiser, `step.step_ends(i, momentum)`.
 
@@ -49,17 +51,26 @@ class Step(nn.Module):
             heads = dict(method.named_children())
             copied = ("encoder", *(name for name in TARGET_PARTS if name in heads))
         if momentum_encoder is False and copied:
-            raise ValueError(f"{name} can't do without its momentum encoder")
+            if reason := why_not(method, "no_momentum_encoder"):
+                raise ValueError(f"{name} {reason}")
+            copied = ()
         self.teacher = nn.ModuleDict({name: momentum_copy(live[name]) for name in copied})
 
     def _live(self) -> dict[str, nn.Module]:
         """The encoder and the method's heads, by the names that their momentum copies have too."""
         return {"encoder": self.encoder, **dict(self.method.named_children())}
 
-    def branches(self) -> tuple[Branch, Branch]:
-        """Student and teacher; the student itself twice where nothing has a momentum copy."""
+    def branches(self, batch: Batch | None = None) -> tuple[Branch, Branch]:
+        """Student and teacher; the student itself twice where nothing has a momentum copy.
+
+        Masks of the batch that the method hasn't asked for are the run's: the student sees its views through them, and
+        a teacher sees them whole.
+        """
         heads = dict(self.method.named_children())
-        student = Branch(self.encoder, heads)
+        masked = []
+        if batch is not None and not self.method.views.mask:
+            masked = [(batch.views[view], mask) for view, mask in batch.masks.items()]
+        student = Branch(self.encoder, heads, masked=masked)
         if not self.teacher:
             return student, student
         copies = dict(self.teacher.items())
@@ -73,7 +84,7 @@ class Step(nn.Module):
             raise ValueError(f"{wanted}, the batch has {len(batch.views)}")
         if not isinstance(step, Tensor):
             step = torch.tensor(step, device=batch.views[0].device)
-        student, teacher = self.branches()
+        student, teacher = self.branches(batch)
         loss = self.method.loss(student, teacher, batch, step)
         if isinstance(loss, dict):
             terms = {name: self._checked(term, f"term {name!r} of its loss") for name, term in loss.items()}

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MOVES = {
     "moco": ("queue.rows", {}),
     "swav": ("queues.0.rows", {"queue": 24}),
+    "simclr": ("queue.rows", {"queue": 24}),
+    "dcl": ("queue.rows", {"queue": 24}),
     "dino": ("centre.center", {}),
     "nnclr": ("queue.rows", {}),
     "ressl": ("queue.rows", {}),

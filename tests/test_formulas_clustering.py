@@ -278,3 +278,12 @@ def test_capi_of_one_image_has_clusters_that_say_nothing() -> None:
     it = one_image(exact("capi"), 0)
     loss, notes = it.step(it.batch, 0)
     assert loss.isfinite() and float(notes["loss_clustering"]) >= math.log(8) - 1e-6
+
+
+def test_heads_stay_where_fewer_images_were_seen_than_there_are_clusters() -> None:
+    method = exact("deepcluster", run=RunFacts(images=20)).method
+    before = method.centroids.clone()
+    assigned = method.assignments.clone()
+    method.epoch_begins(1)
+    assert torch.equal(method.centroids, before)
+    assert torch.equal(method.assignments, assigned)

@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from dataclasses import replace
 
 import pytest
 import torch
@@ -105,8 +104,8 @@ UNTIED = {"shared": False, "patch_prototypes": 10}
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden patches are as many rows as all patches there are, of which those that aren't hidden fill up."""
 
-    def filled(batch: Batch, views: Views, run: RunFacts) -> HiddenRows:
-        return hidden_rows(batch, views, replace(run, image_size=32), padded=True)
+    def filled(batch: Batch, views: Views) -> HiddenRows:
+        return hidden_rows(batch, views, padded=True)
 
     every = "fastjem.methods.hidden.most_masked"
     monkeypatch.setattr(every, lambda spec, images: images * spec.grid[0] * spec.grid[1])
@@ -332,7 +331,7 @@ def test_rows_that_fill_up_count_in_nothing(centring: str, monkeypatch: pytest.M
     gradients = torch.autograd.grad(expected, it.step.encoder.backbone.parameters())
 
     again = exact_with_masks("ibot", centring=centring, **UNTIED)
-    plain = hidden_rows(again.batch, again.method.views, again.method.run)
+    plain = hidden_rows(again.batch, again.method.views)
 
     def filled(*_: object) -> object:
         rows = torch.cat([plain.rows, torch.arange(5)])

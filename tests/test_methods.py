@@ -149,7 +149,7 @@ def make(
     run = replace(run, image_size=32, patch=encoder.patch, images=run.images or NEEDS_IMAGES.get(name, 0))
     method = kind(encoder.width, run, **{**small_options(name), **options})
     step = Step(encoder, method, momentum_encoder)
-    views = [torch.randn(8, 3, 32, 32) for _ in range(kind.views.large)]
+    views = [torch.randn(8, 3, 32, 32) for _ in range(method.views.large)]
     views += [torch.randn(8, 3, 16, 16) for _ in range(kind.views.small)]
     tables = torch.from_numpy(Parameters(kind.views.specs(32))(0, 0, np.arange(8), 40, 40))
     return step, Batch(views, torch.arange(8), torch.arange(8) % 3, masks_of(method), list(tables))
@@ -293,7 +293,7 @@ def test_hidden_patches_count_alike_however_many_rows_there_are(monkeypatch: pyt
         mask = torch.cat([batch.masks[view].hidden for view in (0, 1)])
         count = int(mask.sum()) + spare
         monkeypatch.setattr(hidden, "most_masked", lambda spec, images, count=count: count)
-        rows = hidden.hidden_rows(batch, step.method.views, replace(step.method.run, image_size=32), padded=True)
+        rows = hidden.hidden_rows(batch, step.method.views, padded=True)
         assert len(rows.rows) == count and mask.flatten()[rows.rows].all()
         monkeypatch.setattr(ibot, "hidden_rows", lambda *_, rows=rows: rows)
         loss, _ = step(batch, 0)

@@ -43,6 +43,9 @@ VARIANTS = [
     ("dinov2", {"centring": "sinkhorn"}),
     ("swav", {"queue": 24}),
     ("dcl", {"sigma": 0.5}),
+    *((name, {"large_views": 3}) for name in ("simclr", "nnclr", "tico", "wmse", "dino")),
+    ("simclr", {"queue": 24}),
+    ("dcl", {"queue": 24, "sigma": 0.5}),
 ]
 
 
@@ -63,7 +66,9 @@ def made(name: str, run: RunFacts, **options: object) -> tuple[Step, Batch]:
     for part in step.method.modules():
         if hasattr(part, "came"):
             part.came.fill_(len(part.rows))  # else a queue begins with copies of whatever keys come first
-    views = batch.views[: METHODS[name].views.large + min(METHODS[name].views.small, 2)]
+    views = batch.views[: step.method.views.large + min(METHODS[name].views.small, 2)]
+    if run.large_views and not METHODS[name].views.small:
+        views = [*views, batch.views[0][:, :, ::2, ::2]]  # a small one
     batch = batch._replace(views=[view.double() for view in views], tables=[x.double() for x in batch.tables])
     return step, batch._replace(tables=batch.tables[: len(views)])
 
@@ -101,11 +106,12 @@ def check_rank(rank: int, world: int, store: str, variants: list[tuple[str, dict
     small_options("distill")  # its file is made once, by random numbers
     each = IMAGES // world
     for name, options in variants:
-        facts = RunFacts(batch=IMAGES, steps_per_epoch=2)
-        step, batch = made(name, facts, **options)
+        large = {"large_views": options.get("large_views", 0)}
+        own = {key: value for key, value in options.items() if key not in large}
+        step, batch = made(name, RunFacts(batch=IMAGES, steps_per_epoch=2, **large), **own)
         expected = results(step, batch)
-        alone = RunFacts(batch=IMAGES, steps_per_epoch=2, ranks=world, group=dist.group.WORLD)
-        step, batch = made(name, alone, **options)
+        among = RunFacts(batch=IMAGES, steps_per_epoch=2, ranks=world, group=dist.group.WORLD, **large)
+        step, batch = made(name, among, **own)
         got = results(step, part_of(batch, slice(rank * each, (rank + 1) * each)))
         what = f"{name} {options}"
         loss = mean(got[0])

@@ -25,7 +25,7 @@ from fastjem.data import masks  # noqa: E402
 from fastjem.data.batch import finish  # noqa: E402
 from fastjem.data.loaders import Budget, Order  # noqa: E402
 from fastjem.data.loaders.torch import TorchLoader  # noqa: E402
-from fastjem.data.masking import MASKINGS, mask_specs  # noqa: E402
+from fastjem.data.masking import MASKINGS, MASKINGS_OF_RUNS, drawn_masks, mask_specs, masks_of_run  # noqa: E402
 from fastjem.data.pixels import Pixels  # noqa: E402
 from fastjem.data.source import open_source  # noqa: E402
 from fastjem.data.views import MaskSpec  # noqa: E402
@@ -317,6 +317,23 @@ def test_a_picture_of_every_mask(mask: str, tmp_path: Path) -> None:
     assert 0.05 < share < 0.9, share
 
 
+@pytest.mark.parametrize("masking", MASKINGS_OF_RUNS)
+def test_a_picture_of_a_runs_mask_is_what_training_draws(masking: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", 1, classes=0)
+    options = ViewsOptions(
+        folder, tmp_path / "views.png", large_views=3, small_views=1, mask="0.6", masking=masking, image_size=96,
+        images=1, patch_size=8, seed=4,
+    )  # fmt: skip
+    found = views_of("simclr", 96, 1, large_views=3)
+    assert views.titles(found, True) == ["large 1", "large 2", "large 3", "small 1", "masked"]
+    with Image.open(draw_views(options)) as sheet:
+        last = np.array(sheet)[LINE + MARGIN : LINE + MARGIN + 96, -(96 + MARGIN) : -MARGIN]
+    spec = masks_of_run(found.specs(96, patch=8), 8, 0.6, masking)[0]
+    hidden = drawn_masks(spec, 4, 0, torch.zeros(1, dtype=torch.long)).hidden[0]
+    patches = last.reshape(12, 8, 12, 8, 3).swapaxes(1, 2).reshape(144, -1)
+    assert ((patches == views.GREY[0]).all(1) == hidden.flatten().numpy()).all()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_picture_of_every_methods_views(method: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images", 5, classes=0)
@@ -342,6 +359,13 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         ({"out": folder / "0000.png" / "x.png"}, "--out"),
         ({"data": tmp_path / "nowhere"}, "not a folder"),
         ({"method": "data2vec", "image_size": 50}, "no multiple"),
+        ({"mask": "1.5"}, "a share of the patches between 0 and 1"),
+        ({"mask": "randon"}, "did you mean random"),
+        ({"mask": "random", "masking": "block"}, "is for a share of the patches: --mask 0.75"),
+        ({"mask": "0.5", "masking": "blocks"}, "did you mean block"),
+        ({"mask": "0.5", "method": "mae"}, "--mask: mae masks its images by itself"),
+        ({"large_views": 3, "method": "pirl"}, "--large-views: pirl compares a view and the pieces"),
+        ({"large_views": 1}, "--large-views must be at least 2"),
     ):
         with pytest.raises(UserError, match=words):
             draw_views(ViewsOptions(**{"data": folder, "out": tmp_path / "v.png", "image_size": 32, **changes}))

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastjem.arguments import Parser
+from fastjem.errors import first_line
 
 PACKAGES = ("fastjem", "torch", "triton", "numpy", "timm", "torchvision", "lightly")
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -44,10 +45,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _first_line(text: object) -> str:
-    return str(text).strip().partition("\n")[0] or repr(text)
-
-
 def versions() -> dict[str, str | None]:
     found = {package: _version(package) for package in PACKAGES}
     return {"fastjem": found.pop("fastjem"), "python": platform.python_version(), **found}
@@ -70,7 +67,7 @@ def machine() -> dict[str, Any]:
 def _driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return _first_line(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout)
+        return first_line(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout)
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -106,7 +103,7 @@ def gpu() -> dict[str, Any]:
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as error:
-            found["problem"] = _first_line(error)
+            found["problem"] = first_line(error)
             return found
     found["driver"] = _driver()
     for index in range(torch.cuda.device_count()):
@@ -115,7 +112,7 @@ def gpu() -> dict[str, Any]:
             torch.zeros(1, device=f"cuda:{index}").add_(1).item()
             problem = None
         except RuntimeError as error:  # torch has no code for this chip, or somebody else holds it
-            problem = _first_line(error)
+            problem = first_line(error)
         found["devices"].append(
             {
                 "name": properties.name,
@@ -178,7 +175,7 @@ def report() -> dict[str, Any]:
         try:
             found[section.__name__] = section()
         except Exception as error:  # whatever is broken is what a doctor is there to say
-            found[section.__name__] = {"problem": f"{type(error).__name__}: {_first_line(error)}"}
+            found[section.__name__] = {"problem": f"{type(error).__name__}: {first_line(error)}"}
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from fastjem.arguments import Parser
 from fastjem.errors import nearest
-from fastjem.methods import METHODS, Defaults, Method, Views, needs_patches, options_of
+from fastjem.methods import METHODS, Defaults, Method, Views, combinations, needs_patches, options_of
 from fastjem.printing import is_terminal, say
 
 COLUMNS = ("method", "family", "what prevents the trivial solution", "needs", "paper")
@@ -78,12 +78,25 @@ def described(name: str) -> Iterator[str]:
         yield f"encoder        {said}, in runs of 10,000 steps and more"
     yield "options        --options NAME=VALUE ..."
     yield from (f"  {option} = {default}" for option, default in options_of(method).items())
+    yield from _combined(name)
     yield "presets        --preset NAME, in place of imagenet" if method.presets else "presets        imagenet alone"
     for preset, values in method.presets.items():
         changed = [*values.options.items(), *values.views.items()]
         optimiser = [_optimiser(values.defaults)] if values.defaults else []
         yield f"  {preset}: {', '.join([*optimiser, *(f'{key}={value}' for key, value in changed)])} ({values.source})"
     yield f"page           docs/methods/{name}.md"
+
+
+def _combined(name: str) -> Iterator[str]:
+    """Which of a run's options go with a method, and why not the others."""
+    method = METHODS[name]
+    reasons = {option: combinations.why_not(method, option) for option in combinations.OPTIONS}
+    if not method.momentum:  # there is none to take away
+        del reasons["no_momentum_encoder"]
+    flags = {option: f"--{option.replace('_', '-')}" for option in reasons}
+    can = [flags[option] for option, reason in reasons.items() if not reason]
+    yield f"combined with  {', '.join([*can, '--momentum-encoder'])}"
+    yield from (f"  not with {flags[option]}: {name} {reason}" for option, reason in reasons.items() if reason)
 
 
 def _views(views: Views) -> str:

@@ -13,11 +13,12 @@ from fastjem import fields
 from fastjem.checkpoints import write_atomically
 from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
-from fastjem.data.masking import MASKINGS
+from fastjem.data.masking import MASKINGS, MASKINGS_OF_RUNS, masks_of_run
 from fastjem.data.source import Levelled, are_pairs, decode_all, open_sources
-from fastjem.data.views import RECIPES, MaskSpec, Value, Views
+from fastjem.data.stages import Sizes
+from fastjem.data.views import RECIPES, MaskSpec, Value, Views, ViewSpec
 from fastjem.errors import UserError, nearest
-from fastjem.methods import METHODS, views_of
+from fastjem.methods import METHODS, combinations, views_of
 from fastjem.printing import printable, say
 from fastjem.reading import why_not
 from fastjem.report.run import spread
@@ -40,18 +41,26 @@ class ViewsOptions:
     preset: str = field(default="imagenet", metadata={"help": "of the method: imagenet | cifar"})
     recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
     view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
-    image_size: int = 224
+    image_size: int | str = field(
+        default=224,
+        metadata={"help": "of the large views; of several, as in 112:75%,224, the last", "metavar": "PIXELS"},
+    )
     channels: int = field(default=3, metadata={"help": "of the images; more than three are shown by the first three"})
     value_range: str = field(
         default="auto",
         metadata={"help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set"},
     )
     images: int = 6
+    large_views: int | None = field(default=None, metadata={"help": "whole ones of an image; none: the method's"})
     small_views: int | None = field(default=None, metadata={"help": "multi-crop's; none at 64 pixels and less"})
     blur: bool | None = field(default=None, metadata={"help": "as the recipe says; off at 64 pixels and less"})
     mask: str | None = field(
-        default=None, metadata={"help": f"a last view through such a mask: {', '.join(MASKINGS)}; none: the method's"}
+        default=None,
+        metadata={
+            "help": f"a last view through a mask: a run's --mask 0.75, or {', '.join(MASKINGS)}; none: the method's"
+        },
     )
+    masking: str | None = field(default=None, metadata={"help": f"of --mask 0.75: {' | '.join(MASKINGS_OF_RUNS)}"})
     patch_size: int = field(default=16, metadata={"help": "pixels, of a mask"})
     seed: int = field(default=0, metadata={"help": "the run's"})
     epoch: int = field(default=0, metadata={"help": "the run's"})
@@ -103,16 +112,16 @@ def shorten(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTyp
 def draw_views(options: ViewsOptions) -> Path:
     """A picture of what a method sees: rows are images of the folder, columns the views it trains on; its path.
 
-    With a mask there is a last column. The share of the patches that it hides is the method's, or 75 %; "block" has
-    DINOv2's (10 to 50 %), "multi_block" I-JEPA's, whose targets are framed.
+    With a mask there is a last column. The share of the patches that it hides is what `mask` says, or the method's, or
+    75 %; "block" has DINOv2's (10 to 50 %), "multi_block" I-JEPA's, whose targets are framed.
 
     Raises:
         UserError: for what can't be drawn, with the reason.
     """
     _check(options)
     out = Path(options.out)
-    size = options.image_size
-    views = views_of(options.method, size, options.small_views, options.recipe, options.preset)
+    size = Sizes.of(options.image_size).last
+    views = views_of(options.method, size, options.small_views, options.recipe, options.preset, options.large_views)
     mask = _mask(options, views)
     if options.data is None:
         say(f"fastjem: no data is named: these are images of the embedded data set ({shapes.folder() / 'train'})")
@@ -152,27 +161,52 @@ def _mask(options: ViewsOptions, views: Views) -> MaskSpec | None:
         masking = views.masking if views.mask else ""
     if not masking:
         return None
-    size = options.image_size
+    size = Sizes.of(options.image_size).last
     patch = options.patch_size
     if size % patch or size < 2 * patch:
         what = "no multiple of" if size % patch else "less than two of"
         raise UserError(f"--image-size {size} is {what} --patch-size {patch}")
     grid = (size // patch, size // patch)
+    if (share := _share(masking)) is not None:
+        return masks_of_run([ViewSpec(size=size)], patch, share, options.masking or "random")[0]
     if masking == views.masking and views.mask:
         return MaskSpec(0, grid, views.mask, masking, least=views.least_mask)
     low, high = (0.1, 0.5) if masking == "block" else (0.0, 0.75)
     return MaskSpec(0, grid, high, masking, least=low)
 
 
+def _share(mask: str | None) -> float | None:
+    """A mask that is a share of the patches, as a run's; None for one that is the name of a way to draw it."""
+    try:
+        return None if mask is None else float(mask)
+    except ValueError:
+        return None
+
+
 def _check(options: ViewsOptions) -> None:
     fields.conform(options, "views: {}".format)
     if options.method not in METHODS:
         raise nearest("method", options.method, METHODS)
-    if options.mask is not None and options.mask not in MASKINGS:
+    share = _share(options.mask)
+    if share is not None and not 0 < share < 1:
+        raise UserError(f"--mask must be a share of the patches between 0 and 1, got {options.mask}")
+    if options.mask is not None and share is None and options.mask not in MASKINGS:
         raise nearest("mask", options.mask, MASKINGS)
+    if options.masking is not None and share is None:
+        raise UserError(f"--masking {options.masking} is for a share of the patches: --mask 0.75")
+    if options.masking is not None and options.masking not in MASKINGS_OF_RUNS:
+        raise nearest("masking", options.masking, MASKINGS_OF_RUNS)
+    asked = {"large_views": options.large_views is not None, "small_views": bool(options.small_views)}
+    asked["mask"] = share is not None
+    for option, is_asked in asked.items():
+        if is_asked and (reason := combinations.why_not(METHODS[options.method], option)):
+            raise UserError(f"--{option.replace('_', '-')}: {options.method} {reason}")
     parsed_range(options.value_range)
+    if options.large_views is not None and options.large_views < 2:
+        raise UserError(f"--large-views must be at least 2, got {options.large_views}")
+    smallest = Sizes.of(options.image_size).pixels[0]
     for name, least in (("images", 1), ("channels", 1), ("image_size", 8), ("patch_size", 1)):
-        value = getattr(options, name)
+        value = smallest if name == "image_size" else getattr(options, name)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if Path(options.out).suffix.lower() not in FORMATS:

@@ -5,6 +5,7 @@ How many patches are hidden follows the run and its step, so that a batch's tens
 behind any resume. The samplers themselves are in `fastjem.data.masks`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +15,14 @@ from torch import Tensor
 from fastjem.data import masks
 from fastjem.data.masks import SAMPLERS, Grid, Keyed
 from fastjem.data.philox import NO_VIEW, philox
-from fastjem.data.views import MaskSpec, Views
+from fastjem.data.views import MaskSpec, Views, ViewSpec
 from fastjem.errors import UserError, nearest
 
 MASKINGS = (*SAMPLERS, "block", "multi_block")
+# `--masking` of any method, whose encoder is given the visible patches alone. As these are as many in each image of a
+# batch, blocks are those that hide as many.
+MASKINGS_OF_RUNS = {"random": "random", "block": "even_block", "inverse_block": "inverse_block"}
+MOST_SIDE = 1024  # patches on a side of an image, above any
 TARGETS = 4  # blocks of an image that I-JEPA predicts
 
 
@@ -39,6 +44,7 @@ def mask_specs(views: Views, image_size: int, patch: int) -> list[MaskSpec]:
         return []
     check_masking(views)
     side = image_size // patch
+    check_grid(views, side, patch)
     masked = range(views.large) if views.masked_views is None else views.masked_views
     return [
         MaskSpec(
@@ -48,11 +54,52 @@ def mask_specs(views: Views, image_size: int, patch: int) -> list[MaskSpec]:
     ]  # fmt: skip
 
 
+def masks_of_run(specs: Sequence[ViewSpec], patch: int, share: float, masking: str) -> list[MaskSpec]:
+    """A mask on every view, large and small, each over its own grid of patches: `--mask SHARE --masking NAME`.
+
+    Raises:
+        UserError: where a view would keep no patch.
+    """
+    found = []
+    for view, spec in enumerate(specs):
+        side = spec.size // patch
+        hidden = masks.hidden_patches((side, side), share)
+        if hidden >= side * side:
+            raise UserError(
+                f"--mask {share:g} leaves none of the {side * side} patches of a view of {spec.size} pixels"
+            )
+        found.append(MaskSpec(view, (side, side), share, MASKINGS_OF_RUNS[masking], drops=True))
+    return found
+
+
 def check_masking(views: Views) -> None:
     if views.masking not in MASKINGS:
         raise nearest("masking", views.masking, MASKINGS)
     if views.drops and views.masking == "block":
         raise UserError("block masks hide another number of patches in each image: they can only be replaced")
+
+
+def check_grid(views: Views, side: int, patch: int) -> None:
+    """UserError where side x side patches are too few for masks that hide some and leave others."""
+    if hides_some(views, side):
+        return
+    enough = next((more for more in range(side, MOST_SIDE) if hides_some(views, more)), None)
+    if enough is None:
+        raise UserError(f"a mask of {views.mask:g} hides no patch, or leaves none")
+    raise UserError(
+        f"--image-size {side * patch} is {side} x {side} patches of {patch} pixels, and {views.masking} masks need "
+        f"{enough} x {enough}: --image-size {enough * patch}, or smaller patches (--patch-size)"
+    )
+
+
+def hides_some(views: Views, side: int) -> bool:
+    """Whether masks of side x side patches hide some of them and leave others."""
+    patches = side * side
+    if views.masking == "multi_block":
+        return patches * masks.TARGET_SCALE[0] >= 1  # no block of I-JEPA's is smaller than that
+    if views.masking == "block":
+        return patches > 1
+    return 0 < masks.hidden_patches((side, side), views.mask) < patches
 
 
 def drawn_masks(spec: MaskSpec, seed: int, epoch: int, samples: Tensor, step: int = 0) -> Masks:

@@ -20,6 +20,7 @@ Device = torch.device | str | None
 Grid = tuple[int, int]
 STEPS = 48  # candidates of a block mask: the slowest of 40,000 images, 14 x 14 to 37 x 37 patches, needed 37
 RECTANGLES = 32  # of an even block mask
+TARGET_SCALE = (0.15, 0.2)  # the share of an image's patches that a target of I-JEPA's has
 PLACES = 20  # that I-JEPA's context tries before one target more is allowed in it
 
 
@@ -282,7 +283,7 @@ def multi_block_mask(
     grid: Grid,
     *,
     targets: int = 4,
-    target_scale: tuple[float, float] = (0.15, 0.2),
+    target_scale: tuple[float, float] = TARGET_SCALE,
     target_aspect: tuple[float, float] = (0.75, 1.5),
     context_scale: tuple[float, float] = (0.85, 1.0),
     keep: int = 10,

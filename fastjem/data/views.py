@@ -18,6 +18,7 @@ from fastjem.errors import UserError, nearest
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet; 1 is white
 STD = (0.229, 0.224, 0.225)
 OTHER_MEAN, OTHER_STD = 0.5, 0.25  # of every channel where they aren't red, green and blue: nobody's statistics
+SMALL_SCALE = (0.05, 0.14)  # the area of a small view where a recipe has none: SwAV's
 LARGEST_WITHOUT_BLUR = 64  # at 64 pixels and less a blur removes what is left to see; CIFAR recipes leave it out
 
 Value = bool | int | float | str | Sequence
@@ -68,7 +69,9 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`large[i]` is the i-th full-size view (the last one repeats); `small` is multi-crop's, where there is one."""
+    """`large[i]` is the i-th full-size view (the last one repeats); `small` is multi-crop's, where there is one. Of a
+    recipe without, small views are as the last large one, of an area in `SMALL_SCALE`.
+    """
 
     large: tuple[ViewSpec, ...]
     small: ViewSpec | None = None
@@ -128,7 +131,9 @@ RECIPES: dict[str, Recipe] = {
         (
             ViewSpec(scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1)),
             ViewSpec(scale=(0.2, 1.0), jitter_probability=0.0, grayscale=0.0, blur=0.0),
-        )
+        ),
+        # Small views are queries, so they are changed as the student's view is.
+        ViewSpec(scale=SMALL_SCALE, jitter=(0.4, 0.4, 0.4, 0.1)),
     ),
     # Ermolov et al. 2021, README's flags for ImageNet-100, and cfg.py's defaults, which are for CIFAR
     "wmse": Recipe((replace(_SIMCLR, blur=0.0),)),
@@ -196,7 +201,8 @@ class Views:
         specs = [replace(recipe.large[min(i, len(recipe.large) - 1)], size=image_size) for i in range(self.large)]
         if self.small:
             size = max(round(image_size * 96 / 224 / patch), 1) * patch
-            specs += [replace(recipe.small or recipe.large[-1], size=size)] * self.small
+            small = recipe.small or replace(recipe.large[-1], scale=SMALL_SCALE)
+            specs += [replace(small, size=size)] * self.small
         elif wrong := [key for key in changes or {} if key.startswith("small.")]:
             raise UserError(f"--view {wrong[0]}: there are no small views here (none at 64 pixels and less)")
         specs = [spec.with_channels(channels) for spec in specs]

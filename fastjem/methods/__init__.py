@@ -94,6 +94,7 @@ def views_of(
     small_views: int | None = None,
     recipe: str | None = None,
     preset: str = "imagenet",
+    large_views: int | None = None,
 ) -> Views:
     """What a method sees, with the preset's and then with what isn't None in place of its own.
 
@@ -106,6 +107,7 @@ def views_of(
         small_views = 0
     return replace(
         views,
+        large=views.large if large_views is None else large_views,
         small=views.small if small_views is None else small_views,
         recipe=views.recipe if recipe is None else recipe,
     )

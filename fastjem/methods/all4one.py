@@ -14,6 +14,7 @@ from fastjem.data.views import Views
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_A_QUEUE
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
 
@@ -30,6 +31,12 @@ class All4One(Method):
         "contrastive, decorrelation", "the other images of the batch push away", "Estepa et al. 2023, arXiv 2303.09417"
     )
     views = Views(large=2, recipe="byol")
+    refuses = {
+        **OF_A_QUEUE,
+        "large_views": "has three losses of exactly two views",
+        "small_views": "has three losses of exactly two views",
+    }
+    projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "larc",
@@ -60,9 +67,11 @@ class All4One(Method):
         super().__init__(width, run)
         ranges.positive("all4one", temperature=temperature, centroid_temperature=centroid_temperature)
         ranges.shares("all4one", dropout=dropout)
+        widths = self.projector_widths(hidden, hidden, dim)
+        dim = widths[-1]
         if dim % heads:
             raise ValueError(f"all4one: dim must be a multiple of its {heads} heads, got {dim}")
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm, last_norm=True)
+        self.projector = MLP(width, *widths, norm=norm, last_norm=True)
         self.predictor = MLP(dim, predictor_hidden, dim, norm=norm)
         self.centroid_predictor = MLP(dim, predictor_hidden, dim, norm=norm)
         layer = nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout, batch_first=True)

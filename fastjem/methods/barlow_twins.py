@@ -17,6 +17,8 @@ class BarlowTwins(Method):
 
     about = About("decorrelation", "cross-correlation near the identity", "Zbontar et al. 2021, arXiv 2103.03230")
     views = Views(large=2, recipe="barlow")
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden",)
     defaults = Defaults(
         "lars",
         0.57,
@@ -46,7 +48,7 @@ class BarlowTwins(Method):
         super().__init__(width, run)
         ranges.not_negative("barlow_twins", lambda_param=lambda_param, scale=scale)
         hidden = hidden or 4 * width  # the paper's 8192 for ResNet-50's 2048
-        self.projector = MLP(width, hidden, hidden, hidden, norm=norm, last_bias=False)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, hidden), norm=norm, last_bias=False)
         self.lambda_param = lambda_param
         self.scale = scale
 
@@ -54,4 +56,4 @@ class BarlowTwins(Method):
         def barlow_twins(z0: Tensor, z1: Tensor) -> Tensor:
             return F.barlow_twins(z0, z1, lambda_param=self.lambda_param, group=self.run.group)
 
-        return self.scale * symmetric(barlow_twins, student, teacher, batch.views)
+        return self.scale * symmetric(barlow_twins, student, teacher, batch.views, self.views.large)

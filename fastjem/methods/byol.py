@@ -8,6 +8,7 @@ from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.symmetric import mean_over_pairs, of_large
 from fastjem.nn.parts import MLP
 
 
@@ -20,6 +21,8 @@ class BYOL(Method):
         "Grill et al. 2020, arXiv 2006.07733",
     )
     views = Views(large=2, recipe="byol")
+    combines = frozenset({"large_views", "small_views", "no_momentum_encoder"})
+    projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "lars",
@@ -44,12 +47,22 @@ class BYOL(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
-        self.projector = MLP(width, hidden, dim, norm=norm)
-        self.predictor = MLP(dim, hidden, dim, norm=norm)
+        widths = self.projector_widths(hidden, dim)
+        self.projector = MLP(width, *widths, norm=norm)
+        self.predictor = MLP(widths[-1], hidden, widths[-1], norm=norm)
+        if run.momentum_encoder is False:
+            # As SimSiam's: without a momentum encoder the predictor must keep up (table 21: by a higher rate).
+            self.constant_rate = ("predictor",)
+            self.asymmetric = True
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        p0, p1 = student.predictor(student.project(batch.views)).chunk(2)
+        views = batch.views
+        large = self.views.large
+        z = student.project(views)
+        predictions = student.predictor(z).chunk(len(views))
         with torch.no_grad():
-            z0, z1 = teacher.project(batch.views).chunk(2)
-        # 2 - 2 cos, both ways
-        return 4 + 2 * (F.negative_cosine(p0, z1) + F.negative_cosine(p1, z0))
+            targets = (
+                teacher.project(views[:large]).chunk(large) if teacher.momentum else of_large(z.detach(), views, large)
+            )
+        # Of two views 2 - 2 cos both ways, which are added up
+        return 4 + 4 * mean_over_pairs(F.negative_cosine, predictions, targets)

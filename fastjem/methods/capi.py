@@ -13,6 +13,7 @@ from fastjem.functional.held import scores_fit
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_EACH_VIEW, OF_OWN_TARGETS
 from fastjem.methods.transformer import TokenPredictor, grid_of
 from fastjem.nn.capi import CAPILoss, PlaceCodes
 from fastjem.nn.parts import Prototypes
@@ -30,6 +31,11 @@ class CAPI(Method):
         "masked prediction, clustering", "Sinkhorn's clusters are used equally", "Darcet et al. 2025, arXiv 2502.08769"
     )
     views = Views(large=1, recipe="capi", mask=0.65, masking="inverse_rectangle", drops=True)
+    refuses = {
+        **OF_OWN_TARGETS,
+        **OF_EACH_VIEW,
+        "projector": "has a predictor in the projector's place: --options predictor_width, predictor_depth",
+    }
     momentum = ("encoder",)
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
     defaults = Defaults(
@@ -62,7 +68,7 @@ class CAPI(Method):
         ranges.positive("capi", temperature=temperature, teacher_temperature=teacher_temperature)
         if not 0 < mask < 1 or not 0 < predicted <= 1:
             raise ValueError(f"capi: mask and predicted must be shares above 0, got {mask} and {predicted}")
-        self.views = replace(type(self).views, mask=mask)
+        self.views = replace(self.views, mask=mask)
         inner = predictor_width or width
         self.predictor = TokenPredictor(
             width,
@@ -95,7 +101,7 @@ class CAPI(Method):
             whole = normalize(whole, dim=2)
         clustering, codes, scores = self._clustering(student.clustering, whole)
         wanted = self._wanted(mask.hidden)  # [B, Q]
-        predicted = student.predictor(tokens, mask.visible, wanted)
+        predicted = student.predictor(tokens, mask.visible, wanted, mask.hidden.shape[1:])
         student.note(projection=predicted.detach()[:, 0])
         features = normalize(predicted, dim=2)
         prototypes = student.head.unit_weight(step)

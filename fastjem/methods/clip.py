@@ -13,6 +13,7 @@ from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.pairs import PairHeads, embeddings_of_pairs
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_TWO_SOURCES
 
 
 class CLIP(Method):
@@ -27,6 +28,7 @@ class CLIP(Method):
         "contrastive pairs", "the other pairs of the batch push away", "Radford et al. 2021, arXiv 2103.00020"
     )
     views = Views(large=2, recipe="pairs", sources=2)
+    refuses = OF_TWO_SOURCES
     defaults = Defaults(
         "adamw",
         5e-4 / math.sqrt(128),

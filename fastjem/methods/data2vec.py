@@ -13,6 +13,7 @@ from fastjem.errors import nearest
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_EACH_VIEW, OF_OWN_TARGETS
 
 
 class Data2Vec(Method):
@@ -28,6 +29,11 @@ class Data2Vec(Method):
         "Baevski et al. 2022, arXiv 2202.03555, for images",
     )
     views = Views(large=1, recipe="data2vec", mask=0.75)
+    refuses = {
+        **OF_OWN_TARGETS,
+        **OF_EACH_VIEW,
+        "projector": "predicts the encoder's own features, of its width, by one layer",
+    }
     momentum = ("encoder",)
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
     mask_token = True
@@ -60,7 +66,7 @@ class Data2Vec(Method):
             raise ValueError(f"data2vec: mask must be a share between 0 and 1, got {mask}")
         if masking not in SAMPLERS:
             raise nearest("masking", masking, SAMPLERS)
-        self.views = replace(type(self).views, mask=mask, masking=masking)
+        self.views = replace(self.views, mask=mask, masking=masking)
         self.projector = nn.Linear(width, width)
         self.layers = layers
         self.beta = beta

@@ -33,6 +33,8 @@ class DeepCluster(Method):
 
     about = About("clustering", "clusters are made anew each epoch", "Caron et al. 2020, arXiv 2006.09882")
     views = Views(large=2, small=4, recipe="deepcluster")
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "lars", 1.2, 1e-6, small=("adamw", 1e-3), source="deepclusterv2_400ep: LARS, 4.8 at batch 4096, wd 1e-6"
     )
@@ -59,7 +61,9 @@ class DeepCluster(Method):
     ):
         super().__init__(width, run)
         ranges.positive("deepcluster", temperature=temperature)
-        self.projector = MLP(width, hidden, dim, norm=norm)
+        widths = self.projector_widths(hidden, dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm)
         count = at_most(prototypes, run.images, each=16)
         images = max(run.images, 1)
         held = run.images_per_step // run.ranks or images
@@ -93,7 +97,8 @@ class DeepCluster(Method):
     def epoch_begins(self, epoch: int) -> None:
         """Cluster the memory: each head that of another large view, as the official code takes them in turn.
 
-        Images that no epoch has come to (those that a last batch would have been too small for) have no cluster.
+        Images that no epoch has come to (those that a last batch would have been too small for) have no cluster. Where
+        fewer have been seen than there are clusters, heads stay as they are.
         """
         if epoch == 0:
             return
@@ -104,6 +109,8 @@ class DeepCluster(Method):
             rows = memory.rows[:-1] if len(seen) == memory.images else memory.rows[seen]
             generator = torch.Generator(rows.device).manual_seed(self.run.seed * 1_000_003 + epoch * 101 + head)
             clusters = len(self.centroids[head])
+            if len(rows) < clusters:
+                continue
             shards = [len(part) for part in torch.arange(len(rows)).tensor_split(self.run.ranks)]
             own = rows if group is None else rows.tensor_split(self.run.ranks)[group.rank()]
             found = F.kmeans(own, clusters, iterations=self.iterations, generator=generator, group=group)

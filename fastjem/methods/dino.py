@@ -27,6 +27,11 @@ class DINO(Method):
         "Caron et al. 2021, arXiv 2104.14294; Sinkhorn centring as in DINOv2, arXiv 2304.07193",
     )
     views = Views(large=2, small=8, recipe="dino")
+    refuses = {
+        "no_momentum_encoder": "collapses without its momentum encoder, unless --options centring=sinkhorn (table 7)",
+    }
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "bottleneck")
     momentum = ("encoder", "projector", "prototypes")
     defaults = Defaults(
         "adamw",
@@ -74,13 +79,16 @@ class DINO(Method):
         ranges.not_negative("dino", warmup_epochs=warmup_epochs, frozen_epochs=frozen_epochs)
         ranges.shares("dino", centre_momentum=centre_momentum)
         check_centring("dino", centring)
+        if centring == "sinkhorn":  # table 7, row 9
+            self.combines = self.combines | {"no_momentum_encoder"}
         if norm == "auto":
             norm = "batch" if run.batch_norm else "none"
-        self.projector = MLP(width, hidden, hidden, bottleneck, norm=norm, activation=nn.GELU)
+        widths = self.projector_widths(hidden, hidden, bottleneck)
+        self.projector = MLP(width, *widths, norm=norm, activation=nn.GELU)
         init_as_vision_transformer(self.projector)
         prototypes = at_most(prototypes, run.images, each=16)
         frozen = frozen_steps(frozen_epochs, run.steps_per_epoch, run.steps)
-        self.prototypes = Prototypes(bottleneck, prototypes, frozen)
+        self.prototypes = Prototypes(widths[-1], prototypes, frozen)
         self.centre = TeacherCentre(
             prototypes,
             centring=centring,
@@ -95,9 +103,12 @@ class DINO(Method):
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         views = batch.views
-        x = normalize(student.project(views), dim=1).chunk(len(views))
+        large = self.views.large
+        z = student.project(views)
+        x = normalize(z, dim=1).chunk(len(views))
         with torch.no_grad():
-            y = self.centre.sharpened(teacher.project(views[:2]), step).chunk(2)
+            whole = teacher.project(views[:large]) if teacher.momentum else z[: large * len(batch.index)]
+            y = self.centre.sharpened(whole, step).chunk(large)
             prototypes = teacher.prototypes.unit_weight(step)
             bias = self.centre.bias(y, prototypes, step, self.run.group)
         loss, mean = cross_entropy_of_features(
@@ -109,7 +120,7 @@ class DINO(Method):
             teacher_temperature=self.centre.temperature,
             teacher_bias=bias,
         )
-        self.centre.hold_scores(mean, 2 * len(y[0]), step)
+        self.centre.hold_scores(mean, large * len(y[0]), step)
         student.note(codes=Codes(y[0], prototypes, bias, self.centre.temperature))
         return loss
 

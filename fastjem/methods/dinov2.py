@@ -101,6 +101,6 @@ class DINOv2(IBOT):
     ) -> dict[str, Tensor]:
         losses = super().losses(student, teacher, batch, step, seen, small, whole)
         if self.koleo:
-            views = seen.pooled.chunk(2)  # two views of one image shall not be driven apart
+            views = seen.pooled.chunk(self.views.large)  # views of one image shall not be driven apart
             losses["koleo"] = self.koleo * torch.stack([F.koleo(view) for view in views]).sum()
         return losses

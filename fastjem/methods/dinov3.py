@@ -102,7 +102,7 @@ class DINOv3(DINOv2):
         if self.given is None:
             return losses
         assert seen.tokens is not None
-        anchor = self.given(torch.cat(batch.views[:2]), self.mean, self.std).tokens
+        anchor = self.given(torch.cat(batch.views[: self.views.large]), self.mean, self.std).tokens
         if anchor is None:
             raise ValueError("dinov3: the Gram teacher must be a vision transformer, as patches are compared")
         anchor = _as_many(anchor, seen.tokens.shape[1])

@@ -8,6 +8,7 @@ from fastjem.data.views import Views
 from fastjem.given import Given
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_EACH_VIEW
 from fastjem.nn.parts import MLP
 
 
@@ -24,6 +25,10 @@ class Distill(Method):
 
     about = About("distillation", "the targets are given", "of features: Romero et al. 2015, arXiv 1412.6550")
     views = Views(large=1, recipe="simclr")
+    refuses = {
+        **OF_EACH_VIEW,
+        "projector": "predicts given features, of their width: --options layers, hidden",
+    }
     defaults = Defaults("adamw", 5e-4, 0.05, clip=3.0, warmup_epochs=5, source="no paper's: AdamW, as ViTs take it")
 
     def __init__(

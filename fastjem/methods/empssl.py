@@ -21,6 +21,9 @@ class EMPSSL(Method):
 
     about = About("decorrelation", "the total coding rate is large", "Tong et al. 2023, arXiv 2304.03977")
     views = Views(large=20, recipe="empssl")
+    combines = frozenset({"large_views"})
+    refuses = {"small_views": "has small pieces of an image as its views already: --large-views says how many"}
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "larc",
         0.3 * 256 / 100,
@@ -44,7 +47,7 @@ class EMPSSL(Method):
         super().__init__(width, run)
         ranges.not_negative("empssl", invariance=invariance)
         ranges.positive("empssl", eps=eps)
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm)
         self.invariance = invariance
         self.eps = eps
 

@@ -18,6 +18,8 @@ class FroSSL(Method):
 
     about = About("decorrelation", "a small Frobenius norm of the covariance", "Skean et al. 2023, arXiv 2310.02903")
     views = Views(large=2, recipe="vicreg")
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "larc", 0.3, 1e-4, small=("adamw", 1e-3), source="OFSkean/FroSSL, imagenet: LARC, 0.3 at batch 256, wd 1e-4"
     )
@@ -41,7 +43,7 @@ class FroSSL(Method):
     ):
         super().__init__(width, run)
         ranges.not_negative("frossl", invariance=invariance)
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm)
         self.invariance = invariance
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
@@ -51,4 +53,4 @@ class FroSSL(Method):
         def of_all_ranks(z0: Tensor, z1: Tensor) -> Tensor:
             return of_global_batch(frossl, self.run.group, [z0.shape[0]] * self.run.ranks, z0, z1)
 
-        return symmetric(of_all_ranks, student, teacher, batch.views)
+        return symmetric(of_all_ranks, student, teacher, batch.views, self.views.large)

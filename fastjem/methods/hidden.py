@@ -10,8 +10,6 @@ import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.masking import MaskSpec, most_masked
 from fastjem.data.views import Views
-from fastjem.methods.protocol import RunFacts
-from fastjem.methods.transformer import grid_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class HiddenRows:
         return loss_of(weights) * (total / self.images)
 
 
-def hidden_rows(batch: Batch, views: Views, run: RunFacts, padded: bool | None = None) -> HiddenRows:
+def hidden_rows(batch: Batch, views: Views, padded: bool | None = None) -> HiddenRows:
     """The patches that the batch's masks hide in its large views.
 
     padded: whether there are as many rows whatever the mask; None: on a GPU.
@@ -68,7 +66,7 @@ def hidden_rows(batch: Batch, views: Views, run: RunFacts, padded: bool | None =
     count = None
     filled = bool(padded or (padded is None and not hidden.is_cpu))
     if filled:
-        grid = grid_of(run.image_size, run.patch)
+        grid = (hidden.shape[1], hidden.shape[2])
         spec = MaskSpec(0, grid, views.mask, views.masking, views.drops, views.least_mask, views.masked_images)
         count = most_masked(spec, hidden.shape[0])
     rows, weights = F.masked_rows(hidden, count)

@@ -32,6 +32,11 @@ class IBOT(Method):
         "self-distillation, masked prediction", "centred and sharpened teacher", "Zhou et al. 2022, arXiv 2111.07832"
     )
     views = Views(large=2, small=10, recipe="ibot", mask=0.5, least_mask=0.1, masking="block", masked_images=0.5)
+    refuses = {
+        "no_momentum_encoder": "predicts what its momentum encoder sees of hidden patches, and would be its own target",
+    }
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "bottleneck")
     momentum = ("encoder", "projector", "prototypes", "patch_projector", "patch_prototypes")
     mask_token = True
     defaults = Defaults(
@@ -85,7 +90,7 @@ class IBOT(Method):
         ranges.shares(name, centre_momentum=centre_momentum)
         check_centring(name, centring)
         ranges.block_masks(name, mask, least_mask, masked_images)
-        self.views = replace(type(self).views, mask=mask, least_mask=least_mask, masked_images=masked_images)
+        self.views = replace(self.views, mask=mask, least_mask=least_mask, masked_images=masked_images)
         frozen = frozen_steps(frozen_epochs, run.steps_per_epoch, run.steps)
         centre = {
             "centring": centring,
@@ -95,16 +100,17 @@ class IBOT(Method):
             "warmup_steps": round(warmup_epochs * run.steps_per_epoch),  # as DINO's, not hurried in a short run
         }
         count = at_most(prototypes, run.images, each=16)
-        self.projector = MLP(width, hidden, hidden, bottleneck, norm=norm, activation=nn.GELU)
-        self.prototypes = Prototypes(bottleneck, count, frozen)
+        widths = self.projector_widths(hidden, hidden, bottleneck)
+        self.projector = MLP(width, *widths, norm=norm, activation=nn.GELU)
+        self.prototypes = Prototypes(widths[-1], count, frozen)
         self.centre = TeacherCentre(count, **centre)
         self.shared = shared
         patch_count = count if shared else at_most(patch_prototypes, run.images, each=16)
         if shared:
             self.momentum = tuple(part for part in type(self).momentum if not part.startswith("patch_"))
         else:
-            self.patch_projector = MLP(width, hidden, hidden, bottleneck, norm=norm, activation=nn.GELU)
-            self.patch_prototypes = Prototypes(bottleneck, patch_count, frozen)
+            self.patch_projector = MLP(width, *widths, norm=norm, activation=nn.GELU)
+            self.patch_prototypes = Prototypes(widths[-1], patch_count, frozen)
             init_as_vision_transformer(self.patch_projector)
         init_as_vision_transformer(self.projector)
         self.patch_centre = TeacherCentre(patch_count, **centre)
@@ -112,9 +118,10 @@ class IBOT(Method):
         self.patch_weight = patch_weight
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> dict[str, Tensor]:
-        large = batch.views[:2]
+        large = batch.views[: self.views.large]
         seen = student.encode(large, batch.masks)
-        small = student.encode(batch.views[2:]).pooled if len(batch.views) > 2 else None
+        rest = batch.views[self.views.large :]
+        small = student.encode(rest).pooled if rest else None
         with torch.no_grad():
             whole = teacher.encode(large)
         return self.losses(student, teacher, batch, step, seen, small, whole)
@@ -138,7 +145,7 @@ class IBOT(Method):
         """
         assert seen.tokens is not None and whole.tokens is not None  # masks are for transformers, which have them
         images = len(batch.index)
-        hidden = hidden_rows(batch, self.views, self.run)
+        hidden = hidden_rows(batch, self.views)
         pooled = seen.pooled if small is None else torch.cat([seen.pooled, small])
         x, patches = self._projected(student, hidden, pooled, seen.tokens)
         with torch.no_grad():
@@ -157,7 +164,7 @@ class IBOT(Method):
     def _of_images(self, student: Branch, teacher: Branch, x: Sequence[Tensor], y: Tensor, step: Tensor) -> Tensor:
         """DINO's loss of features [B, D] a view."""
         with torch.no_grad():
-            targets = self.centre.sharpened(y, step).chunk(2)
+            targets = self.centre.sharpened(y, step).chunk(self.views.large)
             prototypes = teacher.prototypes.unit_weight(step)
             bias = self.centre.bias(targets, prototypes, step, self.run.group)
         loss, mean = cross_entropy_of_features(

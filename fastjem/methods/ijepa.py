@@ -8,6 +8,7 @@ from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_EACH_VIEW, OF_OWN_TARGETS
 from fastjem.methods.transformer import TokenPredictor, grid_of
 
 
@@ -18,6 +19,11 @@ class IJEPA(Method):
 
     about = About("masked prediction", "targets of a momentum encoder", "Assran et al. 2023, arXiv 2301.08243")
     views = Views(large=1, recipe="ijepa", mask=0.8, masking="multi_block", drops=True)
+    refuses = {
+        **OF_OWN_TARGETS,
+        **OF_EACH_VIEW,
+        "projector": "has a predictor in the projector's place: --options predictor_width, predictor_depth",
+    }
     momentum = ("encoder",)
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
     defaults = Defaults(
@@ -62,7 +68,8 @@ class IJEPA(Method):
         # Each block is predicted by itself from the same context.
         context = context.repeat_interleave(blocks, 0)
         visible = mask.visible.repeat_interleave(blocks, 0)
-        prediction = student.predictor(context, visible, mask.targets.flatten(0, 1))  # [B T, P, D]
+        grid = mask.hidden.shape[1:]
+        prediction = student.predictor(context, visible, mask.targets.flatten(0, 1), grid)  # [B T, P, D]
         at = mask.targets.view(images, -1, 1).expand(-1, -1, self.width)
         target = whole.gather(1, at).view(images * blocks, patches, self.width)
         student.note(projection=prediction.detach()[::blocks, 0])

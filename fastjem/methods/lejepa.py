@@ -20,6 +20,8 @@ class LeJEPA(Method):
         "decorrelation", "SIGReg: embeddings are normally distributed", "Balestriero and LeCun 2025, arXiv 2511.08544"
     )
     views = Views(large=2, small=6, recipe="lejepa")
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "adamw",
         5e-4,
@@ -54,7 +56,7 @@ class LeJEPA(Method):
         super().__init__(width, run)
         ranges.shares("lejepa", weight=weight)
         ranges.positive("lejepa", t_max=t_max)
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm)
         self.weight = weight
         self.slices = slices
         self.knots = knots

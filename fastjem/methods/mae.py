@@ -11,6 +11,7 @@ from fastjem.data.views import Views
 from fastjem.functional.precision import in_float32
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_EACH_VIEW
 from fastjem.methods.transformer import TokenPredictor, grid_of
 from fastjem.nn.tokens import patchify
 
@@ -24,6 +25,10 @@ class MAE(Method):
 
     about = About("masked prediction", "the targets are pixels", "He et al. 2022, arXiv 2111.06377")
     views = Views(large=1, recipe="mae", mask=0.75, masking="random", drops=True)
+    refuses = {
+        **OF_EACH_VIEW,
+        "projector": "has a decoder in the projector's place: --options decoder_width, decoder_depth",
+    }
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
     defaults = Defaults(
         "adamw",
@@ -52,7 +57,7 @@ class MAE(Method):
         super().__init__(width, run)
         if not 0 < mask < 1:
             raise ValueError(f"mae: mask must be a share between 0 and 1, got {mask}")
-        self.views = replace(type(self).views, mask=mask)
+        self.views = replace(self.views, mask=mask)
         self.decoder = TokenPredictor(
             width,
             grid_of(run.image_size, run.patch),
@@ -71,7 +76,7 @@ class MAE(Method):
         hidden = hidden_indices(mask.hidden, count)  # [B, M]
         tokens = student.encode([images], batch.masks).tokens
         assert tokens is not None  # masks are for transformers, which have them
-        prediction = in_float32(student.decoder(tokens, mask.visible, hidden))  # [B, M, p p C]
+        prediction = in_float32(student.decoder(tokens, mask.visible, hidden, mask.hidden.shape[1:]))  # [B, M, p p C]
         with torch.no_grad():
             patches = patchify(images, self.run.patch)
             target = in_float32(patches.gather(1, hidden[..., None].expand(-1, -1, patches.shape[2])))

@@ -25,6 +25,9 @@ class MMCR(Method):
 
     about = About("decorrelation", "the means of views fill all directions", "Yerxa et al. 2023, arXiv 2303.03307")
     views = Views(large=4, recipe="byol")
+    combines = frozenset({"large_views", "no_momentum_encoder"})
+    refuses = {"small_views": "compares the means over an image's views, of which a small one would be a part"}
+    projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "lars",
@@ -57,14 +60,16 @@ class MMCR(Method):
         super().__init__(width, run)
         ranges.not_negative("mmcr", local=local)
         hidden = hidden or 4 * width  # the paper's 8192 for ResNet-50's 2048
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm)
         self.local = local
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         count = len(batch.views)
         online = normalize(student.project(batch.views), dim=1).unflatten(0, (count, -1)).transpose(0, 1)
-        with torch.no_grad():
-            momentum = normalize(teacher.project(batch.views), dim=1).unflatten(0, (count, -1)).transpose(0, 1)
+        momentum = online
+        if teacher.momentum:
+            with torch.no_grad():
+                momentum = normalize(teacher.project(batch.views), dim=1).unflatten(0, (count, -1)).transpose(0, 1)
 
         def mmcr(online: Tensor, momentum: Tensor) -> Tensor:
             means = F.mmcr(online, momentum, lmda=0.0)

@@ -9,6 +9,8 @@ from fastjem.data.views import Views
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_A_QUEUE
+from fastjem.methods.symmetric import without_target
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
 
@@ -24,6 +26,9 @@ class MoCo(Method):
         "He et al. 2020, arXiv 1911.05722; Chen et al. 2020, arXiv 2003.04297",
     )
     views = Views(large=2, recipe="mocov2")
+    refuses = OF_A_QUEUE
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "sgd",
@@ -59,19 +64,21 @@ class MoCo(Method):
     ):
         super().__init__(width, run)
         ranges.positive("moco", temperature=temperature)
-        self.projector = MLP(width, hidden or width, dim, norm=norm)
+        widths = self.projector_widths(hidden or width, dim)
+        self.projector = MLP(width, *widths, norm=norm)
         length = at_most(queue, run.images, each=4)
-        self.queue = Queue(length, dim, held=run.images_per_step or length)
+        self.queue = Queue(length, widths[-1], held=run.images_per_step or length)
         self.temperature = temperature
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        query = student.project(batch.views[:1])
+        queries = without_target(batch.views)
+        query = student.project(queries)
         with torch.no_grad():
-            key = teacher.project(batch.views[1:])
+            key = teacher.project(batch.views[1:2])
             keys = unit_keys(key, self.run.group)
             negatives = self.queue.begin(keys)
             self.queue.hold(keys)
-        return F.info_nce(query, key, negatives, temperature=self.temperature)
+        return F.info_nce(query, key.repeat(len(queries), 1), negatives, temperature=self.temperature)
 
     def step_ends(self, step: Tensor) -> None:
         self.queue.step_ends()

@@ -11,6 +11,7 @@ from fastjem.data.views import Views
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.symmetric import mean_over_pairs, of_large
 from fastjem.nn.parts import MLP
 
 
@@ -25,6 +26,8 @@ class MoCoV3(Method):
 
     about = About("contrastive", "the other images of the batch push away", "Chen et al. 2021, arXiv 2104.02057")
     views = Views(large=2, recipe="mocov3")
+    combines = frozenset({"large_views", "small_views", "no_momentum_encoder"})
+    projector_options = ("hidden", "dim", "layers")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "lars",
@@ -64,18 +67,25 @@ class MoCoV3(Method):
     ):
         super().__init__(width, run)
         ranges.positive("mocov3", temperature=temperature)
-        inner = [hidden] * (layers - 1)
-        self.projector = MLP(width, *inner, dim, norm=norm, last_norm=True, last_affine=False)
+        widths = self.projector_widths(*[hidden] * (layers - 1), dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm, last_norm=True, last_affine=False)
         self.predictor = MLP(dim, hidden, dim, norm=norm, last_norm=predictor_norm, last_affine=False, bias=False)
         self.temperature = temperature
         self.frozen = ("patch_embed",) if frozen_patches else ()
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        q0, q1 = student.predictor(student.project(batch.views)).chunk(2)
+        views = batch.views
+        large = self.views.large
+        z = student.project(views)
+        queries = student.predictor(z).chunk(len(views))
         with torch.no_grad():
-            k0, k1 = normalize(teacher.project(batch.views), dim=1).chunk(2)
-        # The factor 2 temperature is the paper's, algorithm 1
-        return 2 * self.temperature * (self._contrast(q0, k1) + self._contrast(q1, k0))
+            keys = (
+                teacher.project(views[:large]).chunk(large) if teacher.momentum else of_large(z.detach(), views, large)
+            )
+            keys = [normalize(key, dim=1) for key in keys]
+        # The factor 2 temperature is the paper's, algorithm 1, of the sum of both directions
+        return 4 * self.temperature * mean_over_pairs(self._contrast, queries, keys)
 
     def _contrast(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The loss of this rank's queries against all ranks' keys."""

@@ -26,6 +26,11 @@ class MSN(Method):
         "self-distillation, masked", "sharp targets, all prototypes alike", "Assran et al. 2022, arXiv 2204.07141"
     )
     views = Views(large=2, small=10, recipe="msn", mask=0.15, masking="random", drops=True, masked_views=(1,))
+    refuses = {
+        "no_momentum_encoder": "isn't known to learn without its momentum encoder, which alone sees whole views",
+    }
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "adamw",
@@ -58,11 +63,12 @@ class MSN(Method):
         ranges.not_negative(type(self).__name__.lower(), regularization=regularization)
         if not 0 < mask < 1:
             raise ValueError(f"{type(self).__name__.lower()}: mask must be a share between 0 and 1, got {mask}")
-        self.views = replace(type(self).views, mask=mask)
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm, activation=nn.GELU)
+        self.views = replace(self.views, mask=mask, masked_views=tuple(range(1, self.views.large)))
+        widths = self.projector_widths(hidden, hidden, dim)
+        self.projector = MLP(width, *widths, norm=norm, activation=nn.GELU)
         init_as_vision_transformer(self.projector)
         count = at_most(prototypes, run.images, each=16)
-        self.prototypes = Prototypes(dim, count)
+        self.prototypes = Prototypes(widths[-1], count)
         self.sharpen = sharpen
         self.temperature = temperature
         self.criterion = self._criterion(temperature, iterations, regularization)
@@ -72,7 +78,8 @@ class MSN(Method):
         return MSNLoss(temperature, iterations, regularization, gather_distributed=over_ranks)
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        anchors = student.projector(student.encode(batch.views[1:], {0: batch.masks[1]}).pooled)
+        masks = {view - 1: mask for view, mask in batch.masks.items()}
+        anchors = student.projector(student.encode(batch.views[1:], masks).pooled)
         with torch.no_grad():
             targets = teacher.projector(teacher.encode(batch.views[:1]).pooled)
         prototypes = student.prototypes.unit_weight(step)

@@ -9,6 +9,7 @@ from fastjem.data.views import Views
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.symmetric import mean_over_pairs, of_large
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
 
@@ -17,6 +18,8 @@ class NNCLR(Method):
 
     about = About("contrastive", "the other images of the batch push away", "Dwibedi et al. 2021, arXiv 2104.14548")
     views = Views(large=2, recipe="simclr")
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "lars", 1.2, 1e-6, small=("adamw", 4e-3), source="section 4.1: LARS, 4.8 at batch 4096, wd 1e-6"
     )
@@ -42,21 +45,32 @@ class NNCLR(Method):
     ):
         super().__init__(width, run)
         ranges.positive("nnclr", temperature=temperature)
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm, last_norm=True)
+        widths = self.projector_widths(hidden, hidden, dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm, last_norm=True)
         self.predictor = MLP(dim, predictor_hidden, dim, norm=norm)
         length = at_most(queue, run.images, each=4)
         self.queue = Queue(length, dim, held=run.images_per_step or length)
         self.temperature = temperature
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        z = student.project(batch.views)
-        p0, p1 = student.predictor(z).chunk(2)
-        z0, z1 = (teacher.project(batch.views) if teacher.momentum else z).detach().chunk(2)
+        views = batch.views
+        large = self.views.large
+        z = student.project(views)
+        predictions = student.predictor(z).chunk(len(views))
         with torch.no_grad():
-            keys = unit_keys(z0, self.run.group)
+            sought = (
+                teacher.project(views[:large]).chunk(large) if teacher.momentum else of_large(z.detach(), views, large)
+            )
+            keys = unit_keys(sought[0], self.run.group)
             support = self.queue.begin(keys)
             self.queue.hold(keys)
-        return F.nnclr(z0, z1, p0, p1, support, temperature=self.temperature, group=self.run.group)
+            rows = support[F.nearest_neighbors(torch.cat(list(sought)), support)]
+
+        def contrast(prediction: Tensor, neighbour: Tensor) -> Tensor:
+            return F.nt_xent(neighbour, prediction, temperature=self.temperature, group=self.run.group)
+
+        return mean_over_pairs(contrast, predictions, rows.chunk(large))
 
     def step_ends(self, step: Tensor) -> None:
         self.queue.step_ends()

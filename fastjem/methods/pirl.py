@@ -26,6 +26,12 @@ class PIRL(Method):
         "contrastive", "a memory of other images pushes away", "Misra and van der Maaten 2020, arXiv 1912.01991"
     )
     views = Views(large=2, recipe="pirl")
+    refuses = {
+        "large_views": "compares a view and the pieces of another one with what it holds of the image",
+        "small_views": "compares a view and the pieces of another one with what it holds of the image",
+        "projector": "has three linear heads that belong together: --options dim",
+        "mask": "cuts a view into pieces, images of their own, of which a mask over the view says nothing",
+    }
     defaults = Defaults(
         "sgd",
         0.03,
@@ -50,11 +56,11 @@ class PIRL(Method):
         super().__init__(width, run)
         ranges.positive("pirl", temperature=temperature)
         ranges.shares("pirl", share=share, memory=memory)
-        piece = run.image_size // SIDE
-        if run.patch > 1 and piece % run.patch:
-            raise ValueError(
-                f"pirl: a third of the image's {run.image_size} pixels must be whole patches of {run.patch} pixels"
-            )
+        for size in run.image_sizes or (run.image_size,):
+            if run.patch > 1 and size // SIDE % run.patch:
+                raise ValueError(
+                    f"pirl: a third of the image's {size} pixels must be whole patches of {run.patch} pixels"
+                )
         self.projector = nn.Linear(width, dim)
         self.pieces = nn.Linear(width, dim)
         self.jigsaw = nn.Linear(SIDE * SIDE * dim, dim)

@@ -7,7 +7,7 @@ encoder as `Branch`es and a `Batch`; everything else (data, optimiser, ranks, ch
 
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -35,11 +35,15 @@ class RunFacts:
     accumulate: int = 1  # forward passes of one optimiser step
     ranks: int = 1
     seed: int = 0
-    image_size: int = 0  # of the large views, in pixels
+    image_size: int = 0  # of the large views, in pixels; where it grows on the way, in the end
+    image_sizes: tuple[int, ...] = ()  # where it grows on the way, of each stage; batches have their own size
     patch: int = 0  # of the encoder, in pixels; 1: it has none
     channels: int = 3
     prefix_tokens: int = 0  # of the encoder
     batch_norm: bool = False  # whether the encoder has any
+    large_views: int = 0  # that the user wants of an image; 0: as many as the method has by itself
+    projector: tuple[int, ...] = ()  # widths of its layers that the user wants; (): the method's own
+    momentum_encoder: bool | None = None  # that the user wants or doesn't; None: as the method has it
     group: "dist.ProcessGroup | None" = None  # of all ranks, for losses of the global batch
 
     @property
@@ -75,6 +79,9 @@ class Branch:
     Args:
         momentum: which of the two this is.
         notes: where `note` leaves figures; see `fastjem.health.figures` for those that it knows.
+        masked: views of the batch with the masks that the run has put on them, for a method that has none of its own:
+            `encode` gives the encoder the visible patches alone. Views are told by what they are, not by their place,
+            so any choice of them may be encoded, but no other tensors.
     """
 
     def __init__(
@@ -84,10 +91,12 @@ class Branch:
         *,
         momentum: bool = False,
         notes: dict[str, Any] | None = None,
+        masked: Sequence[tuple[Tensor, Masks]] = (),
     ):
-        self.encoder = encoder
+        self._encoder = encoder
         self.heads = heads
         self.momentum = momentum
+        self.masked = masked
         self.notes = {} if notes is None else notes
 
     def __getattr__(self, name: str) -> Any:
@@ -95,6 +104,17 @@ class Branch:
             return self.__dict__["heads"][name]
         except KeyError:
             raise AttributeError(f"the method has no head {name!r}") from None
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder itself, which knows nothing of the run's masks.
+
+        Raises:
+            ValueError: where the run has put masks on the views, which a call past `encode` would leave out.
+        """
+        if self.masked:
+            raise ValueError("Branch: with masks the encoder is called through encode or project alone")
+        return self._encoder
 
     def note(self, **figures: Any) -> None:
         """Leave figures for the log: `embedding` [B, D], `projection` [B, D], `codes`, or any 0-dim tensor by name."""
@@ -118,8 +138,17 @@ class Branch:
             layers, tokens: see `Encoder.forward`.
 
         Returns:
-            `Features`; `tokens` and `layers` only if all views have the same number of tokens.
+            `Features`; `tokens` and `layers` only if all views have the same number of tokens. Where the run has put
+            masks on the views, tokens are those of the visible patches.
+
+        Raises:
+            ValueError: where the run has put masks on the views, for any other tensor, for masks besides, and for
+                layers or the tokens of whole views.
         """
+        if self.masked:
+            if masks or layers or tokens:
+                raise ValueError("Branch.encode: the views have masks, so there are no others, layers or whole tokens")
+            masks = self._masks_of(views)
         masks = masks or {}
         groups: list[list[int]] = []
         for i, view in enumerate(views):
@@ -136,19 +165,34 @@ class Branch:
             self.notes.setdefault("embedding", features.pooled.detach()[: len(views[0])])
         return features
 
+    def _masks_of(self, views: Sequence[Tensor]) -> dict[int, Masks]:
+        """By place in `views`, the masks that the run has put on them."""
+        found: dict[int, Masks] = {}
+        for i, view in enumerate(views):
+            for known, mask in self.masked:
+                if known is view:
+                    found[i] = mask
+                    break
+            else:
+                raise ValueError(
+                    f"Branch.encode: the batch's views have masks, and number {i} of the {len(views)} that came is "
+                    "none of them"
+                )
+        return found
+
     def _encode_one_size(
         self, views: list[Tensor], masks: Sequence[Masks | None], layers: int, tokens: bool
     ) -> Features:
         images = _cat(views)
         found = [mask for mask in masks if mask is not None]
         if not found:
-            return self.encoder(images, layers=layers, tokens=tokens)
+            return self._encoder(images, layers=layers, tokens=tokens)
         visible = [mask.visible for mask in found if mask.visible is not None]
         if 0 < len(visible) < len(found):
             raise ValueError("Branch.encode: views of one size must all have visible patches in their masks, or none")
         if visible:
-            return self.encoder(images, visible=_cat(visible), layers=layers)
-        return self.encoder(images, hidden=_cat([mask.hidden for mask in found]), layers=layers)
+            return self._encoder(images, visible=_cat(visible), layers=layers)
+        return self._encoder(images, hidden=_cat([mask.hidden for mask in found]), layers=layers)
 
     def project(self, views: Sequence[Tensor]) -> Tensor:
         """V tensors [B, C, H, W] -> [V B, P] through encoder and projector."""
@@ -187,19 +231,28 @@ class Method(nn.Module):
     presets: ClassVar[Mapping[str, Preset]] = {}  # by name, beside "imagenet": its own values
     views: Views = Views(large=2)  # an instance may have its own: an option can change the masks
     momentum: tuple[str, ...] = ()  # what has a momentum copy: "encoder", and heads by name
-    constant_rate: ClassVar[tuple[str, ...]] = ()  # heads whose learning rate doesn't follow the schedule
+    constant_rate: tuple[str, ...] = ()  # heads whose learning rate doesn't follow the schedule
     pool: ClassVar[str | None] = None  # how a vision transformer's tokens become the embedding; None: its own way
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced, for which the encoder needs a token
     needs_labels: ClassVar[bool] = False  # of classes, as folders give them
     frozen: tuple[str, ...] = ()  # parts of the backbone that aren't trained, by name; one it doesn't have is none
     mean: tuple[float, ...] = MEAN  # how the run normalises the views' pixels, which it sets
     std: tuple[float, ...] = STD
-    asymmetric: ClassVar[bool] = False  # only asymmetry forbids collapse: fastjem.health.Alarm listens more closely
+    asymmetric: bool = False  # only asymmetry forbids collapse: fastjem.health.Alarm listens more closely
+    combines: frozenset[str] = frozenset()  # the options of a run that it is written for, of
+    refuses: ClassVar[Mapping[str, str]] = {}  # `fastjem.methods.combinations`; others it can't have, and why
+    projector_options: ClassVar[tuple[str, ...]] = ()  # of its own, in whose place `--projector` has widths
 
     def __init__(self, width: int, run: RunFacts = RunFacts()):
         super().__init__()
         self.width = width
         self.run = run
+        if run.large_views:
+            self.views = replace(self.views, large=run.large_views)
+
+    def projector_widths(self, *own: int) -> tuple[int, ...]:
+        """Widths of the projector's layers, the last one its output's: the user's, or else the method's own."""
+        return self.run.projector or own
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor | dict[str, Tensor]:
         """The loss of a batch, 0-dim; or terms by name, which are summed and logged one by one.

@@ -10,6 +10,8 @@ from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset, at_most
 from fastjem.methods.protocol import About, Branch, Codes, Method, RunFacts
 from fastjem.methods.prototypes import cross_entropy_of_features
+from fastjem.methods.reasons import OF_A_QUEUE
+from fastjem.methods.symmetric import without_target
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
 
@@ -22,6 +24,12 @@ class ReSSL(Method):
         "self-distillation", "sharp relations to a queue of earlier images", "Zheng et al. 2021, arXiv 2107.09282"
     )
     views = Views(large=2, recipe="ressl")
+    combines = frozenset({"small_views"})
+    projector_options = ("hidden", "dim")
+    refuses = {
+        **OF_A_QUEUE,
+        "large_views": "has one target an image, the view that is hardly changed; --small-views gives it more queries",
+    }
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "sgd",
@@ -57,16 +65,19 @@ class ReSSL(Method):
     ):
         super().__init__(width, run)
         ranges.positive("ressl", temperature=temperature, teacher_temperature=teacher_temperature)
-        self.projector = MLP(width, hidden, dim, norm=norm)
+        widths = self.projector_widths(hidden, dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm)
         length = at_most(queue, run.images, each=4)
         self.queue = Queue(length, dim, held=run.images_per_step or length)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        query = normalize(student.project(batch.views[:1]), dim=1)
+        queries = without_target(batch.views)
+        query = normalize(student.project(queries), dim=1)
         with torch.no_grad():
-            key = normalize(teacher.project(batch.views[1:]), dim=1)
+            key = normalize(teacher.project(batch.views[1:2]), dim=1)
             keys = unit_keys(key, self.run.group)
             earlier = self.queue.begin(keys).to(key.dtype)
             self.queue.hold(keys)
@@ -74,7 +85,7 @@ class ReSSL(Method):
         student.note(codes=Codes(key, earlier, no_bias, self.teacher_temperature))
         loss, _ = cross_entropy_of_features(
             [query],
-            [key],
+            [key.repeat(len(queries), 1)],
             earlier,
             earlier,
             student_temperature=self.temperature,

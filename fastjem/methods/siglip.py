@@ -13,6 +13,7 @@ from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.pairs import PairHeads, embeddings_of_pairs
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.reasons import OF_TWO_SOURCES
 
 
 class SigLIP(Method):
@@ -25,6 +26,7 @@ class SigLIP(Method):
         "contrastive pairs", "pairs that don't belong together push away", "Zhai et al. 2023, arXiv 2303.15343"
     )
     views = Views(large=2, recipe="pairs", sources=2)
+    refuses = OF_TWO_SOURCES
     defaults = Defaults(
         "adamw",
         1e-3 / math.sqrt(64),

@@ -8,15 +8,21 @@ from fastjem.data.views import Views
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
-from fastjem.methods.symmetric import symmetric
+from fastjem.methods.symmetric import against_queue, made_queue, symmetric
 from fastjem.nn.parts import MLP
 
 
 class SimCLR(Method):
-    """Each view must find the other view of its image among all views of the batch."""
+    """Each view must find the other view of its image among all views of the batch.
+
+    queue: with more than 0 the others are that many views of earlier batches in place of this one's, as with a memory
+        bank in lightly's `NTXentLoss`; at most one for 4 images of the data.
+    """
 
     about = About("contrastive", "the other images of the batch push away", "Chen et al. 2020, arXiv 2002.05709")
     views = Views(large=2, recipe="simclr")
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "lars",
         1.2,
@@ -41,15 +47,28 @@ class SimCLR(Method):
         hidden: int | None = None,
         dim: int = 128,
         temperature: float = 0.1,
+        queue: int = 0,
         norm: str = "batch",
     ):
         super().__init__(width, run)
         ranges.positive("simclr", temperature=temperature)
-        self.projector = MLP(width, hidden or width, dim, norm=norm, last_norm=True)
+        widths = self.projector_widths(hidden or width, dim)
+        self.projector = MLP(width, *widths, norm=norm, last_norm=True)
+        self.queue = made_queue(queue, widths[-1], run)
         self.temperature = temperature
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         def nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
             return F.nt_xent(z0, z1, temperature=self.temperature, group=self.run.group)
 
-        return symmetric(nt_xent, student, teacher, batch.views)
+        def info_nce(query: Tensor, key: Tensor, negatives: Tensor) -> Tensor:
+            return F.info_nce(query, key, negatives, temperature=self.temperature)
+
+        sides = (student, teacher, batch.views, self.views.large)
+        if self.queue is None:
+            return symmetric(nt_xent, *sides)
+        return against_queue(info_nce, self.queue, *sides, self.run.group)
+
+    def step_ends(self, step: Tensor) -> None:
+        if self.queue is not None:
+            self.queue.step_ends()

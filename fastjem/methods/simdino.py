@@ -25,6 +25,11 @@ class SimDINO(Method):
 
     about = About("self-distillation", "the features' coding rate is large", "Wu et al. 2025, arXiv 2502.10385")
     views = Views(large=2, small=10, recipe="dino")
+    refuses = {
+        "no_momentum_encoder": "isn't known to learn without its momentum encoder, whose features are its targets",
+    }
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "adamw",
@@ -56,7 +61,7 @@ class SimDINO(Method):
             raise ValueError(f"simdino: expansion must be student or mean, got {expansion!r}")
         if norm == "auto":
             norm = "batch" if run.batch_norm else "none"
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm, activation=nn.GELU)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm, activation=nn.GELU)
         init_as_vision_transformer(self.projector)
         self.eps = eps
         self.coefficient = coefficient
@@ -65,11 +70,11 @@ class SimDINO(Method):
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor | dict[str, Tensor]:
         x = student.project(batch.views)
         with torch.no_grad():
-            y = teacher.project(batch.views[:2])
+            y = teacher.project(batch.views[: self.views.large])
         return self._of_images(x, y, len(batch.index))
 
     def _of_images(self, x: Tensor, y: Tensor, images: int) -> Tensor:
-        """Of features [V B, D] and the teacher's [2 B, D]."""
+        """Of features [V B, D] and the teacher's [T B, D], of the large views."""
         return F.simdino(
             x.split(images),
             y.split(images),
@@ -128,16 +133,16 @@ class SimDINOv2(SimDINO):
         )
         ranges.block_masks("simdinov2", mask, least_mask, masked_images)
         ranges.not_negative("simdinov2", patch_weight=patch_weight)
-        self.views = replace(type(self).views, mask=mask, least_mask=least_mask, masked_images=masked_images)
+        self.views = replace(self.views, mask=mask, least_mask=least_mask, masked_images=masked_images)
         self.patch_weight = patch_weight
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> dict[str, Tensor]:
-        large = batch.views[:2]
+        large = batch.views[: self.views.large]
         seen = student.encode(large, batch.masks)
         pooled = seen.pooled
-        if len(batch.views) > 2:
-            pooled = torch.cat([pooled, student.encode(batch.views[2:]).pooled])
-        rows = hidden_rows(batch, self.views, self.run)
+        if rest := batch.views[self.views.large :]:
+            pooled = torch.cat([pooled, student.encode(rest).pooled])
+        rows = hidden_rows(batch, self.views)
         assert seen.tokens is not None  # masks are for transformers, which have them
         x, patches = rows.through(student.projector, pooled, seen.tokens)
         with torch.no_grad():

@@ -8,6 +8,7 @@ from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.symmetric import mean_over_pairs, of_large
 from fastjem.nn.parts import MLP
 
 
@@ -23,6 +24,8 @@ class SimSiam(Method):
         "Chen and He 2021, arXiv 2011.10566",
     )
     views = Views(large=2, recipe="mocov2")
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden", "dim")
     asymmetric = True
     constant_rate = ("predictor",)
     defaults = Defaults(
@@ -49,15 +52,19 @@ class SimSiam(Method):
         norm: str = "batch",
     ):
         super().__init__(width, run)
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm, last_norm=True, last_affine=False)
-        self.predictor = MLP(dim, bottleneck, dim, norm=norm)
+        widths = self.projector_widths(hidden, hidden, dim)
+        self.projector = MLP(width, *widths, norm=norm, last_norm=True, last_affine=False)
+        self.predictor = MLP(widths[-1], bottleneck, widths[-1], norm=norm)
         self.stop_gradient = stop_gradient
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        z = student.project(batch.views)
-        p0, p1 = student.predictor(z).chunk(2)
+        views = batch.views
+        large = self.views.large
+        z = student.project(views)
+        predictions = student.predictor(z).chunk(len(views))
         if teacher.momentum:
             with torch.no_grad():
-                z = teacher.project(batch.views)
-        z0, z1 = (z.detach() if self.stop_gradient else z).chunk(2)
-        return (F.negative_cosine(p0, z1) + F.negative_cosine(p1, z0)) / 2
+                targets = teacher.project(views[:large]).chunk(large)
+        else:
+            targets = of_large(z.detach() if self.stop_gradient else z, views, large)
+        return mean_over_pairs(F.negative_cosine, predictions, targets)

@@ -13,6 +13,7 @@ from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.prototypes import cross_entropy_of_labels
+from fastjem.methods.symmetric import without_target
 from fastjem.nn.parts import MLP, Queue, unit_keys
 
 
@@ -29,6 +30,11 @@ class SMoG(Method):
 
     about = About("clustering", "groups are clustered anew each epoch", "Pang et al. 2022, arXiv 2207.06167")
     views = Views(large=2, recipe="byol")
+    refuses = {
+        "no_momentum_encoder": "isn't known to learn without its momentum encoder, whose features choose the groups",
+    }
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "lars",
@@ -55,7 +61,9 @@ class SMoG(Method):
         super().__init__(width, run)
         ranges.positive("smog", temperature=temperature)
         ranges.shares("smog", beta=beta)
-        self.projector = MLP(width, hidden, dim, norm=norm, last_norm=True, last_affine=False)
+        widths = self.projector_widths(hidden, dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm, last_norm=True, last_affine=False)
         self.predictor = MLP(dim, hidden, dim, norm=norm)
         count = at_most(groups, run.images, each=16)
         length = max(at_most(queue, run.images, each=1), count)
@@ -67,10 +75,12 @@ class SMoG(Method):
         self.temperature = temperature
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        z = student.project(batch.views[:1])
-        prediction = normalize(student.predictor(z), dim=1)
+        queries = without_target(batch.views)
+        rows = student.project(queries)
+        prediction = normalize(student.predictor(rows), dim=1)
+        z = rows[: len(batch.index)]  # groups are made of the first view's
         with torch.no_grad():
-            target = normalize(teacher.project(batch.views[1:]), dim=1)
+            target = normalize(teacher.project(batch.views[1:2]), dim=1)
             _, assigned = F.nearest_rows(target, self.groups.to(target.dtype), k=1)
             self.queue.hold(unit_keys(z, self.run.group))
         # The loss reaches the features that groups are made of through the groups, too: they are synchronous.
@@ -78,7 +88,8 @@ class SMoG(Method):
         groups = self._moved(sums, counts)
         self.held += sums.detach()
         self.counts += counts
-        return cross_entropy_of_labels(prediction, groups, assigned[:, 0], self.temperature)
+        labels = assigned[:, 0].repeat(len(queries))
+        return cross_entropy_of_labels(prediction, groups, labels, self.temperature)
 
     def _assigned(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Over all ranks, of features [B, D] of unit length: the sum [K, D] and number [K] of each group's.

@@ -18,6 +18,9 @@ class SupCon(Method):
         "contrastive, supervised", "images of other classes push away", "Khosla et al. 2020, arXiv 2004.11362"
     )
     views = Views(large=2, recipe="mocov2")
+    combines = frozenset({"large_views"})
+    refuses = {"small_views": "takes every view as a target of the others, which a small one can't be"}
+    projector_options = ("hidden", "dim")
     needs_labels = True
     defaults = Defaults(
         "sgd",
@@ -47,7 +50,7 @@ class SupCon(Method):
     ):
         super().__init__(width, run)
         ranges.positive("supcon", temperature=temperature)
-        self.projector = MLP(width, hidden or width, dim, norm=norm)
+        self.projector = MLP(width, *self.projector_widths(hidden or width, dim), norm=norm)
         self.temperature = temperature
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from fastjem.nn.parts import MLP, Prototypes, Queue, unit_keys
 
 
 class SwAV(Method):
-    """Every view predicts the Sinkhorn codes of the two large views, never its own.
+    """Every view predicts the Sinkhorn codes of the large views, never its own.
 
     `queue` > 0 keeps that many projections of each large view, which take part in Sinkhorn only (the paper's 3840 for
     batches that are small beside the prototypes). `epsilon` None is the paper's 0.05, and 0.03 in a run of less than
@@ -26,6 +26,8 @@ class SwAV(Method):
 
     about = About("clustering", "Sinkhorn's codes use all prototypes equally", "Caron et al. 2020, arXiv 2006.09882")
     views = Views(large=2, small=6, recipe="swav")
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "dim")
     queues: Any  # a ModuleList of Queue
     defaults = Defaults(
         "lars",
@@ -64,34 +66,37 @@ class SwAV(Method):
         if epsilon is not None:
             ranges.positive("swav", epsilon=epsilon)
         ranges.not_negative("swav", frozen_epochs=frozen_epochs)
-        self.projector = MLP(width, hidden or width, dim, norm=norm)
+        widths = self.projector_widths(hidden or width, dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm)
         prototypes = at_most(prototypes, run.images, each=16)
         frozen = frozen_steps(frozen_epochs, run.steps_per_epoch, run.steps)
         self.prototypes = Prototypes(dim, prototypes, frozen)
         held = run.images_per_step or queue
-        self.queues = nn.ModuleList(Queue(queue, dim, held=held) for _ in range(2 if queue else 0))
+        self.queues = nn.ModuleList(Queue(queue, dim, held=held) for _ in range(self.views.large if queue else 0))
         self.epsilon = (0.03 if 0 < run.steps < SHORT else 0.05) if epsilon is None else epsilon
         self.temperature = temperature
         self.iterations = iterations
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         views = batch.views
+        large = self.views.large
         z = normalize(student.project(views), dim=1)
         prototypes = student.prototypes.unit_weight(step)
         with torch.no_grad():
             if teacher.momentum:
-                keys = normalize(teacher.project(views[:2]), dim=1).chunk(2)
+                keys = normalize(teacher.project(views[:large]), dim=1).chunk(large)
                 constants = teacher.prototypes.unit_weight(step)
             else:
-                keys = z.detach().chunk(len(views))[:2]
+                keys = z.detach().chunk(len(views))[:large]
                 constants = prototypes.detach()
         fit = features_scores_fit(z.chunk(len(views)), keys, len(prototypes))
         scores = linear(z, prototypes).chunk(len(views)) if fit else ()
         with torch.no_grad():
-            known = [view.detach() for view in scores[:2]] if not teacher.momentum else []
+            known = [view.detach() for view in scores[:large]] if not teacher.momentum else []
             targets = known or [linear(key, constants) for key in keys]
             held = [unit_keys(key, self.run.group) for key in keys] if self.queues else []
-            bias = torch.stack([self._bias(view, targets[view], constants, held) for view in range(2)])
+            bias = torch.stack([self._bias(view, targets[view], constants, held) for view in range(large)])
             for queue, new in zip(self.queues, held, strict=True):
                 queue.hold(new)
             student.note(codes=Codes(keys[0], constants, bias[0], self.epsilon))

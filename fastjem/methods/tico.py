@@ -9,6 +9,7 @@ from fastjem.data.views import Views
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.symmetric import without_target
 from fastjem.nn.parts import MLP, HeldMean
 
 
@@ -21,6 +22,11 @@ class TiCo(Method):
         "decorrelation", "a moving covariance pushes away from full directions", "Zhu et al. 2022, arXiv 2206.10698"
     )
     views = Views(large=2, recipe="byol")
+    refuses = {
+        "no_momentum_encoder": "isn't known to learn without its momentum encoder, whose side alone stays where it is",
+    }
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
     defaults = Defaults(
         "lars",
@@ -45,19 +51,27 @@ class TiCo(Method):
         super().__init__(width, run)
         ranges.shares("tico", beta=beta)
         ranges.not_negative("tico", rho=rho)
-        self.projector = MLP(width, hidden, dim, norm=norm)
+        widths = self.projector_widths(hidden, dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm)
         self.beta = beta
         self.rho = rho
         self.register_buffer("covariance", torch.zeros(dim, dim))
         self.held = HeldMean((dim, dim))
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        z0 = student.project(batch.views[:1])
+        queries = without_target(batch.views)
+        z = student.project(queries).chunk(len(queries))
         with torch.no_grad():
-            z1 = teacher.project(batch.views[1:])
-        loss, covariance = F.tico(z0, z1, self.covariance, beta=self.beta, rho=self.rho, group=self.run.group)
-        self.held.hold(covariance, z0.shape[0])
-        return loss
+            target = teacher.project(batch.views[1:2])
+        losses = []
+        for query in z:
+            loss, covariance = F.tico(
+                query, target, self.covariance, beta=self.beta, rho=self.rho, group=self.run.group
+            )
+            self.held.hold(covariance, query.shape[0])
+            losses.append(loss)
+        return torch.stack(losses).mean()
 
     def step_ends(self, step: Tensor) -> None:
         # Each micro-batch held beta of the old covariance and 1 - beta of its own: their mean is the new one.

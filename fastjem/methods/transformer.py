@@ -1,8 +1,10 @@
 """The small transformers that masked prediction puts behind the encoder: I-JEPA's and CAPI's predictor, MAE's decoder.
 
-Blocks are timm's. Positions are fixed sines and cosines of the patches' places.
+Blocks are timm's. Positions are fixed sines and cosines of the patches' places. Images of another size have another
+grid of patches: they lie in the same frame, so that a place in the image has the same position whatever the size.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +17,7 @@ class TokenPredictor(nn.Module):
 
     Args:
         width: D of the tokens.
-        grid: patches in an image's height and width.
+        grid: patches in an image's height and width: of images of the run's own size, the frame of all positions.
         inner: the transformer's own width.
         depth: of its blocks.
         heads: of its attention.
@@ -59,11 +61,17 @@ class TokenPredictor(nn.Module):
                 with torch.no_grad():
                     layer.weight.div_((2 * (i + 1)) ** 0.5)
 
-    def forward(self, tokens: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
-        """Tokens [B, M, D] of the patches `visible` [B, M], and which patches are `wanted` [B, Q] -> [B, Q, out]."""
+    def forward(self, tokens: Tensor, visible: Tensor, wanted: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Tokens [B, M, D] of the patches `visible` [B, M], and which patches are `wanted` [B, Q] -> [B, Q, out].
+
+        grid: h and w of the patches that these are numbers of; None: the predictor's own.
+        """
+        positions = self.positions
+        if grid is not None and tuple(grid) != self.grid:
+            positions = sines_and_cosines(grid, self.positions.shape[1], self.grid, device=positions.device)
         context = self.embed(tokens)
-        context = context + self.positions.to(context.dtype)[visible]
-        queries = self.mask_token.to(context.dtype) + self.positions.to(context.dtype)[wanted]
+        context = context + positions.to(context.dtype)[visible]
+        queries = self.mask_token.to(context.dtype) + positions.to(context.dtype)[wanted]
         if self.cross:
             x = queries
             for block in self.blocks:
@@ -119,13 +127,26 @@ def _block(width: int, heads: int, cross: bool) -> nn.Module:
     return Block(width, heads, qkv_bias=True, norm_layer=nn.LayerNorm)
 
 
-def sines_and_cosines(grid: tuple[int, int], width: int) -> Tensor:
+def sines_and_cosines(
+    grid: Sequence[int], width: int, frame: Sequence[int] | None = None, *, device: torch.device | None = None
+) -> Tensor:
     """[h w, width]: half of it the row's sines and cosines, half the column's, at frequencies from 1 to 1 / 10,000
-    (MAE's `get_2d_sincos_pos_embed`, whose first half is the column's)."""
-    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    (MAE's `get_2d_sincos_pos_embed`, whose first half is the column's).
+
+    Args:
+        grid: h and w.
+        frame: H and W of the grid whose patches are counted by whole numbers: those of `grid` cover the same image, and
+            the middle of each lies where it lies there. None: `grid` itself.
+        device: where they are computed, in float32 if given (not every device has float64), else on the default one.
+    """
+    dtype = torch.float64 if device is None else torch.float32
+    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=dtype, device=device) / (width // 4))
     of_axis = []
-    for size in reversed(grid):
-        angles = torch.arange(size, dtype=torch.float64)[:, None] * frequencies
+    for size, of_frame in zip(reversed(grid), reversed(frame or grid), strict=True):
+        places = torch.arange(size, dtype=dtype, device=device)
+        if size != of_frame:
+            places = (places + 0.5) * (of_frame / size) - 0.5
+        angles = places[:, None] * frequencies
         of_axis.append(torch.cat([angles.sin(), angles.cos()], 1))  # [size, width / 2]
     columns, rows = of_axis
     height, breadth = grid

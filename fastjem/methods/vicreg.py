@@ -17,6 +17,8 @@ class VICReg(Method):
 
     about = About("decorrelation", "variance kept above 1, covariance below", "Bardes et al. 2022, arXiv 2105.04906")
     views = Views(large=2, recipe="vicreg")
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden",)
     defaults = Defaults("lars", 0.57, 1e-6, small=("adamw", 5e-4), source="section 4.2: LARS, 1.6 at batch 2048, 1e-6")
 
     presets = {
@@ -37,7 +39,7 @@ class VICReg(Method):
         super().__init__(width, run)
         ranges.not_negative("vicreg", invariance=invariance, variance=variance, covariance=covariance)
         hidden = hidden or 4 * width  # the paper's 8192 for ResNet-50's 2048
-        self.projector = MLP(width, hidden, hidden, hidden, norm=norm, last_bias=False)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, hidden), norm=norm, last_bias=False)
         self.invariance = invariance
         self.variance = variance
         self.covariance = covariance
@@ -53,4 +55,4 @@ class VICReg(Method):
                 group=self.run.group,
             )
 
-        return symmetric(vicreg, student, teacher, batch.views)
+        return symmetric(vicreg, student, teacher, batch.views, self.views.large)

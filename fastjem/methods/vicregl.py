@@ -31,6 +31,8 @@ class VICRegL(Method):
 
     about = About("decorrelation", "variance kept above 1, covariance below", "Bardes et al. 2022, arXiv 2210.01571")
     views = Views(large=2, small=6, recipe="vicregl")
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden",)
     defaults = Defaults(
         "adamw",
         5e-4 * 2**0.5,
@@ -38,6 +40,9 @@ class VICRegL(Method):
         drop_path=0.1,
         source="main_vicregl.py, ConvNeXt: AdamW, 1e-3 at batch 512, wd 0.05",
     )
+    refuses = {
+        "mask": "looks for each place of a whole feature map in another view's",
+    }
     presets = {
         "resnet": Preset(
             "README, ResNet-50: LARS, 0.6 at batch 512, wd 1e-6; two large views alone",
@@ -68,7 +73,7 @@ class VICRegL(Method):
         if norm == "auto":
             norm = "batch" if run.batch_norm else "layer"
         hidden = hidden or 4 * width  # as VICReg's
-        self.projector = MLP(width, hidden, hidden, hidden, norm=norm, last_bias=False)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, hidden), norm=norm, last_bias=False)
         self.local_projector = MLP(width, local_hidden, local_hidden, local_dim, norm=norm, last_bias=False)
         self.criterion = _OfPlacesInOrder(
             invariance,

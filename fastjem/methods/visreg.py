@@ -18,6 +18,8 @@ class VISReg(Method):
 
     about = About("decorrelation", "scale and shape of a normal distribution", "Wu et al. 2026, arXiv 2606.02572")
     views = Views(large=4, small=6, recipe="visreg")
+    combines = frozenset({"large_views"})
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "adamw",
         9e-4,
@@ -45,7 +47,7 @@ class VISReg(Method):
         super().__init__(width, run)
         ranges.shares("visreg", weight=weight)
         ranges.not_negative("visreg", scale=scale, shape=shape, center=center)
-        self.projector = MLP(width, hidden, hidden, dim, norm=norm, activation=nn.GELU)
+        self.projector = MLP(width, *self.projector_widths(hidden, hidden, dim), norm=norm, activation=nn.GELU)
         self.weights = {"lambda_param": weight, "scale": scale, "shape": shape, "center": center}
         self.slices = slices
 

@@ -8,6 +8,7 @@ from fastjem.data.views import Views
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.symmetric import symmetric
 from fastjem.nn.parts import MLP
 from fastjem.nn.spectral import WMSELoss
 
@@ -24,6 +25,8 @@ class WMSE(Method):
 
     about = About("decorrelation", "embeddings are whitened", "Ermolov et al. 2021, arXiv 2007.06346")
     views = Views(large=2, recipe="wmse")
+    combines = frozenset({"large_views", "small_views"})
+    projector_options = ("hidden", "dim")
     defaults = Defaults(
         "adamw", 2e-3 / 2**0.5, 1e-6, source="htdt/self-supervised, ImageNet-100: Adam, 2e-3 at batch 512, wd 1e-6"
     )
@@ -50,7 +53,9 @@ class WMSE(Method):
     ):
         super().__init__(width, run)
         ranges.not_negative("wmse", eps=eps)
-        self.projector = MLP(width, hidden, dim, norm=norm)
+        widths = self.projector_widths(hidden, dim)
+        dim = widths[-1]
+        self.projector = MLP(width, *widths, norm=norm)
         size = whitening_size
         images = run.batch // run.ranks or size
         while images % size and size > 1:
@@ -64,10 +69,7 @@ class WMSE(Method):
         self.criterion = WMSELoss(dim, eps=eps, w_iter=iterations, w_size=size, track_running_stats=False)
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
-        z = student.project(batch.views)
-        if not teacher.momentum:
-            return self.criterion(z)
-        z0, z1 = z.chunk(2)
-        with torch.no_grad():
-            t0, t1 = teacher.project(batch.views).chunk(2)
-        return (self.criterion(torch.cat([z0, t1])) + self.criterion(torch.cat([z1, t0]))) / 2
+        def whitened(z0: Tensor, z1: Tensor) -> Tensor:
+            return self.criterion(torch.cat([z0, z1]))
+
+        return symmetric(whitened, student, teacher, batch.views, self.views.large)

@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
-from fastjem.data.masking import mask_specs
+from fastjem.data.masking import mask_specs, masks_of_run
+from fastjem.data.stages import Sizes
 from fastjem.errors import UserError
 from fastjem.health import Alarm
 from fastjem.methods import preset_of, views_of
@@ -116,7 +117,8 @@ def status(run: Run) -> Escaped:
     progress = "finished" if done and done == steps else f"{done:,}{of_all} steps"
     images = run.environment.get("images")
     data = f" on {images:,} images" if images else ""
-    what = f"{config.get('method')}, {config.get('backbone')} at {config.get('image_size')} pixels{data}"
+    sizes = ", then ".join(map(str, Sizes.of(config["image_size"]).pixels))
+    what = f"{config.get('method')}, {config.get('backbone')} at {sizes} pixels{data}"
     return html.escape(f"{what}: {progress}")
 
 
@@ -212,24 +214,31 @@ def seen(run: Run) -> str:
         return '<p class="note">The method is no part of fastjem, so its views are not known here.</p>'
     if embeddings is None:
         return '<p class="note">No images have been saved yet.</p>'
-    size = config["image_size"]
+    sizes = Sizes.of(config["image_size"])
+    size = sizes.last
     patch = run.environment.get("patch", 1)
     preset = config.get("preset", "imagenet")
-    views = views_of(config["method"], size, config.get("small_views"), config.get("recipe"), preset)
+    views = views_of(
+        config["method"], size, config.get("small_views"), config.get("recipe"), preset, config.get("large_views")
+    )
     if views.sources > 1:
         return '<p class="note">Images of several sources belong together: fastjem views shows them.</p>'
     given = config.get("options") or {}
     if views.mask:  # an option may change how much is hidden, and how
         views = replace(views, mask=given.get("mask", views.mask), masking=given.get("masking", views.masking))
-    mask = next(iter(mask_specs(views, size, patch)), None)
+    specs = views.specs(
+        size, patch=patch, blur=config.get("blur"), changes=config.get("view"), channels=config.get("channels", 3)
+    )
+    masks = mask_specs(views, size, patch)
+    if config.get("mask"):
+        masks = masks_of_run(specs, patch, config["mask"], config.get("masking") or "random")
+    mask = masks[0] if masks else None
     # Evenly spread over the images first; the others stand in for files that can't be read.
     spread_first = [*spread(len(embeddings.files), VIEWED).tolist(), *range(len(embeddings.files))]
     order = dict.fromkeys(i for i in spread_first if embeddings.files[i] not in embeddings.hidden)
     shown = samples(
         ((embeddings.indices[i], embeddings.files[i]) for i in order),
-        views.specs(
-            size, patch=patch, blur=config.get("blur"), changes=config.get("view"), channels=config.get("channels", 3)
-        ),
+        specs,
         levels=embeddings.levels,
         root=embeddings.root,
         images=VIEWED,
@@ -239,7 +248,8 @@ def seen(run: Run) -> str:
     if not shown:
         why = "not shown" if embeddings.hidden else "gone"
         return f'<p class="note">The images in {html.escape(embeddings.root)} are {why}.</p>'
-    return f'{view_table(shown, titles(views, mask is not None))}<p class="note">As in the first epoch.</p>'
+    at_last = f", but of {size} pixels, as the last ones have" if sizes.shares else ""
+    return f'{view_table(shown, titles(views, mask is not None))}<p class="note">As in the first epoch{at_last}.</p>'
 
 
 def options(runs: Sequence[Run], names: Sequence[Escaped]) -> str:

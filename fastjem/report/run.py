@@ -66,7 +66,8 @@ class Run:
 
     @property
     def has_teacher(self) -> bool:
-        return bool(self.config.get("momentum_encoder") or (self.method and self.method.momentum))
+        asked = self.config.get("momentum_encoder")
+        return bool(self.method and self.method.momentum) if asked is None else bool(asked)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from fastjem.data.levels import RGB
 from fastjem.data.loaders import dali, memory
 from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order
+from fastjem.data.loaders.staged import Staged
 from fastjem.data.loaders.torch import TorchLoader
 from fastjem.data.source import Source, are_pairs, rule_of
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
-__all__ = ["LOADERS", "NAMES", "Budget", "Loader", "LoaderFactory", "Order", "choose", "create"]
+__all__ = ["LOADERS", "NAMES", "Budget", "Loader", "LoaderFactory", "Order", "Staged", "choose", "create"]
 
 LOADERS: dict[str, LoaderFactory] = {
     "dali": dali.on_gpu,

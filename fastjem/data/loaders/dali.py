@@ -131,6 +131,14 @@ class DaliLoader:
                 views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
                 yield waiting.popleft().crops(views, self.source)
 
+    def at(self, specs: Sequence[ViewSpec], order: Order) -> "DaliLoader":
+        loader = DaliLoader(
+            self.source, specs, order, drawn(specs, order.seed), batch=self.batch, device=self.device,
+            threads=self.threads, prefetch=self.prefetch, decoder_share=self.decoder_share or 0.0,
+        )  # fmt: skip
+        loader.suspects = self.suspects  # one set: what one of them finds the others needn't
+        return loader
+
     def _build(self, feed: Callable[[], tuple]) -> Any:
         return build_pipeline(
             feed, self.specs, batch=self.batch, device=self.device, threads=self.threads, prefetch=self.prefetch,

@@ -193,6 +193,12 @@ class MemoryLoader:
     def __len__(self) -> int:
         return len(self.order)
 
+    def at(self, specs: Sequence[ViewSpec], order: Order) -> "MemoryLoader":
+        """Of the same images, which are held once."""
+        loader = MemoryLoader(self.array, specs, order)
+        loader.decoder_share = self.decoder_share
+        return loader
+
     def __iter__(self) -> Iterator[Crops]:
         array, order = self.array, self.order
         parameters = Parameters(self.specs)

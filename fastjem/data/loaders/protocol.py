@@ -1,7 +1,7 @@
 """What a loader is, and what it is told."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +45,11 @@ class Order:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def part(self, start: int, stop: int) -> "Order":
+        """The batches of these that are from `start` to before `stop`: they have the samples that they had."""
+        start = max(start, self.start)
+        return replace(self, start=start, stop=max(min(stop, self.stop), start))
+
     def __iter__(self) -> Iterator[list[Key]]:
         batches_per_epoch = self.batches_per_epoch
         permuted_epoch = -1
@@ -80,6 +85,10 @@ class Loader(Protocol):
     decoder_share: float | None  # the budget's, or what was measured: it decides about pixels, so a run keeps it
 
     def __iter__(self) -> Iterator[Crops]: ...
+
+    def at(self, specs: Sequence[ViewSpec], order: Order) -> "Loader":
+        """The same images by the same means, with these views, in this order."""
+        ...
 
 
 class LoaderFactory(Protocol):

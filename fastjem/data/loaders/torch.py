@@ -90,6 +90,8 @@ class TorchLoader:
     """Crops by Pillow, in `budget.workers` processes; 0: in this one."""
 
     def __init__(self, source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget):
+        self.source = source
+        self.budget = budget
         self.reads = f"images are decoded by Pillow in {budget.workers} processes"
         self.decoder_share = budget.decoder_share
         self.loader = DataLoader(
@@ -102,6 +104,9 @@ class TorchLoader:
             worker_init_fn=_one_thread,
             generator=torch.Generator(),  # else the first batch takes a number of the run's, and a resumed run differs
         )
+
+    def at(self, specs: Sequence[ViewSpec], order: Order) -> "TorchLoader":
+        return TorchLoader(self.source, specs, order, self.budget)
 
     def __iter__(self) -> Iterator[Crops]:
         """The workers start at once, and are gone when the iteration is, a stuck one too."""
