@@ -234,7 +234,7 @@ def test_capi(predicted: float, held: bool, monkeypatch: pytest.MonkeyPatch) -> 
         scores = whole @ method.clustering.weight.T + method.clustering.bias
         targets = positionwise(scores.detach() / 0.06)
         clustering = entropy_of(targets, scores / 0.12).mean()
-        wanted = method._wanted(mask.hidden)
+        wanted = method._wanted(mask.hidden, it.batch.index, torch.tensor(0))
         assert wanted.shape[1] == max(int(mask.hidden[0].sum() * predicted), 1)
         seen = it.step.encoder(images, visible=mask.visible).tokens
         of_images = zip(seen, mask.visible, wanted, strict=True)
@@ -244,7 +244,9 @@ def test_capi(predicted: float, held: bool, monkeypatch: pytest.MonkeyPatch) -> 
         return clustering + entropy_of(chosen, logits / 0.12).mean()
 
     check(it, formula)
-    for places, hidden in zip(method._wanted(it.batch.masks[0].hidden), it.batch.masks[0].hidden, strict=True):
+    hidden_ = it.batch.masks[0].hidden
+    wanted = method._wanted(hidden_, it.batch.index, torch.tensor(0))
+    for places, hidden in zip(wanted, hidden_, strict=True):
         assert len(set(places.tolist())) == len(places) and hidden.flatten()[places].all()
 
 

@@ -7,7 +7,7 @@ import torch
 from method_formulas import Exact, among, check, contrast, cross_entropy, exact, fill, unit
 from torch import Tensor
 
-from fastjem.methods import RunFacts, pirl
+from fastjem.methods import RunFacts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,10 +136,11 @@ def test_pirl() -> None:
 
     def formula() -> Tensor:
         z = it.method.projector(it.encoder(it.batch.views[0]))
-        pieces = pirl._pieces(it.batch.views[1])
+        pieces = it.method._pieces(it.batch.views[1], index, torch.tensor(0))
         pieces = it.method.pieces(it.encoder(pieces)).view(len(z), 9, -1)
         shuffled = it.method.jigsaw(pieces.flatten(1))
-        others = torch.randint(20, (20,))
+        others = it.method._others(torch.tensor(0))
+        assert others.min() >= 0 and others.max() < 20 and len(set(others.tolist())) > 5
         return 0.5 * (_found(shuffled, others) + _found(z, others))
 
     def _found(query: Tensor, others: Tensor) -> Tensor:
@@ -159,10 +160,16 @@ def test_pirl() -> None:
 
 
 def test_pirls_pieces_are_the_images_own() -> None:
-    """Nine squares of a third of the side, each once, in another order in other images."""
-    torch.manual_seed(0)
+    """Nine squares of a third of the side, each once, in another order in other images and steps."""
+    method = exact("pirl", run=RunFacts(images=20)).method
     images = torch.arange(4 * 3 * 32 * 32.0).view(4, 3, 32, 32)
-    pieces = pirl._pieces(images).view(4, 9, 3, 10, 10)
+    index = torch.tensor([3, 0, 7, 5])
+    pieces = method._pieces(images, index, torch.tensor(2))
+    assert torch.equal(pieces[9:18], method._pieces(images[1:2], index[1:2], torch.tensor(2))), "by image, not by place"
+    assert not torch.equal(pieces, method._pieces(images, index, torch.tensor(3)))
+    assert torch.equal(method._others(torch.tensor(2)), method._others(torch.tensor(2)))
+    assert not torch.equal(method._others(torch.tensor(2)), method._others(torch.tensor(3)))
+    pieces = pieces.view(4, 9, 3, 10, 10)
     orders = set()
     for image, found in zip(images, pieces, strict=True):
         whole = [image[:, 10 * i : 10 * i + 10, 10 * j : 10 * j + 10] for i in range(3) for j in range(3)]

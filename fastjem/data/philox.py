@@ -19,6 +19,7 @@ from fastjem.kernels.arithmetic import widest_dtype
 FIRST_CROP_BLOCK = 0  # the i-th attempt at a crop takes block i
 FIRST_COLOUR_BLOCK = 1 << 31  # three blocks: flip and probabilities, factors, hue and the others
 FIRST_MASK_BLOCK = 3 << 30  # as many as a mask needs
+FIRST_LOSS_BLOCK = 15 << 28  # what a loss draws, with the step in the epoch's place
 
 NO_VIEW = 0xFFFFFFFF  # in the view's place: numbers of a step, which all images of its batch share
 
@@ -68,6 +69,20 @@ def philox_on_device(counter: Sequence[Tensor], seed: int) -> Tensor:
     if wide == torch.float32:  # with its half a number of 23 bits is exact; one of 24 could be rounded to 1
         return ((words >> 9).to(wide) + 0.5) * 2.0**-23
     return (words.to(wide) + 0.5) * 2.0**-32
+
+
+def drawn_in_a_step(samples: Tensor, step: Tensor, count: int, seed: int, first: int = 0) -> Tensor:
+    """[B, count], uniform in (0, 1): what a loss draws for its images, in whatever batch or on whatever rank they are.
+
+    Args:
+        samples: [B] int64, the images' numbers. step: 0-dim int64.
+        first: block from which on, of four numbers each: another one for each thing that a loss draws.
+    """
+    start = FIRST_LOSS_BLOCK + first
+    block = torch.arange(start, start + -(-count // 4), device=samples.device)
+    step = step.to(samples.device)
+    drawn = philox_on_device([samples[:, None], step, torch.full_like(step, NO_VIEW), block], seed)  # [4, B, blocks]
+    return drawn.permute(1, 2, 0).flatten(1)[:, :count]
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,6 +8,7 @@ from torch.nn.functional import linear, normalize
 
 from fastjem.data.batch import Batch
 from fastjem.data.masks import hidden_indices, hidden_patches
+from fastjem.data.philox import drawn_in_a_step
 from fastjem.data.views import Views
 from fastjem.functional.held import scores_fit
 from fastjem.methods import ranges
@@ -100,7 +101,7 @@ class CAPI(Method):
             assert whole is not None
             whole = normalize(whole, dim=2)
         clustering, codes, scores = self._clustering(student.clustering, whole)
-        wanted = self._wanted(mask.hidden)  # [B, Q]
+        wanted = self._wanted(mask.hidden, batch.index, step)  # [B, Q]
         predicted = student.predictor(tokens, mask.visible, wanted, mask.hidden.shape[1:])
         student.note(projection=predicted.detach()[:, 0])
         features = normalize(predicted, dim=2)
@@ -126,13 +127,13 @@ class CAPI(Method):
         prototypes = with_bias(clusters)
         return self.criterion.head_cross_entropy(features, prototypes, features, prototypes, codes), codes, scores
 
-    def _wanted(self, hidden: Tensor) -> Tensor:
-        """[B, Q] int64: some of the hidden patches [B, h, w], at random."""
+    def _wanted(self, hidden: Tensor, index: Tensor, step: Tensor) -> Tensor:
+        """[B, Q] int64: some of the hidden patches [B, h, w], at random: the same for an image on whatever rank."""
         _, height, width = hidden.shape
         count = hidden_patches((height, width), self.views.mask)
         places = hidden_indices(hidden, count)
         number = max(int(count * self.predicted), 1)
-        chosen = torch.rand(places.shape, device=places.device).argsort(1)[:, :number]
+        chosen = drawn_in_a_step(index, step, count, self.run.seed).argsort(1)[:, :number]
         return places.gather(1, chosen)
 
 

@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 import fastjem.functional as F
 from fastjem.data.batch import Batch
+from fastjem.data.philox import drawn_in_a_step
 from fastjem.data.views import Views
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
@@ -13,6 +14,7 @@ from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.nn.sample_memory import SampleMemory
 
 SIDE = 3  # pieces of the jigsaw in height and in width
+BLOCKS_OF_ORDERS = 1 << 10  # random numbers, by four, that orders have for themselves; negatives take those behind
 
 
 class PIRL(Method):
@@ -73,12 +75,12 @@ class PIRL(Method):
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         z = student.project(batch.views[:1])
-        pieces = student.encoder(_pieces(batch.views[1])).pooled
+        pieces = student.encoder(self._pieces(batch.views[1], batch.index, step)).pooled
         pieces = student.pieces(pieces).unflatten(0, (len(z), -1))  # [B, 9, dim]
         shuffled = student.jigsaw(pieces.flatten(1))
         with torch.no_grad():
             own = self.memory.of(batch.index)
-            others = torch.randint(self.memory.images, (self.negatives,), device=z.device)
+            others = self._others(step)
             candidates = self.memory.of(others)
             now = self.kept * own + (1 - self.kept) * normalize(z.detach(), dim=1).to(own.dtype)
             self.memory.hold(batch.index, normalize(now, dim=1))
@@ -98,15 +100,25 @@ class PIRL(Method):
     def step_ends(self, step: Tensor) -> None:
         self.memory.step_ends(self.run.group)
 
+    def _others(self, step: Tensor) -> Tensor:
+        """[negatives] int64: the images that a step's are contrasted with, the same on all ranks."""
+        none = torch.zeros(1, dtype=torch.long, device=step.device)
+        drawn = drawn_in_a_step(none, step, self.negatives, self.run.seed, first=BLOCKS_OF_ORDERS)[0]
+        return (drawn * self.memory.images).long().clamp(max=self.memory.images - 1)
 
-def _pieces(images: Tensor) -> Tensor:
-    """[B, C, H, W] -> [9 B, C, h, w]: the pieces of a 3 x 3 grid, each image's in a random order of its own.
+    def _pieces(self, images: Tensor, index: Tensor, step: Tensor) -> Tensor:
+        """[B, C, H, W] -> [9 B, C, h, w]: the pieces of a 3 x 3 grid, each image's in an order of its own, which is
+        drawn in each step."""
+        return pieces_in_order(images, drawn_in_a_step(index, step, SIDE * SIDE, self.run.seed).argsort(1))
+
+
+def pieces_in_order(images: Tensor, order: Tensor) -> Tensor:
+    """[B, C, H, W] -> [9 B, C, h, w]: the pieces of a 3 x 3 grid, each image's in its order [B, 9].
 
     Pixels that are left over at the right and at the bottom belong to none.
     """
     size = images.shape[-1] // SIDE
     pieces = images[..., : SIDE * size, : SIDE * size].unfold(2, size, size).unfold(3, size, size)
     pieces = pieces.flatten(2, 3).transpose(1, 2)  # [B, 9, C, h, w]
-    order = torch.rand(pieces.shape[:2], device=images.device).argsort(1)
     at = torch.arange(pieces.shape[0], device=images.device)[:, None]
     return pieces[at, order].flatten(0, 1).contiguous()
