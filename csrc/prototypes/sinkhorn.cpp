@@ -14,10 +14,10 @@ struct Sinkhorn {
   const void* bias_low;      // [K] float, what they have lost by it, or null
   const float* bias_factor;  // [K], exp(bias - largest_bias), or null where one would be below exp(-40)
   double largest_bias;
-  double near_shift;      // for logits that lie near each other (see Near): a whole power of 2
-  float near_range;       // the highest power of 2 above the shift: 126
-  const double* offsets;  // [B], subtracted from each row's logits, or null
-  double* row_logsumexp;  // [B]
+  double near_shift;         // for logits that lie near each other (see Near): a whole power of 2
+  float near_range;          // the highest power of 2 above the shift: 126
+  const double* offsets;     // [B], subtracted from each row's logits, or null
+  double* row_logsumexp;     // [B]
   const double* log_floors;  // [B], logs of what is added to the rows' sums of exponentials, or null
   Dtype code_dtype;
   void* codes;  // [B, K]
