@@ -167,8 +167,8 @@ class Source:
         self.folder, self.main, self.reads = open_source(sys.argv[2]), os.getpid(), 0
     def __len__(self): return 32
     def read(self, i):
-        self.reads += 1
-        if os.getpid() != self.main and self.reads > 80:
+        self.reads += os.getpid() != self.main  # the worker's own
+        if self.reads > 80:
             what = sys.argv[1]
             if what == "killed": os.kill(os.getpid(), 9)
             if what == "stuck":

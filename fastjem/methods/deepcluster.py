@@ -97,8 +97,8 @@ class DeepCluster(Method):
     def epoch_begins(self, epoch: int) -> None:
         """Cluster the memory: each head that of another large view, as the official code takes them in turn.
 
-        Images that no epoch has come to (those that a last batch would have been too small for) have no cluster. Until as
-        many have been seen as there are clusters, heads stay as they are.
+        Images that no epoch has come to (those that a last batch would have been too small for) have no cluster. Until
+        as many have been seen as there are clusters, heads stay as they are.
         """
         if epoch == 0:
             return
