@@ -304,9 +304,10 @@ def _scores(op: str, scores: Tensor, bias: Tensor | None = None) -> None:
     _expect(op, "bias", bias, (*scores.shape[:-2], scores.shape[-1]))
 
 
-def _sinkhorn_step(scores, bias, _epsilon, rows=None):
+def _sinkhorn_step(scores, bias, _epsilon, rows=None, log_floors=None):
     _scores("sinkhorn_step", scores, bias)
     _expect("sinkhorn_step", "rows", rows, (), torch.int64)
+    _expect("sinkhorn_step", "log_floors", log_floors, scores.shape[:-1])
 
 
 def _sinkhorn_bias(scores, _epsilon, _iterations, _first, rows=None):
@@ -316,6 +317,10 @@ def _sinkhorn_bias(scores, _epsilon, _iterations, _first, rows=None):
 
 def _sinkhorn(scores, *_):
     _scores("sinkhorn", scores)
+
+
+def _sinkhorn_rows(scores, bias, *_):
+    _scores("sinkhorn_rows", scores, bias)
 
 
 def _sinkhorn_codes(scores, bias, *_):
@@ -399,6 +404,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "sinkhorn_step": _sinkhorn_step,
     "sinkhorn_bias": _sinkhorn_bias,
     "sinkhorn": _sinkhorn,
+    "sinkhorn_rows": _sinkhorn_rows,
     "sinkhorn_codes": _sinkhorn_codes,
     "prototype_cross_entropy": _prototype_cross_entropy,
     "prototype_head_cross_entropy": _prototype_head_cross_entropy,

@@ -164,6 +164,10 @@ class Inputs:
         return x(6, self.width), torch.tensor([[1, 2], [0, 3], [1, 4], [1, 5], [3, 0], [1, 2]]), 2.0, 1e-8, [True]
 
     def _sinkhorn_step(self, x):
+        floors = x(6, dtype=torch.float64)
+        return x(6, self.width, scale=0.3), x(self.width, dtype=torch.float64), self.temperature, None, floors
+
+    def _sinkhorn_rows(self, x):
         return x(6, self.width, scale=0.3), x(self.width, dtype=torch.float64), self.temperature
 
     def _sinkhorn_bias(self, x):

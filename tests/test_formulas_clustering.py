@@ -209,17 +209,20 @@ def test_msn(name: str, options: dict, held: bool, monkeypatch: pytest.MonkeyPat
 
 def positionwise(scores: Tensor, iterations: int = 3) -> Tensor:
     """capi/model.py's Sinkhorn of [B, L, K] over the temperature: over images, then over clusters, at each place."""
-    codes = (scores - scores.amax((0, 2), keepdim=True)).exp()
+    codes = (50 + scores - scores.amax(0, keepdim=True)).exp()
     for _ in range(iterations):
-        codes = codes / codes.sum(0, keepdim=True)
-        codes = codes / codes.sum(2, keepdim=True)
+        codes = codes / (codes.sum(0, keepdim=True) + 1e-8)
+        codes = codes / (codes.sum(2, keepdim=True) + 1e-8)
     return codes
 
 
+@pytest.mark.parametrize("held", [True, False], ids=["held", "in tiles"])
 @pytest.mark.parametrize("predicted", [0.05, 1.0])
-def test_capi(predicted: float) -> None:
+def test_capi(predicted: float, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Darcet et al. 2025, section 3, by train_capi.py: the clustering learns from the momentum encoder's patches, the
     prediction from the student's."""
+    if not held:
+        monkeypatch.setattr(held_scores, "LARGEST_SCORES", 0)
     it = exact("capi", predicted=predicted)
     method = it.method
 

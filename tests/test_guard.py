@@ -79,7 +79,10 @@ def flattened(x):
 # (operator, number of a tensor, change) that fit all the same: one side has other rows than the other, a bias may be of
 # one view or of each.
 FITTING = {
-    *((op, 0, one_row_less) for op in ("sinkhorn_step", "sinkhorn_bias", "sinkhorn", "sinkhorn_codes")),
+    *(
+        (op, 0, one_row_less)
+        for op in ("sinkhorn_step", "sinkhorn_rows", "sinkhorn_bias", "sinkhorn", "sinkhorn_codes")
+    ),
     *((op, 0, one_column_less) for op in ("sinkhorn_bias", "sinkhorn", "characteristic")),
     *(
         (op, i, one_row_less)
@@ -170,6 +173,7 @@ LARGE = {
     ),
     "sinkhorn": ((rows(140_000, 40), 0.05, 3, False, torch.float32), 140_000 // 16),
     "sinkhorn_codes": ((rows(70_000, 600), rows(1, 600)[0], 0.05, torch.float16), 70_000),
+    "sinkhorn_rows": ((rows(70_000, 600), rows(1, 600)[0], 0.05), 70_000),
     "sinkhorn_step": ((rows(9_000_000, 3), rows(1, 3)[0], 0.05), 9_000_000 // 128),
     "siglip_loss": (
         (rows(1, 3), rows(5_000_000, 3), torch.ones(()), torch.ones(()), 0, [True, False]),

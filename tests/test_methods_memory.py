@@ -94,6 +94,18 @@ def test_no_scores_of_many_prototypes_are_held(of: str) -> None:
     assert {(n, MANY) for n in rows} <= seen
 
 
+def test_capi_holds_its_teachers_scores_alone() -> None:
+    """[B, places, K] once, which Sinkhorn is given and may look at the other way around; nothing of predictions."""
+    step, batch = few_images("capi", clusters=MANY, predicted=0.2)
+    patches, inner, places = step.encoder.width, 16, 16
+    own = {(MANY, n) for n in (1, inner, patches, patches + 1, patches + 1 + places)} | {(MANY,), (1, MANY)}
+    own |= {tuple(reversed(shape)) for shape in own}
+    own |= {(places, MANY), (MANY, places)}  # Sinkhorn's potentials, of each place
+    scores = {(3, places, MANY), (places, 3, MANY), (3 * places, MANY)}  # one memory
+    seen = shapes_of(step, batch)
+    assert scores <= seen and seen - own <= scores
+
+
 @pytest.mark.parametrize("name", ["smog", "deepcluster"])
 def test_labels_cost_the_same_whether_scores_are_held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and every gradient, of images without a cluster too."""

@@ -18,6 +18,7 @@ struct Sinkhorn {
   float near_range;       // the highest power of 2 above the shift: 126
   const double* offsets;  // [B], subtracted from each row's logits, or null
   double* row_logsumexp;  // [B]
+  const double* log_floors;  // [B], logs of what is added to the rows' sums of exponentials, or null
   Dtype code_dtype;
   void* codes;  // [B, K]
 };
@@ -179,6 +180,15 @@ static void step(Sinkhorn p, const double* bias, double* out, int threads) {
   }
 }
 
+static void write_rows(Sinkhorn p, const double* bias, double* out, int threads) {
+  const Potentials potentials(p, bias, threads);
+  p.row_logsumexp = out;
+  parallel_for(p.rows, 1 + 16384 / p.width, threads, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
+    FASTJEM_BEST(row_logsumexps(p, begin, end));
+  });
+}
+
 static void write_codes(Sinkhorn p, const double* bias, int threads) {
   const Potentials potentials(p, bias, threads);
   parallel_for(p.rows, 1 + 16384 / p.width, threads, [&](int64_t begin, int64_t end) {
@@ -202,11 +212,22 @@ static void for_each_problem(int64_t problems, int threads, F&& f) {
 
 // `bias`: double [problems, K], or 0; `out`: double [problems, K].
 static void sinkhorn_step(int dtype, uintptr_t scores, int64_t problems, int64_t rows, int64_t width,
+                          int64_t problem_stride, int64_t row_stride, double scale, uintptr_t bias,
+                          uintptr_t log_floors, uintptr_t out, int threads) {
+  for_each_problem(problems, threads, [&](int64_t i, int threads_of_one) {
+    Sinkhorn p = problem(dtype, scores, i, problem_stride, rows, width, row_stride, scale);
+    p.log_floors = log_floors ? at<const double>(log_floors) + i * rows : nullptr;
+    step(p, bias ? at<const double>(bias) + i * width : nullptr, at<double>(out) + i * width, threads_of_one);
+  });
+}
+
+// `bias`: double [problems, K]; `out`: double [problems, B].
+static void sinkhorn_rows(int dtype, uintptr_t scores, int64_t problems, int64_t rows, int64_t width,
                           int64_t problem_stride, int64_t row_stride, double scale, uintptr_t bias, uintptr_t out,
                           int threads) {
   for_each_problem(problems, threads, [&](int64_t i, int threads_of_one) {
     const Sinkhorn p = problem(dtype, scores, i, problem_stride, rows, width, row_stride, scale);
-    step(p, bias ? at<const double>(bias) + i * width : nullptr, at<double>(out) + i * width, threads_of_one);
+    write_rows(p, at<const double>(bias) + i * width, at<double>(out) + i * rows, threads_of_one);
   });
 }
 
@@ -224,6 +245,7 @@ static void sinkhorn_codes(int dtype, uintptr_t scores, int64_t problems, int64_
 
 void bind_sinkhorn(pybind11::module_& m) {
   m.def("sinkhorn_step", &sinkhorn_step, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("sinkhorn_rows", &sinkhorn_rows, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("sinkhorn_codes", &sinkhorn_codes, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

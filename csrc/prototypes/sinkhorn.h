@@ -210,14 +210,29 @@ static void column_sums_of_softmax_of(const Sinkhorn& p, int64_t begin, int64_t 
   std::vector<W> partial(k, W(0));
   for (int64_t i = begin; i < end; ++i) {
     const T* x = static_cast<const T*>(p.scores) + i * p.row_stride;
-    p.row_logsumexp[i] = sample_softmax(p, x, softmax, e.data());
+    const double logsumexp = sample_softmax(p, x, softmax, e.data());
+    // log(exp(logsumexp) + floor) - logsumexp, without an exponential above 1
+    const double above = p.log_floors ? p.log_floors[i] - logsumexp : 0.0;
+    const double beyond = p.log_floors ? std::max(above, 0.0) + std::log1p(std::exp(-std::abs(above))) : 0.0;
+    p.row_logsumexp[i] = logsumexp + beyond;
+    const W kept = static_cast<W>(std::exp(-beyond));
     for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
       const int64_t last = std::min(first + softmax_block, k);
-      const W factor = softmax.factor[b];
+      const W factor = softmax.factor[b] * kept;
 #pragma omp simd
       for (int64_t j = first; j < last; ++j) partial[j] += e[j] * factor;
     }
     if (ends_block_of_rows(i, begin, end)) add_block(partial.data(), k, sum);
+  }
+}
+
+template <class T>
+static void row_logsumexps_of(const Sinkhorn& p, int64_t begin, int64_t end) {
+  BiasedSoftmax<wide<T>> softmax(p.width);
+  std::vector<wide<T>> e(p.width);
+  for (int64_t i = begin; i < end; ++i) {
+    const T* x = static_cast<const T*>(p.scores) + i * p.row_stride;
+    p.row_logsumexp[i] = sample_softmax(p, x, softmax, e.data());
   }
 }
 
@@ -264,6 +279,10 @@ static void column_logsumexp(const Sinkhorn& p, int64_t begin, int64_t end, doub
 static void column_sums_of_softmax(const Sinkhorn& p, int64_t begin, int64_t end, double* sum) {
   with_dtype(p.dtype,
              [&](auto* x) { column_sums_of_softmax_of<std::remove_pointer_t<decltype(x)>>(p, begin, end, sum); });
+}
+
+static void row_logsumexps(const Sinkhorn& p, int64_t begin, int64_t end) {
+  with_dtype(p.dtype, [&](auto* x) { row_logsumexps_of<std::remove_pointer_t<decltype(x)>>(p, begin, end); });
 }
 
 static void codes(const Sinkhorn& p, int64_t begin, int64_t end) {

@@ -1,5 +1,6 @@
 """Sinkhorn codes: SwAV, DINOv2, MSN."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -117,6 +118,54 @@ def sinkhorn_bias(
     return _potentials(parts, epsilon, iterations, normalize_samples_first, group, rows).to(wide)
 
 
+@over_ranks(lambda scores, **_: [_of_prototypes(scores), scores.shape[:-1]], packed=tuple, differentiable=False)
+def sinkhorn_with_floor(
+    scores: Tensor,
+    *,
+    epsilon: float | Tensor,
+    iterations: int,
+    floor: float,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sinkhorn` where `floor` is added to every sum that is divided by, as in CAPI's code: a sample whose scores are
+    far below those of others for every prototype keeps less than 1.
+
+    The official code takes exponentials of scores that are at most 50 for each prototype, so in the first sums over
+    samples the floor is nothing.
+
+    Args:
+        scores, epsilon, iterations, group: as for `sinkhorn_bias`.
+        floor: above 0.
+
+    Returns:
+        Potentials f [K] or [P, K], and what samples keep, [B] or [P, B], within 0 and 1: codes are
+        `kept * softmax(scores / epsilon + f, 1)`.
+    """
+    op = "sinkhorn_with_floor"
+    with Agreement(op, group) as ranks:
+        (scores,), epsilon, iterations = _checked(op, epsilon, iterations, group, scores)
+        ranks.rows_of(scores, scores.dim() - 2)
+        ranks.alike(iterations, floor)
+    wide = loss_dtype(scores)
+    potentials = -_log_sums([scores], None, epsilon, group, None)
+    log_floor = potentials.new_full((), math.log(floor))
+    # In units of what stands in a row before it is divided, which earlier divisions have made another one.
+    log_floors = log_floor.expand(scores.shape[:-1])
+    for _ in range(iterations - 1):
+        sums = potentials + _log_sums([scores], potentials, epsilon, group, None, log_floors)
+        log_floors = log_floor + torch.logaddexp(_rows(scores, potentials, epsilon), log_floors)
+        potentials = potentials - torch.logaddexp(sums, log_floor)
+    kept = (_rows(scores, potentials, epsilon) - log_floors).sigmoid()
+    return potentials.to(wide), kept.to(wide)
+
+
+def _rows(scores: Tensor, potentials: Tensor, epsilon: float) -> Tensor:
+    """[B] or [P, B]: the logarithms of samples' sums, of no samples too."""
+    if not scores.shape[-2]:
+        return potentials.new_empty(scores.shape[:-1])
+    return ops.sinkhorn_rows(scores, potentials, epsilon)
+
+
 def _unnormalised(
     scores: Tensor, epsilon: float, normalize_samples_first: bool, rows: int, group: dist.ProcessGroup | None
 ) -> Tensor:
@@ -171,12 +220,13 @@ def _log_sums(
     epsilon: float,
     group: dist.ProcessGroup | None,
     rows: Tensor | None,
+    log_floors: Tensor | None = None,
 ) -> Tensor:
     """[K] or [P, K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials).
 
     One collective.
     """
-    sums = [ops.sinkhorn_step(x, potentials, epsilon, rows) for x in parts if x.shape[-2]]
+    sums = [ops.sinkhorn_step(x, potentials, epsilon, rows, log_floors) for x in parts if x.shape[-2]]
     if not sums:  # a rank without samples
         sums = [parts[0].new_full(_of_prototypes(parts[0]), -torch.inf, dtype=widest_dtype(parts[0].device))]
     total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)

@@ -4,17 +4,18 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from fastjem.data.batch import Batch
 from fastjem.data.masks import hidden_indices, hidden_patches
 from fastjem.data.views import Views
+from fastjem.functional.held import scores_fit
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.reasons import OF_EACH_VIEW, OF_OWN_TARGETS
 from fastjem.methods.transformer import TokenPredictor, grid_of
-from fastjem.nn.capi import CAPILoss
+from fastjem.nn.capi import CAPILoss, PlaceCodes
 from fastjem.nn.parts import Prototypes
 
 
@@ -98,16 +99,32 @@ class CAPI(Method):
             whole = teacher.encode(batch.views).tokens
             assert whole is not None
             whole = normalize(whole, dim=2)
-        scores = student.clustering(whole)  # [B, L, K]
-        targets = self.criterion.balanced(scores)
-        clustering = self.criterion.cross_entropy(scores, targets)
+        clustering, codes, scores = self._clustering(student.clustering, whole)
         wanted = self._wanted(mask.hidden)  # [B, Q]
         predicted = student.predictor(tokens, mask.visible, wanted, mask.hidden.shape[1:])
         student.note(projection=predicted.detach()[:, 0])
-        predictions = student.head(normalize(predicted, dim=2), step)
-        chosen = targets.gather(1, wanted[..., None].expand(-1, -1, targets.shape[2]))
-        prediction = self.criterion.cross_entropy(predictions, chosen)
+        features = normalize(predicted, dim=2)
+        prototypes = student.head.unit_weight(step)
+        rows = wanted.numel()
+        if scores_fit(rows, rows, len(prototypes), features.element_size()):
+            prediction = self.criterion.cross_entropy(linear(features, prototypes), scores, codes, wanted)
+        else:
+            sides = features, prototypes, with_ones(whole), with_bias(student.clustering)
+            prediction = self.criterion.head_cross_entropy(*sides, codes, wanted)
         return {"prediction": prediction, "clustering": clustering}
+
+    def _clustering(self, clusters: nn.Linear, whole: Tensor) -> tuple[Tensor, PlaceCodes, Tensor]:
+        """The loss that trains the clusters on patches [B, L, D], their codes, and the scores [B, L, K], constants."""
+        rows = whole.shape[0] * whole.shape[1]
+        held = scores_fit(rows, rows, clusters.out_features, whole.element_size())
+        with torch.set_grad_enabled(held and torch.is_grad_enabled()):
+            scores = clusters(whole)
+        codes = self.criterion.codes(scores)
+        if held:
+            return self.criterion.cross_entropy(scores, scores, codes), codes, scores.detach()
+        features = with_ones(whole)
+        prototypes = with_bias(clusters)
+        return self.criterion.head_cross_entropy(features, prototypes, features, prototypes, codes), codes, scores
 
     def _wanted(self, hidden: Tensor) -> Tensor:
         """[B, Q] int64: some of the hidden patches [B, h, w], at random."""
@@ -117,3 +134,13 @@ class CAPI(Method):
         number = max(int(count * self.predicted), 1)
         chosen = torch.rand(places.shape, device=places.device).argsort(1)[:, :number]
         return places.gather(1, chosen)
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """[B, L, D] -> [B, L, D + 1]."""
+    return torch.cat([x, torch.ones_like(x[..., :1])], 2)
+
+
+def with_bias(layer: nn.Linear) -> Tensor:
+    """[K, D + 1]: what gives `layer(x)` of `with_ones(x)`."""
+    return torch.cat([layer.weight, layer.bias[:, None]], 1)

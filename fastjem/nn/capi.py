@@ -1,11 +1,24 @@
 """CAPI's loss (Darcet et al. 2025, arXiv 2502.08769). Names, arguments and defaults are lightly's."""
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 import fastjem.functional as F
-from fastjem.collectives import Agreement, check_distributed, default_group
+from fastjem.collectives import Agreement, check_distributed, default_group, sum_and_count_of_ranks
 from fastjem.functional import checks
+from fastjem.functional.sinkhorn import sinkhorn_with_floor
+
+FLOOR = 1e-8  # added to what Sinkhorn divides by
+
+
+class PlaceCodes(NamedTuple):
+    """Sinkhorn's codes at each place: `kept * softmax(scores / teacher_temperature + bias)`."""
+
+    bias: Tensor  # [P, K]
+    kept: Tensor  # [B, P], 1 but for rows whose scores are far below all others
 
 
 class CAPILoss(nn.Module):
@@ -33,23 +46,73 @@ class CAPILoss(nn.Module):
         self.gather_distributed = gather_distributed
 
     @torch.no_grad()
-    def balanced(self, scores: Tensor) -> Tensor:
-        """[B, P, K] -> [B, P, K]: scores whose softmax, over the teacher's temperature, is the codes."""
-        options = {"epsilon": self.teacher_temperature, "iterations": self.sinkhorn_iterations}
+    def codes(self, scores: Tensor) -> PlaceCodes:
+        """Of scores [B, P, K] over the teacher's temperature: Sinkhorn over images, at each place by itself."""
+        options = {"epsilon": self.teacher_temperature, "iterations": self.sinkhorn_iterations, "floor": FLOOR}
         group = default_group(self.gather_distributed)
-        bias = F.sinkhorn_bias(scores.detach().transpose(0, 1), **options, group=group)  # [P, K]
-        return scores.detach() + self.teacher_temperature * bias
+        bias, kept = sinkhorn_with_floor(scores.detach().transpose(0, 1), **options, group=group)
+        return PlaceCodes(bias, kept.mT)
 
-    def cross_entropy(self, student: Tensor, targets: Tensor) -> Tensor:
-        """0-dim, of scores [B, P, K] against `balanced` ones, the mean over rows."""
-        return F.prototype_cross_entropy(
-            [student.flatten(0, 1)],
-            [targets.flatten(0, 1)],
+    def cross_entropy(self, student: Tensor, teacher: Tensor, codes: PlaceCodes, index: Tensor | None = None) -> Tensor:
+        """0-dim, of scores [B, Q, K] against the codes of scores [B, P, K] at the places [B, Q], None: all in turn."""
+        bias, kept = codes
+        teacher = teacher.detach()
+        if index is not None:
+            teacher = teacher.gather(1, index[..., None].expand(-1, -1, teacher.shape[2]))
+            bias, kept = bias[index], kept.gather(1, index)
+        targets = teacher + self.teacher_temperature * bias
+        sides = [student.flatten(0, 1)], [targets.flatten(0, 1)]
+        return self._kept_mean(F.prototype_cross_entropy, sides, kept)
+
+    def head_cross_entropy(
+        self,
+        student: Tensor,
+        student_prototypes: Tensor,
+        teacher: Tensor,
+        teacher_prototypes: Tensor,
+        codes: PlaceCodes,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """`cross_entropy` of `features @ prototypes.T`, without scores in memory.
+
+        Each place has a bias of its own. It is a column of the teacher's prototypes, which the place's rows have a 1
+        for; the student has zeros there.
+
+        Args:
+            student: [B, Q, D]; student_prototypes: [K, D].
+            teacher: [B, P, E], constants; teacher_prototypes: [K, E].
+            index: [B, Q] int64, the teacher's places; None: all in turn, Q = P.
+        """
+        bias, kept = codes
+        places = torch.eye(bias.shape[0], dtype=bias.dtype, device=bias.device).expand(len(teacher), -1, -1)
+        teacher = torch.cat([teacher.detach().to(bias.dtype), places], 2)
+        if index is not None:
+            teacher = teacher.gather(1, index[..., None].expand(-1, -1, teacher.shape[2]))
+            kept = kept.gather(1, index)
+        columns = self.teacher_temperature * bias.T
+        teacher_prototypes = torch.cat([teacher_prototypes.detach().to(bias.dtype), columns], 1)
+        width = max(student.shape[2], teacher.shape[2])
+        sides = (
+            [_wide(student, width).flatten(0, 1)],
+            [_wide(teacher, width).flatten(0, 1)],
+            _wide(student_prototypes, width),
+            _wide(teacher_prototypes, width),
+        )
+        return self._kept_mean(F.prototype_head_cross_entropy, sides, kept)
+
+    def _kept_mean(self, cross_entropy: Callable[..., Tensor], sides: Sequence, kept: Tensor) -> Tensor:
+        """The mean over the rows of all ranks of cross-entropies times what the rows keep, [B, Q]."""
+        group = default_group(self.gather_distributed)
+        everything, count = sum_and_count_of_ranks(kept.sum(), kept.numel(), group)
+        loss = cross_entropy(
+            *sides,
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
             pairs="same",
-            group=default_group(self.gather_distributed),
+            weights=torch.where(kept.sum() > 0, kept, 1.0).flatten(),
+            group=group,
         )
+        return loss * (everything / count).to(loss.dtype)
 
     def forward(self, teacher_logits: Tensor, student_logits: Tensor, teacher_index: Tensor | None = None) -> Tensor:
         """0-dim.
@@ -65,10 +128,8 @@ class CAPILoss(nn.Module):
         with Agreement("CAPILoss", default_group(self.gather_distributed)) as ranks:
             self._check(teacher_logits, student_logits, teacher_index)
             ranks.rows_of(teacher_logits)
-        targets = self.balanced(teacher_logits)
-        if teacher_index is not None:
-            targets = targets.gather(1, teacher_index[..., None].expand(-1, -1, targets.shape[2]))
-        return self.cross_entropy(student_logits, targets)
+        codes = self.codes(teacher_logits)
+        return self.cross_entropy(student_logits, teacher_logits, codes, teacher_index)
 
     def _check(self, teacher_logits: Tensor, student_logits: Tensor, teacher_index: Tensor | None) -> None:
         contract = "teacher_logits must be [B, P, K], student_logits [B, Q, K], teacher_index [B, Q] or None, Q = P"
@@ -78,3 +139,8 @@ class CAPILoss(nn.Module):
         if not fit or shapes[0][::2] != shapes[1][::2] or (teacher_index is None and shapes[0] != shapes[1]):
             came = shapes if teacher_index is None else [*shapes, tuple(teacher_index.shape)]
             checks.fail("CAPILoss", contract, came)
+
+
+def _wide(x: Tensor, width: int) -> Tensor:
+    """With zeros behind its columns."""
+    return nn.functional.pad(x, (0, width - x.shape[-1]))

@@ -4,8 +4,11 @@ from ..table import Operator
 
 OPERATORS = {
     "sinkhorn_step": Operator(
-        "(Tensor scores, Tensor? bias, float epsilon, Tensor? rows=None) -> Tensor", cpu=True, gpu=True
+        "(Tensor scores, Tensor? bias, float epsilon, Tensor? rows=None, Tensor? log_floors=None) -> Tensor",
+        cpu=True,
+        gpu=True,
     ),
+    "sinkhorn_rows": Operator("(Tensor scores, Tensor bias, float epsilon) -> Tensor", cpu=True, gpu=True),
     "sinkhorn_bias": Operator(
         "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, Tensor? rows=None) -> Tensor",
         cpu=True,

@@ -47,7 +47,7 @@ def _bias(arguments: tuple, scores: Tensor, iterations: int, normalize_samples_f
     other = None
     for _ in range(iterations):
         sums = _of_prototypes(scores) if other is None else other
-        _C.sinkhorn_step(*arguments, address(bias), address(sums), threads)
+        _C.sinkhorn_step(*arguments, address(bias), 0, address(sums), threads)
         other = bias
         bias = sums.neg_()
     assert bias is not None  # iterations >= 1
@@ -66,14 +66,34 @@ def _first(scores: Tensor, rows: Tensor | None) -> Tensor:
     return dense_rows(scores if rows is None else scores[..., : int(rows), :])
 
 
-def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float, rows: Tensor | None = None) -> Tensor:
+def sinkhorn_step(
+    scores: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    rows: Tensor | None = None,
+    log_floors: Tensor | None = None,
+) -> Tensor:
     if scores.dtype not in CODES:
-        return reference.sinkhorn_step(scores, bias, epsilon, rows)
+        return reference.sinkhorn_step(scores, bias, epsilon, rows, log_floors)
+    if log_floors is not None:
+        floors = log_floors if rows is None else log_floors[..., : int(rows)]
+        log_floors = _dense(floors, torch.float64)
     scores = _first(scores, rows)
     bias = _dense(bias, torch.float64)
     sums = _of_prototypes(scores)
-    _C.sinkhorn_step(*_arguments(scores, epsilon), address(bias), address(sums), torch.get_num_threads())
+    arguments = (*_arguments(scores, epsilon), address(bias), address(log_floors))
+    _C.sinkhorn_step(*arguments, address(sums), torch.get_num_threads())
     return sums
+
+
+def sinkhorn_rows(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    if scores.dtype not in CODES:
+        return reference.sinkhorn_rows(scores, bias, epsilon)
+    scores = dense_rows(scores)
+    bias = bias.to(torch.float64).contiguous()
+    out = torch.empty(scores.shape[:-1], dtype=torch.float64)
+    _C.sinkhorn_rows(*_arguments(scores, epsilon), address(bias), address(out), torch.get_num_threads())
+    return out
 
 
 def sinkhorn_bias(

@@ -4,7 +4,7 @@ from .mean_entropy import mean_entropy
 from .prototype_cross_entropy import prototype_cross_entropy
 from .prototype_head_cross_entropy import prototype_head_cross_entropy
 from .prototype_head_usage import prototype_head_usage, prototype_head_usage_backward
-from .sinkhorn import sinkhorn, sinkhorn_bias, sinkhorn_codes, sinkhorn_step
+from .sinkhorn import sinkhorn, sinkhorn_bias, sinkhorn_codes, sinkhorn_rows, sinkhorn_step
 
 __all__ = [
     "mean_entropy",
@@ -15,5 +15,6 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_bias",
     "sinkhorn_codes",
+    "sinkhorn_rows",
     "sinkhorn_step",
 ]

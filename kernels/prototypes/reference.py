@@ -14,8 +14,10 @@ def sinkhorn_step(
     bias: Tensor | None,  # [K] or [P, K], float64; None: samples are not normalised before
     epsilon: float,
     rows: Tensor | None = None,  # 0-dim int64: so many of the first rows count, and those that fill up don't
+    log_floors: Tensor | None = None,  # [B] float64: logs of what is added to samples' sums, which divide them (CAPI)
 ) -> Tensor:
-    """[K] float64: `logsumexp_i(s_ik + g_i)` with `g_i = -logsumexp_k(s_ik + f_k)`, s = scores / epsilon, f = bias.
+    """[K] float64: `logsumexp_i(s_ik + g_i)` with `g_i = -log(sum_k exp(s_ik + f_k) + floor_i)`, s = scores / epsilon,
+    f = bias.
 
     In the log domain, samples are normalised, and then each prototype is summed. The next bias f is the negative of the
     result; over several ranks, of the logsumexp of their results. It may be thousands and nearly cancels with what it
@@ -23,11 +25,23 @@ def sinkhorn_step(
     """
     scores = widen(scores) / epsilon
     if bias is not None:
-        scores = scores - (scores + bias.unsqueeze(-2)).logsumexp(-1, keepdim=True)
+        of_samples = (scores + bias.unsqueeze(-2)).logsumexp(-1, keepdim=True)
+        if log_floors is not None:
+            of_samples = torch.logaddexp(of_samples, log_floors[..., None].to(of_samples.dtype))
+        scores = scores - of_samples
     if rows is not None:
         beyond = torch.arange(scores.shape[-2], device=scores.device) >= rows  # [B]
         scores = scores.masked_fill(beyond[:, None], -math.inf)
     return widest(scores.logsumexp(-2))
+
+
+def sinkhorn_rows(
+    scores: Tensor,  # [B, K]
+    bias: Tensor,  # [K] float64
+    epsilon: float,
+) -> Tensor:
+    """[B] float64: `logsumexp_k(s_ik + f_k)`, what a sample's code is normalised by."""
+    return widest((widen(scores) / epsilon + bias.unsqueeze(-2)).logsumexp(-1))
 
 
 def sinkhorn_bias(

@@ -210,7 +210,13 @@ def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float
     return out
 
 
-def _step(scores: Tensor, bias: Tensor | None, epsilon: float, rows: Tensor | None = None) -> Tensor:
+def _step(
+    scores: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    rows: Tensor | None = None,
+    log_floors: Tensor | None = None,  # [P, N]
+) -> Tensor:
     """[P, K] float64: the next potentials of scores [P, N, K], whatever bias they follow."""
     problems, n, k = scores.shape
     compute = compute_dtype(scores.dtype)
@@ -219,6 +225,8 @@ def _step(scores: Tensor, bias: Tensor | None, epsilon: float, rows: Tensor | No
     if bias is not None:
         offsets = torch.empty(problems, n, dtype=compute, device=scores.device)
         row_logsumexp(scores, bias, 1 / epsilon, offsets, softmax=False)
+        if log_floors is not None:
+            offsets = torch.logaddexp(offsets, log_floors.to(compute))
     tile = tiling.column_logsumexp(compute)
     align = constants["ALIGN"]
     parts = triton.cdiv(n, tile["PART"])
@@ -300,10 +308,27 @@ def _of_prototypes(scores: Tensor) -> tuple[int, ...]:
     return (*scores.shape[:-2], scores.shape[-1])
 
 
-def sinkhorn_step(scores: Tensor, bias: Tensor | None, epsilon: float, rows: Tensor | None = None) -> Tensor:
+def sinkhorn_step(
+    scores: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    rows: Tensor | None = None,
+    log_floors: Tensor | None = None,
+) -> Tensor:
     if scores.dtype not in launch.DTYPES:
-        return reference.sinkhorn_step(scores, bias, epsilon, rows)
-    return _step(_problems(scores), dense(bias, torch.float64), epsilon, rows).neg_().view(_of_prototypes(scores))
+        return reference.sinkhorn_step(scores, bias, epsilon, rows, log_floors)
+    problems = _problems(scores)
+    floors = None if log_floors is None else log_floors.reshape(problems.shape[:2]).contiguous()
+    return _step(problems, dense(bias, torch.float64), epsilon, rows, floors).neg_().view(_of_prototypes(scores))
+
+
+def sinkhorn_rows(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    if scores.dtype not in launch.DTYPES:
+        return reference.sinkhorn_rows(scores, bias, epsilon)
+    problems = _problems(scores)
+    out = torch.empty(problems.shape[:2], dtype=compute_dtype(scores.dtype), device=scores.device)
+    row_logsumexp(problems, bias.to(torch.float64).contiguous(), 1 / epsilon, out, softmax=False)
+    return out.to(torch.float64).view(scores.shape[:-1])
 
 
 def sinkhorn_bias(
