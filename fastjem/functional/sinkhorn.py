@@ -124,18 +124,16 @@ def sinkhorn_with_floor(
     *,
     epsilon: float | Tensor,
     iterations: int,
-    floor: float,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`sinkhorn` where `floor` is added to every sum that is divided by, as in CAPI's code: a sample whose scores are
-    far below those of others for every prototype keeps less than 1.
+    """`sinkhorn` where 1e-8 is added to every sum that is divided by, as in CAPI's code: a sample whose scores are far
+    below those of others for every prototype keeps less than 1.
 
     The official code takes exponentials of scores that are at most 50 for each prototype, so in the first sums over
-    samples the floor is nothing.
+    samples it is nothing.
 
     Args:
         scores, epsilon, iterations, group: as for `sinkhorn_bias`.
-        floor: above 0.
 
     Returns:
         Potentials f [K] or [P, K], and what samples keep, [B] or [P, B], within 0 and 1: codes are
@@ -145,10 +143,10 @@ def sinkhorn_with_floor(
     with Agreement(op, group) as ranks:
         (scores,), epsilon, iterations = _checked(op, epsilon, iterations, group, scores)
         ranks.rows_of(scores, scores.dim() - 2)
-        ranks.alike(iterations, floor)
+        ranks.alike(iterations)
     wide = loss_dtype(scores)
     potentials = -_log_sums([scores], None, epsilon, group, None)
-    log_floor = potentials.new_full((), math.log(floor))
+    log_floor = potentials.new_full((), math.log(1e-8))  # a constant by a name would be a number of the graph
     # In units of what stands in a row before it is divided, which earlier divisions have made another one.
     log_floors = log_floor.expand(scores.shape[:-1])
     for _ in range(iterations - 1):

@@ -11,8 +11,6 @@ from fastjem.collectives import Agreement, check_distributed, default_group, sum
 from fastjem.functional import checks
 from fastjem.functional.sinkhorn import sinkhorn_with_floor
 
-FLOOR = 1e-8  # added to what Sinkhorn divides by
-
 
 class PlaceCodes(NamedTuple):
     """Sinkhorn's codes at each place: `kept * softmax(scores / teacher_temperature + bias)`."""
@@ -48,7 +46,7 @@ class CAPILoss(nn.Module):
     @torch.no_grad()
     def codes(self, scores: Tensor) -> PlaceCodes:
         """Of scores [B, P, K] over the teacher's temperature: Sinkhorn over images, at each place by itself."""
-        options = {"epsilon": self.teacher_temperature, "iterations": self.sinkhorn_iterations, "floor": FLOOR}
+        options = {"epsilon": self.teacher_temperature, "iterations": self.sinkhorn_iterations}
         group = default_group(self.gather_distributed)
         bias, kept = sinkhorn_with_floor(scores.detach().transpose(0, 1), **options, group=group)
         return PlaceCodes(bias, kept.mT)
@@ -103,7 +101,10 @@ class CAPILoss(nn.Module):
     def _kept_mean(self, cross_entropy: Callable[..., Tensor], sides: Sequence, kept: Tensor) -> Tensor:
         """The mean over the rows of all ranks of cross-entropies times what the rows keep, [B, Q]."""
         group = default_group(self.gather_distributed)
-        everything, count = sum_and_count_of_ranks(kept.sum(), kept.numel(), group)
+        share = kept.mean()
+        if group is not None:
+            everything, count = sum_and_count_of_ranks(kept.sum(), kept.numel(), group)
+            share = everything / count
         loss = cross_entropy(
             *sides,
             student_temperature=self.student_temperature,
@@ -112,7 +113,7 @@ class CAPILoss(nn.Module):
             weights=torch.where(kept.sum() > 0, kept, 1.0).flatten(),
             group=group,
         )
-        return loss * (everything / count).to(loss.dtype)
+        return loss * share.to(loss.dtype)
 
     def forward(self, teacher_logits: Tensor, student_logits: Tensor, teacher_index: Tensor | None = None) -> Tensor:
         """0-dim.
