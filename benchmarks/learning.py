@@ -12,7 +12,6 @@ Embeddings of both are measured by the same kNN (k = 20) and linear probe.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -28,7 +27,8 @@ import fastjem
 from fastjem import backbones, encoders
 from fastjem.bench import machine
 from fastjem.data.pixels import Pixels
-from fastjem.data.source import Source, open_source
+from fastjem.data.source import open_source
+from fastjem.machine import available_cores
 from fastjem.methods import METHODS, needs_patches
 from fastjem.probes import embed, measure
 from fastjem.runs import open_run
@@ -46,17 +46,14 @@ ABOUT = (
 )
 
 
-class Unlabelled:
-    """The images of a source alone: a run that knows no classes measures nothing along the way."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, i: int) -> Any:
-        return self.source.read(i)
+def without_classes(folder: str, into: Path) -> str:
+    """A flat folder with links to all images of a folder: a run that knows no classes measures nothing on the way."""
+    source = open_source(folder)
+    into.mkdir()
+    for i in range(len(source)):
+        name = source.name(i)
+        (into / name.replace("/", "-")).symlink_to(Path(folder).absolute() / name)
+    return str(into)
 
 
 def encoder_of(options: argparse.Namespace) -> nn.Module:
@@ -89,27 +86,28 @@ def lightly(options: argparse.Namespace) -> dict[str, Any]:
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """`fastjem.pretrain` by its defaults, for `--steps`, or for as many as fit `--seconds`."""
-    source = Unlabelled(open_source(options.train))
     fields: dict[str, Any] = {
         "method": options.alone, "backbone": options.backbone, "image_size": options.size, "stem": options.stem,
         "patch_size": options.patch_size, "batch_size": options.batch, "epochs": 10_000, "seed": options.seed,
         "workers": options.workers, "report": False, **dict(options.fields),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
+        data = without_classes(options.train, Path(folder) / "images")
         steps = options.steps
         if options.seconds:
             begin = time.perf_counter()
-            fastjem.pretrain(source=source, out=f"{folder}/warm", max_steps=WARM_STEPS, **fields)
+            fastjem.pretrain(data=data, out=f"{folder}/warm", max_steps=WARM_STEPS, **fields)
             warm = time.perf_counter() - begin
             rate = median_rate(Path(folder) / "warm")
             start = warm - WARM_STEPS * options.batch / rate  # opening, building, export
             steps = max(round((options.seconds - start) * rate / options.batch), 1)
         begin = time.perf_counter()
-        result = fastjem.pretrain(source=source, out=f"{folder}/run", max_steps=steps, **fields)
+        result = fastjem.pretrain(data=data, out=f"{folder}/run", max_steps=steps, **fields)
         seconds = time.perf_counter() - begin
         opened = open_run(result.out)
+        images = len(open_source(data))
     seen = steps * options.batch
-    epochs = round(seen / len(source), 1)
+    epochs = round(seen / images, 1)
     return {"epochs": epochs, "steps": steps, "pixels": opened.pixels, **after(opened.encoder, seconds, seen)}
 
 
@@ -204,7 +202,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="test_resnet")
     parser.add_argument("--stem", default="standard")
     parser.add_argument("--patch-size", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=available_cores())
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--fields", type=field, nargs="*", default=[], help="of ours: NAME=VALUE of fastjem.pretrain")
     parser.add_argument("--out", type=Path)

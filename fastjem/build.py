@@ -271,10 +271,10 @@ def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
 
 
 def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader) -> list[str]:
-    loader_was_chosen = config.loader == "auto" and (ranks.device.type == "cuda" or source.decoded)
-    if loader_was_chosen or config.loader not in ("auto", "torch"):
-        return [loader.reads]
-    return []
+    """Who reads the images, where that isn't Pillow as on any CPU."""
+    first = loader.loader if isinstance(loader, loaders.Staged) else loader
+    expected = isinstance(first, loaders.TorchLoader) and ranks.device.type != "cuda" and not source.decoded
+    return [] if expected or config.loader == "torch" else [loader.reads]
 
 
 __all__ = ["Training", "build"]

@@ -1,25 +1,27 @@
 """Images held in memory: what is read, what a budget refuses, and that views depend on nothing but their key."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from images import make_folder
+from PIL import Image
 from view_tables import pictures
 
 import fastjem.functional as F
-from fastjem.data.loaders import Budget, Order, create
+from fastjem.data.loaders import Budget, Order, TorchLoader, choose, create
 from fastjem.data.loaders.memory import ImageArray, MemoryLoader, side_in_memory
 from fastjem.data.parameters import Parameters
-from fastjem.data.source import decode, open_source
-from fastjem.data.views import ViewSpec
+from fastjem.data.source import Source, decode, open_source
+from fastjem.data.views import Views, ViewSpec
 from fastjem.errors import UserError
 
 SPECS = [ViewSpec(size=12), ViewSpec(size=12, bicubic=True), ViewSpec(size=6)]
 
 
 def test_a_folder_is_held_as_its_pixels(tmp_path):
-    from PIL import Image
-
     make_folder(tmp_path, images=10, classes=2, size=24)
     (tmp_path / "class1" / "broken.png").write_bytes(b"\x89PNG")
     array = ImageArray.from_source(open_source(tmp_path), size=24, threads=2)
@@ -35,8 +37,6 @@ def test_a_folder_is_held_as_its_pixels(tmp_path):
 
 
 def test_no_single_file_decides_about_the_size(tmp_path):
-    from PIL import Image
-
     make_folder(tmp_path, images=8, classes=2, size=30)
     Image.new("RGB", (4, 4)).save(tmp_path / "class0" / "0.png")
     Image.new("RGB", (900, 3)).save(tmp_path / "class0" / "1.png")
@@ -161,3 +161,64 @@ def test_a_file_of_arrays_is_a_folder(tmp_path):
     path.write_bytes(b"no archive")
     with pytest.raises(UserError, match=r"a.npz can't be read as .npz or .npy"):
         open_source(path)
+
+
+def folder_of(path: Path, sizes: Sequence[tuple[int, int]]) -> Source:
+    """PNG files of these widths and heights."""
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    for i, (width, height) in enumerate(sizes):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path / f"{i:05d}.png")
+    return open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "views", "held"),
+    [
+        ([(32, 32)] * 12, 32, True),
+        ([(32, 32)] * 12, 28, True),  # 8/7 of the views
+        ([(32, 32)] * 12, 27, False),  # larger than the views need: they would be shrunk
+        ([(32, 32)] * 11 + [(32, 31)], 32, False),
+        ([(32, 24)] * 12, 32, False),
+        ([(97, 97)] * 12, 224, False),  # not small
+    ],
+)
+def test_small_images_are_held_unasked(sizes, views, held, tmp_path):
+    """With the same views as by Pillow; others are read as ever."""
+    source = folder_of(tmp_path / "images", sizes)
+    specs = Views(large=2, recipe="simclr").specs(views)
+    order = Order(samples=12, batch=4, seed=1, stop=5)
+    loader = create("auto", source, specs, order, Budget())
+    assert ("held in memory" in loader.reads) == held
+    for one, other in zip(loader, create("torch", source, specs, order, Budget()), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.tables, other.tables, strict=True))
+        assert torch.equal(one.index, other.index)
+        for view, same in zip(one.views, other.views, strict=True):
+            assert (view.int() - same.int()).abs().max() <= held  # Pillow rounds between its two passes
+
+
+def test_one_image_of_another_size_among_small_ones(tmp_path, monkeypatch):
+    """That nobody looked at before all are read: none is resized."""
+    monkeypatch.setattr("fastjem.data.loaders.memory.SIZES", 4)
+    source = folder_of(tmp_path / "images", [(32, 32)] * 10 + [(32, 40), (32, 32)])
+    specs = [ViewSpec(size=32)]
+    order = Order(samples=12, batch=4, stop=3)
+    assert choose("auto", source, specs, Budget()) == "memory"
+    assert isinstance(create("auto", source, specs, order, Budget()), TorchLoader)
+    assert "held in memory" in create("memory", source, specs, order, Budget()).reads
+
+
+def test_what_an_object_reads_is_not_held(tmp_path):
+    """It may be another image each time."""
+    folder = folder_of(tmp_path / "images", [(32, 32)] * 4)
+
+    class Own:
+        def __len__(self) -> int:
+            return 4
+
+        def read(self, i: int) -> bytes:
+            return folder.read(i)
+
+    assert choose("auto", open_source(Own()), [ViewSpec(size=32)], Budget()) == "torch"
+    assert choose("auto", folder, [ViewSpec(size=32)], Budget(memory=1e-9)) == "torch"

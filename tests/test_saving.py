@@ -328,7 +328,7 @@ def test_a_folder_that_vanishes_costs_no_step(tmp_path: Path, capsys: pytest.Cap
 
     run = tmp_path / "run"
     with pytest.raises(UserError, match="none of the files can be read"):
-        fastjem.pretrain(**TINY, data=str(folder), epochs=10, loggers=[Vanishes()], out=str(run))
+        fastjem.pretrain(**TINY, data=str(folder), epochs=10, loader="torch", loggers=[Vanishes()], out=str(run))
     assert "step 7 is saved" in capsys.readouterr().err
     assert open_run(run).step == 7 and (run / "notes.txt").exists()
     (tmp_path / "away").rename(folder)

@@ -167,8 +167,8 @@ class Source:
         self.folder, self.main, self.reads = open_source(sys.argv[2]), os.getpid(), 0
     def __len__(self): return 32
     def read(self, i):
-        self.reads += 1
-        if os.getpid() != self.main and self.reads > 80:
+        self.reads += os.getpid() != self.main  # the worker's own
+        if self.reads > 80:
             what = sys.argv[1]
             if what == "killed": os.kill(os.getpid(), 9)
             if what == "stuck":
@@ -198,8 +198,10 @@ def test_a_worker_that_fails_ends_the_run_in_a_line(what: str, tmp_path: Path) -
     line = [sys.executable, "-c", PROGRAM, what, str(images), str(tmp_path / "run")]
     process = subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
     if what == "stuck":
-        while not (tmp_path / "run-stuck").exists():
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (tmp_path / "run-stuck").exists() or '"step": 4' not in metrics.read_text():
             time.sleep(0.1)
+        time.sleep(1)  # for the fifth step, the last one that has a batch: now the run waits
         process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=90)
     assert "Traceback" not in said, said

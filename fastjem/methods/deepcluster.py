@@ -97,8 +97,8 @@ class DeepCluster(Method):
     def epoch_begins(self, epoch: int) -> None:
         """Cluster the memory: each head that of another large view, as the official code takes them in turn.
 
-        Images that no epoch has come to (those that a last batch would have been too small for) have no cluster. Where
-        fewer have been seen than there are clusters, heads stay as they are.
+        Images that no epoch has come to (those that a last batch would have been too small for) have no cluster. Until
+        as many have been seen as there are clusters, heads stay as they are.
         """
         if epoch == 0:
             return
@@ -109,7 +109,7 @@ class DeepCluster(Method):
             rows = memory.rows[:-1] if len(seen) == memory.images else memory.rows[seen]
             generator = torch.Generator(rows.device).manual_seed(self.run.seed * 1_000_003 + epoch * 101 + head)
             clusters = len(self.centroids[head])
-            if len(rows) < clusters:
+            if len(rows) < clusters and len(seen) < memory.images:
                 continue
             shards = [len(part) for part in torch.arange(len(rows)).tensor_split(self.run.ranks)]
             own = rows if group is None else rows.tensor_split(self.run.ranks)[group.rank()]

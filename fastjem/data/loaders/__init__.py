@@ -10,11 +10,22 @@ from fastjem.data.loaders import dali, memory
 from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order
 from fastjem.data.loaders.staged import Staged
 from fastjem.data.loaders.torch import TorchLoader
-from fastjem.data.source import Source, are_pairs, rule_of
+from fastjem.data.source import Source, are_pairs
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
-__all__ = ["LOADERS", "NAMES", "Budget", "Loader", "LoaderFactory", "Order", "Staged", "choose", "create"]
+__all__ = [
+    "LOADERS",
+    "NAMES",
+    "Budget",
+    "Loader",
+    "LoaderFactory",
+    "Order",
+    "Staged",
+    "TorchLoader",
+    "choose",
+    "create",
+]
 
 LOADERS: dict[str, LoaderFactory] = {
     "dali": dali.on_gpu,
@@ -31,15 +42,22 @@ def create(name: str, source: Source, specs: Sequence[ViewSpec], order: Order, b
     Raises:
         UserError: for one that was asked for by name and can't run here, with its reason.
     """
-    return LOADERS[choose(name, source, specs, budget)](source, specs, order, budget)
+    chosen = choose(name, source, specs, budget)
+    if name == "auto" and chosen == "memory" and not source.decoded:
+        try:
+            return memory.create(source, specs, order, budget, unchanged=True)
+        except memory.OtherSizeError:
+            chosen = _of_files(source, budget)
+    return LOADERS[chosen](source, specs, order, budget)
 
 
 def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget) -> str:
     """The name of a loader for "auto", and any other name as it is, if that loader can run here.
 
     "auto" is, for a source of pixels, "memory" where they fit the budget and "torch" where they don't. For one of files
-    it is "dali" where training runs on a GPU and DALI works there, "dali-cpu" where DALI works on the GPU's host alone,
-    else "torch": a run on the CPU takes DALI only when it is named, one in other than three channels doesn't.
+    it is "memory" where images are small and of one size (`memory.are_small`); else "dali" where training runs on a GPU
+    and DALI works there, "dali-cpu" where DALI works on the GPU's host alone, else "torch": a run on the CPU takes DALI
+    only when it is named, one in other than three channels doesn't.
 
     Raises:
         UserError: if the one that was named can't run here, with the reason.
@@ -52,10 +70,9 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
         return "torch"
     if name == "auto" and source.decoded:
         return "memory" if memory.fits_in_memory(source, specs, budget.memory) else "torch"
-    rule = rule_of(source)
-    channels = RGB if rule is None else rule.channels
+    channels = memory.channels_of(source)
     if name == "auto":
-        return dali.best(budget.device) if channels == RGB else "torch"
+        return "memory" if memory.are_small(source, specs, budget.memory) else _of_files(source, budget)
     if name.startswith("dali"):
         if channels != RGB:
             raise UserError(f"--loader {name} makes 3 channels, not the {channels} of --channels; memory or torch can")
@@ -64,3 +81,8 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
         if why := dali.why_not("cuda" if name == "dali" else "cpu"):
             raise UserError(f"--loader {name} can't run here: {why}")
     return name
+
+
+def _of_files(source: Source, budget: Budget) -> str:
+    """Who reads files that aren't held in memory."""
+    return dali.best(budget.device) if memory.channels_of(source) == RGB else "torch"

@@ -20,8 +20,9 @@ from fastjem.data.levels import levels_of, survey, to_levels
 from fastjem.data.loaders.protocol import Budget, Order
 from fastjem.data.parameters import Parameters
 from fastjem.data.picture import Picture
-from fastjem.data.source import NoneReadable, Source, decode, path_of, read_or_next, reason, rule_of
+from fastjem.data.source import Levelled, NoneReadable, Source, decode, path_of, read_or_next, reason, rule_of
 from fastjem.data.sources.arrays import Arrays, channels_axis, read_arrays
+from fastjem.data.sources.folder import Folder
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
@@ -29,6 +30,11 @@ from fastjem.machine import available_cores
 GIBIBYTE = 2**30
 SIZES = 1024  # images whose sides are looked at before all are read
 ENLARGED = 8 / 7  # images are held a little larger than the views, 256 pixels for 224
+SMALL = 96  # pixels of a side of images that are held without being asked for: STL-10's; a start decodes all of them
+
+
+class OtherSizeError(Exception):
+    """An image isn't of the size that the others have."""
 
 
 @dataclass
@@ -95,13 +101,16 @@ class ImageArray:
         return cls(torch.from_numpy(images), labels, [str(name) for name in found.get("classes", ())])
 
     @classmethod
-    def from_source(cls, source: Source, *, size: int, budget: float = 4 * GIBIBYTE, threads: int = 0) -> "ImageArray":
+    def from_source(
+        cls, source: Source, *, size: int, budget: float = 4 * GIBIBYTE, threads: int = 0, unchanged: bool = False
+    ) -> "ImageArray":
         """Every image of a source, its shorter side resized to `size` pixels and the middle square kept.
 
         Args:
             size: in pixels, H and W of the array; images of that size already stay as they are.
             budget: the most bytes that the array may take. Beyond it a UserError says which size would fit.
             threads: that decode; 0: as many as there are cores.
+            unchanged: no image may be resized or cut; OtherSizeError for one that would have to be.
 
         An image that can't be read is left out and named in `unreadable`.
         """
@@ -116,15 +125,24 @@ class ImageArray:
             )
         images = np.empty((count, size, size, channels), np.uint8)
         reasons: dict[int, str] = {}
+        others: list[int] = []  # images of another size, where that is refused
 
         def read(i: int) -> None:
+            if others:
+                return
             try:
-                images[i] = middle_square(decode(source, i), size)
+                image = decode(source, i)
+                if unchanged and image.size != (size, size):
+                    others.append(i)
+                    return
+                images[i] = middle_square(image, size)
             except Exception as error:  # whatever a decoder may raise on a broken file
                 reasons[i] = reason(error, path_of(source, i))
 
         with ThreadPoolExecutor(threads or available_cores()) as pool:
             list(pool.map(read, range(count)))
+        if others:
+            raise OtherSizeError(f"{path_of(source, others[0])} isn't {size} x {size}")
         unreadable = [(path_of(source, i), reasons[i]) for i in sorted(reasons)]
         samples = np.array([i for i in range(count) if i not in reasons], dtype=np.int64)
         if not len(samples):
@@ -237,26 +255,59 @@ def side_in_memory(source: Source, specs: Sequence[ViewSpec]) -> int:
 
 def shorter_side(source: Source, i: int) -> int:
     """In pixels, of a file by its header."""
+    return min(sides(source, i))
+
+
+def sides(source: Source, i: int) -> tuple[int, int]:
+    """Two sides of an image in pixels, of a file by its header."""
     data = source.read(i)
     if isinstance(data, np.ndarray):
-        return min(data.shape[:2])
+        return data.shape[0], data.shape[1]
     try:
-        return min(open_image(data).size)
+        return open_image(data).size
     except UnidentifiedImageError:  # a TIFF file that Pillow has no mode for
-        return min(decode(source, i).size)
+        return decode(source, i).size
+
+
+def are_small(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
+    """Whether a folder's images are so small that they are best held as they are: squares of one size up to `SMALL`
+    pixels, no larger than the views need, that fit in so much memory.
+
+    `SIZES` images are looked at, evenly over the folder, up to the first that isn't. Another one may be of another size
+    nevertheless: `create(unchanged=True)` sees all of them. What an object of the user's reads may be another image
+    each time, so it isn't held.
+    """
+    files = source.source if isinstance(source, Levelled) else source
+    if not isinstance(files, Folder):
+        return False
+    count = len(source)
+    found: set[tuple[int, int]] = set()
+    for i in sorted({k * count // SIZES for k in range(SIZES)}):
+        try:
+            found.add(sides(source, i))
+        except Exception:  # whatever is wrong with it is said when it is read
+            continue
+        width, height = min(found)
+        if len(found) > 1 or width != height or width > min(SMALL, round(specs[0].size * ENLARGED)):
+            return False
+    return bool(found) and fits_in_memory(source, specs, gibibytes)
 
 
 def fits_in_memory(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
     return channels_of(source) * len(source) * side_in_memory(source, specs) ** 2 <= gibibytes * GIBIBYTE
 
 
-def create(source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget) -> MemoryLoader:
+def create(
+    source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget, *, unchanged: bool = False
+) -> MemoryLoader:
     """The source's images on the run's device, each read once, now.
 
     Raises:
         UserError: if they take more than the budget's memory, with the size that would fit.
+        OtherSizeError: with `unchanged`, for an image that would have to be resized or cut.
     """
-    array = ImageArray.from_source(source, size=side_in_memory(source, specs), budget=budget.memory * GIBIBYTE)
+    side = side_in_memory(source, specs)
+    array = ImageArray.from_source(source, size=side, budget=budget.memory * GIBIBYTE, unchanged=unchanged)
     loader = MemoryLoader(array.to(budget.device), specs, order)
     loader.decoder_share = budget.decoder_share
     return loader
