@@ -28,11 +28,17 @@ class Counter:
     """A backend that counts its graphs."""
 
     def __init__(self, differentiates: bool):
-        self.graphs = 0
+        self.compiled: set[tuple] = set()
         self.differentiates = differentiates
 
+    @property
+    def graphs(self) -> int:
+        return len(self.compiled)
+
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
-        self.graphs += 1
+        # An analysis that is begun again, as a number taken for a tensor turns out to decide, is no graph more.
+        now = torch._guards.CompileContext.current_compile_id()
+        self.compiled.add((now.frame_id, now.frame_compile_id))
         return aot_eager(graph, inputs) if self.differentiates else graph.forward
 
 
@@ -86,7 +92,9 @@ def test_one_graph_for_all_batch_sizes(name):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", CALLS)
 def test_one_graph_with_its_backward_for_many_batch_sizes(name):
-    assert _same_at(MANY_SIZES, name, differentiates=True) <= AT_MOST
+    # SimDINO's rate is of the smaller Gram matrix, of images or of features: each has a graph.
+    forms = 2 if name == "SimDINOLoss" else 1
+    assert _same_at(MANY_SIZES, name, differentiates=True) < AT_MOST + forms
 
 
 LOSSES = [name for name in MODULES if CALLS[name].differentiable or "Memory" in name]
