@@ -154,7 +154,7 @@ def in_a_process(name: str, side: str, seed: int, options: argparse.Namespace, *
     kept = ("train", "test", "size", "batch", "minutes", "backbone", "stem", "patch_size", "workers")
     for key, value in ({key: getattr(options, key) for key in kept} | own).items():
         command += ["--" + key.replace("_", "-"), str(value)]
-    command += ["--fields", *(f"{key}={value}" for key, value in options.fields)]
+    command += ["--fields", *(f"{key}={json.dumps(value)}" for key, value in options.fields)]
     done = subprocess.run(command, capture_output=True, text=True)
     found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
     error = (done.stderr.strip().splitlines() or ["no output"])[-1]

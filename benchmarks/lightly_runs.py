@@ -7,8 +7,8 @@ is plain PyTorch, without Lightning, and the loader's workers stay over epochs: 
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Recipe:
     momentum: tuple[str, ...] = ()  # what has a momentum copy
     scales: bool = True  # whether the learning rate grows with the batch
     adam: bool = False
+    sgd: Mapping[str, float] = field(default_factory=lambda: {"momentum": 0.9, "weight_decay": 5e-4})
 
 
 class Run:
@@ -43,7 +44,7 @@ class Run:
         if recipe.adam:
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, 1e-3 * factor, weight_decay=1e-6)
         else:
-            self.optimizer = torch.optim.SGD(parameters, 6e-2 * factor, momentum=0.9, weight_decay=5e-4)
+            self.optimizer = torch.optim.SGD(parameters, 6e-2 * factor, **recipe.sgd)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs)
 
     def step(self, views: list[Tensor], epoch: int) -> None:
@@ -239,6 +240,7 @@ def recipes() -> dict[str, Recipe]:
             lambda width: {"head": heads.VICRegProjectionHead(width, 2048, 2048, num_layers=2)},
             _pair,
             loss.VICRegLoss,
+            sgd={},  # as its example has it; with momentum it diverges here
         ),
         "nnclr": Recipe(
             simclr_views,

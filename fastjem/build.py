@@ -171,6 +171,7 @@ def create_loader(
     budget = loaders.Budget(
         workers=config.workers if config.workers >= 0 else ranks.cores,
         memory=config.memory,
+        holds=(state or {}).get("holds_images"),
         device=ranks.device,
         decoder_share=(state or {}).get("decoder_share", config.decoder_share),
         agree=ranks.agree,
@@ -274,7 +275,10 @@ def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader
     """Who reads the images, where that isn't Pillow as on any CPU."""
     first = loader.loader if isinstance(loader, loaders.Staged) else loader
     expected = isinstance(first, loaders.TorchLoader) and ranks.device.type != "cuda" and not source.decoded
-    return [] if expected or config.loader == "torch" else [loader.reads]
+    if expected or config.loader == "torch":
+        return []
+    unasked = config.loader == "auto" and loaders.holds_images(loader) and not source.decoded
+    return [f"{loader.reads}; --loader torch reads them anew each time" if unasked else loader.reads]
 
 
 __all__ = ["Training", "build"]

@@ -32,6 +32,10 @@ WHOLE_GRID = {
 NO_TOKEN = "the encoder has no mask token: fastjem.encoders.wrap(module, mask_token=True) gives it one"
 
 
+class UnusableError(ValueError):
+    """An encoder's embeddings that nothing can be learned from."""
+
+
 class Features(NamedTuple):
     """What an encoder makes of N images."""
 
@@ -230,6 +234,8 @@ def has_convolutional_stem(module: nn.Module) -> bool:
 
 def no_patches(module: nn.Module) -> str:
     """Why a module can't be given masks, in words."""
+    if isinstance(module, TransformerEncoder):
+        module = module.backbone
     kind = type(module).__name__
     needs = "masked patches need a vision transformer (--backbone vit_tiny)"
     if has_convolutional_stem(module):
@@ -244,6 +250,8 @@ def no_patches(module: nn.Module) -> str:
 
 def patch_size(module: nn.Module) -> int:
     """Pixels of a patch's side, 1 for a module without patches; with what a convolutional stem makes smaller."""
+    if isinstance(module, Encoder):
+        return module.patch if module.patch > 1 else patch_size(module.backbone)
     embed: Any = getattr(module, "patch_embed", None)
     size = embed.feat_ratio() if has_convolutional_stem(module) else getattr(embed, "patch_size", 1)
     return int(size[0] if isinstance(size, (tuple, list)) else size)
@@ -309,7 +317,7 @@ def measured_width(module: nn.Module, images: Tensor) -> int:
     """The width D of a module's embeddings of images [B, C, H, W], found by computing them.
 
     Raises:
-        ValueError: if they aren't [B, D], not finite, or all the same: then every gradient is zero for ever.
+        UnusableError: if they aren't [B, D], not finite, or all the same: then every gradient is zero for ever.
     """
     training = module.training
     state = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -321,14 +329,14 @@ def measured_width(module: nn.Module, images: Tensor) -> int:
     x = x.pooled if isinstance(x, Features) else x
     if not isinstance(x, Tensor) or x.dim() != 2 or len(x) != len(images):
         came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(
+        raise UnusableError(
             f"the encoder must map [B, {images.shape[1]}, H, W] to [B, D], got {came} for {tuple(images.shape)}"
         )
     if not torch.isfinite(x).all():
-        raise ValueError("the encoder's embeddings of real images are not finite before the first step")
+        raise UnusableError("the encoder's embeddings of real images are not finite before the first step")
     spread = (x.float() - x.float().mean(0)).abs().max()
     if spread <= 1e-6 * x.float().abs().max():
-        raise ValueError(
+        raise UnusableError(
             "the encoder gives every image the same embedding: its gradient is zero, and no step could change that "
             "(a last layer initialised with zeros, or dead activations?)"
         )

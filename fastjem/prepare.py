@@ -94,7 +94,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         resume.check_objects(state, vars(objects))
     weights = None if state else starting.opened(config)
     if weights is not None:
-        config = starting.taken_over(config, weights)
+        config = starting.taken_over(config, weights, made=isinstance(objects.method, Method))
     kind = objects.method or METHODS[config.method]
     combinations.check(config, kind)
     source, about_values = levelled(config, objects, state, kind.views.sources)
@@ -167,7 +167,7 @@ def stage_of(
     ends: int,
 ) -> Stage:
     """The views and masks of the steps from `begins` on to before `ends`, large views having `size` pixels."""
-    specs = view_specs(config, method, encoder.backbone, normalised, size)
+    specs = view_specs(config, method, encoder, normalised, size)
     masks = mask_specs(method.views, size, encoder.patch)
     if config.mask:  # the method has none of its own, as `combinations.check` has seen to
         masks = masks_of_run(specs, encoder.patch, config.mask, config.masking or "random")
@@ -347,7 +347,7 @@ def embedded(module: nn.Module, images: torch.Tensor, sizes: Mapping[int, str]) 
             sized = interpolate(images, (size, size), mode="bilinear", antialias=True)
         try:
             widths.append(encoders.measured_width(module, sized))
-        except ValueError as error:
+        except encoders.UnusableError as error:
             raise UserError(str(error)) from None
         except Exception as error:  # whatever a model may raise
             channels = images.shape[1]
@@ -371,7 +371,7 @@ def run_facts(
         ranks=ranks.size,
         seed=config.seed,
         image_size=config.size,
-        image_sizes=config.sizes.pixels,
+        image_sizes=config.sizes.pixels if len(config.sizes.pixels) > 1 else (),
         channels=config.channels,
         patch=encoder.patch,
         prefix_tokens=encoder.prefix_tokens,

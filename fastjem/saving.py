@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastjem import checkpoints, encoders
 from fastjem.build import Training
+from fastjem.data.loaders import holds_images
 from fastjem.errors import DivergedError, UserError
 from fastjem.exports import TEACHER
 from fastjem.journal import Journal
@@ -69,6 +70,7 @@ class Saver:
             "config": json.dumps(dataclasses.asdict(training.config)),
             "unreadable": sorted(self.journal.unreadable),
             "decoder_share": training.loader.decoder_share,  # it decides about pixels
+            "holds_images": holds_images(training.loader),
             "seed": training.config.seed,  # every generator follows from it and the step
             **training.facts,
         }

@@ -58,9 +58,10 @@ def opened(config: Config) -> Weights | None:
 LAST_NORMS = {"norm": "fc_norm", "fc_norm": "norm"}  # of timm's transformers: of tokens, and of what is pooled of them
 
 
-def taken_over(config: Config, weights: Weights) -> Config:
+def taken_over(config: Config, weights: Weights, *, made: bool = False) -> Config:
     """The configuration with what the weights say and the user doesn't: the architecture, its stem and patches; from
-    one of ours also the image size and the channels, and with all of a run the method's options, too.
+    one of ours also the image size and the channels, and with all of a run the method's options, too, but where the
+    method is `made` already.
 
     Raises:
         UserError: for images of another number of channels.
@@ -74,7 +75,7 @@ def taken_over(config: Config, weights: Weights) -> Config:
         found |= {"image_size": weights.pixels.size, "channels": weights.pixels.channels}
     run = weights.config if config.weights_of == "all" else None
     if run is not None:
-        names = ("preset", "momentum_encoder", "projector", "large_views")
+        names = ("preset", "momentum_encoder", *(() if made else ("projector", "large_views")))
         found |= {name: getattr(run, name) for name in names}
     values = {name: value for name, value in found.items() if name not in config.given}
     if run is not None:
@@ -166,6 +167,8 @@ def load_all(step: nn.Module, weights: Weights, config: Config, images: int) -> 
             f"--weights-of all: {config.method} keeps a row of each image of its data, {kept[0]} in the run in "
             f"{config.weights} and {images} here; --weights-of encoder takes the encoder alone"
         )
+    if not any(name.startswith("teacher.") for name in here):  # --no-momentum-encoder
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("teacher.")}
     exports.compare(step, shapes_of(state), f"--weights-of all: {config.weights} doesn't fit this run")
     step.load_state_dict(state)
 

@@ -20,6 +20,7 @@ from fastjem.data.files import ORIENTATION, TIFF, open_image, stored
 from fastjem.data.levels import Levels, Survey, describe, levels_of, parsed_range, survey
 from fastjem.data.picture import to_image
 from fastjem.data.source import Levelled, Source, open_source, path_of, reason, rule_of
+from fastjem.data.stages import Sizes
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
 from fastjem.printing import is_terminal, printable, say
@@ -33,7 +34,10 @@ class CheckDataOptions:
 
     data: str = field(metadata={"help": "folder of images, nested or flat", "positional": True, "path": True})
     views: int = field(default=2, metadata={"help": "of an image, for the expected time"})
-    image_size: int = field(default=224, metadata={"help": "of a view; smaller images are counted"})
+    image_size: int | str = field(
+        default=224,
+        metadata={"help": "of a view; smaller images are counted; of several, the last", "metavar": "PIXELS"},
+    )
     channels: int = field(default=3, metadata={"help": "as of pretrain"})
     value_range: str = field(default="auto", metadata={"help": "as of pretrain"})
     workers: int = field(default=-1, metadata={"help": "processes; -1: one a core"})
@@ -167,7 +171,8 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
     """
     fields.conform(options, "check_data: {}".format)
     given_range = parsed_range(options.value_range)
-    at_least_one = {"views": options.views, "image-size": options.image_size, "channels": options.channels}
+    size = Sizes.of(options.image_size).last
+    at_least_one = {"views": options.views, "image-size": size, "channels": options.channels}
     for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
@@ -176,7 +181,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
     found = survey(source, options.channels)
     levels = levels_of(options.channels, given_range, found)
     begin = time.perf_counter()
-    files = scan(Levelled(source, levels), options.image_size, workers)
+    files = scan(Levelled(source, levels), size, workers)
     seconds = time.perf_counter() - begin
     readable = [file for file in files if not file.why]
     distinct = {file.digest for file in readable}
@@ -193,7 +198,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
         "seconds": seconds,
         "workers": workers,
         "views": options.views,
-        "image_size": options.image_size,
+        "image_size": size,
         "channels": levels.channels,
         "values": levels.values,
         "value_range": list(levels.value_range),
@@ -204,7 +209,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
         "unlisted": list(getattr(source, "unlisted", ())),
     }
     if readable:
-        result |= _sizes(readable, options.image_size)
+        result |= _sizes(readable, size)
         crops = [file.crop for file in readable if file.crop]
         seconds_each = float(np.mean([file.read for file in readable]))
         if crops:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastjem import fields
 from fastjem.checkpoints import write_atomically
+from fastjem.config import MOST_VIEWS
 from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
 from fastjem.data.masking import MASKINGS, MASKINGS_OF_RUNS, masks_of_run
@@ -200,10 +201,16 @@ def _check(options: ViewsOptions) -> None:
     asked["mask"] = share is not None
     for option, is_asked in asked.items():
         if is_asked and (reason := combinations.why_not(METHODS[options.method], option)):
-            raise UserError(f"--{option.replace('_', '-')}: {options.method} {reason}")
+            here = reason.partition(": --options")[0]  # which is pretrain's
+            raise UserError(f"--{option.replace('_', '-')}: {options.method} {here}")
     parsed_range(options.value_range)
     if options.large_views is not None and options.large_views < 2:
         raise UserError(f"--large-views must be at least 2, got {options.large_views}")
+    for option in ("large_views", "small_views"):
+        if (getattr(options, option) or 0) > MOST_VIEWS:
+            raise UserError(
+                f"--{option.replace('_', '-')} must be at most {MOST_VIEWS}, got {getattr(options, option)}"
+            )
     smallest = Sizes.of(options.image_size).pixels[0]
     for name, least in (("images", 1), ("channels", 1), ("image_size", 8), ("patch_size", 1)):
         value = smallest if name == "image_size" else getattr(options, name)

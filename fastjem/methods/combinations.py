@@ -43,8 +43,9 @@ def check(config: Config, method: type[Method] | Method) -> None:
     Whether a method can go without its momentum encoder may be a question of its options: `Step` asks.
     """
     if isinstance(method, Method):
-        for option in ("large_views", "projector"):
-            if getattr(config, option) is not None:
+        for option in ("large_views", "projector", "momentum_encoder"):
+            told = getattr(method.run, option)
+            if getattr(config, option) not in (None, True) and getattr(config, option) is not told:
                 raise UserError(f"{config.flag(option)}: the method is made already; RunFacts({option}=...) tells it")
     asked = {
         "mask": bool(config.mask),

@@ -36,7 +36,7 @@ class RunFacts:
     ranks: int = 1
     seed: int = 0
     image_size: int = 0  # of the large views, in pixels; where it grows on the way, in the end
-    image_sizes: tuple[int, ...] = ()  # where it grows on the way, of each stage; batches have their own size
+    image_sizes: tuple[int, ...] = ()  # of each stage, where it grows on the way; batches have their own size
     patch: int = 0  # of the encoder, in pixels; 1: it has none
     channels: int = 3
     prefix_tokens: int = 0  # of the encoder

@@ -25,6 +25,7 @@ __all__ = [
     "TorchLoader",
     "choose",
     "create",
+    "holds_images",
 ]
 
 LOADERS: dict[str, LoaderFactory] = {
@@ -72,7 +73,8 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
         return "memory" if memory.fits_in_memory(source, specs, budget.memory) else "torch"
     channels = memory.channels_of(source)
     if name == "auto":
-        return "memory" if memory.are_small(source, specs, budget.memory) else _of_files(source, budget)
+        holds = memory.are_small(source, specs, budget.memory) if budget.holds is None else budget.holds
+        return "memory" if holds else _of_files(source, budget)
     if name.startswith("dali"):
         if channels != RGB:
             raise UserError(f"--loader {name} makes 3 channels, not the {channels} of --channels; memory or torch can")
@@ -81,6 +83,11 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
         if why := dali.why_not("cuda" if name == "dali" else "cpu"):
             raise UserError(f"--loader {name} can't run here: {why}")
     return name
+
+
+def holds_images(loader: Loader) -> bool:
+    """Whether a run's loader holds all images in memory: it decides about pixels, so a run keeps it."""
+    return isinstance(loader.loader if isinstance(loader, Staged) else loader, memory.MemoryLoader)
 
 
 def _of_files(source: Source, budget: Budget) -> str:

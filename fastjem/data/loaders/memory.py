@@ -30,6 +30,7 @@ from fastjem.machine import available_cores
 GIBIBYTE = 2**30
 SIZES = 1024  # images whose sides are looked at before all are read
 ENLARGED = 8 / 7  # images are held a little larger than the views, 256 pixels for 224
+UNASKED = 1.0  # GiB a rank that images may take without being asked for
 SMALL = 96  # pixels of a side of images that are held without being asked for: STL-10's; a start decodes all of them
 
 
@@ -271,7 +272,7 @@ def sides(source: Source, i: int) -> tuple[int, int]:
 
 def are_small(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
     """Whether a folder's images are so small that they are best held as they are: squares of one size up to `SMALL`
-    pixels, no larger than the views need, that fit in so much memory.
+    pixels, no larger than the views need, that fit in so much memory, `UNASKED` GiB at most.
 
     `SIZES` images are looked at, evenly over the folder, up to the first that isn't. Another one may be of another size
     nevertheless: `create(unchanged=True)` sees all of them. What an object of the user's reads may be another image
@@ -290,7 +291,7 @@ def are_small(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bo
         width, height = min(found)
         if len(found) > 1 or width != height or width > min(SMALL, round(specs[0].size * ENLARGED)):
             return False
-    return bool(found) and fits_in_memory(source, specs, gibibytes)
+    return bool(found) and fits_in_memory(source, specs, min(gibibytes, UNASKED))
 
 
 def fits_in_memory(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:

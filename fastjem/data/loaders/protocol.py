@@ -73,6 +73,7 @@ class Budget:
 
     workers: int = 0  # processes of the torch loader, threads of DALI's
     memory: float = 4.0  # GiB that the memory loader's images may take
+    holds: bool | None = None  # whether "auto" holds a folder's images in memory; None: as they are (a run keeps it)
     device: torch.device = CPU  # the run's
     decoder_share: float | None = None  # of JPEG files, for a GPU's fixed-function decoder; None: may be measured
     agree: Callable[[float], float] = float  # the share that all ranks take when each has measured its own
