@@ -212,6 +212,23 @@ def test_sinkhorn_of_several_problems_is_that_of_each(
 
 
 @pytest.mark.parametrize("op", ["sinkhorn_step"])
+@pytest.mark.parametrize("row", [0, 3, 6])
+def test_a_sample_of_nothing_but_minus_infinity_adds_nothing_to_floors(op, row, implementation):
+    """Wherever it stands among the samples, the others' sums are there."""
+    scores = torch.randn(7, 9)
+    scores[row] = -torch.inf
+    bias = torch.randn(9, dtype=torch.float64)
+    floors = torch.randn(7, dtype=torch.float64)
+    others = [i for i in range(7) if i != row]
+    step = torch.ops.fastjem.sinkhorn_step
+    device = implementation.device
+    found = step(scores.to(device), bias.to(device), 0.5, None, floors.to(device)).cpu()
+    exact = scores[others].double() / 0.5
+    exact = exact - torch.logaddexp((exact + bias).logsumexp(1), floors[others])[:, None]
+    torch.testing.assert_close(found, exact.logsumexp(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["sinkhorn_step"])
 def test_potentials_of_a_batch_in_parts_are_float64(op, implementation):
     """A float32 potential of 600,000 would be off by 0.03."""
     scores = randn(50, 70).float()

@@ -211,16 +211,21 @@ static void column_sums_of_softmax_of(const Sinkhorn& p, int64_t begin, int64_t 
   for (int64_t i = begin; i < end; ++i) {
     const T* x = static_cast<const T*>(p.scores) + i * p.row_stride;
     const double logsumexp = sample_softmax(p, x, softmax, e.data());
-    // log(exp(logsumexp) + floor) - logsumexp, without an exponential above 1
-    const double above = p.log_floors ? p.log_floors[i] - logsumexp : 0.0;
-    const double beyond = p.log_floors ? std::max(above, 0.0) + std::log1p(std::exp(-std::abs(above))) : 0.0;
-    p.row_logsumexp[i] = logsumexp + beyond;
-    const W kept = static_cast<W>(std::exp(-beyond));
-    for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
-      const int64_t last = std::min(first + softmax_block, k);
-      const W factor = softmax.factor[b] * kept;
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    if (p.log_floors && logsumexp == -infinity && p.log_floors[i] > -infinity) {
+      p.row_logsumexp[i] = p.log_floors[i];  // exponentials of nothing but -infinity, which the floor alone divides
+    } else {
+      // log(exp(logsumexp) + floor) - logsumexp, without an exponential above 1
+      const double above = p.log_floors ? p.log_floors[i] - logsumexp : 0.0;
+      const double beyond = p.log_floors ? std::max(above, 0.0) + std::log1p(std::exp(-std::abs(above))) : 0.0;
+      p.row_logsumexp[i] = logsumexp + beyond;
+      const W kept = static_cast<W>(std::exp(-beyond));
+      for (int64_t first = 0, b = 0; first < k; first += softmax_block, ++b) {
+        const int64_t last = std::min(first + softmax_block, k);
+        const W factor = softmax.factor[b] * kept;
 #pragma omp simd
-      for (int64_t j = first; j < last; ++j) partial[j] += e[j] * factor;
+        for (int64_t j = first; j < last; ++j) partial[j] += e[j] * factor;
+      }
     }
     if (ends_block_of_rows(i, begin, end)) add_block(partial.data(), k, sum);
   }
