@@ -13,7 +13,6 @@ Embeddings of both are measured by the same kNN (k = 20) and linear probe.
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -155,10 +154,7 @@ def in_a_process(name: str, side: str, seed: int, options: argparse.Namespace, *
     for key, value in ({key: getattr(options, key) for key in kept} | own).items():
         command += ["--" + key.replace("_", "-"), str(value)]
     command += ["--fields", *(f"{key}={json.dumps(value)}" for key, value in options.fields)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    error = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return json.loads(found[0]) if found else {"method": name, "side": side, "seed": seed, "error": error}
+    return {"method": name, "side": side, "seed": seed, **tables.row_of(command)}
 
 
 def compared(name: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:

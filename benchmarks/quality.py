@@ -13,7 +13,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -175,10 +174,7 @@ def in_a_process(name: str, seed: int, options: argparse.Namespace) -> dict[str,
     for key in ("train", "test", "size", "steps", "batch", "learning_rate", "backbone", "vit", "given"):
         if value := getattr(options, key):
             command += ["--" + key.replace("_", "-"), str(value)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    error = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return json.loads(found[0]) if found else {"method": name, "seed": seed, "error": error}
+    return {"method": name, "seed": seed, **tables.row_of(command)}
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

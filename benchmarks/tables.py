@@ -1,11 +1,20 @@
 """Results as a page for readers and a file for programs."""
 
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastjem.bench import machine
+
+
+def row_of(command: Sequence[str]) -> dict[str, Any]:
+    """The row that a process of its own prints behind "ROW "; without one, the last line of what it said, `error`."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    error = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return json.loads(found[0]) if found else {"error": error}
 
 
 def write(

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastjem.data.philox import FIRST_MASK_BLOCK, philox_on_device
+from fastjem.data.philox import FIRST_MASK_BLOCK, drawn_by_sample
 from fastjem.kernels.arithmetic import widest_dtype
 
 Device = torch.device | str | None
@@ -60,14 +60,12 @@ class Keyed:
         self.next_block = FIRST_MASK_BLOCK
 
     def __call__(self, count: int) -> Tensor:
-        blocks = math.ceil(count / 4)
         device = self.samples.device
-        block = torch.arange(self.next_block, self.next_block + blocks, device=device)
         epoch = torch.full((), self.epoch, device=device)
         view = torch.full((), self.view, device=device)
-        self.next_block += blocks
-        drawn = philox_on_device([self.samples[:, None], epoch, view, block], self.seed)  # [4, B, blocks]
-        return drawn.permute(1, 2, 0).flatten(1)[:, :count]
+        first = self.next_block
+        self.next_block += math.ceil(count / 4)
+        return drawn_by_sample(self.samples, epoch, view, count, self.seed, first)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ two things are drawn from the same numbers.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,6 +72,17 @@ def philox_on_device(counter: Sequence[Tensor], seed: int) -> Tensor:
     return (words.to(wide) + 0.5) * 2.0**-32
 
 
+def drawn_by_sample(samples: Tensor, epoch: Tensor, view: Tensor, count: int, seed: int, first: int) -> Tensor:
+    """[B, count], uniform in (0, 1), of the blocks from `first` on, four numbers each.
+
+    Args:
+        samples: [B] int64. epoch, view: 0-dim int64, on their device.
+    """
+    block = torch.arange(first, first + math.ceil(count / 4), device=samples.device)
+    drawn = philox_on_device([samples[:, None], epoch, view, block], seed)  # [4, B, blocks]
+    return drawn.permute(1, 2, 0).flatten(1)[:, :count]
+
+
 def drawn_in_a_step(samples: Tensor, step: Tensor, count: int, seed: int, first: int = 0) -> Tensor:
     """[B, count], uniform in (0, 1): what a loss draws for its images, in whatever batch or on whatever rank they are.
 
@@ -78,11 +90,8 @@ def drawn_in_a_step(samples: Tensor, step: Tensor, count: int, seed: int, first:
         samples: [B] int64, the images' numbers. step: 0-dim int64.
         first: block from which on, of four numbers each: another one for each thing that a loss draws.
     """
-    start = FIRST_LOSS_BLOCK + first
-    block = torch.arange(start, start + -(-count // 4), device=samples.device)
     step = step.to(samples.device)
-    drawn = philox_on_device([samples[:, None], step, torch.full_like(step, NO_VIEW), block], seed)  # [4, B, blocks]
-    return drawn.permute(1, 2, 0).flatten(1)[:, :count]
+    return drawn_by_sample(samples, step, torch.full_like(step, NO_VIEW), count, seed, FIRST_LOSS_BLOCK + first)
 
 
 @functools.lru_cache(maxsize=16)
