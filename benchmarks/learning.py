@@ -1,23 +1,28 @@
-"""What our methods and lightly's learn of the same images, with the same encoder, in the same time.
+"""What our methods and another package's learn of the same images, with the same encoder, in the same time.
 
     python benchmarks/learning.py --train DIR --test DIR --minutes 3 [--methods simclr byol ...] [--out DIR]
     python benchmarks/learning.py --train DIR --test DIR --minutes 10 --backbone resnet18 --stem auto
+    python benchmarks/learning.py --train DIR --test DIR --cores 0 1    two methods at a time, a core each
+    python benchmarks/learning.py --train DIR --test DIR --peers stable-pretraining [--peer-python PATH]
 
-DIR has a folder of images for each class. lightly has as many whole epochs as fit the minutes, as its CIFAR-10
-benchmark trains (benchmarks/lightly_runs.py); ours, `fastjem.pretrain` with its defaults, is run beside that for as
-many epochs, and for shares of the seconds that lightly took. Each run is a process of its own. Seconds are those of
-the training, from the opening of the data to the last step; ours have the run's checkpoints and its export in them.
+DIR has a folder of images for each class. The other package, lightly or stable-pretraining, has as many whole epochs as
+fit the minutes, as its CIFAR-10 benchmark trains (benchmarks/lightly_runs.py, benchmarks/stable_pretraining_runs.py);
+ours, `fastjem.pretrain` with its defaults, is run beside that for as many epochs, and for shares of the seconds that
+the other took. Each run is a process of its own. Seconds are those of the training, from the opening of the data to the
+last step (stable-pretraining's: of its trainer's `fit`); ours have the run's checkpoints and its export in them.
 Embeddings of both are measured by the same kNN (k = 20) and linear probe.
 """
 
 import argparse
+import importlib.util
 import json
 import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,20 +33,21 @@ from fastjem.bench import machine
 from fastjem.data.pixels import Pixels
 from fastjem.data.source import open_source
 from fastjem.machine import available_cores
-from fastjem.methods import METHODS, needs_patches
+from fastjem.methods import METHODS
 from fastjem.probes import embed, measure
 from fastjem.runs import open_run
 
 sys.path.insert(0, str(Path(__file__).parent))
 import lightly_runs
+import stable_pretraining_runs
 import tables
 
 FIGURES = {"knn": "kNN", "linear_probe": "linear"}  # of `fastjem.probes.measure` -> a column
 WARM_STEPS = 30  # by whose rate the length of a run is chosen
 ABOUT = (
-    "kNN (k = 20) and linear accuracy on the test images in percent; seconds of training, and of lightly's;\n"
+    "kNN (k = 20) and linear accuracy on the test images in percent; seconds of training, and of {peer}'s;\n"
     "images a second; encoder: the share of a step that the trained encoder's forward and backward pass takes alone;\n"
-    "MiB: the training process at its peak. lightly: its CIFAR-10 benchmark's settings without Lightning."
+    "MiB: the training process at its peak. {peer}: {settings}."
 )
 
 
@@ -62,24 +68,65 @@ def encoder_of(options: argparse.Namespace) -> nn.Module:
     )
 
 
-def lightly(options: argparse.Namespace) -> dict[str, Any]:
-    """lightly's run; with `--steps 0` as many whole epochs as fit the minutes."""
+class Peer(NamedTuple):
+    """Another package, and its runs."""
+
+    module: str  # what it is imported as
+    methods: Sequence[str]  # by our names
+    run: Callable[[argparse.Namespace, nn.Module, int], Any]  # of an encoder, for so many epochs
+    train: Callable[..., tuple[float, int]]  # seconds and images of a run
+    pixels: Callable[[int], Pixels]  # that its encoder learns from, of an image size
+    page: str  # how the name of its page begins
+    settings: str
+
+
+def lightly_run(options: argparse.Namespace, encoder: nn.Module, epochs: int) -> lightly_runs.Run:
     recipe = lightly_runs.recipes()[options.alone]
+    return lightly_runs.Run(recipe, encoder, encoders.wrap(encoder).width, batch=options.batch, epochs=epochs)
+
+
+def stable_pretraining_run(options: argparse.Namespace, encoder: nn.Module, epochs: int) -> Any:
+    recipe = stable_pretraining_runs.recipes()[options.alone]
+    return stable_pretraining_runs.module_of(recipe, encoder, encoders.wrap(encoder).width)
+
+
+PEERS = {
+    "lightly": Peer(
+        "lightly",
+        lightly_runs.METHODS,
+        lightly_run,
+        lightly_runs.train,
+        Pixels,
+        page="learning",
+        settings="its CIFAR-10 benchmark's settings without Lightning",
+    ),
+    "stable-pretraining": Peer(
+        "stable_pretraining",
+        stable_pretraining_runs.METHODS,
+        stable_pretraining_run,
+        stable_pretraining_runs.train,
+        stable_pretraining_runs.pixels,
+        page="learning-stable-pretraining",
+        settings="its CIFAR-10 benchmarks' settings and Lightning's trainer in float32, without probes and callbacks",
+    ),
+}
+
+
+def theirs(options: argparse.Namespace) -> dict[str, Any]:
+    """A peer's run, of as many whole epochs as fit the minutes."""
+    peer = PEERS[options.side]
     encoder = encoder_of(options)
-    width = encoders.wrap(encoder).width
     images = len(open_source(options.train))
     settings = {"batch": options.batch, "workers": options.workers}
 
-    def run(epochs: int, module: nn.Module) -> lightly_runs.Run:
-        return lightly_runs.Run(recipe, module, width, batch=options.batch, epochs=epochs)
+    def train(module: nn.Module, epochs: int, most_steps: int = 0) -> tuple[float, int]:
+        run = peer.run(options, module, epochs)
+        return peer.train(run, options.train, options.size, epochs=epochs, most_steps=most_steps, **settings)
 
-    warm, seen = lightly_runs.train(
-        run(1, encoder_of(options)), options.train, options.size, epochs=1, most_steps=WARM_STEPS, **settings
-    )
+    warm, seen = train(encoder_of(options), epochs=1, most_steps=WARM_STEPS)
     epochs = max(round(60 * options.minutes * seen / warm / images), 1)
-    done = run(epochs, encoder)
-    seconds, seen = lightly_runs.train(done, options.train, options.size, epochs=epochs, **settings)
-    pixels = Pixels(options.size)
+    seconds, seen = train(encoder, epochs)
+    pixels = peer.pixels(options.size)
     return {"epochs": epochs, "steps": seen // options.batch, "pixels": pixels, **after(encoder, seconds, seen)}
 
 
@@ -136,7 +183,7 @@ def encoder_share(encoder: nn.Module, size: int, batch: int, rate: float, rounds
 
 def one(options: argparse.Namespace) -> dict[str, Any]:
     """Train and measure, in this process; the row."""
-    found = (lightly if options.side == "lightly" else ours)(options)
+    found = (theirs if options.side in PEERS else ours)(options)
     encoder = found.pop("encoder")
     pixels = found.pop("pixels")
     train, test = (open_source(folder) for folder in (options.train, options.test))
@@ -148,29 +195,40 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
     return {key: round(v, digits.get(key, 1)) if isinstance(v, float) else v for key, v in row.items()}
 
 
-def in_a_process(name: str, side: str, seed: int, options: argparse.Namespace, **own: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--alone", name, "--side", side, "--seeds", str(seed)]
+def python_of(side: str, options: argparse.Namespace) -> str:
+    """This interpreter, or `--peer-python` for a peer that isn't installed in this one."""
+    elsewhere = side in PEERS and importlib.util.find_spec(PEERS[side].module) is None
+    return options.peer_python if elsewhere else sys.executable
+
+
+def in_a_process(
+    name: str, side: str, seed: int, options: argparse.Namespace, core: int | None, **own: Any
+) -> dict[str, Any]:
+    command = [python_of(side, options), __file__, "--alone", name, "--side", side, "--seeds", str(seed)]
     kept = ("train", "test", "size", "batch", "minutes", "backbone", "stem", "patch_size", "workers")
-    for key, value in ({key: getattr(options, key) for key in kept} | own).items():
+    settings = {key: getattr(options, key) for key in kept}
+    if core is not None:
+        settings["workers"] = min(options.workers, 1)
+    for key, value in (settings | own).items():
         command += ["--" + key.replace("_", "-"), str(value)]
     command += ["--fields", *(f"{key}={json.dumps(value)}" for key, value in options.fields)]
-    return {"method": name, "side": side, "seed": seed, **tables.row_of(command)}
+    return {"method": name, "side": side, "seed": seed, **tables.row_of(command, core)}
 
 
-def compared(name: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """lightly's run of a method, and ours beside it."""
-    theirs = in_a_process(name, "lightly", seed, options)
-    print(json.dumps(theirs), flush=True)
-    rows = [theirs]
-    if "error" in theirs:
+def compared(peer: str, name: str, seed: int, options: argparse.Namespace, core: int | None) -> list[dict[str, Any]]:
+    """A peer's run of a method, and ours beside it."""
+    first = in_a_process(name, peer, seed, options, core)
+    print(json.dumps(first), flush=True)
+    rows = [first]
+    if "error" in first:
         return rows
-    wanted: list[tuple[str, dict[str, Any]]] = [("ours, its epochs", {"steps": theirs["steps"]})]
-    wanted += [(f"ours, {share:g} of its time", {"seconds": share * theirs["seconds"]}) for share in options.shares]
+    wanted: list[tuple[str, dict[str, Any]]] = [("ours, its epochs", {"steps": first["steps"]})]
+    wanted += [(f"ours, {share:g} of its time", {"seconds": share * first["seconds"]}) for share in options.shares]
     for label, length in wanted[0 if options.same_epochs else 1 :]:
-        row = in_a_process(name, "ours", seed, options, **length)
+        row = in_a_process(name, "ours", seed, options, core, **length)
         row["side"] = label
         if "error" not in row:
-            row["of its time"] = round(row["seconds"] / theirs["seconds"], 2)
+            row["of its time"] = round(row["seconds"] / first["seconds"], 2)
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
@@ -189,8 +247,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
-    parser.add_argument("--methods", nargs="+", default=[*lightly_runs.METHODS])
-    parser.add_argument("--minutes", type=float, default=3.0, help="of lightly's run")
+    parser.add_argument("--peers", nargs="+", choices=[*PEERS], default=["lightly"])
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="the interpreter of a peer that this one hasn't got"
+    )
+    parser.add_argument("--methods", nargs="+", help="all that the peer has")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of the peer's run")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.4], help="of its time that ours has")
     parser.add_argument("--same-epochs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--size", type=int, default=32)
@@ -199,6 +261,9 @@ def main() -> None:
     parser.add_argument("--stem", default="standard")
     parser.add_argument("--patch-size", type=int, default=0)
     parser.add_argument("--workers", type=int, default=available_cores())
+    parser.add_argument(
+        "--cores", type=int, nargs="*", default=[], help="methods side by side, each on one of these alone"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--fields", type=field, nargs="*", default=[], help="of ours: NAME=VALUE of fastjem.pretrain")
     parser.add_argument("--out", type=Path)
@@ -211,31 +276,49 @@ def main() -> None:
     if options.alone:
         print("ROW " + json.dumps(one(options)), flush=True)
         return
-    if wrong := [name for name in options.methods if needs_patches(METHODS[name])]:
-        parser.error(f"lightly's benchmark has no {wrong[0]}")
-    rows: list[dict[str, Any]] = []
-    for name in options.methods:
-        for seed in options.seeds:
-            rows += compared(name, seed, options)
+    for peer in options.peers:
+        if wrong := [name for name in options.methods or () if name not in PEERS[peer].methods]:
+            parser.error(f"{peer}'s benchmark has no {wrong[0]}")
+    for peer in options.peers:
+        rows: list[dict[str, Any]] = []
+        runs = [(peer, name, seed) for name in options.methods or PEERS[peer].methods for seed in options.seeds]
+        for found in tables.spread(lambda run, core: compared(*run, options, core), runs, options.cores):
+            rows += found
             if options.out:
-                write(options, rows)
+                write(peer, options, rows)
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """The rows, beside those that the file has of other methods with the same settings."""
+def write(peer: str, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A peer's page: the rows, beside those that the file has of other methods with the same settings."""
     facts = machine.describe(torch.device("cpu"))
-    kept = ("train", "test", "minutes", "size", "batch", "backbone", "stem", "patch_size", "workers", "seeds", "fields")
+    kept = (
+        "train",
+        "test",
+        "minutes",
+        "size",
+        "batch",
+        "backbone",
+        "stem",
+        "patch_size",
+        "workers",
+        "seeds",
+        "fields",
+        "cores",
+    )
     settings = {key: str(getattr(options, key)) for key in kept}
     data = Path(options.train).parent.name
-    path = options.out / f"learning-{data}-{options.backbone}-{options.minutes:g}-minutes-{machine.slug(facts)}"
+    found = PEERS[peer]
+    alone = "-a-core" if options.cores else ""
+    page = f"{found.page}-{data}-{options.backbone}-{options.minutes:g}-minutes{alone}-{machine.slug(facts)}"
+    path = options.out / page
     if path.with_suffix(".json").exists():
         before = json.loads(path.with_suffix(".json").read_text())
         if before["settings"] == settings:
             named = {row["method"] for row in rows}
             rows = [row for row in before["rows"] if row["method"] not in named] + rows
-    rows = sorted(rows, key=lambda row: lightly_runs.METHODS.index(row["method"]))
-    title = f"Beside lightly: {options.backbone}, {options.minutes:g} minutes"
-    tables.write(path, title, ABOUT, facts, settings, rows)
+    rows = sorted(rows, key=lambda row: found.methods.index(row["method"]))
+    title = f"Beside {peer}: {options.backbone}, {options.minutes:g} minutes{' of a core' if options.cores else ''}"
+    tables.write(path, title, ABOUT.format(peer=peer, settings=found.settings), facts, settings, rows)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def recipes() -> dict[str, Recipe]:
             simclr_views,
             lambda width: {"head": heads.MoCoProjectionHead(width, 512, 128)},
             _moco,
-            lambda: loss.NTXentLoss(temperature=0.1, memory_bank_size=4096),
+            lambda: loss.NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128)),
             momentum=("encoder", "head"),
         ),
         "byol": Recipe(
@@ -247,7 +247,7 @@ def recipes() -> dict[str, Recipe]:
             lambda width: {
                 "head": _projection(width, 2048, 256, last_norm=True),
                 "predictor": heads.NNCLRPredictionHead(256, 4096, 256),
-                "bank": modules.NNMemoryBankModule(size=4096),
+                "bank": modules.NNMemoryBankModule(size=(4096, 256)),
             },
             _nnclr,
             loss.NTXentLoss,

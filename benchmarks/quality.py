@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py [--methods simclr mae ...] [--steps 400] [--batch 64] [--seeds 0 1 2] [--out DIR]
     python benchmarks/quality.py --train DIR --test DIR --size 32      on images of your own, in class folders
+    python benchmarks/quality.py --cores 0 1                           two runs at a time, each on a core of its own
 
 Each run is of `fastjem.pretrain` in a process of its own, on the embedded data set where no other is named: 4,000
 images of ten shapes to train on, 1,000 to test. A method has its own defaults, those of a short run; --learning-rate
@@ -146,6 +147,9 @@ def main() -> None:
     parser.add_argument("--backbone", default="test_resnet")
     parser.add_argument("--vit", default="test_vit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--cores", type=int, nargs="*", default=[], help="runs side by side, each bound to one of these"
+    )
     parser.add_argument("--given", default="", help="of distill: a run's folder; without it, SimCLR of twice the steps")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one method, in a process of its own
     parser.add_argument("--out", type=Path)
@@ -161,20 +165,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "distill" in options.methods and not options.given:
             options.given = given_encoder(options, folder)
-        for name in options.methods:
-            for seed in options.seeds:
-                rows.append(in_a_process(name, seed, options))
-                print(json.dumps(rows[-1]), flush=True)
-                if options.out:
-                    write(options, rows)
+        runs = [(name, seed) for name in options.methods for seed in options.seeds]
+        for row in tables.spread(lambda run, core: in_a_process(*run, options, core), runs, options.cores):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if options.out:
+                write(options, rows)
 
 
-def in_a_process(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def in_a_process(name: str, seed: int, options: argparse.Namespace, core: int | None) -> dict[str, Any]:
     command = [sys.executable, __file__, "--alone", name, "--seeds", str(seed)]
     for key in ("train", "test", "size", "steps", "batch", "learning_rate", "backbone", "vit", "given"):
         if value := getattr(options, key):
             command += ["--" + key.replace("_", "-"), str(value)]
-    return {"method": name, "seed": seed, **tables.row_of(command)}
+    return {"method": name, "seed": seed, **tables.row_of(command, core)}
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -208,7 +212,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             named = {row["method"] for row in rows}
             rows = [row for row in before["rows"] if row["method"] not in named] + rows
             note = before.get("note", "")
-    rows = sorted(rows, key=lambda row: [*METHODS].index(row["method"]))
+    rows = sorted(rows, key=lambda row: ([*METHODS].index(row["method"]), row["seed"]))
     title = f"What methods learn in {options.steps} steps of {options.batch} images"
     tables.write(path, title, ABOUT, facts, settings, rows, over_seeds(rows), note)
 

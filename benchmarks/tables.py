@@ -1,20 +1,54 @@
 """Results as a page for readers and a file for programs."""
 
 import json
+import os
+import queue
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastjem.bench import machine
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
-def row_of(command: Sequence[str]) -> dict[str, Any]:
-    """The row that a process of its own prints behind "ROW "; without one, the last line of what it said, `error`."""
-    done = subprocess.run(command, capture_output=True, text=True)
+
+def row_of(command: Sequence[str], core: int | None = None) -> dict[str, Any]:
+    """The row that a process of its own prints behind "ROW "; without one, the last line of what it said, `error`.
+
+    core: the process and its workers are bound to this one, with one thread each; None: the whole machine is theirs.
+    """
+    bound, threads = [], {}
+    if core is not None:
+        bound = ["taskset", "--cpu-list", str(core)]
+        threads = {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*bound, *command], capture_output=True, text=True, env={**os.environ, **threads})
     found = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
     error = (done.stderr.strip().splitlines() or ["no output"])[-1]
     return json.loads(found[0]) if found else {"error": error}
+
+
+def spread(work: Callable[[Item, int | None], Found], items: Sequence[Item], cores: Sequence[int]) -> Iterator[Found]:
+    """`work(item, core)` of every item as it ends: one item a core at a time; without cores one after the other."""
+    if not cores:
+        yield from (work(item, None) for item in items)
+        return
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for core in cores:
+        free.put(core)
+
+    def on_a_core(item: Item) -> Found:
+        core = free.get()
+        try:
+            return work(item, core)
+        finally:
+            free.put(core)
+
+    with ThreadPoolExecutor(len(cores)) as pool:
+        for done in as_completed([pool.submit(on_a_core, item) for item in items]):
+            yield done.result()
 
 
 def write(
