@@ -26,7 +26,7 @@ from fastjem.encoders import Encoder
 from fastjem.errors import UserError, first_line, nearest
 from fastjem.given import Weights
 from fastjem.methods import METHODS, Defaults, Method, RunFacts, combinations, options_of, preset_of, views_of
-from fastjem.methods.defaults import SHORT
+from fastjem.methods.defaults import SHORT, SMALL
 from fastjem.methods.protocol import option_types
 from fastjem.ranks import Ranks
 
@@ -122,10 +122,16 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
 
     torch.manual_seed(config.seed)
     module = made_encoder(config, objects, kind, weights)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
     if not state:
-        parameters = sum(parameter.numel() for parameter in module.parameters())
-        defaults = published.of_run(steps, chosen=chosen, parameters=parameters)
+        transformer = encoders.is_transformer(module)
+        defaults = published.of_run(steps, chosen=chosen, parameters=parameters, transformer=transformer)
         said.append(defaults.unlike(published))
+        if preset.mask and config.mask is None and can_hide(module, config.size):
+            config = replace(config, mask=preset.mask)
+            said.append(
+                f"--preset {config.preset} leaves out {preset.mask:.0%} of each view's patches; --mask 0 doesn't"
+            )
     config = with_layer_rates(config, defaults, module)
     if not state:
         longer = with_layer_rates(with_drop_path(asked, objects, kind, published), published, module)
@@ -133,6 +139,9 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     normalised = (state or {}).get("normalised") or starting.normalisation(weights)
     encoder = checked_encoder(config, ranks, kind, module, source, normalised)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
+    if not state and steps < SHORT and parameters < SMALL:
+        config, narrower = with_small_widths(config, kind, encoder.width)
+        said.append(narrower)
     method = kind if isinstance(kind, Method) else create_method(kind, encoder.width, facts, config)
     large = {} if config.large_views is None else {"large": config.large_views}
     method.views = replace(method.views, **{**preset.views, **large})
@@ -283,6 +292,30 @@ def left_out(config: Config, longer: Config) -> str:
     names = [name for name in BY_DEPTH if getattr(config, name) != getattr(longer, name)]
     given = " ".join(f"{config.flag(name)} {getattr(longer, name):g}" for name in names)
     return f"so short a run goes without {given}, which the method has from {SHORT:,} steps on" if names else ""
+
+
+def can_hide(module: nn.Module, size: int) -> bool:
+    """Whether a share of the patches can be hidden, and enough of them are left to tell what the image shows."""
+    return encoders.takes_masks(module) and size // encoders.patch_size(module) >= 4
+
+
+def with_small_widths(config: Config, kind: type[Method] | Method, width: int) -> tuple[Config, str]:
+    """With heads that fit an encoder of `width`, where the method's are made for a far wider one; and what to tell.
+
+    The user's own come first: options, a projector, a preset, the heads of a run that this one begins with.
+    """
+    if isinstance(kind, Method) or config.preset != "imagenet" or config.weights_of == "all":
+        return config, ""
+    told = {*config.options, *(kind.projector_options if config.projector else ())}
+    options = options_of(kind)
+    most = {name: multiple * width for name, multiple in kind.small_widths.items() if name not in told}
+    found = {name: widest for name, widest in most.items() if widest < options[name]}
+    if not found:
+        return config, ""
+    ours = " ".join(f"{name}={value}" for name, value in found.items())
+    papers = " ".join(f"{name}={options[name]}" for name in found)
+    said = f"a short run of a small encoder has narrower heads, {ours}; the paper's are --options {papers}"
+    return replace(config, options={**found, **config.options}), said
 
 
 def view_specs(

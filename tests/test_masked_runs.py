@@ -149,3 +149,24 @@ def test_masks_that_cant_be_are_one_line(images: str, tmp_path: Path, capsys: py
         error = fails(capsys, *line)
         assert all(word in error for word in words), error
     assert not (tmp_path / "run").exists()
+
+
+def test_the_fast_preset_hides_patches_of_a_transformer(images: str, tmp_path: Path) -> None:
+    common = {**TINY, "data": images, "preset": "fast", "max_steps": 1, "batch_size": 8}
+    vit = {**common, "backbone": "test_vit", "patch_size": 8}
+    wanted: dict[str, tuple[dict[str, Any], float | None]] = {
+        "a": (vit, 0.75),
+        "whole": ({**vit, "mask": 0.0}, 0.0),
+        "own": ({**vit, "mask": 0.5}, 0.5),
+        "few patches": ({**vit, "patch_size": 16}, None),
+        "resnet": (common, None),
+        "dcl": ({**vit, "method": "dcl"}, 0.75),
+    }
+    for name, (fields, mask) in wanted.items():
+        out = tmp_path / name
+        fastjem.pretrain(**fields, out=str(out))
+        assert configuration.read(out)[0].mask == mask, name
+    result = fastjem.pretrain(out=str(tmp_path / "a"), resume=True, max_steps=2)
+    assert result.finished and configuration.read(tmp_path / "a")[0].mask == 0.75
+    with pytest.raises(UserError, match="preset of BYOL"):
+        fastjem.pretrain(**{**common, "method": "byol"}, out=str(tmp_path / "byol"))

@@ -357,6 +357,13 @@ def test_short_runs_have_their_own_defaults() -> None:
     small = paper.of_run(9_999, parameters=1_999_999)
     assert (small.optimizer, small.learning_rate) == ("adamw", 4e-3)
     assert "adamw at 0.004 in place of the paper's sgd at 0.03" in small.unlike(paper)
+    # A transformer takes AdamW whatever its size, at a rate that it can bear; one that has none of its own the short's.
+    for parameters in (1000, 86_000_000):
+        transformer = paper.of_run(9_999, parameters=parameters, transformer=True)
+        assert (transformer.optimizer, transformer.learning_rate) == ("adamw", 1e-3)
+    plain = replace(paper, small=None).of_run(9_999, transformer=True)
+    assert (plain.optimizer, plain.learning_rate) == ("lars", 1.2)
+    assert paper.of_run(10_000, transformer=True) == paper
     assert Defaults("adamw", 1e-3, 0.1).of_run(20) == Defaults("adamw", 1e-3, 0.1, momentum=0.9)
     assert "at 0.001 in place" in Defaults("adamw", 1e-5, 0.1, short=("adamw", 1e-3)).of_run(20).unlike(paper)
 

@@ -14,6 +14,7 @@ for package in ("timm", "torchvision", "safetensors"):
 
 import fastjem  # noqa: E402
 from fastjem import checkpoints, runs  # noqa: E402
+from fastjem import config as configuration  # noqa: E402
 from fastjem.config import Config, projector_widths  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import METHODS, RunFacts, options_of  # noqa: E402
@@ -98,3 +99,50 @@ def test_in_a_run(tmp_path: Path) -> None:
         assert torch.equal(value, state[f"method.projector.{key}"]), key
     with pytest.raises(UserError, match="--projector was 24,8 in this run and is 8 now"):
         fastjem.pretrain(out=str(tmp_path / "cut"), resume=True, projector="8", max_steps=4)
+
+
+def told(out: Path) -> dict:
+    return configuration.read(out)[0].options
+
+
+def test_a_short_run_of_a_small_encoder_has_narrower_heads(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = str(make_folder(tmp_path / "images", 16))
+    common = {**TINY, "data": images, "max_steps": 2, "batch_size": 8}
+    fastjem.pretrain(**common, method="simsiam", out=str(tmp_path / "a"))
+    width = 4 * runs.open_run(tmp_path / "a").encoder.num_features
+    assert told(tmp_path / "a") == {"hidden": width, "dim": width, "bottleneck": width // 4}
+    said = f"narrower heads, hidden={width} dim={width} bottleneck={width // 4}; the paper's are --options hidden=2048 "
+    assert said in capsys.readouterr().err
+    assert checkpoints.load(tmp_path / "a")["model"]["method.projector.0.weight"].shape[0] == width
+
+    # what anybody chose comes first
+    fastjem.pretrain(**common, method="simsiam", options={"hidden": 32}, out=str(tmp_path / "b"))
+    assert told(tmp_path / "b") == {"dim": width, "bottleneck": width // 4, "hidden": 32}
+    fastjem.pretrain(**common, method="nnclr", projector="32,16", out=str(tmp_path / "c"))
+    assert told(tmp_path / "c") == {"predictor_hidden": width}
+    fastjem.pretrain(**common, method="byol", preset="cifar", out=str(tmp_path / "d"))
+    assert told(tmp_path / "d") == {}
+    fastjem.pretrain(**common, method="byol", out=str(tmp_path / "e"), options={"hidden": 8})
+    fastjem.pretrain(**common, method="byol", out=str(tmp_path / "f"), weights=str(tmp_path / "e"), weights_of="all")
+    assert told(tmp_path / "f") == {"hidden": 8}
+
+    # a run that is resumed, made longer than short even, keeps the heads that it has
+    fastjem.pretrain(out=str(tmp_path / "a"), resume=True, max_steps=3)
+    assert told(tmp_path / "a")["hidden"] == width
+    monkeypatch.setattr("fastjem.prepare.SHORT", 2)
+    fastjem.pretrain(out=str(tmp_path / "a"), resume=True, max_steps=4)
+    assert told(tmp_path / "a")["hidden"] == width
+    fastjem.pretrain(**common, method="byol", out=str(tmp_path / "g"))
+    assert told(tmp_path / "g") == {}
+    monkeypatch.setattr("fastjem.prepare.SHORT", 10_000)
+    monkeypatch.setattr("fastjem.prepare.SMALL", 1000)
+    fastjem.pretrain(**common, method="byol", out=str(tmp_path / "h"))
+    assert told(tmp_path / "h") == {}
+
+
+def test_widths_of_small_encoders_are_options() -> None:
+    for name, kind in METHODS.items():
+        assert kind.small_widths.keys() <= options_of(kind).keys(), name
+        assert all(isinstance(options_of(kind)[option], int) for option in kind.small_widths), name

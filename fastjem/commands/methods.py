@@ -74,6 +74,9 @@ def described(name: str) -> Iterator[str]:
     if method.defaults.small:
         optimizer, rate = method.defaults.small
         yield f"               in runs below 10,000 steps of an encoder below 2 M parameters {optimizer}, {rate:g}"
+    if method.small_widths:
+        most = ", ".join(f"{option} at most {times} x its width" for option, times in method.small_widths.items())
+        yield f"heads          in runs below 10,000 steps of an encoder below 2 M parameters {most}"
     if said := _by_depth(method.defaults):
         yield f"encoder        {said}, in runs of 10,000 steps and more"
     yield "options        --options NAME=VALUE ..."
@@ -82,6 +85,8 @@ def described(name: str) -> Iterator[str]:
     yield "presets        --preset NAME, in place of imagenet" if method.presets else "presets        imagenet alone"
     for preset, values in method.presets.items():
         changed = [*values.options.items(), *values.views.items()]
+        if values.mask:
+            changed.append(("mask", values.mask))
         optimiser = [_optimiser(values.defaults)] if values.defaults else []
         yield f"  {preset}: {', '.join([*optimiser, *(f'{key}={value}' for key, value in changed)])} ({values.source})"
     yield f"page           docs/methods/{name}.md"

@@ -38,6 +38,7 @@ class All4One(Method):
     }
     projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
+    small_widths = {"hidden": 4, "predictor_hidden": 4}
     defaults = Defaults(
         "larc",
         1.0,

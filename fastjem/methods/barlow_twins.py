@@ -23,7 +23,7 @@ class BarlowTwins(Method):
         "lars",
         0.57,
         1.5e-6,
-        small=("adamw", 5e-4),
+        small=("adamw", 2e-3),
         source="section 2.2: LARS, 1.6 at batch 2048, 1.5e-6; loss times 0.024 in main.py",
     )
 

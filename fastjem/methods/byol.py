@@ -24,12 +24,13 @@ class BYOL(Method):
     combines = frozenset({"large_views", "small_views", "no_momentum_encoder"})
     projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "lars",
         0.8,
         1.5e-6,
         momentum=0.996,
-        small=("adamw", 1e-3),
+        small=("adamw", 2e-3),
         source="section 3.3: LARS, 3.2 at batch 4096, 1.5e-6; tau 0.996 to 1",
     )
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, smooth_l1_loss
+from torch.nn.functional import instance_norm, layer_norm, smooth_l1_loss
 
 from fastjem.data.batch import Batch
 from fastjem.data.masks import SAMPLERS, hidden_indices, hidden_patches
@@ -15,12 +15,16 @@ from fastjem.methods.defaults import Defaults
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.reasons import OF_EACH_VIEW, OF_OWN_TARGETS
 
+TARGET_NORMS = ("layer", "instance")  # of each layer's outputs: over a patch's channels, or each channel over patches
+
 
 class Data2Vec(Method):
     """The student sees an image with blocks of its patches replaced by a mask token, and predicts at those patches the
     momentum encoder's representation of the whole image: the mean of its top layers, layer-normalised.
 
     mask: the share of the patches that is hidden; masking: how, a name in `fastjem.data.masks.SAMPLERS`.
+    target_norm: of the layers before their mean, "layer" over a patch's channels, or "instance" of each channel over
+    the patches.
     """
 
     about = About(
@@ -59,6 +63,7 @@ class Data2Vec(Method):
         beta: float = 2.0,
         mask: float = 0.75,
         masking: str = "even_block",
+        target_norm: str = "layer",
     ):
         super().__init__(width, run)
         ranges.not_negative("data2vec", beta=beta)
@@ -66,16 +71,19 @@ class Data2Vec(Method):
             raise ValueError(f"data2vec: mask must be a share between 0 and 1, got {mask}")
         if masking not in SAMPLERS:
             raise nearest("masking", masking, SAMPLERS)
+        if target_norm not in TARGET_NORMS:
+            raise nearest("target_norm", target_norm, TARGET_NORMS)
         self.views = replace(self.views, mask=mask, masking=masking)
         self.projector = nn.Linear(width, width)
         self.layers = layers
         self.beta = beta
+        self.target_norm = target_norm
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         hidden = batch.masks[0].hidden  # [B, h, w]
         with torch.no_grad():
             outputs = teacher.encode(batch.views, layers=self.layers).layers
-            normalised = [layer_norm(x.float(), x.shape[-1:]) for x in outputs]
+            normalised = [self._normalised(x.float()) for x in outputs]
             target = torch.stack(normalised).mean(0)  # [B, L, D]
             target = layer_norm(target, target.shape[-1:])
             _, height, width = hidden.shape
@@ -87,3 +95,9 @@ class Data2Vec(Method):
         prediction = self.projector(tokens.gather(1, at)).float()  # [B, M, D]
         student.note(projection=prediction.detach()[:, 0])
         return smooth_l1_loss(prediction, target.gather(1, at), beta=self.beta)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """A layer's outputs [B, L, D], of mean 0 and variance 1 over D, or over L."""
+        if self.target_norm == "layer":
+            return layer_norm(x, x.shape[-1:])
+        return instance_norm(x.mT).mT

@@ -9,7 +9,7 @@ from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.methods import ranges
-from fastjem.methods.defaults import Defaults, Preset
+from fastjem.methods.defaults import FAST, Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import against_queue, made_queue, symmetric
 from fastjem.nn.parts import MLP
@@ -36,7 +36,10 @@ class DCL(Method):
         small=("adamw", 4e-3),
         source="section 4.1: SGD, 0.03 at batch 256, wd 1e-4",
     )
-    presets = {"cifar": Preset("table 7: temperature 0.07", options={"temperature": 0.07})}
+    presets = {
+        "cifar": Preset("table 7: temperature 0.07", options={"temperature": 0.07}),
+        "fast": FAST,
+    }
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ class DeepCluster(Method):
     views = Views(large=2, small=4, recipe="deepcluster")
     combines = frozenset({"large_views"})
     projector_options = ("hidden", "dim")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "lars", 1.2, 1e-6, small=("adamw", 1e-3), source="deepclusterv2_400ep: LARS, 4.8 at batch 4096, wd 1e-6"
     )

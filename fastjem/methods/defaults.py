@@ -7,6 +7,9 @@ from typing import Any
 DEEP = 24  # blocks of a ViT-L, from which on papers' values for large encoders are taken
 SMALL = 2_000_000  # parameters of an encoder below which a short run takes `Defaults.small`
 SHORT = 10_000  # steps of a run below which papers' values, made for a hundred times as many, are replaced
+TRANSFORMERS_RATE = (
+    1e-3  # the largest of AdamW in a short run of a transformer, whose method's small encoders have more
+)
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,12 @@ class Defaults:
     patch_embed_rate: float = 1.0  # a factor on the patch embedding's learning rate
     source: str = ""
     short: tuple[str, float] | None = None  # optimiser and rate of a short run, where the paper's learn less
-    small: tuple[str, float] | None = None  # of a short run of a small encoder; None: `short`
+    small: tuple[str, float] | None = None  # of a short run of a small encoder or a transformer; None: `short`
     least_momentum: float = 0.9  # in a run however short
 
-    def of_run(self, steps: int, *, chosen: bool = False, parameters: int = SMALL) -> "Defaults":
+    def of_run(
+        self, steps: int, *, chosen: bool = False, parameters: int = SMALL, transformer: bool = False
+    ) -> "Defaults":
         """In a run of so many steps: a short one may have another optimiser, unless the user has `chosen` one or a
         rate, and the momentum encoder remembers at most a tenth of the run. In a short one nothing is regularised by
         stochastic depth and no layer is slower than others: both are made for runs that could learn too much.
@@ -43,9 +48,14 @@ class Defaults:
             steps: of the optimiser.
             chosen: the user has named an optimiser or a rate.
             parameters: of the encoder.
+            transformer: the encoder is a vision transformer, which takes AdamW as small encoders do, whatever its size.
         """
         optimizer, rate = self.optimizer, self.learning_rate
-        instead = self.small if self.small and parameters < SMALL else self.short
+        instead = self.short
+        if self.small and transformer:
+            instead = self.small[0], min(self.small[1], TRANSFORMERS_RATE)
+        elif self.small and parameters < SMALL:
+            instead = self.small
         if instead and steps < SHORT and not chosen:
             optimizer, rate = instead
         momentum = min(self.momentum, max(1 - 10 / steps, self.least_momentum))
@@ -79,6 +89,11 @@ class Preset:
     defaults: Defaults | None = None  # of the optimiser; None: the method's own
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method
     views: Mapping[str, Any] = field(default_factory=dict)  # fields of its `Views`
+    mask: float = 0.0  # `--mask` of a transformer
+
+
+# What learns most in a few minutes on small data, of contrastive losses: docs/fast.md has what each part is worth.
+FAST = Preset("ours, docs/fast.md", views={"large": 4, "recipe": "mocov2"}, mask=0.75)
 
 
 def at_most(most: int, images: int, *, each: int) -> int:

@@ -33,6 +33,7 @@ class DINO(Method):
     combines = frozenset({"large_views"})
     projector_options = ("hidden", "bottleneck")
     momentum = ("encoder", "projector", "prototypes")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "adamw",
         1e-3,

@@ -24,6 +24,7 @@ class EMPSSL(Method):
     combines = frozenset({"large_views"})
     refuses = {"small_views": "has small pieces of an image as its views already: --large-views says how many"}
     projector_options = ("hidden", "dim")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "larc",
         0.3 * 256 / 100,

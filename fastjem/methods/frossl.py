@@ -20,6 +20,7 @@ class FroSSL(Method):
     views = Views(large=2, recipe="vicreg")
     combines = frozenset({"large_views", "small_views"})
     projector_options = ("hidden", "dim")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "larc", 0.3, 1e-4, small=("adamw", 1e-3), source="OFSkean/FroSSL, imagenet: LARC, 0.3 at batch 256, wd 1e-4"
     )

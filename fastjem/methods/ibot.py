@@ -39,6 +39,7 @@ class IBOT(Method):
     projector_options = ("hidden", "bottleneck")
     momentum = ("encoder", "projector", "prototypes", "patch_projector", "patch_prototypes")
     mask_token = True
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "adamw",
         1e-3,

@@ -22,6 +22,7 @@ class LeJEPA(Method):
     views = Views(large=2, small=6, recipe="lejepa")
     combines = frozenset({"large_views"})
     projector_options = ("hidden", "dim")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "adamw",
         5e-4,

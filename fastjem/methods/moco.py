@@ -39,7 +39,7 @@ class MoCo(Method):
         warmup_epochs=0,
         least_momentum=0.99,
         short=("lars", 1.2),
-        small=("adamw", 1e-3),
+        small=("adamw", 2e-3),
         source="main_moco.py --mlp --moco-t 0.2 --aug-plus --cos",
     )
 

@@ -29,6 +29,7 @@ class MoCoV3(Method):
     combines = frozenset({"large_views", "small_views", "no_momentum_encoder"})
     projector_options = ("hidden", "dim", "layers")
     momentum = ("encoder", "projector")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "lars",
         2.4,

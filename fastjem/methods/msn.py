@@ -32,6 +32,7 @@ class MSN(Method):
     combines = frozenset({"large_views"})
     projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "adamw",
         5e-4,

@@ -20,6 +20,7 @@ class NNCLR(Method):
     views = Views(large=2, recipe="simclr")
     combines = frozenset({"large_views", "small_views"})
     projector_options = ("hidden", "dim")
+    small_widths = {"hidden": 4, "predictor_hidden": 4}
     defaults = Defaults(
         "lars", 1.2, 1e-6, small=("adamw", 4e-3), source="section 4.1: LARS, 4.8 at batch 4096, wd 1e-6"
     )

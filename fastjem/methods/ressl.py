@@ -31,6 +31,7 @@ class ReSSL(Method):
         "large_views": "has one target an image, the view that is hardly changed; --small-views gives it more queries",
     }
     momentum = ("encoder", "projector")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "sgd",
         0.05,

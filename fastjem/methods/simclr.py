@@ -6,7 +6,7 @@ import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
 from fastjem.methods import ranges
-from fastjem.methods.defaults import Defaults, Preset
+from fastjem.methods.defaults import FAST, Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
 from fastjem.methods.symmetric import against_queue, made_queue, symmetric
 from fastjem.nn.parts import MLP
@@ -36,7 +36,8 @@ class SimCLR(Method):
             "solo-learn, scripts/pretrain/cifar/simclr.yaml",
             Defaults("larc", 0.4, 1e-4),
             {"hidden": 2048, "dim": 256, "temperature": 0.2, "norm": "none"},
-        )
+        ),
+        "fast": FAST,
     }
 
     def __init__(

@@ -31,6 +31,7 @@ class SimDINO(Method):
     combines = frozenset({"large_views"})
     projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "adamw",
         1e-3 / 2**0.5,

@@ -28,13 +28,14 @@ class SimSiam(Method):
     projector_options = ("hidden", "dim")
     asymmetric = True
     constant_rate = ("predictor",)
+    small_widths = {"hidden": 4, "dim": 4, "bottleneck": 1}
     defaults = Defaults(
         "sgd",
         0.05,
         1e-4,
         warmup_epochs=0,
         short=("lars", 2.4),
-        small=("adamw", 1e-3),
+        small=("adamw", 2e-3),
         source="section 3: SGD, 0.05 B/256, 1e-4, predictor's rate constant",
     )
 

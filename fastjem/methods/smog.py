@@ -36,6 +36,7 @@ class SMoG(Method):
     combines = frozenset({"large_views", "small_views"})
     projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "lars",
         1.2,

@@ -28,6 +28,7 @@ class TiCo(Method):
     combines = frozenset({"large_views", "small_views"})
     projector_options = ("hidden", "dim")
     momentum = ("encoder", "projector")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "lars",
         0.8,

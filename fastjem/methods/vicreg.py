@@ -19,7 +19,7 @@ class VICReg(Method):
     views = Views(large=2, recipe="vicreg")
     combines = frozenset({"large_views", "small_views"})
     projector_options = ("hidden",)
-    defaults = Defaults("lars", 0.57, 1e-6, small=("adamw", 5e-4), source="section 4.2: LARS, 1.6 at batch 2048, 1e-6")
+    defaults = Defaults("lars", 0.57, 1e-6, small=("adamw", 2e-3), source="section 4.2: LARS, 1.6 at batch 2048, 1e-6")
 
     presets = {
         "cifar": Preset("solo-learn, scripts/pretrain/cifar/vicreg.yaml", Defaults("larc", 0.3, 1e-4), {"hidden": 2048})

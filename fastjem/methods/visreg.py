@@ -20,6 +20,7 @@ class VISReg(Method):
     views = Views(large=4, small=6, recipe="visreg")
     combines = frozenset({"large_views"})
     projector_options = ("hidden", "dim")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "adamw",
         9e-4,

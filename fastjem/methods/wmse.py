@@ -27,6 +27,7 @@ class WMSE(Method):
     views = Views(large=2, recipe="wmse")
     combines = frozenset({"large_views", "small_views"})
     projector_options = ("hidden", "dim")
+    small_widths = {"hidden": 4}
     defaults = Defaults(
         "adamw", 2e-3 / 2**0.5, 1e-6, source="htdt/self-supervised, ImageNet-100: Adam, 2e-3 at batch 512, wd 1e-6"
     )
