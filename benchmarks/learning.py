@@ -5,18 +5,22 @@
     python benchmarks/learning.py --train DIR --test DIR --cores 0 1    two methods at a time, a core each
     python benchmarks/learning.py --train DIR --test DIR --peers stable-pretraining [--peer-python PATH]
 
-DIR has a folder of images for each class. The other package, lightly or stable-pretraining, has as many whole epochs as
-fit the minutes, as its CIFAR-10 benchmark trains (benchmarks/lightly_runs.py, benchmarks/stable_pretraining_runs.py);
-ours, `fastjem.pretrain` with its defaults, is run beside that for as many epochs, and for shares of the seconds that
-the other took. Each run is a process of its own. Seconds are those of the training, from the opening of the data to the
-last step (stable-pretraining's: of its trainer's `fit`); ours have the run's checkpoints and its export in them.
-Embeddings of both are measured by the same kNN (k = 20) and linear probe.
+DIR has a folder of images for each class. The other package, lightly or stable-pretraining, has as many whole epochs
+as fit the minutes, as its CIFAR-10 benchmark trains (benchmarks/lightly_runs.py,
+benchmarks/stable_pretraining_runs.py); ours, `fastjem.pretrain` with its defaults, is run beside that for as many
+epochs, and for shares of the seconds that the other took. Each run is a process of its own, which needs the machine,
+or its core, for itself: a rate measured beside other work chooses another length. With --peer-python, fastjem must be
+importable there, too. Seconds are those of the training, from the opening of the data to the last step (stable-
+pretraining's: of its trainer's `fit`); ours have the run's checkpoints and its export in them. Embeddings of both are
+measured by the same kNN (k = 20) and linear probe.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -144,7 +148,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
             begin = time.perf_counter()
             fastjem.pretrain(data=data, out=f"{folder}/warm", max_steps=WARM_STEPS, **fields)
             warm = time.perf_counter() - begin
-            rate = median_rate(Path(folder) / "warm")
+            rate = typical_rate(Path(folder) / "warm", staged="," in str(fields["image_size"]))
             start = warm - WARM_STEPS * options.batch / rate  # opening, building, export
             steps = max(round((options.seconds - start) * rate / options.batch), 1)
         begin = time.perf_counter()
@@ -157,10 +161,11 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     return {"epochs": epochs, "steps": steps, "pixels": opened.pixels, **after(opened.encoder, seconds, seen)}
 
 
-def median_rate(out: Path) -> float:
+def typical_rate(out: Path, *, staged: bool) -> float:
+    """Images a second: the median over the run, of one with stages of image sizes the mean over its images."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    rates = sorted(row["images_per_second"] for row in rows if row.get("images_per_second"))
-    return rates[len(rates) // 2]
+    rates = [row["images_per_second"] for row in rows if row.get("images_per_second")]
+    return statistics.harmonic_mean(rates) if staged else statistics.median(rates)
 
 
 def after(encoder: nn.Module, seconds: float, seen: int) -> dict[str, Any]:
@@ -189,6 +194,8 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
     train, test = (open_source(folder) for folder in (options.train, options.test))
     figures = measure(*embed(encoder, train, pixels), *embed(encoder, test, pixels))
     row = {"method": options.alone, "side": options.side, "seed": options.seed, **found}
+    if options.side in PEERS:
+        row["version"] = importlib.metadata.version(options.side)
     row |= {column: 100 * figures[key] for key, column in FIGURES.items()}
     row["encoder"] = round(encoder_share(encoder, options.size, options.batch, found["images/s"]), 2)
     digits = {"images/s": 0, "MiB": 0, "encoder": 2}
@@ -201,14 +208,17 @@ def python_of(side: str, options: argparse.Namespace) -> str:
     return options.peer_python if elsewhere else sys.executable
 
 
+def workers(options: argparse.Namespace) -> int:
+    """Of a run's loader: one at most where the run has a core of its own."""
+    return min(options.workers, 1) if options.cores else options.workers
+
+
 def in_a_process(
     name: str, side: str, seed: int, options: argparse.Namespace, core: int | None, **own: Any
 ) -> dict[str, Any]:
     command = [python_of(side, options), __file__, "--alone", name, "--side", side, "--seeds", str(seed)]
     kept = ("train", "test", "size", "batch", "minutes", "backbone", "stem", "patch_size", "workers")
-    settings = {key: getattr(options, key) for key in kept}
-    if core is not None:
-        settings["workers"] = min(options.workers, 1)
+    settings = {key: getattr(options, key) for key in kept} | {"workers": workers(options)}
     for key, value in (settings | own).items():
         command += ["--" + key.replace("_", "-"), str(value)]
     command += ["--fields", *(f"{key}={json.dumps(value)}" for key, value in options.fields)]
@@ -290,33 +300,18 @@ def main() -> None:
 
 def write(peer: str, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """A peer's page: the rows, beside those that the file has of other methods with the same settings."""
-    facts = machine.describe(torch.device("cpu"))
-    kept = (
-        "train",
-        "test",
-        "minutes",
-        "size",
-        "batch",
-        "backbone",
-        "stem",
-        "patch_size",
-        "workers",
-        "seeds",
-        "fields",
-        "cores",
-    )
-    settings = {key: str(getattr(options, key)) for key in kept}
+    facts = tables.describe(options.cores)
+    kept = ("train", "test", "minutes", "size", "batch", "backbone", "stem", "patch_size", "seeds", "fields")
+    settings = {key: str(getattr(options, key)) for key in kept} | {"workers": str(workers(options))}
     data = Path(options.train).parent.name
     found = PEERS[peer]
-    alone = "-a-core" if options.cores else ""
-    page = f"{found.page}-{data}-{options.backbone}-{options.minutes:g}-minutes{alone}-{machine.slug(facts)}"
-    path = options.out / page
+    path = options.out / f"{found.page}-{data}-{options.backbone}-{options.minutes:g}-minutes-{machine.slug(facts)}"
     if path.with_suffix(".json").exists():
         before = json.loads(path.with_suffix(".json").read_text())
         if before["settings"] == settings:
             named = {row["method"] for row in rows}
             rows = [row for row in before["rows"] if row["method"] not in named] + rows
-    rows = sorted(rows, key=lambda row: found.methods.index(row["method"]))
+    rows = sorted(rows, key=lambda row: (found.methods.index(row["method"]), row["seed"]))
     title = f"Beside {peer}: {options.backbone}, {options.minutes:g} minutes{' of a core' if options.cores else ''}"
     tables.write(path, title, ABOUT.format(peer=peer, settings=found.settings), facts, settings, rows)
 

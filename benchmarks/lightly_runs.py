@@ -5,15 +5,19 @@ first layer's width follows the encoder. VICReg, which that benchmark hasn't got
 is plain PyTorch, without Lightning, and the loader's workers stay over epochs: both are faster than as it is there.
 """
 
-import copy
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+
+sys.path.insert(0, str(Path(__file__).parent))
+from lightly_steps import copied_module
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Run:
     def __init__(self, recipe: Recipe, encoder: nn.Module, width: int, *, batch: int, epochs: int):
         self.recipe = recipe
         self.modules = nn.ModuleDict({"encoder": encoder, **recipe.heads(width)}).train()
-        self.copies = nn.ModuleDict({name: copy.deepcopy(self.modules[name]) for name in recipe.momentum})
+        self.copies = nn.ModuleDict({name: copied_module(self.modules[name]) for name in recipe.momentum})
         self.copies.requires_grad_(False)
         self.criterion = recipe.criterion()
         parameters = self.modules.parameters()

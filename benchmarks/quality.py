@@ -13,7 +13,6 @@ hidden.
 import argparse
 import json
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -181,40 +180,22 @@ def in_a_process(name: str, seed: int, options: argparse.Namespace, core: int | 
     return {"method": name, "seed": seed, **tables.row_of(command, core)}
 
 
-def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method: means, and of accuracies the deviation between seeds where there are several."""
-    found = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        ours = [row for row in rows if row["method"] == name and "error" not in row]
-        if not ours:
-            found.append(next(row for row in rows if row["method"] == name))
-            continue
-        row = {"method": name, "encoder": ours[0]["encoder"]}
-        for key, value in ours[0].items():
-            if isinstance(value, float | int) and key != "seed":
-                values = [one[key] for one in ours]
-                several = len(values) > 1 and key in FIGURES.values()
-                row[key] = f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if several else "")
-        found.append(row)
-    return found
-
-
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """The rows, beside those that the file has of other methods with the same settings."""
-    facts = machine.describe(torch.device("cpu"))
-    left_out = ("out", "alone", "given", "methods", "seed", "pages")
+    """The rows, beside those that the file has of other methods and seeds with the same settings."""
+    facts = tables.describe(options.cores)
+    left_out = ("out", "alone", "given", "methods", "seed", "seeds", "cores", "pages")
     settings = {key: str(value) for key, value in vars(options).items() if key not in left_out}
     path = results_of(options, facts)
     note = ""
     if path.with_suffix(".json").exists():
         before = json.loads(path.with_suffix(".json").read_text())
-        if before["settings"] == settings:
-            named = {row["method"] for row in rows}
-            rows = [row for row in before["rows"] if row["method"] not in named] + rows
+        if settings.items() <= before["settings"].items():
+            made = {(row["method"], row["seed"]) for row in rows}
+            rows = [row for row in before["rows"] if (row["method"], row["seed"]) not in made] + rows
             note = before.get("note", "")
     rows = sorted(rows, key=lambda row: ([*METHODS].index(row["method"]), row["seed"]))
     title = f"What methods learn in {options.steps} steps of {options.batch} images"
-    tables.write(path, title, ABOUT, facts, settings, rows, over_seeds(rows), note)
+    tables.write(path, title, ABOUT, facts, settings, rows, tables.over_seeds(rows, "method", FIGURES.values()), note)
 
 
 def results_of(options: argparse.Namespace, facts: dict[str, Any]) -> Path:
@@ -225,10 +206,10 @@ def results_of(options: argparse.Namespace, facts: dict[str, Any]) -> Path:
 
 def write_pages(options: argparse.Namespace) -> None:
     """Each method's row of the results as the first paragraph of a section of its page; other paragraphs stay."""
-    path = results_of(options, machine.describe(torch.device("cpu"))).with_suffix(".json")
+    path = results_of(options, tables.describe(options.cores)).with_suffix(".json")
     found = json.loads(path.read_text())
     of = found["settings"]
-    for row in over_seeds(found["rows"]):
+    for row in tables.over_seeds(found["rows"], "method", FIGURES.values()):
         if "error" in row:
             continue
         page = options.pages / f"{row['method']}.md"

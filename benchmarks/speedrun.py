@@ -1,4 +1,4 @@
-"""What `--preset fast` learns in a time, and what it learns without each of its ingredients, or with what it left out.
+"""What `--preset fast` learns in a time, and what other recipes do that differ from it in one thing each.
 
     python benchmarks/speedrun.py --train DIR --test DIR [--seconds 60] [--seeds 0 1 2] [--cores 0 1] [--out DIR]
 
@@ -8,72 +8,70 @@ fit the seconds, and its embeddings are measured by the kNN and the linear probe
 
 import argparse
 import json
-import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
-import learning
-import tables
-import torch
-
+from fastjem import encoders
 from fastjem.bench import machine
 from fastjem.machine import available_cores
+from fastjem.methods import METHODS
 
-# What is changed of the preset, by the row's name: fields of `fastjem.pretrain`.
-ROWS: dict[str, dict[str, Any]] = {
-    "fast": {},
-    "the method's defaults": {"preset": "imagenet"},
-    "2 large views for 4": {"large_views": 2},
-    "SimCLR's augmentation for MoCo v2's": {"recipe": "simclr"},
-    "the paper's LARS for AdamW": {"optimizer": "lars", "learning_rate": 1.2},
-    "files read anew": {"loader": "torch"},
-    "whole views of a transformer": {"mask": 0.0},
-    "with 4 small views for 2 large": {"large_views": 2, "small_views": 4},
-    "with half the size for 60 %": {"image_size": "half"},
-    "with temperature 0.2": {"options": {"temperature": 0.2}},
-}
-ONLY_OF_TRANSFORMERS = "whole views of a transformer"
+sys.path.insert(0, str(Path(__file__).parent))
+import learning
+import tables
+
+ABOUT = (
+    "kNN (k = 20) and linear accuracy on the test images in percent after the same time; means over the seeds, and\n"
+    "the deviation between them."
+)
 
 
-def fields_of(name: str, options: argparse.Namespace) -> list[tuple[str, Any]]:
-    fields = {"preset": "fast", **ROWS[name]}
-    if fields.get("image_size") == "half":
-        fields["image_size"] = f"{options.size // 2}:60%,{options.size}"
-    return list(fields.items())
+def recipes(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Fields of `fastjem.pretrain` beside `--preset fast`, by what they change: its ingredients are taken out, then
+    others are added."""
+    papers = METHODS[options.method].defaults
+    patch = options.patch_size or 1
+    half = round(options.size / 2 / patch) * patch
+    found: dict[str, dict[str, Any]] = {
+        "fast": {},
+        "without all of it, the method's defaults": {"preset": "imagenet"},
+        "the method's augmentation": {"recipe": METHODS[options.method].views.recipe},
+        f"the paper's {papers.optimizer.upper()}": {
+            "optimizer": papers.optimizer,
+            "learning_rate": papers.learning_rate,
+        },
+        "files read anew each time": {"loader": "torch"},
+        "and 4 large views": {"large_views": 4},
+        "and 4 small views": {"small_views": 4},
+        "and temperature 0.2": {"options": {"temperature": 0.2}},
+        "and half the size for 60 %": {"image_size": f"{half}:60%,{options.size}"},
+    }
+    options.alone = options.method
+    if encoders.takes_masks(learning.encoder_of(options)):
+        found["whole views"] = {"mask": 0.0}
+        found["half of the patches"] = {"mask": 0.5}
+    return found
 
 
 def row(name: str, seed: int, options: argparse.Namespace, core: int | None) -> dict[str, Any]:
-    changed = argparse.Namespace(**{**vars(options), "fields": fields_of(name, options)})
+    fields = {"preset": "fast", **recipes(options)[name]}
+    changed = argparse.Namespace(**{**vars(options), "fields": [*fields.items()]})
     found = learning.in_a_process(options.method, "ours", seed, changed, core, seconds=options.seconds)
     kept = ("steps", "seconds", "images/s", *learning.FIGURES.values(), "error")
     return {"recipe": name, "seed": seed, **{key: found[key] for key in kept if key in found}}
 
 
-def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each recipe: means, and of accuracies the deviation between seeds where there are several."""
-    found = []
-    for name in [name for name in ROWS if any(row["recipe"] == name for row in rows)]:
-        own = [row for row in rows if row["recipe"] == name and "error" not in row]
-        means: dict[str, Any] = {"recipe": name, "seeds": len(own)}
-        for key in own[0].keys() - {"recipe", "seed"} if own else ():
-            values = [row[key] for row in own]
-            spread = (
-                f" ± {statistics.stdev(values):.1f}" if len(values) > 1 and key in learning.FIGURES.values() else ""
-            )
-            means[key] = f"{statistics.mean(values):.1f}{spread}"
-        found.append({key: means[key] for key in ("recipe", "seeds", *own[0]) if key in means} if own else means)
-    return found
-
-
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    facts = machine.describe(torch.device("cpu"))
-    kept = ("train", "test", "seconds", "method", "size", "batch", "backbone", "stem", "patch_size", "seeds", "cores")
+    facts = tables.describe(options.cores)
+    kept = ("train", "test", "seconds", "method", "size", "batch", "backbone", "stem", "patch_size", "seeds")
     settings = {key: str(getattr(options, key)) for key in kept}
     data = Path(options.train).parent.name
-    path = options.out / f"speedrun-{data}-{options.backbone}-{machine.slug(facts)}"
-    about = "kNN (k = 20) and linear accuracy on the test images in percent after the same time; means over the seeds."
-    title = f"--preset fast in {options.seconds:g} seconds, and without each of its ingredients"
-    tables.write(path, title, about, facts, settings, rows, over_seeds(rows))
+    page = f"speedrun-{data}-{options.method}-{options.backbone}-{options.seconds:g}-seconds-{machine.slug(facts)}"
+    rows = sorted(rows, key=lambda row: ([*recipes(options)].index(row["recipe"]), row["seed"]))
+    means = tables.over_seeds(rows, "recipe", learning.FIGURES.values())
+    title = f"--preset fast in {options.seconds:g} seconds, and what differs from it in one thing"
+    tables.write(options.out / page, title, ABOUT, facts, settings, rows, means)
 
 
 def main() -> None:
@@ -82,7 +80,6 @@ def main() -> None:
     parser.add_argument("--test", required=True)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--method", default="simclr")
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS], help="all that concern the encoder")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--backbone", default="test_resnet")
@@ -94,8 +91,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.minutes = options.seconds / 60
-    options.rows = options.rows or [row for row in ROWS if options.patch_size or row != ONLY_OF_TRANSFORMERS]
-    runs = [(name, seed) for seed in options.seeds for name in options.rows]
+    options.seed = options.seeds[0]
+    runs = [(name, seed) for seed in options.seeds for name in recipes(options)]
     rows: list[dict[str, Any]] = []
     for found in tables.spread(lambda run, core: row(*run, options, core), runs, options.cores):
         rows.append(found)

@@ -3,11 +3,14 @@
 import json
 import os
 import queue
+import statistics
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from fastjem.bench import machine
 
@@ -46,9 +49,39 @@ def spread(work: Callable[[Item, int | None], Found], items: Sequence[Item], cor
         finally:
             free.put(core)
 
-    with ThreadPoolExecutor(len(cores)) as pool:
+    pool = ThreadPoolExecutor(len(cores))
+    try:
         for done in as_completed([pool.submit(on_a_core, item) for item in items]):
             yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def over_seeds(rows: Sequence[dict[str, Any]], by: str, accuracies: Collection[str]) -> list[dict[str, Any]]:
+    """A row for each value of the column `by`: numbers as means, and of accuracies the deviation between seeds where
+    there are several. What failed with every seed keeps its error."""
+    found = []
+    for name in dict.fromkeys(row[by] for row in rows):
+        own = [row for row in rows if row[by] == name]
+        done = [row for row in own if "error" not in row]
+        if not done:
+            found.append(own[0])
+            continue
+        mean = dict(done[0])
+        del mean["seed"]
+        for key, value in mean.items():
+            if isinstance(value, float | int):
+                values = [row[key] for row in done]
+                several = len(values) > 1 and key in accuracies
+                mean[key] = f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if several else "")
+        found.append(mean)
+    return found
+
+
+def describe(cores: Sequence[int]) -> dict[str, Any]:
+    """The machine as the runs saw it: with `cores`, each run had one of them and a thread."""
+    facts = machine.describe(torch.device("cpu"))
+    return facts | ({"threads": 1, "side by side": len(cores)} if cores else {})
 
 
 def write(

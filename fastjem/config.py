@@ -90,7 +90,8 @@ class Config:
     momentum: float | None = field(default=None, metadata={"help": "of the momentum encoder at the start"})
     momentum_encoder: bool | None = field(default=None, metadata={"help": "give any method one, or take it away"})
     preset: str = field(
-        default="imagenet", metadata={"help": "whose values a method takes: imagenet: the paper's; cifar: small data's"}
+        default="imagenet",
+        metadata={"help": "whose values a method takes: imagenet: the paper's; fastjem methods NAME lists others"},
     )
     options: dict[str, Option] = field(default_factory=dict, metadata={"help": "the method's own: temperature=0.2 ..."})
     large_views: int | None = field(default=None, metadata={"help": "whole ones of an image, each a target of others"})
@@ -251,8 +252,6 @@ def _check_choices(config: Config) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise nearest(name, getattr(config, name), [a for a in allowed if a])
-    if config.masking is not None and not config.mask:
-        raise UserError(f"--masking {config.masking} is for --mask")
 
 
 def _check_numbers(config: Config) -> None:

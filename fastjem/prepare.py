@@ -127,16 +127,16 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         transformer = encoders.is_transformer(module)
         defaults = published.of_run(steps, chosen=chosen, parameters=parameters, transformer=transformer)
         said.append(defaults.unlike(published))
-        if preset.mask and config.mask is None and can_hide(module, config.size):
-            config = replace(config, mask=preset.mask)
-            said.append(
-                f"--preset {config.preset} leaves out {preset.mask:.0%} of each view's patches; --mask 0 doesn't"
-            )
     config = with_layer_rates(config, defaults, module)
     if not state:
         longer = with_layer_rates(with_drop_path(asked, objects, kind, published), published, module)
         said.append(left_out(config, longer))
     normalised = (state or {}).get("normalised") or starting.normalisation(weights)
+    if not state and preset.mask and config.mask is None and can_hide(config, kind, module, normalised):
+        config = replace(config, mask=preset.mask)
+        said.append(f"--preset {config.preset} leaves out {preset.mask:.0%} of each view's patches; --mask 0 doesn't")
+    if config.masking is not None and not config.mask:
+        raise UserError(f"--masking {config.masking} is for --mask")
     encoder = checked_encoder(config, ranks, kind, module, source, normalised)
     facts = replace(run_facts(config, ranks, encoder, source, steps, steps_per_epoch), **sized_for)
     if not state and steps < SHORT and parameters < SMALL:
@@ -294,28 +294,39 @@ def left_out(config: Config, longer: Config) -> str:
     return f"so short a run goes without {given}, which the method has from {SHORT:,} steps on" if names else ""
 
 
-def can_hide(module: nn.Module, size: int) -> bool:
-    """Whether a share of the patches can be hidden, and enough of them are left to tell what the image shows."""
-    return encoders.takes_masks(module) and size // encoders.patch_size(module) >= 4
+def can_hide(
+    config: Config, kind: type[Method] | Method, module: nn.Module, normalised: dict[str, list[float]]
+) -> bool:
+    """Whether patches can be hidden that nobody asked to hide: of 4 x 4 and more in each view of each stage."""
+    if combinations.why_not(kind, "mask") or not encoders.takes_masks(module):
+        return False
+    stages = [view_specs(config, kind, module, normalised, size) for size in config.sizes.pixels]
+    smallest = min(spec.size for specs in stages for spec in specs)
+    return smallest // encoders.patch_size(module) >= 4
 
 
 def with_small_widths(config: Config, kind: type[Method] | Method, width: int) -> tuple[Config, str]:
     """With heads that fit an encoder of `width`, where the method's are made for a far wider one; and what to tell.
 
-    The user's own come first: options, a projector, a preset, the heads of a run that this one begins with.
+    The user's own come first: options, a projector, a preset, the heads of a run that this one begins with. No layer
+    becomes narrower than the output behind it.
     """
-    if isinstance(kind, Method) or config.preset != "imagenet" or config.weights_of == "all":
+    if isinstance(kind, Method) or config.preset != "imagenet" or config.projector or config.weights_of == "all":
         return config, ""
-    told = {*config.options, *(kind.projector_options if config.projector else ())}
-    options = options_of(kind)
-    most = {name: multiple * width for name, multiple in kind.small_widths.items() if name not in told}
-    found = {name: widest for name, widest in most.items() if widest < options[name]}
-    if not found:
+    defaults = {name: value for name, value in options_of(kind).items() if isinstance(value, int)}
+    outputs = [name for name in ("dim", "bottleneck") if name in defaults and name not in kind.small_widths]
+    wanted = [config.options.get(name, defaults[name]) for name in outputs]
+    least = max([output for output in wanted if isinstance(output, int)], default=0)
+    narrower = {}
+    for name, multiple in kind.small_widths.items():
+        if name in defaults and name not in config.options and max(multiple * width, least) < defaults[name]:
+            narrower[name] = max(multiple * width, least)
+    if not narrower:
         return config, ""
-    ours = " ".join(f"{name}={value}" for name, value in found.items())
-    papers = " ".join(f"{name}={options[name]}" for name in found)
-    said = f"a short run of a small encoder has narrower heads, {ours}; the paper's are --options {papers}"
-    return replace(config, options={**found, **config.options}), said
+    these = " ".join(f"{name}={value}" for name, value in narrower.items())
+    papers = " ".join(f"{name}={defaults[name]}" for name in narrower)
+    said = f"a short run of a small encoder has narrower heads, {these}; the paper's are --options {papers}"
+    return replace(config, options={**narrower, **config.options}), said
 
 
 def view_specs(

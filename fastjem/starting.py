@@ -10,6 +10,7 @@ from fastjem import backbones, encoders, exports
 from fastjem.config import Config
 from fastjem.errors import UserError, nearest
 from fastjem.given import Weights, names_a_place, open_weights
+from fastjem.methods import METHODS
 from fastjem.nn.sample_memory import SampleMemory
 
 
@@ -79,7 +80,9 @@ def taken_over(config: Config, weights: Weights, *, made: bool = False) -> Confi
         found |= {name: getattr(run, name) for name in names}
     values = {name: value for name, value in found.items() if name not in config.given}
     if run is not None:
-        values["options"] = {**run.options, **config.options}
+        replaced = METHODS[config.method].projector_options if "projector" in config.given else ()
+        kept = {name: value for name, value in run.options.items() if name not in replaced}
+        values["options"] = {**kept, **config.options}
     config = config.with_values(**values)
     if len(weights.mean) != config.channels:
         channels = f"images of {len(weights.mean)} channels, and --channels is {config.channels}"

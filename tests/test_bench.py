@@ -1,10 +1,14 @@
 """The benchmark harness does what it says. No test here depends on how long anything takes."""
 
 import contextlib
+import importlib
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -552,3 +556,56 @@ def test_check_fails_where_something_is_faster_and_ours_far_from_the_floor():
     missing = {"variants": {}, "absent": {"ours": "wrong"}, "floor": None}
     assert report.beaten([near, row(1.0, 0.98, 0.1)]) == []
     assert report.beaten([far, without_floor, missing]) == [far, without_floor, missing]
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("tables")
+
+
+def test_runs_side_by_side_have_a_core_each(tables):
+    lock, busy, seen = threading.Lock(), set(), []
+
+    def work(item: int, core: int | None) -> int:
+        with lock:
+            assert core not in busy
+            busy.add(core)
+            seen.append(core)
+        time.sleep(0.01)
+        busy.remove(core)
+        return 10 * item
+
+    assert sorted(tables.spread(work, range(6), [3, 5])) == [0, 10, 20, 30, 40, 50]
+    assert set(seen) == {3, 5}
+    seen.clear()
+    assert list(tables.spread(work, range(3), [])) == [0, 10, 20] and seen == [None] * 3
+
+    done = []
+
+    def fails(item: int, core: int | None) -> None:
+        done.append(item)
+        raise RuntimeError(str(item))
+
+    with pytest.raises(RuntimeError):  # and those that wait are never begun
+        list(tables.spread(fails, range(50), [0]))
+    assert len(done) < 50
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="binds processes to cores by taskset")
+def test_a_row_comes_from_a_process_on_its_core(tables):
+    core = min(os.sched_getaffinity(0))
+    code = "import json, os; print('ROW', json.dumps([sorted(os.sched_getaffinity(0)), os.environ['OMP_NUM_THREADS']]))"
+    assert tables.row_of([sys.executable, "-c", code], core) == [[core], "1"]
+    assert tables.row_of([sys.executable, "-c", "raise ValueError('no')"]) == {"error": "ValueError: no"}
+
+
+def test_rows_of_several_seeds_are_one(tables):
+    rows = [
+        {"method": "a", "seed": 0, "kNN": 1.0, "steps": 4},
+        {"method": "b", "seed": 0, "error": "no"},
+        {"method": "a", "seed": 1, "kNN": 3.0, "steps": 6},
+        {"method": "a", "seed": 2, "error": "no"},
+    ]
+    found = tables.over_seeds(rows, "method", ["kNN"])
+    assert found == [{"method": "a", "kNN": "2.0 ± 1.4", "steps": "5.0"}, rows[1]]

@@ -94,6 +94,14 @@ def test_every_method_has_its_page() -> None:
         assert re.search(r"arXiv \d{4}\.\d{4,5}", page)
 
 
+def test_narrower_heads_are_on_the_methods_own_page() -> None:
+    module = pytest.importorskip("fastjem.methods")
+    for name, method in module.METHODS.items():
+        page = (ROOT / f"docs/methods/{name}.md").read_text()
+        [said] = re.findall(r"an encoder below 2 M parameters has (.*) wide", page) or [""]
+        assert set(re.findall(r"`(\w+)`", said)) == set(method.small_widths), name
+
+
 def test_what_depends_on_the_layer_is_on_the_page_about_encoders_and_on_the_methods_own() -> None:
     module = pytest.importorskip("fastjem.methods")
     table = re.findall(r"^\| (\w+) \|((?: [\d.]+ \|){4}).*\|$", (ROOT / "docs/encoders.md").read_text(), re.MULTILINE)

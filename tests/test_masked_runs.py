@@ -160,12 +160,18 @@ def test_the_fast_preset_hides_patches_of_a_transformer(images: str, tmp_path: P
         "own": ({**vit, "mask": 0.5}, 0.5),
         "few patches": ({**vit, "patch_size": 16}, None),
         "resnet": (common, None),
+        "few in the first stage": ({**vit, "image_size": "16:50%,32", "max_steps": 2}, None),
+        "few in small views": ({**vit, "small_views": 1}, None),
+        "masking": ({**vit, "masking": "block"}, 0.75),
         "dcl": ({**vit, "method": "dcl"}, 0.75),
     }
     for name, (fields, mask) in wanted.items():
         out = tmp_path / name
         fastjem.pretrain(**fields, out=str(out))
         assert configuration.read(out)[0].mask == mask, name
+    state = checkpoints.load(tmp_path / "a")
+    assert state["defaults"]["optimizer"] == "adamw" and state["defaults"]["learning_rate"] == 1e-3
+    assert checkpoints.load(tmp_path / "resnet")["defaults"]["learning_rate"] == 4e-3
     result = fastjem.pretrain(out=str(tmp_path / "a"), resume=True, max_steps=2)
     assert result.finished and configuration.read(tmp_path / "a")[0].mask == 0.75
     with pytest.raises(UserError, match="preset of BYOL"):

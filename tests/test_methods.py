@@ -382,6 +382,26 @@ def test_data2vec_hides_three_quarters_from_the_student(masking: str) -> None:
     assert torch.equal(same, batch.masks[0].hidden.flatten(1))
 
 
+@pytest.mark.parametrize("target_norm", ["layer", "instance"])
+def test_data2vecs_targets_are_normalised_over_channels_or_over_patches(target_norm: str) -> None:
+    step, batch = make("data2vec", target_norm=target_norm)
+    student, teacher = step.branches(batch)
+    over = {"layer": 2, "instance": 1}[target_norm]
+    with torch.no_grad():
+        outputs = teacher.encode(batch.views, layers=step.method.layers).layers
+        normalised = [(x - x.mean(over, True)) / x.var(over, True, correction=0) ** 0.5 for x in outputs]
+        mean = sum(normalised) / len(normalised)
+        target = (mean - mean.mean(2, True)) / mean.var(2, True, correction=0) ** 0.5
+    predicted = step.method.projector(student.encode(batch.views, batch.masks).tokens)
+    hidden = batch.masks[0].hidden.flatten(1)
+    expected = nn.functional.smooth_l1_loss(predicted[hidden], target[hidden], beta=step.method.beta)
+    torch.testing.assert_close(
+        step.method.loss(student, teacher, batch, torch.tensor(0)), expected, rtol=1e-3, atol=1e-4
+    )
+    with pytest.raises(ValueError, match="target_norm"):
+        make("data2vec", target_norm="batch")
+
+
 def rope_vit(mixed: bool) -> nn.Module:
     """timm's Eva with rotary positions, one table for all blocks or one of each block's own."""
     models = pytest.importorskip("timm.models")

@@ -19,6 +19,7 @@ from fastjem.config import Config, projector_widths  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import METHODS, RunFacts, options_of  # noqa: E402
 from fastjem.methods.combinations import check, why_not  # noqa: E402
+from fastjem.prepare import with_small_widths  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,44 +106,97 @@ def told(out: Path) -> dict:
     return configuration.read(out)[0].options
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    images = str(make_folder(tmp_path_factory.mktemp("few"), 16))
+    return {**TINY, "data": images, "max_steps": 2, "batch_size": 8}
+
+
+WIDTH = 96  # of test_resnet's embeddings
+
+
 def test_a_short_run_of_a_small_encoder_has_narrower_heads(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    few: dict, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = str(make_folder(tmp_path / "images", 16))
-    common = {**TINY, "data": images, "max_steps": 2, "batch_size": 8}
-    fastjem.pretrain(**common, method="simsiam", out=str(tmp_path / "a"))
-    width = 4 * runs.open_run(tmp_path / "a").encoder.num_features
-    assert told(tmp_path / "a") == {"hidden": width, "dim": width, "bottleneck": width // 4}
-    said = f"narrower heads, hidden={width} dim={width} bottleneck={width // 4}; the paper's are --options hidden=2048 "
+    fastjem.pretrain(**few, method="simsiam", out=str(tmp_path / "a"))
+    narrower = {"hidden": 4 * WIDTH, "dim": 4 * WIDTH, "bottleneck": WIDTH}
+    assert told(tmp_path / "a") == narrower
+    said = "narrower heads, hidden=384 dim=384 bottleneck=96; the paper's are --options hidden=2048 dim=2048"
     assert said in capsys.readouterr().err
-    assert checkpoints.load(tmp_path / "a")["model"]["method.projector.0.weight"].shape[0] == width
+    assert checkpoints.load(tmp_path / "a")["model"]["method.projector.0.weight"].shape == (4 * WIDTH, WIDTH)
 
-    # what anybody chose comes first
-    fastjem.pretrain(**common, method="simsiam", options={"hidden": 32}, out=str(tmp_path / "b"))
-    assert told(tmp_path / "b") == {"dim": width, "bottleneck": width // 4, "hidden": 32}
-    fastjem.pretrain(**common, method="nnclr", projector="32,16", out=str(tmp_path / "c"))
-    assert told(tmp_path / "c") == {"predictor_hidden": width}
-    fastjem.pretrain(**common, method="byol", preset="cifar", out=str(tmp_path / "d"))
-    assert told(tmp_path / "d") == {}
-    fastjem.pretrain(**common, method="byol", out=str(tmp_path / "e"), options={"hidden": 8})
-    fastjem.pretrain(**common, method="byol", out=str(tmp_path / "f"), weights=str(tmp_path / "e"), weights_of="all")
-    assert told(tmp_path / "f") == {"hidden": 8}
-
-    # a run that is resumed, made longer than short even, keeps the heads that it has
-    fastjem.pretrain(out=str(tmp_path / "a"), resume=True, max_steps=3)
-    assert told(tmp_path / "a")["hidden"] == width
+    # one that is resumed keeps them, made longer than short even
     monkeypatch.setattr("fastjem.prepare.SHORT", 2)
-    fastjem.pretrain(out=str(tmp_path / "a"), resume=True, max_steps=4)
-    assert told(tmp_path / "a")["hidden"] == width
-    fastjem.pretrain(**common, method="byol", out=str(tmp_path / "g"))
-    assert told(tmp_path / "g") == {}
-    monkeypatch.setattr("fastjem.prepare.SHORT", 10_000)
+    fastjem.pretrain(out=str(tmp_path / "a"), resume=True, max_steps=3)
+    assert told(tmp_path / "a") == narrower
+    fastjem.pretrain(**few, method="byol", out=str(tmp_path / "long"))
+    assert told(tmp_path / "long") == {}
+
+
+def test_the_heads_of_a_larger_encoder_are_the_papers(
+    few: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastjem.prepare.SMALL", 1000)
-    fastjem.pretrain(**common, method="byol", out=str(tmp_path / "h"))
-    assert told(tmp_path / "h") == {}
+    fastjem.pretrain(**few, method="byol", out=str(tmp_path / "a"))
+    assert told(tmp_path / "a") == {}
+    # and so are those of a run that goes on with all of it, of an encoder that counts as small then
+    monkeypatch.undo()
+    fastjem.pretrain(**few, method="byol", out=str(tmp_path / "b"), weights=str(tmp_path / "a"), weights_of="all")
+    assert told(tmp_path / "b") == {}
 
 
-def test_widths_of_small_encoders_are_options() -> None:
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"method": "simsiam", "options": {"hidden": 32}}, {"hidden": 32, "dim": 384, "bottleneck": 96}),
+        ({"method": "nnclr", "projector": "32,16"}, {}),
+        ({"method": "byol", "preset": "cifar"}, {}),
+        ({"method": METHODS["byol"](WIDTH)}, {}),
+        ({"method": "frossl"}, {"hidden": 1024}),  # as wide as its output
+        ({"method": "frossl", "options": {"dim": 64}}, {"hidden": 384, "dim": 64}),
+    ],
+    ids=str,
+)
+def test_what_anybody_chose_comes_before_narrower_heads(
+    few: dict, fields: dict, expected: dict, tmp_path: Path
+) -> None:
+    fastjem.pretrain(**few, **fields, out=str(tmp_path / "run"))
+    assert told(tmp_path / "run") == expected
+
+
+class WithoutOptions(METHODS["byol"]):
+    def __init__(self, width: int, run: RunFacts = RunFacts()):
+        super().__init__(width, run, hidden=16)
+
+
+def test_a_subclass_without_the_options_that_are_widths(few: dict, tmp_path: Path) -> None:
+    fastjem.pretrain(**few, method=WithoutOptions, out=str(tmp_path / "run"))
+    assert told(tmp_path / "run") == {}
+
+
+def test_the_same_command_goes_on_with_the_runs_own_options(few: dict, tmp_path: Path) -> None:
+    common = {**few, "method": "byol", "options": {"norm": "layer"}, "out": str(tmp_path / "run"), "resume": "auto"}
+    common |= {"view": {"flip": 0}}
+    broken_off(1, **common, checkpoint_steps=1)
+    result = fastjem.pretrain(**common)
+    assert result.finished and told(tmp_path / "run") == {"hidden": 4 * WIDTH, "norm": "layer"}
+
+
+def test_all_of_a_run_with_another_projector_is_refused_in_the_users_words(few: dict, tmp_path: Path) -> None:
+    fastjem.pretrain(**few, method="byol", out=str(tmp_path / "a"))
+    with pytest.raises(UserError) as error:
+        fastjem.pretrain(
+            **few, method="byol", out=str(tmp_path / "b"), weights=str(tmp_path / "a"), weights_of="all", projector="8"
+        )
+    assert "--options hidden" not in str(error.value)
+
+
+def test_widths_of_small_encoders_are_options_no_narrower_than_the_output() -> None:
     for name, kind in METHODS.items():
-        assert kind.small_widths.keys() <= options_of(kind).keys(), name
-        assert all(isinstance(options_of(kind)[option], int) for option in kind.small_widths), name
+        options = options_of(kind)
+        assert all(isinstance(options[option], int) for option in kind.small_widths), name
+        for width in (8, 64, WIDTH):
+            found, _ = with_small_widths(Config(out="a", method=name), kind, width)
+            of = {**options, **found.options}
+            if "hidden" in kind.small_widths:
+                assert of["hidden"] >= (of.get("dim") or of.get("bottleneck") or 0), name

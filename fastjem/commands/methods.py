@@ -8,6 +8,7 @@ from dataclasses import fields
 from fastjem.arguments import Parser
 from fastjem.errors import nearest
 from fastjem.methods import METHODS, Defaults, Method, Views, combinations, needs_patches, options_of
+from fastjem.methods.defaults import TRANSFORMERS_RATE
 from fastjem.printing import is_terminal, say
 
 COLUMNS = ("method", "family", "what prevents the trivial solution", "needs", "paper")
@@ -73,7 +74,9 @@ def described(name: str) -> Iterator[str]:
         yield f"               in runs below 10,000 steps {optimizer}, {rate:g}"
     if method.defaults.small:
         optimizer, rate = method.defaults.small
-        yield f"               in runs below 10,000 steps of an encoder below 2 M parameters {optimizer}, {rate:g}"
+        gently = f" ({TRANSFORMERS_RATE:g})" if rate > TRANSFORMERS_RATE else ""
+        of = f"an encoder below 2 M parameters or a transformer{gently}"
+        yield f"               in runs below 10,000 steps of {of} {optimizer}, {rate:g}"
     if method.small_widths:
         most = ", ".join(f"{option} at most {times} x its width" for option, times in method.small_widths.items())
         yield f"heads          in runs below 10,000 steps of an encoder below 2 M parameters {most}"
@@ -86,7 +89,7 @@ def described(name: str) -> Iterator[str]:
     for preset, values in method.presets.items():
         changed = [*values.options.items(), *values.views.items()]
         if values.mask:
-            changed.append(("mask", values.mask))
+            changed.append(("mask of a transformer", values.mask))
         optimiser = [_optimiser(values.defaults)] if values.defaults else []
         yield f"  {preset}: {', '.join([*optimiser, *(f'{key}={value}' for key, value in changed)])} ({values.source})"
     yield f"page           docs/methods/{name}.md"

@@ -39,7 +39,7 @@ class ViewsOptions:
     )
     out: str = field(default="views.png", metadata={"help": "the picture", "path": True})
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
-    preset: str = field(default="imagenet", metadata={"help": "of the method: imagenet | cifar"})
+    preset: str = field(default="imagenet", metadata={"help": "of the method: fastjem methods NAME lists them"})
     recipe: str | None = field(default=None, metadata={"help": f"in place of the method's: {', '.join(RECIPES)}"})
     view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
     image_size: int | str = field(

@@ -29,7 +29,6 @@ class Distill(Method):
         **OF_EACH_VIEW,
         "projector": "predicts given features, of their width: --options layers, hidden",
     }
-    small_widths = {"hidden": 4}
     defaults = Defaults("adamw", 5e-4, 0.05, clip=3.0, warmup_epochs=5, source="no paper's: AdamW, as ViTs take it")
 
     def __init__(

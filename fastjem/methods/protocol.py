@@ -242,7 +242,7 @@ class Method(nn.Module):
     combines: frozenset[str] = frozenset()  # the options of a run that it is written for, of
     refuses: ClassVar[Mapping[str, str]] = {}  # `fastjem.methods.combinations`; others it can't have, and why
     projector_options: ClassVar[tuple[str, ...]] = ()  # of its own, in whose place `--projector` has widths
-    # Of its options, the multiples of the encoder's width that they are at most in a short run of a small encoder.
+    # Options that are widths -> the largest multiple of the encoder's width that a short run of a small encoder has.
     small_widths: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, width: int, run: RunFacts = RunFacts()):
