@@ -42,8 +42,8 @@ def recipes(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "learning_rate": papers.learning_rate,
         },
         "files read anew each time": {"loader": "torch"},
-        "and 4 large views": {"large_views": 4},
-        "and 4 small views": {"small_views": 4},
+        "2 large views": {"large_views": 2},
+        "2 large and 4 small views": {"large_views": 2, "small_views": 4},
         "and temperature 0.2": {"options": {"temperature": 0.2}},
         "and half the size for 60 %": {"image_size": f"{half}:60%,{options.size}"},
     }
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--test", required=True)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--method", default="simclr")
+    parser.add_argument("--rows", nargs="+", help="by their names; all that concern the encoder")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--backbone", default="test_resnet")
@@ -92,7 +93,10 @@ def main() -> None:
     options = parser.parse_args()
     options.minutes = options.seconds / 60
     options.seed = options.seeds[0]
-    runs = [(name, seed) for seed in options.seeds for name in recipes(options)]
+    names = [*recipes(options)]
+    if wrong := [name for name in options.rows or () if name not in names]:
+        parser.error(f"there is no row {wrong[0]!r}, but {names}")
+    runs = [(name, seed) for seed in options.seeds for name in options.rows or names]
     rows: list[dict[str, Any]] = []
     for found in tables.spread(lambda run, core: row(*run, options, core), runs, options.cores):
         rows.append(found)

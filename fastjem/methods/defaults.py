@@ -94,7 +94,7 @@ class Preset:
 
 
 # What learns most in a few minutes on small data, of contrastive losses: docs/fast.md has what each part is worth.
-FAST = Preset("ours, docs/fast.md", views={"recipe": "mocov2"}, mask=0.75)
+FAST = Preset("ours, docs/fast.md", views={"large": 4, "recipe": "mocov2"}, mask=0.75)
 
 
 def at_most(most: int, images: int, *, each: int) -> int:
