@@ -217,6 +217,11 @@ def is_transformer(module: nn.Module) -> bool:
     return timm is not None and isinstance(module, (timm.VisionTransformer, timm.Eva))
 
 
+def shows_enough(module: nn.Module, size: int) -> bool:
+    """Whether most patches of a view can be hidden, and the others still tell something: there are 4 x 4 and more."""
+    return takes_masks(module) and size // patch_size(module) >= 4
+
+
 def takes_masks(module: nn.Module) -> bool:
     """Whether patches can be hidden from a module: a transformer (`is_transformer`) whose patches don't overlap.
 

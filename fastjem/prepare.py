@@ -27,6 +27,7 @@ from fastjem.errors import UserError, first_line, nearest
 from fastjem.given import Weights
 from fastjem.methods import METHODS, Defaults, Method, RunFacts, combinations, options_of, preset_of, views_of
 from fastjem.methods.defaults import SHORT, SMALL
+from fastjem.methods.narrower import with_small_widths
 from fastjem.methods.protocol import option_types
 from fastjem.ranks import Ranks
 
@@ -92,10 +93,11 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     """Source, encoder and method of a run, checked; every mistake that needs them to be seen is found here."""
     if state:
         resume.check_objects(state, vars(objects))
+    kind = objects.method or METHODS[config.method]
     weights = None if state else starting.opened(config)
     if weights is not None:
-        config = starting.taken_over(config, weights, made=isinstance(objects.method, Method))
-    kind = objects.method or METHODS[config.method]
+        replaced = kind.projector_options if "projector" in config.given else ()
+        config = starting.taken_over(config, weights, made=isinstance(kind, Method), replaced=replaced)
     combinations.check(config, kind)
     source, about_values = levelled(config, objects, state, kind.views.sources)
     check_batch(config, len(source), ranks)
@@ -119,7 +121,6 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     if weights is not None:
         said.append(starting.told(config, weights))
         sized_for = starting.sized_for(config, weights) or sized_for
-
     torch.manual_seed(config.seed)
     module = made_encoder(config, objects, kind, weights)
     parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -132,7 +133,8 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         longer = with_layer_rates(with_drop_path(asked, objects, kind, published), published, module)
         said.append(left_out(config, longer))
     normalised = (state or {}).get("normalised") or starting.normalisation(weights)
-    if not state and preset.mask and config.mask is None and can_hide(config, kind, module, normalised):
+    sizes = [spec.size for size in config.sizes.pixels for spec in view_specs(config, kind, module, normalised, size)]
+    if preset.mask and not state and config.mask is None and encoders.shows_enough(module, min(sizes)):
         config = replace(config, mask=preset.mask)
         said.append(f"--preset {config.preset} leaves out {preset.mask:.0%} of each view's patches; --mask 0 doesn't")
     if config.masking is not None and not config.mask:
@@ -292,41 +294,6 @@ def left_out(config: Config, longer: Config) -> str:
     names = [name for name in BY_DEPTH if getattr(config, name) != getattr(longer, name)]
     given = " ".join(f"{config.flag(name)} {getattr(longer, name):g}" for name in names)
     return f"so short a run goes without {given}, which the method has from {SHORT:,} steps on" if names else ""
-
-
-def can_hide(
-    config: Config, kind: type[Method] | Method, module: nn.Module, normalised: dict[str, list[float]]
-) -> bool:
-    """Whether patches can be hidden that nobody asked to hide: of 4 x 4 and more in each view of each stage."""
-    if combinations.why_not(kind, "mask") or not encoders.takes_masks(module):
-        return False
-    stages = [view_specs(config, kind, module, normalised, size) for size in config.sizes.pixels]
-    smallest = min(spec.size for specs in stages for spec in specs)
-    return smallest // encoders.patch_size(module) >= 4
-
-
-def with_small_widths(config: Config, kind: type[Method] | Method, width: int) -> tuple[Config, str]:
-    """With heads that fit an encoder of `width`, where the method's are made for a far wider one; and what to tell.
-
-    The user's own come first: options, a projector, a preset, the heads of a run that this one begins with. No layer
-    becomes narrower than the output behind it.
-    """
-    if isinstance(kind, Method) or config.preset != "imagenet" or config.projector or config.weights_of == "all":
-        return config, ""
-    defaults = {name: value for name, value in options_of(kind).items() if isinstance(value, int)}
-    outputs = [name for name in ("dim", "bottleneck") if name in defaults and name not in kind.small_widths]
-    wanted = [config.options.get(name, defaults[name]) for name in outputs]
-    least = max([output for output in wanted if isinstance(output, int)], default=0)
-    narrower = {}
-    for name, multiple in kind.small_widths.items():
-        if name in defaults and name not in config.options and max(multiple * width, least) < defaults[name]:
-            narrower[name] = max(multiple * width, least)
-    if not narrower:
-        return config, ""
-    these = " ".join(f"{name}={value}" for name, value in narrower.items())
-    papers = " ".join(f"{name}={defaults[name]}" for name in narrower)
-    said = f"a short run of a small encoder has narrower heads, {these}; the paper's are --options {papers}"
-    return replace(config, options={**narrower, **config.options}), said
 
 
 def view_specs(

@@ -1,7 +1,7 @@
 """What a new run starts from: weights that are given, and what of them stays as it is."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from fastjem import backbones, encoders, exports
 from fastjem.config import Config
 from fastjem.errors import UserError, nearest
 from fastjem.given import Weights, names_a_place, open_weights
-from fastjem.methods import METHODS
 from fastjem.nn.sample_memory import SampleMemory
 
 
@@ -59,10 +58,10 @@ def opened(config: Config) -> Weights | None:
 LAST_NORMS = {"norm": "fc_norm", "fc_norm": "norm"}  # of timm's transformers: of tokens, and of what is pooled of them
 
 
-def taken_over(config: Config, weights: Weights, *, made: bool = False) -> Config:
+def taken_over(config: Config, weights: Weights, *, made: bool = False, replaced: Collection[str] = ()) -> Config:
     """The configuration with what the weights say and the user doesn't: the architecture, its stem and patches; from
-    one of ours also the image size and the channels, and with all of a run the method's options, too, but where the
-    method is `made` already.
+    one of ours also the image size and the channels, and with all of a run the method's options, too, but for those
+    that are `replaced`, and where the method is `made` already.
 
     Raises:
         UserError: for images of another number of channels.
@@ -80,7 +79,6 @@ def taken_over(config: Config, weights: Weights, *, made: bool = False) -> Confi
         found |= {name: getattr(run, name) for name in names}
     values = {name: value for name, value in found.items() if name not in config.given}
     if run is not None:
-        replaced = METHODS[config.method].projector_options if "projector" in config.given else ()
         kept = {name: value for name, value in run.options.items() if name not in replaced}
         values["options"] = {**kept, **config.options}
     config = config.with_values(**values)

@@ -389,9 +389,9 @@ def test_data2vecs_targets_are_normalised_over_channels_or_over_patches(target_n
     over = {"layer": 2, "instance": 1}[target_norm]
     with torch.no_grad():
         outputs = teacher.encode(batch.views, layers=step.method.layers).layers
-        normalised = [(x - x.mean(over, True)) / x.var(over, True, correction=0) ** 0.5 for x in outputs]
+        normalised = [(x - x.mean(over, True)) / x.var(over, correction=0, keepdim=True) ** 0.5 for x in outputs]
         mean = sum(normalised) / len(normalised)
-        target = (mean - mean.mean(2, True)) / mean.var(2, True, correction=0) ** 0.5
+        target = (mean - mean.mean(2, True)) / mean.var(2, correction=0, keepdim=True) ** 0.5
     predicted = step.method.projector(student.encode(batch.views, batch.masks).tokens)
     hidden = batch.masks[0].hidden.flatten(1)
     expected = nn.functional.smooth_l1_loss(predicted[hidden], target[hidden], beta=step.method.beta)

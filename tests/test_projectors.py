@@ -19,7 +19,7 @@ from fastjem.config import Config, projector_widths  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import METHODS, RunFacts, options_of  # noqa: E402
 from fastjem.methods.combinations import check, why_not  # noqa: E402
-from fastjem.prepare import with_small_widths  # noqa: E402
+from fastjem.methods.narrower import with_small_widths  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
