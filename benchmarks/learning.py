@@ -253,10 +253,24 @@ def field(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every run of ours is told here: images, encoder, batch, seeds and cores."""
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--backbone", default="test_resnet")
+    parser.add_argument("--stem", default="standard")
+    parser.add_argument("--patch-size", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=available_cores())
+    parser.add_argument("--cores", type=int, nargs="*", default=[], help="runs side by side, each on one of these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
     parser.add_argument("--peers", nargs="+", choices=[*PEERS], default=["lightly"])
     parser.add_argument(
         "--peer-python", default=sys.executable, help="the interpreter of a peer that this one hasn't got"
@@ -265,18 +279,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of the peer's run")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.4], help="of its time that ours has")
     parser.add_argument("--same-epochs", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--backbone", default="test_resnet")
-    parser.add_argument("--stem", default="standard")
-    parser.add_argument("--patch-size", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=available_cores())
-    parser.add_argument(
-        "--cores", type=int, nargs="*", default=[], help="methods side by side, each on one of these alone"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--fields", type=field, nargs="*", default=[], help="of ours: NAME=VALUE of fastjem.pretrain")
-    parser.add_argument("--out", type=Path)
     for hidden in ("--alone", "--side"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
@@ -306,14 +309,10 @@ def write(peer: str, options: argparse.Namespace, rows: list[dict[str, Any]]) ->
     data = Path(options.train).parent.name
     found = PEERS[peer]
     path = options.out / f"{found.page}-{data}-{options.backbone}-{options.minutes:g}-minutes-{machine.slug(facts)}"
-    if path.with_suffix(".json").exists():
-        before = json.loads(path.with_suffix(".json").read_text())
-        if before["settings"] == settings:
-            named = {row["method"] for row in rows}
-            rows = [row for row in before["rows"] if row["method"] not in named] + rows
+    rows, note = tables.beside_earlier(path, settings, rows, ("method",))
     rows = sorted(rows, key=lambda row: (found.methods.index(row["method"]), row["seed"]))
     title = f"Beside {peer}: {options.backbone}, {options.minutes:g} minutes{' of a core' if options.cores else ''}"
-    tables.write(path, title, ABOUT.format(peer=peer, settings=found.settings), facts, settings, rows)
+    tables.write(path, title, ABOUT.format(peer=peer, settings=found.settings), facts, settings, rows, note=note)
 
 
 if __name__ == "__main__":

@@ -186,13 +186,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     left_out = ("out", "alone", "given", "methods", "seed", "seeds", "cores", "pages")
     settings = {key: str(value) for key, value in vars(options).items() if key not in left_out}
     path = results_of(options, facts)
-    note = ""
-    if path.with_suffix(".json").exists():
-        before = json.loads(path.with_suffix(".json").read_text())
-        if settings.items() <= before["settings"].items():
-            made = {(row["method"], row["seed"]) for row in rows}
-            rows = [row for row in before["rows"] if (row["method"], row["seed"]) not in made] + rows
-            note = before.get("note", "")
+    rows, note = tables.beside_earlier(path, settings, rows, ("method", "seed"))
     rows = sorted(rows, key=lambda row: ([*METHODS].index(row["method"]), row["seed"]))
     title = f"What methods learn in {options.steps} steps of {options.batch} images"
     tables.write(path, title, ABOUT, facts, settings, rows, tables.over_seeds(rows, "method", FIGURES.values()), note)

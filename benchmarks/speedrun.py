@@ -9,12 +9,12 @@ fit the seconds, and its embeddings are measured by the kNN and the linear probe
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastjem import encoders
 from fastjem.bench import machine
-from fastjem.machine import available_cores
 from fastjem.methods import METHODS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,28 +47,28 @@ def recipes(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "and temperature 0.2": {"options": {"temperature": 0.2}},
         "and half the size for 60 %": {"image_size": f"{half}:60%,{options.size}"},
     }
-    options.alone = options.method
     if encoders.takes_masks(learning.encoder_of(options)):
         found["whole views"] = {"mask": 0.0}
         found["half of the patches"] = {"mask": 0.5}
     return found
 
 
-def row(name: str, seed: int, options: argparse.Namespace, core: int | None) -> dict[str, Any]:
-    fields = {"preset": "fast", **recipes(options)[name]}
+def row(name: str, recipe: dict[str, Any], seed: int, options: argparse.Namespace, core: int | None) -> dict[str, Any]:
+    fields = {"preset": "fast", **recipe}
     changed = argparse.Namespace(**{**vars(options), "fields": [*fields.items()]})
     found = learning.in_a_process(options.method, "ours", seed, changed, core, seconds=options.seconds)
     kept = ("steps", "seconds", "images/s", *learning.FIGURES.values(), "error")
     return {"recipe": name, "seed": seed, **{key: found[key] for key in kept if key in found}}
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def write(options: argparse.Namespace, names: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """A page of the rows, in the order of their names."""
     facts = tables.describe(options.cores)
     kept = ("train", "test", "seconds", "method", "size", "batch", "backbone", "stem", "patch_size", "seeds")
     settings = {key: str(getattr(options, key)) for key in kept}
     data = Path(options.train).parent.name
     page = f"speedrun-{data}-{options.method}-{options.backbone}-{options.seconds:g}-seconds-{machine.slug(facts)}"
-    rows = sorted(rows, key=lambda row: ([*recipes(options)].index(row["recipe"]), row["seed"]))
+    rows = sorted(rows, key=lambda row: (names.index(row["recipe"]), row["seed"]))
     means = tables.over_seeds(rows, "recipe", learning.FIGURES.values())
     title = f"--preset fast in {options.seconds:g} seconds, and what differs from it in one thing"
     tables.write(options.out / page, title, ABOUT, facts, settings, rows, means)
@@ -76,33 +76,25 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--test", required=True)
+    learning.add_arguments(parser)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--method", default="simclr")
     parser.add_argument("--rows", nargs="+", help="by their names; all that concern the encoder")
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--backbone", default="test_resnet")
-    parser.add_argument("--stem", default="standard")
-    parser.add_argument("--patch-size", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=available_cores())
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--cores", type=int, nargs="*", default=[], help="runs side by side, each on one of these")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.minutes = options.seconds / 60
     options.seed = options.seeds[0]
-    names = [*recipes(options)]
+    options.alone = options.method  # whose encoder it is
+    found = recipes(options)
+    names = [*found]
     if wrong := [name for name in options.rows or () if name not in names]:
         parser.error(f"there is no row {wrong[0]!r}, but {names}")
-    runs = [(name, seed) for seed in options.seeds for name in options.rows or names]
+    runs = [(name, found[name], seed) for seed in options.seeds for name in options.rows or names]
     rows: list[dict[str, Any]] = []
-    for found in tables.spread(lambda run, core: row(*run, options, core), runs, options.cores):
-        rows.append(found)
-        print(json.dumps(found), flush=True)
+    for done in tables.spread(lambda run, core: row(*run, options, core), runs, options.cores):
+        rows.append(done)
+        print(json.dumps(done), flush=True)
         if options.out:
-            write(options, rows)
+            write(options, names, rows)
 
 
 if __name__ == "__main__":

@@ -71,11 +71,30 @@ def over_seeds(rows: Sequence[dict[str, Any]], by: str, accuracies: Collection[s
         del mean["seed"]
         for key, value in mean.items():
             if isinstance(value, float | int):
-                values = [row[key] for row in done]
+                values = [row[key] for row in done if key in row]
                 several = len(values) > 1 and key in accuracies
                 mean[key] = f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if several else "")
         found.append(mean)
     return found
+
+
+def beside_earlier(
+    path: Path, settings: dict[str, Any], rows: list[dict[str, Any]], by: Sequence[str]
+) -> tuple[list[dict[str, Any]], str]:
+    """The rows behind those that a page has already, with the same settings and other values in the columns `by`; and
+    the page's note.
+
+    Args:
+        path: without its suffix.
+        settings: of the rows; a page may have others beside them.
+    """
+    file = path.with_suffix(".json")
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before is None or not settings.items() <= before["settings"].items():
+        return rows, ""
+    made = {tuple(row[column] for column in by) for row in rows}
+    kept = [row for row in before["rows"] if tuple(row[column] for column in by) not in made]
+    return kept + rows, before.get("note", "")
 
 
 def describe(cores: Sequence[int]) -> dict[str, Any]:

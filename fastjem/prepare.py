@@ -133,7 +133,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         longer = with_layer_rates(with_drop_path(asked, objects, kind, published), published, module)
         said.append(left_out(config, longer))
     normalised = (state or {}).get("normalised") or starting.normalisation(weights)
-    sizes = [spec.size for size in config.sizes.pixels for spec in view_specs(config, kind, module, normalised, size)]
+    sizes = (spec.size for size in config.sizes.pixels for spec in view_specs(config, kind, module, normalised, size))
     if preset.mask and not state and config.mask is None and encoders.shows_enough(module, min(sizes)):
         config = replace(config, mask=preset.mask)
         said.append(f"--preset {config.preset} leaves out {preset.mask:.0%} of each view's patches; --mask 0 doesn't")

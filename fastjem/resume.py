@@ -50,11 +50,9 @@ def options_of_run(config: Config, method: str | None) -> Config:
     if method not in (None, before.method, name_of(METHODS.get(before.method))):
         raise UserError(f"--resume: the method was {before.method} in this run and is {method} now")
     now = {name: getattr(config, name) for name in config.given}
-    for name in (
-        "options",
-        "view",
-    ):  # those that are told again are the same; the run has others of its own beside them
-        now |= {name: {**getattr(before, name), **now[name]}} if name in now else {}
+    for name in {"options", "view"} & now.keys():
+        # Those that are told again are the same; the run may have others of its own beside them.
+        now[name] = {**getattr(before, name), **now[name]}
     if "epochs" in now and "max_steps" not in now:
         now["max_steps"] = 0  # the epochs say how long the run is
     return replace(before, **{"new_data": False, "resume": config.resume, "out": config.out, **now})

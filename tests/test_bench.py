@@ -609,3 +609,14 @@ def test_rows_of_several_seeds_are_one(tables):
     ]
     found = tables.over_seeds(rows, "method", ["kNN"])
     assert found == [{"method": "a", "kNN": "2.0 ± 1.4", "steps": "5.0"}, rows[1]]
+
+
+def test_a_page_keeps_its_other_rows_and_its_note(tables, tmp_path: Path):
+    settings = {"steps": "4"}
+    before = [{"method": "a", "seed": 0, "kNN": 1.0}, {"method": "b", "seed": 0, "kNN": 2.0}]
+    tables.write(tmp_path / "page", "t", "about", {}, {**settings, "seeds": "[0]"}, before, note="a note")
+    new = [{"method": "a", "seed": 1, "kNN": 3.0}, {"method": "b", "seed": 0, "kNN": 4.0}]
+    assert tables.beside_earlier(tmp_path / "page", settings, new, ("method", "seed")) == ([before[0], *new], "a note")
+    assert tables.beside_earlier(tmp_path / "page", settings, new, ("method",)) == (new, "a note")
+    assert tables.beside_earlier(tmp_path / "page", {"steps": "5"}, new, ("method",)) == (new, "")
+    assert tables.beside_earlier(tmp_path / "none", settings, new, ("method",)) == (new, "")
