@@ -4,12 +4,15 @@
     python benchmarks/learning.py --train DIR --test DIR --minutes 10 --backbone resnet18 --stem auto
     python benchmarks/learning.py --train DIR --test DIR --cores 0 1    two methods at a time, a core each
     python benchmarks/learning.py --train DIR --test DIR --peers stable-pretraining [--peer-python PATH]
+    python benchmarks/learning.py --train DIR --test DIR --minutes 10 --rates PAGE.json    lengths by an earlier page
 
 DIR has a folder of images for each class. The other package, lightly or stable-pretraining, has as many whole epochs
 as fit the minutes, as its CIFAR-10 benchmark trains (benchmarks/lightly_runs.py,
 benchmarks/stable_pretraining_runs.py); ours, `fastjem.pretrain` with its defaults, is run beside that for as many
 epochs, and for shares of the seconds that the other took. Each run is a process of its own, which needs the machine,
-or its core, for itself: a rate measured beside other work chooses another length. With --peer-python, fastjem must be
+or its core, for itself: a rate measured beside other work chooses another length. With --rates, an earlier page of
+the same machine says how many images a second each side trains on, and so how long its runs are: nothing is timed, and
+other work may go on beside them. With --peer-python, fastjem must be
 importable there, too. Seconds are those of the training, from the opening of the data to the last step (stable-
 pretraining's: of its trainer's `fit`); ours have the run's checkpoints and its export in them. Embeddings of both are
 measured by the same kNN (k = 20) and linear probe.
@@ -127,8 +130,11 @@ def theirs(options: argparse.Namespace) -> dict[str, Any]:
         run = peer.run(options, module, epochs)
         return peer.train(run, options.train, options.size, epochs=epochs, most_steps=most_steps, **settings)
 
-    warm, seen = train(encoder_of(options), epochs=1, most_steps=WARM_STEPS)
-    epochs = max(round(60 * options.minutes * seen / warm / images), 1)
+    rate = options.rate
+    if not rate:
+        warm, seen = train(encoder_of(options), epochs=1, most_steps=WARM_STEPS)
+        rate = seen / warm
+    epochs = max(round(60 * options.minutes * rate / images), 1)
     seconds, seen = train(encoder, epochs)
     pixels = peer.pixels(options.size)
     return {"epochs": epochs, "steps": seen // options.batch, "pixels": pixels, **after(encoder, seconds, seen)}
@@ -225,17 +231,40 @@ def in_a_process(
     return {"method": name, "side": side, "seed": seed, **tables.row_of(command, core)}
 
 
+def rates_of(page: Path | None, name: str) -> dict[str, float]:
+    """Images a second of a method, by side ("ours" of whatever length), as an earlier page has them."""
+    if page is None:
+        return {}
+    rows = [row for row in json.loads(page.read_text())["rows"] if row["method"] == name and "images/s" in row]
+    return {row["side"].partition(",")[0]: row["images/s"] for row in rows}
+
+
+def timed(row: dict[str, Any], rate: float | None) -> dict[str, Any]:
+    """A row with the seconds that it takes at `rate` images a second; None: those that were measured."""
+    if rate is None or "error" in row:
+        return row
+    measured = row["images/s"]
+    row["encoder"] = round(row["encoder"] * rate / measured, 2)  # a share of the step's time at that rate
+    row["seconds"] = round(row["seconds"] * measured / rate, 1)
+    row["images/s"] = rate
+    return row
+
+
 def compared(peer: str, name: str, seed: int, options: argparse.Namespace, core: int | None) -> list[dict[str, Any]]:
     """A peer's run of a method, and ours beside it."""
-    first = in_a_process(name, peer, seed, options, core)
+    rates = rates_of(options.rates, name)
+    first = timed(in_a_process(name, peer, seed, options, core, rate=rates.get(peer, 0)), rates.get(peer))
     print(json.dumps(first), flush=True)
     rows = [first]
     if "error" in first:
         return rows
     wanted: list[tuple[str, dict[str, Any]]] = [("ours, its epochs", {"steps": first["steps"]})]
-    wanted += [(f"ours, {share:g} of its time", {"seconds": share * first["seconds"]}) for share in options.shares]
+    for share in options.shares:
+        seconds = share * first["seconds"]
+        steps = round(seconds * rates.get("ours", 0) / options.batch)
+        wanted.append((f"ours, {share:g} of its time", {"steps": steps} if steps else {"seconds": seconds}))
     for label, length in wanted[0 if options.same_epochs else 1 :]:
-        row = in_a_process(name, "ours", seed, options, core, **length)
+        row = timed(in_a_process(name, "ours", seed, options, core, **length), rates.get("ours"))
         row["side"] = label
         if "error" not in row:
             row["of its time"] = round(row["seconds"] / first["seconds"], 2)
@@ -279,11 +308,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of the peer's run")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.4], help="of its time that ours has")
     parser.add_argument("--same-epochs", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--rates", type=Path, help="a page's JSON, whose rates tell how long runs are")
     parser.add_argument("--fields", type=field, nargs="*", default=[], help="of ours: NAME=VALUE of fastjem.pretrain")
     for hidden in ("--alone", "--side"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--rate", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.seed = options.seeds[0]
     if options.alone:
@@ -306,6 +337,8 @@ def write(peer: str, options: argparse.Namespace, rows: list[dict[str, Any]]) ->
     facts = tables.describe(options.cores)
     kept = ("train", "test", "minutes", "size", "batch", "backbone", "stem", "patch_size", "seeds", "fields")
     settings = {key: str(getattr(options, key)) for key in kept} | {"workers": str(workers(options))}
+    if options.rates:
+        settings["rates"] = f"of {options.rates.name}"
     data = Path(options.train).parent.name
     found = PEERS[peer]
     path = options.out / f"{found.page}-{data}-{options.backbone}-{options.minutes:g}-minutes-{machine.slug(facts)}"

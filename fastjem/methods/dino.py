@@ -42,6 +42,7 @@ class DINO(Method):
         clip=3.0,
         momentum=0.996,
         drop_path=0.1,
+        small=("adamw", 3e-3),
         source="main_dino.py: AdamW, 2e-3 at batch 1024, wd 0.04 to 0.4, clip 3",
     )
 

@@ -33,7 +33,7 @@ class SwAV(Method):
         "lars",
         1.2,
         1e-6,
-        small=("adamw", 2e-3),
+        small=("adamw", 4e-3),
         source="main_swav.py: base_lr 4.8, final_lr 0.0048, wd 1e-6, batch 4096",
     )
 
