@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from fastjem import backbones, checkpoints, fields, optim, reading
+from fastjem.data import statistics
 from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
 from fastjem.data.masking import MASKINGS_OF_RUNS
@@ -71,6 +72,14 @@ class Config:
             "help": "LOW,HIGH: black and white of images that aren't 8-bit; auto: by the data set",
             "pair": True,
         },
+    )
+    mean: str | None = field(
+        default=None,
+        metadata={"help": "of images from 0 to 1, by channel: 0.5 or 0.5,0.4,0.3; the recipe's", "pair": True},
+    )
+    std: str | None = field(default=None, metadata={"help": "the same: what images are divided by", "pair": True})
+    statistics: Literal["published", "measure"] = field(
+        default="published", metadata={"help": "measure: mean and deviation of these images, not ImageNet's"}
     )
     epochs: int = 100
     batch_size: int = field(default=256, metadata={"help": "images of one forward pass over all ranks"})
@@ -274,6 +283,10 @@ def _check_numbers(config: Config) -> None:
     if config.large_views is not None and config.large_views < 2:
         raise UserError(f"--large-views must be at least 2, as views are compared, got {config.large_views}")
     projector_widths(config.projector)
+    for name in ("mean", "std"):
+        statistics.parsed(config.flag(name), getattr(config, name), config.channels)
+        if getattr(config, name) is not None and name in config.view:
+            raise UserError(f"{config.flag(name)} and --view {name}=... say the same; one of them is enough")
     if config.mask is not None and config.mask >= 1:
         raise UserError(f"--mask must be a share of the patches below 1, got {config.mask:g}")
     if config.layer_decay == 0:

@@ -132,7 +132,8 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     if not state:
         longer = with_layer_rates(with_drop_path(asked, objects, kind, published), published, module)
         said.append(left_out(config, longer))
-    normalised = (state or {}).get("normalised") or starting.normalisation(weights)
+    normalised, measured = starting.normalisation(config, source, weights, state)
+    said.append(measured)
     sizes = (spec.size for size in config.sizes.pixels for spec in view_specs(config, kind, module, normalised, size))
     if preset.mask and not state and config.mask is None and encoders.shows_enough(module, min(sizes)):
         config = replace(config, mask=preset.mask)
@@ -306,9 +307,8 @@ def view_specs(
     """One for each view of an image, as the method and the configuration want them.
 
     Args:
-        normalised: mean and std of weights that the encoder begins with, for which the user has the last word.
-        size: pixels of the large views. How many views there are and whether they are blurred is decided by the last
-            stage's.
+        normalised: mean and std where they aren't the recipe's; `--view` has the last word.
+        size: pixels of the large views; how many views there are, and their blur, are as the last stage's.
     """
     views = views_of(kind, config.size, config.small_views, config.recipe, config.preset, config.large_views)
     patch = encoders.patch_size(module)

@@ -60,6 +60,9 @@ def open_run(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn
 def load_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> nn.Module:
     """The encoder of a run folder, at its last checkpoint, or of an `encoder.safetensors`; in eval mode.
 
+    `encoder(encoder.prepare(images))` are embeddings: `prepare` is `fastjem.data.pixels.Pixels.prepare` of the run,
+    which takes paths, arrays or Pillow's images. A module of the user's own that has a `prepare` keeps that.
+
     Args:
         path: of the folder or the file.
         teacher: the momentum encoder of a run, in place of the trained one.
@@ -68,7 +71,10 @@ def load_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder
     Raises:
         UserError: for what is no run and no encoder, a run without a momentum encoder, and weights that don't fit.
     """
-    return open_run(path, teacher=teacher, encoder=encoder).encoder
+    opened = open_run(path, teacher=teacher, encoder=encoder)
+    if not hasattr(opened.encoder, "prepare"):
+        opened.encoder.prepare = opened.pixels.prepare  # type: ignore[assignment]  # not a module, and no weights
+    return opened.encoder
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fastjem import backbones, encoders, exports
 from fastjem.config import Config
+from fastjem.data import statistics
+from fastjem.data.source import Source
 from fastjem.errors import UserError, nearest
 from fastjem.given import Weights, names_a_place, open_weights
 from fastjem.nn.sample_memory import SampleMemory
@@ -99,9 +101,30 @@ def _patch_size(weights: Weights) -> int:
     return 0 if as_it_is else size
 
 
-def normalisation(weights: Weights | None) -> dict[str, list[float]]:
-    """Fields of the views: how the images of these weights are normalised."""
-    return {} if weights is None else {"mean": list(weights.mean), "std": list(weights.std)}
+def normalisation(
+    config: Config, source: Source, weights: Weights | None, state: Mapping[str, Any] | None
+) -> tuple[dict[str, list[float]], str]:
+    """Fields of the views, how images are normalised where that isn't as the recipe says, and what is to be told of it:
+    by what the user gives, else by what is measured if they ask for it, else as the weights' images. A resumed run
+    keeps what its `state` has.
+
+    Raises:
+        UserError: as `statistics.measured` does.
+    """
+    if state:
+        return state.get("normalised", {}), ""
+    found = {} if weights is None else {"mean": list(weights.mean), "std": list(weights.std)}
+    said = ""
+    if config.statistics == "measure":
+        mean, std, images = statistics.measured(source)
+        found = {"mean": mean, "std": std}
+        numbers = " and ".join(",".join(f"{x:.3f}" for x in values) for values in (mean, std))
+        said = f"normalised by mean and deviation of {images} of the images, {numbers}"
+    for name in ("mean", "std"):
+        given = statistics.parsed(config.flag(name), getattr(config, name), config.channels)
+        if given is not None:
+            found[name] = given
+    return found, said
 
 
 def load_encoder(module: nn.Module, weights: Weights, config: Config) -> None:

@@ -2,22 +2,24 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastjem.functional as F
 from fastjem import fields, reading
+from fastjem.data.files import read_file
 from fastjem.data.levels import KINDS, Levels
 from fastjem.data.parameters import column
-from fastjem.data.picture import Picture
-from fastjem.data.source import Levelled, Source, decode, path_of
+from fastjem.data.picture import Picture, picture, to_image
+from fastjem.data.source import Levelled, Source, decode, path_of, reason
 from fastjem.data.views import MEAN, STD, ViewSpec
 from fastjem.errors import UserError, nearest
 
@@ -91,6 +93,23 @@ class Pixels:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         return ((images / 255 - centre) / scale).contiguous(memory_format=memory_format)
 
+    def prepare(self, images: Any, device: torch.device | str = "cpu") -> Tensor:
+        """Images as they come -> [B, C, size, size] float32 as the encoder takes them: the middle of each, by this
+        rule for its values. A single image gives B = 1.
+
+        Args:
+            images: a path, a file's bytes, an image of Pillow's, an array [H, W] or [H, W, C] of the values that the
+                images of the run stored, or a list of these.
+
+        Raises:
+            UserError: for what is none of these, and for an image that can't be read, with the reason.
+        """
+        several = list(images) if isinstance(images, (list, tuple)) else [images]
+        if not several:
+            raise UserError("prepare: an image, or a list of images, is needed; got an empty list")
+        whole = torch.stack([whole_image(_picture(image, self.levels), self.size) for image in several])
+        return self.decoded.normalise(whole, device)
+
     def to_dict(self) -> dict[str, Any]:
         """Numbers and lists alone, for a configuration file."""
         return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
@@ -123,6 +142,23 @@ class Pixels:
         if METADATA not in metadata:
             raise UserError(f"the file doesn't say how its encoder takes pixels ({METADATA!r} in its metadata)")
         return cls.from_dict(reading.parsed(metadata[METADATA], METADATA))
+
+
+def _picture(image: Any, levels: Levels) -> Picture:
+    """Of `Pixels.prepare`: one image, whatever it comes as."""
+    called = "an image"
+    try:
+        if isinstance(image, (str, os.PathLike)):
+            called = os.fspath(image)
+            return to_image(read_file(image), levels)
+        if isinstance(image, (bytes, bytearray, memoryview, np.ndarray)):
+            return to_image(image, levels)
+        if isinstance(image, Image.Image):
+            return picture(ImageOps.exif_transpose(image), levels)
+    except Exception as error:  # whatever a decoder may raise on a broken file
+        raise UserError(f"prepare: {called} can't be read: {reason(error, called)}") from None
+    wanted = "a path, a file's bytes, an image of Pillow's, an array [H, W] or [H, W, C], or a list of these"
+    raise UserError(f"prepare: images must be {wanted}, got {type(image).__name__}")
 
 
 def whole_image(image: Picture, size: int) -> Tensor:

@@ -1,0 +1,73 @@
+"""Mean and standard deviation of the images' values, by which a run normalises what its encoder is given."""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from fastjem.data.picture import Bands, Picture
+from fastjem.data.source import Source, decode
+from fastjem.errors import UserError
+from fastjem.machine import available_cores
+
+MEASURED = 1000  # images that are read, evenly over the source
+LEAST_STD = 1 / 255  # of a channel that is all but constant: what it varies by is rounding
+
+
+def parsed(flag: str, given: str | None, channels: int) -> list[float] | None:
+    """ "0.5" or "0.5,0.4,0.3" -> a number for each channel; None: nothing is given.
+
+    Raises:
+        UserError: for anything else; a deviation is above 0.
+    """
+    if given is None:
+        return None
+    try:
+        values = [float(part) for part in given.split(",")]
+    except ValueError:
+        values = []
+    sensible = all(math.isfinite(value) and (flag != "--std" or value > 0) for value in values)
+    if len(values) not in (1, channels) or not sensible:
+        wanted = "finite" if flag == "--mean" else "finite and above 0"
+        form = "one number" if channels == 1 else f"one number, or {channels} as 0.5,0.4,... for the channels,"
+        raise UserError(f"{flag} must be {form} {wanted}, where black is 0 and white 1; got {given}")
+    return values if len(values) == channels else values * channels
+
+
+def measured(source: Source) -> tuple[list[float], list[float], int]:
+    """(mean, std, images): of each channel over the pixels of `MEASURED` images, black being 0 and white 1, and of how
+    many. Every image counts alike, however large it is; those that can't be read are left out.
+
+    Raises:
+        UserError: where none can be read.
+    """
+    count = len(source)
+    chosen = sorted({k * count // MEASURED for k in range(MEASURED)})
+    with ThreadPoolExecutor(available_cores()) as pool:
+        found = [moments for moments in pool.map(lambda i: _moments(source, i), chosen) if moments is not None]
+    if not found:
+        raise UserError(f"--statistics measure: none of {len(chosen)} images in {source.root} can be read")
+    first, second = np.mean(found, axis=0)  # [C] each
+    std = np.sqrt(np.maximum(second - first**2, 0))
+    return first.tolist(), np.maximum(std, LEAST_STD).tolist(), len(found)
+
+
+def _moments(source: Source, i: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and mean square of an image's values by channel; None where it can't be read."""
+    try:
+        image = decode(source, i)
+    except Exception:  # whatever a decoder may raise on a broken file
+        return None
+    levels = np.arange(256) / 255
+    shares = np.array([np.array(band) / sum(band) for band in _histograms(image)])  # [C, 256]
+    return shares @ levels, shares @ levels**2
+
+
+def _histograms(image: Picture) -> Iterator[Sequence[int]]:
+    """How many pixels have each of the 256 levels, channel by channel."""
+    if isinstance(image, Bands):
+        yield from (band.histogram() for band in image.bands)
+    else:
+        counts = image.histogram()
+        yield from (counts[start : start + 256] for start in range(0, len(counts), 256))
