@@ -143,8 +143,8 @@ def embed(
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """[N]; zeros where there are none."""
-    return np.zeros(len(source), int) if source.labels is None else source.labels
+    """[N] int64; zeros where there are none."""
+    return np.zeros(len(source), np.int64) if source.labels is None else np.asarray(source.labels, np.int64)
 
 
 @torch.no_grad()

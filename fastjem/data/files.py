@@ -42,27 +42,38 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     Raises:
         OSError: for what isn't a regular file, is larger than `LARGEST_FILE`, or can't be read.
     """
-    _check_regular(os.stat(path))
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb", buffering=0) as file:
-        found = os.fstat(file.fileno())
-        _check_regular(found)
-        data = file.read(found.st_size + 1)
-        while len(data) > found.st_size and (more := file.read(2**20)):  # it grows, or its size isn't told, as in /proc
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_FILE:
+            raise too_large()
+        data = file.read(size + 1)
+        while len(data) > size and (more := file.read(2**20)):  # it grows, or its size isn't told, as in /proc
             data += more
             if len(data) > LARGEST_FILE:
-                raise _too_large()
+                raise too_large()
     return data
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """A regular file, open and unbuffered; OSError for anything else."""
+    _check_regular(os.stat(path))
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    file = io.FileIO(os.open(path, flags), "rb")
+    try:
+        _check_regular(os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _check_regular(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
-    if found.st_size > LARGEST_FILE:
-        raise _too_large()
 
 
-def _too_large() -> OSError:
+def too_large() -> OSError:
+    """What is raised for a file, or a part of one that is an image's file, beyond `LARGEST_FILE`."""
     return OSError(errno.EFBIG, f"larger than {LARGEST_FILE / 2**30:g} GiB")
 
 
