@@ -41,3 +41,18 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+@contextlib.contextmanager
+def alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Of the processes that want to make a file one does; the others wait, and find it made. Where files can't be
+    locked all of them make it, which `written` allows."""
+    os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
+    with open(f"{os.fspath(path)}.lock", "ab") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # another system's, or a file server without locks
+            pass
+        yield

@@ -23,6 +23,7 @@ from fastjem.data.sources.listing import Listing
 from fastjem.data.sources.mixture import Mixture
 from fastjem.data.sources.pairs import Pairs, check_sources, roots
 from fastjem.data.sources.shards import Shards
+from fastjem.data.sources.table import Table
 from fastjem.errors import UserError
 from fastjem.printing import say
 
@@ -63,7 +64,7 @@ class Format(Protocol):
 
 
 # The first that recognises a path opens it.
-SOURCES: dict[str, Format] = {"arrays": Arrays, "listing": Listing, "shards": Shards, "folder": Folder}
+SOURCES: dict[str, Format] = {"arrays": Arrays, "listing": Listing, "shards": Shards, "table": Table, "folder": Folder}
 
 
 def format_of(root: Path) -> Format:
