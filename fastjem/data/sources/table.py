@@ -338,7 +338,7 @@ def table_files(path: str) -> list[str]:
         return [os.path.join(path, name) for name in names]
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         parts = sorted(one for one in os.listdir(path) if os.path.isfile(os.path.join(path, one, "state.json")))
-        example = os.path.join(path, *parts[:1])
+        example = os.path.join(path, parts[0] if parts else "")
         raise UserError(f"{path} has several parts, {', '.join(parts)}: --data {example} names one")
     folder = path if holds_files(path, TABLES) else os.path.join(path, "data")
     names = sorted(
