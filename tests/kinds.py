@@ -11,7 +11,19 @@ import numpy as np
 
 from fastjem.data.source import Source, decode, open_source
 
-KINDS = ("list", "text list", "shards", "pattern", "one tar", "parquet", "arrow", "stream", "feather", "saved", "arrays")
+KINDS = (
+    "list",
+    "text list",
+    "shards",
+    "pattern",
+    "one tar",
+    "parquet",
+    "arrow",
+    "stream",
+    "feather",
+    "saved",
+    "arrays",
+)
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, Any]]) -> Path:
