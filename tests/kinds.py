@@ -12,18 +12,8 @@ import numpy as np
 from fastjem.data.source import Source, decode, open_source
 
 KINDS = (
-    "list",
-    "text list",
-    "shards",
-    "pattern",
-    "one tar",
-    "parquet",
-    "arrow",
-    "stream",
-    "feather",
-    "saved",
-    "arrays",
-)
+    "list", "text list", "shards", "pattern", "one tar", "parquet", "arrow", "stream", "feather", "saved", "arrays",
+)  # fmt: skip
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, Any]]) -> Path:

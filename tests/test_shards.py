@@ -121,7 +121,7 @@ def test_one_key_in_two_shards_and_every_way_to_name_them(folder: Source, tmp_pa
     assert open_source(str(tmp_path / "{tars,tars}" / "t-03.tar")).name(1) == "tars/t-03.tar/1.png"
     for root, why in (
         ("tars/u-*.tar", "there is no file"),
-        ("tars/u-{1..2}.tar", "has no images; u-1.tar: No such file"),
+        ("tars/u-{1..2}.tar", "no images; u-1.tar: No such file"),
     ):
         with pytest.raises(UserError, match=why):
             open_source(tmp_path / root)
@@ -138,7 +138,7 @@ def test_compressed_ones_are_refused_in_a_line(three: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="gz has compressed tar files"):
         open_source(tmp_path / "gz")
     (tmp_path / "c.tar").write_bytes(b"\x1f\x8b" + bytes(1000))
-    with pytest.raises(UserError, match="c.tar has no images; c.tar: it is compressed by gzip"):
+    with pytest.raises(UserError, match=r"c.tar has no images; c.tar: it is compressed by gzip"):
         open_source(tmp_path / "c.tar")
 
 
@@ -232,7 +232,7 @@ def test_what_changed_behind_the_index_raises_and_is_skipped_by_name(three: Path
     source = open_source(three)
     assert source.read(5) == folder.read(5)
     os.truncate(three / "1.tar", 1024)
-    with pytest.raises(OSError, match="1.tar has shrunk since its index was made"):
+    with pytest.raises(OSError, match=r"1.tar has shrunk since its index was made"):
         source.read(5)
     specs = [ViewSpec(size=16)]
     (crops,) = TorchLoader(source, specs, Order(samples=12, batch=12, stop=1), Budget())
@@ -240,7 +240,7 @@ def test_what_changed_behind_the_index_raises_and_is_skipped_by_name(three: Path
     assert {path for path, _ in crops.unreadable} == {f"{three}/1.tar/{i:04}.png" for i in range(4, 8)}
     assert all("has shrunk since" in why for _, why in crops.unreadable)
     write_tar(three / "0.tar", samples(folder, range(4, 8)))
-    with pytest.raises(OSError, match="0.tar has changed since its index was made"):
+    with pytest.raises(OSError, match=r"0.tar has changed since its index was made"):
         source.read(0)
 
 
@@ -295,24 +295,21 @@ print(resident() - before)
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
 def test_ten_million_images_take_less_than_200_mebibytes(tmp_path: Path) -> None:
     """Names, places and labels of as many, 350 MB on the disk, of which a process holds what it reads."""
-    rows, files_of = 10_000, 1000
-    part = (1024 * np.arange(rows)).astype("<u8").tobytes() + np.full(rows, 7, "<u4").tobytes()
-    part += (15 * np.arange(1, rows + 1)).astype("<u4").tobytes()
-    part += b"".join(b"key-%07d.jpg" % i for i in range(rows))
-    part += bytes(-len(part) % 8)
+    rows, tars = 10_000, 1000
+    images = rows * tars
+    names = b"".join(b"key-%07d.jpg" % i for i in range(rows))
+    ends = (15 * np.arange(1, rows + 1)).astype("<u4").tobytes()
+    numbers = ((np.arange(images) % 2).astype("<i4"), np.full(images, 7, "<u4"), 1024 * (np.arange(images) % rows))
+    at = len(names) * tars
+    said = {"signature": [[f"{i}.tar", 1, 1] for i in range(tars)], "classes": ["0", "1"], "unlisted": [], "without": 0}
+    said |= {"positions": [len(names) * i for i in range(tars)], "starts": [rows * i for i in range(tars + 1)]}
+    said |= {"ends": at, "labels": at + 4 * images, "sizes": at + 8 * images, "offsets": at + 12 * images}
     path = tmp_path / "a.index"
     with open(path, "wb") as file:
-        for _ in range(files_of):
+        for part in (*[names] * tars, *[ends] * tars, *(array.tobytes() for array in numbers)):
             file.write(part)
-        file.write((np.arange(rows * files_of) % 2).astype("<i4").tobytes())
-        said = json.dumps(
-            {
-                "signature": [[f"{i}.tar", 1, 1] for i in range(files_of)],
-                "classes": ["0", "1"], "unlisted": [], "without": 0, "labels": len(part) * files_of,
-                "positions": [len(part) * i for i in range(files_of)], "starts": [rows * i for i in range(files_of + 1)],
-            }
-        ).encode()  # fmt: skip
-        file.write(said + len(said).to_bytes(8, "little") + index.MAGIC)
+        told = json.dumps(said).encode()
+        file.write(told + len(told).to_bytes(8, "little") + index.MAGIC)
     found = subprocess.run([sys.executable, "-c", MILLIONS, str(path)], capture_output=True, text=True, timeout=60)
     path.unlink()
     assert found.returncode == 0, found.stderr

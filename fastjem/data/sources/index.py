@@ -2,11 +2,13 @@
 
 A file of N images in S tar files, all numbers little-endian and each part at a multiple of 8 bytes:
 
-    of each tar file with R images: first bytes uint64 [R], bytes uint32 [R], ends of names uint32 [R], names [bytes]
+    the names of all members, those of one tar file behind those of another
+    where each image's name ends among those of its tar file uint32 [N]
     labels int32 [N], if there are any
+    sizes uint32 [N] and first bytes uint64 [N] of the members
     what else there is, as JSON; its length as uint64; `MAGIC`
 
-Ten million images take 16 bytes each and their names, of which a process holds what it reads; ranks share the pages.
+A process has the pages that it reads, and shares them with all others: a run has 16 bytes of each image, and no names.
 """
 
 import bisect
@@ -71,15 +73,18 @@ class Index:
         self.classes: list[str] = said["classes"]
         self.unlisted: list[tuple[str, str]] = [(str(what), str(why)) for what, why in said["unlisted"]]
         self.without: int = said["without"]
-        self.positions: list[int] = said["positions"]  # of the parts
+        self.positions: list[int] = said["positions"]  # of each tar file's names
         self.starts: list[int] = said["starts"]  # of each tar file its first image's number, and N behind the last
-        rows = np.diff(self.starts)
-        room = np.diff([*self.positions, said["labels"]]) - 16 * rows
-        if len(rows) != len(self.signature) or len(room) != len(rows) or (rows < 0).any() or (room < 0).any():
+        images = self.starts[-1]
+        shards = {len(self.signature), len(self.positions), len(self.starts) - 1}
+        if len(shards) > 1 or (np.diff(self.starts) < 0).any():
             raise ValueError("no index")
+        self.ends = np.frombuffer(buffer, "<u4", images, said["ends"])
+        self.sizes = np.frombuffer(buffer, "<u4", images, said["sizes"])
+        self.offsets = np.frombuffer(buffer, "<u8", images, said["offsets"])
         self.labels: np.ndarray | None = None  # [N] int32
         if self.classes:
-            self.labels = np.frombuffer(buffer, "<i4", self.starts[-1], said["labels"])
+            self.labels = np.frombuffer(buffer, "<i4", images, said["labels"])
             if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
                 raise ValueError("no index")
 
@@ -105,52 +110,42 @@ class Index:
 
     def place(self, i: int) -> tuple[int, int, int]:
         """(tar file, first byte, bytes) of image i."""
-        shard = self.shard_of(i)
-        offsets, sizes, _, _ = self._part(shard)
-        row = i - self.starts[shard]
-        return shard, int(offsets[row]), int(sizes[row])
+        return self.shard_of(i), int(self.offsets[i]), int(self.sizes[i])
 
     def name(self, i: int) -> str:
         """Of the member that is image i."""
         shard = self.shard_of(i)
-        _, _, ends, names = self._part(shard)
-        row = i - self.starts[shard]
-        begin = int(ends[row - 1]) if row else 0
-        return names[begin : int(ends[row])].tobytes().decode("utf-8", "surrogateescape")
+        at = self.positions[shard]
+        begin = int(self.ends[i - 1]) if i > self.starts[shard] else 0
+        return bytes(self.buffer[at + begin : at + int(self.ends[i])]).decode("utf-8", "surrogateescape")
 
     def find(self, shard: int, name: str) -> int:
         """The number of the image that is called so in a tar file; KeyError where there is none."""
         wanted = name.encode("utf-8", "surrogateescape")
-        _, _, ends, names = self._part(shard)
-        blob = names.tobytes()
-        at = blob.find(wanted)
+        names = self._names(shard)
+        ends = self.ends[self.starts[shard] : self.starts[shard + 1]]
+        at = names.find(wanted)
         while at >= 0:
             row = int(np.searchsorted(ends, at, side="right"))
             if int(ends[row]) == at + len(wanted) and at == (int(ends[row - 1]) if row else 0):
                 return self.starts[shard] + row
-            at = blob.find(wanted, at + 1)
+            at = names.find(wanted, at + 1)
         raise KeyError(name)
 
     def hash_names(self, into: Any) -> None:
         """All images' names and bytes, and which tar file each is in, without an object for each."""
         for shard, (name, _, _) in enumerate(self.signature):
-            _, sizes, ends, names = self._part(shard)
-            into.update(f"{name}\0{len(ends)}\0".encode("utf-8", "surrogatepass"))
-            into.update(sizes)
-            into.update(ends)
-            into.update(names)
+            rows = slice(self.starts[shard], self.starts[shard + 1])
+            into.update(f"{name}\0{rows.stop - rows.start}\0".encode("utf-8", "surrogatepass"))
+            into.update(self.sizes[rows])
+            into.update(self.ends[rows])
+            into.update(self._names(shard))
 
-    def _part(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """First bytes, bytes, ends of names and names of a tar file's images, where they lie."""
-        rows = self.starts[shard + 1] - self.starts[shard]
+    def _names(self, shard: int) -> bytes:
+        """Of a tar file's images, one behind the other."""
         at = self.positions[shard]
-        ends = np.frombuffer(self.buffer, "<u4", rows, at + 12 * rows)
-        return (
-            np.frombuffer(self.buffer, "<u8", rows, at),
-            np.frombuffer(self.buffer, "<u4", rows, at + 8 * rows),
-            ends,
-            np.frombuffer(self.buffer, np.uint8, int(ends[-1]) if rows else 0, at + 16 * rows),
-        )
+        stop = self.starts[shard + 1]
+        return bytes(self.buffer[at : at + int(self.ends[stop - 1])]) if stop > self.starts[shard] else b""
 
 
 def _again(path: str, signature: Signature, content: bytes) -> Index:
@@ -177,17 +172,19 @@ def write(file: BinaryIO, signature: Signature, listed: Iterable[Listed], root: 
     folders = Labels()  # by the first folder in the tar file
     positions: list[int] = []
     starts = [0]
+    ends: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
+    offsets: list[np.ndarray] = []
     unlisted: list[tuple[str, str]] = []
     without = 0
     lacking = ""
     for (shard, _, _), found in zip(signature, listed, strict=True):
-        positions.append(_aligned(file))
-        rows = len(found.names)
-        file.write(found.offsets.astype("<u8").tobytes())
-        file.write(found.sizes.astype("<u4").tobytes())
-        file.write(np.cumsum([len(name) for name in found.names], dtype="<u4").tobytes())
+        positions.append(file.tell())
         file.write(b"".join(found.names))
-        starts.append(starts[-1] + rows)
+        ends.append(np.cumsum([len(name) for name in found.names], dtype="<u4"))
+        sizes.append(found.sizes)
+        offsets.append(found.offsets)
+        starts.append(starts[-1] + len(found.names))
         unlisted += [(shard + what, why) for what, why in found.unlisted]
         without += found.without
         for name, label in zip(found.names, found.labels, strict=True):
@@ -198,7 +195,6 @@ def write(file: BinaryIO, signature: Signature, listed: Iterable[Listed], root: 
     if not starts[-1]:
         why = "".join(f"; {what}: {reason}" for what, reason in unlisted[:3])
         raise UserError(f"{root} has no images" + (f" in its {without} samples" if without else "") + why)
-    at = _aligned(file)
     labels = np.zeros(0, np.int32)
     classes: list[str] = []
     if told.numbers and lacking:
@@ -207,20 +203,27 @@ def write(file: BinaryIO, signature: Signature, listed: Iterable[Listed], root: 
         labels, classes = told.ordered()
     elif len(folders.numbers) > 1 and folders.lacking < 0:
         labels, classes = folders.ordered()
-    file.write(labels.astype("<i4").tobytes())
     said = {
         "signature": signature, "classes": classes, "unlisted": unlisted, "without": without, "positions": positions,
-        "starts": starts, "labels": at,
+        "starts": starts,
+        "ends": _written(file, [part.astype("<u4") for part in ends]),
+        "labels": _written(file, [labels.astype("<i4")]),
+        "sizes": _written(file, [part.astype("<u4") for part in sizes]),
+        "offsets": _written(file, [part.astype("<u8") for part in offsets]),
     }  # fmt: skip
-    begin = _aligned(file)
+    begin = file.tell()
     file.write(json.dumps(said).encode())
     file.write(np.array(file.tell() - begin, "<u8").tobytes() + MAGIC)
     return starts[-1]
 
 
-def _aligned(file: BinaryIO) -> int:
+def _written(file: BinaryIO, parts: Sequence[np.ndarray]) -> int:
+    """Write arrays one behind the other, at a multiple of 8 bytes; where they begin."""
     file.write(bytes(-file.tell() % 8))
-    return file.tell()
+    at = file.tell()
+    for part in parts:
+        file.write(part.tobytes())
+    return at
 
 
 def index_of(files: Sequence[str], folder: str, root: str) -> Index:
