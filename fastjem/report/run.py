@@ -248,7 +248,8 @@ def _within_data(found: Embeddings, data: str | None, troubles: list[str]) -> Em
     outside = frozenset(name for name in found.files if not _path(found.root, name).startswith(folders))
     if outside:
         troubles.append(
-            f"{len(outside)} images are not shown, as links lead out of {found.root}; --data {found.root} follows them"
+            f"{len(outside)} images are not shown, as links, or what a list names, lead out of {found.root}; "
+            f"--data {found.root} follows them"
         )
     return replace(found, hidden=outside)
 
