@@ -11,18 +11,41 @@ import zlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, features
 
 ORIENTATION = 0x0112  # the EXIF tag
 LARGEST_FILE = 2**30  # bytes
-_AVIF = importlib.util.find_spec("PIL._avif") is not None  # a part of Pillow that its builds may lack
+
+
+def _opens_heif() -> bool:
+    """Whether the plugin `pillow_heif` is there; Pillow has no decoder of its own for what telephones write."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(thumbnails=False)
+    except Exception:  # one that doesn't fit this Pillow, or lacks a library
+        return False
+    return True
+
 
 # Pillow has forty decoders, among them one that starts Ghostscript; whatever a file is called, these alone are tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *(["AVIF"] if _AVIF else []))
-ENDINGS = (
-    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
-    *([".avif"] if _AVIF else []), ".tif", ".tiff",
-)  # fmt: skip
+# The last ones need parts that a build of Pillow may lack, or a plugin.
+_DECODERS = {
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    **({"AVIF": (".avif",)} if importlib.util.find_spec("PIL._avif") is not None else {}),
+    **({"JPEG2000": (".jp2", ".j2k", ".jpx", ".j2c", ".jpc", ".jpf")} if features.check_codec("jpg_2000") else {}),
+    **({"HEIF": (".heic", ".heif")} if _opens_heif() else {}),
+}
+FORMATS = tuple(_DECODERS)
+ENDINGS = tuple(ending for endings in _DECODERS.values() for ending in endings)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # of a PNG file, for its pixels

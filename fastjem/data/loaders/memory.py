@@ -98,6 +98,7 @@ class ImageArray:
         if images.dtype != np.uint8:
             rule = levels_of(images.shape[3], None, survey(Arrays(path)))
             images = to_levels(images, *rule.range_of(images.dtype))
+        images = np.require(images, requirements="W")  # those of a .npy file are mapped
         labels = torch.from_numpy(found["labels"]) if "labels" in found else None
         return cls(torch.from_numpy(images), labels, [str(name) for name in found.get("classes", ())])
 
