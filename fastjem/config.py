@@ -33,7 +33,10 @@ class Config:
     out: str = field(metadata={"help": "folder of the run", "path": True})
     data: str | None = field(
         default=None,
-        metadata={"help": "folder of images, nested or flat, or a .npz; none: the embedded data set", "path": True},
+        metadata={
+            "help": "folder, list, tar files, tables or arrays of images; a,b:0.3: both; none: the embedded data set",
+            "path": True,
+        },
     )
     method: str = field(default="simclr", metadata={"help": "its name; fastjem methods lists them"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})

@@ -114,7 +114,9 @@ def test_one_place_opens_images() -> None:
     assert opening == ["files.py"] and files.__file__.endswith("data/files.py")
 
 
-@pytest.mark.parametrize("kind", ["gif", "avif", "jfif", "jpe", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "heic"])
+@pytest.mark.parametrize(
+    "kind", ["gif", "avif", "jfif", "jpe", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "heic"]
+)
 def test_what_else_pillow_reads_is_taken(tmp_path: Path, kind: str) -> None:
     if f".{kind}" not in ENDINGS:
         pytest.skip(f"this Pillow has no {kind}")

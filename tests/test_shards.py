@@ -171,6 +171,24 @@ def test_what_is_before_a_damage_is_used(
     assert f"from byte {where} on" in capsys.readouterr().err
 
 
+def test_no_damage_is_anything_but_said(folder: Source, tmp_path: Path) -> None:
+    """Bytes of headers and labels turned at random: what is listed can be read, or raises when it is."""
+    whole = write_tar(tmp_path / "a.tar", [*samples(folder, range(4)), link("a.png", "0001.png")]).read_bytes()
+    random = np.random.default_rng(0)
+    for number in range(60):
+        content = bytearray(whole)
+        for at in random.integers(0, len(whole), 20 if number % 2 else 1) // 512 * 512 + random.integers(0, 265):
+            content[at] = random.integers(0, 256)
+        path = tmp_path / f"{number}.tar"
+        path.write_bytes(content)
+        try:
+            source = open_source(path)
+        except UserError as error:
+            assert "has no images" in str(error) or "has none" in str(error)
+            continue
+        assert all(isinstance(source.read(i), bytes) for i in range(len(source)))
+
+
 def test_a_shard_that_cant_be_opened_is_said_and_all_of_them_are_an_error(
     three: Path, folder: Source, capsys: pytest.CaptureFixture[str]
 ) -> None:

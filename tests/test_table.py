@@ -66,6 +66,7 @@ LABELS: dict[str, tuple[Callable[[], Any], list[str], list[int]]] = {
     "integers": (lambda: pa.array([7, 7, 12, 12, 7, 7], pa.int16()), ["7", "12"], [0, 0, 1, 1, 0, 0]),
     "names": (lambda: pa.array(["oak", "elm"] * 3), ["elm", "oak"], [1, 0] * 3),
     "a dictionary": (lambda: pa.array(["oak", "elm"] * 3).dictionary_encode(), ["elm", "oak"], [1, 0] * 3),
+    "views": (lambda: pa.array(["oak", "elm"] * 3, pa.string_view()), ["elm", "oak"], [1, 0] * 3),
     "truth": (lambda: pa.array([True, False] * 3), ["0", "1"], [1, 0] * 3),
 }
 
@@ -74,9 +75,9 @@ LABELS: dict[str, tuple[Callable[[], Any], list[str], list[int]]] = {
 @pytest.mark.parametrize("kind", LABELS)
 def test_labels(kind: str, ending: str, folder: Source, tmp_path: Path) -> None:
     make, classes, labels = LABELS[kind]
-    large = pa.large_binary() if ending == "arrow" else None
+    other = {"names": pa.large_binary(), "views": pa.binary_view()}.get(kind)
     source = open_source(
-        write(tmp_path / f"a.{ending}", {"x": [0.5] * 6, "photo": images(folder, large), "Label": make()})
+        write(tmp_path / f"a.{ending}", {"x": [0.5] * 6, "photo": images(folder, other), "Label": make()})
     )
     assert isinstance(source, Table) and source.classes == classes and source.labels.tolist() == labels
     assert [source.read(i) for i in range(6)] == [folder.read(i) for i in range(6)]

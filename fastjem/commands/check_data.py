@@ -1,4 +1,4 @@
-"""`fastjem check-data DIR`: every file is opened and decoded before a run has to."""
+"""`fastjem check-data DATA`: every image is opened and decoded before a run has to."""
 
 import collections
 import concurrent.futures
@@ -31,9 +31,9 @@ MEASURED = 256  # files whose crops are timed; decoding is timed on all
 
 @dataclass
 class CheckDataOptions:
-    """What training would make of a folder: files that would be skipped and why, sizes, counts, time of an epoch."""
+    """What training would make of images: files that would be skipped and why, sizes, counts, time of an epoch."""
 
-    data: str = field(metadata={"help": "folder of images, nested or flat", "positional": True, "path": True})
+    data: str = field(metadata={"help": "images, as --data of pretrain", "positional": True, "path": True})
     views: int = field(default=2, metadata={"help": "of an image, for the expected time"})
     image_size: int | str = field(
         default=224,

@@ -27,10 +27,12 @@ class EvaluateOptions:
     run: str = field(
         metadata={"help": "run folder, or an exported encoder.safetensors", "positional": True, "path": True}
     )
-    train: str | None = field(default=None, metadata={"help": "class folders; none: the data of the run", "path": True})
+    train: str | None = field(
+        default=None, metadata={"help": "images of known classes, as --data of pretrain; none: the run's", "path": True}
+    )
     test: str | None = field(
         default=None,
-        metadata={"help": "class folders; none: beside `train`, or each tenth image of it", "path": True},
+        metadata={"help": "the same; none: beside `train`, or each tenth image of it", "path": True},
     )
     features: Literal["encoder", "projector", "both"] = field(default="encoder", metadata={"help": "of which part"})
     teacher: bool = field(default=False, metadata={"help": "of the run's momentum encoder, not of the trained one"})

@@ -35,7 +35,7 @@ class ViewsOptions:
     """What a method's augmentations do to your own images: a picture, rows images, columns views."""
 
     data: str | None = field(
-        default=None, metadata={"help": "folder of images, nested or flat; none: the embedded data set", "path": True}
+        default=None, metadata={"help": "images, as --data of pretrain; none: the embedded data set", "path": True}
     )
     out: str = field(default="views.png", metadata={"help": "the picture", "path": True})
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})

@@ -221,8 +221,10 @@ def _check(found: Embeddings) -> None:
         raise UserError("its step, images or indices can't be right")
     if images and not 0 <= found.labels.min() <= found.labels.max() < len(found.classes):
         raise UserError(f"its labels must number the {len(found.classes)} classes")
+    if any(naming.is_list(root) for root, _ in naming.split(found.root)):
+        return  # it may name what lies elsewhere
     for name in found.files:
-        if not is_below(name) and not naming.is_list(found.root):  # a list may name what lies elsewhere
+        if not is_below(name):
             raise UserError(f"it names a file that isn't below the data folder: {name}")
 
 

@@ -172,7 +172,7 @@ def _read(path: str, columns: Sequence[str]) -> tuple[Any, int, Iterator[Any]]:
     """(columns, expected bytes, batches of a few rows), of which one is held at a time."""
     pa = pyarrow()
     if path.lower().endswith(".parquet"):
-        file = pa.parquet.ParquetFile(path)
+        file = pa.parquet.ParquetFile(path, memory_map=True)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         chunks = [group.column(k) for group in groups for k in range(group.num_columns)]
         size = sum(one.total_uncompressed_size for one in chunks if one.path_in_schema.split(".")[0] in columns)

@@ -123,7 +123,7 @@ class Table:
                 raise KeyError(name)
             return row
         for start, chunk in zip(self.starts, self.chunks, strict=False):
-            at = pyarrow().compute.index(_field(chunk, "path"), name).as_py()
+            at = pyarrow().compute.index(plain(_field(chunk, "path")), name).as_py()
             if at >= 0:
                 return start + at
         raise KeyError(name)
@@ -171,7 +171,7 @@ class Table:
         if len(self) > MOST_NAMED or "path" not in _names(self.chunks[0].type):
             return False
         pa = pyarrow()
-        paths = pa.chunked_array([_field(chunk, "path") for chunk in self.chunks])
+        paths = pa.chunked_array([plain(_field(chunk, "path")) for chunk in self.chunks])
         if paths.null_count or not is_text(paths.type):
             return False
         elsewhere = pa.compute.match_substring_regex(paths, r"^$|^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)|\x00")
@@ -222,9 +222,16 @@ def _without(chunk: Any) -> int:
     return empty.true_count
 
 
+def plain(values: Any) -> Any:
+    """The values of a dictionary, and text in one piece: not all of pyarrow's functions take them otherwise."""
+    types = pyarrow().types
+    values = values.dictionary_decode() if types.is_dictionary(values.type) else values
+    return values.cast(pyarrow().large_string()) if is_text(values.type) else values
+
+
 def is_text(kind: Any) -> bool:
     types = pyarrow().types
-    return types.is_string(kind) or types.is_large_string(kind)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def is_image(kind: Any) -> bool:
@@ -232,7 +239,7 @@ def is_image(kind: Any) -> bool:
     types = pyarrow().types
     if types.is_struct(kind):
         return any(kind.field(i).name == "bytes" and is_image(kind.field(i).type) for i in range(kind.num_fields))
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def is_label(kind: Any) -> bool:
@@ -293,8 +300,7 @@ def numbered(what: str, chunks: Sequence[Any], names: Any) -> tuple[np.ndarray |
         UserError: for a row without a label, or one that isn't among the `names` that it should number.
     """
     pa = pyarrow()
-    plain = [chunk.dictionary_decode() if pa.types.is_dictionary(chunk.type) else chunk for chunk in chunks]
-    values = pa.chunked_array(plain)
+    values = pa.chunked_array([plain(chunk) for chunk in chunks])
     if values.null_count:
         raise UserError(f"{what}: row {pa.compute.index(values.is_null(), True).as_py()} has no label")
     if pa.types.is_boolean(values.type):

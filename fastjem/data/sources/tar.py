@@ -111,13 +111,13 @@ def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, str]]:
         raise DamagedError("it is compressed by gzip: images are read at random from uncompressed tar files", 0)
     try:
         archive = tarfile.open(fileobj=file, mode="r:", errorlevel=0)  # noqa: SIM115
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever `tarfile` may raise on a broken file
         raise DamagedError(f"it is no tar file ({error})", 0) from None
     at = 0
     while True:
         try:
             member = archive.next()
-        except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
+        except Exception as error:  # the same
             raise DamagedError(f"it is damaged or cut off ({error})", archive.offset) from None
         archive.members = []  # type: ignore[attr-defined]  # it keeps all of them, a kilobyte each
         if member is None:
