@@ -22,7 +22,7 @@ def _opens_heif() -> bool:
     if importlib.util.find_spec("pillow_heif") is None:
         return False
     try:
-        import pillow_heif
+        import pillow_heif  # type: ignore[import-not-found]
 
         pillow_heif.register_heif_opener(thumbnails=False)
     except Exception:  # one that doesn't fit this Pillow, or lacks a library

@@ -338,10 +338,11 @@ def table_files(path: str) -> list[str]:
         return naming.expand(path)
     if os.path.isfile(saved := os.path.join(path, "state.json")):
         files = json_object(saved).get("_data_files")
-        names = [one.get("filename") for one in files if isinstance(one, dict)] if isinstance(files, list) else []
-        if not names or not all(isinstance(name, str) and os.path.basename(name) == name for name in names):
+        given = [one.get("filename") for one in files if isinstance(one, dict)] if isinstance(files, list) else []
+        found = [name for name in given if isinstance(name, str) and os.path.basename(name) == name]
+        if not found or len(found) < len(given):
             raise UserError(f"{saved} must list the tables beside it under _data_files")
-        return [os.path.join(path, name) for name in names]
+        return [os.path.join(path, name) for name in found]
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         parts = sorted(one for one in os.listdir(path) if os.path.isfile(os.path.join(path, one, "state.json")))
         example = os.path.join(path, parts[0] if parts else "")
