@@ -182,6 +182,7 @@ def test_a_run_of_two_and_what_it_notices(
         pytest.importorskip(package)
     import fastjem
     from fastjem.commands.evaluate import EvaluateOptions, evaluate
+    from fastjem.commands.views import ViewsOptions, draw_views
 
     monkeypatch.chdir(tmp_path)
     stored("shards", open_source(make_folder(tmp_path / "c", 16, seed=2)), tmp_path / "tars")
@@ -202,6 +203,8 @@ def test_a_run_of_two_and_what_it_notices(
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/png") > 10 and "not shown" not in page
     monkeypatch.chdir(tmp_path)
+    drawn = draw_views(ViewsOptions(data=data, out="views.png", image_size=32))
+    assert drawn.stat().st_size > 1000
     fastjem.pretrain(**{**options, "data": "a,b"}, max_steps=2, out="classes")
     assert evaluate(EvaluateOptions("classes"))["classes"] == 5
     assert fastjem.pretrain(**{**options, "data": ["a", "b:2"]}, epochs=1, out="list").steps == 1
@@ -222,3 +225,5 @@ def test_check_data_and_fingerprints(sides: tuple[Source, Source], tmp_path: Pat
     with pytest.raises(UserError, match="2 sources, got 1"):
         open_sources(a.root, 2)
     assert len(open_sources(f"{a.root},{a.root}", 2)) == 12  # pairs, as ever
+    with pytest.raises(UserError, match=r"no number behind a colon, got .*a:2"):
+        open_sources(f"{a.root}:2,{a.root}", 2)

@@ -45,14 +45,28 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def alone(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Of the processes that want to make a file one does; the others wait, and find it made. Where files can't be
-    locked all of them make it, which `written` allows."""
-    os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
-    with open(f"{os.fspath(path)}.lock", "ab") as lock:
-        try:
-            import fcntl
+    """Of the processes of a machine that want to make a file one does; the others wait, and find it made. Where nothing
+    can be locked all of them make it, which `written` allows.
 
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # another system's, or a file server without locks
-            pass
+    Who makes it removes what one that was killed has left of it.
+    """
+    parent, name = os.path.split(os.fspath(path))
+    lock = None
+    try:
+        import fcntl
+
+        os.makedirs(parent or ".", exist_ok=True)
+        lock = open(f"{os.fspath(path)}.lock", "ab")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in os.listdir(parent or "."):
+            if left.startswith(f".{name}.") and left.endswith(".part"):
+                os.unlink(os.path.join(parent, left))
+    except (ImportError, OSError):  # another system's, a file server without locks, a folder that is read-only
+        pass
+    try:
         yield
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(lock.name)  # whoever waits for it has it open
+            lock.close()

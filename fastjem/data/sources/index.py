@@ -247,9 +247,18 @@ def index_of(files: Sequence[str], folder: str, root: str) -> Index:
         places.append(str(Path(cache.folder()) / f"shards-{whole}.index"))
     except RuntimeError:  # an account without a home
         pass
-    for place in places:
-        if (index := Index.opened(place, signature)) is not None:
-            return index
+    if (index := _kept(places, signature)) is not None:
+        return index
+    with cache.alone(places[-1]):
+        return _kept(places, signature) or _made(files, signature, places, root)
+
+
+def _kept(places: Sequence[str], signature: Signature) -> Index | None:
+    return next((index for place in places if (index := Index.opened(place, signature)) is not None), None)
+
+
+def _made(files: Sequence[str], signature: Signature, places: Sequence[str], root: str) -> Index:
+    """An index in the first place that can be written, else in memory."""
     say(f"fastjem: {root}: an index of {len(files)} tar file{'s' if len(files) > 1 else ''} is made, once")
     for place in places:
         try:

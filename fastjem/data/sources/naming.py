@@ -49,17 +49,19 @@ def expand(path: str) -> list[str]:
         return [path]
     paths: list[str] = []
     for one in _without_braces(path):
-        if "*" not in os.path.basename(one):
-            paths.append(one)
-        else:
-            folder, name = os.path.split(one)
-            escaped = glob.escape(name).replace("[*]", "*")
-            paths += sorted(glob.glob(os.path.join(glob.escape(folder), escaped)))
+        paths += sorted(_without_stars(one))
         if len(paths) > MOST:
             raise UserError(f"{path} stands for more than {MOST:,} files")
     if not paths:
         raise UserError(f"there is no file {path}")
     return paths
+
+
+def _without_stars(path: str) -> Iterator[str]:
+    folder, name = os.path.split(path)
+    if "*" not in name:
+        return iter((path,))
+    return glob.iglob(os.path.join(glob.escape(folder), glob.escape(name).replace("[*]", "*")))
 
 
 def _without_braces(path: str) -> Iterator[str]:
@@ -135,7 +137,7 @@ def is_there(root: str) -> bool:
     if not is_pattern(path):
         return os.path.exists(path)
     try:
-        return any(os.path.exists(one) for one in expand(path))
+        return any(os.path.exists(one) for braced in _without_braces(path) for one in _without_stars(braced))
     except UserError:
         return False
 

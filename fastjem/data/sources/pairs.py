@@ -89,8 +89,11 @@ def _stems(source: Part) -> dict[str, int]:
 
 
 def roots(data: str) -> list[str]:
-    """ "a,b" -> ["a", "b"]; a path that is there is one root, whatever is in its name."""
-    return [root if weight is None else f"{root}:{weight:g}" for root, weight in split(data)]
+    """ "a,b" -> ["a", "b"]; a path that is there is one root, whatever is in its name. UserError for weights."""
+    parts = split(data)
+    if weights := [f"{root}:{weight:g}" for root, weight in parts if weight is not None]:
+        raise UserError(f"images that belong together are seen alike: no number behind a colon, got {weights[0]}")
+    return [root for root, _ in parts]
 
 
 def check_sources(wanted: int, given: Iterable[object], data: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastjem.data.files import LARGEST_FILE, read_file, too_large
+from fastjem.data.files import ENDINGS, LARGEST_FILE, read_file, too_large
 from fastjem.data.sources import naming
 from fastjem.data.sources.arrow import TABLES, opened, pyarrow, schema_of
 from fastjem.data.sources.labels import IMAGES, LABELS, column, shown
@@ -82,14 +82,9 @@ class Table:
         path = naming.split_options(root)[0]
         if path.lower().endswith(TABLES):
             return os.path.isfile(path) or naming.is_pattern(path)
-        return os.path.isdir(path) and any(
-            (
-                os.path.isfile(os.path.join(path, "state.json")),
-                os.path.isfile(os.path.join(path, "dataset_dict.json")),
-                holds_files(path, TABLES),
-                holds_files(os.path.join(path, "data"), TABLES),
-            )
-        )
+        if not os.path.isdir(path):
+            return False
+        return holds_files(path, TABLES) or _is_of_parts(path) or _has_data_alone(path)
 
     @staticmethod
     def read_named(root: str, name: str) -> bytes:
@@ -328,6 +323,20 @@ def _check_columns(path: str, first: Any, names: Sequence[str]) -> None:
             raise UserError(f"{path}: column {name} must be {first.field(name).type} as in the first file, got {there}")
 
 
+def _is_of_parts(path: str) -> bool:
+    """Whether a folder is what `datasets` makes of several parts."""
+    return os.path.isfile(os.path.join(path, "dataset_dict.json"))
+
+
+def _has_data_alone(path: str) -> bool:
+    """Whether a folder is one of a hub's, whose tables are in its only folder, `data`."""
+    if not holds_files(os.path.join(path, "data"), TABLES):
+        return False
+    with os.scandir(path) as entries:
+        shown = [one for one in entries if not one.name.startswith(".")]
+    return not any(one.name != "data" if one.is_dir() else one.name.lower().endswith(ENDINGS) for one in shown)
+
+
 def table_files(path: str) -> list[str]:
     """The tables that a path or a pattern names, in order; of a folder the one part of a data set that is in it.
 
@@ -343,7 +352,7 @@ def table_files(path: str) -> list[str]:
         if not found or len(found) < len(given):
             raise UserError(f"{saved} must list the tables beside it under _data_files")
         return [os.path.join(path, name) for name in found]
-    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+    if _is_of_parts(path):
         parts = sorted(one for one in os.listdir(path) if os.path.isfile(os.path.join(path, one, "state.json")))
         example = os.path.join(path, parts[0] if parts else "")
         raise UserError(f"{path} has several parts, {', '.join(parts)}: --data {example} names one")
