@@ -296,7 +296,9 @@ def split(train: Source, test: Source | None) -> Split:
     for source in filter(None, (train, test)):
         _must_have_classes(source)
         if source.labels is None:
-            raise UserError(f"{source.root} is flat: a folder for each class is needed to know what is right")
+            raise UserError(
+                f"{source.root} has no labels, by which one knows what is right: a folder for each class, say"
+            )
         if len(source.classes) == 1:
             raise UserError(f"{source.root} has one class only, {source.classes[0]}: there is nothing to tell apart")
     if test is None:

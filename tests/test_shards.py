@@ -91,6 +91,8 @@ def test_labels(folder: Source, tmp_path: Path) -> None:
         (
             ([("1.png", image), ("1.json", b'{"class": "oak"}'), ("2.png", image), ("2.json", b'{"class": "elm"}')],
              ["elm", "oak"], [1, 0]),
+            ([("1.png", image), ("1.json", b'{"cls": "10"}'), ("2.png", image), ("2.json", b'{"cls": 10}'),
+              ("3.png", image), ("3.cls", b"9")], ["9", "10"], [1, 1, 0]),
             ([("1.png", image), ("1.cls", b"10"), ("2.png", image), ("2.cls", b"9")], ["9", "10"], [1, 0]),
             ([("1.cls", b"10"), ("2.cls", b"9"), ("1.png", image), ("2.png", image)], ["9", "10"], [1, 0]),
             ([("oak/1.png", image), ("elm/old/2.png", image)], ["elm", "oak"], [1, 0]),
@@ -104,7 +106,7 @@ def test_labels(folder: Source, tmp_path: Path) -> None:
     some = [("1.png", image), ("1.cls", b"1"), ("2.png", image), ("3.png", image)]
     with pytest.raises(UserError, match=r"some images have labels \(.cls or .json\), and some.tar/2.png has none"):
         open_source(write_tar(tmp_path / "some.tar", some))
-    assert not indices(tmp_path / "cache") and len(indices(tmp_path)) == 7
+    assert not indices(tmp_path / "cache") and len(indices(tmp_path)) == 8
 
 
 def test_one_key_in_two_shards_and_every_way_to_name_them(folder: Source, tmp_path: Path) -> None:

@@ -181,4 +181,5 @@ def of_json(data: bytes) -> Label | None:
         return None
     if not isinstance(said, dict):
         return None
-    return next((said[key] for key in KEYS if type(said.get(key)) in (int, str)), None)
+    found = next((said[key] for key in KEYS if type(said.get(key)) in (int, str)), None)
+    return of_text(found.encode("utf-8", "replace")) if isinstance(found, str) else found
