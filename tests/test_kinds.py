@@ -14,8 +14,10 @@ from fastjem.commands.check_data import CheckDataOptions, check_data, render
 from fastjem.data import loaders
 from fastjem.data.fingerprint import difference, fingerprint
 from fastjem.data.loaders import Budget, Order
-from fastjem.data.source import Source, decode, decode_named, open_source, path_named, path_of
+from fastjem.data.source import Source, decode, decode_named, format_of, open_source, path_named, path_of
+from fastjem.data.sources.folder import Folder
 from fastjem.data.views import ViewSpec
+from fastjem.errors import UserError
 
 SPECS = [ViewSpec(size=24), ViewSpec(size=16, bicubic=True)]
 TABLES = ("parquet", "arrow", "stream", "feather", "saved")
@@ -86,6 +88,17 @@ def test_images_are_found_by_their_names_and_in_other_processes(kind: str, folde
     again = pickle.loads(sent)
     assert np.array_equal(again.read(7), source.read(7)) and len(sent) < 4000
     assert difference(fingerprint(source), fingerprint(again)) == ""
+
+
+def test_a_file_of_another_kind_is_told_which_are_read(folder: Source, tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.zip is a file, no folder; of files these are read: .*") as raised:
+        open_source(tmp_path / "a.zip")
+    for ending in str(raised.value).partition("read: ")[2].split():
+        (tmp_path / f"a{ending}").write_bytes(b"")
+        assert format_of(tmp_path / f"a{ending}") is not Folder
+    with pytest.raises(UserError, match=r"b\.tar is not a folder, and no file is there"):
+        open_source(tmp_path / "b.tar")
 
 
 def test_what_an_image_is_called(folder: Source, tmp_path: Path) -> None:
