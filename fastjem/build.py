@@ -13,7 +13,7 @@ from fastjem import encoders, optim, resume, starting
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.pixels import Pixels
-from fastjem.data.source import Source
+from fastjem.data.source import Source, parts_of
 from fastjem.data.stages import Stage, stage_at
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError
@@ -160,6 +160,7 @@ def create_loader(
     """One for all steps from `start` on, or one for each stage of image sizes, one behind the other."""
     order = loaders.Order(
         samples=len(source),
+        parts=parts_of(source),
         batch=config.batch_size,
         accumulate=config.accumulate,
         seed=config.seed,

@@ -17,7 +17,7 @@ from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
 from fastjem.data.masking import MASKINGS_OF_RUNS
 from fastjem.data.pixels import LARGEST, Pixels
-from fastjem.data.sources.pairs import SEPARATOR
+from fastjem.data.sources import naming
 from fastjem.data.stages import Sizes
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
@@ -34,7 +34,10 @@ class Config:
     out: str = field(metadata={"help": "folder of the run", "path": True})
     data: str | None = field(
         default=None,
-        metadata={"help": "folder of images, nested or flat, or a .npz; none: the embedded data set", "path": True},
+        metadata={
+            "help": "folder, list, tar files, tables or arrays of images; a,b:0.3: both; none: the embedded data set",
+            "path": True,
+        },
     )
     method: str = field(default="simclr", metadata={"help": "its name; fastjem methods lists them"})
     backbone: str = field(default="resnet18", metadata={"help": "a timm model, or vit_tiny, vit_small, vit_base"})
@@ -224,11 +227,13 @@ def from_fields(given: dict[str, Any]) -> Config:
 
 
 def joined(roots: Sequence[str | os.PathLike[str]]) -> str:
-    """Several sources as `--data` names them, "a,b"; UserError for a name that this would cut in two."""
+    """Several sources as `--data` names them, "a,b:0.3"; UserError for a name that this would cut in two."""
     names = [os.fspath(root) for root in roots]
-    if parted := [name for name in names if SEPARATOR in name]:
-        raise UserError(f"pretrain: of several data, none may have a comma in its name; got {parted[0]}")
-    return SEPARATOR.join(names)
+    whole = naming.SEPARATOR.join(names)
+    if len(naming.split(whole)) != len(names):
+        parted = next((name for name in names if len(naming.split(name)) > 1), whole)
+        raise UserError(f"pretrain: of several data, none may have a comma in its name; got {parted}")
+    return whole
 
 
 def check(config: Config) -> None:
@@ -319,7 +324,7 @@ def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:
     """
     values = {**dataclasses.asdict(config), "pixels": pixels.to_dict(), "pool": pool}
     if config.data is not None:
-        values["data_at"] = os.path.abspath(config.data)
+        values["data_at"] = naming.absolute(config.data)
     try:
         # JSON is YAML; a run must not need a YAML library to start
         checkpoints.write_atomically(out / FILE, (json.dumps(values, indent=2) + "\n").encode())
@@ -379,7 +384,7 @@ def _found_again(data: str | None, data_at: object) -> str | None:
     """The run's data; `data_at` where `data` is relative and nothing is there from the present folder."""
     if not isinstance(data_at, str | None):
         raise UserError(f"data_at must be text, got {fields.came(data_at)}")
-    if data is None or data_at is None or os.path.exists(data) or not os.path.exists(data_at):
+    if data is None or data_at is None or naming.exists(data) or not naming.exists(data_at):
         return data
     return data_at
 

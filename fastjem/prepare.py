@@ -19,7 +19,7 @@ from fastjem.data.fingerprint import fingerprint
 from fastjem.data.levels import describe, levels_of, parsed_range, survey
 from fastjem.data.masking import mask_specs, masks_of_run
 from fastjem.data.pixels import Pixels
-from fastjem.data.source import Levelled, Source, open_sources
+from fastjem.data.source import Levelled, Source, open_sources, parts_of
 from fastjem.data.stages import Stage, told
 from fastjem.data.views import LARGEST_WITHOUT_BLUR, ViewSpec
 from fastjem.encoders import Encoder
@@ -100,8 +100,9 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         config = starting.taken_over(config, weights, made=isinstance(kind, Method), replaced=replaced)
     combinations.check(config, kind)
     source, about_values = levelled(config, objects, state, kind.views.sources)
-    check_batch(config, len(source), ranks)
-    steps_per_epoch = max(len(source) // config.batch_size // config.accumulate, 1)
+    an_epoch = loaders.images_per_epoch(len(source), parts_of(source))
+    check_batch(config, an_epoch, ranks)
+    steps_per_epoch = max(an_epoch // config.batch_size // config.accumulate, 1)
     steps = config.max_steps or steps_per_epoch * config.epochs
     images = fingerprint(source)
     chosen = config.optimizer is not None or config.learning_rate is not None
@@ -260,11 +261,9 @@ def with_drop_path(config: Config, objects: Objects, kind: type[Method] | Method
     Raises:
         UserError: for a rate that is asked for with an encoder that is made already.
     """
-    if objects.encoder is not None:
-        if config.drop_path is not None:
-            raise UserError(f"--drop-path {config.drop_path:g}: the encoder is made already, with a rate of its own")
-        return config
-    if config.drop_path is not None:
+    if objects.encoder is not None and config.drop_path is not None:
+        raise UserError(f"--drop-path {config.drop_path:g}: the encoder is made already, with a rate of its own")
+    if objects.encoder is not None or config.drop_path is not None:
         return config
     if not defaults.drop_path:
         return replace(config, drop_path=0.0)

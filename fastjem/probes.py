@@ -143,8 +143,8 @@ def embed(
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """[N]; zeros where there are none."""
-    return np.zeros(len(source), int) if source.labels is None else source.labels
+    """[N] int64; zeros where there are none."""
+    return np.zeros(len(source), np.int64) if source.labels is None else np.asarray(source.labels, np.int64)
 
 
 @torch.no_grad()
@@ -296,7 +296,9 @@ def split(train: Source, test: Source | None) -> Split:
     for source in filter(None, (train, test)):
         _must_have_classes(source)
         if source.labels is None:
-            raise UserError(f"{source.root} is flat: a folder for each class is needed to know what is right")
+            raise UserError(
+                f"{source.root} has no labels, by which one knows what is right: a folder for each class, say"
+            )
         if len(source.classes) == 1:
             raise UserError(f"{source.root} has one class only, {source.classes[0]}: there is nothing to tell apart")
     if test is None:

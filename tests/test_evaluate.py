@@ -221,7 +221,7 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["evaluate", str(tmp_path / "none")], "no run in"),
         (["evaluate", str(tmp_path / "bare")], "no checkpoint"),
         (["evaluate", str(tmp_path / "text.safetensors")], "no safetensors file"),
-        (["evaluate", str(run), "--train", str(flat), *CPU], "is flat"),
+        (["evaluate", str(run), "--train", str(flat), *CPU], "has no labels"),
         (["evaluate", str(run), "--train", str(one), *CPU], "one class only"),
         (["evaluate", str(run), "--train", train, "--test", str(other), *CPU], "class3"),
         (["evaluate", str(run), "--train", str(tmp_path / "gone"), *CPU], "not a folder"),

@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from fastjem.data import files
 from fastjem.data.files import ENDINGS, open_image, read_file, upright
 from fastjem.data.levels import Levels, survey
+from fastjem.data.loaders.memory import ImageArray
 from fastjem.data.picture import to_image
 from fastjem.data.source import open_source, read_or_next
 from fastjem.data.sources import folder as folders
@@ -113,7 +114,9 @@ def test_one_place_opens_images() -> None:
     assert opening == ["files.py"] and files.__file__.endswith("data/files.py")
 
 
-@pytest.mark.parametrize("kind", ["gif", "avif", "jfif", "jpe", "ppm", "pgm", "pbm", "pnm"])
+@pytest.mark.parametrize(
+    "kind", ["gif", "avif", "jfif", "jpe", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jpx", "heic"]
+)
 def test_what_else_pillow_reads_is_taken(tmp_path: Path, kind: str) -> None:
     if f".{kind}" not in ENDINGS:
         pytest.skip(f"this Pillow has no {kind}")
@@ -245,3 +248,25 @@ def test_one_unreadable_image_is_replaced_by_the_next(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     found = read_or_next(source, 1, lambda i: to_image(source.read(i), Levels()))
     assert found.sample == 2 and found.unreadable == [(str(tmp_path / "0000a.png"), "not a regular file")]
+
+
+def test_a_npy_file_is_mapped_and_may_shrink(tmp_path: Path) -> None:
+    """Its images aren't copied; one that shrinks raises and doesn't end the process."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    source = open_source(tmp_path / "a.npy")
+    base = source.images
+    while not isinstance(base, np.memmap):
+        base = base.base
+    assert np.array_equal(source.read(5), images[5].transpose(1, 2, 0)) and source.read(5).base is None
+    os.truncate(tmp_path / "a.npy", 4096)
+    with pytest.raises(OSError, match=r"a\.npy has changed since it was opened"):
+        source.read(7)
+
+
+def test_a_mapped_array_is_held_in_memory_that_may_be_written(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    array = ImageArray.from_npz(tmp_path / "a.npy")
+    array.images[0] = 0
+    assert np.array_equal(np.load(tmp_path / "a.npy"), images)

@@ -1,4 +1,4 @@
-"""`fastjem check-data DIR`: every file is opened and decoded before a run has to."""
+"""`fastjem check-data DATA`: every image is opened and decoded before a run has to."""
 
 import collections
 import concurrent.futures
@@ -20,6 +20,7 @@ from fastjem.data.files import ORIENTATION, TIFF, open_image, stored
 from fastjem.data.levels import Levels, Survey, describe, levels_of, parsed_range, survey
 from fastjem.data.picture import to_image
 from fastjem.data.source import Levelled, Source, open_source, path_of, reason, rule_of
+from fastjem.data.sources import naming
 from fastjem.data.stages import Sizes
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
@@ -30,9 +31,9 @@ MEASURED = 256  # files whose crops are timed; decoding is timed on all
 
 @dataclass
 class CheckDataOptions:
-    """What training would make of a folder: files that would be skipped and why, sizes, counts, time of an epoch."""
+    """What training would make of images: files that would be skipped and why, sizes, counts, time of an epoch."""
 
-    data: str = field(metadata={"help": "folder of images, nested or flat", "positional": True, "path": True})
+    data: str = field(metadata={"help": "images, as --data of pretrain", "positional": True, "path": True})
     views: int = field(default=2, metadata={"help": "of an image, for the expected time"})
     image_size: int | str = field(
         default=224,
@@ -232,7 +233,7 @@ def _sizes(files: list[File], image_size: int) -> dict[str, Any]:
 
 def render(found: dict[str, Any], show: int = 20) -> str:
     """The result in printable lines for people; `show`: so many of the skipped files are named, 0: all."""
-    where = f"in {found['classes']} class folders" if found["classes"] else "in one class"
+    where = f"in {found['classes']} classes" if found["classes"] else "in one class"
     facts = {"files": f"{found['files']} {where}, {found['bytes'] / 1e6:.1f} MB"}
     if "median" in found:
         sizes = ", ".join(f"{name} {found[name][0]} x {found[name][1]}" for name in ("smallest", "median", "largest"))
@@ -255,11 +256,17 @@ def render(found: dict[str, Any], show: int = 20) -> str:
         facts["not taken"] = _listed(found["other_files"])
     facts["skipped"] = f"{len(skipped)} ({share:.1%}); training puts other images in their place" if skipped else "none"
     lines = [f"{name:<10}{text}" for name, text in facts.items()]
-    lines += [f"  {os.path.relpath(path, found['data'])}: {why}" for path, why in skipped[: show or None]]
+    lines += [f"  {_below(found['data'], path)}: {why}" for path, why in skipped[: show or None]]
     if show and len(skipped) > show:
         lines.append(f"  and {len(skipped) - show} more; --show 0 names all")
     lines += [f"{'unlisted':<10}{path}: {why}; what is in it is left out" for path, why in found["unlisted"]]
     return "\n".join(printable(line) for line in lines)
+
+
+def _below(data: str, path: str) -> str:
+    """A path below what the images lie in; of several sources the whole path."""
+    parts = naming.split(data)
+    return os.path.relpath(path, naming.folder_of(data) or ".") if len(parts) == 1 else path
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastjem import checkpoints, fields, reading
 from fastjem.data import shapes
 from fastjem.data.source import Source, open_source
+from fastjem.data.sources import naming
 from fastjem.errors import UserError
 from fastjem.printing import say
 from fastjem.probes import Computed, default_workers, features, labels_of, measure, split
@@ -26,10 +27,12 @@ class EvaluateOptions:
     run: str = field(
         metadata={"help": "run folder, or an exported encoder.safetensors", "positional": True, "path": True}
     )
-    train: str | None = field(default=None, metadata={"help": "class folders; none: the data of the run", "path": True})
+    train: str | None = field(
+        default=None, metadata={"help": "images of known classes, as --data of pretrain; none: the run's", "path": True}
+    )
     test: str | None = field(
         default=None,
-        metadata={"help": "class folders; none: beside `train`, or each tenth image of it", "path": True},
+        metadata={"help": "the same; none: beside `train`, or each tenth image of it", "path": True},
     )
     features: Literal["encoder", "projector", "both"] = field(default="encoder", metadata={"help": "of which part"})
     teacher: bool = field(default=False, metadata={"help": "of the run's momentum encoder, not of the trained one"})
@@ -152,15 +155,15 @@ def _sources(options: EvaluateOptions, opened: Opened) -> tuple[Source, Source |
     if options.test and not options.train:
         raise UserError("--test needs --train, the images whose labels are known")
     of_run = opened.config.data if opened.config else None
-    root = Path(options.train or of_run or shapes.folder() / "train")
+    root = options.train or of_run or str(shapes.folder() / "train")
     if not (options.train or of_run):
         say(f"fastjem: neither --train nor the run names any data: the embedded data set is taken ({root})")
-    if not root.exists() and not options.train:
+    if not naming.exists(root) and not options.train:
         raise UserError(f"the run's data, {root}, is no longer there; --train and --test say what to use")
     if options.test:
         return open_source(root), open_source(options.test)
-    beside = root.with_name(f"test{root.suffix}")  # of "train" a folder "test", of "train.npz" a file "test.npz"
-    if root.stem == "train" and beside.exists():
+    beside = naming.beside(root, "test")  # of "train" a folder "test", of "train.npz" a file "test.npz"
+    if beside is not None and naming.is_there(beside):
         return open_source(root), open_source(beside)
     return open_source(root), None
 

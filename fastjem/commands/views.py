@@ -15,7 +15,7 @@ from fastjem.config import MOST_VIEWS
 from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
 from fastjem.data.masking import MASKINGS, MASKINGS_OF_RUNS, masks_of_run
-from fastjem.data.source import Levelled, are_pairs, decode_all, open_sources
+from fastjem.data.source import Levelled, decode_all, open_sources
 from fastjem.data.stages import Sizes
 from fastjem.data.views import RECIPES, MaskSpec, Value, Views, ViewSpec
 from fastjem.errors import UserError, nearest
@@ -35,7 +35,7 @@ class ViewsOptions:
     """What a method's augmentations do to your own images: a picture, rows images, columns views."""
 
     data: str | None = field(
-        default=None, metadata={"help": "folder of images, nested or flat; none: the embedded data set", "path": True}
+        default=None, metadata={"help": "images, as --data of pretrain; none: the embedded data set", "path": True}
     )
     out: str = field(default="views.png", metadata={"help": "the picture", "path": True})
     method: str = field(default="simclr", metadata={"help": f"one of {', '.join(METHODS)}"})
@@ -141,7 +141,7 @@ def draw_views(options: ViewsOptions) -> Path:
         epoch=options.epoch,
         mask=mask,
         levels=levels,
-        read=(lambda i: decode_all(Levelled(source, levels), i)) if are_pairs(source) else None,
+        read=lambda i: decode_all(Levelled(source, levels), i),
     )
     if not shown:
         raise UserError(f"none of the files in {source.root} can be read")

@@ -11,18 +11,41 @@ import zlib
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, features
 
 ORIENTATION = 0x0112  # the EXIF tag
 LARGEST_FILE = 2**30  # bytes
-_AVIF = importlib.util.find_spec("PIL._avif") is not None  # a part of Pillow that its builds may lack
+
+
+def _opens_heif() -> bool:
+    """Whether the plugin `pillow_heif` is there; Pillow has no decoder of its own for what telephones write."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    try:
+        import pillow_heif  # type: ignore[import-not-found]
+
+        pillow_heif.register_heif_opener(thumbnails=False)
+    except Exception:  # one that doesn't fit this Pillow, or lacks a library
+        return False
+    return True
+
 
 # Pillow has forty decoders, among them one that starts Ghostscript; whatever a file is called, these alone are tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *(["AVIF"] if _AVIF else []))
-ENDINGS = (
-    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
-    *([".avif"] if _AVIF else []), ".tif", ".tiff",
-)  # fmt: skip
+# The last ones need parts that a build of Pillow may lack, or a plugin.
+_DECODERS = {
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    **({"AVIF": (".avif",)} if importlib.util.find_spec("PIL._avif") is not None else {}),
+    **({"JPEG2000": (".jp2", ".j2k", ".jpx", ".j2c", ".jpc", ".jpf")} if features.check_codec("jpg_2000") else {}),
+    **({"HEIF": (".heic", ".heif")} if _opens_heif() else {}),
+}
+FORMATS = tuple(_DECODERS)
+ENDINGS = tuple(ending for endings in _DECODERS.values() for ending in endings)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NEEDED_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # of a PNG file, for its pixels
@@ -42,27 +65,38 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     Raises:
         OSError: for what isn't a regular file, is larger than `LARGEST_FILE`, or can't be read.
     """
-    _check_regular(os.stat(path))
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb", buffering=0) as file:
-        found = os.fstat(file.fileno())
-        _check_regular(found)
-        data = file.read(found.st_size + 1)
-        while len(data) > found.st_size and (more := file.read(2**20)):  # it grows, or its size isn't told, as in /proc
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_FILE:
+            raise too_large()
+        data = file.read(size + 1)
+        while len(data) > size and (more := file.read(2**20)):  # it grows, or its size isn't told, as in /proc
             data += more
             if len(data) > LARGEST_FILE:
-                raise _too_large()
+                raise too_large()
     return data
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """A regular file, open and unbuffered; OSError for anything else."""
+    _check_regular(os.stat(path))
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    file = io.FileIO(os.open(path, flags), "rb")
+    try:
+        _check_regular(os.fstat(file.fileno()))
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _check_regular(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
-    if found.st_size > LARGEST_FILE:
-        raise _too_large()
 
 
-def _too_large() -> OSError:
+def too_large() -> OSError:
+    """What is raised for a file, or a part of one that is an image's file, beyond `LARGEST_FILE`."""
     return OSError(errno.EFBIG, f"larger than {LARGEST_FILE / 2**30:g} GiB")
 
 

@@ -4,26 +4,51 @@ import hashlib
 import os
 from typing import Any
 
-from fastjem.data.source import Source, path_of
+from fastjem.data.source import Source, inner, parts_of, path_of
+from fastjem.data.sources.mixture import Mixture
+from fastjem.data.sources.naming import split_options
 
 SIZED = 1000  # files whose sizes are asked for: a file server takes a millisecond for each
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """How many images there are, a hash of all names, and one of the sizes of up to `SIZED` files spread over them.
+    """How many images there are, a hash of all names, and one of the sizes of up to `SIZED` files spread over them; of
+    a source whose images lie in few files (`files`) those files' sizes. Of a `Mixture` also the weights.
 
     The images themselves aren't read: 1.3 million names take about a second. Names are those below the source's root,
     so a folder may move.
     """
     count = len(source)
+    given = inner(source)
     names = hashlib.sha256()
-    for i in range(count):
-        names.update(source.name(i).encode("utf-8", "surrogatepass") + b"\0")
     sizes = hashlib.sha256()
-    some = min(count, SIZED)
-    for path in (source.root, *(path_of(source, i * count // some) for i in range(some))):
-        sizes.update(f"{size_of(path)},".encode())
-    return {"images": count, "names": names.hexdigest()[:32], "sizes": sizes.hexdigest()[:32]}
+    parts = given.parts if isinstance(given, Mixture) else [given]
+    for part in parts:
+        _hash_names(part, names)
+        _hash_sizes(part, max(SIZED // len(parts), 1), sizes)
+    found = {"images": count, "names": names.hexdigest()[:32], "sizes": sizes.hexdigest()[:32]}
+    return found | ({"weights": [weight for _, weight in parts_of(source)]} if isinstance(given, Mixture) else {})
+
+
+def _hash_names(source: Any, into: Any) -> None:
+    if hasattr(source, "hash_names"):  # without a name for each of millions
+        source.hash_names(into)
+        return
+    for i in range(len(source)):
+        into.update(source.name(i).encode("utf-8", "surrogatepass") + b"\0")
+
+
+def _hash_sizes(source: Any, most: int, into: Any) -> None:
+    files = getattr(source, "files", None)
+    if isinstance(files, list):
+        for path in files:
+            into.update(f"{size_of(path)},".encode())
+        return
+    count = len(source)
+    some = min(count, most)
+    root = split_options(source.root)[0]
+    for path in (root, *(path_of(source, i * count // some) for i in range(some))):
+        into.update(f"{size_of(path)},".encode())
 
 
 def size_of(path: str) -> int:
@@ -44,4 +69,6 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         return f"{now['images']} images as before, but of other names"
     if now["sizes"] != before["sizes"]:
         return "the same names, but some files are larger or smaller than before"
+    if now.get("weights") != before.get("weights"):
+        return f"its parts by {now.get('weights')} of their images in an epoch, and by {before.get('weights')} before"
     return ""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastjem.data import cache
 from fastjem.errors import UserError
 from fastjem.printing import say
 
@@ -143,8 +144,7 @@ def folder() -> Path:
     """
     key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastjem"
-        done = cache / f"shapes-{key}"
+        done = cache.folder() / f"shapes-{key}"
         if not done.is_dir():
             say(f"fastjem: making the embedded data set in {done}")
             _make(done)

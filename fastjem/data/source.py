@@ -16,9 +16,14 @@ import numpy as np
 
 from fastjem.data.levels import Levels
 from fastjem.data.picture import Picture, to_image
+from fastjem.data.sources import naming
 from fastjem.data.sources.arrays import Arrays
 from fastjem.data.sources.folder import Folder
+from fastjem.data.sources.listing import Listing
+from fastjem.data.sources.mixture import Mixture
 from fastjem.data.sources.pairs import Pairs, check_sources, roots
+from fastjem.data.sources.shards import Shards
+from fastjem.data.sources.table import Table
 from fastjem.errors import UserError
 from fastjem.printing import say
 
@@ -58,7 +63,8 @@ class Format(Protocol):
         ...
 
 
-SOURCES: dict[str, Format] = {"arrays": Arrays, "folder": Folder}  # the first that recognises a path opens it
+# The first that recognises a path opens it.
+SOURCES: dict[str, Format] = {"arrays": Arrays, "listing": Listing, "shards": Shards, "table": Table, "folder": Folder}
 
 
 def format_of(root: Path) -> Format:
@@ -72,7 +78,7 @@ def open_sources(data: str | os.PathLike[str] | Any, count: int = 1) -> Source:
     Raises:
         UserError: for another number of sources, and as `open_source` and `Pairs` do.
     """
-    pairs = data.source if isinstance(data, Levelled) else data
+    pairs = inner(data)
     if isinstance(pairs, Pairs):
         check_sources(count, pairs.parts, pairs.root)
         return cast(Source, data)
@@ -85,20 +91,26 @@ def open_sources(data: str | os.PathLike[str] | Any, count: int = 1) -> Source:
 
 
 def open_source(data: str | os.PathLike[str] | Any) -> Source:
-    """A source of what the user named: a folder, a .npz or .npy file, or an object of their own with `len` and `read`.
+    """A source of what the user named: a path that one of `SOURCES` recognises, several of them with commas between
+    (`Mixture`), or an object of their own with `len` and `read`.
 
     Raises:
         UserError: if it is none of these, or can't be opened.
 
-    Folders in it that can't be looked into are said on stderr: a class that vanishes silently would spoil a run.
+    What in it can't be looked into is said on stderr: a class that vanishes silently would spoil a run.
     """
     if isinstance(data, (str, os.PathLike)):
-        path = Path(data)
+        parts = naming.split(os.fspath(data)) or [(os.fspath(data), None)]
+        if len(parts) > 1 or parts[0][1] is not None:
+            return Mixture([open_source(Path(root)) for root, _ in parts], [weight for _, weight in parts])
+        path = Path(parts[0][0])
         source = format_of(path)(path)
         for folder, why in getattr(source, "unlisted", ()):
             say(f"fastjem: {folder} can't be listed ({why}): what is in it is left out")
+        for notice in getattr(source, "notices", ()):
+            say(f"fastjem: {notice}")
         return source
-    if isinstance(data, (Completed, Levelled, Pairs)) or type(data) in SOURCES.values():
+    if isinstance(data, (Completed, Levelled, Pairs, Mixture)) or type(data) in SOURCES.values():
         return data
     return Completed(data)
 
@@ -158,13 +170,36 @@ def labels_and_classes(
 
 
 def path_of(source: Source, i: int) -> str:
-    """The i-th image's name with its root's before it, as messages and reports call it."""
-    return os.path.join(roots(source.root)[0], source.name(i))
+    """The i-th image's name with its root's before it, as messages and reports call it: of an image in a file of its
+    own that file's path.
+    """
+    given = inner(source)
+    if isinstance(given, (Pairs, Mixture)):
+        return path_of(*given.place(i))
+    return _path(type(given), given.root, given.name(i))
+
+
+def path_named(root: str, name: str) -> str:
+    """`path_of` the image called `name` of the source that `open_source(root)` opens."""
+    part, name = part_named(root, name)
+    return _path(format_of(Path(part)), part, name)
+
+
+def _path(kind: Any, root: str, name: str) -> str:
+    return kind.path_named(root, name) if hasattr(kind, "path_named") else os.path.join(root, name)
+
+
+def part_named(root: str, name: str) -> tuple[str, str]:
+    """Which of several sources that `root` names has the image `name`, and what it is called there."""
+    parts = naming.split(root)
+    if parts and all(weight is not None for _, weight in parts):
+        return Mixture.part_named([part for part, _ in parts], name)
+    return (parts[0][0] if parts else root), name  # of pairs, names are those of the first one's images
 
 
 def decode_all(source: Source, i: int) -> list[Picture]:
     """The i-th image of each source of `Pairs`, or of the one that there is; see `decode`."""
-    pairs = source.source if isinstance(source, Levelled) else source
+    pairs = inner(source)
     if not isinstance(pairs, Pairs):
         return [decode(source, i)]
     return [to_image(data, rule_of(source)) for data in pairs.read_all(i)]
@@ -177,8 +212,8 @@ def decode(source: Source, i: int) -> Picture:
 
 def decode_named(root: str, name: str, levels: Levels | None = None) -> Picture:
     """The image called `name` of the source that `open_source(root)` opens, which isn't listed for it."""
-    first = roots(root)[0]  # the names are those of its images
-    return to_image(format_of(Path(first)).read_named(first, name), levels)
+    part, name = part_named(root, name)
+    return to_image(format_of(Path(part)).read_named(part, name), levels)
 
 
 class Levelled:
@@ -202,9 +237,20 @@ class Levelled:
         return self.source.read(i)
 
 
+def inner(source: Any) -> Any:
+    """The source itself, without the rule for its values."""
+    return source.source if isinstance(source, Levelled) else source
+
+
 def are_pairs(source: Source) -> bool:
     """Whether images of several sources belong together."""
-    return isinstance(source.source if isinstance(source, Levelled) else source, Pairs)
+    return isinstance(inner(source), Pairs)
+
+
+def parts_of(source: Source) -> tuple[tuple[int, float], ...]:
+    """Of a `Mixture` how many images each part has, and how often each is seen in an epoch; of any other source ()."""
+    given = inner(source)
+    return given.parts_of_epoch if isinstance(given, Mixture) else ()
 
 
 def rule_of(source: Source) -> Levels | None:

@@ -18,6 +18,8 @@ from fastjem import config as configuration
 from fastjem import reading
 from fastjem.data.levels import Levels
 from fastjem.data.pixels import Pixels
+from fastjem.data.source import path_named
+from fastjem.data.sources import naming
 from fastjem.errors import UserError
 from fastjem.fields import came
 from fastjem.methods import METHODS, Method
@@ -219,6 +221,8 @@ def _check(found: Embeddings) -> None:
         raise UserError("its step, images or indices can't be right")
     if images and not 0 <= found.labels.min() <= found.labels.max() < len(found.classes):
         raise UserError(f"its labels must number the {len(found.classes)} classes")
+    if any(naming.is_list(root) for root, _ in naming.split(found.root)):
+        return  # it may name what lies elsewhere
     for name in found.files:
         if not is_below(name):
             raise UserError(f"it names a file that isn't below the data folder: {name}")
@@ -234,25 +238,39 @@ def _within_data(found: Embeddings, data: str | None, troubles: list[str]) -> Em
     """The embeddings with what must not be opened hidden: a page that is passed on must not carry somebody's files
     because a folder that was sent names them.
     """
-    if not os.path.exists(found.root):
+    parts = [root for root, _ in naming.split(found.root)]
+    if not any(naming.is_there(root) for root in parts):
         return found
     if data is not None and not _is_folder_of(found.root, data):
         troubles.append(
             f"the images in {found.root} are not shown, as the configuration names {data}; --data says where they are"
         )
         return replace(found, hidden=frozenset(found.files))
-    root = os.path.realpath(found.root)
-    paths = {name: os.path.realpath(os.path.join(root, name)) for name in found.files}
-    outside = frozenset(name for name, path in paths.items() if not path.startswith(os.path.join(root, "")))
+    folders = tuple(os.path.join(os.path.realpath(naming.folder_of(root)), "") for root in parts)
+    outside = frozenset(name for name in found.files if not _path(found.root, name).startswith(folders))
     if outside:
         troubles.append(
-            f"{len(outside)} images are not shown, as links lead out of {found.root}; --data {found.root} follows them"
+            f"{len(outside)} images are not shown, as links, or what a list names, lead out of {found.root}; "
+            f"--data {found.root} follows them"
         )
     return replace(found, hidden=outside)
 
 
+def _path(root: str, name: str) -> str:
+    """Where an image lies, links followed; "" for one that no part of the data has."""
+    try:
+        return os.path.realpath(path_named(root, name))
+    except (UserError, ValueError):
+        return ""
+
+
 def _is_folder_of(root: str, data: str) -> bool:
     """Whether the absolute `root` is what the configuration calls `data`, perhaps from another working directory."""
+    named, asked = naming.split(root), naming.split(data)
+    return len(named) == len(asked) and all(map(_is_path_of, (one for one, _ in named), (one for one, _ in asked)))
+
+
+def _is_path_of(root: str, data: str) -> bool:
     if os.path.isabs(data):
         return os.path.normpath(root) == os.path.normpath(data)
     parts = [part for part in os.path.normpath(data).split(os.sep) if part not in (".", "..")]

@@ -1,6 +1,5 @@
 """What the augmentations do to real images: the views and the masks of some of them."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from fastjem.data.loaders.torch import crop
 from fastjem.data.masking import drawn_masks
 from fastjem.data.parameters import Parameters
 from fastjem.data.picture import Bands, Picture, shown
-from fastjem.data.source import decode_named
+from fastjem.data.source import decode_named, path_named
 from fastjem.data.views import MaskSpec, Views, ViewSpec
 
 GREY, INK = (128, 128, 128), (40, 40, 40)  # hidden patches, and the frames of I-JEPA's targets
@@ -70,7 +69,7 @@ def samples(
         views = [picture(crop(one, spec, row[0]), row) for one, spec, row in zip(of_views, specs, table, strict=True)]
         if mask:
             views.append(masked(views[mask.view], mask, seed, epoch, index))
-        found.append(Sample(os.path.join(root, name), shown(image), views))
+        found.append(Sample(path_named(root, name), shown(image), views))
         if len(found) == images:
             break
     return found

@@ -7,7 +7,6 @@ about twenty times a run, and the page is written again only when fifty times it
 import io
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from fastjem.build import Training
 from fastjem.checkpoints import Metrics, write_atomically
 from fastjem.data.pixels import Pixels, whole_image
 from fastjem.data.source import Source, decode
+from fastjem.data.sources import naming
 from fastjem.machine import available_cores
 from fastjem.probes import parts_not_classes
 from fastjem.report.page import write
@@ -97,7 +97,7 @@ class SampleImages:
             rows=rows.half().numpy(),
             indices=np.array(self.indices),
             files=np.array([self.source.name(i) for i in self.indices]),
-            root=os.path.abspath(self.source.root),
+            root=naming.absolute(self.source.root),
             labels=self.labels.numpy(),
             classes=np.array(self.classes),
             images=len(self.source),

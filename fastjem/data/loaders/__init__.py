@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fastjem.data.levels import RGB
 from fastjem.data.loaders import dali, memory
-from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order
+from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order, images_per_epoch
 from fastjem.data.loaders.staged import Staged
 from fastjem.data.loaders.torch import TorchLoader
 from fastjem.data.source import Source, are_pairs
@@ -26,6 +26,7 @@ __all__ = [
     "choose",
     "create",
     "holds_images",
+    "images_per_epoch",
 ]
 
 LOADERS: dict[str, LoaderFactory] = {

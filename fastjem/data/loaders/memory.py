@@ -20,9 +20,9 @@ from fastjem.data.levels import levels_of, survey, to_levels
 from fastjem.data.loaders.protocol import Budget, Order
 from fastjem.data.parameters import Parameters
 from fastjem.data.picture import Picture
-from fastjem.data.source import Levelled, NoneReadable, Source, decode, path_of, read_or_next, reason, rule_of
+from fastjem.data.source import SOURCES, NoneReadable, Source, decode, inner, path_of, read_or_next, reason, rule_of
 from fastjem.data.sources.arrays import Arrays, channels_axis, read_arrays
-from fastjem.data.sources.folder import Folder
+from fastjem.data.sources.mixture import Mixture
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
@@ -98,6 +98,7 @@ class ImageArray:
         if images.dtype != np.uint8:
             rule = levels_of(images.shape[3], None, survey(Arrays(path)))
             images = to_levels(images, *rule.range_of(images.dtype))
+        images = np.require(images, requirements="W")  # those of a .npy file are mapped
         labels = torch.from_numpy(found["labels"]) if "labels" in found else None
         return cls(torch.from_numpy(images), labels, [str(name) for name in found.get("classes", ())])
 
@@ -194,9 +195,10 @@ class MemoryLoader:
     decoder_share: float | None = None
 
     def __init__(self, array: ImageArray, specs: Sequence[ViewSpec], order: Order):
-        if order.batch > order.samples or order.batch % order.ranks:
+        most = order.images_per_epoch
+        if order.batch > most or order.batch % order.ranks:
             raise ValueError(
-                f"MemoryLoader: batch must divide by {order.ranks} ranks and be at most {order.samples} images, "
+                f"MemoryLoader: batch must divide by {order.ranks} ranks and be at most {most} images, "
                 f"got {order.batch}"
             )
         self.array = array
@@ -228,7 +230,7 @@ class MemoryLoader:
             samples = np.array([sample for _, sample in keys])
             drawn = torch.from_numpy(parameters(order.seed, epoch, samples, array.height, array.width))
             tables = list(drawn.to(device, non_blocking=True))
-            indices = torch.from_numpy(self.rows[samples]).to(device, non_blocking=True)
+            indices = torch.from_numpy(self.rows[samples % order.samples]).to(device, non_blocking=True)
             labels = None if array.labels is None else array.labels[indices]
             index = array.samples[indices]  # type: ignore[index]
             yield Crops(array.crops(indices, tables, self.specs), tables, index, epoch, labels, unreadable)
@@ -271,15 +273,16 @@ def sides(source: Source, i: int) -> tuple[int, int]:
 
 
 def are_small(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
-    """Whether a folder's images are so small that they are best held as they are: squares of one size up to `SMALL`
+    """Whether files' images are so small that they are best held as they are: squares of one size up to `SMALL`
     pixels, no larger than the views need, that fit in so much memory, `UNASKED` GiB at most.
 
-    `SIZES` images are looked at, evenly over the folder, up to the first that isn't. Another one may be of another size
+    `SIZES` images are looked at, evenly over the source, up to the first that isn't. Another one may be of another size
     nevertheless: `create(unchanged=True)` sees all of them. What an object of the user's reads may be another image
     each time, so it isn't held.
     """
-    files = source.source if isinstance(source, Levelled) else source
-    if not isinstance(files, Folder):
+    given = inner(source)
+    parts = given.parts if isinstance(given, Mixture) else [given]
+    if source.decoded or not all(type(part) in SOURCES.values() for part in parts):
         return False
     count = len(source)
     found: set[tuple[int, int]] = set()

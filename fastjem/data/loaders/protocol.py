@@ -21,9 +21,13 @@ class Order:
 
     Each epoch is a permutation keyed (seed, epoch): the place in a run is told by the step alone. An epoch is the whole
     batches in the data, and of them the whole groups of `accumulate`, that make an optimiser's step.
+
+    A sample is an image's number in the data; where an image is seen once more in an epoch, it is that number and
+    `samples` more, so that it has other views.
     """
 
     samples: int  # in the data
+    parts: tuple[tuple[int, float], ...] = ()  # of each of several sources: images, how often they are seen in an epoch
     batch: int  # images over all ranks; each rank has batch / ranks of them
     accumulate: int = 1
     seed: int = 0
@@ -34,8 +38,12 @@ class Order:
 
     @property
     def batches_per_epoch(self) -> int:
-        whole = self.samples // self.batch
+        whole = self.images_per_epoch // self.batch
         return whole - whole % self.accumulate or whole  # fewer batches than one step takes: it takes several epochs
+
+    @property
+    def images_per_epoch(self) -> int:
+        return images_per_epoch(self.samples, self.parts)
 
     @property
     def of_rank(self) -> int:
@@ -63,8 +71,38 @@ class Order:
             yield [(epoch, int(sample)) for sample in permutation[first : first + self.of_rank]]
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """[samples] int64: the order of an epoch."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1])).permutation(self.samples)
+        """[images_per_epoch] int64: the order of an epoch."""
+        order = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1])).permutation(self.images_per_epoch)
+        return order if all(weight == 1 for _, weight in self.parts) else self._chosen(epoch)[order]
+
+    def _chosen(self, epoch: int) -> np.ndarray:
+        """[images_per_epoch] int64: the samples of an epoch, part after part.
+
+        Of a part of which a share is seen, epochs take one stretch after another of a circle on which its images lie in
+        an order keyed (seed, part): two epochs share as few images as can be, and all images are seen alike.
+        """
+        chosen = []
+        for part, (count, weight) in enumerate(self.parts):
+            first = sum(images for images, _ in self.parts[:part])
+            whole, share = _times(count, weight)
+            chosen += [np.arange(first, first + count) + again * self.samples for again in range(whole)]
+            if not share:
+                continue
+            circle = np.random.Generator(np.random.Philox(key=[self.seed, 2**63 + part])).permutation(count)
+            stretch = circle[(epoch * share + np.arange(share)) % count]
+            chosen.append(first + stretch + whole * self.samples)
+        return np.concatenate(chosen)
+
+
+def images_per_epoch(samples: int, parts: Sequence[tuple[int, float]]) -> int:
+    """All samples, or as many of each part as its weight says."""
+    return sum(whole * count + share for count, weight in parts for whole, share in [_times(count, weight)]) or samples
+
+
+def _times(count: int, weight: float) -> tuple[int, int]:
+    """How often all of a part's images are seen in an epoch, and how many of them once more; one at least."""
+    images = max(round(count * weight), 1)
+    return images // count, images % count
 
 
 @dataclass(frozen=True, kw_only=True)

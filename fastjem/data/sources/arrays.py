@@ -20,6 +20,10 @@ class Arrays:
 
     Labels are renumbered to the classes that are there. Where all images have one label they tell nothing apart: such a
     file has no labels.
+
+    The images of a .npy file stay in it: they are mapped, so that processes share what memory holds of them and they
+    may be more than it can. A mapped file that shrinks would end the process (SIGBUS), so its size is looked at before
+    an image is copied out of it. A .npz file is read whole, which checks its sums; forked workers share its pages.
     """
 
     decoded = True
@@ -28,6 +32,7 @@ class Arrays:
         self.root = os.fspath(root)
         found = read_once(self.root)
         self.images = found["images"]
+        self.mapped = os.path.getsize(self.root) if self.root.endswith(".npy") else 0  # bytes
         self.classes: list[str] = []
         self.labels: np.ndarray | None = None
         if "labels" in found:
@@ -43,7 +48,7 @@ class Arrays:
 
     @staticmethod
     def read_named(root: str, name: str) -> np.ndarray:
-        return read_once(root)["images"][int(name)]
+        return Arrays(root).read(int(name))  # the file is opened once
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Arrays, (self.root,)  # a worker that isn't a fork reads the file instead of being sent all its pixels
@@ -55,8 +60,12 @@ class Arrays:
         return str(i)
 
     def read(self, i: int) -> np.ndarray:
-        """[H, W, C]."""
-        return self.images[i]
+        """[H, W, C]; OSError where the file isn't what it was."""
+        if not self.mapped:
+            return self.images[i]
+        if os.path.getsize(self.root) != self.mapped:
+            raise OSError(f"{self.root} has changed since it was opened")
+        return np.array(self.images[i])
 
 
 def channels_axis(shape: Sequence[int]) -> int:
@@ -69,7 +78,8 @@ def channels_axis(shape: Sequence[int]) -> int:
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """What a .npz or .npy file holds: `images` [N, H, W, C] of integers or floats, stored so, as [N, C, H, W] or as
-    [N, H, W]; in a .npz file perhaps `labels` [N] int64 and `classes`, the names that they number.
+    [N, H, W], those of a .npy file mapped and read-only; in a .npz file perhaps `labels` [N] int64 and `classes`, the
+    names that they number.
 
     Raises:
         UserError: for anything else, with what came.
@@ -103,8 +113,8 @@ def _loaded(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
         opened = np.load(path, mmap_mode="r", allow_pickle=False)  # of a .npy file the header alone
         if isinstance(opened, np.ndarray):
-            _check_held(opened.shape, opened.dtype)
-            return {"images": np.array(opened)}
+            _check_sizes(opened.shape)
+            return {"images": np.asarray(opened)}
         with opened:
             names = sorted(opened)
             if "images" not in names:
@@ -126,8 +136,8 @@ def _header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def _check_held(shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """UserError for images that are too large each, or more together than this machine has memory."""
+def _check_sizes(shape: tuple[int, ...]) -> None:
+    """UserError for images that are too large each."""
     if len(shape) == 4:
         axis = channels_axis(shape)
         height, width = (size for i, size in enumerate(shape) if i not in (0, axis))
@@ -135,6 +145,11 @@ def _check_held(shape: tuple[int, ...], dtype: np.dtype) -> None:
             check_size(width, height, shape[axis])
         except ValueError as error:
             raise UserError(f"images of {error}") from None
+
+
+def _check_held(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """UserError for images that are too large each, or more together than this machine has memory."""
+    _check_sizes(shape)
     needed = math.prod(shape) * dtype.itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if needed > memory:

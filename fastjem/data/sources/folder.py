@@ -11,6 +11,8 @@ from fastjem.data.files import ENDINGS, read_file
 from fastjem.errors import UserError
 from fastjem.reading import why_not
 
+FILES = (".txt", ".csv", ".tsv", ".tar", ".parquet", ".arrow", ".feather", ".npz", ".npy")  # of other sources
+
 
 class Folder:
     """The image files below a folder, nested or flat; none of them is opened until it is read.
@@ -23,7 +25,9 @@ class Folder:
     def __init__(self, root: str | os.PathLike[str]):
         self.root = os.fspath(root)
         if not os.path.isdir(self.root):
-            raise UserError(f"{root} is {'a file, no' if os.path.exists(self.root) else 'not a'} folder")
+            if os.path.exists(self.root):
+                raise UserError(f"{root} is a file, no folder; of files these are read: {' '.join(FILES)}")
+            raise UserError(f"{root} is not a folder, and no file is there")
         listed = list_images(self.root)
         self.unlisted = listed.unlisted
         self.others = dict(sorted(listed.others.items(), key=lambda item: (-item[1], item[0])))

@@ -2,15 +2,13 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from fastjem.data.sources.naming import SEPARATOR, split
 from fastjem.errors import UserError
 from fastjem.printing import say
-
-SEPARATOR = ","
 
 
 class Part(Protocol):
@@ -63,6 +61,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.rows[0])
 
+    def place(self, i: int) -> tuple[Part, int]:
+        """The first source, and which of its images is meant."""
+        return self.parts[0], int(self.rows[0][i])
+
     def name(self, i: int) -> str:
         return self.parts[0].name(int(self.rows[0][i]))
 
@@ -87,8 +89,11 @@ def _stems(source: Part) -> dict[str, int]:
 
 
 def roots(data: str) -> list[str]:
-    """ "a,b" -> ["a", "b"]; a path that is there is one root, whatever is in its name."""
-    return [data] if Path(data).exists() else [root for root in data.split(SEPARATOR) if root]
+    """ "a,b" -> ["a", "b"]; a path that is there is one root, whatever is in its name. UserError for weights."""
+    parts = split(data)
+    if weights := [f"{root}:{weight:g}" for root, weight in parts if weight is not None]:
+        raise UserError(f"images that belong together are seen alike: no number behind a colon, got {weights[0]}")
+    return [root for root, _ in parts]
 
 
 def check_sources(wanted: int, given: Iterable[object], data: object) -> None:

@@ -1,0 +1,72 @@
+"""Where files that were made of the user's data are kept, and how they come to be there."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+def folder() -> Path:
+    """$FASTJEM_CACHE, $XDG_CACHE_HOME/fastjem or ~/.cache/fastjem; it needn't be there.
+
+    Raises:
+        RuntimeError: for an account without a home.
+    """
+    if named := os.environ.get("FASTJEM_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastjem"
+
+
+@contextlib.contextmanager
+def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to be written, which has its name when the block is left, and is gone if that is by an error: whoever
+    reads finds the whole of it, and of several processes that write at once the last one's is kept.
+
+    Raises:
+        OSError: where it can't be written.
+    """
+    parent, name = os.path.split(os.fspath(path))
+    os.makedirs(parent or ".", exist_ok=True)
+    descriptor, part = tempfile.mkstemp(prefix=f".{name}.", suffix=".part", dir=parent or ".")
+    try:
+        with open(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)  # mkstemp's is for its owner alone
+        os.replace(part, path)
+    except BaseException:  # a full disk, Ctrl-C
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+@contextlib.contextmanager
+def alone(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Of the processes of a machine that want to make a file one does; the others wait, and find it made. Where nothing
+    can be locked all of them make it, which `written` allows.
+
+    Who makes it removes what one that was killed has left of it.
+    """
+    parent, name = os.path.split(os.fspath(path))
+    lock = None
+    try:
+        import fcntl
+
+        os.makedirs(parent or ".", exist_ok=True)
+        lock = open(f"{os.fspath(path)}.lock", "ab")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in os.listdir(parent or "."):
+            if left.startswith(f".{name}.") and left.endswith(".part"):
+                os.unlink(os.path.join(parent, left))
+    except (ImportError, OSError):  # another system's, a file server without locks, a folder that is read-only
+        pass
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(lock.name)  # whoever waits for it has it open
+            lock.close()

@@ -1,0 +1,164 @@
+"""How `--data` names images: a path, a pattern of paths, columns behind a "?", several of them with commas between."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+
+from fastjem.errors import UserError
+
+SEPARATOR = ","
+LISTS = (".txt", ".csv", ".tsv")
+OPTIONS = re.compile(r"\?([a-z]+=[^?&]+(?:&[a-z]+=[^?&]+)*)$")  # "?image=photo&label=kind", at the end of a path
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+WEIGHT = re.compile(r"(.+):(\d+\.?\d*|\.\d+)")
+MOST = 1_000_000  # paths that braces may stand for
+
+
+def split_options(root: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
+    """ "a.csv?label=kind" -> ("a.csv", {"label": "kind"}); a path that is there has no options."""
+    path = os.fspath(root)
+    found = None if os.path.exists(path) else OPTIONS.search(path)
+    if found is None:
+        return path, {}
+    return path[: found.start()], dict(option.split("=", 1) for option in found[1].split("&"))
+
+
+def columns(root: str, options: dict[str, str], known: tuple[str, ...]) -> dict[str, str]:
+    """The options of a list or a table; UserError for one that it hasn't."""
+    for name in options:
+        if name not in known:
+            raise UserError(f"{root}: ?{name}= is no option of it; there are {', '.join(f'?{one}=' for one in known)}")
+    return options
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path that isn't there stands for others: DIR/{000..146}.tar, DIR/{a,b}.tar, DIR/part-*.tar."""
+    return not os.path.exists(path) and ("*" in os.path.basename(path) or bool(BRACES.search(path)))
+
+
+def expand(path: str) -> list[str]:
+    """The paths that a pattern stands for: those of braces in the order given, those of `*` sorted, hidden ones left
+    out. A path that is no pattern stands for itself.
+
+    Raises:
+        UserError: for a pattern of more than `MOST` paths, or one of `*` that nothing fits.
+    """
+    if not is_pattern(path):
+        return [path]
+    paths: list[str] = []
+    for one in _without_braces(path):
+        paths += sorted(_without_stars(one))
+        if len(paths) > MOST:
+            raise UserError(f"{path} stands for more than {MOST:,} files")
+    if not paths:
+        raise UserError(f"there is no file {path}")
+    return paths
+
+
+def _without_stars(path: str) -> Iterator[str]:
+    folder, name = os.path.split(path)
+    if "*" not in name:
+        return iter((path,))
+    return glob.iglob(os.path.join(glob.escape(folder), glob.escape(name).replace("[*]", "*")))
+
+
+def _without_braces(path: str) -> Iterator[str]:
+    found = BRACES.search(path)
+    if found is None:
+        yield path
+        return
+    if numbers := RANGE.fullmatch(found[1]):
+        first, last = int(numbers[1]), int(numbers[2])
+        if abs(last - first) >= MOST:
+            raise UserError(f"{path} stands for more than {MOST:,} files")
+        digits = len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
+        step = 1 if last >= first else -1
+        middles = (f"{number:0{digits}}" for number in range(first, last + step, step))
+    else:
+        middles = iter(found[1].split(SEPARATOR))
+    for middle in middles:
+        yield from _without_braces(path[: found.start()] + middle + path[found.end() :])
+
+
+def home(path: str) -> str:
+    """The folder that a path's, or a pattern's, images are called from: DIR of DIR/a.tar and of DIR/{a,b}/*.tar."""
+    folder = os.path.dirname(path)
+    while is_pattern(path) and BRACES.search(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def is_list(root: str) -> bool:
+    """Whether it is called as a list of paths, which may lead anywhere."""
+    return split_options(root)[0].lower().endswith(LISTS)
+
+
+def folder_of(root: str) -> str:
+    """What a source's images lie in: a folder, or the file that has them; the folder of a list or a pattern."""
+    path = split_options(root)[0]
+    if is_list(root):
+        return os.path.dirname(path)
+    return home(path) if is_pattern(path) else path
+
+
+def split(data: str) -> list[tuple[str, float | None]]:
+    """ "a,b:0.3" -> [("a", None), ("b", 0.3)]. A path that is there is one, whatever is in its name."""
+    pieces = [""]
+    depth = 0
+    for character in data:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == SEPARATOR and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    if depth:  # no pattern: a brace of a name
+        pieces = data.split(SEPARATOR)
+    parts = []
+    at = 0
+    while at < len(pieces):
+        ends = range(len(pieces), at, -1)
+        end = next((end for end in ends if is_there(SEPARATOR.join(pieces[at:end]))), at + 1)
+        if root := SEPARATOR.join(pieces[at:end]):
+            parts.append(_weighed(root))
+        at = end
+    return parts
+
+
+def _weighed(root: str) -> tuple[str, float | None]:
+    found = None if os.path.exists(root) else WEIGHT.fullmatch(root)
+    return (root, None) if found is None else (found[1], float(found[2]))
+
+
+def is_there(root: str) -> bool:
+    """Whether one path, perhaps with a weight behind it, leads to something."""
+    path = split_options(_weighed(root)[0])[0]
+    if not is_pattern(path):
+        return os.path.exists(path)
+    try:
+        return any(os.path.exists(one) for braced in _without_braces(path) for one in _without_stars(braced))
+    except UserError:
+        return False
+
+
+def exists(data: str) -> bool:
+    """Whether everything that `--data` names is there."""
+    parts = split(data)
+    return bool(parts) and all(is_there(root) for root, _ in parts)
+
+
+def absolute(data: str) -> str:
+    """The same images named from any folder; a name that isn't a path may be made to one that isn't there."""
+    parts = split(data)
+    return SEPARATOR.join(os.path.abspath(root) + ("" if w is None else f":{w:g}") for root, w in parts)
+
+
+def beside(data: str, name: str) -> str | None:
+    """Of "photos/train.csv?label=kind" and "test" "photos/test.csv?label=kind"; None of what isn't called "train"."""
+    if len(parts := split(data)) != 1 or parts[0][1] is not None:
+        return None
+    path, _ = split_options(data)
+    folder, base = os.path.split(os.path.normpath(path))
+    stem, ending = os.path.splitext(base)
+    return os.path.join(folder, name + ending) + data[len(path) :] if stem == "train" else None
