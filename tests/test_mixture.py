@@ -67,6 +67,9 @@ def test_how_often_images_are_seen() -> None:
     assert epoch(replace(order, seed=4), 0) != epoch(order, 0)
     shares = [set(epoch(Order(samples=10, parts=((10, 0.8),), batch=2, stop=1), number)) for number in range(5)]
     assert all(len(one & other) == 6 for one, other in itertools.pairwise(shares))  # as few as can be
+    of_both = epoch(Order(samples=200, parts=((100, 0.5), (100, 0.5)), batch=2, stop=1), 0)
+    first = {sample for sample in of_both if sample < 100}
+    assert len(first) == 50 and first != {sample - 100 for sample in of_both if sample >= 100}  # not of the same rows
 
 
 def test_the_place_in_a_run_is_its_step_and_ranks_share_it() -> None:
@@ -97,7 +100,7 @@ def test_names_classes_and_images_are_those_of_the_parts(sides: tuple[Source, So
     assert without.labels is None and without.classes == [] and len(without) == 16
     (half,) = (open_source(f"{a.root}:.5"),)
     assert parts_of(half) == ((12, 0.5),) and half.name(3) == f"a/{a.name(3)}"
-    own = Mixture([open_source(Own(a)), a], [2, None])
+    own = Mixture([Own(a), a.root], [2, None])  # whatever `open_source` takes
     assert open_source(own) is own and own.name(33) == f"a/{a.name(1)}" and own.name(1) == "Own/1"
 
 
@@ -118,6 +121,8 @@ def test_roots_are_told_apart_by_their_last_folders(sides: tuple[Source, Source]
             open_source(data)
     with pytest.raises(UserError, match="a part of several sources must be one source"):
         Mixture([open_source(f"{a}:2"), sides[1]])
+    with pytest.raises(UserError, match="a weight, or None, for each of 2 parts; got 1"):
+        Mixture(sides, [0.5])
 
 
 def test_a_path_that_is_there_is_one_whatever_its_name(tmp_path: Path) -> None:
@@ -136,6 +141,12 @@ def test_names_of_data_are_taken_apart_and_made_absolute(tmp_path: Path, monkeyp
     assert naming.split("a,b:0.3,t-{1,2}.tar:2") == [("a", None), ("b", 0.3), ("t-{1,2}.tar", 2.0)]
     assert naming.split("a,,b,") == [("a", None), ("b", None)] and naming.split("a:b") == [("a:b", None)]
     assert naming.absolute("a,b.csv?label=x:0.3") == f"{tmp_path}/a,{tmp_path}/b.csv?label=x:0.3"
+    for weight in (0.123456789, 1 / 3, 1e-9, 1000.0, 2.0):
+        assert naming.split(naming.weighed("a", weight)) == [("a", weight)]
+    assert naming.absolute("a:0.123456789,b:0.000000001") == f"{tmp_path}/a:0.123456789,{tmp_path}/b:0.000000001"
+    (tmp_path / "b.csv").touch()
+    named = "b.csv?image=x&label=y,b.csv?label=y:0.5,t-{1,2}.tar"  # a comma behind an option begins another part
+    assert [part for part, _ in naming.split(named)] == ["b.csv?image=x&label=y", "b.csv?label=y", "t-{1,2}.tar"]
     assert naming.expand("t-{008..011}.tar") == ["t-008.tar", "t-009.tar", "t-010.tar", "t-011.tar"]
     assert naming.expand("t-{9..11}") == ["t-9", "t-10", "t-11"] and naming.expand("{b,a}{1..2}") == [
         "b1",
@@ -146,6 +157,9 @@ def test_names_of_data_are_taken_apart_and_made_absolute(tmp_path: Path, monkeyp
     for pattern in ("t-{0..9999999}.tar", "{0..1999}{0..1999}"):
         with pytest.raises(UserError, match=r"stands for more than 1,000,000 files"):
             naming.expand(pattern)
+    with monkeypatch.context() as patched:
+        patched.setattr(naming, "MOST", 50)
+        assert not naming.exists("{0..9}" * 20)  # the last ones of 1e20 aren't looked for
     assert (
         naming.beside("x/train.csv?label=k", "test") == "x/test.csv?label=k"
         and naming.beside("x/train/", "test") == "x/test"

@@ -88,7 +88,8 @@ class Order:
             chosen += [np.arange(first, first + count) + again * self.samples for again in range(whole)]
             if not share:
                 continue
-            circle = np.random.Generator(np.random.Philox(key=[self.seed, 2**63 + part])).permutation(count)
+            key = np.array([self.seed, 2**63 + part], np.uint64)  # a list of them would be rounded to floats
+            circle = np.random.Generator(np.random.Philox(key=key)).permutation(count)
             stretch = circle[(epoch * share + np.arange(share)) % count]
             chosen.append(first + stretch + whole * self.samples)
         return np.concatenate(chosen)

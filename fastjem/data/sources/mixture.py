@@ -20,24 +20,30 @@ class Mixture:
     name where all parts have labels; where one has none there are none.
 
     Args:
-        parts: the sources.
+        parts: the sources, or what `fastjem.data.source.open_source` makes one of.
         weights: how often each image of a part is seen in an epoch: 0.3: another 30 % of them in each; 2: twice, with
             other views; None: once.
 
     Raises:
-        UserError: for a part that is there twice, for pairs, and for a weight that isn't positive.
+        UserError: for a part that is there twice, for pairs, for a weight that isn't positive, and for another number
+            of weights than of parts.
     """
 
-    def __init__(self, parts: Sequence[Part], weights: Sequence[float | None] | None = None):
-        self.parts = list(parts)
-        self.weights = [1.0 if weight is None else float(weight) for weight in weights or [None] * len(self.parts)]
+    def __init__(self, parts: Sequence[Any], weights: Sequence[float | None] | None = None):
+        from fastjem.data.source import open_source  # which opens mixtures
+
+        self.parts: list[Part] = [open_source(part) for part in parts]
+        given = [None] * len(self.parts) if weights is None else list(weights)
+        if len(given) != len(self.parts) or not given:
+            raise UserError(f"Mixture: a weight, or None, for each of {len(self.parts)} parts; got {len(given)}")
+        self.weights = [1.0 if weight is None else float(weight) for weight in given]
         for part, weight in zip(self.parts, self.weights, strict=True):
             if isinstance(part, (Pairs, Mixture)):
                 raise UserError(f"{part.root}: a part of several sources must be one source")
             if not 0 < weight <= 1000:
                 raise UserError(f"{part.root}:{weight:g}: the number behind the colon must be above 0, 1000 at most")
         roots = [part.root for part in self.parts]
-        self.root = naming.SEPARATOR.join(f"{root}:{w:g}" for root, w in zip(roots, self.weights, strict=True))
+        self.root = naming.SEPARATOR.join(map(naming.weighed, roots, self.weights))
         self.called = called(roots)
         counts = [len(part) for part in self.parts]
         self.starts = [0, *np.cumsum(counts).tolist()]

@@ -1,15 +1,19 @@
 """How `--data` names images: a path, a pattern of paths, columns behind a "?", several of them with commas between."""
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterator
+
+import numpy as np
 
 from fastjem.errors import UserError
 
 SEPARATOR = ","
 LISTS = (".txt", ".csv", ".tsv")
-OPTIONS = re.compile(r"\?([a-z]+=[^?&]+(?:&[a-z]+=[^?&]+)*)$")  # "?image=photo&label=kind", at the end of a path
+# "?image=photo&label=kind" at the end of a path; without a comma, behind which is another path
+OPTIONS = re.compile(r"\?([a-z]+=[^?&,]+(?:&[a-z]+=[^?&,]+)*)$")
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 WEIGHT = re.compile(r"(.+):(\d+\.?\d*|\.\d+)")
@@ -131,13 +135,19 @@ def _weighed(root: str) -> tuple[str, float | None]:
     return (root, None) if found is None else (found[1], float(found[2]))
 
 
+def weighed(root: str, weight: float) -> str:
+    """ "b" and 0.3 -> "b:0.3", which `split` takes apart to the same number."""
+    return f"{root}:{np.format_float_positional(weight, trim='-')}"
+
+
 def is_there(root: str) -> bool:
-    """Whether one path, perhaps with a weight behind it, leads to something."""
+    """Whether one path, perhaps with a weight behind it, leads to something; of a pattern the first `MOST` paths count."""
     path = split_options(_weighed(root)[0])[0]
     if not is_pattern(path):
         return os.path.exists(path)
     try:
-        return any(os.path.exists(one) for braced in _without_braces(path) for one in _without_stars(braced))
+        named = (one for braced in itertools.islice(_without_braces(path), MOST) for one in _without_stars(braced))
+        return any(map(os.path.exists, named))
     except UserError:
         return False
 
@@ -150,8 +160,8 @@ def exists(data: str) -> bool:
 
 def absolute(data: str) -> str:
     """The same images named from any folder; a name that isn't a path may be made to one that isn't there."""
-    parts = split(data)
-    return SEPARATOR.join(os.path.abspath(root) + ("" if w is None else f":{w:g}") for root, w in parts)
+    parts = ((os.path.abspath(root), weight) for root, weight in split(data))
+    return SEPARATOR.join(root if weight is None else weighed(root, weight) for root, weight in parts)
 
 
 def beside(data: str, name: str) -> str | None:
