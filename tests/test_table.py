@@ -3,8 +3,10 @@
 import errno
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,9 +183,20 @@ def test_a_copy_is_made_once_and_anew_when_it_doesnt_fit(
     assert fingerprint(open_source(f"{path}?image=image")) == first and made not in capsys.readouterr().err
     for broken in (b"", b"x" * 100, copy.read_bytes()[:-10]):
         copy.write_bytes(broken)
-        (cache / f".{copy.name}.left.part").write_bytes(b"of a process that was killed")
+        left = cache / f".{copy.name}.left.part"
+        left.write_bytes(b"of a process that was killed")
+        os.utime(left, (0, time.time() - 3700))
         assert open_source(f"{path}?image=image").read(3) == folder.read(3) and made in capsys.readouterr().err
     assert list(cache.iterdir()) == [copy]
+    copy.unlink()
+    written = cache / f".{copy.name}.now.part"
+    written.write_bytes(b"of another machine, which has no lock here")
+    mask = os.umask(0o077)
+    try:
+        open_source(f"{path}?image=image")
+    finally:
+        os.umask(mask)
+    assert set(cache.iterdir()) == {copy, written} and copy.stat().st_mode & 0o777 == 0o600  # it has their images
     write(path, {"image": images(folder).slice(0, 5)})
     source = open_source(path)
     assert made in capsys.readouterr().err and len(source) == 5
@@ -211,7 +224,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     kept = arrow.cache.open if hasattr(arrow.cache, "open") else open
-    monkeypatch.setattr(arrow.cache, "open", lambda *a: Full(*a) if isinstance(a[0], int) else kept(*a), raising=False)
+    monkeypatch.setattr(arrow.cache, "open", lambda *a: Full(*a) if str(a[0]).endswith(".part") else kept(*a), raising=False)
     with pytest.raises(UserError, match=r"a.parquet is read at random .* \(No space left on device\): FASTJEM_CACHE"):
         open_source(path)
     assert list(cache.iterdir()) == []

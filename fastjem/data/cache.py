@@ -2,10 +2,13 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+HOUR = 3600.0  # after which nobody writes a file any more that hasn't grown
 
 
 def folder() -> Path:
@@ -29,13 +32,13 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     parent, name = os.path.split(os.fspath(path))
     os.makedirs(parent or ".", exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=f".{name}.", suffix=".part", dir=parent or ".")
+    part = os.path.join(parent, f".{name}.{secrets.token_hex(8)}.part")
+    file = open(part, "x+b")  # noqa: SIM115  # read by whom the user's umask lets read: it may be a copy of their images
     try:
-        with open(descriptor, "w+b") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(part, 0o644)  # mkstemp's is for its owner alone
         os.replace(part, path)
     except BaseException:  # a full disk, Ctrl-C
         with contextlib.suppress(OSError):
@@ -48,7 +51,8 @@ def alone(path: str | os.PathLike[str]) -> Iterator[None]:
     """Of the processes of a machine that want to make a file one does; the others wait, and find it made. Where nothing
     can be locked all of them make it, which `written` allows.
 
-    Who makes it removes what one that was killed has left of it.
+    Who makes it removes what one that was killed has left of it, an hour later: on a file server, of which each machine
+    has locks of its own, another one may be writing.
     """
     parent, name = os.path.split(os.fspath(path))
     lock = None
@@ -59,8 +63,9 @@ def alone(path: str | os.PathLike[str]) -> Iterator[None]:
         lock = open(f"{os.fspath(path)}.lock", "ab")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in os.listdir(parent or "."):
-            if left.startswith(f".{name}.") and left.endswith(".part"):
-                os.unlink(os.path.join(parent, left))
+            part = os.path.join(parent, left)
+            if left.startswith(f".{name}.") and left.endswith(".part") and time.time() - os.stat(part).st_mtime > HOUR:
+                os.unlink(part)
     except (ImportError, OSError):  # another system's, a file server without locks, a folder that is read-only
         pass
     try:
