@@ -174,6 +174,42 @@ def test_what_is_before_a_damage_is_used(
     assert f"from byte {where} on" in capsys.readouterr().err
 
 
+def test_what_is_behind_the_end_and_what_isnt_in_one_piece_is_said(
+    folder: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write_tar(tmp_path / "1.tar", [("1.png", folder.read(1))]).read_bytes()
+    second = write_tar(tmp_path / "2.tar", [("2.png", folder.read(2))]).read_bytes()
+    (tmp_path / "a" / "c.tar").mkdir(parents=True)
+    (tmp_path / "a" / "c.tar" / "BOTH.TAR").write_bytes(first + second)
+    source = open_source(tmp_path / "a" / "c.tar")  # a folder, whatever it is called
+    assert names(source) == ["BOTH.TAR/1.png"] == [f"BOTH.TAR/{open_source(tmp_path / 'a/c.tar/BOTH.TAR').name(0)}"]
+    said = capsys.readouterr().err
+    end = 512 + -(-len(folder.read(1)) // 512) * 512
+    assert f"BOTH.TAR from byte {end} on can't be listed (it ends there, and more follows: tar -A joins" in said
+    assert open_source(tmp_path / "1.tar").unlisted == []
+    sparse = tarfile.TarInfo("hole.png")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    write_tar(tmp_path / "s.tar", [("hole.png", sparse), ("1.png", folder.read(1))])
+    source = open_source(tmp_path / "s.tar")
+    assert names(source) == ["1.png"] and source.read(0) == folder.read(1)
+    assert source.unlisted == [(f"{tmp_path}/s.tar/hole.png", "a sparse member, which isn't in one piece")]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[]",
+        "[" * 10**5,
+        '{"signature": [], "classes": [], "unlisted": [], "without": 0, "positions": [], "starts": [], "ends": 0}',
+    ],
+)
+def test_an_index_that_says_nonsense_is_made_anew(said: str, three: Path, folder: Source) -> None:
+    open_source(three)
+    (path,) = indices(three)
+    path.write_bytes(said.encode() + np.array(len(said), "<u8").tobytes() + index.MAGIC)
+    assert open_source(three).read(5) == folder.read(5)
+
+
 def test_no_damage_is_anything_but_said(folder: Source, tmp_path: Path) -> None:
     """Bytes of headers and labels turned at random: what is listed can be read, or raises when it is."""
     whole = write_tar(tmp_path / "a.tar", [*samples(folder, range(4)), link("a.png", "0001.png")]).read_bytes()

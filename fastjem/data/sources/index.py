@@ -94,7 +94,8 @@ class Index:
         try:
             with open(path, "rb") as file:
                 index = cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path)
-        except (OSError, ValueError, KeyError, TypeError):  # not there, of another version, or broken
+        # not there, of another version, or broken
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
         return index if index.signature == signature else None
 

@@ -56,9 +56,9 @@ class Shards:
     @staticmethod
     def recognises(root: Path) -> bool:
         path = os.fspath(root)
-        if path.endswith((".tar", *COMPRESSED)):
-            return os.path.isfile(path) or naming.is_pattern(path)
-        return holds_files(path, (".tar", *COMPRESSED))
+        if os.path.isdir(path):
+            return holds_files(path, (".tar", *COMPRESSED))
+        return path.lower().endswith((".tar", *COMPRESSED)) and (os.path.isfile(path) or naming.is_pattern(path))
 
     @staticmethod
     def read_named(root: str, name: str) -> bytes:
@@ -152,9 +152,9 @@ def home_of(root: str) -> str:
 
 def shard_files(root: str) -> list[str]:
     """The tar files that a path or a pattern names, in the order given; those of a folder are sorted."""
-    if root.endswith(COMPRESSED):
-        raise UserError(f"{root}: {UNCOMPRESSED}")
     if not os.path.isdir(root):
+        if root.lower().endswith(COMPRESSED):
+            raise UserError(f"{root}: {UNCOMPRESSED}")
         return naming.expand(root)
     try:
         with os.scandir(root) as entries:

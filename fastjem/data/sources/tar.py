@@ -17,6 +17,7 @@ from fastjem.reading import why_not
 KEYS = ("cls", *LABELS)  # of a sample's .json; the first that is there counts
 LARGEST_LABEL = 2**20  # bytes of a .cls or .json member
 BLOCK = 512
+PADDING = 2**20  # bytes behind a tar file's end that are looked at: zeros, usually 10 kB
 GZIP = b"\x1f\x8b"
 
 
@@ -77,6 +78,10 @@ def list_tar(path: str) -> Listed:
                     beside = folder if member.issym() else ""
                     links += [(key, name, posixpath.normpath(posixpath.join(beside, member.linkname)))]
                     continue
+                if member.issparse():
+                    if ending in ENDINGS:
+                        found.unlisted.append((f"/{name}", "a sparse member, which isn't in one piece"))
+                    continue
                 last = key
                 sample = samples.setdefault(key, Sample())
                 if ending in ENDINGS:
@@ -124,13 +129,17 @@ def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, str]]:
             header = os.pread(file.fileno(), BLOCK, archive.offset)
             if header != bytes(BLOCK):
                 raise DamagedError("it is damaged" if len(header) == BLOCK else "it is cut off", archive.offset)
+            if os.pread(file.fileno(), PADDING, archive.offset).strip(b"\0"):
+                raise DamagedError(
+                    "it ends there, and more follows: tar -A joins tar files, cat doesn't", archive.offset
+                )
             return
         if member.size < 0 or archive.offset <= at or member.offset_data < 0:
             raise DamagedError("it is damaged", at)
         begin, at = at, archive.offset
         name = posixpath.normpath(member.name).lstrip("/")
-        if member.isreg() and not member.issparse():
-            if member.offset_data + member.size > size:
+        if member.isreg():
+            if not member.issparse() and member.offset_data + member.size > size:
                 raise DamagedError("it is cut off", begin)
         elif not (member.issym() or member.islnk()):
             continue
