@@ -171,6 +171,21 @@ def test_paths_are_names_and_lead_to_files(folder: Source, tmp_path: Path) -> No
     assert by_path.read(5) == folder.read(5)
 
 
+def test_a_folder_that_is_called_as_a_file_and_several_whose_images_are_beside_them(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        one = open_source(make_folder(tmp_path / part, 2, classes=0, seed=ord(part)))
+        write(tmp_path / part / "paths.parquet", {"image": pa.array([one.name(0), one.name(1)])})
+        write(tmp_path / "whole.parquet" / f"{part}.parquet", {"image": pa.array([one.read(0)])})
+    source = open_source(f"{tmp_path}/{{a,b}}/paths.parquet")
+    assert [source.read(i) for i in (1, 2)] == [
+        (tmp_path / "a/0001.png").read_bytes(), (tmp_path / "b/0000.png").read_bytes(),
+    ]  # fmt: skip
+    source = open_source(tmp_path / "whole.parquet")  # as Spark writes one
+    assert isinstance(source, Table) and [source.read(0), source.read(1)] == [
+        (tmp_path / part / "0000.png").read_bytes() for part in ("a", "b")
+    ]
+
+
 def test_a_copy_is_made_once_and_anew_when_it_doesnt_fit(
     folder: Source, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,7 +239,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     kept = arrow.cache.open if hasattr(arrow.cache, "open") else open
-    monkeypatch.setattr(arrow.cache, "open", lambda *a: Full(*a) if str(a[0]).endswith(".part") else kept(*a), raising=False)
+    monkeypatch.setattr(
+        arrow.cache, "open", lambda *a: Full(*a) if str(a[0]).endswith(".part") else kept(*a), raising=False
+    )
     with pytest.raises(UserError, match=r"a.parquet is read at random .* \(No space left on device\): FASTJEM_CACHE"):
         open_source(path)
     assert list(cache.iterdir()) == []

@@ -80,11 +80,9 @@ class Table:
     @staticmethod
     def recognises(root: Path) -> bool:
         path = naming.split_options(root)[0]
-        if path.lower().endswith(TABLES):
-            return os.path.isfile(path) or naming.is_pattern(path)
-        if not os.path.isdir(path):
-            return False
-        return holds_files(path, TABLES) or _is_of_parts(path) or _has_data_alone(path)
+        if os.path.isdir(path):
+            return holds_files(path, TABLES) or _is_of_parts(path) or _has_data_alone(path)
+        return path.lower().endswith(TABLES) and (os.path.isfile(path) or naming.is_pattern(path))
 
     @staticmethod
     def read_named(root: str, name: str) -> bytes:
@@ -143,8 +141,7 @@ class Table:
             return data
         if not beside:
             raise ValueError("the row has no image")
-        folder = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
-        return read_file(os.path.join(folder, beside))
+        return read_file(os.path.join(os.path.dirname(path), beside))
 
     def cell(self, i: int) -> tuple[bytes | None, str | None]:
         """(a file's bytes, its path) of row i."""
