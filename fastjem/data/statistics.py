@@ -19,7 +19,8 @@ def parsed(flag: str, given: str | None, channels: int) -> list[float] | None:
     """ "0.5" or "0.5,0.4,0.3" -> a number for each channel; None: nothing is given.
 
     Raises:
-        UserError: for anything else; a deviation is above 0.
+        UserError: for anything else; means are from 0 to 1 (one of levels from 0 to 255 would make all images black),
+            deviations above 0.
     """
     if given is None:
         return None
@@ -27,9 +28,9 @@ def parsed(flag: str, given: str | None, channels: int) -> list[float] | None:
         values = [float(part) for part in given.split(",")]
     except ValueError:
         values = []
-    sensible = all(math.isfinite(value) and (flag != "--std" or value > 0) for value in values)
+    sensible = all(math.isfinite(value) and (value > 0 if flag == "--std" else 0 <= value <= 1) for value in values)
     if len(values) not in (1, channels) or not sensible:
-        wanted = "finite" if flag == "--mean" else "finite and above 0"
+        wanted = "from 0 to 1" if flag == "--mean" else "finite and above 0"
         form = "one number" if channels == 1 else f"one number, or {channels} as 0.5,0.4,... for the channels,"
         raise UserError(f"{flag} must be {form} {wanted}, where black is 0 and white 1; got {given}")
     return values if len(values) == channels else values * channels
