@@ -62,6 +62,14 @@ def test_a_relative_list_in_the_working_folder(folder: Source, tmp_path: Path, m
         ("a.tsv", "id\tfile_name\ttarget\n1\ta b.png\t10\n2\tc.png\t9\n", ["a b.png", "c.png"], ["9", "10"], [1, 0]),
         ("a.csv", 'FilePath,class_name,x\n"a,1.png",10,\nc.png,9a,\n\n', ["a,1.png", "c.png"], ["10", "9a"], [0, 1]),
         ("a.csv", "image\na.png\n", ["a.png"], [], None),
+        (
+            "a.csv",
+            '\ufeffno;Path ; label\r\n1;a,1.png;10\r\n2;"b;2.png";9\r\n;;\r\n',
+            ["a,1.png", "b;2.png"],
+            ["9", "10"],
+            [1, 0],
+        ),
+        ("a.csv", "path\tlabel\na.png\telm\n \t\n", ["a.png"], ["elm"], [0]),
         ("a.csv?image=raw&label=kind", "path,raw,label,kind\na,b,c,d\n", ["b"], ["d"], [0]),
         ("a.csv?label=fine", "path,fine,label\na,b,c\n", ["a"], ["b"], [0]),
     ],
@@ -149,6 +157,20 @@ def test_a_run_knows_its_columns(
     assert "class2" in page and page.count("data:image/png") > 10 and "not shown" not in page
     passed_on = read(tmp_path / "run")  # somebody else's page: nothing is opened but below the list's folder
     assert passed_on.embeddings.hidden == {f"../images/{whole.name(i)}" for i in range(32)}
+    with np.load(tmp_path / "run" / "embeddings.npz") as file:
+        arrays = dict(file)
+    files = [*[f"{whole.root}/{whole.name(i)}" for i in range(31)], "nowhere/0.png"]
+    for root, before in (
+        (f"{tmp_path}/nowhere.txt", ""),
+        (f"{tmp_path}/nowhere:1,{tmp_path}/nothing.csv:1", "nowhere/"),
+    ):
+        arrays |= {"root": np.array(root), "files": np.array([before + name for name in files])}
+        (tmp_path / "sent").mkdir(exist_ok=True)
+        for name in ("config.yaml", "metrics.jsonl"):
+            (tmp_path / "sent" / name).write_bytes((tmp_path / "run" / name).read_bytes())
+        np.savez(tmp_path / "sent" / "embeddings.npz", **arrays)
+        # names that lead out of data that aren't there
+        assert read(tmp_path / "sent").embeddings.hidden == {before + name for name in files[:-1]}
     monkeypatch.chdir(tmp_path / "lists")
     assert evaluate(EvaluateOptions("../run"))["classes"] == 3
     assert fastjem.pretrain(out="../run", resume=True, max_steps=3).steps == 3

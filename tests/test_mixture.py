@@ -95,6 +95,16 @@ def test_names_classes_and_images_are_those_of_the_parts(sides: tuple[Source, So
         assert source.read(i) == part.read(at)
         assert np.array_equal(np.asarray(decode_named(source.root, source.name(i))), np.asarray(decode(part, at)))
     assert pickle.loads(pickle.dumps(source)).read(15) == source.read(15)
+    numbers = make_folder(tmp_path / "numbers", 3)
+    for number, name in enumerate(("9", "--1", "10")):
+        (numbers / f"class{number}").rename(numbers / name)
+    assert open_source(f"{a.root},{numbers}").classes == ["--1", "10", "9", "class0", "class1", "class2"]
+    (numbers / "--1").rename(numbers / "-1")
+    other = make_folder(tmp_path / "other", 1)
+    (other / "class0").rename(other / "7")
+    assert open_source(f"{other},{numbers}").classes == ["-1", "7", "9", "10"]
+    (numbers / "-1").rename(numbers / "--1")
+    assert open_source(f"{other},{numbers}").classes == ["--1", "10", "7", "9"]
     flat = make_folder(tmp_path / "flat", 4, classes=0)
     without = open_source(f"{a.root},{flat}")
     assert without.labels is None and without.classes == [] and len(without) == 16

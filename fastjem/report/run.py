@@ -239,8 +239,8 @@ def _within_data(found: Embeddings, data: str | None, troubles: list[str]) -> Em
     because a folder that was sent names them.
     """
     parts = [root for root, _ in naming.split(found.root)]
-    if not any(naming.is_there(root) for root in parts):
-        return found
+    if not any(naming.is_there(root) for root in parts):  # a name may lead to something nevertheless
+        return replace(found, hidden=frozenset(name for name in found.files if os.path.exists(_path(found.root, name))))
     if data is not None and not _is_folder_of(found.root, data):
         troubles.append(
             f"the images in {found.root} are not shown, as the configuration names {data}; --data says where they are"

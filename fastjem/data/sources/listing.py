@@ -13,7 +13,8 @@ from fastjem.data.sources.naming import LISTS, columns, split_options
 from fastjem.errors import UserError
 from fastjem.reading import why_not
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# The first that the header has; where the comma is for decimals, Excel writes semicolons.
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
 
 
 class Listing:
@@ -89,7 +90,10 @@ def _rows(path: str, options: dict[str, str]) -> Iterator[tuple[str, str | None]
                 if (text := line.strip()) and not text.startswith("#"):
                     yield text, None
             return
-        lines = csv.reader(file, delimiter=DELIMITERS[ending])
+        first = file.readline()
+        file.seek(0)
+        delimiter = next((one for one in DELIMITERS[ending] if one in first), DELIMITERS[ending][0])
+        lines = csv.reader(file, delimiter=delimiter)
         header = [name.strip() for name in next(lines, [])]
         image = column(path, header, "image", options.get("image"), IMAGES)
         label = column(path, header, "label", options.get("label"), LABELS)
@@ -98,7 +102,7 @@ def _rows(path: str, options: dict[str, str]) -> Iterator[tuple[str, str | None]
         at = header.index(image)
         labelled = -1 if label is None else header.index(label)
         for row in lines:
-            if not row:
+            if not any(map(str.strip, row)):
                 continue
             name, kind = (row[i].strip() if i < len(row) else "" for i in (at, labelled))
             if not name:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastjem.data.sources import naming
+from fastjem.data.sources.labels import is_integer
 from fastjem.data.sources.pairs import Pairs, Part
 from fastjem.errors import UserError
 
@@ -100,8 +101,7 @@ def united(parts: Sequence[Part]) -> tuple[list[str], np.ndarray | None]:
     classes = parts[0].classes
     if any(part.classes != classes for part in parts):
         names = {name for part in parts for name in part.classes}
-        numbers = all(name.lstrip("-").isdecimal() for name in names)
-        classes = sorted(names, key=int) if numbers else sorted(names)
+        classes = sorted(names, key=int if all(map(is_integer, names)) else str)
     number = {name: i for i, name in enumerate(classes)}
     labels = [
         np.array([number[name] for name in part.classes], np.int32)[part.labels]
