@@ -16,12 +16,14 @@ from kinds import stored
 
 from fastjem.commands.check_data import CheckDataOptions, check_data, render
 from fastjem.data import loaders
+from fastjem.data.batch import finish
 from fastjem.data.fingerprint import difference, fingerprint
 from fastjem.data.loaders import Budget, Order, images_per_epoch
+from fastjem.data.masking import drawn_masks
 from fastjem.data.source import Source, decode, decode_named, open_source, open_sources, parts_of, path_of
 from fastjem.data.sources import naming
 from fastjem.data.sources.mixture import Mixture
-from fastjem.data.views import ViewSpec
+from fastjem.data.views import MaskSpec, ViewSpec
 from fastjem.errors import UserError
 
 SPECS = [ViewSpec(size=24)]
@@ -192,6 +194,12 @@ def test_an_image_that_is_seen_twice_has_other_views(name: str, sides: tuple[Sou
     assert torch.equal(crops.labels, torch.as_tensor(source.labels[crops.index], dtype=torch.int64))
     first, second = (crops.index == 5).nonzero().flatten().tolist()
     assert not torch.equal(crops.views[0][first], crops.views[0][second])
+    mask = MaskSpec(0, (6, 6), 0.5, "random")
+    hidden = finish(crops, SPECS, "cpu", masks=[mask], seed=1).masks[0].hidden  # so are the masks
+    expected = drawn_masks(mask, 1, 0, torch.tensor([5, 25])).hidden
+    assert {tuple(hidden[i].flatten().tolist()) for i in (first, second)} == {
+        tuple(one.flatten().tolist()) for one in expected
+    }
     (plain,) = loaders.create(name, a, SPECS, Order(samples=12, batch=12, seed=1, stop=1), Budget(workers=1))
     shown = {tuple(view.flatten().tolist()) for view in crops.views[0]}
     assert {

@@ -34,6 +34,7 @@ class Crops(NamedTuple):
     epoch: int  # a batch lies in one epoch
     labels: Tensor | None  # [B] int64, of the images in `index`; None where the source has none
     unreadable: list[tuple[str, str]]  # (path, reason) of images that others replaced
+    keys: Tensor | None = None  # [B] int64: what masks are drawn by (`loaders.protocol.mask_keys`); None: `index`
 
 
 def finish(
@@ -51,7 +52,7 @@ def finish(
 
     Args:
         specs: one a view, those that the loader had.
-        masks: at most one a view. Which patches are hidden follows (seed, epoch, index, view); how many, the step.
+        masks: at most one a view. Which patches are hidden follows (seed, epoch, key, view); how many, the step.
         seed: the run's.
         step: the number of the optimiser's step.
         dtype: of the views: float32, bfloat16 or float16.
@@ -66,5 +67,6 @@ def finish(
     views = [colours(*parts) for parts in zip(crops.views, tables, specs, strict=True)]
     index = crops.index.to(device, non_blocking=True)
     labels = None if crops.labels is None else crops.labels.to(device, non_blocking=True)
-    drawn = {spec.view: drawn_masks(spec, seed, crops.epoch, index, step) for spec in masks}
+    keys = index if crops.keys is None else crops.keys.to(device, non_blocking=True)
+    drawn = {spec.view: drawn_masks(spec, seed, crops.epoch, keys, step) for spec in masks}
     return Batch(views, index, labels, drawn, tables)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastjem.data.batch import Crops
 from fastjem.data.loaders.jpeg import jpeg_size
-from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
+from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_keys
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import to_image
 from fastjem.data.source import Source, read_or_next, rule_of
@@ -62,7 +62,9 @@ class _EncodedBatch:
     def crops(self, views: list[torch.Tensor], source: Source) -> Crops:
         index = [image.sample for image in self.images]
         tables = [torch.from_numpy(table) for table in self.tables]
-        return Crops(views, tables, torch.tensor(index), self.keys[0][0], labels_of(source, index), self.unreadable)
+        keys = mask_keys(index, [sample for _, sample in self.keys], len(source))
+        labels = labels_of(source, index)
+        return Crops(views, tables, torch.tensor(index), self.keys[0][0], labels, self.unreadable, keys)
 
 
 class DaliLoader:

@@ -233,7 +233,9 @@ class MemoryLoader:
             indices = torch.from_numpy(self.rows[samples % order.samples]).to(device, non_blocking=True)
             labels = None if array.labels is None else array.labels[indices]
             index = array.samples[indices]  # type: ignore[index]
-            yield Crops(array.crops(indices, tables, self.specs), tables, index, epoch, labels, unreadable)
+            again = torch.from_numpy(samples // order.samples * order.samples).to(device, non_blocking=True)
+            views = array.crops(indices, tables, self.specs)
+            yield Crops(views, tables, index, epoch, labels, unreadable, index + again)
             unreadable = []
 
 

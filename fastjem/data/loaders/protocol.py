@@ -135,6 +135,12 @@ class LoaderFactory(Protocol):
     def __call__(self, source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget) -> Loader: ...
 
 
+def mask_keys(index: Sequence[int], samples: Sequence[int], images: int) -> torch.Tensor:
+    """[B] int64: the numbers `index` of the images that are there, and `images` more for each time that the epoch had
+    the `samples` before: an image that is seen again has other masks."""
+    return torch.as_tensor(index) + torch.as_tensor(samples) // images * images
+
+
 def labels_of(source: Source, index: Sequence[int]) -> torch.Tensor | None:
     """[B] int64: the labels of these images, if the source has any."""
     return None if source.labels is None else torch.as_tensor(source.labels[list(index)], dtype=torch.int64)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fastjem.data.batch import Crops
-from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of
+from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_keys
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import Picture
 from fastjem.data.sharing import check_semaphores, share
@@ -42,11 +42,12 @@ class _BatchesByKeys(Dataset):
     def __getitem__(self, keys: list[Key]) -> Crops:
         epoch = keys[0][0]  # a batch lies in one epoch
         index: list[int] = []
+        asked = [sample for _, sample in keys]
         unreadable: list[tuple[str, str]] = []
         tables: list[np.ndarray] = []  # [V, b, P] each
         views: list[list[np.ndarray]] = [[] for _ in self.specs]
         try:
-            for samples, read in self._read([sample for _, sample in keys]):
+            for samples, read in self._read(asked):
                 # view i is cut from the image of source i % sources
                 images = [[found.value[v % len(found.value)] for found in read] for v in range(len(views))]
                 heights = [[image.height for image in of_view] for of_view in images]
@@ -65,8 +66,10 @@ class _BatchesByKeys(Dataset):
             epoch,
             labels_of(self.source, index),
             unreadable,
+            mask_keys(index, asked, len(self.source)),
         )
-        share((*crops.views, *crops.tables, crops.index, *([] if crops.labels is None else [crops.labels])))
+        of_images = (one for one in (crops.index, crops.labels, crops.keys) if one is not None)
+        share((*crops.views, *crops.tables, *of_images))
         return crops
 
     def _read(self, samples: list[int]) -> Iterator[tuple[list[int], list[Read[list[Picture]]]]]:
