@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,6 +158,11 @@ def test_images_are_prepared_by_the_runs_levels_and_turned(tmp_path) -> None:
     upright = colour.prepare(np.rot90(np.asarray(turned), -1).copy())
     assert torch.equal(colour.prepare(file.getvalue()), upright)
     assert torch.equal(colour.prepare(Image.open(file)), upright)
+    deep = replace(colour, value_range=(0, 4095), values="integer")
+    with pytest.raises(UserError, match=r"keeps 8 bits of colours, .* other values \(integer\); give its path"):
+        deep.prepare(Image.open(file))  # of a file of 16 bits it would be all but black
+    assert torch.equal(deep.prepare(file.getvalue()), upright)
+    assert torch.equal(gray.prepare(Image.fromarray(values))[0, 0], gray.prepare(values)[0, 0])
 
 
 @pytest.mark.parametrize(

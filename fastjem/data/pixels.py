@@ -102,7 +102,8 @@ class Pixels:
                 images of the run stored, or a list of these.
 
         Raises:
-            UserError: for what is none of these, and for an image that can't be read, with the reason.
+            UserError: for what is none of these, and for an image that can't be read, with the reason; for Pillow's of
+                a file of colours of more than 8 bits, of which it drops the lower ones.
         """
         several = list(images) if isinstance(images, (list, tuple)) else [images]
         if not several:
@@ -154,6 +155,11 @@ def _picture(image: Any, levels: Levels) -> Picture:
         if isinstance(image, (bytes, bytearray, memoryview, np.ndarray)):
             return to_image(image, levels)
         if isinstance(image, Image.Image):
+            if levels.values != "8-bit" and len(image.getbands()) > 1:
+                raise ValueError(
+                    f"Pillow keeps 8 bits of colours, and the run's images had other values ({levels.values}); give "
+                    "its path, its bytes or an array"
+                )
             return picture(ImageOps.exif_transpose(image), levels)
     except Exception as error:  # whatever a decoder may raise on a broken file
         raise UserError(f"prepare: {called} can't be read: {reason(error, called)}") from None

@@ -141,7 +141,7 @@ def weighed(root: str, weight: float) -> str:
 
 
 def is_there(root: str) -> bool:
-    """Whether one path, perhaps with a weight behind it, leads to something; of a pattern `MOST` paths are looked for."""
+    """Whether one path, perhaps with a weight behind it, leads to something; of a pattern `MOST` paths count."""
     path = split_options(_weighed(root)[0])[0]
     if not is_pattern(path):
         return os.path.exists(path)
