@@ -269,6 +269,31 @@ def test_what_is_no_table(folder: Source, tmp_path: Path) -> None:
         open_source(write(tmp_path / "d.arrow", {"image": images(folder).slice(0, 0)}))
 
 
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_table_whose_values_would_lie_elsewhere_is_refused(
+    compression: str | None, folder: Source, tmp_path: Path
+) -> None:
+    """In another process, as reading one ended that."""
+    lengths = [1000 + i for i in range(6)]
+    ends = np.cumsum([0, *lengths]).astype("<i4")
+    values = pa.array([b"x" * length for length in lengths])
+    broken = pa.Array.from_buffers(
+        pa.binary(),
+        6,
+        [None, pa.py_buffer(np.where(np.arange(7) == 3, 2**31 - 5, ends).astype("<i4")), values.buffers()[2]],
+    )
+    path = tmp_path / "a.arrow"
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_file(file, pa.schema({"image": pa.binary()}), options=options) as w,
+    ):
+        w.write_batch(pa.record_batch({"image": broken}))
+    code = "import sys; from fastjem.data.source import *; s = open_source(sys.argv[1]); list(map(s.read, range(6)))"
+    said = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert said.returncode == 1 and f"UserError: {path} can't be read as a table: " in said.stderr
+
+
 def test_a_table_that_shrinks_raises_and_doesnt_end_the_process(folder: Source, tmp_path: Path) -> None:
     path = write(tmp_path / "a.arrow", {"image": images(folder)})
     source = open_source(path)

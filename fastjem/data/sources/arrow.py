@@ -90,12 +90,23 @@ def _mapped(path: str, columns: Sequence[str]) -> list[Any] | None:
     buffer = pa.memory_map(path).read_buffer()
     found = []
     for batch in _batches(_reader(pa.BufferReader(buffer))):
-        part = batch.select(list(columns))
+        part = _checked(batch, columns)
         if not found and not _within(part, buffer):
             return None
         if part.num_rows:
             found.append(part)
     return found
+
+
+def _checked(batch: Any, columns: Sequence[str]) -> Any:
+    """These columns of a batch; ArrowInvalid for a damaged one.
+
+    pyarrow believes what a file says of where its values begin, and reading outside of it ends the process. What is
+    looked at are a few bytes of each row, and text.
+    """
+    part = batch.select(list(columns))
+    part.validate(full=True)
+    return part
 
 
 def _within(batch: Any, buffer: Any) -> bool:
@@ -180,4 +191,4 @@ def _read(path: str, columns: Sequence[str]) -> tuple[Any, int, Iterator[Any]]:
         return schema, size, (one.select(list(columns)) for one in file.iter_batches(64, columns=list(columns)))
     reader = _reader(pa.memory_map(path))
     schema = pa.schema([reader.schema.field(name) for name in columns])
-    return schema, os.path.getsize(path), (one.select(list(columns)) for one in _batches(reader))
+    return schema, os.path.getsize(path), (_checked(one, columns) for one in _batches(reader))
