@@ -240,11 +240,12 @@ def rates_of(page: Path | None, name: str) -> dict[str, float]:
 
 
 def timed(row: dict[str, Any], rate: float | None) -> dict[str, Any]:
-    """A row with the seconds that it takes at `rate` images a second; None: those that were measured."""
+    """A row with the seconds that it takes at `rate` images a second, and without the encoder's share of them, which
+    the page has where the rate is from; None: as they were measured."""
     if rate is None or "error" in row:
         return row
     measured = row["images/s"]
-    row["encoder"] = round(row["encoder"] * rate / measured, 2)  # a share of the step's time at that rate
+    del row["encoder"]
     row["seconds"] = round(row["seconds"] * measured / rate, 1)
     row["images/s"] = rate
     return row
