@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+LOCK, PART = ".lock", ".part"  # endings of what stands beside a file while it is made
+
 
 def folder() -> Path:
     """$FASTJEM_CACHE, $XDG_CACHE_HOME/fastjem or ~/.cache/fastjem; it needn't be there.
@@ -27,14 +29,21 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: where it can't be written.
     """
+    with filled(path) as part, open(part, "w+b") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def filled(path: str | os.PathLike[str]) -> Iterator[str]:
+    """`written` by others: the name of an empty file that they write to."""
     parent, name = os.path.split(os.fspath(path))
     os.makedirs(parent or ".", exist_ok=True)
-    descriptor, part = tempfile.mkstemp(prefix=f".{name}.", suffix=".part", dir=parent or ".")
+    descriptor, part = tempfile.mkstemp(prefix=f".{name}.", suffix=PART, dir=parent or ".")
+    os.close(descriptor)
     try:
-        with open(descriptor, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
         os.chmod(part, 0o644)  # mkstemp's is for its owner alone
         os.replace(part, path)
     except BaseException:  # a full disk, Ctrl-C
@@ -56,10 +65,10 @@ def alone(path: str | os.PathLike[str]) -> Iterator[None]:
         import fcntl
 
         os.makedirs(parent or ".", exist_ok=True)
-        lock = open(f"{os.fspath(path)}.lock", "ab")  # noqa: SIM115
+        lock = open(f"{os.fspath(path)}{LOCK}", "ab")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in os.listdir(parent or "."):
-            if left.startswith(f".{name}.") and left.endswith(".part"):
+            if left.startswith(f".{name}.") and left.endswith(PART):
                 os.unlink(os.path.join(parent, left))
     except (ImportError, OSError):  # another system's, a file server without locks, a folder that is read-only
         pass
@@ -69,4 +78,41 @@ def alone(path: str | os.PathLike[str]) -> Iterator[None]:
         if lock is not None:
             with contextlib.suppress(OSError):
                 os.unlink(lock.name)  # whoever waits for it has it open
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a fork of meanwhile has it open, too, and would keep it
             lock.close()
+
+
+def is_made(path: str | os.PathLike[str]) -> bool:
+    """Whether some process, this one perhaps, is `alone` with the file at this moment."""
+    return _is_locked(f"{os.fspath(path)}{LOCK}")
+
+
+def is_used(path: str | os.PathLike[str]) -> bool:
+    """Whether some process has the file open by `used`."""
+    return _is_locked(path)
+
+
+def used(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, open, so that nobody takes it for one that may go; until it is closed."""
+    file = open(path, "rb")  # noqa: SIM115
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def _is_locked(path: str | os.PathLike[str]) -> bool:
+    try:
+        import fcntl
+
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False

@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Iterator
 
+from fastjem.data import remote
+from fastjem.data.remote import is_remote
 from fastjem.errors import UserError
 
 SEPARATOR = ","
@@ -61,6 +63,8 @@ def _without_stars(path: str) -> Iterator[str]:
     folder, name = os.path.split(path)
     if "*" not in name:
         return iter((path,))
+    if is_remote(path):
+        return iter(remote.fitting(path))
     return glob.iglob(os.path.join(glob.escape(folder), glob.escape(name).replace("[*]", "*")))
 
 
@@ -118,7 +122,7 @@ def split(data: str) -> list[tuple[str, float | None]]:
     parts = []
     at = 0
     while at < len(pieces):
-        ends = range(len(pieces), at, -1)
+        ends = () if is_remote(pieces[at]) else range(len(pieces), at, -1)
         end = next((end for end in ends if is_there(SEPARATOR.join(pieces[at:end]))), at + 1)
         if root := SEPARATOR.join(pieces[at:end]):
             parts.append(_weighed(root))
@@ -132,8 +136,10 @@ def _weighed(root: str) -> tuple[str, float | None]:
 
 
 def is_there(root: str) -> bool:
-    """Whether one path, perhaps with a weight behind it, leads to something."""
+    """Whether one path, perhaps with a weight behind it, leads to something; a store isn't asked."""
     path = split_options(_weighed(root)[0])[0]
+    if is_remote(path):
+        return True
     if not is_pattern(path):
         return os.path.exists(path)
     try:
@@ -151,12 +157,14 @@ def exists(data: str) -> bool:
 def absolute(data: str) -> str:
     """The same images named from any folder; a name that isn't a path may be made to one that isn't there."""
     parts = split(data)
-    return SEPARATOR.join(os.path.abspath(root) + ("" if w is None else f":{w:g}") for root, w in parts)
+    roots = [(root if is_remote(root) else os.path.abspath(root), weight) for root, weight in parts]
+    return SEPARATOR.join(root + ("" if weight is None else f":{weight:g}") for root, weight in roots)
 
 
 def beside(data: str, name: str) -> str | None:
-    """Of "photos/train.csv?label=kind" and "test" "photos/test.csv?label=kind"; None of what isn't called "train"."""
-    if len(parts := split(data)) != 1 or parts[0][1] is not None:
+    """Of "photos/train.csv?label=kind" and "test" "photos/test.csv?label=kind"; None of what isn't called "train", and
+    of what is in a store."""
+    if len(parts := split(data)) != 1 or parts[0][1] is not None or is_remote(data):
         return None
     path, _ = split_options(data)
     folder, base = os.path.split(os.path.normpath(path))
