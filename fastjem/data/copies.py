@@ -78,6 +78,9 @@ def is_copy(path: str) -> bool:
     return NAME.fullmatch(os.path.basename(path)) is not None and os.path.dirname(path) == folder()
 
 
+_used: dict[str, BinaryIO] = {}  # copies that stay as long as this process runs
+
+
 @dataclass
 class Copies:
     """The files of one source and the copies that there are of them.
@@ -92,7 +95,6 @@ class Copies:
     folder: str
     budget: int
     same: set[int] = field(default_factory=set)  # files of which this process has seen that they haven't changed
-    held: list[BinaryIO] = field(default_factory=list)  # copies that stay
 
     @classmethod
     def of(cls, root: str, urls: Sequence[str]) -> "Copies":
@@ -188,7 +190,8 @@ class Copies:
             while True:
                 path = self.fetch(number)
                 with contextlib.suppress(FileNotFoundError):
-                    self.held.append(cache.used(path))
+                    if path not in _used:
+                        _used[path] = cache.used(path)
                     return path
         except OSError as error:
             raise UserError(f"{self.files[number].url} can't be read: {why_not(error)}") from None

@@ -137,7 +137,11 @@ def _cause(error: Exception) -> Exception:
 
 def _status(error: Exception) -> int | None:
     """The number of a web server's answer."""
-    for one in (error, getattr(error, "response", None)):
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return found if isinstance(found, int) else None
+    for one in (error, response):
         for name in ("status", "status_code", "code"):
             if isinstance(found := getattr(one, name, None), int) and 400 <= found < 600:
                 return found

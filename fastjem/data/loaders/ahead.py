@@ -74,7 +74,12 @@ def order_told(source: Source, most: Sequence[int]) -> list[str]:
     said = []
     for (_, part), count in zip(stored(source), most, strict=True):
         assert part.copies is not None
-        if count:
+        if count and part.copies.fits:
+            said.append(
+                f"{part.root}: the run keeps the order that it began with: {count} of the {len(part.files)} files at a "
+                f"time, though copies of all of them fit here"
+            )
+        elif count:
             said.append(
                 f"{part.root}: {gigabytes(part.copies.size)} don't fit in the {gigabytes(part.copies.budget)} of "
                 f"copies ({GIGABYTES}): images are shuffled among those of {min(count, len(part.files))} of the "
@@ -134,8 +139,8 @@ class Ahead:
         self.files = self._files()
 
     def begin(self) -> None:
-        for _ in range(FETCHING):
-            threading.Thread(target=self._work, daemon=True).start()
+        for number in range(FETCHING):
+            threading.Thread(target=self._work, name=f"ahead {number}", daemon=True).start()
 
     def goes_on(self) -> None:
         """Another batch was taken."""
