@@ -23,6 +23,7 @@ class Store:
         self.folder = folder
         self.fails: dict[str, list[Any]] = {}
         self.pause = 0.0
+        self.knows_parts = True
         self.whole: Counter[str] = Counter()
         self.parts: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -78,7 +79,7 @@ class Store:
             request.close_connection = True
             return
         content = path.read_bytes()
-        asked = request.headers.get("Range") if body else None
+        asked = request.headers.get("Range") if body and self.knows_parts else None
         found = content
         if asked:
             first, _, last = asked.removeprefix("bytes=").partition("-")

@@ -31,8 +31,6 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     with filled(path) as part, open(part, "w+b") as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -44,6 +42,8 @@ def filled(path: str | os.PathLike[str]) -> Iterator[str]:
     os.close(descriptor)
     try:
         yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
         os.chmod(part, 0o644)  # mkstemp's is for its owner alone
         os.replace(part, path)
     except BaseException:  # a full disk, Ctrl-C

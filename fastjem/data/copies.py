@@ -133,7 +133,11 @@ class Copies:
         return os.path.join(self.folder, f"{key.hexdigest()[:24]}-{max(file.size, 0)}{ending}")
 
     def has(self, number: int) -> bool:
-        return os.path.exists(self.place(number))
+        """Whether there is a copy, as long as the file is."""
+        try:
+            return os.path.getsize(self.place(number)) == self.files[number].size
+        except OSError:
+            return False
 
     def fetch(self, number: int) -> str:
         """The path of a file's copy, which is made if there is none.
@@ -145,10 +149,10 @@ class Copies:
         if file.size < 0:
             raise FileNotFoundError(errno.ENOENT, file.why, file.url)
         place = self.place(number)
-        if os.path.exists(place):
+        if self.has(number):
             return place
         with cache.alone(place):
-            if os.path.exists(place):  # somebody was quicker
+            if self.has(number):  # somebody was quicker
                 return place
             self._check(place)
             try:

@@ -10,10 +10,12 @@ import numpy as np
 
 from fastjem.data.copies import FETCHING, GIGABYTES, gigabytes
 from fastjem.data.loaders.protocol import Order, Windows
+from fastjem.data.remote import is_remote
 from fastjem.data.source import Source, inner
 from fastjem.data.sources.mixture import Mixture
 from fastjem.data.sources.pairs import Pairs
 from fastjem.data.sources.shards import Shards
+from fastjem.data.sources.table import Table
 from fastjem.errors import UserError
 
 T = TypeVar("T")
@@ -41,7 +43,7 @@ def files_at_a_time(source: Source, before: Sequence[int] | None) -> list[int]:
     if before is not None and len(before) == len(stored(source)):
         return list(before)
     parts = [part.copies for _, part in stored(source) if part.copies is not None]
-    budget = min((copies.budget for copies in parts), default=0)
+    budget = min((copies.budget for copies in parts), default=0) - _of_tables(source)
     size = sum(copies.size for copies in parts)
     if size <= budget:
         return [0] * len(parts)
@@ -58,6 +60,13 @@ def files_at_a_time(source: Source, before: Sequence[int] | None) -> list[int]:
             f"be kept: {GIGABYTES} says how many"
         )
     return [max(count, 1) for count in most]
+
+
+def _of_tables(source: Source) -> int:
+    """Bytes of the copies of tables among a source's parts, all of which stay."""
+    given = inner(source)
+    parts = given.parts if isinstance(given, (Mixture, Pairs)) else [given]
+    return sum(sum(part.sizes.values()) for part in parts if isinstance(part, Table) and is_remote(part.root))
 
 
 def windows(source: Source, most: Sequence[int]) -> tuple[Windows, ...]:
@@ -102,9 +111,10 @@ def begins(source: Source, order: object) -> None:
 
 
 def followed(batches: Iterator[T], source: Source, order: object) -> Iterator[T]:
-    """The batches, one for each of the order's, while the files of those to come are fetched."""
+    """The batches, one for each of the order's, while the files of those to come are fetched; of pairs, whose images
+    have other numbers in each source, they are fetched when it is their turn."""
     parts = [(first, part) for first, part in stored(source) if part.whole]
-    if not (parts and isinstance(order, Order)):
+    if not (parts and isinstance(order, Order)) or isinstance(inner(source), Pairs):
         return batches
     return _followed(batches, Ahead(parts, order))
 

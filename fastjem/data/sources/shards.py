@@ -148,7 +148,10 @@ class Shards:
         if self.copies is None or shard in self.opened or self.copies.has(shard):
             return None
         data = self.copies.part(shard, offset, size)
-        return data if len(data) == size else None
+        if len(data) == size:
+            return data
+        self.whole = True  # that server sends no parts
+        return None
 
     def _file(self, shard: int) -> FileIO:
         """The tar file, open. Forks and threads may share it, as nobody has a position in it; one that is no longer

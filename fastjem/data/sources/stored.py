@@ -12,6 +12,7 @@ import numpy as np
 
 from fastjem.data import cache
 from fastjem.data.copies import FETCHING, Copies, gigabytes
+from fastjem.data.remote import File
 from fastjem.data.sources.tar import Listed, list_tar
 from fastjem.errors import UserError
 from fastjem.printing import say
@@ -34,7 +35,8 @@ def listed_all(copies: Copies, root: str) -> Iterator[Listed]:
     count = len(copies.files)
     at_a_time = min(max(copies.budget // max(copies.largest, 1), 1), FETCHING)
     told = time.monotonic()
-    say(f"fastjem: {root}: {gigabytes(copies.size)} are fetched to be listed, once")
+    new = [file.size for file in copies.files if file.size >= 0 and not os.path.exists(_place(copies, file))]
+    say(f"fastjem: {root}: {len(new)} files, {gigabytes(sum(new))}, are fetched to be listed, once")
     with ThreadPoolExecutor(at_a_time) as pool:
         for number, found in enumerate(pool.map(lambda number: _listed(copies, number), range(count))):
             if time.monotonic() - told > PAUSE:
@@ -47,8 +49,7 @@ def _listed(copies: Copies, number: int) -> Listed:
     file = copies.files[number]
     if file.size < 0:
         return Listed(unlisted=[("", file.why)])
-    key = f"{VERSION}\0{file.url}\0{file.size}\0{file.version}".encode("utf-8", "surrogatepass")
-    place = os.path.join(copies.folder, hashlib.sha256(key).hexdigest()[:24] + LIST)
+    place = _place(copies, file)
     try:
         with open(place, "rb") as kept:
             return _read(kept.read())
@@ -65,6 +66,12 @@ def _listed(copies: Copies, number: int) -> Listed:
     except OSError:  # no room: it is listed anew the next time
         pass
     return found
+
+
+def _place(copies: Copies, file: File) -> str:
+    """Where the list of a file is, if there is one."""
+    key = f"{VERSION}\0{file.url}\0{file.size}\0{file.version}".encode("utf-8", "surrogatepass")
+    return os.path.join(copies.folder, hashlib.sha256(key).hexdigest()[:24] + LIST)
 
 
 def _written(found: Listed) -> bytes:
