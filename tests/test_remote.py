@@ -234,6 +234,31 @@ def test_folders_patterns_and_mixtures(bucket: str, tars: Path, tmp_path: Path) 
         open_source(f"{bucket}/u-*.tar")
 
 
+def test_a_file_that_comes_cut_off_is_fetched_again(bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the store's library doesn't see it."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    there = open_source(f"{bucket}/t-{{0..1}}.tar")
+    expected = there.read(0)
+    there.opened.clear()  # type: ignore[attr-defined]
+    forget(cache)
+    get_file, cut = MemoryFileSystem.get_file, iter((10, 0, 512))
+
+    def shortened(self: MemoryFileSystem, path: str, to: str) -> None:
+        get_file(self, path, to)
+        if (length := next(cut, None)) is not None:
+            os.truncate(to, length)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", shortened)
+    assert there.read(0) == expected and next(cut, None) is None
+    forget(cache)
+    there.opened.clear()  # type: ignore[attr-defined]
+    cut = iter([100] * 5)
+    with pytest.raises(OSError, match=r"it came cut off, 100 of [\d,]+ bytes \(tried 5 times\)"):
+        there.read(0)
+    assert not list(cache.glob(".*.part"))
+
+
 def test_tables(bucket: str, tars: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyarrow")
     import fsspec
