@@ -86,13 +86,13 @@ def alone(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def is_made(path: str | os.PathLike[str]) -> bool:
-    """Whether some process, this one perhaps, is `alone` with the file at this moment."""
-    return _is_locked(f"{os.fspath(path)}{LOCK}")
+    """Whether some process, this one perhaps, is `alone` with the file at this moment, or may be."""
+    return _is_locked(f"{os.fspath(path)}{LOCK}", unknown=True)
 
 
 def is_used(path: str | os.PathLike[str]) -> bool:
-    """Whether some process has the file open by `used`."""
-    return _is_locked(path)
+    """Whether some process has the file open by `used`, as far as that can be known."""
+    return _is_locked(path, unknown=False)
 
 
 def used(path: str | os.PathLike[str]) -> BinaryIO:
@@ -105,7 +105,8 @@ def used(path: str | os.PathLike[str]) -> BinaryIO:
     return file
 
 
-def _is_locked(path: str | os.PathLike[str]) -> bool:
+def _is_locked(path: str | os.PathLike[str], *, unknown: bool) -> bool:
+    """unknown: what it is where nothing can be locked."""
     try:
         import fcntl
 
@@ -113,6 +114,8 @@ def _is_locked(path: str | os.PathLike[str]) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (ImportError, OSError):
+    except FileNotFoundError:
         return False
+    except (ImportError, OSError):
+        return unknown
     return False

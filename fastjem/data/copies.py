@@ -118,7 +118,7 @@ class Copies:
 
     @property
     def largest(self) -> int:
-        return max(file.size for file in self.files)
+        return max((file.size for file in self.files), default=0)
 
     @property
     def fits(self) -> bool:

@@ -25,7 +25,7 @@ from fastjem.data.sources.folder import Folder
 from fastjem.data.sources.listing import Listing
 from fastjem.data.sources.mixture import Mixture
 from fastjem.data.sources.pairs import Pairs, check_sources, roots
-from fastjem.data.sources.shards import COMPRESSED, Shards
+from fastjem.data.sources.shards import COMPRESSED, LostError, Shards
 from fastjem.data.sources.table import Table
 from fastjem.errors import UserError
 from fastjem.printing import say
@@ -299,8 +299,9 @@ def read_or_next(source: Source, sample: int, read: Callable[[int], T]) -> Read[
         NoneReadable: if there is none.
     """
     unreadable = []
-    for i in range(len(source)):
-        at = (sample + i) % len(source)
+    tried = 0
+    while tried < len(source):
+        at = (sample + tried) % len(source)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
@@ -308,6 +309,8 @@ def read_or_next(source: Source, sample: int, read: Callable[[int], T]) -> Read[
         except Exception as error:  # whatever a decoder may raise on a broken file
             path = path_of(source, at)
             unreadable.append((path, reason(error, path)))
+            # A file of thousands of images is lost once, and not for each of them.
+            tried += error.images if isinstance(error, LostError) and not are_pairs(source) else 1
     raise NoneReadable(unreadable)
 
 

@@ -3,7 +3,7 @@ don't fit the disk.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -127,6 +127,8 @@ def _followed(batches: Iterator[T], ahead: "Ahead") -> Iterator[T]:
             yield batch
     finally:
         ahead.end()
+        if isinstance(batches, Generator):  # whose workers end with it
+            batches.close()
 
 
 class Ahead:
@@ -141,6 +143,7 @@ class Ahead:
         self.parts = list(parts)
         limits = {window.first: 2 * window.most for window in order.windows}
         self.most = [limits.get(first, len(part.files)) for first, part in self.parts]
+        self.all = [int(np.count_nonzero(np.diff(part.index.starts))) for _, part in self.parts]  # files with images
         self.needed: list[dict[int, int]] = [{} for _ in self.parts]  # of each part file -> the last batch that has it
         self.taken = 0  # batches
         self.ended = False
@@ -184,12 +187,14 @@ class Ahead:
                 for file in np.unique(np.searchsorted(part.index.starts, images, side="right") - 1).tolist():
                     if file not in needed and not self._waited(needed, most):
                         return
-                    if file not in needed and part.copies is not None and not part.copies.has(file):
-                        for other in needed:
-                            part.copies.touch(other)
-                        yield part, file
+                    new = file not in needed
                     needed[file] = number
-            if all(len(needed) == len(part.files) for (_, part), needed in zip(self.parts, self.needed, strict=True)):
+                    if new and part.copies is not None:
+                        for one in needed:  # none of which may go for what is fetched now
+                            part.copies.touch(one)
+                        if not part.copies.has(file):
+                            yield part, file
+            if [len(needed) for needed in self.needed] == self.all:
                 return  # there is nothing left that could be missing
 
     def _waited(self, needed: dict[int, int], most: int) -> bool:

@@ -17,10 +17,19 @@ from fastjem.data.files import ENDINGS, LARGEST_FILE, open_regular, too_large
 from fastjem.data.sources import naming
 from fastjem.data.sources.index import Index, index_of
 from fastjem.errors import UserError
+from fastjem.reading import why_not
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 UNCOMPRESSED = "compressed tar files: images are read at random, which uncompressed ones allow (gunzip makes them)"
 OPEN = 128  # tar files that a process has open at a time
+
+
+class LostError(OSError):
+    """A tar file can't be read; with it are lost the image that was asked for and those behind it, `images` in all."""
+
+    def __init__(self, why: str, images: int):
+        super().__init__(why)
+        self.images = images
 
 
 class Shards:
@@ -121,23 +130,27 @@ class Shards:
         """The member's bytes.
 
         Raises:
-            OSError: for one that is larger than `LARGEST_FILE`, for a tar file that isn't what it was, and for one that
-                can't be fetched.
+            OSError: for one that is larger than `LARGEST_FILE`.
+            LostError: for a tar file that isn't what it was, or can't be fetched.
         """
         shard, offset, size = self.index.place(i)
         if size > LARGEST_FILE:
             raise too_large()
         follows, self.last = i == self.last + 1, i
-        if not (self.whole or follows) and (data := self._alone(shard, offset, size)) is not None:
-            return data
-        file = self._file(shard)
+        lost = self.index.starts[shard + 1] - i
+        try:
+            if not (self.whole or follows) and (data := self._alone(shard, offset, size)) is not None:
+                return data
+            file = self._file(shard)
+        except OSError as error:
+            raise LostError(why_not(error), lost) from None
         found = os.fstat(file.fileno())
         _, listed, changed = self.index.signature[shard]
         if self.copies is not None:
             changed = found.st_mtime_ns  # which says when the copy was used; that it is the right one says its name
         if (found.st_size, found.st_mtime_ns) != (listed, changed):
             how = "shrunk" if found.st_size < listed else "changed"
-            raise OSError(f"{self.files[shard]} has {how} since its index was made")
+            raise LostError(f"{self.files[shard]} has {how} since its index was made", lost)
         data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
             raise OSError(f"{self.files[shard]} ends before this image does")
@@ -212,7 +225,10 @@ def shard_files(root: str) -> list[str]:
     if root.endswith(COMPRESSED):
         raise UserError(f"{root}: {UNCOMPRESSED}")
     if remote.is_remote(root) and home_of(root) == root.rstrip("/"):
-        return [url for url in remote.within(root) if is_shown(os.path.basename(url), (".tar",))]
+        found = [url for url in remote.within(root) if is_shown(os.path.basename(url), (".tar",))]
+        if not found:
+            raise UserError(f"{root} has {UNCOMPRESSED}")
+        return found
     if not os.path.isdir(root):
         return naming.expand(root)
     try:
