@@ -96,7 +96,9 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     # From here on ranks wait for each other.
     config, source, encoder, steps = parts.config, parts.source, parts.encoder, parts.steps
     start = state["step"] if state else 0
-    loader = create_loader(config, ranks, source, parts.stages, start, state)
+    parts.facts["files_at_a_time"] = [int(ranks.agree(count)) for count in parts.facts["files_at_a_time"]]
+    windows = loaders.windows(source, parts.facts["files_at_a_time"])
+    loader = create_loader(config, ranks, source, windows, parts.stages, start, state)
     with ranks.together():
         step = create_step(config, ranks, parts)
         optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
@@ -107,7 +109,8 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
             optimizer.attach_teacher(*step.teacher_and_student())
         if config.sync_batch_norm and ranks.size > 1:
             step = cast(Step, encoders.synchronize_batch_norm(step))
-    said = parts.notices + notices(config, ranks, source, loader)
+    said = parts.notices + loaders.order_told(source, parts.facts["files_at_a_time"])
+    said += notices(config, ranks, source, loader)
     return Training(
         config=config,
         out=out,
@@ -155,12 +158,19 @@ def create_step(config: Config, ranks: Ranks, parts: Parts) -> Step:
 
 
 def create_loader(
-    config: Config, ranks: Ranks, source: Source, stages: Sequence[Stage], start: int, state: dict[str, Any] | None
+    config: Config,
+    ranks: Ranks,
+    source: Source,
+    windows: tuple[loaders.Windows, ...],
+    stages: Sequence[Stage],
+    start: int,
+    state: dict[str, Any] | None,
 ) -> loaders.Loader:
     """One for all steps from `start` on, or one for each stage of image sizes, one behind the other."""
     order = loaders.Order(
         samples=len(source),
         parts=parts_of(source),
+        windows=windows,
         batch=config.batch_size,
         accumulate=config.accumulate,
         seed=config.seed,

@@ -35,7 +35,7 @@ class Config:
     data: str | None = field(
         default=None,
         metadata={
-            "help": "folder, list, tar files, tables or arrays of images; a,b:0.3: both; none: the embedded data set",
+            "help": "folder, list, tar files, tables, arrays, s3://... too; a,b:0.3: both; none: the embedded data set",
             "path": True,
         },
     )

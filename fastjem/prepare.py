@@ -159,6 +159,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         raise UserError(f"{config.method} learns from classes, and {source.root} has no folder for each (or labels)")
     kept = {
         "source": images,
+        "files_at_a_time": loaders.files_at_a_time(source, (state or {}).get("files_at_a_time")),
         "sized_for": sized_for,
         "steps": steps,
         "borders": borders,

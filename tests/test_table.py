@@ -239,8 +239,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     kept = arrow.cache.open if hasattr(arrow.cache, "open") else open
+    part = arrow.cache.PART
     monkeypatch.setattr(
-        arrow.cache, "open", lambda *a: Full(*a) if str(a[0]).endswith(".part") else kept(*a), raising=False
+        arrow.cache, "open", lambda *a: Full(*a) if str(a[0]).endswith(part) else kept(*a), raising=False
     )
     with pytest.raises(UserError, match=r"a.parquet is read at random .* \(No space left on device\): FASTJEM_CACHE"):
         open_source(path)

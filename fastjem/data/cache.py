@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 HOUR = 3600.0  # after which nobody writes a file any more that hasn't grown
+LOCK, PART = ".lock", ".part"  # endings of what stands beside a file while it is made
 
 
 def folder() -> Path:
@@ -30,14 +31,20 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: where it can't be written.
     """
+    with filled(path) as part, open(part, "w+b") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def filled(path: str | os.PathLike[str]) -> Iterator[str]:
+    """`written` by others: the name of an empty file that they write to."""
     parent, name = os.path.split(os.fspath(path))
     os.makedirs(parent or ".", exist_ok=True)
-    part = os.path.join(parent, f".{name}.{secrets.token_hex(8)}.part")
-    file = open(part, "x+b")  # noqa: SIM115  # read by whom the user's umask lets read: it may be a copy of their images
+    part = os.path.join(parent, f".{name}.{secrets.token_hex(8)}{PART}")
+    open(part, "xb").close()  # read by whom the user's umask lets read: it may be a copy of their images
     try:
-        with file:
-            yield file
-            file.flush()
+        yield part
+        with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:  # a full disk, Ctrl-C
@@ -60,11 +67,11 @@ def alone(path: str | os.PathLike[str]) -> Iterator[None]:
         import fcntl
 
         os.makedirs(parent or ".", exist_ok=True)
-        lock = open(f"{os.fspath(path)}.lock", "ab")  # noqa: SIM115
+        lock = open(f"{os.fspath(path)}{LOCK}", "ab")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in os.listdir(parent or "."):
             part = os.path.join(parent, left)
-            if left.startswith(f".{name}.") and left.endswith(".part") and time.time() - os.stat(part).st_mtime > HOUR:
+            if left.startswith(f".{name}.") and left.endswith(PART) and is_left(part):
                 os.unlink(part)
     except (ImportError, OSError):  # another system's, a file server without locks, a folder that is read-only
         pass
@@ -74,4 +81,49 @@ def alone(path: str | os.PathLike[str]) -> Iterator[None]:
         if lock is not None:
             with contextlib.suppress(OSError):
                 os.unlink(lock.name)  # whoever waits for it has it open
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a fork of meanwhile has it open, too, and would keep it
             lock.close()
+
+
+def is_left(part: str | os.PathLike[str]) -> bool:
+    """Whether nobody has written to the file for so long that whoever began it is gone; OSError where there is none."""
+    return time.time() - os.stat(part).st_mtime > HOUR
+
+
+def is_made(path: str | os.PathLike[str]) -> bool:
+    """Whether some process, this one perhaps, is `alone` with the file at this moment, or may be."""
+    return _is_locked(f"{os.fspath(path)}{LOCK}", unknown=True)
+
+
+def is_used(path: str | os.PathLike[str]) -> bool:
+    """Whether some process has the file open by `used`, as far as that can be known."""
+    return _is_locked(path, unknown=False)
+
+
+def used(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, open, so that nobody takes it for one that may go; until it is closed."""
+    file = open(path, "rb")  # noqa: SIM115
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def _is_locked(path: str | os.PathLike[str], *, unknown: bool) -> bool:
+    """unknown: what it is where nothing can be locked."""
+    try:
+        import fcntl
+
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except (ImportError, OSError):
+        return unknown
+    return False

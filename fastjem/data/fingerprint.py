@@ -41,8 +41,8 @@ def _hash_names(source: Any, into: Any) -> None:
 def _hash_sizes(source: Any, most: int, into: Any) -> None:
     files = getattr(source, "files", None)
     if isinstance(files, list):
-        for path in files:
-            into.update(f"{size_of(path)},".encode())
+        for size in getattr(source, "file_sizes", None) or map(size_of, files):
+            into.update(f"{size},".encode())
         return
     count = len(source)
     some = min(count, most)

@@ -14,15 +14,18 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 
+from fastjem.data.copies import known
 from fastjem.data.levels import Levels
 from fastjem.data.picture import Picture, to_image
+from fastjem.data.remote import is_remote, within
 from fastjem.data.sources import naming
 from fastjem.data.sources.arrays import Arrays
+from fastjem.data.sources.arrow import TABLES
 from fastjem.data.sources.folder import Folder
 from fastjem.data.sources.listing import Listing
 from fastjem.data.sources.mixture import Mixture
 from fastjem.data.sources.pairs import Pairs, check_sources, roots
-from fastjem.data.sources.shards import Shards
+from fastjem.data.sources.shards import COMPRESSED, LostError, Shards
 from fastjem.data.sources.table import Table
 from fastjem.errors import UserError
 from fastjem.printing import say
@@ -52,7 +55,7 @@ class Source(Protocol):
 class Format(Protocol):
     """A class of sources that a path names."""
 
-    def __call__(self, root: Path) -> Source: ...
+    def __call__(self, root: str | Path) -> Source: ...
 
     def recognises(self, root: Path) -> bool:
         """Whether the path is one of this format; nothing but its name and kind is looked at."""
@@ -67,8 +70,26 @@ class Format(Protocol):
 SOURCES: dict[str, Format] = {"arrays": Arrays, "listing": Listing, "shards": Shards, "table": Table, "folder": Folder}
 
 
-def format_of(root: Path) -> Format:
-    return next(kind for kind in SOURCES.values() if kind.recognises(root))
+def format_of(root: str | Path) -> Format:
+    if is_remote(root):
+        return _format_in_store(os.fspath(root))
+    return next(kind for kind in SOURCES.values() if kind.recognises(Path(root)))
+
+
+def _format_in_store(root: str) -> Format:
+    """By its name or, of a folder, by what is in it.
+
+    Raises:
+        UserError: for other files than tar files and tables, and where a folder has none of these.
+    """
+    path = naming.split_options(root)[0]
+    tars = (".tar", *COMPRESSED)
+    for name in [path] if path.lower().endswith((*tars, *TABLES)) or naming.is_pattern(path) else within(path):
+        if name.lower().endswith(tars):
+            return Shards
+        if name.lower().endswith(TABLES):
+            return Table
+    raise UserError(f"{root}: of a store tar files and tables are read, {', '.join(('.tar', *TABLES))}")
 
 
 def open_sources(data: str | os.PathLike[str] | Any, count: int = 1) -> Source:
@@ -102,9 +123,9 @@ def open_source(data: str | os.PathLike[str] | Any) -> Source:
     if isinstance(data, (str, os.PathLike)):
         parts = naming.split(os.fspath(data)) or [(os.fspath(data), None)]
         if len(parts) > 1 or parts[0][1] is not None:
-            return Mixture([open_source(Path(root)) for root, _ in parts], [weight for _, weight in parts])
-        path = Path(parts[0][0])
-        source = format_of(path)(path)
+            return Mixture([open_source(root) for root, _ in parts], [weight for _, weight in parts])
+        root = parts[0][0]
+        source = format_of(root)(root if is_remote(root) else Path(root))
         for folder, why in getattr(source, "unlisted", ()):
             say(f"fastjem: {folder} can't be listed ({why}): what is in it is left out")
         for notice in getattr(source, "notices", ()):
@@ -182,7 +203,9 @@ def path_of(source: Source, i: int) -> str:
 def path_named(root: str, name: str) -> str:
     """`path_of` the image called `name` of the source that `open_source(root)` opens."""
     part, name = part_named(root, name)
-    return _path(format_of(Path(part)), part, name)
+    if is_remote(part):  # nobody asks the store
+        return os.path.join(naming.folder_of(part), name)
+    return _path(format_of(part), part, name)
 
 
 def _path(kind: Any, root: str, name: str) -> str:
@@ -213,7 +236,9 @@ def decode(source: Source, i: int) -> Picture:
 def decode_named(root: str, name: str, levels: Levels | None = None) -> Picture:
     """The image called `name` of the source that `open_source(root)` opens, which isn't listed for it."""
     part, name = part_named(root, name)
-    return to_image(format_of(Path(part)).read_named(part, name), levels)
+    if is_remote(part) and not known(naming.split_options(part)[0]):
+        raise OSError(f"{part} wasn't opened on this machine yet")
+    return to_image(format_of(part).read_named(part, name), levels)
 
 
 class Levelled:
@@ -274,8 +299,9 @@ def read_or_next(source: Source, sample: int, read: Callable[[int], T]) -> Read[
         NoneReadable: if there is none.
     """
     unreadable = []
-    for i in range(len(source)):
-        at = (sample + i) % len(source)
+    tried = 0
+    while tried < len(source):
+        at = (sample + tried) % len(source)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble, once per file
@@ -283,6 +309,8 @@ def read_or_next(source: Source, sample: int, read: Callable[[int], T]) -> Read[
         except Exception as error:  # whatever a decoder may raise on a broken file
             path = path_of(source, at)
             unreadable.append((path, reason(error, path)))
+            # A file of thousands of images is lost once, and not for each of them.
+            tried += error.images if isinstance(error, LostError) and not are_pairs(source) else 1
     raise NoneReadable(unreadable)
 
 

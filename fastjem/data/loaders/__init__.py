@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from fastjem.data.levels import RGB
 from fastjem.data.loaders import dali, memory
-from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order, images_per_epoch
+from fastjem.data.loaders.ahead import files_at_a_time, order_told, windows
+from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order, Windows, images_per_epoch
 from fastjem.data.loaders.staged import Staged
 from fastjem.data.loaders.torch import TorchLoader
 from fastjem.data.source import Source, are_pairs
@@ -23,10 +24,14 @@ __all__ = [
     "Order",
     "Staged",
     "TorchLoader",
+    "Windows",
     "choose",
     "create",
+    "files_at_a_time",
     "holds_images",
     "images_per_epoch",
+    "order_told",
+    "windows",
 ]
 
 LOADERS: dict[str, LoaderFactory] = {

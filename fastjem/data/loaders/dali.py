@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from fastjem.data.batch import Crops
+from fastjem.data.loaders import ahead
 from fastjem.data.loaders.jpeg import jpeg_size
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_keys
 from fastjem.data.parameters import Parameters, column
@@ -106,6 +107,10 @@ class DaliLoader:
         self.suspects: set[int] = set()  # samples that DALI isn't given again
 
     def __iter__(self) -> Iterator[Crops]:
+        ahead.begins(self.source, self.order)
+        return ahead.followed(self._batches(), self.source, self.order)
+
+    def _batches(self) -> Iterator[Crops]:
         again: deque[_EncodedBatch] = deque()  # handed to a pipeline that broke
         waiting: deque[_EncodedBatch] = deque()  # handed to DALI, and not come out yet
         with ThreadPoolExecutor(self.threads) as pool:

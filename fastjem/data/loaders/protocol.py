@@ -15,12 +15,41 @@ Key = tuple[int, int]  # (epoch, sample)
 CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Images that lie in files of which there are some at a time on this machine.
+
+    In each epoch the files are taken in another order, `most` of them at a time at most: their images, shuffled, lie
+    evenly between the epoch's other images, and come before those of the next files.
+    """
+
+    first: int  # the number of the first of these images in the data
+    counts: tuple[int, ...]  # images of each file
+    most: int  # files at a time
+
+    def times(self, images: np.ndarray, chance: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """[n]: when in an epoch, from 0 to 1, each of these images is seen.
+
+        Args:
+            images: [n] their numbers from `first` on.
+            chance: [n] evenly from 0 to 1.
+        """
+        windows = np.array_split(random.permutation(len(self.counts)), -(-len(self.counts) // self.most))
+        of_file = np.empty(len(self.counts), np.int64)
+        for number, files in enumerate(windows):
+            of_file[files] = number
+        window = of_file[np.searchsorted(np.cumsum(self.counts), images, side="right")]  # [n]
+        seen = np.bincount(window, minlength=len(windows))  # images of each window
+        return (np.cumsum(seen)[window] - seen[window] + chance * seen[window]) / max(len(images), 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """The samples of each batch of this rank from step `start` to `stop`, as lists of (epoch, sample).
 
-    Each epoch is a permutation keyed (seed, epoch): the place in a run is told by the step alone. An epoch is the whole
-    batches in the data, and of them the whole groups of `accumulate`, that make an optimiser's step.
+    Each epoch is a permutation keyed (seed, epoch): the place in a run is told by the step alone. It is any permutation
+    or, of data with `windows`, one by files. An epoch is the whole batches in the data, and of them the whole groups of
+    `accumulate`, that make an optimiser's step.
 
     A sample is an image's number in the data; where an image is seen once more in an epoch, it is that number and
     `samples` more, so that it has other views.
@@ -28,6 +57,7 @@ class Order:
 
     samples: int  # in the data
     parts: tuple[tuple[int, float], ...] = ()  # of each of several sources: images, how often they are seen in an epoch
+    windows: tuple[Windows, ...] = ()  # of images that can't be seen in any order
     batch: int  # images over all ranks; each rank has batch / ranks of them
     accumulate: int = 1
     seed: int = 0
@@ -72,8 +102,20 @@ class Order:
 
     def permutation(self, epoch: int) -> np.ndarray:
         """[images_per_epoch] int64: the order of an epoch."""
-        order = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1])).permutation(self.images_per_epoch)
-        return order if all(weight == 1 for _, weight in self.parts) else self._chosen(epoch)[order]
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch + 1]))
+        all_once = all(weight == 1 for _, weight in self.parts)
+        if self.windows:
+            return self._windowed(np.arange(self.samples) if all_once else self._chosen(epoch), random)
+        order = random.permutation(self.images_per_epoch)
+        return order if all_once else self._chosen(epoch)[order]
+
+    def _windowed(self, chosen: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        times = random.random(len(chosen))
+        images = chosen % self.samples
+        for part in self.windows:
+            mine = np.flatnonzero((images >= part.first) & (images < part.first + sum(part.counts)))
+            times[mine] = part.times(images[mine] - part.first, times[mine], random)
+        return chosen[np.argsort(times, kind="stable")]
 
     def _chosen(self, epoch: int) -> np.ndarray:
         """[images_per_epoch] int64: the samples of an epoch, part after part.

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fastjem.data.batch import Crops
+from fastjem.data.loaders import ahead
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_keys
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import Picture
@@ -94,6 +95,7 @@ class TorchLoader:
 
     def __init__(self, source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget):
         self.source = source
+        self.order = order
         self.budget = budget
         self.reads = f"images are decoded by Pillow in {budget.workers} processes"
         self.decoder_share = budget.decoder_share
@@ -114,9 +116,10 @@ class TorchLoader:
     def __iter__(self) -> Iterator[Crops]:
         """The workers start at once, and are gone when the iteration is, a stuck one too."""
         check_semaphores(self.loader.num_workers)
+        ahead.begins(self.source, self.order)
         others = set(active_children())
         batches = iter(self.loader)
-        return _checked(batches, set(active_children()) - others)
+        return ahead.followed(_checked(batches, set(active_children()) - others), self.source, self.order)
 
 
 def _checked(batches: Iterator[Crops], workers: set[BaseProcess]) -> Iterator[Crops]:

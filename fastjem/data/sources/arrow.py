@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastjem.data import cache
+from fastjem.data import cache, copies
 from fastjem.errors import UserError
 from fastjem.printing import say
 from fastjem.reading import why_not
@@ -123,7 +123,8 @@ def _converted(path: str, columns: Sequence[str]) -> list[Any]:
     pa = pyarrow()
     try:
         found = os.stat(path)
-        key = f"{VERSION}\0{os.path.abspath(path)}\0{found.st_size}\0{found.st_mtime_ns}\0" + "\0".join(columns)
+        changed = 0 if copies.is_copy(path) else found.st_mtime_ns  # a copy's says when it was used
+        key = f"{VERSION}\0{os.path.abspath(path)}\0{found.st_size}\0{changed}\0" + "\0".join(columns)
         place = cache.folder() / f"table-{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}.arrow"
         with cache.alone(place):
             if place.exists():

@@ -25,19 +25,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastjem.data import cache
+from fastjem.data.copies import Copies
 from fastjem.data.sources.folder import first_folder
 from fastjem.data.sources.labels import Labels
+from fastjem.data.sources.stored import listed_all
 from fastjem.data.sources.tar import Listed, list_tar
 from fastjem.errors import UserError
 from fastjem.printing import say
 
 MAGIC = b"FJTARS01"  # the last two digits are the format's version
 THREADS = 4  # that wait for a file server's answers
-Signature = list[list[Any]]  # of each tar file [name, bytes, time of its last change in ns]
+Signature = list[list[Any]]  # of each tar file [name, bytes, time of its last change in ns, or a store's version]
 
 
-def signature_of(files: Sequence[str], folder: str) -> Signature:
+def signature_of(files: Sequence[str], folder: str, copies: Copies | None) -> Signature:
     """What tells that a tar file isn't what it was; -1 for one that isn't there."""
+    if copies is not None:
+        return [[os.path.relpath(file.url, folder), file.size, file.version] for file in copies.files]
     found: Signature = []
     for path in files:
         try:
@@ -227,7 +231,7 @@ def _written(file: BinaryIO, parts: Sequence[np.ndarray]) -> int:
     return at
 
 
-def index_of(files: Sequence[str], folder: str, root: str) -> Index:
+def index_of(files: Sequence[str], folder: str, root: str, copies: Copies | None = None) -> Index:
     """The index of these tar files, which is made if there is none of them as they are now.
 
     It is kept beside them or, where that can't be, in the cache folder; where neither can be written, in memory.
@@ -235,41 +239,44 @@ def index_of(files: Sequence[str], folder: str, root: str) -> Index:
     Args:
         folder: that the tar files are called from.
         root: what the user named, for messages.
+        copies: of the tar files, if these are in a store; their index is in the cache folder.
 
     Raises:
         UserError: as `write` does.
     """
-    signature = signature_of(files, folder)
+    signature = signature_of(files, folder, copies)
     names = "\n".join(name for name, _, _ in signature)
     key = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    places = [os.path.join(folder or ".", f".fastjem-{key}.index")]
+    places = [] if copies else [os.path.join(folder or ".", f".fastjem-{key}.index")]
     try:
-        whole = hashlib.sha256(os.fsencode(os.path.abspath(folder)) + key.encode()).hexdigest()[:16]
+        home = folder if copies else os.path.abspath(folder)
+        whole = hashlib.sha256(os.fsencode(home) + key.encode()).hexdigest()[:16]
         places.append(str(Path(cache.folder()) / f"shards-{whole}.index"))
     except RuntimeError:  # an account without a home
         pass
     if (index := _kept(places, signature)) is not None:
         return index
     with cache.alone(places[-1]):
-        return _kept(places, signature) or _made(files, signature, places, root)
+        return _kept(places, signature) or _made(files, signature, places, root, copies)
 
 
 def _kept(places: Sequence[str], signature: Signature) -> Index | None:
     return next((index for place in places if (index := Index.opened(place, signature)) is not None), None)
 
 
-def _made(files: Sequence[str], signature: Signature, places: Sequence[str], root: str) -> Index:
+def _made(files: Sequence[str], signature: Signature, places: Sequence[str], root: str, copies: Copies | None) -> Index:
     """An index in the first place that can be written, else in memory."""
     say(f"fastjem: {root}: an index of {len(files)} tar file{'s' if len(files) > 1 else ''} is made, once")
     for place in places:
         try:
             with ThreadPoolExecutor(THREADS) as pool, cache.written(place) as file:
-                write(file, signature, pool.map(list_tar, files), root)
+                listed = listed_all(copies, root) if copies else pool.map(list_tar, files)
+                write(file, signature, listed, root)
         except OSError:  # nobody may write there, or there is no room
             continue
         if (index := Index.opened(place, signature)) is not None:
             return index
     memory = io.BytesIO()
-    write(memory, signature, map(list_tar, files), root)
+    write(memory, signature, listed_all(copies, root) if copies else map(list_tar, files), root)
     say(f"fastjem: {root}: the index can't be kept, neither beside the tar files nor in the cache folder")
     return Index(memory.getvalue(), "")

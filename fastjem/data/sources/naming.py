@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fastjem.data import remote
+from fastjem.data.remote import is_remote
 from fastjem.errors import UserError
 
 SEPARATOR = ","
@@ -65,6 +67,8 @@ def _without_stars(path: str) -> Iterator[str]:
     folder, name = os.path.split(path)
     if "*" not in name:
         return iter((path,))
+    if is_remote(path):
+        return iter(remote.fitting(path))
     return glob.iglob(os.path.join(glob.escape(folder), glob.escape(name).replace("[*]", "*")))
 
 
@@ -122,7 +126,7 @@ def split(data: str) -> list[tuple[str, float | None]]:
     parts = []
     at = 0
     while at < len(pieces):
-        ends = range(len(pieces), at, -1)
+        ends = () if is_remote(pieces[at]) else range(len(pieces), at, -1)
         end = next((end for end in ends if is_there(SEPARATOR.join(pieces[at:end]))), at + 1)
         if root := SEPARATOR.join(pieces[at:end]):
             parts.append(_weighed(root))
@@ -141,8 +145,12 @@ def weighed(root: str, weight: float) -> str:
 
 
 def is_there(root: str) -> bool:
-    """Whether one path, perhaps with a weight behind it, leads to something; of a pattern `MOST` paths count."""
+    """Whether one path, perhaps with a weight behind it, leads to something; of a pattern `MOST` paths count. A store
+    isn't asked.
+    """
     path = split_options(_weighed(root)[0])[0]
+    if is_remote(path):
+        return True
     if not is_pattern(path):
         return os.path.exists(path)
     try:
@@ -160,13 +168,14 @@ def exists(data: str) -> bool:
 
 def absolute(data: str) -> str:
     """The same images named from any folder; a name that isn't a path may be made to one that isn't there."""
-    parts = ((os.path.abspath(root), weight) for root, weight in split(data))
+    parts = ((root if is_remote(root) else os.path.abspath(root), weight) for root, weight in split(data))
     return SEPARATOR.join(root if weight is None else weighed(root, weight) for root, weight in parts)
 
 
 def beside(data: str, name: str) -> str | None:
-    """Of "photos/train.csv?label=kind" and "test" "photos/test.csv?label=kind"; None of what isn't called "train"."""
-    if len(parts := split(data)) != 1 or parts[0][1] is not None:
+    """Of "photos/train.csv?label=kind" and "test" "photos/test.csv?label=kind"; None of what isn't called "train", and
+    of what is in a store."""
+    if len(parts := split(data)) != 1 or parts[0][1] is not None or is_remote(data):
         return None
     path, _ = split_options(data)
     folder, base = os.path.split(os.path.normpath(path))

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from fastjem.data import remote
+from fastjem.data.copies import Copies
 from fastjem.data.files import ENDINGS, LARGEST_FILE, read_file, too_large
 from fastjem.data.sources import naming
 from fastjem.data.sources.arrow import TABLES, opened, pyarrow, schema_of
 from fastjem.data.sources.labels import IMAGES, LABELS, column, shown
-from fastjem.data.sources.shards import holds_files
+from fastjem.data.sources.shards import holds_files, is_shown
 from fastjem.errors import UserError
 from fastjem.reading import json_object
 
@@ -47,7 +49,7 @@ class Table:
         self.root = os.fspath(root)
         self.path, options = naming.split_options(self.root)
         naming.columns(self.path, options, ("image", "label"))
-        self.files = table_files(self.path)  # local paths; what else could fetch them would stand below
+        self.files = table_files(self.path)  # local paths, of files in a store those of copies
         schema = schema_of(self.files[0])
         features = _features(schema)
         self.image = image_column(self.path, schema, features, options.get("image"))
@@ -87,8 +89,9 @@ class Table:
     @staticmethod
     def read_named(root: str, name: str) -> bytes:
         """The image of that name; of one that is in a file of its own nothing, as its path may lead anywhere."""
-        files = table_files(naming.split_options(root)[0])
-        table = _source(root, tuple(os.stat(path).st_mtime_ns for path in files))
+        path = naming.split_options(root)[0]
+        version = () if remote.is_remote(root) else tuple(os.stat(one).st_mtime_ns for one in table_files(path))
+        table = _source(root, version)
         data, _ = table.cell(table.find(name))
         if data is None:
             raise ValueError("its row has no bytes")
@@ -334,12 +337,23 @@ def _has_data_alone(path: str) -> bool:
     return not any(one.name != "data" if one.is_dir() else one.name.lower().endswith(ENDINGS) for one in shown)
 
 
+def _copied(root: str) -> list[str]:
+    """Of what a URL, a pattern or a folder in a store names."""
+    if root.lower().endswith(TABLES) or naming.is_pattern(root):
+        urls = naming.expand(root)
+    else:
+        urls = [url for url in remote.within(root) if is_shown(os.path.basename(url), TABLES)]
+    return Copies.of(root, urls).keep_all(root)
+
+
 def table_files(path: str) -> list[str]:
     """The tables that a path or a pattern names, in order; of a folder the one part of a data set that is in it.
 
     Raises:
         UserError: for a folder of several parts, with their names.
     """
+    if remote.is_remote(path):
+        return _copied(path)
     if not os.path.isdir(path):
         return naming.expand(path)
     if os.path.isfile(saved := os.path.join(path, "state.json")):

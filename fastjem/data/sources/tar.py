@@ -4,8 +4,9 @@ import json
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -60,14 +61,14 @@ class Listed:
     unlisted: list[tuple[str, str]] = field(default_factory=list)  # (what of the file, "": all; why it is left out)
 
 
-def list_tar(path: str) -> Listed:
+def list_tar(path: str, opened: Callable[[str], FileIO] = open_regular) -> Listed:
     """What is in a tar file up to where it is damaged."""
     samples: dict[str, Sample] = {}
     links: list[tuple[str, str, str]] = []  # key, member, what it leads to
     found = Listed()
     last = ""
     try:
-        with open_regular(path) as file:
+        with opened(path) as file:
             for member, name in _members(file):  # type: ignore[arg-type]
                 folder, base = posixpath.split(name)
                 if not base or any(part.startswith(".") for part in name.split("/")):

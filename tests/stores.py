@@ -1,0 +1,101 @@
+"""A web server of files on loopback that can be slow, fail, cut off and be killed, and counts what is asked of it."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class Store:
+    """The files of a folder by HTTP, with ETags and parts of files, as S3 has them.
+
+    Attributes:
+        fails: name -> the answers (numbers, or "cut": half of the file) that its next requests get, before it works.
+        pause: seconds that each answer takes.
+        whole: times that a whole file was sent, by name; `parts`: that a part of one was.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.fails: dict[str, list[Any]] = {}
+        self.pause = 0.0
+        self.knows_parts = True
+        self.whole: Counter[str] = Counter()
+        self.parts: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        self.connections: list[socket.socket] = []
+        self.port = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Also again, at the same port."""
+        store = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                store.connections.append(self.connection)
+
+            def do_HEAD(self) -> None:
+                store.answer(self, body=False)
+
+            def do_GET(self) -> None:
+                store.answer(self, body=True)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def kill(self) -> None:
+        """With the connections that it has."""
+        self.server.shutdown()
+        self.server.server_close()
+        while self.connections:
+            with contextlib.suppress(OSError):
+                self.connections.pop().shutdown(socket.SHUT_RDWR)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/tars"
+
+    def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
+        name = request.path.rpartition("/")[2]
+        time.sleep(self.pause)
+        with self.lock:
+            failure = self.fails[name].pop(0) if body and self.fails.get(name) else None
+        path = self.folder / name
+        if isinstance(failure, int) or not path.is_file():
+            request.send_error(failure or 404)
+            request.close_connection = True
+            return
+        content = path.read_bytes()
+        asked = request.headers.get("Range") if body and self.knows_parts else None
+        found = content
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            found = content[int(first) : int(last) + 1]
+        request.send_response(206 if asked else 200)
+        request.send_header("Content-Length", str(len(found)))
+        request.send_header("ETag", f'"{hash(content)}"')
+        if asked:
+            request.send_header("Content-Range", f"bytes {asked.removeprefix('bytes=')}/{len(content)}")
+        request.end_headers()
+        if not body:
+            return
+        if failure == "cut":
+            request.wfile.write(found[: len(found) // 2])
+            request.close_connection = True
+            return
+        with self.lock:
+            (self.parts if asked else self.whole)[name] += 1
+        request.wfile.write(found)
