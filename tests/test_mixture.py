@@ -20,7 +20,7 @@ from fastjem.data.batch import finish
 from fastjem.data.fingerprint import difference, fingerprint
 from fastjem.data.loaders import Budget, Order, images_per_epoch
 from fastjem.data.masking import drawn_masks
-from fastjem.data.source import Source, decode, decode_named, open_source, open_sources, parts_of, path_of
+from fastjem.data.source import Source, decode, decode_named, mixed, open_source, open_sources, parts_of, path_of
 from fastjem.data.sources import naming
 from fastjem.data.sources.mixture import Mixture
 from fastjem.data.views import MaskSpec, ViewSpec
@@ -112,7 +112,7 @@ def test_names_classes_and_images_are_those_of_the_parts(sides: tuple[Source, So
     assert without.labels is None and without.classes == [] and len(without) == 16
     (half,) = (open_source(f"{a.root}:.5"),)
     assert parts_of(half) == ((12, 0.5),) and half.name(3) == f"a/{a.name(3)}"
-    own = Mixture([Own(a), a.root], [2, None])  # whatever `open_source` takes
+    own = mixed([Own(a), a.root], [2, None])  # whatever `open_source` takes
     assert open_source(own) is own and own.name(33) == f"a/{a.name(1)}" and own.name(1) == "Own/1"
 
 
@@ -132,9 +132,9 @@ def test_roots_are_told_apart_by_their_last_folders(sides: tuple[Source, Source]
         with pytest.raises(UserError, match=message):
             open_source(data)
     with pytest.raises(UserError, match="a part of several sources must be one source"):
-        Mixture([open_source(f"{a}:2"), sides[1]])
+        mixed([f"{a}:2", sides[1]])
     with pytest.raises(UserError, match="a weight, or None, for each of 2 parts; got 1"):
-        Mixture(sides, [0.5])
+        mixed(sides, [0.5])
 
 
 def test_a_path_that_is_there_is_one_whatever_its_name(tmp_path: Path) -> None:

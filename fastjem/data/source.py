@@ -123,7 +123,7 @@ def open_source(data: str | os.PathLike[str] | Any) -> Source:
     if isinstance(data, (str, os.PathLike)):
         parts = naming.split(os.fspath(data)) or [(os.fspath(data), None)]
         if len(parts) > 1 or parts[0][1] is not None:
-            return Mixture([open_source(root) for root, _ in parts], [weight for _, weight in parts])
+            return mixed([root for root, _ in parts], [weight for _, weight in parts])
         root = parts[0][0]
         source = format_of(root)(root if is_remote(root) else Path(root))
         for folder, why in getattr(source, "unlisted", ()):
@@ -134,6 +134,19 @@ def open_source(data: str | os.PathLike[str] | Any) -> Source:
     if isinstance(data, (Completed, Levelled, Pairs, Mixture)) or type(data) in SOURCES.values():
         return data
     return Completed(data)
+
+
+def mixed(parts: Sequence[Any], weights: Sequence[float | None] | None = None) -> Mixture:
+    """Several sources as one, see `Mixture`.
+
+    Args:
+        parts: what `open_source` takes, each.
+        weights: how often each image of a part is seen in an epoch; None: once.
+
+    Raises:
+        UserError: as `open_source` and `Mixture` do.
+    """
+    return Mixture([open_source(part) for part in parts], weights)
 
 
 class Completed:

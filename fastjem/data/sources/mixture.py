@@ -21,7 +21,7 @@ class Mixture:
     name where all parts have labels; where one has none there are none.
 
     Args:
-        parts: the sources, or what `fastjem.data.source.open_source` makes one of.
+        parts: the sources; `fastjem.data.source.mixed` takes all that is one.
         weights: how often each image of a part is seen in an epoch: 0.3: another 30 % of them in each; 2: twice, with
             other views; None: once.
 
@@ -30,10 +30,8 @@ class Mixture:
             of weights than of parts.
     """
 
-    def __init__(self, parts: Sequence[Any], weights: Sequence[float | None] | None = None):
-        from fastjem.data.source import open_source  # which opens mixtures
-
-        self.parts: list[Part] = [open_source(part) for part in parts]
+    def __init__(self, parts: Sequence[Part], weights: Sequence[float | None] | None = None):
+        self.parts = list(parts)
         given = [None] * len(self.parts) if weights is None else list(weights)
         if len(given) != len(self.parts) or not given:
             raise UserError(f"Mixture: a weight, or None, for each of {len(self.parts)} parts; got {len(given)}")
