@@ -12,6 +12,7 @@ hidden.
 
 import argparse
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -163,6 +164,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if "distill" in options.methods and not options.given:
+            if options.cores:  # on one of them, beside whose runs other things may go on
+                os.sched_setaffinity(0, options.cores[:1])
+                torch.set_num_threads(1)
             options.given = given_encoder(options, folder)
         runs = [(name, seed) for name in options.methods for seed in options.seeds]
         for row in tables.spread(lambda run, core: in_a_process(*run, options, core), runs, options.cores):
