@@ -12,10 +12,9 @@ benchmarks/stable_pretraining_runs.py); ours, `fastjem.pretrain` with its defaul
 epochs, and for shares of the seconds that the other took. Each run is a process of its own, which needs the machine,
 or its core, for itself: a rate measured beside other work chooses another length. With --rates, an earlier page of
 the same machine says how many images a second each side trains on, and so how long its runs are: nothing is timed, and
-other work may go on beside them. With --peer-python, fastjem must be
-importable there, too. Seconds are those of the training, from the opening of the data to the last step (stable-
-pretraining's: of its trainer's `fit`); ours have the run's checkpoints and its export in them. Embeddings of both are
-measured by the same kNN (k = 20) and linear probe.
+other work may go on beside them. With --peer-python, fastjem must be importable there, too. Seconds are those of the
+training, from the opening of the data to the last step (stable-pretraining's: of its trainer's `fit`); ours have the
+run's checkpoints and its export in them. Embeddings of both are measured by the same kNN (k = 20) and linear probe.
 """
 
 import argparse

@@ -12,7 +12,6 @@ hidden.
 
 import argparse
 import json
-import os
 import resource
 import sys
 import tempfile
@@ -91,7 +90,8 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     train = open_source(options.train or shapes.folder() / "train")
     test = open_source(options.test or shapes.folder() / "test")
     with tempfile.TemporaryDirectory() as folder:
-        fields = fields_of(name, options, Path(folder), options.given)
+        given = options.given or (given_encoder(options, folder) if name == "distill" else "")
+        fields = fields_of(name, options, Path(folder), given)
         begin = time.perf_counter()
         result = fastjem.pretrain(**fields)
         seconds = time.perf_counter() - begin
@@ -162,18 +162,12 @@ def main() -> None:
         print("ROW " + json.dumps(one(options.alone, options)), flush=True)
         return
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        if "distill" in options.methods and not options.given:
-            if options.cores:  # on one of them, beside whose runs other things may go on
-                os.sched_setaffinity(0, options.cores[:1])
-                torch.set_num_threads(1)
-            options.given = given_encoder(options, folder)
-        runs = [(name, seed) for name in options.methods for seed in options.seeds]
-        for row in tables.spread(lambda run, core: in_a_process(*run, options, core), runs, options.cores):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-            if options.out:
-                write(options, rows)
+    runs = [(name, seed) for name in options.methods for seed in options.seeds]
+    for row in tables.spread(lambda run, core: in_a_process(*run, options, core), runs, options.cores):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if options.out:
+            write(options, rows)
 
 
 def in_a_process(name: str, seed: int, options: argparse.Namespace, core: int | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ LAST = "checkpoints/last.pt"
 # What only the run itself writes, and nobody while it holds the lock but itself.
 OWN = ("config.yaml", "metrics.jsonl", "knn.jsonl", "embeddings.npz", "environment.json", "encoder.safetensors")
 PART = re.compile(r"(.+?)(\.[0-9a-f]{16})?\.part")  # the name of a temporary file, with that of its file in it
-HOUR = 3600.0
+HOUR = 3600.0  # after which nobody writes a temporary file any more that hasn't grown
 
 
 def write_atomically(path: Path, content: bytes) -> None:

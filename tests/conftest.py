@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +184,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [belongs(item) for item in items]
     config.hook.pytest_deselected(items=[item for item, wanted in zip(items, chosen, strict=True) if not wanted])
     items[:] = [item for item, wanted in zip(items, chosen, strict=True) if wanted]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder, which the test has for itself."""
+    monkeypatch.setenv("FASTJEM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

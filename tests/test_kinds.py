@@ -24,10 +24,7 @@ TABLES = ("parquet", "arrow", "stream", "feather", "saved")
 NUMBERED = ("shards", "pattern", "arrays")  # whose labels are numbers, and so are their classes
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FASTJEM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")

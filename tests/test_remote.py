@@ -40,11 +40,11 @@ SPECS = [ViewSpec(size=16)]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FASTJEM_CACHE", str(tmp_path / "cache"))
+def cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its part for copies of what is in a store."""
     monkeypatch.setenv("FASTJEM_CACHE_GB", "1")
     monkeypatch.setattr(remote, "PATIENCE", remote.Patience(5, 0.01))
-    return tmp_path / "cache" / "store"
+    return cache / "store"
 
 
 @pytest.fixture

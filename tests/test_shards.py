@@ -23,11 +23,7 @@ from fastjem.data.sources.shards import Shards
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FASTJEM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -29,11 +29,7 @@ from fastjem.data.sources.table import Table  # noqa: E402
 from fastjem.data.views import ViewSpec  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FASTJEM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

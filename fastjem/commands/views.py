@@ -16,13 +16,13 @@ from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
 from fastjem.data.masking import MASKINGS, MASKINGS_OF_RUNS, masks_of_run
 from fastjem.data.source import Levelled, decode_all, open_sources
+from fastjem.data.spread import spread
 from fastjem.data.stages import Sizes
 from fastjem.data.views import RECIPES, MaskSpec, Value, Views, ViewSpec
 from fastjem.errors import UserError, nearest
 from fastjem.methods import METHODS, combinations, views_of
 from fastjem.printing import printable, say
 from fastjem.reading import why_not
-from fastjem.report.run import spread
 from fastjem.report.views import INK, Sample, samples, titles
 
 PAPER = (255, 255, 255)

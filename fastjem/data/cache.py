@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-HOUR = 3600.0  # after which nobody writes a file any more that hasn't grown
+from fastjem.checkpoints import HOUR, new_file
+
 LOCK, PART = ".lock", ".part"  # endings of what stands beside a file while it is made
 
 
@@ -41,7 +42,7 @@ def filled(path: str | os.PathLike[str]) -> Iterator[str]:
     parent, name = os.path.split(os.fspath(path))
     os.makedirs(parent or ".", exist_ok=True)
     part = os.path.join(parent, f".{name}.{secrets.token_hex(8)}{PART}")
-    open(part, "xb").close()  # read by whom the user's umask lets read: it may be a copy of their images
+    os.close(new_file(Path(part)))  # read by whom the user's umask lets read: it may be a copy of their images
     try:
         yield part
         with open(part, "rb") as file:

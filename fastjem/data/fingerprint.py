@@ -7,6 +7,7 @@ from typing import Any
 from fastjem.data.source import Source, inner, parts_of, path_of
 from fastjem.data.sources.mixture import Mixture
 from fastjem.data.sources.naming import split_options
+from fastjem.data.spread import spread
 
 SIZED = 1000  # files whose sizes are asked for: a file server takes a millisecond for each
 
@@ -44,10 +45,8 @@ def _hash_sizes(source: Any, most: int, into: Any) -> None:
         for size in getattr(source, "file_sizes", None) or map(size_of, files):
             into.update(f"{size},".encode())
         return
-    count = len(source)
-    some = min(count, most)
     root = split_options(source.root)[0]
-    for path in (root, *(path_of(source, i * count // some) for i in range(some))):
+    for path in (root, *(path_of(source, i) for i in spread(len(source), most).tolist())):
         into.update(f"{size_of(path)},".encode())
 
 

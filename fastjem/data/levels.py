@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fastjem.data.files import TIFF, deep_png, open_image, stored
+from fastjem.data.spread import spread
 from fastjem.errors import UserError
 
 KINDS = {"8-bit": (0.0, 255.0), "integer": (0.0, 65535.0), "float": (0.0, 1.0)}  # from black to white, where unsaid
@@ -237,8 +238,7 @@ def survey(source: Any, channels: int = RGB) -> Survey:
     """What `SAMPLED` images store, spread evenly over a source; those that can't be read tell nothing."""
     found = Survey()
     values = 0
-    count = len(source)
-    for i in sorted({k * count // SAMPLED for k in range(SAMPLED)}):
+    for i in spread(len(source), SAMPLED).tolist():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of harmless EXIF trouble

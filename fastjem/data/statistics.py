@@ -8,6 +8,7 @@ import numpy as np
 
 from fastjem.data.picture import Bands, Picture
 from fastjem.data.source import Source, decode
+from fastjem.data.spread import spread
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
 
@@ -43,8 +44,7 @@ def measured(source: Source) -> tuple[list[float], list[float], int]:
     Raises:
         UserError: where none can be read.
     """
-    count = len(source)
-    chosen = sorted({k * count // MEASURED for k in range(MEASURED)})
+    chosen = spread(len(source), MEASURED).tolist()
     with ThreadPoolExecutor(available_cores()) as pool:
         found = [moments for moments in pool.map(lambda i: _moments(source, i), chosen) if moments is not None]
     if not found:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
 from fastjem.data.masking import mask_specs, masks_of_run
+from fastjem.data.spread import spread
 from fastjem.data.stages import Sizes
 from fastjem.errors import UserError
 from fastjem.health import Alarm
@@ -18,7 +19,7 @@ from fastjem.printing import printable, say
 from fastjem.reading import why_not
 from fastjem.report.charts import charts
 from fastjem.report.pictures import neighbours, picture, view_table
-from fastjem.report.run import Run, read, spread
+from fastjem.report.run import Run, read
 from fastjem.report.style import CSS
 from fastjem.report.views import samples, titles
 

@@ -275,9 +275,3 @@ def _is_path_of(root: str, data: str) -> bool:
         return os.path.normpath(root) == os.path.normpath(data)
     parts = [part for part in os.path.normpath(data).split(os.sep) if part not in (".", "..")]
     return not parts or Path(os.path.normpath(root)).parts[-len(parts) :] == tuple(parts)
-
-
-def spread(size: int, most: int) -> np.ndarray:
-    """At most `most` of the numbers below `size`, evenly."""
-    most = min(size, most)
-    return np.arange(most) * size // max(most, 1)

@@ -23,10 +23,10 @@ from fastjem.checkpoints import Metrics, write_atomically
 from fastjem.data.pixels import Pixels, whole_image
 from fastjem.data.source import Source, decode
 from fastjem.data.sources import naming
+from fastjem.data.spread import spread
 from fastjem.machine import available_cores
 from fastjem.probes import parts_not_classes
 from fastjem.report.page import write
-from fastjem.report.run import spread
 
 IMAGES, EACH, NEIGHBOURS, TEMPERATURE = 1000, 20, 20, 0.07
 SHARE_OF_TIME = 1 / 50  # that writing pages may take

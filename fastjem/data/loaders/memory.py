@@ -17,12 +17,13 @@ from fastjem.data.batch import Crops
 from fastjem.data.colours import augmented, windows
 from fastjem.data.files import open_image
 from fastjem.data.levels import levels_of, survey, to_levels
-from fastjem.data.loaders.protocol import Budget, Order
+from fastjem.data.loaders.protocol import Budget, Order, mask_keys
 from fastjem.data.parameters import Parameters
 from fastjem.data.picture import Picture
 from fastjem.data.source import SOURCES, NoneReadable, Source, decode, inner, path_of, read_or_next, reason, rule_of
 from fastjem.data.sources.arrays import Arrays, channels_axis, read_arrays
 from fastjem.data.sources.mixture import Mixture
+from fastjem.data.spread import spread
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
@@ -233,9 +234,8 @@ class MemoryLoader:
             indices = torch.from_numpy(self.rows[samples % order.samples]).to(device, non_blocking=True)
             labels = None if array.labels is None else array.labels[indices]
             index = array.samples[indices]  # type: ignore[index]
-            again = torch.from_numpy(samples // order.samples * order.samples).to(device, non_blocking=True)
             views = array.crops(indices, tables, self.specs)
-            yield Crops(views, tables, index, epoch, labels, unreadable, index + again)
+            yield Crops(views, tables, index, epoch, labels, unreadable, mask_keys(index, samples, order.samples))
             unreadable = []
 
 
@@ -245,9 +245,8 @@ def side_in_memory(source: Source, specs: Sequence[ViewSpec]) -> int:
     No single file decides: the sides of `SIZES` images are looked at, evenly over the source.
     """
     needed = round(specs[0].size * ENLARGED)
-    count = len(source)
     largest = 0
-    for i in sorted({k * count // SIZES for k in range(SIZES)}):
+    for i in spread(len(source), SIZES).tolist():
         try:
             largest = max(largest, shorter_side(source, i))
         except Exception:  # whatever is wrong with it is said when it is read
@@ -286,9 +285,8 @@ def are_small(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bo
     parts = given.parts if isinstance(given, Mixture) else [given]
     if source.decoded or not all(type(part) in SOURCES.values() for part in parts):
         return False
-    count = len(source)
     found: set[tuple[int, int]] = set()
-    for i in sorted({k * count // SIZES for k in range(SIZES)}):
+    for i in spread(len(source), SIZES).tolist():
         try:
             found.add(sides(source, i))
         except Exception:  # whatever is wrong with it is said when it is read

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from fastjem.data.batch import Crops
 from fastjem.data.source import Source
@@ -177,10 +178,12 @@ class LoaderFactory(Protocol):
     def __call__(self, source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget) -> Loader: ...
 
 
-def mask_keys(index: Sequence[int], samples: Sequence[int], images: int) -> torch.Tensor:
+def mask_keys(index: Sequence[int] | torch.Tensor, samples: ArrayLike, images: int) -> torch.Tensor:
     """[B] int64: the numbers `index` of the images that are there, and `images` more for each time that the epoch had
     the `samples` before: an image that is seen again has other masks."""
-    return torch.as_tensor(index) + torch.as_tensor(samples) // images * images
+    index = torch.as_tensor(index)
+    again = torch.as_tensor(np.asarray(samples) // images * images)
+    return index + again.to(index.device, non_blocking=True)
 
 
 def labels_of(source: Source, index: Sequence[int]) -> torch.Tensor | None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from fastjem.data.files import ENDINGS, read_file
+from fastjem.data.sources.arrays import ENDINGS as ARRAYS
+from fastjem.data.sources.arrow import TABLES
+from fastjem.data.sources.naming import LISTS
 from fastjem.errors import UserError
 from fastjem.reading import why_not
 
-FILES = (".txt", ".csv", ".tsv", ".tar", ".parquet", ".arrow", ".feather", ".npz", ".npy")  # of other sources
+FILES = (*LISTS, ".tar", *TABLES, *ARRAYS)  # of other sources
 
 
 class Folder:

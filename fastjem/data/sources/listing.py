@@ -9,7 +9,7 @@ import numpy as np
 
 from fastjem.data.files import read_file
 from fastjem.data.sources.labels import IMAGES, LABELS, Labels, Names, column, shown
-from fastjem.data.sources.naming import LISTS, columns, split_options
+from fastjem.data.sources.naming import LISTS, split_columns, split_options
 from fastjem.errors import UserError
 from fastjem.reading import why_not
 
@@ -32,8 +32,8 @@ class Listing:
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = os.fspath(root)
-        path, options = split_options(self.root)
-        columns(path, options, ("image", "label"))
+        path, options = split_columns(self.root)
+        self.folder = os.path.dirname(path)
         self.names = Names()
         self.labels: np.ndarray | None = None
         self.classes: list[str] = []
@@ -74,7 +74,7 @@ class Listing:
         return os.fsdecode(self.names[i])
 
     def read(self, i: int) -> bytes:
-        return self.read_named(self.root, self.name(i))
+        return read_file(os.path.join(self.folder, self.name(i)))
 
 
 def _rows(path: str, options: dict[str, str]) -> Iterator[tuple[str, str | None]]:

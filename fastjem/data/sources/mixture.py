@@ -57,12 +57,15 @@ class Mixture:
 
     def place(self, i: int) -> tuple[Any, int]:
         """The part that has image i, and its number there."""
-        part = bisect.bisect_right(self.starts, i) - 1
+        part = self._part(i)
         return self.parts[part], i - self.starts[part]
 
+    def _part(self, i: int) -> int:
+        return bisect.bisect_right(self.starts, i) - 1
+
     def name(self, i: int) -> str:
-        part, at = self.place(i)
-        return f"{self.called[bisect.bisect_right(self.starts, i) - 1]}/{part.name(at)}"
+        part = self._part(i)
+        return f"{self.called[part]}/{self.parts[part].name(i - self.starts[part])}"
 
     def read(self, i: int) -> bytes | np.ndarray:
         part, at = self.place(i)

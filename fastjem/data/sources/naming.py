@@ -14,6 +14,7 @@ from fastjem.errors import UserError
 
 SEPARATOR = ","
 LISTS = (".txt", ".csv", ".tsv")
+COLUMNS = ("image", "label")  # that a list or a table may be told
 # "?image=photo&label=kind" at the end of a path; without a comma, behind which is another path
 OPTIONS = re.compile(r"\?([a-z]+=[^?&,]+(?:&[a-z]+=[^?&,]+)*)$")
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -31,12 +32,15 @@ def split_options(root: str | os.PathLike[str]) -> tuple[str, dict[str, str]]:
     return path[: found.start()], dict(option.split("=", 1) for option in found[1].split("&"))
 
 
-def columns(root: str, options: dict[str, str], known: tuple[str, ...]) -> dict[str, str]:
-    """The options of a list or a table; UserError for one that it hasn't."""
+def split_columns(root: str) -> tuple[str, dict[str, str]]:
+    """`split_options` of a list or a table; UserError for an option that these haven't."""
+    path, options = split_options(root)
     for name in options:
-        if name not in known:
-            raise UserError(f"{root}: ?{name}= is no option of it; there are {', '.join(f'?{one}=' for one in known)}")
-    return options
+        if name not in COLUMNS:
+            raise UserError(
+                f"{path}: ?{name}= is no option of it; there are {', '.join(f'?{one}=' for one in COLUMNS)}"
+            )
+    return path, options
 
 
 def is_pattern(path: str) -> bool:

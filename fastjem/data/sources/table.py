@@ -47,8 +47,7 @@ class Table:
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = os.fspath(root)
-        self.path, options = naming.split_options(self.root)
-        naming.columns(self.path, options, ("image", "label"))
+        self.path, options = naming.split_columns(self.root)
         self.files = table_files(self.path)  # local paths, of files in a store those of copies
         schema = schema_of(self.files[0])
         features = _features(schema)
@@ -136,7 +135,7 @@ class Table:
             OSError: for a table that isn't what it was, and for an image that is larger than `LARGEST_FILE`.
             ValueError: for a row without an image.
         """
-        path = self.file_of[bisect.bisect_right(self.starts, i) - 1]
+        path = self.file_of[self._place(i)[0]]
         if os.path.getsize(path) != self.sizes[path]:
             raise OSError(f"{path} has changed since it was opened")
         data, beside = self.cell(i)
@@ -148,8 +147,8 @@ class Table:
 
     def cell(self, i: int) -> tuple[bytes | None, str | None]:
         """(a file's bytes, its path) of row i."""
-        number = bisect.bisect_right(self.starts, i) - 1
-        cell = self.chunks[number][i - self.starts[number]]
+        number, row = self._place(i)
+        cell = self.chunks[number][row]
         if not cell.is_valid:
             return None, None
         if pyarrow().types.is_struct(cell.type):
@@ -158,9 +157,14 @@ class Table:
             return _bytes(fields["bytes"]), path
         return (None, cell.as_py()) if is_text(cell.type) else (_bytes(cell), None)
 
-    def _path(self, i: int) -> str:
+    def _place(self, i: int) -> tuple[int, int]:
+        """(chunk, row of it) of row i."""
         number = bisect.bisect_right(self.starts, i) - 1
-        return self.chunks[number][i - self.starts[number]]["path"].as_py()
+        return number, i - self.starts[number]
+
+    def _path(self, i: int) -> str:
+        number, row = self._place(i)
+        return self.chunks[number][row]["path"].as_py()
 
     def _paths_are_names(self) -> bool:
         if len(self) > MOST_NAMED or "path" not in _names(self.chunks[0].type):
