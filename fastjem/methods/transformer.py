@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from fastjem.data.size import Size, in_patches
+
 
 class TokenPredictor(nn.Module):
     """What a transformer makes of hidden patches, given the visible ones' tokens.
@@ -154,7 +156,7 @@ def sines_and_cosines(
     return torch.cat(both, 2).flatten(0, 1).float()
 
 
-def grid_of(image_size: int, patch: int) -> tuple[int, int]:
-    """Patches in a square image's height and width; 1 where a run hasn't said how large they are."""
-    side = max(image_size // max(patch, 1), 1)
-    return side, side
+def grid_of(image_size: Size, patch: int) -> tuple[int, int]:
+    """Patches in an image's height and width; 1 where a run hasn't said how large they are."""
+    rows, columns = in_patches(image_size, max(patch, 1))
+    return max(rows, 1), max(columns, 1)

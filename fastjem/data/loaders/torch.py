@@ -17,6 +17,7 @@ from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_ke
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import Picture
 from fastjem.data.sharing import check_semaphores, share
+from fastjem.data.size import height_and_width
 from fastjem.data.source import NoneReadable, Read, Source, decode_all, read_or_next
 from fastjem.data.views import ViewSpec
 
@@ -24,11 +25,12 @@ HELD = 2**26  # pixels of decoded images that a batch holds at a time: 256 MiB, 
 
 
 def crop(image: Picture, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
-    """The window of a table's row [P], resized with antialiasing: [size, size, C] uint8."""
+    """The window of a table's row [P], resized with antialiasing: [H, W, C] uint8."""
     top, left, height, width = (int(x) for x in row[column.TOP : column.WIDTH + 1])
     mode = Image.Resampling.BICUBIC if spec.bicubic else Image.Resampling.BILINEAR
     window = image.crop((left, top, left + width, top + height))
-    return np.asarray(window.resize((spec.size, spec.size), mode))
+    out_height, out_width = height_and_width(spec.size)
+    return np.asarray(window.resize((out_width, out_height), mode))
 
 
 class _BatchesByKeys(Dataset):
