@@ -24,6 +24,7 @@ import fastjem  # noqa: E402
 from fastjem import backbones, checkpoints, encoders, starting  # noqa: E402
 from fastjem import config as configuration  # noqa: E402
 from fastjem.cli import main  # noqa: E402
+from fastjem.commands import check_data  # noqa: E402
 from fastjem.config import Config  # noqa: E402
 from fastjem.data import masks  # noqa: E402
 from fastjem.data.loaders import Budget, Order, choose, create, dali  # noqa: E402
@@ -114,7 +115,8 @@ def test_views_are_the_same_by_every_loader(bicubic: bool, tmp_path: Path) -> No
     specs = [ViewSpec(size=SIZE, bicubic=bicubic), ViewSpec(size=(16, 24), bicubic=bicubic)]
     order = Order(samples=12, batch=6, stop=2, seed=3)
     expected = list(create("torch", source, specs, order, Budget()))
-    loaders = {"memory": 1, "auto": 1, **({} if dali.why_not("cpu") else {"dali-cpu": 25})}
+    held = 3 if bicubic else 1  # levels: a cubic's rounding in two passes, in 2 of 100,000 values of squares as well
+    loaders = {"memory": held, "auto": held, **({} if dali.why_not("cpu") else {"dali-cpu": 25})}
     for name, most in loaders.items():
         for crops, theirs in zip(create(name, source, specs, order, Budget(workers=1)), expected, strict=True):
             assert torch.equal(crops.index, theirs.index)
@@ -122,6 +124,7 @@ def test_views_are_the_same_by_every_loader(bicubic: bool, tmp_path: Path) -> No
                 assert view.shape == other.shape and torch.equal(table, same)
                 off = (view.int() - other.int()).abs()
                 assert off.max() <= most and off[:, 4:-4, 4:-4].float().mean() < 0.3
+                assert name.startswith("dali") or (off > 1).float().mean() < 1e-4
     assert [tuple(view.shape) for view in expected[0].views] == [(6, 32, 64, 3), (6, 16, 24, 3)]
     assert choose("auto", source, specs, Budget()) == "memory", "they are small, of one size and of the views' aspect"
     assert choose("auto", source, [ViewSpec(size=64)], Budget()) == "torch"
@@ -136,7 +139,7 @@ def test_what_is_held_in_memory_has_the_views_aspect(tmp_path: Path) -> None:
         array = create("memory", source, specs, order, Budget()).array  # type: ignore[attr-defined]
         assert array.images.shape == (3, *held, 3)
         image = Image.open(os.path.join(source.root, source.name(0)))
-        across, down = min(width, 2 * height), min(height, width / 2)
+        across, down = min(width, height * held[1] / held[0]), min(height, width * held[0] / held[1])
         box = ((width - across) / 2, (height - down) / 2, (width + across) / 2, (height + down) / 2)
         expected = np.asarray(image.resize((held[1], held[0]), Image.Resampling.BICUBIC, box))
         assert np.array_equal(array.images[0].numpy(), expected)
@@ -198,11 +201,9 @@ def test_what_comes_after_a_run(images: str, tmp_path: Path) -> None:
     line = ["views", "--data", images, "--image-size", "48x96", "--images", "2", "--mask", "0.5", "--patch-size", "8"]
     assert main([*line, "--method", "simclr", "--out", str(picture)]) == 0
     assert Image.open(picture).size == (8 + 4 * (96 + 8), 28 + 2 * (96 + 28))
-    found = fastjem.commands.check_data.check_data(
-        fastjem.commands.check_data.CheckDataOptions(images, image_size=(32, 80), workers=1)
-    )
+    found = check_data.check_data(check_data.CheckDataOptions(images, image_size=(32, 80), workers=1))  # type: ignore[arg-type]
     assert found["image_size"] == [32, 80] and found["small"] == 48
-    assert "a side below 32x80: 48" in fastjem.commands.check_data.render(found)
+    assert "a side below 32x80: 48" in check_data.render(found)
 
 
 def test_an_exported_graph_takes_the_runs_size(images: str, tmp_path: Path) -> None:
