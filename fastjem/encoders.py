@@ -5,7 +5,6 @@ encoder gives `Features`, and a vision transformer also takes masks. What is exp
 """
 
 import contextlib
-import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from fastjem.checkpoints import write_atomically
 from fastjem.data.pixels import Pixels
-from fastjem.data.size import in_patches, written
+from fastjem.data.size import Size, in_patches, written
 from fastjem.errors import UserError
 
 DROP_PATHS = ("DropPath", "StochasticDepth")
@@ -45,22 +44,6 @@ class Features(NamedTuple):
     tokens: Tensor | None = None  # [N, L, D] after the last norm, one for each patch; transformers only
     layers: tuple[Tensor, ...] = ()  # the tokens [N, L, D] behind each of the last blocks, where asked for
     grid: tuple[int, int] | None = None  # rows and columns of the L places; None: not known, or only some have tokens
-
-    def rows_and_columns(self) -> tuple[int, int]:
-        """Of the places that have tokens; where an encoder of one's own doesn't say them, those of a square.
-
-        Raises:
-            ValueError: where there are no tokens, or not as many as a square has.
-        """
-        if self.tokens is None:
-            raise ValueError("Features: there are no tokens")
-        if self.grid is not None:
-            return self.grid
-        count = self.tokens.shape[1]
-        side = math.isqrt(count)
-        if side * side != count:
-            raise ValueError(f"Features: of {count} tokens the encoder must give `grid`, as they are no square's")
-        return side, side
 
 
 class Encoder(nn.Module):
@@ -239,12 +222,9 @@ def is_transformer(module: nn.Module) -> bool:
     return timm is not None and isinstance(module, (timm.VisionTransformer, timm.Eva))
 
 
-def shows_enough(module: nn.Module, size: int) -> bool:
-    """Whether most patches of a view can be hidden, and the others still tell something: there are 4 x 4 and more.
-
-    size: pixels of the view's shorter side.
-    """
-    return takes_masks(module) and size // patch_size(module) >= 4
+def shows_enough(module: nn.Module, size: Size) -> bool:
+    """Whether most patches of a view can be hidden, and the others still tell something: there are 4 x 4 and more."""
+    return takes_masks(module) and min(in_patches(size, patch_size(module))) >= 4
 
 
 def takes_masks(module: nn.Module) -> bool:

@@ -136,9 +136,8 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         said.append(left_out(config, longer))
     normalised, measured = starting.normalisation(config, source, weights, state)
     said.append(measured)
-    of_stages = (view_specs(config, kind, module, normalised, size) for size in config.sizes.pixels)
-    sizes = (shorter(spec.size) for specs in of_stages for spec in specs)
-    if preset.mask and not state and config.mask is None and encoders.shows_enough(module, min(sizes)):
+    sizes = (spec.size for size in config.sizes.pixels for spec in view_specs(config, kind, module, normalised, size))
+    if preset.mask and not state and config.mask is None and encoders.shows_enough(module, min(sizes, key=shorter)):
         config = replace(config, mask=preset.mask)
         said.append(f"--preset {config.preset} leaves out {preset.mask:.0%} of each view's patches; --mask 0 doesn't")
     if config.masking is not None and not config.mask:
@@ -355,17 +354,15 @@ def embedded(module: nn.Module, images: torch.Tensor, sizes: Mapping[Size, str])
     """
     widths = []
     for size, given in sizes.items():
-        sized = images
-        height, width = height_and_width(size)
-        if (height, width) != images.shape[2:]:
-            sized = interpolate(images, (height, width), mode="bilinear", antialias=True)
+        sides = height_and_width(size)
+        sized = images if sides == images.shape[2:] else interpolate(images, sides, mode="bilinear", antialias=True)
         try:
             widths.append(encoders.measured_width(module, sized))
         except encoders.UnusableError as error:
             raise UserError(str(error)) from None
         except Exception as error:  # whatever a model may raise
             channels = images.shape[1]
-            refused = f"{type(module).__name__}, can't take {height} x {width} images of {channels} channels"
+            refused = f"{type(module).__name__}, can't take {sides[0]} x {sides[1]} images of {channels} channels"
             raise UserError(f"{given}: the encoder, a {refused}: {first_line(error)}") from error
         if widths[-1] != widths[0]:
             raise UserError(f"{given}: embeddings must be as wide at every size, got {widths[0]} and {widths[-1]}")

@@ -40,6 +40,8 @@ from fastjem.given import Given  # noqa: E402
 from fastjem.methods import METHODS, needs_patches, views_of  # noqa: E402
 from fastjem.methods.dinov3 import _on_grid  # noqa: E402
 from fastjem.methods.pirl import pieces_in_order  # noqa: E402
+from fastjem.methods.transformer import rows_and_columns  # noqa: E402
+from fastjem.nn.tokens import patchify, unpatchify  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -354,15 +356,15 @@ def test_features_say_their_rows_and_columns() -> None:
     x = torch.randn(2, 3, 32, 64)
     resnet = encoders.wrap(backbones.create("test_resnet", SIZE, stem="standard")).eval()
     found = resnet(x, tokens=True)
-    assert found.tokens is not None and found.rows_and_columns() == found.grid
+    assert found.tokens is not None and rows_and_columns(found) == found.grid
     maps = resnet.backbone.forward_features(x)
     assert found.grid == tuple(maps.shape[2:]) and found.grid[0] * 2 == found.grid[1]
     vit = encoders.wrap(backbones.create("test_vit", SIZE, patch=8), mask_token=True).eval()
     assert vit(x).grid == vit(x, hidden=torch.zeros(2, 4, 8, dtype=torch.bool)).grid == (4, 8)
     assert vit(x, visible=torch.arange(6).expand(2, -1)).grid is None
-    assert encoders.Features(x, torch.zeros(2, 9, 4)).rows_and_columns() == (3, 3)
-    with pytest.raises(ValueError, match="of 8 tokens the encoder must give `grid`"):
-        encoders.Features(x, torch.zeros(2, 8, 4)).rows_and_columns()
+    assert rows_and_columns(encoders.Features(x, torch.zeros(2, 9, 4))) == (3, 3)
+    with pytest.raises(ValueError, match="8 tokens are no square's: the encoder must say their `grid`"):
+        rows_and_columns(encoders.Features(x, torch.zeros(2, 8, 4)))
 
 
 def test_a_given_encoder_sees_the_aspect_of_the_images() -> None:
@@ -385,6 +387,16 @@ def test_pieces_of_a_jigsaw_are_thirds_of_each_side() -> None:
         for j in range(3):
             expected = images[:, :, 8 * i : 8 * i + 8, 16 * j : 16 * j + 16]
             assert torch.equal(pieces[:, 3 * i + j], expected)
+
+
+def test_patches_of_a_rectangle_are_put_together_again() -> None:
+    images = torch.randn(2, 3, 16, 24)
+    patches = patchify(images, 8)
+    assert torch.equal(unpatchify(patches, 8, grid=(2, 3)), images)
+    with pytest.raises(ValueError, match="patches must be 3 x 3 of them, got 6"):
+        unpatchify(patches, 8, grid=(3, 3))
+    with pytest.raises(ValueError, match="patches must be a square of them, got 6"):
+        unpatchify(patches, 8)
 
 
 def test_metadata_that_are_no_size_are_refused() -> None:

@@ -15,6 +15,7 @@ from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.dinov2 import DINOv2
 from fastjem.methods.protocol import About, Branch, RunFacts
+from fastjem.methods.transformer import rows_and_columns
 
 
 class DINOv3(DINOv2):
@@ -106,7 +107,7 @@ class DINOv3(DINOv2):
         given = self.given(torch.cat(batch.views[: self.views.large]), self.mean, self.std)
         if given.tokens is None:
             raise ValueError("dinov3: the Gram teacher must be a vision transformer, as patches are compared")
-        anchor = _on_grid(given.tokens, given.rows_and_columns(), seen.rows_and_columns())
+        anchor = _on_grid(given.tokens, rows_and_columns(given), rows_and_columns(seen))
         counts = (step >= self.gram_from).to(anchor.dtype)
         losses["gram"] = self.gram_weight * counts * F.gram_loss(seen.tokens, anchor)
         return losses

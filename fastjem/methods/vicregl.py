@@ -9,6 +9,7 @@ from fastjem.kernels.augment import columns as column
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.transformer import rows_and_columns
 from fastjem.nn.covariance import VICRegLLoss
 from fastjem.nn.parts import MLP
 
@@ -90,7 +91,7 @@ class VICRegL(Method):
         for view, table in zip(batch.views, batch.tables, strict=True):
             encoded = student.encode([view], tokens=True)
             assert encoded.tokens is not None  # as they are asked for
-            rows, columns = encoded.rows_and_columns()
+            rows, columns = rows_and_columns(encoded)
             local = student.local_projector(encoded.tokens.flatten(0, 1)).unflatten(0, (-1, rows, columns))
             features.append((student.projector(encoded.pooled), local))
             grids.append(places(table, rows, columns))
