@@ -4,12 +4,13 @@
 namespace fastjem {
 
 struct CropResize {
-  const uint8_t* images;    // [N, H, W, 3]
+  const void* images;       // [N, H, W, C] uint8 or float
+  bool of_floats;
   const int64_t* indices;   // [B], in [0, N)
   const float* parameters;  // [B, COLUMNS]
-  int64_t height, width, size;
+  int64_t height, width, channels, size;
   bool bicubic;
-  uint8_t* out;  // [B, size, size, 3]
+  void* out;  // [B, size, size, C] as the images
 };
 
 }  // namespace fastjem
@@ -19,11 +20,19 @@ struct CropResize {
 
 namespace fastjem {
 
-static void crop_resize(uintptr_t images, uintptr_t indices, uintptr_t parameters, int64_t batch, int64_t height,
-                        int64_t width, int64_t size, bool bicubic, uintptr_t out, int threads) {
-  const CropResize problem{
-      at<const uint8_t>(images), at<const int64_t>(indices), at<const float>(parameters), height, width, size, bicubic,
-      at<uint8_t>(out)};
+static void crop_resize(uintptr_t images, bool of_floats, uintptr_t indices, uintptr_t parameters, int64_t batch,
+                        int64_t height, int64_t width, int64_t channels, int64_t size, bool bicubic, uintptr_t out,
+                        int threads) {
+  const CropResize problem{at<const void>(images),
+                           of_floats,
+                           at<const int64_t>(indices),
+                           at<const float>(parameters),
+                           height,
+                           width,
+                           channels,
+                           size,
+                           bicubic,
+                           at<void>(out)};
   parallel_for(batch, 1 + 4096 / (size * size), threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(crop_resize_views(problem, begin, end)); });
 }
