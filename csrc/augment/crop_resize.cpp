@@ -4,7 +4,7 @@
 namespace fastjem {
 
 struct CropResize {
-  const void* images;       // [N, H, W, C] uint8 or float
+  const void* images;  // [N, H, W, C] uint8 or float
   bool of_floats;
   const int64_t* indices;   // [B], in [0, N)
   const float* parameters;  // [B, COLUMNS]

@@ -136,7 +136,6 @@ static void crop_resize_views(const CropResize& c, int64_t begin, int64_t end) {
   if (c.of_floats) {
     c.channels == 3 ? crop_resize_views_of<float, 3>(c, begin, end) : crop_resize_views_of<float, 0>(c, begin, end);
   } else {
-    c.channels == 3 ? crop_resize_views_of<uint8_t, 3>(c, begin, end)
-                    : crop_resize_views_of<uint8_t, 0>(c, begin, end);
+    c.channels == 3 ? crop_resize_views_of<uint8_t, 3>(c, begin, end) : crop_resize_views_of<uint8_t, 0>(c, begin, end);
   }
 }

@@ -18,7 +18,6 @@ from .columns import (
     WIDTH,
 )
 
-
 COLOURS = 3  # channels that are red, green and blue; of any other number saturation, hue and grayscale don't exist
 
 
