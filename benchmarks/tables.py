@@ -88,13 +88,18 @@ def beside_earlier(
         path: without its suffix.
         settings: of the rows; a page may have others beside them.
     """
-    file = path.with_suffix(".json")
+    file = with_suffix(path, ".json")
     before = json.loads(file.read_text()) if file.exists() else None
     if before is None or not settings.items() <= before["settings"].items():
         return rows, ""
     made = {tuple(row[column] for column in by) for row in rows}
     kept = [row for row in before["rows"] if tuple(row[column] for column in by) not in made]
     return kept + rows, before.get("note", "")
+
+
+def with_suffix(path: Path, suffix: str) -> Path:
+    """The page's file. Its name may have points of its own ("0.5-minutes"), which `Path.with_suffix` would cut off."""
+    return path.with_name(path.name + suffix)
 
 
 def describe(cores: Sequence[int]) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def write(
     """
     now = machine.now()
     found = {"machine": facts, "run": now, "settings": settings, "rows": rows, **({"note": note} if note else {})}
-    path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    with_suffix(path, ".json").write_text(json.dumps(found, indent=1) + "\n")
     shown = rows if table is None else table
     keys = list(dict.fromkeys(key for row in shown for key in row))
     lines = [
@@ -139,4 +144,4 @@ def write(
         "|" + "---|" * len(keys),
         *("| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in shown),
     ]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    with_suffix(path, ".md").write_text("\n".join(lines) + "\n")

@@ -171,8 +171,7 @@ def _augment(images, parameters, mean, std, dtype, channels_last, exact, *_):
     _images("augment", "[B, H, W, C]", images)
     _expect("augment", "parameters", parameters, (len(images), COLUMNS))
     if len(mean) != images.shape[3] or len(std) != images.shape[3]:
-        came = f"{told(images)}, {len(mean)} and {len(std)}"
-        fail("augment", "images must be [B, H, W, C], mean and std C numbers each", came)
+        fail("augment", "mean and std must have C numbers each", f"{told(images)}, {len(mean)} and {len(std)}")
     if exact and images.dtype != torch.uint8:
         fail("augment", "images must be uint8 with exact", told(images))
 
@@ -181,8 +180,8 @@ def _crop_resize(images, indices, parameters, size, *_):
     _images("crop_resize", "[N, H, W, C]", images)
     _expect("crop_resize", "indices", indices, (indices.numel(),), torch.int64)
     _expect("crop_resize", "parameters", parameters, (len(indices), COLUMNS))
-    if size < 1:
-        fail("crop_resize", "size must be positive", size)
+    if min(size) < 1:
+        fail("crop_resize", "size must be positive", tuple(size))
 
 
 def _views(op: str, rows: Tensor, candidates: Tensor, *_: object) -> None:

@@ -417,7 +417,7 @@ def _crop_resize(size: int, bicubic: bool, channels: int = 3, floats: bool = Fal
 
     def call() -> None:
         images, table = torch.zeros(3, 40, 50, channels, dtype=dtype), torch.zeros(3, 13)
-        augment.crop_resize(images, torch.zeros(3, dtype=torch.int64), table, size, bicubic)
+        augment.crop_resize(images, torch.zeros(3, dtype=torch.int64), table, (size, size), bicubic)
 
     name = f"B x {size} x {channels}" + (" bicubic" if bicubic else "")
     return Case("crop_resize", name, "fp32" if floats else "uint8", call)

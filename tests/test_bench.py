@@ -614,9 +614,11 @@ def test_rows_of_several_seeds_are_one(tables):
 def test_a_page_keeps_its_other_rows_and_its_note(tables, tmp_path: Path):
     settings = {"steps": "4"}
     before = [{"method": "a", "seed": 0, "kNN": 1.0}, {"method": "b", "seed": 0, "kNN": 2.0}]
-    tables.write(tmp_path / "page", "t", "about", {}, {**settings, "seeds": "[0]"}, before, note="a note")
+    page = tmp_path / "0.5-minutes"  # a name with a point of its own
+    tables.write(page, "t", "about", {}, {**settings, "seeds": "[0]"}, before, note="a note")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.5-minutes.json", "0.5-minutes.md"]
     new = [{"method": "a", "seed": 1, "kNN": 3.0}, {"method": "b", "seed": 0, "kNN": 4.0}]
-    assert tables.beside_earlier(tmp_path / "page", settings, new, ("method", "seed")) == ([before[0], *new], "a note")
-    assert tables.beside_earlier(tmp_path / "page", settings, new, ("method",)) == (new, "a note")
-    assert tables.beside_earlier(tmp_path / "page", {"steps": "5"}, new, ("method",)) == (new, "")
+    assert tables.beside_earlier(page, settings, new, ("method", "seed")) == ([before[0], *new], "a note")
+    assert tables.beside_earlier(page, settings, new, ("method",)) == (new, "a note")
+    assert tables.beside_earlier(page, {"steps": "5"}, new, ("method",)) == (new, "")
     assert tables.beside_earlier(tmp_path / "none", settings, new, ("method",)) == (new, "")

@@ -17,7 +17,7 @@ from fastjem.data import statistics
 from fastjem.data.batch import finish
 from fastjem.data.levels import Levels, levels_of, survey
 from fastjem.data.loaders import Budget, Order, choose, create
-from fastjem.data.loaders.memory import ImageArray, middle_square
+from fastjem.data.loaders.memory import ImageArray, middle
 from fastjem.data.picture import Bands
 from fastjem.data.pixels import METADATA, Pixels, whole_image
 from fastjem.data.source import Levelled, Source, decode, open_source
@@ -117,7 +117,7 @@ def test_the_loaders_views_are_float64s_in_every_step(given: tuple[Path, int]) -
             wide = table.double()
             images = np.stack([stored(source, i, channels) for i in one.index.tolist()]) * 255
             true = reference.crop_resize(
-                torch.from_numpy(images).float(), torch.arange(6), wide, spec.size, spec.bicubic
+                torch.from_numpy(images).float(), torch.arange(6), wide, (21, 21), spec.bicubic
             )  # fmt: skip
             assert (crop - true).abs().max() < 1e-3
             expected = reference.augment(
@@ -145,9 +145,9 @@ def test_whole_images_are_float64s(given: tuple[Path, int]) -> None:
     image = decode(source, 2)
     assert isinstance(image, Bands)
     wide = Bands(np.concatenate([image.values, image.values[:, :6]], 1), image.channels)
-    middle = torch.from_numpy(np.array(wide)).double().permute(2, 0, 1)[None, :, :, 3:27]
-    true = torch.nn.functional.interpolate(middle, (12, 12), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    found = middle_square(wide, 12)
+    square = torch.from_numpy(np.array(wide)).double().permute(2, 0, 1)[None, :, :, 3:27]
+    true = torch.nn.functional.interpolate(square, (12, 12), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    found = middle(wide, 12)
     off = np.abs(found - true.numpy())[:, 2:-2]  # Pillow's filter reaches over the sides of what it is to resize
     assert found.dtype == np.float32 and off.max() < 1e-3
 

@@ -8,9 +8,10 @@ struct CropResize {
   bool of_floats;
   const int64_t* indices;   // [B], in [0, N)
   const float* parameters;  // [B, COLUMNS]
-  int64_t height, width, channels, size;
+  int64_t height, width, channels;
+  int64_t out_height, out_width;
   bool bicubic;
-  void* out;  // [B, size, size, C] as the images
+  void* out;  // [B, out_height, out_width, C] as the images
 };
 
 }  // namespace fastjem
@@ -21,8 +22,8 @@ struct CropResize {
 namespace fastjem {
 
 static void crop_resize(uintptr_t images, bool of_floats, uintptr_t indices, uintptr_t parameters, int64_t batch,
-                        int64_t height, int64_t width, int64_t channels, int64_t size, bool bicubic, uintptr_t out,
-                        int threads) {
+                        int64_t height, int64_t width, int64_t channels, int64_t out_height, int64_t out_width,
+                        bool bicubic, uintptr_t out, int threads) {
   const CropResize problem{at<const void>(images),
                            of_floats,
                            at<const int64_t>(indices),
@@ -30,10 +31,11 @@ static void crop_resize(uintptr_t images, bool of_floats, uintptr_t indices, uin
                            height,
                            width,
                            channels,
-                           size,
+                           out_height,
+                           out_width,
                            bicubic,
                            at<void>(out)};
-  parallel_for(batch, 1 + 4096 / (size * size), threads,
+  parallel_for(batch, 1 + 4096 / (out_height * out_width), threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(crop_resize_views(problem, begin, end)); });
 }
 

@@ -86,15 +86,15 @@ static void crop_resize_views_of(const CropResize& c, int64_t begin, int64_t end
   constexpr float begins = Stored<T>::begin;
   const int64_t channels = CHANNELS ? CHANNELS : c.channels;
   const int64_t fours = (channels + 3) / 4;
-  const int64_t values = channels * c.size;  // of a row of a view
+  const int64_t values = channels * c.out_width;  // of a row of a view
   Axis across, down;
   std::vector<float> pixels;  // [length across, fours, 4], a row of the window
-  std::vector<T> narrowed;    // [length down, size, channels], resized across
+  std::vector<T> narrowed;    // [length down, out_width, channels], resized across
   std::vector<float> sums(values);
   for (int64_t view = begin; view < end; ++view) {
     const float* p = c.parameters + COLUMNS * view;
-    set_axis(across, p[LEFT], p[WIDTH], c.width, c.size, c.bicubic);
-    set_axis(down, p[TOP], p[HEIGHT], c.height, c.size, c.bicubic);
+    set_axis(across, p[LEFT], p[WIDTH], c.width, c.out_width, c.bicubic);
+    set_axis(down, p[TOP], p[HEIGHT], c.height, c.out_height, c.bicubic);
     const T* window = static_cast<const T*>(c.images) +
                       channels * ((c.indices[view] * c.height + down.start) * c.width + across.start);
     pixels.resize(4 * fours * across.length);
@@ -105,7 +105,7 @@ static void crop_resize_views_of(const CropResize& c, int64_t begin, int64_t end
         for (int64_t i = 0; i < channels; ++i) pixels[4 * fours * x + i] = in[channels * x + i];
       }
       T* out = narrowed.data() + values * y;
-      for (int64_t j = 0; j < c.size; ++j) {
+      for (int64_t j = 0; j < c.out_width; ++j) {
         const float* weight = across.weights.data() + across.taps * j;
         for (int64_t first = 0; first < channels; first += 4) {
           const float* from = pixels.data() + 4 * fours * across.first[j] + first;
@@ -116,7 +116,7 @@ static void crop_resize_views_of(const CropResize& c, int64_t begin, int64_t end
         }
       }
     }
-    for (int64_t j = 0; j < c.size; ++j) {
+    for (int64_t j = 0; j < c.out_height; ++j) {
       const T* from = narrowed.data() + values * down.first[j];
       std::fill(sums.begin(), sums.end(), begins);
       for (int64_t t = 0; t < down.taps; ++t, from += values) {
@@ -125,7 +125,7 @@ static void crop_resize_views_of(const CropResize& c, int64_t begin, int64_t end
 #pragma omp simd
         for (int64_t x = 0; x < values; ++x) sums[x] += weight * from[x];
       }
-      T* out = static_cast<T*>(c.out) + values * (c.size * view + j);
+      T* out = static_cast<T*>(c.out) + values * (c.out_height * view + j);
 #pragma omp simd
       for (int64_t x = 0; x < values; ++x) store_level(sums[x], out[x]);
     }

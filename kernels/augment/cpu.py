@@ -1,5 +1,7 @@
 """The image operators on the CPU, in C++."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def crop_resize(
     images: Tensor,  # [N, H, W, C] uint8 or float32
     indices: Tensor,  # [B] int64
     parameters: Tensor,  # [B, P]
-    size: int,
+    size: Sequence[int],  # height and width
     bicubic: bool,
 ) -> Tensor:
     if parameters.dtype != torch.float32:
@@ -60,7 +62,7 @@ def crop_resize(
     images = images.contiguous()
     indices = indices.contiguous()
     parameters = parameters.contiguous()
-    out = torch.empty((len(indices), size, size, channels), dtype=images.dtype)
+    out = torch.empty((len(indices), *size, channels), dtype=images.dtype)
     _C.crop_resize(
         address(images),
         images.dtype == torch.float32,
@@ -70,7 +72,7 @@ def crop_resize(
         height,
         width,
         channels,
-        size,
+        *size,
         bicubic,
         address(out),
         torch.get_num_threads(),

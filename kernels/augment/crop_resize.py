@@ -3,6 +3,8 @@
 A program makes a block of a view's pixels, each from the pixels of the window that it covers.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -45,11 +47,12 @@ def _crop_resize_kernel(
     images,  # [N, H, W, C] uint8 or float32
     indices,  # [B] int64
     parameters,  # [B, P] float32
-    out,  # [B, size, size, C] as the images
+    out,  # [B, out_height, out_width, C] as the images
     N,
     H,
     W,
-    size,
+    out_height,
+    out_width,
     CHANNELS: tl.constexpr,
     WHOLE: tl.constexpr,  # levels are whole numbers
     BICUBIC: tl.constexpr,
@@ -64,20 +67,20 @@ def _crop_resize_kernel(
     images += ((index * H + top) * W + left) * CHANNELS
 
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = pixel < size * size
+    mask = pixel < out_height * out_width
     radius: tl.constexpr = 2.0 if BICUBIC else 1.0
-    y_scale = height.to(tl.float32) / size
-    x_scale = width.to(tl.float32) / size
+    y_scale = height.to(tl.float32) / out_height
+    x_scale = width.to(tl.float32) / out_width
     y_wide = tl.maximum(y_scale, 1.0)
     x_wide = tl.maximum(x_scale, 1.0)
-    y_centre = y_scale * ((pixel // size).to(tl.float32) + 0.5)
-    x_centre = x_scale * ((pixel % size).to(tl.float32) + 0.5)
+    y_centre = y_scale * ((pixel // out_width).to(tl.float32) + 0.5)
+    x_centre = x_scale * ((pixel % out_width).to(tl.float32) + 0.5)
     y_first = tl.floor(y_centre - radius * y_wide + 0.5).to(tl.int32)
     x_first = tl.floor(x_centre - radius * x_wide + 0.5).to(tl.int32)
     y_taps = tl.ceil(2 * radius * y_wide).to(tl.int32)
     x_taps = tl.ceil(2 * radius * x_wide).to(tl.int32)
 
-    out += view * size * size * CHANNELS + pixel * CHANNELS
+    out += (view * out_height * out_width + pixel) * CHANNELS
     for first in range(0, CHANNELS, 3):  # three channels at a time, of which the last three may lack some
         has_second = first + 1 < CHANNELS
         has_third = first + 2 < CHANNELS
@@ -117,7 +120,7 @@ def crop_resize(
     images: Tensor,  # [N, H, W, C] uint8 or float32
     indices: Tensor,  # [B] int64
     parameters: Tensor,  # [B, P]
-    size: int,
+    size: Sequence[int],  # height and width
     bicubic: bool,
 ) -> Tensor:
     if parameters.dtype != torch.float32:
@@ -125,9 +128,10 @@ def crop_resize(
     images = images.contiguous()
     indices = indices.contiguous()
     parameters = parameters.contiguous()
-    out = torch.empty((len(indices), size, size, images.shape[3]), dtype=images.dtype, device=images.device)
-    tile = tiling.crop_resize(size)
-    grid = (len(indices), triton.cdiv(size * size, tile["BLOCK"]))
+    out = torch.empty((len(indices), *size, images.shape[3]), dtype=images.dtype, device=images.device)
+    pixels = size[0] * size[1]
+    tile = tiling.crop_resize(pixels)
+    grid = (len(indices), triton.cdiv(pixels, tile["BLOCK"]))
     launch.launch(
         _crop_resize_kernel,
         grid,
@@ -136,7 +140,7 @@ def crop_resize(
         parameters,
         out,
         *images.shape[:3],
-        size,
+        *size,
         CHANNELS=images.shape[3],
         WHOLE=images.dtype == torch.uint8,
         BICUBIC=bicubic,

@@ -1,5 +1,7 @@
 """The specification of the image operators; columns.py describes their table of parameters."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -138,10 +140,10 @@ def crop_resize(
     images: Tensor,  # [N, H, W, C] uint8 or float32
     indices: Tensor,  # [B] int64
     parameters: Tensor,  # [B, P]
-    size: int,
+    size: Sequence[int],  # height and width
     bicubic: bool,
 ) -> Tensor:
-    """[B, size, size, C] of the images' dtype: the windows TOP, LEFT, HEIGHT, WIDTH of images `indices`, resized with
+    """[B, *size, C] of the images' dtype: the windows TOP, LEFT, HEIGHT, WIDTH of images `indices`, resized with
     antialiasing.
 
     Columns first and then rows; of uint8 both are rounded to levels, as torch does, of floats neither. Windows are cut
@@ -149,8 +151,8 @@ def crop_resize(
     """
     top, left, height, width = parameters[:, : WIDTH + 1].unbind(1)
     x = images[indices].permute(0, 3, 1, 2).to(parameters.dtype)
-    across = resize_matrix(left, width, images.shape[2], size, bicubic)[:, None]
-    down = resize_matrix(top, height, images.shape[1], size, bicubic)[:, None]
+    across = resize_matrix(left, width, images.shape[2], size[1], bicubic)[:, None]
+    down = resize_matrix(top, height, images.shape[1], size[0], bicubic)[:, None]
     if images.dtype == torch.uint8:
         x = (x @ across.mT + 0.5).floor().clamp(0, 255)
         x = (down @ x + 0.5).floor().clamp(0, 255)

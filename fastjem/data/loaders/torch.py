@@ -17,6 +17,7 @@ from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_ke
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import Bands, Picture
 from fastjem.data.sharing import check_semaphores, share
+from fastjem.data.size import height_and_width
 from fastjem.data.source import NoneReadable, Read, Source, decode_all, read_or_next
 from fastjem.data.views import ViewSpec
 
@@ -24,13 +25,14 @@ HELD = 2**28  # bytes of decoded images that a batch holds at a time
 
 
 def crop(image: Picture, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
-    """The window of a table's row [P], resized with antialiasing: [size, size, C] uint8 or, of `Bands`, float32."""
+    """The window of a table's row [P], resized with antialiasing: [H, W, C] uint8 or, of `Bands`, float32."""
     if isinstance(image, Bands):
         return image.window(row, spec.size, spec.bicubic)
     top, left, height, width = (int(x) for x in row[column.TOP : column.WIDTH + 1])
     mode = Image.Resampling.BICUBIC if spec.bicubic else Image.Resampling.BILINEAR
     window = image.crop((left, top, left + width, top + height))
-    return np.asarray(window.resize((spec.size, spec.size), mode))
+    out_height, out_width = height_and_width(spec.size)
+    return np.asarray(window.resize((out_width, out_height), mode))
 
 
 def _bytes_of(image: Picture) -> int:
