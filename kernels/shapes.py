@@ -162,21 +162,26 @@ def _characteristic_backward(theta, weights):
     _expect("characteristic_backward", "weights", weights, (2, *weights.shape[1:2], views, slices))
 
 
-def _augment(images, parameters, mean, std, *_):
-    _expect("augment", "images", images, (*images.shape[:3], 3), torch.uint8)
+def _images(op, shape, images):
+    if images.dim() != 4 or not images.numel() or images.dtype not in (torch.uint8, torch.float32):
+        fail(op, f"images must be {shape} uint8 or float32, and not empty", told(images))
+
+
+def _augment(images, parameters, mean, std, dtype, channels_last, exact, *_):
+    _images("augment", "[B, H, W, C]", images)
     _expect("augment", "parameters", parameters, (len(images), COLUMNS))
-    if images.dim() != 4 or not images.numel() or len(mean) != 3 or len(std) != 3:
-        came = f"{told(images)}, {len(mean)} and {len(std)}"
-        fail("augment", "images must be [B, H, W, 3] and not empty, mean and std three numbers", came)
+    if len(mean) != images.shape[3] or len(std) != images.shape[3]:
+        fail("augment", "mean and std must have C numbers each", f"{told(images)}, {len(mean)} and {len(std)}")
+    if exact and images.dtype != torch.uint8:
+        fail("augment", "images must be uint8 with exact", told(images))
 
 
 def _crop_resize(images, indices, parameters, size, *_):
-    _expect("crop_resize", "images", images, (*images.shape[:3], 3), torch.uint8)
+    _images("crop_resize", "[N, H, W, C]", images)
     _expect("crop_resize", "indices", indices, (indices.numel(),), torch.int64)
     _expect("crop_resize", "parameters", parameters, (len(indices), COLUMNS))
-    if images.dim() != 4 or not images.numel() or min(size) < 1:
-        came = f"{told(images)} and {tuple(size)}"
-        fail("crop_resize", "images must be [N, H, W, 3] and not empty, size positive", came)
+    if min(size) < 1:
+        fail("crop_resize", "size must be positive", tuple(size))
 
 
 def _views(op: str, rows: Tensor, candidates: Tensor, *_: object) -> None:

@@ -400,27 +400,40 @@ def _koleo(d: int, topk: int, dtype: str = "fp32", p: float = 2) -> Case:
     return Case("koleo", f"N x {d} top {topk}" + (f" p {p:g}" if p != 2 else ""), dtype, call, wgmma=True)
 
 
-def _augment(size: int, dtype: str, channels_last: bool = False, exact: bool = False) -> Case:
+def _augment(
+    size: int, dtype: str, channels_last: bool = False, exact: bool = False, channels: int = 3, floats: bool = False
+) -> Case:
     def call() -> None:
-        images, table = torch.zeros(3, size, size, 3, dtype=torch.uint8), torch.zeros(3, 13)
-        augment.augment(images, table, [0.5] * 3, [0.2] * 3, DTYPES[dtype], channels_last, exact, 128.0)
+        images = torch.zeros(3, size, size, channels, dtype=torch.float32 if floats else torch.uint8)
+        numbers = [0.5] * channels, [0.2 + 0.01 * c for c in range(channels)]
+        augment.augment(images, torch.zeros(3, 13), *numbers, DTYPES[dtype], channels_last, exact, 128.0)
 
-    options = (" channels last" if channels_last else "") + (" exact" if exact else "")
-    return Case("augment", f"B x {size} x {size}{options}", dtype, call)
+    options = (" channels last" if channels_last else "") + (" exact" if exact else "") + (" floats" if floats else "")
+    return Case("augment", f"B x {size} x {size} x {channels}{options}", dtype, call)
 
 
-def _crop_resize(size: int, bicubic: bool) -> Case:
+def _crop_resize(size: int, bicubic: bool, channels: int = 3, floats: bool = False) -> Case:
+    dtype = torch.float32 if floats else torch.uint8
+
     def call() -> None:
-        images, table = torch.zeros(3, 40, 50, 3, dtype=torch.uint8), torch.zeros(3, 13)
+        images, table = torch.zeros(3, 40, 50, channels, dtype=dtype), torch.zeros(3, 13)
         augment.crop_resize(images, torch.zeros(3, dtype=torch.int64), table, (size, size), bicubic)
 
-    return Case("crop_resize", f"B x {size}" + (" bicubic" if bicubic else ""), "uint8", call)
+    name = f"B x {size} x {channels}" + (" bicubic" if bicubic else "")
+    return Case("crop_resize", name, "fp32" if floats else "uint8", call)
 
 
 CASES = [
     _augment(224, "bf16"),
     _augment(32, "fp32", channels_last=True, exact=True),
+    _augment(224, "bf16", floats=True),
+    _augment(224, "bf16", channels=1),
+    _augment(224, "fp32", channels=5, floats=True),
+    _augment(96, "bf16", channels=13, floats=True, channels_last=True),
     _crop_resize(224, True),
+    _crop_resize(224, False, floats=True),
+    _crop_resize(224, True, channels=5, floats=True),
+    _crop_resize(32, False, channels=1, floats=True),
     # the shapes of the goals: SimCLR at D = 128 and 256, MoCo, CLIP; a running maximum; float32
     _nt_xent(128, "bf16"),
     _nt_xent(256, "bf16"),

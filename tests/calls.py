@@ -202,6 +202,16 @@ FUNCTIONS = {
         lambda x, p: F.augment(x, p, mean=[0.5] * 3, std=[0.5] * 3),
         False,
     ),
+    "augment-floats": Call(
+        lambda b: [torch.rand(b, 8, 8, 5) * 255, _table(b)],
+        lambda x, p: F.augment(x, p, mean=[0.5] * 5, std=[0.5] * 5),
+        False,
+    ),
+    "crop_resize-floats": Call(
+        lambda b: [torch.rand(6, 8, 8, 5) * 255, torch.arange(b) % 6, _table(b)],
+        lambda x, i, p: F.crop_resize(x, i, p, size=4),
+        False,
+    ),
     "crop_resize": Call(
         lambda b: [torch.randint(0, 255, (6, 8, 8, 3), dtype=torch.uint8), torch.arange(b) % 6, _table(b)],
         lambda x, i, p: F.crop_resize(x, i, p, size=4),

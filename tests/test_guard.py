@@ -94,7 +94,7 @@ FITTING = {
     ("koleo_neighbors", 0, one_row_less),
     *(("koleo", i, one_column_less) for i in (0, 1)),  # a width, and a number of neighbours
     ("characteristic", 0, one_row_less),
-    ("crop_resize", 0, one_row_less),
+    *(("crop_resize", 0, change) for change in (one_row_less, one_column_less)),  # an image, and a channel
 }
 
 

@@ -84,8 +84,8 @@ def test_arrays_and_files_of_arrays(tmp_path):
     np.savez(tmp_path / "c.npz", pixels=images.numpy())
     with pytest.raises(UserError, match=r"must hold an array `images`.*pixels"):
         ImageArray.from_npz(tmp_path / "c.npz")
-    with pytest.raises(ValueError, match=r"ImageArray: images must be .* got \(5, 8, 9, 3\) torch.float32"):
-        ImageArray(images.float())
+    with pytest.raises(ValueError, match=r"ImageArray: images must be .* got \(5, 8, 9, 3\) torch.float64"):
+        ImageArray(images.double())
     with pytest.raises(ValueError, match=r"ImageArray: labels must be \[5\], got \(4,\)"):
         ImageArray(images, labels[:4])
 
@@ -146,8 +146,6 @@ def test_a_file_of_arrays_is_a_folder(tmp_path):
     for one, other, third in zip(*batches, strict=True):
         assert torch.equal(other.views[0], third.views[0]) and torch.equal(one.tables[0], other.tables[0])
         assert (one.views[0].int() - other.views[0].int()).abs().max() <= 1
-    with pytest.raises(UserError, match=r"--loader dali-cpu reads files, and .*a.npz holds pixels"):
-        create("dali-cpu", folder, specs, order, Budget())
     np.savez(path, images=images.numpy()[:3])  # another version of the file is read again
     assert open_source(path).labels is None and len(open_source(path)) == 3
     for wrong, message in (

@@ -301,10 +301,18 @@ MISTAKES = [
         lambda: F.barlow_twins(X[:1], X[:1]),
         "barlow_twins: z0 and z1 must have N >= 2 rows, as their variance is needed, got N = 1",
     ),
-    (lambda: F.augment(X, Y, mean=MEAN, std=MEAN), "augment: images must be [B, H, W, 3] uint8, got (3, 4)"),
+    (lambda: F.augment(X, Y, mean=MEAN, std=MEAN), "augment: images must be [B, H, W, C] uint8 or float32, got (3, 4)"),
     (
-        lambda: F.augment(PICTURES.float(), Y, mean=MEAN, std=MEAN),
-        "augment: images must be [B, H, W, 3] uint8, got torch.float32",
+        lambda: F.augment(PICTURES.half(), Y, mean=MEAN, std=MEAN),
+        "augment: images must be [B, H, W, C] uint8 or float32, got torch.float16",
+    ),
+    (
+        lambda: F.augment(PICTURES.float(), view_table(2), mean=MEAN, std=MEAN, exact=True),
+        "augment: images must be uint8 with exact=True, got torch.float32",
+    ),
+    (
+        lambda: F.augment(PICTURES[..., :1], view_table(2), mean=MEAN, std=MEAN),
+        "augment: mean and std must be 1 number each, std positive, got [0.5, 0.5, 0.5] and [0.5, 0.5, 0.5]",
     ),
     (
         lambda: F.augment(PICTURES, Y, mean=MEAN, std=MEAN),

@@ -93,7 +93,7 @@ def test_other_ranges_and_channels() -> None:
     gray = Pixels(32, (0.4,), (0.2,), channels=1)
     expected = (images[:, :1] / 255 - 0.4) / 0.2
     assert torch.allclose(gray.normalise(images[:, :1], "cpu"), expected, atol=1e-5)
-    with pytest.raises(ValueError, match=r"images must be \[B, 1, H, W\] uint8, got \(4, 3, 9, 8\) torch.uint8"):
+    with pytest.raises(ValueError, match=r"images must be \[B, 1, H, W\] uint8 or float32, got \(4, 3, 9, 8\)"):
         gray.normalise(images, "cpu")
     with pytest.raises(ValueError, match="mean and std must have 1 numbers each"):
         Pixels(32, channels=1)

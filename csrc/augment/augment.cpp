@@ -5,14 +5,15 @@ namespace fastjem {
 
 struct Augment {
   Dtype dtype;
-  const uint8_t* images;    // [B, H, W, 3]
+  const void* images;  // [B, H, W, C] uint8, or float: levels, of which what is beyond 0 and 255 is cut off
+  bool of_floats;
   const float* parameters;  // [B, COLUMNS]
-  int64_t height, width;
-  float scale[3], shift[3];  // normalised = level * scale + shift, of red, green, blue
-  float threshold;           // the level from which on solarize inverts
+  int64_t height, width, channels;
+  const float *scale, *shift;  // [C]: normalised = level * scale + shift
+  float threshold;             // the level from which on solarize inverts
   bool channels_last;
-  bool exact;  // between steps levels become whole, where torchvision's do
-  void* out;   // [B, 3, H, W], or [B, H, W, 3] where channels come last
+  bool exact;  // of uint8: between steps levels become whole, where torchvision's do
+  void* out;   // [B, C, H, W], or [B, H, W, C] where channels come last
 };
 
 }  // namespace fastjem
@@ -22,24 +23,27 @@ struct Augment {
 
 namespace fastjem {
 
-static void augment(int dtype, uintptr_t images, uintptr_t parameters, int64_t batch, int64_t height, int64_t width,
-                    const std::vector<double>& mean, const std::vector<double>& std, float threshold,
+static void augment(int dtype, uintptr_t images, bool of_floats, uintptr_t parameters, int64_t batch, int64_t height,
+                    int64_t width, const std::vector<double>& mean, const std::vector<double>& std, float threshold,
                     bool channels_last, bool exact, uintptr_t out, int threads) {
-  Augment problem{static_cast<Dtype>(dtype),
-                  at<const uint8_t>(images),
-                  at<const float>(parameters),
-                  height,
-                  width,
-                  {},
-                  {},
-                  threshold,
-                  channels_last,
-                  exact,
-                  at<void>(out)};
-  for (int c = 0; c < 3; ++c) {
-    problem.scale[c] = static_cast<float>(1 / (255 * std.at(c)));
-    problem.shift[c] = static_cast<float>(-mean.at(c) / std.at(c));
+  std::vector<float> scale, shift;
+  for (size_t c = 0; c < mean.size(); ++c) {
+    scale.push_back(static_cast<float>(1 / (255 * std.at(c))));
+    shift.push_back(static_cast<float>(-mean[c] / std.at(c)));
   }
+  const Augment problem{static_cast<Dtype>(dtype),
+                        at<const void>(images),
+                        of_floats,
+                        at<const float>(parameters),
+                        height,
+                        width,
+                        static_cast<int64_t>(mean.size()),
+                        scale.data(),
+                        shift.data(),
+                        threshold,
+                        channels_last,
+                        exact,
+                        at<void>(out)};
   parallel_for(batch, 1 + 4096 / (height * width), threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(augment_images(problem, begin, end)); });
 }

@@ -1,6 +1,7 @@
-// Images [begin, end), a row of pixels at a time, in three planes of floats that stay in the L1 cache: colour steps,
-// blur, solarize, normalise, store. Contrast needs the mean of the whole image: that takes a pass before, over the
-// steps that come before contrast.
+// Images [begin, end), a row of pixels at a time, in a plane of floats for each channel, which stay in the L1 cache:
+// colour steps, blur, solarize, normalise, store. Contrast needs the mean of the whole image: that takes a pass before,
+// over the steps that come before contrast. Red, green and blue are the channels of an image that has three; of others
+// the steps that need colours are left out.
 
 static constexpr float gray_weights[3] = {0.2989f, 0.587f, 0.114f};
 
@@ -26,19 +27,33 @@ static FASTJEM_INLINE float gray(float r, float g, float b) {
   return EXACT ? static_cast<float>(static_cast<int32_t>(y)) : y;
 }
 
-static inline void read_row(const uint8_t* in, int64_t width, bool flip, float* row) {
-  float* r = row;
-  float* g = row + width;
-  float* b = row + 2 * width;
+static FASTJEM_INLINE float stored_level(uint8_t x) { return x; }
+static FASTJEM_INLINE float stored_level(float x) { return whole<false>(x); }
+
+template <class In>
+static inline void read_row(const In* in, int64_t width, int64_t channels, bool flip, float* row) {
+  if (channels == 3) {
+    float* r = row;
+    float* g = row + width;
+    float* b = row + 2 * width;
 #pragma omp simd
-  for (int64_t x = 0; x < width; ++x) {
-    r[x] = in[3 * x];
-    g[x] = in[3 * x + 1];
-    b[x] = in[3 * x + 2];
+    for (int64_t x = 0; x < width; ++x) {
+      r[x] = stored_level(in[3 * x]);
+      g[x] = stored_level(in[3 * x + 1]);
+      b[x] = stored_level(in[3 * x + 2]);
+    }
+  } else if (channels == 1) {
+#pragma omp simd
+    for (int64_t x = 0; x < width; ++x) row[x] = stored_level(in[x]);
+  } else {
+    for (int64_t c = 0; c < channels; ++c) {
+      float* plane = row + c * width;
+      for (int64_t x = 0; x < width; ++x) plane[x] = stored_level(in[channels * x + c]);
+    }
   }
   if (!flip) return;
   // In a pass of its own: a loop that reads threes and writes backwards isn't vectorised.
-  for (int c = 0; c < 3; ++c) {
+  for (int64_t c = 0; c < channels; ++c) {
     float* left = row + c * width;
     float* right = left + width - 1;
 #pragma omp simd
@@ -91,7 +106,7 @@ struct Step {
 };
 
 template <bool EXACT>
-static inline void apply(const Step* steps, int count, float* row, int64_t width) {
+static inline void apply(const Step* steps, int count, float* row, int64_t width, int64_t channels) {
   float* r = row;
   float* g = row + width;
   float* b = row + 2 * width;
@@ -110,7 +125,7 @@ static inline void apply(const Step* steps, int count, float* row, int64_t width
       }
     } else {
 #pragma omp simd
-      for (int64_t x = 0; x < 3 * width; ++x) row[x] = whole<EXACT>(row[x] * factor + other);
+      for (int64_t x = 0; x < channels * width; ++x) row[x] = whole<EXACT>(row[x] * factor + other);
     }
   }
 }
@@ -184,27 +199,35 @@ template <class T, bool EXACT>
 static inline void finish_row(const Augment& a, float* row, bool solarize, bool blurred, int64_t image, int64_t y) {
   const int64_t w = a.width;
   const int64_t plane = a.height * w;
+  const int64_t values = a.channels * w;
   if (EXACT && blurred) {
 #pragma omp simd
-    for (int64_t x = 0; x < 3 * w; ++x) row[x] = (row[x] + integer_shift) - integer_shift;  // rounded, ties to even
+    for (int64_t x = 0; x < values; ++x) row[x] = (row[x] + integer_shift) - integer_shift;  // rounded, ties to even
   }
   if (solarize) {
     const float threshold = a.threshold;
 #pragma omp simd
-    for (int64_t x = 0; x < 3 * w; ++x) row[x] = row[x] >= threshold ? 255.0f - row[x] : row[x];
+    for (int64_t x = 0; x < values; ++x) row[x] = row[x] >= threshold ? 255.0f - row[x] : row[x];
   }
-  T* out = static_cast<T*>(a.out) + 3 * plane * image;
-  if (a.channels_last) {
-    out += 3 * w * y;
+  T* out = static_cast<T*>(a.out) + a.channels * plane * image;
+  if (a.channels_last && a.channels == 3) {
+    out += values * y;
+    const float scale[3] = {a.scale[0], a.scale[1], a.scale[2]};
+    const float shift[3] = {a.shift[0], a.shift[1], a.shift[2]};
 #pragma omp simd
     for (int64_t x = 0; x < w; ++x) {
-      narrow(row[x] * a.scale[0] + a.shift[0], out[3 * x]);
-      narrow(row[w + x] * a.scale[1] + a.shift[1], out[3 * x + 1]);
-      narrow(row[2 * w + x] * a.scale[2] + a.shift[2], out[3 * x + 2]);
+      narrow(row[x] * scale[0] + shift[0], out[3 * x]);
+      narrow(row[w + x] * scale[1] + shift[1], out[3 * x + 1]);
+      narrow(row[2 * w + x] * scale[2] + shift[2], out[3 * x + 2]);
     }
     return;
   }
-  for (int c = 0; c < 3; ++c) {
+  for (int64_t c = 0; c < a.channels; ++c) {
+    if (a.channels_last && a.channels > 1) {
+      T* pixel = out + values * y + c;
+      for (int64_t x = 0; x < w; ++x) narrow(row[c * w + x] * a.scale[c] + a.shift[c], pixel[a.channels * x]);
+      continue;
+    }
     T* line = out + c * plane + w * y;
     const float scale = a.scale[c];
     const float shift = a.shift[c];
@@ -217,23 +240,24 @@ static inline void finish_row(const Augment& a, float* row, bool solarize, bool 
 // A Gaussian blur of an image whose rows come one after another: each is blurred across into a ring, which has as many
 // rows as the blur down looks at. Beyond the borders the image is reflected (the edge pixel isn't repeated).
 class Blur {
-  const int64_t width, height;
+  const int64_t width, height, channels;
   std::vector<float> across, down;           // weights by distance
   std::vector<const float*> before, behind;  // [distance], what the weights are of on one side and on the other
   std::vector<float> padded;                 // one channel of a row with its reflections
-  std::vector<float> ring;                   // [rows of the ring, 3, width]
+  std::vector<float> ring;                   // [rows of the ring, channels, width]
 
-  float* ring_row(int64_t y) { return ring.data() + 3 * width * (y % (2 * below() + 1)); }
+  float* ring_row(int64_t y) { return ring.data() + channels * width * (y % (2 * below() + 1)); }
 
  public:
-  Blur(int64_t width, int64_t height) : width(width), height(height), padded(2 * width) {}
+  Blur(int64_t width, int64_t height, int64_t channels)
+      : width(width), height(height), channels(channels), padded(2 * width) {}
 
   void set(float sigma) {
     across = gaussian(sigma, width);
     down = gaussian(sigma, height);
     before.resize(std::max(across.size(), down.size()));
     behind.resize(before.size());
-    if (active()) ring.resize(std::max<int64_t>(ring.size(), 3 * width * (2 * below() + 1)));
+    if (active()) ring.resize(std::max<int64_t>(ring.size(), channels * width * (2 * below() + 1)));
   }
 
   bool active() const { return across.size() > 1 || down.size() > 1; }
@@ -243,7 +267,7 @@ class Blur {
 
   void add_row(const float* row, int64_t y) {
     const int64_t left = across.size() - 1;
-    for (int c = 0; c < 3; ++c) {
+    for (int64_t c = 0; c < channels; ++c) {
       const float* from = row + c * width;
       std::copy(from, from + width, padded.data() + left);
       for (int64_t k = 1; k <= left; ++k) {
@@ -263,68 +287,76 @@ class Blur {
       before[k] = ring_row(reflected(y - k, height));
       behind[k] = ring_row(reflected(y + k, height));
     }
-    symmetric(before, behind, down, 3 * width, out);
+    symmetric(before, behind, down, channels * width, out);
   }
 };
 
-template <bool EXACT>
-static inline float gray_mean(const Augment& a, const uint8_t* in, bool flip, const Step* steps, int count,
-                              float* row) {
+// The mean that contrast is around: of the gray image or, of other channels than three, of all values.
+template <class In, bool EXACT>
+static inline float mean_level(const Augment& a, const In* in, bool flip, const Step* steps, int count, float* row) {
   const int64_t w = a.width;
+  const int64_t counted = a.channels == 3 ? w : a.channels * w;  // values of a row
   double total = 0;
   for (int64_t y = 0; y < a.height; ++y) {
-    read_row(in + 3 * w * y, w, flip, row);
-    apply<EXACT>(steps, count, row, w);
+    read_row(in + a.channels * w * y, w, a.channels, flip, row);
+    apply<EXACT>(steps, count, row, w, a.channels);
     float sum = 0;
+    if (a.channels == 3) {
 #pragma omp simd reduction(+ : sum)
-    for (int64_t x = 0; x < w; ++x) sum += gray<EXACT>(row[x], row[w + x], row[2 * w + x]);
+      for (int64_t x = 0; x < w; ++x) sum += gray<EXACT>(row[x], row[w + x], row[2 * w + x]);
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t x = 0; x < counted; ++x) sum += row[x];
+    }
     total += sum;
   }
-  return static_cast<float>(total / static_cast<double>(a.height * w));
+  return static_cast<float>(total / static_cast<double>(a.height * counted));
 }
 
 // Sets the steps that change something, in their order; returns how many they are. `p` is the image's row of the table,
 // `row` memory for a row of pixels.
-template <bool EXACT>
-static inline int set_steps(const Augment& a, const uint8_t* in, const float* p, bool flip, float* row, Step* steps) {
+template <class In, bool EXACT>
+static inline int set_steps(const Augment& a, const In* in, const float* p, bool flip, float* row, Step* steps) {
   const float order = at_least_0(p[ORDER]);
   int count = 0;
   for (const int index : orders[static_cast<int>(order < 23.0f ? order : 23.0f)]) {
     const int column = BRIGHTNESS + index;
     const float factor = p[column];
+    if (a.channels != 3 && (column == HUE || column == SATURATION)) continue;
     if (column == HUE) {
       const float turn = factor - std::floor(factor);
       if (turn > 0.0f && turn < 1.0f) steps[count++] = {HUE, 6.0f * turn, 0};
     } else if (factor != 1.0f) {
       float other = column == BRIGHTNESS ? 0.0f : 1.0f - factor;
-      if (column == CONTRAST) other *= gray_mean<EXACT>(a, in, flip, steps, count, row);
+      if (column == CONTRAST) other *= mean_level<In, EXACT>(a, in, flip, steps, count, row);
       steps[count++] = {column, factor, other};
     }
   }
   return count;
 }
 
-template <class T, bool EXACT>
+template <class T, class In, bool EXACT>
 static void augment_images_as(const Augment& a, int64_t begin, int64_t end) {
   const int64_t w = a.width;
   const int64_t h = a.height;
-  std::vector<float> line(3 * w);
+  const int64_t values = a.channels * w;  // of a row
+  std::vector<float> line(values);
   float* row = line.data();
-  Blur blur(w, h);
+  Blur blur(w, h, a.channels);
   for (int64_t image = begin; image < end; ++image) {
-    const uint8_t* in = a.images + 3 * w * h * image;
+    const In* in = static_cast<const In*>(a.images) + values * h * image;
     const float* p = a.parameters + COLUMNS * image;
     const bool flip = p[FLIP] > 0.5f;
-    const bool grayscale = p[GRAYSCALE] > 0.5f;
+    const bool grayscale = a.channels == 3 && p[GRAYSCALE] > 0.5f;
     const bool solarize = p[SOLARIZE] > 0.5f;
     Step steps[4];
-    const int count = set_steps<EXACT>(a, in, p, flip, row, steps);
+    const int count = set_steps<In, EXACT>(a, in, p, flip, row, steps);
     blur.set(p[SIGMA]);
     int64_t made = 0;  // rows whose colours are done
     for (int64_t y = 0; y < h; ++y) {
       for (; made <= std::min(y + blur.below(), h - 1); ++made) {
-        read_row(in + 3 * w * made, w, flip, row);
-        apply<EXACT>(steps, count, row, w);
+        read_row(in + values * made, w, a.channels, flip, row);
+        apply<EXACT>(steps, count, row, w, a.channels);
         if (grayscale) {
 #pragma omp simd
           for (int64_t x = 0; x < w; ++x) {
@@ -344,10 +376,12 @@ static void augment_images(const Augment& a, int64_t begin, int64_t end) {
     using T = std::remove_pointer_t<decltype(element)>;
     if constexpr (std::is_same<T, double>::value) {
       return;  // no launcher calls it for float64: the reference computes that
+    } else if (a.of_floats) {
+      augment_images_as<T, float, false>(a, begin, end);
     } else if (a.exact) {
-      augment_images_as<T, true>(a, begin, end);
+      augment_images_as<T, uint8_t, true>(a, begin, end);
     } else {
-      augment_images_as<T, false>(a, begin, end);
+      augment_images_as<T, uint8_t, false>(a, begin, end);
     }
   });
 }

@@ -4,13 +4,14 @@
 namespace fastjem {
 
 struct CropResize {
-  const uint8_t* images;    // [N, H, W, 3]
+  const void* images;  // [N, H, W, C] uint8 or float
+  bool of_floats;
   const int64_t* indices;   // [B], in [0, N)
   const float* parameters;  // [B, COLUMNS]
-  int64_t height, width;
+  int64_t height, width, channels;
   int64_t out_height, out_width;
   bool bicubic;
-  uint8_t* out;  // [B, out_height, out_width, 3]
+  void* out;  // [B, out_height, out_width, C] as the images
 };
 
 }  // namespace fastjem
@@ -20,18 +21,20 @@ struct CropResize {
 
 namespace fastjem {
 
-static void crop_resize(uintptr_t images, uintptr_t indices, uintptr_t parameters, int64_t batch, int64_t height,
-                        int64_t width, int64_t out_height, int64_t out_width, bool bicubic, uintptr_t out,
-                        int threads) {
-  const CropResize problem{at<const uint8_t>(images),
+static void crop_resize(uintptr_t images, bool of_floats, uintptr_t indices, uintptr_t parameters, int64_t batch,
+                        int64_t height, int64_t width, int64_t channels, int64_t out_height, int64_t out_width,
+                        bool bicubic, uintptr_t out, int threads) {
+  const CropResize problem{at<const void>(images),
+                           of_floats,
                            at<const int64_t>(indices),
                            at<const float>(parameters),
                            height,
                            width,
+                           channels,
                            out_height,
                            out_width,
                            bicubic,
-                           at<uint8_t>(out)};
+                           at<void>(out)};
   parallel_for(batch, 1 + 4096 / (out_height * out_width), threads,
                [&](int64_t begin, int64_t end) { FASTJEM_BEST(crop_resize_views(problem, begin, end)); });
 }

@@ -1,12 +1,13 @@
-// Views [begin, end): the window is resized across first, into whole levels, and then down, as torch does on uint8. An
-// axis' weights are computed once for each view, in double.
+// Views [begin, end): the window is resized across first and then down; of uint8 both give whole levels, as torch's do,
+// of floats neither does. An axis' weights are computed once for each view, in double.
 
 static inline double triangle(double x) { return x < 1 ? 1 - x : 0; }
 static inline double cubic(double x) {
   return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
 }
 
-// Red, green, blue and nothing in one vector: a loop over three channels inside one over taps stays scalar.
+// Four channels of a pixel in one vector, which of three has a place too many: a loop over three channels inside one
+// over taps stays scalar.
 #if defined(__GNUC__)
 typedef float Pixel __attribute__((vector_size(16)));
 #else
@@ -63,49 +64,78 @@ static inline void set_axis(Axis& axis, float start, float length, int64_t sourc
   }
 }
 
-static FASTJEM_INLINE uint8_t level(float x) {  // x is half a level too high, so that cutting it off rounds
+// What a sum begins with and how it is stored: that of whole levels is half a level too high, so that cutting it off
+// rounds it.
+template <class T>
+struct Stored {
+  static constexpr float begin = 0.5f;
+};
+template <>
+struct Stored<float> {
+  static constexpr float begin = 0.0f;
+};
+static FASTJEM_INLINE void store_level(float x, uint8_t& out) {
   x = x > 0.0f ? x : 0.0f;
-  return static_cast<uint8_t>(static_cast<int32_t>(x < 255.0f ? x : 255.0f));
+  out = static_cast<uint8_t>(static_cast<int32_t>(x < 255.0f ? x : 255.0f));
 }
+static FASTJEM_INLINE void store_level(float x, float& out) { out = x; }
 
-static void crop_resize_views(const CropResize& c, int64_t begin, int64_t end) {
+// CHANNELS: how many there are; 0: as many as `c` says.
+template <class T, int64_t CHANNELS>
+static void crop_resize_views_of(const CropResize& c, int64_t begin, int64_t end) {
+  constexpr float begins = Stored<T>::begin;
+  const int64_t channels = CHANNELS ? CHANNELS : c.channels;
+  const int64_t fours = (channels + 3) / 4;
+  const int64_t values = channels * c.out_width;  // of a row of a view
   Axis across, down;
-  std::vector<float> pixels;      // [length across, 4], a row of the window: three channels and nothing
-  std::vector<uint8_t> narrowed;  // [length down, out_width, 3], resized across
-  std::vector<float> sums(3 * c.out_width);
+  std::vector<float> pixels;  // [length across, fours, 4], a row of the window
+  std::vector<T> narrowed;    // [length down, out_width, channels], resized across
+  std::vector<float> sums(values);
   for (int64_t view = begin; view < end; ++view) {
     const float* p = c.parameters + COLUMNS * view;
     set_axis(across, p[LEFT], p[WIDTH], c.width, c.out_width, c.bicubic);
     set_axis(down, p[TOP], p[HEIGHT], c.height, c.out_height, c.bicubic);
-    const uint8_t* window = c.images + 3 * ((c.indices[view] * c.height + down.start) * c.width + across.start);
-    pixels.resize(4 * across.length);
-    narrowed.resize(3 * c.out_width * down.length);
+    const T* window = static_cast<const T*>(c.images) +
+                      channels * ((c.indices[view] * c.height + down.start) * c.width + across.start);
+    pixels.resize(4 * fours * across.length);
+    narrowed.resize(values * down.length);
     for (int64_t y = 0; y < down.length; ++y) {
-      const uint8_t* in = window + 3 * c.width * y;
+      const T* in = window + channels * c.width * y;
       for (int64_t x = 0; x < across.length; ++x) {
-        for (int i = 0; i < 3; ++i) pixels[4 * x + i] = in[3 * x + i];
+        for (int64_t i = 0; i < channels; ++i) pixels[4 * fours * x + i] = in[channels * x + i];
       }
-      uint8_t* out = narrowed.data() + 3 * c.out_width * y;
+      T* out = narrowed.data() + values * y;
       for (int64_t j = 0; j < c.out_width; ++j) {
-        const float* from = pixels.data() + 4 * across.first[j];
         const float* weight = across.weights.data() + across.taps * j;
-        Pixel sum = {0.5f, 0.5f, 0.5f, 0.5f};
-        for (int64_t t = 0; t < across.taps; ++t) sum += weight[t] * load_pixel(from + 4 * t);
-        for (int i = 0; i < 3; ++i) out[3 * j + i] = level(sum[i]);
+        for (int64_t first = 0; first < channels; first += 4) {
+          const float* from = pixels.data() + 4 * fours * across.first[j] + first;
+          Pixel sum = {begins, begins, begins, begins};
+          for (int64_t t = 0; t < across.taps; ++t) sum += weight[t] * load_pixel(from + 4 * fours * t);
+          const int64_t there = std::min<int64_t>(channels - first, 4);
+          for (int64_t i = 0; i < there; ++i) store_level(sum[i], out[channels * j + first + i]);
+        }
       }
     }
     for (int64_t j = 0; j < c.out_height; ++j) {
-      const uint8_t* from = narrowed.data() + 3 * c.out_width * down.first[j];
-      std::fill(sums.begin(), sums.end(), 0.5f);
-      for (int64_t t = 0; t < down.taps; ++t, from += 3 * c.out_width) {
+      const T* from = narrowed.data() + values * down.first[j];
+      std::fill(sums.begin(), sums.end(), begins);
+      for (int64_t t = 0; t < down.taps; ++t, from += values) {
         const float weight = down.weights[down.taps * j + t];
         if (weight == 0.0f) continue;
 #pragma omp simd
-        for (int64_t x = 0; x < 3 * c.out_width; ++x) sums[x] += weight * from[x];
+        for (int64_t x = 0; x < values; ++x) sums[x] += weight * from[x];
       }
-      uint8_t* out = c.out + 3 * c.out_width * (c.out_height * view + j);
+      T* out = static_cast<T*>(c.out) + values * (c.out_height * view + j);
 #pragma omp simd
-      for (int64_t x = 0; x < 3 * c.out_width; ++x) out[x] = level(sums[x]);
+      for (int64_t x = 0; x < values; ++x) store_level(sums[x], out[x]);
     }
+  }
+}
+
+static void crop_resize_views(const CropResize& c, int64_t begin, int64_t end) {
+  if (c.of_floats) {
+    c.channels == 3 ? crop_resize_views_of<float, 3>(c, begin, end) : crop_resize_views_of<float, 0>(c, begin, end);
+  } else {
+    c.channels == 3 ? crop_resize_views_of<uint8_t, 3>(c, begin, end) : crop_resize_views_of<uint8_t, 0>(c, begin, end);
   }
 }

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastjem.data.colours import augmented
+import fastjem.functional as F
 from fastjem.data.masking import Masks, drawn_masks
 from fastjem.data.views import MaskSpec, ViewSpec
 
@@ -28,7 +28,7 @@ class Crops(NamedTuple):
     it. The views' parameters are those of the sample that was asked for, which the order of the epoch alone decides.
     """
 
-    views: list[Tensor]  # V x [B, H, W, C] uint8
+    views: list[Tensor]  # V x [B, H, W, C] uint8, or float32 levels from 0 to 255 (`Levels.floats`)
     tables: list[Tensor]  # V x [B, P] float32: what is still to be done, by the columns of the augmentation table
     index: Tensor  # [B] int64: the image's number in its source
     epoch: int  # a batch lies in one epoch
@@ -61,7 +61,7 @@ def finish(
 
     def colours(view: Tensor, table: Tensor, spec: ViewSpec) -> Tensor:
         view = view.to(device, non_blocking=True)
-        return augmented(view, table, mean=spec.mean, std=spec.std, dtype=dtype, channels_last=channels_last)
+        return F.augment(view, table, mean=spec.mean, std=spec.std, dtype=dtype, channels_last=channels_last)
 
     tables = [table.to(device, non_blocking=True) for table in crops.tables]
     views = [colours(*parts) for parts in zip(crops.views, tables, specs, strict=True)]

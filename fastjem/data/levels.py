@@ -53,6 +53,11 @@ class Levels:
         return self.value_range if kind == self.values else KINDS[kind]
 
     @property
+    def floats(self) -> bool:
+        """Whether images become float32 levels with all that their values tell; 8-bit pictures in colour stay uint8."""
+        return self.channels != RGB or self.values != "8-bit"
+
+    @property
     def plain(self) -> bool:
         """Whether an 8-bit picture in colour stays as it is, so that any decoder may read it."""
         return self.channels == RGB and self.range_of(np.dtype(np.uint8)) == KINDS["8-bit"]
@@ -97,34 +102,39 @@ def extremes(image: Image.Image | np.ndarray) -> tuple[float, float] | None:
     return (min(found), max(found)) if found else None
 
 
-def to_levels(values: np.ndarray, black: float, white: float) -> np.ndarray:
-    """Numbers of any shape -> uint8, 0 at `black` and 255 at `white`."""
+def to_levels(values: np.ndarray, black: float, white: float, *, floats: bool = True) -> np.ndarray:
+    """Numbers [H, W] or [H, W, C] -> float32 levels, 0 at `black` and 255 at `white`; without `floats` rounded to
+    uint8."""
     if values.dtype == np.bool_:
         values = values.astype(np.uint8) * np.uint8(255)
     if values.dtype == np.uint8 and (black, white) == KINDS["8-bit"]:
-        return values
+        return values.astype(np.float32) if floats else values
     if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:
         unsigned = np.dtype(f"u{values.dtype.itemsize}")
         native = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-        return _table(native.dtype.str, black, white)[native.view(unsigned)]
-    return _computed(values, black, white)
+        return _table(native.dtype.str, black, white, floats)[native.view(unsigned)]
+    out = np.empty(values.shape, np.float32 if floats else np.uint8)
+    for top, strip in strips(values):
+        out[top : top + len(strip)] = _computed(strip, black, white, floats)
+    return out
 
 
 @functools.lru_cache(16)
-def _table(dtype: str, black: float, white: float) -> np.ndarray:
-    """The level of each of a type's values, in the order of their bits: of 16 bits 64 KiB."""
+def _table(dtype: str, black: float, white: float, floats: bool) -> np.ndarray:
+    """The level of each of a type's values, in the order of their bits: of 16 bits 256 KiB of floats."""
     kind = np.dtype(dtype)
     every = np.arange(256**kind.itemsize, dtype=f"u{kind.itemsize}").view(kind)
-    return _computed(every, black, white)
+    return _computed(every, black, white, floats)
 
 
-def _computed(values: np.ndarray, black: float, white: float) -> np.ndarray:
+def _computed(values: np.ndarray, black: float, white: float, floats: bool) -> np.ndarray:
     wide = values.astype(np.float64)
     if values.dtype.kind == "f":
         wide[~np.isfinite(wide)] = black
     wide -= black
     wide *= 255 / (white - black)
-    return wide.clip(0, 255).round().astype(np.uint8)
+    np.clip(wide, 0, 255, out=wide)
+    return wide.astype(np.float32) if floats else wide.round().astype(np.uint8)
 
 
 def range_of(kind: str, least: float, largest: float) -> tuple[float, float]:

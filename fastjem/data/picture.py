@@ -1,48 +1,73 @@
-"""An image as training takes it: 8-bit levels, in colour or in any number of channels."""
+"""An image as training takes it, in levels from 0 to 255: uint8 of 8-bit pictures in colour, float32 of all others."""
 
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+import fastjem.functional as F
 from fastjem.data.files import check_size, stored
-from fastjem.data.levels import RGB, Levels, extremes, kind_of, of_image, range_of, strips, to_levels
+from fastjem.data.levels import RGB, Levels, extremes, kind_of, of_image, range_of, to_levels
+from fastjem.data.size import Size
+
+GRAY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue: Pillow's, which are ITU-R BT.601's
 
 
 class Bands:
-    """An image of any number of channels: a gray picture of each, and those parts of Pillow's interface that cutting
-    and resizing need. Pillow's own images of 2 and 4 channels take one of them for a transparency when they resize.
+    """An image of any number of channels in float32, with those parts of Pillow's interface that cutting and resizing
+    need.
+
+    Args:
+        values: [H, W, C] float32 levels.
+        channels: that the image has; where it is more than C = 1, all of them are that one.
     """
 
-    def __init__(self, bands: Sequence[Image.Image]):
-        self.bands = list(bands)
+    def __init__(self, values: np.ndarray, channels: int | None = None):
+        self.values = np.ascontiguousarray(values, np.float32)
+        self.channels = channels or values.shape[2]
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height."""
-        return self.bands[0].size
+        return self.width, self.height
 
     @property
     def width(self) -> int:
-        return self.size[0]
+        return self.values.shape[1]
 
     @property
     def height(self) -> int:
-        return self.size[1]
+        return self.values.shape[0]
 
-    def crop(self, box: tuple[Any, ...]) -> "Bands":
-        return Bands([band.crop(box) for band in self.bands])
+    def crop(self, box: tuple[int, int, int, int]) -> "Bands":
+        left, top, right, bottom = box
+        return Bands(self.values[top:bottom, left:right], self.channels)
 
     def resize(self, size: tuple[int, int], resample: int | None = None, box: tuple[Any, ...] | None = None) -> "Bands":
-        return Bands([band.resize(size, resample, box) for band in self.bands])
+        """Pillow's of each channel, which rounds nowhere in its mode "F"."""
+        bands = (Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(self.values, 2, 0))
+        return Bands(np.stack([np.asarray(band.resize(size, resample, box)) for band in bands], 2), self.channels)
+
+    def window(self, row: np.ndarray, size: Size, bicubic: bool) -> np.ndarray:
+        """`fastjem.functional.crop_resize` of the window of a table's row [P]: [H, W, C] float32.
+
+        That operator and not `resize`, so that an image held in memory has the same views to the bit; and it is the
+        faster one: of 5 channels, 300 x 300 pixels to 224, 2.2 ms of a core for Pillow's 3.5, bicubic 2.1 for 5.0.
+        """
+        images: Tensor = torch.from_numpy(self.values)[None]
+        first = torch.zeros(1, dtype=torch.int64)
+        view = F.crop_resize(images, first, torch.from_numpy(row)[None], size=size, bicubic=bicubic)[0].numpy()
+        return np.broadcast_to(view, (*view.shape[:2], self.channels))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """[H, W, C] uint8."""
-        return np.stack([np.asarray(band) for band in self.bands], 2).astype(dtype or np.uint8, copy=False)
+        """[H, W, C] float32."""
+        values = np.broadcast_to(self.values, (*self.values.shape[:2], self.channels))
+        return values.astype(dtype or np.float32, copy=bool(copy))
 
 
-Picture: TypeAlias = Image.Image | Bands  # Pillow's, in mode "RGB", for three channels; else bands
+Picture: TypeAlias = Image.Image | Bands  # Pillow's, in mode "RGB", where `Levels.floats` isn't so; else bands
 
 
 def to_image(data: bytes | bytearray | memoryview | np.ndarray, levels: Levels | None = None) -> Picture:
@@ -70,24 +95,17 @@ def picture(image: Image.Image | np.ndarray, levels: Levels | None = None) -> Pi
     if levels is None:
         kind = kind_of(dtype)
         bounds = extremes(image) if kind != "8-bit" else None
-        levels = Levels(RGB, kind, range_of(kind, *(bounds or (0, 0))))
+        return shown(picture(image, Levels(RGB, kind, range_of(kind, *(bounds or (0, 0))))))
     black, white = levels.range_of(dtype)
-    if isinstance(image, np.ndarray):
-        if levels.plain and dtype == np.uint8 and image.shape[2:] == (RGB,):
-            return Image.fromarray(image)
-        return _in_channels(_bands_of(image, black, white), levels.channels)
-    if dtype != np.uint8:
-        gray = Image.new("L", image.size)
-        for top, values in strips(image):
-            gray.paste(Image.fromarray(to_levels(values, black, white)), (0, top))
-        return _in_channels([gray], levels.channels)
-    if levels.channels == RGB:
+    if isinstance(image, Image.Image) and dtype == np.uint8 and not levels.floats:
         return _stretched(to_rgb(image), black, white)
-    if image.mode in ("P", "PA", "1"):
-        image = to_rgb(image) if image.mode != "1" else image.convert("L")
-    if levels.channels == 1:
-        return Bands([_stretched(image if image.mode == "L" else image.convert("L"), black, white)])
-    return _in_channels([_stretched(band, black, white) for band in image.split()], levels.channels)
+    values = _in_channels(_values_of(image, levels.channels), levels.channels)
+    values = to_levels(values, black, white, floats=levels.floats)
+    if not levels.floats:
+        return Image.fromarray(values if values.shape[2] == RGB else values.repeat(RGB, 2))
+    if levels.channels == 1 and values.shape[2] == RGB:
+        values = (values @ GRAY)[:, :, None]
+    return Bands(values, levels.channels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -105,30 +123,32 @@ def _stretched(image: Image.Image, black: float, white: float) -> Image.Image:
     return image.point(table * len(image.getbands()))
 
 
-def _bands_of(values: np.ndarray, black: float, white: float) -> list[Image.Image]:
-    """Values [H, W] or [H, W, C] -> a gray picture of each channel."""
-    values = values[:, :, None] if values.ndim == 2 else values
-    out = np.empty((values.shape[2], *values.shape[:2]), np.uint8)
-    for top, strip in strips(values):
-        out[:, top : top + len(strip)] = np.moveaxis(to_levels(strip, black, white), 2, 0)
-    return [Image.fromarray(band) for band in out]
+def _values_of(image: Image.Image | np.ndarray, channels: int) -> np.ndarray:
+    """[H, W, C] as they are stored; of a picture that has no channels of its own, a palette's, the colours."""
+    if isinstance(image, Image.Image):
+        if image.mode == "1":
+            image = image.convert("L")
+        elif image.mode in ("P", "PA") or (channels in (1, RGB) and image.mode in ("CMYK", "YCbCr", "LAB", "HSV")):
+            image = to_rgb(image)
+        image = np.asarray(image)
+    return image[:, :, None] if image.ndim == 2 else image
 
 
-def _in_channels(bands: list[Image.Image], channels: int) -> Picture:
-    """Gray pictures -> `channels` of them: three of any picture, gray of one in colour, else as many as there are."""
-    if channels in (1, RGB) and len(bands) <= 4:
-        bands = bands[: len(bands) - 1] if len(bands) in (2, 4) else bands  # without the transparency
-        if channels == RGB:
-            return Image.merge("RGB", bands if len(bands) == RGB else bands * RGB)
-        return Bands(bands if len(bands) == 1 else [Image.merge("RGB", bands).convert("L")])
-    if len(bands) != channels:
-        raise ValueError(f"{len(bands)} channel{'s' * (len(bands) > 1)}, not the {channels} of --channels")
-    return Bands(bands)
+def _in_channels(values: np.ndarray, channels: int) -> np.ndarray:
+    """[H, W, C] -> those that an image of so many channels is made of: of a picture, which 3 or 1 mean, its three
+    colours or its gray, without a transparency; else all of as many as there are."""
+    count = values.shape[2]
+    if channels in (1, RGB) and count <= 4:
+        return values[:, :, : count - 1] if count in (2, 4) else values
+    if count != channels:
+        raise ValueError(f"{count} channel{'s' * (count > 1)}, not the {channels} of --channels")
+    return values
 
 
 def shown(image: Picture) -> Image.Image:
-    """For people, in RGB: the first three channels, or the first as gray where there are fewer."""
+    """For people, in RGB of 8 bits: the first three channels, or the first as gray where there are fewer."""
     if isinstance(image, Bands):
-        bands = image.bands[:RGB] if len(image.bands) >= RGB else image.bands[:1] * RGB
-        return Image.merge("RGB", bands)
+        values = np.asarray(image)
+        values = values[:, :, :RGB] if image.channels >= RGB else values[:, :, :1].repeat(RGB, 2)
+        return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     return image

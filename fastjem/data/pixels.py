@@ -75,25 +75,28 @@ class Pixels:
         return replace(self, value_range=COLOUR.value_range, values=COLOUR.values)
 
     def normalise(self, images: Tensor, device: torch.device | str, channels_last: bool = False) -> Tensor:
-        """Whole images [B, C, H, W] uint8 -> [B, C, H, W] float32 as the encoder takes them, on the device."""
-        if images.dim() != 4 or images.shape[1] != self.channels or images.dtype != torch.uint8:
+        """Whole images [B, C, H, W] uint8 or float32 -> [B, C, H, W] float32 as the encoder takes them, on the device.
+
+        Floats below the range are taken as black, those above it as white, and NaN as black.
+        """
+        if images.dim() != 4 or images.shape[1] != self.channels or images.dtype not in (torch.uint8, torch.float32):
             raise ValueError(
-                f"Pixels.normalise: images must be [B, {self.channels}, H, W] uint8, "
+                f"Pixels.normalise: images must be [B, {self.channels}, H, W] uint8 or float32, "
                 f"got {tuple(images.shape)} {images.dtype}"
             )
         images = images.to(device, non_blocking=True)
+        mean, std = self.mean, self.std
         low, high = self.value_range
-        # ((x - low) / (high - low) - mean) / std, written for x / 255; with the range 0 to 255 the same bits
-        white = (high - low) / 255
-        mean = [low / 255 + mean * white for mean in self.mean]
-        std = [std * white for std in self.std]
-        if self.channels == 3:
-            table = torch.zeros(len(images), column.COLUMNS, device=device)
-            table[:, column.BRIGHTNESS : column.HUE] = 1  # factors that change nothing
-            return F.augment(images.permute(0, 2, 3, 1), table, mean=mean, std=std, channels_last=channels_last)
-        centre, scale = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return ((images / 255 - centre) / scale).contiguous(memory_format=memory_format)
+        if self.value_range != COLOUR.value_range and images.is_floating_point():
+            images = (images - low) * (255 / (high - low))
+        elif self.value_range != COLOUR.value_range:
+            # ((x - low) / (high - low) - mean) / std, written for x / 255
+            white = (high - low) / 255
+            mean = [low / 255 + mean * white for mean in self.mean]
+            std = [std * white for std in self.std]
+        table = torch.zeros(len(images), column.COLUMNS, device=device)
+        table[:, column.BRIGHTNESS : column.HUE] = 1  # factors that change nothing
+        return F.augment(images.permute(0, 2, 3, 1), table, mean=mean, std=std, channels_last=channels_last)
 
     def prepare(self, images: Any, device: torch.device | str = "cpu") -> Tensor:
         """Images as they come -> [B, C, H, W] float32 as the encoder takes them, H and W those of `size`: the middle of
@@ -170,7 +173,8 @@ def _picture(image: Any, levels: Levels) -> Picture:
 
 
 def whole_image(image: Picture, size: Size) -> Tensor:
-    """The middle of an image that is resized to cover `size` (bilinear, antialiased): [C, H, W] uint8.
+    """The middle of an image that is resized to cover `size` (bilinear, antialiased): [C, H, W] of its dtype, uint8 or
+    float32.
 
     Of squares it is torchvision's `center_crop(resize(image, [size]), [size, size])`, which this equals bit for bit
     where the image is at most `LONGEST` times as long as wide; of H and W `center_crop(resize(image, covering), [H,
@@ -214,8 +218,8 @@ class _WholeImages(Dataset):
 
 
 def whole_images(source: Source, indices: Sequence[int], pixels: Pixels) -> Dataset:
-    """The chosen images without augmentation, read by the pixels' levels: [C, H, W] uint8 each, for a DataLoader;
-    `pixels.decoded.normalise` goes on.
+    """The chosen images without augmentation, read by the pixels' levels: [C, H, W] uint8 or float32 each, for a
+    DataLoader; `pixels.decoded.normalise` goes on.
 
     An image that can't be read is a UserError that names it.
     """

@@ -1,12 +1,12 @@
 """Mean and standard deviation of the images' values, by which a run normalises what its encoder is given."""
 
 import math
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastjem.data.picture import Bands, Picture
+from fastjem.data.levels import strips
+from fastjem.data.picture import Bands
 from fastjem.data.source import Source, decode
 from fastjem.data.spread import spread
 from fastjem.errors import UserError
@@ -60,15 +60,18 @@ def _moments(source: Source, i: int) -> tuple[np.ndarray, np.ndarray] | None:
         image = decode(source, i)
     except Exception:  # whatever a decoder may raise on a broken file
         return None
+    if isinstance(image, Bands):
+        return _moments_of_floats(image)
     levels = np.arange(256) / 255
-    shares = np.array([np.array(band) / sum(band) for band in _histograms(image)])  # [C, 256]
+    counts = np.array(image.histogram()).reshape(-1, 256)  # [C, 256]: how many pixels have each level
+    shares = counts / counts.sum(1, keepdims=True)
     return shares @ levels, shares @ levels**2
 
 
-def _histograms(image: Picture) -> Iterator[Sequence[int]]:
-    """How many pixels have each of the 256 levels, channel by channel."""
-    if isinstance(image, Bands):
-        yield from (band.histogram() for band in image.bands)
-    else:
-        counts = image.histogram()
-        yield from (counts[start : start + 256] for start in range(0, len(counts), 256))
+def _moments_of_floats(image: Bands) -> tuple[np.ndarray, np.ndarray]:
+    sums = np.zeros((2, image.values.shape[2]))
+    for _, strip in strips(image.values):
+        wide = strip.reshape(-1, strip.shape[2]).astype(np.float64) / 255
+        sums += [wide.sum(0), (wide**2).sum(0)]
+    first, second = np.repeat(sums / (image.width * image.height), image.channels // sums.shape[1], 1)
+    return first, second

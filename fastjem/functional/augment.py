@@ -25,37 +25,45 @@ def augment(
     """Flip, colour jitter, grayscale, Gaussian blur, solarize and `(x / 255 - mean) / std` in one operator.
 
     Args:
-        images: [B, H, W, 3] uint8, red, green and blue last.
+        images: [B, H, W, C], red, green and blue last where C = 3: uint8, or float32 on the same scale, on which 0 is
+            black and 255 white, and whose fractions are kept. Floats below 0 are taken as 0, those above 255 as 255,
+            and NaN as 0.
         parameters: [B, 13] float32 on the images' device, a row per image. Its columns (named in
             `fastjem.kernels.augment.columns`): 0-3 the crop, not looked at here; 4 flip (0 or 1); 5, 6, 7 factors of
             brightness, contrast and saturation (1: none); 8 hue in turns, -0.5 to 0.5 (0: none); 9 the order of these
             four, an index into `itertools.permutations(range(4))`; 10 grayscale (0 or 1); 11 the blur's sigma in
-            pixels (0: none); 12 solarize (0 or 1). Float64 is computed in float64, by plain torch.
-        mean, std: of red, green and blue, where white is 1.
+            pixels (0: none); 12 solarize (0 or 1). Of other channels than three, saturation, hue and grayscale aren't
+            looked at: what they do is defined for red, green and blue. Float64 is computed in float64, by plain torch.
+        mean, std: a number for each channel, where white is 1.
         dtype: of the result: float32, bfloat16 or float16.
-        channels_last: the result is [B, 3, H, W] in either case; in memory the channels then come last.
-        exact: round after each step as torchvision does on uint8, for comparisons. Otherwise fractions of a level stay.
+        channels_last: the result is [B, C, H, W] in either case; in memory the channels then come last.
+        exact: round after each step as torchvision does on uint8, for comparisons, of uint8 images alone. Otherwise
+            fractions of a level stay.
         threshold: of solarizing: levels (0 to 255) from it on are inverted.
 
-    Definitions are torchvision's for tensors (v2.functional): contrast around the mean of the gray image, hue in HSV, a
-    true Gaussian with reflected borders and radius ceil(3 sigma), at most what fits the image. An order or a sigma out
-    of its range is taken as the nearest in it.
+    Definitions are torchvision's for tensors (v2.functional): contrast around the mean of the gray image (of other
+    channels than three, of all their values), hue in HSV, a true Gaussian with reflected borders and radius
+    ceil(3 sigma), at most what fits the image. An order or a sigma out of its range is taken as the nearest in it.
 
     Returns:
-        [B, 3, H, W].
+        [B, C, H, W].
 
     Raises:
         ValueError: for other shapes and dtypes.
     """
-    _check_images("augment", "images must be [B, H, W, 3] uint8", images)
+    _check_images("augment", "images must be [B, H, W, C] uint8 or float32", images)
     _check_table("augment", parameters, len(images))
     checks.one_device("augment", (images, parameters))
     if dtype not in DTYPES and not (dtype == parameters.dtype == torch.float64):
         checks.fail("augment", "dtype must be float32, bfloat16 or float16", dtype)
     mean = [checks.host_number("augment", "mean", x) for x in mean]
     std = [checks.host_number("augment", "std", x) for x in std]
-    if len(mean) != 3 or len(std) != 3 or not all(x > 0 for x in std):
-        checks.fail("augment", "mean and std must be 3 numbers each, std positive", f"{mean} and {std}")
+    channels = images.shape[3]
+    if len(mean) != channels or len(std) != channels or not all(x > 0 for x in std):
+        each = f"{channels} number{'s' * (channels > 1)} each"
+        checks.fail("augment", f"mean and std must be {each}, std positive", f"{mean} and {std}")
+    if exact and images.dtype != torch.uint8:
+        checks.fail("augment", "images must be uint8 with exact=True", images.dtype)
     threshold = checks.host_number("augment", "threshold", threshold)
     return torch.ops.fastjem.augment(images, parameters, mean, std, dtype, channels_last, exact, threshold)
 
@@ -66,7 +74,7 @@ def crop_resize(
     """Cut a window out of each of the images asked for and resize it, antialiased.
 
     Args:
-        images: [N, H, W, 3] uint8: all images, in memory.
+        images: [N, H, W, C] uint8 or float32: all images, in memory.
         indices: [B] int64: which ones, on the same device; the same one may come more than once.
         parameters: [B, 13] float32 as for `augment`: columns 0-3 are the window's top, left, height and width in
             pixels; what lies outside the image is cut off.
@@ -74,12 +82,13 @@ def crop_resize(
         bicubic: Keys' cubic (a = -0.5) in place of the triangle (bilinear).
 
     Returns:
-        [B, height, width, 3] uint8, within a level of torch's `interpolate(antialias=True)` of the window as uint8.
+        [B, height, width, C] of the images' dtype: torch's `interpolate(antialias=True)` of the window, of uint8 within
+        a level. Floats are neither rounded nor cut off: by `bicubic` they may go beyond the values of the image.
 
     Raises:
         ValueError: for other shapes and dtypes.
     """
-    _check_images("crop_resize", "images must be [N, H, W, 3] uint8", images)
+    _check_images("crop_resize", "images must be [N, H, W, C] uint8 or float32", images)
     if not isinstance(indices, Tensor) or indices.dim() != 1 or indices.dtype != torch.int64 or indices.shape[0] == 0:
         came = f"{checks.shape(indices)} {getattr(indices, 'dtype', '')}".strip()
         checks.fail("crop_resize", "indices must be [B] int64", came)
@@ -98,9 +107,9 @@ def _height_and_width(size: object) -> list[int]:
 
 
 def _check_images(op: str, contract: str, images: Tensor) -> None:
-    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[3] != 3 or 0 in images.shape:
+    if not isinstance(images, Tensor) or images.dim() != 4 or 0 in images.shape:
         checks.fail(op, contract, checks.shape(images))
-    if images.dtype != torch.uint8:
+    if images.dtype not in (torch.uint8, torch.float32):
         checks.fail(op, contract, images.dtype)
 
 

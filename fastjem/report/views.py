@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastjem.data.colours import augmented
+import fastjem.functional as F
 from fastjem.data.levels import Levels
 from fastjem.data.loaders.torch import crop
 from fastjem.data.masking import drawn_masks
@@ -79,9 +79,8 @@ def picture(pixels: np.ndarray, row: np.ndarray) -> Image.Image:
     """A crop [H, W, C] and its row [1, P] of the table: the view, before it is normalised."""
     channels = pixels.shape[2]
     mean, std = (0.0,) * channels, (1.0,) * channels
-    x = augmented(torch.from_numpy(pixels.copy())[None], torch.from_numpy(row), mean=mean, std=std)
-    levels = (x[0] * 255).round().to(torch.uint8).numpy()
-    return shown(Bands([Image.fromarray(band) for band in levels]))
+    x = F.augment(torch.from_numpy(pixels.copy())[None], torch.from_numpy(row), mean=mean, std=std)
+    return shown(Bands((x[0] * 255).permute(1, 2, 0).numpy()))
 
 
 def masked(view: Image.Image, spec: MaskSpec, seed: int, epoch: int, sample: int) -> Image.Image:

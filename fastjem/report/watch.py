@@ -50,7 +50,7 @@ def knn_without_itself(rows: Tensor, labels: Tensor, k: int, temperature: float 
 
 
 class SampleImages:
-    """Some of a source's images, whole and without augmentation, held as uint8; what can't be read is left out."""
+    """Some of a source's images, whole and without augmentation, held as read; what can't be read is left out."""
 
     def __init__(self, source: Source, pixels: Pixels):
         def read(i: int) -> Tensor | None:

@@ -1,7 +1,8 @@
 """`(augmented image / 255 - mean) / std`, see `reference.augment`: two launches for any number of images, no atomics.
 
 The first has one program (or a few) for each image: the mean for contrast over the steps before it, then all colour
-steps on rows in registers. Images without blur are finished there; of others the rows are blurred across and set
+steps on rows in registers: of red, green and blue at once (`_augment_kernel`), of other channels one after the other
+(`_augment_channels_kernel`). Images without blur are finished there; of others the rows are blurred across and set
 aside, as float32 or, for half-precision results, in 16 bits (1/128 of a level), and the second launch blurs them down.
 """
 
@@ -31,6 +32,22 @@ PACKED_ORDERS = tuple(sum(order[i] << 2 * k for k, order in enumerate(columns.OR
 def _whole(x, EXACT: tl.constexpr):
     x = tl.minimum(tl.maximum(x, 0.0), 255.0)
     return tl.floor(x) if EXACT else x
+
+
+@triton.jit
+def _read(pixel, mask):
+    """Levels: of floats what is beyond 0 and 255 is cut off, and NaN is 0."""
+    x = tl.load(pixel, mask, 0).to(tl.float32)
+    return tl.minimum(tl.maximum(x, 0.0), 255.0) if pixel.dtype.element_ty == tl.float32 else x
+
+
+@triton.jit
+def _of(VALUES: tl.constexpr, channel, CHANNELS: tl.constexpr):
+    """VALUES[channel]."""
+    value = VALUES[0]
+    for i in tl.static_range(1, CHANNELS):
+        value = tl.where(channel == i, VALUES[i], value)
+    return value
 
 
 @triton.jit
@@ -84,6 +101,21 @@ def _jitter(red, green, blue, row, mean, ORDERS: tl.constexpr, BEFORE_CONTRAST: 
 
 
 @triton.jit
+def _jitter_channel(x, row, mean, ORDERS: tl.constexpr, BEFORE_CONTRAST: tl.constexpr, EXACT: tl.constexpr):
+    """`_jitter` of a channel that is none of red, green and blue: brightness and contrast, kinds 0 and 1."""
+    shift = 2 * tl.minimum(tl.maximum(tl.load(row + ORDER), 0.0), 23.0).to(tl.int64)
+    ahead = shift >= 0
+    for i in tl.static_range(4):
+        kind = ((ORDERS[i] >> shift) & 3).to(tl.int32)
+        factor = tl.load(row + BRIGHTNESS + kind)
+        if BEFORE_CONTRAST:
+            ahead = ahead & (kind != 1)
+        if ahead & (kind < 2) & (factor != 1.0):
+            x = _whole(x * factor + tl.where(kind == 1, mean, 0.0) * (1 - factor), EXACT)
+    return x
+
+
+@triton.jit
 def _radius(sigma, size):
     most = (size - 1) // 2 * 1.0  # a size of 1 is no tensor
     return tl.where(sigma > 0, tl.minimum(tl.ceil(3 * sigma), most), 0.0).to(tl.int32)
@@ -106,15 +138,17 @@ def _across(x, column, radius, sigma, W, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _finish(x, out, at, mask, channel, solarized, scale, shift, plane, CHANNELS_LAST: tl.constexpr):
+def _finish(
+    x, out, at, mask, channel, solarized, scale, shift, plane, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
     x = tl.where(x >= solarized, 255 - x, x) * scale + shift
-    at = at * 3 + channel if CHANNELS_LAST else at + channel * plane
+    at = at * CHANNELS + channel if CHANNELS_LAST else at + channel * plane
     tl.store(out + at, x.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
 def _augment_kernel(
-    images,  # [B, H, W, 3] uint8
+    images,  # [B, H, W, 3] uint8 or float32
     parameters,  # [B, P] float32
     out,  # [B, 3, H, W], channels last or not
     aside,  # [B, 3, H, W] float32, or int16 in 1/128 of a level
@@ -126,6 +160,7 @@ def _augment_kernel(
     SHIFT: tl.constexpr,
     ORDERS: tl.constexpr,
     UNIT: tl.constexpr,  # of what is set aside
+    CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -150,9 +185,9 @@ def _augment_kernel(
         for y in range(0, H, ROWS):
             mask = (y + i_row < H) & (column < W)
             pixel = images + ((y + i_row) * W + source) * 3
-            red = tl.load(pixel, mask, 0).to(tl.float32)
-            green = tl.load(pixel + 1, mask, 0).to(tl.float32)
-            blue = tl.load(pixel + 2, mask, 0).to(tl.float32)
+            red = _read(pixel, mask)
+            green = _read(pixel + 1, mask)
+            blue = _read(pixel + 2, mask)
             red, green, blue = _jitter(red, green, blue, row, 0.0, ORDERS, True, EXACT)
             sums += tl.where(mask, _gray(red, green, blue, EXACT), 0.0)
         mean = tl.sum(tl.sum(sums, 1), 0) / plane
@@ -163,9 +198,9 @@ def _augment_kernel(
     for y in range(first, tl.minimum(first + tiles * ROWS, H), ROWS):
         mask = (y + i_row < H) & (column < W)
         pixel = images + ((y + i_row) * W + source) * 3
-        red = tl.load(pixel, mask, 0).to(tl.float32)
-        green = tl.load(pixel + 1, mask, 0).to(tl.float32)
-        blue = tl.load(pixel + 2, mask, 0).to(tl.float32)
+        red = _read(pixel, mask)
+        green = _read(pixel + 1, mask)
+        blue = _read(pixel + 2, mask)
         red, green, blue = _jitter(red, green, blue, row, mean, ORDERS, False, EXACT)
         if grayscale > 0.5:
             red = _whole(_gray(red, green, blue, EXACT), EXACT)
@@ -181,22 +216,84 @@ def _augment_kernel(
             tl.store(aside + at + plane, (green + half).to(aside.dtype.element_ty), mask)
             tl.store(aside + at + 2 * plane, (blue + half).to(aside.dtype.element_ty), mask)
         else:
-            _finish(red, out, at, mask, 0, solarized, SCALE[0], SHIFT[0], plane, CHANNELS_LAST)
-            _finish(green, out, at, mask, 1, solarized, SCALE[1], SHIFT[1], plane, CHANNELS_LAST)
-            _finish(blue, out, at, mask, 2, solarized, SCALE[2], SHIFT[2], plane, CHANNELS_LAST)
+            _finish(red, out, at, mask, 0, solarized, SCALE[0], SHIFT[0], plane, CHANNELS, CHANNELS_LAST)
+            _finish(green, out, at, mask, 1, solarized, SCALE[1], SHIFT[1], plane, CHANNELS, CHANNELS_LAST)
+            _finish(blue, out, at, mask, 2, solarized, SCALE[2], SHIFT[2], plane, CHANNELS, CHANNELS_LAST)
+
+
+@triton.jit
+def _augment_channels_kernel(
+    images,  # [B, H, W, C] uint8 or float32
+    parameters,  # [B, P] float32
+    out,  # [B, C, H, W], channels last or not
+    aside,  # [B, C, H, W] float32, or int16 in 1/128 of a level
+    H,
+    W,
+    tiles,  # of ROWS rows, for each of the programs of an image
+    threshold,
+    SCALE: tl.constexpr,  # a number for each channel
+    SHIFT: tl.constexpr,
+    ORDERS: tl.constexpr,
+    UNIT: tl.constexpr,  # of what is set aside
+    CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # >= W
+):
+    image = tl.program_id(0).to(tl.int64)
+    row = parameters + image * COLUMNS
+    column = tl.arange(0, BLOCK)[None, :]
+    i_row = tl.arange(0, ROWS)[:, None]
+    plane = H * W
+    images += image * plane * CHANNELS
+    out += image * plane * CHANNELS
+    aside += image * plane * CHANNELS
+    source = tl.where(tl.load(row + FLIP) > 0.5, W - 1 - column, column)
+    sigma = tl.load(row + SIGMA)
+    solarized = tl.where(tl.load(row + SOLARIZE) > 0.5, threshold, float("inf"))  # from where on
+
+    mean = 0.0
+    if tl.load(row + CONTRAST) != 1:
+        sums = tl.zeros([ROWS, BLOCK], tl.float32)
+        for channel in range(0, CHANNELS):
+            for y in range(0, H, ROWS):
+                mask = (y + i_row < H) & (column < W)
+                x = _read(images + ((y + i_row) * W + source) * CHANNELS + channel, mask)
+                sums += tl.where(mask, _jitter_channel(x, row, 0.0, ORDERS, True, EXACT), 0.0)
+        mean = tl.sum(tl.sum(sums, 1), 0) / (plane * CHANNELS)
+
+    radius = _radius(sigma, W)
+    blurred = (radius > 0) | (_radius(sigma, H) > 0)
+    first = tl.program_id(1) * tiles * ROWS
+    for channel in range(0, CHANNELS):
+        scale = _of(SCALE, channel, CHANNELS)
+        shift = _of(SHIFT, channel, CHANNELS)
+        for y in range(first, tl.minimum(first + tiles * ROWS, H), ROWS):
+            mask = (y + i_row < H) & (column < W)
+            x = _read(images + ((y + i_row) * W + source) * CHANNELS + channel, mask)
+            x = _jitter_channel(x, row, mean, ORDERS, False, EXACT)
+            at = (y + i_row) * W + column
+            if blurred:
+                x = _across(x, column, radius, sigma, W, BLOCK) * UNIT
+                half: tl.constexpr = 0.0 if UNIT == 1 else 0.5  # a conversion cuts off
+                tl.store(aside + at + channel * plane, (x + half).to(aside.dtype.element_ty), mask)
+            else:
+                _finish(x, out, at, mask, channel, solarized, scale, shift, plane, CHANNELS, CHANNELS_LAST)
 
 
 @triton.jit
 def _blur_down_kernel(
     parameters,  # [B, P] float32
-    out,  # [B, 3, H, W], channels last or not
-    aside,  # [B, 3, H, W]
+    out,  # [B, C, H, W], channels last or not
+    aside,  # [B, C, H, W]
     H,
     W,
     threshold,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     UNIT: tl.constexpr,
+    CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -212,9 +309,11 @@ def _blur_down_kernel(
         y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
         column = tl.arange(0, BLOCK)[None, :]
         mask = (y < H) & (column < W)
-        out += image * plane * 3
-        aside += image * plane * 3
-        for channel in tl.static_range(3):
+        out += image * plane * CHANNELS
+        aside += image * plane * CHANNELS
+        for channel in range(0, CHANNELS):
+            scale = _of(SCALE, channel, CHANNELS)
+            shift = _of(SHIFT, channel, CHANNELS)
             x = tl.load(aside + y * W + column, mask, 0).to(tl.float32)
             weights = 1.0
             for k in range(1, radius + 1):
@@ -229,12 +328,12 @@ def _blur_down_kernel(
             if EXACT:
                 x = (x + 12582912.0) - 12582912.0  # to the nearest, ties to even
             at = y * W + column
-            _finish(x, out, at, mask, channel, solarized, SCALE[channel], SHIFT[channel], plane, CHANNELS_LAST)
+            _finish(x, out, at, mask, channel, solarized, scale, shift, plane, CHANNELS, CHANNELS_LAST)
             aside += plane
 
 
 def augment(
-    images: Tensor,  # [B, H, W, 3] uint8
+    images: Tensor,  # [B, H, W, C] uint8 or float32
     parameters: Tensor,  # [B, P]
     mean: list[float],
     std: list[float],
@@ -243,13 +342,13 @@ def augment(
     exact: bool,
     threshold: float,
 ) -> Tensor:
-    batch, height, width, _ = images.shape
+    batch, height, width, channels = images.shape
     tile = tiling.augment(width)
     if parameters.dtype != torch.float32 or tile is None:
         return reference.augment(images, parameters, mean, std, dtype, channels_last, exact, threshold)
     images = images.contiguous()
     parameters = parameters.contiguous()
-    shape = (batch, 3, height, width)
+    shape = (batch, channels, height, width)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
     fine = exact or dtype == torch.float32  # what is set aside stays float32
@@ -260,6 +359,7 @@ def augment(
         "SCALE": tuple(1 / (255 * s) for s in std),
         "SHIFT": tuple(-m / s for m, s in zip(mean, std, strict=True)),
         "UNIT": 1 if fine else 128,
+        "CHANNELS": channels,
         "CHANNELS_LAST": channels_last,
         "EXACT": exact,
         **tile,
@@ -267,7 +367,7 @@ def augment(
     }
     tiles = triton.cdiv(blocks, parts)
     launch.launch(
-        _augment_kernel,
+        _augment_kernel if channels == reference.COLOURS else _augment_channels_kernel,
         (batch, parts),
         images,
         parameters,

@@ -11,7 +11,7 @@ from . import reference
 
 
 def augment(
-    images: Tensor,  # [B, H, W, 3] uint8
+    images: Tensor,  # [B, H, W, C] uint8 or float32
     parameters: Tensor,  # [B, P]
     mean: list[float],
     std: list[float],
@@ -24,12 +24,13 @@ def augment(
         return reference.augment(images, parameters, mean, std, dtype, channels_last, exact, threshold)
     images = images.contiguous()
     parameters = parameters.contiguous()
-    batch, height, width, _ = images.shape
+    batch, height, width, channels = images.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((batch, 3, height, width), dtype=dtype, memory_format=layout)
+    out = torch.empty((batch, channels, height, width), dtype=dtype, memory_format=layout)
     _C.augment(
         CODES[dtype],
         address(images),
+        images.dtype == torch.float32,
         address(parameters),
         batch,
         height,
@@ -46,7 +47,7 @@ def augment(
 
 
 def crop_resize(
-    images: Tensor,  # [N, H, W, 3] uint8
+    images: Tensor,  # [N, H, W, C] uint8 or float32
     indices: Tensor,  # [B] int64
     parameters: Tensor,  # [B, P]
     size: Sequence[int],  # height and width
@@ -54,21 +55,23 @@ def crop_resize(
 ) -> Tensor:
     if parameters.dtype != torch.float32:
         return reference.crop_resize(images, indices, parameters, size, bicubic)
-    count, height, width, _ = images.shape
+    count, height, width, channels = images.shape
     low, high = (int(x) for x in torch.aminmax(indices))
     if low < 0 or high >= count:
         raise IndexError(f"crop_resize: indices must be in [0, {count}), got {low if low < 0 else high}")
     images = images.contiguous()
     indices = indices.contiguous()
     parameters = parameters.contiguous()
-    out = torch.empty((len(indices), *size, 3), dtype=torch.uint8)
+    out = torch.empty((len(indices), *size, channels), dtype=images.dtype)
     _C.crop_resize(
         address(images),
+        images.dtype == torch.float32,
         address(indices),
         address(parameters),
         len(indices),
         height,
         width,
+        channels,
         *size,
         bicubic,
         address(out),

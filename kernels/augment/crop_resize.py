@@ -37,21 +37,24 @@ def _weight(x, BICUBIC: tl.constexpr):
 
 
 @triton.jit
-def _level(x):
-    return tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), 255.0)
+def _stored(x, WHOLE: tl.constexpr):
+    """Rounded to levels, where these are whole."""
+    return tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), 255.0) if WHOLE else x
 
 
 @triton.jit
 def _crop_resize_kernel(
-    images,  # [N, H, W, 3] uint8
+    images,  # [N, H, W, C] uint8 or float32
     indices,  # [B] int64
     parameters,  # [B, P] float32
-    out,  # [B, out_height, out_width, 3] uint8
+    out,  # [B, out_height, out_width, C] as the images
     N,
     H,
     W,
     out_height,
     out_width,
+    CHANNELS: tl.constexpr,
+    WHOLE: tl.constexpr,  # levels are whole numbers
     BICUBIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -61,7 +64,7 @@ def _crop_resize_kernel(
     left, width = _window(tl.load(row + LEFT), tl.load(row + WIDTH), W)
     index = tl.load(indices + view)
     index = tl.minimum(tl.maximum(index, 0), N - 1)  # never a foreign address
-    images += (index * H + top) * W * 3 + left * 3
+    images += ((index * H + top) * W + left) * CHANNELS
 
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = pixel < out_height * out_width
@@ -77,41 +80,44 @@ def _crop_resize_kernel(
     y_taps = tl.ceil(2 * radius * y_wide).to(tl.int32)
     x_taps = tl.ceil(2 * radius * x_wide).to(tl.int32)
 
-    red = tl.zeros([BLOCK], tl.float32)
-    green = tl.zeros([BLOCK], tl.float32)
-    blue = tl.zeros([BLOCK], tl.float32)
-    weights = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, y_taps):
-        y = y_first + i
-        y_inside = mask & (y >= 0) & (y < height)
-        y_weight = tl.where(y_inside, _weight((y.to(tl.float32) + 0.5 - y_centre) / y_wide, BICUBIC), 0.0)
-        row_red = tl.zeros([BLOCK], tl.float32)
-        row_green = tl.zeros([BLOCK], tl.float32)
-        row_blue = tl.zeros([BLOCK], tl.float32)
-        row_weights = tl.zeros([BLOCK], tl.float32)
-        for j in range(0, x_taps):
-            x = x_first + j
-            inside = y_inside & (x >= 0) & (x < width)
-            weight = tl.where(inside, _weight((x.to(tl.float32) + 0.5 - x_centre) / x_wide, BICUBIC), 0.0)
-            source = images + (y * W + x) * 3
-            row_red += weight * tl.load(source, inside, 0).to(tl.float32)
-            row_green += weight * tl.load(source + 1, inside, 0).to(tl.float32)
-            row_blue += weight * tl.load(source + 2, inside, 0).to(tl.float32)
-            row_weights += weight
-        over = 1 / tl.where(row_weights > 0, row_weights, 1.0)
-        red += y_weight * _level(row_red * over)
-        green += y_weight * _level(row_green * over)
-        blue += y_weight * _level(row_blue * over)
-        weights += y_weight
-    over = 1 / tl.where(weights > 0, weights, 1.0)
-    out += view * out_height * out_width * 3 + pixel * 3
-    tl.store(out, _level(red * over).to(tl.uint8), mask)
-    tl.store(out + 1, _level(green * over).to(tl.uint8), mask)
-    tl.store(out + 2, _level(blue * over).to(tl.uint8), mask)
+    out += (view * out_height * out_width + pixel) * CHANNELS
+    for first in range(0, CHANNELS, 3):  # three channels at a time, of which the last three may lack some
+        has_second = first + 1 < CHANNELS
+        has_third = first + 2 < CHANNELS
+        one = tl.zeros([BLOCK], tl.float32)
+        two = tl.zeros([BLOCK], tl.float32)
+        three = tl.zeros([BLOCK], tl.float32)
+        weights = tl.zeros([BLOCK], tl.float32)
+        for i in range(0, y_taps):
+            y = y_first + i
+            y_inside = mask & (y >= 0) & (y < height)
+            y_weight = tl.where(y_inside, _weight((y.to(tl.float32) + 0.5 - y_centre) / y_wide, BICUBIC), 0.0)
+            row_one = tl.zeros([BLOCK], tl.float32)
+            row_two = tl.zeros([BLOCK], tl.float32)
+            row_three = tl.zeros([BLOCK], tl.float32)
+            row_weights = tl.zeros([BLOCK], tl.float32)
+            for j in range(0, x_taps):
+                x = x_first + j
+                inside = y_inside & (x >= 0) & (x < width)
+                weight = tl.where(inside, _weight((x.to(tl.float32) + 0.5 - x_centre) / x_wide, BICUBIC), 0.0)
+                source = images + (y * W + x) * CHANNELS + first
+                row_one += weight * tl.load(source, inside, 0).to(tl.float32)
+                row_two += weight * tl.load(source + 1, inside & has_second, 0).to(tl.float32)
+                row_three += weight * tl.load(source + 2, inside & has_third, 0).to(tl.float32)
+                row_weights += weight
+            over = 1 / tl.where(row_weights > 0, row_weights, 1.0)
+            one += y_weight * _stored(row_one * over, WHOLE)
+            two += y_weight * _stored(row_two * over, WHOLE)
+            three += y_weight * _stored(row_three * over, WHOLE)
+            weights += y_weight
+        over = 1 / tl.where(weights > 0, weights, 1.0)
+        tl.store(out + first, _stored(one * over, WHOLE).to(out.dtype.element_ty), mask)
+        tl.store(out + first + 1, _stored(two * over, WHOLE).to(out.dtype.element_ty), mask & has_second)
+        tl.store(out + first + 2, _stored(three * over, WHOLE).to(out.dtype.element_ty), mask & has_third)
 
 
 def crop_resize(
-    images: Tensor,  # [N, H, W, 3] uint8
+    images: Tensor,  # [N, H, W, C] uint8 or float32
     indices: Tensor,  # [B] int64
     parameters: Tensor,  # [B, P]
     size: Sequence[int],  # height and width
@@ -122,7 +128,7 @@ def crop_resize(
     images = images.contiguous()
     indices = indices.contiguous()
     parameters = parameters.contiguous()
-    out = torch.empty((len(indices), *size, 3), dtype=torch.uint8, device=images.device)
+    out = torch.empty((len(indices), *size, images.shape[3]), dtype=images.dtype, device=images.device)
     pixels = size[0] * size[1]
     tile = tiling.crop_resize(pixels)
     grid = (len(indices), triton.cdiv(pixels, tile["BLOCK"]))
@@ -135,6 +141,8 @@ def crop_resize(
         out,
         *images.shape[:3],
         *size,
+        CHANNELS=images.shape[3],
+        WHOLE=images.dtype == torch.uint8,
         BICUBIC=bicubic,
         **tile,
         device_of=images,

@@ -20,6 +20,8 @@ from .columns import (
     WIDTH,
 )
 
+COLOURS = 3  # channels that are red, green and blue; of any other number saturation, hue and grayscale don't exist
+
 
 def _gray(x: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B, 1, H, W]"""
@@ -61,20 +63,23 @@ def blur_matrix(sigma: Tensor, size: int) -> Tensor:
 
 
 def augment(
-    images: Tensor,  # [B, H, W, 3] uint8
+    images: Tensor,  # [B, H, W, C] uint8, or float32 where 0 is black and 255 white
     parameters: Tensor,  # [B, P]
-    mean: list[float],  # of red, green, blue; 1 is white
+    mean: list[float],  # of each channel; 1 is white
     std: list[float],
     dtype: torch.dtype,
     channels_last: bool,
     exact: bool,
     threshold: float,
 ) -> Tensor:
-    """[B, 3, H, W]: flip, colour jitter, grayscale, blur, solarize, `(x / 255 - mean) / std`, by the table's rows.
+    """[B, C, H, W]: flip, colour jitter, grayscale, blur, solarize, `(x / 255 - mean) / std`, by the table's rows.
 
-    The steps are torchvision's on tensors, in levels (0 to 255). Between them values stay fractions; with `exact` they
-    become whole where torchvision's uint8 does (cut off, after a blur rounded). Arithmetic is in the table's dtype.
+    The steps are torchvision's on tensors, in levels (0 to 255): what floats have beyond these is cut off first, and
+    NaN is black. Between steps values stay fractions; with `exact` they become whole where torchvision's uint8 does
+    (cut off, after a blur rounded). Of other channels than three the steps that need colours are left out, and contrast
+    is around the mean of them all. Arithmetic is in the table's dtype.
     """
+    coloured = images.shape[3] == COLOURS
     p = parameters[:, :, None, None, None]  # p[:, HUE] is [B, 1, 1, 1]
 
     def whole(y: Tensor) -> Tensor:
@@ -84,20 +89,22 @@ def augment(
         return whole(y * factor + other * (1 - factor)).where(factor != 1, y)
 
     x = images.permute(0, 3, 1, 2).to(parameters.dtype)
+    if images.is_floating_point():
+        x = x.nan_to_num(0.0).clamp(0, 255)
     x = x.flip(3).where(p[:, FLIP] > 0.5, x)
     orders = torch.tensor(ORDERS, device=x.device)[parameters[:, ORDER].clamp(0, 23).long()]  # [B, 4]
     for step in orders[:, :, None, None, None].unbind(1):  # [B, 1, 1, 1]: the step that comes next for each image
-        gray = whole(_gray(x)) if exact else _gray(x)
-        turned = _hue(x, p[:, HUE])
-        steps = (
-            whole(x * p[:, BRIGHTNESS]),
-            blend(x, gray.mean((2, 3), keepdim=True), p[:, CONTRAST]),
-            blend(x, gray, p[:, SATURATION]),
-            whole(turned * (255.999 / 255) if exact else turned).where(p[:, HUE] != 0, x),
-        )
+        gray = _gray(x) if coloured else x
+        gray = whole(gray) if exact else gray
+        steps = [whole(x * p[:, BRIGHTNESS]), blend(x, gray.mean((1, 2, 3), keepdim=True), p[:, CONTRAST])]
+        if coloured:
+            turned = _hue(x, p[:, HUE])
+            turned = whole(turned * (255.999 / 255) if exact else turned)
+            steps += [blend(x, gray, p[:, SATURATION]), turned.where(p[:, HUE] != 0, x)]
         for i, y in enumerate(steps):
             x = y.where(step == i, x)
-    x = whole(_gray(x)).where(p[:, GRAYSCALE] > 0.5, x)
+    if coloured:
+        x = whole(_gray(x)).where(p[:, GRAYSCALE] > 0.5, x)
     rows, columns = (blur_matrix(parameters[:, SIGMA], size)[:, None] for size in x.shape[2:])
     x = rows @ x @ columns.mT
     x = x.round() if exact else x
@@ -130,20 +137,25 @@ def resize_matrix(start: Tensor, length: Tensor, source: int, size: int, bicubic
 
 
 def crop_resize(
-    images: Tensor,  # [N, H, W, 3] uint8
+    images: Tensor,  # [N, H, W, C] uint8 or float32
     indices: Tensor,  # [B] int64
     parameters: Tensor,  # [B, P]
     size: Sequence[int],  # height and width
     bicubic: bool,
 ) -> Tensor:
-    """[B, *size, 3] uint8: the windows TOP, LEFT, HEIGHT, WIDTH of images `indices`, resized with antialiasing.
+    """[B, *size, C] of the images' dtype: the windows TOP, LEFT, HEIGHT, WIDTH of images `indices`, resized with
+    antialiasing.
 
-    Columns first, rounded to levels, then rows, as torch does on uint8. Windows are cut to the image.
+    Columns first and then rows; of uint8 both are rounded to levels, as torch does, of floats neither. Windows are cut
+    to the image.
     """
     top, left, height, width = parameters[:, : WIDTH + 1].unbind(1)
     x = images[indices].permute(0, 3, 1, 2).to(parameters.dtype)
     across = resize_matrix(left, width, images.shape[2], size[1], bicubic)[:, None]
     down = resize_matrix(top, height, images.shape[1], size[0], bicubic)[:, None]
-    x = (x @ across.mT + 0.5).floor().clamp(0, 255)
-    x = (down @ x + 0.5).floor().clamp(0, 255)
-    return x.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+    if images.dtype == torch.uint8:
+        x = (x @ across.mT + 0.5).floor().clamp(0, 255)
+        x = (down @ x + 0.5).floor().clamp(0, 255)
+    else:
+        x = down @ (x @ across.mT)
+    return x.permute(0, 2, 3, 1).to(images.dtype).contiguous()

@@ -5,7 +5,6 @@ A loader is made by `LOADERS[name](source, specs, order, budget)` and yields `Cr
 
 from collections.abc import Sequence
 
-from fastjem.data.levels import RGB
 from fastjem.data.loaders import dali, memory
 from fastjem.data.loaders.ahead import files_at_a_time, order_told, windows
 from fastjem.data.loaders.protocol import Budget, Loader, LoaderFactory, Order, Windows, images_per_epoch
@@ -64,7 +63,7 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
     "auto" is, for a source of pixels, "memory" where they fit the budget and "torch" where they don't. For one of files
     it is "memory" where images are small and of one size (`memory.are_small`); else "dali" where training runs on a GPU
     and DALI works there, "dali-cpu" where DALI works on the GPU's host alone, else "torch": a run on the CPU takes DALI
-    only when it is named, one in other than three channels doesn't.
+    only when it is named, and so does one whose images DALI can't decode, as they are read as float32.
 
     Raises:
         UserError: if the one that was named can't run here, with the reason.
@@ -77,15 +76,10 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
         return "torch"
     if name == "auto" and source.decoded:
         return "memory" if memory.fits_in_memory(source, specs, budget.memory) else "torch"
-    channels = memory.channels_of(source)
     if name == "auto":
         holds = memory.are_small(source, specs, budget.memory) if budget.holds is None else budget.holds
         return "memory" if holds else _of_files(source, budget)
     if name.startswith("dali"):
-        if channels != RGB:
-            raise UserError(f"--loader {name} makes 3 channels, not the {channels} of --channels; memory or torch can")
-        if source.decoded:
-            raise UserError(f"--loader {name} reads files, and {source.root} holds pixels; memory or torch can")
         if why := dali.why_not("cuda" if name == "dali" else "cpu"):
             raise UserError(f"--loader {name} can't run here: {why}")
     return name
@@ -98,4 +92,4 @@ def holds_images(loader: Loader) -> bool:
 
 def _of_files(source: Source, budget: Budget) -> str:
     """Who reads files that aren't held in memory."""
-    return dali.best(budget.device) if memory.channels_of(source) == RGB else "torch"
+    return "torch" if memory.holds_floats(source) else dali.best(budget.device)

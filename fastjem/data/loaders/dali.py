@@ -2,7 +2,8 @@
 
 DALI decides nothing here: the order, the windows and what is done about a broken file are ours, so that a run sees the
 same crops whoever executes them. A file that DALI can't decode would end its pipeline; so each file's structure is read
-first, and all but plain JPEG files are decoded by Pillow and handed over as pixels.
+first, and all but plain JPEG files are decoded by Pillow and handed over as pixels. Images that are read as float32
+(`Levels.floats`) are all handed over as arrays, which nothing decodes.
 """
 
 import itertools
@@ -20,9 +21,10 @@ from PIL import Image
 from fastjem.data.batch import Crops
 from fastjem.data.loaders import ahead
 from fastjem.data.loaders.jpeg import jpeg_size
+from fastjem.data.loaders.memory import holds_floats
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_keys
 from fastjem.data.parameters import Parameters, column
-from fastjem.data.picture import to_image
+from fastjem.data.picture import Bands, to_image
 from fastjem.data.size import height_and_width
 from fastjem.data.source import Source, read_or_next, rule_of
 from fastjem.data.views import ViewSpec
@@ -38,7 +40,7 @@ class _Encoded(NamedTuple):
     """One image as DALI is given it."""
 
     sample: int  # the image that was really read
-    data: np.ndarray  # [bytes] uint8: its file's, or its pixels as a PPM file
+    data: np.ndarray  # [bytes] uint8: its file's, or its pixels as a PPM file; of floats [H, W, C] float32
     size: tuple[int, int]  # height and width
     original: bool  # the file's own bytes, which DALI decodes
     unreadable: list[tuple[str, str]]  # (path, reason) of images before it that can't be read
@@ -73,8 +75,8 @@ class DaliLoader:
     """Crops of a sequence of batches, made ahead by DALI's threads.
 
     The windows are cut first and then resized with antialiasing, as torchvision's RandomResizedCrop does: on the CPU
-    within 1 level of it for bilinear views, but for the outermost 4 pixels, where DALI repeats the edge (up to 20
-    levels). A GPU's decoders have other pixels than a CPU's.
+    within 1 level of it for bilinear views (of float32 images 0.02 levels), but for the outermost 4 pixels, where DALI
+    repeats the edge (up to 20 levels). A GPU's decoders have other pixels than a CPU's.
 
     Args:
         order: the (epoch, sample) keys of each batch; all batches at most as large as `batch`.
@@ -103,7 +105,11 @@ class DaliLoader:
         self.threads = max(threads, 1)
         self.prefetch = prefetch
         self.decoder_share: float | None = decoder_share
-        self.reads = f"images are decoded by DALI on the {'GPU' if device == 'cuda' else 'CPU'}"
+        self.floats = holds_floats(source)
+        where = "GPU" if device == "cuda" else "CPU"
+        self.reads = f"images are decoded by DALI on the {where}"
+        if self.floats:
+            self.reads = f"images are decoded by Pillow, and cut and resized by DALI on the {where}"
         self.failures = 0  # pipelines that a file broke, though it looked whole
         self.suspects: set[int] = set()  # samples that DALI isn't given again
 
@@ -150,7 +156,7 @@ class DaliLoader:
     def _build(self, feed: Callable[[], tuple]) -> Any:
         return build_pipeline(
             feed, self.specs, batch=self.batch, device=self.device, threads=self.threads, prefetch=self.prefetch,
-            decoder_share=self.decoder_share,
+            decoder_share=self.decoder_share, floats=self.floats,
         )  # fmt: skip
 
     def _read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[_EncodedBatch]:
@@ -197,8 +203,8 @@ class DaliLoader:
             if by_dali and isinstance(data, bytes) and (size := jpeg_size(data)) is not None:
                 return np.frombuffer(data, np.uint8), size, True
             image = to_image(data, rule)
-            assert isinstance(image, Image.Image)  # `choose` takes no other channels than three
-            return ppm(image), (image.height, image.width), False
+            pixels = np.ascontiguousarray(image) if isinstance(image, Bands) else ppm(image)
+            return pixels, (image.height, image.width), False
 
         found = read_or_next(self.source, sample, read)
         return _Encoded(found.sample, *found.value, found.unreadable)
@@ -211,9 +217,10 @@ def ppm(image: Image.Image) -> np.ndarray:
 
 def build_pipeline(
     feed: Callable[[], tuple], specs: Sequence[ViewSpec], *, batch: int, device: str = "cpu", threads: int = 2,
-    prefetch: int = 2, decoder_share: float | None = DECODER_SHARE,
+    prefetch: int = 2, decoder_share: float | None = DECODER_SHARE, floats: bool = False,
 ) -> Any:  # fmt: skip
-    """DALI's graph: files and windows in, a [H, W, 3] uint8 view of each spec out.
+    """DALI's graph: files and windows in, a [H, W, 3] uint8 view of each spec out; with `floats` images [H, W, C]
+    float32 in and views [H, W, C] float32 out.
 
     One for the GPU can be described without a GPU, but not run.
     """
@@ -227,9 +234,13 @@ def build_pipeline(
         prefetch_queue_depth=prefetch, exec_dynamic=True,
     )  # fmt: skip
     with pipeline:
-        encoded, *windows = fn.external_source(source=feed, num_outputs=1 + 2 * len(specs), batch=True)
-        options = {"hw_decoder_load": decoder_share, "jpeg_fancy_upsampling": True} if gpu else {}
-        images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB, **options)
+        given, *windows = fn.external_source(source=feed, num_outputs=1 + 2 * len(specs), batch=True)
+        if floats:
+            images = fn.reshape(given, layout="HWC")
+            images = images.gpu() if gpu else images
+        else:
+            options = {"hw_decoder_load": decoder_share, "jpeg_fancy_upsampling": True} if gpu else {}
+            images = fn.decoders.image(given, device="mixed" if gpu else "cpu", output_type=types.RGB, **options)
         views = []
         for spec, corner, extent in zip(specs, windows[::2], windows[1::2], strict=True):
             # cut first: a resize of a region of interest sees pixels outside of it
@@ -313,6 +324,8 @@ def on_gpu(source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budg
     run is long enough for that to be worth it; else it is DALI's own.
     """
     share, measured = budget.decoder_share, ""
+    if holds_floats(source):  # none of its files is decoded by DALI
+        return _loader(source, specs, order, budget, "cuda", share or 0.0)
     if share is None and len(order) >= LONG_ENOUGH:
         rates = measure_shares(lambda share: iter(_loader(source, specs, order, budget, "cuda", share)))
         share = budget.agree(max(rates, key=rates.__getitem__))

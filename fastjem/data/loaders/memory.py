@@ -1,4 +1,4 @@
-"""All images in memory as one uint8 array, of the CPU or a GPU, and crops of them without any decoding.
+"""All images in memory as one array, uint8 or float32, of the CPU or a GPU, and crops of them without any decoding.
 
 For sets of small images (CIFAR), and for larger ones shrunk once until they fit a stated number of bytes.
 """
@@ -13,8 +13,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+import fastjem.functional as F
 from fastjem.data.batch import Crops
-from fastjem.data.colours import augmented, windows
 from fastjem.data.files import open_image
 from fastjem.data.levels import levels_of, survey, to_levels
 from fastjem.data.loaders.protocol import Budget, Order, mask_keys
@@ -45,7 +45,7 @@ class ImageArray:
     """N images of one size with their labels.
 
     Args:
-        images: [N, H, W, C] uint8, on any device; [N, 3, H, W] becomes [N, H, W, 3].
+        images: [N, H, W, C] uint8, or float32 levels from 0 to 255, on any device; [N, 3, H, W] becomes [N, H, W, 3].
         labels: [N] integers; None where there are none.
         classes: the labels' names, if they have any.
         samples: [N] integers, each image's number in its source; None: they are numbered as in the array.
@@ -60,9 +60,10 @@ class ImageArray:
 
     def __post_init__(self) -> None:
         x = self.images
-        if x.dim() != 4 or x.dtype != torch.uint8 or 0 in x.shape:
+        if x.dim() != 4 or x.dtype not in (torch.uint8, torch.float32) or 0 in x.shape:
             raise ValueError(
-                f"ImageArray: images must be [N, H, W, C] or [N, 3, H, W] uint8, got {tuple(x.shape)} {x.dtype}"
+                "ImageArray: images must be [N, H, W, C] or [N, 3, H, W] uint8 or float32, "
+                f"got {tuple(x.shape)} {x.dtype}"
             )
         self.images = (x.permute(0, 2, 3, 1) if channels_axis(x.shape) == 1 else x).contiguous()
         if self.samples is None:
@@ -94,7 +95,7 @@ class ImageArray:
     @classmethod
     def from_npz(cls, path: str | os.PathLike[str]) -> "ImageArray":
         """A .npz or .npy file, as `fastjem.data.sources.arrays.read_arrays` describes it; values of other types than
-        uint8 become levels by the file's rule (`fastjem.data.levels`)."""
+        uint8 become float32 levels by the file's rule (`fastjem.data.levels`)."""
         found = read_arrays(path)
         images = found["images"]
         if images.dtype != np.uint8:
@@ -122,16 +123,16 @@ class ImageArray:
         count = len(source)
         channels = channels_of(source)
         height, width = height_and_width(size)
-        needed = count * height * width * channels
+        needed = count * height * width * bytes_of_pixel(source)
         if needed > budget:
-            pixels = budget / channels / count
+            pixels = budget / bytes_of_pixel(source) / count
             high = int((pixels * height / width) ** 0.5)
             wide = int((pixels * width / height) ** 0.5)
             raise UserError(
                 f"{count} images of {height} x {width} take {needed / GIBIBYTE:.2f} GiB, more than the budget of "
                 f"{budget / GIBIBYTE:.2f} GiB; {high} x {wide} would fit"
             )
-        images = np.empty((count, height, width, channels), np.uint8)
+        images = np.empty((count, height, width, channels), np.float32 if holds_floats(source) else np.uint8)
         reasons: dict[int, str] = {}
         others: list[int] = []  # images of another size, where that is refused
 
@@ -160,16 +161,16 @@ class ImageArray:
         return cls(torch.from_numpy(held), labels, list(source.classes), torch.from_numpy(samples), unreadable)
 
     def crops(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec]) -> list[Tensor]:
-        """V tensors [B, H, W, C] uint8: the tables' windows of images `indices`, in the specs' sizes."""
+        """V tensors [B, H, W, C] of the images' dtype: the tables' windows of images `indices`, in the specs' sizes."""
         return [
-            windows(self.images, indices, table, size=spec.size, bicubic=spec.bicubic)
+            F.crop_resize(self.images, indices, table, size=spec.size, bicubic=spec.bicubic)
             for table, spec in zip(tables, specs, strict=True)
         ]
 
     def views(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec], **options) -> list[Tensor]:
         """V tensors [B, C, H, W]: the tables carried out; options as of `fastjem.functional.augment`."""
         return [
-            augmented(crop, table, mean=spec.mean, std=spec.std, **options)
+            F.augment(crop, table, mean=spec.mean, std=spec.std, **options)
             for crop, table, spec in zip(self.crops(indices, tables, specs), tables, specs, strict=True)
         ]
 
@@ -180,8 +181,18 @@ def channels_of(source: Source) -> int:
     return rule.channels if rule else 3
 
 
+def holds_floats(source: Source) -> bool:
+    """Whether a source's images are read as float32; else they are uint8."""
+    rule = rule_of(source)
+    return rule is not None and rule.floats
+
+
+def bytes_of_pixel(source: Source) -> int:
+    return channels_of(source) * (4 if holds_floats(source) else 1)
+
+
 def middle(image: Picture, size: Size) -> np.ndarray:
-    """The largest part of the aspect of `size` in the middle of an image, resized: [H, W, C] uint8."""
+    """The largest part of the aspect of `size` in the middle of an image, resized: [H, W, C] uint8 or float32."""
     height, width = height_and_width(size)
     if image.size != (width, height):
         down, across = _largest(image.height, image.width, size)
@@ -314,7 +325,7 @@ def are_small(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bo
 
 def fits_in_memory(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
     height, width = height_and_width(size_in_memory(source, specs))
-    return channels_of(source) * len(source) * height * width <= gibibytes * GIBIBYTE
+    return bytes_of_pixel(source) * len(source) * height * width <= gibibytes * GIBIBYTE
 
 
 def create(

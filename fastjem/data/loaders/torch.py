@@ -15,22 +15,29 @@ from fastjem.data.batch import Crops
 from fastjem.data.loaders import ahead
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_keys
 from fastjem.data.parameters import Parameters, column
-from fastjem.data.picture import Picture
+from fastjem.data.picture import Bands, Picture
 from fastjem.data.sharing import check_semaphores, share
 from fastjem.data.size import height_and_width
 from fastjem.data.source import NoneReadable, Read, Source, decode_all, read_or_next
 from fastjem.data.views import ViewSpec
 
-HELD = 2**26  # pixels of decoded images that a batch holds at a time: 256 MiB, as Pillow has four bytes a pixel
+HELD = 2**28  # bytes of decoded images that a batch holds at a time
 
 
 def crop(image: Picture, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
-    """The window of a table's row [P], resized with antialiasing: [H, W, C] uint8."""
+    """The window of a table's row [P], resized with antialiasing: [H, W, C] uint8 or, of `Bands`, float32."""
+    if isinstance(image, Bands):
+        return image.window(row, spec.size, spec.bicubic)
     top, left, height, width = (int(x) for x in row[column.TOP : column.WIDTH + 1])
     mode = Image.Resampling.BICUBIC if spec.bicubic else Image.Resampling.BILINEAR
     window = image.crop((left, top, left + width, top + height))
     out_height, out_width = height_and_width(spec.size)
     return np.asarray(window.resize((out_width, out_height), mode))
+
+
+def _bytes_of(image: Picture) -> int:
+    """Pillow has four bytes a pixel."""
+    return image.values.nbytes if isinstance(image, Bands) else 4 * image.width * image.height
 
 
 class _BatchesByKeys(Dataset):
@@ -76,18 +83,18 @@ class _BatchesByKeys(Dataset):
         return crops
 
     def _read(self, samples: list[int]) -> Iterator[tuple[list[int], list[Read[list[Picture]]]]]:
-        """The samples and their images, as many at a time as have `HELD` pixels; of small ones the whole batch."""
+        """The samples and their images, as many at a time as take `HELD` bytes; of small ones the whole batch."""
         waiting: list[int] = []
         read: list[Read[list[Picture]]] = []
-        pixels = 0
+        held = 0
         for sample in samples:
             found = read_or_next(self.source, sample, lambda i: decode_all(self.source, i))
             waiting.append(sample)
             read.append(found)
-            pixels += sum(image.width * image.height for image in found.value)
-            if pixels >= HELD:
+            held += sum(_bytes_of(image) for image in found.value)
+            if held >= HELD:
                 yield waiting, read
-                waiting, read, pixels = [], [], 0
+                waiting, read, held = [], [], 0
         if waiting:
             yield waiting, read
 
