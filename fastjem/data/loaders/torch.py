@@ -17,6 +17,7 @@ from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_ke
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.sharing import check_semaphores, share, shared_like
 from fastjem.data.source import NoneReadable, Read, Source, read_or_next
+from fastjem.data.upload import uploaded
 from fastjem.data.views import ViewSpec
 
 HELD = 2**21  # pixels of decoded images that a batch holds at a time: what stays in a processor's cache is read faster
@@ -121,7 +122,8 @@ class TorchLoader:
         ahead.begins(self.source, self.order)
         others = set(active_children())
         batches = iter(self.loader)
-        return ahead.followed(_checked(batches, set(active_children()) - others), self.source, self.order)
+        checked = _checked(batches, set(active_children()) - others)
+        return uploaded(ahead.followed(checked, self.source, self.order), self.budget.device)
 
 
 def _checked(batches: Iterator[Crops], workers: set[BaseProcess]) -> Iterator[Crops]:
