@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fastjem.data.size import Size, height_and_width, scaled, shorter, written
 from fastjem.encoders import drop_paths, has_convolutional_stem, is_transformer, patch_size
 from fastjem.errors import UserError, first_line, nearest
 
@@ -16,18 +17,20 @@ STEMS = ("auto", "standard", "small")
 
 
 def create(
-    name: str, image_size: int, *, stem: str = "auto", patch: int = 0, pool: str | None = None, drop_path: float = 0.0,
+    name: str, image_size: Size, *, stem: str = "auto", patch: int = 0, pool: str | None = None, drop_path: float = 0.0,
     channels: int = 3,
 ) -> nn.Module:  # fmt: skip
     """A timm model without its classifier, random weights: [B, C, H, W] -> [B, D].
 
     `vit_tiny`, `vit_small`, `vit_base` without patch and size stand for timm's model of that width with the patch that
-    cuts the image into about 8 x 8 (at 112 pixels and less) or 14 x 14.
+    cuts the image into about 8 x 8 (at 112 pixels and less) or 14 x 14, along its shorter side.
 
     Args:
         name: a model of `timm.list_models()`, or one of the short names.
-        image_size: of the views, in pixels.
-        stem: "small": a ResNet's stem for small images; "standard"; "auto": small at 64 pixels and less.
+        image_size: of the views, in pixels: the side of a square, or (height, width), for which a vision transformer
+            has a grid of positions of its own.
+        stem: "small": a ResNet's stem for small images; "standard"; "auto": small where the shorter side has 64 pixels
+            and less.
         patch: any other patch size for a ViT; 0: its own.
         pool: how a vision transformer's tokens become one embedding ("avg", "token"); None: its own way.
         drop_path: the rate of stochastic depth (Huang et al. 2016, arXiv 1603.09382): the share of the images for which
@@ -41,7 +44,7 @@ def create(
 
     if SHORT_VIT.fullmatch(name):
         name = full_name(name)
-        patch = patch or (max(image_size // 8, 1) if image_size <= 112 else 16)
+        patch = patch or (max(shorter(image_size) // 8, 1) if shorter(image_size) <= 112 else 16)
     known = timm.list_models()
     if name not in known:
         raise _no_backbone(name, known)
@@ -57,22 +60,29 @@ def create(
     if drop_path and not any(rate > 0 for _, rate in drop_paths(module)):
         raise _no_drop_path(name, drop_path)
     size = patch_size(module)
-    if size > 1 and image_size % size:
-        near = max(round(image_size / size), 1) * size
-        raise UserError(f"--image-size {image_size} is no multiple of {name}'s patch of {size}; {near} is")
+    if any(side % size for side in height_and_width(image_size)):
+        near = written(scaled(image_size, (1, 1), size))
+        given = written(image_size)
+        raise UserError(f"--image-size {given} is no multiple of {name}'s patch of {size}; {near} is")
     if stem == "small" and not small_stem(module):
         raise UserError(f"--stem small replaces a ResNet's 7x7 first convolution; {name} has none")
-    if stem == "auto" and image_size <= 64:
+    if stem == "auto" and shorter(image_size) <= 64:
         small_stem(module)
     # A ResNet-18's step on 32-pixel images: 1.38 times as many images a second on one AVX2 core.
     return module if is_transformer(module) else cast(Any, module).to(memory_format=torch.channels_last)
 
 
-def _sizes(name: str, image_size: int, patch: int) -> dict[str, Any]:
-    """Options for images of another size than the model's own, and patches of another (0: its own)."""
+def _sizes(name: str, image_size: Size, patch: int) -> dict[str, Any]:
+    """Options for images of another size than the model's own, and patches of another (0: its own).
+
+    Of squares a model keeps its own grid of positions, which are resampled as it goes, so that its weights are those of
+    the same model at any size. Of other rectangles they would have to be stretched: it has a grid of their shape.
+    """
     if not (takes_patch_size(name) or is_transformer(outline_of(name))):
         return {}
-    given = {"patch_size": patch, "img_size": image_size} if patch else {}
+    given: dict[str, Any] = {"patch_size": patch, "img_size": image_size} if patch else {}
+    if takes_patch_size(name) and not isinstance(image_size, int):
+        given["img_size"] = image_size
     return {"dynamic_img_size": True, **given}
 
 

@@ -13,6 +13,7 @@ from fastjem import encoders, optim, resume, starting
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.pixels import Pixels
+from fastjem.data.size import height_and_width
 from fastjem.data.source import Source, parts_of
 from fastjem.data.stages import Stage, stage_at
 from fastjem.encoders import Encoder
@@ -268,7 +269,7 @@ def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
     model: nn.Module = step
     if ranks.size > 1:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        shape = 2, config.channels, config.size, config.size
+        shape = 2, config.channels, *height_and_width(config.size)
         images = torch.linspace(-1, 1, math.prod(shape), device=ranks.device).view(shape)
         idle = encoders.unreached(step.encoder, images, tokens=step.method.pool is not None)
         # Batch norm's running statistics stay each rank's own; queue and centre are equal on all ranks by construction.

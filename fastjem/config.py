@@ -17,6 +17,7 @@ from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
 from fastjem.data.masking import MASKINGS_OF_RUNS
 from fastjem.data.pixels import LARGEST, Pixels
+from fastjem.data.size import Size, written
 from fastjem.data.sources import naming
 from fastjem.data.stages import Sizes
 from fastjem.data.views import RECIPES
@@ -60,8 +61,8 @@ class Config:
     image_size: int | str = field(
         default=224,
         metadata={
-            "help": "of the large views; 112:75%,224: smaller ones for the first 75 % of the steps",
-            "square": True,
+            "help": "of the large views; 224x448: height x width; 112:75%,224: smaller ones for 75 % of the steps",
+            "sides": True,
             "metavar": "PIXELS",
         },
     )
@@ -179,7 +180,7 @@ class Config:
         return Sizes.of(self.image_size)
 
     @property
-    def size(self) -> int:
+    def size(self) -> Size:
         """Pixels of the large views in the last stage, for which the encoder is made."""
         return self.sizes.last
 
@@ -353,7 +354,7 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
     with reading.named(path):
         pixels = Pixels.from_dict(given["pixels"])
         if pixels.size != config.size:
-            raise UserError(f"pixels' size is {pixels.size}, and image_size {config.image_size}")
+            raise UserError(f"pixels' size is {written(pixels.size)}, and image_size {config.image_size}")
     return config, pixels, pool
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastjem.checkpoints import write_atomically
 from fastjem.data.pixels import Pixels
+from fastjem.data.size import Size, in_patches, written
 from fastjem.errors import UserError
 
 DROP_PATHS = ("DropPath", "StochasticDepth")
@@ -42,6 +43,7 @@ class Features(NamedTuple):
     pooled: Tensor  # [N, D], the embeddings
     tokens: Tensor | None = None  # [N, L, D] after the last norm, one for each patch; transformers only
     layers: tuple[Tensor, ...] = ()  # the tokens [N, L, D] behind each of the last blocks, where asked for
+    grid: tuple[int, int] | None = None  # rows and columns of the L places; None: not known, or only some have tokens
 
 
 class Encoder(nn.Module):
@@ -99,7 +101,8 @@ class Encoder(nn.Module):
         if features.dim() != 4 or features.shape[1] != self.width:
             came = f"{tuple(features.shape)}"
             raise ValueError(f"Encoder: the feature map of {kind} must be [N, {self.width}, h, w], got {came}")
-        return Features(backbone.forward_head(features), features.flatten(2).mT)
+        grid = (features.shape[2], features.shape[3])
+        return Features(backbone.forward_head(features), features.flatten(2).mT, grid=grid)
 
 
 class TransformerEncoder(Encoder):
@@ -125,9 +128,10 @@ class TransformerEncoder(Encoder):
         vit = self.backbone
         if (hidden is not None or visible is not None) and not takes_masks(vit):
             raise ValueError(no_patches(vit))
+        grid = in_patches((images.shape[2], images.shape[3]), self.patch)
         if hidden is None and visible is None and not layers:
             x = vit.forward_features(images)
-            return Features(vit.forward_head(x), x[:, self.prefix_tokens :])
+            return Features(vit.forward_head(x), x[:, self.prefix_tokens :], grid=grid)
         patches = vit.patch_embed(images)  # [N, L, D], or [N, h, w, D] where the size may vary
         if hidden is not None:
             patches = self._with_mask_token(patches, hidden)
@@ -141,7 +145,8 @@ class TransformerEncoder(Encoder):
             outputs.append(x[:, self.prefix_tokens :])
         x = vit.norm(x)
         last_layers = tuple(outputs[-layers:]) if layers else ()
-        return Features(vit.forward_head(x), x[:, self.prefix_tokens :], last_layers)
+        whole = grid if visible is None else None
+        return Features(vit.forward_head(x), x[:, self.prefix_tokens :], last_layers, whole)
 
     def _with_mask_token(self, patches: Tensor, hidden: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -217,9 +222,9 @@ def is_transformer(module: nn.Module) -> bool:
     return timm is not None and isinstance(module, (timm.VisionTransformer, timm.Eva))
 
 
-def shows_enough(module: nn.Module, size: int) -> bool:
+def shows_enough(module: nn.Module, size: Size) -> bool:
     """Whether most patches of a view can be hidden, and the others still tell something: there are 4 x 4 and more."""
-    return takes_masks(module) and size // patch_size(module) >= 4
+    return takes_masks(module) and min(in_patches(size, patch_size(module))) >= 4
 
 
 def takes_masks(module: nn.Module) -> bool:
@@ -375,7 +380,7 @@ def metadata(backbone: str, stem: str, patch_size: int, pool: str | None, pixels
     """What an export holds beside the weights: how to build the module again, and how its images are prepared."""
     return {
         "backbone": backbone,
-        "image_size": str(pixels.size),
+        "image_size": written(pixels.size),
         "stem": stem,
         "patch_size": str(patch_size),
         "pool": pool or "",

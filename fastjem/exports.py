@@ -14,6 +14,7 @@ from fastjem import checkpoints, config, reading
 from fastjem.backbones import STEMS, architecture, create
 from fastjem.config import Config
 from fastjem.data.pixels import METADATA, Pixels
+from fastjem.data.size import Size, from_text, shorter
 from fastjem.encoders import metadata
 from fastjem.errors import UserError
 
@@ -130,7 +131,7 @@ class Built:
     """How an encoder that was trained is built again: what `create` is given."""
 
     backbone: str
-    image_size: int
+    image_size: Size
     stem: str = "auto"
     patch_size: int = 0
     pool: str | None = None
@@ -144,19 +145,21 @@ class Built:
                 "it names no backbone: its weights only fit into the module that they came from, which "
                 "fastjem.load_encoder(path, encoder=...) takes"
             )
-        numbers = {}
-        for name, least in (("image_size", 1), ("patch_size", 0)):
-            text = metadata.get(name, "")
-            if not re.fullmatch("[0-9]{1,5}", text) or int(text) < least:
-                raise UserError(f"{name} in its metadata must be a number of pixels, got {text[:40]!r}")
-            numbers[name] = int(text)
+        text = metadata.get("image_size", "")
+        size = from_text(text) if re.fullmatch("[0-9]{1,5}(x[0-9]{1,5})?", text) else None
+        if size is None or shorter(size) < 1:
+            must_be = "must be a number of pixels, or height x width"
+            raise UserError(f"image_size in its metadata {must_be}, got {text[:40]!r}")
+        patch = metadata.get("patch_size", "")
+        if not re.fullmatch("[0-9]{1,5}", patch):
+            raise UserError(f"patch_size in its metadata must be a number of pixels, got {patch[:40]!r}")
         stem = metadata.get("stem", "")
         if stem not in STEMS:
             raise UserError(f"stem in its metadata must be one of {', '.join(STEMS)}, got {stem[:40]!r}")
         # Earlier versions took a tag of pretrained weights with the name, and ignored it.
         backbone = architecture(metadata["backbone"])
         channels = Pixels.from_metadata(metadata).channels if METADATA in metadata else 3
-        return cls(backbone, stem=stem, pool=metadata.get("pool") or None, channels=channels, **numbers)
+        return cls(backbone, size, stem, int(patch), metadata.get("pool") or None, channels)
 
     def create(self) -> nn.Module:
         """The module with random weights."""

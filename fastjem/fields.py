@@ -2,8 +2,9 @@
 
 A value that is as good as what the annotation says becomes that: `np.int64(3)` -> 3, `np.float32(0.5)` -> 0.5, a tuple
 -> a list; where a field's metadata has `"path": True`, `Path("runs/a")` -> "runs/a"; where it has `"square": True`,
-`(32, 32)` -> 32; where it has `"pair": True`, `(0, 4095)` -> "0,4095"; where it has `"device": True`,
-`torch.device("cpu")` -> "cpu". What would have to be guessed is refused: "16" and True are no numbers.
+`(32, 32)` -> 32; where it has `"sides": True`, that and `(32, 48)`, height and width, -> "32x48"; where it has
+`"pair": True`, `(0, 4095)` -> "0,4095"; where it has `"device": True`, `torch.device("cpu")` -> "cpu". What would
+have to be guessed is refused: "16" and True are no numbers.
 """
 
 import dataclasses
@@ -85,7 +86,9 @@ class _Refused(ValueError):
 
 
 def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:
-    """What stands for a value of another type: a path for its text, a square for its side, a device for its name."""
+    """What stands for a value of another type: a path for its text, a square for its side, a rectangle
+    for the text of both, a device for its name.
+    """
     if metadata.get("path") and isinstance(value, (str, os.PathLike)):
         path = os.fsdecode(value)
         if "\0" in path:  # the system takes a path to end there, and Python raises
@@ -95,6 +98,8 @@ def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:
         if len(value) != 2 or value[0] != value[1]:
             raise _Refused(f"must be one number, as images are square, got {came(value)}")
         return value[0]
+    if metadata.get("sides") and isinstance(value, Sequence) and not isinstance(value, str):
+        return _sides(value)
     if metadata.get("pair"):
         to_list = getattr(value, "tolist", None)
         value = to_list() if to_list else value  # an array
@@ -103,6 +108,17 @@ def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:
     if metadata.get("device") and type(value).__name__ == "device":  # torch.device; this module needs no torch
         return str(value)
     return value
+
+
+def _sides(value: Sequence[Any]) -> int | str:
+    """Height and width -> a number where they are the same, else text."""
+    try:
+        sides = [_as(int, side) for side in value]
+    except (TypeError, ValueError, OverflowError):
+        sides = []
+    if len(sides) != 2:
+        raise _Refused(f"must be a number of pixels, or height and width, got {came(value)}")
+    return sides[0] if sides[0] == sides[1] else "x".join(map(str, sides))
 
 
 def _as(hint: Any, value: Any) -> Any:

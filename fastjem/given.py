@@ -74,7 +74,10 @@ def _from_timm(name: str) -> Weights:
 
     with _in_reach(name) as in_reach:
         try:
-            module: Any = timm.create_model(name, pretrained=True, num_classes=0)
+            try:  # a transformer takes images of any size then, by positions that are resampled to their patches
+                module: Any = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
+            except TypeError:  # it has no such option
+                module = timm.create_model(name, pretrained=True, num_classes=0)
         except Exception as error:  # whatever timm, huggingface_hub and the network may raise
             line = (str(error).splitlines() or [type(error).__name__])[0]
             if not in_reach:
@@ -113,7 +116,8 @@ class Given(nn.Module):
 
     Args:
         name, teacher: see `open_weights`. While modules are made without memory, on the meta device, it isn't opened.
-        size: pixels of the images that it is given, to which others are resized; None: as they come.
+        size: pixels of the shorter side of the images that it is given, to which others are resized, of the longer one
+            whole patches; None: as they come.
     """
 
     def __init__(self, name: str, size: int | None = None, *, teacher: bool = False):
@@ -147,9 +151,16 @@ class Given(nn.Module):
         if (self.mean, self.std) != (tuple(mean), tuple(std)):
             scale, shift = self._from(images, tuple(mean), tuple(std))
             images = images * scale + shift
-        if self.size is not None and images.shape[-1] != self.size:
-            images = interpolate(images, (self.size, self.size), mode="bicubic", antialias=True)
+        if self.size is not None and min(images.shape[2:]) != self.size:
+            images = interpolate(images, self._sides(images, self.size), mode="bicubic", antialias=True)
         return self.encoder(images, layers=layers)
+
+    def _sides(self, images: Tensor, size: int) -> list[int]:
+        """Height and width of images that are resized so that their shorter side has `size` pixels."""
+        shorter = min(images.shape[2:])
+        patch = self.encoder.patch
+        longer = (max(round(side * size / shorter / patch), 1) * patch for side in images.shape[2:])
+        return [size if side == shorter else long for side, long in zip(images.shape[2:], longer, strict=True)]
 
     def _from(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         """(scale, shift) [C, 1, 1] from one normalisation to its own; kept, as making them waits for the device."""

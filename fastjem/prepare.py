@@ -19,6 +19,7 @@ from fastjem.data.fingerprint import fingerprint
 from fastjem.data.levels import describe, levels_of, parsed_range, survey
 from fastjem.data.masking import mask_specs, masks_of_run
 from fastjem.data.pixels import Pixels
+from fastjem.data.size import Size, height_and_width, shorter
 from fastjem.data.source import Levelled, Source, open_sources, parts_of
 from fastjem.data.stages import Stage, told
 from fastjem.data.views import LARGEST_WITHOUT_BLUR, ViewSpec
@@ -136,7 +137,7 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     normalised, measured = starting.normalisation(config, source, weights, state)
     said.append(measured)
     sizes = (spec.size for size in config.sizes.pixels for spec in view_specs(config, kind, module, normalised, size))
-    if preset.mask and not state and config.mask is None and encoders.shows_enough(module, min(sizes)):
+    if preset.mask and not state and config.mask is None and encoders.shows_enough(module, min(sizes, key=shorter)):
         config = replace(config, mask=preset.mask)
         said.append(f"--preset {config.preset} leaves out {preset.mask:.0%} of each view's patches; --mask 0 doesn't")
     if config.masking is not None and not config.mask:
@@ -176,7 +177,7 @@ def stage_of(
     method: Method,
     encoder: Encoder,
     normalised: dict[str, list[float]],
-    size: int,
+    size: Size,
     begins: int,
     ends: int,
 ) -> Stage:
@@ -302,7 +303,7 @@ def view_specs(
     kind: type[Method] | Method,
     module: nn.Module,
     normalised: dict[str, list[float]],
-    size: int,
+    size: Size,
 ) -> list[ViewSpec]:
     """One for each view of an image, as the method and the configuration want them.
 
@@ -312,7 +313,7 @@ def view_specs(
     """
     views = views_of(kind, config.size, config.small_views, config.recipe, config.preset, config.large_views)
     patch = encoders.patch_size(module)
-    blur = given_or(config.blur, config.size > LARGEST_WITHOUT_BLUR)
+    blur = given_or(config.blur, shorter(config.size) > LARGEST_WITHOUT_BLUR)
     changes = {**normalised, **config.view}
     return views.specs(size, patch=patch, blur=blur, changes=changes, channels=config.channels)
 
@@ -341,28 +342,27 @@ def checked_encoder(
     return encoders.wrap(module, width, mask_token=kind.mask_token).to(ranks.device)
 
 
-def embedded(module: nn.Module, images: torch.Tensor, sizes: Mapping[int, str]) -> int:
+def embedded(module: nn.Module, images: torch.Tensor, sizes: Mapping[Size, str]) -> int:
     """The width of a module's embeddings, once it has taken images of each size that the run has.
 
     Args:
-        images: [B, C, H, H].
-        sizes: pixels of a side, H first, -> the option of the run that asks for them.
+        images: [B, C, H, W].
+        sizes: pixels, those of the images first, -> the option of the run that asks for them.
 
     Raises:
         UserError: for a size that it can't take, or embeddings that nothing can be learned from.
     """
     widths = []
     for size, given in sizes.items():
-        sized = images
-        if size != images.shape[-1]:
-            sized = interpolate(images, (size, size), mode="bilinear", antialias=True)
+        sides = height_and_width(size)
+        sized = images if sides == images.shape[2:] else interpolate(images, sides, mode="bilinear", antialias=True)
         try:
             widths.append(encoders.measured_width(module, sized))
         except encoders.UnusableError as error:
             raise UserError(str(error)) from None
         except Exception as error:  # whatever a model may raise
             channels = images.shape[1]
-            refused = f"{type(module).__name__}, can't take {size} x {size} images of {channels} channels"
+            refused = f"{type(module).__name__}, can't take {sides[0]} x {sides[1]} images of {channels} channels"
             raise UserError(f"{given}: the encoder, a {refused}: {first_line(error)}") from error
         if widths[-1] != widths[0]:
             raise UserError(f"{given}: embeddings must be as wide at every size, got {widths[0]} and {widths[-1]}")

@@ -11,6 +11,7 @@ from torch import nn
 from fastjem import encoders, exports, fields, reading
 from fastjem.config import Config
 from fastjem.data.pixels import Pixels
+from fastjem.data.size import height_and_width
 from fastjem.errors import UserError
 from fastjem.methods import METHODS, RunFacts
 from fastjem.prepare import create_method
@@ -119,5 +120,5 @@ def _width(module: nn.Module, settings: Config) -> int:
         return encoders.wrap(module).width
     except ValueError:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        images = torch.randn(2, settings.channels, settings.size, settings.size, device=device)
+        images = torch.randn(2, settings.channels, *height_and_width(settings.size), device=device)
         return encoders.measured_width(module, images)

@@ -57,6 +57,7 @@ def opened(config: Config) -> Weights | None:
     return weights
 
 
+POSITIONS = "pos_embed"  # of the patches, learned, in timm's transformers
 LAST_NORMS = {"norm": "fc_norm", "fc_norm": "norm"}  # of timm's transformers: of tokens, and of what is pooled of them
 
 
@@ -135,18 +136,21 @@ def load_encoder(module: nn.Module, weights: Weights, config: Config) -> None:
     Raises:
         UserError: for another architecture; it names both.
     """
-    state = fitted(module, weights.module.state_dict())
+    state = fitted(module, weights.module.state_dict(), grid_of_positions(weights.module))
     are = f"--weights {config.weights}: they are a {weights.backbone}'s"
     exports.compare(module, shapes_of(state), f"{are}, and the encoder is a {config.backbone}")
     module.load_state_dict(state)
 
 
-def fitted(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fitted(module: nn.Module, state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """The weights for a module, by timm's own filter of that model's checkpoints where shapes differ.
 
     What differs by how tokens are pooled is fitted first: the last norm is the same one before the pooling and behind
     it, and of attention that pools nothing is left where tokens are averaged.
+
+    grid: rows and columns of the patches that the state's positions are of; None: timm's filter finds them.
     """
+    state = with_positions(module, state, grid)
     expected = shapes_of(module.state_dict())
     found = {}
     for name, value in state.items():
@@ -161,7 +165,34 @@ def fitted(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     resample: Callable[..., dict[str, Tensor]] | None = None
     for kind in type(module).__mro__:
         resample = resample or getattr(sys.modules.get(kind.__module__), "checkpoint_filter_fn", None)
-    return found if resample is None else resample(found, module)
+    if resample is None:
+        return found
+    # Positions that have their shape already aren't given to timm, which may take them for those of another grid.
+    done = {name: value for name, value in found.items() if name == POSITIONS and value.shape == expected[name]}
+    rest = {name: value for name, value in found.items() if name not in done}
+    return {**resample(rest, module), **done}
+
+
+def grid_of_positions(module: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of the patches that a transformer's learned positions are of; None: it has none."""
+    grid = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+    return None if grid is None or getattr(module, POSITIONS, None) is None else (int(grid[0]), int(grid[1]))
+
+
+def with_positions(module: nn.Module, state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Tensor]:
+    """A state whose positions, of a grid, are resampled as timm does it to the module's, where one of them isn't a
+    square: how many there are doesn't tell a grid's shape."""
+    wanted = grid_of_positions(module)
+    positions = state.get(POSITIONS)
+    if grid is None or wanted is None or positions is None or grid == wanted:
+        return dict(state)
+    if grid[0] == grid[1] and wanted[0] == wanted[1]:
+        return dict(state)
+    import timm.layers
+
+    resample: Any = timm.layers.resample_abs_pos_embed
+    prefix = positions.shape[1] - grid[0] * grid[1]
+    return {**state, POSITIONS: resample(positions, list(wanted), list(grid), num_prefix_tokens=prefix)}
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -183,7 +214,8 @@ def load_all(step: nn.Module, weights: Weights, config: Config, images: int) -> 
     state |= {name: tensor for name, tensor in here.items() if name.startswith("encoder.backbone.")}
     prefix = "teacher.encoder.backbone."
     if any(name.startswith(prefix) for name in here):
-        copy = fitted(step.get_submodule(prefix.rstrip(".")), exports.below(prefix, given))
+        whole = exports.below(prefix, given)
+        copy = fitted(step.get_submodule(prefix.rstrip(".")), whole, grid_of_positions(weights.module))
         state |= {f"{prefix}{name}": tensor for name, tensor in copy.items()}
     kept = [part.images for part in step.modules() if isinstance(part, SampleMemory)]
     if any(count != images for count in kept):

@@ -174,8 +174,9 @@ def _crop_resize(images, indices, parameters, size, *_):
     _expect("crop_resize", "images", images, (*images.shape[:3], 3), torch.uint8)
     _expect("crop_resize", "indices", indices, (indices.numel(),), torch.int64)
     _expect("crop_resize", "parameters", parameters, (len(indices), COLUMNS))
-    if images.dim() != 4 or not images.numel() or size < 1:
-        fail("crop_resize", "images must be [N, H, W, 3] and not empty, size positive", f"{told(images)} and {size}")
+    if images.dim() != 4 or not images.numel() or min(size) < 1:
+        came = f"{told(images)} and {tuple(size)}"
+        fail("crop_resize", "images must be [N, H, W, 3] and not empty, size positive", came)
 
 
 def _views(op: str, rows: Tensor, candidates: Tensor, *_: object) -> None:

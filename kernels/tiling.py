@@ -157,8 +157,8 @@ def augment(width: int) -> dict | None:
     return {"ROWS": max(1, 512 // block), "BLOCK": block, "num_warps": 8} if block <= 2048 else None
 
 
-def crop_resize(size: int) -> dict:
-    return {"BLOCK": min(256, max(32, _next_power_of_2(size * size))), "num_warps": 4}
+def crop_resize(pixels: int) -> dict:
+    return {"BLOCK": min(256, max(32, _next_power_of_2(pixels))), "num_warps": 4}
 
 
 # contrastive ----------------------------------------------------------------------------------------------------------

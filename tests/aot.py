@@ -412,7 +412,7 @@ def _augment(size: int, dtype: str, channels_last: bool = False, exact: bool = F
 def _crop_resize(size: int, bicubic: bool) -> Case:
     def call() -> None:
         images, table = torch.zeros(3, 40, 50, 3, dtype=torch.uint8), torch.zeros(3, 13)
-        augment.crop_resize(images, torch.zeros(3, dtype=torch.int64), table, size, bicubic)
+        augment.crop_resize(images, torch.zeros(3, dtype=torch.int64), table, (size, size), bicubic)
 
     return Case("crop_resize", f"B x {size}" + (" bicubic" if bicubic else ""), "uint8", call)
 

@@ -1,6 +1,8 @@
 """A web server of files on loopback that can be slow, fail, cut off and be killed, and counts what is asked of it."""
 
 import contextlib
+import hashlib
+import json
 import socket
 import threading
 import time
@@ -8,6 +10,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 
 class Store:
@@ -68,8 +71,12 @@ class Store:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/tars"
 
+    def name(self, path: str) -> str:
+        """Within the folder."""
+        return path.rpartition("/")[2]
+
     def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
-        name = request.path.rpartition("/")[2]
+        name = self.name(request.path)
         time.sleep(self.pause)
         with self.lock:
             failure = self.fails[name].pop(0) if body and self.fails.get(name) else None
@@ -99,3 +106,46 @@ class Store:
         with self.lock:
             (self.parts if asked else self.whole)[name] += 1
         request.wfile.write(found)
+
+
+class Hub(Store):
+    """The files of a folder as the data set u/d of Hugging Face's hub: what `HfFileSystem` asks of it."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def name(self, path: str) -> str:
+        return unquote(urlsplit(path).path).removeprefix("/datasets/u/d/resolve/main/")
+
+    def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
+        path = unquote(urlsplit(request.path).path)
+        if path == "/api/datasets/u/d":
+            facts: Any = {"id": "u/d", "sha": "0" * 40, "private": False, "tags": [], "siblings": []}
+            self.tell(request, facts)
+        elif path.startswith("/api/datasets/u/d/tree/main"):
+            folder = self.folder / path.removeprefix("/api/datasets/u/d/tree/main").strip("/")
+            self.tell(request, [self.entry(found) for found in sorted(folder.iterdir())] if folder.is_dir() else None)
+        elif path.startswith("/datasets/u/d/resolve/main/"):
+            super().answer(request, body=body)
+        else:
+            self.tell(request, None)
+
+    def entry(self, path: Path) -> dict[str, Any]:
+        name = path.relative_to(self.folder).as_posix()
+        if path.is_dir():
+            return {"type": "directory", "path": name, "oid": "0" * 40}
+        digest = hashlib.sha1(path.read_bytes()).hexdigest()
+        return {"type": "file", "path": name, "size": path.stat().st_size, "oid": digest}
+
+    @staticmethod
+    def tell(request: BaseHTTPRequestHandler, facts: Any) -> None:
+        """None: there is nothing of that name."""
+        content = json.dumps({"error": "Repository not found"} if facts is None else facts).encode()
+        request.send_response(200 if facts is not None else 404)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(content)))
+        if facts is None:
+            request.send_header("X-Error-Code", "RepoNotFound")
+        request.end_headers()
+        request.wfile.write(content)

@@ -75,7 +75,7 @@ def test_all_orders_are_torchvisions(op, implementation):
     assert fractions.max() <= 7 and fractions.mean() <= 1.5
 
 
-SHAPES = [(1, 1, 1), (2, 1, 9), (2, 9, 1), (24, 9, 21), (3, 33, 40), (2, 20, 131)]
+SHAPES = [(1, 1, 1), (2, 1, 9), (2, 9, 1), (24, 9, 21), (3, 33, 40), (2, 20, 131), (3, 41, 18)]
 VALUES = [(torch.float32, shape) for shape in SHAPES] + [(torch.bfloat16, (6, 9, 21)), (torch.float16, (6, 9, 21))]
 
 
@@ -145,13 +145,16 @@ def test_compiles_in_one_graph(op, implementation):
 
 
 crop = pytest.mark.parametrize("op", ["crop_resize"])
+# height and width of images, and of views
+WINDOWS = [(40, 53, 24), (32, 32, 32), (9, 14, 31), (1, 1, 3), (70, 3, 5), (40, 53, (24, 36)), (32, 32, (40, 9))]
 
 
 @crop
 @pytest.mark.parametrize("bicubic", [False, True], ids=["bilinear", "bicubic"])
-@pytest.mark.parametrize("height, width, size", [(40, 53, 24), (32, 32, 32), (9, 14, 31), (1, 1, 3), (70, 3, 5)])
+@pytest.mark.parametrize("height, width, size", WINDOWS, ids=str)
 def test_the_values_of_a_window_are_torchs(op, bicubic, height, width, size, implementation):
     """Within a level of torch on uint8, whose weights have 16 bits, and mostly the same."""
+    out = (size, size) if isinstance(size, int) else size
     images = pictures(3, height, width, seed=2)
     few = 3 if implementation.name == "triton" and implementation.device == "cpu" else 8
     indices = torch.tensor([2, 0, 1, 1, 2, 0, 0, 2])[:few]
@@ -162,10 +165,27 @@ def test_the_values_of_a_window_are_torchs(op, bicubic, height, width, size, imp
     for view, index, (top, left, h, w) in zip(theirs, indices, p[:, :4].int().tolist(), strict=True):
         window = images[index, top : top + h, left : left + w].permute(2, 0, 1)[None]
         mode = "bicubic" if bicubic else "bilinear"
-        resized = torch.nn.functional.interpolate(window, (size, size), mode=mode, antialias=True)
+        resized = torch.nn.functional.interpolate(window, out, mode=mode, antialias=True)
         view.copy_(resized[0].permute(1, 2, 0))
     difference = (ours.cpu().int() - theirs.int()).abs()
+    assert ours.shape == (few, *out, 3)
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.06
+
+
+@crop
+@pytest.mark.parametrize("bicubic", [False, True], ids=["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(12, 31), (31, 12), (3, 37)], ids=str)
+def test_views_that_are_no_squares_are_those_of_float64(op, bicubic, size, implementation):
+    """Columns and then rows by torch's float64 interpolation, rounded behind each as the specification says."""
+    images, mode = pictures(2, 29, 40, seed=5), "bicubic" if bicubic else "bilinear"
+    indices, p = torch.tensor([1, 0, 1]), view_table(3, seed=6, height=29, width=40)
+    ours = F.crop_resize(*(x.to(implementation.device) for x in (images, indices, p)), size=size, bicubic=bicubic)
+    for view, index, (top, left, h, w) in zip(ours.cpu(), indices, p[:, :4].int().tolist(), strict=True):
+        x = images[index, top : top + h, left : left + w].permute(2, 0, 1)[None].double()
+        for sides in ((h, size[1]), size):
+            x = torch.nn.functional.interpolate(x, sides, mode=mode, antialias=True).add(0.5).floor().clamp(0, 255)
+        difference = (view.permute(2, 0, 1) - x[0]).abs()
+        assert difference.max() <= 1 and (difference > 0).double().mean() < 0.03  # exact halves
 
 
 @crop

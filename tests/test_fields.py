@@ -19,6 +19,7 @@ class Options:
     data: str | None = field(default=None, metadata={"path": True})
     name: str = "n"
     size: int = field(default=8, metadata={"square": True})
+    image: int | str = field(default=8, metadata={"sides": True})
     rate: float | None = None
     blur: bool | None = None
     device: str = field(default="auto", metadata={"device": True})
@@ -40,6 +41,10 @@ class Options:
         ("size", torch.tensor(3), 3),
         ("size", (32, 32), 32),
         ("size", [np.int32(32), 32], 32),
+        ("image", 32, 32),
+        ("image", (32, 32), 32),
+        ("image", [np.int32(32), 48], "32x48"),
+        ("image", "32x48", "32x48"),
         ("rate", np.float32(0.5), 0.5),
         ("rate", 3, 3.0),
         ("rate", np.int64(3), 3.0),
@@ -87,6 +92,10 @@ def test_what_is_as_good_becomes_what_is_said(name: str, given: Any, expected: A
         ("size", None, "size must be an integer, got NoneType None"),
         ("size", (32, 48), "one number"),
         ("size", (32,), "one number"),
+        ("image", (32,), "image must be a number of pixels, or height and width, got tuple (32,)"),
+        ("image", (32, 48, 3), "or height and width, got tuple (32, 48, 3)"),
+        ("image", (32, 48.0), "or height and width, got tuple (32, 48.0)"),
+        ("image", (True, 48), "or height and width, got tuple (True, 48)"),
         ("rate", "0.1", "rate must be a number or None, got str '0.1'"),
         ("rate", float("nan"), "must be a number, got NaN"),
         ("rate", 1j, "rate must be a number or None, got complex"),

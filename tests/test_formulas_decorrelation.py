@@ -182,7 +182,7 @@ def test_vicregl(small: int) -> None:
             assert maps.shape[2] > 2, "of a single place there is no order"
             local = method.local_projector(maps.flatten(2).mT).unflatten(1, maps.shape[2:])
             features.append((method.projector(maps.mean((2, 3))), local))
-            grids.append(where(table, maps.shape[-1]))
+            grids.append(where(table, *maps.shape[-2:]))
         criterion = theirs(25.0, 25.0, 1.0, 1.0, num_matches=(5, 2))
         if small:
             whole = criterion(features[:2], grids[:2], features[2:], grids[2:]).squeeze()
@@ -231,18 +231,18 @@ def of_places_in_order(maps: list[Tensor], grids: list[Tensor], matches: tuple[i
     return 2 * torch.stack(found).mean()
 
 
-def where(table: Tensor, side: int) -> Tensor:
-    """[B, side, side, 2], (x, y), one place at a time."""
+def where(table: Tensor, rows: int, columns: int) -> Tensor:
+    """[B, rows, columns, 2], (x, y), one place at a time."""
     column = importlib.import_module("fastjem.kernels.augment.columns")
     grids = []
     for row in table:
         left, top, width, height = (row[k] for k in (column.LEFT, column.TOP, column.WIDTH, column.HEIGHT))
-        grid = torch.zeros(side, side, 2, dtype=torch.float64)
-        for i in range(side):
-            for j in range(side):
-                across = side - 1 - j if row[column.FLIP] > 0 else j
-                grid[i, j, 0] = left + width * (across + 0.5) / side
-                grid[i, j, 1] = top + height * (i + 0.5) / side
+        grid = torch.zeros(rows, columns, 2, dtype=torch.float64)
+        for i in range(rows):
+            for j in range(columns):
+                across = columns - 1 - j if row[column.FLIP] > 0 else j
+                grid[i, j, 0] = left + width * (across + 0.5) / columns
+                grid[i, j, 1] = top + height * (i + 0.5) / rows
         grids.append(grid)
     return torch.stack(grids)
 
@@ -253,7 +253,8 @@ def test_places_of_views_that_are_flipped() -> None:
     flipped = [bool(row[column.FLIP] > 0) for table in it.batch.tables[:2] for row in table]
     assert any(flipped) and not all(flipped)
     for table in it.batch.tables[:2]:
-        torch.testing.assert_close(places(table, 3), where(table, 3))
+        for rows, columns in ((3, 3), (2, 4)):
+            torch.testing.assert_close(places(table, rows, columns), where(table, rows, columns))
 
 
 def test_the_mean_of_a_batch_of_two_is_no_problem() -> None:

@@ -123,9 +123,19 @@ def test_bytes_that_are_no_text_are_names_too(tmp_path: Path) -> None:
     os.rename(os.fsencode(tmp_path / "0000.png"), os.fsencode(tmp_path) + b"/\xff.png")
     (tmp_path / "a.txt").write_bytes(b"\xff.png\n")
     assert len(open_source(tmp_path / "a.txt").read(0)) > 100
-    (tmp_path / "b.csv").write_bytes("path\na.png\n".encode("utf-16"))
-    with pytest.raises(UserError, match=r"b\.csv"):
-        open_source(tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+def test_excels_unicode_text(order: str, tmp_path: Path) -> None:
+    """UTF-16 with its mark."""
+    (tmp_path / "a.csv").write_bytes("\ufeffpath\tlabel\r\nä.png\telm\r\nb.png\toak\r\n".encode(order))
+    source = open_source(tmp_path / "a.csv")
+    assert names(source) == ["ä.png", "b.png"] and source.classes == ["elm", "oak"]
+    (tmp_path / "a.txt").write_bytes("\ufeffä.png\r\nb.png\r\n".encode(order))
+    assert names(open_source(tmp_path / "a.txt")) == ["ä.png", "b.png"]
+    (tmp_path / "c.csv").write_bytes("\ufeffpath\n".encode(order) + b"\x00")
+    with pytest.raises(UserError, match=r"c\.csv (can't be read as a list|names no images)"):
+        open_source(tmp_path / "c.csv")
 
 
 def test_a_fingerprint_notices_other_files(folder: Source, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from view_tables import pictures
 
 import fastjem.functional as F
 from fastjem.data.loaders import Budget, Order, TorchLoader, choose, create
-from fastjem.data.loaders.memory import ImageArray, MemoryLoader, side_in_memory
+from fastjem.data.loaders.memory import ImageArray, MemoryLoader, size_in_memory
 from fastjem.data.parameters import Parameters
 from fastjem.data.source import Source, decode, open_source
 from fastjem.data.views import Views, ViewSpec
@@ -45,7 +45,7 @@ def test_no_single_file_decides_about_the_size(tmp_path):
     order = Order(samples=len(source), batch=4, stop=1)
     loader = create("memory", source, [ViewSpec(size=28)], order, Budget())
     assert loader.array.images.shape == (10, 30, 30, 3)
-    assert side_in_memory(source, [ViewSpec(size=14)]) == 16  # 8/7 of the views, where images are larger
+    assert size_in_memory(source, [ViewSpec(size=14)]) == 16  # 8/7 of the views, where images are larger
 
 
 def test_a_broken_file_is_replaced_by_the_next(tmp_path):

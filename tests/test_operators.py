@@ -326,6 +326,14 @@ MISTAKES = [
         lambda: F.crop_resize(PICTURES, LABELS, view_table(3), size=0),
         "crop_resize: size must be at least 1, got 0",
     ),
+    (
+        lambda: F.crop_resize(PICTURES, LABELS, view_table(3), size=(4, 0)),
+        "crop_resize: size must be at least 1, got 0",
+    ),
+    (
+        lambda: F.crop_resize(PICTURES, LABELS, view_table(3), size=(4, 5, 6)),
+        "crop_resize: size must be a number of pixels, or height and width, got (4, 5, 6)",
+    ),
     (lambda: F.vicreg(X, Y), "vicreg: z0 and z1 must be [N, D] both, got (3, 4) and (5, 4)"),
     (lambda: F.ema_update_([X], [], 0.9), "ema_update_: teacher and student must be as many tensors, got 1 and 0"),
     (

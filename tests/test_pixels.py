@@ -1,5 +1,8 @@
 """How pixels become numbers, and whole images."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,22 @@ def test_whole_images_are_torchvisions(size: tuple[int, int]) -> None:
         assert torch.equal(whole_image(image, side), expected)
 
 
+@pytest.mark.parametrize("size", [(40, 53), (53, 40), (24, 24), (24, 48), (37, 75), (75, 37), (300, 201), (16, 90)])
+@pytest.mark.parametrize("wanted", [(24, 48), (48, 24), (25, 31)])
+def test_the_middle_of_an_image_that_covers_a_rectangle(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """The image is resized so that one side is as long as it is wanted and the other no shorter, and cut."""
+    V = pytest.importorskip("torchvision.transforms.v2.functional")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    scale = max(Fraction(side, given) for side, given in zip(wanted, size, strict=True))
+    covering = [math.floor(scale * side) for side in size]
+    assert (
+        all(side >= least for side, least in zip(covering, wanted, strict=True))
+        and min(side - least for side, least in zip(covering, wanted, strict=True)) == 0
+    )
+    expected = V.pil_to_tensor(V.center_crop(V.resize(image, covering), list(wanted)))
+    assert torch.equal(whole_image(image, wanted), expected)
+
+
 @pytest.mark.parametrize("size", [(20, 400), (700, 30), (1, 40), (100, 3)])
 def test_a_long_image_is_cut_before_it_is_resized(size: tuple[int, int]) -> None:
     """The same picture, but for rounding; the whole of 5000 x 1 pixels resized to 224 would have 250 million."""
@@ -38,6 +57,9 @@ def test_a_long_image_costs_no_more_than_a_square_one(size: tuple[int, int], mon
     monkeypatch.setattr(Image.Image, "resize", lambda *args: (made.append(args[1]), resize(*args))[1])
     assert whole_image(Image.new("RGB", size, (1, 2, 3)), 224)[:, 0, 0].tolist() == [1, 2, 3]
     assert made == [(224, 224)]
+    made.clear()
+    assert whole_image(Image.new("RGB", size, (1, 2, 3)), (112, 224)).shape == (3, 112, 224)
+    assert made == [(224, 112)]
 
 
 def test_the_chosen_images_of_a_source(tmp_path) -> None:

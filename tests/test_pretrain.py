@@ -546,7 +546,7 @@ def test_values_of_other_types_from_python(images: str, tmp_path: Path) -> None:
     for wrong, says in (
         ({"batch_size": "16"}, "pretrain: batch_size must be an integer, got str '16'"),
         ({"batch_size": True}, "pretrain: batch_size must be an integer, got bool True"),
-        ({"image_size": (32, 48)}, "pretrain: image_size must be one number"),
+        ({"image_size": (32, 48, 3)}, "pretrain: image_size must be a number of pixels, or height and width"),
         ({"learning_rate": float("nan")}, "pretrain: learning_rate must be a number, got NaN"),
         ({"data": ""}, "pretrain: data must not be empty"),
         ({"epochs": 1e2}, "pretrain: epochs must be an integer, got float 100.0"),

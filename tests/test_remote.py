@@ -20,7 +20,7 @@ import pytest
 import torch
 from images import TINY, make_folder
 from kinds import samples, write_tar
-from stores import Store
+from stores import Hub, Store
 
 from fastjem.commands.check_data import CheckDataOptions, check_data
 from fastjem.data import copies, remote
@@ -554,6 +554,41 @@ def test_a_run_by_files_goes_on_as_it_would_have(
     assert "files at a time" not in capsys.readouterr().err
     first = [json.loads(line)["loss"] for line in (tmp_path / "free" / "metrics.jsonl").read_text().splitlines()]
     assert first != losses[0][:3]
+
+
+def test_hugging_faces_hub(tars: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own library, and a server that answers as the hub does."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    from kinds import table
+
+    local = open_source(tars.parent / "images")
+    (tars / "parquet").mkdir()
+    for part, rows in enumerate((slice(0, 20), slice(20, 48))):
+        pyarrow.parquet.write_table(table(local)[rows], tars / "parquet" / f"train-{part}.parquet")
+    store = Hub(tars)
+    monkeypatch.setattr(constants, "ENDPOINT", store.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", store.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(remote, "_systems", {})  # whose connections lead to the real one
+    try:
+        for name in ("t-{0..5}.tar", "t-*.tar", "parquet", "parquet/train-*.parquet"):
+            there = open_source(f"hf://datasets/u/d/{name}")
+            assert [there.read(i) for i in range(48)] == [local.read(i) for i in range(48)]
+            assert there.labels is not None and there.labels.tolist() == local.labels.tolist()  # type: ignore[union-attr]
+        forget(cache)
+        tables = open_source("hf://datasets/u/d/t-{0..5}.tar")
+        both = [TorchLoader(one, SPECS, whole_order(one), Budget(workers=2)) for one in (tables, local)]
+        for crops, other in zip(*both, strict=True):
+            assert torch.equal(crops.views[0], other.views[0]) and not crops.unreadable
+        budget_of(monkeypatch, tars, 2)
+        assert open_source("hf://datasets/u/d/t-{0..5}.tar").read(24) == local.read(24)  # a part of the file
+        for missing in ("hf://datasets/u/d/u.tar", "hf://datasets/u/e/t.tar"):
+            with pytest.raises(UserError, match="there is no such file in the store"):
+                open_source(missing)
+    finally:
+        store.kill()
 
 
 def test_s3(tars: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

@@ -107,7 +107,7 @@ def test_other_files_and_other_rules_are_pillows() -> None:
     assert isinstance(found, Bands)
     box = (3, 2, 30, 28)
     expected = np.asarray(to_image(data, gray).crop(box).resize((9, 9), Image.Resampling.BILINEAR))
-    assert np.array_equal(rgb.window(found, box, 9, False), expected)
+    assert np.array_equal(rgb.window(found, box, (9, 9), False), expected)
 
 
 def test_a_damaged_file_is_what_pillow_makes_of_it() -> None:
@@ -154,7 +154,7 @@ def test_a_pillow_that_resizes_otherwise_does_it_itself(monkeypatch: pytest.Monk
             assert isinstance(rgb.to_pixels(data), Image.Image)
             box = (2, 3, 44, 40)
             assert np.array_equal(
-                rgb.window(to_image(data), box, 12, True), np.asarray(image.crop(box).resize((12, 12), 3))
+                rgb.window(to_image(data), box, (12, 12), True), np.asarray(image.crop(box).resize((12, 12), 3))
             )
     finally:
         rgb.tall_first.cache_clear()

@@ -85,13 +85,20 @@ def sizes_of(batches: list[tuple[int, Batch]]) -> list[tuple[int, list[int]]]:
     [
         (224, (224,), (), 224),
         ("112:75%,224", (112, 224), (Fraction(3, 4),), "112:75%,224"),
+        ("224x448", ((224, 448),), (), "224x448"),
+        ("224x224", (224,), (), 224),
+        ((224, 448), ((224, 448),), (), "224x448"),
+        ([224, 224], (224,), (), 224),
+        ("64:25%,112x224:50%,224x448", (64, (112, 224), (224, 448)), (Fraction(1, 4), Fraction(1, 2)), ...),
         (" 64:50.0% , 112:12.5%,224 ", (64, 112, 224), (Fraction(1, 2), Fraction(1, 8)), "64:50%,112:12.5%,224"),
     ],
 )
 def test_sizes_are_read_and_written(given: int | str, pixels: tuple, shares: tuple, written: int | str) -> None:
     config = Config(out="a", image_size=given)
+    written = given if written is ... else written
     assert config.sizes == Sizes(pixels, shares) and config.image_size == written and config.size == pixels[-1]
-    assert parse(Config, "pretrain", ["--out", "a", "--image-size", str(given)]) == config
+    line = given if isinstance(given, str) else str(config.sizes)
+    assert parse(Config, "pretrain", ["--out", "a", "--image-size", line]) == config
 
 
 @pytest.mark.parametrize(
@@ -99,7 +106,8 @@ def test_sizes_are_read_and_written(given: int | str, pixels: tuple, shares: tup
     [
         (
             "16",
-            "--image-size must be a number of pixels, or a size and a share of the steps for each stage but the last",
+            "--image-size must be a number of pixels, height x width as 224x448, or a size and a share of the steps "
+            "for each stage but the last",
         ),
         ("four", "as in 112:75%,224; got str 'four'"),
         ("112:75,224", "got str '112:75,224'"),
@@ -115,7 +123,13 @@ def test_sizes_are_read_and_written(given: int | str, pixels: tuple, shares: tup
         (-3, "--image-size must be at least 1, got -3"),
         ("112:75%,99999", "--image-size must be at most 16384, got 99999"),
         (32.5, "pretrain: image_size must be an integer or text, got float 32.5"),
-        ((32, 48), "pretrain: image_size must be one number"),
+        ((32, 48, 3), "pretrain: image_size must be a number of pixels, or height and width, got tuple (32, 48, 3)"),
+        ("224x", "got str '224x'"),
+        ("224x0", "--image-size must be at least 1, got 224x0"),
+        ("224x99999", "--image-size must be at most 16384, got 224x99999"),
+        ("224x448x3", "got str '224x448x3'"),
+        ("112x448:75%,224", "sizes must rise"),
+        ("112x224:50%,112x224", "sizes must rise"),
     ],
 )
 def test_what_is_no_size_is_refused_in_words(given: Any, says: str) -> None:

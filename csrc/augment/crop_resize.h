@@ -71,22 +71,22 @@ static FASTJEM_INLINE uint8_t level(float x) {  // x is half a level too high, s
 static void crop_resize_views(const CropResize& c, int64_t begin, int64_t end) {
   Axis across, down;
   std::vector<float> pixels;      // [length across, 4], a row of the window: three channels and nothing
-  std::vector<uint8_t> narrowed;  // [length down, size, 3], resized across
-  std::vector<float> sums(3 * c.size);
+  std::vector<uint8_t> narrowed;  // [length down, out_width, 3], resized across
+  std::vector<float> sums(3 * c.out_width);
   for (int64_t view = begin; view < end; ++view) {
     const float* p = c.parameters + COLUMNS * view;
-    set_axis(across, p[LEFT], p[WIDTH], c.width, c.size, c.bicubic);
-    set_axis(down, p[TOP], p[HEIGHT], c.height, c.size, c.bicubic);
+    set_axis(across, p[LEFT], p[WIDTH], c.width, c.out_width, c.bicubic);
+    set_axis(down, p[TOP], p[HEIGHT], c.height, c.out_height, c.bicubic);
     const uint8_t* window = c.images + 3 * ((c.indices[view] * c.height + down.start) * c.width + across.start);
     pixels.resize(4 * across.length);
-    narrowed.resize(3 * c.size * down.length);
+    narrowed.resize(3 * c.out_width * down.length);
     for (int64_t y = 0; y < down.length; ++y) {
       const uint8_t* in = window + 3 * c.width * y;
       for (int64_t x = 0; x < across.length; ++x) {
         for (int i = 0; i < 3; ++i) pixels[4 * x + i] = in[3 * x + i];
       }
-      uint8_t* out = narrowed.data() + 3 * c.size * y;
-      for (int64_t j = 0; j < c.size; ++j) {
+      uint8_t* out = narrowed.data() + 3 * c.out_width * y;
+      for (int64_t j = 0; j < c.out_width; ++j) {
         const float* from = pixels.data() + 4 * across.first[j];
         const float* weight = across.weights.data() + across.taps * j;
         Pixel sum = {0.5f, 0.5f, 0.5f, 0.5f};
@@ -94,18 +94,18 @@ static void crop_resize_views(const CropResize& c, int64_t begin, int64_t end) {
         for (int i = 0; i < 3; ++i) out[3 * j + i] = level(sum[i]);
       }
     }
-    for (int64_t j = 0; j < c.size; ++j) {
-      const uint8_t* from = narrowed.data() + 3 * c.size * down.first[j];
+    for (int64_t j = 0; j < c.out_height; ++j) {
+      const uint8_t* from = narrowed.data() + 3 * c.out_width * down.first[j];
       std::fill(sums.begin(), sums.end(), 0.5f);
-      for (int64_t t = 0; t < down.taps; ++t, from += 3 * c.size) {
+      for (int64_t t = 0; t < down.taps; ++t, from += 3 * c.out_width) {
         const float weight = down.weights[down.taps * j + t];
         if (weight == 0.0f) continue;
 #pragma omp simd
-        for (int64_t x = 0; x < 3 * c.size; ++x) sums[x] += weight * from[x];
+        for (int64_t x = 0; x < 3 * c.out_width; ++x) sums[x] += weight * from[x];
       }
-      uint8_t* out = c.out + 3 * c.size * (c.size * view + j);
+      uint8_t* out = c.out + 3 * c.out_width * (c.out_height * view + j);
 #pragma omp simd
-      for (int64_t x = 0; x < 3 * c.size; ++x) out[x] = level(sums[x]);
+      for (int64_t x = 0; x < 3 * c.out_width; ++x) out[x] = level(sums[x]);
     }
   }
 }

@@ -19,6 +19,7 @@ from fastjem import fields
 from fastjem.data.files import ORIENTATION, TIFF, open_image, stored
 from fastjem.data.levels import Levels, Survey, describe, levels_of, parsed_range, survey
 from fastjem.data.picture import to_image
+from fastjem.data.size import Size, as_given, height_and_width, written
 from fastjem.data.source import Levelled, Source, open_source, path_of, reason, rule_of
 from fastjem.data.sources import naming
 from fastjem.data.stages import Sizes
@@ -37,7 +38,11 @@ class CheckDataOptions:
     views: int = field(default=2, metadata={"help": "of an image, for the expected time"})
     image_size: int | str = field(
         default=224,
-        metadata={"help": "of a view; smaller images are counted; of several, the last", "metavar": "PIXELS"},
+        metadata={
+            "help": "of a view; smaller images are counted; of several, the last",
+            "sides": True,
+            "metavar": "PIXELS",
+        },
     )
     channels: int = field(default=3, metadata={"help": "as of pretrain"})
     value_range: str = field(default="auto", metadata={"help": "as of pretrain"})
@@ -64,8 +69,8 @@ class File:
     why: str = ""
 
 
-def examine(source: Source, i: int, crop: int = 0) -> File:
-    """Read and decode an image as training does; with `crop`, also resize half of its area to crop x crop, timed."""
+def examine(source: Source, i: int, crop: Size = 0) -> File:
+    """Read and decode an image as training does; with `crop`, also resize half of its area to that size, timed."""
     found = File()
     levels = rule_of(source) or Levels()
     try:
@@ -97,7 +102,8 @@ def examine(source: Source, i: int, crop: int = 0) -> File:
         short = min(image.size)
         side = 0.5**0.5  # of half the area, a crop's usual size, of an image at most twice as long as wide
         window = (0, 0, max(side * min(image.width, 2 * short), 1), max(side * min(image.height, 2 * short), 1))
-        np.asarray(image.resize((crop, crop), Image.Resampling.BILINEAR, window))
+        height, width = height_and_width(crop)
+        np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, window))
         found.crop = time.thread_time() - begin
     return found
 
@@ -132,11 +138,11 @@ def _give(source: Source) -> None:
     _given.append(source)
 
 
-def _examine_given(i: int, crop: int) -> File:
+def _examine_given(i: int, crop: Size) -> File:
     return examine(_given[0], i, crop)
 
 
-def scan(source: Source, image_size: int, workers: int) -> list[File]:
+def scan(source: Source, image_size: Size, workers: int) -> list[File]:
     """All files, in order, by `workers` processes."""
     every = max(len(source) // MEASURED, 1)
     images = range(len(source))
@@ -173,7 +179,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
     fields.conform(options, "check_data: {}".format)
     given_range = parsed_range(options.value_range)
     size = Sizes.of(options.image_size).last
-    at_least_one = {"views": options.views, "image-size": size, "channels": options.channels}
+    at_least_one = {"views": options.views, "channels": options.channels}
     for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
@@ -199,7 +205,7 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
         "seconds": seconds,
         "workers": workers,
         "views": options.views,
-        "image_size": size,
+        "image_size": size if isinstance(size, int) else list(size),
         "channels": levels.channels,
         "values": levels.values,
         "value_range": list(levels.value_range),
@@ -219,15 +225,16 @@ def check_data(options: CheckDataOptions) -> dict[str, Any]:
     return result
 
 
-def _sizes(files: list[File], image_size: int) -> dict[str, Any]:
-    """Smallest, median and largest [width, height] by area, and how many images have a side below `image_size`."""
+def _sizes(files: list[File], image_size: Size) -> dict[str, Any]:
+    """Smallest, median and largest [width, height] by area, and how many images have a side below `image_size`'s."""
     sizes = np.array([(file.width, file.height) for file in files])
     area = sizes.prod(1)
+    height, width = height_and_width(image_size)
     return {
         "smallest": sizes[area.argmin()].tolist(),
         "median": sizes[area.argsort()[len(area) // 2]].tolist(),
         "largest": sizes[area.argmax()].tolist(),
-        "small": int((sizes.min(1) < image_size).sum()),
+        "small": int((sizes < [width, height]).any(1).sum()),
     }
 
 
@@ -235,16 +242,17 @@ def render(found: dict[str, Any], show: int = 20) -> str:
     """The result in printable lines for people; `show`: so many of the skipped files are named, 0: all."""
     where = f"in {found['classes']} classes" if found["classes"] else "in one class"
     facts = {"files": f"{found['files']} {where}, {found['bytes'] / 1e6:.1f} MB"}
+    size = written(as_given(found["image_size"]))
     if "median" in found:
         sizes = ", ".join(f"{name} {found[name][0]} x {found[name][1]}" for name in ("smallest", "median", "largest"))
         others = {"progressive": "progressive", "turned": "turned by EXIF", "copies": "copies of others"}
         facts |= {
             "formats": _listed(found["formats"]),
             "modes": _listed(found["modes"]),
-            "pixels": f"{sizes}; a side below {found['image_size']}: {found['small']}",
+            "pixels": f"{sizes}; a side below {size}: {found['small']}",
             "also": _listed({words: found[name] for name, words in others.items()}),
             "an epoch": f"about {_duration(found['epoch_seconds'])} of reading, decoding and cropping "
-            f"{found['views']} views of {found['image_size']} pixels by {found['workers']} processes, whatever the "
+            f"{found['views']} views of {size} pixels by {found['workers']} processes, whatever the "
             "model takes",
         }
     skipped = found["skipped"]

@@ -17,6 +17,7 @@ from torch import nn
 from fastjem import encoders, fields, reading
 from fastjem.checkpoints import write_atomically
 from fastjem.data.pixels import Pixels
+from fastjem.data.size import height_and_width
 from fastjem.errors import UserError
 from fastjem.printing import say
 from fastjem.runs import open_run
@@ -82,7 +83,7 @@ def to_onnx(
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(f"--onnx: {error.name} is not installed; pip install 'fastjem[onnx]'") from None
-    shape = (pixels.channels, pixels.size, pixels.size)
+    shape = (pixels.channels, *height_and_width(pixels.size))
     encoder = encoder.cpu().eval()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -15,6 +15,7 @@ from fastjem.config import MOST_VIEWS
 from fastjem.data import shapes
 from fastjem.data.levels import levels_of, parsed_range, survey
 from fastjem.data.masking import MASKINGS, MASKINGS_OF_RUNS, masks_of_run
+from fastjem.data.size import height_and_width, in_patches, shorter, written
 from fastjem.data.source import Levelled, decode_all, open_sources
 from fastjem.data.spread import spread
 from fastjem.data.stages import Sizes
@@ -44,7 +45,11 @@ class ViewsOptions:
     view: dict[str, Value] = field(default_factory=dict, metadata={"help": "fields of its views: flip=0 ..."})
     image_size: int | str = field(
         default=224,
-        metadata={"help": "of the large views; of several, as in 112:75%,224, the last", "metavar": "PIXELS"},
+        metadata={
+            "help": "of the large views; of several, as in 112:75%,224, the last",
+            "sides": True,
+            "metavar": "PIXELS",
+        },
     )
     channels: int = field(default=3, metadata={"help": "of the images; more than three are shown by the first three"})
     value_range: str = field(
@@ -73,11 +78,14 @@ def main(options: ViewsOptions) -> int:
 
 
 def grid(shown: Sequence[Sample], columns: Sequence[str], root: str, *, cell: int) -> Image.Image:
-    """Rows are images, the first column the file itself; cells of `cell` pixels, small views at their share of it."""
+    """Rows are images, the first column the file itself; cells of `cell` pixels, the longer side of a large view, with
+    small views at their share of it."""
     font = ImageFont.load_default(13)
     views = shown[0].views
-    sizes = [round(cell * view.width / views[0].width) for view in views]
-    widths = [cell, *(max(size, round(font.getlength(title))) for size, title in zip(sizes, columns, strict=True))]
+    longest = max(views[0].size)
+    sizes = [(round(cell * view.width / longest), round(cell * view.height / longest)) for view in views]
+    titled = zip(sizes, columns, strict=True)
+    widths = [cell, *(max(width, round(font.getlength(title))) for (width, _), title in titled)]
     lefts = [MARGIN + sum(widths[:i]) + MARGIN * i for i in range(len(widths))]
     width = lefts[-1] + widths[-1] + MARGIN
     sheet = Image.new("RGB", (width, LINE + MARGIN + (cell + LINE + MARGIN) * len(shown)), PAPER)
@@ -90,7 +98,7 @@ def grid(shown: Sequence[Sample], columns: Sequence[str], root: str, *, cell: in
         fitted = (max(round(sample.image.width * scale), 1), max(round(sample.image.height * scale), 1))
         sheet.paste(sample.image.resize(fitted, magnify(scale)), (MARGIN, top))
         for left, size, view in zip(lefts[1:], sizes, sample.views, strict=True):
-            sheet.paste(view.resize((size, size), magnify(size / view.width)), (left, top))
+            sheet.paste(view.resize(size, magnify(size[0] / view.width)), (left, top))
         name = shorten(printable(os.path.relpath(sample.path, root)), width - 2 * MARGIN, font)
         pen.text((MARGIN, top + cell + 2), name, INK, font)
     return sheet
@@ -145,7 +153,7 @@ def draw_views(options: ViewsOptions) -> Path:
     )
     if not shown:
         raise UserError(f"none of the files in {source.root} can be read")
-    sheet = grid(shown, titles(views, mask is not None), source.root, cell=min(max(size, 96), 224))
+    sheet = grid(shown, titles(views, mask is not None), source.root, cell=min(max(*height_and_width(size), 96), 224))
     file = io.BytesIO()
     sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
     try:
@@ -164,10 +172,12 @@ def _mask(options: ViewsOptions, views: Views) -> MaskSpec | None:
         return None
     size = Sizes.of(options.image_size).last
     patch = options.patch_size
-    if size % patch or size < 2 * patch:
-        what = "no multiple of" if size % patch else "less than two of"
-        raise UserError(f"--image-size {size} is {what} --patch-size {patch}")
-    grid = (size // patch, size // patch)
+    sides = height_and_width(size)
+    uneven = any(side % patch for side in sides)
+    if uneven or min(sides) < 2 * patch:
+        what = "no multiple of" if uneven else "less than two of"
+        raise UserError(f"--image-size {written(size)} is {what} --patch-size {patch}")
+    grid = in_patches(size, patch)
     if (share := _share(masking)) is not None:
         return masks_of_run([ViewSpec(size=size)], patch, share, options.masking or "random")[0]
     if masking == views.masking and views.mask:
@@ -211,7 +221,7 @@ def _check(options: ViewsOptions) -> None:
             raise UserError(
                 f"--{option.replace('_', '-')} must be at most {MOST_VIEWS}, got {getattr(options, option)}"
             )
-    smallest = Sizes.of(options.image_size).pixels[0]
+    smallest = shorter(Sizes.of(options.image_size).pixels[0])
     for name, least in (("images", 1), ("channels", 1), ("image_size", 8), ("patch_size", 1)):
         value = smallest if name == "image_size" else getattr(options, name)
         if value < least:

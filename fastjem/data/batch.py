@@ -14,7 +14,7 @@ from fastjem.data.views import MaskSpec, ViewSpec
 class Batch(NamedTuple):
     """V views of B images, on the run's device. A NamedTuple, as DDP, FSDP2, compile and pinning look into these."""
 
-    views: list[Tensor]  # V x [B, C, size, size], the large ones first
+    views: list[Tensor]  # V x [B, C, H, W], the large ones first
     index: Tensor  # [B] int64: the number in its source of the image that each row shows
     labels: Tensor | None = None  # [B] int64; None where the source has none
     masks: dict[int, Masks] = {}  # noqa: RUF012  by the number of the view; never changed in place
@@ -28,7 +28,7 @@ class Crops(NamedTuple):
     it. The views' parameters are those of the sample that was asked for, which the order of the epoch alone decides.
     """
 
-    views: list[Tensor]  # V x [B, size, size, C] uint8
+    views: list[Tensor]  # V x [B, H, W, C] uint8
     tables: list[Tensor]  # V x [B, P] float32: what is still to be done, by the columns of the augmentation table
     index: Tensor  # [B] int64: the image's number in its source
     epoch: int  # a batch lies in one epoch
@@ -56,7 +56,7 @@ def finish(
         seed: the run's.
         step: the number of the optimiser's step.
         dtype: of the views: float32, bfloat16 or float16.
-        channels_last: the views' memory format; their shape is [B, C, size, size] in either case.
+        channels_last: the views' memory format; their shape is [B, C, H, W] in either case.
     """
 
     def colours(view: Tensor, table: Tensor, spec: ViewSpec) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem.data.parameters import column
+from fastjem.data.size import Size
 from fastjem.kernels.augment.reference import blur_matrix
 
 THRESHOLD = 128  # of solarizing
@@ -58,7 +59,7 @@ def _brightness_and_contrast(x: Tensor, p: Tensor) -> Tensor:
     return sharper(brighter(x)).where(brightness_first, brighter(sharper(x)))
 
 
-def windows(images: Tensor, indices: Tensor, table: Tensor, *, size: int, bicubic: bool) -> Tensor:
+def windows(images: Tensor, indices: Tensor, table: Tensor, *, size: Size, bicubic: bool) -> Tensor:
     """`fastjem.functional.crop_resize` of images [N, H, W, C] uint8 of any number of channels, three at a time."""
     channels = images.shape[3]
     if channels == 3:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastjem.data import masks
 from fastjem.data.masks import SAMPLERS, Grid, Keyed
 from fastjem.data.philox import NO_VIEW, philox
+from fastjem.data.size import Size, as_size, in_patches, written
 from fastjem.data.views import MaskSpec, Views, ViewSpec
 from fastjem.errors import UserError, nearest
 
@@ -34,7 +35,7 @@ class Masks(NamedTuple):
     targets: Tensor | None = None  # [B, T, P] int64: the patches of each target block (I-JEPA)
 
 
-def mask_specs(views: Views, image_size: int, patch: int) -> list[MaskSpec]:
+def mask_specs(views: Views, image_size: Size, patch: int) -> list[MaskSpec]:
     """The masks of the large views in patches of `patch` pixels; none where the method hides nothing.
 
     Raises:
@@ -43,12 +44,12 @@ def mask_specs(views: Views, image_size: int, patch: int) -> list[MaskSpec]:
     if not views.mask:
         return []
     check_masking(views)
-    side = image_size // patch
-    check_grid(views, side, patch)
+    grid = in_patches(image_size, patch)
+    check_grid(views, grid, patch)
     masked = range(views.large) if views.masked_views is None else views.masked_views
     return [
         MaskSpec(
-            view, (side, side), views.mask, views.masking, views.drops, views.least_mask, views.masked_images
+            view, grid, views.mask, views.masking, views.drops, views.least_mask, views.masked_images
         )
         for view in masked
     ]  # fmt: skip
@@ -62,13 +63,14 @@ def masks_of_run(specs: Sequence[ViewSpec], patch: int, share: float, masking: s
     """
     found = []
     for view, spec in enumerate(specs):
-        side = spec.size // patch
-        hidden = masks.hidden_patches((side, side), share)
-        if hidden >= side * side:
+        grid = in_patches(spec.size, patch)
+        patches = grid[0] * grid[1]
+        hidden = masks.hidden_patches(grid, share)
+        if hidden >= patches:
             raise UserError(
-                f"--mask {share:g} leaves none of the {side * side} patches of a view of {spec.size} pixels"
+                f"--mask {share:g} leaves none of the {patches} patches of a view of {written(spec.size)} pixels"
             )
-        found.append(MaskSpec(view, (side, side), share, MASKINGS_OF_RUNS[masking], drops=True))
+        found.append(MaskSpec(view, grid, share, MASKINGS_OF_RUNS[masking], drops=True))
     return found
 
 
@@ -79,27 +81,37 @@ def check_masking(views: Views) -> None:
         raise UserError("block masks hide another number of patches in each image: they can only be replaced")
 
 
-def check_grid(views: Views, side: int, patch: int) -> None:
-    """UserError where side x side patches are too few for masks that hide some and leave others."""
-    if hides_some(views, side):
+def check_grid(views: Views, grid: Grid, patch: int) -> None:
+    """UserError where patches are too few, in rows and columns, for masks that hide some and leave others."""
+    if hides_some(views, grid):
         return
-    enough = next((more for more in range(side, MOST_SIDE) if hides_some(views, more)), None)
+    larger = (_longer(grid, side) for side in range(min(grid), MOST_SIDE))
+    enough = next((more for more in larger if hides_some(views, more)), None)
     if enough is None:
         raise UserError(f"a mask of {views.mask:g} hides no patch, or leaves none")
+    size, wanted = (written(as_size(rows * patch, columns * patch)) for rows, columns in (grid, enough))
     raise UserError(
-        f"--image-size {side * patch} is {side} x {side} patches of {patch} pixels, and {views.masking} masks need "
-        f"{enough} x {enough}: --image-size {enough * patch}, or smaller patches (--patch-size)"
+        f"--image-size {size} is {grid[0]} x {grid[1]} patches of {patch} pixels, and {views.masking} masks need "
+        f"{enough[0]} x {enough[1]}: --image-size {wanted}, or smaller patches (--patch-size)"
     )
 
 
-def hides_some(views: Views, side: int) -> bool:
-    """Whether masks of side x side patches hide some of them and leave others."""
-    patches = side * side
+def _longer(grid: Grid, side: int) -> Grid:
+    """A grid of about the same aspect, `side` its shorter one; of squares, and of those without a patch, a square."""
+    shorter = max(min(grid), 1)
+    rows, columns = (max(round(one * side / shorter), side) for one in grid)
+    return rows, columns
+
+
+def hides_some(views: Views, grid: Grid) -> bool:
+    """Whether masks of so many rows and columns of patches hide some of them and leave others."""
+    patches = grid[0] * grid[1]
+    in_blocks = min(grid) > 1  # no block is as high or as wide as the grid
     if views.masking == "multi_block":
-        return patches * masks.TARGET_SCALE[0] >= 1  # no block of I-JEPA's is smaller than that
+        return in_blocks and patches * masks.TARGET_SCALE[0] >= 1  # no block of I-JEPA's is smaller than that
     if views.masking == "block":
-        return patches > 1
-    return 0 < masks.hidden_patches((side, side), views.mask) < patches
+        return in_blocks
+    return 0 < masks.hidden_patches(grid, views.mask) < patches
 
 
 def drawn_masks(spec: MaskSpec, seed: int, epoch: int, samples: Tensor, step: int = 0) -> Masks:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastjem.data.philox import FIRST_COLOUR_BLOCK, FIRST_CROP_BLOCK, philox
+from fastjem.data.size import height_and_width
 from fastjem.data.views import ViewSpec
 from fastjem.kernels.augment import columns as column
 
@@ -30,7 +31,9 @@ class Parameters:
             return np.array([getattr(spec, name) for spec in specs], np.float64)
 
         self.scale = field("scale")
-        self.ratio = field("ratio")
+        sides = [height_and_width(spec.size) for spec in specs]
+        aspect = np.array([width / height for height, width in sides])
+        self.ratio = field("ratio") * aspect[:, None]
         self.log_ratio = np.log(self.ratio)
         self.tries = field("tries").astype(int)
         self.flip = field("flip")
@@ -86,7 +89,7 @@ class Parameters:
 
     def _crop(self, height: np.ndarray, width: np.ndarray, view: np.ndarray, numbers: Numbers) -> np.ndarray:
         """[N, 4]: top, left, height and width, torchvision's RandomResizedCrop: area and log aspect uniform, the first
-        of `tries` that fits into the image, or the centre."""
+        of `tries` that fits into the image, or the centre. The aspect is a ratio to the view's own."""
         crop = self._centre(height, width, view)
         left_over = np.arange(len(view))  # rows that no try has fitted yet
         for i in range(self.tries.max()):

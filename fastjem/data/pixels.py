@@ -19,6 +19,7 @@ from fastjem.data.files import read_file
 from fastjem.data.levels import KINDS, Levels
 from fastjem.data.parameters import column
 from fastjem.data.picture import Picture, picture, to_image
+from fastjem.data.size import Size, as_given, height_and_width
 from fastjem.data.source import Levelled, Source, decode, path_of, reason
 from fastjem.data.views import MEAN, STD, ViewSpec
 from fastjem.errors import UserError, nearest
@@ -31,10 +32,10 @@ LONGEST = 16  # times its shorter side: an image that is longer is cut before it
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images are `size` x `size` with `channels` values in `value_range`; the encoder is given
+    """Images are of `size` with `channels` values in `value_range`; the encoder is given
     `((x - low) / (high - low) - mean) / std`, mean and std by channel."""
 
-    size: int  # of the large views, in pixels
+    size: Size  # of the large views, in pixels: the side of a square, or (height, width)
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     channels: int = 3
@@ -44,7 +45,8 @@ class Pixels:
     def __post_init__(self) -> None:
         for name in ("mean", "std", "value_range"):  # a file has lists
             object.__setattr__(self, name, tuple(float(x) for x in getattr(self, name)))
-        if not 1 <= self.size <= LARGEST:
+        object.__setattr__(self, "size", as_given(self.size))
+        if not all(1 <= side <= LARGEST for side in height_and_width(self.size)):
             raise ValueError(f"Pixels: size must be between 1 and {LARGEST}, got {self.size}")
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(
@@ -94,8 +96,8 @@ class Pixels:
         return ((images / 255 - centre) / scale).contiguous(memory_format=memory_format)
 
     def prepare(self, images: Any, device: torch.device | str = "cpu") -> Tensor:
-        """Images as they come -> [B, C, size, size] float32 as the encoder takes them: the middle of each, by this
-        rule for its values. A single image gives B = 1.
+        """Images as they come -> [B, C, H, W] float32 as the encoder takes them, H and W those of `size`: the middle of
+        each, by this rule for its values. A single image gives B = 1.
 
         Args:
             images: a path, a file's bytes, an image of Pillow's, an array [H, W] or [H, W, C] of the values that the
@@ -167,25 +169,30 @@ def _picture(image: Any, levels: Levels) -> Picture:
     raise UserError(f"prepare: images must be {wanted}, got {type(image).__name__}")
 
 
-def whole_image(image: Picture, size: int) -> Tensor:
-    """The middle of an image, its shorter side resized to `size` (bilinear, antialiased): [C, size, size] uint8.
+def whole_image(image: Picture, size: Size) -> Tensor:
+    """The middle of an image that is resized to cover `size` (bilinear, antialiased): [C, H, W] uint8.
 
-    torchvision's `center_crop(resize(image, [size]), [size, size])`, which this equals bit for bit where the image is
-    at most `LONGEST` times as long as wide. Of a longer one the middle alone is resized, which rounds differently: a
-    picture of 5000 x 1 pixels, resized as a whole to 224, has 250 million.
+    Of squares it is torchvision's `center_crop(resize(image, [size]), [size, size])`, which this equals bit for bit
+    where the image is at most `LONGEST` times as long as wide; of H and W `center_crop(resize(image, covering), [H,
+    W])`, where `covering` has the image's aspect, and one side is H or W and the other no shorter than W or H, for
+    images up to `LONGEST` times as long as H x W asks. Of a longer one the middle alone is resized, which rounds
+    differently: a picture of 5000 x 1 pixels, resized as a whole to 224, has 250 million.
     """
-    short = min(image.size)
-    width, height = (int(size * side / short) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    if max(image.size) > LONGEST * short:
+    high, wide = height_and_width(size)
+    by_height = image.width * high  # the covering height is H where this is no less than the other
+    by_width = image.height * wide
+    height = max(high, int(by_width / image.width))
+    width = max(wide, int(by_height / image.height))
+    left, top = round((width - wide) / 2), round((height - high) / 2)
+    if max(by_height, by_width) > LONGEST * min(by_height, by_width):
         across = image.width / width
         down = image.height / height
-        box = (left * across, top * down, (left + size) * across, (top + size) * down)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+        box = (left * across, top * down, (left + wide) * across, (top + high) * down)
+        image = image.resize((wide, high), Image.Resampling.BILINEAR, box)
     else:
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-        image = image.crop((left, top, left + size, top + size))
+        image = image.crop((left, top, left + wide, top + high))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -207,7 +214,7 @@ class _WholeImages(Dataset):
 
 
 def whole_images(source: Source, indices: Sequence[int], pixels: Pixels) -> Dataset:
-    """The chosen images without augmentation, read by the pixels' levels: [C, size, size] uint8 each, for a DataLoader;
+    """The chosen images without augmentation, read by the pixels' levels: [C, H, W] uint8 each, for a DataLoader;
     `pixels.decoded.normalise` goes on.
 
     An image that can't be read is a UserError that names it.

@@ -27,7 +27,8 @@ def shared_like(row: np.ndarray, rows: int) -> Tensor:
     shape = (rows, *row.shape)
     if get_worker_info() is None:
         return out.new_empty(shape)
-    return out.set_(torch.UntypedStorage._new_shared(rows * row.nbytes), 0, shape)  # as torch's collate function does
+    storage = torch.UntypedStorage._new_shared(rows * row.nbytes)  # as torch's collate function does
+    return out.set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def check_semaphores(workers: int) -> None:

@@ -4,14 +4,11 @@
 """
 
 from collections.abc import Generator, Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastjem.data.batch import Crops
-
-T = TypeVar("T", Tensor, None)
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
@@ -49,7 +46,7 @@ def _uploaded(batches: Iterator[Crops], device: torch.device) -> Iterator[Crops]
 
 
 def _moved(crops: Crops, device: torch.device) -> Crops:
-    def moved(x: T) -> T:
+    def moved(x: Tensor | None) -> Tensor | None:
         return None if x is None else to_device(x, device)
 
     return crops._replace(

@@ -1,10 +1,12 @@
 """Recipes of augmentation as data: nothing here knows who draws the parameters or who moves the pixels.
 
 Each recipe names its source. Crops are RandomResizedCrop (area uniform in `scale`, aspect log-uniform in `ratio`,
-`tries` attempts, then the centre); jitter factors are (brightness, contrast, saturation, hue), hue in turns, applied
-in random order. All steps in order: crop, flip, jitter, grayscale, blur, solarize, normalise. Where a source flips last
-it is the same, as a flip can change places with every step behind the crop. Blurs are Gaussians of the sigma drawn, cut
-off at three of it, where sources take Pillow's three box blurs, 23 taps or 9.
+`tries` attempts, then the centre), where `ratio` is of a window's aspect to its view's: how much is stretched is the
+same whatever the shape of views, and for squares `ratio` is the window's own aspect, width over height; jitter factors
+are (brightness, contrast, saturation, hue), hue in turns, applied in random order. All steps in order: crop, flip,
+jitter, grayscale, blur, solarize, normalise. Where a source flips last it is the same, as a flip can change places with
+every step behind the crop. Blurs are Gaussians of the sigma drawn, cut off at three of it, where sources take Pillow's
+three box blurs, 23 taps or 9.
 """
 
 import dataclasses
@@ -13,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastjem.data.size import Size, scaled, shorter
 from fastjem.errors import UserError, nearest
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet; 1 is white
 STD = (0.229, 0.224, 0.225)
 OTHER_MEAN, OTHER_STD = 0.5, 0.25  # of every channel where they aren't red, green and blue: nobody's statistics
 SMALL_SCALE = (0.05, 0.14)  # the area of a small view where a recipe has none: SwAV's
+SMALL_VIEW = (96, 224)  # a small view's pixels for these of a large one
 LARGEST_WITHOUT_BLUR = 64  # at 64 pixels and less a blur removes what is left to see; CIFAR recipes leave it out
 
 Value = bool | int | float | str | Sequence
@@ -28,7 +32,7 @@ Value = bool | int | float | str | Sequence
 class ViewSpec:
     """One view of an image. Probabilities are of the step being applied at all."""
 
-    size: int = 224
+    size: Size = 224  # pixels: the side of a square, or (height, width)
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     tries: int = 10
@@ -179,13 +183,13 @@ class Views:
     masked_views: tuple[int, ...] | None = None  # which of the large views have masks; None: all of them
 
     def specs(
-        self, image_size: int, *, patch: int = 1, blur: bool | None = None, changes: Mapping[str, Value] | None = None,
+        self, image_size: Size, *, patch: int = 1, blur: bool | None = None, changes: Mapping[str, Value] | None = None,
         channels: int = 3,
     ) -> list[ViewSpec]:  # fmt: skip
-        """The large views and then the small ones, 96/224 of the image size, rounded to whole patches.
+        """The large views and then the small ones, 96/224 of the image size, each side rounded to whole patches.
 
         Args:
-            blur: None: as the recipe says, above 64 pixels.
+            blur: None: as the recipe says, where the shorter side is above 64 pixels.
             changes: fields of all views, "large.NAME" of the large or "small.NAME" of the small ones alone:
                 `{"flip": 0, "small.scale": "0.05,0.2"}`.
             channels: of the images, see `ViewSpec.with_channels`.
@@ -197,12 +201,11 @@ class Views:
             raise nearest("recipe", self.recipe, RECIPES)
         recipe = RECIPES[self.recipe]
         if blur is None:
-            blur = image_size > LARGEST_WITHOUT_BLUR
+            blur = shorter(image_size) > LARGEST_WITHOUT_BLUR
         specs = [replace(recipe.large[min(i, len(recipe.large) - 1)], size=image_size) for i in range(self.large)]
         if self.small:
-            size = max(round(image_size * 96 / 224 / patch), 1) * patch
             small = recipe.small or replace(recipe.large[-1], scale=SMALL_SCALE)
-            specs += [replace(small, size=size)] * self.small
+            specs += [replace(small, size=scaled(image_size, SMALL_VIEW, patch))] * self.small
         elif wrong := [key for key in changes or {} if key.startswith("small.")]:
             raise UserError(f"--view {wrong[0]}: there are no small views here (none at 64 pixels and less)")
         specs = [spec.with_channels(channels) for spec in specs]

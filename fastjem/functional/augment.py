@@ -60,19 +60,21 @@ def augment(
     return torch.ops.fastjem.augment(images, parameters, mean, std, dtype, channels_last, exact, threshold)
 
 
-def crop_resize(images: Tensor, indices: Tensor, parameters: Tensor, *, size: int, bicubic: bool = False) -> Tensor:
-    """Cut a window out of each of the images asked for and resize it to a square, antialiased.
+def crop_resize(
+    images: Tensor, indices: Tensor, parameters: Tensor, *, size: int | Sequence[int], bicubic: bool = False
+) -> Tensor:
+    """Cut a window out of each of the images asked for and resize it, antialiased.
 
     Args:
         images: [N, H, W, 3] uint8: all images, in memory.
         indices: [B] int64: which ones, on the same device; the same one may come more than once.
         parameters: [B, 13] float32 as for `augment`: columns 0-3 are the window's top, left, height and width in
             pixels; what lies outside the image is cut off.
-        size: of the result, in pixels.
+        size: of the result, in pixels: height and width, or the side of a square.
         bicubic: Keys' cubic (a = -0.5) in place of the triangle (bilinear).
 
     Returns:
-        [B, size, size, 3] uint8, within a level of torch's `interpolate(antialias=True)` of the window as uint8.
+        [B, height, width, 3] uint8, within a level of torch's `interpolate(antialias=True)` of the window as uint8.
 
     Raises:
         ValueError: for other shapes and dtypes.
@@ -83,8 +85,16 @@ def crop_resize(images: Tensor, indices: Tensor, parameters: Tensor, *, size: in
         checks.fail("crop_resize", "indices must be [B] int64", came)
     _check_table("crop_resize", parameters, len(indices))
     checks.one_device("crop_resize", (images, indices, parameters))
-    size = checks.integer("crop_resize", "size", size, 1)
-    return torch.ops.fastjem.crop_resize(images, indices, parameters, size, bicubic)
+    return torch.ops.fastjem.crop_resize(images, indices, parameters, _height_and_width(size), bicubic)
+
+
+def _height_and_width(size: object) -> list[int]:
+    """Of `crop_resize`: both sides."""
+    if not isinstance(size, Sequence) or isinstance(size, str):
+        return [checks.integer("crop_resize", "size", size, 1)] * 2
+    if len(size) != 2:
+        checks.fail("crop_resize", "size must be a number of pixels, or height and width", size)
+    return [checks.integer("crop_resize", "size", side, 1) for side in size]
 
 
 def _check_images(op: str, contract: str, images: Tensor) -> None:

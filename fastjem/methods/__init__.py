@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from fastjem.data.batch import Batch, Masks
+from fastjem.data.size import Size, shorter
 from fastjem.data.views import LARGEST_WITHOUT_BLUR, Views
 from fastjem.encoders import Encoder, Features
 from fastjem.methods.all4one import All4One
@@ -90,7 +91,7 @@ METHODS: dict[str, type[Method]] = {
 
 def views_of(
     method: str | Method | type[Method],
-    image_size: int,
+    image_size: Size,
     small_views: int | None = None,
     recipe: str | None = None,
     preset: str = "imagenet",
@@ -98,12 +99,12 @@ def views_of(
 ) -> Views:
     """What a method sees, with the preset's and then with what isn't None in place of its own.
 
-    At 64 pixels and less no small views unless they are asked for: of 32 pixels they would have 14, blown up from 8,
-    and hardly anything in them can be told; recipes for CIFAR leave them out.
+    At 64 pixels and less, of the shorter side, no small views unless they are asked for: of 32 pixels they would have
+    14, blown up from 8, and hardly anything in them can be told; recipes for CIFAR leave them out.
     """
     kind = METHODS[method] if isinstance(method, str) else method
     views = replace(kind.views, **preset_of(kind, preset).views)
-    if small_views is None and image_size <= LARGEST_WITHOUT_BLUR:
+    if small_views is None and shorter(image_size) <= LARGEST_WITHOUT_BLUR:
         small_views = 0
     return replace(
         views,

@@ -15,6 +15,7 @@ from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.dinov2 import DINOv2
 from fastjem.methods.protocol import About, Branch, RunFacts
+from fastjem.methods.transformer import rows_and_columns
 
 
 class DINOv3(DINOv2):
@@ -24,7 +25,8 @@ class DINOv3(DINOv2):
     given: the Gram teacher: a run folder, an encoder.safetensors, or timm's weights; empty: no Gram anchoring.
     teacher: of a run that is given, its momentum encoder in place of the trained one, as in the paper.
     gram_weight: of it. gram_from: the share of the run from which on it counts.
-    gram_size: pixels of the Gram teacher's images, 0 as they come; of larger ones its map of patches is made smaller.
+    gram_size: pixels of the shorter side of the Gram teacher's images, 0 as they come; of larger ones its map of
+    patches is made smaller.
     koleo: weight of KoLeo, which is of each rank's images.
     """
 
@@ -102,20 +104,18 @@ class DINOv3(DINOv2):
         if self.given is None:
             return losses
         assert seen.tokens is not None
-        anchor = self.given(torch.cat(batch.views[: self.views.large]), self.mean, self.std).tokens
-        if anchor is None:
+        given = self.given(torch.cat(batch.views[: self.views.large]), self.mean, self.std)
+        if given.tokens is None:
             raise ValueError("dinov3: the Gram teacher must be a vision transformer, as patches are compared")
-        anchor = _as_many(anchor, seen.tokens.shape[1])
+        anchor = _on_grid(given.tokens, rows_and_columns(given), rows_and_columns(seen))
         counts = (step >= self.gram_from).to(anchor.dtype)
         losses["gram"] = self.gram_weight * counts * F.gram_loss(seen.tokens, anchor)
         return losses
 
 
-def _as_many(tokens: Tensor, count: int) -> Tensor:
-    """[N, L, D] of a square of patches -> [N, count, D], of a smaller square, by bicubic interpolation."""
-    if tokens.shape[1] == count:
+def _on_grid(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """[N, L, D] of a grid of patches -> [N, L', D] of a smaller one over the same image, by bicubic interpolation."""
+    if grid == wanted:
         return tokens
-    side = round(tokens.shape[1] ** 0.5)
-    wanted = round(count**0.5)
-    maps = tokens.mT.unflatten(2, (side, side))
-    return interpolate(maps, (wanted, wanted), mode="bicubic", antialias=True).flatten(2).mT
+    maps = tokens.mT.unflatten(2, grid)
+    return interpolate(maps, wanted, mode="bicubic", antialias=True).flatten(2).mT

@@ -20,7 +20,7 @@ class Distill(Method):
     loss: "cosine", or "mse" between features of length one (twice as much).
     teacher: of a run that is given, its momentum encoder in place of the trained one.
     layers: of the head; 1 is linear.
-    size: pixels of the given encoder's images, 0 as they come.
+    size: pixels of the shorter side of the given encoder's images, 0 as they come.
     """
 
     about = About("distillation", "the targets are given", "of features: Romero et al. 2015, arXiv 1412.6550")

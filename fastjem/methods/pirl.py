@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 import fastjem.functional as F
 from fastjem.data.batch import Batch
 from fastjem.data.philox import drawn_in_a_step
+from fastjem.data.size import height_and_width, written
 from fastjem.data.views import Views
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
@@ -59,9 +60,9 @@ class PIRL(Method):
         ranges.positive("pirl", temperature=temperature)
         ranges.shares("pirl", share=share, memory=memory)
         for size in run.image_sizes or (run.image_size,):
-            if run.patch > 1 and size // SIDE % run.patch:
+            if run.patch > 1 and any(side // SIDE % run.patch for side in height_and_width(size)):
                 raise ValueError(
-                    f"pirl: a third of the image's {size} pixels must be whole patches of {run.patch} pixels"
+                    f"pirl: a third of the image's {written(size)} pixels must be whole patches of {run.patch} pixels"
                 )
         self.projector = nn.Linear(width, dim)
         self.pieces = nn.Linear(width, dim)
@@ -117,8 +118,8 @@ def pieces_in_order(images: Tensor, order: Tensor) -> Tensor:
 
     Pixels that are left over at the right and at the bottom belong to none.
     """
-    size = images.shape[-1] // SIDE
-    pieces = images[..., : SIDE * size, : SIDE * size].unfold(2, size, size).unfold(3, size, size)
+    height, width = images.shape[2] // SIDE, images.shape[3] // SIDE
+    pieces = images[..., : SIDE * height, : SIDE * width].unfold(2, height, height).unfold(3, width, width)
     pieces = pieces.flatten(2, 3).transpose(1, 2)  # [B, 9, C, h, w]
     at = torch.arange(pieces.shape[0], device=images.device)[:, None]
     return pieces[at, order].flatten(0, 1).contiguous()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjem.data.batch import Batch, Masks
+from fastjem.data.size import Size
 from fastjem.data.views import MEAN, STD, Views
 from fastjem.encoders import Encoder, Features
 from fastjem.errors import nearest
@@ -35,8 +36,8 @@ class RunFacts:
     accumulate: int = 1  # forward passes of one optimiser step
     ranks: int = 1
     seed: int = 0
-    image_size: int = 0  # of the large views, in pixels; where it grows on the way, in the end
-    image_sizes: tuple[int, ...] = ()  # of each stage, where it grows on the way; batches have their own size
+    image_size: Size = 0  # of the large views, in pixels, or (height, width); where it grows on the way, in the end
+    image_sizes: tuple[Size, ...] = ()  # of each stage, where it grows on the way; batches have their own size
     patch: int = 0  # of the encoder, in pixels; 1: it has none
     channels: int = 3
     prefix_tokens: int = 0  # of the encoder
@@ -213,7 +214,8 @@ def _joined(parts: Sequence[Features]) -> Features:
     if len(tokens) < len(parts) or len({x.shape[1] for x in tokens}) > 1:
         return Features(pooled)
     layers = tuple(torch.cat(same) for same in zip(*(part.layers for part in parts), strict=True))
-    return Features(pooled, torch.cat(tokens), layers)
+    grids = {part.grid for part in parts}
+    return Features(pooled, torch.cat(tokens), layers, grids.pop() if len(grids) == 1 else None)
 
 
 class Method(nn.Module):

@@ -4,12 +4,16 @@ Blocks are timm's. Positions are fixed sines and cosines of the patches' places.
 grid of patches: they lie in the same frame, so that a place in the image has the same position whatever the size.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from fastjem.data.size import Size, in_patches
+from fastjem.encoders import Features
 
 
 class TokenPredictor(nn.Module):
@@ -154,7 +158,22 @@ def sines_and_cosines(
     return torch.cat(both, 2).flatten(0, 1).float()
 
 
-def grid_of(image_size: int, patch: int) -> tuple[int, int]:
-    """Patches in a square image's height and width; 1 where a run hasn't said how large they are."""
-    side = max(image_size // max(patch, 1), 1)
+def rows_and_columns(features: Features) -> tuple[int, int]:
+    """Of the places that an image's tokens are of; where an encoder of one's own doesn't say them, those of a square.
+
+    Raises:
+        ValueError: where there are no tokens, or not as many as a square has.
+    """
+    if features.grid is not None:
+        return features.grid
+    count = 0 if features.tokens is None else features.tokens.shape[1]
+    side = math.isqrt(count)
+    if not count or side * side != count:
+        raise ValueError(f"Features: {count} tokens are no square's: the encoder must say their `grid`")
     return side, side
+
+
+def grid_of(image_size: Size, patch: int) -> tuple[int, int]:
+    """Patches in an image's height and width; 1 where a run hasn't said how large they are."""
+    rows, columns = in_patches(image_size, max(patch, 1))
+    return max(rows, 1), max(columns, 1)

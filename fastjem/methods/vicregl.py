@@ -9,6 +9,7 @@ from fastjem.kernels.augment import columns as column
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, Preset
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
+from fastjem.methods.transformer import rows_and_columns
 from fastjem.nn.covariance import VICRegLLoss
 from fastjem.nn.parts import MLP
 
@@ -90,10 +91,10 @@ class VICRegL(Method):
         for view, table in zip(batch.views, batch.tables, strict=True):
             encoded = student.encode([view], tokens=True)
             assert encoded.tokens is not None  # as they are asked for
-            side = round(encoded.tokens.shape[1] ** 0.5)
-            local = student.local_projector(encoded.tokens.flatten(0, 1)).unflatten(0, (-1, side, side))
+            rows, columns = rows_and_columns(encoded)
+            local = student.local_projector(encoded.tokens.flatten(0, 1)).unflatten(0, (-1, rows, columns))
             features.append((student.projector(encoded.pooled), local))
-            grids.append(places(table, side))
+            grids.append(places(table, rows, columns))
         student.note(projection=features[0][0].detach())
         large = self.views.large
         if len(features) == large:
@@ -101,13 +102,15 @@ class VICRegL(Method):
         return self.criterion(features[:large], grids[:large], features[large:], grids[large:])
 
 
-def places(table: Tensor, side: int) -> Tensor:
-    """[B, side, side, 2]: where in its image, in pixels, the middle of each place of a view's feature map is: (x, y).
+def places(table: Tensor, rows: int, columns: int) -> Tensor:
+    """[B, rows, columns, 2]: where in its image, in pixels, the middle of each place of a view's map is: (x, y).
 
     table: [B, P], how the views were cut (`fastjem.kernels.augment.columns`).
     """
-    steps = (torch.arange(side, device=table.device, dtype=table.dtype) + 0.5) / side
-    across = torch.where(table[:, column.FLIP, None] > 0, 1 - steps, steps)  # [B, side]
+    down, across = (
+        (torch.arange(count, device=table.device, dtype=table.dtype) + 0.5) / count for count in (rows, columns)
+    )
+    across = torch.where(table[:, column.FLIP, None] > 0, 1 - across, across)  # [B, columns]
     x = table[:, column.LEFT, None] + across * table[:, column.WIDTH, None]
-    y = table[:, column.TOP, None] + steps * table[:, column.HEIGHT, None]
-    return torch.stack([x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], 3)
+    y = table[:, column.TOP, None] + down * table[:, column.HEIGHT, None]
+    return torch.stack([x[:, None, :].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, columns)], 3)

@@ -50,14 +50,15 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch_size**2 * c)
 
 
-def unpatchify(patches: Tensor, patch_size: int, channels: int = 3) -> Tensor:
-    """The inverse of `patchify`, for square images."""
+def unpatchify(patches: Tensor, patch_size: int, channels: int = 3, *, grid: tuple[int, int] | None = None) -> Tensor:
+    """The inverse of `patchify`. grid: patches in the images' height and width; None: these are squares."""
     b, count, _ = patches.shape
-    side = round(count**0.5)
-    if side * side != count:
-        raise ValueError(f"unpatchify: patches must be a square of them, got {count}")
-    pixels = patches.reshape(b, side, side, patch_size, patch_size, channels)
-    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, side * patch_size, side * patch_size)
+    rows, columns = grid or (round(count**0.5),) * 2
+    if rows * columns != count:
+        wanted = f"{rows} x {columns}" if grid else "a square"
+        raise ValueError(f"unpatchify: patches must be {wanted} of them, got {count}")
+    pixels = patches.reshape(b, rows, columns, patch_size, patch_size, channels)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, rows * patch_size, columns * patch_size)
 
 
 def most_similar_index(x: Tensor, y: Tensor) -> Tensor:

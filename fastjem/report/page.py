@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastjem.checkpoints import write_atomically
 from fastjem.data.masking import mask_specs, masks_of_run
+from fastjem.data.size import written
 from fastjem.data.spread import spread
 from fastjem.data.stages import Sizes
 from fastjem.errors import UserError
@@ -118,7 +119,7 @@ def status(run: Run) -> Escaped:
     progress = "finished" if done and done == steps else f"{done:,}{of_all} steps"
     images = run.environment.get("images")
     data = f" on {images:,} images" if images else ""
-    sizes = ", then ".join(map(str, Sizes.of(config["image_size"]).pixels))
+    sizes = ", then ".join(map(written, Sizes.of(config["image_size"]).pixels))
     what = f"{config.get('method')}, {config.get('backbone')} at {sizes} pixels{data}"
     return html.escape(f"{what}: {progress}")
 
@@ -249,7 +250,7 @@ def seen(run: Run) -> str:
     if not shown:
         why = "not shown" if embeddings.hidden else "gone"
         return f'<p class="note">The images in {html.escape(embeddings.root)} are {why}.</p>'
-    at_last = f", but of {size} pixels, as the last ones have" if sizes.shares else ""
+    at_last = f", but of {written(size)} pixels, as the last ones have" if sizes.shares else ""
     return f'{view_table(shown, titles(views, mask is not None))}<p class="note">As in the first epoch{at_last}.</p>'
 
 

@@ -10,6 +10,6 @@ OPERATORS = {
         gpu=True,
     ),
     "crop_resize": Operator(
-        "(Tensor images, Tensor indices, Tensor parameters, int size, bool bicubic) -> Tensor", cpu=True, gpu=True
+        "(Tensor images, Tensor indices, Tensor parameters, int[2] size, bool bicubic) -> Tensor", cpu=True, gpu=True
     ),
 }

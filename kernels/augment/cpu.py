@@ -1,5 +1,7 @@
 """The image operators on the CPU, in C++."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def crop_resize(
     images: Tensor,  # [N, H, W, 3] uint8
     indices: Tensor,  # [B] int64
     parameters: Tensor,  # [B, P]
-    size: int,
+    size: Sequence[int],  # height and width
     bicubic: bool,
 ) -> Tensor:
     if parameters.dtype != torch.float32:
@@ -59,7 +61,7 @@ def crop_resize(
     images = images.contiguous()
     indices = indices.contiguous()
     parameters = parameters.contiguous()
-    out = torch.empty((len(indices), size, size, 3), dtype=torch.uint8)
+    out = torch.empty((len(indices), *size, 3), dtype=torch.uint8)
     _C.crop_resize(
         address(images),
         address(indices),
@@ -67,7 +69,7 @@ def crop_resize(
         len(indices),
         height,
         width,
-        size,
+        *size,
         bicubic,
         address(out),
         torch.get_num_threads(),

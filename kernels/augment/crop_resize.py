@@ -3,6 +3,8 @@
 A program makes a block of a view's pixels, each from the pixels of the window that it covers.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -44,11 +46,12 @@ def _crop_resize_kernel(
     images,  # [N, H, W, 3] uint8
     indices,  # [B] int64
     parameters,  # [B, P] float32
-    out,  # [B, size, size, 3] uint8
+    out,  # [B, out_height, out_width, 3] uint8
     N,
     H,
     W,
-    size,
+    out_height,
+    out_width,
     BICUBIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -61,14 +64,14 @@ def _crop_resize_kernel(
     images += (index * H + top) * W * 3 + left * 3
 
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = pixel < size * size
+    mask = pixel < out_height * out_width
     radius: tl.constexpr = 2.0 if BICUBIC else 1.0
-    y_scale = height.to(tl.float32) / size
-    x_scale = width.to(tl.float32) / size
+    y_scale = height.to(tl.float32) / out_height
+    x_scale = width.to(tl.float32) / out_width
     y_wide = tl.maximum(y_scale, 1.0)
     x_wide = tl.maximum(x_scale, 1.0)
-    y_centre = y_scale * ((pixel // size).to(tl.float32) + 0.5)
-    x_centre = x_scale * ((pixel % size).to(tl.float32) + 0.5)
+    y_centre = y_scale * ((pixel // out_width).to(tl.float32) + 0.5)
+    x_centre = x_scale * ((pixel % out_width).to(tl.float32) + 0.5)
     y_first = tl.floor(y_centre - radius * y_wide + 0.5).to(tl.int32)
     x_first = tl.floor(x_centre - radius * x_wide + 0.5).to(tl.int32)
     y_taps = tl.ceil(2 * radius * y_wide).to(tl.int32)
@@ -101,7 +104,7 @@ def _crop_resize_kernel(
         blue += y_weight * _level(row_blue * over)
         weights += y_weight
     over = 1 / tl.where(weights > 0, weights, 1.0)
-    out += view * size * size * 3 + pixel * 3
+    out += view * out_height * out_width * 3 + pixel * 3
     tl.store(out, _level(red * over).to(tl.uint8), mask)
     tl.store(out + 1, _level(green * over).to(tl.uint8), mask)
     tl.store(out + 2, _level(blue * over).to(tl.uint8), mask)
@@ -111,7 +114,7 @@ def crop_resize(
     images: Tensor,  # [N, H, W, 3] uint8
     indices: Tensor,  # [B] int64
     parameters: Tensor,  # [B, P]
-    size: int,
+    size: Sequence[int],  # height and width
     bicubic: bool,
 ) -> Tensor:
     if parameters.dtype != torch.float32:
@@ -119,9 +122,10 @@ def crop_resize(
     images = images.contiguous()
     indices = indices.contiguous()
     parameters = parameters.contiguous()
-    out = torch.empty((len(indices), size, size, 3), dtype=torch.uint8, device=images.device)
-    tile = tiling.crop_resize(size)
-    grid = (len(indices), triton.cdiv(size * size, tile["BLOCK"]))
+    out = torch.empty((len(indices), *size, 3), dtype=torch.uint8, device=images.device)
+    pixels = size[0] * size[1]
+    tile = tiling.crop_resize(pixels)
+    grid = (len(indices), triton.cdiv(pixels, tile["BLOCK"]))
     launch.launch(
         _crop_resize_kernel,
         grid,
@@ -130,7 +134,7 @@ def crop_resize(
         parameters,
         out,
         *images.shape[:3],
-        size,
+        *size,
         BICUBIC=bicubic,
         **tile,
         device_of=images,

@@ -1,5 +1,7 @@
 """The specification of the image operators; columns.py describes their table of parameters."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -131,17 +133,17 @@ def crop_resize(
     images: Tensor,  # [N, H, W, 3] uint8
     indices: Tensor,  # [B] int64
     parameters: Tensor,  # [B, P]
-    size: int,
+    size: Sequence[int],  # height and width
     bicubic: bool,
 ) -> Tensor:
-    """[B, size, size, 3] uint8: the windows TOP, LEFT, HEIGHT, WIDTH of images `indices`, resized with antialiasing.
+    """[B, *size, 3] uint8: the windows TOP, LEFT, HEIGHT, WIDTH of images `indices`, resized with antialiasing.
 
     Columns first, rounded to levels, then rows, as torch does on uint8. Windows are cut to the image.
     """
     top, left, height, width = parameters[:, : WIDTH + 1].unbind(1)
     x = images[indices].permute(0, 3, 1, 2).to(parameters.dtype)
-    across = resize_matrix(left, width, images.shape[2], size, bicubic)[:, None]
-    down = resize_matrix(top, height, images.shape[1], size, bicubic)[:, None]
+    across = resize_matrix(left, width, images.shape[2], size[1], bicubic)[:, None]
+    down = resize_matrix(top, height, images.shape[1], size[0], bicubic)[:, None]
     x = (x @ across.mT + 0.5).floor().clamp(0, 255)
     x = (down @ x + 0.5).floor().clamp(0, 255)
     return x.permute(0, 2, 3, 1).to(torch.uint8).contiguous()

@@ -84,7 +84,7 @@ def crop_case(count: int, source: int, size: int, bicubic: bool = False, **optio
 
     return Case(
         "crop_resize", f"{count} x {source} -> {size}" + (", bicubic" if bicubic else ""), inputs,
-        lambda images, indices, parameters: reference.crop_resize(images, indices, parameters, size, bicubic),
+        lambda images, indices, parameters: reference.crop_resize(images, indices, parameters, (size, size), bicubic),
         lambda images, indices, parameters: F.crop_resize(images, indices, parameters, size=size, bicubic=bicubic),
         dtype=torch.uint8,
         bytes=count * 3 * (int(0.42 * source * source) + size * size), **options,

@@ -23,6 +23,7 @@ from fastjem.data.loaders.jpeg import jpeg_size
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_keys
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import to_image
+from fastjem.data.size import height_and_width
 from fastjem.data.source import Source, read_or_next, rule_of
 from fastjem.data.upload import uploaded
 from fastjem.data.views import ViewSpec
@@ -220,7 +221,7 @@ def build_pipeline(
     feed: Callable[[], tuple], specs: Sequence[ViewSpec], *, batch: int, device: str = "cpu", threads: int = 2,
     prefetch: int = 2, decoder_share: float | None = DECODER_SHARE,
 ) -> Any:  # fmt: skip
-    """DALI's graph: files and windows in, a [size, size, 3] uint8 view of each spec out.
+    """DALI's graph: files and windows in, a [H, W, 3] uint8 view of each spec out.
 
     One for the GPU can be described without a GPU, but not run.
     """
@@ -242,7 +243,7 @@ def build_pipeline(
             # cut first: a resize of a region of interest sees pixels outside of it
             cut = fn.slice(images, corner, extent, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
             kind = types.INTERP_CUBIC if spec.bicubic else types.INTERP_LINEAR
-            views.append(fn.resize(cut, size=[spec.size, spec.size], interp_type=kind, antialias=True))
+            views.append(fn.resize(cut, size=list(height_and_width(spec.size)), interp_type=kind, antialias=True))
         pipeline.set_outputs(*views)
     pipeline.build()
     return pipeline

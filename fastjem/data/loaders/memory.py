@@ -20,6 +20,7 @@ from fastjem.data.levels import levels_of, survey, to_levels
 from fastjem.data.loaders.protocol import Budget, Order, mask_keys
 from fastjem.data.parameters import Parameters
 from fastjem.data.picture import Picture
+from fastjem.data.size import Size, as_size, height_and_width
 from fastjem.data.source import SOURCES, NoneReadable, Source, decode, inner, path_of, read_or_next, reason, rule_of
 from fastjem.data.sources.arrays import Arrays, channels_axis, read_arrays
 from fastjem.data.sources.mixture import Mixture
@@ -106,12 +107,13 @@ class ImageArray:
 
     @classmethod
     def from_source(
-        cls, source: Source, *, size: int, budget: float = 4 * GIBIBYTE, threads: int = 0, unchanged: bool = False
+        cls, source: Source, *, size: Size, budget: float = 4 * GIBIBYTE, threads: int = 0, unchanged: bool = False
     ) -> "ImageArray":
-        """Every image of a source, its shorter side resized to `size` pixels and the middle square kept.
+        """Every image of a source, its middle of the aspect of `size` resized to `size`.
 
         Args:
-            size: in pixels, H and W of the array; images of that size already stay as they are.
+            size: in pixels, H and W of the array: a square's side, or both; images of that size already stay as they
+                are.
             budget: the most bytes that the array may take. Beyond it a UserError says which size would fit.
             threads: that decode; 0: as many as there are cores.
             unchanged: no image may be resized or cut; OtherSizeError for one that would have to be.
@@ -120,14 +122,17 @@ class ImageArray:
         """
         count = len(source)
         channels = channels_of(source)
-        needed = count * size * size * channels
+        height, width = height_and_width(size)
+        needed = count * height * width * channels
         if needed > budget:
-            fits = int((budget / channels / count) ** 0.5)
+            pixels = budget / channels / count
+            high = int((pixels * height / width) ** 0.5)
+            wide = int((pixels * width / height) ** 0.5)
             raise UserError(
-                f"{count} images of {size} x {size} take {needed / GIBIBYTE:.2f} GiB, more than the budget of "
-                f"{budget / GIBIBYTE:.2f} GiB; {fits} x {fits} would fit"
+                f"{count} images of {height} x {width} take {needed / GIBIBYTE:.2f} GiB, more than the budget of "
+                f"{budget / GIBIBYTE:.2f} GiB; {high} x {wide} would fit"
             )
-        images = np.empty((count, size, size, channels), np.uint8)
+        images = np.empty((count, height, width, channels), np.uint8)
         reasons: dict[int, str] = {}
         others: list[int] = []  # images of another size, where that is refused
 
@@ -136,17 +141,17 @@ class ImageArray:
                 return
             try:
                 image = decode(source, i)
-                if unchanged and image.size != (size, size):
+                if unchanged and image.size != (width, height):
                     others.append(i)
                     return
-                images[i] = middle_square(image, size)
+                images[i] = middle(image, size)
             except Exception as error:  # whatever a decoder may raise on a broken file
                 reasons[i] = reason(error, path_of(source, i))
 
         with ThreadPoolExecutor(threads or available_cores()) as pool:
             list(pool.map(read, range(count)))
         if others:
-            raise OtherSizeError(f"{path_of(source, others[0])} isn't {size} x {size}")
+            raise OtherSizeError(f"{path_of(source, others[0])} isn't {height} x {width}")
         unreadable = [(path_of(source, i), reasons[i]) for i in sorted(reasons)]
         samples = np.array([i for i in range(count) if i not in reasons], dtype=np.int64)
         if not len(samples):
@@ -156,14 +161,14 @@ class ImageArray:
         return cls(torch.from_numpy(held), labels, list(source.classes), torch.from_numpy(samples), unreadable)
 
     def crops(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec]) -> list[Tensor]:
-        """V tensors [B, size, size, C] uint8: the tables' windows of images `indices`, in the specs' sizes."""
+        """V tensors [B, H, W, C] uint8: the tables' windows of images `indices`, in the specs' sizes."""
         return [
             windows(self.images, indices, table, size=spec.size, bicubic=spec.bicubic)
             for table, spec in zip(tables, specs, strict=True)
         ]
 
     def views(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec], **options) -> list[Tensor]:
-        """V tensors [B, C, size, size]: the tables carried out; options as of `fastjem.functional.augment`."""
+        """V tensors [B, C, H, W]: the tables carried out; options as of `fastjem.functional.augment`."""
         return [
             augmented(crop, table, mean=spec.mean, std=spec.std, **options)
             for crop, table, spec in zip(self.crops(indices, tables, specs), tables, specs, strict=True)
@@ -176,15 +181,22 @@ def channels_of(source: Source) -> int:
     return rule.channels if rule else 3
 
 
-def middle_square(image: Picture, size: int) -> np.ndarray:
-    """The largest square in the middle of an image, resized: [size, size, C] uint8."""
-    if image.size != (size, size):
-        short = min(image.size)
-        left = (image.width - short) / 2
-        top = (image.height - short) / 2
-        box = (left, top, left + short, top + short)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+def middle(image: Picture, size: Size) -> np.ndarray:
+    """The largest part of the aspect of `size` in the middle of an image, resized: [H, W, C] uint8."""
+    height, width = height_and_width(size)
+    if image.size != (width, height):
+        down, across = _largest(image.height, image.width, size)
+        left = (image.width - across) / 2
+        top = (image.height - down) / 2
+        box = (left, top, left + across, top + down)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image)
+
+
+def _largest(height: int, width: int, size: Size) -> tuple[float, float]:
+    """Height and width of the largest part of an image that has the aspect of `size`: of squares, the shorter side."""
+    high, wide = height_and_width(size)
+    return min(height, width * high / wide), min(width, height * wide / high)
 
 
 class MemoryLoader:
@@ -240,43 +252,43 @@ class MemoryLoader:
             unreadable = []
 
 
-def side_in_memory(source: Source, specs: Sequence[ViewSpec]) -> int:
-    """Pixels of the images that are held: as many as the views need, or as the largest has where all are smaller.
+def size_in_memory(source: Source, specs: Sequence[ViewSpec]) -> Size:
+    """Pixels of the images that are held: as many as the views need, or as the largest has where all are smaller, in
+    the large views' aspect.
 
     No single file decides: the sides of `SIZES` images are looked at, evenly over the source.
     """
-    needed = round(specs[0].size * ENLARGED)
-    largest = 0
+    size = specs[0].size
+    needed = as_size(*(round(side * ENLARGED) for side in height_and_width(size)))
+    largest = (0.0, 0.0)
     for i in spread(len(source), SIZES).tolist():
         try:
-            largest = max(largest, shorter_side(source, i))
+            largest = max(largest, _largest(*sides(source, i), size))
         except Exception:  # whatever is wrong with it is said when it is read
             continue
-        if largest >= needed:
+        if largest >= height_and_width(needed):
             return needed
-    # where none of these can be read, one of the others may be
-    return largest or min(*read_or_next(source, 0, lambda i: decode(source, i)).value.size, needed)
-
-
-def shorter_side(source: Source, i: int) -> int:
-    """In pixels, of a file by its header."""
-    return min(sides(source, i))
+    if not any(largest):  # where none of these can be read, one of the others may be
+        width, height = read_or_next(source, 0, lambda i: decode(source, i)).value.size
+        largest = min(_largest(height, width, size), height_and_width(needed))
+    return as_size(*(max(round(side), 1) for side in largest))
 
 
 def sides(source: Source, i: int) -> tuple[int, int]:
-    """Two sides of an image in pixels, of a file by its header."""
+    """Height and width of an image in pixels, of a file by its header."""
     data = source.read(i)
     if isinstance(data, np.ndarray):
         return data.shape[0], data.shape[1]
     try:
-        return open_image(data).size
+        width, height = open_image(data).size
     except UnidentifiedImageError:  # a TIFF file that Pillow has no mode for
-        return decode(source, i).size
+        width, height = decode(source, i).size
+    return height, width
 
 
 def are_small(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
-    """Whether files' images are so small that they are best held as they are: squares of one size up to `SMALL`
-    pixels, no larger than the views need, that fit in so much memory, `UNASKED` GiB at most.
+    """Whether files' images are so small that they are best held as they are: of one size with the views' aspect, their
+    sides up to `SMALL` pixels, no larger than the views need, that fit in so much memory, `UNASKED` GiB at most.
 
     `SIZES` images are looked at, evenly over the source, up to the first that isn't. Another one may be of another size
     nevertheless: `create(unchanged=True)` sees all of them. What an object of the user's reads may be another image
@@ -292,14 +304,18 @@ def are_small(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bo
             found.add(sides(source, i))
         except Exception:  # whatever is wrong with it is said when it is read
             continue
-        width, height = min(found)
-        if len(found) > 1 or width != height or width > min(SMALL, round(specs[0].size * ENLARGED)):
+        height, width = min(found)
+        high, wide = height_and_width(specs[0].size)
+        if len(found) > 1 or width * high != height * wide or max(width, height) > SMALL:
+            return False
+        if width > round(wide * ENLARGED):
             return False
     return bool(found) and fits_in_memory(source, specs, min(gibibytes, UNASKED))
 
 
 def fits_in_memory(source: Source, specs: Sequence[ViewSpec], gibibytes: float) -> bool:
-    return channels_of(source) * len(source) * side_in_memory(source, specs) ** 2 <= gibibytes * GIBIBYTE
+    height, width = height_and_width(size_in_memory(source, specs))
+    return channels_of(source) * len(source) * height * width <= gibibytes * GIBIBYTE
 
 
 def create(
@@ -311,8 +327,8 @@ def create(
         UserError: if they take more than the budget's memory, with the size that would fit.
         OtherSizeError: with `unchanged`, for an image that would have to be resized or cut.
     """
-    side = side_in_memory(source, specs)
-    array = ImageArray.from_source(source, size=side, budget=budget.memory * GIBIBYTE, unchanged=unchanged)
+    size = size_in_memory(source, specs)
+    array = ImageArray.from_source(source, size=size, budget=budget.memory * GIBIBYTE, unchanged=unchanged)
     loader = MemoryLoader(array.to(budget.device), specs, order)
     loader.decoder_share = budget.decoder_share
     return loader

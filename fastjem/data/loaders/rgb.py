@@ -39,7 +39,10 @@ def tall_first() -> bool | None:
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     for first in (True, False):
         both = (
-            (_resized(image, box, bicubic, first), np.asarray(_by_pillow(Image.fromarray(image), box, 9, bicubic)))
+            (
+                _resized(image, box, (9, 9), bicubic, first),
+                np.asarray(_by_pillow(Image.fromarray(image), box, (9, 9), bicubic)),
+            )
             for box in BOXES
             for bicubic in (False, True)
         )
@@ -92,28 +95,35 @@ def _plain_jpeg(data: bytes) -> np.ndarray | None:
 
 def size_of(image: Pixels) -> tuple[int, int]:
     """Height and width."""
-    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    return image.height, image.width
 
 
-def window(image: Pixels, box: tuple[int, int, int, int], size: int, bicubic: bool) -> np.ndarray:
-    """`image.crop(box).resize((size, size))` of Pillow, with antialiasing: [size, size, C] uint8.
+def window(image: Pixels, box: tuple[int, int, int, int], size: tuple[int, int], bicubic: bool) -> np.ndarray:
+    """`image.crop(box).resize((width, height))` of Pillow, with antialiasing: [height, width, C] uint8.
 
     Args:
         box: left, top, right, bottom.
+        size: height and width.
     """
     first = tall_first()
     if isinstance(image, np.ndarray) and first is not None:
-        return _resized(image, box, bicubic, first, size)
+        return _resized(image, box, size, bicubic, first)
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     return np.asarray(_by_pillow(picture, box, size, bicubic))
 
 
-def _resized(image: np.ndarray, box: tuple[int, int, int, int], bicubic: bool, first: bool, size: int = 9):
-    out = np.empty((size, size, 3), np.uint8)
+def _resized(
+    image: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], bicubic: bool, first: bool
+) -> np.ndarray:
+    out = np.empty((*size, 3), np.uint8)
+    assert resize_window is not None  # `tall_first` has looked
     resize_window(image, box, bicubic, first, out)
     return out
 
 
-def _by_pillow(image: Picture, box: tuple[int, int, int, int], size: int, bicubic: bool) -> Picture:
+def _by_pillow(image: Picture, box: tuple[int, int, int, int], size: tuple[int, int], bicubic: bool) -> Picture:
     mode = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-    return image.crop(box).resize((size, size), mode)
+    height, width = size
+    return image.crop(box).resize((width, height), mode)

@@ -16,6 +16,7 @@ from fastjem.data.loaders import ahead, rgb
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_keys
 from fastjem.data.parameters import Parameters, column
 from fastjem.data.sharing import check_semaphores, share, shared_like
+from fastjem.data.size import height_and_width
 from fastjem.data.source import NoneReadable, Read, Source, read_or_next
 from fastjem.data.upload import uploaded
 from fastjem.data.views import ViewSpec
@@ -24,9 +25,9 @@ HELD = 2**21  # pixels of decoded images that a batch holds at a time: what stay
 
 
 def crop(image: rgb.Pixels, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
-    """The window of a table's row [P], resized with antialiasing: [size, size, C] uint8."""
+    """The window of a table's row [P], resized with antialiasing: [H, W, C] uint8."""
     top, left, height, width = (int(x) for x in row[column.TOP : column.WIDTH + 1])
-    return rgb.window(image, (left, top, left + width, top + height), spec.size, spec.bicubic)
+    return rgb.window(image, (left, top, left + width, top + height), height_and_width(spec.size), spec.bicubic)
 
 
 class _BatchesByKeys(Dataset):

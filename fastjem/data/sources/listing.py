@@ -1,5 +1,6 @@
 """A list of image files: a path a line in a .txt file, or a column of a .csv or .tsv file."""
 
+import codecs
 import csv
 import os
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
 class Listing:
     """The files that a list names, none of which is looked at before it is read; relative paths begin at its folder.
 
-    In a .txt file blank lines and those that begin with "#" are left out. A .csv or .tsv file has a header: one column
-    has the paths, perhaps another one labels, numbers or names. They are found by usual names (`labels.IMAGES`,
-    `labels.LABELS`) or named behind the list: `a.csv?image=photo&label=kind`.
+    The text is UTF-8, or UTF-16 with its mark. In a .txt file blank lines and those that begin with "#" are left out. A
+    .csv or .tsv file has a header: one column has the paths, perhaps another one labels, numbers or names. They are
+    found by usual names (`labels.IMAGES`, `labels.LABELS`) or named behind the list: `a.csv?image=photo&label=kind`.
 
     Raises:
         UserError: for a list that can't be read, has no path or no column of them, or lacks some labels.
@@ -77,12 +78,17 @@ class Listing:
         return read_file(os.path.join(self.folder, self.name(i)))
 
 
+def _encoding(path: str) -> str:
+    """UTF-8, or UTF-16 where the file begins with its mark: what Excel calls Unicode text."""
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
 def _rows(path: str, options: dict[str, str]) -> Iterator[tuple[str, str | None]]:
     """(path, label) of each image; None where the list has no labels."""
     ending = os.path.splitext(path)[1].lower()
-    with open(
-        path, encoding="utf-8-sig", errors="surrogateescape", newline="" if ending in DELIMITERS else None
-    ) as file:
+    newline = "" if ending in DELIMITERS else None
+    with open(path, encoding=_encoding(path), errors="surrogateescape", newline=newline) as file:
         if ending not in DELIMITERS:
             if options:
                 raise UserError(f"{path} has no columns: each of its lines is a path")
