@@ -7,6 +7,7 @@ or the Pillow that is installed resizes in another way, Pillow does all of it.
 """
 
 import functools
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ try:
 except ImportError:  # the extension isn't built
     resize_window = None
 try:
-    from torchvision.io import ImageReadMode, decode_jpeg
+    import torchvision.io as torchvision_io
 except ImportError:
-    decode_jpeg = None
+    torchvision_io = None
 
 Pixels = Picture | np.ndarray  # an array is [H, W, 3] uint8, contiguous
 BOXES = ((0, 0, 40, 30), (3, 2, 38, 30), (1, 0, 12, 30), (0, 4, 40, 9))  # of 40 x 30; the third is taller than wide
@@ -80,14 +81,15 @@ def _plain_jpeg(data: bytes) -> np.ndarray | None:
     Pillow reads the header, so that its bounds and its formats hold; a file that torchvision refuses is Pillow's to
     refuse, or to read.
     """
-    if decode_jpeg is None or not data.startswith(b"\xff\xd8"):
+    if torchvision_io is None or not data.startswith(b"\xff\xd8"):
         return None
     with open_image(data) as image:
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         if not plain or image.getexif().get(ORIENTATION, 1) != 1:
             return None
     try:
-        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        pixels = cast(torch.Tensor, torchvision_io.decode_jpeg(encoded, torchvision_io.ImageReadMode.RGB))
     except RuntimeError:
         return None
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # which torchvision's memory is already

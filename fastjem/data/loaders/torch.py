@@ -59,7 +59,8 @@ class _BatchesByKeys(Dataset):
             for samples, read in self._read(asked):
                 # view i is cut from the image of source i % sources
                 images = [[found.value[v % len(found.value)] for found in read] for v in range(len(self.specs))]
-                heights, widths = np.moveaxis([[rgb.size_of(image) for image in of_view] for of_view in images], 2, 0)
+                sizes = np.array([[rgb.size_of(image) for image in of_view] for of_view in images])
+                heights, widths = np.moveaxis(sizes, 2, 0)
                 tables.append(self.parameters(self.seed, epoch, samples, heights, widths))
                 cut = zip(self.specs, tables[-1], images, strict=True)
                 for view, (spec, table, of_view) in enumerate(cut):
