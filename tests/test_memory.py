@@ -12,7 +12,7 @@ from view_tables import pictures
 
 import fastjem.functional as F
 from fastjem.data.loaders import Budget, Order, TorchLoader, choose, create
-from fastjem.data.loaders.memory import ImageArray, MemoryLoader, size_in_memory
+from fastjem.data.loaders.memory import ImageArray, MemoryLoader, are_small, size_in_memory
 from fastjem.data.parameters import Parameters
 from fastjem.data.source import Source, decode, open_source
 from fastjem.data.views import Views, ViewSpec
@@ -46,6 +46,21 @@ def test_no_single_file_decides_about_the_size(tmp_path):
     loader = create("memory", source, [ViewSpec(size=28)], order, Budget())
     assert loader.array.images.shape == (10, 30, 30, 3)
     assert size_in_memory(source, [ViewSpec(size=14)]) == 16  # 8/7 of the views, where images are larger
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+def test_images_that_exif_turns_are_held_as_large_as_they_are_shown(tmp_path: Path, kind: str) -> None:
+    """A header has the size before an image is turned, which would have been held with half of its sides."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 64, 3), np.uint8)  # shown with 64 rows
+        Image.fromarray(pixels).save(tmp_path / f"{i}.{kind}", exif=exif)
+    source = open_source(tmp_path)
+    tall = [ViewSpec(size=(64, 32))]
+    assert size_in_memory(source, tall) == (64, 32)
+    assert are_small(source, tall, 1)
+    assert not are_small(source, [ViewSpec(size=(32, 64))], 1)
 
 
 def test_a_broken_file_is_replaced_by_the_next(tmp_path):

@@ -244,3 +244,15 @@ def upright(values: np.ndarray, orientation: int) -> np.ndarray:
     transposed, rows, columns = TURNS.get(orientation, (0, 0, 0))
     values = values.swapaxes(0, 1) if transposed else values
     return values[:: -1 if rows else 1, :: -1 if columns else 1]
+
+
+def size_of(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an image once it is turned as EXIF says, by the header alone.
+
+    `Image.getexif` and not the PNG plugin's, which decodes the whole image for tags that may stand behind its pixels. Of
+    TIFF files Pillow's own size is turned already.
+    """
+    if image.format == "TIFF":
+        return image.height, image.width
+    transposed, _, _ = TURNS.get(Image.Image.getexif(image).get(ORIENTATION, 1), (0, 0, 0))
+    return (image.width, image.height) if transposed else (image.height, image.width)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastjem.functional as F
 from fastjem.data.batch import Crops
-from fastjem.data.files import open_image
+from fastjem.data.files import open_image, size_of
 from fastjem.data.levels import levels_of, survey, to_levels
 from fastjem.data.loaders.protocol import Budget, Order, mask_keys
 from fastjem.data.parameters import Parameters
@@ -286,12 +286,13 @@ def size_in_memory(source: Source, specs: Sequence[ViewSpec]) -> Size:
 
 
 def sides(source: Source, i: int) -> tuple[int, int]:
-    """Height and width of an image in pixels, of a file by its header."""
+    """Height and width of an image in pixels, turned as it is when it is read; of a file by its header."""
     data = source.read(i)
     if isinstance(data, np.ndarray):
         return data.shape[0], data.shape[1]
     try:
-        width, height = open_image(data).size
+        with open_image(data) as image:
+            return size_of(image)
     except UnidentifiedImageError:  # a TIFF file that Pillow has no mode for
         width, height = decode(source, i).size
     return height, width
