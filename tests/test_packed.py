@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("PIL")
 
 from fastjem.data.fingerprint import fingerprint
-from fastjem.data.sources.folder import Folder
+from fastjem.data.sources.folder import Folder, Listed
 from fastjem.data.sources.packed import BLOCK, Packed
 
 
@@ -70,3 +70,12 @@ class Renamed:
 
     def name(self, i: int) -> str:
         return self.folder.name(i)
+
+
+def test_a_tree_may_be_deeper_than_python_calls() -> None:
+    listed = Listed()
+    depth = 2000  # the system's paths have 4096 bytes
+    for level in range(depth):
+        listed.add("/".join(["d"] * level), ["x.png"] if level == depth - 1 else [], ["d"] if level < depth - 1 else [])
+    runs: list[tuple[str, int]] = []
+    assert list(listed.in_order(runs)) == [b"d/" * (depth - 1) + b"x.png"] and runs == [("d", 1)]

@@ -249,8 +249,8 @@ def upright(values: np.ndarray, orientation: int) -> np.ndarray:
 def size_of(image: Image.Image) -> tuple[int, int]:
     """Height and width of an image once it is turned as EXIF says, by the header alone.
 
-    `Image.getexif` and not the PNG plugin's, which decodes the whole image for tags that may stand behind its pixels. Of
-    TIFF files Pillow's own size is turned already.
+    `Image.getexif` and not the PNG plugin's, which decodes the whole image for tags that may stand behind its pixels.
+    Of TIFF files Pillow's own size is turned already.
     """
     if image.format == "TIFF":
         return image.height, image.width

@@ -117,10 +117,12 @@ class Listed:
         return sorted([*(names.split(b"\0") if names else ()), *(name + SEPARATOR for name in subfolders)])
 
     def _below(self, folder: bytes) -> Iterator[bytes]:
-        for entry in self._entries(folder):
-            path = folder + SEPARATOR + entry
-            if entry.endswith(SEPARATOR):
-                yield from self._below(path[:-1])
+        """Without recursion: a tree may be deeper than Python calls."""
+        waiting = [folder + SEPARATOR]
+        while waiting:
+            path = waiting.pop()
+            if path.endswith(SEPARATOR):
+                waiting += [path + entry for entry in reversed(self._entries(path[:-1]))]
             else:
                 yield path
 
