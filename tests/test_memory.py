@@ -11,10 +11,12 @@ from PIL import Image
 from view_tables import pictures
 
 import fastjem.functional as F
+from fastjem.data.levels import Levels
 from fastjem.data.loaders import Budget, Order, TorchLoader, choose, create
 from fastjem.data.loaders.memory import ImageArray, MemoryLoader, are_small, size_in_memory
 from fastjem.data.parameters import Parameters
-from fastjem.data.source import Source, decode, open_source
+from fastjem.data.size import Size, height_and_width
+from fastjem.data.source import Levelled, Source, decode, open_source
 from fastjem.data.views import Views, ViewSpec
 from fastjem.errors import UserError
 
@@ -235,3 +237,17 @@ def test_what_an_object_reads_is_not_held(tmp_path):
 
     assert choose("auto", open_source(Own()), [ViewSpec(size=32)], Budget()) == "torch"
     assert choose("auto", folder, [ViewSpec(size=32)], Budget(memory=1e-9)) == "torch"
+
+
+@pytest.mark.parametrize(("channels", "size"), [(40, (16, 32)), (5, (3, 8)), (40, 32)])
+def test_images_may_have_more_channels_than_rows(tmp_path: Path, channels: int, size: Size) -> None:
+    """A source's images are [H, W, C] whatever the sides; which axis has the channels is asked of arrays of others."""
+    tifffile = pytest.importorskip("tifffile")
+    random = np.random.default_rng(0)
+    for i in range(4):
+        values = random.integers(0, 4096, (*height_and_width(size), channels)).astype(np.uint16)
+        tifffile.imwrite(tmp_path / f"{i}.tif", values, photometric="minisblack", planarconfig="contig")
+    source = Levelled(open_source(tmp_path), Levels(channels, "integer", (0, 4095)))
+    array = ImageArray.from_source(source, size=size).to("cpu")
+    assert array.images.shape == (4, *height_and_width(size), channels)
+    assert np.array_equal(array.images[3].numpy(), np.asarray(decode(source, 3)))

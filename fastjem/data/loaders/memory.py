@@ -6,7 +6,7 @@ For sets of small images (CIFAR), and for larger ones shrunk once until they fit
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class ImageArray:
         classes: the labels' names, if they have any.
         samples: [N] integers, each image's number in its source; None: they are numbered as in the array.
         unreadable: (path, reason) of images that were left out.
+        channels_last: the images are [N, H, W, C], though they have more channels than rows, or 3 rows; else their
+            shape tells (`fastjem.data.sources.arrays.channels_axis`).
     """
 
     images: Tensor
@@ -58,15 +60,17 @@ class ImageArray:
     classes: list[str] = field(default_factory=list)
     samples: Tensor | None = None
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    channels_last: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, channels_last: bool) -> None:
         x = self.images
         if x.dim() != 4 or x.dtype not in (torch.uint8, torch.float32) or 0 in x.shape:
             raise ValueError(
                 "ImageArray: images must be [N, H, W, C] or [N, 3, H, W] uint8 or float32, "
                 f"got {tuple(x.shape)} {x.dtype}"
             )
-        self.images = (x.permute(0, 2, 3, 1) if channels_axis(x.shape) == 1 else x).contiguous()
+        channels_first = not channels_last and channels_axis(x.shape) == 1
+        self.images = (x.permute(0, 2, 3, 1) if channels_first else x).contiguous()
         if self.samples is None:
             self.samples = torch.arange(len(x))
         self.samples = self._one_each("samples", self.samples)
@@ -91,7 +95,7 @@ class ImageArray:
 
     def to(self, device: torch.device | str) -> "ImageArray":
         """The same images on a device; labels and samples follow."""
-        return replace(self, images=self.images.to(device))
+        return replace(self, images=self.images.to(device), channels_last=True)
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike[str]) -> "ImageArray":
@@ -104,7 +108,8 @@ class ImageArray:
             images = to_levels(images, *rule.range_of(images.dtype))
         images = np.require(images, requirements="W")  # those of a .npy file are mapped
         labels = torch.from_numpy(found["labels"]) if "labels" in found else None
-        return cls(torch.from_numpy(images), labels, [str(name) for name in found.get("classes", ())])
+        classes = [str(name) for name in found.get("classes", ())]
+        return cls(torch.from_numpy(images), labels, classes, channels_last=True)
 
     @classmethod
     def from_source(
@@ -159,7 +164,8 @@ class ImageArray:
             raise NoneReadable(unreadable)
         held = images if not reasons else images[samples]
         labels = None if source.labels is None else torch.from_numpy(source.labels[samples])
-        return cls(torch.from_numpy(held), labels, list(source.classes), torch.from_numpy(samples), unreadable)
+        classes = list(source.classes)
+        return cls(torch.from_numpy(held), labels, classes, torch.from_numpy(samples), unreadable, channels_last=True)
 
     def crops(self, indices: Tensor, tables: Sequence[Tensor], specs: Sequence[ViewSpec]) -> list[Tensor]:
         """V tensors [B, H, W, C] of the images' dtype: the tables' windows of images `indices`, in the specs' sizes."""
