@@ -242,7 +242,7 @@ def test_a_batch_holds_few_large_images_at_a_time(tmp_path: Path, monkeypatch) -
     folder = make_folder(tmp_path, 9, classes=0)
     (folder / "0003.png").write_bytes(b"")
     (whole,) = batches(open_source(folder), batch=9, stop=1)
-    monkeypatch.setattr("fastjem.data.loaders.torch.HELD", 2 * 24 * 24)
+    monkeypatch.setattr("fastjem.data.loaders.torch.HELD", 2 * 24 * 24 * 3)
     (parts,) = batches(open_source(folder), batch=9, stop=1)
     assert torch.equal(whole.index, parts.index) and whole.unreadable == parts.unreadable
     for one, other in zip(whole.views + whole.tables, parts.views + parts.tables, strict=True):

@@ -150,3 +150,69 @@ def test_runs_on_the_tensors_device():
     p, z = (torch.randn(4, 8, device="cuda:1") for _ in range(2))
     with torch.cuda.device(0):
         assert F.negative_cosine(p, z).device.index == 1
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Files in a folder and in a tar file."""
+    pytest.importorskip("torchvision")
+    import tarfile
+
+    from images import make_folder
+
+    folder = make_folder(tmp_path / "folder", 24, size=64)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            archive.add(path, str(path.relative_to(folder)))
+    return folder, tmp_path / "a.tar"
+
+
+@pytest.mark.parametrize("name", ["torch", "memory", "dali"])
+@pytest.mark.parametrize("stored", [0, 1], ids=["folder", "tar"])
+def test_loaders_hand_out_views_on_the_gpu(name, stored, photographs):
+    """Those of the torch loader on the CPU, within a level; DALI's within what its edges and decoders differ by."""
+    from fastjem.data import loaders
+    from fastjem.data.batch import finish
+    from fastjem.data.loaders import Budget, Order
+    from fastjem.data.source import open_source
+    from fastjem.data.views import Views
+
+    source = open_source(photographs[stored])
+    specs = Views(large=2, recipe="simclr").specs(64)
+    order = Order(samples=24, batch=8, seed=1, stop=6)
+    if name == "dali" and (why := loaders.dali.why_not("cuda")):
+        pytest.skip(why)
+    budget = Budget(workers=2, device=torch.device("cuda"))
+    expected = loaders.create("torch", source, specs, order, Budget())
+    busy = torch.randn(4096, 4096, device="cuda")
+    for crops, other in zip(loaders.create(name, source, specs, order, budget), expected, strict=True):
+        assert all(x.is_cuda for x in (*crops.views, *crops.tables, crops.index, crops.labels))
+        busy = busy @ busy / 64  # the step's stream has work while the next batch is copied
+        for mine, theirs, table, their_table in zip(crops.views, other.views, crops.tables, other.tables, strict=True):
+            assert torch.equal(table.cpu(), their_table)
+            off = (mine.cpu().int() - theirs.int()).abs()
+            assert off.float().mean() < 2 if name == "dali" else off.max() <= 1
+        assert torch.equal(crops.index.cpu(), other.index)
+        views = finish(crops, specs, "cuda").views
+        assert all(view.is_cuda and view.isfinite().all() for view in views)
+
+
+def test_a_batch_is_copied_without_a_host_sync(photographs):
+    from fastjem.data.loaders import Budget, Order, create
+    from fastjem.data.source import open_source
+    from fastjem.data.views import Views
+
+    source = open_source(photographs[0])
+    specs = Views(large=2, recipe="simclr").specs(32)
+    for name in ("torch", "memory"):
+        batches = iter(
+            create(name, source, specs, Order(samples=24, batch=8, stop=6), Budget(device=torch.device("cuda")))
+        )
+        next(batches)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                next(batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -3,6 +3,8 @@
 import multiprocessing
 from collections.abc import Iterable
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -17,6 +19,16 @@ def share(tensors: Iterable[Tensor]) -> None:
         return
     for tensor in tensors:
         tensor.share_memory_()
+
+
+def shared_like(row: np.ndarray, rows: int) -> Tensor:
+    """Memory for `rows` of these, [rows, ...]: in a worker of a DataLoader it is shared, and isn't copied again."""
+    out = torch.from_numpy(np.empty_like(row, shape=0))
+    shape = (rows, *row.shape)
+    if get_worker_info() is None:
+        return out.new_empty(shape)
+    storage = torch.UntypedStorage._new_shared(rows * row.nbytes)  # as torch's collate function does
+    return out.set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def check_semaphores(workers: int) -> None:

@@ -79,9 +79,8 @@ def choose(name: str, source: Source, specs: Sequence[ViewSpec], budget: Budget)
     if name == "auto":
         holds = memory.are_small(source, specs, budget.memory) if budget.holds is None else budget.holds
         return "memory" if holds else _of_files(source, budget)
-    if name.startswith("dali"):
-        if why := dali.why_not("cuda" if name == "dali" else "cpu"):
-            raise UserError(f"--loader {name} can't run here: {why}")
+    if name.startswith("dali") and (why := dali.why_not("cuda" if name == "dali" else "cpu")):
+        raise UserError(f"--loader {name} can't run here: {why}")
     return name
 
 

@@ -27,6 +27,7 @@ from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import Bands, to_image
 from fastjem.data.size import height_and_width
 from fastjem.data.source import Source, read_or_next, rule_of
+from fastjem.data.upload import uploaded
 from fastjem.data.views import ViewSpec
 
 DECODER_SHARE = 0.65  # of the JPEG files, for a GPU's fixed-function decoder: DALI's own default
@@ -115,7 +116,8 @@ class DaliLoader:
 
     def __iter__(self) -> Iterator[Crops]:
         ahead.begins(self.source, self.order)
-        return ahead.followed(self._batches(), self.source, self.order)
+        batches = ahead.followed(self._batches(), self.source, self.order)
+        return uploaded(batches, torch.device(self.device))  # tables, index and labels: the views are there
 
     def _batches(self) -> Iterator[Crops]:
         again: deque[_EncodedBatch] = deque()  # handed to a pipeline that broke
@@ -130,7 +132,7 @@ class DaliLoader:
             pipeline = self._build(feed)
             while True:
                 try:
-                    outputs = pipeline.run()
+                    outputs = pipeline.run(stream_of(self.device))
                 except StopIteration:
                     return
                 except RuntimeError:
@@ -208,6 +210,12 @@ class DaliLoader:
 
         found = read_or_next(self.source, sample, read)
         return _Encoded(found.sample, *found.value, found.unreadable)
+
+
+def stream_of(device: str) -> Any:
+    """What DALI's outputs are ordered on: torch's current stream of a GPU, where without one DALI would keep the host
+    waiting for each batch; None on the CPU."""
+    return torch.cuda.current_stream() if device == "cuda" else None
 
 
 def ppm(image: Image.Image) -> np.ndarray:

@@ -25,6 +25,7 @@ from fastjem.data.source import SOURCES, NoneReadable, Source, decode, inner, pa
 from fastjem.data.sources.arrays import Arrays, channels_axis, read_arrays
 from fastjem.data.sources.mixture import Mixture
 from fastjem.data.spread import spread
+from fastjem.data.upload import to_device
 from fastjem.data.views import ViewSpec
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
@@ -253,8 +254,8 @@ class MemoryLoader:
             epoch = keys[0][0]  # a batch lies in one epoch
             samples = np.array([sample for _, sample in keys])
             drawn = torch.from_numpy(parameters(order.seed, epoch, samples, array.height, array.width))
-            tables = list(drawn.to(device, non_blocking=True))
-            indices = torch.from_numpy(self.rows[samples % order.samples]).to(device, non_blocking=True)
+            tables = list(to_device(drawn, device))
+            indices = to_device(torch.from_numpy(self.rows[samples % order.samples]), device)
             labels = None if array.labels is None else array.labels[indices]
             index = array.samples[indices]  # type: ignore[index]
             views = array.crops(indices, tables, self.specs)

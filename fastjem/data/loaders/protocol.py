@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from fastjem.data.batch import Crops
 from fastjem.data.source import Source
+from fastjem.data.upload import to_device
 from fastjem.data.views import ViewSpec
 
 Key = tuple[int, int]  # (epoch, sample)
@@ -183,7 +184,7 @@ def mask_keys(index: Sequence[int] | torch.Tensor, samples: ArrayLike, images: i
     the `samples` before: an image that is seen again has other masks."""
     index = torch.as_tensor(index)
     again = torch.as_tensor(np.asarray(samples) // images * images)
-    return index + again.to(index.device, non_blocking=True)
+    return index + to_device(again, index.device)
 
 
 def labels_of(source: Source, index: Sequence[int]) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Crops of images that Pillow decodes, in a torch DataLoader's workers."""
+"""Crops of images with Pillow's pixels (`rgb.py`), in a torch DataLoader's workers."""
 
 import contextlib
 import signal
@@ -8,36 +8,35 @@ from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fastjem.data.batch import Crops
-from fastjem.data.loaders import ahead
+from fastjem.data.loaders import ahead, rgb
 from fastjem.data.loaders.protocol import Budget, Key, Order, labels_of, mask_keys
 from fastjem.data.parameters import Parameters, column
-from fastjem.data.picture import Bands, Picture
-from fastjem.data.sharing import check_semaphores, share
+from fastjem.data.picture import Bands
+from fastjem.data.sharing import check_semaphores, share, shared_like
 from fastjem.data.size import height_and_width
-from fastjem.data.source import NoneReadable, Read, Source, decode_all, read_or_next
+from fastjem.data.source import NoneReadable, Read, Source, read_or_next
+from fastjem.data.upload import uploaded
 from fastjem.data.views import ViewSpec
 
-HELD = 2**28  # bytes of decoded images that a batch holds at a time
+HELD = 2**23  # bytes of decoded images that a batch holds at a time: what stays in a processor's cache is read faster
 
 
-def crop(image: Picture, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
+def crop(image: rgb.Pixels, spec: ViewSpec, row: np.ndarray) -> np.ndarray:
     """The window of a table's row [P], resized with antialiasing: [H, W, C] uint8 or, of `Bands`, float32."""
     if isinstance(image, Bands):
         return image.window(row, spec.size, spec.bicubic)
     top, left, height, width = (int(x) for x in row[column.TOP : column.WIDTH + 1])
-    mode = Image.Resampling.BICUBIC if spec.bicubic else Image.Resampling.BILINEAR
-    window = image.crop((left, top, left + width, top + height))
-    out_height, out_width = height_and_width(spec.size)
-    return np.asarray(window.resize((out_width, out_height), mode))
+    return rgb.window(image, (left, top, left + width, top + height), height_and_width(spec.size), spec.bicubic)
 
 
-def _bytes_of(image: Picture) -> int:
+def _bytes_of(image: rgb.Pixels) -> int:
     """Pillow has four bytes a pixel."""
-    return image.values.nbytes if isinstance(image, Bands) else 4 * image.width * image.height
+    if isinstance(image, Bands):
+        return image.values.nbytes
+    return image.nbytes if isinstance(image, np.ndarray) else 4 * image.width * image.height
 
 
 class _BatchesByKeys(Dataset):
@@ -55,22 +54,27 @@ class _BatchesByKeys(Dataset):
         asked = [sample for _, sample in keys]
         unreadable: list[tuple[str, str]] = []
         tables: list[np.ndarray] = []  # [V, b, P] each
-        views: list[list[np.ndarray]] = [[] for _ in self.specs]
+        views: list[torch.Tensor] = []
         try:
             for samples, read in self._read(asked):
                 # view i is cut from the image of source i % sources
-                images = [[found.value[v % len(found.value)] for found in read] for v in range(len(views))]
-                heights = [[image.height for image in of_view] for of_view in images]
-                widths = [[image.width for image in of_view] for of_view in images]
+                images = [[found.value[v % len(found.value)] for found in read] for v in range(len(self.specs))]
+                sizes = np.array([[rgb.size_of(image) for image in of_view] for of_view in images])
+                heights, widths = np.moveaxis(sizes, 2, 0)
                 tables.append(self.parameters(self.seed, epoch, samples, heights, widths))
-                for view, spec, table, of_view in zip(views, self.specs, tables[-1], images, strict=True):
-                    view += [crop(image, spec, row) for image, row in zip(of_view, table, strict=True)]
+                cut = zip(self.specs, tables[-1], images, strict=True)
+                for view, (spec, table, of_view) in enumerate(cut):
+                    for i, (image, row) in enumerate(zip(of_view, table, strict=True)):
+                        pixels = crop(image, spec, row)
+                        if len(views) == view:
+                            views.append(shared_like(pixels, len(keys)))
+                        views[view].numpy()[len(index) + i] = pixels
                 index += [found.sample for found in read]
                 unreadable += [one for found in read for one in found.unreadable]
         except NoneReadable as error:  # a worker's exception would arrive without its type
             return Crops([], [], torch.empty(0, dtype=torch.int64), epoch, None, error.unreadable)
         crops = Crops(
-            [torch.from_numpy(np.stack(view)) for view in views],
+            views,
             list(torch.from_numpy(np.concatenate(tables, 1))),
             torch.tensor(index),
             epoch,
@@ -79,16 +83,16 @@ class _BatchesByKeys(Dataset):
             mask_keys(index, asked, len(self.source)),
         )
         of_images = (one for one in (crops.index, crops.labels, crops.keys) if one is not None)
-        share((*crops.views, *crops.tables, *of_images))
+        share((*crops.tables, *of_images))
         return crops
 
-    def _read(self, samples: list[int]) -> Iterator[tuple[list[int], list[Read[list[Picture]]]]]:
+    def _read(self, samples: list[int]) -> Iterator[tuple[list[int], list[Read[list[rgb.Pixels]]]]]:
         """The samples and their images, as many at a time as take `HELD` bytes; of small ones the whole batch."""
         waiting: list[int] = []
-        read: list[Read[list[Picture]]] = []
+        read: list[Read[list[rgb.Pixels]]] = []
         held = 0
         for sample in samples:
-            found = read_or_next(self.source, sample, lambda i: decode_all(self.source, i))
+            found = read_or_next(self.source, sample, lambda i: rgb.decoded(self.source, i))
             waiting.append(sample)
             read.append(found)
             held += sum(_bytes_of(image) for image in found.value)
@@ -100,12 +104,13 @@ class _BatchesByKeys(Dataset):
 
 
 class TorchLoader:
-    """Crops by Pillow, in `budget.workers` processes; 0: in this one."""
+    """Crops in `budget.workers` processes; 0: in this one. A process has one batch ready and makes another."""
 
     def __init__(self, source: Source, specs: Sequence[ViewSpec], order: Order, budget: Budget):
         self.source = source
         self.order = order
         self.budget = budget
+        rgb.tall_first()  # tried before there are workers, who would each try it
         self.reads = f"images are decoded by Pillow in {budget.workers} processes"
         self.decoder_share = budget.decoder_share
         self.loader = DataLoader(
@@ -114,7 +119,7 @@ class TorchLoader:
             sampler=order,  # type: ignore[arg-type]
             num_workers=budget.workers,
             pin_memory=budget.device.type == "cuda",
-            prefetch_factor=4 if budget.workers else None,
+            prefetch_factor=2 if budget.workers else None,
             worker_init_fn=_one_thread,
             generator=torch.Generator(),  # else the first batch takes a number of the run's, and a resumed run differs
         )
@@ -128,7 +133,8 @@ class TorchLoader:
         ahead.begins(self.source, self.order)
         others = set(active_children())
         batches = iter(self.loader)
-        return ahead.followed(_checked(batches, set(active_children()) - others), self.source, self.order)
+        checked = _checked(batches, set(active_children()) - others)
+        return uploaded(ahead.followed(checked, self.source, self.order), self.budget.device)
 
 
 def _checked(batches: Iterator[Crops], workers: set[BaseProcess]) -> Iterator[Crops]:

@@ -21,9 +21,9 @@ DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
 class Listing:
     """The files that a list names, none of which is looked at before it is read; relative paths begin at its folder.
 
-    The text is UTF-8, or UTF-16 with its mark. In a .txt file blank lines and those that begin with "#" are left out. A .csv or .tsv file has a header: one column
-    has the paths, perhaps another one labels, numbers or names. They are found by usual names (`labels.IMAGES`,
-    `labels.LABELS`) or named behind the list: `a.csv?image=photo&label=kind`.
+    The text is UTF-8, or UTF-16 with its mark. In a .txt file blank lines and those that begin with "#" are left out. A
+    .csv or .tsv file has a header: one column has the paths, perhaps another one labels, numbers or names. They are
+    found by usual names (`labels.IMAGES`, `labels.LABELS`) or named behind the list: `a.csv?image=photo&label=kind`.
 
     Raises:
         UserError: for a list that can't be read, has no path or no column of them, or lacks some labels.
