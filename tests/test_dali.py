@@ -245,6 +245,8 @@ def test_the_share_for_a_gpus_own_decoder_is_measured(tmp_path: Path, monkeypatc
     on_cpu = dali.build_pipeline
     monkeypatch.setattr(dali, "why_not", lambda device: "")
     monkeypatch.setattr(dali, "build_pipeline", lambda *args, **options: on_cpu(*args, **options | {"device": "cpu"}))
+    monkeypatch.setattr(dali, "stream_of", lambda device: None)
+    monkeypatch.setattr(dali, "uploaded", lambda batches, device: batches)
 
     def made(stop: int, **budget) -> loaders.Loader:
         order = Order(samples=4, batch=2, seed=1, stop=stop)

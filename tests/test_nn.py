@@ -335,9 +335,10 @@ def test_token_helpers():
         "apply_masks": (x, [index, index.flip(0)]),
         "nearest_neighbors": (x, y, torch.cdist(x, y), 4),
     }
+    more = {"unpatchify": [("grid", None, inspect.Parameter.KEYWORD_ONLY)]}  # of images that are no squares
     for name, arguments in calls.items():
         mine, other = getattr(tokens, name), getattr(utils, name)
-        assert signature(mine) == signature(other), name
+        assert signature(mine) == signature(other) + more.get(name, []), name
         a, b = mine(*arguments), other(*arguments)
         for left, right in zip(*((r if isinstance(r, tuple) else (r,)) for r in (a, b)), strict=True):
             torch.testing.assert_close(left, right, msg=name)
