@@ -34,7 +34,7 @@ from fastjem.bench import machine
 from fastjem.data.batch import finish
 from fastjem.data.loaders import Budget, Order
 from fastjem.data.loaders.dali import DaliLoader, drawn
-from fastjem.data.loaders.memory import ImageArray, MemoryLoader, middle_square
+from fastjem.data.loaders.memory import ImageArray, MemoryLoader, middle
 from fastjem.data.loaders.rgb import to_pixels
 from fastjem.data.loaders.torch import TorchLoader
 from fastjem.data.source import Source, decode, open_source, path_of
@@ -272,7 +272,7 @@ def _views_of_rows(rows: list[dict]) -> list[torch.Tensor]:
 
 def small_images(folder: Source) -> torch.Tensor:
     """[10000, 32, 32, 3] uint8, the folder's in turn."""
-    found = torch.stack([torch.from_numpy(middle_square(decode(folder, i), 32).copy()) for i in range(len(folder))])
+    found = torch.stack([torch.from_numpy(middle(decode(folder, i), 32).copy()) for i in range(len(folder))])
     return found.repeat(-(-10_000 // len(found)), 1, 1, 1)[:10_000]
 
 

@@ -98,7 +98,7 @@ def _plain(value: Any, metadata: Mapping[str, Any]) -> Any:
         if len(value) != 2 or value[0] != value[1]:
             raise _Refused(f"must be one number, as images are square, got {came(value)}")
         return value[0]
-    if metadata.get("sides") and isinstance(value, Sequence) and not isinstance(value, str):
+    if metadata.get("sides") and isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
         return _sides(value)
     if metadata.get("pair"):
         to_list = getattr(value, "tolist", None)

@@ -558,6 +558,15 @@ def test_check_fails_where_something_is_faster_and_ours_far_from_the_floor():
     assert report.beaten([far, without_floor, missing]) == [far, without_floor, missing]
 
 
+def test_scripts_import_what_there_is() -> None:
+    """They are in no package whose imports are checked, and most of them run for hours."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    names = sorted(path.stem for path in folder.glob("*.py") if not path.name.startswith(("test_", "conftest")))
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\n" + "\n".join(f"import {name}" for name in names)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))

@@ -96,6 +96,7 @@ def test_what_is_as_good_becomes_what_is_said(name: str, given: Any, expected: A
         ("image", (32, 48, 3), "or height and width, got tuple (32, 48, 3)"),
         ("image", (32, 48.0), "or height and width, got tuple (32, 48.0)"),
         ("image", (True, 48), "or height and width, got tuple (True, 48)"),
+        ("image", b"@@", "image must be"),
         ("rate", "0.1", "rate must be a number or None, got str '0.1'"),
         ("rate", float("nan"), "must be a number, got NaN"),
         ("rate", 1j, "rate must be a number or None, got complex"),
