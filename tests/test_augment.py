@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from view_tables import neutral, pictures, view_table
+from view_tables import neutral, pictures, torchvisions, view_table
 
 import fastjem.functional as F
 from fastjem.kernels.augment import columns as table
@@ -10,28 +10,6 @@ from fastjem.kernels.augment import columns as table
 op = pytest.mark.parametrize("op", ["augment"])
 LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # the result in levels
 NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-
-def torchvisions(image: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """[H, W, 3] uint8 -> [3, H, W] uint8 by torchvision's functions on uint8 tensors."""
-    V = pytest.importorskip("torchvision.transforms.v2.functional")
-    x, row = image.permute(2, 0, 1), row.tolist()
-    if row[table.FLIP]:
-        x = V.horizontal_flip(x)
-    steps = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
-    for i in table.ORDERS[int(row[table.ORDER])]:
-        factor = row[table.BRIGHTNESS + i]
-        if factor != (0 if i == 3 else 1):
-            x = steps[i](x, factor)
-    if row[table.GRAYSCALE]:
-        x = V.rgb_to_grayscale(x, num_output_channels=3)
-    if sigma := row[table.SIGMA]:
-        largest = [(size - 1) // 2 for size in (x.shape[2], x.shape[1])]
-        radii = [min(int(torch.tensor(3 * sigma).ceil()), most) for most in largest]
-        x = V.gaussian_blur(x, [2 * r + 1 for r in radii], [sigma, sigma])
-    if row[table.SOLARIZE]:
-        x = V.solarize(x, 128)
-    return x
 
 
 def against_torchvision(images, parameters, implementation, exact=True) -> torch.Tensor:

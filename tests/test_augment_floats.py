@@ -4,7 +4,7 @@ formulas, and against the specification in float64."""
 import pytest
 import torch
 from torch import Tensor
-from view_tables import neutral, pictures, view_table
+from view_tables import neutral, pictures, torchvisions, view_table
 
 import fastjem.functional as F
 from fastjem.kernels.augment import columns as table
@@ -26,28 +26,6 @@ def fractions(count: int, height: int, width: int, channels: int = 3, seed: int 
     x = torch.cat(several, 3)[..., :channels].float()
     g = torch.Generator().manual_seed(seed)
     return (x + torch.rand(x.shape, generator=g) - 0.5).clamp(0, 255)
-
-
-def torchvisions(image: Tensor, row: Tensor) -> Tensor:
-    """[H, W, 3] levels -> [3, H, W] levels by torchvision's functions on float tensors from 0 to 1."""
-    V = pytest.importorskip("torchvision.transforms.v2.functional")
-    x = image.permute(2, 0, 1) / 255
-    row = row.tolist()
-    if row[table.FLIP]:
-        x = V.horizontal_flip(x)
-    steps = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
-    for i in table.ORDERS[int(row[table.ORDER])]:
-        factor = row[table.BRIGHTNESS + i]
-        if factor != (0 if i == 3 else 1):
-            x = steps[i](x, factor)
-    if row[table.GRAYSCALE]:
-        x = V.rgb_to_grayscale(x, num_output_channels=3)
-    if sigma := row[table.SIGMA]:
-        radii = [min(int(torch.tensor(3 * sigma).ceil()), (size - 1) // 2) for size in (x.shape[2], x.shape[1])]
-        x = V.gaussian_blur(x, [2 * r + 1 for r in radii], [sigma, sigma])
-    if row[table.SOLARIZE]:
-        x = V.solarize(x, 128 / 255)
-    return x * 255
 
 
 STEPS = [

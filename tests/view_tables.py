@@ -1,5 +1,6 @@
 """Tables of augmentation parameters, and pictures to try them on."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -45,3 +46,29 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     for i, colour in enumerate(((0, 0, 0), (255, 255, 255), (127, 127, 127), (255, 0, 0), (200, 200, 90))):
         x[:, height // 2 : height // 2 + 3, 3 * i : 3 * i + 2] = torch.tensor(colour, dtype=torch.uint8)
     return x
+
+
+def torchvisions(image: Tensor, row: Tensor) -> Tensor:
+    """[H, W, 3] levels -> [3, H, W] levels by torchvision's functions: of uint8 on uint8, of floats on floats from 0 to
+    1."""
+    V = pytest.importorskip("torchvision.transforms.v2.functional")
+    white = 255 if image.dtype == torch.uint8 else 1
+    x = image.permute(2, 0, 1)
+    x = x if white == 255 else x / 255
+    row = row.tolist()
+    if row[table.FLIP]:
+        x = V.horizontal_flip(x)
+    steps = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
+    for i in table.ORDERS[int(row[table.ORDER])]:
+        factor = row[table.BRIGHTNESS + i]
+        if factor != (0 if i == 3 else 1):
+            x = steps[i](x, factor)
+    if row[table.GRAYSCALE]:
+        x = V.rgb_to_grayscale(x, num_output_channels=3)
+    if sigma := row[table.SIGMA]:
+        largest = [(size - 1) // 2 for size in (x.shape[2], x.shape[1])]
+        radii = [min(int(torch.tensor(3 * sigma).ceil()), most) for most in largest]
+        x = V.gaussian_blur(x, [2 * r + 1 for r in radii], [sigma, sigma])
+    if row[table.SOLARIZE]:
+        x = V.solarize(x, 128 if white == 255 else 128 / 255)
+    return x if white == 255 else x * 255
