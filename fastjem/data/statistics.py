@@ -7,7 +7,7 @@ import numpy as np
 
 from fastjem.data.levels import strips
 from fastjem.data.picture import Bands
-from fastjem.data.source import Source, decode
+from fastjem.data.source import Source, decode, path_of, reason
 from fastjem.data.spread import spread
 from fastjem.errors import UserError
 from fastjem.machine import available_cores
@@ -42,24 +42,28 @@ def measured(source: Source) -> tuple[list[float], list[float], int]:
     many. Every image counts alike, however large it is; those that can't be read are left out.
 
     Raises:
-        UserError: where none can be read.
+        UserError: where none can be read, with the first one's reason.
     """
     chosen = spread(len(source), MEASURED).tolist()
     with ThreadPoolExecutor(available_cores()) as pool:
-        found = [moments for moments in pool.map(lambda i: _moments(source, i), chosen) if moments is not None]
+        read = list(pool.map(lambda i: _moments(source, i), chosen))
+    found = [moments for moments in read if not isinstance(moments, str)]
     if not found:
-        raise UserError(f"--statistics measure: none of {len(chosen)} images in {source.root} can be read")
+        raise UserError(
+            f"--statistics measure: none of {len(chosen)} images in {source.root} can be read; the first: "
+            f"{path_of(source, chosen[0])}: {read[0]}"
+        )
     first, second = np.mean(found, axis=0)  # [C] each
     std = np.sqrt(np.maximum(second - first**2, 0))
     return first.tolist(), np.maximum(std, LEAST_STD).tolist(), len(found)
 
 
-def _moments(source: Source, i: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and mean square of an image's values by channel; None where it can't be read."""
+def _moments(source: Source, i: int) -> tuple[np.ndarray, np.ndarray] | str:
+    """Mean and mean square of an image's values by channel; where it can't be read, why."""
     try:
         image = decode(source, i)
-    except Exception:  # whatever a decoder may raise on a broken file
-        return None
+    except Exception as error:  # whatever a decoder may raise on a broken file
+        return reason(error, path_of(source, i))
     if isinstance(image, Bands):
         return _moments_of_floats(image)
     levels = np.arange(256) / 255
