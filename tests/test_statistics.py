@@ -118,7 +118,8 @@ def test_mistakes_are_told(tmp_path, options, message) -> None:
 
 def test_none_of_the_images_can_be_measured(tmp_path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"--statistics measure: none of 1 images in .* can be read; the first: .*a\.png: cannot identify"):
+    said = r"--statistics measure: none of 1 images in .* can be read; the first: .*a\.png: cannot identify"
+    with pytest.raises(UserError, match=said):
         statistics.measured(open_source(tmp_path))
 
 
