@@ -1,10 +1,7 @@
 // Views [begin, end): the window is resized across first and then down; of uint8 both give whole levels, as torch's do,
 // of floats neither does. An axis' weights are computed once for each view, in double.
 
-static inline double triangle(double x) { return x < 1 ? 1 - x : 0; }
-static inline double cubic(double x) {
-  return x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
-}
+#include "augment/filters.h"
 
 // Four channels of a pixel in one vector, which of three has a place too many: a loop over three channels inside one
 // over taps stays scalar.

@@ -34,24 +34,13 @@ struct Window {
 
 namespace fastjem {
 
+#include "augment/filters.h"
+
 // Memory that a thread uses again for each window: fresh memory costs as much as the arithmetic.
 struct AxisMemory {
   std::vector<int32_t> first, used, weights;
   std::vector<double> raw;
 };
-
-static double triangle_filter(double x) {
-  x = std::fabs(x);
-  return x < 1.0 ? 1.0 - x : 0.0;
-}
-
-static double cubic_filter(double x) {
-  const double a = -0.5;
-  x = std::fabs(x);
-  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
-  if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
-  return 0.0;
-}
 
 static WindowAxis axis_of(AxisMemory& memory, int64_t length, int64_t size, bool bicubic) {
   const double scale = static_cast<double>(length) / size;
@@ -75,8 +64,8 @@ static WindowAxis axis_of(AxisMemory& memory, int64_t length, int64_t size, bool
     const double centre = (j + 0.5) * scale;
     double sum = 0;
     for (int64_t t = 0; t < memory.used[j]; ++t) {
-      const double x = (t + memory.first[j] - centre + 0.5) * narrow;
-      memory.raw[t] = bicubic ? cubic_filter(x) : triangle_filter(x);
+      const double x = std::fabs((t + memory.first[j] - centre + 0.5) * narrow);
+      memory.raw[t] = bicubic ? cubic(x) : triangle(x);
       sum += memory.raw[t];
     }
     for (int64_t t = 0; t < memory.used[j]; ++t) {

@@ -235,10 +235,13 @@ def part_named(root: str, name: str) -> tuple[str, str]:
 
 def decode_all(source: Source, i: int) -> list[Picture]:
     """The i-th image of each source of `Pairs`, or of the one that there is; see `decode`."""
+    return [to_image(data, rule_of(source)) for data in read_all(source, i)]
+
+
+def read_all(source: Source, i: int) -> list[bytes | np.ndarray]:
+    """The i-th image of each source of `Pairs`, or of the one that there is, as it is stored."""
     pairs = inner(source)
-    if not isinstance(pairs, Pairs):
-        return [decode(source, i)]
-    return [to_image(data, rule_of(source)) for data in pairs.read_all(i)]
+    return pairs.read_all(i) if isinstance(pairs, Pairs) else [source.read(i)]
 
 
 def decode(source: Source, i: int) -> Picture:

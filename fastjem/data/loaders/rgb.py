@@ -16,8 +16,7 @@ from PIL import Image
 from fastjem.data.files import ORIENTATION, open_image
 from fastjem.data.levels import Levels
 from fastjem.data.picture import Picture, to_image
-from fastjem.data.source import Source, inner, rule_of
-from fastjem.data.sources.pairs import Pairs
+from fastjem.data.source import Source, read_all, rule_of
 
 try:
     from fastjem.kernels.augment.window import resize_window
@@ -54,9 +53,7 @@ def tall_first() -> bool | None:
 
 def decoded(source: Source, i: int) -> list[Pixels]:
     """`decode_all`, RGB images as arrays."""
-    given = inner(source)
-    data = given.read_all(i) if isinstance(given, Pairs) else [source.read(i)]
-    return [to_pixels(one, rule_of(source)) for one in data]
+    return [to_pixels(data, rule_of(source)) for data in read_all(source, i)]
 
 
 def to_pixels(data: bytes | np.ndarray, levels: Levels | None = None) -> Pixels:
@@ -109,11 +106,11 @@ def window(image: Pixels, box: tuple[int, int, int, int], size: tuple[int, int],
         box: left, top, right, bottom.
         size: height and width.
     """
-    first = tall_first()
-    if isinstance(image, np.ndarray) and first is not None:
+    if isinstance(image, np.ndarray):
+        first = tall_first()
+        assert first is not None  # else `to_pixels` makes no arrays
         return _resized(image, box, size, bicubic, first)
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    return np.asarray(_by_pillow(picture, box, size, bicubic))
+    return np.asarray(_by_pillow(image, box, size, bicubic))
 
 
 def _resized(
