@@ -37,6 +37,8 @@ ORDER = (
     "folder",
     "meter",
     "runs",
+    "card",
+    "portable",
     "probes",
     "journal",
     "saving",
@@ -60,7 +62,7 @@ BESIDE = (
     "bench",
 )
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
-LEAVES = ("errors", "advice", "arguments", "fields", "launchers", "machine", "printing", "reading", "schedules")
+LEAVES = ("errors", "advice", "arguments", "fields", "hub", "launchers", "machine", "printing", "reading", "schedules")
 
 
 @dataclass(frozen=True)
