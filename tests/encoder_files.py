@@ -8,6 +8,7 @@ from torch import nn
 
 from fastjem import backbones, encoders
 from fastjem.data.pixels import Pixels
+from fastjem.data.size import height_and_width
 
 
 def encoder_file(path: Path, name: str, pixels: Pixels, *, stem: str = "auto", pool: str | None = None, patch: int = 0):
@@ -16,14 +17,17 @@ def encoder_file(path: Path, name: str, pixels: Pixels, *, stem: str = "auto", p
     module: Any = backbones.create(
         name, pixels.size, stem=stem, pool=pool, patch=patch, channels=pixels.channels
     )  # fmt: skip
-    randomise(module)
+    randomise(module, torch.randn(4, pixels.channels, *height_and_width(pixels.size)))
     path.parent.mkdir(parents=True, exist_ok=True)
     encoders.save(module, str(path), encoders.metadata(name, stem, patch, pool, pixels))
     return module.eval()
 
 
-def randomise(module: nn.Module) -> None:
-    """Running means and variances that aren't those of a module that saw nothing."""
-    for key, value in module.state_dict().items():
-        if key.endswith(("running_mean", "running_var")):
-            value.copy_(torch.rand_like(value) + 0.5)
+@torch.no_grad()
+def randomise(module: nn.Module, images: torch.Tensor) -> None:
+    """Batch norms as of a trained module: weights that aren't zero, and the statistics of images [B, C, H, W]."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.weight.copy_(torch.rand_like(part.weight) + 0.5)
+            part.momentum = None  # the mean of all batches
+    module.train()(images)

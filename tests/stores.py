@@ -201,11 +201,15 @@ class ModelHub(Store):
             self.create(request, json.loads(sent))
         elif path == "/api/validate-yaml":
             front = json.loads(sent)["content"].split("---")[1]
-            wrong = [] if "license: unheard" not in front else [{"message": '"license" must be one of [apache-2.0, mit]'}]
+            wrong = (
+                [] if "license: unheard" not in front else [{"message": '"license" must be one of [apache-2.0, mit]'}]
+            )
             self.tell(request, {"errors": wrong, "warnings": []}, 400 if wrong else 200)
         elif path.endswith("/preupload/main"):
             answers = {"shouldIgnore": False, "oid": None}
-            self.tell(request, {"files": [{**one, **answers, "uploadMode": mode(one)} for one in json.loads(sent)["files"]]})
+            self.tell(
+                request, {"files": [{**one, **answers, "uploadMode": mode(one)} for one in json.loads(sent)["files"]]}
+            )
         elif path.endswith(".git/info/lfs/objects/batch"):
             wanted = json.loads(sent)["objects"]
             found = [{**one, "actions": {"upload": {"href": f"{self.url}/{one['oid']}"}}} for one in wanted]
