@@ -221,7 +221,7 @@ def pretrained_cfg(pixels: Pixels, module: Any, arguments: dict[str, Any]) -> di
 
 def _tried(opened: Opened, folder: Path) -> str:
     """Why timm doesn't open a folder, in words; empty where it does, and gives the encoder's embeddings."""
-    import timm
+    import timm.data
 
     images = _noise(opened.pixels)
     try:

@@ -197,7 +197,7 @@ def test_what_timm_lacks_is_said_and_opened_by_fastjem(tmp_path: Path, capsys: p
     why = "no argument of timm's gives a ResNet the stem for small images"
     assert first == f"fastjem: timm won't open {out}, as {why}; fastjem.load_encoder({str(out)!r}) does"
     assert last == f'fastjem: fastjem.load_encoder("{out}") opens it'
-    with pytest.raises(RuntimeError, match="Unknown model .*fastjem.load_encoder opens it"):
+    with pytest.raises(RuntimeError, match=r"Unknown model .*fastjem\.load_encoder opens it"):
         timm.create_model(f"local-dir:{out}", pretrained=True)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(fastjem.load_encoder(out)(images), module(images))

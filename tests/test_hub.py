@@ -93,7 +93,7 @@ def test_what_timm_lacks_is_opened_from_there_by_fastjem(
     assert main(["export", str(tmp_path / "a.safetensors"), "--push", "user/small"]) == 0
     said = capsys.readouterr().err
     assert "timm won't open" in said and 'fastjem.load_encoder("hf-hub:user/small") opens it' in said
-    with pytest.raises(RuntimeError, match="the stem for small images; fastjem.load_encoder opens it"):
+    with pytest.raises(RuntimeError, match=r"the stem for small images; fastjem\.load_encoder opens it"):
         timm.create_model("hf-hub:user/small", pretrained=True)
     assert torch.equal(fastjem.load_encoder("hf-hub:user/small")(IMAGES), encoder(IMAGES))
     for place in ("hf-hub:user/small", f"local-dir:{tmp_path / 'a'}", str(tmp_path / "a")):
@@ -154,7 +154,7 @@ def test_what_cant_be_sent_is_said_before_anything_is_written(
 def test_what_the_hub_refuses(run: Path, hub: ModelHub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'"license" must be one of .*; the folder is in '):
         export(ExportOptions(str(run), out=str(tmp_path / "model"), push="user/model", license="unheard"))
-    with pytest.raises(UserError, match="--push else/model: .*; the folder is in ") as caught:
+    with pytest.raises(UserError, match=r"--push else/model: .*; the folder is in ") as caught:
         export(ExportOptions(str(run), out=str(tmp_path / "model"), push="else/model"))
     assert "\n" not in str(caught.value) and (tmp_path / "model/config.json").exists()
     for name in ("hf-hub:user/none", "hf-hub:user"):
