@@ -124,6 +124,7 @@ def _library(called: str) -> Any:
     try:
         import huggingface_hub
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ModuleNotFoundError as error:
         raise UserError(f"{called}: {error.name} is not installed; pip install huggingface_hub") from None
     return huggingface_hub

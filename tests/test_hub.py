@@ -1,6 +1,8 @@
 """Exports sent to Hugging Face's hub, and opened from there: its own library, and a server that answers as it does."""
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +151,17 @@ def test_what_cant_be_sent_is_said_before_anything_is_written(
         export(ExportOptions(str(run), out=str(tmp_path / "model"), push=name))
     assert f"--push {name}" in str(caught.value) and says in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "model").exists() and not (hub.folder / "user").exists()
+
+
+def test_a_fresh_process_says_it_too(tmp_path: Path) -> None:
+    """In which nothing else has loaded parts of huggingface_hub."""
+    code = "from fastjem import hub; hub.check('user/model')"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment = {
+        name: value for name, value in environment.items() if name != "HF_TOKEN" and "proxy" not in name.lower()
+    }
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert "UserError: --push user/model: nobody is logged in to the hub here" in run.stderr
 
 
 def test_what_the_hub_refuses(run: Path, hub: ModelHub, tmp_path: Path) -> None:

@@ -24,14 +24,12 @@ from fastjem.errors import UserError
 from fastjem.printing import say
 from fastjem.runs import Opened, open_run
 
-
 OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt", ".onnx")  # nobody means a folder by these
 
 
 @dataclass
 class ExportOptions:
-    """Write a run's encoder without projector and predictor, as a folder that timm opens; from a run that was killed
-    too."""
+    """Write a run's encoder, without its heads, as a folder that timm opens; from a run that was killed, too."""
 
     run: str = field(
         metadata={"help": "run folder; an export, to be written again or sent", "positional": True, "path": True}
