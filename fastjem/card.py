@@ -18,6 +18,11 @@ from fastjem.runs import Opened
 FIGURES = ("knn", "linear_probe", "rankme", "dimensions")
 PROTOCOL = ("train_images", "test_images", "classes", "held_out", "k")
 VERSIONS = ("fastjem", "torch", "timm")
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("method", "preset", "data"), str),
+    **dict.fromkeys(("step", "images", "steps_per_epoch", "batch_size", "accumulate", "seed"), int),
+    **dict.fromkeys(("versions", "evaluation"), dict),
+}
 
 
 def facts(opened: Opened) -> dict[str, Any]:
@@ -27,21 +32,31 @@ def facts(opened: Opened) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if opened.config is not None:
         config = opened.config
-        names = ("method", "preset", "batch_size", "accumulate", "seed")
-        told = {name: getattr(config, name) for name in names}
+        told = {name: getattr(config, name) for name in ("method", "preset", "batch_size", "accumulate", "seed")}
         told |= {"data": _named(config.data), "step": opened.step}
         environment = _object(opened, "environment.json")
         told |= {name: environment[name] for name in ("images", "steps_per_epoch") if name in environment}
         told["versions"] = {name: environment[name] for name in VERSIONS if name in environment}
     elif opened.path.is_dir():
-        told = (exports.of_folder(opened.path) or {}).get("run") or {}
+        described = (exports.of_folder(opened.path) or {}).get("run")
+        told = dict(described) if isinstance(described, dict) else {}
     found = _object(opened, "evaluation-teacher.json" if opened.teacher else "evaluation.json")
     if found.get("step") == opened.step and found.get("teacher") == opened.teacher:
         with contextlib.suppress(KeyError, TypeError):  # somebody else's file
             row = found["features"]["encoder"]
             names = {"train": _named(found["train"]), "test": _named(found["test"])}
-            told["evaluation"] = {**names, **{n: found[n] for n in PROTOCOL}, **{n: float(row[n]) for n in FIGURES}}
-    return told
+            told["evaluation"] = {**names, **{n: found[n] for n in PROTOCOL}, **{n: row[n] for n in FIGURES}}
+    return _right(told)
+
+
+def _right(told: dict[str, Any]) -> dict[str, Any]:
+    """Those of the facts that are of their type: a file may say anything."""
+    kept = {name: value for name, value in told.items() if name in TYPES and isinstance(value, TYPES[name])}
+    evaluation = kept.get("evaluation", {})
+    numbers = (evaluation.get(name) for name in (*FIGURES, *PROTOCOL))
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        kept.pop("evaluation", None)
+    return kept
 
 
 def _object(opened: Opened, name: str) -> dict[str, Any]:
@@ -100,12 +115,11 @@ class Card:
 
     def text(self) -> str:
         method = self.told.get("method")
-        trained = f" by {_code(method)}" if method else ""
-        title = f"# {printable(self.backbone)}, pretrained{' with ' + printable(method) if method else ''}"
+        title = f"# {printable(self.backbone)}{', pretrained by ' + printable(method) if method else ''}"
+        numbers = f" of {self.width} numbers" if self.width else ""
         opening = (
-            f"An image encoder, {_code(self.backbone)}, trained by joint embedding{trained} with fastjem: images in, "
+            f"An image encoder: images in, embeddings{numbers} out. It was pretrained by joint embedding, with fastjem."
         )
-        opening += f"embeddings of {self.width} numbers out." if self.width else "embeddings out."
         parts = [self._front(), title, opening, self._table(), self._figures(), "## Images", self._images()]
         parts += ["## With timm", self._timm(), "## With fastjem", self._fastjem()]
         if self.torchvision:
@@ -126,9 +140,9 @@ class Card:
 
     def _table(self) -> str:
         told = self.told
-        images = f"{told['images']:,} images" if isinstance(told.get("images"), int) else ""
+        images = f"{told['images']:,} images" if "images" in told else ""
         step, per_epoch = told.get("step"), told.get("steps_per_epoch")
-        epochs = f"{step / per_epoch:.4g}" if isinstance(step, int) and isinstance(per_epoch, int) else ""
+        epochs = f"{step / per_epoch:.4g}" if step and per_epoch else ""
         batch = told.get("batch_size")
         if batch and told.get("accumulate", 1) > 1:
             batch = f"{batch} x {told['accumulate']}"
@@ -141,7 +155,7 @@ class Card:
             "parameters": f"{self.parameters:,}",
             "images": f"{self.pixels.channels} x {' x '.join(map(str, height_and_width(self.pixels.size)))} pixels",
             "trained on": ", ".join(filter(None, (_code(told["data"]) if told.get("data") else "", images))),
-            "steps": f"{step:,}" if isinstance(step, int) else "",
+            "steps": f"{step:,}" if step else "",
             "epochs": epochs,
             "batch": batch,
             "seed": str(told.get("seed", "")),
@@ -155,12 +169,12 @@ class Card:
         found = self.told.get("evaluation")
         if not found:
             return ""
-        asked = "each tenth image held out" if found["held_out"] else _code(found["test"])
+        asked = "each tenth image held out" if found["held_out"] else _code(found.get("test", "others"))
         header = f"| kNN, k = {found['k']} | linear probe | RankMe |"
         row = (
             f"| {found['knn']:.1%} | {found['linear_probe']:.1%} | {found['rankme']:.1f} of {found['dimensions']:.0f} |"
         )
-        known = f"{found['train_images']:,} images of {_code(found['train'])}"
+        known = f"{found['train_images']:,} images of {_code(found.get('train', 'others'))}"
         how = f"{found['test_images']:,} images of {found['classes']} classes ({asked}) by {known} with their labels:"
         return "\n".join(["## Figures", "", f"Of `fastjem evaluate`, {how}", "", header, "|---|---|---|", row])
 
