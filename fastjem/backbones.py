@@ -40,22 +40,9 @@ def create(
     Raises:
         UserError: for a name that timm doesn't know, or options that the model can't have.
     """
-    import timm
-
-    if SHORT_VIT.fullmatch(name):
-        name = full_name(name)
-        patch = patch or (max(shorter(image_size) // 8, 1) if shorter(image_size) <= 112 else 16)
-    known = timm.list_models()
-    if name not in known:
-        raise _no_backbone(name, known)
-    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
-    if channels != 3:
-        options["in_chans"] = channels
-    if patch and not takes_patch_size(name):
-        why = "has no patches" if not is_transformer(outline_of(name)) else "cuts them from a convolutional stem's maps"
-        raise UserError(f"--patch-size is for vision transformers whose patches can be of any size; {name} {why}")
-    options |= _sizes(name, image_size, patch)
-    options |= _pooling(name, pool)
+    name, options = arguments(name, image_size, patch=patch, pool=pool, channels=channels)
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     module = _made(name, options)
     if drop_path and not any(rate > 0 for _, rate in drop_paths(module)):
         raise _no_drop_path(name, drop_path)
@@ -70,6 +57,30 @@ def create(
         small_stem(module)
     # A ResNet-18's step on 32-pixel images: 1.38 times as many images a second on one AVX2 core.
     return module if is_transformer(module) else cast(Any, module).to(memory_format=torch.channels_last)
+
+
+def arguments(
+    name: str, image_size: Size, *, patch: int = 0, pool: str | None = None, channels: int = 3
+) -> tuple[str, dict[str, Any]]:
+    """timm's name of the model that `create` makes of these, and its options for `timm.create_model`. Some models lack
+    `dynamic_img_size`, and are made without it.
+
+    Raises:
+        UserError: as `create`.
+    """
+    import timm
+
+    if SHORT_VIT.fullmatch(name):
+        name = full_name(name)
+        patch = patch or (max(shorter(image_size) // 8, 1) if shorter(image_size) <= 112 else 16)
+    known = timm.list_models()
+    if name not in known:
+        raise _no_backbone(name, known)
+    if patch and not takes_patch_size(name):
+        why = "has no patches" if not is_transformer(outline_of(name)) else "cuts them from a convolutional stem's maps"
+        raise UserError(f"--patch-size is for vision transformers whose patches can be of any size; {name} {why}")
+    options = {"in_chans": channels} if channels != 3 else {}
+    return name, {**options, **_sizes(name, image_size, patch), **_pooling(name, pool)}
 
 
 def _sizes(name: str, image_size: Size, patch: int) -> dict[str, Any]:
@@ -210,6 +221,7 @@ def _no_backbone(name: str, known: Sequence[str]) -> UserError:
 __all__ = [
     "STEMS",
     "architecture",
+    "arguments",
     "create",
     "full_name",
     "has_small_stem",

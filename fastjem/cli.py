@@ -44,7 +44,7 @@ COMMANDS = {
     ),
     "export": Command(
         "fastjem.commands.export", "ExportOptions", "main",
-        "write a run's encoder as safetensors (and ONNX)",
+        "write a run's encoder as a folder that timm opens (and ONNX), and send it to the Hugging Face hub",
     ),
     "demo": Command(
         "fastjem.commands.demo", "DemoOptions", "main",

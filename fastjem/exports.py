@@ -1,4 +1,5 @@
-"""Encoders that were trained, built again and given their weights: from `encoder.safetensors`, or from a checkpoint."""
+"""Encoders that were trained, built again and given their weights: from a checkpoint, or from what `fastjem export`
+wrote, a file or a folder."""
 
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjem import checkpoints, config, reading
+from fastjem import checkpoints, config, hub, reading
 from fastjem.backbones import STEMS, architecture, create
 from fastjem.config import Config
 from fastjem.data.pixels import METADATA, Pixels
@@ -18,6 +19,9 @@ from fastjem.data.size import Size, from_text, shorter
 from fastjem.encoders import metadata
 from fastjem.errors import UserError
 
+WEIGHTS = "model.safetensors"  # of an exported folder, by the name that timm looks for
+DESCRIPTION = "config.json"  # of an exported folder: timm's, with what is fastjem's under the key OURS
+OURS = "fastjem"
 TEACHER = "teacher"  # the key in an export's metadata where its weights are the momentum encoder's: "true"
 
 
@@ -43,10 +47,11 @@ def is_teacher(metadata: Mapping[str, str]) -> bool:
 
 
 def open_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> Opened:
-    """The encoder of a run folder at its last checkpoint, whatever method trained it, or of an `encoder.safetensors`.
+    """The encoder of a run folder at its last checkpoint, whatever method trained it, or of what `fastjem export`
+    wrote, a file or a folder.
 
     Args:
-        path: of the folder or the file.
+        path: of the folder or the file; "hf-hub:USER/MODEL" of an exported folder on Hugging Face's hub.
         teacher: the momentum encoder of a run, in place of the trained one.
         encoder: the module that a run was begun with in place of a backbone's name; the weights are loaded into it.
 
@@ -54,13 +59,33 @@ def open_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder
         UserError: for a folder that is no run's, one without a checkpoint or without a momentum encoder, a file that is
             no encoder's, and what can't be built as it says.
     """
-    if os.path.isdir(path):
+    if isinstance(path, str) and hub.is_there(path):
+        file = hub.fetch(path, WEIGHTS) / WEIGHTS
+    elif not os.path.isdir(path):
+        file = Path(path)
+    elif is_exported(path):
+        file = Path(path) / WEIGHTS
+    else:
         return open_folder(Path(path), teacher=teacher, encoder=encoder)
-    opened = open_file(path, encoder=encoder)
+    opened = open_file(file, encoder=encoder)
     if teacher and not opened.teacher:
         has = "holds one encoder, the trained one; a run's folder has its momentum encoder"
         raise UserError(f"--teacher: {path} {has}")
     return opened
+
+
+def is_exported(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one of weights, and no run's."""
+    return (Path(folder) / WEIGHTS).is_file() and not (Path(folder) / config.FILE).exists()
+
+
+def of_folder(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `fastjem export` wrote of an encoder into a folder, beside what is timm's; None: the folder isn't its."""
+    try:
+        found = reading.json_object(Path(folder) / DESCRIPTION).get(OURS)
+    except UserError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def open_file(path: str | os.PathLike[str], *, encoder: nn.Module | None = None) -> Opened:

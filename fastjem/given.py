@@ -4,18 +4,15 @@ Gram anchoring.
 
 import contextlib
 import os
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from fastjem import encoders, exports
+from fastjem import encoders, exports, hub
 from fastjem.config import Config
 from fastjem.data.pixels import Pixels
 from fastjem.encoders import Encoder, Features
@@ -39,15 +36,18 @@ class Weights:
 
 
 def open_weights(name: str, *, teacher: bool = False) -> Weights:
-    """The encoder of a run folder or an `encoder.safetensors`, or timm's: "timm/MODEL.TAG", "hf-hub:USER/MODEL",
-    "local-dir:FOLDER".
+    """The encoder of a run folder or of an export, or timm's: "timm/MODEL.TAG", "hf-hub:USER/MODEL",
+    "local-dir:FOLDER". An export in such a place is opened as one: its images are prepared as its run's, and timm may
+    lack its stem.
 
     teacher: a run's momentum encoder, in place of the trained one.
 
     Raises:
         UserError: for a name that is none of these, or weights that can't be had; it says why.
     """
-    if os.path.exists(name):
+    place = _export_at(name) if names_a_place(name) else None
+    if place is not None or os.path.exists(name):
+        name = place or name
         opened = exports.open_encoder(name, teacher=teacher)
         pixels = opened.pixels
         built = exports.Built.of(opened.metadata)
@@ -69,10 +69,27 @@ def names_a_place(name: str) -> bool:
     return place in PLACES and place != name
 
 
+def _export_at(name: str) -> str | None:
+    """The path of what `fastjem export` wrote and a name leads to; None for what is timm's."""
+    if name.startswith("local-dir:"):
+        folder = name.partition(":")[2]
+        return folder if exports.of_folder(folder) else None
+    if not hub.is_there(name):
+        return None
+    try:
+        folder = hub.fetch(name, exports.DESCRIPTION)
+    except UserError:  # timm says what is wrong
+        return None
+    if exports.of_folder(folder) is None:
+        return None
+    return str(hub.fetch(name, exports.DESCRIPTION, exports.WEIGHTS))
+
+
 def _from_timm(name: str) -> Weights:
     import timm
 
-    with _in_reach(name) as in_reach:
+    local = name.startswith("local-dir:")
+    with contextlib.nullcontext(True) if local else hub.in_reach() as in_reach:
         try:
             try:  # a transformer takes images of any size then, by positions that are resampled to their patches
                 module: Any = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
@@ -81,34 +98,10 @@ def _from_timm(name: str) -> Weights:
         except Exception as error:  # whatever timm, huggingface_hub and the network may raise
             line = (str(error).splitlines() or [type(error).__name__])[0]
             if not in_reach:
-                line = "the hub can't be reached from here, and they aren't in its cache; local-dir:FOLDER takes a copy"
+                line = f"{hub.NOT_IN_REACH}, and they aren't in its cache; local-dir:FOLDER takes a copy"
             raise UserError(f"the weights of {name} can't be had: {line}") from None
     about = module.pretrained_cfg
     return Weights(module, tuple(about["mean"]), tuple(about["std"]), about["architecture"])
-
-
-@contextlib.contextmanager
-def _in_reach(name: str) -> Iterator[bool]:
-    """Whether the hub with these weights can be reached. Where it can't, its cache alone is looked at: huggingface_hub
-    would try for 70 seconds, and say so in a dozen lines.
-    """
-    from huggingface_hub import constants
-
-    if name.startswith("local-dir:"):
-        yield True
-        return
-    offline = constants.HF_HUB_OFFLINE
-    in_reach = not offline
-    if in_reach and not getproxies():  # a proxy looks addresses up itself
-        try:
-            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-        except OSError:
-            in_reach = False
-    constants.HF_HUB_OFFLINE = not in_reach
-    try:
-        yield in_reach
-    finally:
-        constants.HF_HUB_OFFLINE = offline
 
 
 class Given(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import encoders, exports, fields, reading
+from fastjem import encoders, exports, fields, hub, reading
 from fastjem.config import Config
 from fastjem.data.pixels import Pixels
 from fastjem.data.size import height_and_width
@@ -38,6 +38,9 @@ class Opened:
 
     @property
     def folder(self) -> Path:
+        """Where figures of the encoder belong; of one on the hub, the current folder."""
+        if hub.is_there(str(self.path)):
+            return Path()
         return self.path if self.path.is_dir() else self.path.parent
 
     def digest(self) -> str:
@@ -51,16 +54,18 @@ class Opened:
 
 
 def open_run(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> Opened:
-    """A run at its last checkpoint, one that was killed too, or an `encoder.safetensors`.
+    """A run at its last checkpoint, one that was killed too, or what was exported.
 
     Args:
+        path: of a run's folder, an exported file or folder; or "hf-hub:USER/MODEL".
         teacher, encoder: see `fastjem.exports.open_encoder`.
 
     Raises:
         UserError: where there is no run, no checkpoint, or one whose encoder can't be built from its configuration.
     """
-    path = _existing(path)
-    opened = exports.open_encoder(path, teacher=teacher, encoder=encoder)
+    text = _existing(path)
+    path = Path(text)
+    opened = exports.open_encoder(text, teacher=teacher, encoder=encoder)
     settings, state = opened.config, opened.state
     if settings is None or state is None:
         return Opened(path, opened.encoder, None, opened.pixels, None, opened.metadata)
@@ -70,13 +75,13 @@ def open_run(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn
 
 
 def load_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> nn.Module:
-    """The encoder of a run folder, at its last checkpoint, or of an `encoder.safetensors`; in eval mode.
+    """The encoder of a run folder, at its last checkpoint, or of an export, a file or a folder; in eval mode.
 
     `encoder(encoder.prepare(images))` are embeddings: `prepare` is `fastjem.data.pixels.Pixels.prepare` of the run,
     which takes paths, arrays or Pillow's images. A module of the user's own that has a `prepare` keeps that.
 
     Args:
-        path: of the folder or the file.
+        path: of the folder or the file; "hf-hub:USER/MODEL" of an exported folder on Hugging Face's hub.
         teacher: the momentum encoder of a run, in place of the trained one.
         encoder: the module that a run was begun with in place of a backbone's name; the weights are loaded into it.
 
@@ -89,14 +94,14 @@ def load_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder
     return opened.encoder
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
+def _existing(path: str | os.PathLike[str]) -> str:
     try:
         text = os.fsdecode(path)
     except TypeError:
         raise UserError(f"a run is named by its path, got {fields.came(path)}") from None
-    if not text or not os.path.exists(text):
+    if not hub.is_there(text) and not os.path.exists(text):
         raise UserError(f"there is no run in {text or repr(text)}: no such file or folder")
-    return Path(text)
+    return text
 
 
 def _projector(settings: Config, module: nn.Module, state: dict[str, Any], *, teacher: bool) -> nn.Module | None:

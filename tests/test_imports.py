@@ -37,6 +37,8 @@ ORDER = (
     "folder",
     "meter",
     "runs",
+    "card",
+    "portable",
     "probes",
     "embeddings",
     "classifiers",
@@ -64,7 +66,7 @@ BESIDE = (
     "bench",
 )
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
-LEAVES = ("errors", "advice", "arguments", "fields", "launchers", "machine", "printing", "reading", "schedules")
+LEAVES = ("errors", "advice", "arguments", "fields", "hub", "launchers", "machine", "printing", "reading", "schedules")
 
 
 @dataclass(frozen=True)

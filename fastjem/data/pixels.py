@@ -28,6 +28,7 @@ METADATA = "pixels"  # the key in a file's metadata
 LARGEST = 2**14  # pixels of an image's side: in float32 one such image takes 3 GiB
 COLOUR = Levels()
 LONGEST = 16  # times its shorter side: an image that is longer is cut before it is resized
+BILINEAR = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Pixels:
     channels: int = 3
     value_range: tuple[float, float] = (0.0, 255.0)
     values: str = "8-bit"  # the kind of values that the range is of, see `fastjem.data.levels.Levels`
+    interpolation: str = BILINEAR  # antialiased, of whole images: said to whoever reads a file without fastjem
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "value_range"):  # a file has lists
@@ -58,6 +60,8 @@ class Pixels:
             raise ValueError(f"Pixels: value_range must be two finite numbers, ascending, got {self.value_range}")
         if self.values not in KINDS:
             raise ValueError(f"Pixels: values must be one of {', '.join(KINDS)}, got {self.values!r}")
+        if self.interpolation != BILINEAR:
+            raise ValueError(f"Pixels: interpolation must be {BILINEAR}, got {self.interpolation!r}")
 
     @classmethod
     def of(cls, specs: Sequence[ViewSpec], levels: Levels = COLOUR) -> "Pixels":
@@ -172,22 +176,34 @@ def _picture(image: Any, levels: Levels) -> Picture:
     raise UserError(f"prepare: images must be {wanted}, got {type(image).__name__}")
 
 
+def covering(height: int, width: int, size: Size) -> tuple[int, int]:
+    """Height and width to which an image is resized so that it covers `size`: one side is that of `size`, and the other
+    no shorter.
+
+    For a square as torchvision's `resize(image, [size])` has it, which rounds the longer side down; for any other
+    rectangle as timm's `ResizeKeepRatio`, which rounds it to the nearest pixel.
+    """
+    high, wide = height_and_width(size)
+    if high == wide:
+        return max(high, int(height * wide / width)), max(wide, int(width * high / height))
+    ratio = min(height / high, width / wide)
+    return round(height / ratio), round(width / ratio)
+
+
 def whole_image(image: Picture, size: Size) -> Tensor:
     """The middle of an image that is resized to cover `size` (bilinear, antialiased): [C, H, W] of its dtype, uint8 or
     float32.
 
-    Of squares it is torchvision's `center_crop(resize(image, [size]), [size, size])`, which this equals bit for bit
-    where the image is at most `LONGEST` times as long as wide; of H and W `center_crop(resize(image, covering), [H,
-    W])`, where `covering` has the image's aspect, and one side is H or W and the other no shorter than W or H, for
-    images up to `LONGEST` times as long as H x W asks. Of a longer one the middle alone is resized, which rounds
+    It is `center_crop(resize(image, covering(...)), [H, W])` of torchvision, and so what timm's
+    `create_transform(crop_pct=1.0, crop_mode="center", interpolation="bilinear")` makes of it: bit for bit where the
+    image is at most `LONGEST` times as long as `size` asks. Of a longer one the middle alone is resized, which rounds
     differently: a picture of 5000 x 1 pixels, resized as a whole to 224, has 250 million.
     """
     high, wide = height_and_width(size)
-    by_height = image.width * high  # the covering height is H where this is no less than the other
-    by_width = image.height * wide
-    height = max(high, int(by_width / image.width))
-    width = max(wide, int(by_height / image.height))
+    height, width = covering(image.height, image.width, size)
     left, top = round((width - wide) / 2), round((height - high) / 2)
+    by_height = image.width * high  # the image is too wide for `size` where this is more than the other
+    by_width = image.height * wide
     if max(by_height, by_width) > LONGEST * min(by_height, by_width):
         across = image.width / width
         down = image.height / height
