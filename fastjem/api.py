@@ -13,7 +13,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fastjem.errors import UserError, nearest
@@ -44,6 +44,7 @@ FUNCTIONS = {
 SOURCES = ("data", "train", "test")  # fields that name sources of images: of several, a list in Python
 
 COMMAND = r"fastjem [a-z][a-z-]* [^;:,()]*"  # a command line that a message advises: it stays one
+SECTIONS = ("Args:", "Returns:", "Raises:")  # of a docstring
 FLAG = r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)"
 
 
@@ -175,12 +176,15 @@ def accepted_by(field: dataclasses.Field, hint: Any) -> Any:
     import torch
 
     kinds: dict[str, Any] = {
-        "path": os.PathLike[str], "pair": Sequence[float], "sides": Sequence[int], "square": Sequence[int],
+        "path": os.PathLike[str], "pair": Sequence[Any], "sides": Sequence[int], "square": Sequence[int],
         "device": torch.device,
     }  # fmt: skip
     more = [kind for name, kind in kinds.items() if field.metadata.get(name)]
     if field.name in SOURCES and field.metadata.get("path"):
         more.append(Sequence[str | os.PathLike[str]])
+    if typing.get_origin(hint) is dict:
+        key, value = typing.get_args(hint)
+        hint = Mapping[key, value]
     return typing.Union[(hint, *more)]  # of a list of types
 
 
@@ -191,20 +195,27 @@ def documentation(
     text = inspect.getdoc(target) or ""
     if kind is None:
         return text
-    before, _, behind = text.partition("Args:\n")
-    arguments, end, rest = behind.partition("\n\n")
-    known = list(signature.parameters)
-    own = {line.strip().partition(":")[0].partition(",")[0] for line in arguments.splitlines()}
+    sections = {"": "", "Args": ""}  # what stands before the first, and what the target says of arguments of its own
+    name = ""
+    for line in text.splitlines():
+        if line in SECTIONS:
+            name = line[:-1]
+        else:
+            sections[name] = f"{sections.get(name, '')}{line}\n"
+    own = {line.strip().partition(":")[0].partition(",")[0] for line in sections["Args"].splitlines()}
     lines = []
     for field in dataclasses.fields(kind):
-        about = as_keywords(field.metadata.get("help", ""), known)
         if field.name in own:  # the target tells of it
             continue
+        about = as_keywords(field.metadata.get("help", ""), list(signature.parameters))
         default = signature.parameters[field.name].default
         shown = "" if default is inspect.Parameter.empty else f" (default: {default!r})"
-        lines.append(f"    {field.name}: {about or field.name.replace('_', ' ')}{shown}")
-    kept = [line for line in arguments.splitlines() if not line.strip().startswith("options:")]
-    return f"{before}Args:\n" + "\n".join([*lines, *kept]) + f"{end}{rest}\n"
+        lines.append(f"    {field.name}: {about or field.name.replace('_', ' ')}{shown}\n")
+    kept = [line for line in sections["Args"].splitlines(keepends=True) if not line.strip().startswith("options:")]
+    sections["Args"] = "".join([*lines, *kept]).rstrip() + "\n"
+    begin = sections.pop("")
+    parts = [f"{name}:\n{text.rstrip()}\n" for name, text in sections.items()]
+    return "\n".join([begin.rstrip() + "\n", *parts])
 
 
 # What follows writes the stub.
@@ -212,9 +223,10 @@ def documentation(
 
 HEAD = """# Written by `python -m fastjem.api`; tests/test_api.py holds it equal to what the functions take.
 
+import os
 from typing import Any, Literal
 
-import os
+import torch
 """
 
 
@@ -249,18 +261,18 @@ def _written(hint: Any, imports: set[tuple[str, str]]) -> str:
     if hint is Any or hint is None or hint is types.NoneType or hint is Ellipsis:
         return {Any: "Any", Ellipsis: "..."}.get(hint, "None")
     if origin in (types.UnionType, typing.Union):
-        return " | ".join(dict.fromkeys(_written(part, imports) for part in arguments))
+        last = sorted(arguments, key=lambda part: part is types.NoneType)
+        return " | ".join(dict.fromkeys(_written(part, imports) for part in last))
     if origin is Literal:
         return f"Literal[{', '.join(map(repr, arguments))}]"
     if isinstance(hint, list):
         return f"[{', '.join(_written(part, imports) for part in hint)}]"
     kind = origin or hint
-    if kind is os.PathLike:
-        name = "os.PathLike"
-    else:
-        name = kind.__name__
-        if kind.__module__ != "builtins":
-            imports.add((kind.__module__, name))
+    name = kind.__name__
+    if kind.__module__ in ("os", "torch"):  # "device" is a keyword of these functions, too
+        name = f"{kind.__module__}.{name}"
+    elif kind.__module__ != "builtins":
+        imports.add((kind.__module__, name))
     return f"{name}[{', '.join(_written(part, imports) for part in arguments)}]" if arguments else name
 
 

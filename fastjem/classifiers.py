@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastjem import __version__, backbones, encoders, exports, reading
+from fastjem import __version__, backbones, encoders, exports, portable, reading
 from fastjem.checkpoints import write_atomically
 from fastjem.data.pixels import Pixels
 from fastjem.data.size import height_and_width
@@ -17,10 +17,8 @@ from fastjem.errors import UserError, first_line
 from fastjem.printing import say
 from fastjem.runs import Opened
 
-WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"  # timm's names
 CLASSES = "classes"  # the key in the weights' metadata
 STD = 2e-5  # of the head's first weights: all classes are equally likely at the start (He et al. 2022, MAE's code)
-TOLERANCE = 1e-4  # of the largest value: other kernels may be chosen for the same convolution
 
 
 class Headed(nn.Module):
@@ -102,60 +100,34 @@ def save(module: nn.Module, opened: Opened, folder: Path, classes: Sequence[str]
         OSError: where it can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    encoders.save(module, str(folder / WEIGHTS), {**opened.metadata, CLASSES: json.dumps(list(classes))})
-    refused = _why_not_timms(opened.metadata, opened.encoder)
-    name = opened.metadata.get("backbone", type(opened.encoder).__name__)
-    arguments: dict[str, Any] = {}
-    if not refused:
-        built = exports.Built.of(opened.metadata)
-        name, arguments = backbones.arguments(
-            built.backbone, built.image_size, patch=built.patch_size, pool=built.pool, channels=built.channels
-        )
-    _describe(folder, name, arguments, module, opened.pixels, classes)
-    if not refused:
+    encoders.save(module, str(folder / exports.WEIGHTS), {**opened.metadata, CLASSES: json.dumps(list(classes))})
+    recipe = f"it is a module of its owner's, {type(opened.encoder).__name__}"
+    if "backbone" in opened.metadata:
+        recipe = portable.recipe_of(opened)
+    refused = recipe if isinstance(recipe, str) else ""
+    if isinstance(recipe, portable.Recipe):
+        _describe(folder, recipe, module, opened.pixels, classes)
         refused = _tried(folder, module, opened.pixels)
     if refused:  # the architecture's name is all that an error of timm's would show of the folder
-        _describe(folder, f"{name} ({refused}; fastjem.load_classifier opens it)", {}, module, opened.pixels, classes)
+        name = opened.metadata.get("backbone", type(opened.encoder).__name__)
+        told = portable.Recipe(f"{name} ({refused}; fastjem.load_classifier opens it)", {})
+        _describe(folder, told, module, opened.pixels, classes)
         say(f"fastjem: timm won't open {folder}, as {refused}; fastjem.load_classifier({str(folder)!r}) does")
     return refused
 
 
-def _why_not_timms(metadata: Mapping[str, str], encoder: nn.Module) -> str:
-    if "backbone" not in metadata:
-        return f"it is a module of its owner's, {type(encoder).__name__}"
-    if backbones.has_small_stem(encoder):
-        return "no argument of timm's gives a ResNet the stem for small images"
-    return ""
-
-
-def _describe(
-    folder: Path, name: str, arguments: Mapping[str, Any], module: nn.Module, pixels: Pixels, classes: Sequence[str]
-) -> None:
+def _describe(folder: Path, recipe: portable.Recipe, module: nn.Module, pixels: Pixels, classes: Sequence[str]) -> None:
     """timm's `config.json`: how it makes the model, prepares an image, and what the classes are called."""
-    about = getattr(module, "pretrained_cfg", None) or {}
-    black, white = (value / 255 for value in pixels.value_range) if pixels.values == "8-bit" else (0.0, 1.0)
+    named = {"num_classes": len(classes), "label_names": list(classes)}
     described = {
-        "architecture": name,
-        "num_classes": len(classes),
+        "architecture": recipe.architecture,
         "num_features": getattr(module, "num_features", None),
-        "model_args": dict(arguments),
-        "label_names": list(classes),
-        "pretrained_cfg": {
-            "input_size": [pixels.channels, *height_and_width(pixels.size)],
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": [black + mean * (white - black) for mean in pixels.mean],
-            "std": [std * (white - black) for std in pixels.std],
-            "num_classes": len(classes),
-            "label_names": list(classes),
-            "pool_size": None,
-            "first_conv": about.get("first_conv"),
-            "classifier": about.get("classifier"),
-        },
-        "fastjem": {"version": __version__, "pixels": pixels.to_dict()},
+        **named,
+        "model_args": recipe.arguments,
+        "pretrained_cfg": {**portable.pretrained_cfg(pixels, module, recipe.arguments), **named},
+        exports.OURS: {"version": __version__, "pixels": pixels.to_dict()},
     }
-    write_atomically(folder / DESCRIPTION, (json.dumps(described, indent=2) + "\n").encode())
+    write_atomically(folder / exports.DESCRIPTION, (json.dumps(described, indent=2) + "\n").encode())
 
 
 @torch.no_grad()
@@ -171,8 +143,7 @@ def _tried(folder: Path, module: nn.Module, pixels: Pixels) -> str:
         found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
     except Exception as error:  # whatever a model's constructor may raise
         return f"it says: {first_line(error)}"
-    same = found.shape == expected.shape and (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
-    return "" if same else "its logits are others then"
+    return "" if portable.same(found, expected) else "its logits are others then"
 
 
 def load_classifier(path: str | os.PathLike[str], *, encoder: nn.Module | None = None) -> nn.Module:
@@ -190,10 +161,10 @@ def load_classifier(path: str | os.PathLike[str], *, encoder: nn.Module | None =
     """
     from safetensors import SafetensorError, safe_open
 
-    file = Path(os.fsdecode(path)) / WEIGHTS
+    file = Path(os.fsdecode(path)) / exports.WEIGHTS
     if not file.is_file():
         raise UserError(
-            f"there is no classifier in {os.fsdecode(path)}: it has no {WEIGHTS}, as fastjem finetune writes it"
+            f"there is no classifier in {os.fsdecode(path)}: it has no {exports.WEIGHTS}, as fastjem finetune writes it"
         )
     try:
         with safe_open(str(file), "pt") as opened, reading.named(file):

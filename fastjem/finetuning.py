@@ -198,9 +198,10 @@ class Training:
         self.images = Images(source, pixels, plan.augmentation, plan.seed)
         self.classes = len(source.classes)
         self.device = next(module.parameters()).device
+        self.norm: nn.BatchNorm1d | None = None
         if plan.linear:
             module.requires_grad_(False)
-            classifiers.head_of(module).requires_grad_(True)
+            self.norm = normalised(classifiers.head_of(module).requires_grad_(True)).to(self.device)
         self.optimizer, self.scheduler = _optimizer(module, plan)
         self.step = 0
         self.seconds = 0.0
@@ -219,6 +220,8 @@ class Training:
                 "with it, --overwrite begins anew"
             )
         self.module.load_state_dict(state["model"])
+        if self.norm is not None:
+            self.norm.load_state_dict(state["norm"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.seconds = state["seconds"]
@@ -232,6 +235,7 @@ class Training:
         state = {
             "identity": self.identity,
             "model": self.module.state_dict(),
+            "norm": None if self.norm is None else self.norm.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -242,7 +246,7 @@ class Training:
         write_atomically(self.path, buffer.getvalue())
 
     def train(self, workers: int) -> None:
-        """All steps that are left.
+        """All steps that are left; then the module is as it is tested and kept.
 
         Raises:
             UserError: where not one image can be read, or the loss isn't finite any more.
@@ -274,15 +278,17 @@ class Training:
                         self._epoch_ends(loss)
                         losses = []
                     left = self.seconds / self.step * (self.plan.steps - self.step) / 60
-                    say(
-                        f"step {self.step}/{self.plan.steps}  epoch {self.step / each:.1f}  loss {loss:.3f}  {left:.1f} min left"
-                    )
+                    where = f"step {self.step}/{self.plan.steps}  epoch {self.step / each:.1f}"
+                    say(f"{where}  loss {loss:.3f}  {left:.1f} min left")
                 if time.monotonic() - saved > self.plan.save_every and self.step < self.plan.steps:
                     self.save()
                     saved = time.monotonic()
         except KeyboardInterrupt:
             self.save()
             raise
+        if self.norm is not None:
+            fold(self.norm, classifiers.head_of(self.module))
+        self.module.eval()
 
     def _say_unreadable(self, texts: Sequence[str]) -> None:
         for text in texts:
@@ -339,6 +345,24 @@ class Training:
             nn.utils.clip_grad_norm_(self.module.parameters(), plan.clip)
         self.optimizer.step()
         return loss.detach()
+
+
+def normalised(head: nn.Linear) -> nn.BatchNorm1d:
+    """A norm without weights before a head, as linear heads are trained whatever the scale of the embeddings is (He et
+    al. 2022, MAE, appendix A.1): a hook of the head's, until `fold` makes both one layer. It averages over all batches.
+    """
+    norm = nn.BatchNorm1d(head.in_features, eps=1e-6, momentum=cast(Any, None), affine=False)
+    norm.hook = head.register_forward_pre_hook(lambda _, inputs: (norm(inputs[0]),))  # type: ignore[assignment]
+    return norm
+
+
+@torch.no_grad()
+def fold(norm: nn.BatchNorm1d, head: nn.Linear) -> None:
+    """The head alone becomes what norm and head are in eval mode: W x / s + b - W m / s."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    cast(Any, norm.hook).remove()
+    head.weight.div_((norm.running_var + norm.eps).sqrt())
+    head.bias.sub_(head.weight @ norm.running_mean)
 
 
 def _optimizer(module: nn.Module, plan: Plan) -> tuple[torch.optim.Optimizer, Any]:

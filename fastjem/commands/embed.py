@@ -1,4 +1,4 @@
-"""`fastjem embed`: an encoder's embeddings of many images as a table; its nearest neighbours and duplicates beside it."""
+"""`fastjem embed`: an encoder's embeddings of many images as a table; nearest neighbours and duplicates beside it."""
 
 import contextlib
 import hashlib
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import fastjem
-from fastjem import fields
+from fastjem import __version__, fields
 from fastjem.data.fingerprint import fingerprint
 from fastjem.data.source import Source, open_source, path_of
 from fastjem.data.sources import naming
@@ -145,7 +144,7 @@ class _Found:
     def metadata(self) -> dict[str, Any]:
         """What a file says of its rows: which encoder made them, and how its images became numbers."""
         return {
-            "fastjem": fastjem.__version__,
+            "fastjem": __version__,
             "run": str(self.opened.path),
             "step": self.opened.step,
             "teacher": self.opened.teacher,
@@ -172,7 +171,7 @@ class _Found:
         return Table([*named, embedding], len(self.images), self.metadata())
 
     def write(self) -> None:
-        """The file, and those that are asked for beside it; the file itself comes last, as it says that all is there."""
+        """The file, and those that are asked for beside it; the file itself comes last: it says that all is there."""
         if self.out is None:
             return
         beside = {"neighbors": self._neighbors(), "duplicates": self._duplicates()}

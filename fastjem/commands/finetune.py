@@ -141,7 +141,6 @@ def _finetuned(options: FinetuneOptions, opened: Opened, known: Split, out: Path
     identity = _identity(options, opened, known, plan, device)
     training = Training(module, known.bank, chosen, opened.pixels, plan, out / CHECKPOINT, identity)
     training.train(workers)
-    module.eval()
     logits: list[Tensor] = []
     tested: list[int] = []
     lost = 0
@@ -316,9 +315,8 @@ def _check(options: FinetuneOptions) -> None:
 def main(options: FinetuneOptions) -> int:
     result = finetune(options)
     show(result)
-    say(
-        f"fastjem: {os.path.join(result['out'], FIGURES)} has every figure; fastjem.load_classifier({result['out']!r}) opens it"
-    )
+    file = os.path.join(result["out"], FIGURES)
+    say(f"fastjem: {file} has every figure; fastjem.load_classifier({result['out']!r}) opens it")
     return 0
 
 

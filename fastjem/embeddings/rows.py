@@ -36,7 +36,7 @@ class Rows:
         self.dtype = dtype
         self.done = 0  # images that were looked at, from the first one on
         self.width = 0  # D; 0 before the first row
-        self.sizes = dict.fromkeys(FILES, 0)  # bytes that count
+        self.sizes: dict[str, int] = dict.fromkeys(FILES, 0)  # bytes that count
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
             self._take(reading.json_object(folder / STATE), anew)
@@ -60,8 +60,8 @@ class Rows:
             self.sizes = sizes
         elif not anew:
             raise UserError(
-                f"{self.folder} holds a part of other embeddings, with another {', another '.join(other)}: without that "
-                "folder, by --overwrite, or with another --out a new file is begun"
+                f"{self.folder} holds a part of other embeddings, with another {', another '.join(other)}: without "
+                "that folder, by --overwrite, or with another --out a new file is begun"
             )
 
     def _opened(self, path: Path) -> int:
