@@ -73,7 +73,7 @@ def function(name: str) -> Callable[..., Any]:
             for option in given:
                 if option not in signature.parameters:
                     raise nearest("option", option, known)
-            if kind is None or place.options == "Config":
+            if kind is None or "config" in signature.parameters:  # it takes what the caller gives as it is
                 return target(*values, **_joined(given))
             fields, objects = _taken_apart(kind, signature, values, given)
             return target(kind(**fields), **objects)
@@ -82,6 +82,8 @@ def function(name: str) -> Callable[..., Any]:
     call.__module__ = "fastjem"
     call.__doc__ = documentation(target, kind, signature)
     call.__signature__ = signature  # type: ignore[attr-defined]
+    call.__annotations__ = {option: parameter.annotation for option, parameter in signature.parameters.items()}
+    call.__annotations__["return"] = signature.return_annotation
     del call.__wrapped__  # type: ignore[attr-defined]  # inspect would look through to the command's own
     return call
 

@@ -1,6 +1,7 @@
 """Embeddings of many images: by four routes equal, in three formats, killed and gone on with; who is near."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -121,8 +122,8 @@ def test_killed_and_started_again(root: Path, tmp_path: Path, capsys: pytest.Cap
     for other in (["--half"], ["--batch-size", "16"], ["--data", str(root / "images")]):
         assert main([*words, *other, "--out", str(out)]) == 2
     said = capsys.readouterr().err
-    assert said.count("holds a part of other embeddings, with another options") == 2
-    assert said.count("with another data") == 1
+    assert said.count("holds a part of other embeddings (not the same options)") == 2
+    assert said.count("(not the same data)") == 1
     assert main([*words, "--out", str(out)]) == 0
     assert "24 of 48 images are embedded already" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
@@ -134,7 +135,7 @@ def test_killed_and_started_again(root: Path, tmp_path: Path, capsys: pytest.Cap
         assert arrays["embedding"].dtype == np.float16 and len(arrays["embedding"]) == 47
 
 
-def test_a_part_of_other_embeddings_is_overwritten_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_rows_are_kept_refused_or_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(identity: str, **options: bool) -> Rows:
         return Rows(tmp_path, {"encoder": identity}, np.dtype(np.float32), **options)
 
@@ -145,11 +146,20 @@ def test_a_part_of_other_embeddings_is_overwritten_where_that_is_asked_for(tmp_p
     again = rows("a")
     assert (again.done, len(again), again.width) == (3, 2, 3) and again.unreadable() == [(1, "b.png", "no image")]
     again.close()
-    with pytest.raises(UserError, match="with another encoder"):
+    with pytest.raises(UserError, match="not the same encoder"):
         rows("b")
     anew = rows("b", anew=True)
     assert anew.done == 0 and len(anew) == 0
     anew.close()
+    full = rows("b")
+
+    def write(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="can't be written to: No space left"):
+        patch.setattr(os, "write", write)
+        full.add(np.ones((1, 3)), [0], [])
+    full.close()
     (tmp_path / "state.json").write_text('{"identity": {}}')
     with pytest.raises(UserError, match=r"state.json is damaged"):
         rows("a")

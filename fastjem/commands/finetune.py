@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +112,7 @@ def finetune(options: FinetuneOptions, *, encoder: nn.Module | None = None) -> d
         raise UserError(f"{out} holds a classifier already; --overwrite trains it anew, another --out another one")
     lock = Lock(out)
     lock.acquire()
-    random_state = torch.get_rng_state()
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     try:
         if options.overwrite:
             for name in (FIGURES, CHECKPOINT):
@@ -120,7 +121,9 @@ def finetune(options: FinetuneOptions, *, encoder: nn.Module | None = None) -> d
     except OSError as error:
         raise UserError(f"--out {out}: {reading.why_not(error)}") from None
     finally:
-        torch.set_rng_state(random_state)
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
         lock.release()
 
 

@@ -60,7 +60,7 @@ class Rows:
             self.sizes = sizes
         elif not anew:
             raise UserError(
-                f"{self.folder} holds a part of other embeddings, with another {', another '.join(other)}: without "
+                f"{self.folder} holds a part of other embeddings (not the same {', '.join(other)}): without "
                 "that folder, by --overwrite, or with another --out a new file is begun"
             )
 
@@ -97,16 +97,30 @@ class Rows:
 
     def _append(self, name: str, content: bytes) -> None:
         left = memoryview(content)
-        while left:  # a nearly full disk takes a part of it
-            left = left[os.write(self.files[name], left) :]
+        try:
+            while left:  # a nearly full disk takes a part of it
+                left = left[os.write(self.files[name], left) :]
+        except OSError as error:
+            raise self._refused(error) from None
         self.sizes[name] += len(content)
 
     def save(self) -> None:
-        """What was added counts from now on, whatever happens to the process or the machine."""
-        for descriptor in self.files.values():
-            os.fsync(descriptor)
+        """What was added counts from now on, whatever happens to the process or the machine.
+
+        Raises:
+            UserError: where the disk refuses it.
+        """
         state = {"identity": self.identity, "done": self.done, "width": self.width, "sizes": self.sizes}
-        write_atomically(self.folder / STATE, (json.dumps(state) + "\n").encode())
+        try:
+            for descriptor in self.files.values():
+                os.fsync(descriptor)
+            write_atomically(self.folder / STATE, (json.dumps(state) + "\n").encode())
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> UserError:
+        """What the disk says; what was saved before is still there."""
+        return UserError(f"{self.folder} can't be written to: {reading.why_not(error)}")
 
     def close(self) -> None:
         """Once or twice is the same; rows are read behind it, too."""
