@@ -90,7 +90,7 @@ def pretrain(
         out: folder of the run
         data: folder, list, tar files, tables, arrays, s3://... too; a,b:0.3: both; none: the embedded data set (default: None)
         backbone: a timm model, or vit_tiny, vit_small, vit_base (default: 'resnet18')
-        weights: to begin with: a run, an encoder.safetensors, timm/MODEL.TAG, hf-hub:USER/MODEL, local-dir:FOLDER (default: None)
+        weights: to begin with: a run, an export, timm/MODEL.TAG, hf-hub:USER/MODEL, local-dir:FOLDER (default: None)
         weights_of: a run's encoder, its momentum encoder, or all of it, heads and momentum copies too (default: 'encoder')
         freeze: parts of the encoder that stay as they are: patch_embed,blocks.0 (default: None)
         head_warmup_epochs: in which the heads alone learn (default: 0.0)
@@ -175,7 +175,7 @@ def evaluate(
     Images become numbers as they did in the run; those that can't be read are left out, said and counted.
 
     Args:
-        run: run folder, or an exported encoder.safetensors
+        run: run folder, or an exported folder or file
         train: images of known classes, as --data of pretrain; none: the run's (default: None)
         test: the same; none: beside `train`, or each tenth image of it (default: None)
         features: of which part (default: 'encoder')

@@ -45,7 +45,7 @@ class Config:
     weights: str | None = field(
         default=None,
         metadata={
-            "help": "to begin with: a run, an encoder.safetensors, timm/MODEL.TAG, hf-hub:USER/MODEL, local-dir:FOLDER",
+            "help": "to begin with: a run, an export, timm/MODEL.TAG, hf-hub:USER/MODEL, local-dir:FOLDER",
             "path": True,
         },
     )

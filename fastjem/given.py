@@ -57,7 +57,7 @@ def open_weights(name: str, *, teacher: bool = False) -> Weights:
         raise UserError(f"{name or repr(name)}: a run's folder alone has a momentum encoder")
     if not names_a_place(name):
         raise UserError(
-            f"{name or repr(name)} names no encoder with weights: a run folder, an encoder.safetensors, "
+            f"{name or repr(name)} names no encoder with weights: a run folder, an export, "
             "timm/MODEL.TAG, hf-hub:USER/MODEL or local-dir:FOLDER does"
         )
     return _from_timm(name.removeprefix("timm/"))

@@ -13,9 +13,10 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from fastjem.errors import UserError, first_line
+from fastjem.errors import UserError
 
 PLACES = ("hf-hub:", "hf_hub:")  # as timm writes them, the second in its earlier versions
+MOST = 300  # characters of an error
 NOT_IN_REACH = "the hub can't be reached from here"
 
 
@@ -60,7 +61,7 @@ def fetch(name: str, *files: str) -> Path:
             try:
                 folder = Path(hub.hf_hub_download(model, file, revision=revision or None)).parent
             except Exception as error:  # whatever huggingface_hub and the network may raise
-                why = f"{NOT_IN_REACH}, and they aren't in its cache" if not reached else first_line(error)
+                why = f"{NOT_IN_REACH}, and they aren't in its cache" if not reached else said(error)
                 raise UserError(f"the weights of {name} can't be had: {file}: {why}") from None
     return folder
 
@@ -79,7 +80,7 @@ def check(name: str) -> None:
         if not re.fullmatch("[^/]+/[^/]+", name):
             raise ValueError("it names nobody")
     except ValueError as error:
-        raise UserError(f"{called} must be USER/MODEL, as on the hub: {first_line(error)}") from None
+        raise UserError(f"{called} must be USER/MODEL, as on the hub: {said(error)}") from None
     with in_reach() as reached:
         if not reached:
             raise UserError(f"{called}: {NOT_IN_REACH}; without --push the folder is written, to be sent later")
@@ -89,7 +90,7 @@ def check(name: str) -> None:
             login = "`hf auth login` does that, or a token in the environment variable HF_TOKEN"
             raise UserError(f"{called}: nobody is logged in to the hub here; {login}") from None
         except Exception as error:
-            raise UserError(f"{called}: the hub doesn't let us in: {first_line(error)}") from None
+            raise UserError(f"{called}: the hub doesn't let us in: {said(error)}") from None
 
 
 def send(folder: Path, name: str, *, private: bool = False, files: list[str]) -> str:
@@ -109,8 +110,14 @@ def send(folder: Path, name: str, *, private: bool = False, files: list[str]) ->
             repo_id=name, folder_path=folder, allow_patterns=files, commit_message="An encoder of fastjem"
         )
     except Exception as error:  # whatever huggingface_hub and the network may raise
-        raise UserError(f"--push {name}: {first_line(error)}; the folder is in {folder}") from None
+        raise UserError(f"--push {name}: {said(error)}; the folder is in {folder}") from None
     return str(address)
+
+
+def said(error: Exception) -> str:
+    """What an error of the hub's says, in one line: the first of its lines has the number of an answer alone."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST else f"{text[:MOST]}..."
 
 
 def _library(called: str) -> Any:

@@ -149,6 +149,10 @@ def recipe_of(opened: Opened) -> Recipe | str:
     name, arguments = backbones.arguments(
         built.backbone, built.image_size, patch=built.patch_size, pool=built.pool, channels=built.channels
     )
+    about = cast(Any, module).pretrained_cfg
+    if about.get("fixed_input_size"):
+        # The grid of its positions, which timm takes from the registered size, and from ours without this.
+        arguments.setdefault("img_size", list(about["input_size"][1:]))
     return Recipe(name, _accepted(name, arguments))
 
 
@@ -198,9 +202,11 @@ def pretrained_cfg(pixels: Pixels, module: Any, arguments: dict[str, Any]) -> di
     """
     about = getattr(module, "pretrained_cfg", None) or {}
     black, white = (value / 255 for value in pixels.value_range) if pixels.values == "8-bit" else (0.0, 1.0)
+    sides = list(height_and_width(pixels.size))
+    fixed = about.get("fixed_input_size") and not arguments.get("dynamic_img_size")
     return {
-        "input_size": [pixels.channels, *height_and_width(pixels.size)],
-        "fixed_input_size": bool(about.get("fixed_input_size")) and not arguments.get("dynamic_img_size"),
+        "input_size": [pixels.channels, *sides],
+        "fixed_input_size": bool(fixed) and list(arguments.get("img_size", sides)) == sides,
         "interpolation": pixels.interpolation,
         "crop_pct": 1.0,
         "crop_mode": "center",
@@ -215,7 +221,7 @@ def pretrained_cfg(pixels: Pixels, module: Any, arguments: dict[str, Any]) -> di
 
 def _tried(opened: Opened, folder: Path) -> str:
     """Why timm doesn't open a folder, in words; empty where it does, and gives the encoder's embeddings."""
-    import timm
+    import timm.data
 
     images = _noise(opened.pixels)
     try:
@@ -223,7 +229,9 @@ def _tried(opened: Opened, folder: Path) -> str:
         found = _embedded(module, images)
     except Exception as error:  # whatever a model's constructor may raise
         return f"it says: {first_line(error)}"
-    return "" if same(found, _embedded(opened.encoder, images)) else "its embeddings are others then"
+    if tuple(timm.data.resolve_model_data_config(module)["input_size"]) != tuple(images.shape[1:]):
+        return "it would prepare images of another size"
+    return "" if same(found, _embedded(opened.encoder, images)) else "its embeddings would be others"
 
 
 def torchvisions(opened: Opened) -> str:

@@ -95,6 +95,28 @@ def test_what_the_page_about_encoders_shows(tmp_path: Path, monkeypatch: pytest.
     assert not names["encoder"].training
 
 
+def test_what_the_page_about_weights_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """In order; all routes give an image the same embedding."""
+    for package in ("timm", "torchvision"):
+        pytest.importorskip(package)
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "photos", 6)
+    names: dict = {}
+    few = "workers=0, report=False, device='cpu', batch_size=2, max_steps=1"
+    for kind, code in re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "docs/weights.md").read_text(), re.DOTALL):
+        if kind == "sh":
+            assert main(shlex.split(code)[1:]) == 0
+        else:
+            exec(compile(code.replace("batch_size=16, epochs=1", few), "weights.md", "exec"), names)
+    ours, timms = names["embeddings"][0], names["embedding"][0]
+    torchvisions = names["model"].eval()(names["transform"](names["image"])[None])[0]
+    torch.testing.assert_close(timms, ours, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torchvisions, ours, rtol=1e-4, atol=1e-5)
+    assert names["tuned"].num_classes == 10
+
+
 def test_every_method_has_its_page() -> None:
     module = pytest.importorskip("fastjem.methods")
     assert {page.stem for page in ROOT.glob("docs/methods/*.md")} == set(module.METHODS)

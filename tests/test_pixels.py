@@ -1,15 +1,13 @@
 """How pixels become numbers, and whole images."""
 
-import math
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import torch
 from images import make_folder
 from PIL import Image
 
-from fastjem.data.pixels import Pixels, whole_image, whole_images
+from fastjem.data.pixels import Pixels, covering, whole_image, whole_images
+from fastjem.data.size import as_size
 from fastjem.data.source import decode, open_source
 from fastjem.data.views import MEAN, STD, Views
 from fastjem.errors import UserError
@@ -25,19 +23,17 @@ def test_whole_images_are_torchvisions(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(40, 53), (53, 40), (24, 24), (24, 48), (37, 75), (75, 37), (300, 201), (16, 90)])
-@pytest.mark.parametrize("wanted", [(24, 48), (48, 24), (25, 31)])
-def test_the_middle_of_an_image_that_covers_a_rectangle(size: tuple[int, int], wanted: tuple[int, int]) -> None:
-    """The image is resized so that one side is as long as it is wanted and the other no shorter, and cut."""
-    V = pytest.importorskip("torchvision.transforms.v2.functional")
+@pytest.mark.parametrize("wanted", [(24, 24), (24, 48), (48, 24), (25, 31)])
+def test_the_middle_of_an_image_is_timms(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """What its transform for evaluation makes of an image, of squares and of other rectangles, bit for bit."""
+    data = pytest.importorskip("timm.data")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
-    scale = max(Fraction(side, given) for side, given in zip(wanted, size, strict=True))
-    covering = [math.floor(scale * side) for side in size]
-    assert (
-        all(side >= least for side, least in zip(covering, wanted, strict=True))
-        and min(side - least for side, least in zip(covering, wanted, strict=True)) == 0
+    transform = data.create_transform(
+        (3, *wanted), interpolation="bilinear", crop_pct=1.0, crop_mode="center", normalize=False
     )
-    expected = V.pil_to_tensor(V.center_crop(V.resize(image, covering), list(wanted)))
-    assert torch.equal(whole_image(image, wanted), expected)
+    assert torch.equal(whole_image(image, as_size(*wanted)), transform(image))
+    height, width = covering(*size, as_size(*wanted))
+    assert height >= wanted[0] and width >= wanted[1] and (height == wanted[0] or width == wanted[1])
 
 
 @pytest.mark.parametrize("size", [(20, 400), (700, 30), (1, 40), (100, 3)])
@@ -106,3 +102,6 @@ def test_files_give_them_back() -> None:
     assert all(isinstance(value, str) for value in written.values()) and Pixels.from_metadata(written) == pixels
     with pytest.raises(UserError, match="doesn't say how its encoder takes pixels"):
         Pixels.from_metadata({"backbone": "resnet18"})
+    assert pixels.to_dict()["interpolation"] == "bilinear"
+    with pytest.raises(UserError, match="interpolation must be bilinear, got 'bicubic'"):
+        Pixels.from_dict({**pixels.to_dict(), "interpolation": "bicubic"})

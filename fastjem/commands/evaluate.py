@@ -24,9 +24,7 @@ from fastjem.runs import Opened, open_run
 class EvaluateOptions:
     """How well an encoder's features tell classes apart: kNN, linear probe, effective rank, deviations."""
 
-    run: str = field(
-        metadata={"help": "run folder, or an exported encoder.safetensors", "positional": True, "path": True}
-    )
+    run: str = field(metadata={"help": "run folder, or an exported folder or file", "positional": True, "path": True})
     train: str | None = field(
         default=None, metadata={"help": "images of known classes, as --data of pretrain; none: the run's", "path": True}
     )

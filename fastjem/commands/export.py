@@ -25,6 +25,9 @@ from fastjem.printing import say
 from fastjem.runs import Opened, open_run
 
 
+OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt", ".onnx")  # nobody means a folder by these
+
+
 @dataclass
 class ExportOptions:
     """Write a run's encoder without projector and predictor, as a folder that timm opens; from a run that was killed
@@ -138,6 +141,8 @@ def _check(options: ExportOptions, out: Path) -> None:
             if getattr(options, name):
                 raise UserError(f"--{name} is for a folder, and --out {out} is a file's name")
         return
+    if out.suffix in OTHER_FILES:
+        raise UserError(f"--out must name a folder, or a file that ends in .safetensors, got {out}")
     if options.license is not None and not re.fullmatch(r"[\w.+-]+", options.license):
         raise UserError(f"--license must be a name as the hub has it (apache-2.0, mit, other), got {options.license!r}")
     portable.check(out)

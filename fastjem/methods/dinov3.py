@@ -22,7 +22,7 @@ class DINOv3(DINOv2):
     """DINOv2 with a head of each loss's own and Sinkhorn, and Gram anchoring: the similarities between an image's
     patches stay those that an earlier model, the Gram teacher with given weights, has.
 
-    given: the Gram teacher: a run folder, an encoder.safetensors, or timm's weights; empty: no Gram anchoring.
+    given: the Gram teacher: a run folder, an export, or timm's weights; empty: no Gram anchoring.
     teacher: of a run that is given, its momentum encoder in place of the trained one, as in the paper.
     gram_weight: of it. gram_from: the share of the run from which on it counts.
     gram_size: pixels of the shorter side of the Gram teacher's images, 0 as they come; of larger ones its map of

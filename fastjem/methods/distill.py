@@ -16,7 +16,7 @@ class Distill(Method):
     """The student predicts, by a head that is dropped afterwards, what a frozen encoder with given weights makes of the
     same view.
 
-    given: a run folder, an encoder.safetensors, or timm's weights: see `fastjem.given.open_weights`.
+    given: a run folder, an export, or timm's weights: see `fastjem.given.open_weights`.
     loss: "cosine", or "mse" between features of length one (twice as much).
     teacher: of a run that is given, its momentum encoder in place of the trained one.
     layers: of the head; 1 is linear.
