@@ -10,15 +10,19 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
     __version__ = "0+unknown"
 
 
-# What is loaded when it is first asked for, as it needs more than torch: name -> (module, attribute).
-LAZY = {
-    "pretrain": ("fastjem.run", "pretrain"),
-    "load_encoder": ("fastjem.runs", "load_encoder"),
-}
+# The commands as functions, see `fastjem.api`: loaded when they are first asked for, as they need more than torch.
+FUNCTIONS = (
+    "pretrain", "evaluate", "embed", "finetune", "export", "views", "check_data", "load_encoder", "load_classifier",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in LAZY:
+    if name not in FUNCTIONS:
         raise AttributeError(f"module 'fastjem' has no attribute {name!r}")
-    module, attribute = LAZY[name]
-    return getattr(importlib.import_module(module), attribute)
+    made = importlib.import_module("fastjem.api").function(name)
+    globals()[name] = made
+    return made
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *FUNCTIONS} - {"annotations", "importlib"})

@@ -12,9 +12,9 @@ import stat
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -30,7 +30,15 @@ HOUR = 3600.0  # after which nobody writes a temporary file any more that hasn't
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The old file or the new one, never a part: a temporary file beside it, flushed to the disk, then renamed.
+    """The old file or the new one, never a part; see `open_atomically`."""
+    with open_atomically(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is there once the block ends without an error: until then a temporary file beside it,
+    flushed to the disk, then renamed.
 
     The temporary file has a name of its own, so that two writers don't meet in it; a link that somebody planted there
     isn't followed, and a link in the place of `path` is replaced itself. What is no file stays: renaming would put a
@@ -47,7 +55,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         with open(new_file(part), "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

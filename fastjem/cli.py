@@ -34,6 +34,14 @@ COMMANDS = {
         "fastjem.commands.evaluate", "EvaluateOptions", "main",
         "how well a run's features tell classes apart: kNN, linear probe, effective rank",
     ),
+    "embed": Command(
+        "fastjem.commands.embed", "EmbedOptions", "main",
+        "write a run's embeddings of many images as Parquet, .npz or CSV; neighbours and duplicates",
+    ),
+    "finetune": Command(
+        "fastjem.commands.finetune", "FinetuneOptions", "main",
+        "train a classifier on a run's encoder: its head alone, or all of it",
+    ),
     "export": Command(
         "fastjem.commands.export", "ExportOptions", "main",
         "write a run's encoder as a folder that timm opens (and ONNX), and send it to the Hugging Face hub",

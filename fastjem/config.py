@@ -233,7 +233,7 @@ def joined(roots: Sequence[str | os.PathLike[str]]) -> str:
     whole = naming.SEPARATOR.join(names)
     if len(naming.split(whole)) != len(names):
         parted = next((name for name in names if len(naming.split(name)) > 1), whole)
-        raise UserError(f"pretrain: of several data, none may have a comma in its name; got {parted}")
+        raise UserError(f"of several data, none may have a comma in its name; got {parted}")
     return whole
 
 

@@ -52,13 +52,42 @@ class _Readable(Dataset):
             return i, str(error)
 
 
-def _together(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], list[str], Tensor | None]:
-    """(positions, images [B, C, H, W]) of what can be read of a batch, and between them what can't, in words."""
+def _together(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], list[tuple[int, str]], Tensor | None]:
+    """(positions, images [B, C, H, W]) of what can be read of a batch, and between them what can't: (position, why)."""
     found = [(i, image) for i, image in items if isinstance(image, Tensor)]
-    unreadable = [text for _, text in items if isinstance(text, str)]
+    unreadable = [(i, text) for i, text in items if isinstance(text, str)]
     images = torch.stack([image for _, image in found]) if found else None
     share([] if images is None else [images])
     return [i for i, _ in found], unreadable, images
+
+
+class Part(NamedTuple):
+    """Features of a few images in a row, those of them that can be read."""
+
+    arrays: list[Tensor]  # one a kind of features, [B, D]; empty where none can be read
+    images: list[int]  # B positions in the source
+    unreadable: list[tuple[int, str]]  # (position in the source, why) of each of the others
+
+
+@torch.no_grad()
+def parts(
+    compute: Compute,
+    source: Source,
+    pixels: Pixels,
+    *,
+    indices: Sequence[int],
+    batch: int = 256,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Part]:
+    """What `compute` makes of whole images, `batch` of them at a time in the order of `indices`; see `features`."""
+    loader = DataLoader(
+        _Readable(whole_images(source, indices, pixels)), batch, num_workers=workers, collate_fn=_together
+    )
+    for positions, texts, images in _read(loader):
+        found = [] if images is None else list(compute(pixels.decoded.normalise(images, device)))
+        unreadable = [(int(indices[i]), text) for i, text in texts]
+        yield Part(found, [int(indices[i]) for i in positions], unreadable)
 
 
 @torch.no_grad()
@@ -91,21 +120,16 @@ def features(
     arrays: list[Tensor] = []
     kept: list[int] = []
     unreadable: list[str] = []
-    loader = DataLoader(
-        _Readable(whole_images(source, indices, pixels)), batch, num_workers=workers, collate_fn=_together
-    )
-    for positions, texts, images in _read(loader):
+    for part in parts(compute, source, pixels, indices=indices, batch=batch, workers=workers, device=device):
+        texts = [text for _, text in part.unreadable]
         for text in texts[: max(NAMED - len(unreadable), 0)]:
             say(f"fastjem: skipped: {text}")
         unreadable += texts
-        if images is None:
-            continue
-        parts = compute(pixels.decoded.normalise(images, device))
-        if not arrays:
-            arrays = [torch.empty(len(indices), part.shape[1], dtype=dtype, device=part.device) for part in parts]
-        for array, part in zip(arrays, parts, strict=True):
-            array[len(kept) : len(kept) + len(part)] = part
-        kept += [int(indices[i]) for i in positions]
+        if part.arrays and not arrays:
+            arrays = [torch.empty(len(indices), x.shape[1], dtype=dtype, device=x.device) for x in part.arrays]
+        for array, rows in zip(arrays, part.arrays, strict=bool(part.arrays)):
+            array[len(kept) : len(kept) + len(rows)] = rows
+        kept += part.images
     if not kept:
         raise UserError(f"none of the images in {source.root} can be read; the first: {unreadable[0]}")
     if len(unreadable) > NAMED:

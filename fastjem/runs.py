@@ -1,5 +1,7 @@
 """A run folder, or an exported encoder, opened again."""
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,15 @@ class Opened:
         if hub.is_there(str(self.path)):
             return Path()
         return self.path if self.path.is_dir() else self.path.parent
+
+    def digest(self) -> str:
+        """A hash of the encoder's weights and of how its images become numbers."""
+        about = {"module": type(self.encoder).__qualname__, **self.metadata}
+        found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        for name, tensor in self.encoder.state_dict().items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()[:32]
 
 
 def open_run(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn.Module | None = None) -> Opened:

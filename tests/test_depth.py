@@ -170,14 +170,14 @@ def test_a_short_run_says_what_it_goes_without(images: str, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"backbone": "vgg11", "drop_path": 0.1}, "--drop-path 0.1: timm's vgg11 has no stochastic depth"),
-        ({"drop_path": 1.0}, "--drop-path must be below 1"),
-        ({"drop_path": -0.1}, "--drop-path must be a finite number, at least 0"),
-        ({"drop_path": 0.1, "encoder": nn.Linear(2, 2)}, "--drop-path 0.1: the encoder is made already"),
-        ({"layer_decay": 0.0}, "--layer-decay must be above 0"),
-        ({"layer_decay": 1.1}, "--layer-decay must be between 0 and 1"),
+        ({"backbone": "vgg11", "drop_path": 0.1}, "drop_path 0.1: timm's vgg11 has no stochastic depth"),
+        ({"drop_path": 1.0}, "drop_path must be below 1"),
+        ({"drop_path": -0.1}, "drop_path must be a finite number, at least 0"),
+        ({"drop_path": 0.1, "encoder": nn.Linear(2, 2)}, "drop_path 0.1: the encoder is made already"),
+        ({"layer_decay": 0.0}, "layer_decay must be above 0"),
+        ({"layer_decay": 1.1}, "layer_decay must be between 0 and 1"),
         ({"backbone": "pit_ti_224", "image_size": 224, "layer_decay": 0.9}, "PoolingVisionTransformer doesn't tell"),
-        ({"patch_embed_rate": 0.2}, "--patch-embed-rate 0.2: ResNet has no patch embedding"),
+        ({"patch_embed_rate": 0.2}, "patch_embed_rate 0.2: ResNet has no patch embedding"),
     ],
 )
 def test_what_an_encoder_cant_have(given: dict[str, Any], says: str, images: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from images import make_folder
+from images import TINY, make_folder
 
 from fastjem.cli import main
 
@@ -43,10 +43,28 @@ def test_getting_started(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             program, *words = shlex.split(line)
             assert program == "fastjem", line
             # measuring takes a minute: tests/test_bench.py does it
-            cheap = {"pretrain": ["--workers", "0"], "evaluate": ["--workers", "0"], "bench": ["--list"]}.get(
-                words[0], []
-            )
+            reads = words[0] in ("pretrain", "evaluate", "embed", "finetune")
+            cheap = ["--workers", "0"] if reads else ["--list"] if words[0] == "bench" else []
             assert main([*words, *cheap]) == 0, line
+
+
+@pytest.mark.parametrize("page", ["embedding", "finetuning"])
+def test_what_the_pages_about_uses_of_an_encoder_show(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    pytest.importorskip("timm")
+    import fastjem
+
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "photos", 48)
+    fastjem.pretrain(**TINY, stem="standard", data="photos/", out="runs/simclr", max_steps=1)
+    names: dict = {}
+    for kind, text in re.findall(r"```(sh|python)\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL):
+        if kind == "python":
+            exec(compile(text.replace('"runs/simclr", ', '"runs/simclr", workers=0, '), page, "exec"), names)
+            continue
+        for line in text.splitlines():
+            assert main([*shlex.split(line)[1:], "--workers", "0"]) == 0, line
 
 
 def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:

@@ -87,7 +87,7 @@ def test_killed_and_resumed_is_the_same_run(masking: str, images: str, tmp_path:
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
     one, other = (checkpoints.load(tmp_path / run)["model"] for run in ("cut", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    with pytest.raises(UserError, match=r"--mask was 0\.75 in this run and is 0\.5 now"):
+    with pytest.raises(UserError, match=r"mask was 0\.75 in this run and is 0\.5 now"):
         fastjem.pretrain(out=str(tmp_path / "cut"), resume=True, mask=0.5, epochs=3)
 
 

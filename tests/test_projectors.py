@@ -98,7 +98,7 @@ def test_in_a_run(tmp_path: Path) -> None:
     assert opened.projector is not None
     for key, value in opened.projector.state_dict().items():
         assert torch.equal(value, state[f"method.projector.{key}"]), key
-    with pytest.raises(UserError, match="--projector was 24,8 in this run and is 8 now"):
+    with pytest.raises(UserError, match="projector was 24,8 in this run and is 8 now"):
         fastjem.pretrain(out=str(tmp_path / "cut"), resume=True, projector="8", max_steps=4)
 
 

@@ -250,7 +250,7 @@ def test_sizes_may_rise_in_stages(images: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"image_size": "32x60", **VIT}, "--image-size 32x60 is no multiple of test_vit's patch of 8; 32x64 is"),
+        ({"image_size": "32x60", **VIT}, "image_size 32x60 is no multiple of test_vit's patch of 8; 32x64 is"),
         ({"image_size": (8, 64), **VIT, "method": "mae"}, ""),
         ({"image_size": (8, 64), **VIT, "method": "ibot"}, "1 x 8 patches of 8 pixels, and block masks need 2 x 16"),
         (

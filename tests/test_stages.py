@@ -417,8 +417,8 @@ class Flat(nn.Module):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"max_steps": 1}, "--image-size 16:75%,32: of 1 steps each stage must have one at least"),
-        ({"encoder": Flat()}, "--image-size 16:75%,32: embeddings must be as wide at every size, got 3072 and 768"),
+        ({"max_steps": 1}, "image_size 16:75%,32: of 1 steps each stage must have one at least"),
+        ({"encoder": Flat()}, "image_size 16:75%,32: embeddings must be as wide at every size, got 3072 and 768"),
         ({**VIT, "image_size": "20:75%,32"}, "can't take 20 x 20 images of 3 channels: "),
         ({"backbone": "swin_tiny_patch4_window7_224", "image_size": "112:75%,224"}, "can't take 112 x 112 images"),
         ({**VIT, "method": "pirl", "image_size": "48:75%,72", "patch_size": 12}, "a third of the image's 48 pixels"),
@@ -436,7 +436,7 @@ def test_sizes_that_a_run_cant_have(fields: dict[str, Any], says: str, images: s
 def test_a_resumed_run_has_the_sizes_that_it_had(images: str, tmp_path: Path) -> None:
     fastjem.pretrain(**STAGED, data=images, max_steps=4, out=tmp_path)
     for size in (32, "16:50%,32"):
-        with pytest.raises(UserError, match=f"--image-size was 16:75%,32 in this run and is {size} now"):
+        with pytest.raises(UserError, match=f"image_size was 16:75%,32 in this run and is {size} now"):
             fastjem.pretrain(out=tmp_path, resume=True, max_steps=8, image_size=size)
     assert fastjem.pretrain(out=tmp_path, resume=True, max_steps=5, image_size="16:75.0%, 32").finished
 

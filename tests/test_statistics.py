@@ -99,14 +99,14 @@ def test_measured_statistics_replace_those_of_given_weights(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mean": "0.5,0.5"}, "--mean must be one number, or 3 as 0.5,0.4,... for the channels, from 0 to 1, where"),
-        ({"mean": "123.675,116.28,103.53"}, "--mean must be .* from 0 to 1, where black is 0 and white 1; got 123.675"),
-        ({"mean": "-0.1"}, "--mean must be .* got -0.1"),
-        ({"mean": "nan"}, "--mean must be one number"),
-        ({"std": "0"}, "--std must be one number, or 3 .* finite and above 0, .* got 0"),
-        ({"std": "wide"}, "--std must be one number"),
-        ({"std": "0.5,0.5", "channels": 1}, "--std must be one number finite and above 0"),
-        ({"mean": "0.5", "view": {"mean": "0.4,0.4,0.4"}}, "--mean and --view mean=... say the same"),
+        ({"mean": "0.5,0.5"}, "mean must be one number, or 3 as 0.5,0.4,... for the channels, from 0 to 1, where"),
+        ({"mean": "123.675,116.28,103.53"}, "mean must be .* from 0 to 1, where black is 0 and white 1; got 123.675"),
+        ({"mean": "-0.1"}, "mean must be .* got -0.1"),
+        ({"mean": "nan"}, "mean must be one number"),
+        ({"std": "0"}, "std must be one number, or 3 .* finite and above 0, .* got 0"),
+        ({"std": "wide"}, "std must be one number"),
+        ({"std": "0.5,0.5", "channels": 1}, "std must be one number finite and above 0"),
+        ({"mean": "0.5", "view": {"mean": "0.4,0.4,0.4"}}, "mean and view mean=... say the same"),
         ({"statistics": "guess"}, "statistics must be .*published.*measure"),
     ],
 )

@@ -125,7 +125,7 @@ def test_what_has_no_momentum_encoder_says_so(run: Path, images: str, tmp_path: 
         fastjem.load_encoder(run / "encoder.safetensors", teacher=True)
     with pytest.raises(UserError, match="a run's folder alone has a momentum encoder"):
         open_weights("timm/resnet18.a1_in1k", teacher=True)
-    with pytest.raises(UserError, match="--teacher: simclr has no momentum encoder; --momentum-encoder gives it one"):
+    with pytest.raises(UserError, match="teacher: simclr has no momentum encoder; momentum_encoder gives it one"):
         fastjem.pretrain(**TINY, data=images, out=str(tmp_path / "x"), max_steps=1, teacher=True)
     assert not (tmp_path / "x").exists()
     fastjem.pretrain(**TINY, data=images, out=str(tmp_path / "y"), max_steps=1, teacher=True, momentum_encoder=True)

@@ -55,7 +55,7 @@ def test_a_models_own_complaint_names_the_size(images: str, tmp_path: Path) -> N
 
     fields = {key: value for key, value in TINY.items() if key not in ("backbone", "stem")}
     with pytest.raises(
-        UserError, match=r"--image-size 32: the encoder, a Particular, can't take 32 x 32 .*: Input image"
+        UserError, match=r"image_size 32: the encoder, a Particular, can't take 32 x 32 .*: Input image"
     ):
         fastjem.pretrain(**fields, encoder=Particular(), data=images, max_steps=1, out=tmp_path / "run")
 
@@ -82,7 +82,7 @@ def test_weights_of_all_for_a_run_without_the_momentum_encoder(images: str, tmp_
 def test_a_method_that_is_made_already_is_told_of_its_momentum_encoder(images: str, tmp_path: Path) -> None:
     encoder = fastjem.backbones.create("test_resnet", 32, stem="standard")
     made = BYOL(encoders.wrap(encoder).width, hidden=16, dim=8)
-    with pytest.raises(UserError, match=r"--momentum-encoder: .*RunFacts\(momentum_encoder=\.\.\.\) tells it"):
+    with pytest.raises(UserError, match=r"momentum_encoder: .*RunFacts\(momentum_encoder=\.\.\.\) tells it"):
         fastjem.pretrain(**TINY, data=images, method=made, momentum_encoder=False, max_steps=1, out=tmp_path / "run")
 
 

@@ -227,9 +227,9 @@ def test_what_cant_be_begun_with(images: str, source: Path, tmp_path: Path, monk
             {"weights": str(dino), "weights_of": "all", "method": "pirl", "data": more},
             "a row of each image .* 48 .* 64",
         ),
-        ({"weights": str(source), "channels": 1}, "for images of 3 channels, and --channels is 1"),
-        ({"weights_of": "all"}, "--weights-of all is for --weights"),
-        ({"backbone": "resnet18.a1_in1k", "weights": str(source)}, "names weights already, and --weights .* others"),
+        ({"weights": str(source), "channels": 1}, "for images of 3 channels, and channels is 1"),
+        ({"weights_of": "all"}, "weights_of all is for weights"),
+        ({"backbone": "resnet18.a1_in1k", "weights": str(source)}, "names weights already, and weights .* others"),
         ({"backbone": "resnet18.no_such_tag"}, "no pretrained resnet18 'no_such_tag'"),
         ({"backbone": "resnet18.a1_in1k"}, "the weights of resnet18.a1_in1k can't be had: the hub can't be reached"),
         ({"backbone": "hf-hub:somebody/model"}, "hf-hub:somebody/model can't be had: the hub can't be reached"),
@@ -268,12 +268,12 @@ def test_frozen_parts_stay(optimizer: Any, images: str, tmp_path: Path) -> None:
 def test_what_cant_be_frozen(images: str, tmp_path: Path) -> None:
     everything = "patch_embed,cls_token,pos_embed,blocks,norm"
     for given, says in (
-        ({"freeze": "block.0"}, "no part of the VisionTransformer for --freeze, 'block.0'; did you mean blocks.0"),
-        ({"freeze": "blocks.1,blocks.11"}, "--freeze, 'blocks.11'"),
-        ({"head_warmup_epochs": 2.0, "epochs": 2}, "--head-warmup-epochs 2 is the whole run of 6 steps"),
-        ({"head_warmup_epochs": -1.0}, "--head-warmup-epochs must be a finite number, at least 0"),
+        ({"freeze": "block.0"}, "no part of the VisionTransformer for freeze, 'block.0'; did you mean blocks.0"),
+        ({"freeze": "blocks.1,blocks.11"}, "freeze, 'blocks.11'"),
+        ({"head_warmup_epochs": 2.0, "epochs": 2}, "head_warmup_epochs 2 is the whole run of 6 steps"),
+        ({"head_warmup_epochs": -1.0}, "head_warmup_epochs must be a finite number, at least 0"),
         ({"method": Headless, "freeze": everything}, "leaves nothing to train: .*Headless has no heads"),
-        ({"method": Headless, "head_warmup_epochs": 1.0}, "--head-warmup-epochs 1 leaves nothing to train"),
+        ({"method": Headless, "head_warmup_epochs": 1.0}, "head_warmup_epochs 1 leaves nothing to train"),
     ):
         with pytest.raises(UserError, match=says):
             fastjem.pretrain(**{**VIT, "data": images, "epochs": 2, "out": str(tmp_path / "x"), **given})

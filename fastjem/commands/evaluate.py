@@ -77,7 +77,7 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
     kinds = ["encoder", "projector"] if options.features == "both" else [options.features]
     if "projector" in kinds and opened.projector is None:
         raise UserError(f"{options.run} has no projector (an export holds the encoder alone); --features encoder works")
-    train, test = _sources(options, opened)
+    train, test = labelled_sources(options.train, options.test, opened)
     known = split(train, test)
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     module = opened.encoder.to(device)
@@ -148,18 +148,23 @@ def _check(options: EvaluateOptions) -> None:
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
 
 
-def _sources(options: EvaluateOptions, opened: Opened) -> tuple[Source, Source | None]:
-    """The labelled images, and those to ask for; None: some of the former."""
-    if options.test and not options.train:
+def labelled_sources(train: str | None, test: str | None, opened: Opened) -> tuple[Source, Source | None]:
+    """The labelled images, and those to ask for; None: some of the former.
+
+    Args:
+        train, test: what `--train` and `--test` say.
+        opened: the run, whose data are taken where nothing is said.
+    """
+    if test and not train:
         raise UserError("--test needs --train, the images whose labels are known")
     of_run = opened.config.data if opened.config else None
-    root = options.train or of_run or str(shapes.folder() / "train")
-    if not (options.train or of_run):
+    root = train or of_run or str(shapes.folder() / "train")
+    if not (train or of_run):
         say(f"fastjem: neither --train nor the run names any data: the embedded data set is taken ({root})")
-    if not naming.exists(root) and not options.train:
+    if not naming.exists(root) and not train:
         raise UserError(f"the run's data, {root}, is no longer there; --train and --test say what to use")
-    if options.test:
-        return open_source(root), open_source(options.test)
+    if test:
+        return open_source(root), open_source(test)
     beside = naming.beside(root, "test")  # of "train" a folder "test", of "train.npz" a file "test.npz"
     if beside is not None and naming.is_there(beside):
         return open_source(root), open_source(beside)

@@ -230,7 +230,8 @@ class _WholeImages(Dataset):
         try:
             return whole_image(decode(self.source, sample), self.size)
         except Exception as error:  # whatever a decoder may raise on a broken file
-            raise UserError(f"{path_of(self.source, sample)} can't be read: {error}") from None
+            path = path_of(self.source, sample)
+            raise UserError(f"{path} can't be read: {reason(error, path)}") from None
 
 
 def whole_images(source: Source, indices: Sequence[int], pixels: Pixels) -> Dataset:
