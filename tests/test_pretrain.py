@@ -35,6 +35,7 @@ from fastjem.data.views import Views  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import SimCLR  # noqa: E402
 from fastjem.runs import open_run  # noqa: E402
+from fastjem.yaml_text import loaded  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -350,7 +351,7 @@ def test_a_run_knows_how_its_pixels_became_numbers(images: str, tmp_path: Path) 
 
 def test_a_run_of_an_earlier_version_is_named_as_such(images: str, tmp_path: Path) -> None:
     fastjem.pretrain(**TINY, data=images, max_steps=1, out=str(tmp_path))
-    values = json.loads((tmp_path / "config.yaml").read_text())
+    values = loaded((tmp_path / "config.yaml").read_bytes(), "config.yaml")
     del values["pixels"]
     (tmp_path / "config.yaml").write_text(json.dumps(values))
     for call in (lambda: open_run(tmp_path), lambda: fastjem.pretrain(**TINY, out=str(tmp_path), resume=True)):
@@ -538,7 +539,7 @@ def test_values_of_other_types_from_python(images: str, tmp_path: Path) -> None:
         view={"scale": (0.5, 1)}, seed=2**40, **plain,
     )  # fmt: skip
     assert done.steps == 1
-    kept = json.loads((tmp_path / "run/config.yaml").read_text())
+    kept = loaded((tmp_path / "run/config.yaml").read_bytes(), "config.yaml")
     assert kept["backbone"] == "test_resnet" and kept["image_size"] == 32 and kept["batch_size"] == 16
     assert kept["device"] == "cpu" and kept["learning_rate"] == 0.5 and kept["options"] == {"temperature": 0.25}
     assert kept["data"] == images and kept["view"] == {"scale": [0.5, 1.0]}

@@ -16,7 +16,7 @@ from fastjem.data.source import Source, open_source
 from fastjem.data.sources import naming
 from fastjem.errors import UserError
 from fastjem.printing import say
-from fastjem.probes import Computed, default_workers, features, labels_of, measure, split
+from fastjem.probes import Computed, default_workers, features, labels_of, majority, measure, split
 from fastjem.runs import Opened, open_run
 
 
@@ -118,6 +118,7 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
         "train_images": len(labels),
         "test_images": len(truth),
         "classes": len(known.bank.classes),
+        "majority": majority(labels, truth),  # accuracy of always guessing the largest class
         "unreadable_images": len(bank.unreadable) + len(queries.unreadable),
         "k": k,
         "temperature": options.temperature,
@@ -186,6 +187,7 @@ def show(result: dict[str, Any]) -> None:
     left_out = f"; {result['unreadable_images']} can't be read" if result["unreadable_images"] else ""
     images = f"{result['test_images']} images of {result['classes']} classes"
     title = f"{images}, {result['train_images']} known{held_out}{left_out}"
+    title += f"; always the largest class: {result['majority']:.1%}"
     if result["teacher"]:
         title = f"momentum encoder; {title}"
     table = Table("features", f"kNN, k = {result['k']}", "linear probe", "RankMe", "std: min, median, max", title=title)
