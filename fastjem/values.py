@@ -113,7 +113,7 @@ def text(config: Config, pixels: Pixels, pool: str | None, ran: Mapping[str, Any
         ran: as `of` has it.
     """
     values = dataclasses.asdict(config)
-    given = {name: value for name, value in values.items() if name in config.given}
+    given = {name: value for name, value in values.items() if name in config.given - {"resume", "new_data"}}
     kept = {**values, "pixels": pixels.to_dict(), "pool": pool}
     if config.data is not None:
         kept["data_at"] = naming.absolute(config.data)

@@ -15,7 +15,7 @@ from fastjem.reading import parsed
 PLAIN = (  # tag, what has it, its first characters
     ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
     (
         "float",
         r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
@@ -50,6 +50,7 @@ def _classes() -> tuple[Any, Any]:
             plain = not any(isinstance(one, list | dict) for one in sequence)
             return super().represent_sequence(tag, sequence, flow_style=plain)
 
+    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
     for tag, pattern, first in PLAIN:
         for kind in (Loader, Dumper):
             kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^{pattern}$"), first)

@@ -283,8 +283,8 @@ class Masked(SimCLR):
         ({"source": dict}, "not its class"),
         ({"source": {}, "data": "photos"}, "data or source, got both"),
         ({"method": Masked}, "masked patches need a vision transformer"),
-        ({"loggers": [print]}, "loggers must have begin, log and close"),
-        ({"loggers": None}, "loggers must have begin, log and close"),
+        ({"loggers": [print]}, r"loggers must have log\(step, figures\), or begin, log and close"),
+        ({"loggers": None}, "loggers must be a list of them, got NoneType None"),
     ],
 )
 def test_objects_that_are_none(own: dict, words: str, images: str, tmp_path: Path) -> None:
@@ -471,7 +471,8 @@ def test_mistakes_are_one_line(
     base = ["--data", images, "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--batch-size", "16"]
     tiny = [*base, "--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16"]
     for arguments, words in (
-        (["--data", "x"], ["--out"]),
+        (["--data", "x"], ["x is not a folder"]),
+        (["--resume"], ["--resume needs --out"]),
         ([*tiny, "--method", "supcon", "--small-views", "2"], ["--small-views: supcon takes every view as a target"]),
         ([*tiny, "--method", "all4one", "--large-views", "3"], ["--large-views: all4one has three losses of exactly"]),
         ([*tiny, "--large-views", "1"], ["--large-views must be at least 2, as views are compared, got 1"]),

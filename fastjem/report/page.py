@@ -263,8 +263,11 @@ def options(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
 def option(run: Run, key: str) -> str:
     asked = run.config.get(key)
     value = run.ran.get(key, asked)
-    if key in run.ran and key in run.config and value != asked and not isinstance(value, dict):
-        return f"{'none' if value is None else value} ({'not given' if asked is None else asked})"
+    if key in run.ran and not isinstance(value, dict):
+        text = "none" if value is None else str(value)
+        if value == asked or key not in run.config:
+            return text
+        return f"{text} ({'not given' if asked is None else asked})"
     if isinstance(value, dict):
         return ", ".join(f"{name}={x}" for name, x in value.items())
     if value is not None:
