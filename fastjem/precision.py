@@ -15,8 +15,8 @@ AMPERE = (8, 0)  # the compute capability from which on a GPU multiplies bfloat1
 def chosen(asked: str, device: torch.device, before: str | None = None) -> str:
     """bf16, fp16 or fp32.
 
-    On a CPU `auto` is fp32: without AMX (Xeon, AVX-512, 2 cores) a step of SimCLR with a ResNet-18 takes as long in
-    bfloat16 or longer, and its numbers are those of every run of before.
+    On a CPU `auto` is fp32: a forward and a backward pass of a ResNet-18 in bfloat16 take 2.0 (128 images of 32 pixels)
+    and 1.5 times (16 of 224) the processor time that they take in float32, on a Xeon with AVX-512 BF16 and without AMX.
 
     Args:
         asked: the same, or auto.

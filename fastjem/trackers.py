@@ -335,9 +335,29 @@ def _keep(out: Path, name: str, about: dict[str, Any]) -> None:
         write_atomically(out / FILE, (json.dumps({**_kept(out), name: about}, indent=2) + "\n").encode())
 
 
-def names_in(out: Path) -> list[str]:
-    """The trackers that a run has gone to."""
-    return [name for name in _kept(out) if name in TRACKERS]
+def add(out: Path, step: int, figures: Values) -> list[str]:
+    """Give figures of a run that has ended to the trackers that it went to, which `trackers.json` names; a line
+    for each, where they are or what went wrong.
+
+    Raises:
+        UserError: for a run that went to none, or a tracker that isn't installed here.
+    """
+    names = [name for name in _kept(out) if name in TRACKERS]
+    if not names:
+        raise UserError(f"--log: the run in {out} went to no tracker (it has no {FILE})")
+    check(names)
+    said = []
+    for name in names:
+        tracker = Tracker(name)
+        tracker.begin(LoggedRun(out, "", step, step, 0, 1))
+        tracker.begins = 0
+        try:
+            tracker.log({"step": step, **figures})
+            tracker.close()
+        except Exception as error:  # whatever a tracker and the network may raise
+            said.append(f"{name} failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})")
+        said += tracker.told()
+    return said
 
 
-__all__ = ["TRACKERS", "Tracker", "check", "names_in", "names_of"]
+__all__ = ["TRACKERS", "Tracker", "add", "check", "names_of"]

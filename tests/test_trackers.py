@@ -17,6 +17,7 @@ for package in ("timm", "torchvision", "safetensors"):
 
 import fastjem  # noqa: E402
 from fastjem import trackers  # noqa: E402
+from fastjem.commands.evaluate import EvaluateOptions, evaluate  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.loggers import LoggedRun  # noqa: E402
 from fastjem.trackers import Tracker  # noqa: E402
@@ -150,6 +151,14 @@ def test_tensorboard(images: str, offline: Path) -> None:
     ]
     assert [one.step for one in found.Scalars("knn")] == [0, 2, 4, 6, 8]
     assert "_hparams_/session_start_info" in found.PluginTagToContent("hparams")
+    result = evaluate(EvaluateOptions(str(run), workers=0, device="cpu", log=True))
+    found.Reload()
+    (accuracy,) = found.Scalars("evaluation/encoder_knn")
+    assert (accuracy.step, accuracy.value) == (8, pytest.approx(result["features"]["encoder"]["knn"]))
+    assert len(found.Scalars("loss")) == len(rows), "and nothing that was there has gone"
+    (run / "trackers.json").unlink()
+    with pytest.raises(UserError, match=r"--log: the run in .* went to no tracker"):
+        evaluate(EvaluateOptions(str(run), workers=0, device="cpu", log=True))
 
 
 def test_the_old_switch_is_a_tracker_still(images: str, offline: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastjem import checkpoints, fields, reading
+from fastjem import checkpoints, fields, reading, trackers
 from fastjem.data import shapes
 from fastjem.data.source import Source, open_source
 from fastjem.data.sources import naming
@@ -50,6 +50,7 @@ class EvaluateOptions:
             "path": True,
         },
     )
+    log: bool = field(default=False, metadata={"help": "give the figures to the trackers that the run went to, too"})
 
 
 class NotWritten(UserError):
@@ -129,7 +130,19 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
     }
     name = "evaluation-teacher.json" if opened.teacher else "evaluation.json"
     _write(opened.folder / name if options.out is None else Path(options.out), result)
+    if options.log:
+        for line in trackers.add(opened.folder, result["step"] or 0, _logged(result)):
+            say(f"fastjem: {line}")
     return result
+
+
+def _logged(result: dict[str, Any]) -> dict[str, float]:
+    """The figures by names that a tracker has no others of."""
+    of = "evaluation_of_teacher" if result["teacher"] else "evaluation"
+    found = {f"{of}/majority": result["majority"]}
+    for kind, row in result["features"].items():
+        found |= {f"{of}/{kind}_{name}": row[name] for name in ("knn", "linear_probe", "rankme")}
+    return found
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
