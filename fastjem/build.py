@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastjem import encoders, optim, resume, starting
+from fastjem import encoders, optim, precision, resume, starting
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.pixels import Pixels
@@ -50,6 +50,7 @@ class Training:
     steps_per_epoch: int
     clip: float
     layout: dict[str, Any]  # dtype and memory format of the views
+    scaler: torch.amp.GradScaler | None  # of the loss, in float16
     notices: list[str] = field(default_factory=list)  # what the user is told before the first step
 
     @property
@@ -58,8 +59,13 @@ class Training:
         return stage_at(self.stages, self.done)
 
     @property
+    def precision(self) -> str:
+        """bf16, fp16 or fp32."""
+        return self.facts["precision"]
+
+    @property
     def autocast(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.ranks.device.type == "cuda" else None
+        return precision.DTYPES[self.precision]
 
     @property
     def encoder(self) -> nn.Module:
@@ -80,6 +86,7 @@ class Training:
             "model": self.step.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "pixels": self.pixels.to_dict(),
+            **({precision.SCALER: self.scaler.state_dict()} if self.scaler else {}),
         }
 
 
@@ -110,6 +117,9 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
             optimizer.attach_teacher(*step.teacher_and_student())
         if config.sync_batch_norm and ranks.size > 1:
             step = cast(Step, encoders.synchronize_batch_norm(step))
+    scaler = precision.scaler_of(parts.facts["precision"], ranks.device)
+    if scaler and state and precision.SCALER in state:
+        scaler.load_state_dict(state[precision.SCALER])
     said = parts.notices + loaders.order_told(source, parts.facts["files_at_a_time"])
     said += notices(config, ranks, source, loader)
     return Training(
@@ -134,7 +144,8 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         steps=steps,
         steps_per_epoch=parts.steps_per_epoch,
         clip=given_or(config.clip, parts.defaults.clip),
-        layout=view_layout(ranks, encoder, named=objects.encoder is None),
+        layout=view_layout(parts.facts["precision"], ranks, encoder, named=objects.encoder is None),
+        scaler=scaler,
         notices=said,
     )
 
@@ -195,12 +206,12 @@ def create_loader(
     return loaders.Staged(loader, [(specs, order.part(begins, ends)) for specs, begins, ends in batches])
 
 
-def view_layout(ranks: Ranks, encoder: Encoder, *, named: bool) -> dict[str, Any]:
+def view_layout(chosen: str, ranks: Ranks, encoder: Encoder, *, named: bool) -> dict[str, Any]:
     """dtype and memory format of the views. named: the encoder is one of timm's, by its name."""
     # Half the bytes for what autocast would round anyway; a module of one's own may look at its images first.
-    half = ranks.device.type == "cuda" and named
+    half = precision.DTYPES[chosen] if ranks.device.type == "cuda" and named else None
     channels_last = encoders.memory_format(encoder) == torch.channels_last
-    return {"dtype": torch.bfloat16 if half else torch.float32, "channels_last": channels_last}
+    return {"dtype": half or torch.float32, "channels_last": channels_last}
 
 
 def create_optimizer(

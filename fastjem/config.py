@@ -1,7 +1,6 @@
 """Everything a run depends on: filled in by the command line or `fastjem.pretrain(...)`, kept in the run's folder."""
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastjem import backbones, checkpoints, fields, optim, reading
+from fastjem import backbones, fields, optim, reading, yaml_text
 from fastjem.data import statistics
 from fastjem.data.levels import parsed_range
 from fastjem.data.loaders import NAMES
@@ -22,8 +21,10 @@ from fastjem.data.sources import naming
 from fastjem.data.stages import Sizes
 from fastjem.data.views import RECIPES
 from fastjem.errors import UserError, nearest
+from fastjem.trackers import TRACKERS, names_of
 
 FILE = "config.yaml"
+OUT = "runs/METHOD"
 MOST_VIEWS = 1000  # small ones of an image: each is a crop to be made and a row of the batch
 Option = bool | int | float | str
 
@@ -32,7 +33,13 @@ Option = bool | int | float | str
 class Config:
     """Everything a run depends on. A field that is None takes the method's default (docs/methods.md)."""
 
-    out: str = field(metadata={"help": "folder of the run", "path": True})
+    out: str = field(
+        default=OUT,
+        metadata={
+            "help": "folder of the run; else runs/ and the method's name, with a number where that is taken",
+            "path": True,
+        },
+    )
     data: str | None = field(
         default=None,
         metadata={
@@ -86,7 +93,9 @@ class Config:
         default="published", metadata={"help": "measure: mean and deviation of these images, not ImageNet's"}
     )
     epochs: int = 100
-    batch_size: int = field(default=256, metadata={"help": "images of one forward pass over all ranks"})
+    batch_size: int = field(
+        default=256, metadata={"help": "images of one forward pass over all ranks; by default less of little data"}
+    )
     accumulate: int = field(default=1, metadata={"help": "batches that make one optimiser step"})
     max_steps: int = field(default=0, metadata={"help": "end after so many steps; 0: after the epochs"})
     optimizer: str | None = field(default=None, metadata={"help": " | ".join(optim.OPTIMIZERS)})
@@ -139,8 +148,16 @@ class Config:
     workers: int = field(default=-1, metadata={"help": "of the data loader, a rank; -1: one a core"})
     seed: int = 0
     compile: bool = False
-    tensorboard: bool = False
-    log_every: int = field(default=10, metadata={"help": "steps"})
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = field(
+        default="auto",
+        metadata={"help": "auto: bf16 on GPUs since Ampere, fp16 on older ones, fp32 on CPUs"},
+    )
+    log: str | None = field(
+        default=None,
+        metadata={"help": f"figures go there, too: {','.join(TRACKERS)}, one or several", "pair": True},
+    )
+    tensorboard: bool = field(default=False, metadata={"help": "--log tensorboard"})
+    log_every: int = field(default=10, metadata={"help": "steps; every step, or every few, of a short run"})
     checkpoint_every: float = field(default=300, metadata={"help": "seconds"})
     checkpoint_steps: int = field(default=0, metadata={"help": "steps, in place of seconds"})
     keep_checkpoints: int = field(default=2, metadata={"help": "the last ones, for where the newest is damaged"})
@@ -198,10 +215,10 @@ class Config:
 # What a resumed run may be told anew: nothing of it changes a number,
 MAY_CHANGE = {
     "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "keep_checkpoints",
-    "tensorboard", "compile", "data", "new_data", "knn_every", "report",
+    "tensorboard", "log", "compile", "data", "new_data", "knn_every", "report",
 }  # fmt: skip
 # but for these: what makes a run longer, or leads it away from where it diverged. The run says that they changed.
-CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip")
+CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip", "precision")
 AT_LEAST_ONE = ("channels", "epochs", "accumulate", "log_every", "keep_checkpoints")
 NOT_NEGATIVE = (
     "learning_rate", "weight_decay", "warmup_epochs", "clip", "momentum", "decoder_share", "small_views", "max_steps",
@@ -219,8 +236,6 @@ def from_fields(given: dict[str, Any]) -> Config:
     for name in given:
         if name not in known:
             raise nearest("option", name, known)
-    if "out" not in given:
-        raise UserError("pretrain needs out")
     data = given.get("data")
     if isinstance(data, (list, tuple)) and data and all(isinstance(one, (str, os.PathLike)) for one in data):
         given = {**given, "data": joined(data)}
@@ -246,6 +261,7 @@ def check(config: Config) -> None:
     config.conform()  # once more, as its fields may have been set since it was made
     _check_numbers(config)
     parsed_range(config.value_range)
+    names_of(config.log)
     _check_choices(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; --device cpu works")
@@ -318,27 +334,12 @@ def projector_widths(given: str | None) -> tuple[int, ...]:
     return widths
 
 
-def write(out: Path, config: Config, pixels: Pixels, pool: str | None) -> None:
-    """`config.yaml`: the configuration, how pixels become numbers in this run, and how tokens become an embedding.
-
-    `data_at` is where a relative `data` leads to from here: a run may be gone on with from another folder.
-    """
-    values = {**dataclasses.asdict(config), "pixels": pixels.to_dict(), "pool": pool}
-    if config.data is not None:
-        values["data_at"] = naming.absolute(config.data)
-    try:
-        # JSON is YAML; a run must not need a YAML library to start
-        checkpoints.write_atomically(out / FILE, (json.dumps(values, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"--out {out}: {reading.why_not(error)}") from None
-
-
 # What decides which network a run has, and which images: none of it may be guessed when a run is opened again.
 NEEDED = ("out", "data", "method", "backbone", "image_size", "stem", "patch_size")
 
 
 def read(out: Path) -> tuple[Config, Pixels, str | None]:
-    """What `write` wrote.
+    """The configuration of the run in a folder, how pixels become numbers in it, and how tokens become an embedding.
 
     Raises:
         UserError: where there is none, one of an earlier version, or one that is damaged or somebody else's; it names
@@ -347,7 +348,9 @@ def read(out: Path) -> tuple[Config, Pixels, str | None]:
     config, given = read_options(out)
     path = out / FILE
     if "pixels" not in given:
-        raise UserError(f"{path} was written by an earlier version of fastjem, whose runs this one can't open")
+        raise UserError(
+            f"{path} has no pixels: it is cut off, or of an earlier version of fastjem, whose runs this one can't open"
+        )
     pool = given.get("pool", "")
     if pool == "" or not isinstance(pool, str | None):
         raise UserError(f"{path}: pool must be text or None, got {fields.came(pool)}")
@@ -362,7 +365,7 @@ def read_options(out: Path) -> tuple[Config, dict[str, Any]]:
     """(the configuration of the run in a folder, all that its file says), of an earlier version too; see `read`."""
     path = out / FILE
     try:
-        given = reading.json_object(path)
+        given = yaml_text.loaded(reading.content(path), path)
     except reading.Missing:
         raise UserError(f"there is no run in {out} (a run folder has a {FILE})") from None
     known = [f.name for f in dataclasses.fields(Config)]
@@ -376,9 +379,21 @@ def read_options(out: Path) -> tuple[Config, dict[str, Any]]:
         values["backbone"] = backbones.architecture(values["backbone"])  # earlier versions took a tag and ignored it
         values["data"] = _found_again(values["data"], given.get("data_at"))
         config = Config(**values)
+        config.given = _given(given)
         _check_numbers(config)
         _check_choices(config)
     return config, given
+
+
+def _given(kept: dict[str, Any]) -> frozenset[str]:
+    """Names of the options that were chosen when a run began; of runs of before that was kept: those that aren't as by
+    default."""
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    if "given" not in kept:
+        return frozenset(name for name in known if name in kept and kept[name] not in (known[name].default, {}))
+    if not isinstance(kept["given"], dict):
+        raise UserError(f"given must be values by name, got {fields.came(kept['given'])}")
+    return frozenset(kept["given"]) & frozenset(known)
 
 
 def _found_again(data: str | None, data_at: object) -> str | None:

@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastjem import checkpoints
+from fastjem import checkpoints, values
 from fastjem import config as configuration
 from fastjem.build import Training
 from fastjem.errors import UserError
@@ -14,6 +13,7 @@ from fastjem.lock import Lock
 from fastjem.prepare import ENCODER
 from fastjem.printing import say
 from fastjem.ranks import Ranks
+from fastjem.reading import why_not
 
 # What a run writes before its first step is taken, or in taking it.
 WRITTEN = (*checkpoints.OWN, "report.html", checkpoints.LAST, "checkpoints/last-1.pt")
@@ -54,7 +54,6 @@ class Folder:
     def take(self, training: Training) -> None:
         """Write the configuration: that of a new run, or what a resumed one is told anew."""
         config = training.config
-        pool = training.step.method.pool
         with self.ranks.together():
             if not self.ranks.first:
                 return
@@ -66,9 +65,14 @@ class Folder:
                 self.made = absent if not (self.out / configuration.FILE).exists() else self._written()
                 self.made += [self.out / "checkpoints", *([] if exists else [self.out])]
                 checkpoints.clean(self.out)
-            kept = replace(config, resume=False, new_data=False)
-            if self.new or configuration.read(self.out)[0] != kept:
-                configuration.write(self.out, kept, training.pixels, pool)
+            kept = config.with_values(resume=False, new_data=False)
+            text = values.text(kept, training.pixels, training.step.method.pool, values.of(training))
+            path = self.out / configuration.FILE
+            if self.new or path.read_bytes() != text.encode():
+                try:
+                    checkpoints.write_atomically(path, text.encode())
+                except OSError as error:
+                    raise UserError(f"--out {self.out}: {why_not(error)}") from None
 
     def _written(self) -> list[Path]:
         return [self.out / name for name in WRITTEN]

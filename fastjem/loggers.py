@@ -1,14 +1,16 @@
-"""Where a run's figures go: `metrics.jsonl`, the terminal, TensorBoard, or an object of one's own."""
+"""Where a run's figures go: `metrics.jsonl`, the terminal (`fastjem.terminal`), trackers of experiments
+(`fastjem.trackers`), or an object of one's own.
+"""
 
-import sys
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fastjem.checkpoints import Metrics
 from fastjem.errors import UserError
-from fastjem.printing import is_terminal, printable, say
+from fastjem.fields import came
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,17 @@ class LoggedRun:
     steps: int  # of the whole run
     images_per_step: int
     log_every: int
+    steps_per_epoch: int = 1
+    values: Mapping[str, Any] = field(default_factory=dict)  # that it trains with, as `ran` in its config.yaml
+    seen: int = 0  # the last step that figures were logged of before it was gone on with
 
 
 @runtime_checkable
 class Logger(Protocol):
-    """Anything with these three; it lives on the first rank alone. `fastjem.pretrain(..., loggers=[mine])`."""
+    """Anything with these three; it lives on the first rank alone. `fastjem.pretrain(..., loggers=[mine])`.
+
+    One that also has `measured(step, figures)` is given what is measured along the way: kNN accuracy.
+    """
 
     def begin(self, run: LoggedRun) -> None: ...
 
@@ -49,67 +57,57 @@ class JSONLLogger:
         self.metrics.close()
 
 
-class TensorBoardLogger:
-    """Scalars in the folder `tensorboard` of the run's folder."""
+class Plain:
+    """An object that has `log(step, figures)` and nothing else that a run needs: it is given all figures there are."""
 
-    def __init__(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs the package tensorboard") from None
-        self.make = SummaryWriter
+    def __init__(self, given: Any):
+        self.given = given
 
     def begin(self, run: LoggedRun) -> None:
-        self.board = self.make(str(run.out / "tensorboard"), purge_step=run.start)
+        """It needs no beginning."""
 
     def log(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            self.board.add_scalar(name, value, row["step"])
+        figures = dict(row)
+        self.given.log(figures.pop("step"), figures)
+
+    def measured(self, step: int, figures: Mapping[str, Any]) -> None:
+        self.given.log(step, dict(figures))
 
     def close(self) -> None:
-        self.board.close()
+        """It needs no end."""
 
 
-class TerminalLogger:
-    """A progress bar on a terminal, now and then a line elsewhere; both on stderr. It also prints what a run says."""
+def as_logger(given: Any) -> Logger:
+    """The object itself if it is a `Logger`, or one around it if it has `log(step, figures)` alone.
 
-    SHOWN = ("loss", "std", "effective_rank", "teacher_entropy", "prototype_usage")
+    Raises:
+        UserError: for what is neither.
+    """
+    if isinstance(given, Logger) and not isinstance(given, type):
+        return given
+    log = getattr(given, "log", None)
+    if callable(log) and not isinstance(given, type) and _takes_two(log):
+        return Plain(given)
+    raise UserError(
+        f"loggers must have log(step, figures), or begin, log and close (fastjem.loggers.Logger), got {came(given)}"
+    )
 
-    def begin(self, run: LoggedRun) -> None:
-        self.run = run
-        self.bar: Any = None
-        if is_terminal(sys.stderr):
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(run.method, total=run.steps, completed=run.start, text="")
-            self.bar.start()
+def _takes_two(function: Any) -> bool:
+    """Whether it can be called with two arguments, as far as its signature is known."""
+    try:
+        inspect.signature(function).bind(0, {})
+    except TypeError:
+        return False
+    except ValueError:  # of a function in C nobody knows
+        return True
+    return True
 
-    def say(self, text: str) -> None:
-        """A line that begins with `fastjem:`, above the bar."""
-        if self.bar:
-            self.bar.console.print(printable(f"fastjem: {text}", sys.stderr), markup=False, highlight=False)
-        else:
-            say(f"fastjem: {text}")
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        step = row["step"]
-        rate = row["images_per_second"]
-        text = "  ".join(f"{name} {row[name]:.4g}" for name in self.SHOWN if name in row)
-        text += f"  {rate:.0f} img/s  waiting {row['data_wait']:.0%}"
-        if self.bar:
-            self.bar.update(self.task, completed=step, text=text)
-        elif step % (self.run.log_every * 10) == 0 or step == self.run.steps:
-            minutes = (self.run.steps - step) * self.run.images_per_step / rate / 60
-            say(f"step {step}/{self.run.steps}  {text}  {minutes:.1f} min left")
+def name_of(logger: Any) -> str:
+    """What messages call a logger: the name of a tracker, or of an object's class."""
+    given = logger.given if isinstance(logger, Plain) else logger
+    return getattr(logger, "name", None) or type(given).__name__
 
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
+
+__all__ = ["JSONLLogger", "LoggedRun", "Logger", "Plain", "as_logger", "name_of"]

@@ -13,6 +13,7 @@ from fastjem import health
 from fastjem.build import Training
 
 EARLY_STEPS = 100  # in which every fifth step is logged: collapse is early
+ROWS = 20  # that even the shortest run has, as far as it has steps
 Row = tuple[int, dict[str, Any]]
 
 
@@ -68,6 +69,8 @@ class Meter:
         figures = {"loss": torch.stack(taken.losses).mean(), **health.figures(taken.notes)}
         if taken.gradient_norm is not None:
             figures["gradient_norm"] = taken.gradient_norm
+        if self.training.scaler and (scale := self.training.scaler._get_scale_async()) is not None:
+            figures["loss_scale"] = scale  # get_scale() would wait for the device
         values = torch.stack([value.float() for value in (*figures.values(), *self.losses)])
         event = None
         if values.device.type == "cuda":
@@ -102,7 +105,7 @@ class Meter:
             self.diverges_from = first + bad[0] // self.training.config.accumulate
 
     def _logs(self, done: int) -> bool:
-        every = self.training.config.log_every
+        every = min(self.training.config.log_every, max(self.training.steps // ROWS, 1))
         return done % every == 0 or done == self.training.steps or (done < EARLY_STEPS and done % 5 == 0)
 
     def _rates(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from fastjem import backbones, checkpoints, encoders, optim, resume, starting
+from fastjem import backbones, batching, checkpoints, encoders, optim, precision, resume, starting
 from fastjem.config import Config, projector_widths
 from fastjem.data import loaders
 from fastjem.data.batch import finish
@@ -102,7 +102,9 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     combinations.check(config, kind)
     source, about_values = levelled(config, objects, state, kind.views.sources)
     an_epoch = loaders.images_per_epoch(len(source), parts_of(source))
-    check_batch(config, an_epoch, ranks)
+    if config.sync_batch_norm and ranks.device.type != "cuda":
+        raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
+    config, about_batch = batching.fitted(config, an_epoch, ranks, new=state is None)
     steps_per_epoch = max(an_epoch // config.batch_size // config.accumulate, 1)
     steps = config.max_steps or steps_per_epoch * config.epochs
     images = fingerprint(source)
@@ -112,7 +114,8 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
     defaults = resume.defaults_of(out, state) if state else published.of_run(steps, chosen=chosen)
     # Of the data that the run was begun with: prototypes and queues have their size of it.
     sized_for = {"images": len(source), "classes": len(source.classes)}
-    said = [*unused_options(config, objects), *about_values]
+    given = config.given
+    said = [*unused_options(config, objects), *about_values, about_batch]
     asked = config
     config = with_drop_path(config, objects, kind, defaults)
     borders = resume.borders(config, state, steps)
@@ -165,8 +168,11 @@ def prepare(config: Config, ranks: Ranks, objects: Objects, out: Path, state: di
         "steps": steps,
         "borders": borders,
         "normalised": normalised,
-        "objects": [name for name, given in vars(objects).items() if given is not None],
+        "objects": [name for name, one in vars(objects).items() if one is not None],
+        "precision": precision.chosen(config.precision, ranks.device, precision.kept(state, ranks.device)),
+        "device": ranks.device.type,
     }
+    config.given = given  # by whom it was made has no part in what was given
     method.mean, method.std = stages[-1].specs[0].mean, stages[-1].specs[0].std
     said = [one for one in (*said, told(stages)) if one]
     return Parts(config, weights, source, encoder, method, stages, defaults, steps, steps_per_epoch, kept, said)
@@ -211,18 +217,6 @@ def levelled(
 def given_or(value: Any, default: Any) -> Any:
     """What the user gave, or else the method's default."""
     return default if value is None else value
-
-
-def check_batch(config: Config, images: int, ranks: Ranks) -> None:
-    """UserError for a batch that the images or the ranks can't make."""
-    if config.batch_size > images:
-        raise UserError(f"--batch-size {config.batch_size} is more than the {images} images in {config.data}")
-    if config.batch_size % ranks.size:
-        raise UserError(f"--batch-size {config.batch_size} can't be shared evenly by {ranks.size} ranks")
-    if config.batch_size // ranks.size < 2:
-        raise UserError(f"--batch-size {config.batch_size} leaves a rank with less than 2 images")
-    if config.sync_batch_norm and ranks.device.type != "cuda":
-        raise UserError(f"--sync-batch-norm needs CUDA, and this run is on {ranks.device.type}")
 
 
 def unused_options(config: Config, objects: Objects) -> list[str]:

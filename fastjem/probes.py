@@ -297,6 +297,22 @@ def parts_not_classes(classes: Sequence[str]) -> bool:
     return bool(classes) and all(name.lower() in PARTS for name in classes)
 
 
+def tells_classes(source: Source) -> bool:
+    """Whether folders (or labels) say what is in an image: there are two classes and more, none of them is what lies
+    beside all folders, and they aren't the parts of a data set."""
+    return (
+        source.labels is not None
+        and len(source.classes) > 1
+        and "" not in source.classes
+        and not (parts_not_classes(source.classes))
+    )
+
+
+def majority(known: Tensor, truth: Tensor) -> float:
+    """Share of the true labels [Q] that are the most frequent one of the known labels [N]: what a guess is worth."""
+    return right(torch.full_like(truth, int(known.bincount().argmax())), truth)
+
+
 def _must_have_classes(source: Source) -> None:
     """UserError where a source's classes are the parts of a data set; a word where some of them may be."""
     parts = [name for name in source.classes if name.lower() in PARTS]
@@ -306,6 +322,9 @@ def _must_have_classes(source: Source) -> None:
         named = (("--train", train), ("--test", other))
         hint = " ".join(f"{option} {os.path.join(source.root, name)}" for option, name in named if name)
         raise UserError(f"{source.root} has parts of a data set ({', '.join(parts)}), no classes: {hint} names them")
+    if "" in source.classes and source.labels is not None:
+        loose = int((np.asarray(source.labels) == source.classes.index("")).sum())
+        say(f"fastjem: {loose} images of {source.root} are in none of its folders; they are taken for a class")
     if len(parts) > 1:
         others = len(source.classes) - len(parts)
         say(f"fastjem: {', '.join(parts)} in {source.root} are taken for classes, beside {others} others")

@@ -35,6 +35,11 @@ def begins(config: Config) -> bool:
     return not (config.resume and exists)
 
 
+def given_before(config: Config) -> frozenset[str]:
+    """Names of the options that were chosen by whoever began the run in `config.out`, or has gone on with it."""
+    return configuration.read(Path(config.out))[0].given
+
+
 def options_of_run(config: Config, method: str | None) -> Config:
     """The options of the run in `config.out`, but for those that were given now and may change.
 
@@ -139,7 +144,7 @@ def changes(config: Config, state: dict[str, Any], steps: int) -> list[str]:
         )
     for name in CHANGES_NUMBERS[2:]:
         new = getattr(config, name)
-        old = before.get(name, new)
+        old = before.get(name, "auto" if name == "precision" else new)
         if old != new:
             was = "the method's own" if old is None else old
             said.append(f"{config.flag(name)} is {new} from step {start + 1} on; it was {was}")

@@ -1,6 +1,8 @@
 """`fastjem pretrain` and `fastjem.pretrain(...)`: a run from its folder to its last checkpoint, top to bottom."""
 
 import contextlib
+import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastjem import config as configuration
-from fastjem import optim, resume, starting
+from fastjem import launchers, optim, resume, starting, trackers
 from fastjem.advice import advice
 from fastjem.build import Training, build
 from fastjem.config import Config
@@ -24,11 +26,12 @@ from fastjem.folder import Folder
 from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.launchers import speaks
-from fastjem.loggers import Logger
+from fastjem.loggers import Logger, as_logger
 from fastjem.meter import Meter, Taken
 from fastjem.methods import METHODS, Method
-from fastjem.prepare import MakeOptimizer, Objects
+from fastjem.prepare import ENCODER, MakeOptimizer, Objects
 from fastjem.printing import say
+from fastjem.probes import tells_classes
 from fastjem.ranks import Ranks, join, leave
 from fastjem.report import Watch
 from fastjem.resume import name_of
@@ -55,7 +58,7 @@ def pretrain(
     method: str | type[Method] | Method | None = None,
     source: Source | None = None,
     optimizer: str | MakeOptimizer | None = None,
-    loggers: Sequence[Logger] = (),
+    loggers: Sequence[Any] = (),
     **fields: Any,
 ) -> Result:
     """Pretrain an encoder on images; fields as in `fastjem.config.Config`, `out` among them.
@@ -66,7 +69,8 @@ def pretrain(
         method: a name, or a subclass of `fastjem.methods.Method`, or one that is made for the encoder's width.
         source: any object with `len` and `read(i)` (bytes of an image file, or pixels [H, W, 3]) in place of `data`.
         optimizer: a name, or what makes one of parameter groups (a class of `torch.optim`, a `functools.partial`).
-        loggers: objects with `begin`, `log` and `close` beside the configured ones, see `fastjem.loggers`.
+        loggers: objects with `log(step, figures)` beside the configured ones, or with `begin`, `log(row)` and `close`
+            (`fastjem.loggers.Logger`).
 
     Raises:
         UserError: (a ValueError) for what can't be done, with the reason.
@@ -87,9 +91,9 @@ def pretrain(
         fields["backbone"] = encoder
         encoder = None
     objects = Objects(encoder, method, source, optimizer)
-    wrong = [one for one in loggers if not isinstance(one, Logger)] if isinstance(loggers, Sequence) else [loggers]
-    if wrong:
-        raise UserError(f"loggers must have begin, log and close (fastjem.loggers.Logger), got {came(wrong[0])}")
+    if not isinstance(loggers, Sequence):
+        raise UserError(f"loggers must be a list of them, got {came(loggers)}")
+    extra = [as_logger(one) for one in loggers]
     if config is None:
         config = configuration.from_fields(fields)
     elif fields:
@@ -106,7 +110,7 @@ def pretrain(
             if refused:
                 raise refused
         with Stop() as stop:
-            return run(config, ranks, objects, loggers, stop, new=new)
+            return run(config, ranks, objects, extra, stop, new=new)
     except ToldElsewhereError:
         raise
     except Exception as error:
@@ -130,13 +134,16 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
     if config.weights is not None and objects.encoder is not None:
         raise UserError(f"--weights {config.weights}: the encoder is made already, with weights of its own")
     config = starting.with_weights_of_backbone(config)
+    config = with_folder(config, method)
     given = config.given
     new = resume.begins(config)
     if not new:
+        given = given | resume.given_before(config)
         config = resume.options_of_run(config, None if method is None else name_of(method))
     if method is not None:
         config = replace(config, method=name_of(method))
     configuration.check(config)
+    trackers.check(trackers.names_of(config.log, tensorboard=config.tensorboard))
     if method is None and config.method not in METHODS:
         raise nearest("method", config.method, METHODS)
     if source is not None:
@@ -147,6 +154,23 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
             say(f"fastjem: no data is named: the embedded data set, ten shapes, is trained on ({config.data})")
     config.given = given
     return config, new
+
+
+def with_folder(config: Config, method: type[Method] | Method | None) -> Config:
+    """With a folder for a run that nobody has given one: runs/simclr, or the first of runs/simclr-2 ... that's free."""
+    if "out" in config.given:
+        return config
+    if config.resume:
+        raise UserError("--resume needs --out, the folder of the run to go on with")
+    if launchers.place().size > 1:  # each would choose for itself
+        raise UserError("with several ranks the folder of the run has to be named: --out runs/a")
+    name = config.method if method is None else name_of(method).rpartition(".")[2]
+    folder = Path(configuration.OUT).parent / name.lower()
+    number = 1
+    while os.path.lexists(folder):
+        number += 1
+        folder = folder.with_name(f"{name.lower()}-{number}")
+    return config.with_values(out=str(folder))
 
 
 def main(config: Config) -> int:
@@ -187,9 +211,8 @@ def train(training: Training, objects: Objects, loggers: Sequence[Logger], stop:
     out, ranks = training.out, training.ranks
     with ranks.together():
         journal = Journal(training, loggers)
-    for notice in training.notices:
-        journal.say(notice)
-    watch = Watch(training, journal.say)
+    journal.banner()
+    watch = Watch(training, journal)
     saver = Saver(training, journal)
     meter = Meter(training)
     try:
@@ -224,6 +247,7 @@ def take_steps(training: Training, journal: Journal, watch: Watch, saver: Saver,
     ranks = training.ranks
     for taken in optimizer_steps(training, journal, stop):
         done = training.done = taken.done
+        journal.step(done)
         for row in meter.rows(taken):
             journal.log(*row)
         watch.after_step(done)
@@ -276,7 +300,26 @@ def end(training: Training, objects: Objects, journal: Journal, watch: Watch, sa
         )
     elif ranks.first and not finished and stop.signal is not None:
         say(f"stopped at step {done}; go on with --resume --out {out}")
+    elif ranks.first and finished:
+        for line in closing(training):
+            say(line)
     return Result(out, done, finished, journal.last_row, saved, stopped=not finished and not lost)
+
+
+def closing(training: Training) -> list[str]:
+    """What there is now, and what can be done with it."""
+    out = training.out
+    folder = shlex.quote(str(out))
+    there = [f"encoder {out / ENCODER}"]
+    if training.config.report:
+        there.insert(0, f"report {out / 'report.html'}")
+    evaluate = [f"fastjem evaluate {folder}"] if tells_classes(training.source) else []
+    data = training.config.data or ""
+    embed = [f"fastjem embed {folder} --data {shlex.quote(data)} --out {shlex.quote(str(out / 'embeddings.parquet'))}"]
+    export = [f"fastjem export {folder} --out {shlex.quote(str(out / 'export'))}"]
+    commands = [*evaluate, *embed, *export]
+    lines = [f"{'      ' if i else 'next: '}{command}" for i, command in enumerate(commands)]
+    return [f"fastjem: {training.done:,} steps are taken; {', '.join(there)}", *lines]
 
 
 def optimizer_steps(training: Training, journal: Journal, stop: Stop) -> Iterator[Taken]:
@@ -307,14 +350,19 @@ def optimizer_steps(training: Training, journal: Journal, stop: Stop) -> Iterato
             taken.images += len(batch.index)
         training.step_end.moves()
         if training.clip:
+            if training.scaler:
+                training.scaler.unscale_(optimizer)
             taken.gradient_norm = optim.clip_(parameters, training.clip)
         momentum.fill_(scheduled["momentum"].item())
-        if isinstance(optimizer, optim.Fused):  # parameters and momentum copies in one pass
-            optimizer.step(teacher_momentum=momentum)
-            step.step_ends(number, None)
+        # Parameters and momentum copies in one pass, or copies behind it.
+        fused = isinstance(optimizer, optim.Fused)
+        options: dict[str, Any] = {"teacher_momentum": momentum} if fused else {}
+        if training.scaler:  # a step whose gradients overflow changes no weight
+            training.scaler.step(optimizer, **options)
+            training.scaler.update()
         else:
-            optimizer.step()
-            step.step_ends(number, momentum)
+            optimizer.step(**options)
+        step.step_ends(number, None if fused else momentum)
         training.step_end.ends()
         yield taken
 
@@ -328,7 +376,8 @@ def forward_backward(
     with together:
         with torch.autocast(training.ranks.device.type, training.autocast, enabled=training.autocast is not None):
             loss, notes = model(batch, number)
-        (loss / training.config.accumulate).backward()
+        loss_of_step = loss / training.config.accumulate
+        (training.scaler.scale(loss_of_step) if training.scaler else loss_of_step).backward()
     return loss.detach(), notes
 
 

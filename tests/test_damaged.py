@@ -26,6 +26,7 @@ from fastjem.commands.export import ExportOptions, export  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.report.run import read  # noqa: E402
 from fastjem.runs import open_run  # noqa: E402
+from fastjem.yaml_text import loaded  # noqa: E402
 
 RUN: dict[str, Any] = {
     "backbone": "test_resnet", "image_size": 32, "batch_size": 8, "workers": 0, "device": "cpu", "stem": "standard",
@@ -50,7 +51,7 @@ def of_json(**changes: Any) -> Callable[[bytes], bytes]:
     """The object with other values; ... takes one out."""
 
     def change(content: bytes) -> bytes:
-        given = {**json.loads(content), **changes}
+        given = {**loaded(content, "x"), **changes}
         return json.dumps({name: value for name, value in given.items() if value is not ...}).encode()
 
     return change

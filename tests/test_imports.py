@@ -32,8 +32,11 @@ ORDER = (
     "health",
     "step",
     "resume",
+    "batching",
     "prepare",
     "build",
+    "values",
+    "banner",
     "folder",
     "meter",
     "runs",
@@ -61,12 +64,27 @@ BESIDE = (
     "ranks",
     "checkpoints",
     "loggers",
+    "trackers",
+    "terminal",
+    "precision",
     "lock",
     "stopping",
     "bench",
 )
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
-LEAVES = ("errors", "advice", "arguments", "fields", "hub", "launchers", "machine", "printing", "reading", "schedules")
+LEAVES = (
+    "errors",
+    "advice",
+    "arguments",
+    "fields",
+    "hub",
+    "launchers",
+    "machine",
+    "printing",
+    "reading",
+    "schedules",
+    "yaml_text",
+)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from fastjem.data.views import Views  # noqa: E402
 from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import SimCLR  # noqa: E402
 from fastjem.runs import open_run  # noqa: E402
+from fastjem.yaml_text import loaded  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -282,8 +283,8 @@ class Masked(SimCLR):
         ({"source": dict}, "not its class"),
         ({"source": {}, "data": "photos"}, "data or source, got both"),
         ({"method": Masked}, "masked patches need a vision transformer"),
-        ({"loggers": [print]}, "loggers must have begin, log and close"),
-        ({"loggers": None}, "loggers must have begin, log and close"),
+        ({"loggers": [print]}, r"loggers must have log\(step, figures\), or begin, log and close"),
+        ({"loggers": None}, "loggers must be a list of them, got NoneType None"),
     ],
 )
 def test_objects_that_are_none(own: dict, words: str, images: str, tmp_path: Path) -> None:
@@ -350,7 +351,7 @@ def test_a_run_knows_how_its_pixels_became_numbers(images: str, tmp_path: Path) 
 
 def test_a_run_of_an_earlier_version_is_named_as_such(images: str, tmp_path: Path) -> None:
     fastjem.pretrain(**TINY, data=images, max_steps=1, out=str(tmp_path))
-    values = json.loads((tmp_path / "config.yaml").read_text())
+    values = loaded((tmp_path / "config.yaml").read_bytes(), "config.yaml")
     del values["pixels"]
     (tmp_path / "config.yaml").write_text(json.dumps(values))
     for call in (lambda: open_run(tmp_path), lambda: fastjem.pretrain(**TINY, out=str(tmp_path), resume=True)):
@@ -470,7 +471,8 @@ def test_mistakes_are_one_line(
     base = ["--data", images, "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--batch-size", "16"]
     tiny = [*base, "--backbone", "test_resnet", "--image-size", "32", "--batch-size", "16"]
     for arguments, words in (
-        (["--data", "x"], ["--out"]),
+        (["--data", "x"], ["x is not a folder"]),
+        (["--resume"], ["--resume needs --out"]),
         ([*tiny, "--method", "supcon", "--small-views", "2"], ["--small-views: supcon takes every view as a target"]),
         ([*tiny, "--method", "all4one", "--large-views", "3"], ["--large-views: all4one has three losses of exactly"]),
         ([*tiny, "--large-views", "1"], ["--large-views must be at least 2, as views are compared, got 1"]),
@@ -538,7 +540,7 @@ def test_values_of_other_types_from_python(images: str, tmp_path: Path) -> None:
         view={"scale": (0.5, 1)}, seed=2**40, **plain,
     )  # fmt: skip
     assert done.steps == 1
-    kept = json.loads((tmp_path / "run/config.yaml").read_text())
+    kept = loaded((tmp_path / "run/config.yaml").read_bytes(), "config.yaml")
     assert kept["backbone"] == "test_resnet" and kept["image_size"] == 32 and kept["batch_size"] == 16
     assert kept["device"] == "cpu" and kept["learning_rate"] == 0.5 and kept["options"] == {"temperature": 0.25}
     assert kept["data"] == images and kept["view"] == {"scale": [0.5, 1.0]}

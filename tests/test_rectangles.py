@@ -1,6 +1,5 @@
 """`--image-size 32x64`: views, runs and encoders of images that are no squares."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from fastjem.methods.dinov3 import _on_grid  # noqa: E402
 from fastjem.methods.pirl import pieces_in_order  # noqa: E402
 from fastjem.methods.transformer import rows_and_columns  # noqa: E402
 from fastjem.nn.tokens import patchify, unpatchify  # noqa: E402
+from fastjem.yaml_text import loaded  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,7 +165,7 @@ def test_a_run_its_export_and_a_resumed_one(name: str, images: str, tmp_path: Pa
     common = {**WIDE, **RUNS[name], "data": images, "method": name, "max_steps": 4}
     run = tmp_path / "whole"
     fastjem.pretrain(**common, out=str(run))
-    kept = json.loads((run / "config.yaml").read_text())
+    kept = loaded((run / "config.yaml").read_bytes(), "config.yaml")
     assert kept["image_size"] == "32x64" and kept["pixels"]["size"] == [32, 64]
     assert checkpoints.load(run)["pixels"]["size"] == [32, 64]  # type: ignore[index]
     broken_off(3, **common, out=str(tmp_path / "cut"), checkpoint_steps=2)

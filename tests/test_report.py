@@ -33,6 +33,7 @@ from fastjem.errors import UserError  # noqa: E402
 from fastjem.methods import METHODS, views_of  # noqa: E402
 from fastjem.report import charts, page, pictures, views, watch  # noqa: E402
 from fastjem.report.run import Embeddings, Run, read  # noqa: E402
+from fastjem.yaml_text import loaded  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,7 +186,7 @@ def test_probe_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
 
 def copy_of(run: Path, to: Path, **changes: object) -> Path:
     shutil.copytree(run, to)
-    config = json.loads((to / "config.yaml").read_text()) | changes
+    config = loaded((to / "config.yaml").read_bytes(), "config.yaml") | changes
     (to / "config.yaml").write_text(json.dumps(config))
     return to
 
@@ -388,7 +389,7 @@ def test_commands(
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(run)]) == 0 and capsys.readouterr().out == f"{run / 'report.html'}\n"
     assert main(["report", str(run), str(run)]) == 0 and "1: a" in words(tmp_path / "report.html")
-    data = json.loads((run / "config.yaml").read_text())["data"]
+    data = loaded((run / "config.yaml").read_bytes(), "config.yaml")["data"]
     assert main(["views", "--data", data, "--method", "byol", "--image-size", "32", "--no-blur"]) == 0
     assert (tmp_path / "views.png").exists()
     capsys.readouterr()

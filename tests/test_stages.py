@@ -37,6 +37,7 @@ from fastjem.kernels.augment import columns as column  # noqa: E402
 from fastjem.methods import DINO, METHODS, Batch, Branch, RunFacts, SimCLR, needs_patches  # noqa: E402
 from fastjem.methods.hidden import hidden_rows  # noqa: E402
 from fastjem.methods.transformer import TokenPredictor, sines_and_cosines  # noqa: E402
+from fastjem.yaml_text import loaded  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STAGED = {**TINY, "image_size": "16:75%,32"}
@@ -298,7 +299,7 @@ def test_what_is_left_of_it_is_of_the_last_size(fields: dict[str, Any], images: 
     fastjem.pretrain(**{**STAGED, "stem": "standard", **fields}, data=images, max_steps=4, out=run)
     config, pixels, pool = configuration.read(run)
     assert config.image_size == "16:75%,32" and pixels.size == 32
-    assert json.loads((run / "config.yaml").read_text())["image_size"] == "16:75%,32"
+    assert loaded((run / "config.yaml").read_bytes(), "config.yaml")["image_size"] == "16:75%,32"
     weights = load_file(run / "encoder.safetensors")
     options: dict[str, Any] = {"patch_size": 8, "img_size": 32} if "patch_size" in fields else {}
     options |= {"global_pool": pool, "fc_norm": False} if pool else {}

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastjem import checkpoints, fields, reading
+from fastjem import checkpoints, fields, reading, trackers
 from fastjem.data import shapes
 from fastjem.data.source import Source, open_source
 from fastjem.data.sources import naming
 from fastjem.errors import UserError
 from fastjem.printing import say
-from fastjem.probes import Computed, default_workers, features, labels_of, measure, split
+from fastjem.probes import Computed, default_workers, features, labels_of, majority, measure, split
 from fastjem.runs import Opened, open_run
 
 
@@ -48,6 +48,7 @@ class EvaluateOptions:
             "path": True,
         },
     )
+    log: bool = field(default=False, metadata={"help": "give the figures to the trackers that the run went to, too"})
 
 
 class NotWritten(UserError):
@@ -116,6 +117,7 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
         "train_images": len(labels),
         "test_images": len(truth),
         "classes": len(known.bank.classes),
+        "majority": majority(labels, truth),  # accuracy of always guessing the largest class
         "unreadable_images": len(bank.unreadable) + len(queries.unreadable),
         "k": k,
         "temperature": options.temperature,
@@ -126,7 +128,19 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
     }
     name = "evaluation-teacher.json" if opened.teacher else "evaluation.json"
     _write(opened.folder / name if options.out is None else Path(options.out), result)
+    if options.log:
+        for line in trackers.add(opened.folder, result["step"] or 0, _logged(result)):
+            say(f"fastjem: {line}")
     return result
+
+
+def _logged(result: dict[str, Any]) -> dict[str, float]:
+    """The figures by names that a tracker has no others of."""
+    of = "evaluation_of_teacher" if result["teacher"] else "evaluation"
+    found = {f"{of}/majority": result["majority"]}
+    for kind, row in result["features"].items():
+        found |= {f"{of}/{kind}_{name}": row[name] for name in ("knn", "linear_probe", "rankme")}
+    return found
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
@@ -189,6 +203,7 @@ def show(result: dict[str, Any]) -> None:
     left_out = f"; {result['unreadable_images']} can't be read" if result["unreadable_images"] else ""
     images = f"{result['test_images']} images of {result['classes']} classes"
     title = f"{images}, {result['train_images']} known{held_out}{left_out}"
+    title += f"; always the largest class: {result['majority']:.1%}"
     if result["teacher"]:
         title = f"momentum encoder; {title}"
     table = Table("features", f"kNN, k = {result['k']}", "linear probe", "RankMe", "std: min, median, max", title=title)

@@ -26,7 +26,7 @@ from fastjem.report.views import samples, titles
 
 VIEWED = 4  # images whose views are shown
 WAITED = 0.2  # share of the time waited for data that is worth a word
-NOT_SHOWN = ("out", "resume")
+NOT_SHOWN = ("out", "resume", "views")
 Escaped = str  # safe within HTML
 
 
@@ -255,12 +255,19 @@ def seen(run: Run) -> str:
 
 
 def options(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
-    keys = [key for key in dict.fromkeys(key for run in runs for key in run.config) if key not in NOT_SHOWN]
+    named = dict.fromkeys(key for run in runs for key in (*run.config, *run.ran))
+    keys = [key for key in named if key not in NOT_SHOWN]
     return table({key.replace("_", " "): [option(run, key) for run in runs] for key in keys}, names)
 
 
 def option(run: Run, key: str) -> str:
-    value = run.config.get(key)
+    asked = run.config.get(key)
+    value = run.ran.get(key, asked)
+    if key in run.ran and not isinstance(value, dict):
+        text = "none" if value is None else str(value)
+        if value == asked or key not in run.config:
+            return text
+        return f"{text} ({'not given' if asked is None else asked})"
     if isinstance(value, dict):
         return ", ".join(f"{name}={x}" for name, x in value.items())
     if value is not None:

@@ -50,12 +50,13 @@ class Embeddings:
 @dataclass(frozen=True)
 class Run:
     path: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # every option as it was given or is by default
     rows: list[dict[str, Any]]  # of metrics.jsonl
     knn: list[dict[str, Any]]
     environment: dict[str, Any] = field(default_factory=dict)
     embeddings: Embeddings | None = None
     troubles: tuple[str, ...] = ()  # what is wrong with its files, a sentence each
+    ran: dict[str, Any] = field(default_factory=dict)  # the values that it trains with; empty for runs of before
 
     @property
     def name(self) -> str:
@@ -100,8 +101,11 @@ def read(path: str | os.PathLike[str], *, data: str | None = None, trusted: bool
     if embeddings is not None and "pixels" in given:
         with reading.named(path / configuration.FILE):
             embeddings = replace(embeddings, levels=Pixels.from_dict(given["pixels"]).levels)
+    ran = given.pop("ran", None)
+    given.pop("given", None)
     config = {**given, **asdict(options)}
-    return Run(path.resolve(), config, rows, knn, environment, embeddings, tuple(troubles))
+    values = ran if isinstance(ran, dict) else {}
+    return Run(path.resolve(), config, rows, knn, environment, embeddings, tuple(troubles), values)
 
 
 def _rows(path: Path, whole: Sequence[str], troubles: list[str]) -> list[dict[str, Any]]:

@@ -24,8 +24,9 @@ from fastjem.data.pixels import Pixels, whole_image
 from fastjem.data.source import Source, decode
 from fastjem.data.sources import naming
 from fastjem.data.spread import spread
+from fastjem.journal import Journal
 from fastjem.machine import available_cores
-from fastjem.probes import parts_not_classes
+from fastjem.probes import majority, parts_not_classes, tells_classes
 from fastjem.report.page import write
 
 IMAGES, EACH, NEIGHBOURS, TEMPERATURE = 1000, 20, 20, 0.07
@@ -71,7 +72,8 @@ class SampleImages:
         present, labels = np.unique(every_label[self.indices], return_inverse=True)
         self.classes = [source.classes[i] for i in present] if source.classes else [""]
         self.labels = torch.from_numpy(labels)
-        self.labelled = 1 < len(self.classes) <= len(found) // 2 and not parts_not_classes(self.classes)
+        several = 1 < len(self.classes) <= len(found) // 2
+        self.labelled = several and tells_classes(source)
 
     @torch.no_grad()
     def embed(self, encoder: nn.Module, batch: int = 128) -> Tensor:
@@ -113,13 +115,14 @@ class Watch:
     twentieth of the run, at least one.
 
     Args:
-        say: takes a line for the user.
+        journal: is told the figures, and what there is to be said.
     """
 
-    def __init__(self, training: Training, say: Callable[[str], None]):
+    def __init__(self, training: Training, journal: Journal):
         self.training = training
         self.out = training.out
-        self.say = say
+        self.journal = journal
+        self.say = journal.say
         self.active = training.ranks.first
         self.sample: SampleImages | None = None
         self.log: Metrics | None = None
@@ -140,6 +143,11 @@ class Watch:
                 folders = ", ".join(self.sample.classes)
                 self.say(
                     f"no kNN: the folders {folders} are parts of a data set, no classes; all of them are trained on"
+                )
+            elif "" in self.sample.classes and len(self.sample.classes) > 1:
+                folders = ", ".join(name for name in self.sample.classes if name)
+                self.say(
+                    f"no kNN: images lie beside the folders ({folders}), so that these are no classes of all of them"
                 )
             self.log = Metrics(self.out, self.training.start, "knn.jsonl")
             if not (self.training.start and (self.out / "embeddings.npz").exists()):
@@ -184,11 +192,16 @@ class Watch:
         if self.sample.labelled and self.log:
             accuracy = self.sample.knn(rows)
             epoch = step / self.training.steps_per_epoch
-            row = {"step": step, "epoch": epoch, "knn": accuracy, "images": len(rows)}
+            guess = majority(self.sample.labels, self.sample.labels)
+            row = {"step": step, "epoch": epoch, "knn": accuracy, "images": len(rows), "majority": guess}
+            self.journal.measured(step, {"knn": accuracy, "knn_majority": guess})
             of_teacher = {"teacher": True} if self.training.config.teacher else {}
             self.log.write({**row, "classes": len(self.sample.classes), **of_teacher})
             whose = " of the momentum encoder" if of_teacher else ""
-            self.say(f"kNN {accuracy:.1%}{whose} on {len(rows)} images after epoch {epoch:.4g}")
+            self.say(
+                f"kNN {accuracy:.1%}{whose} on {len(rows)} images after epoch {epoch:.4g} "
+                f"(always the largest class: {guess:.1%})"
+            )
         write_atomically(self.out / "embeddings.npz", self.sample.pack(rows, step))
 
     def write(self, last: bool = False) -> None:
