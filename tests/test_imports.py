@@ -58,6 +58,7 @@ BESIDE = (
     "lock",
     "stopping",
     "bench",
+    "compat",
 )
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
 LEAVES = ("errors", "advice", "arguments", "fields", "launchers", "machine", "printing", "reading", "schedules")
