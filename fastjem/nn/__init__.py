@@ -3,6 +3,7 @@
 import fastjem.functional
 from fastjem.nn.aligned import DetConBLoss, DetConSLoss, DirectCLRLoss, HypersphereLoss, MACLLoss
 from fastjem.nn.capi import CAPILoss
+from fastjem.nn.captions import CoCaLoss, DistillClipLoss
 from fastjem.nn.clustering import SMoGPrototypes
 from fastjem.nn.contrastive import DCLLoss, DCLWLoss, NTXentLoss, SupConLoss
 from fastjem.nn.covariance import BarlowTwinsLoss, TiCoLoss, VICRegLLoss, VICRegLoss
@@ -71,6 +72,7 @@ __all__ = [
     "CO2Regularizer",
     "Center",
     "ClipLoss",
+    "CoCaLoss",
     "DCLLoss",
     "DCLWLoss",
     "DINOLoss",
@@ -81,6 +83,7 @@ __all__ = [
     "DetConBLoss",
     "DetConSLoss",
     "DirectCLRLoss",
+    "DistillClipLoss",
     "EMPSSLLoss",
     "FroSSLLoss",
     "GramLoss",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-RENAMED = (ValueError, TypeError, RuntimeError, IndexError)
+RENAMED = (ValueError, TypeError, RuntimeError, IndexError, AttributeError)
 
 
 def name_errors(modules: Iterable[type[nn.Module]], others: Iterable[str]) -> None:

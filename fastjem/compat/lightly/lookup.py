@@ -24,7 +24,7 @@ FILES = {
         "capi_predictor_timm center heads heads_timm ijepa ijepa_timm masked_autoencoder masked_autoencoder_timm "
         "masked_causal_vision_transformer masked_vision_transformer masked_vision_transformer_decoder "
         "masked_vision_transformer_decoder_timm masked_vision_transformer_timm masked_vision_transformer_torchvision "
-        "memory_bank nn_memory_bank world_model"
+        "memory_bank nn_memory_bank world_model world_model.conditioning world_model.predictor"
     ),
     "models": "batchnorm resnet zoo",
     "transforms": (
@@ -89,16 +89,29 @@ INSTEAD = {
     "covariance_loss": "part of a loss: fastjem.functional.vicreg has all its terms",
     "invariance_loss": "part of a loss: fastjem.functional.vicreg has all its terms",
     "variance_loss": "part of a loss: fastjem.functional.vicreg has all its terms",
+    "lejepa_invariance_loss": "part of a loss: fastjem.functional.lejepa has all its terms",
+    **dict.fromkeys(
+        ["visreg_center_loss", "visreg_scale_loss", "visreg_shape_loss"],
+        "part of a loss: VISRegLoss has all its terms, in forward_components each by itself",
+    ),
+    "norm_mse_loss": "use fastjem.functional.w_mse",
+    "prototype_probabilities": "part of a loss: MSNLoss makes them in tiles",
+    "MultiViewCollate": "torch's default_collate stacks lists of views as they are",
     "tcr_loss": "use fastjem.functional.total_coding_rate, whose sign is the paper's",
     "sharpen": "use torch.softmax(x / temperature)",
 }  # fmt: skip
 
 
+# Of a file, and not what the package has by that name.
+INSTEAD["msn_loss.sinkhorn"] = "use fastjem.functional.sinkhorn(..., normalize_samples_first=True)"
+
+
 def absent(module: str, name: str) -> Exception:
-    """What is raised for a name that isn't here: ImportError for one of lightly's, whose text `from` would drop else."""
+    """For a name that isn't here: ImportError for one of lightly's, as `from` drops the text of an AttributeError."""
     place = module.replace(ROOT, "lightly", 1)
-    if name in INSTEAD:
-        return ImportError(f"{place}.{name} isn't in fastjem: {INSTEAD[name]}", name=module)
+    instead = INSTEAD.get(f"{module.rpartition('.')[2]}.{name}", INSTEAD.get(name))
+    if instead:
+        return ImportError(f"{place}.{name} isn't in fastjem: {instead}", name=module)
     return AttributeError(f"module {module!r} has no attribute {name!r}: it isn't of lightly 1.6.0, or not here")
 
 
@@ -111,8 +124,8 @@ class Lookup(ModuleType):
         self._package = package
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+        if name.startswith("__") or f"{self.__name__.rpartition('.')[2]}.{name}" in INSTEAD:
+            raise absent(self.__name__, name)
         try:
             return getattr(importlib.import_module(self._package), name)
         except AttributeError:

@@ -3,7 +3,7 @@
 What differs: a blur is a true Gaussian, where lightly's is Pillow's three box blurs; nothing is rounded between steps;
 VICReg's views are blurred before they are solarized, and W-MSE's are cut before their colours change; an argument is
 meant for every view (lightly's DINO and iBOT leave `cj_strength` out of the second, MSN and VICRegL the jitter's
-single strengths out of the small ones).
+single strengths out of the small ones, and VICRegL turns half of its small ones upside down whatever `vf_prob` says).
 """
 
 from types import MappingProxyType
