@@ -26,9 +26,10 @@ from lightly.utils.lars import LARS as TheirLARS
 OURS = "fastjem.compat.lightly"
 PACKAGES = ("loss", "models", "transforms", "utils", "data")
 APART = {  # tools beside training, which have other paths here or none
-    "data._", "data.dataset", "data.lightly_subset", "data.multi_view_collate", "utils.benchmarking", "utils.bounding_box",
-    "utils.cropping", "utils.dependency", "utils.deprecation", "utils.embeddings_2d", "utils.hipify", "utils.io",
-    "utils.reordering", "utils.version_compare", "models.batchnorm", "models.resnet", "models.zoo",
+    "data._", "data.dataset", "data.lightly_subset", "data.multi_view_collate", "utils.benchmarking",
+    "utils.bounding_box", "utils.cropping", "utils.dependency", "utils.deprecation", "utils.embeddings_2d",
+    "utils.hipify", "utils.io", "utils.reordering", "utils.version_compare", "models.batchnorm", "models.resnet",
+    "models.zoo",
 }  # fmt: skip
 
 
