@@ -105,6 +105,13 @@ def supcon_with_options(z0: torch.Tensor, z1: torch.Tensor, group=None, anchors:
     return mean + collectives.sum_of_ranks((losses * z0.detach()[:, 0]).sum(), group)
 
 
+def detcon(z0: torch.Tensor, z1: torch.Tensor, group=None) -> torch.Tensor:
+    """Of two regions of each row, which show what its numbers say."""
+    regions = [torch.stack([z, z.roll(1, 1) * z1], 1) for z in (z0, z1, z0 + z1, z0 - z1)]
+    masks = [(z.detach()[:, :2] > 0).long() for z in (z0, z1)]
+    return F.detcon(*regions, *masks, temperature=0.3, group=group)
+
+
 # Of 8 and 11 rows and 7 columns, Barlow Twins adds squares and VICReg gathers rows; the narrow and wide ones differ.
 LOSSES = {
     "tico": lambda z0, z1, group=None: F.tico(z0, z1, group=group)[0],
@@ -118,6 +125,7 @@ LOSSES = {
     "nt_xent_rows": nt_xent_of_rows,
     "nt_xent_prefixes": nt_xent_of_prefixes,
     "clip_prefixes": clip_of_prefixes,
+    "detcon": detcon,
     "dcl_options": partial(F.dcl, false_negative_margin=0.5, prior=0.1),
     "dclw": partial(F.dclw, sigma=0.3),
     "dclw_options": partial(F.dclw, prior=0.1, hardness=0.5),

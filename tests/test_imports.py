@@ -70,6 +70,7 @@ BESIDE = (
     "lock",
     "stopping",
     "bench",
+    "compat",
 )
 # What knows nothing of fastjem but other leaves, so that anybody may import it.
 LEAVES = (

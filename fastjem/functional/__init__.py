@@ -3,16 +3,19 @@
 Arguments after the tensors are keyword-only.
 """
 
+from fastjem.functional.aligned import hypersphere, macl
 from fastjem.functional.augment import augment, crop_resize
 from fastjem.functional.coding_rate import emp_ssl, simdino, total_coding_rate
 from fastjem.functional.contrastive import dcl, dclw, info_nce, nt_xent
 from fastjem.functional.covariance import Health, barlow_twins, tico, vicreg
+from fastjem.functional.dense_structure import dense_structure
+from fastjem.functional.detcon import detcon
 from fastjem.functional.gaussian import lejepa, random_directions, sigreg
 from fastjem.functional.gram import gram_loss
 from fastjem.functional.image_text import clip_loss, siglip_loss
 from fastjem.functional.nearest import nearest_neighbors, nnclr
 from fastjem.functional.neighbors import Clusters, kmeans, knn_votes, nearest_rows
-from fastjem.functional.patches import masked_rows
+from fastjem.functional.patches import masked_rows, patch_kernel_alignment
 from fastjem.functional.predictive import negative_cosine, regression
 from fastjem.functional.prototypes import (
     TeacherStatistics,
@@ -38,15 +41,19 @@ __all__ = [
     "cross_entropy",
     "dcl",
     "dclw",
+    "dense_structure",
+    "detcon",
     "ema_update_",
     "emp_ssl",
     "frossl",
     "gram_loss",
+    "hypersphere",
     "info_nce",
     "kmeans",
     "knn_votes",
     "koleo",
     "lejepa",
+    "macl",
     "masked_rows",
     "mean_entropy",
     "mmcr",
@@ -55,6 +62,7 @@ __all__ = [
     "negative_cosine",
     "nnclr",
     "nt_xent",
+    "patch_kernel_alignment",
     "prototype_cross_entropy",
     "prototype_head_cross_entropy",
     "random_directions",

@@ -1,11 +1,15 @@
 """Modules: losses and heads under the names, with the arguments and the defaults that lightly's users know."""
 
+import fastjem.functional
+from fastjem.nn.aligned import DetConBLoss, DetConSLoss, DirectCLRLoss, HypersphereLoss, MACLLoss
 from fastjem.nn.capi import CAPILoss
+from fastjem.nn.captions import CoCaLoss, DistillClipLoss
 from fastjem.nn.clustering import SMoGPrototypes
 from fastjem.nn.contrastive import DCLLoss, DCLWLoss, NTXentLoss, SupConLoss
 from fastjem.nn.covariance import BarlowTwinsLoss, TiCoLoss, VICRegLLoss, VICRegLoss
-from fastjem.nn.distillation import DINOLoss, IBOTPatchLoss
-from fastjem.nn.gaussian import LeJEPALoss, SIGReg
+from fastjem.nn.dense import PatchKernelAlignmentLoss, roi_resample_to_grid
+from fastjem.nn.distillation import DINOLoss, IBOTPatchLoss, IBOTPlusPlusPatchLoss
+from fastjem.nn.gaussian import LeJEPALoss, LeWMLoss, SIGReg
 from fastjem.nn.heads import (
     BarlowTwinsProjectionHead,
     BYOLPredictionHead,
@@ -41,9 +45,20 @@ from fastjem.nn.masks import (
 from fastjem.nn.memory_bank import MemoryBankModule, NNCLRLoss, NNMemoryBankModule
 from fastjem.nn.momentum import activate_requires_grad, deactivate_requires_grad, update_momentum
 from fastjem.nn.msn import MSNLoss, PMSNCustomLoss, PMSNLoss
+from fastjem.nn.named import name_errors
 from fastjem.nn.parts import Center
-from fastjem.nn.predictive import GramLoss, NegativeCosineSimilarity
-from fastjem.nn.prototypes import DINOProjectionHead, KoLeoLoss, SwaVLoss, SwaVPrototypes, sinkhorn
+from fastjem.nn.predictive import GramLoss, NegativeCosineSimilarity, SymNegCosineSimilarityLoss
+from fastjem.nn.prototypes import (
+    CAPIProjectionHead,
+    DINOProjectionHead,
+    DINOv2ProjectionHead,
+    KoLeoLoss,
+    SwaVLoss,
+    SwaVPrototypes,
+    sinkhorn,
+)
+from fastjem.nn.regularizers import CO2Regularizer, DSERegularizer
+from fastjem.nn.shuffling import batch_shuffle, batch_unshuffle
 from fastjem.nn.spectral import EMPSSLLoss, FroSSLLoss, MMCRLoss, SimDINOLoss, Whitening2d, WMSELoss
 from fastjem.nn.visreg import VISRegLoss, VISRegLossComponents
 
@@ -53,21 +68,34 @@ __all__ = [
     "BarlowTwinsLoss",
     "BarlowTwinsProjectionHead",
     "CAPILoss",
+    "CAPIProjectionHead",
+    "CO2Regularizer",
     "Center",
     "ClipLoss",
+    "CoCaLoss",
     "DCLLoss",
     "DCLWLoss",
     "DINOLoss",
     "DINOProjectionHead",
+    "DINOv2ProjectionHead",
+    "DSERegularizer",
     "DenseCLProjectionHead",
+    "DetConBLoss",
+    "DetConSLoss",
+    "DirectCLRLoss",
+    "DistillClipLoss",
     "EMPSSLLoss",
     "FroSSLLoss",
     "GramLoss",
+    "HypersphereLoss",
     "IBOTPatchLoss",
+    "IBOTPlusPlusPatchLoss",
     "KoLeoLoss",
     "LeJEPALoss",
     "LeJEPAProjectionHead",
+    "LeWMLoss",
     "LeWMProjectionHead",
+    "MACLLoss",
     "MMCRLoss",
     "MMCRProjectionHead",
     "MSNLoss",
@@ -82,6 +110,7 @@ __all__ = [
     "NegativeCosineSimilarity",
     "PMSNCustomLoss",
     "PMSNLoss",
+    "PatchKernelAlignmentLoss",
     "ProjectionHead",
     "SIGReg",
     "SMoGPredictionHead",
@@ -96,6 +125,7 @@ __all__ = [
     "SwaVLoss",
     "SwaVProjectionHead",
     "SwaVPrototypes",
+    "SymNegCosineSimilarityLoss",
     "TiCoLoss",
     "TiCoProjectionHead",
     "VICRegLLoss",
@@ -107,6 +137,8 @@ __all__ = [
     "WMSELoss",
     "Whitening2d",
     "activate_requires_grad",
+    "batch_shuffle",
+    "batch_unshuffle",
     "deactivate_requires_grad",
     "random_block_mask",
     "random_block_mask_image",
@@ -114,6 +146,13 @@ __all__ = [
     "random_inverse_block_mask",
     "random_prefix_mask",
     "random_token_mask",
+    "roi_resample_to_grid",
     "sinkhorn",
     "update_momentum",
 ]
+
+# Whatever a module is made of, its errors name the module.
+name_errors(
+    [value for value in map(globals().__getitem__, __all__) if isinstance(value, type)],
+    [*fastjem.functional.__all__, "unit_keys", "push_rows", "move_center", "HeldRows", "HeldMean", "MLP", "health"],
+)

@@ -254,13 +254,17 @@ class IBOTPatchLoss(_Distillation):
         weights = of_image.repeat_interleave(counts, output_size=student_out.shape[0])  # [M]
         loss = self._loss([teacher_out], [student_out], self.center.value, temperature, "same", weights)
         if self.centering == "center":
-            if is_overridden(self, "update_center", _Distillation):
-                self.update_center(teacher_out.detach())
-            elif is_overridden(self.center, "update", Center):
-                self.center.update(teacher_out.detach())
-            else:
-                self._move_center(self._batch_mean(self.center.value), teacher_out.shape[0])
+            self._follow_teacher(teacher_out)
         return loss * (weights.sum() / max(mask.shape[0], 1))
+
+    def _follow_teacher(self, scores: Tensor) -> None:
+        """Move the centre by the teacher's scores [M, K] of the last call of `_loss`."""
+        if is_overridden(self, "update_center", _Distillation):
+            self.update_center(scores.detach())
+        elif is_overridden(self.center, "update", Center):
+            self.center.update(scores.detach())
+        else:
+            self._move_center(self._batch_mean(self.center.value), scores.shape[0])
 
     def _move_center(self, mean: Tensor, rows: int) -> None:
         if self.defer_center_update:
@@ -272,3 +276,57 @@ class IBOTPatchLoss(_Distillation):
         """With `defer_center_update`: move the centre, once for all batches since the last call."""
         if self.defer_center_update:
             self.center.step_ends(default_group())
+
+
+class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
+    """Cross-entropy of all patches, hidden and visible, against the teacher's sight of them: iBOT++ (arXiv 2604.12012).
+
+    Of each image the mean over its hidden patches and, times a weight, that over its visible ones; the mean over
+    images. The centre is of all patches. Arguments as of `IBOTPatchLoss`.
+    """
+
+    def forward(
+        self,
+        teacher_out: Tensor,
+        student_out: Tensor,
+        mask: Tensor | None = None,
+        teacher_temp: float | Tensor | None = None,
+        visible_loss_weight: float | Tensor = 1.0,
+    ) -> Tensor:
+        """0-dim float32 (float64 for float64 scores).
+
+        Args:
+            teacher_out, student_out: [B, P, K] scores of all patches, or [B P, K] with a mask. The teacher's get no
+                gradient.
+            mask: [B, ...] bool, P for each image, true where the student didn't see the patch. None: all patches count
+                alike.
+            teacher_temp: in place of the module's.
+            visible_loss_weight: of the visible patches.
+        """
+        with self._agreement() as ranks:
+            for x in (teacher_out, student_out):
+                if not isinstance(x, Tensor) or x.dim() not in (2, 3) or (x.dim() == 2 and mask is None):
+                    contract = "teacher_out and student_out must be [B, P, K], or [B P, K] with a mask"
+                    checks.fail(ranks.who, contract, checks.shape(x))
+            patches = student_out.shape[:-1].numel()
+            if mask is not None and (mask.dtype != torch.bool or mask.dim() < 2 or mask.numel() != patches):
+                contract = f"mask must be [B, ...] bool of {patches} patches"
+                checks.fail(ranks.who, contract, f"{tuple(mask.shape)} {mask.dtype}")
+            teacher, student = (x.flatten(0, -2) for x in (teacher_out, student_out))
+            self._check(ranks, [teacher], [student], "[B, P, K]", self.center.value.numel())
+            temperature = self.teacher_temp if teacher_temp is None else teacher_temp
+            temperature = checks.positive(ranks.who, "teacher_temp", temperature, teacher)
+            of_visible = ("visible_loss_weight", visible_loss_weight, student)
+            visible = checks.number(ranks.who, *of_visible, low=0, inclusive=True)
+        weights = None
+        images = 1
+        if mask is not None:
+            images = mask.shape[0]
+            hidden = mask.flatten(1).to(loss_dtype(student))  # [B, P]
+            seen = 1 - hidden
+            of_hidden = hidden / hidden.sum(1, keepdim=True).clamp_min(1)
+            weights = (of_hidden + visible * seen / seen.sum(1, keepdim=True).clamp_min(1)).flatten()
+        loss = self._loss([teacher], [student], self.center.value, temperature, "same", weights)
+        if self.centering == "center":
+            self._follow_teacher(teacher)
+        return loss if weights is None else loss * (weights.detach().sum() / max(images, 1))

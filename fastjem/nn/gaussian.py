@@ -1,4 +1,4 @@
-"""SIGReg and LeJEPA as modules, with lightly's names, arguments and defaults."""
+"""SIGReg, LeJEPA and LeWorldModel as modules, with lightly's names, arguments and defaults."""
 
 from typing import ClassVar
 
@@ -101,3 +101,52 @@ class LeJEPALoss(nn.Module):
             t_max=self.sigreg.t_max,
             group=default_group(self.sigreg.gather_distributed),
         )
+
+
+class LeWMLoss(nn.Module):
+    """`mse(predicted, target) + lambda SIGReg(embeddings)`: LeWorldModel's loss (2026, arXiv 2603.19312).
+
+    Args:
+        lambda_param: weight of SIGReg, at least 0; it is beside the squared error, not between the two as LeJEPA's.
+        normalize: predictions and targets are taken behind a layer norm without affine part.
+        gather_distributed: SIGReg is of the global batch of all ranks.
+        sigreg_knots, sigreg_t_max, sigreg_num_vectors: see `SIGReg`.
+    """
+
+    def __init__(
+        self,
+        lambda_param: float = 0.1,
+        normalize: bool = False,
+        gather_distributed: bool = False,
+        sigreg_knots: int = 17,
+        sigreg_t_max: float = 3.0,
+        sigreg_num_vectors: int = 1024,
+    ):
+        super().__init__()
+        self.lambda_param = checks.number("LeWMLoss", "lambda_param", lambda_param, low=0, inclusive=True)
+        self.normalize = normalize
+        self.sigreg = SIGReg(
+            knots=sigreg_knots,
+            t_max=sigreg_t_max,
+            num_vectors=sigreg_num_vectors,
+            gather_distributed=gather_distributed,
+        )
+
+    def forward(self, *, predicted: Tensor, target: Tensor, embeddings: Tensor) -> Tensor:
+        """0-dim.
+
+        Args:
+            predicted, target: [B, ..., D], of later latents; the target's get no gradient.
+            embeddings: [B, T, D], the encoder's, with their gradient. SIGReg is of each step's B by themselves.
+        """
+        is_sequence = embeddings.dim() == 3
+        if not is_sequence or (embeddings.shape[0], embeddings.shape[2]) != (predicted.shape[0], predicted.shape[-1]):
+            contract = "embeddings must be [B, T, D] of as many images and as wide as predicted"
+            checks.fail("LeWMLoss", contract, f"{tuple(embeddings.shape)} and {tuple(predicted.shape)}")
+        if predicted.shape != target.shape:
+            contract = "predicted and target must be of one shape"
+            checks.fail("LeWMLoss", contract, f"{tuple(predicted.shape)} and {tuple(target.shape)}")
+        if self.normalize:
+            predicted = nn.functional.layer_norm(predicted, predicted.shape[-1:])
+        prediction = F.regression(predicted, target, beta=0, normalize=self.normalize)
+        return prediction + self.lambda_param * self.sigreg(embeddings.transpose(0, 1))

@@ -26,6 +26,19 @@ class NegativeCosineSimilarity(nn.Module):
         return F.negative_cosine(x0, x1, eps=self.eps)
 
 
+class SymNegCosineSimilarityLoss(nn.Module):
+    """`(-cos(p0, z1) - cos(p1, z0)) / 2`, the means over images, of pairs (z, p) of projections and predictions.
+
+    SimSiam's loss of both directions. Projections are constants: they get no gradient.
+    """
+
+    def forward(self, out0: tuple[Tensor, Tensor], out1: tuple[Tensor, Tensor]) -> Tensor:
+        """Each view's (z, p), [N, D] both -> 0-dim."""
+        z0, p0 = out0
+        z1, p1 = out1
+        return (F.negative_cosine(p0, z1.detach()) + F.negative_cosine(p1, z0.detach())) / 2
+
+
 class GramLoss(nn.Module):
     """`fastjem.functional.gram_loss` of patch features [B, P, D]: DINOv3's Gram anchoring.
 

@@ -17,6 +17,7 @@ from fastjem.collectives import (
 )
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
+from fastjem.nn.heads import ProjectionHead
 from fastjem.nn.hooks import Hooks, is_overridden
 from fastjem.nn.parts import MLP, init_as_vision_transformer
 
@@ -205,11 +206,14 @@ class SwaVPrototypes(nn.Module):
             weight.copy_(functional.normalize(weight))
 
 
-class _WeightNormLinear(nn.Module):
-    """`x @ (g v / |v|).T`; parameters are named as torch.nn.utils.weight_norm names them."""
+class WeightNormLinear(nn.Module):
+    """`x @ (g v / |v|).T + b`; parameters are named as torch.nn.utils.weight_norm names them."""
 
-    def __init__(self, input_dim: int, output_dim: int) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, input_dim: int, output_dim: int, bias: bool = False) -> None:
         super().__init__()
+        self.register_parameter("bias", nn.Parameter(torch.empty(output_dim)) if bias else None)
         self.weight_g = nn.Parameter(torch.empty(output_dim, 1))
         self.weight_v = nn.Parameter(torch.empty(output_dim, input_dim))
         self.reset_parameters()
@@ -217,13 +221,16 @@ class _WeightNormLinear(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # as nn.Linear
+        if self.bias is not None:
+            bound = self.weight_v.shape[1] ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
 
     @property
     def weight(self) -> Tensor:
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight)
+        return functional.linear(x, self.weight, self.bias)
 
 
 class DINOProjectionHead(Hooks):
@@ -255,7 +262,7 @@ class DINOProjectionHead(Hooks):
         self.layers = MLP(input_dim, hidden_dim, hidden_dim, bottleneck_dim, norm=norm, activation=nn.GELU)
         init_as_vision_transformer(self.layers)
         self.freeze_last_layer = freeze_last_layer
-        self.last_layer = _WeightNormLinear(bottleneck_dim, output_dim)
+        self.last_layer = WeightNormLinear(bottleneck_dim, output_dim)
         self.last_layer.weight_g.requires_grad = not norm_last_layer
 
     def features(self, x: Tensor) -> Tensor:
@@ -274,3 +281,64 @@ class DINOProjectionHead(Hooks):
         if current_epoch < self.freeze_last_layer:
             for parameter in self.last_layer.parameters():
                 parameter.grad = None
+
+
+class DINOv2ProjectionHead(ProjectionHead):
+    """Three linear layers with GELU, L2 normalisation, and weight-normalised prototypes of a learned length: DINOv2's.
+
+    Oquab et al. 2023, arXiv 2304.07193. As `DINOProjectionHead`, whose other options it hasn't got.
+
+    Args:
+        input_dim, hidden_dim, bottleneck_dim, output_dim: widths; output_dim is K.
+        batch_norm: after the first two layers.
+    """
+
+    def __init__(
+        self,
+        input_dim: int = 2048,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        output_dim: int = 65536,
+        batch_norm: bool = False,
+    ) -> None:
+        norm = "batch" if batch_norm else "none"
+        super().__init__(MLP(input_dim, hidden_dim, hidden_dim, bottleneck_dim, norm=norm, activation=nn.GELU))
+        init_as_vision_transformer(self.layers)
+        self.last_layer = WeightNormLinear(bottleneck_dim, output_dim)
+
+    def features(self, x: Tensor) -> Tensor:
+        """[..., input_dim] -> [..., bottleneck_dim] of unit length: what `prototype_head_cross_entropy` takes."""
+        x = self.layers(x)
+        return functional.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+
+    def prototypes(self) -> Tensor:
+        """[K, bottleneck_dim], differentiable."""
+        return self.last_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(self.features(x))
+
+
+class CAPIProjectionHead(nn.Module):
+    """Scores of normalised features against clusters: CAPI's head, the teacher's and the student's.
+
+    Args:
+        input_dim: D.
+        num_clusters: K.
+        bias: of the linear layer.
+        weight_norm: clusters' rows of length 1.
+    """
+
+    def __init__(
+        self, input_dim: int = 384, num_clusters: int = 16384, bias: bool = False, weight_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.layer = WeightNormLinear(input_dim, num_clusters, bias) if weight_norm else nn.Linear(
+            input_dim, num_clusters, bias
+        )  # fmt: skip
+        if isinstance(self.layer, WeightNormLinear):
+            self.layer.weight_g.requires_grad = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., K]"""
+        return self.layer(functional.normalize(x, dim=-1))
