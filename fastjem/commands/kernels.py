@@ -283,7 +283,7 @@ def write(folder: Path, repository: str = "") -> Path:
     return folder
 
 
-def main(argv: Sequence[str]) -> int:
+def parser() -> Parser:
     parser = Parser(
         "fastjem kernels",
         description=f"write {', '.join(FUNCTIONS)} as a folder for Hugging Face's kernels library (kernels.get_kernel)",
@@ -292,7 +292,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--repository", default="", metavar="OWNER/NAME", help="where it is to be uploaded, for its card and build.toml"
     )
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser().parse_args(argv)
     folder = write(arguments.out, arguments.repository)
     print(f"{folder}: kernels.get_local_kernel({str(folder)!r}) loads it; `kernel-builder build-and-upload` publishes it")
     return 0
