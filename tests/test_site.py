@@ -24,7 +24,11 @@ def navigation() -> set[str]:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    pages = {path.relative_to(ROOT / "docs").as_posix() for kind in ("md", "ipynb") for path in ROOT.glob(f"docs/**/*.{kind}")}
+    pages = {
+        path.relative_to(ROOT / "docs").as_posix()
+        for kind in ("md", "ipynb")
+        for path in ROOT.glob(f"docs/**/*.{kind}")
+    }
     listed = {page for page in pages if not page.startswith("methods/")}  # the hook lists the methods' pages
     assert navigation() - NOT_IN_DOCS == listed
 

@@ -146,8 +146,8 @@ tags:
 
 # {name}
 
-Three operators of self-supervised training of image encoders, from fastjem {fastjem}: Triton on NVIDIA GPUs, plain torch
-on every other device. Values and gradients are held to float64 formulas. The Triton kernels have run under Triton's
+Three operators of self-supervised training of image encoders, from fastjem {fastjem}: Triton on NVIDIA GPUs, plain
+torch on every other device. Values and gradients are held to float64 formulas. The Triton kernels have run under Triton's
 interpreter and are compiled for sm_80, sm_90 and sm_100 in fastjem's tests; **none has run on a GPU yet**.
 
 ```python
@@ -298,5 +298,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     arguments = parser().parse_args(argv)
     folder = write(arguments.out, arguments.repository)
-    print(f"{folder}: kernels.get_local_kernel({str(folder)!r}) loads it; `kernel-builder build-and-upload` publishes it")
+    print(
+        f"{folder}: kernels.get_local_kernel({str(folder)!r}) loads it; `kernel-builder build-and-upload` publishes it"
+    )
     return 0

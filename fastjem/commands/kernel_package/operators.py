@@ -26,7 +26,7 @@ REFERENCES = {
 }
 
 
-# What runs on CUDA: imported at the first call, as Triton isn't everywhere ---------------------------------------------
+# What runs on CUDA: imported at the first call, as Triton isn't everywhere --------------------------------------------
 
 
 def _nt_xent(rows: Tensor, *arguments: Any) -> Any:
