@@ -67,7 +67,7 @@ COMMANDS = {
         "time the operators on this machine against eager PyTorch, torch.compile and the hardware's floor",
     ),
     "completion": Command(
-        "fastjem.commands.completion", "", "main",
+        "fastjem.completion", "", "main",
         "a script that completes commands, options and values in bash, zsh or fish",
     ),
     "kernels": Command(

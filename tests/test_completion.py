@@ -13,7 +13,7 @@ from fastjem.errors import UserError
 from fastjem.methods import METHODS
 
 shtab = pytest.importorskip("shtab")
-completion = importlib.import_module("fastjem.commands.completion")
+completion = importlib.import_module("fastjem.completion")
 
 # What is typed, and what is offered: exactly that.
 OFFERED = {

@@ -44,6 +44,7 @@ ORDER = (
     "run",
     "commands",
     "cli",
+    "completion",
     "__main__",
 )
 # What knows no method and no run. From each other and from `nn` and below, never from `config` and above.

@@ -147,8 +147,8 @@ tags:
 # {name}
 
 Three operators of self-supervised training of image encoders, from fastjem {fastjem}: Triton on NVIDIA GPUs, plain
-torch on every other device. Values and gradients are held to float64 formulas. The Triton kernels have run under Triton's
-interpreter and are compiled for sm_80, sm_90 and sm_100 in fastjem's tests; **none has run on a GPU yet**.
+torch on every other device. Values and gradients are held to float64 formulas. The Triton kernels have run under
+Triton's interpreter and are compiled for sm_80, sm_90 and sm_100 in fastjem's tests; **none has run on a GPU yet**.
 
 ```python
 import torch

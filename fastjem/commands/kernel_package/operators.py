@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import contrastive, prototypes
 from ._ops import add_op_namespace_prefix, ops
+from .contrastive import OPERATORS as CONTRASTIVE
 from .contrastive import reference as contrastive_reference
+from .prototypes import OPERATORS as PROTOTYPES
 from .prototypes import reference as prototypes_reference
 
-SCHEMAS = {name: operator.schema for family in (contrastive, prototypes) for name, operator in family.OPERATORS.items()}
+SCHEMAS = {name: operator.schema for name, operator in {**CONTRASTIVE, **PROTOTYPES}.items()}
 REFERENCES = {
     "nt_xent": contrastive_reference.nt_xent,
     "nt_xent_backward": contrastive_reference.nt_xent_backward,

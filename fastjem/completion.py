@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastjem.arguments import Parser
+from fastjem.cli import COMMANDS
 from fastjem.errors import UserError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -46,8 +47,6 @@ def script(shell: str) -> str:
 
 def whole_parser() -> argparse.ArgumentParser:
     """One parser of all commands. It is never given a command line: it says what words there are."""
-    from fastjem.cli import COMMANDS
-
     whole = argparse.ArgumentParser("fastjem")
     whole.add_argument("--version", action="store_true", help="which fastjem this is")
     commands = whole.add_subparsers(dest="command")
