@@ -2,7 +2,7 @@
 ## make test        every operator, module and method, in .venv, which it makes first (ARGS="-k sinkhorn" for a part of it)
 ## make test-all    that and the exhaustive tests: cross products, ranks by method, broken kernels, clean builds
 ## make lint        ruff (errors, format), basedpyright (types), clang-format (csrc/)
-## make docs        whether the pages' examples, commands, tables and links are right
+## make docs        whether the pages' examples, commands, tables and links are right; the site, strictly, in build/site
 ## make bench       benchmarks on this machine; results in benchmarks/results/
 ## make gpu-check   on a machine with a GPU and PyTorch, without network or .venv: build, GPU tests, benchmarks (PART=tests|bench)
 ## make clean       remove all that was made here, .venv too
@@ -65,7 +65,10 @@ lint: $(ready)
 	find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 docs: $(ready)
-	$(run) pytest -q tests/test_docs.py $(ARGS)
+	$(run) pytest -q tests/test_docs.py tests/test_site.py -m "not exhaustive" $(ARGS)
+	@$(python) -c 'import material, mkdocstrings' 2> /dev/null || $(run) pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(run) mkdocs build --strict --quiet
+	@echo "the site: build/site/index.html"
 
 bench: $(ready)
 	$(run) fastjem bench --out $(OUT)

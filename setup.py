@@ -1,9 +1,12 @@
 """What pyproject.toml can't say: `kernels/` is installed as `fastjem.kernels`, and its C++ extension is optional.
 
 The extension links no torch library, so one build serves every version of torch. Without a C++ compiler the package
-installs all the same and computes with plain torch (`fastjem doctor` says so).
+installs all the same and computes with plain torch (`fastjem doctor` says so). The environment variable
+FASTJEM_EXTENSION decides otherwise: `require` makes a failed compilation a failed build (wheels for others), `omit`
+leaves the extension out, and the wheel is py3-none-any, for every system and Python.
 """
 
+import os
 import shutil
 import sys
 from glob import glob
@@ -50,7 +53,11 @@ extension = Pybind11Extension(
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", *openmp],
     extra_link_args=openmp,
 )
-extension.optional = True
+
+wish = os.environ.get("FASTJEM_EXTENSION", "try")
+if wish not in ("try", "require", "omit"):
+    raise SystemExit(f"FASTJEM_EXTENSION must be try, require or omit, got {wish!r}")
+extension.optional = wish == "try"
 
 families = [f"fastjem.kernels.{name}" for name in find_packages("kernels")]
 
@@ -58,6 +65,6 @@ with ParallelCompile():
     setup(
         packages=[*find_packages(include=["fastjem", "fastjem.*"]), "fastjem.kernels", *families],
         package_dir={"fastjem": "fastjem", "fastjem.kernels": "kernels"},
-        ext_modules=[extension],
+        ext_modules=[] if wish == "omit" else [extension],
         cmdclass={"build_py": CleanBuild, "build_ext": OptionalExtension},
     )

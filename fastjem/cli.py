@@ -74,6 +74,14 @@ COMMANDS = {
         "fastjem.commands.bench", "", "main",
         "time the operators on this machine against eager PyTorch, torch.compile and the hardware's floor",
     ),
+    "completion": Command(
+        "fastjem.completion", "", "main",
+        "a script that completes commands, options and values in bash, zsh or fish",
+    ),
+    "kernels": Command(
+        "fastjem.commands.kernels", "", "main",
+        "write operators as a folder for Hugging Face's kernels library",
+    ),
 }  # fmt: skip
 
 

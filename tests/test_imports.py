@@ -53,6 +53,7 @@ ORDER = (
     "commands",
     "api",
     "cli",
+    "completion",
     "__main__",
 )
 # What knows no method and no run. From each other and from `nn` and below, never from `config` and above.

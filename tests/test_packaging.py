@@ -1,16 +1,17 @@
 """What sdist and wheel hold, and that a wheel works away from its sources, with a C++ compiler and without."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
@@ -45,7 +46,9 @@ def python(code: str, cwd: Path, **environment: str) -> str:
 
 def build(kind: str, source: Path, **environment: str) -> tuple[Path, str]:
     """The file that build_sdist or build_wheel makes, as pip calls them, and the log."""
-    code = f"from setuptools import build_meta\nprint(build_meta.build_{kind}('made'))"
+    # Without the folder of the sources on the path, as pip has it: there `kernels` would be ours in place of Hugging
+    # Face's, which looks at every build where it is installed.
+    code = f"import sys\nsys.path.remove('')\nfrom setuptools import build_meta\nprint(build_meta.build_{kind}('made'))"
     log = python(code, source, **environment)
     return source / "made" / log.splitlines()[-1], log
 
@@ -56,10 +59,11 @@ def installed(wheel: Path, target: Path, code: str) -> str:
     -S, as site would bring the editable installation of the sources with it; torch comes by its path.
     """
     zipfile.ZipFile(wheel).extractall(target)
+    of_torch = str(Path(torch.__file__).parents[1])
     run = subprocess.run(
         [sys.executable, "-S", "-c", code],
         cwd=target,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(target), sysconfig.get_path("purelib")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(target), of_torch])},
         capture_output=True,
         text=True,
         timeout=200,
@@ -185,6 +189,33 @@ def test_the_extension_fits_its_sources(small: Path) -> None:
     (small / "csrc/family/answer.h").write_text("#error\n")
     assert "the package works without it" in python(in_place, small)
     assert not files(small, "kernels/_C*.so", "build/lib*/fastjem/kernels/_C*.so")
+
+
+def test_what_becomes_of_the_extension_can_be_asked_for(small: Path) -> None:
+    wheel, log = build("wheel", small, FASTJEM_EXTENSION="omit")
+    assert wheel.name.endswith("-py3-none-any.whl") and "csrc/" not in log
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    with pytest.raises(AssertionError, match="nonexistent"):
+        build("wheel", small, FASTJEM_EXTENSION="require", **NO_COMPILER)
+    with pytest.raises(AssertionError, match="must be try, require or omit, got 'no'"):
+        build("wheel", small, FASTJEM_EXTENSION="no")
+    wheel, _ = build("wheel", small, FASTJEM_EXTENSION="require")
+    assert f"cp{sys.version_info[0]}{sys.version_info[1]}-linux" in wheel.name or sys.platform != "linux"
+
+
+def test_workflows_and_container_name_files_that_are_there() -> None:
+    yaml = pytest.importorskip("yaml")
+    steps = []
+    for path in sorted(ROOT.glob(".github/workflows/*.yml")):
+        jobs = yaml.safe_load(path.read_text())["jobs"]
+        steps += [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    named = re.findall(r"(?:\.ci|tests)/\w+(?:\.py)?", "\n".join(steps) + (ROOT / "pyproject.toml").read_text())
+    assert {"tests/smoke.py", ".ci/chosen", ".ci/run"} <= set(named)
+    assert all((ROOT / name).exists() for name in named)
+    container = (ROOT / "Dockerfile").read_text()
+    copied = [word for line in re.findall(r"^COPY (?!--)(.*) \S+$", container, re.MULTILINE) for word in line.split()]
+    shown = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert sorted(copied) == sorted(shown) and all((ROOT / name).exists() for name in copied)
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")

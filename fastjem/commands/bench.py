@@ -32,15 +32,15 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 where ours failed or computed something else, or with --check was beaten; 2 for a mistake in the
         arguments; 130 where Ctrl-C (SIGINT) ended it early, with the results so far.
     """
-    parser = _parser()
+    of_words = parser()
     try:
-        options = parser.parse_args(argv)
+        options = of_words.parse_args(argv)
         device = torch.device(options.device)
         if device.type == "cuda" and not torch.cuda.is_available():
-            parser.error("--device cuda, but torch finds no GPU")
+            of_words.error("--device cuda, but torch finds no GPU")
         chosen, left_out = _choose(options, device)
         if not chosen:
-            parser.error(f"no case matches {options.filter!r} on {device.type} (--list shows all)")
+            of_words.error(f"no case matches {options.filter!r} on {device.type} (--list shows all)")
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
     if options.list:
@@ -199,7 +199,7 @@ def _pattern(value: str) -> str:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = PlainParser(
         prog="fastjem bench",
         description="Time fastjem's operators against eager torch, torch.compile and, if installed, lightly, in turns.",

@@ -247,10 +247,14 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_operator_lines(found["operators"])])
 
 
-def main(argv: Sequence[str]) -> int:
+def parser() -> Parser:
     parser = Parser("fastjem doctor", description="what is installed, and which implementation each operator has here")
     parser.add_argument("--json", action="store_true", help="the same as data")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parser().parse_args(argv)
     found = report()
     print(json.dumps(found, indent=2) if arguments.json else render(found))
     return 0

@@ -29,10 +29,14 @@ def needs(method: type[Method]) -> str:
     return ", ".join(name for name, needed in parts.items() if needed) or "-"
 
 
-def main(argv: Sequence[str]) -> int:
+def parser() -> Parser:
     parser = Parser("fastjem methods", description="what pretrain can train with")
     parser.add_argument("name", nargs="?", help="of a method: everything about it")
-    name = parser.parse_args(argv).name
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    name = parser().parse_args(argv).name
     if name is None:
         print_table()
         return 0

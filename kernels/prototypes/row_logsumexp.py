@@ -1,6 +1,7 @@
 """`(x * scale + bias).logsumexp(1)`: what Sinkhorn and the prototype losses know of a row before they read it again."""
 
-import numpy
+import ctypes
+
 import torch
 import triton
 import triton.language as tl
@@ -101,5 +102,5 @@ def dense(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def two_parts(scale: float, compute: torch.dtype) -> dict[str, float]:
     """SCALE as the kernels' arithmetic knows it, and LOW, what that leaves of it."""
-    high = scale if compute == torch.float64 else float(numpy.float32(scale))
+    high = scale if compute == torch.float64 else ctypes.c_float(scale).value
     return {"SCALE": high, "LOW": scale - high}
