@@ -101,7 +101,11 @@ summary {{ cursor: pointer; padding: 8px 0; color: var(--link); width: fit-conte
 @media (max-width: 600px) {{ body {{ padding: 16px 16px 32px; }} h1 {{ font-size: 21px; }}
   .tiles {{ gap: 8px; }} .tiles div {{ flex: 1 1 40%; }} .tiles dd {{ font-size: 16px; }} nav a {{ padding: 8px 0; }} }}
 @media print {{ body {{ max-width: none; padding: 0; font-size: 12px; }} nav, .hint {{ display: none; }}
-  .charts, .side {{ grid-template-columns: 1fr 1fr; }} .charts section, .card, tr {{ break-inside: avoid; }}
-  h2, h3 {{ break-after: avoid; }} .strip {{ overflow: visible; }}
-  * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }} }}
+  .charts {{ grid-template-columns: 1fr 1fr; }} .side, .several .side {{ grid-template-columns: 1fr; }}
+  .images, .several .images {{ --cell: 62px; }} .scatter {{ max-width: 480px; }} .columns {{ columns: 2; }}
+  table, .summary thead th {{ font-size: 10px; }} th, td {{ padding-right: 8px; }}
+  .summary th[scope=row] {{ min-width: 110px; }}
+  .summary td {{ white-space: normal; }} .config th[scope=row], .config td, .config thead th {{ min-width: 0; }}
+  .charts section, .card, tr {{ break-inside: avoid; }} h2, h3 {{ break-after: avoid; }}
+  .strip {{ overflow: visible; }} * {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }} }}
 """

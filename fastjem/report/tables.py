@@ -22,7 +22,7 @@ def hints(page: Escaped) -> str:
     for width in sorted({int(found) for found in re.findall(r'class="scroll needs(\d+)"', page)}):
         narrow = f"@container (max-width:{width - 1}px)"
         rules.append(f"{narrow}{{.needs{width}>.hint,.needs{width}::after{{display:block}}}}")
-    return "\n".join(rules)
+    return "@media screen{" + "\n".join(rules) + "}"
 
 
 def table(rows: dict[str, list[str]], heads: Sequence[Escaped], name: str) -> Escaped:
