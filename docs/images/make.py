@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
@@ -38,7 +39,13 @@ def train(folder: Path) -> dict[str, Path]:
     recipe = RECIPE | {"max_steps": STEPS, "device": "cpu", "log_every": 5}
     pretrain(**recipe, out=str(runs / "simclr-temperature-0.2"))
     pretrain(**recipe | {"method": "vicreg", "options": {}}, out=str(runs / "vicreg"))
-    small = {"small_views": 4, "max_steps": STEPS // 4, "image_size": 64, "batch_size": 30, "log_every": 5}
+    small: dict[str, Any] = {
+        "small_views": 4,
+        "max_steps": STEPS // 4,
+        "image_size": 64,
+        "batch_size": 30,
+        "log_every": 5,
+    }
     pretrain(data=str(flat), method="dino", backbone="test_resnet", device="cpu", out=str(runs / "dino"), **small)
     one, other, photographs = (runs / name for name in ("simclr-temperature-0.2", "vicreg", "dino"))
     report.compare([one, other], folder / "comparison.html")
