@@ -96,7 +96,8 @@ def test_a_line_means_the_same_in_every_chart() -> None:
     assert "dashed: " not in page.page([without], tsne=False)
 
 
-def test_losses_of_methods_have_axes_of_their_own() -> None:
+def test_losses_of_methods_have_axes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charts, "QUANTITIES", charts.QUANTITIES[:3])
     runs = [make_run(), make_run("b", method="byol"), make_run("c")]
     drawn = {one.quantity.title: one for one in charts.charts(runs)}
     assert list(drawn)[:3] == ["Loss of simclr", "Loss of byol", "Nearest neighbours"]
@@ -121,7 +122,8 @@ def test_letters_at_the_ends_of_curves_keep_their_distance() -> None:
     assert charts.apart([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
 
 
-def test_a_run_that_diverged_is_said_and_stretches_no_axis() -> None:
+def test_a_run_that_diverged_is_said_and_stretches_no_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charts, "QUANTITIES", charts.QUANTITIES[:1])
     run = make_run()
     bad = make_run("bad", steps=3)
     losses = [4.0, 1e34, float("nan")]
@@ -139,6 +141,7 @@ def test_a_run_that_diverged_is_said_and_stretches_no_axis() -> None:
 
 
 def test_durations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charts, "QUANTITIES", charts.QUANTITIES[:1])
     done = durations(make_run())
     assert done is not None and done.left is None
     assert (done.taken, done.per_epoch) == (pytest.approx(37 * 4), pytest.approx(40))
