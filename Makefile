@@ -3,6 +3,7 @@
 ## make test-all    that and the exhaustive tests: cross products, ranks by method, broken kernels, clean builds
 ## make lint        ruff (errors, format), basedpyright (types), clang-format (csrc/)
 ## make docs        whether the pages' examples, commands, tables and links are right; the site, strictly, in build/site
+## make pictures    the pictures in docs/images, anew: runs, reports and a browser (minutes; needs Chromium)
 ## make bench       benchmarks on this machine; results in benchmarks/results/
 ## make gpu-check   on a machine with a GPU and PyTorch, without network or .venv: build, GPU tests, benchmarks (PART=tests|bench)
 ## make clean       remove all that was made here, .venv too
@@ -28,7 +29,7 @@ ready := $(VENV)/ready-$(version)
 
 bounded := timeout --signal=INT --kill-after=15
 
-.PHONY: help demo test test-all lint docs bench gpu-check clean
+.PHONY: help demo test test-all lint docs pictures bench gpu-check clean
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
@@ -69,6 +70,9 @@ docs: $(ready)
 	@$(python) -c 'import material, mkdocstrings' 2> /dev/null || $(run) pip install -q -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(run) mkdocs build --strict --quiet
 	@echo "the site: build/site/index.html"
+
+pictures: $(ready)
+	$(python) docs/images/make.py
 
 bench: $(ready)
 	$(run) fastjem bench --out $(OUT)

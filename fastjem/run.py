@@ -33,7 +33,7 @@ from fastjem.prepare import ENCODER, MakeOptimizer, Objects
 from fastjem.printing import say
 from fastjem.probes import tells_classes
 from fastjem.ranks import Ranks, join, leave
-from fastjem.report import Watch
+from fastjem.report import Watch, brief
 from fastjem.resume import name_of
 from fastjem.saving import Saver, export
 from fastjem.stopping import Stop, Stopped
@@ -49,6 +49,13 @@ class Result:
     metrics: dict[str, Any]
     saved: int = 0  # the step of the last checkpoint; less than `steps` where the disk refused it
     stopped: bool = False  # as somebody asked, with everything saved
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; None, and so the plain fields, where the folder is gone."""
+        try:
+            return brief(self.out)
+        except UserError:
+            return None
 
 
 def pretrain(

@@ -198,8 +198,9 @@ def test_runs_side_by_side(run: Path, tmp_path: Path) -> None:
     assert "other/a" in text and f"{run.parent.name}/a" in text and "Momentum encoder" in text
     html = out.read_text()
     assert f"<title>{run.parent.name}/a and other/a</title>" in html
-    assert html.count('aria-label="Loss"') == 1 and html.count("Embeddings") >= 2
-    marked = re.findall(r'<tr class="differs"><td>([^<]*)', html)
+    assert html.count('aria-label="Loss of ') == 2 and html.count('aria-label="Effective rank') == 1
+    assert html.count("Embeddings") >= 2
+    marked = re.findall(r'<tr class="differs"><th scope="row">([^<]*)', html)
     assert {"method", "seed"} <= set(marked) and "batch size" not in marked
     with pytest.raises(UserError, match="no run in"):
         report.compare([run, tmp_path], tmp_path / "both.html")
@@ -230,9 +231,9 @@ def test_long_runs_keep_their_extremes_and_say_epochs(run: Path) -> None:
     x, y = charts.series(long, charts.QUANTITIES[0], "loss", True)
     at, _, low, high = charts.thin(x, y)
     assert len(at) == charts.POINTS and at[-1] == 200 and high.max() == 2 and low.min() == 1
-    svg = charts.chart(charts.QUANTITIES[0], [long])
+    svg = charts.chart(charts.QUANTITIES[0], [long]).svg
     assert ">epoch<" in svg and len(svg) < 100_000
-    assert ">step<" in charts.chart(charts.QUANTITIES[0], [Run(run, {}, rows[:150], [], {"steps_per_epoch": 100})])
+    assert ">step<" in charts.chart(charts.QUANTITIES[0], [Run(run, {}, rows[:150], [], {"steps_per_epoch": 100})]).svg
 
 
 def test_the_alarm_of_the_run_is_on_the_page(run: Path, tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_a_legend_only_where_it_can_be_read(classes: int, items: int) -> None:
     svg = pictures.picture(found, tsne=False)
     assert svg.count("<li>") == items and svg.count("<circle") == len(labels)
     Balanced(svg)
-    fills = set(re.findall(r'fill="((?:var|hsl)[^"]*)"', svg))
+    fills = set(re.findall(r'fill="((?:var|oklch)[^"]*)"', svg))
     assert len(fills) == (1 if classes == 1 else min(classes, 361))
     # an axis each: a point far away along the first component is at the right or left edge
     assert "the variance" in svg

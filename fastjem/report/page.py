@@ -1,6 +1,7 @@
 """The page: one run, or several side by side. Everything is inline; no script, no outside resource."""
 
 import html
+import math
 import os
 import statistics
 import time
@@ -18,16 +19,19 @@ from fastjem.health import Alarm
 from fastjem.methods import preset_of, views_of
 from fastjem.printing import printable, say
 from fastjem.reading import why_not
-from fastjem.report.charts import charts
+from fastjem.report.charts import COLOURS, DASHED, DOTTED, MEANING, SOLID, Chart, charts, diverged, letter
+from fastjem.report.durations import durations, spoken
 from fastjem.report.pictures import neighbours, picture, view_table
 from fastjem.report.run import Run, read
 from fastjem.report.style import CSS
+from fastjem.report.tables import Escaped, hints, scroller, table
 from fastjem.report.views import samples, titles
 
 VIEWED = 4  # images whose views are shown
 WAITED = 0.2  # share of the time waited for data that is worth a word
 NOT_SHOWN = ("out", "resume", "views")
-Escaped = str  # safe within HTML
+# The first columns of several runs.
+ORDER = ("method", "encoder", "pixels", "images", "progress", "epochs", "time", "time per epoch", "time to go")
 
 
 def write(run: str | os.PathLike[str], *, tsne: bool = True, data: str | None = None, trusted: bool = False) -> Path:
@@ -72,34 +76,57 @@ def page(runs: Sequence[Run], tsne: bool) -> str:
     """The whole page."""
     names = [html.escape(name) for name in names_of(runs)]
     title = " and ".join(names) if len(runs) < 3 else f"{len(runs)} runs"
-    body = [f"<h1>{title}</h1>"]
-    if len(runs) == 1:
-        body += [f"<p>{status(runs[0])}</p>", *(f'<p class="warn">{text}</p>' for text in warnings(runs[0]))]
-        tiles = "".join(f"<div>{name}<b>{value}</b></div>" for name, value in figures(runs[0]).items())
-        body.append(f'<div class="tiles">{tiles}</div>')
-    else:
-        body.append(summary(runs, names))
-        for run, name in zip(runs, names, strict=True):
-            body += [f'<p class="warn">{name}: {text}</p>' for text in warnings(run)]
-    body += ["<h2>Training</h2>", curves(runs)]
+    marked = names if len(runs) == 1 else [f"{badge(i)}{name}" for i, name in enumerate(names)]
     pictures: dict[str, Callable[[Run], str]] = {
         "Embeddings": lambda run: scatter(run, tsne),
         "Nearest neighbours": nearest,
         "Views": seen,
     }
+    parts = {"Training": curves(runs, marked)}
     if len(runs) == 1:
-        body += ["<h2>Images</h2>", cards(list(pictures), [make(runs[0]) for make in pictures.values()])]
+        parts["Images"] = cards(list(pictures), [make(runs[0]) for make in pictures.values()])
     else:
         for heading, make in pictures.items():
-            body += [f"<h2>{heading}</h2>", cards(names, [make(run) for run in runs])]
-    body += ["<h2>Configuration</h2>", options(runs, names)]
-    body += ["<h2>Where it ran</h2>", environment(runs, names)]
+            parts[heading] = cards(marked, [make(run) for run in runs])
+    parts["Configuration"] = options(runs, marked)
+    parts["Where it ran"] = environment(runs, marked)
+    links = "".join(f'<li><a href="#{anchor(heading)}">{heading}</a></li>' for heading in parts)
+    sections = "".join(
+        f'<section aria-labelledby="{anchor(heading)}"><h2 id="{anchor(heading)}">{heading}</h2>{content}</section>'
+        for heading, content in parts.items()
+    )
     written = time.strftime("%Y-%m-%d %H:%M")
+    kind = ' class="several"' if len(runs) > 1 else ""
+    body = (
+        f"<body{kind}><header><h1>{title}</h1>{head(runs, marked)}</header>"
+        f'<nav aria-label="parts of this page"><ul>{links}</ul></nav><main>{sections}</main>'
+        f'<footer><p class="note">Written by fastjem on {written}.</p></footer></body>'
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
-        f'<body>{"".join(body)}<p class="note">Written by fastjem on {written}.</p></body></html>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}{hints(body)}</style></head>'
+        f"{body}</html>\n"
     )
+
+
+def anchor(heading: str) -> str:
+    return heading.lower().replace(" ", "-")
+
+
+def badge(i: int) -> Escaped:
+    """The letter of run i in the colour of its curves."""
+    return f'<i class="badge" style="background:var(--run{i % COLOURS})">{letter(i)}</i>'
+
+
+def head(runs: Sequence[Run], marked: Sequence[Escaped]) -> str:
+    """What became of the runs, in a sentence and figures or a table, and what is wrong."""
+    if len(runs) > 1:
+        texts = [f"{name}: {text}" for run, name in zip(runs, marked, strict=True) for text in warnings(run)]
+        return summary(runs, marked) + "".join(f'<p class="warn">{text}</p>' for text in texts)
+    texts = warnings(runs[0])
+    tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures(runs[0]).items())
+    warned = "".join(f'<p class="warn">{text}</p>' for text in texts)
+    return f'<p>{status(runs[0])}</p>{warned}<dl class="tiles">{tiles}</dl>'
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -111,17 +138,36 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [f"{i + 1}: {run.name}" for i, run in enumerate(runs)]
 
 
-def status(run: Run) -> Escaped:
+def facts(run: Run) -> dict[str, str]:
+    """What was trained on what, by name."""
     config = run.config
+    images = run.environment.get("images")
+    found = {
+        "method": str(config.get("method")),
+        "encoder": str(config.get("backbone")),
+        "pixels": ", then ".join(map(written, Sizes.of(config["image_size"]).pixels)),
+    }
+    return found | ({"images": f"{images:,}"} if images else {})
+
+
+def progress(run: Run) -> str:
     steps = run.environment.get("steps", 0)
     done = run.rows[-1]["step"] if run.rows else 0
-    of_all = f" of {steps:,}" if steps else ""
-    progress = "finished" if done and done == steps else f"{done:,}{of_all} steps"
-    images = run.environment.get("images")
-    data = f" on {images:,} images" if images else ""
-    sizes = ", then ".join(map(written, Sizes.of(config["image_size"]).pixels))
-    what = f"{config.get('method')}, {config.get('backbone')} at {sizes} pixels{data}"
-    return html.escape(f"{what}: {progress}")
+    if done and done == steps:
+        return "finished"
+    return f"{done:,} of {steps:,} steps" if steps else f"{done:,} steps"
+
+
+def status(run: Run) -> Escaped:
+    known = facts(run)
+    data = f" on {known['images']} images" if "images" in known else ""
+    time_taken = ""
+    if spent := durations(run):
+        time_taken = f" in {spoken(spent.taken)}"
+        if spent.left is not None:
+            time_taken += f", {spoken(spent.left, roughly=True)} to go"
+    what = f"{known['method']}, {known['encoder']} at {known['pixels']} pixels{data}"
+    return html.escape(f"{what}: {progress(run)}{time_taken}")
 
 
 def warnings(run: Run) -> list[Escaped]:
@@ -129,6 +175,8 @@ def warnings(run: Run) -> list[Escaped]:
     alarm = Alarm(run.method is not None and run.method.asymmetric)
     complete = [row for row in run.rows if {"loss", "embedding_std", "effective_rank"} <= row.keys()]
     texts = [text for row in complete if (text := alarm(row["step"], row))]
+    if diverged(run) and not texts:  # the alarm waits for a second row, which a run that gives up doesn't have
+        texts.append(f"step {run.rows[-1]['step']}: the loss is not a number")
     waited = median(run, "data_wait")
     if waited > WAITED:
         texts.append(f"the steps waited for data {waited:.0%} of their time (the median): more --workers may help")
@@ -147,40 +195,80 @@ def figures(run: Run) -> dict[str, Escaped]:
         found["steps"] = f"{newest['step']:,}"
         if run.steps_per_epoch:
             found["epochs"] = f"{newest['step'] / run.steps_per_epoch:.4g}"
-        if "loss" in newest:
-            found["loss"] = f"{newest['loss']:.4g}"
+    if spent := durations(run):
+        found["time"] = spoken(spent.taken)
+        if spent.per_epoch is not None:
+            found["time per epoch"] = spoken(spent.per_epoch)
+        if spent.left is not None:
+            found["time to go"] = spoken(spent.left, roughly=True)
+    if "loss" in newest:
+        found["loss"] = number(newest["loss"], ".4g")
     if run.knn:
         whose = " of the momentum encoder" if run.config.get("teacher") else ""
         found[f"kNN{whose}, {run.knn[-1]['classes']} classes"] = f"{run.knn[0]['knn']:.1%} → {run.knn[-1]['knn']:.1%}"
     if run.rows:
         if "effective_rank" in newest:
-            found["effective rank"] = f"{newest['effective_rank']:.1f}"
+            found["effective rank"] = number(newest["effective_rank"], ".1f")
         found["images per second"] = f"{median(run, 'images_per_second'):,.0f}"
         found["waiting for data"] = f"{median(run, 'data_wait'):.0%}"
     return found
 
 
-def summary(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
-    """A table: a line for each run, with the colour that its curves have."""
-    rows = [figures(run) for run in runs]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = ["<tr><th>run</th><th></th>" + "".join(f"<th>{column}</th>" for column in columns) + "</tr>"]
-    for i, (run, name, row) in enumerate(zip(runs, names, rows, strict=True)):
-        swatch = f'<i class="dot" style="background:var(--run{i % 8})"></i>'
+def number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "not a number"
+
+
+def summary(runs: Sequence[Run], marked: Sequence[Escaped]) -> str:
+    """A table: a line for each run. What is the same for all stands in the sentence before it; losses, which compare
+    within a method only, stand in it where there is one.
+    """
+    known = [facts(run) for run in runs]
+    shared = {key: value for key, value in known[0].items() if all(one.get(key) == value for one in known)}
+    rows = []
+    for run, one in zip(runs, known, strict=True):
+        row = {key: html.escape(value) for key, value in one.items() if key not in shared}
+        row |= {"progress": progress(run)} | figures(run)
+        row.pop("steps", None)
+        if "method" not in shared:
+            row.pop("loss", None)
+        rows.append(row)
+    columns = [column for column in ORDER if any(column in row for row in rows)]
+    columns += [column for column in dict.fromkeys(column for row in rows for column in row) if column not in columns]
+    heads = '<th scope="col">run</th>' + "".join(f'<th scope="col">{column}</th>' for column in columns)
+    lines = []
+    for name, row in zip(marked, rows, strict=True):
         cells = "".join(f"<td>{row.get(column, '')}</td>" for column in columns)
-        lines.append(f"<tr><td>{swatch}{name}</td><td>{status(run)}</td>{cells}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+        lines.append(f'<tr><th scope="row"><div>{name}</div></th>{cells}</tr>')
+    in_common = [f"{value} {key}" if key in ("pixels", "images") else f"{key} {value}" for key, value in shared.items()]
+    sentence = f"<p>In all of them: {html.escape(', '.join(in_common))}.</p>" if in_common else ""
+    content = f'<table class="summary"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return sentence + scroller(content, 200 + 80 * len(columns), "runs")
 
 
-def curves(runs: Sequence[Run]) -> str:
+def curves(runs: Sequence[Run], marked: Sequence[Escaped]) -> str:
     drawn = charts(runs)
     if not drawn:
         return '<p class="note">No step has been logged yet.</p>'
     sections = []
-    for quantity, svg in drawn:
-        note = f'<p class="note">{quantity.explained}</p>' if quantity.explained else ""
-        sections.append(f"<section><h3>{quantity.title}</h3>{svg}{note}</section>")
-    return f'<div class="charts">{"".join(sections)}</div>'
+    for one in drawn:
+        notes = [text for text in (one.note, one.quantity.explained) if text]
+        below = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
+        unit = f" <small>{one.quantity.unit}</small>" if one.quantity.unit else ""
+        title = f"<h3>{html.escape(one.quantity.title)}{unit}</h3>"
+        sections.append(f"<section>{title}{one.svg}{below}</section>")
+    return f'{key(drawn, marked if len(runs) > 1 else [])}<div class="charts">{"".join(sections)}</div>'
+
+
+def key(drawn: Sequence[Chart], marked: Sequence[Escaped]) -> str:
+    """What colours, letters and lines mean: the same in every chart of the page."""
+    used = frozenset().union(*(one.styles for one in drawn))
+    items = [f"<li>{name}</li>" for name in marked]
+    for style, meaning in MEANING.items():
+        if style in used:
+            dash = {SOLID: "", DASHED: ' stroke-dasharray="6 3"', DOTTED: ' stroke-dasharray="2 3"'}[style]
+            line = f'<svg viewBox="0 0 30 8" class="line" aria-hidden="true"><path d="M0 4H30"{dash}/></svg>'
+            items.append(f"<li>{line}{meaning}</li>")
+    return f'<ul class="legend key" aria-label="meaning of the lines">{"".join(items)}</ul>'
 
 
 def cards(heads: Sequence[Escaped], contents: Sequence[str]) -> str:
@@ -257,7 +345,8 @@ def seen(run: Run) -> str:
 def options(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
     named = dict.fromkeys(key for run in runs for key in (*run.config, *run.ran))
     keys = [key for key in named if key not in NOT_SHOWN]
-    return table({key.replace("_", " "): [option(run, key) for run in runs] for key in keys}, names)
+    rows = {key.replace("_", " "): [option(run, key) for run in runs] for key in keys}
+    return table(rows, names, "configuration")
 
 
 def option(run: Run, key: str) -> str:
@@ -284,17 +373,5 @@ def environment(runs: Sequence[Run], names: Sequence[Escaped]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.environment))
     if not keys:
         return '<p class="note">Not recorded.</p>'
-    return table({key.replace("_", " "): [str(run.environment.get(key, "")) for run in runs] for key in keys}, names)
-
-
-def table(rows: dict[str, list[str]], names: Sequence[Escaped]) -> str:
-    """rows: name -> one value a run; rows whose values differ are marked."""
-    heads = ""
-    if len(names) > 1:
-        heads = "<tr><th></th>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"
-    lines = []
-    for name, values in rows.items():
-        mark = ' class="differs"' if len(set(values)) > 1 else ""
-        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
-        lines.append(f"<tr{mark}><td>{html.escape(name)}</td>{cells}</tr>")
-    return f'<div class="scroll"><table class="config">{heads}{"".join(lines)}</table></div>'
+    rows = {key.replace("_", " "): [str(run.environment.get(key, "")) for run in runs] for key in keys}
+    return table(rows, names, "where it ran")
