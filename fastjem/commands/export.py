@@ -24,7 +24,6 @@ from fastjem.errors import UserError
 from fastjem.printing import say
 from fastjem.runs import Opened, open_run
 
-
 OTHER_FILES = (".pt", ".pth", ".bin", ".ckpt", ".onnx")  # nobody means a folder by these
 
 
