@@ -151,7 +151,7 @@ def test_rows_are_kept_refused_or_begun_anew(tmp_path: Path, monkeypatch: pytest
     anew = rows("b", anew=True)
     assert anew.done == 0 and len(anew) == 0
     anew.close()
-    full = rows("b")
+    full = rows("b", anew=True)
 
     def write(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
