@@ -50,7 +50,10 @@ def _classes() -> tuple[Any, Any]:
             plain = not any(isinstance(one, list | dict) for one in sequence)
             return super().represent_sequence(tag, sequence, flow_style=plain)
 
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+    def integer(loader: Any, node: Any) -> int:  # 007 is 7: PyYAML's own would take it for octal
+        return int(loader.construct_scalar(node))
+
+    Loader.add_constructor("tag:yaml.org,2002:int", integer)
     for tag, pattern, first in PLAIN:
         for kind in (Loader, Dumper):
             kind.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^{pattern}$"), first)
