@@ -68,7 +68,7 @@ lint: $(ready)
 docs: $(ready)
 	$(run) pytest -q tests/test_docs.py tests/test_site.py -m "not exhaustive" $(ARGS)
 	@$(python) -c 'import material, mkdocstrings' 2> /dev/null || $(run) pip install -q -c constraints.txt -e ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(run) mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(run) mkdocs build --strict
 	@echo "the site: build/site/index.html"
 
 pictures: $(ready)

@@ -55,7 +55,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path, mark, anchor = target.partition("#")
         if not path:
             return match.group(0)
-        uri = page_of(posixpath.normpath(posixpath.join(posixpath.dirname(here), path)))
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(here), path))
+        if not (ROOT / file).exists():
+            return match.group(0)  # the build tells of it
+        uri = page_of(file)
         if uri is None or files.get_file_from_path(uri) is None:
             return words
         return f"[{words}]({posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or '.')}{mark}{anchor})"
