@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from fastjem.commands.embed import Embedded
 from fastjem.config import Config
 from fastjem.data.source import Source
-from fastjem.loggers import Logger
 from fastjem.methods.protocol import Method
 from fastjem.run import Result
 from pathlib import Path
@@ -22,7 +21,7 @@ __version__: str
 def pretrain(
     config: Config | None = None,
     *,
-    out: str | os.PathLike[str] = ...,
+    out: str | os.PathLike[str] = 'runs/METHOD',
     data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     method: str | type[Method] | Method | None = 'simclr',
     backbone: str = 'resnet18',
@@ -70,6 +69,8 @@ def pretrain(
     workers: int = -1,
     seed: int = 0,
     compile: bool = False,
+    precision: Literal['auto', 'bf16', 'fp16', 'fp32'] = 'auto',
+    log: str | Sequence[Any] | None = None,
     tensorboard: bool = False,
     log_every: int = 10,
     checkpoint_every: float = 300,
@@ -82,12 +83,12 @@ def pretrain(
     new_data: bool = False,
     encoder: str | Module | None = None,
     source: Source | None = None,
-    loggers: Sequence[Logger] = (),
+    loggers: Sequence[Any] = (),
 ) -> Result:
     """Pretrain an encoder on images; fields as in `fastjem.config.Config`, `out` among them.
 
     Args:
-        out: folder of the run
+        out: folder of the run; else runs/ and the method's name, with a number where that is taken (default: 'runs/METHOD')
         data: folder, list, tar files, tables, arrays, s3://... too; a,b:0.3: both; none: the embedded data set (default: None)
         backbone: a timm model, or vit_tiny, vit_small, vit_base (default: 'resnet18')
         weights: to begin with: a run, an export, timm/MODEL.TAG, hf-hub:USER/MODEL, local-dir:FOLDER (default: None)
@@ -101,7 +102,7 @@ def pretrain(
         std: the same: what images are divided by (default: None)
         statistics: measure: mean and deviation of these images, not ImageNet's (default: 'published')
         epochs: epochs (default: 100)
-        batch_size: images of one forward pass over all ranks (default: 256)
+        batch_size: images of one forward pass over all ranks; by default less of little data (default: 256)
         accumulate: batches that make one optimiser step (default: 1)
         max_steps: end after so many steps; 0: after the epochs (default: 0)
         learning_rate: for 256 images; grows with the batch, or its root (default: None)
@@ -133,8 +134,10 @@ def pretrain(
         workers: of the data loader, a rank; -1: one a core (default: -1)
         seed: seed (default: 0)
         compile: compile (default: False)
-        tensorboard: tensorboard (default: False)
-        log_every: steps (default: 10)
+        precision: auto: bf16 on GPUs since Ampere, fp16 on older ones, fp32 on CPUs (default: 'auto')
+        log: figures go there, too: wandb,mlflow,tensorboard,trackio, one or several (default: None)
+        tensorboard: log tensorboard (default: False)
+        log_every: steps; every step, or every few, of a short run (default: 10)
         checkpoint_every: seconds (default: 300)
         checkpoint_steps: steps, in place of seconds (default: 0)
         keep_checkpoints: the last ones, for where the newest is damaged (default: 2)
@@ -148,7 +151,8 @@ def pretrain(
         method: a name, or a subclass of `fastjem.methods.Method`, or one that is made for the encoder's width.
         source: any object with `len` and `read(i)` (bytes of an image file, or pixels [H, W, 3]) in place of `data`.
         optimizer: a name, or what makes one of parameter groups (a class of `torch.optim`, a `functools.partial`).
-        loggers: objects with `begin`, `log` and `close` beside the configured ones, see `fastjem.loggers`.
+        loggers: objects with `log(step, figures)` beside the configured ones, or with `begin`, `log(row)` and `close`
+            (`fastjem.loggers.Logger`).
 
     Raises:
         UserError: (a ValueError) for what can't be done, with the reason.
@@ -167,6 +171,7 @@ def evaluate(
     workers: int = -1,
     device: Literal['auto', 'cpu', 'cuda'] | torch.device = 'auto',
     out: str | os.PathLike[str] | None = None,
+    log: bool = False,
     encoder: Module | None = None,
 ) -> dict[str, Any]:
     """Every figure, also written to `evaluation.json` (of the momentum encoder `evaluation-teacher.json`) in the run's
@@ -186,6 +191,7 @@ def evaluate(
         workers: processes that read images; -1: one a core (default: -1)
         device: where the encoder runs (default: 'auto')
         out: file of the figures; none: evaluation.json, or evaluation-teacher.json, in the run's folder (default: None)
+        log: give the figures to the trackers that the run went to, too (default: False)
         encoder: the module that the run was begun with in place of a backbone's name.
 
     Raises:

@@ -1,5 +1,6 @@
-"""What a run is about to do, said before its first wait: a title and at most eight lines."""
+"""What a run is about to do, a title and at most eight lines before its first wait, and what there is at its end."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from fastjem.data.size import written
 from fastjem.data.source import Source
 from fastjem.data.views import RECIPES
 from fastjem.methods import Method, options_of, preset_of
+from fastjem.prepare import ENCODER
+from fastjem.probes import tells_classes
 
 BALANCED = 2.0  # times as many images as the smallest has the largest of classes that are called balanced
 
@@ -157,4 +160,32 @@ def differences(training: Training, found: dict[str, Any]) -> Iterator[str]:
     yield counted(found["epochs"], "epoch")
 
 
-__all__ = ["classes_of", "differences", "rows", "title"]
+def closing(training: Training, *, named: bool, has_data: bool) -> list[str]:
+    """What there is now, and what can be done with it.
+
+    Args:
+        named: the encoder is known by a backbone's name, so that the command line can make it again.
+        has_data: the images are where `--data` says, and no object's.
+    """
+    out = training.out
+    there = [f"encoder {out / ENCODER}"]
+    if training.config.report:
+        there.insert(0, f"report {out / 'report.html'}")
+    lines = [f"fastjem: {training.done:,} steps are taken; {', '.join(there)}"]
+    if not named:
+        return [
+            *lines,
+            f"next: fastjem.load_encoder({str(out)!r}, encoder=module), in Python, with a module as it was given",
+        ]
+    folder = shlex.quote(str(out))
+    commands = [f"fastjem evaluate {folder}"] if has_data and tells_classes(training.source) else []
+    if has_data:
+        data = shlex.quote(training.config.data or "")
+        rows = shlex.quote(str(out / "embeddings.parquet"))
+        commands.append(f"fastjem embed {folder} --data {data} --out {rows}")
+    commands.append(f"fastjem export {folder}")
+    commands.append(f"fastjem.load_encoder({str(out)!r}), in Python")
+    return [*lines, *(f"{'      ' if i else 'next: '}{command}" for i, command in enumerate(commands))]
+
+
+__all__ = ["classes_of", "closing", "differences", "rows", "title"]

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastjem import banner, launchers, optim, resume, starting, trackers
 from fastjem import config as configuration
-from fastjem import launchers, optim, resume, starting, trackers
 from fastjem.advice import advice
 from fastjem.build import Training, build
 from fastjem.config import Config
@@ -29,9 +28,8 @@ from fastjem.launchers import speaks
 from fastjem.loggers import Logger, as_logger
 from fastjem.meter import Meter, Taken
 from fastjem.methods import METHODS, Method
-from fastjem.prepare import ENCODER, MakeOptimizer, Objects
+from fastjem.prepare import MakeOptimizer, Objects
 from fastjem.printing import say
-from fastjem.probes import tells_classes
 from fastjem.ranks import Ranks, join, leave
 from fastjem.report import Watch, brief
 from fastjem.resume import name_of
@@ -308,25 +306,9 @@ def end(training: Training, objects: Objects, journal: Journal, watch: Watch, sa
     elif ranks.first and not finished and stop.signal is not None:
         say(f"stopped at step {done}; go on with --resume --out {out}")
     elif ranks.first and finished:
-        for line in closing(training):
+        for line in banner.closing(training, named=objects.encoder is None, has_data=objects.source is None):
             say(line)
     return Result(out, done, finished, journal.last_row, saved, stopped=not finished and not lost)
-
-
-def closing(training: Training) -> list[str]:
-    """What there is now, and what can be done with it."""
-    out = training.out
-    folder = shlex.quote(str(out))
-    there = [f"encoder {out / ENCODER}"]
-    if training.config.report:
-        there.insert(0, f"report {out / 'report.html'}")
-    evaluate = [f"fastjem evaluate {folder}"] if tells_classes(training.source) else []
-    data = training.config.data or ""
-    embed = [f"fastjem embed {folder} --data {shlex.quote(data)} --out {shlex.quote(str(out / 'embeddings.parquet'))}"]
-    export = [f"fastjem export {folder} --out {shlex.quote(str(out / 'export'))}"]
-    commands = [*evaluate, *embed, *export]
-    lines = [f"{'      ' if i else 'next: '}{command}" for i, command in enumerate(commands)]
-    return [f"fastjem: {training.done:,} steps are taken; {', '.join(there)}", *lines]
 
 
 def optimizer_steps(training: Training, journal: Journal, stop: Stop) -> Iterator[Taken]:
