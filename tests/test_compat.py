@@ -284,7 +284,10 @@ KEEP = torch.tensor([[0, 3, 5], [0, 1, 2], [0, 9, 16]])
 HIDDEN = torch.tensor([[1, 2], [5, 6], [7, 12]])
 
 
-@pytest.mark.parametrize("kind", ["timm", "timm_sizes", "timm_pooled", "torchvision"])
+@pytest.mark.parametrize(
+    "kind",
+    ["timm", "torchvision", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("timm_sizes", "timm_pooled"))],
+)
 def test_vision_transformers_with_masks(kind):
     import timm
     from torchvision.models.vision_transformer import VisionTransformer
@@ -366,9 +369,11 @@ def test_masks_of_ijepa():
 
 
 def test_what_the_page_shows_about_float64(capsys):
-    """A few steps of the script: in float64 ours and lightly's curves are one, in float32 lightly's own aren't."""
+    """A few steps of the script: in float64 ours and lightly's curves are one, in float32 all but one."""
     page = (Path(__file__).parent.parent / "docs/lightly.md").read_text()
     script = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def curve" in code)
     exec(script.replace("steps = 100", "steps = 10"), {})
-    exact, _, itself = [[float(x) for x in re.findall(r"\d+e[+-]\d+", x)] for x in capsys.readouterr().out.splitlines()]
-    assert max(exact) < 1e-12 and max(itself) > 1e-7
+    curves = [[float(x) for x in re.findall(r"\d+e[+-]\d+", line)] for line in capsys.readouterr().out.splitlines()]
+    assert [len(curve) for curve in curves] == [3, 3, 3]
+    assert max(curves[0]) < 1e-12
+    assert max(*curves[1], *curves[2]) < 1e-2
