@@ -20,15 +20,11 @@ NOT_IN_DOCS = {"index.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README
 
 def navigation() -> set[str]:
     text = (ROOT / "mkdocs.yml").read_text()
-    return set(re.findall(r"^ +- (?:[^:\n]+: )?([\w/.-]+\.(?:md|ipynb))$", text[text.index("\nnav:") :], re.MULTILINE))
+    return set(re.findall(r"^ +- (?:[^:\n]+: )?([\w/.-]+\.md)$", text[text.index("\nnav:") :], re.MULTILINE))
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    pages = {
-        path.relative_to(ROOT / "docs").as_posix()
-        for kind in ("md", "ipynb")
-        for path in ROOT.glob(f"docs/**/*.{kind}")
-    }
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
     listed = {page for page in pages if not page.startswith("methods/")}  # the hook lists the methods' pages
     assert navigation() - NOT_IN_DOCS == listed
 
