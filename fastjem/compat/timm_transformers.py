@@ -10,9 +10,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastjem.functional import checks
+from fastjem.compat.masked import Masked, replaced
 from fastjem.nn.blocks import initialize_2d_sine_cosine_positional_embedding, initialize_positional_embedding
-from fastjem.nn.tokens import get_at_index, mask_at_index, mask_bool
+from fastjem.nn.tokens import get_at_index
 
 _NORM = partial(nn.LayerNorm, eps=1e-6)
 
@@ -28,16 +28,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def replaced(who: str, tokens: Tensor, token: Tensor, idx_mask: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Tokens [B, L, D] with the mask token where indices [B, M], or a mask [B, L], say; either, or neither."""
-    if idx_mask is not None and mask is not None:
-        checks.fail(who, "idx_mask or mask must be given, not both", "both")
-    if idx_mask is not None:
-        return mask_at_index(tokens, idx_mask, token)
-    return tokens if mask is None else mask_bool(tokens, mask, token)
-
-
-class MaskedVisionTransformerTIMM(nn.Module):
+class MaskedVisionTransformerTIMM(Masked):
     """A vision transformer of timm some of whose tokens are replaced by a mask token, or left out.
 
     Args:
@@ -56,12 +47,7 @@ class MaskedVisionTransformerTIMM(nn.Module):
         antialias: bool = True,
         pos_embed_initialization: str = "sincos",
     ):
-        super().__init__()
-        if weight_initialization not in ("", "skip"):
-            contract = "weight_initialization must be '' or 'skip'"
-            checks.fail("MaskedVisionTransformerTIMM", contract, repr(weight_initialization))
-        self.vit: Any = vit
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim)) if mask_token is None else mask_token
+        super().__init__(vit, vit.embed_dim, mask_token, weight_initialization)
         if not weight_initialization:
             nn.init.xavier_uniform_(self.vit.patch_embed.proj.weight.view(len(self.vit.patch_embed.proj.weight), -1))
             if self.vit.cls_token is not None:
@@ -127,19 +113,6 @@ class MaskedVisionTransformerTIMM(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
             layers.append(self.vit.norm(x) if norm else x)
         return self.vit.norm(x), layers
-
-    def preprocess(
-        self,
-        images: Tensor,
-        idx_mask: Tensor | None = None,
-        idx_keep: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """The tokens that go into the blocks: positions are added behind the replacement."""
-        tokens = self.prepend_prefix_tokens(self.images_to_tokens(images))
-        tokens = replaced("MaskedVisionTransformerTIMM", tokens, self.mask_token, idx_mask, mask)
-        tokens = self.add_pos_embed(tokens)
-        return tokens if idx_keep is None else get_at_index(tokens, idx_keep)
 
     def images_to_tokens(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, patches, D]"""

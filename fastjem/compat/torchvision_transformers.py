@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torchvision.models import vision_transformer
 from torchvision.models.vision_transformer import VisionTransformer
 
+from fastjem.compat.masked import Masked
 from fastjem.compat.timm_predictors import predicted
-from fastjem.compat.timm_transformers import replaced
-from fastjem.functional import checks
 from fastjem.nn.blocks import (
     get_2d_sine_cosine_positional_embedding,
     initialize_positional_embedding,
 )
-from fastjem.nn.tokens import apply_masks, get_at_index, prepend_class_token
+from fastjem.nn.tokens import apply_masks, prepend_class_token
 
 NormLayer = Callable[..., nn.Module]
 _NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -35,7 +34,7 @@ def resampled(positions: Tensor, tokens: Tensor, antialias: bool) -> Tensor:
     return torch.cat([positions[:, :1], square.flatten(2).mT], 1)
 
 
-class MaskedVisionTransformerTorchvision(nn.Module):
+class MaskedVisionTransformerTorchvision(Masked):
     """A vision transformer of torchvision some of whose tokens are replaced by a mask token, or left out.
 
     Args:
@@ -51,12 +50,7 @@ class MaskedVisionTransformerTorchvision(nn.Module):
         antialias: bool = True,
         pos_embed_initialization: str = "sincos",
     ):
-        super().__init__()
-        if weight_initialization not in ("", "skip"):
-            contract = "weight_initialization must be '' or 'skip'"
-            checks.fail("MaskedVisionTransformerTorchvision", contract, repr(weight_initialization))
-        self.vit: Any = vit
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.hidden_dim)) if mask_token is None else mask_token
+        super().__init__(vit, vit.hidden_dim, mask_token, weight_initialization)
         if not weight_initialization:
             nn.init.xavier_uniform_(self.vit.conv_proj.weight.view(len(self.vit.conv_proj.weight), -1))
             nn.init.normal_(self.vit.class_token, std=0.02)
@@ -93,19 +87,6 @@ class MaskedVisionTransformerTorchvision(nn.Module):
         """The tokens [B, L, D] behind the last norm."""
         encoder = self.vit.encoder
         return encoder.ln(encoder.layers(encoder.dropout(self.preprocess(images, idx_mask, idx_keep, mask))))
-
-    def preprocess(
-        self,
-        images: Tensor,
-        idx_mask: Tensor | None = None,
-        idx_keep: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """The tokens that go into the blocks: positions are added behind the replacement."""
-        tokens = self.prepend_prefix_tokens(self.images_to_tokens(images))
-        tokens = replaced("MaskedVisionTransformerTorchvision", tokens, self.mask_token, idx_mask, mask)
-        tokens = self.add_pos_embed(tokens)
-        return tokens if idx_keep is None else get_at_index(tokens, idx_keep)
 
     def images_to_tokens(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, patches, D]"""
