@@ -97,7 +97,7 @@ def test_every_command_is_a_function_or_has_no_use_as_one() -> None:
     [
         ("pretrain", {"out": "x", "batch_size": 1}, "pretrain: batch_size must be at least 2, as every method"),
         ("pretrain", {"out": "x", "epochs": "3"}, "pretrain: epochs must be an integer, got str '3'"),
-        ("pretrain", {}, "pretrain needs out"),
+        ("pretrain", {"resume": True}, "pretrain: resume needs out, the folder of the run"),
         ("pretrain", {"out": "x", "data": ["a,b", "c"]}, "pretrain: of several data, none may have a comma"),
         ("evaluate", {"run": "x", "k": 0}, "evaluate: k must be at least 1, got 0"),
         ("evaluate", {"run": "x", "kk": 0}, "evaluate: there is no option 'kk'; did you mean k?"),
