@@ -72,8 +72,13 @@ def test_arguments_are_lightlys(name):
 @pytest.mark.parametrize("name", [name for name in NAMED if not name.startswith("VICRegL")])
 def test_the_whole_image_is_lightlys(name):
     mine, other = still(name)
+    found, expected = views(mine), views(other)
+    if "hf_prob" not in mine.arguments:  # those flip by chance: each is compared with the nearer of the two
+        expected = [
+            min((b, b.flip(-1)), key=lambda x: (a - x).abs().max()) for a, b in zip(found, expected, strict=True)
+        ]
     random_of_wmse = name == "WMSETransform"
-    assert_near(views(mine), views(other), 1.5 if random_of_wmse else 1.01)
+    assert_near(found, expected, 1.5 if random_of_wmse else 1.01)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,9 @@ def test_seeds_and_workers():
         (lambda: ours.SwaVTransform(crop_sizes=(32,)), "SwaVTransform: crop_sizes, crop_min_scales"),
         (lambda: ours.SimCLRTransform(vf_prob=1.5), r"SimCLRTransform: vf_prob must be in \[0, 1\], got 1\.5"),
         (lambda: ours.FastSiamTransform(num_views=0), "FastSiamTransform: num_views must be at least 1, got 0"),
-        (lambda: ours.MAETransform()(torch.zeros(3, 8, 8)), r"View: the image must be Pillow's, or uint8: .*float32"),
+        (lambda: ours.MAETransform()(torch.zeros(3, 8, 8)), r"MAETransform: the image must be Pillow's.*float32"),
+        (lambda: ours.VICRegLTransform()(None), r"VICRegLTransform: the image must be Pillow's, .*NoneType"),
+        (lambda: ours.IJEPATransform()("a.png"), r"IJEPATransform: the image must be Pillow's, .*str"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, message):

@@ -39,7 +39,12 @@ def found(nt_xent, prototype_cross_entropy, sinkhorn):
     return first, gradients[0], codes, second, gradients[1]
 
 functions = [getattr(losses, name) for name in losses.__all__]
-results = {"name": losses.__name__}
+results = {"name": losses.__name__, "said": []}
+for z_of, temperature in ((z, "warm"), (z[:, :0], 0.2)):
+    try:
+        losses.nt_xent(z_of[0], z_of[1], temperature=temperature)
+    except ValueError as error:
+        results["said"].append(str(error))
 """
 REFERENCE_AND_TRITON = """
 results["reference"] = found(*functions)
@@ -119,6 +124,10 @@ def same(found: tuple[torch.Tensor, ...], right: list[torch.Tensor]) -> None:
 
 def test_their_library_loads_it_where_there_is_no_fastjem(folder: Path, tmp_path: Path) -> None:
     found = loaded(REFERENCE_AND_TRITON, folder / "build/torch-cuda", tmp_path, TRITON_INTERPRET="1")
+    assert found["said"] == [
+        "nt_xent: temperature must be a positive number, got 'warm'",
+        "nt_xent: z0 and z1 must be [N, D], floating-point, not empty, got (0, 24) torch.float32",
+    ]
     name = found["name"]
     assert name.startswith("_fastjem_losses_cuda_")
     assert name + ".prototypes.reference" in found["loaded"] and "fastjem" not in found["loaded"]

@@ -125,6 +125,9 @@ CASES = [
     Case("IBOTPlusPlusPatchLoss-hidden", lambda: ours.IBOTPlusPlusPatchLoss(9, **TEMPERATURES),
          lambda: theirs.IBOTPlusPlusPatchLoss(9, **TEMPERATURES), [x.flatten(0, 1) for x in SCORES],
          lambda m, *x: m(*x, MASK.view(4, 2, 3), 0.6, visible_loss_weight=0.0), 1e-6),
+    Case("IBOTPlusPlusPatchLoss-none", lambda: ours.IBOTPlusPlusPatchLoss(9, **TEMPERATURES),  # no patch counts: 0
+         lambda: theirs.IBOTPlusPlusPatchLoss(9, **TEMPERATURES), SCORES,
+         lambda m, *x: m(*x, torch.zeros_like(MASK), visible_loss_weight=0.0), 1e-6),
     Case("IBOTPlusPlusPatchLoss-all", lambda: ours.IBOTPlusPlusPatchLoss(9, **TEMPERATURES),
          lambda: theirs.IBOTPlusPlusPatchLoss(9, **TEMPERATURES), SCORES, rtol=1e-6),
 ]  # fmt: skip
@@ -134,7 +137,7 @@ CONSTANT = {  # inputs that are the teacher's: ours get no gradient, lightly's s
     "PatchKernelAlignmentLoss": (1,), "PatchKernelAlignmentLoss-masked": (1,), "PatchKernelAlignmentLoss-some": (1,),
     "LeWMLoss": (1,), "LeWMLoss-plain": (1,),
     "SymNegCosineSimilarityLoss": (0, 2), "IBOTPlusPlusPatchLoss": (0,), "IBOTPlusPlusPatchLoss-hidden": (0,),
-    "IBOTPlusPlusPatchLoss-all": (0,),
+    "IBOTPlusPlusPatchLoss-all": (0,), "IBOTPlusPlusPatchLoss-none": (0,),
 }  # fmt: skip
 
 

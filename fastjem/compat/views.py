@@ -55,9 +55,11 @@ class View:
         spec: what is drawn and done.
         vertical: how probable it is that the view is turned upside down.
         quarter: how probable a turn by 90 degrees is, of square views.
+        who: the transform that errors name.
     """
 
-    def __init__(self, spec: ViewSpec, vertical: float = 0.0, quarter: float = 0.0):
+    def __init__(self, spec: ViewSpec, vertical: float = 0.0, quarter: float = 0.0, who: str = "View"):
+        self.who = who
         self.spec = spec
         self.vertical = vertical
         self.quarter = quarter
@@ -69,7 +71,7 @@ class View:
 
     def cut(self, image: Image.Image | np.ndarray | Tensor) -> tuple[Tensor, np.ndarray, bool]:
         """And the row of the augmentation table, and whether it was turned upside down."""
-        pixels = as_pixels(type(self).__name__, image)
+        pixels = as_pixels(self.who, image)
         height, width = rgb.size_of(pixels)
         seed = int(torch.randint(2**62, ()))
         row = self.parameters(seed, 0, [0], [height], [width])[0, 0]
@@ -166,4 +168,4 @@ def view_of(who: str, options: Mapping[str, Any], *, bicubic: bool = False) -> V
         checks.host_number(who, name, given.get(name, 0.0), low=0, high=1, inclusive=True)
         for name in ("vf_prob", "rr_prob")
     )
-    return View(spec, vertical, quarter)
+    return View(spec, vertical, quarter, who)

@@ -319,14 +319,16 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
             of_visible = ("visible_loss_weight", visible_loss_weight, student)
             visible = checks.number(ranks.who, *of_visible, low=0, inclusive=True)
         weights = None
-        images = 1
+        share = 1
         if mask is not None:
-            images = mask.shape[0]
             hidden = mask.flatten(1).to(loss_dtype(student))  # [B, P]
             seen = 1 - hidden
             of_hidden = hidden / hidden.sum(1, keepdim=True).clamp_min(1)
-            weights = (of_hidden + visible * seen / seen.sum(1, keepdim=True).clamp_min(1)).flatten()
+            weights = (of_hidden + visible * seen / seen.sum(1, keepdim=True).clamp_min(1)).flatten().detach()
+            total = weights.sum()
+            share = total / max(mask.shape[0], 1)
+            weights = torch.where(total == 0, 1.0, weights)  # where no patch counts the loss is 0, and not 0 / 0
         loss = self._loss([teacher], [student], self.center.value, temperature, "same", weights)
         if self.centering == "center":
             self._follow_teacher(teacher)
-        return loss if weights is None else loss * (weights.detach().sum() / max(images, 1))
+        return loss * share

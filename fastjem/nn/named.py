@@ -51,10 +51,10 @@ def _rename(error: Exception, name: str, prefix: re.Pattern[str]) -> None:
     """In place, so that the error's type, its traceback and what it was raised from stay as they are."""
     if isinstance(error, torch.OutOfMemoryError) or type(error).__module__.startswith("torch._dynamo"):
         return
-    text = error.args[0] if error.args else ""
-    if not isinstance(text, str):
+    if len(error.args) != 1 or not isinstance(error.args[0], str):  # of several, the first needn't be the text
         return
+    text = error.args[0]
     renamed, times = prefix.subn(f"{name}: ", text)
     if not times and not text.startswith(name):
         renamed = f"{name}: {text}"
-    error.args = (renamed, *error.args[1:])
+    error.args = (renamed,)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -29,7 +30,7 @@ def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float = 0.5) -> Tensor:
     Raises:
         ValueError: for other shapes, dtypes or temperatures.
     """
-    _check_matrices("nt_xent", "z0 and z1 must be [N, D], floating-point", [z0, z1])
+    _check_matrices("nt_xent", "z0 and z1 must be [N, D], floating-point, not empty", [z0, z1])
     _check_positive("nt_xent", "temperature", temperature)
     return _NTXent.apply(float(temperature), torch.stack([z0, z1]))
 
@@ -78,7 +79,7 @@ def sinkhorn(
     Raises:
         ValueError: for other shapes, dtypes or options.
     """
-    _check_matrices("sinkhorn", "scores must be [B, K], floating-point", [scores])
+    _check_matrices("sinkhorn", "scores must be [B, K], floating-point, not empty", [scores])
     _check_positive("sinkhorn", "epsilon", epsilon)
     if not isinstance(iterations, int) or iterations < 1:
         _fail("sinkhorn", "iterations must be a whole number from 1", iterations)
@@ -118,7 +119,7 @@ def prototype_cross_entropy(
         ValueError: for other shapes, dtypes or options, and where no pair of views is left.
     """
     op = "prototype_cross_entropy"
-    contract = "student and teacher must be [S, B, K] and [T, B, K], or lists of [B, K], floating-point"
+    contract = "student and teacher must be [S, B, K] and [T, B, K], or lists of [B, K], floating-point, not empty"
     students = list(student)
     teachers = [view.detach() for view in teacher]
     if not students or not teachers:
@@ -174,8 +175,8 @@ def _fail(op: str, contract: str, came: object) -> NoReturn:
 
 
 def _check_positive(op: str, name: str, value: float) -> None:
-    if isinstance(value, Tensor) or not 0 < value < math.inf:
-        came = "a tensor" if isinstance(value, Tensor) else value
+    if not isinstance(value, Real) or not 0 < value < math.inf:
+        came = "a tensor" if isinstance(value, Tensor) else repr(value)
         _fail(op, f"{name} must be a positive number", came)
 
 

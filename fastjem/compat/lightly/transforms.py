@@ -39,7 +39,7 @@ class _One(Named, View):
 
     def __init__(self, *args: Any, **given: Any):
         view = view_of(type(self).__name__, self.options(args, given), bicubic=self.bicubic)
-        super().__init__(view.spec, view.vertical, view.quarter)
+        super().__init__(view.spec, view.vertical, view.quarter, view.who)
 
 
 class _Alike(Named, MultiViewTransform):
