@@ -220,6 +220,15 @@ FUNCTIONS = {
 }
 
 
+def _regions(count: int) -> Callable[[int], list[Tensor]]:
+    """Features of 4 regions an image, and which regions these are, twice."""
+    return lambda b: [*(leaf(b, 4, D) for _ in range(count)), *torch.randint(5, (2, b, 4))]
+
+
+def _scale() -> Tensor:
+    return torch.tensor(2.0, requires_grad=True)
+
+
 def _dino(call: Callable[..., Tensor], **options) -> Call:
     def of_views(module: torch.nn.Module, *x: Tensor) -> Tensor:
         return call(module, list(x[2:]), list(x[:2]))
@@ -286,6 +295,35 @@ MODULES = {
     "MMCRLoss": _module(lambda b: [leaf(b, 2, D), leaf(b, 2, D)], nn.MMCRLoss),
     "FroSSLLoss": _module(_two, nn.FroSSLLoss, lambda loss, *x: loss(x)),
     "Whitening2d": _module(lambda b: [leaf(b, D)], lambda: nn.Whitening2d(D, eps=0.1), lambda w, x: w(x).pow(3).sum()),
+    "DetConBLoss": _module(_regions(4), nn.DetConBLoss),
+    "DetConSLoss": _module(_regions(2), nn.DetConSLoss),
+    "DirectCLRLoss": _module(_two, lambda: nn.DirectCLRLoss(D - 1)),
+    "HypersphereLoss": _module(_two, nn.HypersphereLoss),
+    "MACLLoss": _module(_two, nn.MACLLoss),
+    "SymNegCosineSimilarityLoss": _module(
+        lambda b: [leaf(b, D) for _ in range(4)],
+        nn.SymNegCosineSimilarityLoss,
+        lambda loss, z0, p0, z1, p1: loss((z0, p0), (z1, p1)),
+    ),
+    "LeWMLoss": _module(
+        lambda b: [leaf(b, 2, D), torch.randn(b, 2, D), leaf(b, 3, D)],
+        lambda: nn.LeWMLoss(sigreg_num_vectors=6),
+        lambda loss, p, t, e: loss(predicted=p, target=t, embeddings=e),
+    ),
+    "PatchKernelAlignmentLoss": _module(lambda b: [leaf(b, 5, D), torch.randn(b, 5, D)], nn.PatchKernelAlignmentLoss),
+    "IBOTPlusPlusPatchLoss": _module(
+        lambda b: [torch.randn(b, 6, K), leaf(b, 6, K), torch.rand(b, 6) < 0.5], lambda: nn.IBOTPlusPlusPatchLoss(K)
+    ),
+    "CoCaLoss": _module(
+        lambda b: [leaf(b, D), leaf(b, D), leaf(b, 5, 7), torch.randint(1, 7, (b, 5)), _scale()],
+        lambda: nn.CoCaLoss(2.0, 1.0),
+        lambda loss, *x: sum(loss(*x)),
+    ),
+    "DistillClipLoss": _module(
+        lambda b: [leaf(b, D), leaf(b, D), _scale(), torch.randn(b, D), torch.randn(b, D), torch.tensor(3.0)],
+        nn.DistillClipLoss,
+        lambda loss, *x: sum(loss(*x)),
+    ),
     "MemoryBankModule": _module(
         lambda b: [torch.randn(b, D)],
         lambda: nn.MemoryBankModule((32, D)),

