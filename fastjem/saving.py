@@ -103,7 +103,8 @@ class Saver:
         return DivergedError(
             f"step {done}: the run is collapsing: {loss}the weights are not finite any more. The checkpoint of step "
             f"{saved} is the last good one: fastjem pretrain --resume --out {self.training.out} --learning-rate RATE "
-            f"goes on from it with a smaller rate than {self.training.rate:g}; --clip 1 may help, too{self._further_back()}"
+            f"goes on from it with a smaller rate than {self.training.rate:g}; --clip 1 may help, too"
+            f"{self._further_back()}"
         )
 
     def _further_back(self) -> str:
