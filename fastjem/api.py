@@ -92,7 +92,10 @@ def _taken_apart(
     kind: "type[DataclassInstance]", signature: inspect.Signature, values: Sequence[Any], given: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the caller gave -> (the dataclass's fields, objects that have no place in it)."""
-    bound = signature.bind_partial(*values, **given).arguments
+    try:
+        bound = signature.bind_partial(*values, **given).arguments
+    except TypeError as error:
+        raise UserError(f"options are given by name, as in data=...: {error}") from None
     lacking = [option for option, p in signature.parameters.items() if p.default is p.empty and option not in bound]
     if lacking:
         raise UserError(f"needs {' and '.join(lacking)}")

@@ -17,7 +17,6 @@ from fastjem.errors import UserError, first_line
 from fastjem.printing import say
 from fastjem.runs import Opened
 
-CLASSES = "classes"  # the key in the weights' metadata
 STD = 2e-5  # of the head's first weights: all classes are equally likely at the start (He et al. 2022, MAE's code)
 
 
@@ -100,7 +99,9 @@ def save(module: nn.Module, opened: Opened, folder: Path, classes: Sequence[str]
         OSError: where it can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    encoders.save(module, str(folder / exports.WEIGHTS), {**opened.metadata, CLASSES: json.dumps(list(classes))})
+    encoders.save(
+        module, str(folder / exports.WEIGHTS), {**opened.metadata, exports.CLASSES: json.dumps(list(classes))}
+    )
     recipe = f"it is a module of its owner's, {type(opened.encoder).__name__}"
     if "backbone" in opened.metadata:
         recipe = portable.recipe_of(opened)
@@ -190,9 +191,9 @@ def load_classifier(path: str | os.PathLike[str], *, encoder: nn.Module | None =
 
 def _classes(metadata: Mapping[str, str]) -> list[str]:
     """UserError where the file is an encoder's and names none."""
-    if CLASSES not in metadata:
+    if exports.CLASSES not in metadata:
         raise UserError("it names no classes: an encoder, which fastjem.load_encoder opens, and no classifier")
-    found = reading.parsed(metadata[CLASSES], CLASSES)
+    found = reading.parsed(metadata[exports.CLASSES], exports.CLASSES)
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise UserError("classes in its metadata must be a list of names")
     return found

@@ -22,6 +22,7 @@ from fastjem.errors import UserError
 WEIGHTS = "model.safetensors"  # of an exported folder, by the name that timm looks for
 DESCRIPTION = "config.json"  # of an exported folder: timm's, with what is fastjem's under the key OURS
 OURS = "fastjem"
+CLASSES = "classes"  # the key in the metadata of a classifier's weights, which fastjem finetune writes
 TEACHER = "teacher"  # the key in an export's metadata where its weights are the momentum encoder's: "true"
 
 
@@ -102,6 +103,8 @@ def open_file(path: str | os.PathLike[str], *, encoder: nn.Module | None = None)
     try:
         with safe_open(path, "pt") as file, reading.named(path):
             about = file.metadata() or {}
+            if CLASSES in about:
+                raise UserError("it is a classifier of fastjem finetune, which fastjem.load_classifier opens")
             module = Built.of(about) if encoder is None else Own(encoder)
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             module.must_fit(shapes)

@@ -101,6 +101,8 @@ def pretrain(
     extra = [as_logger(one) for one in loggers]
     if config is None:
         config = configuration.from_fields(fields)
+    elif not isinstance(config, Config):
+        raise UserError(f"config must be a Config, and options are given by name (data=...), got {came(config)}")
     elif fields:
         raise UserError(f"pretrain takes a Config or fields, got both ({', '.join(fields)})")
     refused: UserError | None = None

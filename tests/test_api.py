@@ -98,7 +98,7 @@ def test_every_command_is_a_function_or_has_no_use_as_one() -> None:
     [
         ("pretrain", {"out": "x", "batch_size": 1}, "pretrain: batch_size must be at least 2, as every method"),
         ("pretrain", {"out": "x", "epochs": "3"}, "pretrain: epochs must be an integer, got str '3'"),
-        ("pretrain", {"resume": True}, "pretrain: resume needs out, the folder of the run"),
+        ("pretrain", {"resume": True}, "pretrain: resume needs out, the folder of the run to go on with"),
         ("pretrain", {"out": "x", "data": ["a,b", "c"]}, "pretrain: of several data, none may have a comma"),
         ("evaluate", {"run": "x", "k": 0}, "evaluate: k must be at least 1, got 0"),
         ("evaluate", {"run": "x", "kk": 0}, "evaluate: there is no option 'kk'; did you mean k?"),
@@ -117,6 +117,24 @@ def test_errors_are_in_words_of_python(name: str, given: dict, says: str) -> Non
     with pytest.raises(UserError) as caught:
         getattr(fastjem, name)(**given)
     assert str(caught.value).startswith(says) and " --" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        (
+            "pretrain",
+            ("photos",),
+            "pretrain: config must be a Config, and options are given by name (data=...), got str",
+        ),
+        ("views", ("photos",), "views: options are given by name, as in data=...: too many positional arguments"),
+        ("embed", ("run", "photos"), "embed: options are given by name, as in data=...: too many positional"),
+    ],
+)
+def test_options_are_given_by_name(name: str, values: tuple, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        getattr(fastjem, name)(*values)
+    assert str(caught.value).startswith(says)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["evaluate", str(run), "--test", train], "--test needs --train"),
         (["evaluate", str(run), "--k", "0"], "at least 1"),
         (["export", str(tmp_path / "none")], "no run in"),
-        (["export", str(run), "--out", "encoder.pt"], ".safetensors"),
+        (["export", str(run), "--out", str(tmp_path / "encoder.pt")], ".safetensors"),
     ):
         assert main(line) == 2
         error = capsys.readouterr().err

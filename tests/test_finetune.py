@@ -17,7 +17,7 @@ import timm  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import fastjem  # noqa: E402
-from fastjem import classifiers, finetuning  # noqa: E402
+from fastjem import exports, finetuning  # noqa: E402
 from fastjem.cli import main  # noqa: E402
 from fastjem.commands import finetune as command  # noqa: E402
 from fastjem.data.pixels import Pixels  # noqa: E402
@@ -239,4 +239,28 @@ def test_mistakes(
     with pytest.raises(UserError, match=r"it names no classes: an encoder, which fastjem\.load_encoder opens"):
         fastjem.export(run, out=tmp_path / "export")
         fastjem.load_classifier(tmp_path / "export")
-    assert classifiers.CLASSES == "classes"
+    assert exports.CLASSES == "classes"
+
+
+def test_a_folder_of_something_else_is_left_alone(root: Path, tmp_path: Path) -> None:
+    fastjem.export(root / "run", out=tmp_path / "export")
+    make_folder(tmp_path / "photos", 4)
+    for folder, says in [
+        (root / "run", "is a run's own folder"),
+        (tmp_path / "export", "has files that are no classifier's, README.md"),
+        (tmp_path / "photos", "has files that are no classifier's, class0"),
+    ]:
+        before = sorted(folder.iterdir())
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=says):
+                fastjem.finetune(root / "run", out=folder, overwrite=overwrite, epochs=1, **QUICK)
+        assert sorted(folder.iterdir()) == before
+    begun = tmp_path / "begun"  # what a call leaves that is killed while it writes its first checkpoint
+    begun.mkdir()
+    (begun / ".lock").touch()
+    (begun / "checkpoint.pt.0123.part").touch()
+    for overwrite in (False, True):
+        fastjem.finetune(root / "run", out=begun, tune="linear", overwrite=overwrite, epochs=1, **QUICK)
+    for opens in (fastjem.load_encoder, fastjem.export):
+        with pytest.raises(UserError, match=r"a classifier of fastjem finetune, which fastjem\.load_classifier opens"):
+            opens(begun)

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastjem import classifiers, encoders, fields, launchers, reading
+from fastjem import classifiers, config, encoders, exports, fields, launchers, reading
 from fastjem.checkpoints import write_atomically
 from fastjem.commands.evaluate import labelled_sources
 from fastjem.data.fingerprint import fingerprint
 from fastjem.data.size import shorter
 from fastjem.errors import UserError
 from fastjem.finetuning import AUGMENTATIONS, Plan, Training, augmentation, few, steps_per_epoch
+from fastjem.lock import FILE as lock_file
 from fastjem.lock import Lock
 from fastjem.printing import printable, say
 from fastjem.probes import Split, default_workers, labels_of, parts, split
@@ -110,12 +111,13 @@ def finetune(options: FinetuneOptions, *, encoder: nn.Module | None = None) -> d
     out = Path(options.out) if options.out is not None else opened.folder / _usual_name(options)
     if (out / FIGURES).exists() and not options.overwrite:
         raise UserError(f"{out} holds a classifier already; --overwrite trains it anew, another --out another one")
+    _check_folder(out)
     lock = Lock(out)
     lock.acquire()
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     try:
         if options.overwrite:
-            for name in (FIGURES, CHECKPOINT):
+            for name in (exports.WEIGHTS, exports.DESCRIPTION, CHECKPOINT, FIGURES):  # it is a classifier's to its end
                 (out / name).unlink(missing_ok=True)
         return _finetuned(options, opened, known, out)
     except OSError as error:
@@ -125,6 +127,18 @@ def finetune(options: FinetuneOptions, *, encoder: nn.Module | None = None) -> d
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
         lock.release()
+
+
+def _check_folder(out: Path) -> None:
+    """UserError for a folder in which something else is than a classifier, or the beginning of one."""
+    if (out / config.FILE).exists():
+        raise UserError(f"--out {out} is a run's own folder; {out / 'classifier'}, say, is none")
+    if not out.is_dir() or (out / FIGURES).exists() or (out / CHECKPOINT).exists():
+        return
+    # A call that was killed before its first checkpoint leaves its lock, and files that it hadn't written whole.
+    others = [found.name for found in out.iterdir() if found.name != lock_file and found.suffix != ".part"]
+    if others:
+        raise UserError(f"--out {out} has files that are no classifier's, {min(others)}; a new folder is needed")
 
 
 def _finetuned(options: FinetuneOptions, opened: Opened, known: Split, out: Path) -> dict[str, Any]:
