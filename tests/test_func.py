@@ -22,14 +22,19 @@ OTHERS = [
 # A module that moves a state of its own is refused within vmap, in words; masks of booleans have no shape there.
 STATE = (
     "DINOLoss", "DINOLoss-epoch", "DINOLoss-tensor", "DINOLoss-deferred", "NTXentLoss-bank", "Whitening2d", "WMSELoss",
-    "NNCLRLoss",
+    "NNCLRLoss", "IBOTPlusPlusPatchLoss",
 )  # fmt: skip
+# Modules whose function computes with options of an operator.
+WITH_OPTIONS = {
+    "DetConBLoss": "detcon", "DetConSLoss": "detcon", "HypersphereLoss": "hypersphere", "MACLLoss": "nt_xent",
+}  # fmt: skip
 RAGGED = ("IBOTPatchLoss", "IBOTPatchLoss-sinkhorn")
 # Plain torch, which differentiates as often as asked, or operators whose gradient is differentiable
 TWICE = {
     "negative_cosine", "negative_cosine-rows",
     "NegativeCosineSimilarity", "regression", "cross_entropy", "total_coding_rate", "emp_ssl",
     "EMPSSLLoss", "mmcr", "MMCRLoss", "whiten", "Whitening2d", "WMSELoss", "simdino", "SimDINOLoss", "SMoGPrototypes",
+    "SymNegCosineSimilarityLoss", "LeWMLoss", "PatchKernelAlignmentLoss",
 }  # fmt: skip
 
 
@@ -88,8 +93,8 @@ def test_batched_gradients(name):
     inputs = case.make(ROWS)
     loss = _function(case)(*inputs)
     upstream = torch.tensor([1.0, -2.0, 0.5], dtype=loss.dtype)
-    if name == "cross_entropy-rows" or name.endswith("-options"):
-        op = name.split("-")[0]
+    if name == "cross_entropy-rows" or name.endswith("-options") or name in WITH_OPTIONS:
+        op = WITH_OPTIONS.get(name, name.split("-")[0])
         with pytest.raises(NotImplementedError, match=f"{op}: with options, gradients must be asked for one"):
             torch.autograd.grad(loss, [inputs[i] for i in places], upstream, is_grads_batched=True)
         return

@@ -1,7 +1,5 @@
 """Contrastive losses that look at how near positives are: on the hypersphere, and MACL."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -56,10 +54,11 @@ def hypersphere(
         unit = [torch.nn.functional.normalize(in_float32(x), dim=1) for x in (z0, z1)]
         # |x - y|^2 = 2 - 2 <x, y>: each row's log-sum-exp over its cosines times 2 t, then over the rows.
         root = (2 * t) ** 0.5
+        pairs = unit[0].new_ones(()) * (n * (n - 1))  # of a number an exported loss would be of this batch's size alone
         uniformity = []
         for x in unit:
             lse = negatives_of(Side((x * root).to(x.dtype)[None]), None, None, view, 0.0)[0].lse
-            uniformity.append(lse.logsumexp(1)[0] - math.log(n * (n - 1)) - 2 * t)
+            uniformity.append(lse.logsumexp(1)[0] - pairs.log() - 2 * t)
         alignment = torch.linalg.vector_norm(unit[0] - unit[1], dim=1).pow(alpha).mean()
         return (alignment + lam * (uniformity[0] + uniformity[1]) / 2).to(loss_dtype(z0))
 

@@ -308,7 +308,7 @@ class IBOTPlusPlusPatchLoss(IBOTPatchLoss):
                 if not isinstance(x, Tensor) or x.dim() not in (2, 3) or (x.dim() == 2 and mask is None):
                     contract = "teacher_out and student_out must be [B, P, K], or [B P, K] with a mask"
                     checks.fail(ranks.who, contract, checks.shape(x))
-            patches = student_out.shape[:-1].numel()
+            patches = student_out[..., 0].numel()
             if mask is not None and (mask.dtype != torch.bool or mask.dim() < 2 or mask.numel() != patches):
                 contract = f"mask must be [B, ...] bool of {patches} patches"
                 checks.fail(ranks.who, contract, f"{tuple(mask.shape)} {mask.dtype}")
