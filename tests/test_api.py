@@ -154,5 +154,5 @@ def test_paths_and_lists_of_paths_are_taken(tmp_path: Path) -> None:
     a, b = (make_folder(tmp_path / name, 4) for name in "ab")
     assert fastjem.check_data([a, b], workers=1)["files"] == 8
     assert fastjem.views(data=a, out=tmp_path / "v.png", image_size=32, images=2) == tmp_path / "v.png"
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError, match="check_data: options are given by name"):
         fastjem.check_data(a, b)
