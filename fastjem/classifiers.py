@@ -13,7 +13,7 @@ from fastjem import __version__, backbones, encoders, exports, portable, reading
 from fastjem.checkpoints import write_atomically
 from fastjem.data.pixels import Pixels
 from fastjem.data.size import height_and_width
-from fastjem.errors import UserError, first_line
+from fastjem.errors import UserError
 from fastjem.printing import say
 from fastjem.runs import Opened
 
@@ -108,7 +108,7 @@ def save(module: nn.Module, opened: Opened, folder: Path, classes: Sequence[str]
     refused = recipe if isinstance(recipe, str) else ""
     if isinstance(recipe, portable.Recipe):
         _describe(folder, recipe, module, opened.pixels, classes)
-        refused = _tried(folder, module, opened.pixels)
+        refused = portable.tried(folder, module.eval(), opened.pixels, "logits")
     if refused:  # the architecture's name is all that an error of timm's would show of the folder
         name = opened.metadata.get("backbone", type(opened.encoder).__name__)
         told = portable.Recipe(f"{name} ({refused}; fastjem.load_classifier opens it)", {})
@@ -129,22 +129,6 @@ def _describe(folder: Path, recipe: portable.Recipe, module: nn.Module, pixels: 
         exports.OURS: {"version": __version__, "pixels": pixels.to_dict()},
     }
     write_atomically(folder / exports.DESCRIPTION, (json.dumps(described, indent=2) + "\n").encode())
-
-
-@torch.no_grad()
-def _tried(folder: Path, module: nn.Module, pixels: Pixels) -> str:
-    """Why timm doesn't open a folder; empty where it does, and gives the classifier's logits."""
-    import timm
-
-    random = torch.Generator().manual_seed(0)
-    images = torch.randn(2, pixels.channels, *height_and_width(pixels.size), generator=random)
-    where = next(module.parameters()).device
-    expected = module.eval()(images.to(where)).float().cpu()
-    try:
-        found = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
-    except Exception as error:  # whatever a model's constructor may raise
-        return f"it says: {first_line(error)}"
-    return "" if portable.same(found, expected) else "its logits are others then"
 
 
 def load_classifier(path: str | os.PathLike[str], *, encoder: nn.Module | None = None) -> nn.Module:

@@ -125,7 +125,7 @@ def _described(opened: Opened, folder: Path, told: dict[str, Any]) -> str:
     refused = recipe if isinstance(recipe, str) else ""
     if isinstance(recipe, Recipe):
         _write_config(opened, recipe, folder, told)
-        refused = _tried(opened, folder)
+        refused = tried(folder, opened.encoder, opened.pixels)
     if refused:
         # An error of timm's says this name: it is the only text of the folder's that one shows.
         name = f"{_name(opened)} ({refused}; fastjem.load_encoder opens it)"
@@ -219,19 +219,20 @@ def pretrained_cfg(pixels: Pixels, module: Any, arguments: dict[str, Any]) -> di
     }
 
 
-def _tried(opened: Opened, folder: Path) -> str:
-    """Why timm doesn't open a folder, in words; empty where it does, and gives the encoder's embeddings."""
+def tried(folder: Path, module: nn.Module, pixels: Pixels, outputs: str = "embeddings") -> str:
+    """Why timm doesn't open a folder, in words; empty where it does, prepares images of the same size, and gives the
+    outputs of the module, which is in eval mode. outputs: what they are called."""
     import timm.data
 
-    images = _noise(opened.pixels)
+    images = _noise(pixels)
     try:
-        module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        found = _embedded(module, images)
+        opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        found = _embedded(opened, images)
     except Exception as error:  # whatever a model's constructor may raise
         return f"it says: {first_line(error)}"
-    if tuple(timm.data.resolve_model_data_config(module)["input_size"]) != tuple(images.shape[1:]):
+    if tuple(timm.data.resolve_model_data_config(opened)["input_size"]) != tuple(images.shape[1:]):
         return "it would prepare images of another size"
-    return "" if same(found, _embedded(opened.encoder, images)) else "its embeddings would be others"
+    return "" if _same(found, _embedded(module, images)) else f"its {outputs} would be others"
 
 
 def torchvisions(opened: Opened) -> str:
@@ -257,7 +258,7 @@ def torchvisions(opened: Opened) -> str:
         found = _embedded(model.eval(), images)
     except (RuntimeError, ValueError):
         return ""
-    return name if same(found, _embedded(opened.encoder, images)) else ""
+    return name if _same(found, _embedded(opened.encoder, images)) else ""
 
 
 def _noise(pixels: Pixels) -> Tensor:
@@ -271,7 +272,7 @@ def _embedded(module: nn.Module, images: Tensor) -> Tensor:
     return module(images.to(device)).float().cpu()
 
 
-def same(found: Tensor, expected: Tensor) -> bool:
+def _same(found: Tensor, expected: Tensor) -> bool:
     """Whether embeddings differ by no more than float32 rounds."""
     if found.shape != expected.shape:
         return False
@@ -297,4 +298,4 @@ def _card(opened: Opened, told: dict[str, Any], refused: str, onnx: bool, place:
     )
 
 
-__all__ = ["FILES", "Folder", "Recipe", "check", "pretrained_cfg", "recipe_of", "torchvisions", "write"]
+__all__ = ["FILES", "Folder", "Recipe", "check", "pretrained_cfg", "recipe_of", "torchvisions", "tried", "write"]

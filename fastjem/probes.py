@@ -379,6 +379,11 @@ def measure(
     }
 
 
-def default_workers() -> int:
-    """Processes that read images: one a core, up to 8."""
-    return min(available_cores(), 8)
+def workers_of(asked: int) -> int:
+    """Processes that read images, as many as asked for; -1: one a core, up to 8."""
+    return min(available_cores(), 8) if asked < 0 else asked
+
+
+def device_of(asked: str) -> str:
+    """Where an encoder runs: the GPU where there is one, unless the CPU is asked for."""
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"

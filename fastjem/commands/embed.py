@@ -26,7 +26,7 @@ from fastjem.errors import UserError
 from fastjem.lock import FILE as LOCK
 from fastjem.lock import Lock
 from fastjem.printing import say
-from fastjem.probes import NAMED, default_workers, parts
+from fastjem.probes import NAMED, device_of, parts, workers_of
 from fastjem.runs import Opened, open_run
 
 SAVED_EVERY = 10.0  # seconds
@@ -246,7 +246,7 @@ def _computed(
         raise UserError(f"--out {out} is there already; --overwrite writes it anew")
     opened = open_run(options.run, teacher=options.teacher, encoder=encoder)
     images = _source(options, opened, source)
-    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = device_of(options.device)
     dtype = np.dtype(np.float16 if options.half else np.float32)
     identity = {
         "encoder": opened.digest(),
@@ -301,7 +301,7 @@ def _fill(rows: Rows, opened: Opened, source: Source, options: EmbedOptions, dev
     saved = begin = time.monotonic()
     first = rows.done
     indices = range(rows.done, len(source))
-    workers = default_workers() if options.workers < 0 else options.workers
+    workers = workers_of(options.workers)
     named = 0
     found = parts(
         lambda x: [module(x)], source, opened.pixels, indices=indices, batch=options.batch_size, workers=workers,

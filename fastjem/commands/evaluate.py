@@ -16,7 +16,7 @@ from fastjem.data.source import Source, open_source
 from fastjem.data.sources import naming
 from fastjem.errors import UserError
 from fastjem.printing import say
-from fastjem.probes import Computed, default_workers, features, labels_of, majority, measure, split
+from fastjem.probes import Computed, device_of, features, labels_of, majority, measure, split, workers_of
 from fastjem.runs import Opened, open_run
 
 
@@ -80,7 +80,7 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
         raise UserError(f"{options.run} has no projector (an export holds the encoder alone); --features encoder works")
     train, test = labelled_sources(options.train, options.test, opened)
     known = split(train, test)
-    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = device_of(options.device)
     module = opened.encoder.to(device)
     projector = nn.Identity() if opened.projector is None else opened.projector.to(device)
 
@@ -94,7 +94,7 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
             source,
             opened.pixels,
             indices=indices,
-            workers=default_workers() if options.workers < 0 else options.workers,
+            workers=workers_of(options.workers),
             dtype=torch.float16 if options.half else torch.float32,
             device=device,
         )

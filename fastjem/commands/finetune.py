@@ -22,7 +22,7 @@ from fastjem.finetuning import AUGMENTATIONS, Plan, Training, augmentation, few,
 from fastjem.lock import FILE as lock_file
 from fastjem.lock import Lock
 from fastjem.printing import printable, say
-from fastjem.probes import Split, default_workers, labels_of, parts, split
+from fastjem.probes import Split, device_of, labels_of, parts, split, workers_of
 from fastjem.runs import Opened, open_run
 
 FIGURES, CHECKPOINT = "finetune.json", "checkpoint.pt"
@@ -142,8 +142,8 @@ def _check_folder(out: Path) -> None:
 
 
 def _finetuned(options: FinetuneOptions, opened: Opened, known: Split, out: Path) -> dict[str, Any]:
-    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
-    workers = default_workers() if options.workers < 0 else options.workers
+    device = device_of(options.device)
+    workers = workers_of(options.workers)
     classes = known.bank.classes
     labels = labels_of(known.bank)
     chosen = np.asarray(known.bank_images, np.int64)
