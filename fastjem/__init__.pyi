@@ -8,7 +8,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from fastjem.commands.embed import Embedded
-from fastjem.config import Config
+from fastjem.config.options import Config
 from fastjem.data.source import Source
 from fastjem.methods.protocol import Method
 from fastjem.run import Result
@@ -38,6 +38,7 @@ def pretrain(
     epochs: int = 100,
     batch_size: int = 256,
     accumulate: int = 1,
+    micro_batch: int = 0,
     max_steps: int = 0,
     optimizer: str | Callable[[list[dict[str, Any]]], Optimizer] | None = None,
     learning_rate: float | None = None,
@@ -62,6 +63,9 @@ def pretrain(
     patch_size: int | Sequence[int] = 0,
     drop_path: float | None = None,
     sync_batch_norm: bool = False,
+    shard: bool = False,
+    activation_checkpointing: bool = False,
+    timeout: float = 600,
     device: str | torch.device = 'auto',
     loader: str = 'auto',
     memory: float = 4.0,
@@ -76,6 +80,7 @@ def pretrain(
     checkpoint_every: float = 300,
     checkpoint_steps: int = 0,
     keep_checkpoints: int = 2,
+    keep_best: bool = True,
     knn_every: float | None = None,
     teacher: bool = False,
     report: bool = True,
@@ -104,6 +109,7 @@ def pretrain(
         epochs: epochs (default: 100)
         batch_size: images of one forward pass over all ranks; by default less of little data (default: 256)
         accumulate: batches that make one optimiser step (default: 1)
+        micro_batch: images of the encoder's passes within a batch, whose loss and gradient stay the whole batch's (GradCache); 0: one pass (default: 0)
         max_steps: end after so many steps; 0: after the epochs (default: 0)
         learning_rate: for 256 images; grows with the batch, or its root (default: None)
         weight_decay: weight decay (default: None)
@@ -127,6 +133,9 @@ def pretrain(
         patch_size: of a ViT; 0: its own (default: 0)
         drop_path: rate of stochastic depth in the trained encoder; 0: none (default: None)
         sync_batch_norm: statistics over all ranks (CUDA) (default: False)
+        shard: weights and the optimiser's state in shards over the ranks (FSDP2) (default: False)
+        activation_checkpointing: the encoder's blocks are computed again in the backward pass, not kept (default: False)
+        timeout: seconds that ranks wait for one another (default: 600)
         device: auto | cpu | cuda (default: 'auto')
         loader: who reads the images: auto | dali | dali-cpu | memory | torch (default: 'auto')
         memory: GiB that loader memory may take (default: 4.0)
@@ -141,6 +150,7 @@ def pretrain(
         checkpoint_every: seconds (default: 300)
         checkpoint_steps: steps, in place of seconds (default: 0)
         keep_checkpoints: the last ones, for where the newest is damaged (default: 2)
+        keep_best: keep the checkpoint of the best kNN accuracy, too (default: True)
         knn_every: epochs; 0: at start and end; a twentieth of the run (default: None)
         teacher: kNN, pictures and encoder.safetensors are the momentum encoder's, not the trained one's (default: False)
         report: report.html in the run's folder, new at each checkpoint (default: True)

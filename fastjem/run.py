@@ -1,32 +1,27 @@
 """`fastjem pretrain` and `fastjem.pretrain(...)`: a run from its folder to its last checkpoint, top to bottom."""
 
-import contextlib
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastjem import banner, launchers, optim, resume, starting, trackers
+from fastjem import banner, launchers, resume, starting, trackers
 from fastjem import config as configuration
 from fastjem.advice import advice
 from fastjem.build import Training, build
 from fastjem.config import Config
 from fastjem.data import shapes
-from fastjem.data.batch import Batch, Crops, finish
 from fastjem.data.source import Source
 from fastjem.errors import DivergedError, ResourceError, ToldElsewhereError, UserError, nearest
 from fastjem.fields import came
 from fastjem.folder import Folder
 from fastjem.journal import Journal
-from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.launchers import speaks
 from fastjem.loggers import Logger, as_logger
-from fastjem.meter import Meter, Taken
+from fastjem.meter import Meter
 from fastjem.methods import METHODS, Method
 from fastjem.prepare import MakeOptimizer, Objects
 from fastjem.printing import say
@@ -34,6 +29,7 @@ from fastjem.ranks import Ranks, join, leave
 from fastjem.report import Watch, brief
 from fastjem.resume import name_of
 from fastjem.saving import Saver, export
+from fastjem.stepping import optimizer_steps
 from fastjem.stopping import Stop, Stopped
 
 
@@ -311,98 +307,3 @@ def end(training: Training, objects: Objects, journal: Journal, watch: Watch, sa
         for line in banner.closing(training, named=objects.encoder is None, has_data=objects.source is None):
             say(line)
     return Result(out, done, finished, journal.last_row, saved, stopped=not finished and not lost)
-
-
-def optimizer_steps(training: Training, journal: Journal, stop: Stop) -> Iterator[Taken]:
-    """Train, one optimiser step at a time. Nothing here waits for the device."""
-    step, model, optimizer = training.step, training.model, training.optimizer
-    device = training.ranks.device
-    parameters = [p for p in step.parameters() if p.requires_grad]
-    momentum = torch.zeros((), dtype=widest_dtype(device), device=device)
-    number = torch.zeros((), dtype=torch.long, device=device)
-    batches = timed(training, journal, stop)
-    model.train()
-    for done in range(training.start, training.steps):
-        seed_generators(training.config.seed, done, training.ranks)
-        if done % training.steps_per_epoch == 0:
-            step.method.epoch_begins(done // training.steps_per_epoch)
-        scheduled = training.schedule.apply(optimizer, done)
-        number.fill_(done)
-        optimizer.zero_grad(set_to_none=True)
-        taken = Taken(done + 1, 0, 0.0, [], {}, None, scheduled)
-        for part in range(training.config.accumulate):
-            batch, waited = next(batches)
-            if part == 0:
-                training.step_end.begins()
-            is_last = part == training.config.accumulate - 1
-            loss, taken.notes = forward_backward(training, batch, number, synchronise=is_last)
-            taken.losses.append(loss)
-            taken.waited += waited
-            taken.images += len(batch.index)
-        training.step_end.moves()
-        if training.clip:
-            if training.scaler:
-                training.scaler.unscale_(optimizer)
-            taken.gradient_norm = optim.clip_(parameters, training.clip)
-        momentum.fill_(scheduled["momentum"].item())
-        # Parameters and momentum copies in one pass, or copies behind it.
-        fused = isinstance(optimizer, optim.Fused)
-        options: dict[str, Any] = {"teacher_momentum": momentum} if fused else {}
-        if training.scaler:  # a step whose gradients overflow changes no weight
-            training.scaler.step(optimizer, **options)
-            training.scaler.update()
-        else:
-            optimizer.step(**options)
-        step.step_ends(number, None if fused else momentum)
-        training.step_end.ends()
-        yield taken
-
-
-def forward_backward(
-    training: Training, batch: Batch, number: Tensor, *, synchronise: bool
-) -> tuple[Tensor, dict[str, Any]]:
-    """The detached loss of a micro-batch and its notes; gradients are added up, and over ranks with the last one."""
-    model = training.model
-    together = contextlib.nullcontext() if synchronise or training.ranks.size == 1 else cast(Any, model).no_sync()
-    with together:
-        with torch.autocast(training.ranks.device.type, training.autocast, enabled=training.autocast is not None):
-            loss, notes = model(batch, number)
-        loss_of_step = loss / training.config.accumulate
-        (training.scaler.scale(loss_of_step) if training.scaler else loss_of_step).backward()
-    return loss.detach(), notes
-
-
-def timed(training: Training, journal: Journal, stop: Stop) -> Iterator[tuple[Batch, float]]:
-    """Batches on the device, and the seconds that each was waited for."""
-    crops: Iterator[Crops] = iter(training.loader)
-    stop.hold_back("SIGCHLD")
-    while True:
-        begin = time.perf_counter()
-        with stop.waiting():
-            arrived = next(crops, None)
-        if arrived is None:
-            return
-        journal.skip(arrived.unreadable)
-        stage = training.stage
-        batch = finish(
-            arrived,
-            stage.specs,
-            training.ranks.device,
-            masks=stage.masks,
-            seed=training.config.seed,
-            step=training.done,
-            **training.layout,
-        )
-        yield batch, time.perf_counter() - begin
-
-
-def seed_generators(seed: int, step: int, ranks: Ranks) -> None:
-    """Dropout and drop path depend on (seed, step, rank) alone: a resumed run needs no saved generator.
-
-    Not torch.manual_seed: where CUDA hasn't started it formats a stack trace, 0.46 ms.
-    """
-    generators = [torch.default_generator]
-    if ranks.device.type == "cuda":
-        generators.append(torch.cuda.default_generators[ranks.device.index or 0])
-    for generator in generators:
-        generator.manual_seed(((seed * 1_000_003 + step) * 4099 + ranks.rank) % 2**63)

@@ -49,6 +49,7 @@ ORDER = (
     "journal",
     "saving",
     "report",
+    "stepping",
     "run",
     "commands",
     "api",
