@@ -93,9 +93,11 @@ def _training(found: dict[str, Any]) -> str:
     steps, each = found["steps"], found["steps_per_epoch"]
     times = f" in {found['accumulate']} parts" if found["accumulate"] > 1 else ""
     images = found["batch_size"] * found["accumulate"]
+    by = f", encoded by {found['micro_batch']:,}" if found["micro_batch"] else ""
     over = f" over {found['ranks']} ranks" if found["ranks"] > 1 else ""
     return (
-        f"{counted(steps, 'step')}, {counted(found['epochs'], 'epoch')} of {each:,}, of {images:,} images{times}{over}"
+        f"{counted(steps, 'step')}, {counted(found['epochs'], 'epoch')} of {each:,}, "
+        f"of {images:,} images{times}{over}{by}"
     )
 
 

@@ -19,6 +19,7 @@ from fastjem.data.stages import Stage, stage_at
 from fastjem.encoders import Encoder
 from fastjem.errors import UserError
 from fastjem.methods import Defaults
+from fastjem.micro_batches import Passes
 from fastjem.prepare import MakeOptimizer, Objects, Parts, given_or, prepare
 from fastjem.ranks import Ranks
 from fastjem.step import Step, StepEnd
@@ -51,6 +52,7 @@ class Training:
     clip: float
     layout: dict[str, Any]  # dtype and memory format of the views
     scaler: torch.amp.GradScaler | None  # of the loss, in float16
+    passes: Passes | None = None  # of the encoder within a batch; None: one
     notices: list[str] = field(default_factory=list)  # what the user is told before the first step
 
     @property
@@ -122,6 +124,10 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         scaler.load_state_dict(state[precision.SCALER])
     said = parts.notices + loaders.order_told(source, parts.facts["files_at_a_time"])
     said += notices(config, ranks, source, loader)
+    passes = passes_of(config, ranks)
+    if passes is not None and encoders.has_batch_norm(encoder):
+        over = " over all ranks" if config.sync_batch_norm and ranks.size > 1 else ""
+        said.append(f"--micro-batch: the encoder's batch norms take their statistics of {passes.size} images{over}")
     return Training(
         config=config,
         out=out,
@@ -146,6 +152,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         clip=given_or(config.clip, parts.defaults.clip),
         layout=view_layout(parts.facts["precision"], ranks, encoder, named=objects.encoder is None),
         scaler=scaler,
+        passes=passes,
         notices=said,
     )
 
@@ -302,6 +309,14 @@ def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader
         return []
     unasked = config.loader == "auto" and loaders.holds_images(loader) and not source.decoded
     return [f"{loader.reads}; --loader torch reads them anew each time" if unasked else loader.reads]
+
+
+def passes_of(config: Config, ranks: Ranks) -> Passes | None:
+    """How the encoder goes through a batch by `--micro-batch`; None: at once, where a rank has no more images."""
+    if not 0 < config.micro_batch < config.batch_size // ranks.size:
+        return None
+    compiler: Any = torch.compile if config.compile else None
+    return Passes(config.micro_batch, compiler=compiler)
 
 
 __all__ = ["Training", "build"]

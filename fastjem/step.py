@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem.data.batch import Batch
-from fastjem.encoders import Encoder, without_drop_path, wrap
+from fastjem.encoders import Encoder, Features, without_drop_path, wrap
 from fastjem.methods.combinations import why_not
 from fastjem.methods.protocol import Branch, Method
+from fastjem.micro_batches import EncoderPass, Passes
 
 TARGET_PARTS = ("projector", "prototypes")  # what makes targets, in any method: copied with the encoder where asked for
 
@@ -34,6 +35,7 @@ class Step(nn.Module):
         super().__init__()
         self.encoder = wrap(encoder, method.width, mask_token=method.mask_token)
         self.method = method
+        self.passes: Passes | None = None  # within a step by micro-batches (`fastjem.large_batches`)
         name = type(method).__name__
         for part in method.frozen:
             if isinstance(module := getattr(self.encoder.backbone, part, None), nn.Module):
@@ -70,15 +72,19 @@ class Step(nn.Module):
         masked = []
         if batch is not None and not self.method.views.mask:
             masked = [(batch.views[view], mask) for view, mask in batch.masks.items()]
-        student = Branch(self.encoder, heads, masked=masked)
+        student = Branch(self.encoder, heads, masked=masked, passes=self.passes)
         if not self.teacher:
             return student, student
         copies = dict(self.teacher.items())
         encoder = cast(Encoder, copies.pop("encoder", self.encoder))
-        return student, Branch(encoder, {**heads, **copies}, momentum=True)
+        return student, Branch(encoder, {**heads, **copies}, momentum=True, passes=self.passes)
 
-    def forward(self, batch: Batch, step: int | Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """0-dim loss, and the notes that `fastjem.health.figures` turns into figures."""
+    def forward(self, batch: Batch | EncoderPass, step: int | Tensor = 0) -> tuple[Tensor, dict[str, Any]] | Features:
+        """0-dim loss, and the notes that `fastjem.health.figures` turns into figures; of an `EncoderPass` what the
+        encoder makes of it.
+        """
+        if isinstance(batch, EncoderPass):
+            return self.encoder(batch.images, **batch.options)
         if len(batch.views) < self.method.views.large:
             wanted = f"{type(self.method).__name__} compares at least {self.method.views.large} views"
             raise ValueError(f"{wanted}, the batch has {len(batch.views)}")

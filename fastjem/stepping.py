@@ -3,14 +3,16 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastjem import optim
+from fastjem import large_batches, optim
 from fastjem.build import Training
 from fastjem.data.batch import Batch, Crops, finish
+from fastjem.gradients import averaged, kept_here
 from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.meter import Taken
@@ -67,13 +69,22 @@ def forward_backward(
     training: Training, batch: Batch, number: Tensor, *, synchronise: bool
 ) -> tuple[Tensor, dict[str, Any]]:
     """The detached loss of a micro-batch and its notes; gradients are added up, and over ranks with the last one."""
-    model = training.model
-    together = contextlib.nullcontext() if synchronise or training.ranks.size == 1 else cast(Any, model).no_sync()
-    with together:
-        with torch.autocast(training.ranks.device.type, training.autocast, enabled=training.autocast is not None):
+    step, model, passes, ranks = training.step, training.model, training.passes, training.ranks
+    autocast = partial(torch.autocast, ranks.device.type, training.autocast, enabled=training.autocast is not None)
+
+    def scaled(loss: Tensor) -> Tensor:
+        loss = loss / training.config.accumulate
+        return training.scaler.scale(loss) if training.scaler else loss
+
+    if passes is not None and passes.size < len(batch.index):
+        found = large_batches.forward_backward(step, batch, number, passes, model=model, around=autocast, scaled=scaled)
+        if synchronise:
+            averaged([p for p in step.parameters() if p.requires_grad], ranks.group)
+        return found
+    with contextlib.nullcontext() if synchronise else kept_here(model):
+        with autocast():
             loss, notes = model(batch, number)
-        loss_of_step = loss / training.config.accumulate
-        (training.scaler.scale(loss_of_step) if training.scaler else loss_of_step).backward()
+        scaled(loss).backward()
     return loss.detach(), notes
 
 
@@ -96,6 +107,7 @@ def timed(training: Training, journal: Journal, stop: Stop) -> Iterator[tuple[Ba
             masks=stage.masks,
             seed=training.config.seed,
             step=training.done,
+            late=training.passes is not None and training.passes.size < len(arrived.index),
             **training.layout,
         )
         yield batch, time.perf_counter() - begin

@@ -44,6 +44,7 @@ def of(training: Training) -> dict[str, Any]:
         "epochs": _short(training.steps / training.steps_per_epoch),
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
+        "micro_batch": training.passes.size if training.passes else None,
         "ranks": training.ranks.size,
         "optimizer": name_of_optimizer(training),
         "learning_rate": training.rate,

@@ -97,7 +97,7 @@ class CAPI(Method):
         tokens = student.encode(batch.views, batch.masks).tokens
         assert tokens is not None  # an encoder without patches has refused the masks
         with torch.no_grad():
-            whole = teacher.encode(batch.views).tokens
+            whole = teacher.encode(batch.views, tokens=True).tokens
             assert whole is not None
             whole = normalize(whole, dim=2)
         clustering, codes, scores = self._clustering(student.clustering, whole)

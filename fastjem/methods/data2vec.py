@@ -10,6 +10,7 @@ from fastjem.data.batch import Batch
 from fastjem.data.masks import SAMPLERS, hidden_indices, hidden_patches
 from fastjem.data.views import Views
 from fastjem.errors import nearest
+from fastjem.functional.precision import in_float32
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
@@ -39,6 +40,7 @@ class Data2Vec(Method):
         "projector": "predicts the encoder's own features, of its width, by one layer",
     }
     momentum = ("encoder",)
+    mean_over_images = True
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
     mask_token = True
     defaults = Defaults(
@@ -83,7 +85,7 @@ class Data2Vec(Method):
         hidden = batch.masks[0].hidden  # [B, h, w]
         with torch.no_grad():
             outputs = teacher.encode(batch.views, layers=self.layers).layers
-            normalised = [self._normalised(x.float()) for x in outputs]
+            normalised = [self._normalised(in_float32(x)) for x in outputs]
             target = torch.stack(normalised).mean(0)  # [B, L, D]
             target = layer_norm(target, target.shape[-1:])
             _, height, width = hidden.shape
@@ -92,7 +94,7 @@ class Data2Vec(Method):
         tokens = student.encode(batch.views, batch.masks).tokens
         assert tokens is not None  # masks are for transformers, which have them
         at = masked[..., None].expand(-1, -1, self.width)
-        prediction = self.projector(tokens.gather(1, at)).float()  # [B, M, D]
+        prediction = in_float32(self.projector(tokens.gather(1, at)))  # [B, M, D]
         student.note(projection=prediction.detach()[:, 0])
         return smooth_l1_loss(prediction, target.gather(1, at), beta=self.beta)
 

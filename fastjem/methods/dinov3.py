@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -104,7 +103,8 @@ class DINOv3(DINOv2):
         if self.given is None:
             return losses
         assert seen.tokens is not None
-        given = self.given(torch.cat(batch.views[: self.views.large]), self.mean, self.std)
+        large = batch.views[: self.views.large]
+        given = student.constant(lambda images: self.given(images, self.mean, self.std), large)
         if given.tokens is None:
             raise ValueError("dinov3: the Gram teacher must be a vision transformer, as patches are compared")
         anchor = _on_grid(given.tokens, rows_and_columns(given), rows_and_columns(seen))

@@ -25,6 +25,7 @@ class Distill(Method):
 
     about = About("distillation", "the targets are given", "of features: Romero et al. 2015, arXiv 1412.6550")
     views = Views(large=1, recipe="simclr")
+    mean_over_images = True
     refuses = {
         **OF_EACH_VIEW,
         "projector": "predicts given features, of their width: --options layers, hidden",
@@ -52,7 +53,7 @@ class Distill(Method):
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         images = batch.views[0]
-        target = self.given(images, self.mean, self.std).pooled
+        target = student.constant(lambda some: self.given(some, self.mean, self.std), [images]).pooled
         prediction = student.predictor(student.encode([images]).pooled)
         student.note(projection=prediction.detach())
         return self.factor * (1 + F.negative_cosine(prediction, target))

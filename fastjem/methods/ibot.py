@@ -124,7 +124,7 @@ class IBOT(Method):
         rest = batch.views[self.views.large :]
         small = student.encode(rest).pooled if rest else None
         with torch.no_grad():
-            whole = teacher.encode(large)
+            whole = teacher.encode(large, tokens=True)
         return self.losses(student, teacher, batch, step, seen, small, whole)
 
     def losses(

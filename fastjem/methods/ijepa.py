@@ -25,6 +25,7 @@ class IJEPA(Method):
         "projector": "has a predictor in the projector's place: --options predictor_width, predictor_depth",
     }
     momentum = ("encoder",)
+    mean_over_images = True
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
     defaults = Defaults(
         "adamw",
@@ -63,7 +64,7 @@ class IJEPA(Method):
         context = student.encode(batch.views[:1], batch.masks).tokens  # [B, M, D]
         assert context is not None  # an encoder without patches has refused the masks
         with torch.no_grad():
-            whole = teacher.encode(batch.views[:1]).tokens  # [B, L, D]
+            whole = teacher.encode(batch.views[:1], tokens=True).tokens  # [B, L, D]
             assert whole is not None
         # Each block is predicted by itself from the same context.
         context = context.repeat_interleave(blocks, 0)

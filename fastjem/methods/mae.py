@@ -29,6 +29,7 @@ class MAE(Method):
         **OF_EACH_VIEW,
         "projector": "has a decoder in the projector's place: --options decoder_width, decoder_depth",
     }
+    mean_over_images = True
     pool = "avg"  # no loss reaches the class token directly: the patches' mean is the embedding
     defaults = Defaults(
         "adamw",

@@ -35,6 +35,7 @@ class PIRL(Method):
         "projector": "has three linear heads that belong together: --options dim",
         "mask": "cuts a view into pieces, images of their own, of which a mask over the view says nothing",
     }
+    mean_over_images = True
     defaults = Defaults(
         "sgd",
         0.03,
@@ -76,9 +77,9 @@ class PIRL(Method):
 
     def loss(self, student: Branch, teacher: Branch, batch: Batch, step: Tensor) -> Tensor:
         z = student.project(batch.views[:1])
-        pieces = student.encoder(self._pieces(batch.views[1], batch.index, step)).pooled
-        pieces = student.pieces(pieces).unflatten(0, (len(z), -1))  # [B, 9, dim]
-        shuffled = student.jigsaw(pieces.flatten(1))
+        of_places = self._pieces(batch.views[1], batch.index, step).unflatten(0, (len(z), -1)).unbind(1)
+        pieces = student.pieces(student.encode(of_places).pooled).unflatten(0, (-1, len(z)))  # [9, B, dim]
+        shuffled = student.jigsaw(pieces.transpose(0, 1).flatten(1))
         with torch.no_grad():
             own = self.memory.of(batch.index)
             others = self._others(step)

@@ -6,9 +6,9 @@ encoder as `Branch`es and a `Batch`; everything else (data, optimiser, ranks, ch
 """
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fastjem.data.views import MEAN, STD, Views
 from fastjem.encoders import Encoder, Features
 from fastjem.errors import nearest
 from fastjem.methods.defaults import Defaults, Preset
+from fastjem.micro_batches import LateFeatures, Passes, tokens_of_an_image
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -83,6 +84,7 @@ class Branch:
         masked: views of the batch with the masks that the run has put on them, for a method that has none of its own:
             `encode` gives the encoder the visible patches alone. Views are told by what they are, not by their place,
             so any choice of them may be encoded, but no other tensors.
+        passes: how the encoder is called in a step by micro-batches (`fastjem.micro_batches`); None: at once.
     """
 
     def __init__(
@@ -93,11 +95,13 @@ class Branch:
         momentum: bool = False,
         notes: dict[str, Any] | None = None,
         masked: Sequence[tuple[Tensor, Masks]] = (),
+        passes: Passes | None = None,
     ):
         self._encoder = encoder
         self.heads = heads
         self.momentum = momentum
         self.masked = masked
+        self.passes = passes
         self.notes = {} if notes is None else notes
 
     def __getattr__(self, name: str) -> Any:
@@ -108,13 +112,17 @@ class Branch:
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder itself, which knows nothing of the run's masks.
+        """The encoder itself, which knows nothing of the run's masks and micro-batches.
 
         Raises:
-            ValueError: where the run has put masks on the views, which a call past `encode` would leave out.
+            ValueError: where the run has put masks on the views, which a call past `encode` would leave out; where its
+                gradient comes by micro-batches, which such a call would know nothing of.
         """
         if self.masked:
             raise ValueError("Branch: with masks the encoder is called through encode or project alone")
+        if self.passes is not None and not self.momentum and torch.is_grad_enabled():
+            kind = type(self._encoder).__name__
+            raise ValueError(f"Branch: with micro-batches the {kind} is called through encode or project alone")
         return self._encoder
 
     def note(self, **figures: Any) -> None:
@@ -136,7 +144,8 @@ class Branch:
         Args:
             masks: by place in `views`. A view with `visible` patches is given these alone; one without has its `hidden`
                 patches replaced by the mask token.
-            layers, tokens: see `Encoder.forward`.
+            layers, tokens: see `Encoder.forward`. A transformer gives tokens unasked, too, which in a step by
+                micro-batches takes a pass more where there are neither masks nor layers.
 
         Returns:
             `Features`; `tokens` and `layers` only if all views have the same number of tokens. Where the run has put
@@ -184,16 +193,27 @@ class Branch:
     def _encode_one_size(
         self, views: list[Tensor], masks: Sequence[Masks | None], layers: int, tokens: bool
     ) -> Features:
-        images = _cat(views)
         found = [mask for mask in masks if mask is not None]
         if not found:
-            return self._encoder(images, layers=layers, tokens=tokens)
+            return self._call(views, {}, {"layers": layers, "tokens": tokens})
         visible = [mask.visible for mask in found if mask.visible is not None]
         if 0 < len(visible) < len(found):
             raise ValueError("Branch.encode: views of one size must all have visible patches in their masks, or none")
         if visible:
-            return self._encoder(images, visible=_cat(visible), layers=layers)
-        return self._encoder(images, hidden=_cat([mask.hidden for mask in found]), layers=layers)
+            return self._call(views, {"visible": visible}, {"layers": layers})
+        return self._call(views, {"hidden": [mask.hidden for mask in found]}, {"layers": layers})
+
+    def _call(self, views: list[Tensor], masks: dict[str, list[Tensor]], options: dict[str, Any]) -> Features:
+        if self.passes is not None:
+            return self.passes.encode(self._encoder, views, masks, options)
+        return self._encoder(_cat(views), **{name: _cat(of_views) for name, of_views in masks.items()}, **options)
+
+    @torch.no_grad()
+    def constant(self, encode: Callable[[Tensor], Features], views: Sequence[Tensor]) -> Features:
+        """Features of views [B, C, H, W] of one size by an encoder that isn't trained, such as `fastjem.given.Given`:
+        of V B rows in the views' order, without a gradient.
+        """
+        return encode(_cat(views)) if self.passes is None else self.passes.constant(encode, views)
 
     def project(self, views: Sequence[Tensor]) -> Tensor:
         """V tensors [B, C, H, W] -> [V B, P] through encoder and projector."""
@@ -210,12 +230,19 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
 def _joined(parts: Sequence[Features]) -> Features:
     """Rows of several calls; tokens where all have as many."""
     pooled = torch.cat([part.pooled for part in parts])
-    tokens = [part.tokens for part in parts if part.tokens is not None]
-    if len(tokens) < len(parts) or len({x.shape[1] for x in tokens}) > 1:
+    counts = {tokens_of_an_image(part) for part in parts}
+    if None in counts or len(counts) > 1:
         return Features(pooled)
     layers = tuple(torch.cat(same) for same in zip(*(part.layers for part in parts), strict=True))
     grids = {part.grid for part in parts}
-    return Features(pooled, torch.cat(tokens), layers, grids.pop() if len(grids) == 1 else None)
+    joined = Features(pooled, None, layers, grids.pop() if len(grids) == 1 else None)
+
+    def tokens() -> Tensor:
+        return torch.cat([cast(Tensor, part.tokens) for part in parts])
+
+    if any(isinstance(part, LateFeatures) for part in parts):
+        return LateFeatures.of(joined, counts.pop(), tokens)
+    return joined._replace(tokens=tokens())
 
 
 class Method(nn.Module):
@@ -237,6 +264,9 @@ class Method(nn.Module):
     pool: ClassVar[str | None] = None  # how a vision transformer's tokens become the embedding; None: its own way
     mask_token: ClassVar[bool] = False  # whether hidden patches are replaced, for which the encoder needs a token
     needs_labels: ClassVar[bool] = False  # of classes, as folders give them
+    # Whether the loss is the mean of losses of single images, each of which knows nothing of the others but by a batch
+    # norm in a head: without one, micro-batches with the weights of their images are the batch. Inherited with `loss`.
+    mean_over_images: ClassVar[bool] = False
     frozen: tuple[str, ...] = ()  # parts of the backbone that aren't trained, by name; one it doesn't have is none
     mean: tuple[float, ...] = MEAN  # how the run normalises the views' pixels, which it sets
     std: tuple[float, ...] = STD
@@ -253,6 +283,11 @@ class Method(nn.Module):
         self.run = run
         if run.large_views:
             self.views = replace(self.views, large=run.large_views)
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "loss" in vars(cls) and "mean_over_images" not in vars(cls):
+            cls.mean_over_images = False
 
     def projector_widths(self, *own: int) -> tuple[int, ...]:
         """Widths of the projector's layers, the last one its output's: the user's, or else the method's own."""

@@ -147,7 +147,7 @@ class SimDINOv2(SimDINO):
         assert seen.tokens is not None  # masks are for transformers, which have them
         x, patches = rows.through(student.projector, pooled, seen.tokens)
         with torch.no_grad():
-            whole = teacher.encode(large)
+            whole = teacher.encode(large, tokens=True)
             assert whole.tokens is not None
             y, targets = rows.through(teacher.projector, whole.pooled, whole.tokens)
         student.note(projection=x.detach()[: len(batch.index)])
