@@ -17,11 +17,12 @@ HUNG_UP = (
 )
 PROCESSES = "no further process or thread may be started here: take fewer --workers, or raise the limit (ulimit -u)"
 GPU_MEMORY = (
-    "the GPU's memory is full: halve --batch-size and set --accumulate 2, or take a smaller --image-size or --backbone"
+    "the GPU's memory is full: --micro-batch 64 takes the same batch through the encoder 64 images at a time; else "
+    "halve --batch-size and set --accumulate 2, or take a smaller --image-size or --backbone"
 )
 HOST_MEMORY = (
-    "memory is full: take fewer --workers, halve --batch-size and set --accumulate 2, or take a smaller --image-size "
-    "or --backbone"
+    "memory is full: take fewer --workers; --micro-batch 64 takes the same batch through the encoder 64 images at a "
+    "time; else halve --batch-size and set --accumulate 2, or take a smaller --image-size or --backbone"
 )
 OTHER_RANK = "another rank has ended, and this one with it; what that one printed says why"
 

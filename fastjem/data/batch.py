@@ -91,7 +91,7 @@ class LateView(Tensor):
         dtype: of the finished view.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are tensors, and no views that are late
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # results are tensors, and no views that are late
     crops: Tensor
     table: Tensor
     finished: Callable[[Tensor, Tensor], Tensor]

@@ -100,11 +100,12 @@ class DINOv3(DINOv2):
         whole: Features,
     ) -> dict[str, Tensor]:
         losses = super().losses(student, teacher, batch, step, seen, small, whole)
-        if self.given is None:
+        gram_teacher = self.given
+        if gram_teacher is None:
             return losses
         assert seen.tokens is not None
         large = batch.views[: self.views.large]
-        given = student.constant(lambda images: self.given(images, self.mean, self.std), large)
+        given = student.constant(lambda images: gram_teacher(images, self.mean, self.std), large)
         if given.tokens is None:
             raise ValueError("dinov3: the Gram teacher must be a vision transformer, as patches are compared")
         anchor = _on_grid(given.tokens, rows_and_columns(given), rows_and_columns(seen))
