@@ -272,8 +272,10 @@ class Own(Method):
         return terms
 
 
-@pytest.mark.parametrize("momentum_encoder", [False, True])
-@pytest.mark.parametrize("part", ["tokens", "layers", "twice", "sizes", "all"])
+@pytest.mark.parametrize(
+    ("part", "momentum_encoder"),
+    [("tokens", False), ("layers", False), ("twice", False), ("sizes", False), ("all", True)],
+)
 def test_a_method_of_ones_own_may_take_all_that_the_encoder_gives(part: str, momentum_encoder: bool) -> None:
     torch.manual_seed(0)
     encoder = encoders.wrap(vit(drop_path_rate=0.3))
