@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjem import equal_batches
 from fastjem.kernels.arithmetic import widest
 
 
@@ -59,6 +60,8 @@ def gradient_factor(group: dist.ProcessGroup | None) -> int:
 def stack_of_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[W, ...]: `x` of every rank, of one shape everywhere."""
     x = x.detach().contiguous()
+    if equal_batches.in_graph():
+        return equal_batches.all_gather(x, group)
     parts = [torch.empty_like(x) for _ in range(world_size(group))]
     dist.all_gather(parts, x, group=group)
     return torch.stack(parts)
@@ -90,8 +93,10 @@ class Agreement:
         self.who = who
         self.may_be_nothing = may_be_nothing
         self._facts: list[object] = []
-        self._knows_sizes = group is None or not torch.compiler.is_compiling()
-        self.group = group if self._knows_sizes else None
+        self._device = None
+        self._equal = group if equal_batches.in_graph() else None
+        self._knows_sizes = group is None or not torch.compiler.is_compiling() or self._equal is not None
+        self.group = group if self._knows_sizes and self._equal is None else None
         if self._knows_sizes:
             self.sizes = [1]
         if group is not None and torch._C._are_functorch_transforms_active():
@@ -103,7 +108,8 @@ class Agreement:
     def rows_of(self, x: Tensor, dim: int = 0) -> None:
         """`x` may differ between ranks in its length along `dim`, which is its number of rows, and in nothing else."""
         if self._knows_sizes:
-            self.sizes = [x.shape[dim]]
+            self.sizes = [x.shape[dim]] * (1 if self._equal is None else world_size(self._equal))
+            self._device = x.device
         if self.group is not None:
             shape: list[object] = [*x.shape]
             shape[dim] = "*"
@@ -125,6 +131,8 @@ class Agreement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> Literal[False]:
+        if self._equal is not None and error is None and self._device is not None:
+            equal_batches.check_rows(self.who, self.sizes[0], self._equal, self._device)
         if self.group is None or (error is not None and not isinstance(error, Exception)):
             return False
         facts = " ".join(map(str, [f"{self.who}:", *self._facts]))
@@ -167,6 +175,9 @@ def _numbers_of_ranks(numbers: list[int], group: dist.ProcessGroup) -> list[list
 def gather_rows(x: Tensor, group: dist.ProcessGroup, sizes: list[int], dim: int = 0) -> tuple[Tensor, int]:
     """All ranks' `x` concatenated along `dim`, and where this rank's part begins. sizes: see `Agreement`."""
     x = x.detach().movedim(dim, 0).contiguous()
+    if equal_batches.in_graph():
+        everything = equal_batches.all_gather(x, group).flatten(0, 1)
+        return everything.movedim(0, dim), dist.get_rank(group) * len(x)
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
@@ -187,6 +198,15 @@ def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.P
         group: every rank of it must exhaust the iterator.
     """
     me = dist.get_rank(group)
+    if equal_batches.in_graph():
+        if len(sizes) > 1:
+            others = []
+            for x in tensors:
+                x = x.detach().movedim(dim, 0).contiguous()
+                everything = equal_batches.all_gather(x, group)
+                others.append(torch.cat([everything[:me], everything[me + 1 :]]).flatten(0, 1).movedim(0, dim))
+            yield others
+        return
     senders = [rank for rank, size in enumerate(sizes) if size]
     mine = [x.detach().movedim(dim, 0).contiguous() for x in tensors]
 
@@ -220,6 +240,8 @@ def numbers_of_other_ranks(sizes: list[int], group: dist.ProcessGroup) -> list[i
 
 def from_first_rank(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The first rank's `x`, written into this rank's."""
+    if equal_batches.in_graph() and group is not None:
+        return equal_batches.all_gather(x, group)[0]
     if group is not None:
         dist.broadcast(x, group_src=0, group=group)
     return x
@@ -229,6 +251,8 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum, without a gradient; see `sum_of_ranks`."""
     if group is None:
         return x
+    if equal_batches.in_graph():
+        return equal_batches.all_reduce(x, group)
     x = x.detach().clone()
     dist.all_reduce(x, group=group)
     return x

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjem import equal_batches
 from fastjem.functional import checks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.ops import LIBRARY
@@ -55,7 +56,7 @@ def over_ranks(
 
         @functools.wraps(function)
         def call(*args: P.args, **options: P.kwargs) -> R:
-            if options.get("group") is None or not torch.compiler.is_compiling():
+            if options.get("group") is None or not torch.compiler.is_compiling() or equal_batches.in_graph():
                 return function(*args, **options)
             if options.get("reduction") == "none":
                 checks.fail(name, "under torch.compile, with a group, reduction must be mean or sum", "'none'")
