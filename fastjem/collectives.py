@@ -16,6 +16,9 @@ one rank's data decides, an error or an early return, may stand before a collect
 checks what it was given inside an `Agreement`, whose one exchange tells all ranks of every rank's shapes and errors;
 what is wrong on one rank is an error on all of them. A rank may have no rows: it takes part with nothing.
 
+**In a graph of torch.compile**, and where `equal_batches` promises that all ranks have as many rows, each function here
+makes an operator of the graph instead, and nothing is agreed on: see `fastjem.in_graph`.
+
 A `group` of None is this rank alone.
 """
 
@@ -28,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem import equal_batches
+from fastjem import in_graph
 from fastjem.kernels.arithmetic import widest
 
 
@@ -59,9 +62,9 @@ def gradient_factor(group: dist.ProcessGroup | None) -> int:
 
 def stack_of_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[W, ...]: `x` of every rank, of one shape everywhere."""
+    if in_graph.active():
+        return in_graph.all_gather(x, group)
     x = x.detach().contiguous()
-    if equal_batches.in_graph():
-        return equal_batches.all_gather(x, group)
     parts = [torch.empty_like(x) for _ in range(world_size(group))]
     dist.all_gather(parts, x, group=group)
     return torch.stack(parts)
@@ -78,7 +81,8 @@ class Agreement:
     The exchange is the one synchronisation of a distributed loss, and none where the group has a backend for the host
     ("cpu:gloo,cuda:nccl"). Without a group nothing happens, and `sizes` are this rank's rows alone.
 
-    A graph of torch.compile can't hold what goes through the host: there nothing is exchanged, and `sizes` don't exist.
+    A graph of torch.compile can't hold what goes through the host: there nothing is exchanged, and `sizes` don't exist,
+    unless `in_graph.equal_batches` says that they are all one.
 
     Args:
         who: the function or class that the user called.
@@ -93,10 +97,10 @@ class Agreement:
         self.who = who
         self.may_be_nothing = may_be_nothing
         self._facts: list[object] = []
-        self._device = None
-        self._equal = group if equal_batches.in_graph() else None
-        self._knows_sizes = group is None or not torch.compiler.is_compiling() or self._equal is not None
-        self.group = group if self._knows_sizes and self._equal is None else None
+        self._knows_sizes = group is None or not torch.compiler.is_compiling() or in_graph.active()
+        self._equal = group if in_graph.active() else None  # the group whose ranks have as many rows as this one
+        self._rows: tuple[Tensor, int] | None = None
+        self.group = group if not torch.compiler.is_compiling() else None
         if self._knows_sizes:
             self.sizes = [1]
         if group is not None and torch._C._are_functorch_transforms_active():
@@ -108,8 +112,8 @@ class Agreement:
     def rows_of(self, x: Tensor, dim: int = 0) -> None:
         """`x` may differ between ranks in its length along `dim`, which is its number of rows, and in nothing else."""
         if self._knows_sizes:
-            self.sizes = [x.shape[dim]] * (1 if self._equal is None else world_size(self._equal))
-            self._device = x.device
+            self.sizes = [x.shape[dim]] * world_size(self._equal)
+            self._rows = (x, dim)
         if self.group is not None:
             shape: list[object] = [*x.shape]
             shape[dim] = "*"
@@ -131,8 +135,8 @@ class Agreement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> Literal[False]:
-        if self._equal is not None and error is None and self._device is not None:
-            equal_batches.check_rows(self.who, self.sizes[0], self._equal, self._device)
+        if self._equal is not None and self._rows is not None and error is None:
+            in_graph.assert_equal_rows(self.who, *self._rows, self._equal)
         if self.group is None or (error is not None and not isinstance(error, Exception)):
             return False
         facts = " ".join(map(str, [f"{self.who}:", *self._facts]))
@@ -175,9 +179,9 @@ def _numbers_of_ranks(numbers: list[int], group: dist.ProcessGroup) -> list[list
 def gather_rows(x: Tensor, group: dist.ProcessGroup, sizes: list[int], dim: int = 0) -> tuple[Tensor, int]:
     """All ranks' `x` concatenated along `dim`, and where this rank's part begins. sizes: see `Agreement`."""
     x = x.detach().movedim(dim, 0).contiguous()
-    if equal_batches.in_graph():
-        everything = equal_batches.all_gather(x, group).flatten(0, 1)
-        return everything.movedim(0, dim), dist.get_rank(group) * len(x)
+    if in_graph.active():
+        everything = in_graph.all_gather(x, group).flatten(0, 1)
+        return everything.movedim(0, dim), len(x) * dist.get_rank(group)
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
@@ -196,16 +200,13 @@ def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.P
         dim: where the rows are.
         sizes: each rank's number of rows, see `Agreement`.
         group: every rank of it must exhaust the iterator.
+
+    In a graph all other ranks come at once, as one.
     """
     me = dist.get_rank(group)
-    if equal_batches.in_graph():
+    if in_graph.active():
         if len(sizes) > 1:
-            others = []
-            for x in tensors:
-                x = x.detach().movedim(dim, 0).contiguous()
-                everything = equal_batches.all_gather(x, group)
-                others.append(torch.cat([everything[:me], everything[me + 1 :]]).flatten(0, 1).movedim(0, dim))
-            yield others
+            yield in_graph.all_other_ranks(tensors, dim, group)
         return
     senders = [rank for rank, size in enumerate(sizes) if size]
     mine = [x.detach().movedim(dim, 0).contiguous() for x in tensors]
@@ -226,24 +227,28 @@ def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.P
             yield [x.movedim(0, dim) for x in current]
 
 
-def columns_of_rank(x: Tensor, sizes: list[int], rank: int) -> Tensor:
-    """Of x [n, all ranks' rows] what stands for a rank's rows."""
-    first = sum(sizes[:rank])
-    return x[:, first : first + sizes[rank]]
+def columns_of_ranks(x: Tensor, sizes: list[int], ranks: list[int]) -> Tensor:
+    """Of x [n, all ranks' rows] what stands for some ranks' rows."""
+    by_rank = x.split(sizes, 1)
+    return torch.cat([by_rank[rank] for rank in ranks], 1) if len(ranks) > 1 else by_rank[ranks[0]]
 
 
-def numbers_of_other_ranks(sizes: list[int], group: dist.ProcessGroup) -> list[int]:
-    """The ranks that `other_ranks` goes through, in its order."""
+def ranks_in_turn(sizes: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+    """The ranks that `other_ranks` brings, in its order: one at a time, or in a graph all at once."""
     me = dist.get_rank(group)
-    return [rank for rank, size in enumerate(sizes) if size and rank != me]
+    ranks = [rank for rank in range(len(sizes)) if rank != me]
+    if in_graph.active():
+        return [ranks] if ranks else []
+    return [[rank] for rank in ranks if sizes[rank]]
 
 
 def from_first_rank(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The first rank's `x`, written into this rank's."""
-    if equal_batches.in_graph() and group is not None:
-        return equal_batches.all_gather(x, group)[0]
-    if group is not None:
-        dist.broadcast(x, group_src=0, group=group)
+    """The first rank's `x`, written into this rank's (in a graph into another)."""
+    if group is None:
+        return x
+    if in_graph.active():
+        return in_graph.from_first_rank(x, group)
+    dist.broadcast(x, group_src=0, group=group)
     return x
 
 
@@ -251,8 +256,8 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum, without a gradient; see `sum_of_ranks`."""
     if group is None:
         return x
-    if equal_batches.in_graph():
-        return equal_batches.all_reduce(x, group)
+    if in_graph.active():
+        return in_graph.all_reduce(x, group)
     x = x.detach().clone()
     dist.all_reduce(x, group=group)
     return x
@@ -342,8 +347,29 @@ class _OwnRowsOfGlobalBatch(torch.autograd.Function):
         return None, None, None, *(None if g is None else g * upstream for g in ctx.saved_tensors)
 
 
+class _AmongAllRows(torch.autograd.Function):
+    """All ranks' rows, of which this rank's have a gradient, times W."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, everything: Tensor, begin: int, factor: int) -> Tensor:
+        ctx.place = (begin, begin + len(rows), factor)
+        return everything.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        begin, end, factor = ctx.place
+        return upstream[begin:end] * factor, None, None, None
+
+
 def of_global_batch(
     loss_of: Callable[..., Tensor], group: dist.ProcessGroup | None, sizes: list[int], *inputs: Tensor
 ) -> Tensor:
     """`loss_of(*inputs)`, or, with a group, `loss_of` all ranks' rows: for losses that every rank can compute whole."""
-    return loss_of(*inputs) if group is None else _OwnRowsOfGlobalBatch.apply(loss_of, group, sizes, *inputs)
+    if group is None:
+        return loss_of(*inputs)
+    if in_graph.active():  # which has no place for a backward within a forward
+        gathered = [gather_rows(x, group, sizes) for x in inputs]
+        factor = gradient_factor(group)
+        everything = [_AmongAllRows.apply(x, rows, begin, factor) for x, (rows, begin) in zip(inputs, gathered, strict=True)]
+        return loss_of(*everything)
+    return _OwnRowsOfGlobalBatch.apply(loss_of, group, sizes, *inputs)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjem import in_graph
 from fastjem.collectives import Agreement, global_loss, sum_over_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
@@ -160,7 +161,7 @@ def is_of_rows(op: str, name: str, temperature: object, group: dist.ProcessGroup
     """
     if not isinstance(temperature, Tensor) or not temperature.dim():
         return False
-    if group is None:
+    if group is None or in_graph.active():
         return temperature.numel() != 1
     with Agreement(op, group) as ranks:
         ranks.alike(f"{name} of {temperature.dim()} dimensions")

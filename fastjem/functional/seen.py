@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import columns_of_rank, numbers_of_other_ranks, other_ranks
+from fastjem.collectives import columns_of_ranks, other_ranks, ranks_in_turn
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import transforms
 from fastjem.ops.autograd import distinct, ops, refuse_second_order
@@ -167,13 +167,13 @@ class _Ring:
         self.columns = self.rows if b is None else Side(b, b_ids, b_limit)
         self.of_columns = exclude is not None and exclude.dim() == 1
         self.exclude = exclude[None] if exclude is not None and self.of_columns else exclude
-        self.me = 0 if view.group is None else dist.get_rank(view.group)
+        self.me = [0 if view.group is None else dist.get_rank(view.group)]
 
-    def part(self, mask: Tensor | None, rank: int) -> Tensor | None:
-        """Of a mask [n, all ranks' images] what is of a rank's images."""
+    def part(self, mask: Tensor | None, ranks: list[int]) -> Tensor | None:
+        """Of a mask [n, all ranks' images] what is of some ranks' images."""
         if mask is None or self.of_columns or self.view.group is None:
             return mask
-        return columns_of_rank(mask, self.view.sizes, rank)
+        return columns_of_ranks(mask, self.view.sizes, ranks)
 
     def own_image(self) -> list[int]:
         if self.view.own_image is None:
@@ -191,9 +191,9 @@ class _Ring:
             mask = self.exclude.T[None] if self.of_columns else self.exclude[None]
         travelling = [*sides, mask, *vectors]
         dense = [x for x in travelling if x is not None]
-        ranks = numbers_of_other_ranks(view.sizes, view.group)
+        turns = ranks_in_turn(view.sizes, view.group)
         # A rank without rows is given nothing, and walks on to the end.
-        for received, rank in zip(other_ranks(dense, 1, view.sizes, view.group), ranks, strict=False):
+        for received, ranks in zip(other_ranks(dense, 1, view.sizes, view.group), turns, strict=False):
             left = iter(received)
             rebuilt: list[Any] = [None if x is None else next(left) for x in travelling]
             rows = Side(*rebuilt[:3])
@@ -203,7 +203,7 @@ class _Ring:
                 seen = their_mask[0].T
                 back = self.exclude
             else:
-                seen = self.part(self.exclude, rank)
+                seen = self.part(self.exclude, ranks)
                 back = None if their_mask is None else self.part(their_mask[0], self.me)
             turned = None if back is None else back.T
             yield _Other(rows, columns, seen, turned, rebuilt[len(sides) + 1 :])
