@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fastjem import in_graph
 from fastjem.kernels.arithmetic import widest
+from fastjem.turns import Turns
 
 
 def check_distributed(who: str, gather_distributed: bool, option: str = "gather_distributed") -> None:
@@ -192,8 +193,16 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup, sizes: list[int], dim: int 
 def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.ProcessGroup) -> Iterator[list[Tensor]]:
     """The same tensors of each other rank, one rank at a time, in the order of ranks.
 
-    Each rank's tensors are broadcast in turn, the next rank's while the current ones are used: two ranks' rows are in
-    memory, never all. Ranks without rows send nothing; and as they have nothing to compare, nothing is yielded to them.
+    Each rank's tensors are broadcast in turn. The first are on their way when this returns, and the next ones before
+    the current ones are given: what is computed in between, of this rank's own rows and of the current ones, hides the
+    transfer. Two other ranks' rows are in memory, never all. Ranks without rows send nothing; and as they have nothing
+    to compare, nothing is yielded to them.
+
+    Broadcasts in turn and a ring in which each rank hands on what it has got bring the same (W - 1) blocks to each
+    rank, through as many bytes of every link if a broadcast goes along a chain, as NCCL's do. A chain's W hops of
+    latency are paid for each block, the ring's once. We broadcast all the same: all ranks name their collectives in one
+    order, so that none can wait for another's; a rank without rows costs nobody a turn, where in a ring it would hand
+    on every block; and each rank gets blocks in the order of ranks, so that sums over them round alike on all.
 
     Args:
         tensors: of this rank; on another rank they may differ in length along `dim`.
@@ -203,28 +212,11 @@ def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.P
 
     In a graph all other ranks come at once, as one.
     """
-    me = dist.get_rank(group)
     if in_graph.active():
-        if len(sizes) > 1:
-            yield in_graph.all_other_ranks(tensors, dim, group)
-        return
-    senders = [rank for rank, size in enumerate(sizes) if size]
-    mine = [x.detach().movedim(dim, 0).contiguous() for x in tensors]
-
-    def start(rank: int) -> tuple[list[Tensor], list]:
-        received = mine if rank == me else [x.new_empty(sizes[rank], *x.shape[1:]) for x in mine]
-        source = dist.get_global_rank(group, rank)
-        return received, [dist.broadcast(x, source, group=group, async_op=True) for x in received]
-
-    following = start(senders[0])
-    for rank, next_rank in zip(senders, [*senders[1:], None], strict=True):
-        current, works = following
-        if next_rank is not None:
-            following = start(next_rank)
-        for work in works:
-            work.wait()
-        if rank != me and sizes[me]:
-            yield [x.movedim(0, dim) for x in current]
+        return iter([in_graph.all_other_ranks(tensors, dim, group)] if len(sizes) > 1 else [])
+    turns = Turns([x.detach().movedim(dim, 0) for x in tensors], sizes, group)
+    turns.start_next()
+    return turns.in_order(dim)
 
 
 def columns_of_ranks(x: Tensor, sizes: list[int], ranks: list[int]) -> Tensor:

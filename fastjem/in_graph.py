@@ -54,20 +54,19 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[W, ...]: `x` of every rank."""
     from torch.distributed import _functional_collectives as functional
 
-    gathered = functional.all_gather_tensor(x.detach().contiguous()[None], 0, group)
-    return functional.wait_tensor(gathered)
+    return functional.all_gather_tensor(x.detach().contiguous()[None], 0, group)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, kind: str = "sum") -> Tensor:
     from torch.distributed import _functional_collectives as functional
 
-    return functional.wait_tensor(functional.all_reduce(x.detach().contiguous(), kind, group))
+    return functional.all_reduce(x.detach().contiguous(), kind, group)
 
 
 def from_first_rank(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     from torch.distributed import _functional_collectives as functional
 
-    return functional.wait_tensor(functional.broadcast(x.detach().contiguous(), 0, group))
+    return functional.broadcast(x.detach().contiguous(), 0, group)
 
 
 def all_other_ranks(tensors: list[Tensor], dim: int, group: dist.ProcessGroup) -> list[Tensor]:

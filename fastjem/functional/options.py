@@ -45,7 +45,7 @@ class Options(NamedTuple):
             or is_given(self.hardness)
         )
 
-    def facts(self) -> list[str]:
+    def facts(self) -> list[object]:
         """What ranks have to have alike, as it decides what they send one another."""
         margin = "without" if self.false_negative_margin is None else "with"
         exclude = "no exclude" if self.exclude is None else f"exclude of {self.exclude.dim()} dimensions"
@@ -53,7 +53,7 @@ class Options(NamedTuple):
         totals = "with" if self.needs_totals() else "without"
         return [
             f"reduction={self.reduction}", ids, exclude, f"{margin} false_negative_margin",
-            f"{totals} label_smoothing, prior or hardness", f"hardness={self.hardness}",
+            f"{totals} label_smoothing, prior or hardness", "hardness", self.hardness,
         ]  # fmt: skip
 
     def needs_totals(self) -> bool:
