@@ -255,6 +255,33 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return x
 
 
+FEW_RANKS = 4  # up to which all ranks' numbers are no more bytes than two sums of them
+
+
+def logsumexp_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The log of the sum over ranks of `exp(x)`, element by element.
+
+    Of a few ranks all numbers are gathered, W - 1 times their bytes; otherwise their maximum is, then the sum of what
+    is left, 4 (W - 1) / W times: 65,536 prototypes of 512 ranks are 134 MB and 1 MB.
+    """
+    if group is None:
+        return x
+    if world_size(group) <= FEW_RANKS:
+        return stack_of_ranks(x, group).logsumexp(0)
+    largest = max_over_ranks(x, group)
+    shift = torch.where(largest.isfinite(), largest, 0)
+    return sum_over_ranks((x - shift).exp(), group).log() + shift
+
+
+def max_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Without a gradient; what a NaN gives isn't said."""
+    if in_graph.active():
+        return in_graph.all_reduce(x, group, "max")
+    x = x.detach().clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+    return x
+
+
 def mean_of_ranks(mean: Tensor, rows: float | Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The mean over the rows of all ranks, from each rank's mean over so many of its own: one collective."""
     if group is None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import sum_over_ranks
+from fastjem.collectives import sum_and_count_of_ranks, sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest, widest_dtype
 from fastjem.ops import LIBRARY
@@ -49,11 +49,17 @@ def _squared_norm(x: Tensor) -> Tensor:
     return torch.stack([widest(rows).square().sum() for rows in x.split(64)]).sum()
 
 
-def _centred(views: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
-    """[2, N_r, D] less the mean over all ranks' rows, in two parts: it may be far larger than what is left."""
-    mean = sum_over_ranks(views.sum(1, keepdim=True, dtype=widest_dtype(views.device)), group) / n
+def _centred(
+    views: Tensor, n: int, group: dist.ProcessGroup, number: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """[2, N_r, D] less the mean over all ranks' rows, in two parts: it may be far larger than what is left.
+
+    And the sum over ranks of a number, for which there is room in the same collective.
+    """
+    sums, total = sum_and_count_of_ranks(views.sum(1, keepdim=True, dtype=widest_dtype(views.device)), number, group)
+    mean = sums / n
     high = mean.to(views.dtype)
-    return (views - high).sub_((mean - high).to(views.dtype))
+    return (views - high).sub_((mean - high).to(views.dtype)), total
 
 
 def _column_squares(centred: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -65,7 +71,7 @@ def barlow_twins(
     z0: Tensor, z1: Tensor, lambda_param: float, statistics: int, n: int, group: dist.ProcessGroup
 ) -> Result:
     """As the operator, of the n rows of all ranks."""
-    views = _centred(_wide(z0, z1), n, group)
+    views, _ = _centred(_wide(z0, z1), n, group)
     std = (_column_squares(views, group) / n + 1e-5).sqrt()  # [2, D]
     views /= std[:, None]
     cross = sum_over_ranks(ops.float32_product(views[0].T, views[1]), group)
@@ -99,8 +105,8 @@ def vicreg(
     wide = _wide(z0, z1)
     difference = wide[0] - wide[1]
     wide_dtype = widest_dtype(wide.device)
-    distance = sum_over_ranks(difference.square().sum(1).sum(dtype=wide_dtype), group)
-    views = _centred(wide, n, group)
+    own_distance = difference.square().sum(1).sum(dtype=wide_dtype)
+    views, distance = _centred(wide, n, group, own_distance)
     std = (_column_squares(views, group) / (n - 1) + eps).sqrt()  # [2, D]
     squares = sum_over_ranks(ops.float32_product(views.mT, views), group)  # [2, D, D]
     diagonal = squares.diagonal(dim1=1, dim2=2).to(wide_dtype, copy=True)
