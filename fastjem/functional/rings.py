@@ -171,9 +171,10 @@ def _clip_of_all_rows(
     """Positives, and the log-sum-exps of x's rows over all ranks' y and of y's over all ranks' x, [N] each."""
     ring = None if group is None else other_ranks([x, y], 0, sizes, group)
     positives, x_lse, y_lse = ops.clip_loss(x, y, scale, 0) if x.shape[0] else _nothing(3, x.shape[:1], x)
-    for xs, ys in ring or ():
-        x_lse = torch.logaddexp(x_lse, ops.clip_loss(x, ys, scale, -x.shape[0])[1])
-        y_lse = torch.logaddexp(y_lse, ops.clip_loss(xs, y, scale, -xs.shape[0])[2])
+    if ring is not None:
+        for xs, ys in ring:
+            x_lse = torch.logaddexp(x_lse, ops.clip_loss(x, ys, scale, -x.shape[0])[1])
+            y_lse = torch.logaddexp(y_lse, ops.clip_loss(xs, y, scale, -xs.shape[0])[2])
     return positives, x_lse, y_lse
 
 
