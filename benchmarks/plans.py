@@ -6,6 +6,7 @@ models; memory of shards, bytes sent and time follow from them and from the assu
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 PEAK = 989e12  # FLOP/s: NVIDIA's figure for an H100 SXM, bfloat16, dense
 SHARE = 0.4  # of the peak, an assumption: what well-kept transformers are trained at
@@ -92,7 +93,7 @@ class Recipe:
 
     def head_parameters(self, vit: ViT) -> int:
         widths = (vit.width, *self.head)
-        return sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+        return sum(a * b for a, b in pairwise(widths))
 
     def parameters(self, vit: ViT) -> int:
         return vit.parameters() + self.head_parameters(vit)

@@ -36,18 +36,14 @@ def of(expression: str, sizes: dict[str, int]) -> int:
     return eval(expression.replace("²", "**2"), {}, sizes)
 
 
-NT_XENT = {"gathered": "2*N*D*e", "gathered_backward": "2*N*(D*e + w)", "calls": "W + 1", "calls_backward": "W"}
-
 LOSSES = (
-    Loss("nt_xent, dcl", summed="w", **NT_XENT),
-    Loss(
-        "nt_xent with ids", "2*N*(4*D + 8)", "2*w", "2*N*(4*D + 8 + 2*w)", calls="W + 2", calls_backward="W"
-    ),
+    Loss("nt_xent, dcl", "2*N*D*e", "w", "2*N*(D*e + w)", "W + 1", "W"),
+    Loss("nt_xent with ids", "2*N*(4*D + 8)", "2*w", "2*N*(4*D + 8 + 2*w)", calls="W + 2", calls_backward="W"),
     Loss("dclw", "2*N*D*e + 4*N", "w", "2*N*(D*e + w)", calls="W + 2", calls_backward="W"),
-    Loss("nnclr", "4*N*D*e", "2*w", "4*N*(D*e + w)", "2*W + 2", "2*W", exchanges=2),
+    Loss("nnclr", "4*N*D*e", "2*w", "4*N*(D*e + w)", "2*W + 2", "2*W", exchanges=3),
     Loss("supcon", "2*N*D*e + N*(D*w + w + 8)", "2*w", "2*N*(D*e + w)", "2*W + 2", "W"),
     Loss("detcon", "6*N*R*(4*D + 8)", "2*w", "6*N*R*(4*D + 8) + 4*N*R*w", "2*W + 2", "2*W"),
-    Loss("clip_loss", summed="w", **NT_XENT),
+    Loss("clip_loss", "2*N*D*e", "w", "2*N*(D*e + w)", "W + 1", "W"),
     Loss("clip_loss, local, no gradient of others", "4*N*D*e", calls="2*W"),
     Loss("siglip_loss", "2*N*D*e", "w", calls="W + 1"),
     Loss("siglip_loss with ids", "N*(D*e + 8)", "2*w", "N*(2*D*e + 8 + w)", "W + 2", "W"),

@@ -389,6 +389,6 @@ def of_global_batch(
     if in_graph.active():  # which has no place for a backward within a forward
         gathered = [gather_rows(x, group, sizes) for x in inputs]
         factor = gradient_factor(group)
-        everything = [_AmongAllRows.apply(x, rows, begin, factor) for x, (rows, begin) in zip(inputs, gathered, strict=True)]
-        return loss_of(*everything)
+        of_ranks = zip(inputs, gathered, strict=True)
+        return loss_of(*(_AmongAllRows.apply(x, rows, begin, factor) for x, (rows, begin) in of_ranks))
     return _OwnRowsOfGlobalBatch.apply(loss_of, group, sizes, *inputs)

@@ -17,7 +17,7 @@ class Turns:
         self.group = group
         self.me = dist.get_rank(group)
         self.senders = iter([rank for rank, size in enumerate(sizes) if size])
-        self.coming: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        self.coming: list[tuple[list[Tensor], dist.Work]] = []
         self.sent: dist.Work | None = None
 
     def start_next(self) -> None:
@@ -30,12 +30,13 @@ class Turns:
             shapes = [(self.sizes[rank], *x.shape[1:]) for x in self.mine]
             memory = self.mine[0].new_empty(_bytes_of(shapes, self.mine), dtype=torch.uint8)
             work = dist.broadcast(memory, source, group=self.group, async_op=True)
-            self.coming.append((_unpacked(memory, shapes, self.mine), memory, work))
+            assert work is not None  # this rank is in the group: its `Agreement` has seen to it
+            self.coming.append((_unpacked(memory, shapes, self.mine), work))
             return
 
     def in_order(self, dim: int) -> Iterator[list[Tensor]]:
         while self.coming:
-            current, _, work = self.coming.pop()
+            current, work = self.coming.pop()
             self.start_next()
             work.wait()
             if self.sizes[self.me]:

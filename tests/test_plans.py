@@ -1,4 +1,4 @@
-"""The formulas of benchmarks/plans.py against timm's models: parameters, what autograd keeps, products; and the page."""
+"""The formulas of benchmarks/plans.py against timm's models: parameters, what autograd keeps, products; the page."""
 
 import importlib
 from pathlib import Path
@@ -32,12 +32,12 @@ def model_of(name: str) -> torch.nn.Module:
         return timm.create_model(MODELS[name], num_classes=0, img_size=224)
 
 
-def without_numbers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def without_numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters as the mode of fake tensors makes them, whose sizes alone are real."""
     return {name: torch.nn.Parameter(torch.empty(p.shape)) for name, p in model.named_parameters()}
 
 
-def kept(model: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], batch: int, half: bool) -> int:
+def kept(model: torch.nn.Module, parameters: dict[str, torch.Tensor], batch: int, half: bool) -> int:
     """Bytes of the memory that autograd keeps for backward, each once, without parameters and their copies."""
     images = torch.empty(batch, 3, 224, 224)
     of_parameters = {p.untyped_storage()._cdata for p in parameters.values()}
@@ -70,7 +70,7 @@ def test_what_autograd_keeps(name: str, half: bool, plans) -> None:
     assert found == pytest.approx(batch * vit.kept(224, half), rel=0.05)
     if name == "VIT_S":
         model = timm.create_model(MODELS[name], num_classes=0)
-        assert kept(model, dict(model.named_parameters()), batch, half) == found
+        assert kept(model, {**dict(model.named_parameters())}, batch, half) == found
 
 
 @pytest.mark.parametrize("name", ["VIT_S", "VIT_G"])

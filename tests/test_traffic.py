@@ -30,8 +30,8 @@ def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, requires_grad=True)
 
 
-def views(width: int = SIZES["D"], count: int = 2) -> list[Tensor]:
-    return [rows(SIZES["N"], width) for _ in range(count)]
+def views(width: int = SIZES["D"]) -> tuple[Tensor, Tensor]:
+    return rows(SIZES["N"], width), rows(SIZES["N"], width)
 
 
 def scores(count: int) -> list[Tensor]:
@@ -49,7 +49,8 @@ def ids() -> Tensor:
 def detcon(group: dist.ProcessGroup) -> Tensor:
     n, regions = SIZES["N"], SIZES["R"]
     masks = torch.arange(regions).expand(n, regions)
-    return F.detcon(*(rows(n, regions, SIZES["D"]) for _ in range(4)), masks, masks, group=group)
+    first, second, third, fourth = [rows(n, regions, SIZES["D"]) for _ in range(4)]
+    return F.detcon(first, second, third, fourth, masks, masks, group=group)
 
 
 def codes(group: dist.ProcessGroup) -> Tensor:
@@ -76,7 +77,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup], Tensor]] = {
     "nt_xent, dcl": lambda group: F.nt_xent(*views(), group=group),
     "nt_xent with ids": lambda group: F.nt_xent(*views(), ids=ids(), group=group),
     "dclw": lambda group: F.dclw(*views(), group=group),
-    "nnclr": lambda group: F.nnclr(*views(count=4), torch.randn(20, SIZES["D"]), group=group),
+    "nnclr": lambda group: F.nnclr(*views(), *views(), torch.randn(20, SIZES["D"]), group=group),
     "supcon": lambda group: F.supcon(torch.stack(views()), ids(), group=group),
     "detcon": detcon,
     "clip_loss": lambda group: F.clip_loss(*views(), 10.0, group=group),
@@ -180,7 +181,7 @@ RINGS = (
 
 
 def check_order(rank: int, world: int, group: dist.ProcessGroup) -> None:
-    """A transfer begins before the products with what came before it: S P S P, and the first is of a rank's own rows."""
+    """A transfer begins before the products with what came before it: S P S P; the first are of a rank's own rows."""
     events: list[str] = []
     broadcast = dist.broadcast
 
@@ -240,8 +241,9 @@ def leaves_of(value: Tensor) -> list[Tensor]:
     waiting = [value.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is not None and hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
         waiting += [] if node is None else [function for function, _ in node.next_functions]
     return list(found.values())
 
@@ -274,7 +276,7 @@ def test_what_isnt_counted_is_said():
         with Traffic() as seen:
             dist.all_reduce(torch.ones(3))
             dist.barrier()
-            with pytest.raises(NotImplementedError, match="all_to_all|alltoall"):
+            with pytest.raises(NotImplementedError, match="alltoall"):
                 dist.all_to_all_single(torch.empty(2), torch.ones(2))
         assert [(call.kind, call.bytes, call.ranks, call.sent) for call in seen.collectives] == [("sum", 12, 1, 0)]
     finally:

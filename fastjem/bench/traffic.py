@@ -1,6 +1,7 @@
 """The collectives of a piece of code, counted: how many there are, and what they carry."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,4 +84,5 @@ def _ranks(args: tuple) -> int:
             return dist.ProcessGroup.unbox(x).size()
     from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 
-    return resolve(next(x for x in reversed(args) if isinstance(x, str))).size()
+    name: Any = next(x for x in reversed(args) if isinstance(x, str))
+    return resolve(name).size()

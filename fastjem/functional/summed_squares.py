@@ -49,9 +49,7 @@ def _squared_norm(x: Tensor) -> Tensor:
     return torch.stack([widest(rows).square().sum() for rows in x.split(64)]).sum()
 
 
-def _centred(
-    views: Tensor, n: int, group: dist.ProcessGroup, number: Tensor | float = 0.0
-) -> tuple[Tensor, Tensor]:
+def _centred(views: Tensor, n: int, group: dist.ProcessGroup, number: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """[2, N_r, D] less the mean over all ranks' rows, in two parts: it may be far larger than what is left.
 
     And the sum over ranks of a number, for which there is room in the same collective.
