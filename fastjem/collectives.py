@@ -16,6 +16,9 @@ one rank's data decides, an error or an early return, may stand before a collect
 checks what it was given inside an `Agreement`, whose one exchange tells all ranks of every rank's shapes and errors;
 what is wrong on one rank is an error on all of them. A rank may have no rows: it takes part with nothing.
 
+**In a graph of torch.compile**, and where `equal_batches` promises that all ranks have as many rows, each function here
+makes an operator of the graph instead, and nothing is agreed on: see `fastjem.in_graph`.
+
 A `group` of None is this rank alone.
 """
 
@@ -28,7 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjem import in_graph
 from fastjem.kernels.arithmetic import widest
+from fastjem.turns import Turns
 
 
 def check_distributed(who: str, gather_distributed: bool, option: str = "gather_distributed") -> None:
@@ -58,6 +63,8 @@ def gradient_factor(group: dist.ProcessGroup | None) -> int:
 
 def stack_of_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[W, ...]: `x` of every rank, of one shape everywhere."""
+    if in_graph.active():
+        return in_graph.all_gather(x, group)
     x = x.detach().contiguous()
     parts = [torch.empty_like(x) for _ in range(world_size(group))]
     dist.all_gather(parts, x, group=group)
@@ -75,7 +82,8 @@ class Agreement:
     The exchange is the one synchronisation of a distributed loss, and none where the group has a backend for the host
     ("cpu:gloo,cuda:nccl"). Without a group nothing happens, and `sizes` are this rank's rows alone.
 
-    A graph of torch.compile can't hold what goes through the host: there nothing is exchanged, and `sizes` don't exist.
+    A graph of torch.compile can't hold what goes through the host: there nothing is exchanged, and `sizes` don't exist,
+    unless `in_graph.equal_batches` says that they are all one.
 
     Args:
         who: the function or class that the user called.
@@ -90,8 +98,10 @@ class Agreement:
         self.who = who
         self.may_be_nothing = may_be_nothing
         self._facts: list[object] = []
-        self._knows_sizes = group is None or not torch.compiler.is_compiling()
-        self.group = group if self._knows_sizes else None
+        self._knows_sizes = group is None or not torch.compiler.is_compiling() or in_graph.active()
+        self._equal = group if in_graph.active() else None  # the group whose ranks have as many rows as this one
+        self._rows: tuple[Tensor, int] | None = None
+        self.group = group if not torch.compiler.is_compiling() else None
         if self._knows_sizes:
             self.sizes = [1]
         if group is not None and torch._C._are_functorch_transforms_active():
@@ -103,7 +113,8 @@ class Agreement:
     def rows_of(self, x: Tensor, dim: int = 0) -> None:
         """`x` may differ between ranks in its length along `dim`, which is its number of rows, and in nothing else."""
         if self._knows_sizes:
-            self.sizes = [x.shape[dim]]
+            self.sizes = [x.shape[dim]] * world_size(self._equal)
+            self._rows = (x, dim)
         if self.group is not None:
             shape: list[object] = [*x.shape]
             shape[dim] = "*"
@@ -125,6 +136,8 @@ class Agreement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> Literal[False]:
+        if self._equal is not None and self._rows is not None and error is None:
+            in_graph.assert_equal_rows(self.who, *self._rows, self._equal)
         if self.group is None or (error is not None and not isinstance(error, Exception)):
             return False
         facts = " ".join(map(str, [f"{self.who}:", *self._facts]))
@@ -167,6 +180,9 @@ def _numbers_of_ranks(numbers: list[int], group: dist.ProcessGroup) -> list[list
 def gather_rows(x: Tensor, group: dist.ProcessGroup, sizes: list[int], dim: int = 0) -> tuple[Tensor, int]:
     """All ranks' `x` concatenated along `dim`, and where this rank's part begins. sizes: see `Agreement`."""
     x = x.detach().movedim(dim, 0).contiguous()
+    if in_graph.active():
+        everything = in_graph.all_gather(x, group).flatten(0, 1)
+        return everything.movedim(0, dim), len(x) * dist.get_rank(group)
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
@@ -177,51 +193,54 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup, sizes: list[int], dim: int 
 def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.ProcessGroup) -> Iterator[list[Tensor]]:
     """The same tensors of each other rank, one rank at a time, in the order of ranks.
 
-    Each rank's tensors are broadcast in turn, the next rank's while the current ones are used: two ranks' rows are in
-    memory, never all. Ranks without rows send nothing; and as they have nothing to compare, nothing is yielded to them.
+    Each rank's tensors are broadcast in turn. The first are on their way when this returns, and the next ones before
+    the current ones are given: what is computed in between, of this rank's own rows and of the current ones, hides the
+    transfer. Two other ranks' rows are in memory, never all. Ranks without rows send nothing; and as they have nothing
+    to compare, nothing is yielded to them.
+
+    Broadcasts in turn and a ring in which each rank hands on what it has got bring the same (W - 1) blocks to each
+    rank, through as many bytes of every link if a broadcast goes along a chain, as NCCL's do. A chain's W hops of
+    latency are paid for each block, the ring's once. We broadcast all the same: all ranks name their collectives in one
+    order, so that none can wait for another's; a rank without rows costs nobody a turn, where in a ring it would hand
+    on every block; and each rank gets blocks in the order of ranks, so that sums over them round alike on all.
 
     Args:
         tensors: of this rank; on another rank they may differ in length along `dim`.
         dim: where the rows are.
         sizes: each rank's number of rows, see `Agreement`.
         group: every rank of it must exhaust the iterator.
+
+    In a graph all other ranks come at once, as one.
     """
+    if in_graph.active():
+        return iter([in_graph.all_other_ranks(tensors, dim, group)] if len(sizes) > 1 else [])
+    turns = Turns([x.detach().movedim(dim, 0) for x in tensors], sizes, group)
+    turns.start_next()
+    return turns.in_order(dim)
+
+
+def columns_of_ranks(x: Tensor, sizes: list[int], ranks: list[int]) -> Tensor:
+    """Of x [n, all ranks' rows] what stands for some ranks' rows."""
+    by_rank = x.split(sizes, 1)
+    return torch.cat([by_rank[rank] for rank in ranks], 1) if len(ranks) > 1 else by_rank[ranks[0]]
+
+
+def ranks_in_turn(sizes: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+    """The ranks that `other_ranks` brings, in its order: one at a time, or in a graph all at once."""
     me = dist.get_rank(group)
-    senders = [rank for rank, size in enumerate(sizes) if size]
-    mine = [x.detach().movedim(dim, 0).contiguous() for x in tensors]
-
-    def start(rank: int) -> tuple[list[Tensor], list]:
-        received = mine if rank == me else [x.new_empty(sizes[rank], *x.shape[1:]) for x in mine]
-        source = dist.get_global_rank(group, rank)
-        return received, [dist.broadcast(x, source, group=group, async_op=True) for x in received]
-
-    following = start(senders[0])
-    for rank, next_rank in zip(senders, [*senders[1:], None], strict=True):
-        current, works = following
-        if next_rank is not None:
-            following = start(next_rank)
-        for work in works:
-            work.wait()
-        if rank != me and sizes[me]:
-            yield [x.movedim(0, dim) for x in current]
-
-
-def columns_of_rank(x: Tensor, sizes: list[int], rank: int) -> Tensor:
-    """Of x [n, all ranks' rows] what stands for a rank's rows."""
-    first = sum(sizes[:rank])
-    return x[:, first : first + sizes[rank]]
-
-
-def numbers_of_other_ranks(sizes: list[int], group: dist.ProcessGroup) -> list[int]:
-    """The ranks that `other_ranks` goes through, in its order."""
-    me = dist.get_rank(group)
-    return [rank for rank, size in enumerate(sizes) if size and rank != me]
+    ranks = [rank for rank in range(len(sizes)) if rank != me]
+    if in_graph.active():
+        return [ranks] if ranks else []
+    return [[rank] for rank in ranks if sizes[rank]]
 
 
 def from_first_rank(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The first rank's `x`, written into this rank's."""
-    if group is not None:
-        dist.broadcast(x, group_src=0, group=group)
+    """The first rank's `x`, written into this rank's (in a graph into another)."""
+    if group is None:
+        return x
+    if in_graph.active():
+        return in_graph.from_first_rank(x, group)
+    dist.broadcast(x, group_src=0, group=group)
     return x
 
 
@@ -229,8 +248,37 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum, without a gradient; see `sum_of_ranks`."""
     if group is None:
         return x
+    if in_graph.active():
+        return in_graph.all_reduce(x, group)
     x = x.detach().clone()
     dist.all_reduce(x, group=group)
+    return x
+
+
+FEW_RANKS = 4  # up to which all ranks' numbers are no more bytes than two sums of them
+
+
+def logsumexp_of_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The log of the sum over ranks of `exp(x)`, element by element.
+
+    Of a few ranks all numbers are gathered, W - 1 times their bytes; otherwise their maximum is, then the sum of what
+    is left, 4 (W - 1) / W times: 65,536 prototypes of 512 ranks are 134 MB and 1 MB.
+    """
+    if group is None:
+        return x
+    if world_size(group) <= FEW_RANKS:
+        return stack_of_ranks(x, group).logsumexp(0)
+    largest = max_over_ranks(x, group)
+    shift = torch.where(largest.isfinite(), largest, 0)
+    return sum_over_ranks((x - shift).exp(), group).log() + shift
+
+
+def max_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Without a gradient; what a NaN gives isn't said."""
+    if in_graph.active():
+        return in_graph.all_reduce(x, group, "max")
+    x = x.detach().clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
     return x
 
 
@@ -318,8 +366,29 @@ class _OwnRowsOfGlobalBatch(torch.autograd.Function):
         return None, None, None, *(None if g is None else g * upstream for g in ctx.saved_tensors)
 
 
+class _AmongAllRows(torch.autograd.Function):
+    """All ranks' rows, of which this rank's have a gradient, times W."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, everything: Tensor, begin: int, factor: int) -> Tensor:
+        ctx.place = (begin, begin + len(rows), factor)
+        return everything.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        begin, end, factor = ctx.place
+        return upstream[begin:end] * factor, None, None, None
+
+
 def of_global_batch(
     loss_of: Callable[..., Tensor], group: dist.ProcessGroup | None, sizes: list[int], *inputs: Tensor
 ) -> Tensor:
     """`loss_of(*inputs)`, or, with a group, `loss_of` all ranks' rows: for losses that every rank can compute whole."""
-    return loss_of(*inputs) if group is None else _OwnRowsOfGlobalBatch.apply(loss_of, group, sizes, *inputs)
+    if group is None:
+        return loss_of(*inputs)
+    if in_graph.active():  # which has no place for a backward within a forward
+        gathered = [gather_rows(x, group, sizes) for x in inputs]
+        factor = gradient_factor(group)
+        of_ranks = zip(inputs, gathered, strict=True)
+        return loss_of(*(_AmongAllRows.apply(x, rows, begin, factor) for x, (rows, begin) in of_ranks))
+    return _OwnRowsOfGlobalBatch.apply(loss_of, group, sizes, *inputs)

@@ -72,6 +72,13 @@ def of_features(make: Callable[..., torch.nn.Module]) -> Callable[..., Tensor]:
     return function
 
 
+def detcon(a, b, group, rows):
+    """Of two regions of each image."""
+    first, second = torch.stack([a, b], 1), torch.stack([b, a + b], 1)
+    masks = torch.arange(2).expand(len(first), 2)
+    return F.detcon(first, second, second, first, masks, masks, group=group)
+
+
 def lejepa(a, b, group, rows):
     return F.lejepa(a[None], b[None], drawn(D, 3), group=group)
 
@@ -82,6 +89,11 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "nt_xent of views": lambda a, b, group, rows: F.nt_xent(torch.stack([a, b, a + b]), group=group),
     "dcl": lambda a, b, group, rows: F.dcl(a, b, group=group),
     "dclw": lambda a, b, group, rows: F.dclw(a, b, group=group),
+    "nt_xent with ids": lambda a, b, group, rows: F.nt_xent(a, b, ids=LABELS[rows], group=group),
+    "clip_loss with ids": lambda a, b, group, rows: F.clip_loss(a, b, 2.0, ids=LABELS[rows], group=group),
+    "siglip_loss with ids": lambda a, b, group, rows: F.siglip_loss(a, b, 2.0, -1.0, ids=LABELS[rows], group=group),
+    "nnclr": lambda a, b, group, rows: F.nnclr(a, b, b, a, PROTOTYPES, group=group),
+    "detcon": detcon,
     "supcon": supcon,
     "supcon with options": supcon_with_options,
     "clip_loss": lambda a, b, group, rows: F.clip_loss(a, b, 2.0, group=group),

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 # A layer imports from those before it, from BESIDE (from `config` on), and from LEAVES.
 ORDER = (
     "kernels",
+    "in_graph",
+    "turns",
     "collectives",
     "ops",
     "functional",

@@ -3,6 +3,8 @@
 What ranks say to each other decides shapes, on the host, and no graph could hold it. So under torch.compile a public
 function that is given a group becomes a single operator of the graph: it calls the function, and at once its backward,
 in which ranks have something to say as well; the gradients wait for the upstream gradient.
+
+Batches that are known to be equal leave nothing to say: within `in_graph.equal_batches` the function itself is traced.
 """
 
 import ast
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjem import in_graph
 from fastjem.functional import checks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.ops import LIBRARY
@@ -55,7 +58,7 @@ def over_ranks(
 
         @functools.wraps(function)
         def call(*args: P.args, **options: P.kwargs) -> R:
-            if options.get("group") is None or not torch.compiler.is_compiling():
+            if options.get("group") is None or not torch.compiler.is_compiling() or in_graph.active():
                 return function(*args, **options)
             if options.get("reduction") == "none":
                 checks.fail(name, "under torch.compile, with a group, reduction must be mean or sum", "'none'")

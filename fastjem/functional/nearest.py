@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjem.collectives import Agreement
 from fastjem.functional import checks
 from fastjem.functional.contrastive import nt_xent
 from fastjem.functional.precision import without_autocast
@@ -41,14 +42,16 @@ def nnclr(
     """
     op = "nnclr"
     contract = "z0, z1, p0 and p1 must be [N, D], bank [K, D]"
-    checks.matrices(op, contract, z0, z1, p0, p1)
-    checks.matrices(op, contract, bank)
-    if bank.shape[1] != z0.shape[1]:
-        checks.fail(op, contract, f"{tuple(z0.shape)} and {tuple(bank.shape)}")
-    checks.one_device(op, (z0, bank))
+    with Agreement(op, group) as ranks:
+        checks.matrices(op, contract, z0, z1, p0, p1, may_be_empty=None if group is None else 0)
+        checks.matrices(op, contract, bank)
+        if bank.shape[1] != z0.shape[1]:
+            checks.fail(op, contract, f"{tuple(z0.shape)} and {tuple(bank.shape)}")
+        checks.one_device(op, (z0, bank))
+        ranks.rows_of(z0)
     with without_autocast(z0):
         both = torch.cat(checks.common(z0, z1))
-    rows = bank.detach()[nearest_neighbors(both, bank)]
+    rows = bank.detach()[nearest_neighbors(both, bank)] if both.shape[0] else bank.detach()[:0]
     of_z0, of_z1 = rows.unflatten(0, (2, z0.shape[0])).unbind()
     first = nt_xent(of_z0, p1, temperature=temperature, group=group)
     second = nt_xent(of_z1, p0, temperature=temperature, group=group)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastjem import in_graph
 from fastjem.collectives import Agreement, global_loss, sum_over_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
@@ -44,7 +45,7 @@ class Options(NamedTuple):
             or is_given(self.hardness)
         )
 
-    def facts(self) -> list[str]:
+    def facts(self) -> list[object]:
         """What ranks have to have alike, as it decides what they send one another."""
         margin = "without" if self.false_negative_margin is None else "with"
         exclude = "no exclude" if self.exclude is None else f"exclude of {self.exclude.dim()} dimensions"
@@ -52,7 +53,7 @@ class Options(NamedTuple):
         totals = "with" if self.needs_totals() else "without"
         return [
             f"reduction={self.reduction}", ids, exclude, f"{margin} false_negative_margin",
-            f"{totals} label_smoothing, prior or hardness", f"hardness={self.hardness}",
+            f"{totals} label_smoothing, prior or hardness", "hardness", self.hardness,
         ]  # fmt: skip
 
     def needs_totals(self) -> bool:
@@ -160,7 +161,7 @@ def is_of_rows(op: str, name: str, temperature: object, group: dist.ProcessGroup
     """
     if not isinstance(temperature, Tensor) or not temperature.dim():
         return False
-    if group is None:
+    if group is None or in_graph.active():
         return temperature.numel() != 1
     with Agreement(op, group) as ranks:
         ranks.alike(f"{name} of {temperature.dim()} dimensions")

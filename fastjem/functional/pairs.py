@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import columns_of_rank, numbers_of_other_ranks, other_ranks
+from fastjem.collectives import columns_of_ranks, other_ranks, ranks_in_turn
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import direct, transforms
@@ -33,23 +33,30 @@ class Ranks(NamedTuple):
     sizes: list[int]  # each rank's N
     group: dist.ProcessGroup | None
 
-    def columns_of(self, mask: Tensor | None, rank: int) -> Tensor | None:
-        """The part of a mask [N, all ranks' N] that is of a rank's columns."""
+    def columns_of(self, mask: Tensor | None, ranks: list[int]) -> Tensor | None:
+        """The part of a mask [N, all ranks' N] that is of some ranks' columns."""
         if mask is None or self.group is None:
             return mask
-        return columns_of_rank(mask, self.sizes, rank)
+        return columns_of_ranks(mask, self.sizes, ranks)
 
-    def me(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
+    def me(self) -> list[int]:
+        return [0 if self.group is None else dist.get_rank(self.group)]
 
-    def others(self, *tensors: Tensor | None) -> Iterator[tuple[int, list[Tensor | None]]]:
-        """Each other rank and its tensors, one rank at a time."""
+    def others(self, *tensors: Tensor | None) -> Iterator[tuple[list[int], list[Tensor | None]]]:
+        """Other ranks and their tensors, as `other_ranks` brings them: the first are on their way."""
         if self.group is None:
-            return
-        ranks = iter(numbers_of_other_ranks(self.sizes, self.group))
-        for received in other_ranks([x for x in tensors if x is not None], 0, self.sizes, self.group):
-            rest = iter(received)
-            yield next(ranks), [None if x is None else next(rest) for x in tensors]
+            return iter(())
+        ring = other_ranks([x for x in tensors if x is not None], 0, self.sizes, self.group)
+        return _rebuilt(ring, ranks_in_turn(self.sizes, self.group), tensors)
+
+
+def _rebuilt(
+    ring: Iterator[list[Tensor]], turns: list[list[int]], tensors: tuple[Tensor | None, ...]
+) -> Iterator[tuple[list[int], list[Tensor | None]]]:
+    """With the ranks, and None where a tensor is None here."""
+    for received, ranks in zip(ring, turns, strict=False):  # a rank without rows is given nothing, and walks to the end
+        rest = iter(received)
+        yield ranks, [None if x is None else next(rest) for x in tensors]
 
 
 def _losses(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, ranks: Ranks) -> Tensor:
@@ -58,11 +65,12 @@ def _losses(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, ran
     me = ranks.me()
     ids, positives, exclude, smoothing = pairs
     total = widest(x.new_zeros(rows))
+    others = ranks.others(y, ids)
     if rows:
         own = ranks.columns_of(positives, me), ranks.columns_of(exclude, me)
         total = ops.siglip_pairs(x, y, scale, bias, smoothing, None, ids, ids, *own, 0, [False, False])[0]
-    for rank, (ys, their_ids) in ranks.others(y, ids):
-        theirs = ranks.columns_of(positives, rank), ranks.columns_of(exclude, rank)
+    for turn, (ys, their_ids) in others:
+        theirs = ranks.columns_of(positives, turn), ranks.columns_of(exclude, turn)
         arguments = (smoothing, None, ids, their_ids, *theirs, -rows, [False, False])
         total = total + ops.siglip_pairs(x, ys, scale, bias, *arguments)[0]
     return total
@@ -77,6 +85,7 @@ def _gradients(
     ids, positives, exclude, smoothing = pairs
     of_x, of_y = in_float32(torch.zeros_like(x)), in_float32(torch.zeros_like(y))
     of_scale, of_bias = (widest(torch.zeros_like(scale)) for _ in range(2))
+    others = ranks.others(x, y, ids, positives, exclude, weights)
     if rows:
         own = ranks.columns_of(positives, me), ranks.columns_of(exclude, me)
         arguments = (smoothing, weights, ids, ids, *own, 0, wanted)
@@ -85,9 +94,8 @@ def _gradients(
         of_y = own_y if wanted[1] else of_y
     if ranks.group is not None:
         of_x, of_y = in_float32(of_x), in_float32(of_y)
-    given = (x, y, ids, positives, exclude, weights)
-    for rank, (xs, ys, their_ids, their_positives, their_exclude, their_weights) in ranks.others(*given):
-        theirs = ranks.columns_of(positives, rank), ranks.columns_of(exclude, rank)
+    for turn, (xs, ys, their_ids, their_positives, their_exclude, their_weights) in others:
+        theirs = ranks.columns_of(positives, turn), ranks.columns_of(exclude, turn)
         arguments = (smoothing, weights, ids, their_ids, *theirs, -rows, [wanted[0], False])
         _, (part, _), scale_part, bias_part = ops.siglip_pairs(x, ys, scale, bias, *arguments)
         of_scale = of_scale + scale_part

@@ -2,8 +2,9 @@
 
 **A ring of ranks.** Every row needs the similarities with all ranks' rows, but only their log-sum-exp. So no rank ever
 holds them all: each rank's rows are broadcast in turn, and while the next ones travel, every rank compares its own rows
-with the current ones and adds to its log-sum-exps (`collectives.other_ranks`). Beside its own rows
-a rank holds those of two others, whatever the number of ranks. NT-Xent and CLIP go round a
+with the current ones and adds to its log-sum-exps (`collectives.other_ranks`). The first travel while it compares its
+own rows with each other: so a ring is started before that, and walked after. Beside its own rows a rank holds those of
+two others, whatever the number of ranks. NT-Xent and CLIP go round a
 second time in backward, where the log-sum-exps travel along with the rows.
 
 **No gradient is communicated.** A row's gradient has two parts: from its own log-sum-exp, in which it compares itself
@@ -45,8 +46,9 @@ class _NTXent(torch.autograd.Function):
     ) -> Tensor:
         n = z.shape[1]
         ctx.sizes = sizes
+        ring = other_ranks([z], 1, ctx.sizes, group)
         positives, lse = ops.nt_xent(z, z, 0, *options) if n else _nothing(2, z.shape[:2], z)
-        for (others,) in other_ranks([z], 1, ctx.sizes, group):
+        for (others,) in ring:
             lse = torch.logaddexp(lse, ops.nt_xent(z, others, -n, *options)[1])
         terms = lse - (positives if weights is None else positives * weights)
         if counted is not None:  # a row that doesn't count has no probabilities
@@ -55,19 +57,26 @@ class _NTXent(torch.autograd.Function):
         ctx.save_for_backward(z, lse, weights)
         ctx.options, ctx.group = options, group
         ctx.count = z.shape[0] * sum(ctx.sizes)
-        return (sum_over_ranks(terms.sum(), group) / ctx.count).to(loss_dtype(z))
+        return _as_loss(sum_over_ranks(terms.sum(), group) / ctx.count, z)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order("nt_xent")
         z, lse, weights = ctx.saved_tensors
+        ring = other_ranks([z, lse], 1, ctx.sizes, ctx.group)
         own = ops.nt_xent_backward(z, z, lse, lse, weights, 0, *ctx.options) if z.shape[1] else torch.zeros_like(z)
         gradient = in_float32(own)
-        for others, others_lse in other_ranks([z, lse], 1, ctx.sizes, ctx.group):
+        for others, others_lse in ring:
             gradient += ops.nt_xent_backward(z, others, lse, others_lse, None, -z.shape[1], *ctx.options)
         temperature = ctx.options[0]
         scale = gradient_factor(ctx.group) / (ctx.count * temperature)
         return (gradient * (upstream * scale)).to(z.dtype), None, None, None, None, None
+
+
+def _as_loss(value: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of a loss, and a tensor of its own: what a Function returns twice, torch.compile (torch 2.11) takes
+    for an output that nobody uses, and the gradients are 0. It returns every intermediate value, too."""
+    return value.to(loss_dtype(like), copy=True)
 
 
 def _nothing(count: int, shape: tuple[int, ...], like: Tensor) -> list[Tensor]:
@@ -115,17 +124,15 @@ class _Clip(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, y: Tensor, scale: Tensor, sizes: list[int], group: dist.ProcessGroup | None, local: bool
     ) -> Tensor:
-        positives, x_lse, y_lse = _clip_of_own_rows(x, y, scale)
+        positives, x_lse, y_lse = _clip_of_all_rows(x, y, scale, sizes, group)
         ctx.sizes = sizes
-        if group is not None:
-            x_lse, y_lse = _with_other_ranks(x, y, scale, x_lse, y_lse, ctx.sizes, group)
         total = ((x_lse - positives) + (y_lse - positives)).sum()
         ctx.save_for_backward(x, y, scale, x_lse, y_lse)
         ctx.group = group
         ctx.count = 2 * sum(ctx.sizes)
         if local:
-            return (total / (2 * max(x.shape[0], 1))).to(loss_dtype(x))
-        return (sum_over_ranks(total, group) / ctx.count).to(loss_dtype(x))
+            return _as_loss(total / (2 * max(x.shape[0], 1)), x)
+        return _as_loss(sum_over_ranks(total, group) / ctx.count, x)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -134,11 +141,12 @@ class _Clip(torch.autograd.Function):
         x_wanted, y_wanted, scale_wanted = ctx.needs_input_grad[:3]
         gradients = [torch.zeros_like(x), torch.zeros_like(y)]
         scale_gradient = widest(torch.zeros_like(scale))
+        ring = None if ctx.group is None else other_ranks([x, y, x_lse, y_lse], 0, ctx.sizes, ctx.group)
         if x.shape[0]:
             gradients, scale_gradient = ops.clip_loss_backward(x, y, scale, x_lse, y_lse, 0, [x_wanted, y_wanted])
-        if ctx.group is not None:
+        if ring is not None:
             x_gradient, y_gradient = (in_float32(gradient) for gradient in gradients)
-            for xs, ys, xs_lse, ys_lse in other_ranks([x, y, x_lse, y_lse], 0, ctx.sizes, ctx.group):
+            for xs, ys, xs_lse, ys_lse in ring:
                 (of_x, _), of_scale = ops.clip_loss_backward(
                     x, ys, scale, x_lse, ys_lse, -x.shape[0], [x_wanted, False]
                 )
@@ -157,19 +165,17 @@ class _Clip(torch.autograd.Function):
         return *scaled, (scale_gradient * factor).to(scale.dtype) if scale_wanted else None, None, None, None
 
 
-def _clip_of_own_rows(x: Tensor, y: Tensor, scale: Tensor) -> Sequence[Tensor]:
-    """Positives, and both log-sum-exps over this rank's candidates, [N] each."""
-    return ops.clip_loss(x, y, scale, 0) if x.shape[0] else _nothing(3, x.shape[:1], x)
-
-
-def _with_other_ranks(
-    x: Tensor, y: Tensor, scale: Tensor, x_lse: Tensor, y_lse: Tensor, sizes: list[int], group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """The log-sum-exps [N] of x's rows over all ranks' y, and of y's over all ranks' x, from those of this rank."""
-    for xs, ys in other_ranks([x, y], 0, sizes, group):
-        x_lse = torch.logaddexp(x_lse, ops.clip_loss(x, ys, scale, -x.shape[0])[1])
-        y_lse = torch.logaddexp(y_lse, ops.clip_loss(xs, y, scale, -xs.shape[0])[2])
-    return x_lse, y_lse
+def _clip_of_all_rows(
+    x: Tensor, y: Tensor, scale: Tensor, sizes: list[int], group: dist.ProcessGroup | None
+) -> Sequence[Tensor]:
+    """Positives, and the log-sum-exps of x's rows over all ranks' y and of y's over all ranks' x, [N] each."""
+    ring = None if group is None else other_ranks([x, y], 0, sizes, group)
+    positives, x_lse, y_lse = ops.clip_loss(x, y, scale, 0) if x.shape[0] else _nothing(3, x.shape[:1], x)
+    if ring is not None:
+        for xs, ys in ring:
+            x_lse = torch.logaddexp(x_lse, ops.clip_loss(x, ys, scale, -x.shape[0])[1])
+            y_lse = torch.logaddexp(y_lse, ops.clip_loss(xs, y, scale, -xs.shape[0])[2])
+    return positives, x_lse, y_lse
 
 
 def clip_loss(
@@ -208,8 +214,7 @@ def clip_loss_of_constant_candidates(
     """The mean over this rank's rows of both directions; a candidate gets no gradient, not even one of this rank."""
     wanted = [torch.is_grad_enabled() and z.requires_grad for z in (x, y)]
     rows, columns, factor = (z.detach() for z in (x, y, scale))
-    positives, x_lse, y_lse = _clip_of_own_rows(rows, columns, factor)
-    x_lse, y_lse = _with_other_ranks(rows, columns, factor, x_lse, y_lse, sizes, group)
+    positives, x_lse, y_lse = _clip_of_all_rows(rows, columns, factor, sizes, group)
     per_row = 1 / (2 * max(x.shape[0], 1))
     loss = (((x_lse - positives) + (y_lse - positives)).sum() * per_row).to(loss_dtype(x))
     if not (torch.is_grad_enabled() and any(z.requires_grad for z in (x, y, scale))):
@@ -226,6 +231,7 @@ def clip_loss_of_constant_candidates(
         (_, of_y), y_scale = ops.clip_loss_backward(xs, columns, factor, no_x, y_lse, y_offset, [False, wanted[1]])
         return of_x, of_y, x_scale + y_scale
 
+    ring = other_ranks([rows, columns], 0, sizes, group)
     of_x, of_y, scale_gradient = torch.zeros_like(rows), torch.zeros_like(columns), widest(torch.zeros_like(factor))
     if x.shape[0]:
         of_x, of_y, scale_gradient = gradients_of(rows, columns, own=True)
@@ -233,7 +239,7 @@ def clip_loss_of_constant_candidates(
     x_gradient = in_float32(of_x) + in_float32(columns) if wanted[0] else in_float32(of_x)
     y_gradient = in_float32(of_y) + in_float32(rows) if wanted[1] else in_float32(of_y)
     scale_gradient = scale_gradient + 2 * (widest(rows) * widest(columns)).sum()
-    for xs, ys in other_ranks([rows, columns], 0, sizes, group):
+    for xs, ys in ring:
         of_x, of_y, of_scale = gradients_of(xs, ys, own=False)
         x_gradient = x_gradient + of_x
         y_gradient = y_gradient + of_y
@@ -249,15 +255,16 @@ def siglip_loss(
     """The sum over all pairs of all ranks, over the images. Its gradients come in the forward pass."""
     wanted = [needs_gradient(z) for z in (x, y)]
     rows, columns, *parameters = (z.detach() for z in (x, y, scale, bias))
+    ring = None if group is None else other_ranks([rows, columns], 0, sizes, group)
     if x.shape[0]:
         total, gradients, scale_gradient, bias_gradient = ops.siglip_loss(rows, columns, *parameters, 0, wanted)
     else:
         gradients = [rows, columns]
         total, scale_gradient, bias_gradient = _nothing(3, (), rows)
     count = sum(sizes)
-    if group is not None:
+    if ring is not None:
         x_gradient, y_gradient = (in_float32(gradient) for gradient in gradients)
-        for xs, ys in other_ranks([rows, columns], 0, sizes, group):
+        for xs, ys in ring:
             of_rows = ops.siglip_loss(rows, ys, *parameters, -x.shape[0], [wanted[0], False])
             total = total + of_rows[0]
             x_gradient = x_gradient + of_rows[1][0]

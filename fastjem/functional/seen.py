@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import columns_of_rank, numbers_of_other_ranks, other_ranks
+from fastjem.collectives import columns_of_ranks, other_ranks, ranks_in_turn
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import transforms
 from fastjem.ops.autograd import distinct, ops, refuse_second_order
@@ -167,13 +167,13 @@ class _Ring:
         self.columns = self.rows if b is None else Side(b, b_ids, b_limit)
         self.of_columns = exclude is not None and exclude.dim() == 1
         self.exclude = exclude[None] if exclude is not None and self.of_columns else exclude
-        self.me = 0 if view.group is None else dist.get_rank(view.group)
+        self.me = [0 if view.group is None else dist.get_rank(view.group)]
 
-    def part(self, mask: Tensor | None, rank: int) -> Tensor | None:
-        """Of a mask [n, all ranks' images] what is of a rank's images."""
+    def part(self, mask: Tensor | None, ranks: list[int]) -> Tensor | None:
+        """Of a mask [n, all ranks' images] what is of some ranks' images."""
         if mask is None or self.of_columns or self.view.group is None:
             return mask
-        return columns_of_rank(mask, self.view.sizes, rank)
+        return columns_of_ranks(mask, self.view.sizes, ranks)
 
     def own_image(self) -> list[int]:
         if self.view.own_image is None:
@@ -181,35 +181,45 @@ class _Ring:
         return [self.rows.rows.shape[1], self.view.own_image, self.columns.rows.shape[1]]
 
     def others(self, *vectors: Tensor) -> Iterator[_Other]:
-        """Each other rank's, with those of its tensors that these vectors are here."""
+        """Each other rank's, with those of its tensors that these vectors are here. The first are on their way."""
         view = self.view
         if view.group is None:
-            return
+            return iter(())
         sides = [*self.rows] if self.shared else [*self.rows, *self.columns]
         mask = None
         if self.exclude is not None:  # images first
             mask = self.exclude.T[None] if self.of_columns else self.exclude[None]
         travelling = [*sides, mask, *vectors]
         dense = [x for x in travelling if x is not None]
-        ranks = numbers_of_other_ranks(view.sizes, view.group)
+        ring = other_ranks(dense, 1, view.sizes, view.group)
+        return self._others(ring, ranks_in_turn(view.sizes, view.group), travelling, len(sides))
+
+    def _others(
+        self,
+        ring: Iterator[list[Tensor]],
+        turns: list[list[int]],
+        travelling: list[Tensor | None],  # sides, the mask, vectors: those that are there are in the ring
+        sides: int,  # how many of them are sides
+    ) -> Iterator[_Other]:
         # A rank without rows is given nothing, and walks on to the end.
-        for received, rank in zip(other_ranks(dense, 1, view.sizes, view.group), ranks, strict=False):
+        for received, ranks in zip(ring, turns, strict=False):
             left = iter(received)
             rebuilt: list[Any] = [None if x is None else next(left) for x in travelling]
             rows = Side(*rebuilt[:3])
             columns = rows if self.shared else Side(*rebuilt[3:6])
-            their_mask = rebuilt[len(sides)]
+            their_mask = rebuilt[sides]
             if self.of_columns:
                 seen = their_mask[0].T
                 back = self.exclude
             else:
-                seen = self.part(self.exclude, rank)
+                seen = self.part(self.exclude, ranks)
                 back = None if their_mask is None else self.part(their_mask[0], self.me)
             turned = None if back is None else back.T
-            yield _Other(rows, columns, seen, turned, rebuilt[len(sides) + 1 :])
+            yield _Other(rows, columns, seen, turned, rebuilt[sides + 1 :])
 
     def forward(self) -> tuple[list[Tensor], list[Tensor]]:
         view = self.view
+        others = self.others()
         if self.rows.rows.shape[1] or view.group is None:
             seen = self.part(self.exclude, self.me)
             own = _sums(self.rows, self.columns, self.own_image(), seen, view.columns, view)
@@ -217,7 +227,7 @@ class _Ring:
             own = [widest(self.rows.rows.new_zeros(0)) for _ in range(6)]
         of_rows = own[:3]
         of_columns = own[3:]
-        for other in self.others():
+        for other in others:
             _join(of_rows, _sums(self.rows, other.columns, NOWHERE, other.seen, False, view))
             if view.columns:
                 _join(of_columns, _sums(self.columns, other.rows, NOWHERE, other.back, False, view))
@@ -231,11 +241,12 @@ class _Ring:
 
     def backward(self, of_rows: tuple, of_columns: tuple, wanted: tuple) -> list[Tensor | None]:
         """of_rows, of_columns: log-sum-exps, and the loss's derivatives by them and by totals, or None."""
+        vectors = [x for x in (*of_rows, *of_columns) if x is not None]
+        others = self.others(*vectors)
         gradients: list[Tensor | None] = [torch.zeros_like(self.rows.rows), torch.zeros_like(self.columns.rows)]
         if self.rows.rows.shape[1]:
             gradients = self._own_gradients(of_rows, of_columns, wanted)
-        vectors = [x for x in (*of_rows, *of_columns) if x is not None]
-        for other in self.others(*vectors):
+        for other in others:
             left = iter(other.vectors)
             of_their_rows = tuple(None if x is None else next(left) for x in of_rows)
             of_their_columns = tuple(None if x is None else next(left) for x in of_columns)

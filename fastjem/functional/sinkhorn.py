@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import Agreement, stack_of_ranks
+from fastjem.collectives import Agreement, logsumexp_of_ranks
 from fastjem.functional import checks
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.precision import loss_dtype
@@ -172,9 +172,7 @@ def _unnormalised(
     if normalize_samples_first:
         return logits.softmax(-1)
     total = logits.logsumexp((-2, -1), keepdim=True)
-    if group is not None:
-        total = stack_of_ranks(total, group).logsumexp(0)
-    return rows * (logits - total).exp()
+    return rows * (logits - logsumexp_of_ranks(total, group)).exp()
 
 
 def _checked(
@@ -222,10 +220,10 @@ def _log_sums(
 ) -> Tensor:
     """[K] or [P, K]: each prototype's log-sum-exp over all ranks' samples, normalised (with potentials).
 
-    One collective.
+    One collective, or two of more than a few ranks.
     """
     sums = [ops.sinkhorn_step(x, potentials, epsilon, rows, log_floors) for x in parts if x.shape[-2]]
     if not sums:  # a rank without samples
         sums = [parts[0].new_full(_of_prototypes(parts[0]), -torch.inf, dtype=widest_dtype(parts[0].device))]
     total = sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0)
-    return total if group is None else stack_of_ranks(total, group).logsumexp(0)
+    return logsumexp_of_ranks(total, group)

@@ -4,16 +4,15 @@ Sums of columns and squares are added over ranks; each rank computes the gradien
 the ranks. In plain torch: next to the products, which are the vendor's library's, everything else costs little.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import sum_over_ranks
+from fastjem.collectives import sum_and_count_of_ranks, sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest, widest_dtype
+from fastjem.ops import LIBRARY
+from fastjem.ops.autograd import ops
 
 Result = tuple[Tensor, list[Tensor], float, list[Tensor]]  # loss, unscaled gradients, their scale, statistics
 
@@ -26,16 +25,23 @@ def fewer_bytes(squares: int, n: int, z: Tensor) -> bool:
     return 2 * bytes_of_squares < bytes_of_rows  # a ring's all-reduce sends everything twice
 
 
-@contextlib.contextmanager
-def _float32_products() -> Iterator[None]:
+LIBRARY.define("float32_product(Tensor a, Tensor b) -> Tensor")
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     """No TF32: the off-diagonal is what total and diagonal leave of each other."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
     try:
-        yield
+        return a @ b
     finally:
         matmul.fp32_precision = before
+
+
+# An operator, as a graph can't hold a setting.
+LIBRARY.impl("float32_product", _float32_product, "CompositeExplicitAutograd")
+torch.library.register_fake("fastjem::float32_product", torch.matmul, lib=LIBRARY)
 
 
 def _squared_norm(x: Tensor) -> Tensor:
@@ -43,11 +49,15 @@ def _squared_norm(x: Tensor) -> Tensor:
     return torch.stack([widest(rows).square().sum() for rows in x.split(64)]).sum()
 
 
-def _centred(views: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
-    """[2, N_r, D] less the mean over all ranks' rows, in two parts: it may be far larger than what is left."""
-    mean = sum_over_ranks(views.sum(1, keepdim=True, dtype=widest_dtype(views.device)), group) / n
+def _centred(views: Tensor, n: int, group: dist.ProcessGroup, number: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """[2, N_r, D] less the mean over all ranks' rows, in two parts: it may be far larger than what is left.
+
+    And the sum over ranks of a number, for which there is room in the same collective.
+    """
+    sums, total = sum_and_count_of_ranks(views.sum(1, keepdim=True, dtype=widest_dtype(views.device)), number, group)
+    mean = sums / n
     high = mean.to(views.dtype)
-    return (views - high).sub_((mean - high).to(views.dtype))
+    return (views - high).sub_((mean - high).to(views.dtype)), total
 
 
 def _column_squares(centred: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -59,12 +69,11 @@ def barlow_twins(
     z0: Tensor, z1: Tensor, lambda_param: float, statistics: int, n: int, group: dist.ProcessGroup
 ) -> Result:
     """As the operator, of the n rows of all ranks."""
-    views = _centred(_wide(z0, z1), n, group)
+    views, _ = _centred(_wide(z0, z1), n, group)
     std = (_column_squares(views, group) / n + 1e-5).sqrt()  # [2, D]
     views /= std[:, None]
-    with _float32_products():
-        cross = sum_over_ranks(views[0].T @ views[1], group)
-        products = torch.stack([views[1] @ cross.T, views[0] @ cross])
+    cross = sum_over_ranks(ops.float32_product(views[0].T, views[1]), group)
+    products = torch.stack([ops.float32_product(views[1], cross.T), ops.float32_product(views[0], cross)])
     diagonal = widest(cross.diagonal()) / n
     total = _squared_norm(cross)
     loss = (diagonal - 1).square().sum() + lambda_param * (total / n**2 - diagonal.square().sum())
@@ -94,16 +103,15 @@ def vicreg(
     wide = _wide(z0, z1)
     difference = wide[0] - wide[1]
     wide_dtype = widest_dtype(wide.device)
-    distance = sum_over_ranks(difference.square().sum(1).sum(dtype=wide_dtype), group)
-    views = _centred(wide, n, group)
+    own_distance = difference.square().sum(1).sum(dtype=wide_dtype)
+    views, distance = _centred(wide, n, group, own_distance)
     std = (_column_squares(views, group) / (n - 1) + eps).sqrt()  # [2, D]
-    with _float32_products():
-        squares = sum_over_ranks(views.mT @ views, group)  # [2, D, D]
-        diagonal = squares.diagonal(dim1=1, dim2=2).to(wide_dtype, copy=True)
-        totals = torch.stack([_squared_norm(square) for square in squares])
-        squares.diagonal(dim1=1, dim2=2).zero_()
-        products = views @ squares
-        squares.diagonal(dim1=1, dim2=2).copy_(diagonal)
+    squares = sum_over_ranks(ops.float32_product(views.mT, views), group)  # [2, D, D]
+    diagonal = squares.diagonal(dim1=1, dim2=2).to(wide_dtype, copy=True)
+    totals = torch.stack([_squared_norm(square) for square in squares])
+    squares.diagonal(dim1=1, dim2=2).zero_()
+    products = ops.float32_product(views, squares)
+    squares.diagonal(dim1=1, dim2=2).copy_(diagonal)
     off_diagonal = (totals - diagonal.square().sum(1)).sum()
     loss = lambda_param * distance / (n * d) + mu_param / 2 * (1 - std).relu().mean(1).sum()
     loss = loss + nu_param / (n - 1) ** 2 / d * off_diagonal
