@@ -21,7 +21,7 @@ pytest.importorskip("timm")
 
 COMMON: dict[str, Any] = {
     "method": "byol", "backbone": "test_vit", "patch_size": 8, "image_size": 32, "batch_size": 8, "workers": 0,
-    "options": {"hidden": 16, "dim": 8, "norm": "layer"}, "device": "cpu", "log_every": 1, "checkpoint_steps": 2,
+    "options": {"hidden": 16, "dim": 8, "norm": "layer"}, "device": "cpu", "log_every": 1, "checkpoint_steps": 1,
     "clip": 0.5, "accumulate": 2, "optimizer": "sgd", "learning_rate": 0.05, "knn_every": 1, "report": False,
 }  # fmt: skip
 
@@ -33,8 +33,8 @@ def run(rank: int, world: int, store: str, images: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for name, first in (("sharded", True), ("whole", False)):
         common = {"out": f"{out}/{name}", "activation_checkpointing": first}
-        fastjem.pretrain(**COMMON, **common, data=images, max_steps=4, shard=first)
-        fastjem.pretrain(**common, resume=True, max_steps=6, shard=not first)
+        fastjem.pretrain(**COMMON, **common, data=images, max_steps=2, shard=first)
+        fastjem.pretrain(**common, resume=True, max_steps=3, shard=not first)
     dist.destroy_process_group()
 
 
@@ -49,7 +49,7 @@ def test_runs_in_shards_are_those_without(tmp_path: Path) -> None:
     sharded, whole = tmp_path / "sharded", tmp_path / "whole"
     for file in ("metrics.jsonl", "knn.jsonl"):
         pairs = list(zip(rows(sharded / file), rows(whole / file), strict=True))
-        assert [row["step"] for row, _ in pairs][-1] == 6
+        assert [row["step"] for row, _ in pairs][-1] == 3
         for row, other in pairs:
             for name in {"loss", "gradient_norm", "std", "effective_rank", "knn", "step"} & other.keys():
                 assert row[name] == pytest.approx(other[name], rel=1e-4), (file, name)
