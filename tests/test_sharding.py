@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import test_methods
+import test_sharding_runs
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from images import make_folder
 from test_methods import small_options
 from test_methods_distributed import OF_EACH_RANK, made, part_of
 from torch import Tensor, nn
@@ -348,24 +350,25 @@ def check_methods(rank: int, world: int, store: str, names: tuple[str, ...]) -> 
     dist.destroy_process_group()
 
 
-def check_quick(rank: int, world: int, store: str) -> None:
+def check_quick(rank: int, world: int, store: str, images: str, out: str) -> None:
     ranks = begin(rank, world, store)
     for name in QUICK:
         check_method(name, ranks, steps=2)
-    for check in (
-        check_whole_states,
-        check_channels_last,
-        check_accumulation,
-        check_memory,
-        check_precision,
-        check_momentum_copies,
-    ):
-        check(ranks)
+    check_whole_states(ranks)
+    check_channels_last(ranks)
+    check_accumulation(ranks)
+    check_memory(ranks)
+    check_precision(ranks)
+    check_momentum_copies(ranks)
+    test_sharding_runs.run(rank, world, images, out)
     dist.destroy_process_group()
 
 
 def test_two_ranks_in_shards_are_one(tmp_path: Path) -> None:
-    mp.spawn(check_quick, (2, str(tmp_path / "store")), nprocs=2)
+    """All that needs ranks, in one start of them; and whole runs."""
+    images = str(make_folder(tmp_path / "images", 48))
+    mp.spawn(check_quick, (2, str(tmp_path / "store"), images, str(tmp_path)), nprocs=2)
+    test_sharding_runs.check(tmp_path)
 
 
 @pytest.mark.exhaustive
