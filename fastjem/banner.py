@@ -95,10 +95,10 @@ def _training(found: dict[str, Any]) -> str:
     images = found["batch_size"] * found["accumulate"]
     by = f", encoded by {found['micro_batch']:,}" if found["micro_batch"] else ""
     over = f" over {found['ranks']} ranks" if found["ranks"] > 1 else ""
-    return (
-        f"{counted(steps, 'step')}, {counted(found['epochs'], 'epoch')} of {each:,}, "
-        f"of {images:,} images{times}{over}{by}"
-    )
+    shards = ", weights in shards" if found["shard"] else ""
+    again = ", blocks computed again" if found["activation_checkpointing"] else ""
+    lasts = f"{counted(steps, 'step')}, {counted(found['epochs'], 'epoch')} of {each:,}"
+    return f"{lasts}, of {images:,} images{times}{over}{by}{shards}{again}"
 
 
 def _optimiser(training: Training, found: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastjem import encoders, optim, precision, resume, starting
+from fastjem import blocks, encoders, optim, precision, resume, sharding, starting
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.pixels import Pixels
@@ -39,6 +39,7 @@ class Training:
     step: Step  # the modules
     step_end: StepEnd  # what they were as a step ended
     model: nn.Module  # what is called: `step`, or DDP or a compiled module around it
+    outline: nn.Module | None  # with weights in shards, on the first rank: the encoder without any
     optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
     defaults: Defaults  # of the run as it was begun; --max-steps may change
@@ -76,17 +77,21 @@ class Training:
         encoder = self.step.teacher["encoder"] if teacher else self.step.encoder
         return cast(Encoder, encoder).backbone
 
+    def whole_encoder(self) -> nn.Module:
+        """`encoder` for the first rank to call and write: where its weights are in shards, a plain copy of now. All
+        ranks together."""
+        return sharding.gathered(self.encoder, self.outline) if sharding.is_sharded(self.step) else self.encoder
+
     @property
     def rate(self) -> float:
         """The learning rate as a user gives it, for 256 images."""
         return given_or(self.config.learning_rate, self.defaults.learning_rate)
 
     def state(self, done: int) -> dict[str, torch.Tensor | Any]:
-        """Model and optimizer behind step `done`, for a checkpoint."""
+        """Model and optimizer behind step `done`, for a checkpoint. With weights in shards all ranks together."""
         return {
             "step": done,
-            "model": self.step.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **sharding.full_state(self.step, self.optimizer, keep=self.ranks.first),
             "pixels": self.pixels.to_dict(),
             **({precision.SCALER: self.scaler.state_dict()} if self.scaler else {}),
         }
@@ -111,14 +116,21 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     loader = create_loader(config, ranks, source, windows, parts.stages, start, state)
     with ranks.together():
         step = create_step(config, ranks, parts)
+        if config.sync_batch_norm and ranks.size > 1:
+            step = cast(Step, encoders.synchronize_batch_norm(step))
+        layout = view_layout(parts.facts["precision"], ranks, encoder, named=objects.encoder is None)
+        outline = outline_of(config, ranks, step)
+        if config.activation_checkpointing:
+            blocks.recompute(step.encoder)
+        if shards(config, ranks):
+            scaled = precision.scaler_of(parts.facts["precision"], ranks.device) is not None
+            parts.notices += filter(None, [sharding.shard(step, ranks, scaled=scaled, compiles=config.compile)])
         optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
         if state:
             resume.restore(out, step, optimizer, state)
         optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
         if isinstance(optimizer, optim.Fused):
             optimizer.attach_teacher(*step.teacher_and_student())
-        if config.sync_batch_norm and ranks.size > 1:
-            step = cast(Step, encoders.synchronize_batch_norm(step))
     scaler = precision.scaler_of(parts.facts["precision"], ranks.device)
     if scaler and state and precision.SCALER in state:
         scaler.load_state_dict(state[precision.SCALER])
@@ -139,6 +151,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         step=step,
         step_end=StepEnd(step),
         model=wrapped(config, ranks, step),
+        outline=outline,
         optimizer=optimizer,
         schedule=create_schedule(config, parts.defaults, steps, parts.steps_per_epoch),
         defaults=parts.defaults,
@@ -150,7 +163,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         steps=steps,
         steps_per_epoch=parts.steps_per_epoch,
         clip=given_or(config.clip, parts.defaults.clip),
-        layout=view_layout(parts.facts["precision"], ranks, encoder, named=objects.encoder is None),
+        layout=layout,
         scaler=scaler,
         passes=passes,
         notices=said,
@@ -282,9 +295,24 @@ def create_schedule(config: Config, defaults: Defaults, steps: int, steps_per_ep
     )
 
 
+def shards(config: Config, ranks: Ranks) -> bool:
+    """Whether weights are in shards; one rank alone has nobody to share them with."""
+    return config.shard and ranks.size > 1
+
+
+def outline_of(config: Config, ranks: Ranks, step: Step) -> nn.Module | None:
+    """`Training.outline`, as long as the encoder isn't in shards."""
+    if not (shards(config, ranks) and ranks.first):
+        return None
+    encoder = step.teacher["encoder"] if config.teacher else step.encoder
+    return sharding.outline(cast(Encoder, encoder).backbone)
+
+
 def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
     """`step` as the loop calls it."""
     model: nn.Module = step
+    if shards(config, ranks):
+        return model
     if ranks.size > 1:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         shape = 2, config.channels, *height_and_width(config.size)
@@ -302,20 +330,23 @@ def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
 
 
 def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader) -> list[str]:
-    """Who reads the images, where that isn't Pillow as on any CPU."""
+    """Who reads the images, where that isn't Pillow as on any CPU, and what `--shard` is for one rank."""
+    said = (
+        ["--shard: one rank alone has all weights; torchrun starts several"] if config.shard and ranks.size == 1 else []
+    )
     first = loader.loader if isinstance(loader, loaders.Staged) else loader
     expected = isinstance(first, loaders.TorchLoader) and ranks.device.type != "cuda" and not source.decoded
     if expected or config.loader == "torch":
-        return []
+        return said
     unasked = config.loader == "auto" and loaders.holds_images(loader) and not source.decoded
-    return [f"{loader.reads}; --loader torch reads them anew each time" if unasked else loader.reads]
+    return [*said, f"{loader.reads}; --loader torch reads them anew each time" if unasked else loader.reads]
 
 
 def passes_of(config: Config, ranks: Ranks) -> Passes | None:
     """How the encoder goes through a batch by `--micro-batch`; None: at once, where a rank has no more images."""
     if not 0 < config.micro_batch < config.batch_size // ranks.size:
         return None
-    compiler: Any = torch.compile if config.compile else None
+    compiler: Any = torch.compile if config.compile and not shards(config, ranks) else None  # blocks are, in shards
     return Passes(config.micro_batch, compiler=compiler)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import checkpoints
+from fastjem import checkpoints, sharding
 from fastjem import config as configuration
 from fastjem.config import CHANGES_NUMBERS, Config
 from fastjem.data.fingerprint import difference
@@ -163,8 +163,7 @@ def defaults_of(out: Path, state: dict[str, Any]) -> Defaults:
 def restore(out: Path, step: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Put a checkpoint's values into the modules; UserError where they don't fit."""
     try:
-        step.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        sharding.load_full_state(step, optimizer, state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = " ".join(str(error).split())
         raise UserError(f"the checkpoint {out / checkpoints.LAST} doesn't fit this run: {first[:300]}") from None

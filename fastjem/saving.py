@@ -5,18 +5,21 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastjem import checkpoints, encoders
 from fastjem.build import Training
 from fastjem.data.loaders import holds_images
 from fastjem.errors import DivergedError, UserError
 from fastjem.exports import TEACHER
+from fastjem.functional.shards import local
 from fastjem.journal import Journal
 from fastjem.prepare import ENCODER
 from fastjem.reading import why_not
+from fastjem.sharding import is_sharded
 
 
 class Saver:
@@ -44,7 +47,7 @@ class Saver:
 
     def finite(self) -> bool:
         """Whether the weights are finite and no figure of the optimizer is NaN. Waits for the device, once."""
-        state = self.training.step.state_dict()
+        state = self.training.step.state_dict()  # of this rank's shards
         model = [state[name] for name in self.watched if name in state]
         optimizer = [value for values in self.training.optimizer.state.values() for value in values.values()]
         tensors = [value for value in optimizer if isinstance(value, Tensor)]
@@ -52,20 +55,23 @@ class Saver:
 
     def begin(self) -> None:
         """A checkpoint of step 0: a run killed before its first one starts again there, and a full disk is seen now."""
-        if self.training.ranks.first and (problem := self._write(0)):
-            raise UserError(f"{problem}: nothing of this run would be kept; it ends before its first step")
+        state = self.training.state(0)
+        with self.training.ranks.together():
+            if self.training.ranks.first and (problem := self._write(state)):
+                raise UserError(f"{problem}: nothing of this run would be kept; it ends before its first step")
 
     def save(self, done: int) -> None:
         """A checkpoint; the run goes on where the disk refuses it, and tries again with the next."""
-        if self.training.ranks.first and (problem := self._write(done)):
+        state = self.training.state(done)
+        if self.training.ranks.first and (problem := self._write(state)):
             stays = "" if self.saved is None else f"; the last good one, of step {self.saved}, stays"
             self.journal.say(problem + stays)
         self.saved_at = time.monotonic()
 
-    def _write(self, done: int) -> str | None:
+    def _write(self, state: dict[str, Any]) -> str | None:
         training = self.training
         state = {
-            **training.state(done),
+            **state,
             "defaults": dataclasses.asdict(training.defaults),
             "config": json.dumps(dataclasses.asdict(training.config)),
             "unreadable": sorted(self.journal.unreadable),
@@ -77,7 +83,7 @@ class Saver:
         checkpoints.keep_earlier(training.out, training.config.keep_checkpoints)
         problem = checkpoints.save(training.out, state)
         if problem is None:
-            self.saved = done
+            self.saved = state["step"]
         return problem
 
     def rescue(self) -> None:
@@ -87,7 +93,9 @@ class Saver:
         if not training.ranks.first or done == self.saved:
             return
         hint = f"; --resume --out {training.out} goes on from step {self.saved}"
-        if not training.step_end.restore():
+        if is_sharded(training.step):
+            self.journal.say(f"step {done} isn't saved: its weights are in shards, and ranks no longer meet{hint}")
+        elif not training.step_end.restore():
             self.journal.say(f"step {done + 1} was broken off where it changes the weights: nothing is saved{hint}")
         elif not self.finite():
             self.journal.say(f"the weights of step {done} aren't finite: they aren't saved{hint}")
@@ -122,8 +130,9 @@ class Saver:
 
 
 def finite_ones(tensors: Iterable[Tensor], *, nan_only: bool = False) -> list[bool]:
-    """For each tensor whether it is finite (nan_only: not NaN), with one wait for the device."""
-    tensors = list(tensors)
+    """For each tensor, or this rank's shard of it, whether it is finite (nan_only: not NaN), with one wait for the
+    device."""
+    tensors = [local(x) for x in tensors]
     numbers = [i for i, x in enumerate(tensors) if x.is_floating_point() and x.numel()]
     found = [True] * len(tensors)
     if not numbers:
@@ -138,8 +147,11 @@ def finite_ones(tensors: Iterable[Tensor], *, nan_only: bool = False) -> list[bo
     return found
 
 
-def export(training: Training, *, named: bool) -> str | None:
-    """Write the encoder; what went wrong, in words. named: by a backbone's name, else only its owner can build it."""
+def export(training: Training, encoder: nn.Module, *, named: bool) -> str | None:
+    """Write the encoder, `Training.whole_encoder()`; what went wrong, in words.
+
+    named: by a backbone's name, else only its owner can build it.
+    """
     config = training.config
     about = training.pixels.to_metadata()
     if named:
@@ -148,7 +160,7 @@ def export(training: Training, *, named: bool) -> str | None:
     if config.teacher:
         about[TEACHER] = "true"
     try:
-        encoders.save(training.encoder, str(training.out / ENCODER), about)
+        encoders.save(encoder, str(training.out / ENCODER), about)
     except OSError as error:
         return (
             f"{ENCODER} could not be written ({why_not(error)}); "

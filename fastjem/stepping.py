@@ -12,11 +12,12 @@ from torch import Tensor
 from fastjem import large_batches, optim
 from fastjem.build import Training
 from fastjem.data.batch import Batch, Crops, finish
-from fastjem.gradients import averaged, kept_here
+from fastjem.gradients import averaged
 from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.meter import Taken
 from fastjem.ranks import Ranks
+from fastjem.sharding import without_exchange
 from fastjem.stopping import Stop
 
 
@@ -76,12 +77,14 @@ def forward_backward(
         loss = loss / training.config.accumulate
         return training.scaler.scale(loss) if training.scaler else loss
 
-    if passes is not None and passes.size < len(batch.index):
-        found = large_batches.forward_backward(step, batch, number, passes, model=model, around=autocast, scaled=scaled)
-        if synchronise:
-            averaged([p for p in step.parameters() if p.requires_grad], ranks.group)
-        return found
-    with contextlib.nullcontext() if synchronise else kept_here(model):
+    with contextlib.nullcontext() if synchronise else without_exchange(model):
+        if passes is not None and passes.size < len(batch.index):
+            found = large_batches.forward_backward(
+                step, batch, number, passes, model=model, around=autocast, scaled=scaled
+            )
+            if synchronise and not is_sharded(step):
+                averaged([p for p in step.parameters() if p.requires_grad], ranks.group)
+            return found
         with autocast():
             loss, notes = model(batch, number)
         scaled(loss).backward()

@@ -34,6 +34,7 @@ ORDER = (
     "methods",
     "health",
     "step",
+    "sharding",
     "resume",
     "batching",
     "prepare",
@@ -65,6 +66,7 @@ ORDER = (
 BESIDE = (
     "data",
     "encoders",
+    "blocks",
     "backbones",
     "optim",
     "ranks",
