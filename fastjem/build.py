@@ -122,6 +122,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         scaler.load_state_dict(state[precision.SCALER])
     said = parts.notices + loaders.order_told(source, parts.facts["files_at_a_time"])
     said += notices(config, ranks, source, loader)
+    said += filter(None, [resume.other_ranks(step, state, ranks.size)])
     return Training(
         config=config,
         out=out,

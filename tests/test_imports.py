@@ -65,6 +65,8 @@ BESIDE = (
     "optim",
     "ranks",
     "checkpoints",
+    "sharded_checkpoints",
+    "atomic",
     "loggers",
     "trackers",
     "terminal",
