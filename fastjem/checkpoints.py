@@ -149,7 +149,7 @@ def keep_earlier(run: Path, count: int, *, move: bool = True) -> None:
         for number, path in sorted(there.items(), reverse=True):
             if 0 < number < count - 1:
                 os.replace(path, path.with_name(f"last-{number + 1}{path.suffix}"))
-            elif number == 1:
+            elif number:
                 remove(path)
         before = last.with_name(f"last-1{last.suffix}")
         try:
