@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fastjem import encoders, optim, precision, resume, starting
+from fastjem import blocks, encoders, optim, precision, resume, sharding, starting
 from fastjem.config import Config
 from fastjem.data import loaders
 from fastjem.data.pixels import Pixels
@@ -38,6 +38,7 @@ class Training:
     step: Step  # the modules
     step_end: StepEnd  # what they were as a step ended
     model: nn.Module  # what is called: `step`, or DDP or a compiled module around it
+    outline: nn.Module | None  # with weights in shards, on the first rank: the encoder without any
     optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
     defaults: Defaults  # of the run as it was begun; --max-steps may change
@@ -74,13 +75,18 @@ class Training:
         encoder = self.step.teacher["encoder"] if teacher else self.step.encoder
         return cast(Encoder, encoder).backbone
 
+    def whole_encoder(self) -> nn.Module:
+        """`encoder` for the first rank to call and write: where its weights are in shards, a plain copy of now. All
+        ranks together."""
+        return sharding.gathered(self.encoder, self.outline) if sharding.is_sharded(self.step) else self.encoder
+
     @property
     def rate(self) -> float:
         """The learning rate as a user gives it, for 256 images."""
         return given_or(self.config.learning_rate, self.defaults.learning_rate)
 
     def state(self, done: int) -> dict[str, torch.Tensor | Any]:
-        """Model and optimizer behind step `done`, for a checkpoint."""
+        """Model and optimizer behind step `done`, for a checkpoint; of weights in shards this rank's."""
         return {
             "step": done,
             "model": self.step.state_dict(),
@@ -109,14 +115,20 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     loader = create_loader(config, ranks, source, windows, parts.stages, start, state)
     with ranks.together():
         step = create_step(config, ranks, parts)
+        if config.sync_batch_norm and ranks.size > 1:
+            step = cast(Step, encoders.synchronize_batch_norm(step))
+        outline = outline_of(config, ranks, step)
+        if config.activation_checkpointing:
+            blocks.recompute(step.encoder)
+        if shards(config, ranks):
+            scaled = precision.scaler_of(parts.facts["precision"], ranks.device) is not None
+            parts.notices += filter(None, [sharding.shard(step, ranks, scaled=scaled, compiles=config.compile)])
         optimizer = create_optimizer(config, parts.defaults, step, objects.optimizer)
         if state:
             resume.restore(out, step, optimizer, state)
         optim.separate_groups(optimizer)  # behind the loading, which puts the saved tensors in
         if isinstance(optimizer, optim.Fused):
             optimizer.attach_teacher(*step.teacher_and_student())
-        if config.sync_batch_norm and ranks.size > 1:
-            step = cast(Step, encoders.synchronize_batch_norm(step))
     scaler = precision.scaler_of(parts.facts["precision"], ranks.device)
     if scaler and state and precision.SCALER in state:
         scaler.load_state_dict(state[precision.SCALER])
@@ -134,6 +146,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         step=step,
         step_end=StepEnd(step),
         model=wrapped(config, ranks, step),
+        outline=outline,
         optimizer=optimizer,
         schedule=create_schedule(config, parts.defaults, steps, parts.steps_per_epoch),
         defaults=parts.defaults,
@@ -276,9 +289,24 @@ def create_schedule(config: Config, defaults: Defaults, steps: int, steps_per_ep
     )
 
 
+def shards(config: Config, ranks: Ranks) -> bool:
+    """Whether weights are in shards; one rank alone has nobody to share them with."""
+    return config.shard and ranks.size > 1
+
+
+def outline_of(config: Config, ranks: Ranks, step: Step) -> nn.Module | None:
+    """`Training.outline`, as long as the encoder isn't in shards."""
+    if not (shards(config, ranks) and ranks.first):
+        return None
+    encoder = step.teacher["encoder"] if config.teacher else step.encoder
+    return sharding.outline(cast(Encoder, encoder).backbone)
+
+
 def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
     """`step` as the loop calls it."""
     model: nn.Module = step
+    if shards(config, ranks):
+        return model
     if ranks.size > 1:
         device_ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         shape = 2, config.channels, *height_and_width(config.size)
@@ -296,13 +324,16 @@ def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
 
 
 def notices(config: Config, ranks: Ranks, source: Source, loader: loaders.Loader) -> list[str]:
-    """Who reads the images, where that isn't Pillow as on any CPU."""
+    """Who reads the images, where that isn't Pillow as on any CPU, and what `--shard` is for one rank."""
+    said = (
+        ["--shard: one rank alone has all weights; torchrun starts several"] if config.shard and ranks.size == 1 else []
+    )
     first = loader.loader if isinstance(loader, loaders.Staged) else loader
     expected = isinstance(first, loaders.TorchLoader) and ranks.device.type != "cuda" and not source.decoded
     if expected or config.loader == "torch":
-        return []
+        return said
     unasked = config.loader == "auto" and loaders.holds_images(loader) and not source.decoded
-    return [f"{loader.reads}; --loader torch reads them anew each time" if unasked else loader.reads]
+    return [*said, f"{loader.reads}; --loader torch reads them anew each time" if unasked else loader.reads]
 
 
 __all__ = ["Training", "build"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import checkpoints, sharded_checkpoints
+from fastjem import checkpoints, sharded_checkpoints, sharding
 from fastjem import config as configuration
 from fastjem.config import CHANGES_NUMBERS, Config
 from fastjem.data.fingerprint import difference
@@ -182,7 +182,7 @@ def restore(out: Path, step: nn.Module, optimizer: torch.optim.Optimizer, state:
     Of what is in shards on the disk, or here, each rank takes its own part; without a word to the others.
     """
     try:
-        if sharded_checkpoints.SHARDS in state or sharded_checkpoints.is_sharded(step):
+        if sharded_checkpoints.SHARDS in state or sharding.is_sharded(step):
             state = sharded_checkpoints.fitted(state, step, optimizer)
         step.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

@@ -289,9 +289,11 @@ def end(training: Training, objects: Objects, journal: Journal, watch: Watch, sa
     """Write the encoder and the last page, and say what there is now and how to go on."""
     out, ranks, done = training.out, training.ranks, training.done
     problem = None
-    if ranks.first and done == training.steps:
-        problem = export(training, named=objects.encoder is None)
-        journal.say(problem)
+    if done == training.steps:
+        encoder = training.whole_encoder()
+        if ranks.first:
+            problem = export(training, encoder, named=objects.encoder is None)
+            journal.say(problem)
     watch.end()
     saved = int(ranks.agree(float(saver.saved or 0)))
     (lost,) = ranks.any(problem is not None or saved < done)

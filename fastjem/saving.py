@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastjem import checkpoints, encoders
 from fastjem.build import Training
@@ -19,7 +19,7 @@ from fastjem.functional.shards import local
 from fastjem.journal import Journal
 from fastjem.prepare import ENCODER
 from fastjem.reading import why_not
-from fastjem.sharded_checkpoints import is_sharded
+from fastjem.sharding import is_sharded
 
 BEST = "best"  # the key of a checkpoint's state where the best one so far is named
 
@@ -72,7 +72,7 @@ class Saver:
 
     def finite(self) -> bool:
         """Whether the weights are finite and no figure of the optimizer is NaN. Waits for the device, once."""
-        state = self.training.step.state_dict()
+        state = self.training.step.state_dict()  # of this rank's shards
         model = [state[name] for name in self.watched if name in state]
         optimizer = [value for values in self.training.optimizer.state.values() for value in values.values()]
         tensors = [value for value in optimizer if isinstance(value, Tensor)]
@@ -152,10 +152,9 @@ class Saver:
         if not training.ranks.first or done == self.saved:
             return
         hint = f"; --resume --out {training.out} goes on from step {self.saved}"
-        if self.in_shards:  # the other ranks may be gone, or wait elsewhere
-            self.journal.say(f"step {done} isn't saved: its weights are in shards, and one rank alone has a part{hint}")
-            return
-        if not training.step_end.restore():
+        if self.in_shards:
+            self.journal.say(f"step {done} isn't saved: its weights are in shards, and ranks no longer meet{hint}")
+        elif not training.step_end.restore():
             self.journal.say(f"step {done + 1} was broken off where it changes the weights: nothing is saved{hint}")
         elif not self.finite():
             self.journal.say(f"the weights of step {done} aren't finite: they aren't saved{hint}")
@@ -207,8 +206,11 @@ def finite_ones(tensors: Iterable[Tensor], *, nan_only: bool = False) -> list[bo
     return found
 
 
-def export(training: Training, *, named: bool) -> str | None:
-    """Write the encoder; what went wrong, in words. named: by a backbone's name, else only its owner can build it."""
+def export(training: Training, encoder: nn.Module, *, named: bool) -> str | None:
+    """Write the encoder, `Training.whole_encoder()`; what went wrong, in words.
+
+    named: by a backbone's name, else only its owner can build it.
+    """
     config = training.config
     about = training.pixels.to_metadata()
     if named:
@@ -217,7 +219,7 @@ def export(training: Training, *, named: bool) -> str | None:
     if config.teacher:
         about[TEACHER] = "true"
     try:
-        encoders.save(training.encoder, str(training.out / ENCODER), about)
+        encoders.save(encoder, str(training.out / ENCODER), about)
     except OSError as error:
         return (
             f"{ENCODER} could not be written ({why_not(error)}); "

@@ -38,11 +38,6 @@ class Unreadable(UserError):
     """A file of a checkpoint that can't be read, by its name."""
 
 
-def is_sharded(step: nn.Module) -> bool:
-    """Whether a rank has parts of the parameters only."""
-    return any(is_distributed(parameter) for parameter in step.parameters())
-
-
 def places(state: Mapping[str, Any]) -> Iterator[tuple[str, dict, Any]]:
     """(name in DCP, dict, key) of every tensor of a checkpoint's model and optimizer."""
     for name in state["model"]:
@@ -350,5 +345,5 @@ def remove(folder: Path) -> None:
 
 
 __all__ = [
-    "SHARDS", "STATE", "check", "filled", "fitted", "is_outline", "is_sharded", "linked", "remove", "write",
+    "SHARDS", "STATE", "check", "filled", "fitted", "is_outline", "linked", "remove", "write",
 ]  # fmt: skip

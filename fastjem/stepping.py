@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.meter import Taken
 from fastjem.ranks import Ranks
+from fastjem.sharding import without_exchange
 from fastjem.stopping import Stop
 
 
@@ -68,8 +69,7 @@ def forward_backward(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The detached loss of a micro-batch and its notes; gradients are added up, and over ranks with the last one."""
     model = training.model
-    together = contextlib.nullcontext() if synchronise or training.ranks.size == 1 else cast(Any, model).no_sync()
-    with together:
+    with contextlib.nullcontext() if synchronise else without_exchange(model):
         with torch.autocast(training.ranks.device.type, training.autocast, enabled=training.autocast is not None):
             loss, notes = model(batch, number)
         loss_of_step = loss / training.config.accumulate

@@ -31,6 +31,7 @@ ORDER = (
     "methods",
     "health",
     "step",
+    "sharding",
     "resume",
     "batching",
     "prepare",
@@ -61,6 +62,7 @@ ORDER = (
 BESIDE = (
     "data",
     "encoders",
+    "blocks",
     "backbones",
     "optim",
     "ranks",

@@ -18,7 +18,7 @@ for package in ("timm", "torchvision", "safetensors"):
 from test_methods import make  # noqa: E402
 from test_methods_distributed import part_of  # noqa: E402
 
-from fastjem import checkpoints, resume, sharded_checkpoints  # noqa: E402
+from fastjem import checkpoints, resume, sharding  # noqa: E402
 from fastjem.methods import RunFacts  # noqa: E402
 from fastjem.optim import Fused, Schedule, build, parameter_groups, separate_groups  # noqa: E402
 from fastjem.ranks import Ranks  # noqa: E402
@@ -66,7 +66,7 @@ class Trained:
             self.optimizer.zero_grad()
             loss, _ = self.step(self.batch, self.done)
             loss.backward()
-            if self.ranks.size > 1 and not sharded_checkpoints.is_sharded(self.step):
+            if self.ranks.size > 1 and not sharding.is_sharded(self.step):
                 for parameter in self.step.parameters():
                     if parameter.grad is not None:
                         dist.all_reduce(parameter.grad)
@@ -85,7 +85,7 @@ class Trained:
         return {"step": self.done, "model": model, "optimizer": optimizer, "defaults": {}}
 
     def save(self, out: Path, keep: int = 1) -> str | None:
-        if sharded_checkpoints.is_sharded(self.step):
+        if sharding.is_sharded(self.step):
             return checkpoints.save_in_shards(out, self.state(), keep, self.ranks)
         if not self.ranks.first:
             return None

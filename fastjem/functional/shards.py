@@ -31,5 +31,8 @@ def one_layout(op: str, contract: str, tensors: Sequence[Tensor], at: str = "") 
     is_partial = any(p.is_partial() for layout in layouts if layout for p in layout[1])
     if is_partial or any(layout != layouts[0] for layout in layouts):
         came = " and ".join("a plain tensor" if layout is None else str(layout[1]) for layout in layouts)
+        if len({layout and layout[1] for layout in layouts}) == 1 and not is_partial:
+            first, *others = dict.fromkeys(layout[0] for layout in layouts if layout)
+            came = f"placements {layouts[0] and layouts[0][1]} on {first} and the same on {others[0]}"
         checks.fail(op, contract, came + at)
     return layouts[0]

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastjem.functional.shards import local
+from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.optim.adamw import AdamW
 from fastjem.optim.fused import Fused
 from fastjem.optim.layers import has_layers, rate_factors
 from fastjem.optim.momentum import LARS, SGD
+from fastjem.optim.sharded import Sharding, sharding_of, sum_over_shards
 
 OPTIMIZERS = ("adamw", "sgd", "lars", "larc")
 
@@ -130,8 +133,25 @@ class Schedule:
 
 
 def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `most`; the norm before, 0-dim, without a host sync."""
-    return nn.utils.clip_grad_norm_(parameters, most, foreach=True)
+    """Scale all gradients so that their joint norm is at most `most`; the norm before, 0-dim, without a host sync.
+
+    Of gradients in shards the norm is that of the whole ones; one small all-reduce adds the shards' squares.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    by_sharding: dict[Sharding | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_sharding.setdefault(sharding_of("clip_", parameter), []).append(parameter)
+    if by_sharding.keys() <= {None}:
+        return nn.utils.clip_grad_norm_(parameters, most, foreach=True)
+    squares = []
+    for sharding, members in by_sharding.items():
+        norm = nn.utils.get_total_norm([local(p.grad) for p in members if p.grad is not None], foreach=True)
+        square = norm.to(widest_dtype(norm.device)).square()
+        squares.append(square if sharding is None else sum_over_shards(square, sharding))
+    total = torch.stack(squares).sum().sqrt().float()
+    for members in by_sharding.values():
+        nn.utils.clip_grads_with_norm_(members, most, total, foreach=True)
+    return total
 
 
 __all__ = [

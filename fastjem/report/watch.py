@@ -109,7 +109,7 @@ class SampleImages:
 
 
 class Watch:
-    """What a run calls, on its first rank: after each step, and when it is over.
+    """What a run calls on all ranks after each step, and when it is over; the first one does it.
 
     kNN and embeddings are measured every `Config.knn_every` epochs; 0: at the start and at the end only; None: a
     twentieth of the run, at least one.
@@ -152,8 +152,9 @@ class Watch:
                 )
             self.log = Metrics(self.out, self.training.start, "knn.jsonl")
             if not (self.training.start and (self.out / "embeddings.npz").exists()):
-                self.measure(self.training.start)
+                self.measure(self.training.start, encoder)
 
+        encoder = self.training.whole_encoder()
         self.guarded(work)
 
     def _facts(self) -> dict[str, Any]:
@@ -174,7 +175,8 @@ class Watch:
         """Before the checkpoint of that step, so that a resumed run lacks no measurement."""
         self.accuracy = None
         if self.measures(done):
-            self.guarded(lambda: self.measure(done))
+            encoder = self.training.whole_encoder()
+            self.guarded(lambda: self.measure(done, encoder))
 
     def measures(self, done: int) -> bool:
         """Whether kNN and embeddings are measured behind this step; the same on all ranks."""
@@ -191,10 +193,10 @@ class Watch:
         if self.log:
             self.log.close()
 
-    def measure(self, step: int) -> None:
+    def measure(self, step: int, encoder: nn.Module) -> None:
         if self.sample is None:
             return
-        rows = self.sample.embed(self.training.encoder)
+        rows = self.sample.embed(encoder)
         if self.sample.labelled and self.log:
             accuracy = self.accuracy = self.sample.knn(rows)
             epoch = step / self.training.steps_per_epoch
