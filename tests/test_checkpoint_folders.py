@@ -1,5 +1,5 @@
-"""Checkpoints in folders (of models in shards) among those in files: whole at any moment, damaged ones named, strangers'
-pickles never opened."""
+"""Checkpoints in folders, of models in shards, among those in files: whole at any moment, damage named, no stranger's
+pickle opened."""
 
 import contextlib
 import errno
