@@ -161,9 +161,8 @@ def other_ranks(step: nn.Module, state: dict[str, Any] | None, ranks: int) -> st
     if state is None or before == ranks or not sees_a_part:
         return ""
     return (
-        f"{before} {'rank' if before == 1 else 'ranks'} took the steps so far and {ranks} go on: batch norms see each "
-        f"rank's images, other ones than before from step {state['step'] + 1} on, so that losses aren't those of "
-        f"{before} to the end"
+        f"{before} {'rank' if before == 1 else 'ranks'} took the steps so far, and {ranks} from step "
+        f"{state['step'] + 1} on: batch norms see a rank's images, and losses aren't those of the same number of ranks"
     )
 
 
