@@ -94,9 +94,10 @@ def _training(found: dict[str, Any]) -> str:
     times = f" in {found['accumulate']} parts" if found["accumulate"] > 1 else ""
     images = found["batch_size"] * found["accumulate"]
     over = f" over {found['ranks']} ranks" if found["ranks"] > 1 else ""
-    return (
-        f"{counted(steps, 'step')}, {counted(found['epochs'], 'epoch')} of {each:,}, of {images:,} images{times}{over}"
-    )
+    shards = ", weights in shards" if found["shard"] else ""
+    again = ", blocks computed again" if found["activation_checkpointing"] else ""
+    lasts = f"{counted(steps, 'step')}, {counted(found['epochs'], 'epoch')} of {each:,}"
+    return f"{lasts}, of {images:,} images{times}{over}{shards}{again}"
 
 
 def _optimiser(training: Training, found: dict[str, Any]) -> str:

@@ -117,6 +117,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         step = create_step(config, ranks, parts)
         if config.sync_batch_norm and ranks.size > 1:
             step = cast(Step, encoders.synchronize_batch_norm(step))
+        layout = view_layout(parts.facts["precision"], ranks, encoder, named=objects.encoder is None)
         outline = outline_of(config, ranks, step)
         if config.activation_checkpointing:
             blocks.recompute(step.encoder)
@@ -158,7 +159,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
         steps=steps,
         steps_per_epoch=parts.steps_per_epoch,
         clip=given_or(config.clip, parts.defaults.clip),
-        layout=view_layout(parts.facts["precision"], ranks, encoder, named=objects.encoder is None),
+        layout=layout,
         scaler=scaler,
         notices=said,
     )

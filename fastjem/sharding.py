@@ -66,6 +66,8 @@ def shard(step: nn.Module, ranks: Ranks, *, scaled: bool = False, compiles: bool
             f"--shard with --precision fp16: {', '.join(alike)} is a single number, which is in no shard; bf16 and "
             "fp32 work"
         )
+    for parameter in step.parameters():  # FSDP2 takes no other layout, convolutions' channels_last among them
+        parameter.data = parameter.data.contiguous()
     options: dict[str, Any] = {
         "mesh": DeviceMesh.from_group(ranks.group, ranks.device.type),
         "ignored_params": set(alike.values()),
@@ -169,18 +171,15 @@ def load_full_state(step: nn.Module, optimizer: torch.optim.Optimizer, state: Ma
     Raises:
         RuntimeError, ValueError, KeyError: as `load_state_dict` does for what doesn't fit.
     """
-    model, of_optimizer = state["model"], state["optimizer"]
-    if is_sharded(step):
-        own = step.state_dict()
-        model = {name: _part(value, own.get(name)) for name, value in model.items()}
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        values = {
-            number: {name: _part(value, parameters[number]) for name, value in values.items()}
-            for number, values in of_optimizer["state"].items()
-        }
-        of_optimizer = {**of_optimizer, "state": values}
+    own = step.state_dict()
+    model = {name: _part(value, own.get(name)) for name, value in state["model"].items()}
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
+    values = {
+        number: {name: _part(value, parameters.get(number)) for name, value in values.items()}
+        for number, values in state["optimizer"]["state"].items()
+    }
     step.load_state_dict(model)
-    optimizer.load_state_dict(of_optimizer)
+    optimizer.load_state_dict({**state["optimizer"], "state": values})
 
 
 def _whole(value: Any, *, keep: bool, host: bool = False) -> Any:
@@ -196,13 +195,13 @@ def _whole(value: Any, *, keep: bool, host: bool = False) -> Any:
 
 
 def _part(value: Any, like: Tensor | None) -> Any:
-    """This rank's shard of a whole tensor, as a DTensor, where `like` is one of its shape."""
+    """This rank's shard of a whole tensor, as a DTensor, where `like` is one of its shape; else the tensor itself."""
     if like is None or not is_distributed(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
     layout: Any = like
-    value = value.to(like.device)
+    value = value.to(like.device).contiguous()
     # Every rank has read the whole tensor, so nothing is sent; the copy lets go of it.
     return distribute_tensor(value, layout.device_mesh, layout.placements, src_data_rank=None).clone()
 

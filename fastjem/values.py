@@ -45,6 +45,8 @@ def of(training: Training) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
         "ranks": training.ranks.size,
+        "shard": config.shard and training.ranks.size > 1,
+        "activation_checkpointing": config.activation_checkpointing,
         "optimizer": name_of_optimizer(training),
         "learning_rate": training.rate,
         "peak_learning_rate": schedule.learning_rate,

@@ -88,10 +88,12 @@ def whole(x: Any) -> Tensor:
 def check_method(name: str, ranks: Ranks, steps: int = 5) -> None:
     each = IMAGES // ranks.size
     step, batch = made(name, RunFacts(batch=IMAGES, steps_per_epoch=2, steps=steps))
+    with_idle_parameters(step)
     alone = optimizer_of(step)
     expected = train(step, alone, batch, steps)
     facts = RunFacts(batch=IMAGES, steps_per_epoch=2, steps=steps, ranks=ranks.size, group=ranks.group)
     other, batch = made(name, facts)
+    with_idle_parameters(other)
     sharding.shard(other, ranks)
     kinds = [type(p) for p in other.parameters() if p.dim() and not is_distributed(p)]
     assert not kinds
@@ -109,6 +111,13 @@ def check_method(name: str, ranks: Ranks, steps: int = 5) -> None:
     averages = [values["momentum_buffer"] for values in alone.state.values()]
     for i, values in enumerate(optimizer.state.values()):
         assert_close(whole(values["momentum_buffer"]), averages[i], f"{name}: gradient {i}", 1e-5)
+
+
+def with_idle_parameters(step: Step) -> None:
+    """Some that no loss reaches, of a block and beside the blocks."""
+    backbone: Any = step.encoder.backbone
+    for part in (backbone, *list(getattr(backbone, "blocks", ()))[:1]):
+        part.idle = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
 
 def assert_close(a: Tensor, b: Tensor, what: str, share: float = 1e-6) -> None:
@@ -171,7 +180,7 @@ def check_whole_states(ranks: Ranks) -> None:
     both = optimizer_of(plain, "adamw"), optimizer_of(fresh, "adamw")
     sharding.load_full_state(plain, both[0], copy.deepcopy(expected))
     sharding.load_full_state(fresh, both[1], expected)
-    held: Any = both[1].state[next(fresh.encoder.parameters())]["exp_avg"]
+    held: Any = both[1].state[max(fresh.encoder.parameters(), key=len)]["exp_avg"]
     assert local(held).untyped_storage().nbytes() == local(held).nbytes, "the whole tensor is kept"
     train(step, alone, batch, 2)
     train(plain, both[0], batch, 2)
@@ -179,6 +188,25 @@ def check_whole_states(ranks: Ranks) -> None:
     again = sharding.full_state(fresh, both[1])
     same(again, sharding.full_state(step, alone), "resumed")
     same(sharding.full_state(plain, both[0]), sharding.full_state(step, alone), "resumed whole")
+
+
+def check_channels_last(ranks: Ranks) -> None:
+    """Convolutions whose weights have another layout, which shards don't; states go from one to the other."""
+    module = test_methods.feature_maps
+    test_methods.needs_patches, needs = lambda kind: False, test_methods.needs_patches
+    test_methods.feature_maps = lambda: module().to(memory_format=torch.channels_last)
+    step, other, batch, part = sharded("vicregl", ranks)
+    test_methods.needs_patches, test_methods.feature_maps = needs, module
+    assert any(not p.is_contiguous() for p in step.parameters())
+    alone, optimizer = (optimizer_of(one, "adamw") for one in (step, other))
+    for _ in range(2):
+        train(step, alone, batch, 1)
+        train(other, optimizer, part, 1)
+        state, expected = (sharding.full_state(*pair) for pair in ((other, optimizer), (step, alone)))
+        same(state, expected, "channels_last")
+        given = copy.deepcopy(expected)
+        sharding.load_full_state(step, alone, state)
+        sharding.load_full_state(other, optimizer, given)
 
 
 def check_accumulation(ranks: Ranks) -> None:
@@ -195,6 +223,8 @@ def check_accumulation(ranks: Ranks) -> None:
             step(one, 3)[0].backward()
         with sharding.without_exchange(model):
             model(halves[0], torch.tensor(3))[0].backward()
+        scales = [p.grad for name, p in model.named_parameters() if name.endswith("log_scale")]
+        assert not torch.allclose(scales[0], mean(scales[0])), "nothing is exchanged yet"
         model(halves[1], torch.tensor(3))[0].backward()
         found = {name.removeprefix("module."): p for name, p in model.named_parameters()}
         for name, p in step.named_parameters():
@@ -320,7 +350,14 @@ def check_quick(rank: int, world: int, store: str) -> None:
     ranks = begin(rank, world, store)
     for name in QUICK:
         check_method(name, ranks)
-    for check in (check_whole_states, check_accumulation, check_memory, check_precision, check_momentum_copies):
+    for check in (
+        check_whole_states,
+        check_channels_last,
+        check_accumulation,
+        check_memory,
+        check_precision,
+        check_momentum_copies,
+    ):
         check(ranks)
     dist.destroy_process_group()
 
