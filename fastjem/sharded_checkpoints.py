@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastjem.errors import UserError
-from fastjem.functional.shards import is_distributed
+from fastjem.functional.shards import is_distributed, local
 from fastjem.ranks import Ranks
 from fastjem.reading import why_not
 
@@ -281,11 +281,11 @@ def fitted(state: dict[str, Any], step: nn.Module, optimizer: torch.optim.Optimi
 def _shard_of(whole: Tensor, alike: Any) -> Tensor:
     """What this rank has of a tensor that is in shards as `alike` is; without a word to the other ranks."""
     shards = torch.empty_like(alike.detach(), dtype=whole.dtype)
-    local = shards.to_local()
-    if local.numel():
+    own = local(shards)
+    if own.numel():
         (chunk,) = alike.__create_chunk_list__()
         rows = (slice(at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))
-        local.copy_(whole[tuple(rows)])
+        own.copy_(whole[tuple(rows)])
     return shards
 
 

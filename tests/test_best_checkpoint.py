@@ -39,7 +39,7 @@ def train(out: Path, accuracies: Sequence[float], monkeypatch: pytest.MonkeyPatc
 
 def best_of(out: Path) -> tuple[int, float]:
     path = checkpoints.best(out)
-    assert path == out / "checkpoints/best.pt"
+    assert path is not None and path == out / "checkpoints/best.pt"
     state = checkpoints.read(path)
     assert state["best"]["step"] == state["step"]
     return state["step"], state["best"]["accuracy"]

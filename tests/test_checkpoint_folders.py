@@ -270,7 +270,9 @@ def test_the_best_is_a_second_name_and_stays(mesh: Any, tmp_path: Path, monkeypa
     save(tmp_path, 1, None)
     assert checkpoints.best(tmp_path) is None and checkpoints.keep_best(tmp_path) is None
     best = checkpoints.best(tmp_path)
-    assert best == tmp_path / checkpoints.BEST and os.path.samefile(best, tmp_path / checkpoints.LAST)
+    assert (
+        best is not None and best == tmp_path / checkpoints.BEST and os.path.samefile(best, tmp_path / checkpoints.LAST)
+    )
     for step, of in ((2, mesh), (3, mesh), (4, None)):
         save(tmp_path, step, of, keep=1)
         assert is_of(checkpoints.read(checkpoints.best(tmp_path) or best), 1)
@@ -279,7 +281,7 @@ def test_the_best_is_a_second_name_and_stays(mesh: Any, tmp_path: Path, monkeypa
         save(tmp_path, step, mesh)
         assert checkpoints.keep_best(tmp_path) is None
         best = checkpoints.best(tmp_path)
-        assert best == tmp_path / "checkpoints/best" and is_of(checkpoints.read(best), step)
+        assert best is not None and best == tmp_path / "checkpoints/best" and is_of(checkpoints.read(best), step)
     assert os.path.samefile(best / "state.pt", tmp_path / "checkpoints/last/state.pt")
     assert not (tmp_path / checkpoints.BEST).exists()
 
