@@ -1,5 +1,6 @@
 """Checkpoints of models in shards: saved on any number of ranks, resumed on any other, and read by one process."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ for package in ("timm", "torchvision", "safetensors"):
 from test_methods import make  # noqa: E402
 from test_methods_distributed import part_of  # noqa: E402
 
-from fastjem import checkpoints, resume, sharding  # noqa: E402
+from fastjem import checkpoints, resume, sharded_checkpoints, sharding  # noqa: E402
 from fastjem.methods import RunFacts  # noqa: E402
 from fastjem.optim import Fused, Schedule, build, parameter_groups, separate_groups  # noqa: E402
 from fastjem.ranks import Ranks  # noqa: E402
@@ -127,6 +128,26 @@ def goes_on(rank: int, size: int, out: Path, expected: list[float], shard: bool)
     assert trained.save(out) is None
     dist.barrier()
     assert len(checkpoints.present(out)) == 1 and not list((out / "checkpoints").glob("*.part"))
+    if shard:
+        a_full_disk_of_one_rank(trained, out)
+
+
+def a_full_disk_of_one_rank(trained: Trained, out: Path) -> None:
+    """All learn of it, and what there was stays."""
+
+    def full(*_: object) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if trained.ranks.rank == trained.ranks.size - 1:
+            patch.setattr(sharded_checkpoints.Stream, "fileno", full)
+        problem = trained.save(out)
+    last = trained.ranks.size - 1
+    step = trained.done
+    assert problem == f"the checkpoint at step {step} could not be written (rank {last}: No space left on device)"
+    dist.barrier()
+    assert len(checkpoints.present(out)) == 1 and not list((out / "checkpoints").glob("*.part"))
+    dist.barrier()
 
 
 def of_one(out: Path, expected: list[float]) -> Trained:
