@@ -202,8 +202,8 @@ def _part(value: Any, like: Tensor | None) -> Any:
 
     layout: Any = like
     value = value.to(like.device).contiguous()
-    # Every rank has read the whole tensor, so nothing is sent; the copy lets go of it.
-    return distribute_tensor(value, layout.device_mesh, layout.placements, src_data_rank=None).clone()
+    # Every rank has read the whole tensor, so nothing is sent.
+    return distribute_tensor(value, layout.device_mesh, layout.placements, src_data_rank=None)
 
 
 __all__ = [
