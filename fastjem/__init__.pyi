@@ -446,7 +446,8 @@ def load_encoder(
     which takes paths, arrays or Pillow's images. A module of the user's own that has a `prepare` keeps that.
 
     Args:
-        path: of the folder or the file; "hf-hub:USER/MODEL" of an exported folder on Hugging Face's hub.
+        path: of the folder or the file; of one of a run's checkpoints, RUN/checkpoints/best.pt say; "hf-hub:USER/MODEL"
+            of an exported folder on Hugging Face's hub.
         teacher: the momentum encoder of a run, in place of the trained one.
         encoder: the module that a run was begun with in place of a backbone's name; the weights are loaded into it.
 

@@ -88,10 +88,11 @@ class Training:
         return given_or(self.config.learning_rate, self.defaults.learning_rate)
 
     def state(self, done: int) -> dict[str, torch.Tensor | Any]:
-        """Model and optimizer behind step `done`, for a checkpoint. With weights in shards all ranks together."""
+        """Model and optimizer behind step `done`, for a checkpoint; of weights in shards this rank's."""
         return {
             "step": done,
-            **sharding.full_state(self.step, self.optimizer, keep=self.ranks.first),
+            "model": self.step.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "pixels": self.pixels.to_dict(),
             **({precision.SCALER: self.scaler.state_dict()} if self.scaler else {}),
         }
@@ -140,6 +141,7 @@ def build(config: Config, ranks: Ranks, objects: Objects, out: Path, state: dict
     if passes is not None and encoders.has_batch_norm(encoder):
         over = " over all ranks" if config.sync_batch_norm and ranks.size > 1 else ""
         said.append(f"--micro-batch: the encoder's batch norms take their statistics of {passes.size} images{over}")
+    said += filter(None, [resume.other_ranks(step, state, ranks.size)])
     return Training(
         config=config,
         out=out,

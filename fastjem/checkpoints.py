@@ -1,82 +1,47 @@
-"""Files that are whole or not there: checkpoints and metrics that outlive a kill at any moment and a full disk."""
+"""Checkpoints and metrics that outlive a kill at any moment and a full disk: they are whole or not there."""
 
 import contextlib
-import errno
 import io
 import json
 import os
 import pickle
 import re
 import secrets
-import stat
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from fastjem import printing
+from fastjem import sharded_checkpoints as sharded
+from fastjem.atomic import (  # noqa: F401  # whoever writes into a run finds them here
+    duplicate,
+    flush_names,
+    is_same,
+    link,
+    new_file,
+    open_atomically,
+    publish,
+    remove,
+    write_atomically,
+)  # fmt: skip
 from fastjem.errors import UserError
+from fastjem.ranks import Ranks
 from fastjem.reading import why_not
 
 LAST = "checkpoints/last.pt"
+LAST_IN_SHARDS = "checkpoints/last"  # the folder of a run whose weights are in shards
+BEST = "checkpoints/best.pt"
+NAMED = re.compile(r"last(?:-(\d+))?(\.pt)?")  # with how many checkpoints ago it was the last
+CONFIGURATION = "config.yaml"
 # What only the run itself writes, and nobody while it holds the lock but itself.
-OWN = ("config.yaml", "metrics.jsonl", "knn.jsonl", "embeddings.npz", "environment.json", "encoder.safetensors")
+OWN = (CONFIGURATION, "metrics.jsonl", "knn.jsonl", "embeddings.npz", "environment.json", "encoder.safetensors")
 PART = re.compile(r"(.+?)(\.[0-9a-f]{16})?\.part")  # the name of a temporary file, with that of its file in it
 HOUR = 3600.0  # after which nobody writes a temporary file any more that hasn't grown
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The old file or the new one, never a part; see `open_atomically`."""
-    with open_atomically(path) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which is there once the block ends without an error: until then a temporary file beside it,
-    flushed to the disk, then renamed.
-
-    The temporary file has a name of its own, so that two writers don't meet in it; a link that somebody planted there
-    isn't followed, and a link in the place of `path` is replaced itself. What is no file stays: renaming would put a
-    file in the place of /dev/null.
-
-    Raises:
-        OSError: where nothing can be written, or a device, a pipe or a socket is there.
-    """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        kind = os.stat(path).st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or os.path.realpath(path).startswith("/proc/"):
-            raise OSError(errno.EINVAL, "a device or a pipe is no place for a file", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with open(new_file(part), "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:  # a full disk, Ctrl-C, a dead worker
-        part.unlink(missing_ok=True)
-        raise
-    if os.name != "posix":  # a folder can't be opened there
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name outlives a power cut too
-    finally:
-        os.close(folder)
-
-
-def new_file(path: Path) -> int:
-    """The descriptor of a file that nobody else has made, open for writing."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):  # some systems lack one or the other
-        flags |= getattr(os, name, 0)
-    return os.open(path, flags, 0o666)
 
 
 def clean(run: Path) -> None:
@@ -90,69 +55,172 @@ def clean(run: Path) -> None:
             own = folder != run or (name is not None and name[1] in OWN)
             with contextlib.suppress(OSError):
                 if own or time.time() - path.lstat().st_mtime > HOUR:
-                    path.unlink()
+                    remove(path)
 
 
 def save(run: Path, state: dict[str, Any]) -> str | None:
     """Write the checkpoint; what went wrong, in words, if the disk refused it (the one before is then still there)."""
-    buffer = io.BytesIO()  # torch's own writer aborts the process when a disk fills up below it
-    torch.save(state, buffer)
     try:
-        write_atomically(run / LAST, buffer.getvalue())
+        write_atomically(run / LAST, packed(state))
+        if (run / LAST_IN_SHARDS).is_dir():  # of before the weights were whole
+            remove(run / LAST_IN_SHARDS)
     except OSError as error:
         return f"the checkpoint at step {state['step']} could not be written ({why_not(error)})"
     return None
 
 
+def save_in_shards(run: Path, state: dict[str, Any], keep: int, ranks: Ranks) -> str | None:
+    """Write the checkpoint of a model in shards, and move the earlier ones on; a collective call.
+
+    The folder gets its name once all ranks have written their shards and flushed them to the disk.
+
+    Args:
+        state: with this rank's DTensors; all else is the first rank's.
+        keep: how many checkpoints there are then, see `keep_earlier`.
+
+    Returns:
+        On every rank what went wrong, in words, if a rank's disk refused it; the one before is then still there.
+    """
+    number = int(ranks.agree(float(secrets.randbits(52))))
+    part = run / f"{LAST_IN_SHARDS}.{number:016x}.part"
+    why: str | None = None
+    try:
+        if ranks.first:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.mkdir()
+    except OSError as error:
+        why = why_not(error)
+    if not ranks.any(why is not None)[0]:
+        state, why = sharded.write(part, state, ranks)
+    if ranks.first and why is None:
+        try:
+            write_atomically(part / sharded.STATE, packed(state))
+            keep_earlier(run, keep)
+            # At any moment there is a whole checkpoint: the last one has a second name, or is given one.
+            last = run / LAST_IN_SHARDS
+            publish(part, last, None if 1 in numbered(run) else last.with_name(f"{last.name}-1"))
+            keep_earlier(run, keep, move=False)
+        except OSError as error:
+            why = why_not(error)
+    (failed,) = ranks.any(why is not None)
+    if not failed:
+        return None
+    if ranks.first:
+        with contextlib.suppress(OSError):
+            remove(part)
+    return f"the checkpoint at step {state['step']} could not be written ({why or 'the first rank says why'})"
+
+
+def packed(state: dict[str, Any]) -> bytes:
+    """A file of it. torch's own writer ends the process when a disk fills up below it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
 def earlier(run: Path, number: int) -> Path:
-    """The file of the checkpoint that was the last `number` checkpoints ago."""
-    last = run / LAST
-    return last if number == 0 else last.with_name(f"{last.stem}-{number}{last.suffix}")
+    """The checkpoint that was the last `number` checkpoints ago; the file's name where there is none."""
+    named = run / LAST
+    return numbered(run).get(number) or (named if number == 0 else named.with_name(f"last-{number}.pt"))
 
 
-def keep_earlier(run: Path, count: int) -> None:
+def keep_earlier(run: Path, count: int, *, move: bool = True) -> None:
     """Before a checkpoint is written: the last ones move on by a name, so that `count` are there once it is.
 
     At any moment each of them is whole and `load` finds the newest. A file that is no checkpoint isn't kept, and
-    nothing moves for a checkpoint that could not be written: the last one is `last-1.pt` already.
+    nothing moves for a checkpoint that could not be written: the last one is `last-1` already, in links to its bytes.
+
+    move: False: those that are too many go, and no more.
     """
-    last = run / LAST
+    there = numbered(run)
     with contextlib.suppress(OSError):
         for number in range(max(count, 1), max(count, 1) + 100):
-            if not earlier(run, number).exists():
+            if number not in there:
                 break
-            earlier(run, number).unlink()
-    before = earlier(run, 1)
-    if count < 2 or not last.is_file() or (before.exists() and os.path.samefile(last, before)):
+            remove(there[number])
+    last, before = there.get(0), there.get(1)
+    if count < 2 or not move or last is None or (before is not None and is_same(last, before)):
         return
     try:
         read(last, mmap=True)
     except UserError:
         return
     with contextlib.suppress(OSError):  # one more copy is wanted, not needed
-        for number, path in sorted(numbered(run).items(), reverse=True):
+        for number, path in sorted(there.items(), reverse=True):
             if 0 < number < count - 1:
-                os.replace(path, earlier(run, number + 1))
-        before.unlink(missing_ok=True)
+                os.replace(path, path.with_name(f"last-{number + 1}{path.suffix}"))
+            elif number:
+                remove(path)
+        before = last.with_name(f"last-1{last.suffix}")
         try:
-            os.link(last, before)
+            link(last, before)
         except OSError:  # a file system without links
             os.replace(last, before)
 
 
+def keep_best(run: Path) -> str | None:
+    """The last checkpoint is the best one, too, from now on; what went wrong, in words."""
+    last = earlier(run, 0)
+    best = run / BEST
+    folder = best.with_suffix("")
+    copy = folder if last.is_dir() else best
+    try:
+        try:
+            link(last, copy)
+        except OSError:  # a file system without links
+            duplicate(last, copy)
+        for other in (best, folder):
+            if other != copy and other.exists():
+                remove(other)
+        flush_names(best.parent)
+    except OSError as error:
+        return f"{copy} could not be written ({why_not(error)})"
+    return None
+
+
+def run_of(path: Path) -> Path | None:
+    """The run whose checkpoint this is, by its place, RUN/checkpoints/best.pt say; None where it is none."""
+    folder = Path(os.path.abspath(path)).parent
+    named = path.suffix == ".pt" or os.path.lexists(path / sharded.STATE)
+    if not named or folder.name != "checkpoints" or not (folder.parent / CONFIGURATION).exists():
+        return None
+    return Path(os.path.normpath(path.parent / ".."))
+
+
+def best(run: Path) -> Path | None:
+    """The checkpoint that was kept as the best one, if there is one."""
+    path = run / BEST
+    found = [one for one in (path, path.with_suffix("")) if one.exists()]
+    return max(found, key=lambda one: one.stat().st_mtime) if found else None
+
+
 def numbered(run: Path) -> dict[int, Path]:
-    """Files of checkpoints by how many checkpoints ago each was the last."""
-    names = {path: re.fullmatch(r"last(?:-(\d+))?\.pt", path.name) for path in (run / LAST).parent.glob("last*.pt")}
-    return {int(match[1] or 0): path for path, match in names.items() if match}
+    """Checkpoints by how many checkpoints ago each was the last; the newer one where a file and a folder are."""
+    return dict(reversed(in_order(run)))
 
 
 def present(run: Path) -> list[Path]:
-    """Files of checkpoints, the newest first."""
-    return [path for _, path in sorted(numbered(run).items())]
+    """Checkpoints, files and folders, the newest first."""
+    return [path for _, path in in_order(run)]
+
+
+def in_order(run: Path) -> list[tuple[int, Path]]:
+    """How many checkpoints ago each was the last, and its path; the newest first."""
+    found = []
+    for path in (run / LAST).parent.glob("last*"):
+        match = NAMED.fullmatch(path.name)
+        if match and (match[2] or path.is_dir()):
+            with contextlib.suppress(OSError):
+                found.append((int(match[1] or 0), -path.lstat().st_mtime, path))
+    return [(number, path) for number, _, path in sorted(found)]
 
 
 def load(
-    run: Path, say: Callable[[str], None] | None = printing.say, *, set_aside: bool = False
+    run: Path,
+    say: Callable[[str], None] | None = printing.say,
+    *,
+    set_aside: bool = False,
+    whole: bool = True,
 ) -> dict[str, Any] | None:
     """The last checkpoint of a run; where it is damaged, the one before it, and so on. None where there is none yet.
 
@@ -160,15 +228,24 @@ def load(
         say: is told in a line which checkpoint was damaged, and which is taken for it.
         set_aside: rename what is damaged to `*.damaged`, so that it isn't kept in the place of a good one. For the
             holder of the run's lock.
+        whole: see `read`.
 
     Raises:
         UserError: if there are some and all are damaged; it names the newest and says why.
     """
+    found = find(run, say, set_aside=set_aside, whole=whole)
+    return found and found[1]
+
+
+def find(
+    run: Path, say: Callable[[str], None] | None, *, set_aside: bool, whole: bool
+) -> tuple[Path, dict[str, Any]] | None:
+    """What `load` takes, and its path."""
     damaged: list[UserError] = []
     files: list[Path] = []
     for path in present(run):
         try:
-            state = read(path)
+            state = read(path, whole=whole)
         except UserError as error:
             damaged.append(error)
             files.append(path)
@@ -178,18 +255,38 @@ def load(
         for file in files if set_aside else []:
             with contextlib.suppress(OSError):
                 os.replace(file, f"{file}.damaged")
-        return state
+        return path, state
     if damaged:
         raise UserError(f"{damaged[0]}; no earlier one can be read, and without these files --resume starts at step 0")
     return None
 
 
-def read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """A checkpoint's state. mmap: the tensors' bytes are not looked at.
+def read(path: Path, *, mmap: bool = False, whole: bool = True, checksums: bool = True) -> dict[str, Any]:
+    """A checkpoint's state, of a file or a folder.
+
+    Args:
+        mmap: the tensors' bytes are not looked at.
+        whole: False: what lies in shards isn't read but for its checksums, and `sharded_checkpoints.fitted` reads a
+            rank's part of it.
+        checksums: False: those of shards aren't compared, where somebody has.
 
     Raises:
         UserError: for anything that isn't one, with the file's name and what is wrong with it.
     """
+    if path.suffix == ".pt" or not path.is_dir():
+        return read_file(path, mmap=mmap)
+    if not os.path.lexists(path / sharded.STATE):
+        raise UserError(f"{path} is no checkpoint: it has no {sharded.STATE}")
+    state = read_file(path / sharded.STATE, mmap=mmap)
+    sharded.check(path, state, checksums=checksums and not mmap)
+    if whole and not mmap:
+        return sharded.filled(path, state)
+    state[sharded.SHARDS]["folder"] = str(path)
+    return state
+
+
+def read_file(path: Path, *, mmap: bool) -> dict[str, Any]:
+    """The state in one file, see `read`."""
     try:
         if not path.is_file():
             raise UserError(f"{path} is no checkpoint: it is {'a folder' if path.is_dir() else 'no regular file'}")

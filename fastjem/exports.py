@@ -52,7 +52,8 @@ def open_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder
     wrote, a file or a folder.
 
     Args:
-        path: of the folder or the file; "hf-hub:USER/MODEL" of an exported folder on Hugging Face's hub.
+        path: of the folder or the file; of one of a run's checkpoints, RUN/checkpoints/best.pt say; "hf-hub:USER/MODEL"
+            of an exported folder on Hugging Face's hub.
         teacher: the momentum encoder of a run, in place of the trained one.
         encoder: the module that a run was begun with in place of a backbone's name; the weights are loaded into it.
 
@@ -62,6 +63,8 @@ def open_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder
     """
     if isinstance(path, str) and hub.is_there(path):
         file = hub.fetch(path, WEIGHTS) / WEIGHTS
+    elif (run := checkpoints.run_of(Path(path))) is not None:
+        return open_folder(run, teacher=teacher, encoder=encoder, checkpoint=Path(path))
     elif not os.path.isdir(path):
         file = Path(path)
     elif is_exported(path):
@@ -114,10 +117,12 @@ def open_file(path: str | os.PathLike[str], *, encoder: nn.Module | None = None)
         raise UserError(f"{path} is no safetensors file: {error}") from None
 
 
-def open_folder(folder: Path, *, teacher: bool = False, encoder: nn.Module | None = None) -> Opened:
-    """A run's folder, see `open_encoder`."""
+def open_folder(
+    folder: Path, *, teacher: bool = False, encoder: nn.Module | None = None, checkpoint: Path | None = None
+) -> Opened:
+    """A run's folder, see `open_encoder`; at its last checkpoint, or the one that is given."""
     settings, pixels, pool = config.read(folder)
-    state = last_checkpoint(folder)
+    state = last_checkpoint(folder) if checkpoint is None else checkpoints.read(checkpoint)
     if encoder is None and "encoder" in state.get("objects", ()):
         raise UserError(
             f"the run in {folder} was begun with an encoder of its owner's; give it again from Python: "

@@ -16,7 +16,10 @@ from fastjem.ranks import Ranks
 from fastjem.reading import why_not
 
 # What a run writes before its first step is taken, or in taking it.
-WRITTEN = (*checkpoints.OWN, "report.html", checkpoints.LAST, "checkpoints/last-1.pt")
+WRITTEN = (
+    *checkpoints.OWN, "report.html", checkpoints.LAST, "checkpoints/last-1.pt", checkpoints.LAST_IN_SHARDS,
+    f"{checkpoints.LAST_IN_SHARDS}-1",
+)  # fmt: skip
 
 
 class Folder:
@@ -47,9 +50,19 @@ class Folder:
                 checkpoints.clean(self.out)
         if self.new:
             return None
+        state: dict[str, Any] | None = None
+        place = -1
         with self.ranks.together():
-            first = self.ranks.first
-            return checkpoints.load(self.out, say if first else None, set_aside=first)
+            if self.ranks.first:  # who alone compares the checksums of shards, and renames what is damaged
+                found = checkpoints.find(self.out, say, set_aside=True, whole=False)
+                if found is not None:
+                    path, state = found
+                    place = checkpoints.present(self.out).index(path)
+        place = int(self.ranks.agree(float(place)))
+        with self.ranks.together():
+            if not self.ranks.first and place >= 0:
+                state = checkpoints.read(checkpoints.present(self.out)[place], whole=False, checksums=False)
+        return state
 
     def take(self, training: Training) -> None:
         """Write the configuration: that of a new run, or what a resumed one is told anew."""
@@ -83,7 +96,9 @@ class Folder:
             with contextlib.suppress(OSError):  # a folder that holds something stays
                 if path == self.out:
                     self.lock.release()
-                if path.is_dir() and not path.is_symlink():
+                if path.is_dir() and not path.is_symlink() and path.name.startswith("last"):
+                    checkpoints.remove(path)
+                elif path.is_dir() and not path.is_symlink():
                     path.rmdir()
                 else:
                     path.unlink(missing_ok=True)

@@ -198,7 +198,7 @@ def stage_of(
 def is_complete(out: Path) -> bool:
     """Whether the encoder is that of the last checkpoint: a run that was made longer has an older one for a while."""
     encoder = out / ENCODER
-    last = out / checkpoints.LAST
+    last = checkpoints.earlier(out, 0)
     return encoder.exists() and not (last.exists() and encoder.stat().st_mtime < last.stat().st_mtime)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import checkpoints, sharding
+from fastjem import checkpoints, sharded_checkpoints, sharding
 from fastjem import config as configuration
 from fastjem.config import CHANGES_NUMBERS, Config
 from fastjem.data.fingerprint import difference
@@ -151,6 +151,21 @@ def changes(config: Config, state: dict[str, Any], steps: int) -> list[str]:
     return said
 
 
+def other_ranks(step: nn.Module, state: dict[str, Any] | None, ranks: int) -> str:
+    """A line for a run with batch norms that goes on with another number of ranks; "" for any other one."""
+    before = (state or {}).get("ranks", ranks)
+    sees_a_part = any(
+        isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(part, nn.SyncBatchNorm)
+        for part in step.modules()
+    )
+    if state is None or before == ranks or not sees_a_part:
+        return ""
+    return (
+        f"{before} {'rank' if before == 1 else 'ranks'} took the steps so far, and {ranks} from step "
+        f"{state['step'] + 1} on: batch norms see a rank's images, and losses aren't those of the same number of ranks"
+    )
+
+
 def defaults_of(out: Path, state: dict[str, Any]) -> Defaults:
     """The method's defaults as they were when the run began."""
     names = {f.name for f in dataclasses.fields(Defaults)}
@@ -161,9 +176,17 @@ def defaults_of(out: Path, state: dict[str, Any]) -> Defaults:
 
 
 def restore(out: Path, step: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put a checkpoint's values into the modules; UserError where they don't fit."""
+    """Put a checkpoint's values into the modules; UserError where they don't fit.
+
+    Of what is in shards on the disk, or here, each rank takes its own part; without a word to the others.
+    """
     try:
-        sharding.load_full_state(step, optimizer, state)
+        if sharded_checkpoints.SHARDS in state or sharding.is_sharded(step):
+            state = sharded_checkpoints.fitted(state, step, optimizer)
+        step.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except sharded_checkpoints.Unreadable:
+        raise
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = " ".join(str(error).split())
         raise UserError(f"the checkpoint {out / checkpoints.LAST} doesn't fit this run: {first[:300]}") from None

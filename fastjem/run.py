@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastjem import banner, launchers, resume, starting, trackers
+from fastjem import banner, checkpoints, launchers, resume, starting, trackers
 from fastjem import config as configuration
 from fastjem.advice import advice
 from fastjem.build import Training, build
@@ -28,7 +28,7 @@ from fastjem.printing import say
 from fastjem.ranks import Ranks, join, leave
 from fastjem.report import Watch, brief
 from fastjem.resume import name_of
-from fastjem.saving import Saver, export
+from fastjem.saving import Best, Saver, export
 from fastjem.stepping import optimizer_steps
 from fastjem.stopping import Stop, Stopped
 
@@ -257,17 +257,18 @@ def take_steps(training: Training, journal: Journal, watch: Watch, saver: Saver,
         ends, saves, looks = ranks.any(
             stop.signal is not None, stop.saves() or saver.due(done), meter.diverges_from is not None
         )
-        if not (ends or saves or looks or last):
+        best = watch.measures(done) and ranks.any(saver.is_best(watch.accuracy))[0]
+        if not (ends or saves or looks or last or best):
             continue
-        if ends or saves or last:
+        if ends or saves or last or best:
             for row in meter.waiting():  # a row that the checkpoint has passed would be lost with a kill
                 journal.log(*row)
         (diverged,) = ranks.any(not saver.finite())
         if diverged:
             with ranks.together():
                 raise saver.diverged(done, meter.diverges_from)
-        if ends or saves or last:
-            saver.save(done)
+        if ends or saves or last or best:
+            saver.save(done, Best(done, watch.accuracy) if best and watch.accuracy is not None else None)
             if not last:
                 watch.refresh()
         if ends:
@@ -305,6 +306,9 @@ def end(training: Training, objects: Objects, journal: Journal, watch: Watch, sa
     elif ranks.first and not finished and stop.signal is not None:
         say(f"stopped at step {done}; go on with --resume --out {out}")
     elif ranks.first and finished:
+        if (best := saver.best) is not None and best.step < done:
+            kept = checkpoints.best(out)
+            say(f"fastjem: kNN was best at step {best.step:,}, {best.accuracy:.1%}; its checkpoint is {kept}")
         for line in banner.closing(training, named=objects.encoder is None, has_data=objects.source is None):
             say(line)
     return Result(out, done, finished, journal.last_row, saved, stopped=not finished and not lost)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastjem import encoders, exports, fields, hub, reading
+from fastjem import checkpoints, encoders, exports, fields, hub, reading
 from fastjem.config import Config
 from fastjem.data.pixels import Pixels
 from fastjem.data.size import height_and_width
@@ -41,6 +41,8 @@ class Opened:
         """Where figures of the encoder belong; of one on the hub, the current folder."""
         if hub.is_there(str(self.path)):
             return Path()
+        if checkpoints.run_of(self.path) is not None:
+            return self.path.parent
         return self.path if self.path.is_dir() else self.path.parent
 
     def digest(self) -> str:
@@ -57,7 +59,7 @@ def open_run(path: str | os.PathLike[str], *, teacher: bool = False, encoder: nn
     """A run at its last checkpoint, one that was killed too, or what was exported.
 
     Args:
-        path: of a run's folder, an exported file or folder; or "hf-hub:USER/MODEL".
+        path: of a run's folder, one of its checkpoints, an exported file or folder; or "hf-hub:USER/MODEL".
         teacher, encoder: see `fastjem.exports.open_encoder`.
 
     Raises:
@@ -81,7 +83,8 @@ def load_encoder(path: str | os.PathLike[str], *, teacher: bool = False, encoder
     which takes paths, arrays or Pillow's images. A module of the user's own that has a `prepare` keeps that.
 
     Args:
-        path: of the folder or the file; "hf-hub:USER/MODEL" of an exported folder on Hugging Face's hub.
+        path: of the folder or the file; of one of a run's checkpoints, RUN/checkpoints/best.pt say; "hf-hub:USER/MODEL"
+            of an exported folder on Hugging Face's hub.
         teacher: the momentum encoder of a run, in place of the trained one.
         encoder: the module that a run was begun with in place of a backbone's name; the weights are loaded into it.
 

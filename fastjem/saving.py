@@ -5,7 +5,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,33 @@ from fastjem.prepare import ENCODER
 from fastjem.reading import why_not
 from fastjem.sharding import is_sharded
 
+BEST = "best"  # the key of a checkpoint's state where the best one so far is named
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The step whose encoder had the best kNN accuracy, and that."""
+
+    step: int
+    accuracy: float
+
+    @classmethod
+    def of(cls, path: Path | None) -> "Best | None":
+        """What a checkpoint says of it; None where it says nothing, or isn't there."""
+        try:
+            found = checkpoints.read(path, mmap=True).get(BEST) if path else None
+        except UserError:
+            return None
+        if not isinstance(found, dict):
+            return None
+        step, accuracy = found.get("step"), found.get("accuracy")
+        return cls(step, accuracy) if isinstance(step, int) and isinstance(accuracy, float) else None
+
 
 class Saver:
-    """Checkpoints of a run: when they are due, what is in them, and which is the last.
+    """Checkpoints of a run: when they are due, what is in them, and which are the last and the best.
 
+    One is a file, which the first rank writes, or where weights are in shards a folder, which all ranks write together.
     Weights that aren't finite are never saved: they can't be trained any further, and would take the place of some
     that can.
     """
@@ -34,6 +57,8 @@ class Saver:
         self.journal = journal
         self.saved_at = time.monotonic()
         self.saved: int | None = training.start if training.resumed else None  # the step of the last checkpoint
+        self.in_shards = is_sharded(training.step)
+        self.best = self._best_so_far() if training.ranks.first else None
         state = training.step.state_dict()
         # A module of one's own may hold infinities from the beginning, in a mask say.
         self.watched = [name for name, finite in zip(state, finite_ones(state.values()), strict=True) if finite]
@@ -55,35 +80,69 @@ class Saver:
 
     def begin(self) -> None:
         """A checkpoint of step 0: a run killed before its first one starts again there, and a full disk is seen now."""
-        state = self.training.state(0)
+        problem = self._write(0) if self.in_shards else None
         with self.training.ranks.together():
-            if self.training.ranks.first and (problem := self._write(state)):
+            if self.training.ranks.first and not self.in_shards:
+                problem = self._write(0)
+            if self.training.ranks.first and problem:
                 raise UserError(f"{problem}: nothing of this run would be kept; it ends before its first step")
 
-    def save(self, done: int) -> None:
-        """A checkpoint; the run goes on where the disk refuses it, and tries again with the next."""
-        state = self.training.state(done)
-        if self.training.ranks.first and (problem := self._write(state)):
+    def save(self, done: int, best: Best | None = None) -> None:
+        """A checkpoint; the run goes on where the disk refuses it, and tries again with the next.
+
+        best: of this step, if it is the best one so far: then the checkpoint is kept as such, too. On the first rank.
+        """
+        first = self.training.ranks.first
+        problem = self._write(done, best) if first or self.in_shards else None
+        if first and problem:
             stays = "" if self.saved is None else f"; the last good one, of step {self.saved}, stays"
             self.journal.say(problem + stays)
+        elif first and best is not None:
+            self.best = best
+            self.journal.say(checkpoints.keep_best(self.training.out))
         self.saved_at = time.monotonic()
 
-    def _write(self, state: dict[str, Any]) -> str | None:
+    def is_best(self, accuracy: float | None) -> bool:
+        """On the first rank, whether a kNN accuracy that was measured now is better than that of the best checkpoint,
+        if that is to be kept."""
+        if accuracy is None or not self.training.config.keep_best:
+            return False
+        return self.best is None or accuracy > self.best.accuracy
+
+    def _best_so_far(self) -> Best | None:
+        """Of a run that goes on; None where that checkpoint is no longer there, or of a step that is still to come."""
         training = self.training
+        if not training.resumed:
+            return None
+        if training.config.keep_best:
+            last = Best.of(checkpoints.earlier(training.out, 0))
+            if last and last.step == training.start:  # a kill may have come before it was kept
+                self.journal.say(checkpoints.keep_best(training.out))
+        best = Best.of(checkpoints.best(training.out))
+        return best if best and best.step <= training.start else None
+
+    def _write(self, done: int, best: Best | None = None) -> str | None:
+        training = self.training
+        best = best or self.best
         state = {
-            **state,
+            **training.state(done),
             "defaults": dataclasses.asdict(training.defaults),
             "config": json.dumps(dataclasses.asdict(training.config)),
             "unreadable": sorted(self.journal.unreadable),
             "decoder_share": training.loader.decoder_share,  # it decides about pixels
             "holds_images": holds_images(training.loader),
             "seed": training.config.seed,  # every generator follows from it and the step
+            "ranks": training.ranks.size,
+            **({BEST: dataclasses.asdict(best)} if best else {}),
             **training.facts,
         }
-        checkpoints.keep_earlier(training.out, training.config.keep_checkpoints)
-        problem = checkpoints.save(training.out, state)
+        if self.in_shards:
+            problem = checkpoints.save_in_shards(training.out, state, training.config.keep_checkpoints, training.ranks)
+        else:
+            checkpoints.keep_earlier(training.out, training.config.keep_checkpoints)
+            problem = checkpoints.save(training.out, state)
         if problem is None:
-            self.saved = state["step"]
+            self.saved = done
         return problem
 
     def rescue(self) -> None:
@@ -93,7 +152,7 @@ class Saver:
         if not training.ranks.first or done == self.saved:
             return
         hint = f"; --resume --out {training.out} goes on from step {self.saved}"
-        if is_sharded(training.step):
+        if self.in_shards:
             self.journal.say(f"step {done} isn't saved: its weights are in shards, and ranks no longer meet{hint}")
         elif not training.step_end.restore():
             self.journal.say(f"step {done + 1} was broken off where it changes the weights: nothing is saved{hint}")
@@ -130,7 +189,7 @@ class Saver:
 
 
 def finite_ones(tensors: Iterable[Tensor], *, nan_only: bool = False) -> list[bool]:
-    """For each tensor, or this rank's shard of it, whether it is finite (nan_only: not NaN), with one wait for the
+    """For each tensor whether it, or this rank's shard of it, is finite (nan_only: not NaN), with one wait for the
     device."""
     tensors = [local(x) for x in tensors]
     numbers = [i for i, x in enumerate(tensors) if x.is_floating_point() and x.numel()]
@@ -169,4 +228,4 @@ def export(training: Training, encoder: nn.Module, *, named: bool) -> str | None
     return None
 
 
-__all__ = ["Saver", "export"]
+__all__ = ["Best", "Saver", "export"]

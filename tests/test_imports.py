@@ -72,6 +72,8 @@ BESIDE = (
     "ranks",
     "checkpoints",
     "gradients",
+    "sharded_checkpoints",
+    "atomic",
     "loggers",
     "trackers",
     "terminal",

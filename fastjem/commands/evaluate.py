@@ -129,7 +129,9 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
     name = "evaluation-teacher.json" if opened.teacher else "evaluation.json"
     _write(opened.folder / name if options.out is None else Path(options.out), result)
     if options.log:
-        for line in trackers.add(opened.folder, result["step"] or 0, _logged(result)):
+        for line in trackers.add(
+            checkpoints.run_of(opened.path) or opened.folder, result["step"] or 0, _logged(result)
+        ):
             say(f"fastjem: {line}")
     return result
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastjem import encoders, exports, fields, hub, portable, reading
+from fastjem import checkpoints, encoders, exports, fields, hub, portable, reading
 from fastjem.checkpoints import write_atomically
 from fastjem.data.pixels import Pixels
 from fastjem.data.size import height_and_width
@@ -113,7 +113,8 @@ def is_file(out: Path) -> bool:
 
 
 def place_of(options: ExportOptions) -> Path:
-    """What is written: what `--out` says, else a folder in the run's, one beside a file, or an exported folder itself.
+    """What is written: what `--out` says, else a folder in the run's, named by the checkpoint where that is named, one
+    beside a file, or an exported folder itself.
 
     Raises:
         UserError: for weights on the hub, beside which there is nothing.
@@ -123,6 +124,8 @@ def place_of(options: ExportOptions) -> Path:
     run = Path(options.run)
     if hub.is_there(options.run):
         raise UserError(f"export: {options.run} is on the hub; --out names the folder to write")
+    if (of_checkpoint := checkpoints.run_of(run)) is not None:
+        return of_checkpoint / f"export-{run.stem}{'-teacher' if options.teacher else ''}"
     if run.is_dir() and exports.is_exported(run):
         return run
     if run.is_dir():

@@ -129,6 +129,7 @@ class Watch:
         self.written_at = -math.inf
         self.cost = 0.0  # seconds that writing the page took
         self.failed = False
+        self.accuracy: float | None = None  # of kNN at the last step that was measured, where there are labels
         every = training.config.knn_every
         if every is None:
             every = max(math.ceil(training.steps / training.steps_per_epoch / 20), 1)
@@ -172,9 +173,14 @@ class Watch:
 
     def after_step(self, done: int) -> None:
         """Before the checkpoint of that step, so that a resumed run lacks no measurement."""
-        if done == self.training.steps or (self.every_steps and done % self.every_steps == 0):
+        self.accuracy = None
+        if self.measures(done):
             encoder = self.training.whole_encoder()
             self.guarded(lambda: self.measure(done, encoder))
+
+    def measures(self, done: int) -> bool:
+        """Whether kNN and embeddings are measured behind this step; the same on all ranks."""
+        return done == self.training.steps or (self.every_steps > 0 and done % self.every_steps == 0)
 
     def refresh(self) -> None:
         """After a checkpoint."""
@@ -192,7 +198,7 @@ class Watch:
             return
         rows = self.sample.embed(encoder)
         if self.sample.labelled and self.log:
-            accuracy = self.sample.knn(rows)
+            accuracy = self.accuracy = self.sample.knn(rows)
             epoch = step / self.training.steps_per_epoch
             guess = majority(self.sample.labels, self.sample.labels)
             row = {"step": step, "epoch": epoch, "knn": accuracy, "images": len(rows), "majority": guess}
