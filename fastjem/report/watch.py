@@ -169,9 +169,13 @@ class Watch:
             "device": describe(training.ranks.device),
         }
 
+    def measures(self, done: int) -> bool:
+        """Whether the first rank measures behind that step, which all ranks say alike."""
+        return done == self.training.steps or (self.every_steps > 0 and done % self.every_steps == 0)
+
     def after_step(self, done: int) -> None:
         """Before the checkpoint of that step, so that a resumed run lacks no measurement."""
-        if done == self.training.steps or (self.every_steps and done % self.every_steps == 0):
+        if self.measures(done):
             self.guarded(lambda: self.measure(done))
 
     def refresh(self) -> None:
