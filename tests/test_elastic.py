@@ -179,3 +179,125 @@ def test_three_kills_at_random_steps(
     finally:
         launch.end()
     assert figures(run) == figures(undisturbed)
+
+
+class Tasks:
+    """Ranks on loopback as srun would start them: processes with Slurm's variables."""
+
+    def __init__(self, log: Path, words: list[str], ranks: int = 2):
+        self.log = log
+        port = str(free_port())
+        self.files = [open(f"{log}-{rank}", "wb") for rank in range(ranks)]
+        self.ranks = []
+        for rank, file in enumerate(self.files):
+            slurm = {"SLURM_NTASKS": str(ranks), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+                     "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_ID": "0", "MASTER_PORT": port}  # fmt: skip
+            line = [sys.executable, *words]
+            self.ranks.append(subprocess.Popen(line, env=ENVIRONMENT | slurm, stderr=file, stdout=file))
+        self.agents = self.ranks
+
+    @property
+    def said(self) -> str:
+        return "".join(self.said_by(rank) for rank in range(len(self.ranks)))
+
+    def said_by(self, rank: int) -> str:
+        return Path(f"{self.log}-{rank}").read_text()
+
+    def end(self) -> None:
+        for rank, file in zip(self.ranks, self.files, strict=True):
+            rank.kill()
+            rank.wait()
+            file.close()
+
+
+COUNTING = """
+import json, os, sys
+from collections import Counter
+import torch, torch.distributed as dist
+import fastjem.ranks
+from fastjem.cli import main
+torch.set_num_threads(1)
+here, calls, made = [0], Counter(), []
+class Counting(fastjem.ranks.Ranks):
+    def reached(self, step):
+        here[0] = step
+        super().reached(step)
+fastjem.ranks.Ranks = Counting
+new_group = dist.new_group
+def noted(*words, **given):
+    made.append(new_group(*words, **given))
+    return made[-1]
+dist.new_group = noted
+def counted(name, real):
+    def call(*words, **given):
+        of = "control" if any(one is group for group in made for one in (*words, *given.values())) else "world"
+        calls[f"{of} {here[0]}"] += 1
+        return real(*words, **given)
+    return call
+for name in ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier",
+             "broadcast_object_list", "reduce", "gather", "scatter", "isend", "irecv", "send", "recv",
+             "monitored_barrier", "reduce_scatter_tensor", "all_to_all_single", "batch_isend_irecv"):
+    setattr(dist, name, counted(name, getattr(dist, name)))
+code = main(sys.argv[1:])
+open(os.environ["SLURM_PROCID"] + ".json", "w").write(json.dumps(calls)) if code == 0 else None
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def counted(images: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of 60 steps on two ranks, whose collective calls are counted."""
+    folder = tmp_path_factory.mktemp("counted")
+    script = folder / "script.py"
+    script.write_text(COUNTING.replace('open(os.environ', f'open({str(folder)!r} + "/" + os.environ'))
+    words = pretrain(images, folder / "run", max_steps="60", log_every="10")[3:]
+    tasks = Tasks(folder / "log", [str(script), *words])
+    try:
+        assert [rank.wait(120) for rank in tasks.ranks] == [0, 0], tasks.said
+    finally:
+        tasks.end()
+    return folder
+
+
+def test_ranks_agree_at_logged_steps_only(counted: Path) -> None:
+    logged = [row["step"] for row in rows(counted / "run")]
+    assert len(logged) < 30
+    for rank in (0, 1):
+        calls = json.loads((counted / f"{rank}.json").read_text())
+        for step in range(1, 60):
+            saves = step % 7 == 0  # then all ranks say whether their weights are finite
+            assert calls.get(f"control {step}", 0) == (step in logged) + saves, (rank, step)
+            assert calls[f"world {step}"] == calls["world 1"]  # the loss's own, of the step that follows
+
+
+def test_a_killed_rank_is_started_again_and_the_run_goes_on(images: str, counted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch = Launch(tmp_path / "log", pretrain(images, run, max_steps="60", log_every="10"))
+    try:
+        wait_for_step(launch, run, random.randrange(1, 40))
+        kill(launch.worker(random.randrange(2)))
+        assert launch.wait() == [0, 0], launch.said
+        assert "restarted by torchrun (restart 1): goes on from step" in launch.said
+    finally:
+        launch.end()
+    assert figures(run) == figures(counted / "run")
+
+
+def test_a_rank_that_stops_is_named(images: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = pretrain(images, run, max_steps="5000", checkpoint_steps="1000", timeout="3")
+    tasks = Tasks(tmp_path / "log", ["-m", *words[2:]])
+    try:
+        wait_for_step(tasks, run, 5)
+        begin = time.monotonic()
+        kill(tasks.ranks[1].pid, signal.SIGSTOP)
+        assert tasks.ranks[0].wait(60) == 1
+        assert time.monotonic() - begin < 20
+    finally:
+        tasks.end()
+    last = rows(run)[-1]["step"]
+    assert (
+        f"fastjem pretrain: step {last + 1}: the ranks didn't come together within 3 seconds (--timeout): rank 1 shows "
+        f"no sign of life; the last checkpoint is of step {last}: --resume --out {run} goes on from there\n"
+    ) in tasks.said_by(0)
+    assert "Traceback" not in tasks.said
