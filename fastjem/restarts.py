@@ -23,7 +23,7 @@ class Launch:
     """The processes that torchrun has started, this one among them."""
 
     number: str  # TORCHELASTIC_RUN_ID
-    restart: int  # how often this process's agent has started its processes again
+    restart: int  # how often processes were started again: an agent counts its own alone, an attempt all before it
     agents: tuple[str, ...]  # of each rank, in their order
     workers: tuple[str, ...]  # the ranks' processes themselves
     earlier: tuple[str, ...] | None = None  # the agents of an attempt before, by what it has left in the run's folder
@@ -58,7 +58,9 @@ class Launch:
             agents, workers = set(found["agents"]), set(found["workers"])
             same = found["number"] == self.number and agents & set(self.agents)
             # A second call in the same process isn't another attempt.
-            return replace(self, earlier=tuple(found["agents"]) if same and not workers & set(self.workers) else None)
+            if not same or workers & set(self.workers):
+                return replace(self, earlier=None)
+            return replace(self, earlier=tuple(found["agents"]), restart=max(self.restart, found["restart"] + 1))
         except (OSError, ValueError, KeyError, TypeError):
             return self
 

@@ -301,3 +301,129 @@ def test_a_rank_that_stops_is_named(images: str, tmp_path: Path) -> None:
         f"no sign of life; the last checkpoint is of step {last}: --resume --out {run} goes on from there\n"
     ) in tasks.said_by(0)
     assert "Traceback" not in tasks.said
+
+
+HANGING = """
+import os, sys, time, torch, fastjem
+torch.set_num_threads(1)
+from fastjem import run
+from fastjem.report.watch import Watch
+from fastjem.arguments import outcome
+what, images, out = sys.argv[1:]
+rank = int(os.environ["SLURM_PROCID"])
+timeout = 3
+steps = run.optimizer_steps
+def slow(training, journal, stop):
+    for taken in steps(training, journal, stop):
+        yield taken
+        if what == "hangs" and rank == 1 and taken.done == 9:
+            time.sleep(1000)
+        if what == "slow" and rank == 1:
+            time.sleep(1.5 if taken.done % 10 == 0 else 0.03)
+run.optimizer_steps = slow
+measure = Watch.measure
+def long(self, step):
+    if what == "works" and step:
+        time.sleep(3 * timeout)
+    measure(self, step)
+Watch.measure = long
+sys.exit(outcome("pretrain", lambda: 0 if fastjem.pretrain(
+    data=images, backbone="test_resnet", image_size=32, batch_size=16, device="cpu", workers=0, report=False,
+    log_every=10, knn_every=7 if what == "works" else 0, checkpoint_steps=4, options={"norm": "layer"}, max_steps=30,
+    timeout=timeout, out=out).finished else 1))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("what", ["hangs", "slow", "works"])
+def test_a_rank_that_hangs_is_named_and_one_that_is_slow_is_waited_for(what: str, images: str, tmp_path: Path) -> None:
+    """timeout 3: a rank that sleeps 1.5 s may, and the first one may measure for 9 s."""
+    script = tmp_path / "script.py"
+    script.write_text(HANGING)
+    tasks = Tasks(tmp_path / "log", [str(script), what, images, str(tmp_path / "run")])
+    try:
+        assert tasks.ranks[0].wait(150) == (1 if what == "hangs" else 0), tasks.said
+        if what == "hangs":
+            text = r"step 10: the ranks .* within 3 seconds \(timeout\): rank 1 is at .*script\.py:\d+, slow\(\); the"
+            assert re.search(text, tasks.said_by(0)), tasks.said
+            assert tasks.said.count("didn't come together") == 1
+        else:
+            assert tasks.ranks[1].wait(60) == 0
+        assert ("the first rank has been at work by itself for" in tasks.said_by(1)) == (what == "works")
+    finally:
+        tasks.end()
+    assert "Traceback" not in tasks.said
+
+
+@pytest.mark.exhaustive
+def test_the_store_of_a_first_rank_that_stops_keeps_nobody_waiting(images: str, tmp_path: Path) -> None:
+    """Three ranks; the first one, in whose process they meet, is stopped."""
+    words = pretrain(images, tmp_path / "run", max_steps="5000", timeout="3", batch_size="18")
+    tasks = Tasks(tmp_path / "log", ["-m", *words[2:]], ranks=3)
+    try:
+        wait_for_step(tasks, tmp_path / "run", 5)
+        kill(tasks.ranks[0].pid, signal.SIGSTOP)
+        assert [rank.wait(60) for rank in tasks.ranks[1:]] == [1, 1], tasks.said
+    finally:
+        tasks.end()
+    assert "didn't come together within 3 seconds (--timeout): the rank that keeps the store" in tasks.said
+    assert "Traceback" not in tasks.said
+
+
+@pytest.mark.exhaustive
+def test_an_agent_that_is_killed_leaves_fewer_ranks(images: str, undisturbed: Path, tmp_path: Path) -> None:
+    """--nnodes 1:2: the loss doesn't depend on the number of ranks (norm=layer, batch norm in the encoder apart)."""
+    run = tmp_path / "run"
+    launch = Launch(tmp_path / "log", pretrain(images, run, max_steps="240"), nodes="1:2")
+    try:
+        wait_for_step(launch, run, 50)
+        # The store of the first agent in the rendezvous is everybody's: the other one may go.
+        second = max(launch.agents, key=lambda agent: "RANK=1" in environment_of(next(iter(children(agent.pid)))))
+        orphan = launch.worker(launch.agents.index(second))
+        os.killpg(second.pid, signal.SIGKILL)
+        first = next(agent for agent in launch.agents if agent is not second)
+        assert first.wait(240) == 0, launch.said
+        assert not lives(orphan)
+    finally:
+        launch.end()
+    assert "1 rank in place of 2): goes on from step" in launch.said
+    assert [row["step"] for row in rows(run)] == list(range(1, 241))
+    assert figures(run)[:40] == figures(undisturbed)[:40]
+
+
+def environment_of(process: int) -> list[str]:
+    return Path(f"/proc/{process}/environ").read_text().split("\0")
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_somebody_else_began_is_not_gone_on_with(images: str, counted: Path, tmp_path: Path) -> None:
+    """Each of the attempts of another launch is refused, though the second is a restart."""
+    words = pretrain(images, counted / "run", max_steps="60", log_every="10")
+    launch = Launch(tmp_path / "log", words, "--standalone", "--max-restarts", "1", agents=1)
+    try:
+        assert launch.wait() == [1]
+    finally:
+        launch.end()
+    assert launch.said.count("holds a run already") == 2 and "goes on from" not in launch.said
+
+
+@pytest.mark.exhaustive
+def test_static_rendezvous_restarts(images: str, counted: Path, tmp_path: Path) -> None:
+    """And a death before the first checkpoint; one agent with two processes."""
+    run = tmp_path / "run"
+    words = pretrain(images, run, max_steps="60", log_every="10")
+    launch = Launch(
+        tmp_path / "log", words, "--nproc-per-node", "2", "--rdzv-backend", "static", "--nnodes", "1", "--node-rank",
+        "0", "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--max-restarts", "2", agents=1,
+    )  # fmt: skip
+    try:
+        while not (run / ".launch").exists():
+            time.sleep(0.01)
+        kill(children(launch.agents[0].pid)[-1])
+        wait_for_step(launch, run, 30)
+        kill(launch.worker(0))
+        assert launch.wait() == [0], launch.said
+    finally:
+        launch.end()
+    assert "restarted by torchrun (restart 2)" in launch.said
+    assert figures(run) == figures(counted / "run")
