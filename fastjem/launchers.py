@@ -67,9 +67,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     rank = _number(environment, "SLURM_PROCID", 0)
     local = _number(environment, "SLURM_LOCALID", rank)
     # Slurm binds a task to its own cores by itself.
-    counts = tasks_per_node(
-        environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
-    )
+    counts = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "")))
     node = _number(environment, "SLURM_NODEID", 0)
     local_size = counts[node] if node < len(counts) else max(counts, default=size)
     return _checked(Place(rank, size, local, local_size, (_host(environment, local, rank), _port(environment))))

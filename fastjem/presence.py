@@ -54,6 +54,7 @@ class Presence:
         self.interval = min(SECONDS, timeout / 8)
         self.done = 0
         self.noticed = False  # that somebody hasn't come
+        self.gone = False  # the store doesn't answer
         self.store = store
         self.own_store = store.clone()  # the thread's: a call that waits keeps all others of its connection waiting
         self.meetings = 0
@@ -80,28 +81,21 @@ class Presence:
             self.store.set(key, "")
             self.store.delete_key(f"meeting-{self.meetings - 8}")  # all have been there: steps are taken together
             return
-        began = alive_at = time.monotonic()
-        told = self.timeout
-        number = -1
-        while True:
-            try:
-                self.store.wait([key], timedelta(seconds=self.interval))
-                return
-            except dist.DistStoreError:
-                pass  # not yet
-            beat = self.beats()[0]
-            now = time.monotonic()
-            if beat.number != number:
-                number = beat.number
-                alive_at = now
-            if now - alive_at > self.timeout or now - began > MOST * self.timeout:
-                raise TimedOutError("the first rank doesn't come")
-            if now - began > told and self.rank == 1:
-                say(
-                    f"fastjem: step {self.done}: the first rank has been at work by itself for {now - began:.0f} s "
-                    f"({beat.place}); the others wait for it"
-                )
-                told += self.timeout
+        wait = Wait(self, key)
+        # In a thread of its own: a store whose process is stopped keeps a call for ever, whatever its time-out is.
+        thread = threading.Thread(target=wait.run, name="meeting", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(self.interval)
+            if thread.is_alive() and time.monotonic() - wait.answered_at > self.timeout:
+                self.gone = True
+                raise TimedOutError("the store of all ranks doesn't answer")
+        if wait.error is not None:
+            raise wait.error
+
+    def claim(self, what: str) -> bool:
+        """Whether this rank is the first that claims it, as far as can be known."""
+        return self._guarded(lambda: self.store.add(what, 1)) in (None, 1)
 
     def beats(self) -> list[Beat]:
         """The last one of each rank."""
@@ -148,6 +142,8 @@ class Presence:
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """What a call to the store gives; None where it doesn't answer, as a process that is stopped wouldn't."""
+        if self.gone:
+            return None
         found: list[Any] = []
 
         def ask() -> None:
@@ -157,6 +153,7 @@ class Presence:
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(max(5 * self.interval, 2.0))
+        self.gone = thread.is_alive()
         return found[0] if found else None
 
     def _beat(self) -> None:
@@ -175,6 +172,50 @@ class Presence:
         waits, place = (False, "") if frame is None else position(frame)
         beat = Beat(self.number, self.done, waits or self.noticed, place)
         self.own_store.set(f"rank-{self.rank}", json.dumps(beat))
+
+
+class Wait:
+    """For a key that the first rank sets, as long as its beats go on.
+
+    `answered_at` is when the store has said something last; `error` is what ends the wait before the key is there.
+    """
+
+    def __init__(self, presence: Presence, key: str):
+        self.presence = presence
+        self.key = key
+        self.answered_at = time.monotonic()
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._wait()
+        except Exception as error:
+            self.error = error
+
+    def _wait(self) -> None:
+        here = self.presence
+        began = alive_at = self.answered_at
+        told = here.timeout
+        number = -1
+        while True:
+            try:
+                here.store.wait([self.key], timedelta(seconds=here.interval))
+                return
+            except dist.DistStoreError:
+                pass  # not yet
+            beat = here.beats()[0]
+            now = self.answered_at = time.monotonic()
+            if beat.number != number:
+                number = beat.number
+                alive_at = now
+            if now - alive_at > here.timeout or now - began > MOST * here.timeout:
+                raise TimedOutError("the first rank doesn't come")
+            if now - began > told and here.rank == 1:
+                say(
+                    f"fastjem: step {here.done}: the first rank has been at work by itself for {now - began:.0f} s "
+                    f"({beat.place}); the others wait for it"
+                )
+                told += here.timeout
 
 
 def position(frame: types.FrameType | None) -> tuple[bool, str]:

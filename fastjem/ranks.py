@@ -38,7 +38,6 @@ class Ranks:
     control: dist.ProcessGroup | None = None  # gloo, on the host: agreeing on a stop costs the device nothing
     initialised: bool = False  # torch.distributed, by `join` and not by the caller
     local_size: int = 1  # ranks of this machine
-    store: dist.Store | None = None  # what ranks tell each other without meeting
     presence: Presence | None = None  # who is there; none in a group of the caller's
 
     @property
@@ -103,12 +102,7 @@ class Ranks:
 
     def tells(self) -> bool:
         """Whether this rank is the first that asks: of several that fail alike, or after each other, one tells why."""
-        if self.store is None:
-            return True
-        try:
-            return self.store.add("failures", 1) == 1
-        except Exception:  # the store has ended with another rank
-            return True
+        return self.presence is None or self.presence.claim("failures")
 
     def notice(self, error: Exception) -> None:
         """Where an error says that somebody didn't come: keep that for the others to see."""
@@ -204,10 +198,8 @@ def join(device: str = "auto", timeout: float = WAIT) -> Ranks:
     except (ValueError, RuntimeError) as error:
         raise _cannot_reach(here, error) from error
     presence = Presence(store, here.rank, here.size, timeout)
-    group = dist.group.WORLD
-    return Ranks(
-        here.rank, here.size, local, group, cast(Any, control), True, here.local_size, store, presence
-    )  # fmt: skip
+    control = cast(dist.ProcessGroup, control)
+    return Ranks(here.rank, here.size, local, dist.group.WORLD, control, True, here.local_size, presence)
 
 
 def _possible(timeout: float) -> float:

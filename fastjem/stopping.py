@@ -20,7 +20,8 @@ class Stop:
     """SIGTERM and Ctrl-C ask the loop to end after its step; a second Ctrl-C ends it at once. SIGUSR1 asks to save.
 
     A wait (for the loader's workers, for a file server) may never end by itself: within `waiting()` a request to stop
-    raises `Stopped` once `GRACE` seconds of waiting have passed. Elsewhere a signal only leaves a note: a step isn't torn.
+    raises `Stopped` once `GRACE` seconds of waiting have passed. Elsewhere a signal only leaves a note: a step isn't
+    torn.
     """
 
     def __init__(self) -> None:

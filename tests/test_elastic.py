@@ -1,5 +1,6 @@
-"""torchrun's agents on one machine: ranks are killed, hang or are slow, and the run is the one that nobody disturbed."""
+"""torchrun's agents on one machine: ranks are killed, hang or are slow, and the run is what it would have been."""
 
+import contextlib
 import json
 import os
 import random
@@ -51,9 +52,7 @@ class Launch:
         """One more agent."""
         line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", *self.launcher, *self.words]
         self.agents.append(
-            subprocess.Popen(
-                line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=self.file, start_new_session=True
-            )
+            subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=self.file, start_new_session=True)
         )
 
     def worker(self, agent: int) -> int:
@@ -88,10 +87,8 @@ def every_child(process: int) -> list[int]:
 
 
 def kill(process: int, number: int = signal.SIGKILL) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(process, number)
-    except ProcessLookupError:
-        pass
 
 
 def lives(process: int) -> bool:
@@ -152,7 +149,7 @@ def check_goes_on(launch: Launch, run: Path, restarts: int) -> None:
                       launch.said)  # fmt: skip
     assert [int(number) for number, _, _ in told] == list(range(1, restarts + 1)), launch.said
     assert all(int(step) % 7 == 0 or int(again) == 0 for _, step, again in told), told
-    assert "Traceback (most recent call last):\n  File \"/work" not in launch.said
+    assert 'Traceback (most recent call last):\n  File "/work' not in launch.said
     steps = [row["step"] for row in rows(run)]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -187,7 +184,7 @@ class Tasks:
     def __init__(self, log: Path, words: list[str], ranks: int = 2):
         self.log = log
         port = str(free_port())
-        self.files = [open(f"{log}-{rank}", "wb") for rank in range(ranks)]
+        self.files = [open(f"{log}-{rank}", "wb") for rank in range(ranks)]  # noqa: SIM115
         self.ranks = []
         for rank, file in enumerate(self.files):
             slurm = {"SLURM_NTASKS": str(ranks), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
@@ -249,7 +246,7 @@ def counted(images: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of 60 steps on two ranks, whose collective calls are counted."""
     folder = tmp_path_factory.mktemp("counted")
     script = folder / "script.py"
-    script.write_text(COUNTING.replace('open(os.environ', f'open({str(folder)!r} + "/" + os.environ'))
+    script.write_text(COUNTING.replace("open(os.environ", f'open({str(folder)!r} + "/" + os.environ'))
     words = pretrain(images, folder / "run", max_steps="60", log_every="10")[3:]
     tasks = Tasks(folder / "log", [str(script), *words])
     try:

@@ -221,7 +221,8 @@ def test_places() -> None:
         {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # sbatch without srun
         {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"},  # an interactive shell
     ):
-        with pytest.raises(UserError, match=r"allocated 4 tasks.* none of them: srun fastjem pretrain .* all 4, srun --nt"):
+        words = r"allocated 4 tasks.* none of them: srun fastjem pretrain .* all 4, srun --ntasks 1 fastjem pretrain"
+        with pytest.raises(UserError, match=words):
             place({"SLURM_NTASKS": "4", **allocation})
         assert place({"SLURM_NTASKS": "1", **allocation}) == Place()
     torchrun = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
