@@ -17,7 +17,7 @@ import time
 import types
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
 
@@ -56,7 +56,9 @@ class Presence:
         self.noticed = False  # that somebody hasn't come
         self.gone = False  # the store doesn't answer
         self.store = store
-        self.own_store = store.clone()  # the thread's: a call that waits keeps all others of its connection waiting
+        self.own_store = cast(
+            Any, store
+        ).clone()  # the thread's: a call that waits keeps all others of its connection waiting
         self.meetings = 0
         self.number = 0
         self.main = threading.main_thread().ident

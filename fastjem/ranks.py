@@ -22,6 +22,7 @@ from fastjem.machine import available_cores
 from fastjem.presence import Presence
 
 WAIT = 600.0  # seconds, where no time-out is given that could be one
+START = 60.0  # seconds that processes may differ in as they start, whatever the time-out is
 POLL = 0.05  # seconds between two looks at the store, as ranks gather
 MARGIN = 60.0  # seconds more for what GPUs do together: NCCL ends a process without a word, so the host's goes first
 TIMED_OUT = r"Timed out waiting|wait timeout after|Application timeout|[Tt]imed out after"  # gloo's, a store's
@@ -221,7 +222,7 @@ def _gathered(here: launchers.Place, text: str, timeout: float) -> tuple[dist.St
     addresses of ranks that have ended, among others. So the first rank calls by a name that never was before, the
     others answer to that, and a call to which others have answered is over.
     """
-    timeout = _possible(timeout)
+    timeout = max(_possible(timeout), START)
     until = time.monotonic() + timeout
     mine = json.dumps([here.rank, secrets.token_hex(8), text])
     call = f"fastjem-call-{next(numbers)}"
@@ -251,7 +252,7 @@ def _gathered(here: launchers.Place, text: str, timeout: float) -> tuple[dist.St
         raise _cannot_reach(here, error) from error
     absent = ", ".join(str(rank) for rank in range(here.size) if rank not in answered) if here.rank == 0 else "0"
     raise TimedOutError(
-        f"rank {here.rank} of {here.size} waited {timeout:g} seconds (--timeout) for rank {absent}, in vain: start "
+        f"rank {here.rank} of {here.size} waited {timeout:g} seconds for rank {absent}, in vain: start "
         "with torchrun, or with srun for all tasks"
     )
 

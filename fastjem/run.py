@@ -332,7 +332,7 @@ def end(training: Training, objects: Objects, journal: Journal, watch: Watch, sa
             f"fastjem: step {done} is not saved, only step {saved}; once there is room, --resume --out {out} goes on "
             "from there"
         )
-    elif ranks.first and not finished and stop.signal is not None:
+    elif ranks.first and done < training.steps:  # as this rank or another was asked to
         say(f"stopped at step {done}; go on with --resume --out {out}")
     elif ranks.first and finished:
         for line in banner.closing(training, named=objects.encoder is None, has_data=objects.source is None):

@@ -1,130 +1,32 @@
-"""torchrun's agents on one machine: ranks are killed, hang or are slow, and the run is what it would have been."""
+"""Ranks are killed, and torchrun starts them again: the run is what it would have been."""
 
-import contextlib
 import json
 import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from broken import rows
 from images import make_folder
+from launched import (
+    Launch,
+    Tasks,
+    children,
+    environment_of,
+    every_child,
+    figures,
+    free_port,
+    kill,
+    lives,
+    pretrain,
+    wait_for_step,
+)
 
-if not Path("/proc/self/task").exists():
-    pytest.skip("reads processes from /proc", allow_module_level=True)
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-OPTIONS = {
-    "backbone": "test_resnet", "image-size": "32", "batch-size": "16", "workers": "1", "device": "cpu",
-    "log-every": "1", "knn-every": "0", "checkpoint-steps": "7", "options": "norm=layer",
-}  # fmt: skip
-TIMINGS = ("images_per_second", "data_wait")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
-class Launch:
-    """Agents of one torchrun on loopback, each with one process, which runs `program` (else `fastjem pretrain`)."""
-
-    def __init__(self, log: Path, words: list[str], *launcher: str, agents: int = 2, nodes: str = ""):
-        self.log = log
-        self.file = open(log, "ab")  # noqa: SIM115
-        self.words = words
-        self.launcher = launcher or (
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--max-restarts", "3",
-            "--nnodes", nodes or str(agents),
-        )  # fmt: skip
-        self.agents: list[subprocess.Popen[bytes]] = []
-        for _ in range(agents):
-            self.begin()
-
-    def begin(self) -> None:
-        """One more agent."""
-        line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", *self.launcher, *self.words]
-        self.agents.append(
-            subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=self.file, start_new_session=True)
-        )
-
-    def worker(self, agent: int) -> int:
-        """The rank's process; 0 where there is none."""
-        return next(iter(children(self.agents[agent].pid)), 0)
-
-    def wait(self, seconds: float = 180) -> list[int]:
-        """The agents' exit codes."""
-        return [agent.wait(seconds) for agent in self.agents]
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def end(self) -> None:
-        for agent in self.agents:
-            for process in [*every_child(agent.pid), agent.pid]:
-                kill(process)
-            agent.wait()
-        self.file.close()
-
-
-def children(process: int) -> list[int]:
-    try:
-        return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def every_child(process: int) -> list[int]:
-    return [one for child in children(process) for one in (child, *every_child(child))]
-
-
-def kill(process: int, number: int = signal.SIGKILL) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, number)
-
-
-def lives(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for_step(launch: Launch, run: Path, step: int, seconds: float = 90) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if (run / "metrics.jsonl").exists() and any(row["step"] >= step for row in whole_rows(run)):
-            return
-        assert any(agent.poll() is None for agent in launch.agents), launch.said
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step} in {seconds} s: {launch.said}")
-
-
-def whole_rows(run: Path) -> Iterator[dict]:
-    """Of a file that is being written."""
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
-
-
-def pretrain(images: str, out: Path, *more: str, **options: str) -> list[str]:
-    given = OPTIONS | {name.replace("_", "-"): value for name, value in options.items()}
-    words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    return ["-m", "--", "fastjem", "pretrain", "--data", images, "--no-report", *words, "--out", str(out), *more]
-
-
-def figures(run: Path) -> list[dict]:
-    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows(run)]
+from fastjem import restarts
 
 
 @pytest.fixture(scope="module")
@@ -178,33 +80,19 @@ def test_three_kills_at_random_steps(
     assert figures(run) == figures(undisturbed)
 
 
-class Tasks:
-    """Ranks on loopback as srun would start them: processes with Slurm's variables."""
-
-    def __init__(self, log: Path, words: list[str], ranks: int = 2):
-        self.log = log
-        port = str(free_port())
-        self.files = [open(f"{log}-{rank}", "wb") for rank in range(ranks)]  # noqa: SIM115
-        self.ranks = []
-        for rank, file in enumerate(self.files):
-            slurm = {"SLURM_NTASKS": str(ranks), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
-                     "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_ID": "0", "MASTER_PORT": port}  # fmt: skip
-            line = [sys.executable, *words]
-            self.ranks.append(subprocess.Popen(line, env=ENVIRONMENT | slurm, stderr=file, stdout=file))
-        self.agents = self.ranks
-
-    @property
-    def said(self) -> str:
-        return "".join(self.said_by(rank) for rank in range(len(self.ranks)))
-
-    def said_by(self, rank: int) -> str:
-        return Path(f"{self.log}-{rank}").read_text()
-
-    def end(self) -> None:
-        for rank, file in zip(self.ranks, self.files, strict=True):
-            rank.kill()
-            rank.wait()
-            file.close()
+def test_only_another_attempt_of_the_same_launch_goes_on(tmp_path: Path) -> None:
+    here = restarts.Launch("none", 0, ("machine a", "machine b"), ("1", "2"))
+    here.write(tmp_path)
+    again = replace(here, workers=("3", "4")).in_folder(tmp_path)
+    assert again.earlier == here.agents and again.restart == 1 and again.patience > 0
+    other_ranks = replace(here, workers=("3",), agents=("machine b",)).in_folder(tmp_path)
+    text = "restarted by torchrun (restart 1, 1 rank in place of 2): goes on from step 7, repeating 1 step (step 8 was"
+    assert restarts.told(other_ranks, 7, 8) == f"{text} the last that was logged)"
+    assert restarts.told(again, 7, 7) == "restarted by torchrun (restart 1): goes on from step 7, repeating 0 steps"
+    for other in (here, replace(here, agents=("machine c",), workers=("3",)), replace(again, number="x", earlier=None)):
+        assert other.in_folder(tmp_path).earlier is None
+    (tmp_path / restarts.FILE).write_text("[]")
+    assert again.in_folder(tmp_path) == again
 
 
 COUNTING = """
@@ -280,98 +168,11 @@ def test_a_killed_rank_is_started_again_and_the_run_goes_on(images: str, counted
     assert figures(run) == figures(counted / "run")
 
 
-def test_a_rank_that_stops_is_named(images: str, tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+def test_an_agent_that_is_killed_leaves_fewer_ranks_and_another_joins(images: str, tmp_path: Path) -> None:
+    """--nnodes 1:2."""
     run = tmp_path / "run"
-    words = pretrain(images, run, max_steps="5000", checkpoint_steps="1000", timeout="3")
-    tasks = Tasks(tmp_path / "log", ["-m", *words[2:]])
-    try:
-        wait_for_step(tasks, run, 5)
-        begin = time.monotonic()
-        kill(tasks.ranks[1].pid, signal.SIGSTOP)
-        assert tasks.ranks[0].wait(60) == 1
-        assert time.monotonic() - begin < 20
-    finally:
-        tasks.end()
-    last = rows(run)[-1]["step"]
-    assert (
-        f"fastjem pretrain: step {last + 1}: the ranks didn't come together within 3 seconds (--timeout): rank 1 shows "
-        f"no sign of life; the last checkpoint is of step {last}: --resume --out {run} goes on from there\n"
-    ) in tasks.said_by(0)
-    assert "Traceback" not in tasks.said
-
-
-HANGING = """
-import os, sys, time, torch, fastjem
-torch.set_num_threads(1)
-from fastjem import run
-from fastjem.report.watch import Watch
-from fastjem.arguments import outcome
-what, images, out = sys.argv[1:]
-rank = int(os.environ["SLURM_PROCID"])
-timeout = 3
-steps = run.optimizer_steps
-def slow(training, journal, stop):
-    for taken in steps(training, journal, stop):
-        yield taken
-        if what == "hangs" and rank == 1 and taken.done == 9:
-            time.sleep(1000)
-        if what == "slow" and rank == 1:
-            time.sleep(1.5 if taken.done % 10 == 0 else 0.03)
-run.optimizer_steps = slow
-measure = Watch.measure
-def long(self, step):
-    if what == "works" and step:
-        time.sleep(3 * timeout)
-    measure(self, step)
-Watch.measure = long
-sys.exit(outcome("pretrain", lambda: 0 if fastjem.pretrain(
-    data=images, backbone="test_resnet", image_size=32, batch_size=16, device="cpu", workers=0, report=False,
-    log_every=10, knn_every=7 if what == "works" else 0, checkpoint_steps=4, options={"norm": "layer"}, max_steps=30,
-    timeout=timeout, out=out).finished else 1))
-"""
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("what", ["hangs", "slow", "works"])
-def test_a_rank_that_hangs_is_named_and_one_that_is_slow_is_waited_for(what: str, images: str, tmp_path: Path) -> None:
-    """timeout 3: a rank that sleeps 1.5 s may, and the first one may measure for 9 s."""
-    script = tmp_path / "script.py"
-    script.write_text(HANGING)
-    tasks = Tasks(tmp_path / "log", [str(script), what, images, str(tmp_path / "run")])
-    try:
-        assert tasks.ranks[0].wait(150) == (1 if what == "hangs" else 0), tasks.said
-        if what == "hangs":
-            text = r"step 10: the ranks .* within 3 seconds \(timeout\): rank 1 is at .*script\.py:\d+, slow\(\); the"
-            assert re.search(text, tasks.said_by(0)), tasks.said
-            assert tasks.said.count("didn't come together") == 1
-        else:
-            assert tasks.ranks[1].wait(60) == 0
-        assert ("the first rank has been at work by itself for" in tasks.said_by(1)) == (what == "works")
-    finally:
-        tasks.end()
-    assert "Traceback" not in tasks.said
-
-
-@pytest.mark.exhaustive
-def test_the_store_of_a_first_rank_that_stops_keeps_nobody_waiting(images: str, tmp_path: Path) -> None:
-    """Three ranks; the first one, in whose process they meet, is stopped."""
-    words = pretrain(images, tmp_path / "run", max_steps="5000", timeout="3", batch_size="18")
-    tasks = Tasks(tmp_path / "log", ["-m", *words[2:]], ranks=3)
-    try:
-        wait_for_step(tasks, tmp_path / "run", 5)
-        kill(tasks.ranks[0].pid, signal.SIGSTOP)
-        assert [rank.wait(60) for rank in tasks.ranks[1:]] == [1, 1], tasks.said
-    finally:
-        tasks.end()
-    assert "didn't come together within 3 seconds (--timeout): the rank that keeps the store" in tasks.said
-    assert "Traceback" not in tasks.said
-
-
-@pytest.mark.exhaustive
-def test_an_agent_that_is_killed_leaves_fewer_ranks(images: str, undisturbed: Path, tmp_path: Path) -> None:
-    """--nnodes 1:2: the loss doesn't depend on the number of ranks (norm=layer, batch norm in the encoder apart)."""
-    run = tmp_path / "run"
-    launch = Launch(tmp_path / "log", pretrain(images, run, max_steps="240"), nodes="1:2")
+    launch = Launch(tmp_path / "log", pretrain(images, run, max_steps="2000"), nodes="1:2")
     try:
         wait_for_step(launch, run, 50)
         # The store of the first agent in the rendezvous is everybody's: the other one may go.
@@ -379,17 +180,16 @@ def test_an_agent_that_is_killed_leaves_fewer_ranks(images: str, undisturbed: Pa
         orphan = launch.worker(launch.agents.index(second))
         os.killpg(second.pid, signal.SIGKILL)
         first = next(agent for agent in launch.agents if agent is not second)
-        assert first.wait(240) == 0, launch.said
+        wait_for_step(launch, run, 120, seconds=150)
         assert not lives(orphan)
+        launch.begin()  # a machine that comes later
+        assert first.wait(240) == 0, launch.said
+        assert launch.agents[-1].wait(60) == 0, launch.said
     finally:
         launch.end()
-    assert "1 rank in place of 2): goes on from step" in launch.said
-    assert [row["step"] for row in rows(run)] == list(range(1, 241))
-    assert figures(run)[:40] == figures(undisturbed)[:40]
-
-
-def environment_of(process: int) -> list[str]:
-    return Path(f"/proc/{process}/environ").read_text().split("\0")
+    assert re.search(r"\(restart \d, 1 rank in place of 2\): goes on from step", launch.said)
+    assert re.search(r"\(restart \d, 2 ranks in place of 1\): goes on from step", launch.said)
+    assert [row["step"] for row in rows(run)] == list(range(1, 2001))
 
 
 @pytest.mark.exhaustive
