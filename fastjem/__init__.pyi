@@ -135,7 +135,7 @@ def pretrain(
         sync_batch_norm: statistics over all ranks (CUDA) (default: False)
         shard: weights and the optimiser's state in shards over the ranks (FSDP2) (default: False)
         activation_checkpointing: the encoder's blocks are computed again in the backward pass, not kept (default: False)
-        timeout: seconds that ranks wait for one another (default: 600)
+        timeout: seconds that ranks wait for one that doesn't come (default: 600)
         device: auto | cpu | cuda (default: 'auto')
         loader: who reads the images: auto | dali | dali-cpu | memory | torch (default: 'auto')
         memory: GiB that loader memory may take (default: 4.0)

@@ -137,13 +137,13 @@ def outcome(command: str, work: Callable[[], int]) -> int:
         finally:  # behind --help, which raises SystemExit, too
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except ToldElsewhereError:
+    except ToldElsewhereError as error:
         time.sleep(LAST_WORDS)
-        return 2
+        return error.exit_code
     except UserError as error:
         hint = "" if isinstance(error, ResourceError) else f" ({program} --help)"
         say(f"{program}: {' '.join(str(error).split())}{hint}")
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

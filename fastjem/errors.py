@@ -7,6 +7,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """What the user asked for can't be done; the text says why and what could."""
 
+    exit_code = 2  # the command line's
+
 
 def nearest(kind: str, name: str, known: Iterable[str], limit: int = 3) -> UserError:
     """`there is no method 'simclrr'; did you mean simclr?`, or the whole list where nothing is near."""
@@ -39,5 +41,15 @@ class DivergedError(UserError):
     """The weights of a run aren't finite any more; the text says which checkpoint is, and how to go on from it."""
 
 
+class TimedOutError(ResourceError):
+    """Other ranks didn't come; the text says at which step, which ranks, and which checkpoint there is."""
+
+    exit_code = 1
+
+
 class ToldElsewhereError(UserError):
     """Another rank says what is wrong; this one ends with it and prints nothing."""
+
+    def __init__(self, text: str = "", exit_code: int = 2):
+        super().__init__(text)
+        self.exit_code = exit_code

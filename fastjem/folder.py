@@ -14,10 +14,12 @@ from fastjem.prepare import ENCODER
 from fastjem.printing import say
 from fastjem.ranks import Ranks
 from fastjem.reading import why_not
+from fastjem.restarts import FILE as LAUNCH
+from fastjem.restarts import Launch
 
 # What a run writes before its first step is taken, or in taking it.
 WRITTEN = (
-    *checkpoints.OWN, "report.html", checkpoints.LAST, "checkpoints/last-1.pt", checkpoints.LAST_IN_SHARDS,
+    *checkpoints.OWN, LAUNCH, "report.html", checkpoints.LAST, "checkpoints/last-1.pt", checkpoints.LAST_IN_SHARDS,
     f"{checkpoints.LAST_IN_SHARDS}-1",
 )  # fmt: skip
 
@@ -27,12 +29,14 @@ class Folder:
 
     Args:
         new: there is no run yet; else this is one to go on with.
+        launch: what torchrun has started, if it has.
     """
 
-    def __init__(self, out: Path, ranks: Ranks, *, new: bool):
+    def __init__(self, out: Path, ranks: Ranks, *, new: bool, launch: Launch | None = None):
         self.out = out
         self.ranks = ranks
         self.new = new
+        self.launch = launch
         self.lock = Lock(out)
         self.made: list[Path] = []  # by this run; nothing else is ever removed
 
@@ -46,8 +50,7 @@ class Folder:
             if self.ranks.first and self.new:
                 check_free(self.out)
             elif self.ranks.first:
-                self.lock.acquire()
-                checkpoints.clean(self.out)
+                self._begin_writing()
         if self.new:
             return None
         state: dict[str, Any] | None = None
@@ -73,11 +76,9 @@ class Folder:
             if self.new:
                 absent = [path for path in self._written() if not os.path.lexists(path)]
                 exists = self.out.exists()
-                self.lock.acquire()
-                check_free(self.out)  # another run may have begun while this one was built
+                self._begin_writing()
                 self.made = absent if not (self.out / configuration.FILE).exists() else self._written()
                 self.made += [self.out / "checkpoints", *([] if exists else [self.out])]
-                checkpoints.clean(self.out)
             kept = config.with_values(resume=False, new_data=False)
             text = values.text(kept, training.pixels, training.step.method.pool, values.of(training))
             path = self.out / configuration.FILE
@@ -86,6 +87,14 @@ class Folder:
                     checkpoints.write_atomically(path, text.encode())
                 except OSError as error:
                     raise UserError(f"--out {self.out}: {why_not(error)}") from None
+
+    def _begin_writing(self) -> None:
+        self.lock.acquire(self.launch.patience if self.launch else 0.0)
+        if self.new:
+            check_free(self.out)  # another run may have begun while this one was built
+        checkpoints.clean(self.out)
+        if self.launch:
+            self.launch.write(self.out)
 
     def _written(self) -> list[Path]:
         return [self.out / name for name in WRITTEN]

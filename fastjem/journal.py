@@ -46,7 +46,7 @@ class Journal:
             log_every=config.log_every,
             steps_per_epoch=self.training.steps_per_epoch,
             values=values.of(self.training),
-            seen=_last_step(self.training) if self.training.resumed else 0,
+            seen=last_step(self.training) if self.training.resumed else 0,
         )
         for logger in loggers:
             try:
@@ -127,7 +127,7 @@ class Journal:
             self.say(text)
 
 
-def _last_step(training: Training) -> int:
+def last_step(training: Training) -> int:
     """Of the rows that were logged before the run is gone on with, those past its checkpoint too."""
     try:
         found, _ = json_rows(training.out / "metrics.jsonl")

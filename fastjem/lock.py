@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 
 from fastjem.errors import UserError
@@ -17,7 +18,12 @@ except ImportError:  # Windows
 
 FILE = ".lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system that has no locks
+WAIT = 0.2  # seconds between two tries
 held_here: set[str] = set()  # folders that this process has locked: POSIX locks don't keep out their own process
+
+
+class HeldError(UserError):
+    """Another process writes to the folder."""
 
 
 class Lock:
@@ -33,8 +39,11 @@ class Lock:
         self.key = os.path.realpath(folder)
         self.descriptor: int | None = None
 
-    def acquire(self) -> None:
+    def acquire(self, patience: float = 0.0) -> None:
         """Make the folder if need be, and take the lock.
+
+        Args:
+            patience: seconds for which somebody who holds it is waited for, as he is about to end.
 
         Raises:
             UserError: if somebody holds it, with who, or if the folder can't be written to.
@@ -43,11 +52,21 @@ class Lock:
             raise UserError(f"{self.folder} is being written by another run of this process (pid {os.getpid()})")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            while not self._taken():
+            until = time.monotonic() + patience
+            while not self._taken_now(wait=time.monotonic() < until):
                 pass
         except OSError as error:
             raise UserError(f"--out {self.folder}: {why_not(error)}") from None
         held_here.add(self.key)
+
+    def _taken_now(self, *, wait: bool) -> bool:
+        try:
+            return self._taken()
+        except HeldError:
+            if not wait:
+                raise
+            time.sleep(WAIT)
+            return False
 
     def _taken(self) -> bool:
         """Whether the file that was locked is still the folder's: its last holder may have removed it in between."""
@@ -83,7 +102,7 @@ class Lock:
             if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() if fcntl is not None else ""
-            raise UserError(
+            raise HeldError(
                 f"{self.folder} is being written by another run ({holder or 'its name is not known'}); "
                 "stop that one, or choose another --out"
             ) from None

@@ -63,7 +63,7 @@ class Meter:
         self.images += taken.images
         self.waited += taken.waited
         self.losses += taken.losses
-        if not self._logs(taken.done):
+        if not self.logs(taken.done):
             return
         yield from self.waiting()
         figures = {"loss": torch.stack(taken.losses).mean(), **health.figures(taken.notes)}
@@ -104,7 +104,8 @@ class Meter:
         elif self.diverges_from is None:
             self.diverges_from = first + bad[0] // self.training.config.accumulate
 
-    def _logs(self, done: int) -> bool:
+    def logs(self, done: int) -> bool:
+        """Whether a step is one of those that are logged, which all ranks say alike."""
         every = min(self.training.config.log_every, max(self.training.steps // ROWS, 1))
         return done % every == 0 or done == self.training.steps or (done < EARLY_STEPS and done % 5 == 0)
 

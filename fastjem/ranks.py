@@ -2,20 +2,31 @@
 
 import contextlib
 import itertools
+import json
+import re
+import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
-from fastjem import launchers
-from fastjem.errors import ToldElsewhereError, UserError
+from fastjem import checkpoints, launchers
+from fastjem.advice import OTHER_RANK, advice
+from fastjem.errors import TimedOutError, ToldElsewhereError, UserError
 from fastjem.machine import available_cores
+from fastjem.presence import Presence
 
-SLURM_WAIT = timedelta(minutes=5)  # for the other tasks
-numbers = itertools.count()  # of the times that this process has joined its ranks
+WAIT = 600.0  # seconds, where no time-out is given that could be one
+START = 60.0  # seconds that processes may differ in as they start, whatever the time-out is
+POLL = 0.05  # seconds between two looks at the store, as ranks gather
+MARGIN = 60.0  # seconds more for what GPUs do together: NCCL ends a process without a word, so the host's goes first
+TIMED_OUT = r"Timed out waiting|wait timeout after|Application timeout|[Tt]imed out after"  # gloo's, a store's
+numbers = itertools.count()  # of the times that this process has gathered with its ranks
 stores: dict[tuple[str, int], dist.Store] = {}  # where ranks meet, kept: a port can't be opened a second time
 
 
@@ -28,7 +39,7 @@ class Ranks:
     control: dist.ProcessGroup | None = None  # gloo, on the host: agreeing on a stop costs the device nothing
     initialised: bool = False  # torch.distributed, by `join` and not by the caller
     local_size: int = 1  # ranks of this machine
-    store: dist.Store | None = None  # what ranks tell each other without meeting
+    presence: Presence | None = None  # who is there; none in a group of the caller's
 
     @property
     def cores(self) -> int:
@@ -39,10 +50,23 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
+    def reached(self, step: int) -> None:
+        """So many steps are taken; costs nothing."""
+        if self.presence is not None:
+            self.presence.done = step
+
+    def meet(self) -> None:
+        """Wait for the first rank behind what it alone does (a checkpoint, kNN, a page), longer than the time-out while
+        it lives. Every other collective call here begins with that, so that the first rank's work keeps nobody waiting
+        in a call that has no patience."""
+        if self.presence is not None:
+            self.presence.meet()
+
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether any rank raises it. A collective call."""
         if self.control is None:
             return list(flags)
+        self.meet()
         votes = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return [bool(vote) for vote in votes.tolist()]
@@ -51,12 +75,14 @@ class Ranks:
         """The first rank's value. A collective call."""
         if self.control is None:
             return value
+        self.meet()
         agreed = torch.tensor([value], dtype=torch.float64)
         dist.broadcast(agreed, 0, group=self.control)
         return agreed.item()
 
     def barrier(self) -> None:
         if self.control is not None:
+            self.meet()
             dist.barrier(self.control)
 
     @contextlib.contextmanager
@@ -77,24 +103,77 @@ class Ranks:
 
     def tells(self) -> bool:
         """Whether this rank is the first that asks: of several that fail alike, or after each other, one tells why."""
-        if self.store is None:
-            return True
-        try:
-            return self.store.add("failures", 1) == 1
-        except Exception:  # the store has ended with another rank
-            return True
+        return self.presence is None or self.presence.claim("failures")
+
+    def notice(self, error: Exception) -> None:
+        """Where an error says that somebody didn't come: keep that for the others to see."""
+        if self.presence is not None and is_time_out(error):
+            self.presence.notice()
+
+    def without(self, error: Exception, out: str) -> UserError | None:
+        """What an error means that comes of other ranks that didn't come, once: the step, who it was, and which
+        checkpoint there is. None for any other error, and for ranks that have ended.
+
+        Args:
+            out: the run's folder.
+        """
+        if self.presence is None or isinstance(error, ToldElsewhereError):
+            return None
+        late = is_time_out(error)
+        if not late:
+            if advice(error) != OTHER_RANK:
+                return None
+            time.sleep(1)  # whom this rank was connected with may have noticed first, and hung up
+            return ToldElsewhereError(str(error), 1) if self.presence.has_noticed() else None
+        self.presence.notice()
+        who = self.presence.absent()
+        if (self.rank != 0 and self.presence.has_noticed(0)) or not self.tells():
+            return ToldElsewhereError(str(error), 1)
+        step = f"step {self.presence.done + 1}"
+        seconds = f"{self.presence.timeout:g} seconds (--timeout)"
+        return TimedOutError(f"{step}: the ranks didn't come together within {seconds}: {who}; {_goes_on(out)}")
 
     def _first_failed(self, mine: int) -> int:
         """The lowest rank that has failed. mine: this rank if it has, else the number of ranks."""
         if self.control is None:
             return mine
+        self.meet()
         failed = torch.tensor([mine])
         dist.all_reduce(failed, op=dist.ReduceOp.MIN, group=self.control)
         return int(failed.item())
 
 
-def join(device: str = "auto") -> Ranks:
-    """Initialise torch.distributed where torchrun or srun started several processes. device: "auto", "cpu" or "cuda".
+def is_time_out(error: Exception) -> bool:
+    return isinstance(error, TimedOutError) or (
+        isinstance(error, RuntimeError) and re.search(TIMED_OUT, str(error)) is not None
+    )
+
+
+def _goes_on(out: str) -> str:
+    """From which checkpoint, in words."""
+    with contextlib.suppress(Exception):
+        newest = checkpoints.present(Path(out))[0]
+        step = checkpoints.read(newest, mmap=True)["step"]
+        return f"the last checkpoint is of step {step}: --resume --out {out} goes on from there"
+    return "there is no checkpoint yet"
+
+
+def told_by_all(text: str, timeout: float) -> list[str]:
+    """Each rank's text, before torch.distributed is initialised.
+
+    Raises:
+        UserError: if the other ranks don't come.
+    """
+    here = launchers.place()
+    return [text] if here.size == 1 else _gathered(here, text, timeout)[1]
+
+
+def join(device: str = "auto", timeout: float = WAIT) -> Ranks:
+    """Initialise torch.distributed where torchrun or srun started several processes.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        timeout: seconds that ranks wait for one that doesn't come. A group of the caller's keeps its own.
 
     Raises:
         UserError: if the other ranks don't come, or their variables are incomplete.
@@ -106,40 +185,101 @@ def join(device: str = "auto") -> Ranks:
         torch.cuda.set_device(local)
     if here.size == 1:
         return Ranks(0, 1, local)
-    initialise = not dist.is_initialized()
     # With a backend for the host's memory the ranks agree on sizes without a wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    store = _initialise(here, backend) if initialise else None
-    control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank belongs to it
-    return Ranks(here.rank, here.size, local, dist.group.WORLD, control, initialise, here.local_size, store)
-
-
-def _initialise(here: launchers.Place, backend: str) -> dist.Store:
-    """torch.distributed with keys of its own each time: those of an earlier group lead to ranks that have hung up."""
+    if dist.is_initialized():
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_time_out_of_world()))
+        return Ranks(here.rank, here.size, local, dist.group.WORLD, control, False, here.local_size)
+    timeout = _possible(timeout)
+    store, _ = _gathered(here, "", timeout)
     try:
-        store = _store(here)
-        own = dist.PrefixStore(f"fastjem-{next(numbers)}", store)
-        dist.init_process_group(backend, store=own, rank=here.rank, world_size=here.size)
-        return own
-    except (ValueError, RuntimeError) as error:  # torch's errors of a store and of a group are RuntimeErrors
-        reason = (str(error).splitlines() or [""])[0]
-        way = "start with torchrun, or with srun for all tasks"
-        raise UserError(f"rank {here.rank} of {here.size} can't reach the others ({reason}); {way}") from error
+        wait = timedelta(seconds=timeout + (MARGIN if gpu else 0))
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size, timeout=wait)
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))  # every rank belongs to it
+    except (ValueError, RuntimeError) as error:
+        raise _cannot_reach(here, error) from error
+    presence = Presence(store, here.rank, here.size, timeout)
+    control = cast(dist.ProcessGroup, control)
+    return Ranks(here.rank, here.size, local, dist.group.WORLD, control, True, here.local_size, presence)
 
 
-def _store(here: launchers.Place) -> dist.Store:
+def _possible(timeout: float) -> float:
+    """What is no time-out is refused later, by all ranks together."""
+    return timeout if 0 < timeout <= 1e6 else WAIT
+
+
+def _time_out_of_world() -> timedelta | None:
+    """Of a group that the caller has initialised."""
+    with contextlib.suppress(Exception):
+        return cast(Any, dist.group.WORLD)._get_backend(torch.device("cpu")).options._timeout
+    return None
+
+
+def _gathered(here: launchers.Place, text: str, timeout: float) -> tuple[dist.Store, list[str]]:
+    """Each rank's text, and the part of the store that belongs to these ranks alone.
+
+    torchrun's agent keeps its store when it starts ranks again, with all that those of before have written: the
+    addresses of ranks that have ended, among others. So the first rank calls by a name that never was before, the
+    others answer to that, and a call to which others have answered is over.
+    """
+    timeout = max(_possible(timeout), START)
+    until = time.monotonic() + timeout
+    mine = json.dumps([here.rank, secrets.token_hex(8), text])
+    call = f"fastjem-call-{next(numbers)}"
+    answered: list[int] = []
+    try:
+        store = _store(here, timeout)
+        if here.rank == 0:
+            name = f"fastjem-{secrets.token_hex(8)}"
+            own = dist.PrefixStore(name, store)
+            own.set("0", mine)
+            store.set(call, name)
+            while len(answered) < here.size and time.monotonic() < until:
+                answered = [rank for rank in range(here.size) if own.check([str(rank)])]
+                time.sleep(POLL)
+            if len(answered) == here.size:
+                told = [found.decode() for found in own.multi_get([str(rank) for rank in range(here.size)])]
+                own.set("all", json.dumps(told))
+                return own, [json.loads(one)[2] for one in told]
+        while time.monotonic() < until and here.rank:
+            if store.check([call]):
+                own = dist.PrefixStore(store.get(call).decode(), store)
+                own.set(str(here.rank), mine)
+                if own.check(["all"]) and mine in (told := json.loads(own.get("all"))):
+                    return own, [json.loads(one)[2] for one in told]
+            time.sleep(POLL)
+    except (ValueError, RuntimeError) as error:  # torch's errors of a store are RuntimeErrors
+        raise _cannot_reach(here, error) from error
+    absent = ", ".join(str(rank) for rank in range(here.size) if rank not in answered) if here.rank == 0 else "0"
+    raise TimedOutError(
+        f"rank {here.rank} of {here.size} waited {timeout:g} seconds for rank {absent}, in vain: start "
+        "with torchrun, or with srun for all tasks"
+    )
+
+
+def _cannot_reach(here: launchers.Place, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [""])[0]
+    way = "start with torchrun, or with srun for all tasks"
+    return UserError(f"rank {here.rank} of {here.size} can't reach the others ({reason}); {way}")
+
+
+def _store(here: launchers.Place, timeout: float) -> dist.Store:
+    wait = timedelta(seconds=timeout)
     key = here.address or ("environment", 0)
     if key not in stores:
         if here.address is None:
-            stores[key] = next(iter(dist.rendezvous("env://")))[0]
+            stores[key] = next(iter(dist.rendezvous("env://", timeout=wait)))[0]
         else:
             host, port = here.address
-            stores[key] = dist.TCPStore(host, port, here.size, is_master=here.rank == 0, timeout=SLURM_WAIT)
+            stores[key] = dist.TCPStore(host, port, here.size, is_master=here.rank == 0, timeout=wait)
+    stores[key].set_timeout(wait)
     return stores[key]
 
 
 def leave(ranks: Ranks) -> None:
     """End what `join` began."""
+    if ranks.presence is not None:
+        ranks.presence.end()
     if not dist.is_initialized():
         return
     if ranks.initialised:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastjem import banner, checkpoints, launchers, resume, starting, trackers
+from fastjem import banner, checkpoints, launchers, restarts, resume, starting, trackers
 from fastjem import config as configuration
 from fastjem.advice import advice
 from fastjem.build import Training, build
@@ -18,15 +18,16 @@ from fastjem.data.source import Source
 from fastjem.errors import DivergedError, ResourceError, ToldElsewhereError, UserError, nearest
 from fastjem.fields import came
 from fastjem.folder import Folder
-from fastjem.journal import Journal
+from fastjem.journal import Journal, last_step
 from fastjem.launchers import speaks
 from fastjem.loggers import Logger, as_logger
 from fastjem.meter import Meter
 from fastjem.methods import METHODS, Method
 from fastjem.prepare import MakeOptimizer, Objects
 from fastjem.printing import say
-from fastjem.ranks import Ranks, join, leave
+from fastjem.ranks import Ranks, join, leave, told_by_all
 from fastjem.report import Watch, brief
+from fastjem.restarts import Launch
 from fastjem.resume import name_of
 from fastjem.saving import Best, Saver, export
 from fastjem.stepping import optimizer_steps
@@ -103,20 +104,26 @@ def pretrain(
         raise UserError(f"pretrain takes a Config or fields, got both ({', '.join(fields)})")
     refused: UserError | None = None
     new = True
+    launch = Launch.here()
     try:
-        config, new = settled(config, objects)
+        if launch:
+            launch = launch.with_others(told_by_all(launch.text(), config.timeout))
+        config, new = settled(config, objects, launch)
+        launch = launch and launch.in_folder(Path(config.out))
     except UserError as error:
         refused = error
-    ranks = join("cpu" if refused else config.device)
+    ranks = join("cpu" if refused else config.device, config.timeout)
     try:
         with ranks.together():
             if refused:
                 raise refused
         with Stop() as stop:
-            return run(config, ranks, objects, extra, stop, new=new)
+            return run(config, ranks, objects, extra, stop, Folder(Path(config.out), ranks, new=new, launch=launch))
     except ToldElsewhereError:
         raise
     except Exception as error:
+        if late := ranks.without(error, config.out):
+            raise late from error
         line = advice(error)
         if (line or isinstance(error, UserError)) and not ranks.tells():
             raise ToldElsewhereError(line or str(error)) from error
@@ -127,8 +134,11 @@ def pretrain(
         leave(ranks)
 
 
-def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
-    """Every option as the run will have it, and whether it is a new run; UserError for what can't be."""
+def settled(config: Config, objects: Objects, launch: Launch | None = None) -> tuple[Config, bool]:
+    """Every option as the run will have it, and whether it is a new run; UserError for what can't be.
+
+    A run that torchrun has started again goes on, as with `--resume auto`.
+    """
     method, source = objects.method, objects.source
     if isinstance(method, Method) and config.options:
         raise UserError("options are arguments of a method that the run makes; this one is made already")
@@ -137,7 +147,9 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
     if config.weights is not None and objects.encoder is not None:
         raise UserError(f"--weights {config.weights}: the encoder is made already, with weights of its own")
     config = starting.with_weights_of_backbone(config)
-    config = with_folder(config, method)
+    config = with_folder(config, method, launch)
+    if launch and launch.in_folder(Path(config.out)).earlier:
+        config = config.with_values(resume="auto")
     given = config.given
     new = resume.begins(config)
     if not new:
@@ -159,8 +171,10 @@ def settled(config: Config, objects: Objects) -> tuple[Config, bool]:
     return config, new
 
 
-def with_folder(config: Config, method: type[Method] | Method | None) -> Config:
-    """With a folder for a run that nobody has given one: runs/simclr, or the first of runs/simclr-2 ... that's free."""
+def with_folder(config: Config, method: type[Method] | Method | None, launch: Launch | None = None) -> Config:
+    """With a folder for a run that nobody has given one: runs/simclr, or the first of runs/simclr-2 ... that's free, or
+    that this launch has begun before it was started again.
+    """
     if "out" in config.given:
         return config
     if config.resume:
@@ -170,7 +184,7 @@ def with_folder(config: Config, method: type[Method] | Method | None) -> Config:
     name = config.method if method is None else name_of(method).rpartition(".")[2]
     folder = Path(configuration.OUT).parent / name.lower()
     number = 1
-    while os.path.lexists(folder):
+    while os.path.lexists(folder) and not (launch and launch.in_folder(folder).earlier):
         number += 1
         folder = folder.with_name(f"{name.lower()}-{number}")
     return config.with_values(out=str(folder))
@@ -184,15 +198,18 @@ def main(config: Config) -> int:
     return 130 if result.stopped else 1
 
 
-def run(config: Config, ranks: Ranks, objects: Objects, loggers: Sequence[Logger], stop: Stop, *, new: bool) -> Result:
+def run(
+    config: Config, ranks: Ranks, objects: Objects, loggers: Sequence[Logger], stop: Stop, folder: Folder
+) -> Result:
     """Open the folder, build, train. A run that took no step leaves no trace: the corrected command can use `out`."""
-    folder = Folder(Path(config.out), ranks, new=new)
     training: Training | None = None
     try:
         with stop.waiting():
             state = folder.open()
             training = build(config, ranks, objects, folder.out, state)
             folder.take(training)
+        if folder.launch and folder.launch.earlier:
+            training.notices.insert(0, restarts.told(folder.launch, training.start, last_step(training)))
         return train(training, objects, loggers, stop)
     except resume.AtItsEndError as error:
         if config.resume != "auto":
@@ -223,6 +240,7 @@ def train(training: Training, objects: Objects, loggers: Sequence[Logger], stop:
             saver.begin()
         with stop.waiting():
             watch.begin()
+            ranks.meet()
         take_steps(training, journal, watch, saver, meter, stop)
     except Stopped:
         rescue(saver, meter, journal)
@@ -235,6 +253,7 @@ def train(training: Training, objects: Objects, loggers: Sequence[Logger], stop:
     except DivergedError:
         raise
     except Exception as error:
+        ranks.notice(error)
         rescue(saver, meter, journal)
         if isinstance(error, ValueError) and objects.method is None and training.done == training.start:
             raise UserError(str(error)) from error  # an operator's contract, broken by an option: a temperature of 0
@@ -245,19 +264,29 @@ def train(training: Training, objects: Objects, loggers: Sequence[Logger], stop:
 
 
 def take_steps(training: Training, journal: Journal, watch: Watch, saver: Saver, meter: Meter, stop: Stop) -> None:
-    """Train, log and save, until the last step or a request to stop."""
+    """Train, log and save, until the last step or a request to stop.
+
+    Ranks agree on what happens at logged steps, and at the last one; a rank alone needn't wait for these. What follows
+    from the step's number alone, a checkpoint by steps or kNN, needs no agreement at all.
+    """
     ranks = training.ranks
+    ranks.reached(training.start)
     for taken in optimizer_steps(training, journal, stop):
         done = training.done = taken.done
+        ranks.reached(done)
         journal.step(done)
         for row in meter.rows(taken):
             journal.log(*row)
         watch.after_step(done)
         last = done == training.steps
-        ends, saves, looks = ranks.any(
-            stop.signal is not None, stop.saves() or saver.due(done), meter.diverges_from is not None
-        )
-        best = watch.measures(done) and ranks.any(saver.is_best(watch.accuracy))[0]
+        ends = saves = looks = best = False
+        if watch.measures(done):  # by the first rank, for which all wait
+            (best,) = ranks.any(saver.is_best(watch.accuracy))
+        if ranks.size == 1 or last or meter.logs(done):
+            ends, saves, looks = ranks.any(
+                stop.signal is not None, stop.saves() or saver.due(), meter.diverges_from is not None
+            )
+        saves = saves or saver.planned(done)
         if not (ends or saves or looks or last or best):
             continue
         if ends or saves or last or best:
@@ -271,6 +300,7 @@ def take_steps(training: Training, journal: Journal, watch: Watch, saver: Saver,
             saver.save(done, Best(done, watch.accuracy) if best and watch.accuracy is not None else None)
             if not last:
                 watch.refresh()
+            ranks.meet()
         if ends:
             return
 
@@ -303,7 +333,7 @@ def end(training: Training, objects: Objects, journal: Journal, watch: Watch, sa
             f"fastjem: step {done} is not saved, only step {saved}; once there is room, --resume --out {out} goes on "
             "from there"
         )
-    elif ranks.first and not finished and stop.signal is not None:
+    elif ranks.first and done < training.steps:  # as this rank or another was asked to
         say(f"stopped at step {done}; go on with --resume --out {out}")
     elif ranks.first and finished:
         if (best := saver.best) is not None and best.step < done:

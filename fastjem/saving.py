@@ -63,12 +63,17 @@ class Saver:
         # A module of one's own may hold infinities from the beginning, in a mask say.
         self.watched = [name for name, finite in zip(state, finite_ones(state.values()), strict=True) if finite]
 
-    def due(self, done: int) -> bool:
-        """By steps, or on the first rank by the clock."""
+    def planned(self, done: int) -> bool:
+        """By steps, as all ranks know alike."""
+        every = self.training.config.checkpoint_steps
+        return every > 0 and done % every == 0
+
+    def due(self) -> bool:
+        """By the clock, which is the first rank's."""
         config = self.training.config
-        if config.checkpoint_steps:
-            return done % config.checkpoint_steps == 0
-        return self.training.ranks.first and time.monotonic() - self.saved_at > config.checkpoint_every
+        if config.checkpoint_steps or not self.training.ranks.first:
+            return False
+        return time.monotonic() - self.saved_at > config.checkpoint_every
 
     def finite(self) -> bool:
         """Whether the weights are finite and no figure of the optimizer is NaN. Waits for the device, once."""

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -19,13 +20,15 @@ class Stop:
     """SIGTERM and Ctrl-C ask the loop to end after its step; a second Ctrl-C ends it at once. SIGUSR1 asks to save.
 
     A wait (for the loader's workers, for a file server) may never end by itself: within `waiting()` a request to stop
-    raises `Stopped` once `GRACE` seconds have passed. Elsewhere a signal only leaves a note: a step isn't torn.
+    raises `Stopped` once `GRACE` seconds of waiting have passed. Elsewhere a signal only leaves a note: a step isn't
+    torn.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None  # the one that asked for an end
         self.save_asked = False
         self.in_wait = False
+        self.wait_began = 0.0
         self.nudged = False  # by this class, and not by somebody
         self.over = threading.Event()
         self.old_handlers: dict[int, Any] = {}
@@ -48,7 +51,8 @@ class Stop:
         """The handler of SIGTERM and SIGINT."""
         if self.nudged:
             self.nudged = False
-            if self.in_wait:
+            # Among ranks a run goes on to its next logged step: a wait of that time that has just begun may end.
+            if self.in_wait and time.monotonic() - self.wait_began > 0.9 * GRACE:
                 raise Stopped
         elif self.signal is None:
             self.signal = number
@@ -78,6 +82,7 @@ class Stop:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """A block that may wait for ever, and that a request to stop may break off."""
+        self.wait_began = time.monotonic()
         self.in_wait = True
         try:
             yield

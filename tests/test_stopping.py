@@ -216,7 +216,15 @@ def test_a_worker_that_fails_ends_the_run_in_a_line(what: str, tmp_path: Path) -
 def test_places() -> None:
     assert place({}) == Place()
     assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == Place()
-    assert place({"SLURM_NTASKS": "4"}) == Place()  # an allocation, and no task of it
+    for allocation in (
+        {},  # salloc
+        {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # sbatch without srun
+        {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"},  # an interactive shell
+    ):
+        words = r"allocated 4 tasks.* none of them: srun fastjem pretrain .* all 4, srun --ntasks 1 fastjem pretrain"
+        with pytest.raises(UserError, match=words):
+            place({"SLURM_NTASKS": "4", **allocation})
+        assert place({"SLURM_NTASKS": "1", **allocation}) == Place()
     torchrun = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
                 "MASTER_ADDR": "a", "MASTER_PORT": "1"}  # fmt: skip
     slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77",
@@ -224,6 +232,10 @@ def test_places() -> None:
              "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}  # fmt: skip
     assert place({**slurm, **torchrun}) == Place(3, 4, 1, 2)
     assert place(slurm) == Place(3, 4, 1, 2, ("gpu07", 15077))
+    assert place({**slurm, "SLURM_STEP_TASKS_PER_NODE": "1,3", "SLURM_NODEID": "1"}).local_size == 3
+    assert place({**slurm, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == Place()  # srun --ntasks 1
+    with pytest.raises(UserError, match=r"heterogeneous job of 2 parts.* torchrun --nnodes"):
+        place({**slurm, "SLURM_HET_SIZE": "2"})
     assert place({**slurm, "MASTER_ADDR": "b", "MASTER_PORT": "9"}).address == ("b", 9)
     assert place({**slurm, "SLURM_STEP_ID": "1"}).address != place(slurm).address
     alone = {name: value for name, value in slurm.items() if "LIST" not in name}
@@ -246,6 +258,10 @@ def test_places() -> None:
 )  # fmt: skip
 def test_first_node(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
+
+
+def test_tasks_per_node() -> None:
+    assert launchers.tasks_per_node("4(x2),3") == [4, 4, 3] and launchers.tasks_per_node("") == []
 
 
 def test_one_process_needs_nobody() -> None:

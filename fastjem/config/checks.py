@@ -13,6 +13,7 @@ from fastjem.data.pixels import LARGEST
 from fastjem.errors import UserError, nearest
 from fastjem.trackers import names_of
 
+LONGEST_WAIT = 1_000_000  # seconds; NCCL and gloo count milliseconds
 MOST_VIEWS = 1000  # small ones of an image: each is a crop to be made and a row of the batch
 # What a resumed run may be told anew: nothing of it changes a number,
 MAY_CHANGE = {
@@ -73,6 +74,8 @@ def check_numbers(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
             raise UserError(f"{config.flag(name)} must be a finite number, at least 0, got {value}")
+    if not 0 < config.timeout <= LONGEST_WAIT:
+        raise UserError(f"--timeout must be seconds, above 0 and at most {LONGEST_WAIT:,}, got {config.timeout:g}")
     for name in SHARES:
         value = getattr(config, name)
         if value is not None and value > 1:

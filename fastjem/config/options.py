@@ -143,7 +143,7 @@ class Config:
     activation_checkpointing: bool = field(
         default=False, metadata={"help": "the encoder's blocks are computed again in the backward pass, not kept"}
     )
-    timeout: float = field(default=600, metadata={"help": "seconds that ranks wait for one another"})
+    timeout: float = field(default=600, metadata={"help": "seconds that ranks wait for one that doesn't come"})
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda", "device": True})
     loader: str = field(default="auto", metadata={"help": f"who reads the images: {' | '.join(NAMES)}"})
     memory: float = field(default=4.0, metadata={"help": "GiB that --loader memory may take"})

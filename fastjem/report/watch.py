@@ -171,16 +171,16 @@ class Watch:
             "device": describe(training.ranks.device),
         }
 
+    def measures(self, done: int) -> bool:
+        """Whether the first rank measures behind that step, which all ranks say alike."""
+        return done == self.training.steps or (self.every_steps > 0 and done % self.every_steps == 0)
+
     def after_step(self, done: int) -> None:
         """Before the checkpoint of that step, so that a resumed run lacks no measurement."""
         self.accuracy = None
         if self.measures(done):
             encoder = self.training.whole_encoder()
             self.guarded(lambda: self.measure(done, encoder))
-
-    def measures(self, done: int) -> bool:
-        """Whether kNN and embeddings are measured behind this step; the same on all ranks."""
-        return done == self.training.steps or (self.every_steps > 0 and done % self.every_steps == 0)
 
     def refresh(self) -> None:
         """After a checkpoint."""
