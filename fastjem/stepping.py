@@ -17,7 +17,7 @@ from fastjem.journal import Journal
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.meter import Taken
 from fastjem.ranks import Ranks
-from fastjem.sharding import without_exchange
+from fastjem.sharding import is_sharded, without_exchange
 from fastjem.stopping import Stop
 
 
