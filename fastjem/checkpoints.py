@@ -215,6 +215,14 @@ def in_order(run: Path) -> list[tuple[int, Path]]:
     return [(number, path) for number, _, path in sorted(found)]
 
 
+def goes_on(run: Path) -> str:
+    """From which checkpoint a run goes on, in words."""
+    with contextlib.suppress(Exception):
+        step = read(present(run)[0], mmap=True)["step"]
+        return f"the last checkpoint is of step {step}: --resume --out {run} goes on from there"
+    return "there is no checkpoint yet"
+
+
 def load(
     run: Path,
     say: Callable[[str], None] | None = printing.say,

@@ -6,16 +6,15 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
-from fastjem import checkpoints, launchers
+from fastjem import launchers
 from fastjem.advice import OTHER_RANK, advice
 from fastjem.errors import TimedOutError, ToldElsewhereError, UserError
 from fastjem.machine import available_cores
@@ -110,12 +109,12 @@ class Ranks:
         if self.presence is not None and is_time_out(error):
             self.presence.notice()
 
-    def without(self, error: Exception, out: str) -> UserError | None:
+    def without(self, error: Exception, goes_on: Callable[[], str]) -> UserError | None:
         """What an error means that comes of other ranks that didn't come, once: the step, who it was, and which
         checkpoint there is. None for any other error, and for ranks that have ended.
 
         Args:
-            out: the run's folder.
+            goes_on: tells from which checkpoint the run goes on.
         """
         if self.presence is None or isinstance(error, ToldElsewhereError):
             return None
@@ -131,7 +130,7 @@ class Ranks:
             return ToldElsewhereError(str(error), 1)
         step = f"step {self.presence.done + 1}"
         seconds = f"{self.presence.timeout:g} seconds (--timeout)"
-        return TimedOutError(f"{step}: the ranks didn't come together within {seconds}: {who}; {_goes_on(out)}")
+        return TimedOutError(f"{step}: the ranks didn't come together within {seconds}: {who}; {goes_on()}")
 
     def _first_failed(self, mine: int) -> int:
         """The lowest rank that has failed. mine: this rank if it has, else the number of ranks."""
@@ -147,15 +146,6 @@ def is_time_out(error: Exception) -> bool:
     return isinstance(error, TimedOutError) or (
         isinstance(error, RuntimeError) and re.search(TIMED_OUT, str(error)) is not None
     )
-
-
-def _goes_on(out: str) -> str:
-    """From which checkpoint, in words."""
-    with contextlib.suppress(Exception):
-        newest = checkpoints.present(Path(out))[0]
-        step = checkpoints.read(newest, mmap=True)["step"]
-        return f"the last checkpoint is of step {step}: --resume --out {out} goes on from there"
-    return "there is no checkpoint yet"
 
 
 def told_by_all(text: str, timeout: float) -> list[str]:

@@ -122,7 +122,7 @@ def pretrain(
     except ToldElsewhereError:
         raise
     except Exception as error:
-        if late := ranks.without(error, config.out):
+        if late := ranks.without(error, lambda: checkpoints.goes_on(Path(config.out))):
             raise late from error
         line = advice(error)
         if (line or isinstance(error, UserError)) and not ranks.tells():
