@@ -155,6 +155,7 @@ def measured(name: str, batch: int, size: int, options: argparse.Namespace) -> d
         "passes": f"by {size}" if size else "at once",
         "peak MiB": round((resident.highest - resident.start) / 1024),
         "encoder MiB": round(statistics.median(passes) / 1024, 1) if size else None,
+        "encoder, highest MiB": round(max(passes) / 1024, 1) if size else None,
         "heads and loss MiB": round(resident.passes[0] / 1024) if size else None,
         "embeddings MiB": round(run.embeddings / MIB, 1),
         "views MiB": round(values / MIB, 1),
@@ -223,7 +224,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     facts = machine.describe(torch.device("cpu"))
     about = (
         "Peaks are of a step beyond what was in use before it, in MiB. encoder: what a second pass takes (the median "
-        "of all), with its graph and its views as floats. heads and loss: what is taken from the first of all passes "
+        "of all, and the highest, in which is what the allocator happens to hold), with its graph and its views as "
+        "floats. heads and loss: what is taken from the first of all passes "
         "to the end of the loss's backward pass, the embeddings among it. embeddings: of all views with their "
         "gradients, and the momentum encoder's, by their size. views: the batch as bytes, in use before the step, and "
         "what it would be as floats. times the time at once: for an image, beside the largest batch at once."

@@ -38,9 +38,10 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, _, name = func.name().partition("::")
-        if space == "fastjem":
+        name = name.partition(".")[0]
+        if space == "fastjem" and name in ops.OPERATORS:  # others are one product, or a call that is watched itself
             with self:
-                result = ops.plain(ops.reference(name.partition(".")[0]))(*args, **(kwargs or {}))
+                result = ops.plain(ops.reference(name))(*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
         for x in tree_leaves((args, kwargs, result)) if self.refuse else ():

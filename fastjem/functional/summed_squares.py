@@ -11,7 +11,7 @@ from torch import Tensor
 from fastjem.collectives import sum_and_count_of_ranks, sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest, widest_dtype
-from fastjem.ops import LIBRARY
+from fastjem.ops import LIBRARY, plain
 from fastjem.ops.autograd import ops
 
 Result = tuple[Tensor, list[Tensor], float, list[Tensor]]  # loss, unscaled gradients, their scale, statistics
@@ -40,7 +40,7 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 # An operator, as a graph can't hold a setting.
-LIBRARY.impl("float32_product", _float32_product, "CompositeExplicitAutograd")
+LIBRARY.impl("float32_product", plain(_float32_product, "float32_product"), "CompositeExplicitAutograd")
 torch.library.register_fake("fastjem::float32_product", torch.matmul, lib=LIBRARY)
 
 
