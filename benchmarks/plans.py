@@ -125,31 +125,33 @@ DINOV2 = Recipe("DINOv2, 2 + 8 views", 2, 8, True, (2048, 2048, 256, 65536))
 def states(vit: ViT, recipe: Recipe, ranks: int | None) -> float:
     """Bytes of a rank: weights, gradients, AdamW's two moments and the teacher in float32; ranks None: DDP.
 
-    DDP holds gradients a second time, in the buckets that it sends, and autocast a bfloat16 copy of the student's
-    weights for backward. In shards a rank has its part of all, and beside it the root unit (heads) with its gradient
-    and two blocks in bfloat16, of which the second arrives while the first is used, and one block's gradient.
+    DDP holds gradients a second time, in the buckets that it sends. In shards a rank has its part of all, and beside it
+    the root unit (heads) with its gradient and two blocks' weights in float32, as they are gathered, of which the
+    second arrives while the first is used, and one block's gradient. Either way autocast makes a bfloat16 copy of the
+    student's weights, which backward reads: in shards it stays when the gathered weights are freed. Blocks that are
+    computed again make it again, but autocast keeps the first one until forward ends; it is counted there, too.
     """
     parameters = recipe.parameters(vit)
     kinds = 4 + (1 if recipe.teacher else 0)
     if ranks is None:
         return parameters * (kinds * FLOAT + FLOAT + HALF)
-    root = recipe.parameters(vit) - vit.depth * vit.block()
-    gathered = root * (HALF + FLOAT) + 2 * vit.block() * HALF + vit.block() * FLOAT
-    return parameters * kinds * FLOAT / ranks + gathered
+    root = parameters - vit.depth * vit.block()
+    gathered = (2 * root + 3 * vit.block()) * FLOAT
+    return parameters * (kinds * FLOAT / ranks + HALF) + gathered
 
 
 def sent(vit: ViT, recipe: Recipe, ranks: int, sharded: bool) -> float:
     """Bytes that a rank sends in a step for weights and gradients (losses: benchmarks/traffic.py).
 
-    DDP: one all-reduce of float32 gradients. In shards: bfloat16 weights forward, backward and the teacher's, and the
-    gradients in float32 to the rank that has the shard.
+    DDP: one all-reduce of gradients. In shards: weights forward, backward and the teacher's, and the gradients to the
+    rank that has the shard. All in float32 (fastjem/sharding.py says why).
     """
     parameters = recipe.parameters(vit)
     others = (ranks - 1) / ranks
     if not sharded:
         return 2 * others * parameters * FLOAT
     passes = 3 if recipe.teacher else 2
-    return others * parameters * (passes * HALF + FLOAT)
+    return others * parameters * (passes + 1) * FLOAT
 
 
 @dataclass(frozen=True)
