@@ -16,7 +16,6 @@ import threading
 import time
 import types
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
@@ -196,17 +195,19 @@ class Wait:
 
     def _wait(self) -> None:
         here = self.presence
-        began = alive_at = self.answered_at
+        began = alive_at = asked_at = self.answered_at
         told = here.timeout
         number = -1
-        while True:
-            try:
-                here.store.wait([self.key], timedelta(seconds=here.interval))
-                return
-            except dist.DistStoreError:
-                pass  # not yet
-            beat = here.beats()[0]
+        pause = 0.001
+        # Not store.wait: torch prints a warning whenever its time is over.
+        while not here.store.check([self.key]):
+            time.sleep(pause)
+            pause = min(1.5 * pause, here.interval / 8)
             now = self.answered_at = time.monotonic()
+            if now < asked_at + here.interval:
+                continue
+            asked_at = now
+            beat = here.beats()[0]
             if beat.number != number:
                 number = beat.number
                 alive_at = now
