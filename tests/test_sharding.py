@@ -6,8 +6,10 @@ Encoders and heads have layer norms, and nothing is dropped: batch norms see a r
 import copy
 import os
 import unittest.mock
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +27,12 @@ from fastjem import optim, sharding
 from fastjem.functional import ema_update_, weights
 from fastjem.functional.shards import is_distributed, local
 from fastjem.methods import METHODS, RunFacts
+from fastjem.micro_batches import Passes
 from fastjem.nn.momentum import update_momentum
 from fastjem.ops.autograd import ops as operators
 from fastjem.ranks import Ranks
 from fastjem.step import Step
+from fastjem.stepping import forward_backward
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("no gloo", allow_module_level=True)
@@ -239,6 +243,29 @@ def check_accumulation(ranks: Ranks) -> None:
         pass
 
 
+def check_micro_batches(ranks: Ranks, names: Sequence[str], size: int = 3) -> None:
+    """Two batches of a step, by micro-batches in shards: the gradients of one rank that has both whole."""
+    for name in names:
+        step, other, batch, _ = sharded(name, ranks)
+        batches = [batch, batch._replace(views=[view.flip(0) * 0.7 for view in batch.views])]
+        each = IMAGES // ranks.size
+        rows = slice(ranks.rank * each, (ranks.rank + 1) * each)
+        facts = {"config": SimpleNamespace(accumulate=2), "ranks": ranks, "autocast": None, "scaler": None}
+        training: Any = SimpleNamespace(step=other, model=other, passes=Passes(size), **facts)
+        for i, one in enumerate(batches):
+            torch.manual_seed(3)
+            expected, _ = step(one, 3)
+            (expected / 2).backward()
+            torch.manual_seed(3)
+            loss, _ = forward_backward(training, part_of(one, rows), torch.tensor(3), synchronise=i == 1)
+            if name not in OF_EACH_RANK:
+                assert_close(mean(loss), expected.detach(), f"{name}: loss of batch {i}")
+        for (key, p), wanted in zip(other.named_parameters(), step.parameters(), strict=True):
+            assert (p.grad is None) == (wanted.grad is None), f"{name}: {key}"
+            if wanted.grad is not None and name not in OF_EACH_RANK:
+                assert_close(whole(p.grad), wanted.grad, f"{name} by micro-batches: {key}")
+
+
 def check_memory(ranks: Ranks) -> None:
     """Of weights, their momentum copy, gradients and both averages a rank holds its share, but for what is padded."""
     step, other, batch, part = sharded("dino", ranks)
@@ -357,6 +384,7 @@ def check_quick(rank: int, world: int, store: str, images: str, out: str) -> Non
     check_whole_states(ranks)
     check_channels_last(ranks)
     check_accumulation(ranks)
+    check_micro_batches(ranks, ("simclr", "dino", "mae"))
     check_memory(ranks)
     check_precision(ranks)
     check_momentum_copies(ranks)
