@@ -211,12 +211,14 @@ def run(
         if folder.launch and folder.launch.earlier:
             training.notices.insert(0, restarts.told(folder.launch, training.start, last_step(training)))
         return train(training, objects, loggers, stop)
-    except resume.AtItsEndError as error:
-        if config.resume != "auto":
+    except (resume.AtItsEndError, ToldElsewhereError) as error:
+        # All ranks find the end alike, and one of them tells it; another's error has its own as the cause.
+        end_found = error.__cause__ if isinstance(error, ToldElsewhereError) else error
+        if config.resume != "auto" or not isinstance(end_found, resume.AtItsEndError):
             raise
         if ranks.first:
-            say(f"fastjem: {error}")
-        return Result(folder.out, error.step, True, {}, error.step)
+            say(f"fastjem: {end_found}")
+        return Result(folder.out, end_found.step, True, {}, end_found.step)
     except Stopped:
         if ranks.first:
             say("stopped before the first step")

@@ -168,6 +168,16 @@ def test_a_killed_rank_is_started_again_and_the_run_goes_on(images: str, counted
     assert figures(run) == figures(counted / "run")
 
 
+def test_a_run_at_its_end_is_no_failure_of_any_rank(images: str, counted: Path, tmp_path: Path) -> None:
+    words = pretrain(images, counted / "run", "--resume", "auto", max_steps="60", log_every="10")
+    tasks = Tasks(tmp_path / "log", [words[0], *words[2:]])
+    try:
+        assert [rank.wait(120) for rank in tasks.ranks] == [0, 0], tasks.said
+    finally:
+        tasks.end()
+    assert tasks.said.count("already at its end, step 60") == 1
+
+
 @pytest.mark.exhaustive
 def test_an_agent_that_is_killed_leaves_fewer_ranks_and_another_joins(images: str, tmp_path: Path) -> None:
     """--nnodes 1:2."""
