@@ -128,6 +128,7 @@ def write(
         note: what else is to be known of these rows, in both files.
     """
     now = machine.now()
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = {"machine": facts, "run": now, "settings": settings, "rows": rows, **({"note": note} if note else {})}
     with_suffix(path, ".json").write_text(json.dumps(found, indent=1) + "\n")
     shown = rows if table is None else table
