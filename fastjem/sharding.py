@@ -12,7 +12,7 @@ norms and layer scales, too, which autocast leaves alone, and a layer norm that 
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -138,7 +138,12 @@ def gathered(module: nn.Module, outline: nn.Module | None) -> nn.Module:
     Args:
         outline: on the ranks that want it, what `outline` made of the module; None: the module itself is returned.
     """
-    state = {name: _whole(value, keep=outline is not None) for name, value in module.state_dict().items()}
+    state: dict[str, Any] = {}
+    for name, value in module.state_dict().items():
+        if is_distributed(value):  # by all ranks, whoever wants it
+            value = cast(Any, value).full_tensor()
+        if outline is not None:
+            state[name] = value.clone() if isinstance(value, Tensor) else value
     if outline is None:
         return module
     found = copy.deepcopy(outline)
@@ -146,64 +151,4 @@ def gathered(module: nn.Module, outline: nn.Module | None) -> nn.Module:
     return found.train(module.training)
 
 
-def full_state(step: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Any]:
-    """`model` and `optimizer`, their states with whole tensors on the CPU, as one rank without shards has them.
-
-    All ranks together, as each tensor is gathered by all of them; `keep` on those that want them, the others get None
-    in a tensor's place. Both are a plain state where nothing is in shards.
-    """
-    if not is_sharded(step):
-        return {"model": step.state_dict(), "optimizer": optimizer.state_dict()}
-    model = {name: _whole(value, keep=keep, host=True) for name, value in step.state_dict().items()}
-    state = optimizer.state_dict()
-    state["state"] = {
-        number: {name: _whole(value, keep=keep, host=True) for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
-    return {"model": model, "optimizer": state}
-
-
-def load_full_state(step: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Put what `full_state` made into modules and an optimiser, in shards or not; each rank takes its part.
-
-    Raises:
-        RuntimeError, ValueError, KeyError: as `load_state_dict` does for what doesn't fit.
-    """
-    own = step.state_dict()
-    model = {name: _part(value, own.get(name)) for name, value in state["model"].items()}
-    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
-    values = {
-        number: {name: _part(value, parameters.get(number)) for name, value in values.items()}
-        for number, values in state["optimizer"]["state"].items()
-    }
-    step.load_state_dict(model)
-    optimizer.load_state_dict({**state["optimizer"], "state": values})
-
-
-def _whole(value: Any, *, keep: bool, host: bool = False) -> Any:
-    """A tensor in one piece with memory of its own, where it is to be kept."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach()
-    if is_distributed(value):
-        value = cast(Any, value).full_tensor()
-    if not keep:
-        return None
-    return value.cpu().clone() if host else value.clone()
-
-
-def _part(value: Any, like: Tensor | None) -> Any:
-    """This rank's shard of a whole tensor, as a DTensor, where `like` is one of its shape; else the tensor itself."""
-    if like is None or not is_distributed(like) or not isinstance(value, Tensor) or value.shape != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    layout: Any = like
-    value = value.to(like.device).contiguous()
-    # Every rank has read the whole tensor, so nothing is sent.
-    return distribute_tensor(value, layout.device_mesh, layout.placements, src_data_rank=None)
-
-
-__all__ = [
-    "full_state", "gathered", "is_sharded", "load_full_state", "outline", "shard", "without_exchange",
-]  # fmt: skip
+__all__ = ["gathered", "is_sharded", "outline", "shard", "without_exchange"]

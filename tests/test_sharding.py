@@ -23,7 +23,7 @@ from test_methods import small_options
 from test_methods_distributed import OF_EACH_RANK, made, part_of
 from torch import Tensor, nn
 
-from fastjem import optim, sharding
+from fastjem import optim, sharded_checkpoints, sharding
 from fastjem.functional import ema_update_, weights
 from fastjem.functional.shards import is_distributed, local
 from fastjem.methods import METHODS, RunFacts
@@ -160,6 +160,22 @@ def same(a: Any, b: Any, what: str) -> None:
         assert a == b, what
 
 
+def full_state(step: Step, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds, with whole tensors: as one rank without shards has them."""
+    state = sharded_checkpoints.copied({"model": step.state_dict(), "optimizer": optimizer.state_dict()})
+    for _, held, name in sharded_checkpoints.places(state):
+        if isinstance(held[name], Tensor):
+            held[name] = whole(held[name]).clone()
+    return state
+
+
+def load_full_state(step: Step, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """As a resumed run does it."""
+    state = sharded_checkpoints.fitted(state, step, optimizer)
+    step.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
 def check_whole_states(ranks: Ranks) -> None:
     """What a checkpoint holds is one rank's; what was saved goes on in shards and without; encoders are made whole."""
     step, other, batch, part = sharded("moco", ranks)
@@ -168,12 +184,12 @@ def check_whole_states(ranks: Ranks) -> None:
     optimizer = optimizer_of(other, "adamw")
     with pytest.raises(RuntimeError, match="size mismatch"):
         wrong = step.state_dict() | {"encoder.backbone.pos_embed": torch.zeros(1, 3, 64)}
-        sharding.load_full_state(other, optimizer, {"model": wrong, "optimizer": optimizer.state_dict()})
+        load_full_state(other, optimizer, {"model": wrong, "optimizer": optimizer.state_dict()})
     alone = optimizer_of(step, "adamw")
     train(step, alone, batch, 2)
     train(other, optimizer, part, 2)
-    state = sharding.full_state(other, optimizer, keep=ranks.first)
-    expected = copy.deepcopy(sharding.full_state(step, alone))
+    state = full_state(other, optimizer)
+    expected = copy.deepcopy(full_state(step, alone))
     found = sharding.gathered(other.encoder.backbone, empty if ranks.first else None)
     if ranks.first:
         same(state, expected, "state")
@@ -186,16 +202,16 @@ def check_whole_states(ranks: Ranks) -> None:
     # Of new ones that go on from it, one without shards, and both as the first would have.
     plain, fresh, _, _ = sharded("moco", ranks)
     both = optimizer_of(plain, "adamw"), optimizer_of(fresh, "adamw")
-    sharding.load_full_state(plain, both[0], copy.deepcopy(expected))
-    sharding.load_full_state(fresh, both[1], expected)
+    load_full_state(plain, both[0], copy.deepcopy(expected))
+    load_full_state(fresh, both[1], expected)
     held: Any = both[1].state[max(fresh.encoder.parameters(), key=len)]["exp_avg"]
     assert local(held).untyped_storage().nbytes() == local(held).nbytes, "the whole tensor is kept"
     train(step, alone, batch, 2)
     train(plain, both[0], batch, 2)
     train(fresh, both[1], part, 2)
-    again = sharding.full_state(fresh, both[1])
-    same(again, sharding.full_state(step, alone), "resumed")
-    same(sharding.full_state(plain, both[0]), sharding.full_state(step, alone), "resumed whole")
+    again = full_state(fresh, both[1])
+    same(again, full_state(step, alone), "resumed")
+    same(full_state(plain, both[0]), full_state(step, alone), "resumed whole")
 
 
 def check_channels_last(ranks: Ranks) -> None:
@@ -210,11 +226,11 @@ def check_channels_last(ranks: Ranks) -> None:
     for _ in range(2):
         train(step, alone, batch, 1)
         train(other, optimizer, part, 1)
-        state, expected = (sharding.full_state(*pair) for pair in ((other, optimizer), (step, alone)))
+        state, expected = (full_state(*pair) for pair in ((other, optimizer), (step, alone)))
         same(state, expected, "channels_last")
         given = copy.deepcopy(expected)
-        sharding.load_full_state(step, alone, state)
-        sharding.load_full_state(other, optimizer, given)
+        load_full_state(step, alone, state)
+        load_full_state(other, optimizer, given)
 
 
 def check_accumulation(ranks: Ranks) -> None:
