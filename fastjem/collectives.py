@@ -23,7 +23,7 @@ A `group` of None is this rank alone.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Literal
 
@@ -217,6 +217,23 @@ def other_ranks(tensors: list[Tensor], dim: int, sizes: list[int], group: dist.P
     turns = Turns([x.detach().movedim(dim, 0) for x in tensors], sizes, group)
     turns.start_next()
     return turns.in_order(dim)
+
+
+def others_in_turn(
+    tensors: Sequence[Tensor | None], dim: int, sizes: list[int], group: dist.ProcessGroup
+) -> Iterator[tuple[list[int], list[Tensor | None]]]:
+    """`other_ranks` with the ranks that each turn brings, and None for a tensor that is None here, and so everywhere.
+    The first are on their way when this returns."""
+    ring = other_ranks([x for x in tensors if x is not None], dim, sizes, group)
+    return _with_ranks(ring, ranks_in_turn(sizes, group), tensors)
+
+
+def _with_ranks(
+    ring: Iterator[list[Tensor]], turns: list[list[int]], tensors: Sequence[Tensor | None]
+) -> Iterator[tuple[list[int], list[Tensor | None]]]:
+    for received, ranks in zip(ring, turns, strict=False):  # a rank without rows is given nothing, and walks to the end
+        left = iter(received)
+        yield ranks, [None if x is None else next(left) for x in tensors]
 
 
 def columns_of_ranks(x: Tensor, sizes: list[int], ranks: list[int]) -> Tensor:

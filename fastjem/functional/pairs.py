@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import columns_of_ranks, other_ranks, ranks_in_turn
+from fastjem.collectives import columns_of_ranks, others_in_turn
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import direct, transforms
@@ -46,17 +46,7 @@ class Ranks(NamedTuple):
         """Other ranks and their tensors, as `other_ranks` brings them: the first are on their way."""
         if self.group is None:
             return iter(())
-        ring = other_ranks([x for x in tensors if x is not None], 0, self.sizes, self.group)
-        return _rebuilt(ring, ranks_in_turn(self.sizes, self.group), tensors)
-
-
-def _rebuilt(
-    ring: Iterator[list[Tensor]], turns: list[list[int]], tensors: tuple[Tensor | None, ...]
-) -> Iterator[tuple[list[int], list[Tensor | None]]]:
-    """With the ranks, and None where a tensor is None here."""
-    for received, ranks in zip(ring, turns, strict=False):  # a rank without rows is given nothing, and walks to the end
-        rest = iter(received)
-        yield ranks, [None if x is None else next(rest) for x in tensors]
+        return others_in_turn(tensors, 0, self.sizes, self.group)
 
 
 def _losses(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs, ranks: Ranks) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjem.collectives import columns_of_ranks, other_ranks, ranks_in_turn
+from fastjem.collectives import columns_of_ranks, others_in_turn
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import transforms
 from fastjem.ops.autograd import distinct, ops, refuse_second_order
@@ -190,21 +190,12 @@ class _Ring:
         if self.exclude is not None:  # images first
             mask = self.exclude.T[None] if self.of_columns else self.exclude[None]
         travelling = [*sides, mask, *vectors]
-        dense = [x for x in travelling if x is not None]
-        ring = other_ranks(dense, 1, view.sizes, view.group)
-        return self._others(ring, ranks_in_turn(view.sizes, view.group), travelling, len(sides))
+        turns = others_in_turn(travelling, 1, view.sizes, view.group)
+        return self._others(turns, len(sides))
 
-    def _others(
-        self,
-        ring: Iterator[list[Tensor]],
-        turns: list[list[int]],
-        travelling: list[Tensor | None],  # sides, the mask, vectors: those that are there are in the ring
-        sides: int,  # how many of them are sides
-    ) -> Iterator[_Other]:
-        # A rank without rows is given nothing, and walks on to the end.
-        for received, ranks in zip(ring, turns, strict=False):
-            left = iter(received)
-            rebuilt: list[Any] = [None if x is None else next(left) for x in travelling]
+    def _others(self, turns: Iterator[tuple[list[int], list[Any]]], sides: int) -> Iterator[_Other]:
+        """turns: of sides, so many tensors; the mask; vectors."""
+        for ranks, rebuilt in turns:
             rows = Side(*rebuilt[:3])
             columns = rows if self.shared else Side(*rebuilt[3:6])
             their_mask = rebuilt[sides]
