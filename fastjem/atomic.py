@@ -36,7 +36,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)) or os.path.realpath(path).startswith("/proc/"):
             raise OSError(errno.EINVAL, "a device or a pipe is no place for a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    part = part_beside(path)
     try:
         with open(new_file(part), "wb") as file:
             yield file
@@ -47,6 +47,11 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
         raise
     flush_names(path.parent)
+
+
+def part_beside(path: Path) -> Path:
+    """The name of a temporary file or folder beside another one, which nobody else has."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
 
 
 def flush_names(folder: Path) -> None:
@@ -76,7 +81,7 @@ def publish(part: Path, place: Path, aside: Path | None = None) -> None:
     aside: the name of what had it, from then on; None: it is removed.
     """
     if place.is_dir():
-        away = aside or place.with_name(f"{place.name}.{secrets.token_hex(8)}.part")
+        away = aside or part_beside(place)
         os.replace(place, away)
         os.replace(part, place)
         if aside is None:
@@ -98,7 +103,7 @@ def remove(path: Path) -> None:
         path.unlink()
         return
     if path.suffix != ".part":
-        away = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+        away = part_beside(path)
         os.replace(path, away)
         path = away
     sharded.remove(path)
@@ -112,7 +117,7 @@ def is_same(one: Path, other: Path) -> bool:
 
 def link(path: Path, copy: Path) -> None:
     """A second name for a checkpoint's bytes, in the place of what has the name; OSError where there can be none."""
-    part = copy.with_name(f"{copy.name}.{secrets.token_hex(8)}.part")
+    part = part_beside(copy)
     try:
         if path.is_dir():
             sharded.linked(path, part)
@@ -132,7 +137,7 @@ def duplicate(path: Path, copy: Path) -> None:
         with open(path, "rb") as source, open_atomically(copy) as file:
             shutil.copyfileobj(source, file)
         return
-    part = copy.with_name(f"{copy.name}.{secrets.token_hex(8)}.part")
+    part = part_beside(copy)
     try:
         part.mkdir()
         for one in path.iterdir():

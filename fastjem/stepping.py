@@ -82,7 +82,7 @@ def forward_backward(
             found = large_batches.forward_backward(
                 step, batch, number, passes, model=model, around=autocast, scaled=scaled
             )
-            if synchronise and not is_sharded(step):
+            if synchronise and ranks.group is not None and not is_sharded(step):
                 averaged([p for p in step.parameters() if p.requires_grad], ranks.group)
             return found
         with autocast():
