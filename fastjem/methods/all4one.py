@@ -11,6 +11,7 @@ import fastjem.functional as F
 from fastjem.collectives import of_global_batch
 from fastjem.data.batch import Batch
 from fastjem.data.views import Views
+from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.methods import ranges
 from fastjem.methods.defaults import Defaults, at_most
 from fastjem.methods.protocol import About, Branch, Method, RunFacts
@@ -134,7 +135,8 @@ def _apart(t0: Tensor, z1: Tensor, t1: Tensor, z0: Tensor) -> Tensor:
     on = []
     off = []
     for target, z in ((t0, z1), (t1, z0)):
-        correlation = normalize(target.float(), dim=0).T @ normalize(z.float(), dim=0)
+        with without_autocast(z):
+            correlation = normalize(in_float32(target), dim=0).T @ normalize(in_float32(z), dim=0)
         width = correlation.shape[0]
         diagonal = correlation.diagonal()
         on.append((diagonal - 1).square().mean())

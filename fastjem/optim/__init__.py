@@ -2,6 +2,7 @@
 per step as 0-dim tensors.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,11 +145,14 @@ def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     if by_sharding.keys() <= {None}:
         return nn.utils.clip_grad_norm_(parameters, most, foreach=True)
     squares = []
+    norms = []
     for sharding, members in by_sharding.items():
         norm = nn.utils.get_total_norm([local(p.grad) for p in members if p.grad is not None], foreach=True)
+        norms.append(norm)
         square = norm.to(widest_dtype(norm.device)).square()
         squares.append(square if sharding is None else sum_over_shards(square, sharding))
-    total = torch.stack(squares).sum().sqrt().float()
+    dtype = functools.reduce(torch.promote_types, (norm.dtype for norm in norms), torch.float32)
+    total = torch.stack(squares).sum().sqrt().to(dtype)
     for members in by_sharding.values():
         nn.utils.clip_grads_with_norm_(members, most, total, foreach=True)
     return total
