@@ -81,6 +81,15 @@ def row_start(i_row, s_row, ALIGN: tl.constexpr):
     return tl.cast(i_row, tl.int64) * s_row * ALIGN
 
 
+@triton.jit
+def chosen(tensors, i):
+    """Of a tuple of pointers to one dtype the i-th, by selections, through which their alignment stays known."""
+    pointer = tensors[0]
+    for place in tl.static_range(1, len(tensors)):
+        pointer = tl.where(i == place, tensors[place], pointer)
+    return pointer
+
+
 @triton.jit(do_not_specialize=["parts"])
 def _mean_kernel(
     sums,  # [parts] float
