@@ -90,6 +90,54 @@ def chosen(tensors, i):
     return pointer
 
 
+@triton.jit
+def summed(sums, parts, BLOCK: tl.constexpr):
+    """`sums[:parts].sum()`, by one program in a fixed order."""
+    index = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], sums.dtype.element_ty)
+    for i in range(0, parts, BLOCK):
+        b_sum += tl.load(sums + i + index, index < parts - i, 0)
+    return tl.sum(b_sum, 0)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _total_kernel(
+    sums,  # [parts] float
+    total,  # 0-dim
+    scale,  # 0-dim
+    parts,
+    factor: tl.float64,
+    scale_value: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = sums.dtype.element_ty
+    tl.store(total, summed(sums, parts, BLOCK) * tl.full((), factor, dtype))
+    tl.store(scale, tl.full((), scale_value, dtype))
+
+
+def total(
+    sums: Tensor,  # [parts], contiguous
+    factor: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`sums.sum() * factor`, and the scale as a tensor: what an operator of one pass returns beside gradients."""
+    loss = sums.new_empty(())
+    of_gradients = sums.new_empty(())
+    launch(
+        _total_kernel,
+        (1,),
+        sums,
+        loss,
+        of_gradients,
+        sums.numel(),
+        float(factor),
+        float(scale),
+        **tiling.mean_of_rows(),
+        device_of=sums,
+    )
+    return loss, of_gradients
+
+
 @triton.jit(do_not_specialize=["parts"])
 def _mean_kernel(
     sums,  # [parts] float

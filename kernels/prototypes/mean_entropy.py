@@ -17,10 +17,10 @@ from .sinkhorn import sinkhorn_step
 def _softmax_slope_kernel(
     x,  # [N, K], rows s_row * ALIGN apart
     slope,  # [K]
-    gradient,  # [N, K] contiguous: p * (slope - <p, slope>), p = softmax(x * SCALE)
+    gradient,  # [N, K] contiguous: p * (slope - <p, slope>), p = softmax(x * per_temperature)
     K,  # / ALIGN
     s_row,  # / ALIGN
-    SCALE: tl.constexpr,  # a float argument would be float32
+    per_temperature: tl.float64,
     COMPUTE: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -29,7 +29,7 @@ def _softmax_slope_kernel(
     i_row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     row = x + launch.row_start(i_row, s_row, ALIGN)
-    scale = tl.full((), SCALE, COMPUTE)
+    scale = tl.full((), per_temperature, COMPUTE)
     maximum = tl.full((), -float("inf"), COMPUTE)
     shift = tl.zeros((), COMPUTE)
     b_total = tl.zeros([BLOCK], COMPUTE)
@@ -65,7 +65,7 @@ def softmax_slope(x: Tensor, temperature: float, slope: Tensor, out: Tensor) -> 
         out,
         x.shape[1] // align,
         x.stride(0) // align,
-        SCALE=1 / temperature,
+        per_temperature=1 / temperature,
         COMPUTE=launch.DTYPES[slope.dtype],
         ALIGN=align,
         **tiling.softmax_slope(x.shape[1], slope.dtype),
