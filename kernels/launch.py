@@ -103,6 +103,7 @@ def summed(sums, parts, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["parts"])
 def _total_kernel(
     sums,  # [parts] float
+    over,  # 0-dim, what the total is multiplied by, too; or None
     total,  # 0-dim
     scale,  # 0-dim
     parts,
@@ -111,7 +112,10 @@ def _total_kernel(
     BLOCK: tl.constexpr,
 ):
     dtype: tl.constexpr = sums.dtype.element_ty
-    tl.store(total, summed(sums, parts, BLOCK) * tl.full((), factor, dtype))
+    sum_of_all = summed(sums, parts, BLOCK) * tl.full((), factor, dtype)
+    if over is not None:
+        sum_of_all *= tl.load(over)
+    tl.store(total, sum_of_all)
     tl.store(scale, tl.full((), scale_value, dtype))
 
 
@@ -119,14 +123,16 @@ def total(
     sums: Tensor,  # [parts], contiguous
     factor: float,
     scale: float,
+    over: Tensor | None = None,  # 0-dim
 ) -> tuple[Tensor, Tensor]:
-    """`sums.sum() * factor`, and the scale as a tensor: what an operator of one pass returns beside gradients."""
+    """`sums.sum() * factor * over`, and the scale as a tensor: what an operator of one pass returns beside gradients."""
     loss = sums.new_empty(())
     of_gradients = sums.new_empty(())
     launch(
         _total_kernel,
         (1,),
         sums,
+        over,
         loss,
         of_gradients,
         sums.numel(),
@@ -136,6 +142,19 @@ def total(
         device_of=sums,
     )
     return loss, of_gradients
+
+
+@triton.jit(do_not_specialize=["N"])
+def _one_over_kernel(weights, out, N, times: tl.float64, BLOCK: tl.constexpr):
+    tl.store(out, 1 / (summed(weights, N, BLOCK) * tl.full((), times, weights.dtype.element_ty)))
+
+
+def one_over(weights: Tensor, times: float) -> Tensor:
+    """`1 / (weights.sum() * times)` of contiguous weights [N], in their dtype."""
+    out = weights.new_empty(())
+    tile = tiling.mean_of_rows()
+    launch(_one_over_kernel, (1,), weights, out, len(weights), float(times), **tile, device_of=weights)
+    return out
 
 
 @triton.jit(do_not_specialize=["parts"])

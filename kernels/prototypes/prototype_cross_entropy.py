@@ -141,12 +141,6 @@ def _statistics_kernel(
     tl.store(entropies + tl.program_id(0), tl.sum(entropy, 0) / (B * T))
 
 
-@triton.jit(do_not_specialize=["B"])
-def _one_over_kernel(weights, one_over, B, pairs: tl.float64, BLOCK: tl.constexpr):
-    """1 / (the weighted number of pairs of rows)"""
-    tl.store(one_over, 1 / (launch.summed(weights, B, BLOCK) * tl.full((), pairs, weights.dtype.element_ty)))
-
-
 @triton.jit(do_not_specialize=["parts", "blocks"])
 def _finish_kernel(
     losses,  # [parts]
@@ -251,7 +245,7 @@ def prototype_cross_entropy(
     # over the pairs of rows; where they have weights, their number is a tensor
     number = count(views, teachers, pairs)
     over = 1 / (b * number) if weights is None else 1.0
-    one_over = None if weights is None else _one_over(weights, number)
+    one_over = None if weights is None else launch.one_over(weights, number)
     in_kernel = scale_within(over / student_temperature, student[0].dtype)
     is_scaled = in_kernel != 1
     gradients = tuple(
@@ -308,11 +302,3 @@ def prototype_cross_entropy(
     )
     returned = [no_gradient(v) if g is None else g for g, v in zip(gradients, student, strict=True)]
     return loss, returned, scale, [x for x in (mean, usage, entropy) if x is not None]
-
-
-def _one_over(weights: Tensor, pairs: int) -> Tensor:
-    """1 / (the weighted number of pairs of rows), 0-dim."""
-    out = weights.new_empty(())
-    tile = tiling.mean_of_rows()
-    launch.launch(_one_over_kernel, (1,), weights, out, len(weights), float(pairs), **tile, device_of=weights)
-    return out
