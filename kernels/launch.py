@@ -125,7 +125,7 @@ def total(
     scale: float,
     over: Tensor | None = None,  # 0-dim
 ) -> tuple[Tensor, Tensor]:
-    """`sums.sum() * factor * over`, and the scale as a tensor: what an operator of one pass returns beside gradients."""
+    """`sums.sum() * factor * over`, and the scale as a tensor: what an operator returns beside its gradients."""
     loss = sums.new_empty(())
     of_gradients = sums.new_empty(())
     launch(

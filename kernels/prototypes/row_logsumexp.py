@@ -114,6 +114,11 @@ def row_logsumexps(
     _row_logsumexps(tuple(second), 0, *options, out[len(views) :], softmax=True)
 
 
+def unbiased_logsumexps(views: tuple[Tensor, ...], scale: float, out: Tensor) -> None:
+    """[V, N]: what a softmax of every row of `views * scale` subtracts; V x [N, K], with dense rows."""
+    _row_logsumexps(tuple(x[None] for x in views), len(views), None, scale, 1.0, out, softmax=True)
+
+
 def _row_logsumexps(
     views: tuple[Tensor, ...],  # V x [P, N, K] of one dtype
     unbiased: int,

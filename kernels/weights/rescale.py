@@ -1,7 +1,7 @@
 """`gradient.mul_(upstream * scale)`, computed in float32 and rounded once; gradients of one shape in one launch.
 
-Where the factor is 1, as it is of a loss that is what backward begins with and whose gradients have their scale already,
-nothing is read or written but the factor.
+Where the factor is 1, as it is where backward begins with the loss and gradients have their scale already, nothing is
+read or written but the factor.
 """
 
 import torch
