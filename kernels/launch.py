@@ -81,6 +81,82 @@ def row_start(i_row, s_row, ALIGN: tl.constexpr):
     return tl.cast(i_row, tl.int64) * s_row * ALIGN
 
 
+@triton.jit
+def chosen(tensors, i):
+    """Of a tuple of pointers to one dtype the i-th, by selections, through which their alignment stays known."""
+    pointer = tensors[0]
+    for place in tl.static_range(1, len(tensors)):
+        pointer = tl.where(i == place, tensors[place], pointer)
+    return pointer
+
+
+@triton.jit
+def summed(sums, parts, BLOCK: tl.constexpr):
+    """`sums[:parts].sum()`, by one program in a fixed order."""
+    index = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], sums.dtype.element_ty)
+    for i in range(0, parts, BLOCK):
+        b_sum += tl.load(sums + i + index, index < parts - i, 0)
+    return tl.sum(b_sum, 0)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _total_kernel(
+    sums,  # [parts] float
+    over,  # 0-dim, what the total is multiplied by, too; or None
+    total,  # 0-dim
+    scale,  # 0-dim
+    parts,
+    factor: tl.float64,
+    scale_value: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = sums.dtype.element_ty
+    sum_of_all = summed(sums, parts, BLOCK) * tl.full((), factor, dtype)
+    if over is not None:
+        sum_of_all *= tl.load(over)
+    tl.store(total, sum_of_all)
+    tl.store(scale, tl.full((), scale_value, dtype))
+
+
+def total(
+    sums: Tensor,  # [parts], contiguous
+    factor: float,
+    scale: float,
+    over: Tensor | None = None,  # 0-dim
+) -> tuple[Tensor, Tensor]:
+    """`sums.sum() * factor * over`, and the scale as a tensor: what an operator returns beside its gradients."""
+    loss = sums.new_empty(())
+    of_gradients = sums.new_empty(())
+    launch(
+        _total_kernel,
+        (1,),
+        sums,
+        over,
+        loss,
+        of_gradients,
+        sums.numel(),
+        float(factor),
+        float(scale),
+        **tiling.mean_of_rows(),
+        device_of=sums,
+    )
+    return loss, of_gradients
+
+
+@triton.jit(do_not_specialize=["N"])
+def _one_over_kernel(weights, out, N, times: tl.float64, BLOCK: tl.constexpr):
+    tl.store(out, 1 / (summed(weights, N, BLOCK) * tl.full((), times, weights.dtype.element_ty)))
+
+
+def one_over(weights: Tensor, times: float) -> Tensor:
+    """`1 / (weights.sum() * times)` of contiguous weights [N], in their dtype."""
+    out = weights.new_empty(())
+    tile = tiling.mean_of_rows()
+    launch(_one_over_kernel, (1,), weights, out, len(weights), float(times), **tile, device_of=weights)
+    return out
+
+
 @triton.jit(do_not_specialize=["parts"])
 def _mean_kernel(
     sums,  # [parts] float

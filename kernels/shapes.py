@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -53,9 +54,10 @@ def _same_width(op: str, names: str, x: Tensor, y: Tensor) -> None:
 # Of each operator: a function of its arguments that raises where they don't fit one another ---------------------------
 
 
-def _rescale(gradient, factor):
-    if factor.numel() != 1:
-        fail("rescale_", "factor must be one number", told(factor))
+def _rescale(op, _gradients, *factors):
+    for factor in factors:
+        if factor.numel() != 1:
+            fail(op, "a factor must be one number", told(factor))
 
 
 def _ema_update(teacher, student, momentum):
@@ -144,12 +146,8 @@ def _regression_rows(prediction, target, rows, weights, *_):
     _expect("regression_rows", "weights", weights, (len(rows),))
 
 
-def _barlow_twins(z0, z1, *_):
-    _alike("barlow_twins", "z0 and z1", z0, z1, rows=True)
-
-
-def _vicreg(z0, z1, *_):
-    _alike("vicreg", "z0 and z1", z0, z1, rows=True)
+def _two_views(op, z0, z1, *_):
+    _alike(op, "z0 and z1", z0, z1, rows=True)
 
 
 def _characteristic(theta, frequencies):
@@ -376,7 +374,8 @@ def _mean_entropy(scores, temperature, total, *_):
 
 
 SHAPES: dict[str, Callable[..., None]] = {
-    "rescale_": _rescale,
+    "rescale_": partial(_rescale, "rescale_"),
+    "rescale_all_": partial(_rescale, "rescale_all_"),
     "ema_update_": _ema_update,
     "lars_norms": _lars_norms,
     "lars_": _lars,
@@ -386,8 +385,8 @@ SHAPES: dict[str, Callable[..., None]] = {
     "negative_cosine": _negative_cosine,
     "regression": _regression,
     "regression_rows": _regression_rows,
-    "barlow_twins": _barlow_twins,
-    "vicreg": _vicreg,
+    "barlow_twins": partial(_two_views, "barlow_twins"),
+    "vicreg": partial(_two_views, "vicreg"),
     "characteristic": _characteristic,
     "characteristic_backward": _characteristic_backward,
     "augment": _augment,

@@ -290,12 +290,17 @@ def covariance_columns(dtype: torch.dtype) -> dict:
     return {"ROWS": 128 if dtype == torch.float32 else 64, "COLUMNS": 16, "num_warps": 4}
 
 
-def covariance_dot() -> dict:
-    return {"BLOCK": 4096, "num_warps": 4}
+def covariance_squares(dtype: torch.dtype) -> dict:
+    """Square tiles, as a tile is written transposed as well."""
+    if dtype == torch.float64:
+        return {"BM": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    return {"BM": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}  # 4 warps, or tiles of 128, spill on sm_80
 
 
-def vicreg() -> dict:
-    return {"ROWS": 4, "COLUMNS": 512, "num_warps": 4}
+def covariance_gradient(dtype: torch.dtype) -> dict:
+    if dtype == torch.float64:
+        return {"BLOCK_K": 16} | _tile(rows=32, columns=32, warps=4, stages=1)
+    return {"BLOCK_K": 32} | _tile(rows=128, columns=64, warps=8, stages=2)  # 128 columns spill
 
 
 # prototypes -----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ class Inputs:
     def _rescale(self, x):
         return x(5, self.width), x(1, dtype=self.wide)[0]
 
+    def _rescale_all(self, x):
+        return [x(5, self.width), x(7)], x(1, dtype=self.wide)[0], x(1, dtype=self.wide)[0]
+
     def _ema_update(self, x):
         teacher = [x(5, dtype=self.wide), x(3, self.width, dtype=self.wide)]
         return teacher, [x(5), x(3, self.width)], torch.tensor(0.9, dtype=torch.float64)
@@ -219,7 +222,7 @@ class Inputs:
 
 
 WITHOUT_TEMPERATURE = {
-    "rescale_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression", "nearest_neighbors",
+    "rescale_", "rescale_all_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression", "nearest_neighbors",
     "characteristic",
     "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo", "regression_rows", "gram_loss",
     "kmeans_step", "nearest_k",

@@ -90,6 +90,7 @@ FITTING = {
         for i in (0, 1)
     ),
     *(("rescale_", 0, change) for change in (one_row_less, one_column_less, flattened)),
+    *(("rescale_all_", i, change) for i in (0, 1) for change in (one_row_less, one_column_less, flattened)),
     ("info_nce", 2, one_row_less),
     ("koleo_neighbors", 0, one_row_less),
     *(("koleo", i, one_column_less) for i in (0, 1)),  # a width, and a number of neighbours

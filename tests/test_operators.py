@@ -24,6 +24,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
     pictures = torch.randint(256, (3, 5, 6, 3), generator=g, dtype=torch.uint8).to(device)
     return {
         "rescale_": (x(5, 7), x(1)[0]),
+        "rescale_all_": ([x(5, 7), x(3)], x(1)[0], x(1)[0]),
         "ema_update_": ([x(5), x(3, 4)], [x(5), x(3, 4)], torch.tensor(0.9, dtype=torch.float64, device=device)),
         "lars_norms": ([x(5), x(3, 4)], [x(5), x(3, 4)], x(2, 10).double(), [1, 0], x(1)[0]),
         "lars_": (

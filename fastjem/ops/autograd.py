@@ -7,6 +7,7 @@ Within torch.func's transforms the first three are `transforms.known`.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -38,6 +39,16 @@ def rescaled_in_place(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
+def _all_rescaled(gradients: list[Tensor], upstream: Tensor, scale: Tensor) -> list[Tensor]:
+    """`_rescaled(gradient, upstream * scale)` for each, by one operator, which multiplies the factors as well."""
+    if transforms.batched(upstream):
+        return [_rescaled(gradient, upstream * scale) for gradient in gradients]
+    if torch.compiler.is_compiling() or direct.keeps_graph():
+        gradients = [gradient.clone() for gradient in gradients]
+    ops.rescale_all_(gradients, upstream, scale)
+    return gradients
+
+
 def needs_gradient(x: Tensor) -> bool:
     """Whether a loss must have its gradient for x, of a transform of torch.func too."""
     if transforms.active():
@@ -63,9 +74,8 @@ class _OnePass(torch.autograd.Function):
         scale, *gradients = ctx.saved_tensors
         if direct.rescale_(gradients, upstream, scale):
             return None, None, None, None, *[g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
-        factor = upstream * scale
-        scaled = (_rescaled(g, factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
-        return None, None, None, None, *scaled
+        scaled = iter(_all_rescaled(list(compress(gradients, ctx.wanted)), upstream, scale))
+        return None, None, None, None, *[next(scaled) if want else None for want in ctx.wanted]
 
 
 class _TwoPasses(torch.autograd.Function):

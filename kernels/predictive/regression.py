@@ -3,6 +3,7 @@ all rows, or of chosen ones with weights, which are gathered and whose gradients
 
 A row that fits in registers is read once; a longer one three times, as its mean and its variance come first. The mean
 is corrected by that of what it leaves: in float32 a large one has lost digits that the differences from it have.
+Gradients have their scale already, but in float16.
 """
 
 import torch
@@ -12,22 +13,32 @@ from torch import Tensor
 
 from .. import launch, tiling
 from ..arithmetic import compute_dtype, dense_rows, no_gradient
+from ..native import scale_within
 from . import reference
 
 
 @triton.jit
-def _element(error, BETA: tl.constexpr, dtype: tl.constexpr):
+def _element(error, beta, SQUARED: tl.constexpr, dtype: tl.constexpr):
     """An element's loss and slope: squared error where beta is 0."""
-    if BETA == 0:
+    if SQUARED:
         loss = error * error
         slope = 2 * error
     else:
-        beta = tl.full((), BETA, dtype)
+        beta = tl.full((), beta, dtype)
         inverse = 1 / beta
         size = tl.abs(error)
         loss = tl.where(size < beta, 0.5 * error * error * inverse, size - 0.5 * beta)
         slope = tl.where(size >= beta, tl.where(error < 0, -1.0, 1.0).to(dtype), error * inverse)  # NaN stays
     return loss, slope
+
+
+@triton.jit
+def _factor(factor, one_over, COMPUTE: tl.constexpr):
+    """What gradients are multiplied by."""
+    product = tl.full((), factor, COMPUTE)
+    if one_over is not None:
+        product *= tl.load(one_over)
+    return product
 
 
 @triton.jit
@@ -51,10 +62,13 @@ def _regression_kernel(
     D,  # / ALIGN
     s_x,  # / ALIGN
     s_y,  # / ALIGN
+    beta: tl.float64,
+    eps: tl.float64,
+    factor: tl.float64,  # of the gradient
+    one_over,  # 0-dim, another one; or None
     COMPUTE: tl.constexpr,
-    BETA: tl.constexpr,  # a float argument would be float32
+    SQUARED: tl.constexpr,  # beta is 0
     NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # >= D * ALIGN
@@ -73,8 +87,8 @@ def _regression_kernel(
         y = tl.where(inside, y - (tl.sum(y, 1) * per_element)[:, None], 0.0)
         y = tl.where(inside, y - (tl.sum(y, 1) * per_element)[:, None], 0.0)
         variance = tl.sum(y * y, 1) * per_element
-        y = y * (1 / tl.sqrt(variance + tl.full((), EPS, COMPUTE)))[:, None]
-    loss, slope = _element(x - y, BETA, COMPUTE)
+        y = y * (1 / tl.sqrt(variance + tl.full((), eps, COMPUTE)))[:, None]
+    loss, slope = _element(x - y, beta, SQUARED, COMPUTE)
     loss = tl.where(inside, loss, 0.0)
     if rows is None:
         tl.store(sums + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
@@ -83,7 +97,8 @@ def _regression_kernel(
         tl.store(sums + tl.program_id(0), tl.sum(of_rows, 0))
         slope *= weight[:, None]
     if gradient is not None:
-        tl.store(gradient + launch.row_start(i_row, D, ALIGN)[:, None] + column, slope, inside)
+        at = gradient + launch.row_start(i_row, D, ALIGN)[:, None] + column
+        tl.store(at, slope * _factor(factor, one_over, COMPUTE), inside)
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -99,10 +114,13 @@ def _regression_long_kernel(
     D,  # / ALIGN
     s_x,  # / ALIGN
     s_y,  # / ALIGN
+    beta: tl.float64,
+    eps: tl.float64,
+    factor: tl.float64,
+    one_over,
     COMPUTE: tl.constexpr,
-    BETA: tl.constexpr,
+    SQUARED: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -115,6 +133,7 @@ def _regression_long_kernel(
     column = tl.arange(0, BLOCK)
     prediction += launch.row_start(i_row, s_x, ALIGN)
     target += launch.row_start(i_row, s_y, ALIGN)
+    of_gradient = _factor(factor, one_over, COMPUTE)
     mean = tl.zeros((), COMPUTE)
     rest = tl.zeros((), COMPUTE)
     factor = tl.full((), 1.0, COMPUTE)
@@ -133,7 +152,7 @@ def _regression_long_kernel(
             squares += y * y
         rest = tl.sum(total, 0) * per_element
         variance = tl.sum(squares, 0) * per_element - rest * rest
-        factor = 1 / tl.sqrt(variance + tl.full((), EPS, COMPUTE))
+        factor = 1 / tl.sqrt(variance + tl.full((), eps, COMPUTE))
     total = tl.zeros([BLOCK], COMPUTE)
     for i in tl.range(0, width, BLOCK, num_stages=STAGES):
         inside = column < width - i
@@ -141,11 +160,12 @@ def _regression_long_kernel(
         if NORMALIZE:
             y = ((y - mean) - rest) * factor
         x = tl.load(prediction + i + column, inside, 0).to(COMPUTE)
-        loss, slope = _element(x - y, BETA, COMPUTE)
+        loss, slope = _element(x - y, beta, SQUARED, COMPUTE)
         total += tl.where(inside, loss, 0.0)
         if gradient is not None:
             if rows is not None:
                 slope *= weight
+            slope *= of_gradient
             tl.store(gradient + launch.row_start(i_row, D, ALIGN) + i + column, slope, inside)
     of_row = tl.sum(total, 0)
     if rows is not None:
@@ -153,7 +173,7 @@ def _regression_long_kernel(
     tl.store(sums + tl.program_id(0), of_row)
 
 
-def _summed(
+def _sums(
     prediction: Tensor,  # [N, D]
     target: Tensor,  # [N, D]
     gradient: Tensor | None,  # [N, D] contiguous, written where rows count
@@ -162,8 +182,10 @@ def _summed(
     beta: float,
     normalize: bool,
     eps: float,
+    factor: float,  # of the gradient
+    one_over: Tensor | None,  # 0-dim, another one
 ) -> Tensor:
-    """0-dim, the sum of the elements' losses, each times its row's weight."""
+    """[programs], sums of the elements' losses, each times its row's weight."""
     n, d = prediction.shape
     count = n if rows is None else len(rows)
     prediction = dense_rows(prediction)
@@ -188,15 +210,18 @@ def _summed(
             d // align,
             prediction.stride(0) // align,
             target.stride(0) // align,
+            float(beta),
+            float(eps),
+            float(factor),
+            one_over,
             COMPUTE=launch.DTYPES[compute],
-            BETA=beta,
+            SQUARED=beta == 0,
             NORMALIZE=normalize,
-            EPS=eps,
             ALIGN=align,
             **(tile or tiling.regression_long(compute)),
             device_of=prediction,
         )
-    return sums.sum()
+    return sums
 
 
 def regression(
@@ -211,9 +236,11 @@ def regression(
         return reference.regression(prediction, target, beta, normalize, eps, wanted)
     n, d = prediction.shape
     gradient = torch.empty((n, d), dtype=prediction.dtype, device=prediction.device) if wanted[0] else None
-    total = _summed(prediction, target, gradient, None, None, beta, normalize, eps)
-    scale = torch.full((), 1 / (n * d), dtype=total.dtype, device=total.device)
-    return total * scale, [no_gradient(prediction) if gradient is None else gradient], scale
+    scale = 1 / (n * d)
+    in_kernel = scale_within(scale, prediction.dtype)
+    sums = _sums(prediction, target, gradient, None, None, beta, normalize, eps, in_kernel, None)
+    loss, left = launch.total(sums, scale, scale / in_kernel)
+    return loss, [no_gradient(prediction) if gradient is None else gradient], left
 
 
 def regression_rows(
@@ -231,6 +258,9 @@ def regression_rows(
     n, d = prediction.shape
     gradient = torch.zeros((n, d), dtype=prediction.dtype, device=prediction.device) if wanted[0] else None
     weights = weights.to(compute_dtype(prediction.dtype, target.dtype)).contiguous()
-    total = _summed(prediction, target, gradient, rows.contiguous(), weights, beta, normalize, eps)
-    size = weights.sum() * d
-    return total / size, [no_gradient(prediction) if gradient is None else gradient], 1 / size
+    one_over = launch.one_over(weights, d)
+    is_half = prediction.dtype == torch.float16
+    options = (beta, normalize, eps, 1.0, None if is_half else one_over)
+    sums = _sums(prediction, target, gradient, rows.contiguous(), weights, *options)
+    loss, left = launch.total(sums, 1.0, 1.0, over=one_over)
+    return loss, [no_gradient(prediction) if gradient is None else gradient], one_over if is_half else left

@@ -1,8 +1,9 @@
 """The cross-entropy of student against teacher views, and the student's gradient, without a tensor of probabilities.
 
-First every row's logsumexp, then for an image and a block of prototypes all views at once: the teacher's probabilities
-are made there, for loss and gradient of every student view. Views are tuples of pointers: lists needn't lie in one
-tensor.
+First every row's logsumexp, of all views in one launch, then for an image and a block of prototypes all views at once:
+the teacher's probabilities are made there, for loss and gradient of every student view. Views are tuples of pointers:
+lists needn't lie in one tensor. Gradients have their scale already (not in float16, which may have no number so small),
+so that backward needn't read them again where the loss is what it begins with.
 """
 
 from typing import NamedTuple
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from .. import launch, tiling
 from ..arithmetic import compute_dtype, dense_rows, no_gradient
+from ..native import scale_within
 from . import reference
-from .pairing import PAIRS, count, one_over_pairs, partners
-from .row_logsumexp import dense, row_logsumexp
+from .pairing import PAIRS, count, partners
+from .row_logsumexp import dense, row_logsumexps
 
 
 @triton.jit
@@ -40,15 +42,18 @@ def _prototype_cross_entropy_kernel(
     student_lse,  # [S, B]
     teacher_lse,  # [T, B]
     weights,  # [B], or None
+    one_over,  # 0-dim, over the weights of all pairs of rows; None without weights
     losses,  # [B, blocks]
     B,
     K,
-    STUDENT_SCALE: tl.constexpr,
-    TEACHER_SCALE: tl.constexpr,
+    student_scale: tl.float64,
+    teacher_scale: tl.float64,
+    gradient_scale: tl.float64,  # what gradients are multiplied by, beside weights and `one_over`
     S: tl.constexpr,
     T: tl.constexpr,
     PAIRS: tl.constexpr,
     MASSES: tl.constexpr,  # how many teacher views each student view is paired with
+    SCALED: tl.constexpr,  # gradients are multiplied by `one_over`
     COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -58,16 +63,19 @@ def _prototype_cross_entropy_kernel(
     i_block = tl.program_id(0) % blocks
     column = i_block * BLOCK + tl.arange(0, BLOCK)
     inside = column < K
-    scale = tl.full((), STUDENT_SCALE, COMPUTE)
-    teacher_scale = tl.full((), TEACHER_SCALE, COMPUTE)
+    scale = tl.full((), student_scale, COMPUTE)
+    sharp = tl.full((), teacher_scale, COMPUTE)
     weight = tl.full((), 1.0, COMPUTE)
     if weights is not None:
         weight = tl.load(weights + i_row)
+    factor = weight * tl.full((), gradient_scale, COMPUTE)
+    if SCALED:
+        factor *= tl.load(one_over)
     total = tl.zeros([BLOCK], COMPUTE)
     if PAIRS == 2 or (PAIRS == 0 and S > T):
         for t in tl.static_range(T):
             lse = tl.load(teacher_lse + t * B + i_row)
-            total += _probability(teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], teacher_scale, COMPUTE)
+            total += _probability(teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], sharp, COMPUTE)
     b_loss = tl.zeros([BLOCK], COMPUTE)
     for s in tl.static_range(S):
         y = total
@@ -76,15 +84,13 @@ def _prototype_cross_entropy_kernel(
             for t in tl.static_range(T):
                 if (t == s) == (PAIRS == 1):
                     lse = tl.load(teacher_lse + t * B + i_row)
-                    y += _probability(
-                        teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], teacher_scale, COMPUTE
-                    )
+                    y += _probability(teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], sharp, COMPUTE)
         if MASSES[s] > 0:
             x = tl.load(student[s] + tl.cast(i_row, tl.int64) * s_student[s] + column, inside, 0).to(COMPUTE)
             log_p = x * scale - tl.load(student_lse + s * B + i_row)
             b_loss -= tl.where(inside & (y != 0), y * log_p, 0.0)  # 0 times -inf is 0
             if gradients[s] is not None:
-                g = (MASSES[s] * tl.exp(log_p) - y) * weight
+                g = (MASSES[s] * tl.exp(log_p) - y) * factor
                 tl.store(gradients[s] + tl.cast(i_row, tl.int64) * K + column, g, inside)
         else:
             if gradients[s] is not None:
@@ -104,7 +110,7 @@ def _statistics_kernel(
     entropies,  # [blocks]
     B,
     K,
-    TEACHER_SCALE: tl.constexpr,
+    teacher_scale: tl.float64,
     T: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -112,7 +118,7 @@ def _statistics_kernel(
 ):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < K
-    scale = tl.full((), TEACHER_SCALE, COMPUTE)
+    scale = tl.full((), teacher_scale, COMPUTE)
     logits = tl.zeros([BLOCK], COMPUTE)
     probabilities = tl.zeros([BLOCK], COMPUTE)
     entropy = tl.zeros([BLOCK], COMPUTE)
@@ -135,6 +141,34 @@ def _statistics_kernel(
     tl.store(entropies + tl.program_id(0), tl.sum(entropy, 0) / (B * T))
 
 
+@triton.jit(do_not_specialize=["parts", "blocks"])
+def _finish_kernel(
+    losses,  # [parts]
+    one_over,  # 0-dim, or None
+    entropies,  # [blocks], or None
+    loss,  # 0-dim
+    scale,  # 0-dim
+    entropy,  # 0-dim, or None
+    parts,
+    blocks,
+    loss_factor: tl.float64,
+    scale_value: tl.float64,
+    SCALED: tl.constexpr,  # as in the kernel before: the scale has no `one_over`
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = losses.dtype.element_ty
+    total = launch.summed(losses, parts, BLOCK) * tl.full((), loss_factor, dtype)
+    of_gradients = tl.full((), scale_value, dtype)
+    if one_over is not None:
+        total *= tl.load(one_over)
+        if not SCALED:
+            of_gradients *= tl.load(one_over)
+    tl.store(loss, total)
+    tl.store(scale, of_gradients)
+    if entropies is not None:
+        tl.store(entropy, launch.summed(entropies, blocks, BLOCK))
+
+
 class _Teacher(NamedTuple):
     """The teacher's views as the kernels take them."""
 
@@ -149,22 +183,14 @@ class _Teacher(NamedTuple):
 
     def constants(self) -> dict:
         return {
-            "TEACHER_SCALE": 1 / self.temperature,
+            "teacher_scale": 1 / self.temperature,
             "T": len(self.views),
             "COMPUTE": launch.DTYPES[self.lse.dtype],
         }
 
 
-def _logsumexps(views: tuple[Tensor, ...], biases: tuple, temperature: float, compute: torch.dtype) -> Tensor:
-    """[V, B], of every view's rows `view / temperature + bias`; NaN where it is infinite."""
-    out = torch.empty((len(views), len(views[0])), dtype=compute, device=views[0].device)
-    for view, bias, lse in zip(views, biases, out, strict=True):
-        row_logsumexp(view, bias, 1 / temperature, lse, softmax=True)
-    return out
-
-
-def _teacher_statistics(teacher: _Teacher) -> list[Tensor]:
-    """The mean logits [K], the mean probabilities [K] and the mean entropy of a row, 0-dim."""
+def _teacher_statistics(teacher: _Teacher) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean logits [K], the mean probabilities [K], and the mean entropy of a row by blocks of prototypes."""
     b, k = teacher.views[0].shape
     tile = tiling.teacher_statistics(teacher.lse.dtype)
     blocks = triton.cdiv(k, tile["BLOCK"])
@@ -187,7 +213,7 @@ def _teacher_statistics(teacher: _Teacher) -> list[Tensor]:
         **tile,
         device_of=mean,
     )
-    return [mean, usage, entropies.sum()]
+    return mean, usage, entropies
 
 
 def prototype_cross_entropy(
@@ -211,17 +237,23 @@ def prototype_cross_entropy(
     teacher_views = tuple(dense_rows(v) for v in teacher)
     weights = dense(weights, compute)
     bias = dense(teacher_bias, compute)
-    biases = (bias,) * teachers if bias is None or bias.dim() == 1 else tuple(bias.unbind())
-    student_lse = _logsumexps(student_views, (None,) * views, student_temperature, compute)
-    teacher_lse = _logsumexps(teacher_views, biases, teacher_temperature, compute)
-    of_teacher = _Teacher(teacher_views, biases, teacher_temperature, teacher_lse)
+    biases = None if bias is None else (bias,) * teachers if bias.dim() == 1 else tuple(bias.unbind())
+    lse = torch.empty((views + teachers, b), dtype=compute, device=student[0].device)
+    row_logsumexps(student_views, 1 / student_temperature, teacher_views, biases, 1 / teacher_temperature, lse)
+    of_teacher = _Teacher(teacher_views, biases or (None,) * teachers, teacher_temperature, lse[views:])
 
+    # over the pairs of rows; where they have weights, their number is a tensor
+    number = count(views, teachers, pairs)
+    over = 1 / (b * number) if weights is None else 1.0
+    one_over = None if weights is None else launch.one_over(weights, number)
+    in_kernel = scale_within(over / student_temperature, student[0].dtype)
+    is_scaled = in_kernel != 1
     gradients = tuple(
         torch.empty((b, k), dtype=v.dtype, device=v.device) if w else None for v, w in zip(student, wanted, strict=True)
     )
     tile = tiling.prototype_cross_entropy(compute)
     blocks = triton.cdiv(k, tile["BLOCK"])
-    losses = student_lse.new_empty(b, blocks)
+    losses = lse.new_empty(b, blocks)
     launch.launch(
         _prototype_cross_entropy_kernel,
         (blocks * b,),
@@ -230,22 +262,43 @@ def prototype_cross_entropy(
         teacher_views,
         tuple(v.stride(0) for v in student_views),
         of_teacher.strides,
-        biases,
-        student_lse,
-        teacher_lse,
+        of_teacher.biases,
+        lse,
+        of_teacher.lse,
         weights,
+        one_over,
         losses,
         b,
         k,
-        STUDENT_SCALE=1 / student_temperature,
+        student_scale=1 / student_temperature,
+        gradient_scale=in_kernel,
         S=views,
         PAIRS=PAIRS[pairs],
         MASSES=tuple(partners(i, teachers, pairs) for i in range(views)),
+        SCALED=is_scaled and one_over is not None,
         **of_teacher.constants(),
         **tile,
         device_of=losses,
     )
-    over = one_over_pairs(weights, b, count(views, teachers, pairs), losses)
+    mean, usage, entropies = _teacher_statistics(of_teacher) if statistics else (None, None, None)
+    loss, scale = losses.new_empty(()), losses.new_empty(())
+    entropy = None if entropies is None else losses.new_empty(())
+    launch.launch(
+        _finish_kernel,
+        (1,),
+        losses,
+        one_over,
+        entropies,
+        loss,
+        scale,
+        entropy,
+        losses.numel(),
+        0 if entropies is None else len(entropies),
+        over,
+        1.0 if is_scaled else over / student_temperature,
+        SCALED=is_scaled,
+        **tiling.mean_of_rows(),
+        device_of=losses,
+    )
     returned = [no_gradient(v) if g is None else g for g, v in zip(gradients, student, strict=True)]
-    extra = _teacher_statistics(of_teacher) if statistics else []
-    return losses.sum() * over, returned, over / student_temperature, extra
+    return loss, returned, scale, [x for x in (mean, usage, entropy) if x is not None]

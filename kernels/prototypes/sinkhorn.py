@@ -34,8 +34,7 @@ def _column_logsumexp_kernel(
     parts,
     s_problem,  # / ALIGN
     s_row,  # / ALIGN
-    SCALE: tl.constexpr,
-    LOW: tl.constexpr,
+    scale: tl.float64,
     COMPUTE: tl.constexpr,
     ALIGN: tl.constexpr,
     PART: tl.constexpr,  # rows of a program
@@ -53,7 +52,8 @@ def _column_logsumexp_kernel(
     x += launch.row_start(problem, s_problem, ALIGN)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < K * ALIGN
-    per_unit = tl.full((), SCALE if bias is None else 1.0, COMPUTE)  # of v, whose maxima are kept
+    high, low = two_parts(scale, COMPUTE)
+    per_unit = high if bias is None else tl.full((), 1.0, COMPUTE)  # of v, whose maxima are kept
     maximum = tl.full([BLOCK], -float("inf"), COMPUTE)
     total = tl.zeros([BLOCK], COMPUTE)
     counted = N if rows is None else tl.load(rows)
@@ -68,7 +68,7 @@ def _column_logsumexp_kernel(
         start = launch.row_start(i_row, s_row, ALIGN)
         v = tl.load(x + start[:, None] + column[None, :], mask, -float("inf")).to(COMPUTE)  # [ROWS, BLOCK]
         if bias is not None:
-            v = biased(v, b_bias, SCALE, LOW, COMPUTE) - tl.load(offsets + problem * N + i_row, live, 0)[:, None]
+            v = biased(v, b_bias, high, low, COMPUTE) - tl.load(offsets + problem * N + i_row, live, 0)[:, None]
         new = tl.maximum(maximum, tl.max(v, 0))
         shift = launch.finite(new)
         fade = tl.exp((launch.finite(maximum) - shift) * per_unit)
@@ -91,8 +91,7 @@ def _softmax_sums_kernel(
     s_problem,  # / ALIGN
     s_row,  # / ALIGN
     per_program,  # rows, a multiple of ROWS
-    SCALE: tl.constexpr,
-    LOW: tl.constexpr,
+    scale: tl.float64,
     COMPUTE: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -106,6 +105,7 @@ def _softmax_sums_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < K * ALIGN
     b_bias = tl.load(bias + column, inside, 0)[None, :]
+    high, low = two_parts(scale, COMPUTE)
     acc = tl.zeros([ROWS, BLOCK], COMPUTE)
     counted = N if rows is None else tl.load(rows)
     first = tl.program_id(0) % parts * per_program
@@ -113,7 +113,7 @@ def _softmax_sums_kernel(
         i_row = i + tl.arange(0, ROWS)
         mask = (i_row < N)[:, None] & inside[None, :]
         b_x = tl.load(x + launch.row_start(i_row, s_row, ALIGN)[:, None] + column[None, :], mask, -float("inf"))
-        v = biased(b_x, b_bias, SCALE, LOW, COMPUTE)
+        v = biased(b_x, b_bias, high, low, COMPUTE)
         e = tl.exp(v - tl.max(v, 1)[:, None])
         p = e / tl.sum(e, 1)[:, None]
         acc += tl.where(((i_row < N) & (i_row < counted))[:, None], p, 0.0)
@@ -128,7 +128,7 @@ def _join_kernel(
     out,  # [P, K] float64: bias - the logsumexp of all parts
     parts,
     K,
-    SCALE: tl.constexpr,  # what maxima are multiplied by
+    scale: tl.float64,  # what maxima are multiplied by
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(K, BLOCK)
@@ -136,7 +136,7 @@ def _join_kernel(
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = column < K
     of_problem = launch.row_start(problem, K, 1) + column
-    scale = tl.full((), SCALE, tl.float64)
+    per_unit = tl.full((), scale, tl.float64)
     maximum = tl.full([BLOCK], 0.0 if maxima is None else -float("inf"), tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
     for i in range(0, parts):
@@ -148,10 +148,10 @@ def _join_kernel(
             b_maximum = tl.load(maxima + start + column, inside, -float("inf")).to(tl.float64)
             new = tl.maximum(maximum, b_maximum)
             shift = launch.finite(new)
-            fade = tl.exp((launch.finite(maximum) - shift) * scale)
-            total = total * fade + b_sum * tl.exp((launch.finite(b_maximum) - shift) * scale)
+            fade = tl.exp((launch.finite(maximum) - shift) * per_unit)
+            total = total * fade + b_sum * tl.exp((launch.finite(b_maximum) - shift) * per_unit)
             maximum = new
-    f = -(launch.finite(maximum) * scale + tl.log(total))
+    f = -(launch.finite(maximum) * per_unit + tl.log(total))
     if bias is not None:
         b_bias = tl.load(bias + of_problem, inside, 0)
         f += tl.where(tl.abs(b_bias) == float("inf"), 0.0, b_bias)
@@ -168,8 +168,7 @@ def _codes_kernel(
     K,  # / ALIGN
     s_problem,  # / ALIGN
     s_row,  # / ALIGN
-    SCALE: tl.constexpr,
-    LOW: tl.constexpr,
+    scale: tl.float64,
     COMPUTE: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -185,7 +184,8 @@ def _codes_kernel(
     inside = column < K * ALIGN
     mask = (i_row < N)[:, None] & inside[None, :]
     b_x = tl.load(x + launch.row_start(i_row, s_row, ALIGN)[:, None] + column[None, :], mask, -float("inf"))
-    v = biased(b_x, tl.load(bias + column, inside, 0)[None, :], SCALE, LOW, COMPUTE)
+    high, low = two_parts(scale, COMPUTE)
+    v = biased(b_x, tl.load(bias + column, inside, 0)[None, :], high, low, COMPUTE)
     if row_lse is None:
         e = tl.exp(v - tl.max(v, 1)[:, None])
         p = e / tl.sum(e, 1)[:, None]
@@ -196,8 +196,8 @@ def _codes_kernel(
 
 
 def _constants(scores: Tensor, epsilon: float) -> dict:
-    compute = compute_dtype(scores.dtype)
-    return two_parts(1 / epsilon, compute) | {"COMPUTE": launch.DTYPES[compute], "ALIGN": launch.alignment(scores)}
+    compute = launch.DTYPES[compute_dtype(scores.dtype)]
+    return {"scale": 1 / epsilon, "COMPUTE": compute, "ALIGN": launch.alignment(scores)}
 
 
 def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -206,7 +206,7 @@ def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float
     tile = tiling.sinkhorn_join()
     out = torch.empty(problems, k, dtype=torch.float64, device=sums.device)
     grid = (problems * triton.cdiv(k, tile["BLOCK"]),)
-    launch.launch(_join_kernel, grid, maxima, sums, bias, out, parts, k, SCALE=scale, **tile, device_of=sums)
+    launch.launch(_join_kernel, grid, maxima, sums, bias, out, parts, k, float(scale), **tile, device_of=sums)
     return out
 
 

@@ -15,6 +15,12 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
         _C.rescale(CODES[gradient.dtype], address(gradient), gradient.numel(), by, torch.get_num_threads())
 
 
+def rescale_all_(gradients: list[Tensor], upstream: Tensor, scale: Tensor) -> None:
+    factor = upstream * scale
+    for gradient in gradients:
+        rescale_(gradient, factor)
+
+
 def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
     table = []  # of the pairs that C++ takes: both addresses, elements, both dtypes
     others = []

@@ -10,6 +10,12 @@ def rescale_(gradient: Tensor, factor: Tensor) -> None:
     gradient.copy_(widen(gradient) * factor)
 
 
+def rescale_all_(gradients: list[Tensor], upstream: Tensor, scale: Tensor) -> None:
+    """`rescale_(gradient, upstream * scale)` for each."""
+    for gradient in gradients:
+        rescale_(gradient, upstream * scale)
+
+
 def ema_update_(teacher: list[Tensor], student: list[Tensor], momentum: Tensor) -> None:
     """`teacher = momentum * teacher + (1 - momentum) * student`, in place, for each pair of tensors."""
     for t, s in zip(teacher, student, strict=True):
