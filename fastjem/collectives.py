@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem import in_graph
+from fastjem.host_groups import numbers_of_ranks
 from fastjem.kernels.arithmetic import widest
 from fastjem.turns import Turns
 
@@ -79,8 +80,8 @@ class Agreement:
     together, are then a ValueError on every rank, which names the rank. Otherwise `sizes` are known: each rank's number
     of rows, on the host, where shapes are made.
 
-    The exchange is the one synchronisation of a distributed loss, and none where the group has a backend for the host
-    ("cpu:gloo,cuda:nccl"). Without a group nothing happens, and `sizes` are this rank's rows alone.
+    The exchange goes through the host's memory (`fastjem.host_groups`), so that nobody waits for a device. Without a
+    group nothing happens, and `sizes` are this rank's rows alone.
 
     A graph of torch.compile can't hold what goes through the host: there nothing is exchanged, and `sizes` don't exist,
     unless `in_graph.equal_batches` says that they are all one.
@@ -142,7 +143,7 @@ class Agreement:
             return False
         facts = " ".join(map(str, [f"{self.who}:", *self._facts]))
         digest = 0 if error is not None else zlib.crc32(facts.encode()) + 1
-        told = _numbers_of_ranks([digest, *self.sizes], self.group)
+        told = numbers_of_ranks([digest, *self.sizes], self.group)
         digests = [of_rank for of_rank, _ in told]
         if 0 in digests or len(set(digests)) > 1:
             self._explain(error, facts)
@@ -168,13 +169,6 @@ class Agreement:
             raise ValueError(f"{self.who}: ranks must differ in their number of rows alone, got {came}")
         if error is None or type(error) is ValueError:
             raise ValueError("; ".join(errors)) from error
-
-
-def _numbers_of_ranks(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
-    """Every rank's numbers, through the host's memory where the group has a backend for it."""
-    on_host = "cpu:" in dist.get_backend_config(group)
-    device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
-    return stack_of_ranks(torch.tensor(numbers, device=device), group).tolist()
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup, sizes: list[int], dim: int = 0) -> tuple[Tensor, int]:

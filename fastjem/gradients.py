@@ -35,7 +35,8 @@ def averaged(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None
         return
     for bucket in _buckets(parameters):
         has = [float(p.grad is not None) for p in bucket]
-        counts = torch.tensor(has, dtype=bucket[0].dtype, device=bucket[0].device)
+        counts = torch.tensor(has, dtype=bucket[0].dtype)
+        counts = (counts.pin_memory() if bucket[0].is_cuda else counts).to(bucket[0].device, non_blocking=True)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([counts, *(grad.flatten() for grad in grads)])
         dist.all_reduce(flat, group=group)

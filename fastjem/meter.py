@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,12 @@ class Taken:
     scheduled: dict[str, Tensor]  # learning rate, weight decay, momentum
 
 
+def _ranks(event: torch.cuda.Event, spectra: dict[str, Tensor]) -> dict[str, float]:
+    """The figures of matrices that are on their way to the host until the event."""
+    event.synchronize()
+    return {name: health.rank_of_spectrum(gram).item() for name, gram in spectra.items()}
+
+
 @dataclass
 class Pending:
     """A row whose figures may still be on their way from the device."""
@@ -40,6 +47,7 @@ class Pending:
     first: int  # the step of the first of these losses
     event: torch.cuda.Event | None
     known: dict[str, Any]
+    spectra: Future[dict[str, float]] | None = None  # figures that are computed beside the steps
 
 
 class Meter:
@@ -57,6 +65,9 @@ class Meter:
         self.images = 0
         self.waited = 0.0
         self.since = time.perf_counter()
+        # Where steps are a GPU's, a thread waits for what has to be solved on the host, and solves it.
+        asynchronous = training.ranks.device.type == "cuda"
+        self.beside = ThreadPoolExecutor(1, "fastjem-figures") if asynchronous else None
 
     def rows(self, taken: Taken) -> Iterator[Row]:
         """The rows that are ready now; on the CPU this step's own, elsewhere those of the logged step before."""
@@ -66,19 +77,25 @@ class Meter:
         if not self.logs(taken.done):
             return
         yield from self.waiting()
-        figures = {"loss": torch.stack(taken.losses).mean(), **health.figures(taken.notes)}
+        known, spectra = health.on_device(taken.notes)
+        figures = {"loss": torch.stack(taken.losses).mean(), **known}
+        if not self.beside:
+            figures |= {name: health.rank_of_spectrum(gram) for name, gram in spectra.items()}
         if taken.gradient_norm is not None:
             figures["gradient_norm"] = taken.gradient_norm
         if self.training.scaler and (scale := self.training.scaler._get_scale_async()) is not None:
             figures["loss_scale"] = scale  # get_scale() would wait for the device
         values = torch.stack([value.float() for value in (*figures.values(), *self.losses)])
         event = None
-        if values.device.type == "cuda":
+        ranks = None
+        if self.beside is not None:
             values = values.to("cpu", non_blocking=True)
+            on_host = {name: gram.to("cpu", non_blocking=True) for name, gram in spectra.items()}
             event = torch.cuda.Event()
             event.record()
-        known = {name: value.item() for name, value in taken.scheduled.items()} | self._rates()
-        self.pending = Pending(taken.done, list(figures), values, self.first, event, known)
+            ranks = self.beside.submit(_ranks, event, on_host)
+        scheduled = {name: value.item() for name, value in taken.scheduled.items()} | self._rates()
+        self.pending = Pending(taken.done, list(figures), values, self.first, event, scheduled, ranks)
         self.losses = []
         self.first = taken.done + 1
         if event is None:
@@ -95,7 +112,8 @@ class Meter:
         values = row.values.tolist()
         count = len(row.names)
         self._look_at(row.first, values[count:])
-        yield row.done, {**row.known, **dict(zip(row.names, values[:count], strict=True))}
+        spectra = row.spectra.result() if row.spectra is not None else {}
+        yield row.done, {**row.known, **dict(zip(row.names, values[:count], strict=True)), **spectra}
 
     def _look_at(self, first: int, losses: list[float]) -> None:
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]

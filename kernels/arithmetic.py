@@ -41,6 +41,13 @@ def solvable(x: Tensor) -> Tensor:
     return x.cpu() if x.device.type == "mps" else x
 
 
+def without_diagonal(x: Tensor) -> Tensor:
+    """[N, N] -> [N, N - 1]: each row without its own column. No mask: to index by one waits for a GPU."""
+    n = x.shape[0]
+    # Behind its first element the matrix is N - 1 rows of N + 1, whose last one goes.
+    return x.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """[..., N, D] whose rows are dense, copied only where they aren't; the rows themselves may be anywhere."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

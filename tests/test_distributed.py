@@ -6,6 +6,7 @@ DistributedDataParallel does), the one-rank gradients.
 
 import os
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fastjem.functional as F
-from fastjem import collectives, nn
+from fastjem import collectives, host_groups, nn
+from fastjem.collectives import Agreement
 
 SIZES = {2: (5, 3), 3: (4, 1, 6)}  # rows of each rank
 
@@ -219,6 +221,21 @@ def check_kmeans(z: torch.Tensor, mine: slice) -> None:
     torch.testing.assert_close(found.centroids, expected.centroids)
 
 
+def check_numbers_of_a_group_without_the_host(rank: int, world: int) -> None:
+    """A group of NCCL alone has one of gloo beside it, by which its ranks tell each other numbers."""
+    group = dist.new_group(list(range(world)), backend="gloo")
+    assert host_groups.host_group(group) is group
+    with mock.patch.object(dist, "get_backend_config", lambda group: "cuda:nccl"):
+        beside = host_groups.host_group(group)
+        assert beside is not None and beside is not group
+        assert host_groups.host_group(group) is beside
+        numbers = [[10 * i, 10 * i + 1] for i in range(world)]
+        assert host_groups.numbers_of_ranks(numbers[rank], group) == numbers
+        with Agreement("mine", group) as ranks:
+            ranks.rows_of(torch.zeros(3 + rank, 2))
+    assert ranks.sizes == [3 + i for i in range(world)]
+
+
 def check_rank(rank: int, world: int, store: str) -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     torch.set_num_threads(1)
@@ -248,6 +265,7 @@ def check_rank(rank: int, world: int, store: str) -> None:
         torch.testing.assert_close(function(z0[mine], group=group), function(z0)[mine], msg=f"{name}, rank {rank}")
     check_collectives(z0, mine, rank, world)
     check_kmeans(z0, mine)
+    check_numbers_of_a_group_without_the_host(rank, world)
     codes = (z0[mine] / 0.05 + F.sinkhorn_bias(z0[mine], group=group)).softmax(1)
     torch.testing.assert_close(codes, F.sinkhorn(z0)[mine])
     dist.destroy_process_group()

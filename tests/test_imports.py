@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "kernels",
     "in_graph",
+    "host_groups",
     "turns",
     "collectives",
     "ops",

@@ -218,3 +218,37 @@ def test_figures_of_many_prototypes_are_of_some_rows_at_a_time() -> None:
     torch.testing.assert_close(found["teacher_entropy"].double(), entropy, rtol=1e-5, atol=0)
     assert found["prototype_usage"] == len(set(scores.argmax(1).tolist())) / 40
     assert max(shape[0] for shape in seen.shapes if len(shape) == 2 and shape[1] == MANY) == SCORES // MANY
+
+
+class Multiplied(TorchDispatchMode):
+    """The dtypes in which rows of a queue reach what multiplies them, and of what they are multiplied with."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.dtypes: set[torch.dtype] = set()
+        self.others: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name.startswith("fastjem::") or name.rpartition("::")[2] in ("mm", "addmm", "bmm"):
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 1]
+            rows = [x.dtype for x in tensors if self.length in x.shape]
+            self.dtypes |= set(rows)
+            self.others |= {x.dtype for x in tensors if rows}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["moco", "nnclr", "all4one", "ressl", "simclr", "swav"])
+@pytest.mark.parametrize("half", [False, True])
+def test_rows_of_a_queue_enter_a_loss_in_the_dtype_of_its_queries(name: str, half: bool) -> None:
+    """Else bfloat16 queries are multiplied as float32; the queue itself stays what a checkpoint holds."""
+    length = 26
+    step, batch = make(name, queue=length)
+    before = {key: x.dtype for key, x in step.state_dict().items()}
+    with Multiplied(length) as seen, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss, _ = step(batch, torch.tensor(0))
+    loss.backward()
+    step.step_ends(0, 0.9)
+    assert seen.dtypes == seen.others == {torch.bfloat16 if half else torch.float32}
+    assert {key: x.dtype for key, x in step.state_dict().items()} == before

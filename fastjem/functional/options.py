@@ -15,6 +15,7 @@ from fastjem import in_graph
 from fastjem.collectives import Agreement, global_loss, sum_over_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
+from fastjem.host_groups import numbers_of_ranks
 from fastjem.kernels.arithmetic import widest, widest_dtype
 
 
@@ -165,8 +166,7 @@ def is_of_rows(op: str, name: str, temperature: object, group: dist.ProcessGroup
         return temperature.numel() != 1
     with Agreement(op, group) as ranks:
         ranks.alike(f"{name} of {temperature.dim()} dimensions")
-    several = torch.full((), float(temperature.numel() != 1), device=temperature.device)
-    return sum_over_ranks(several, group).item() > 0
+    return any(several for (several,) in numbers_of_ranks([int(temperature.numel() != 1)], group))
 
 
 def temperature_of_rows(op: str, name: str, value: Tensor, like: Tensor, shapes: list[tuple]) -> Tensor:

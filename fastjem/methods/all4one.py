@@ -93,10 +93,10 @@ class All4One(Method):
         with torch.no_grad():
             t0, t1 = teacher.project(batch.views).chunk(2)
             keys = unit_keys(t0, self.run.group)
-            earlier = self.queue.begin(keys)
+            earlier = self.queue.begin(keys).to(t0.dtype)
             self.queue.hold(keys)
             _, index = F.nearest_rows(torch.cat([t0, t1]), earlier, k=self.neighbours)
-            near0, near1 = earlier[index].to(t0.dtype).chunk(2)  # [B, neighbours, D]
+            near0, near1 = earlier[index].chunk(2)  # [B, neighbours, D]
         p0, p1 = student.predictor(torch.cat([z0, z1])).chunk(2)
         neighbour = self._contrast(near0[:, 0], p1, self.temperature) + self._contrast(
             near1[:, 0], p0, self.temperature

@@ -76,7 +76,7 @@ class MoCo(Method):
         with torch.no_grad():
             key = teacher.project(batch.views[1:2])
             keys = unit_keys(key, self.run.group)
-            negatives = self.queue.begin(keys)
+            negatives = self.queue.begin(keys).to(query.dtype)
             self.queue.hold(keys)
         return F.info_nce(query, key.repeat(len(queries), 1), negatives, temperature=self.temperature)
 

@@ -64,7 +64,7 @@ class NNCLR(Method):
                 teacher.project(views[:large]).chunk(large) if teacher.momentum else of_large(z.detach(), views, large)
             )
             keys = unit_keys(sought[0], self.run.group)
-            support = self.queue.begin(keys)
+            support = self.queue.begin(keys).to(z.dtype)
             self.queue.hold(keys)
             rows = support[F.nearest_neighbors(torch.cat(list(sought)), support)]
 

@@ -64,7 +64,7 @@ def against_queue(
     """
     z, targets = _projected(student, teacher, views, large)
     keys = unit_keys((z if targets is None else targets)[1], group)
-    negatives = queue.begin(keys)
+    negatives = queue.begin(keys).to(z[0].dtype)
     queue.hold(keys)
     return _over_pairs(lambda query, target: loss(query, target, negatives), z, targets, large)
 

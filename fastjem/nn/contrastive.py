@@ -15,6 +15,7 @@ from fastjem.collectives import Agreement, check_distributed, default_group, sum
 from fastjem.functional import checks
 from fastjem.functional.options import Options
 from fastjem.functional.precision import loss_dtype
+from fastjem.kernels.arithmetic import without_diagonal
 from fastjem.nn.hooks import Hooks
 from fastjem.nn.memory_bank import MemoryBankModule
 from fastjem.ops.autograd import needs_gradient
@@ -118,7 +119,7 @@ class NTXentLoss(nn.Module):
         return loss
 
     def _with_bank(self, out0: Tensor, out1: Tensor, options: dict[str, Any], is_empty: bool) -> Tensor:
-        bank = self.memory_bank.bank.to(out0.device)
+        bank = self.memory_bank.bank.to(out0)
         if is_empty:
             nothing = (out0.sum(1) + out1.sum(1)).to(loss_dtype(out0))
             return nothing if self.options["reduction"] == "none" else nothing.sum()
@@ -136,11 +137,10 @@ class NTXentLoss(nn.Module):
             )  # the bank moves before backward
             return self.cross_entropy(logits / self.temperature, logits.new_zeros(x.shape[0], dtype=torch.long))
         n = x.shape[0]
-        others = ~torch.eye(n, dtype=torch.bool, device=x.device)  # a row isn't its own negative
 
         def logits_of(a: Tensor, b: Tensor) -> Tensor:
             """[N, 2 N - 1]: a's rows against b's, among which are their pairs, and against the other rows of a."""
-            return torch.cat([a @ b.T, (a @ a.T)[others].view(n, n - 1)], 1) / self.temperature
+            return torch.cat([a @ b.T, without_diagonal(a @ a.T)], 1) / self.temperature
 
         labels = torch.arange(n, device=x.device).repeat(2)
         return self.cross_entropy(torch.cat([logits_of(x, y), logits_of(y, x)]), labels)

@@ -118,7 +118,7 @@ class NNMemoryBankModule(MemoryBankModule):
         """For each row the row of the bank of the highest cosine, as it was enqueued; then enqueue, with `update`."""
         if self.size[0] == 0:
             raise ValueError("NNMemoryBankModule: size must be (num_features, dim) with num_features > 0, got 0")
-        neighbours = self.bank[F.nearest_neighbors(output, self.bank.to(output.device))]
+        neighbours = self.bank[F.nearest_neighbors(output, self.bank.to(output))]
         if update:
             self.enqueue(output)
         return neighbours
@@ -145,7 +145,7 @@ class NNCLRLoss(nn.Module):
 
     def forward(self, z0: Tensor, z1: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
         """Projections z and predictions p of two views, [N, D] each -> 0-dim. In training, z1 is enqueued."""
-        bank = self.memory_bank.bank.to(z0.device)
+        bank = self.memory_bank.bank.to(z0)
         loss = F.nnclr(z0, z1, p0, p1, bank, temperature=self.temperature)
         if self.training:
             self.memory_bank.enqueue(z1.detach())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import fastjem.functional as F
 from fastjem.functional import checks
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
+from fastjem.kernels.arithmetic import without_diagonal
 from fastjem.nn.memory_bank import MemoryBankModule
 
 
@@ -49,9 +50,7 @@ class CO2Regularizer(nn.Module):
         """[N, K]: similarities to the bank's rows, or [N, N - 1] to those of the other view of other images."""
         if bank is not None:
             return x @ bank.to(x)
-        n = x.shape[0]
-        # Without its diagonal an N x N matrix is, behind its first element, N - 1 rows of N + 1 whose last one goes.
-        return (x @ other.T).flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
+        return without_diagonal(x @ other.T)
 
 
 class DSERegularizer(nn.Module):

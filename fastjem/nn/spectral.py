@@ -195,7 +195,7 @@ class WMSELoss(nn.Module):
         losses = []
         for _ in range(self.w_iter):
             # The sub-batches stay together: the loss is a mean over images, whose order doesn't matter.
-            order = torch.randperm(batch).view(-1, self.w_size).to(input.device, non_blocking=True)
+            order = torch.randperm(batch, device=input.device).view(-1, self.w_size)
             parts = [[self.whitening(view[some]) for view in views] for some in order]
             whitened = [torch.cat(view) for view in zip(*parts, strict=True)]
             losses += [self.loss_f(a, b) for i, a in enumerate(whitened) for b in whitened[i + 1 :]]
