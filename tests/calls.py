@@ -254,7 +254,7 @@ MODULES = {
     "TiCoLoss": _module(_two, nn.TiCoLoss),
     "DINOLoss": _dino(lambda loss, t, s: loss(t, s)),
     "DINOLoss-epoch": _dino(lambda loss, t, s: loss(t, s, epoch=3)),
-    "DINOLoss-tensor": _dino(lambda loss, t, s: loss(t, s, teacher_temp=torch.tensor(0.05))),
+    "DINOLoss-tensor": _dino(lambda loss, t, s: loss(t, s, teacher_temp=t[0].new_full((), 0.05))),
     "DINOLoss-sinkhorn": _dino(lambda loss, t, s: loss(t, s), centering="sinkhorn"),
     "DINOLoss-deferred": _dino(lambda loss, t, s: loss(t, s), defer_center_update=True),
     "IBOTPatchLoss": _module(_masked_patches, lambda: nn.IBOTPatchLoss(K)),

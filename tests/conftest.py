@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import specialisations
 import torch
 from torch._functorch import config as functorch_config
 
@@ -62,13 +63,16 @@ class Implementation:
             if self.name == "reference":
                 for name in ops.OPERATORS:
                     library.impl(name, ops.plain(ops.reference(name)), key, allow_override=True)
-            if self.name == "triton" and self.device == "cpu":
+            if self.name == "triton" and specialisations.wanted():
+                specialisations.register(library)
+            elif self.name == "triton" and self.device == "cpu":
                 for name in ops.OPERATORS:
                     launcher, _ = ops.triton_launcher(name)
                     if launcher:
                         library.impl(name, ops.plain(launcher), key, allow_override=True)
             if self.isa is None:
-                yield
+                with specialisations.specialising() if specialisations.wanted() else nullcontext():
+                    yield
                 return
             best = _C.isa()
             try:
@@ -118,6 +122,8 @@ if INTERPRETING:
 def implementations() -> list:
     if INTERPRETING:
         return [pytest.param(Implementation("triton"), id="triton-interpreter", marks=pytest.mark.interpreter)]
+    if specialisations.wanted():
+        return [pytest.param(Implementation("triton"), id="triton-cuda", marks=pytest.mark.gpu)]
     found = [pytest.param(Implementation("reference"), id="reference")]
     if _C:
         names = ("baseline", "avx2", "avx512")

@@ -1,0 +1,293 @@
+"""How many launches a loss costs on a GPU, forward and backward, and that the host waits for none of them.
+
+A launch takes the host 3 to 8 us and a small kernel 2: below some thousand rows a loss takes as long as its launches.
+MOST is a ratchet: whoever makes a loss of fewer launches lowers its line. The counter is launches.py.
+"""
+
+import functools
+
+import pytest
+import torch
+from calls import CALLS, FUNCTIONS, Call, D, K, leaf
+from launches import Launches, counted
+
+import fastjem.functional as F
+
+BATCH = 24
+
+
+def _half(name: str) -> Call:
+    """A call of calls.py with bfloat16 features."""
+
+    def make(batch: int) -> list[torch.Tensor]:
+        return [
+            x.detach().bfloat16().requires_grad_(x.requires_grad) if x.is_floating_point() and x.dim() else x
+            for x in FUNCTIONS[name].make(batch)
+        ]
+
+    return Call(make, FUNCTIONS[name].call)
+
+
+def _of_many_views(b: int) -> list[torch.Tensor]:
+    return [*(leaf(b, K) for _ in range(10)), torch.randn(b, K), torch.randn(b, K)]
+
+
+def _ema_update(*x: torch.Tensor) -> torch.Tensor:
+    F.ema_update_(list(x[:2]), list(x[2:]), 0.99)
+    return x[0]
+
+
+MORE = {
+    "nt_xent bf16": _half("nt_xent"),
+    "dcl bf16": _half("dcl"),
+    "info_nce bf16": _half("info_nce"),
+    "clip_loss bf16": _half("clip_loss"),
+    "siglip_loss bf16": _half("siglip_loss"),
+    "barlow_twins bf16": _half("barlow_twins"),
+    "vicreg bf16": _half("vicreg"),
+    "prototype_cross_entropy 10 and 2 views": Call(
+        _of_many_views,
+        lambda *x: F.prototype_cross_entropy(
+            list(x[:10]), list(x[10:]), student_temperature=0.1, teacher_temperature=0.04
+        ),
+    ),
+    "prototype_head_cross_entropy 10 and 2 views": Call(
+        lambda b: [*(leaf(b, D) for _ in range(10)), torch.randn(b, D), torch.randn(b, D), leaf(K, D)],
+        lambda *x: F.prototype_head_cross_entropy(
+            list(x[:10]), list(x[10:12]), x[12], x[12].detach(), student_temperature=0.1, teacher_temperature=0.04
+        ),
+    ),
+    "ema_update_": Call(
+        lambda b: [torch.randn(3, 5), torch.randn(7), torch.randn(3, 5), torch.randn(7)],
+        _ema_update,
+        differentiable=False,
+    ),
+}
+
+# Forward and backward: Triton's launches, and torch's (kernels, fills, copies, autograd's sums).
+MOST = {
+    "nt_xent": (11, 42),
+    "dcl": (10, 22),
+    "dclw": (10, 37),
+    "supcon": (11, 141),
+    "supcon-one": (8, 127),
+    "supcon-options": (16, 224),
+    "supcon-mask": (11, 109),
+    "info_nce": (12, 17),
+    "info_nce-offset": (17, 20),
+    "info_nce-learned": (8, 110),
+    "nt_xent-options": (5, 177),
+    "info_nce-options": (4, 155),
+    "clip_loss-options": (18, 153),
+    "nt_xent-dims": (33, 144),
+    "clip_loss-dims": (20, 164),
+    "nnclr": (25, 90),
+    "siglip_loss-ids": (5, 25),
+    "nearest_neighbors": (3, 2),
+    "clip_loss": (10, 42),
+    "clip_loss-number": (10, 42),
+    "siglip_loss": (5, 21),
+    "negative_cosine": (4, 2),
+    "regression": (2, 5),
+    "regression-rows": (2, 9),
+    "masked_rows": (0, 12),
+    "gram_loss": (5, 9),
+    "kmeans": (6, 32),
+    "nearest_rows": (3, 11),
+    "knn_votes": (3, 36),
+    "barlow_twins": (7, 25),
+    "vicreg": (7, 50),
+    "vicreg-health": (7, 52),
+    "tico": (2, 36),
+    "sigreg": (3, 30),
+    "lejepa": (3, 52),
+    "visreg": (1, 77),
+    "prototype_cross_entropy": (7, 6),
+    "prototype_cross_entropy-all": (7, 13),
+    "prototype_head_cross_entropy": (7, 9),
+    "koleo": (8, 18),
+    "mean_entropy": (5, 25),
+    "sinkhorn": (7, 0),
+    "sinkhorn-positions": (7, 0),
+    "sinkhorn_bias-rows": (6, 2),
+    "sinkhorn_bias": (16, 40),
+    "total_coding_rate": (0, 34),
+    "simdino": (0, 94),
+    "emp_ssl": (0, 82),
+    "mmcr": (0, 61),
+    "frossl": (2, 39),
+    "whiten": (0, 65),
+    "w_mse": (2, 58),
+    "cross_entropy-rows": (2, 19),
+    "cross_entropy-weights": (2, 18),
+    "negative_cosine-rows": (0, 58),
+    "cross_entropy": (3, 2),
+    "augment": (2, 0),
+    "augment-floats": (2, 0),
+    "crop_resize-floats": (1, 0),
+    "crop_resize": (1, 0),
+    "HypersphereLoss": (10, 113),
+    "MACLLoss": (5, 95),
+    "PatchKernelAlignmentLoss": (0, 53),
+    "DetConBLoss": (8, 166),
+    "DetConSLoss": (8, 168),
+    "VICRegLLoss": (154, 1259),
+    "nt_xent bf16": (11, 42),
+    "dcl bf16": (10, 22),
+    "info_nce bf16": (10, 21),
+    "clip_loss bf16": (11, 41),
+    "siglip_loss bf16": (5, 23),
+    "barlow_twins bf16": (7, 25),
+    "vicreg bf16": (7, 50),
+    "prototype_cross_entropy 10 and 2 views": (23, 6),
+    "prototype_head_cross_entropy 10 and 2 views": (15, 9),
+    "ema_update_": (1, 2),
+}
+# In backward and in forward: cuSOLVER may not have converged, and torch looks whether it has.
+WAITS = {"mmcr": {"_linalg_svd": 2}, "MMCRLoss": {"_linalg_svd": 2}}
+
+
+@functools.cache
+def _count(name: str) -> Launches:
+    torch.manual_seed(0)
+    call = (CALLS | MORE)[name]
+    tensors = call.make(BATCH)
+    function = call.fresh()
+    with counted() as found:
+        result = function(*tensors)
+        if call.differentiable:
+            result.backward()
+    return found
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_loss_has_at_most_so_many_launches(name, one_thread):
+    found = _count(name)
+    triton, torchs = MOST[name]
+    assert found.triton.total() <= triton and found.torch.total() <= torchs, str(found)
+
+
+@pytest.mark.parametrize("name", CALLS | MORE)
+def test_the_host_waits_for_nothing(name, one_thread):
+    assert dict(_count(name).waits) == WAITS.get(name, {})
+
+
+def test_every_function_has_a_bound():
+    of = {name.partition("-")[0].partition(" ")[0] for name in MOST}
+    by_module = {"hypersphere", "macl", "patch_kernel_alignment", "detcon", "dense_structure"}  # in MOST as modules
+    others = {"Clusters", "Health", "TeacherStatistics", "random_directions"}  # what losses take or give
+    assert set(F.__all__) - of == by_module | others
+    assert set(FUNCTIONS) <= set(MOST)
+
+
+X = torch.rand(6, 4)
+PLACES = torch.tensor([0, 2])
+TORCH = {
+    "a view": (lambda: X[1:].reshape(4, 5)[0].detach().expand(3, 5), {}),
+    "a sum": (lambda: X.sum(0), {"sum": 1}),
+    "memory": (lambda: (torch.empty(3), X.new_empty(2), torch.empty_like(X)), {}),
+    "nothing": (lambda: X[:0] + 1, {}),
+    "a fill": (lambda: (torch.zeros(3, device=X.device), X.new_full((), 2.0)), {"zero_": 1, "fill_": 1}),
+    "a layout": (lambda: X.mT.contiguous(), {"copy_": 1}),
+    "a dtype": (lambda: X.double().float(), {"copy_": 2}),
+    "the same dtype": (lambda: X.float(), {}),
+    "a number": (lambda: torch.where(X > 0.5, X, 0.0), {"gt": 1, "scalar_tensor": 1, "where": 1}),
+    "a remainder": (lambda: X % 2, {"remainder": 1}),
+    "a composition": (
+        lambda: X.logsumexp(1),
+        {"amax": 1, "abs": 1, "eq": 1, "masked_fill_": 1, "sub": 1, "exp_": 1, "sum": 1, "log_": 1, "add_": 1},
+    ),
+    "many small tensors": (
+        lambda: torch._foreach_mul_([X.clone() for _ in range(65)], 2), {"copy_": 65, "_foreach_mul_": 1}
+    ),
+    "two lists of them": (lambda: torch._foreach_add([X] * 65, [X] * 65), {"_foreach_add": 2}),
+    "an index": (lambda: X[PLACES], {"index": 1}),
+    "a sum by places": (
+        lambda: X.clone().index_put_((PLACES,), X[:2], accumulate=True), {"copy_": 1, "_index_put_impl_": 6}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_torchs_launches_are_counted(name):
+    call, expected = TORCH[name]
+    with counted() as found:
+        call()
+    assert (dict(found.torch), dict(found.waits)) == (expected, {})
+
+
+WAITING = {
+    "a number": (lambda: X.sum().item(), {"_local_scalar_dense": 1}),
+    "a condition": (lambda: bool(X[0, 0] > 0), {"_local_scalar_dense": 1}),
+    "a list": (lambda: X.tolist(), {"tolist": 1}),
+    "a copy to the host": (lambda: X.cpu().tolist(), {"copy_": 1}),
+    "another": (lambda: X.to("cpu"), {"copy_": 1}),
+    "numbers of the host": (lambda: torch.tensor([1.0, 2], device=X.device), {"tensor": 1}),
+    "like a tensor": (lambda: X.new_tensor([1.0]), {"new_tensor": 1}),
+    "pageable memory": (lambda: torch.rand(3).to(X.device), {"copy_": 1}),
+    "the same into a tensor": (lambda: X.clone().copy_(torch.rand(6, 4)), {"copy_": 1}),
+    "places of the host": (lambda: X[torch.tensor([0, 1])], {"copy_": 1}),
+    "a mask": (lambda: X[X[:, 0] > 0.5], {"index": 1}),
+    "places of a mask": (lambda: X.nonzero(), {"nonzero": 1}),
+    "repetitions": (lambda: torch.repeat_interleave(X[0], PLACES[:1]), {"repeat_interleave": 1}),
+    "eigenvalues": (lambda: torch.linalg.eigvalsh(X @ X.mT), {"_linalg_eigh": 1}),
+}
+WITHOUT = {
+    "numbers of the host": lambda: torch.tensor([3.0, 4]).sum().item(),
+    "pinned memory": lambda: torch.rand(3).pin_memory().to(X.device, non_blocking=True),
+    "one of them as a summand": lambda: X + torch.tensor(2.0),
+    "an element set": lambda: X.clone()[0].fill_(2.0),
+    "masked elements set": lambda: X.masked_fill(X > 0.5, 0.0),
+    "repetitions of known length": lambda: torch.repeat_interleave(X[0], PLACES[1:].expand(4), output_size=8),
+    "a factor that may not be there": lambda: torch.linalg.cholesky_ex(X @ X.mT),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_waits_are_seen(name):
+    call, expected = WAITING[name]
+    with counted() as found:
+        call()
+    assert dict(found.waits) == expected
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_what_waits_for_nothing_is_no_wait(name):
+    with counted() as found:
+        WITHOUT[name]()
+    assert not found.waits, str(found)
+
+
+def test_tensors_say_where_they_are():
+    with counted():
+        assert X.is_cuda and not X.is_cpu and X.device == torch.device("cuda", 0)
+        assert torch.rand(2).is_cpu and torch.rand(2, device=X.device).is_cuda and torch.zeros_like(X).is_cuda
+        assert (torch.arange(3) + 1).is_cpu and (X + torch.tensor(1.0)).is_cuda
+        assert X.cpu().is_cpu and torch.rand(2).cuda().is_cuda and torch.rand(2).to(X).is_cuda
+    assert X.is_cpu and torch.empty(1).device.type == "cpu"
+
+
+def test_autograds_sums_are_counted():
+    x = torch.randn(4, requires_grad=True)
+    with counted() as found:
+        (x * 2 + x * 3).sum().backward()
+    # forward: 2 products, their sum, the sum; backward: the 1, 2 products, the sum of both gradients
+    assert dict(found.torch) == {"mul": 4, "add": 2, "sum": 1, "fill_": 1}
+
+
+def test_an_operators_launches_and_its_torch_are_counted():
+    x, y = torch.randn(6, 5, requires_grad=True), torch.arange(6) % 5
+    with counted() as found:
+        F.cross_entropy(x, y).backward()
+    assert dict(found.triton) == {"_cross_entropy_kernel": 1, "_mean_kernel": 1, "_rescale_kernel": 1}
+    assert dict(found.torch) == {"fill_": 1, "mul": 1}  # the upstream 1, and the scale
+
+
+def test_half_precision_takes_the_gpus_way():
+    """Products of bfloat16 with float32 sums exist on CUDA alone."""
+    half, single = _count("nt_xent bf16"), _count("nt_xent")
+    assert half.triton["owner_kernel"] == single.triton["weights_kernel"] == 1
+    x = torch.randn(2, 8, 8).bfloat16()
+    with counted() as found:
+        product = torch.bmm(x, x, out_dtype=torch.float32)
+    assert product.shape == (2, 8, 8) and product.dtype == torch.float32 and dict(found.torch) == {"bmm": 1}
