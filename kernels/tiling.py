@@ -187,11 +187,13 @@ def similarity_join() -> dict:
 def similarity_sums(width: int, dtype: torch.dtype) -> dict:
     """Log-sum-exps of rows and columns. BM is a multiple of BN."""
     if block := _block_on_chip(width, dtype):
-        return {"WHOLE": True, "BLOCK_D": block} | _tile(rows=128, columns=64, warps=8, stages=2)
+        # Four warps: a thread adds four rows before the columns' sums go through shared memory, with eight only two.
+        return {"WHOLE": True, "EVEN": width == block, "BLOCK_D": block} | _tile(rows=128, columns=64, warps=4, stages=2)
     if dtype.itemsize == 2:
         tile = _tile(rows=128, columns=64, warps=8, stages=3)  # 128 x 128 spills beside two exponentials
-        return {"WHOLE": False, "BLOCK_D": 64} | tile
-    return {"WHOLE": False, "BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=2)  # 4 warps spill on sm_80
+        return {"WHOLE": False, "EVEN": False, "BLOCK_D": 64} | tile
+    tile = _tile(rows=64, columns=64, warps=8, stages=2)  # 4 warps spill on sm_80
+    return {"WHOLE": False, "EVEN": False, "BLOCK_D": 32} | tile
 
 
 def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
@@ -200,7 +202,7 @@ def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
     if block is None:
         return None
     # 128 rows of 128 columns spill on sm_80
-    return {"BLOCK_D": block} | _tile(rows=64, columns=64, warps=8 if block > 128 else 4, stages=2)
+    return {"BLOCK_D": block, "EVEN": width == block} | _tile(rows=64, columns=64, warps=8 if block > 128 else 4, stages=2)
 
 
 def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | None:
@@ -212,7 +214,7 @@ def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | No
         tile = _tile(rows=128, columns=64, warps=8, stages=2)
     else:
         tile = _tile(rows=64, columns=32 if running else 64, warps=4, stages=2)
-    return {"BLOCK_D": block} | tile
+    return {"BLOCK_D": block, "EVEN": width == block} | tile
 
 
 def similarity_weights(dtype: torch.dtype) -> dict:
@@ -267,7 +269,11 @@ def siglip_pairs(dtype: torch.dtype) -> dict:
 
 def kmeans_assign(width: int, dtype: torch.dtype) -> dict:
     """Each row's nearest centroid: the largest of a row's products, of two in half precision."""
-    return similarity_sums(width, dtype)
+    if block := _block_on_chip(width, dtype):
+        return {"WHOLE": True, "BLOCK_D": block} | _tile(rows=128, columns=64, warps=8, stages=2)
+    if dtype.itemsize == 2:
+        return {"WHOLE": False, "BLOCK_D": 64} | _tile(rows=128, columns=64, warps=8, stages=3)
+    return {"WHOLE": False, "BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=2)
 
 
 def nearest_k(dtype: torch.dtype) -> dict:

@@ -98,36 +98,36 @@ def transposed(own_image: OwnImage) -> OwnImage:
 # Log-sum-exps --------------------------------------------------------------------------------------------------------
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """Log-sum-exps in parts, to be joined: the sums of exponentials, and where pivots are running the maxima."""
 
     maxima: Tensor | None  # [parts, N]
     sums: Tensor  # [parts, N]
 
     @classmethod
-    def empty(cls, parts: int, n: int, scaling: Scaling) -> "_Parts":
+    def empty(cls, parts: int, n: int, scaling: Scaling) -> "Parts":
         sums = torch.empty(parts, n, dtype=torch.float32, device=scaling.factor.device)
         return cls(torch.empty_like(sums) if scaling.running else None, sums)
 
 
-def _walk(
+def walk(
     a: Tensor,
     b: Tensor,
     scaling: Scaling,
     own_image: OwnImage,
     tile: dict,
     tiles: range,  # which tiles of a block of rows
-    columns: _Parts
+    columns: Parts
     | None = None,  # for columns' sums: one line for each block of rows; if symmetric, for each distance
     first_row: int = 0,  # its number among all rows
     symmetric: bool = False,
-) -> _Parts:
+) -> Parts:
     """The rows' sums by program."""
     n, d = a.shape
     m = len(b)
     blocks = triton.cdiv(n, tile["BM"])
     splits, tiles_per_program = splits_of(blocks, len(tiles))
-    rows = _Parts.empty(splits, n, scaling)
+    rows = Parts.empty(splits, n, scaling)
     launch.launch(
         sums_kernel, (blocks, splits), a, b, scaling.factor, *rows, *(columns or (None, None)), n, m, d,
         *own_image_arguments(own_image, first_row), tiles.start, tiles.stop, tiles_per_program, scaling.pivot,
@@ -136,12 +136,20 @@ def _walk(
     return rows
 
 
-def _join(rows: _Parts, columns: _Parts | None, scaling: Scaling) -> Tensor:
-    return join(rows, columns, scaling.factor, scaling.pivot, scaling.running)
+def _join(rows: Parts, columns: Parts | None, scaling: Scaling, met_once: int = 0) -> Tensor:
+    return join(rows, columns, scaling.factor, scaling.pivot, scaling.running, met_once)
 
 
-def _symmetric(a: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict) -> Tensor:
-    """[N] float64, from tiles at distances 0 .. blocks / 2 of the diagonal, a bounded number of distances at once.
+class SymmetricParts(NamedTuple):
+    """What a walk over some distances from the diagonal leaves to be joined."""
+
+    rows: Parts
+    columns: Parts | None
+    met_once: int  # so many first rows have nothing in the columns' last line
+
+
+def symmetric_parts(a: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict) -> Iterator[SymmetricParts]:
+    """Of tiles at distances 0 .. blocks / 2 of the diagonal, a bounded number of distances at once.
 
     The diagonal's tiles are whole and have no line of columns' sums, so the first walk takes one distance more.
     """
@@ -150,31 +158,27 @@ def _symmetric(a: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict) -> 
     tiles_per_block = tile["BM"] // tile["BN"]
     distances = blocks // 2 + 1
     lines_at_once = max(1, tiling.COLUMN_SUMS // (n * (1 + scaling.running)))
-    log_sum_exps = []  # of the distances in each walk
     first = 0
     while first < distances:
         stop = min(first + lines_at_once + (first == 0), distances)
         lines = stop - max(first, 1)
-        columns = _Parts.empty(lines, n, scaling) if lines else None
+        columns = Parts.empty(lines, n, scaling) if lines else None
         tiles = range(first * tiles_per_block, stop * tiles_per_block)
-        rows = _walk(a, a, scaling, own_image, tile, tiles, columns, symmetric=True)
-        if columns is not None and blocks % 2 == 0 and stop == distances:
-            # The farthest blocks meet once: the first half of the blocks walks there and writes no line for itself.
-            met_once = blocks // 2 * tile["BM"]
-            columns.sums[-1, :met_once] = 0
-            if columns.maxima is not None:
-                columns.maxima[-1, :met_once] = -math.inf
-        log_sum_exps.append(_join(rows, columns, scaling))
+        rows = walk(a, a, scaling, own_image, tile, tiles, columns, symmetric=True)
+        # The farthest of an even number of blocks meet once: the first half walks there and has no line for itself.
+        once = columns is not None and blocks % 2 == 0 and stop == distances
+        yield SymmetricParts(rows, columns, blocks // 2 * tile["BM"] if once else 0)
         first = stop
-    return functools.reduce(torch.logaddexp, log_sum_exps)
 
 
 def row_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, *, symmetric: bool = False) -> Tensor:
     tile = tiling.similarity_sums(a.shape[1], a.dtype)
     if symmetric:
-        return _symmetric(a, scaling, own_image, tile)
+        walks = symmetric_parts(a, scaling, own_image, tile)
+        parts = [_join(rows, columns, scaling, met_once) for rows, columns, met_once in walks]
+        return functools.reduce(torch.logaddexp, parts)
     tiles = range(triton.cdiv(len(b), tile["BN"]))
-    return _join(_walk(a, b, scaling, own_image, tile, tiles), None, scaling)
+    return _join(walk(a, b, scaling, own_image, tile, tiles), None, scaling)
 
 
 def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage) -> tuple[Tensor, Tensor]:
@@ -185,8 +189,8 @@ def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImag
     column_lse = []
     for start in range(0, len(a), band):
         part = a[start : start + band]
-        columns = _Parts.empty(triton.cdiv(len(part), tile["BM"]), len(b), scaling)
-        rows = _walk(part, b, scaling, own_image, tile, tiles, columns, start)
+        columns = Parts.empty(triton.cdiv(len(part), tile["BM"]), len(b), scaling)
+        rows = walk(part, b, scaling, own_image, tile, tiles, columns, start)
         row_lse.append(_join(rows, None, scaling))
         column_lse.append(_join(columns, None, scaling))
     return torch.cat(row_lse), functools.reduce(torch.logaddexp, column_lse)

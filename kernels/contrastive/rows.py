@@ -13,6 +13,8 @@ from .. import launch, tiling
 from ..arithmetic import UNIT_EPS, dense_rows
 from .tiles import LOG2_E
 
+STATE_ROWS = 128  # the rows or columns of the largest tile of weights, or a multiple of them
+
 
 @triton.jit(do_not_specialize=["N"])
 def _unit_kernel(
@@ -83,29 +85,53 @@ def _dots_kernel(
 
 
 @triton.jit
-def _largest(maxima, i_row, N, parts, largest):
-    """The largest of `largest` and of the maxima [parts, N] of each row."""
+def _largest(maxima, i_row, N, parts, met_once, largest):
+    """The largest of `largest` and of the maxima [parts, N] of each row; see `_total`."""
     for part in range(0, parts):
-        largest = tl.maximum(largest, tl.load(maxima + launch.row_start(part, N, 1) + i_row, i_row < N, 0))
+        there = (i_row < N) & ((part < parts - 1) | (i_row >= met_once))
+        at = launch.row_start(part, N, 1) + i_row
+        largest = tl.maximum(largest, tl.load(maxima + at, there, -float("inf")))
     return largest
 
 
 @triton.jit
-def _total(maxima, sums, i_row, N, parts, base, abs_factor, RUNNING: tl.constexpr):
-    """The sum of exp(logit - base * abs_factor) of each row, from sums [parts, N] around maxima [parts, N]."""
+def _total(maxima, sums, i_row, N, parts, met_once, base, abs_factor, RUNNING: tl.constexpr):
+    """The sum of exp(logit - base * abs_factor) of each row, from sums [parts, N] around maxima [parts, N].
+
+    The last part has nothing of the first `met_once` rows: its memory wasn't written there.
+    """
     total = tl.zeros(i_row.shape, tl.float64)
     for part in range(0, parts):
+        there = (i_row < N) & ((part < parts - 1) | (i_row >= met_once))
         at = launch.row_start(part, N, 1) + i_row
-        part_sum = tl.load(sums + at, i_row < N, 0).to(tl.float64)
+        part_sum = tl.load(sums + at, there, 0).to(tl.float64)
         if RUNNING:
-            maximum = tl.load(maxima + at, i_row < N, 0)
+            maximum = tl.load(maxima + at, there, -float("inf"))
             # a part that has seen nothing has the maximum -inf and the sum 0
             part_sum *= tl.exp((launch.finite(maximum) - base).to(tl.float64) * abs_factor)
         total += part_sum
     return total
 
 
-@triton.jit(do_not_specialize=["N", "row_parts", "column_parts"])
+@triton.jit
+def joined(
+    row_max, row_sum, column_max, column_sum, i_row, N, row_parts, column_parts, met_once, abs_factor, pivot,
+    RUNNING: tl.constexpr,
+):  # fmt: skip
+    """Each row's log-sum-exp in float64, of all its parts in their order: see `_join_kernel`."""
+    base = tl.zeros(i_row.shape, tl.float32) + pivot
+    if RUNNING:
+        base = _largest(row_max, i_row, N, row_parts, 0, tl.full(i_row.shape, -float("inf"), tl.float32))
+        if column_sum is not None:
+            base = _largest(column_max, i_row, N, column_parts, met_once, base)
+        base = launch.finite(base)
+    total = _total(row_max, row_sum, i_row, N, row_parts, 0, base, abs_factor, RUNNING)
+    if column_sum is not None:
+        total += _total(column_max, column_sum, i_row, N, column_parts, met_once, base, abs_factor, RUNNING)
+    return base.to(tl.float64) * abs_factor + tl.log(total)
+
+
+@triton.jit(do_not_specialize=["N", "row_parts", "column_parts", "met_once"])
 def _join_kernel(
     row_max,  # [row_parts, N] float32, in units of similarities; None unless RUNNING
     row_sum,  # [row_parts, N] float32, the sums of exp(logit - maximum * |factor|)
@@ -116,22 +142,32 @@ def _join_kernel(
     N,
     row_parts,
     column_parts,
+    met_once,  # so many first rows have nothing in the last part of the columns
     pivot,  # in the place of every maximum, unless RUNNING
     RUNNING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     abs_factor = tl.abs(tl.load(factor).to(tl.float64))
-    base = tl.zeros([BLOCK], tl.float32) + pivot
+    lse = joined(
+        row_max, row_sum, column_max, column_sum, i_row, N, row_parts, column_parts, met_once, abs_factor, pivot,
+        RUNNING,
+    )  # fmt: skip
+    tl.store(out + i_row, lse, i_row < N)
+
+
+@triton.jit
+def store_state(pivots, adjustments, i_row, mask, b_lse, factor_value, pivot, RUNNING: tl.constexpr):
+    """Log-sum-exps as the kernels of gradients take them, see `lse_states`."""
     if RUNNING:
-        base = _largest(row_max, i_row, N, row_parts, tl.full([BLOCK], -float("inf"), tl.float32))
-        if column_sum is not None:
-            base = _largest(column_max, i_row, N, column_parts, base)
-        base = launch.finite(base)
-    total = _total(row_max, row_sum, i_row, N, row_parts, base, abs_factor, RUNNING)
-    if column_sum is not None:
-        total += _total(column_max, column_sum, i_row, N, column_parts, base, abs_factor, RUNNING)
-    tl.store(out + i_row, base.to(tl.float64) * abs_factor + tl.log(total), i_row < N)
+        b_pivot = (b_lse / factor_value).to(tl.float32)
+        infinite = tl.abs(b_lse) == float("inf")
+        b_pivot = tl.where((tl.abs(b_pivot) < float("inf")) | infinite, b_pivot, 0.0)
+        adjustment = tl.where(infinite, 0.0, (b_pivot.to(tl.float64) * factor_value - b_lse) * LOG2_E)
+        tl.store(pivots + i_row, b_pivot, mask)
+    else:
+        adjustment = tl.exp(tl.minimum(pivot * factor_value - b_lse, 87.0, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(adjustments + i_row, adjustment.to(tl.float32), mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -146,17 +182,8 @@ def _state_kernel(
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    factor_value = tl.load(factor).to(tl.float64)
     b_lse = tl.load(lse + i_row, i_row < N, 0.0)
-    if RUNNING:
-        b_pivot = (b_lse / factor_value).to(tl.float32)
-        infinite = tl.abs(b_lse) == float("inf")
-        b_pivot = tl.where((tl.abs(b_pivot) < float("inf")) | infinite, b_pivot, 0.0)
-        adjustment = tl.where(infinite, 0.0, (b_pivot.to(tl.float64) * factor_value - b_lse) * LOG2_E)
-        tl.store(pivots + i_row, b_pivot, i_row < N)
-    else:
-        adjustment = tl.exp(tl.minimum(pivot * factor_value - b_lse, 87.0, propagate_nan=tl.PropagateNan.ALL))
-    tl.store(adjustments + i_row, adjustment.to(tl.float32), i_row < N)
+    store_state(pivots, adjustments, i_row, i_row < N, b_lse, tl.load(factor).to(tl.float64), pivot, RUNNING)
 
 
 def unit_rows(x: Tensor, normalize: bool, eps: float = UNIT_EPS) -> tuple[Tensor, Tensor | None]:
@@ -219,21 +246,33 @@ def join(
     factor: Tensor,
     pivot: float,
     running: bool,
+    met_once: int = 0,
 ) -> Tensor:
-    """[N] float64: each row's log-sum-exp, of all its parts in their order."""
+    """[N] float64: each row's log-sum-exp, of all its parts in their order.
+
+    The first `met_once` rows have nothing in the columns' last part, whose memory may hold anything there.
+    """
     parts, n = rows[1].shape
     out = torch.empty(n, dtype=torch.float64, device=factor.device)
     column_max, column_sum = (None, None) if columns is None else columns
     tile = tiling.similarity_join()
     launch.launch(
         _join_kernel, (triton.cdiv(n, tile["BLOCK"]),), *rows, column_max, column_sum, factor, out, n,
-        parts, 0 if column_sum is None else len(column_sum), pivot, RUNNING=running, **tile, device_of=factor,
+        parts, 0 if column_sum is None else len(column_sum), met_once, pivot, RUNNING=running, **tile, device_of=factor,
     )  # fmt: skip
     return out
 
 
+def state_rows(n: int) -> int:
+    """How many numbers a state of n log-sum-exps has memory for."""
+    return triton.cdiv(n, STATE_ROWS) * STATE_ROWS
+
+
 def lse_states(lse: Tensor | None, factor: Tensor, pivot: float, running: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Log-sum-exps [N] as the kernels of gradients take them: (pivots, adjustments), [N] float32 each.
+    """Log-sum-exps [N] as the kernels of gradients take them: (pivots, adjustments), [N] float32 each, and more memory.
+
+    They are read a whole tile at a time, so that memory goes on to a multiple of STATE_ROWS; nobody's gradient is made
+    of what is there.
 
     An adjustment makes a row's `exp(logit - lse)` of an exponential around its pivot:
 
@@ -245,7 +284,7 @@ def lse_states(lse: Tensor | None, factor: Tensor, pivot: float, running: bool) 
     if lse is None:
         return None, None
     lse = lse.contiguous()
-    pivots, adjustments = torch.empty(2, len(lse), dtype=torch.float32, device=lse.device)
+    pivots, adjustments = torch.empty(2, state_rows(len(lse)), dtype=torch.float32, device=lse.device)
     pivots = pivots if running else None
     tile = tiling.similarity_join()
     grid = (triton.cdiv(len(lse), tile["BLOCK"]),)

@@ -8,12 +8,16 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from .tiles import LOG2_E, load_columns, load_rows, seen_columns, similarities
+from .tiles import LOG2_E, images_of_block, load_rows, load_tile, may_hide, seen_columns, similarities
 
 
 @triton.jit
-def _exponentials(s, seen, pivot, rate):
-    return tl.where(seen, tl.exp2((s - pivot) * rate), 0.0)
+def rate_of(factor_value):
+    """What similarities are multiplied by before exp2, for a factor in float64.
+
+    Never 0: what isn't seen is a similarity of -inf, whose exponential is 0, and -inf times 0 is NaN.
+    """
+    return tl.maximum((tl.abs(factor_value) * LOG2_E).to(tl.float32), 1e-36, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit(
@@ -52,6 +56,7 @@ def sums_kernel(
     RUNNING: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,  # D is BLOCK_D
     BLOCK_D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -62,12 +67,15 @@ def sums_kernel(
     factor_value = tl.load(factor).to(tl.float64)
     # RUNNING: of a negative factor the largest logit is that of the smallest similarity. Otherwise it is positive.
     sign = tl.where(factor_value < 0, -1.0, 1.0)
-    rate = (tl.abs(factor_value) * LOG2_E).to(tl.float32)
+    rate = rate_of(factor_value)
+    shift = pivot * rate
     maximum = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     b_a = tl.zeros([1], tl.float32)
     if WHOLE:
         b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    low, high = images_of_block(first_row + block * BM, row_period, offset, BM)
+    rows_end = column_sum is not None and (block + 1) * BM > N  # rows beyond the last are in the columns' sums, too
     blocks = tl.cdiv(N, BM)
     begin = first_tile + split * tiles_per_program
     # Not `begin + tiles_per_program`: with that the kernel of 256 columns in bfloat16 spills 4 registers on sm_100.
@@ -82,30 +90,36 @@ def sums_kernel(
     for t in range(begin, end):
         if SYMMETRIC:
             distance = t // (BM // BN)
-            i_b = (block + distance) % blocks * BM + t % (BM // BN) * BN + tl.arange(0, BN)
+            met = block + distance
+            first_b = tl.where(met < blocks, met, met - blocks) * BM + t % (BM // BN) * BN
             line = distance - tl.maximum(first_tile // (BM // BN), 1)  # -1: the diagonal; its rows see both halves
         else:
-            i_b = t * BN + tl.arange(0, BN)
+            first_b = t * BN
             line = block
-        s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
-        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+        i_b = first_b + tl.arange(0, BN)
+        if WHOLE:
+            s = tl.dot(b_a, load_tile(b, first_b, M, D, BLOCK_D, BN, EVEN))
+        else:
+            s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
+        if RUNNING:
+            s *= sign
+        if rows_end | may_hide(first_b, M, low, high, column_period, HAS_OWN_IMAGE, BN):
+            seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+            s = tl.where(seen, s, -float("inf"))
         at = launch.row_start(line, M, 1) + i_b
         written = (i_b < M) & (line >= 0)
         if RUNNING:
-            s *= sign
-            visible = tl.where(seen, s, -float("inf"))
-            new = tl.maximum(maximum, tl.max(visible, 1))
-            shift = launch.finite(new)
-            fade = tl.exp2((launch.finite(maximum) - shift) * rate)
-            total = total * fade + tl.sum(_exponentials(s, seen, shift[:, None], rate), 1)
+            new = tl.maximum(maximum, tl.max(s, 1))
+            base = launch.finite(new)
+            fade = tl.exp2((launch.finite(maximum) - base) * rate)
+            total = total * fade + tl.sum(tl.exp2((s - base[:, None]) * rate), 1)
             maximum = new
             if column_sum is not None:
-                highest = tl.max(visible, 0)
+                highest = tl.max(s, 0)
                 tl.store(column_max + at, highest, written)
-                e = _exponentials(s, seen, launch.finite(highest)[None, :], rate)
-                tl.store(column_sum + at, tl.sum(e, 0), written)
+                tl.store(column_sum + at, tl.sum(tl.exp2((s - launch.finite(highest)[None, :]) * rate), 0), written)
         else:
-            e = _exponentials(s, seen, pivot, rate)
+            e = tl.exp2(s * rate - shift)
             total += tl.sum(e, 1)
             if column_sum is not None:
                 tl.store(column_sum + at, tl.sum(e, 0), written)
@@ -133,26 +147,30 @@ def attend_kernel(
     tiles_per_program,
     HAS_OWN_IMAGE: tl.constexpr,
     GAIN: tl.constexpr,  # see launch.gain
+    EVEN: tl.constexpr,  # D is BLOCK_D
     BLOCK_D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     split = tl.program_id(1)
     i_a = tl.program_id(0) * BM + tl.arange(0, BM)
-    rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
+    rate = rate_of(tl.load(factor).to(tl.float64))
     b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    low, high = images_of_block(first_row + tl.program_id(0) * BM, row_period, offset, BM)
     maximum = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     for t in range(split * tiles_per_program, tl.minimum((split + 1) * tiles_per_program, tl.cdiv(M, BN))):
-        i_b = t * BN + tl.arange(0, BN)
-        b_b = load_columns(b, i_b, M, D, 0, BLOCK_D)
+        b_b = load_tile(b, t * BN, M, D, BLOCK_D, BN, EVEN)
         s = tl.dot(b_a, b_b)
-        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
-        new = tl.maximum(maximum, tl.max(tl.where(seen, s, -float("inf")), 1))
-        shift = launch.finite(new)
-        fade = tl.exp2((launch.finite(maximum) - shift) * rate)
-        e = _exponentials(s, seen, shift[:, None], rate)
+        if may_hide(t * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
+            i_b = t * BN + tl.arange(0, BN)
+            seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+            s = tl.where(seen, s, -float("inf"))
+        new = tl.maximum(maximum, tl.max(s, 1))
+        base = launch.finite(new)
+        fade = tl.exp2((launch.finite(maximum) - base) * rate)
+        e = tl.exp2((s - base[:, None]) * rate)
         total = total * fade + tl.sum(e, 1)
         acc = acc * fade[:, None]
         acc = tl.dot((e * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
@@ -176,6 +194,7 @@ def best_kernel(
     D,
     tiles_per_program,
     WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,  # D is BLOCK_D
     BLOCK_D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -189,7 +208,10 @@ def best_kernel(
     where = tl.zeros([BM], tl.int32)
     for t in range(split * tiles_per_program, tl.minimum((split + 1) * tiles_per_program, tl.cdiv(M, BN))):
         i_b = t * BN + tl.arange(0, BN)
-        s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
+        if WHOLE:
+            s = tl.dot(b_a, load_tile(b, t * BN, M, D, BLOCK_D, BN, EVEN))
+        else:
+            s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
         # NaN counts as the best, as in torch.argmax; nothing else is infinite among cosines
         s = tl.where((i_b < M)[None, :], tl.where(s != s, float("inf"), s), -float("inf"))
         highest = tl.max(s, 1)

@@ -41,6 +41,21 @@ def load_columns(x, i_row, N, D, first_column, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_tile(x, first, M, D, BLOCK: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
+    """Rows first .. first + BN of a dense [M, D] as columns, [BLOCK, BN]; zeros outside. EVEN: D is BLOCK.
+
+    Of the address only `first` changes from tile to tile, so that everything else stays outside of a loop.
+    """
+    width = BLOCK if EVEN else D
+    row = tl.arange(0, BN)
+    column = tl.arange(0, BLOCK)
+    mask = (row < M - first)[None, :]
+    if not EVEN:
+        mask = mask & (column < D)[:, None]
+    return tl.load(x + tl.cast(first, tl.int64) * width + ((row * width)[None, :] + column[:, None]), mask, 0)
+
+
+@triton.jit
 def _high(x):
     """x rounded to the digits that TF32 has.
 
@@ -89,6 +104,32 @@ def seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, H
     if HAS_OWN_IMAGE:
         seen = seen & ((i_b % column_period)[None, :] != ((first_row + i_a) % row_period + offset)[:, None])
     return seen
+
+
+@triton.jit
+def images_of_block(first, row_period, offset, BM: tl.constexpr):
+    """(low, high): the images of rows first .. first + BM, as columns name them, are in low .. high.
+
+    Rows that go on with the next view's first image have images at both ends: everything, then.
+    """
+    image = first % row_period
+    goes_on = image + BM > row_period
+    low = tl.where(goes_on, -(1 << 30), image + offset)
+    high = tl.where(goes_on, 1 << 30, image + offset + BM)
+    return low, high
+
+
+@triton.jit
+def may_hide(first_b, M, low, high, column_period, HAS_OWN_IMAGE: tl.constexpr, BN: tl.constexpr):
+    """Whether columns first_b .. first_b + BN may have one that isn't there or shows the own image of one of the rows.
+
+    `low` and `high` are `images_of_block`. Most tiles have none, and their similarities need no look at one by one.
+    """
+    hides = first_b + BN > M
+    if HAS_OWN_IMAGE:
+        column = first_b % column_period
+        hides = hides | ((column < high) & (column + BN > low)) | (column + BN > column_period)
+    return hides
 
 
 @triton.jit

@@ -8,24 +8,24 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from .tiles import LOG2_E, load_columns, load_rows, log1p_of_unit, seen_columns, similarities
+from .tiles import LOG2_E, images_of_block, load_rows, load_tile, log1p_of_unit, may_hide, seen_columns, similarities
 
 
 @triton.jit
 def _load_state(pivots, adjustments, i_row, N, RUNNING: tl.constexpr):
     """(pivot, adjustment) of each row, see `rows.lse_states`."""
-    b_adjustment = tl.load(adjustments + i_row, i_row < N, 0.0)
+    b_adjustment = tl.load(adjustments + i_row)
     b_pivot = b_adjustment  # a placeholder, never read: unless RUNNING, one pivot serves all rows
     if RUNNING:
-        b_pivot = tl.load(pivots + i_row, i_row < N, 0.0)
+        b_pivot = tl.load(pivots + i_row)
     return b_pivot, b_adjustment
 
 
 @triton.jit
 def _weights(
-    s, seen, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING: tl.constexpr
+    s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING: tl.constexpr
 ):
-    """G of a tile, [BM, BN]; 0 where a column isn't seen."""
+    """G of a tile, [BM, BN], as if every column were seen."""
     g = tl.zeros(s.shape if RUNNING else [1, 1], tl.float32)
     if a_adjustments is not None:
         a_pivot, a_adjustment = _load_state(a_pivots, a_adjustments, i_a, N, RUNNING)
@@ -40,8 +40,8 @@ def _weights(
         else:
             g += b_adjustment[None, :]
     if not RUNNING:
-        g = tl.exp2((s - pivot) * rate) * g
-    return tl.where(seen, g, 0.0)
+        g = tl.exp2(s * rate - pivot * rate) * g
+    return g
 
 
 @triton.jit(do_not_specialize=["N", "M", "first_row", "row_period", "offset", "column_period", "tiles_per_program"])
@@ -67,6 +67,7 @@ def owner_kernel(
     HAS_OWN_IMAGE: tl.constexpr,
     RUNNING: tl.constexpr,
     GAIN: tl.constexpr,  # see launch.gain
+    EVEN: tl.constexpr,  # D is BLOCK_D
     BLOCK_D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -75,14 +76,17 @@ def owner_kernel(
     i_a = tl.program_id(0) * BM + tl.arange(0, BM)
     rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
     b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
+    low, high = images_of_block(first_row + tl.program_id(0) * BM, row_period, offset, BM)
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     dot = tl.zeros([BM], tl.float32)
     for t in range(split * tiles_per_program, tl.minimum((split + 1) * tiles_per_program, tl.cdiv(M, BN))):
         i_b = t * BN + tl.arange(0, BN)
-        b_b = load_columns(b, i_b, M, D, 0, BLOCK_D)
+        b_b = load_tile(b, t * BN, M, D, BLOCK_D, BN, EVEN)
         s = tl.dot(b_a, b_b)
-        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
-        g = _weights(s, seen, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
+        g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
+        if may_hide(t * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
+            seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+            g = tl.where(seen, g, 0.0)
         if dots is not None:
             dot += tl.sum(g * s, 1)
         acc = tl.dot((g * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
@@ -141,7 +145,8 @@ def weights_kernel(
     # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
     seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
-    g = _weights(s, seen, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
+    g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
+    g = tl.where(seen, g, 0.0)
     if dots is not None:
         tl.store(dots + launch.row_start(block_b, N, 1) + i_a, tl.sum(g * s, 1), i_a < N)
     if out is not None:
