@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -313,7 +314,7 @@ def part_of(name: str, options: argparse.Namespace, folder: Path) -> Part:
 
 def bench(options: argparse.Namespace) -> str:
     """`fastjem bench`, which writes its results after each case; INT lets it print its table, too."""
-    words = [sys.executable, "-m", "fastjem", "bench", "--out", str(options.out)]
+    words = [sys.executable, "-m", "fastjem", "bench", "--budget", "0.5", "--out", str(options.out)]
     process = subprocess.Popen([*words, *options.bench], cwd=ROOT)
     try:
         code = process.wait(options.seconds or SECONDS["bench"])
@@ -353,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="fastjem-gpu-check-"))
     bad, code = False, 0
     try:
-        for name in options.parts:
+        for name in sorted(set(options.parts), key=PARTS.index):
             start = time.monotonic()
             print(f"== {name}", flush=True)
             counts = ""
@@ -394,8 +395,8 @@ def parser() -> argparse.ArgumentParser:
     add("--longest", type=float, default=LONGEST_TEST, help="seconds after which a test's process is killed")
     add("--tests", type=Path, default=TESTS, help="folder of the tests")
     add("--mark", default="gpu and not exhaustive", help="which of them, as pytest's -m")
-    add("--pytest", action="append", default=[], metavar="WORD", help="for pytest, too: --pytest=-k --pytest=sinkhorn")
-    add("--bench", action="append", default=[], metavar="WORD", help="for fastjem bench, too: --bench=--quick")
+    add("--pytest", action="extend", type=shlex.split, default=[], metavar="WORDS", help="for pytest: '-k sinkhorn'")
+    add("--bench", action="extend", type=shlex.split, default=[], metavar="WORDS", help="for fastjem bench: '--full'")
     return parser
 
 
