@@ -86,8 +86,8 @@ def _hash(text: str) -> str:
 @contextlib.contextmanager
 def specialising() -> Iterator[None]:
     """Within it launches specialise their kernels, and do nothing else."""
-    import triton
     import aot
+    import triton
     from triton.runtime.jit import JITFunction
 
     from fastjem.kernels import launch as launching

@@ -64,6 +64,22 @@ def test_a_kernel_that_is_asked_for_compiles(asked):
     assert "ptx" in specialisations.sources[name].compile().asm
 
 
+def test_sizes_of_one_compile(asked, monkeypatch):
+    """Triton makes an argument of 1 a constant, which has no methods: `(K * ALIGN).to(...)` failed."""
+    monkeypatch.setattr(specialisations, "compiles", True)
+    labels, rows = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    F.cross_entropy(torch.randn(3, 1, requires_grad=True), labels, label_smoothing=0.1).backward()
+    F.regression(torch.randn(3, 1, requires_grad=True), torch.randn(3, 1)).backward()
+    F.regression(torch.randn(3, 1, requires_grad=True), torch.randn(3, 1), rows=rows, weights=torch.ones(3)).backward()
+    F.crop_resize(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), window(), size=1)
+    assert len(asked["kernels"]) >= 4
+
+
+def window() -> torch.Tensor:
+    """Parameters of a view that is the whole image of one pixel."""
+    return torch.tensor([[0.0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]])
+
+
 def test_the_launcher_writes_into_copies():
     x = torch.zeros(3)
     both = of_two_halves(lambda x, many: (x.add_(1), many[0].add_(1)), lambda x, many: x + many[0])
