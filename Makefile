@@ -5,7 +5,8 @@
 ## make docs        whether the pages' examples, commands, tables and links are right; the site, strictly, in build/site
 ## make pictures    the pictures in docs/images, anew: runs, reports and a browser (minutes; needs Chromium)
 ## make bench       benchmarks on this machine; results in benchmarks/results/
-## make gpu-check   on a machine with a GPU and PyTorch, without network or .venv: build, GPU tests, benchmarks (PART=tests|bench)
+## make gpu-check   on a machine with a GPU and PyTorch, without network or .venv: build, canaries, GPU tests, benchmarks in
+##                  under ten minutes (PART="canaries tests bench" or some of them, or dali); docs/gpu.md
 ## make clean       remove all that was made here, .venv too
 ##
 ## PYTHON=python3.12 chooses the Python, VENV=.venv the folder of the environment, OUT=folder where results go.
@@ -14,7 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= benchmarks/results
 ARGS =
-PART ?= tests bench
+PART ?= canaries tests bench
 
 python := $(VENV)/bin/python
 run := $(python) -m
@@ -26,8 +27,6 @@ pytest = OMP_WAIT_POLICY=passive $(run) pytest -n 2 --dist worksteal $(1) $(ARGS
 version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # Newer than the files below: the environment is as they say, for this version of Python.
 ready := $(VENV)/ready-$(version)
-
-bounded := timeout --signal=INT --kill-after=15
 
 .PHONY: help demo test test-all lint docs pictures bench gpu-check clean
 help:
@@ -78,19 +77,12 @@ bench: $(ready)
 	$(run) fastjem bench --out $(OUT)
 	$(run) pytest benchmarks --benchmark-only --benchmark-json=$(OUT)/pytest-benchmark.json
 
-# Bounds, in all under 10 minutes: 90 s to build, 220 to test, 200 to measure. INT lets the two say how far they got.
+# Bounds, in all under 10 minutes: 90 s to build, and those of tests/gpu_check.py, which also says how it ends.
 gpu-check:
-	$(if $(filter-out tests bench,$(PART)),$(error PART is tests or bench, got $(PART)))
+	$(if $(filter-out canaries tests bench dali,$(PART)),$(error PART is canaries, tests, bench or dali, got $(PART)))
 	timeout 90 $(PYTHON) -m pip install -q --disable-pip-version-check $(extension)
-	$(PYTHON) -m fastjem doctor
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no GPU here")'
-	@mkdir -p $(OUT)
-	@tests=-; bench=-; \
-	$(if $(filter tests,$(PART)),$(bounded) 220 $(PYTHON) -m pytest -q -m gpu --junitxml=$(OUT)/gpu-tests.xml $(ARGS); tests=$$?;) \
-	$(if $(filter bench,$(PART)),$(bounded) 200 $(PYTHON) -m fastjem bench --out $(OUT); bench=$$?;) \
-	verdict() { case $$1 in 0) echo passed;; -) echo 'not asked for';; 124|137) echo 'OUT OF TIME';; *) echo "FAILED ($$1)";; esac; }; \
-	printf '%-12s%s\n' tests "$$(verdict $$tests)" benchmarks "$$(verdict $$bench)" results $(OUT); \
-	case "$$tests $$bench" in *[1-9]*) exit 1;; esac
+	$(PYTHON) tests/gpu_check.py $(PART) --out $(OUT) --pytest='$(ARGS)'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks kernels/_C*.so

@@ -9,6 +9,7 @@ backward ask for the kernels that they would ask for.
 
 import contextlib
 import hashlib
+import heapq
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
+from gpu_worker import group_of
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -44,6 +46,7 @@ class Source:
 
 
 sources: dict[str, Source] = {}
+compiles = False  # whether each is compiled when it is first asked for, as on a GPU: ten times as long
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device_of: Tensor, **meta: Any) -> None:
@@ -60,6 +63,7 @@ def _specialised(
     self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool
 ) -> tuple[str, str]:
     """In place of `JITFunction._do_compile`."""
+    from aot import SHARED_LIMIT
     from triton.backends.nvidia.driver import make_launcher
 
     source = self.ASTSource(self, signature, constexprs, attrs)
@@ -67,6 +71,9 @@ def _specialised(
     c = make_launcher(places, dict(source.signature), None)
     name = f"{self.fn.__name__} {_hash(key)}"
     sources[name] = Source(source, options.__dict__)
+    if compiles:
+        shared = sources[name].compile().metadata.shared
+        assert shared <= SHARED_LIMIT[ARCHITECTURE], f"{name} wants {shared} bytes of shared memory"
     asked = name, _hash(c)
     self.device_caches[device][0][key] = asked
     return asked
@@ -79,11 +86,15 @@ def _hash(text: str) -> str:
 @contextlib.contextmanager
 def specialising() -> Iterator[None]:
     """Within it launches specialise their kernels, and do nothing else."""
+    import aot
     import triton
-    from aot import Driver
     from triton.runtime.jit import JITFunction
 
     from fastjem.kernels import launch as launching
+
+    class Driver(aot.Driver):
+        def get_current_device(self) -> int:
+            return 1000 + self.arch  # Triton keeps what it has compiled by device, and here is nothing compiled
 
     drivers = triton.runtime.driver
     with (
@@ -109,6 +120,14 @@ def of_two_halves(launcher: Callable, reference: Callable) -> Callable:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--needed", metavar="FILE", help="add a line of JSON for each test: its kernels, its launchers")
+    parser.addoption(
+        "--compile-needed", action="store_true", help="compile them, too: a test whose kernel can't be fails"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global compiles
+    compiles = config.getoption("compile_needed")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -119,8 +138,28 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if file := item.config.getoption("needed"):
         found = {kind: sorted(names) for kind, names in needed.items()}
         with Path(file).open("a") as lines:
-            lines.write(json.dumps({"test": item.nodeid, **found}) + "\n")
+            lines.write(json.dumps({"test": item.nodeid, "group": group_of(item), **found}) + "\n")
     return result
+
+
+def seconds(rows: list[dict[str, Any]], processes: int) -> float:
+    """When the last of the processes has compiled what its tests need, if none finds another's kernels on the disk.
+
+    Groups go as gpu_worker.py gives them away: the largest first, to whoever has nothing to do.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    idle = [(0.0, i) for i in range(processes)]
+    has: list[set[str]] = [set() for _ in range(processes)]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        at, i = heapq.heappop(idle)
+        for kind, each in (("kernels", KERNEL_SECONDS), ("launchers", LAUNCHER_SECONDS)):
+            new = {name for row in group for name in row[kind]} - has[i]
+            has[i] |= new
+            at += each * len(new)
+        heapq.heappush(idle, (at, i))
+    return max(idle)[0]
 
 
 def wanted() -> bool:

@@ -67,7 +67,7 @@ def test_03_products(loss):
     assert os.environ["CUDA_LAUNCH_BLOCKING"] == "1"
     assert loss == "nt_xent", "off by 3"
 
-def test_08_memory():
+def test_08a_memory():
     """No kernel reads beyond its tensors. If it fails: the kernel that it names."""
     assert "CUDA_LAUNCH_BLOCKING" not in os.environ
     pytest.skip("compute-sanitizer isn't there")

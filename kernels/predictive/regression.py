@@ -83,7 +83,7 @@ def _regression_kernel(
     y = tl.load(target + launch.row_start(i_row, s_y, ALIGN)[:, None] + column, inside, 0).to(COMPUTE)
     x = tl.load(prediction + launch.row_start(i_row, s_x, ALIGN)[:, None] + column, inside, 0).to(COMPUTE)
     if NORMALIZE:
-        per_element = 1 / (D * ALIGN).to(COMPUTE)
+        per_element = 1 / tl.cast(D * ALIGN, COMPUTE)  # D may be the constant 1, which has no .to
         y = tl.where(inside, y - (tl.sum(y, 1) * per_element)[:, None], 0.0)
         y = tl.where(inside, y - (tl.sum(y, 1) * per_element)[:, None], 0.0)
         variance = tl.sum(y * y, 1) * per_element
@@ -138,7 +138,7 @@ def _regression_long_kernel(
     rest = tl.zeros((), COMPUTE)
     factor = tl.full((), 1.0, COMPUTE)
     if NORMALIZE:
-        per_element = 1 / (D * ALIGN).to(COMPUTE)
+        per_element = 1 / tl.cast(D * ALIGN, COMPUTE)  # D may be the constant 1, which has no .to
         total = tl.zeros([BLOCK], COMPUTE)
         for i in tl.range(0, width, BLOCK, num_stages=STAGES):
             total += tl.load(target + i + column, column < width - i, 0).to(COMPUTE)

@@ -70,7 +70,7 @@ def _cross_entropy_kernel(
         weight = tl.load(weights + i_row, inside, 0)
         ignored = ignored | (weight == 0)
         epsilon = tl.load(smoothing)
-        per_class = 1 / (K * ALIGN).to(COMPUTE)
+        per_class = 1 / tl.cast(K * ALIGN, COMPUTE)  # K may be the constant 1, which has no .to
         # no smoothing, and a logit of -inf: 0 times infinity would be NaN
         uniform = tl.sum(tl.where(mask, maximum[:, None] - x, 0.0), 1) * per_class
         uniform = tl.where(epsilon == 0, 0.0, epsilon * uniform)
@@ -145,7 +145,7 @@ def _cross_entropy_long_kernel(
         weight = tl.load(weights + i_row)
         ignored = ignored | (weight == 0)
         epsilon = tl.load(smoothing)
-        per_class = 1 / (K * ALIGN).to(COMPUTE)
+        per_class = 1 / tl.cast(K * ALIGN, COMPUTE)  # K may be the constant 1, which has no .to
         uniform = tl.where(epsilon == 0, 0.0, epsilon * (maximum - tl.sum(b_sum, 0) * per_class))
         loss = tl.where(ignored, 0.0, tl.log(total) + ((1 - epsilon) * (maximum - x_label) + uniform))
     else:

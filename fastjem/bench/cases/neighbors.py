@@ -112,9 +112,9 @@ def gram_case(b: int, p: int, d: int, dtype: torch.dtype = torch.float32, **opti
 
 
 CASES = [
-    kmeans_case(20_000, 512, 128, devices=("cpu",)),
-    kmeans_case(20_000, 3000, 128, devices=("cpu",), full_only=("cpu",)),
-    kmeans_case(20_000, 512, 128, devices=("cuda",)),
+    kmeans_case(20_000, 512, 128),
+    kmeans_case(20_000, 3000, 128, full_only=("cpu", "cuda")),
+    kmeans_case(100_000, 512, 128, devices=("cuda",)),
     kmeans_case(500_000, 3000, 128, devices=("cuda",), full_only=("cuda",)),
     kmeans_case(20_000, 512, 128, torch.bfloat16, full_only=("cpu", "cuda")),
     votes_case(1000, 20_000, 384),
