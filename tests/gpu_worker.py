@@ -20,7 +20,7 @@ CONTEXT_LOST = 70  # the exit code of a process whose GPU answers nothing any mo
 
 
 class Worker:
-    """`claims`: a folder, or None for a process that has `only` the tests of such names; `rest`: tests to begin with."""
+    """`claims`: a folder, or None where the process has `only` the tests of such names; `rest`: tests to begin with."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.claims = Path(plan["claims"]) if plan["claims"] else None

@@ -33,6 +33,7 @@ class Case:
     flops: int = 0  # of matrix products at the least, forward and backward
     peers: Mapping[str, Callable[[], Callable]] = field(default_factory=dict)  # package -> imports and makes it
     dtype: torch.dtype = torch.float32
+    loops: tuple[str, ...] = ()  # peers that go through the batch in Python: minutes on a GPU, where it is large
     compiled: Callable[[], Callable] | None = None  # makes torch.compile's variant, where it can't take `eager` whole
     compiles: bool = True  # False: there is no such variant, as of an optimiser's step, whose compile takes minutes
     uses: tuple[str, ...] = ()  # further operators that `ours` consists of
@@ -48,13 +49,19 @@ class Case:
         """The inputs, the same ones at each call."""
         return self.inputs(Draw(device, self.dtype))
 
-    def variants(self, compiled: bool = True) -> tuple[dict[str, Callable], dict[str, str]]:
-        """Name -> function of the inputs, eager first and ours last; and, for peers that can't be had, why."""
+    def variants(self, compiled: bool = True, loops: bool = True) -> tuple[dict[str, Callable], dict[str, str]]:
+        """Name -> function of the inputs, eager first and ours last; and, for peers that can't be had, why.
+
+        `loops`: those that go through the batch in Python, too.
+        """
         functions = {"eager": self.eager}
         absent = {}
         if compiled and self.compiles:
             functions["compile"] = self.compiled() if self.compiled else torch.compile(self.eager, dynamic=False)
         for package, load in self.peers.items():
+            if package in self.loops and not loops:
+                absent[package] = "left out (it goes through the batch in Python; --loops times it)"
+                continue
             try:
                 functions[package] = load()
             except ImportError as error:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastjem.atomic import write_atomically
 from fastjem.bench.neighbours import BUSY
 
 LOST = 0.98  # ratios below it are listed as losses; what is nearer to 1 is noise
@@ -83,7 +84,9 @@ def summary(rows: Sequence[dict], short: bool = False) -> list[list[str]]:
 def _compared(row: dict, other: str, short: bool) -> str:
     """`27.1 ms 1.50x (1.45)`: the other's time (unless `short`) and the two ratios."""
     if other not in row["variants"]:
-        return "wrong" if other in row["wrong"] else "-"
+        why = row["absent"].get(other, "")
+        said = next((words for words in ("not installed", "left out") if why.startswith(words)), "-")
+        return "wrong" if other in row["wrong"] else said
     time = "" if short else seconds(row["variants"][other]["passes"]["total"]["minimum"]) + " "
     both = ratio(row, other)
     return time + (f"{both[0]:.2f}x ({both[1]:.2f})" if both else "")
@@ -205,13 +208,12 @@ def merged(old: dict, new: dict) -> dict:
 
 def write(results: dict, folder: Path, name: str) -> list[Path]:
     """Write or update `folder/name.json` and `.md`; the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.json"
     page = folder / f"{name}.md"
     if data.exists():
         results = merged(load(data), results)
-    data.write_text(dumps(results))
-    page.write_text(markdown(results))
+    write_atomically(data, dumps(results).encode())
+    write_atomically(page, markdown(results).encode())
     return [data, page]
 
 

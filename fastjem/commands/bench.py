@@ -54,19 +54,25 @@ def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], 
     begin = time.perf_counter()
     described = machine.describe(device)
     run = machine.now()
-    run["options"] = {key: getattr(options, key) for key in ("filter", "dtype", "rounds", "quick", "full")}
+    kept = ("filter", "dtype", "rounds", "quick", "full", "compile", "loops")
+    run["options"] = {key: getattr(options, key) for key in kept}
     _say("measuring copy bandwidth and matrix products ...")
     ceilings = machine.ceilings(device, options.wait)
     run["ceilings"] = {"copy": {str(size): rate for size, rate in ceilings.copy.items()}, "matmul": ceilings.matmul}
-    rows = [found | {"run": run["date"]} for found in _measured(options, device, chosen, ceilings)]
+    results: dict[str, Any] = {"machine": described, "runs": [run], "rows": []}
+    rows = results["rows"]
+    name = machine.slug(described) + ("-quick" if options.quick else "")
+    written = []
+    try:
+        for row in _measured(options, device, chosen, ceilings):
+            rows.append(row | {"run": run["date"]})
+            run["seconds"] = round(time.perf_counter() - begin)
+            if options.out:  # after each case: what ends the process leaves the rows before it
+                written = report.write(results, Path(options.out), name)
+    except KeyboardInterrupt:
+        _say(f"stopped after {len(rows)} of {len(chosen)} cases")
     if not rows:
         return 130
-    run["seconds"] = round(time.perf_counter() - begin)
-    results = {"machine": described, "runs": [run], "rows": rows}
-    written = []
-    if options.out:
-        name = machine.slug(described) + ("-quick" if options.quick else "")
-        written = report.write(results, Path(options.out), name)
     print(report.text(results))
     if left_out:
         print(f"{left_out} slow or less usual case{'s' * (left_out > 1)} left out; --full runs them too.")
@@ -83,42 +89,38 @@ def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], 
 
 def _measured(
     options: argparse.Namespace, device: torch.device, chosen: list[Case], ceilings: machine.Ceilings
-) -> list[dict]:
-    """The rows of the chosen cases, or of the first of them where Ctrl-C ends it."""
-    rows: list[dict] = []
-    compiled = not (options.no_compile or options.quick)
+) -> Iterator[dict]:
+    """The rows of the chosen cases, each as soon as it is there."""
+    on_gpu = device.type == "cuda"
+    compiled = not (on_gpu or options.quick) if options.compile is None else options.compile
+    loops = not on_gpu or options.loops
     budget = QUICK_BUDGET if options.quick else options.budget
+    limits = {"rounds": options.rounds, "budget": budget, "patience": options.wait}
     with _cold_caches(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if compiled:
             with contextlib.suppress(Exception):  # what torch.compile imports at its first use is no case's cost
                 torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-        try:
-            for i, case in enumerate(chosen, 1):
-                start = time.perf_counter()
-                rows.append(
-                    measure(
-                        case, device, ceilings, compiled, rounds=options.rounds, budget=budget, patience=options.wait
-                    )
-                )
-                _say(f"[{i}/{len(chosen)}] {case.name}: {time.perf_counter() - start:.1f} s")
-        except KeyboardInterrupt:
-            _say(f"stopped after {len(rows)} of {len(chosen)} cases")
-    return rows
+        for i, case in enumerate(chosen, 1):
+            start = time.perf_counter()
+            yield measure(case, device, ceilings, compiled, loops, **limits)
+            _say(f"[{i}/{len(chosen)}] {case.name}: {time.perf_counter() - start:.1f} s")
 
 
-def measure(case: Case, device: torch.device, ceilings: machine.Ceilings, compiled: bool, **limits: Any) -> dict:
+def measure(
+    case: Case, device: torch.device, ceilings: machine.Ceilings, compiled: bool, loops: bool = True, **limits: Any
+) -> dict:
     """Time one case: its row for the report. `limits` go to `compare`: rounds, budget, patience."""
     if compiled:
         torch._dynamo.reset()  # one formula at many shapes would meet dynamo's limit
-    variants, not_installed = case.variants(compiled)
+    variants, absent = case.variants(compiled, loops)
     try:
         inputs = case.draw(device)
         verify = case.verifier(inputs)
         comparison = compare(variants, inputs, device=device, verify=verify, clock=case.clock, **limits)
     except Exception as error:  # too large for this machine, most likely; the other cases are still worth running
         comparison = Comparison({}, dict.fromkeys(variants, reason(error)), [])
-    comparison.absent |= not_installed
+    comparison.absent |= absent
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return row(case, device, comparison, ceilings)
@@ -202,7 +204,8 @@ def _pattern(value: str) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = PlainParser(
         prog="fastjem bench",
-        description="Time fastjem's operators against eager torch, torch.compile and, if installed, lightly, in turns.",
+        description="Time fastjem's operators against eager torch, torch.compile and those peers that are installed "
+        "(lightly, torchvision, memeff, siglip-kernel, triton-augment, flash-kmeans ...), in turns.",
     )
     here = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
@@ -212,9 +215,13 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=_rounds, metavar="N", help="turns of each variant; default: 5 to 25, as the time allows")
     add("--budget", type=float, default=BUDGET, metavar="S", help=f"seconds of sampling per case; default: {BUDGET:g}")
     add("--check", action="store_true", help="exit with 1 where anything is faster, and ours far from the floor")
-    add("--quick", action="store_true", help="short and without torch.compile: does everything run?")
+    add("--quick", action="store_true", help="short: does everything run?")
     add("--full", action="store_true", help="slow and less usual cases too")
-    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add(
+        "--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile, too, or not; default: on the CPU, without --quick (on a GPU it takes minutes)",
+    )  # fmt: skip
+    add("--loops", action="store_true", help="on a GPU, too, peers that go through the batch in Python")
     add("--wait", type=float, default=0, metavar="S", help="per case, wait at most so long for an idle machine")
     add("--out", type=_folder, metavar="DIR", help="write DIR/<machine>.json and .md; other cases' rows in them stay")
     add("--list", action="store_true", help="print the names of the cases, run nothing")

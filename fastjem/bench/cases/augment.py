@@ -1,6 +1,7 @@
 """Views from a table of parameters, drawn as SimCLR's recipe says (jitter 0.8, 0.8, 0.8, 0.2; blur for one in two)."""
 
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -58,18 +59,51 @@ def torchvision():
     return run
 
 
-def case(batch: int, size: int, dtype: torch.dtype = torch.float32, blur: bool = True, **options) -> Case:
-    """uint8 pixels and the table are read, the result is written."""
+def triton_augment():
+    """What it shares with ours: flip, brightness, saturation, greyscale, normalisation. Its contrast is about 0.5 where
+    others' is about the image's mean, and it has no hue, blur or order. It takes floats of a channel after the other,
+    so that conversion is in its time."""
+    os.environ.setdefault("TRITON_AUGMENT_SUPPRESS_FIRST_RUN_MESSAGE", "1")
+    from triton_augment.functional import fused_augment  # pyright: ignore[reportMissingImports]
+
+    def run(images: Tensor, parameters: Tensor) -> Tensor:
+        x = (images.permute(0, 3, 1, 2).float() / 255).contiguous()
+        height, width = x.shape[2:]
+        p = parameters.T.contiguous()  # each factor's numbers side by side, as its kernel reads them
+        return fused_augment(
+            x, top=0, left=0, height=height, width=width, flip_horizontal=p[table.FLIP] > 0,
+            brightness_factor=p[table.BRIGHTNESS], saturation_factor=p[table.SATURATION],
+            grayscale=p[table.GRAYSCALE] > 0, mean=tuple(MEAN), std=tuple(STD),
+        )  # fmt: skip
+
+    return run
+
+
+def without_contrast_and_hue(p: Tensor) -> Tensor:
+    p[:, table.CONTRAST] = 1
+    p[:, [table.HUE, table.ORDER, table.SIGMA]] = 0
+    return p
+
+
+def case(
+    batch: int, size: int, dtype: torch.dtype = torch.float32, blur: bool = True, simple: bool = False, **options
+) -> Case:
+    """uint8 pixels and the table are read, the result is written. `simple`: of what triton-augment does, too."""
 
     def inputs(draw: Draw) -> tuple[Tensor, Tensor]:
         coarse = torch.rand(batch, 3, 8, 8, generator=draw.generator, device=draw.device)
         images = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255
-        return images.byte().permute(0, 2, 3, 1).contiguous(), draw_table(draw, batch, blur, size, size)
+        parameters = draw_table(draw, batch, blur and not simple, size, size)
+        if simple:
+            parameters = without_contrast_and_hue(parameters)
+        return images.byte().permute(0, 2, 3, 1).contiguous(), parameters
 
+    without = ", no contrast, hue, blur" if simple else "" if blur else ", no blur"
+    peers = {"triton-augment": triton_augment} if simple else {"torchvision": torchvision}
     return Case(
-        "augment", f"{batch} x {size} x {size}" + ("" if blur else ", no blur"), inputs,
+        "augment", f"{batch} x {size} x {size}{without}", inputs,
         lambda x, p: reference.augment(x, p, MEAN, STD, dtype, False, False, 128.0),
-        lambda x, p: F.augment(x, p, mean=MEAN, std=STD, dtype=dtype), dtype=dtype, peers={"torchvision": torchvision},
+        lambda x, p: F.augment(x, p, mean=MEAN, std=STD, dtype=dtype), dtype=dtype, peers=peers, loops=("torchvision",),
         bytes=batch * (size * size * 3 * (1 + dtype.itemsize) + 4 * table.COLUMNS), **options,
     )  # fmt: skip
 
@@ -96,6 +130,7 @@ CASES = [
     case(256, 32, blur=False, devices=("cpu",)),
     case(2048, 224, torch.bfloat16, devices=("cuda",)),
     case(8192, 32, torch.bfloat16, blur=False, devices=("cuda",)),
+    case(2048, 224, simple=True, devices=("cuda",)),
     crop_case(256, 32, 32, devices=("cpu",)),
     crop_case(8192, 32, 32, devices=("cuda",)),
     crop_case(16, 256, 224, bicubic=True),

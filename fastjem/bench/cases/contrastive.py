@@ -147,7 +147,7 @@ def nnclr_case(n: int, k: int, d: int, **options) -> Case:
     )  # fmt: skip
 
 
-def clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+def clip(x: Tensor, y: Tensor, scale: Tensor | float) -> Tensor:
     logits = scale * (x @ y.T)
     partner = torch.arange(len(x), device=x.device)
     return (cross_entropy(logits, partner) + cross_entropy(logits.T, partner)) / 2
@@ -157,6 +157,64 @@ def open_clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """The formula of open_clip's ClipLoss: each direction is a product of its own."""
     partner = torch.arange(len(x), device=x.device)
     return (cross_entropy(scale * x @ y.T, partner) + cross_entropy(scale * y @ x.T, partner)) / 2
+
+
+PAIRS_TEMPERATURE = 0.07
+
+
+def memeff_clip():
+    """`stable=False`: by default it multiplies the gradient by sqrt(N * temperature), which is CLIP's no more."""
+    from memeff import MemoryEfficientCLIPLoss  # pyright: ignore[reportMissingImports]
+
+    return MemoryEfficientCLIPLoss(temperature=PAIRS_TEMPERATURE, normalized_inputs=True, stable=False)
+
+
+def fixed_clip_case(n: int, d: int, dtype: torch.dtype, **options) -> Case:
+    """CLIP at a temperature that isn't learned, as memeff has it; bytes and FLOPs are those of `image_text_case`."""
+
+    def inputs(draw: Draw) -> tuple[Tensor, ...]:
+        return tuple(normalize(z, dim=1).requires_grad_() for z in draw.pair(n, d, (False, False)))
+
+    return Case(
+        "clip_loss", f"{n} x {d}, fixed temperature", inputs, partial(clip, scale=1 / PAIRS_TEMPERATURE),
+        partial(F.clip_loss, logit_scale=1 / PAIRS_TEMPERATURE), dtype=dtype, peers={"memeff": memeff_clip},
+        bytes=4 * n * d * dtype.itemsize, flops=8 * n * n * d, uses=("clip_loss_backward",), **options,
+    )  # fmt: skip
+
+
+def in_batch(query: Tensor, document: Tensor) -> Tensor:
+    logits = normalize(query, dim=1) @ normalize(document, dim=1).T / PAIRS_TEMPERATURE
+    return cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+
+def our_in_batch(query: Tensor, document: Tensor) -> Tensor:
+    return F.info_nce(query, document, document, temperature=PAIRS_TEMPERATURE, label_offset=0)
+
+
+def memeff_in_batch():
+    """`margin=2`: no negative is left out for being alike; `stable=False` as in `memeff_clip`."""
+    from memeff import MemoryEfficientQwen3Loss  # pyright: ignore[reportMissingImports]
+
+    return MemoryEfficientQwen3Loss(temperature=PAIRS_TEMPERATURE, margin=2.0, stable=False)
+
+
+def in_batch_case(n: int, d: int, dtype: torch.dtype, **options) -> Case:
+    """One direction of pairs. FLOPs: similarities, and both gradients from the weights that their pass makes. Bytes:
+    rows read, their gradients written."""
+    return Case(
+        "info_nce", f"{n} pairs x {d}", lambda draw: draw.pair(n, d), in_batch, our_in_batch, dtype=dtype,
+        peers={"memeff": memeff_in_batch}, bytes=4 * n * d * dtype.itemsize, flops=6 * n * n * d, **options,
+    )  # fmt: skip
+
+
+def siglip_kernel():
+    """Its temperature is given as a logarithm."""
+    from siglip_kernel import fused_siglip_loss  # pyright: ignore[reportMissingImports]
+
+    def run(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return fused_siglip_loss(x, y, scale.log(), bias)
+
+    return run
 
 
 def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -172,6 +230,8 @@ def image_text_case(op: str, n: int, d: int, dtype: torch.dtype = torch.float32,
         "clip_loss": (clip, F.clip_loss, {"open_clip's formula": lambda: open_clip}, 4, (14.0,)),
         "siglip_loss": (siglip, F.siglip_loss, {}, 3, (10.0, -10.0)),
     }[op]
+    if op == "siglip_loss" and options.get("devices") == ("cuda",):
+        peers = {"siglip-kernel": siglip_kernel}
 
     def inputs(draw: Draw) -> tuple[Tensor, ...]:
         x, y = (normalize(z, dim=1).requires_grad_() for z in draw.pair(n, d, (False, False)))
@@ -197,6 +257,10 @@ CASES = [
     image_text_case("clip_loss", 4096, 512, full_only=("cpu", "cuda")),
     image_text_case("clip_loss", 32768, 512, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
     image_text_case("siglip_loss", 1024, 512, full_only=("cpu", "cuda")),
+    image_text_case("siglip_loss", 8192, 768, torch.bfloat16, devices=("cuda",)),
+    fixed_clip_case(8192, 512, torch.bfloat16, devices=("cuda",)),
+    fixed_clip_case(32_768, 512, torch.bfloat16, devices=("cuda",), full_only=("cuda",)),
+    in_batch_case(8192, 512, torch.bfloat16, devices=("cuda",)),
     # small runs
     nt_xent_case(128, 128, **SMALL),
     nt_xent_case(256, 2048, **SMALL),

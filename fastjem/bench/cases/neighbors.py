@@ -41,6 +41,20 @@ def sklearn():
     return run
 
 
+def flash_kmeans():
+    """One iteration on unit rows, then the assignment alone: a second iteration would move the centroids again."""
+    from flash_kmeans import batch_kmeans_Cosine  # pyright: ignore[reportMissingImports]
+    from flash_kmeans.assign_euclid_triton import cosine_assign_triton  # pyright: ignore[reportMissingImports]
+
+    def run(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        rows = normalize(at_least_float32(x), dim=1)[None]
+        _, moved, _ = batch_kmeans_Cosine(rows, len(centroids), max_iters=1, init_centroids=centroids[None])
+        last = cosine_assign_triton(rows, moved)[0].long()
+        return moved[0], (rows[0] * moved[0, last]).sum(1).mean()
+
+    return run
+
+
 def kmeans_case(n: int, k: int, d: int, dtype: torch.dtype = torch.float32, **options) -> Case:
     """Features are read once a pass, of which there are two; their products with all centroids are made in each."""
 
@@ -48,9 +62,10 @@ def kmeans_case(n: int, k: int, d: int, dtype: torch.dtype = torch.float32, **op
         x = draw.normal(n, d)
         return x, normalize(at_least_float32(x[:k]), dim=1)
 
+    on_gpu = options.get("devices") == ("cuda",)
+    peers = {"flash-kmeans": flash_kmeans} if on_gpu else {"sklearn": sklearn} if dtype == torch.float32 else {}
     return Case(
-        "kmeans_step", f"{n} x {k} x {d}", inputs, kmeans, ours_kmeans, dtype=dtype,
-        peers={"sklearn": sklearn} if dtype == torch.float32 else {},
+        "kmeans_step", f"{n} x {k} x {d}", inputs, kmeans, ours_kmeans, dtype=dtype, peers=peers,
         bytes=2 * n * d * dtype.itemsize + 3 * k * d * 4, flops=4 * n * k * d, **options,
     )  # fmt: skip
 
@@ -97,8 +112,10 @@ def gram_case(b: int, p: int, d: int, dtype: torch.dtype = torch.float32, **opti
 
 
 CASES = [
-    kmeans_case(20_000, 512, 128),
-    kmeans_case(20_000, 3000, 128, full_only=("cpu", "cuda")),
+    kmeans_case(20_000, 512, 128, devices=("cpu",)),
+    kmeans_case(20_000, 3000, 128, devices=("cpu",), full_only=("cpu",)),
+    kmeans_case(20_000, 512, 128, devices=("cuda",)),
+    kmeans_case(500_000, 3000, 128, devices=("cuda",), full_only=("cuda",)),
     kmeans_case(20_000, 512, 128, torch.bfloat16, full_only=("cpu", "cuda")),
     votes_case(1000, 20_000, 384),
     votes_case(1000, 20_000, 384, torch.bfloat16, full_only=("cpu", "cuda")),
