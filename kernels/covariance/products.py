@@ -112,7 +112,7 @@ def squares(z: Tensor, cross: bool) -> tuple[list[Tensor], Tensor]:
     """
     _, n, d = z.shape
     is_tall = n >= d
-    tile = tiling.covariance_squares(z.dtype)
+    tile = tiling.covariance_squares(z.dtype, cross and not is_tall)
     r = d if is_tall else n
     blocks = triton.cdiv(r, tile["BM"])
     offsets = blocks if cross and is_tall else blocks // 2 + 1
