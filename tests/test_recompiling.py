@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-import aot  # noqa: E402
-import specialisations  # noqa: E402
+import aot
+import specialisations
 
 
 def _x(*shape: int) -> torch.Tensor:

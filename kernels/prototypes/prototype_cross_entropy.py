@@ -39,8 +39,7 @@ def _prototype_cross_entropy_kernel(
     s_student,  # tuple of S / ALIGN
     s_teacher,  # tuple of T / ALIGN
     bias,  # tuple of T x [K], or None each
-    student_lse,  # [S, B]
-    teacher_lse,  # [T, B]
+    lse,  # [S + T, B]
     weights,  # [B], or None
     one_over,  # 0-dim, over the weights of all pairs of rows; None without weights
     losses,  # [B, blocks]
@@ -75,8 +74,10 @@ def _prototype_cross_entropy_kernel(
     total = tl.zeros([BLOCK], COMPUTE)
     if PAIRS == 2 or (PAIRS == 0 and S > T):
         for t in tl.static_range(T):
-            lse = tl.load(teacher_lse + t * B + i_row)
-            total += _probability(teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], sharp, COMPUTE, ALIGN)
+            of_row = tl.load(lse + (S + t) * B + i_row)
+            total += _probability(
+                teacher[t], bias[t], of_row, i_row, column, inside, s_teacher[t], sharp, COMPUTE, ALIGN
+            )
     b_loss = tl.zeros([BLOCK], COMPUTE)
     for s in tl.static_range(S):
         y = total
@@ -84,13 +85,13 @@ def _prototype_cross_entropy_kernel(
             y = tl.zeros([BLOCK], COMPUTE)
             for t in tl.static_range(T):
                 if (t == s) == (PAIRS == 1):
-                    lse = tl.load(teacher_lse + t * B + i_row)
+                    of_row = tl.load(lse + (S + t) * B + i_row)
                     y += _probability(
-                        teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], sharp, COMPUTE, ALIGN
+                        teacher[t], bias[t], of_row, i_row, column, inside, s_teacher[t], sharp, COMPUTE, ALIGN
                     )
         if MASSES[s] > 0:
             x = tl.load(student[s] + launch.row_start(i_row, s_student[s], ALIGN) + column, inside, 0).to(COMPUTE)
-            log_p = x * scale - tl.load(student_lse + s * B + i_row)
+            log_p = x * scale - tl.load(lse + s * B + i_row)
             b_loss -= tl.where(inside & (y != 0), y * log_p, 0.0)  # 0 times -inf is 0
             if gradients[s] is not None:
                 g = (MASSES[s] * tl.exp(log_p) - y) * factor
@@ -107,13 +108,14 @@ def _statistics_kernel(
     teacher,  # tuple of T x [B, K], rows s_teacher[v] * ALIGN apart
     s_teacher,  # tuple of T / ALIGN
     bias,  # tuple of T x [K], or None each
-    teacher_lse,  # [T, B]
+    lse,  # [S + T, B]
     mean,  # [K]
     usage,  # [K]
     entropies,  # [blocks]
     B,
     K,  # / ALIGN
     teacher_scale: tl.float64,
+    S: tl.constexpr,
     T: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -135,7 +137,7 @@ def _statistics_kernel(
             v = x * scale
             if bias[t] is not None:
                 v += tl.load(bias[t] + column, inside, 0)[None, :]
-            log_q = v - tl.load(teacher_lse + t * B + i_row, i_row < B, 0)[:, None]
+            log_q = v - tl.load(lse + (S + t) * B + i_row, i_row < B, 0)[:, None]
             q = tl.where(mask, tl.exp(log_q), 0.0)
             logits += tl.sum(x, 0)
             probabilities += tl.sum(q, 0)
@@ -179,7 +181,7 @@ class _Teacher(NamedTuple):
     views: tuple[Tensor, ...]  # T x [B, K] with dense rows
     biases: tuple[Tensor | None, ...]  # T x [K]
     temperature: float
-    lse: Tensor  # [T, B]
+    lse: Tensor  # [S + T, B]
     align: int  # the kernels' ALIGN, of the student's views too
 
     @property
@@ -189,6 +191,7 @@ class _Teacher(NamedTuple):
     def constants(self) -> dict:
         return {
             "teacher_scale": 1 / self.temperature,
+            "S": len(self.lse) - len(self.views),
             "T": len(self.views),
             "COMPUTE": launch.DTYPES[self.lse.dtype],
             "ALIGN": self.align,
@@ -247,7 +250,7 @@ def prototype_cross_entropy(
     lse = torch.empty((views + teachers, b), dtype=compute, device=student[0].device)
     row_logsumexps(student_views, 1 / student_temperature, teacher_views, biases, 1 / teacher_temperature, lse)
     align = launch.alignment(*student_views, *teacher_views)
-    of_teacher = _Teacher(teacher_views, biases or (None,) * teachers, teacher_temperature, lse[views:], align)
+    of_teacher = _Teacher(teacher_views, biases or (None,) * teachers, teacher_temperature, lse, align)
 
     # over the pairs of rows; where they have weights, their number is a tensor
     number = count(views, teachers, pairs)
@@ -271,7 +274,6 @@ def prototype_cross_entropy(
         of_teacher.strides,
         of_teacher.biases,
         lse,
-        of_teacher.lse,
         weights,
         one_over,
         losses,
@@ -279,7 +281,6 @@ def prototype_cross_entropy(
         k // align,
         student_scale=1 / student_temperature,
         gradient_scale=in_kernel,
-        S=views,
         PAIRS=PAIRS[pairs],
         MASSES=tuple(partners(i, teachers, pairs) for i in range(views)),
         SCALED=is_scaled and one_over is not None,
