@@ -6,7 +6,7 @@ the second time transposed. What the loss wants of squares is summed as they are
 diagonal is left out, of the sum and of what the next product takes: it has a term of its own, and what a total and a
 diagonal leave of each other has lost its digits where columns are decorrelated.
 
-float32 is three products of TF32, each with a sum of its own, of numbers that are rounded to TF32's digits and what that
+float32 is three products of TF32, each with a sum of its own, of numbers rounded to TF32's digits and of what that
 leaves of them: errors are about float32's own (docs/gpu.md). Nobody's setting of torch's precision is asked or changed.
 """
 
@@ -25,7 +25,7 @@ PAD = tl.constexpr(16)
 @triton.jit
 def _add_product(acc, acc_right, acc_left, left, right, COMPUTE: tl.constexpr):
     """The product added to the first sum, in float32 what TF32 leaves of right and of left added to the others."""
-    if COMPUTE == tl.float32:
+    if COMPUTE == tl.float32:  # noqa: SIM300
         left_high = tf32_high(left)
         right_high = tf32_high(right)
         acc = tl.dot(left_high, right_high, acc, input_precision="tf32")
@@ -68,7 +68,7 @@ def _square_tile(z, i_a, i_b, z_b, N, D, TALL: tl.constexpr, COMPUTE: tl.constex
 
 @triton.jit
 def _store_square(out, out_transposed, s, i_a, i_b, R, s_square, live):
-    """A tile, and its transpose on the other side; rows up to the end of their memory, with the zeros that are there."""
+    """A tile, and its transpose on the other side; rows up to the end of their memory, where zeros are."""
     mask = (i_a < R)[:, None] & (i_b < s_square * PAD)[None, :] & live
     tl.store(out + launch.row_start(i_a, s_square, PAD)[:, None] + i_b[None, :], s, mask)
     mask = (i_a < s_square * PAD)[:, None] & (i_b < R)[None, :] & live
@@ -78,7 +78,8 @@ def _store_square(out, out_transposed, s, i_a, i_b, R, s_square, live):
 @triton.jit(do_not_specialize=["N", "s_square"])
 def _squares_kernel(
     z,  # [2, N, D] contiguous
-    squares,  # tuple of two [R, R], rows s_square * PAD apart, R = D if TALL else N: of each view; if CROSS and TALL, a^T b and its transpose
+    # tuple of two [R, R], rows s_square * PAD apart, R = D if TALL else N: of each view; if CROSS and TALL, a^T b and
+    squares,  # its transpose
     sums,  # [views or 1, blocks, offsets, BM]: of a tile's rows, of squares over N; if CROSS of a's times b's
     N,
     D,
@@ -163,7 +164,7 @@ def squares(z: Tensor, cross: bool) -> tuple[list[Tensor], Tensor]:
 def product_tile(
     z, square, i_row, column, N, D, s_square, TALL: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """A tile of `square @ z`, or if TALL of `z @ square.T`, of z [N, D], contiguous, and `squares`' [N, N] or [D, D]."""
+    """A tile of `square @ z`, or if TALL of `z @ square.T`, of contiguous z [N, D] and one of `squares`."""
     acc = tl.zeros([i_row.shape[0], column.shape[0]], COMPUTE)
     acc_right = tl.zeros([i_row.shape[0], column.shape[0]], COMPUTE)
     acc_left = tl.zeros([i_row.shape[0], column.shape[0]], COMPUTE)
