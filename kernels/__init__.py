@@ -8,9 +8,10 @@ Conventions of operators
 * Arithmetic is in float32, or in float64 where the inputs are float64. Losses come out 0-dim in that dtype, gradients
   in the dtype of their input.
 * A loss whose gradients can be had in the same pass returns `(loss, gradients, scale)`: a gradient for each
-  differentiable input, empty where the last argument, `wanted`, says no. Gradients are *unscaled*: the gradient of the
-  loss is `scale * gradient`. The scale (1 / N, 1 / temperature) is applied in backward in float32, because float16
-  gradients that carry it vanish. Some operators return a list of statistics after it.
+  differentiable input, empty where the last argument, `wanted`, says no. The gradient of the loss is
+  `scale * gradient`; an implementation says how much of the scale (1 / N, 1 / temperature) is in its gradients. Of
+  float16 none is, as it would vanish: there it is applied in backward, in float32. With all of it in the gradients
+  backward reads them again only where the upstream gradient isn't 1. Some operators return a list of statistics too.
 * A loss that needs a second pass is two operators, `name` and `name_backward`.
 * `fastjem.functional` checks what users pass, and tells them of it. What a kernel would read or write beyond is refused
   by `guard.py` as well, as an operator may be called directly.

@@ -20,6 +20,8 @@ AUGMENT_PROGRAMS = 512  # at the least, where there are rows enough: a few image
 COLUMN_SUMS = 1 << 24  # float32 numbers, 64 MiB: the parts that columns' log-sum-exps are joined from
 WEIGHTS_BYTES = 1 << 27  # the weights of a contrastive gradient, a band of rows at a time
 
+SCALED_AHEAD = 1 << 22  # elements of a gradient: worth a launch before, if backward then leaves them alone
+
 CPU_TILE = 1024  # rows and columns of similarities: 4 MiB of float32, the second-level caches of two cores
 CPU_KOLEO_ROWS = 256  # of a strip of a symmetric product: 10 of 16 blocks of 1024 rows are computed
 CPU_BANK_ROWS = 64  # of a memory bank at a time, at the least: wide rows still make a product worth a call
@@ -296,11 +298,14 @@ def covariance_columns(dtype: torch.dtype) -> dict:
     return {"ROWS": 128 if dtype == torch.float32 else 64, "COLUMNS": 16, "num_warps": 4}
 
 
-def covariance_squares(dtype: torch.dtype) -> dict:
-    """Square tiles, as a tile is written transposed as well."""
+def covariance_squares(dtype: torch.dtype, both: bool) -> dict:
+    """Square tiles, as a tile is written transposed as well; `both`: a program makes those of both views.
+
+    On sm_80 tiles of 128, or 4 warps, spill, and of both views more than 16 columns at a time.
+    """
     if dtype == torch.float64:
         return {"BM": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
-    return {"BM": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}  # 4 warps, or tiles of 128, spill on sm_80
+    return {"BM": 64, "BLOCK_K": 16 if both else 32, "num_warps": 8, "num_stages": 2}
 
 
 def covariance_gradient(dtype: torch.dtype) -> dict:
@@ -318,8 +323,13 @@ def row_logsumexp(width: int, dtype: torch.dtype) -> dict:
     return {"BLOCK": block, "num_warps": 16 if block > 2048 else 4, "STAGES": 3}  # 8 warps spill beside a float64 bias
 
 
-def column_logsumexp(dtype: torch.dtype) -> dict:
-    """Rows of 512 bytes of float32, whole sectors of any input, and enough programs at a few thousand rows."""
+def column_logsumexp(width: int, dtype: torch.dtype) -> dict:
+    """Rows of 512 bytes of float32, whole sectors of any input, and enough programs at a few thousand rows.
+
+    Wide rows make programs enough of four times that, so that memory is read in pieces of a kilobyte and more.
+    """
+    if width >= 16_384:
+        return {"PART": 128, "ROWS": 8, "BLOCK": 2048 // dtype.itemsize, "num_warps": 8}
     return {"PART": 128, "ROWS": 16, "BLOCK": 512 // dtype.itemsize, "num_warps": 4}
 
 

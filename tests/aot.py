@@ -35,6 +35,7 @@ from fastjem.kernels.optimizers import columns as optimizer_columns
 from fastjem.kernels.optimizers import gpu as optimizers
 from fastjem.kernels.predictive import gpu as predictive
 from fastjem.kernels.prototypes import gpu as prototypes
+from fastjem.kernels.prototypes.mean_entropy import softmax_slope
 from fastjem.kernels.supervised import gpu as supervised
 from fastjem.kernels.weights import gpu as weights
 
@@ -142,7 +143,10 @@ class Case:
     shape: str
     dtype: str
     call: Callable[[], object]
-    vectors: tuple[int, int] = (0, 0)  # the least 128-bit loads and stores of a thread in the first kernel
+    vectors: tuple[int, int] = (
+        0,
+        0,
+    )  # the least 128-bit loads and stores of a thread in the first kernel
     wgmma: bool = False  # whether a kernel multiplies matrices, with wgmma on Hopper
 
     def __str__(self) -> str:
@@ -385,10 +389,18 @@ def _prototype_head(d: int, dtype: str, students: int = 2, images: int = 4, k: i
 
 def _mean_entropy(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
     def call() -> None:
-        scores = [torch.zeros(4, k, dtype=DTYPES[dtype])]
-        prototypes.mean_entropy(scores, 0.1, torch.ones(k), torch.ones(()), [True])
+        scores = [torch.zeros(4, k, dtype=DTYPES[dtype]) for _ in range(2)]
+        prototypes.mean_entropy(scores, 0.1, None, None, [True, True])
 
-    return Case("mean_entropy", f"N x {k}", dtype, call, vectors)
+    return Case("mean_entropy", f"2 x N x {k}", dtype, call, (vectors[0], 0))
+
+
+def _softmax_slope(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
+    def call() -> None:
+        x = torch.zeros(4, k, dtype=DTYPES[dtype])
+        softmax_slope(x, 0.1, torch.zeros(k), x)
+
+    return Case("mean_entropy", f"slopes of N x {k}", dtype, call, vectors)
 
 
 def _koleo(d: int, topk: int, dtype: str = "fp32", p: float = 2) -> Case:
@@ -483,6 +495,8 @@ CASES = [
     _prototype_cross_entropy(2, 1, 1024, "fp32", "all", (1, 0)),
     _mean_entropy(1024, "fp32", (1, 1)),
     _mean_entropy(65_536, "bf16", (1, 1)),
+    _softmax_slope(1024, "fp32", (1, 1)),
+    _softmax_slope(65_536, "bf16", (1, 1)),
     _koleo(384, 1),
     _koleo(1024, 4, "bf16"),
     _koleo(128, 2, p=3.0),

@@ -300,6 +300,12 @@ INTERPRETER = [
         "live = i_row < N",
         tests="fill_up",
     ),
+    Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "view * parts + part", "part"),
+    Mutation("vicreg", "kernels/covariance/products.py", "tl.where(offset == 0, 1.0, 2.0)", "1.0"),
+    Mutation(
+        "barlow_twins", "kernels/covariance/products.py", "(s * over) * (other * over)", "(s * over) * (s * over)"
+    ),
+    Mutation("prototype_cross_entropy", "kernels/prototypes/row_logsumexp.py", "(view >= UNBIASED)", "True"),
     Mutation("mean_entropy", "kernels/prototypes/mean_entropy.py", "mask, 0) - mean)", "mask, 0) - 0.99 * mean)"),
     Mutation(
         "prototype_head_usage", "kernels/prototypes/prototype_head_usage.py", "sums += added", "sums += 0.999 * added"

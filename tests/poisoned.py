@@ -222,8 +222,8 @@ class Inputs:
 
 
 WITHOUT_TEMPERATURE = {
-    "rescale_", "rescale_all_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression", "nearest_neighbors",
-    "characteristic",
+    "rescale_", "rescale_all_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression",
+    "nearest_neighbors", "characteristic",
     "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo", "regression_rows", "gram_loss",
     "kmeans_step", "nearest_k",
 }  # fmt: skip

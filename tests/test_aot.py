@@ -24,7 +24,7 @@ def test_budget(case: aot.Case, arch: int):
     for code in codes:
         assert code.spills == 0, code
         assert code.shared <= aot.SHARED_LIMIT[arch], code
-    first = codes[0]
+    first = next(code for code in codes if code.kernel not in ("_one_over_kernel", "_one_over_count_kernel"))
     assert first.loads[128] >= case.vectors[0] and first.stores[128] >= case.vectors[1], first
     assert any(code.wgmma for code in codes) == (case.wgmma and arch == 90), codes
 

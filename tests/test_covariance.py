@@ -96,6 +96,23 @@ def test_delicate_inputs(op, change, n, d, implementation, poisoned):
 
 
 @op_parameter
+@pytest.mark.parametrize("n, d", [(20, 25), (25, 20), (40, 45), (45, 40)])  # an even number of blocks, and an odd one
+def test_squares_of_several_blocks(op, n, d, implementation, poisoned, monkeypatch):
+    """Every two blocks of a symmetric square meet once; half of an even number of blocks away they meet twice."""
+    if implementation.name != "triton":
+        pytest.skip("how Triton's programs share a square")
+    tile = {"BM": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr("fastjem.kernels.tiling.covariance_squares", lambda *_: tile)
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, d, generator=g) for _ in range(2)]
+    loss, gradients = run(getattr(F, op), inputs, torch.float32, implementation.device)
+    expected, exact = run(EAGER[op], inputs, torch.float64, implementation.device)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for gradient, e in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(gradient.double(), e, rtol=0, atol=2e-6 * e.abs().max().item())
+
+
+@op_parameter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n, d", [(16, 40), (40, 16)])
 def test_half_precision_is_rounded_once(op, dtype, n, d, implementation, poisoned):

@@ -56,7 +56,7 @@ def load_tile(x, first, M, D, BLOCK: tl.constexpr, BN: tl.constexpr, EVEN: tl.co
 
 
 @triton.jit
-def _high(x):
+def tf32_high(x):
     """x rounded to the digits that TF32 has.
 
     Rounded and not cut off: the remainder `x - high` is half as large and has either sign, so that the products of two
@@ -82,8 +82,8 @@ def similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE: tl.constexpr, BLOCK_D: tl.
         left = load_rows(a, i_a, N, D, column, BLOCK_D)
         right = load_columns(b, i_b, M, D, column, BLOCK_D)
         if a.dtype.element_ty == tl.float32:
-            left_high = _high(left)
-            right_high = _high(right)
+            left_high = tf32_high(left)
+            right_high = tf32_high(right)
             s = tl.dot(left_high, right_high, s, input_precision="tf32")
             s_right = tl.dot(left_high, right - right_high, s_right, input_precision="tf32")
             s_left = tl.dot(left - left_high, right_high, s_left, input_precision="tf32")

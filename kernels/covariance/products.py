@@ -6,8 +6,8 @@ the second time transposed. What the loss wants of squares is summed as they are
 diagonal is left out, of the sum and of what the next product takes: it has a term of its own, and what a total and a
 diagonal leave of each other has lost its digits where columns are decorrelated.
 
-float32 is three products of TF32 (Triton's "tf32x3"): 2^-22 of the largest terms is left out, about what float32's own
-sums of thousands of terms lose. Nobody's setting of torch's precision is asked or changed.
+float32 is three products of TF32, each with a sum of its own, of numbers rounded to TF32's digits and of what that
+leaves of them: errors are about float32's own (docs/gpu.md). Nobody's setting of torch's precision is asked or changed.
 """
 
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch, tiling
+from ..contrastive.tiles import tf32_high
 
 # Rows of squares begin whole words apart, whatever their number, and end with zeros: else the product that reads them,
 # in a batch of any size, would read number by number.
@@ -22,9 +23,30 @@ PAD = tl.constexpr(16)
 
 
 @triton.jit
+def _add_product(acc, acc_right, acc_left, left, right, COMPUTE: tl.constexpr):
+    """The product added to the first sum, in float32 what TF32 leaves of right and of left added to the others."""
+    if COMPUTE == tl.float32:  # noqa: SIM300
+        left_high = tf32_high(left)
+        right_high = tf32_high(right)
+        acc = tl.dot(left_high, right_high, acc, input_precision="tf32")
+        acc_right = tl.dot(left_high, right - right_high, acc_right, input_precision="tf32")
+        acc_left = tl.dot(left - left_high, right_high, acc_left, input_precision="tf32")
+    else:
+        acc = tl.dot(left, right, acc, out_dtype=COMPUTE)
+    return acc, acc_right, acc_left
+
+
+@triton.jit
+def _with_remainders(acc, acc_right, acc_left):
+    return acc + tl.where(tl.abs(acc) < float("inf"), acc_right + acc_left, 0.0)  # that of an infinity is NaN
+
+
+@triton.jit
 def _square_tile(z, i_a, i_b, z_b, N, D, TALL: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile of `z @ z_b.T`, or if TALL of `z.T @ z_b`, of contiguous [N, D]."""
     acc = tl.zeros([i_a.shape[0], i_b.shape[0]], COMPUTE)
+    acc_right = tl.zeros([i_a.shape[0], i_b.shape[0]], COMPUTE)
+    acc_left = tl.zeros([i_a.shape[0], i_b.shape[0]], COMPUTE)
     if TALL:
         for start in range(0, N, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -32,7 +54,7 @@ def _square_tile(z, i_a, i_b, z_b, N, D, TALL: tl.constexpr, COMPUTE: tl.constex
             b = launch.row_start(k, D, 1)[:, None] + i_b[None, :]
             left = tl.load(z + a, (i_a < D)[:, None] & (k < N)[None, :], 0)
             right = tl.load(z_b + b, (k < N)[:, None] & (i_b < D)[None, :], 0)
-            acc = tl.dot(left, right, acc, input_precision="tf32x3", out_dtype=COMPUTE)
+            acc, acc_right, acc_left = _add_product(acc, acc_right, acc_left, left, right, COMPUTE)
     else:
         a_row = launch.row_start(i_a, D, 1)[:, None]
         b_row = launch.row_start(i_b, D, 1)[None, :]
@@ -40,13 +62,13 @@ def _square_tile(z, i_a, i_b, z_b, N, D, TALL: tl.constexpr, COMPUTE: tl.constex
             k = start + tl.arange(0, BLOCK_K)
             left = tl.load(z + a_row + k[None, :], (i_a < N)[:, None] & (k < D)[None, :], 0)
             right = tl.load(z_b + b_row + k[:, None], (k < D)[:, None] & (i_b < N)[None, :], 0)
-            acc = tl.dot(left, right, acc, input_precision="tf32x3", out_dtype=COMPUTE)
-    return acc
+            acc, acc_right, acc_left = _add_product(acc, acc_right, acc_left, left, right, COMPUTE)
+    return _with_remainders(acc, acc_right, acc_left)
 
 
 @triton.jit
 def _store_square(out, out_transposed, s, i_a, i_b, R, s_square, live):
-    """A tile, and its transpose on the other side; rows up to the end of their memory, with the zeros that are there."""
+    """A tile, and its transpose on the other side; rows up to the end of their memory, where zeros are."""
     mask = (i_a < R)[:, None] & (i_b < s_square * PAD)[None, :] & live
     tl.store(out + launch.row_start(i_a, s_square, PAD)[:, None] + i_b[None, :], s, mask)
     mask = (i_a < s_square * PAD)[:, None] & (i_b < R)[None, :] & live
@@ -56,7 +78,8 @@ def _store_square(out, out_transposed, s, i_a, i_b, R, s_square, live):
 @triton.jit(do_not_specialize=["N", "s_square"])
 def _squares_kernel(
     z,  # [2, N, D] contiguous
-    squares,  # tuple of two [R, R], rows s_square * PAD apart, R = D if TALL else N: of each view; if CROSS and TALL, a^T b and its transpose
+    # tuple of two [R, R], rows s_square * PAD apart, R = D if TALL else N: of each view; if CROSS and TALL, a^T b and
+    squares,  # its transpose
     sums,  # [views or 1, blocks, offsets, BM]: of a tile's rows, of squares over N; if CROSS of a's times b's
     N,
     D,
@@ -112,7 +135,7 @@ def squares(z: Tensor, cross: bool) -> tuple[list[Tensor], Tensor]:
     """
     _, n, d = z.shape
     is_tall = n >= d
-    tile = tiling.covariance_squares(z.dtype)
+    tile = tiling.covariance_squares(z.dtype, cross and not is_tall)
     r = d if is_tall else n
     blocks = triton.cdiv(r, tile["BM"])
     offsets = blocks if cross and is_tall else blocks // 2 + 1
@@ -141,8 +164,10 @@ def squares(z: Tensor, cross: bool) -> tuple[list[Tensor], Tensor]:
 def product_tile(
     z, square, i_row, column, N, D, s_square, TALL: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """A tile of `square @ z`, or if TALL of `z @ square.T`, of z [N, D], contiguous, and `squares`' [N, N] or [D, D]."""
+    """A tile of `square @ z`, or if TALL of `z @ square.T`, of contiguous z [N, D] and one of `squares`."""
     acc = tl.zeros([i_row.shape[0], column.shape[0]], COMPUTE)
+    acc_right = tl.zeros([i_row.shape[0], column.shape[0]], COMPUTE)
+    acc_left = tl.zeros([i_row.shape[0], column.shape[0]], COMPUTE)
     if TALL:
         left_row = launch.row_start(i_row, D, 1)[:, None]
         right_row = launch.row_start(column, s_square, PAD)[None, :]
@@ -150,7 +175,7 @@ def product_tile(
             k = start + tl.arange(0, BLOCK_K)
             left = tl.load(z + left_row + k[None, :], (i_row < N)[:, None] & (k < D)[None, :], 0)
             right = tl.load(square + right_row + k[:, None], (k < D)[:, None] & (column < D)[None, :], 0)
-            acc = tl.dot(left, right, acc, input_precision="tf32x3", out_dtype=COMPUTE)
+            acc, acc_right, acc_left = _add_product(acc, acc_right, acc_left, left, right, COMPUTE)
     else:
         left_row = launch.row_start(i_row, s_square, PAD)[:, None]
         for start in range(0, N, BLOCK_K):
@@ -158,8 +183,8 @@ def product_tile(
             right_row = launch.row_start(k, D, 1)[:, None]
             left = tl.load(square + left_row + k[None, :], (i_row < N)[:, None] & (k < s_square * PAD)[None, :], 0)
             right = tl.load(z + right_row + column[None, :], (k < N)[:, None] & (column < D)[None, :], 0)
-            acc = tl.dot(left, right, acc, input_precision="tf32x3", out_dtype=COMPUTE)
-    return acc
+            acc, acc_right, acc_left = _add_product(acc, acc_right, acc_left, left, right, COMPUTE)
+    return _with_remainders(acc, acc_right, acc_left)
 
 
 @triton.jit

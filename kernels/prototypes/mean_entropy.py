@@ -77,10 +77,7 @@ def _mean_kernel(
 @triton.jit
 def _loss(entropies, blocks, rows, loss, scale, K, factor, IN_KERNEL: tl.constexpr):
     """By one program; `factor` is the scale, or the number that is divided by `rows` for it."""
-    total = tl.zeros((), tl.float64)
-    for i in range(0, blocks):
-        total += tl.load(entropies + i)
-    tl.store(loss, total + tl.log(tl.full((), K, tl.float64)))
+    tl.store(loss, launch.summed(entropies, blocks, 1024) + tl.log(tl.full((), K, tl.float64)))
     of_gradients = tl.full((), 1.0, tl.float64)
     if not IN_KERNEL:
         of_gradients = tl.full((), factor, tl.float64)
@@ -237,7 +234,7 @@ def _sums_of_probabilities(scores: list[Tensor], temperature: float, compute: to
     views = tuple(scores)
     lse = torch.empty(len(views), b, dtype=compute, device=scores[0].device)
     unbiased_logsumexps(views, 1 / temperature, lse)
-    tile = tiling.column_logsumexp(compute)
+    tile = tiling.column_logsumexp(k, compute)
     parts = triton.cdiv(b, tile["PART"])
     sums = lse.new_empty(len(views) * parts, k)
     launch.launch(

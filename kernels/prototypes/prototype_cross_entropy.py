@@ -22,9 +22,9 @@ from .row_logsumexp import dense, row_logsumexps
 
 
 @triton.jit
-def _probability(teacher, bias, lse, i_row, column, inside, stride, scale, COMPUTE: tl.constexpr):
+def _probability(teacher, bias, lse, i_row, column, inside, stride, scale, COMPUTE: tl.constexpr, ALIGN: tl.constexpr):
     """A block of softmax(teacher * scale + bias) of one row, 0 outside and below the smallest normal number."""
-    v = tl.load(teacher + tl.cast(i_row, tl.int64) * stride + column, inside, -float("inf")).to(COMPUTE) * scale
+    v = tl.load(teacher + launch.row_start(i_row, stride, ALIGN) + column, inside, -float("inf")).to(COMPUTE) * scale
     if bias is not None:
         v += tl.load(bias + column, inside, 0)
     q = tl.exp(v - lse)
@@ -33,19 +33,18 @@ def _probability(teacher, bias, lse, i_row, column, inside, stride, scale, COMPU
 
 @triton.jit(do_not_specialize=["B"])
 def _prototype_cross_entropy_kernel(
-    student,  # tuple of S x [B, K]
+    student,  # tuple of S x [B, K], rows s_student[v] * ALIGN apart
     gradients,  # tuple of S x [B, K] contiguous, or None each
-    teacher,  # tuple of T x [B, K]
-    s_student,  # tuple of S row strides
-    s_teacher,  # tuple of T row strides
+    teacher,  # tuple of T x [B, K], rows s_teacher[v] * ALIGN apart
+    s_student,  # tuple of S / ALIGN
+    s_teacher,  # tuple of T / ALIGN
     bias,  # tuple of T x [K], or None each
-    student_lse,  # [S, B]
-    teacher_lse,  # [T, B]
+    lse,  # [S + T, B]
     weights,  # [B], or None
     one_over,  # 0-dim, over the weights of all pairs of rows; None without weights
     losses,  # [B, blocks]
     B,
-    K,
+    K,  # / ALIGN
     student_scale: tl.float64,
     teacher_scale: tl.float64,
     gradient_scale: tl.float64,  # what gradients are multiplied by, beside weights and `one_over`
@@ -55,14 +54,15 @@ def _prototype_cross_entropy_kernel(
     MASSES: tl.constexpr,  # how many teacher views each student view is paired with
     SCALED: tl.constexpr,  # gradients are multiplied by `one_over`
     COMPUTE: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # images in reverse: the logsumexp read the last ones last, and they may still be in the L2 cache
-    blocks = tl.cdiv(K, BLOCK)
+    blocks = tl.cdiv(K * ALIGN, BLOCK)
     i_row = B - 1 - tl.program_id(0) // blocks
     i_block = tl.program_id(0) % blocks
     column = i_block * BLOCK + tl.arange(0, BLOCK)
-    inside = column < K
+    inside = column < K * ALIGN
     scale = tl.full((), student_scale, COMPUTE)
     sharp = tl.full((), teacher_scale, COMPUTE)
     weight = tl.full((), 1.0, COMPUTE)
@@ -74,8 +74,10 @@ def _prototype_cross_entropy_kernel(
     total = tl.zeros([BLOCK], COMPUTE)
     if PAIRS == 2 or (PAIRS == 0 and S > T):
         for t in tl.static_range(T):
-            lse = tl.load(teacher_lse + t * B + i_row)
-            total += _probability(teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], sharp, COMPUTE)
+            of_row = tl.load(lse + (S + t) * B + i_row)
+            total += _probability(
+                teacher[t], bias[t], of_row, i_row, column, inside, s_teacher[t], sharp, COMPUTE, ALIGN
+            )
     b_loss = tl.zeros([BLOCK], COMPUTE)
     for s in tl.static_range(S):
         y = total
@@ -83,41 +85,45 @@ def _prototype_cross_entropy_kernel(
             y = tl.zeros([BLOCK], COMPUTE)
             for t in tl.static_range(T):
                 if (t == s) == (PAIRS == 1):
-                    lse = tl.load(teacher_lse + t * B + i_row)
-                    y += _probability(teacher[t], bias[t], lse, i_row, column, inside, s_teacher[t], sharp, COMPUTE)
+                    of_row = tl.load(lse + (S + t) * B + i_row)
+                    y += _probability(
+                        teacher[t], bias[t], of_row, i_row, column, inside, s_teacher[t], sharp, COMPUTE, ALIGN
+                    )
         if MASSES[s] > 0:
-            x = tl.load(student[s] + tl.cast(i_row, tl.int64) * s_student[s] + column, inside, 0).to(COMPUTE)
-            log_p = x * scale - tl.load(student_lse + s * B + i_row)
+            x = tl.load(student[s] + launch.row_start(i_row, s_student[s], ALIGN) + column, inside, 0).to(COMPUTE)
+            log_p = x * scale - tl.load(lse + s * B + i_row)
             b_loss -= tl.where(inside & (y != 0), y * log_p, 0.0)  # 0 times -inf is 0
             if gradients[s] is not None:
                 g = (MASSES[s] * tl.exp(log_p) - y) * factor
-                tl.store(gradients[s] + tl.cast(i_row, tl.int64) * K + column, g, inside)
+                tl.store(gradients[s] + launch.row_start(i_row, K, ALIGN) + column, g, inside)
         else:
             if gradients[s] is not None:
-                tl.store(gradients[s] + tl.cast(i_row, tl.int64) * K + column, tl.zeros([BLOCK], COMPUTE), inside)
-    out = losses + tl.cast(i_row, tl.int64) * blocks + i_block
+                tl.store(gradients[s] + launch.row_start(i_row, K, ALIGN) + column, tl.zeros([BLOCK], COMPUTE), inside)
+    out = losses + launch.row_start(i_row, blocks, 1) + i_block
     tl.store(out, tl.sum(b_loss, 0) * weight)
 
 
 @triton.jit(do_not_specialize=["B"])
 def _statistics_kernel(
-    teacher,  # tuple of T x [B, K]
-    s_teacher,  # tuple of T row strides
+    teacher,  # tuple of T x [B, K], rows s_teacher[v] * ALIGN apart
+    s_teacher,  # tuple of T / ALIGN
     bias,  # tuple of T x [K], or None each
-    teacher_lse,  # [T, B]
+    lse,  # [S + T, B]
     mean,  # [K]
     usage,  # [K]
     entropies,  # [blocks]
     B,
-    K,
+    K,  # / ALIGN
     teacher_scale: tl.float64,
+    S: tl.constexpr,
     T: tl.constexpr,
     COMPUTE: tl.constexpr,
+    ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < K
+    inside = column < K * ALIGN
     scale = tl.full((), teacher_scale, COMPUTE)
     logits = tl.zeros([BLOCK], COMPUTE)
     probabilities = tl.zeros([BLOCK], COMPUTE)
@@ -126,12 +132,12 @@ def _statistics_kernel(
         for i in range(0, B, ROWS):
             i_row = i + tl.arange(0, ROWS)
             mask = (i_row < B)[:, None] & inside[None, :]
-            start = i_row.to(tl.int64) * s_teacher[t]
+            start = launch.row_start(i_row, s_teacher[t], ALIGN)
             x = tl.load(teacher[t] + start[:, None] + column[None, :], mask, 0).to(COMPUTE)
             v = x * scale
             if bias[t] is not None:
                 v += tl.load(bias[t] + column, inside, 0)[None, :]
-            log_q = v - tl.load(teacher_lse + t * B + i_row, i_row < B, 0)[:, None]
+            log_q = v - tl.load(lse + (S + t) * B + i_row, i_row < B, 0)[:, None]
             q = tl.where(mask, tl.exp(log_q), 0.0)
             logits += tl.sum(x, 0)
             probabilities += tl.sum(q, 0)
@@ -175,17 +181,20 @@ class _Teacher(NamedTuple):
     views: tuple[Tensor, ...]  # T x [B, K] with dense rows
     biases: tuple[Tensor | None, ...]  # T x [K]
     temperature: float
-    lse: Tensor  # [T, B]
+    lse: Tensor  # [S + T, B]
+    align: int  # the kernels' ALIGN, of the student's views too
 
     @property
     def strides(self) -> tuple[int, ...]:
-        return tuple(view.stride(0) for view in self.views)
+        return tuple(view.stride(0) // self.align for view in self.views)
 
     def constants(self) -> dict:
         return {
             "teacher_scale": 1 / self.temperature,
+            "S": len(self.lse) - len(self.views),
             "T": len(self.views),
             "COMPUTE": launch.DTYPES[self.lse.dtype],
+            "ALIGN": self.align,
         }
 
 
@@ -208,7 +217,7 @@ def _teacher_statistics(teacher: _Teacher) -> tuple[Tensor, Tensor, Tensor]:
         usage,
         entropies,
         b,
-        k,
+        k // teacher.align,
         **teacher.constants(),
         **tile,
         device_of=mean,
@@ -240,7 +249,8 @@ def prototype_cross_entropy(
     biases = None if bias is None else (bias,) * teachers if bias.dim() == 1 else tuple(bias.unbind())
     lse = torch.empty((views + teachers, b), dtype=compute, device=student[0].device)
     row_logsumexps(student_views, 1 / student_temperature, teacher_views, biases, 1 / teacher_temperature, lse)
-    of_teacher = _Teacher(teacher_views, biases or (None,) * teachers, teacher_temperature, lse[views:])
+    align = launch.alignment(*student_views, *teacher_views)
+    of_teacher = _Teacher(teacher_views, biases or (None,) * teachers, teacher_temperature, lse, align)
 
     # over the pairs of rows; where they have weights, their number is a tensor
     number = count(views, teachers, pairs)
@@ -260,19 +270,17 @@ def prototype_cross_entropy(
         student_views,
         gradients,
         teacher_views,
-        tuple(v.stride(0) for v in student_views),
+        tuple(v.stride(0) // align for v in student_views),
         of_teacher.strides,
         of_teacher.biases,
         lse,
-        of_teacher.lse,
         weights,
         one_over,
         losses,
         b,
-        k,
+        k // align,
         student_scale=1 / student_temperature,
         gradient_scale=in_kernel,
-        S=views,
         PAIRS=PAIRS[pairs],
         MASSES=tuple(partners(i, teachers, pairs) for i in range(views)),
         SCALED=is_scaled and one_over is not None,

@@ -227,7 +227,7 @@ def _step(
         row_logsumexp(scores, bias, 1 / epsilon, offsets, softmax=False)
         if log_floors is not None:
             offsets = torch.logaddexp(offsets, log_floors.to(compute))
-    tile = tiling.column_logsumexp(compute)
+    tile = tiling.column_logsumexp(k, compute)
     align = constants["ALIGN"]
     parts = triton.cdiv(n, tile["PART"])
     maxima, sums = (torch.empty((problems, parts, k), dtype=compute, device=scores.device) for _ in range(2))

@@ -3,6 +3,9 @@
 A row that fits in registers is read once. A longer one is read twice: once for the maximum and the sum of exponentials,
 with one running maximum for the whole block (one for each element would cost a second exponential), and once for the
 gradient, backwards: what was read last is still in the L2 cache.
+
+Large gradients (but float16's) have their scale already, so that backward needn't read them again where it begins with
+the loss: rows that aren't ignored are then counted before.
 """
 
 import torch
@@ -39,6 +42,7 @@ def _cross_entropy_kernel(
     counts,  # [programs] int32, how many aren't ignored; None with OF_ROWS
     weights,  # [N], of rows in the gradient; rows of weight 0 are ignored; None without OF_ROWS
     smoothing,  # 0-dim; None without OF_ROWS
+    one_over,  # 0-dim, what gradients are multiplied by; or None
     N,
     K,  # / ALIGN
     s_row,  # / ALIGN
@@ -95,6 +99,8 @@ def _cross_entropy_kernel(
             )
         else:
             g = _gradient(p, column, label[:, None], ignored[:, None], valid[:, None])
+        if one_over is not None:
+            g *= tl.load(one_over)
         tl.store(gradient + launch.row_start(i_row, K, ALIGN)[:, None] + column, g, mask)
 
 
@@ -107,6 +113,7 @@ def _cross_entropy_long_kernel(
     counts,  # [N] int32; None with OF_ROWS
     weights,  # [N], of rows in the gradient; rows of weight 0 are ignored; None without OF_ROWS
     smoothing,  # 0-dim; None without OF_ROWS
+    one_over,  # 0-dim, what gradients are multiplied by; or None
     K,  # / ALIGN
     s_row,  # / ALIGN
     ignore_index,
@@ -155,6 +162,8 @@ def _cross_entropy_long_kernel(
     if gradient is not None:
         out = gradient + launch.row_start(i_row, K, ALIGN)
         last_block = (K * ALIGN - 1) // BLOCK * BLOCK
+        if one_over is not None:
+            factor = tl.load(one_over)
         for done in tl.range(0, K * ALIGN, BLOCK, num_stages=STAGES):
             i = last_block - done
             mask = column < K * ALIGN - i
@@ -164,7 +173,19 @@ def _cross_entropy_long_kernel(
                 g = _smoothed_gradient(p, i + column, label, ignored, valid, epsilon, epsilon * per_class, weight)
             else:
                 g = _gradient(p, i + column, label, ignored, valid)
+            if one_over is not None:
+                g *= factor
             tl.store(out + i + column, g, mask, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def _one_over_count_kernel(labels, out, N, ignore_index, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    count = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, N, BLOCK):
+        label = tl.load(labels + i + index, index < N - i, ignore_index).to(tl.int64)
+        count += (label != ignore_index).to(tl.int32)
+    tl.store(out, 1 / tl.sum(count, 0).to(out.dtype.element_ty))
 
 
 def cross_entropy(
@@ -175,9 +196,23 @@ def cross_entropy(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if logits.dtype not in launch.DTYPES:
         return reference.cross_entropy(logits, labels, ignore_index, wanted)
-    gradient, sums, counts = _launched(logits, labels, None, None, ignore_index, wanted[0])
-    loss, scale = launch.mean(sums, counts)
+    one_over = None
+    if wanted[0] and logits.dtype != torch.float16 and logits.numel() >= tiling.SCALED_AHEAD:
+        one_over = _one_over_count(labels, ignore_index, compute_dtype(logits.dtype))
+    gradient, sums, counts = _launched(logits, labels, None, None, ignore_index, wanted[0], one_over)
+    if one_over is not None:
+        loss, scale = launch.total(sums, 1.0, 1.0, over=one_over)
+    else:
+        loss, scale = launch.mean(sums, counts)
     return loss, [gradient], scale
+
+
+def _one_over_count(labels: Tensor, ignore_index: int, compute: torch.dtype) -> Tensor:
+    """1 / (how many rows aren't ignored), 0-dim."""
+    out = torch.empty((), dtype=compute, device=labels.device)
+    arguments = labels.contiguous(), out, len(labels), ignore_index
+    launch.launch(_one_over_count_kernel, (1,), *arguments, **tiling.mean_of_rows(), device_of=labels)
+    return out
 
 
 def cross_entropy_rows(
@@ -201,6 +236,7 @@ def _launched(
     label_smoothing: Tensor | None,
     ignore_index: int,
     wanted: bool,
+    one_over: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient, and losses and numbers of rows by program; with weights the losses of rows."""
     n, k = logits.shape
@@ -223,6 +259,7 @@ def _launched(
         None if of_rows else counts,
         weights.to(compute).contiguous() if of_rows else None,
         label_smoothing.to(compute) if of_rows else None,
+        one_over,
         *([] if tile is None else [n]),
         k // align,
         logits.stride(0) // align,
