@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         for operator, args, kwargs, made in self.calls:
-            for old, new in zip(made, _fresh(operator, operator(*args, **kwargs)), strict=True):
+            for old, new in zip(made, made_by(operator, operator(*args, **kwargs)), strict=True):
                 assert old.shape == new.shape, f"{operator} made {tuple(old.shape)}, and now {tuple(new.shape)}"
                 old.copy_(new)
 
@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
         )  # of the shapes of now: `squeeze_` changes a tensor's
         result = func(*args, **kwargs)
         self.held += [args, kwargs, result]
-        made = [x.detach() for x in _fresh(func, result)]
+        made = [x.detach() for x in made_by(func, result)]
         if made or (_written(func, args, kwargs) and func not in OF_SHAPES):  # else a look at memory that stays
             self.calls.append((func, *given, made))
         return result
@@ -76,7 +76,7 @@ def _written(operator: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     return [x for name in names for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
 
 
-def _fresh(operator: Any, result: Any) -> list[Tensor]:
+def made_by(operator: Any, result: Any) -> list[Tensor]:
     """Of what an operator returns the tensors that it has made."""
     several = result if isinstance(result, tuple) else (result,)
     kinds = operator._schema.returns

@@ -1,4 +1,4 @@
-"""A step that is captured once and replayed is each step: every method, with a recorder in the place of a CUDA graph."""
+"""Replays of a step that is captured once are steps: every method, with a recorder in the place of a CUDA graph."""
 
 from collections.abc import Callable
 from functools import partial
