@@ -73,6 +73,7 @@ def pretrain(
     workers: int = -1,
     seed: int = 0,
     compile: bool = False,
+    cuda_graph: Literal['auto', 'on', 'off'] = 'auto',
     precision: Literal['auto', 'bf16', 'fp16', 'fp32'] = 'auto',
     log: str | Sequence[Any] | None = None,
     tensorboard: bool = False,
@@ -143,6 +144,7 @@ def pretrain(
         workers: of the data loader, a rank; -1: one a core (default: -1)
         seed: seed (default: 0)
         compile: compile (default: False)
+        cuda_graph: a whole step as one launch of a GPU's; auto: where it can be; off: its kernels one by one (default: 'auto')
         precision: auto: bf16 on GPUs since Ampere, fp16 on older ones, fp32 on CPUs (default: 'auto')
         log: figures go there, too: wandb,mlflow,tensorboard,trackio, one or several (default: None)
         tensorboard: log tensorboard (default: False)

@@ -1,8 +1,8 @@
 """Ranks tell each other numbers through the host's memory, whatever their group's backend is.
 
 A group that was made for NCCL alone sends what lies on a GPU, and whoever reads it waits for all that the GPU has still
-to do. So each such group is given one of gloo beside it, of the same ranks, when its ranks first talk: they come to that
-together, as to any collective call.
+to do. So each such group is given one of gloo beside it, of the same ranks, when its ranks first talk: they come to
+that together, as to any collective call.
 """
 
 import weakref

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastjem import banner, checkpoints, launchers, restarts, resume, starting, trackers
+from fastjem import banner, checkpoints, launchers, restarts, resume, starting, step_graph, trackers
 from fastjem import config as configuration
 from fastjem.advice import advice
 from fastjem.build import Training, build
@@ -207,6 +207,7 @@ def run(
         with stop.waiting():
             state = folder.open()
             training = build(config, ranks, objects, folder.out, state)
+            training.notices += filter(None, [step_graph.told(training)])
             folder.take(training)
         if folder.launch and folder.launch.earlier:
             training.notices.insert(0, restarts.told(folder.launch, training.start, last_step(training)))

@@ -1,15 +1,16 @@
 """Optimiser steps, one at a time: batches, forward, backward, update, and what moves behind it."""
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastjem import large_batches, optim
+from fastjem import large_batches, optim, step_graph
 from fastjem.build import Training
 from fastjem.data.batch import Batch, Crops, finish
 from fastjem.gradients import averaged
@@ -18,52 +19,102 @@ from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.meter import Taken
 from fastjem.ranks import Ranks
 from fastjem.sharding import is_sharded, without_exchange
+from fastjem.step_graph import Found
 from fastjem.stopping import Stop
 
 
 def optimizer_steps(training: Training, journal: Journal, stop: Stop) -> Iterator[Taken]:
     """Train, one optimiser step at a time. Nothing here waits for the device."""
-    step, model, optimizer = training.step, training.model, training.optimizer
-    device = training.ranks.device
-    parameters = [p for p in step.parameters() if p.requires_grad]
-    momentum = torch.zeros((), dtype=widest_dtype(device), device=device)
-    number = torch.zeros((), dtype=torch.long, device=device)
-    batches = timed(training, journal, stop)
-    model.train()
+    work = Work(training)
+    graph = step_graph.of_run(training, work, journal.say)
+    arriving = timed(training, journal, stop)
+    training.model.train()
     for done in range(training.start, training.steps):
         seed_generators(training.config.seed, done, training.ranks)
         if done % training.steps_per_epoch == 0:
-            step.method.epoch_begins(done // training.steps_per_epoch)
-        scheduled = training.schedule.apply(optimizer, done)
-        number.fill_(done)
-        optimizer.zero_grad(set_to_none=True)
+            training.step.method.epoch_begins(done // training.steps_per_epoch)
+        scheduled = work.begins(done)
         taken = Taken(done + 1, 0, 0.0, [], {}, None, scheduled)
-        for part in range(training.config.accumulate):
-            batch, waited = next(batches)
+        batches = counted(arriving, training.config.accumulate, taken)
+        found = work.take(batches) if graph is None else graph.take(list(batches))
+        taken.losses, taken.notes, taken.gradient_norm = found
+        yield taken
+
+
+def counted(arriving: Iterator[tuple[Batch, float]], count: int, taken: Taken) -> Iterator[Batch]:
+    """So many batches, and what they took in the step's figures."""
+    for batch, waited in itertools.islice(arriving, count):
+        taken.waited += waited
+        taken.images += len(batch.index)
+        yield batch
+
+
+class Work:
+    """What a step is on the device: from its batches to the weights behind it.
+
+    What changes from step to step lies in memory that stays: the step's number, the momentum encoder's momentum and the
+    optimiser's rates. So one step's work, captured as a CUDA graph, is every step's.
+
+    keep_gradients: gradients stay in the memory that they have, and begin with zeros; else each step makes them anew.
+    """
+
+    def __init__(self, training: Training):
+        self.training = training
+        device = training.ranks.device
+        self.parameters = [p for p in training.step.parameters() if p.requires_grad]
+        self.momentum = torch.zeros((), dtype=widest_dtype(device), device=device)
+        self.number = torch.zeros((), dtype=torch.long, device=device)
+        self.keep_gradients = False
+
+    def begins(self, done: int) -> dict[str, Tensor]:
+        """The figures of a step that is to be taken, which are returned, go where its work reads them."""
+        scheduled = self.training.schedule.apply(self.training.optimizer, done)
+        self.number.fill_(done)
+        self.momentum.fill_(scheduled["momentum"].item())
+        return scheduled
+
+    def take(self, batches: Iterable[Batch]) -> Found:
+        """Forward and backward of each batch, and the update."""
+        training = self.training
+        self._without_gradients()
+        found = Found([], {}, None)
+        for part, batch in enumerate(batches):
             if part == 0:
                 training.step_end.begins()
             is_last = part == training.config.accumulate - 1
-            loss, taken.notes = forward_backward(training, batch, number, synchronise=is_last)
-            taken.losses.append(loss)
-            taken.waited += waited
-            taken.images += len(batch.index)
+            loss, notes = forward_backward(training, batch, self.number, synchronise=is_last)
+            found.losses.append(loss)
+            found = found._replace(notes=notes)
         training.step_end.moves()
+        norm = self._update()
+        training.step_end.ends()
+        return found._replace(gradient_norm=norm)
+
+    def _without_gradients(self) -> None:
+        if not self.keep_gradients:
+            self.training.optimizer.zero_grad(set_to_none=True)
+            return
+        if gradients := [p.grad for p in self.parameters if p.grad is not None]:
+            torch._foreach_zero_(gradients)
+
+    def _update(self) -> Tensor | None:
+        """The optimiser's step and what moves behind it; the gradients' norm where it is clipped."""
+        training, step, optimizer = self.training, self.training.step, self.training.optimizer
+        norm = None
         if training.clip:
             if training.scaler:
                 training.scaler.unscale_(optimizer)
-            taken.gradient_norm = optim.clip_(parameters, training.clip)
-        momentum.fill_(scheduled["momentum"].item())
+            norm = optim.clip_(self.parameters, training.clip)
         # Parameters and momentum copies in one pass, or copies behind it.
         fused = isinstance(optimizer, optim.Fused)
-        options: dict[str, Any] = {"teacher_momentum": momentum} if fused else {}
+        options: dict[str, Any] = {"teacher_momentum": self.momentum} if fused else {}
         if training.scaler:  # a step whose gradients overflow changes no weight
             training.scaler.step(optimizer, **options)
             training.scaler.update()
         else:
             optimizer.step(**options)
-        step.step_ends(number, None if fused else momentum)
-        training.step_end.ends()
-        yield taken
+        step.step_ends(self.number, None if fused else self.momentum)
+        return norm
 
 
 def forward_backward(

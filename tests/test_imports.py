@@ -56,6 +56,7 @@ ORDER = (
     "saving",
     "report",
     "large_batches",
+    "step_graph",
     "stepping",
     "run",
     "commands",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 pytest.importorskip("torchvision")
 
@@ -103,3 +104,15 @@ def test_dali_orders_its_views_on_torchs_stream(monkeypatch: pytest.MonkeyPatch)
     stream = object()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     assert dali.stream_of("cuda") is stream
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_loaders_own_thread_pins_every_tensor_of_a_batch(labels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the step's thread copies none of them within the host's memory."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: pinned.append(self) or self)
+    before = crops(3, labels)
+    after = pin_memory(before)
+    assert type(after) is Crops
+    tensors = [x for x in (*before.views, *before.tables, before.index, before.labels, before.keys) if x is not None]
+    assert {id(x) for x in pinned} == {id(x) for x in tensors}

@@ -101,7 +101,6 @@ def test_nor_does_one_whose_scores_arent_held(
     assert not seen.found
 
 
-
 def test_losses_of_the_host_alone_index_by_no_mask(without_autocast: None) -> None:
     """A cross-entropy of one's own is given logits without the rows' own images."""
     criterion = NTXentLoss()

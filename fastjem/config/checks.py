@@ -19,7 +19,7 @@ MOST_VIEWS = 1000  # small ones of an image: each is a crop to be made and a row
 MAY_CHANGE = {
     "out", "resume", "device", "workers", "log_every", "checkpoint_every", "checkpoint_steps", "keep_checkpoints",
     "tensorboard", "log", "compile", "data", "new_data", "knn_every", "report",
-    "micro_batch", "shard", "activation_checkpointing", "timeout", "keep_best",
+    "micro_batch", "shard", "activation_checkpointing", "timeout", "keep_best", "cuda_graph",
 }  # fmt: skip
 # but for these: what makes a run longer, or leads it away from where it diverged. The run says that they changed.
 CHANGES_NUMBERS = ("epochs", "max_steps", "learning_rate", "clip", "precision")

@@ -153,6 +153,10 @@ class Config:
     workers: int = field(default=-1, metadata={"help": "of the data loader, a rank; -1: one a core"})
     seed: int = 0
     compile: bool = False
+    cuda_graph: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata={"help": "a whole step as one launch of a GPU's; auto: where it can be; off: its kernels one by one"},
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = field(
         default="auto",
         metadata={"help": "auto: bf16 on GPUs since Ampere, fp16 on older ones, fp32 on CPUs"},

@@ -25,6 +25,7 @@ class MMCR(Method):
 
     about = About("decorrelation", "the means of views fill all directions", "Yerxa et al. 2023, arXiv 2303.03307")
     views = Views(large=4, recipe="byol")
+    no_graph = "the host waits for its singular values"
     combines = frozenset({"large_views", "no_momentum_encoder"})
     refuses = {"small_views": "compares the means over an image's views, of which a small one would be a part"}
     projector_options = ("hidden", "dim")

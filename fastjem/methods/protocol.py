@@ -267,6 +267,7 @@ class Method(nn.Module):
     # Whether the loss is the mean of losses of single images, each of which knows nothing of the others but by a batch
     # norm in a head: without one, micro-batches with the weights of their images are the batch. Inherited with `loss`.
     mean_over_images: ClassVar[bool] = False
+    no_graph: ClassVar[str] = ""  # why its step can't be a CUDA graph, where the host has a part in each step
     frozen: tuple[str, ...] = ()  # parts of the backbone that aren't trained, by name; one it doesn't have is none
     mean: tuple[float, ...] = MEAN  # how the run normalises the views' pixels, which it sets
     std: tuple[float, ...] = STD

@@ -74,7 +74,6 @@ class Fused(torch.optim.Optimizer):
         self._teacher_momentum: float | Tensor = 0.0
         self._plan: _Plan | None = None
         self._settings: dict[torch.device, tuple[list, Tensor]] = {}
-        self._captured: list[Tensor] = []  # settings that a CUDA graph reads at every replay, so they are never freed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -257,10 +256,33 @@ class Fused(torch.optim.Optimizer):
         rest = [(t, s) for s, t in self._pairs.items() if s not in updated] + self._others
         return _Plan(addresses, spans(written), calls, rest)
 
+    def refresh(self, teacher_momentum: float | Tensor | None = None) -> None:
+        """Before a CUDA graph is replayed in which a step was captured: the groups' rates and other numbers of now go
+        where the graph reads them. Without it a replay has those of the step before. Nothing waits for the device.
+
+        Args:
+            teacher_momentum: as of `step`.
+        """
+        momentum = self._teacher_momentum if teacher_momentum is None else teacher_momentum
+        for device in self._settings:
+            self._refreshed(device, momentum)
+
     def _settings_on(self, device: torch.device, teacher_momentum: float | Tensor) -> Tensor:
         """[G, columns] on a device. Numbers, and tensors on the host, are copied there when they have changed; what is
         a tensor there already never visits the host.
         """
+        settings, tensors = self._refreshed(device, teacher_momentum)
+        if tensors:
+            settings = settings.clone()
+            for i, j, value in tensors:
+                settings[i, j].copy_(value.reshape(()), non_blocking=True)
+        return settings
+
+    def _refreshed(
+        self, device: torch.device, teacher_momentum: float | Tensor
+    ) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
+        """The device's settings, in one memory for all steps, with the numbers of now; and the tensors, by place, that
+        are on a device and so aren't in them."""
         rows: list[list[float]] = []
         tensors: list[tuple[int, int, Tensor]] = []
         for i, group in enumerate(self.param_groups):
@@ -274,19 +296,21 @@ class Fused(torch.optim.Optimizer):
                         row[j] = 0.0
             rows.append(row)
         kept = self._settings.get(device)
-        if kept is None or kept[0] != rows:
-            host = torch.tensor(rows, dtype=widest_dtype(device))
-            if device.type == "cuda":
-                host = host.pin_memory()
-            kept = self._settings[device] = (rows, host.to(device, non_blocking=True))
-        settings = kept[1]
+        if kept is not None and kept[0] == rows:
+            return kept[1], tensors
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured.append(settings)
-        if tensors:
-            settings = settings.clone()
-            for i, j, value in tensors:
-                settings[i, j].copy_(value.reshape(()), non_blocking=True)
-        return settings
+            # The graph would copy them from the host's memory at every replay, when the host has freed it.
+            who = type(self).__name__
+            raise RuntimeError(f"{who}: call refresh() with these rates, or take a step, before capturing a CUDA graph")
+        host = torch.tensor(rows, dtype=widest_dtype(device))
+        if device.type == "cuda":
+            host = host.pin_memory()  # torch doesn't reuse it before the copy is done
+        if kept is None or kept[1].shape != host.shape:
+            settings = host.to(device, non_blocking=True)
+        else:
+            settings = kept[1].copy_(host, non_blocking=True)
+        self._settings[device] = (rows, settings)
+        return settings, tensors
 
     def _scaler_on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """torch's GradScaler sets both for the time of a step."""
