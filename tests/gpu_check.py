@@ -34,6 +34,9 @@ RESTARTS = 24
 INTERRUPTED = 130
 LINES_OF_FAILURES = 40
 
+# The canaries, which are a part of their own, and tests of what is here.
+OF_GPU_CHECK = {"test_gpu_canaries.py", "test_gpu_canaries_here.py", "test_gpu_check.py", "test_specialisations.py"}
+
 # By number, with a process and an environment of its own each: (of the functions' names the beginning, environment).
 BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error is reported by the call that made it
 NUMBERS = ("01", "02", "03", "04", "05", "06", "07", "08a", "08b", "09", "10a", "10b", "10c")
@@ -287,7 +290,7 @@ def _last_line(log: Path) -> str:
 
 def files_with_gpu_tests(folder: Path) -> list[str]:
     """Collecting all others would take each process half a minute."""
-    found = (path for path in sorted(folder.glob("test_*.py")) if path.name != "test_gpu_canaries.py")
+    found = (path for path in sorted(folder.glob("test_*.py")) if path.name not in OF_GPU_CHECK)
     return [str(path) for path in found if re.search(r"\bimplementation\b|mark\.gpu", path.read_text())]
 
 

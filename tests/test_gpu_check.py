@@ -187,7 +187,8 @@ def test_canaries_say_in_their_order_what_they_decide(tmp_path):
 def test_files_of_gpu_tests_alone_are_collected():
     names = {Path(path).name for path in gpu_check.files_with_gpu_tests(RUNNER.parent)}
     assert {"test_losses.py", "test_gpu.py", "test_bench.py"} <= names
-    assert not names & {"test_gpu_canaries.py", "test_docs.py", "test_config_file.py"}
+    assert not names & {*gpu_check.OF_GPU_CHECK, "test_docs.py", "test_config_file.py"}
+    assert all((RUNNER.parent / name).exists() for name in gpu_check.OF_GPU_CHECK)
 
 
 def test_parts_fit_into_ten_minutes():
