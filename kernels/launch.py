@@ -100,6 +100,12 @@ def summed(sums, parts, BLOCK: tl.constexpr):
     return tl.sum(b_sum, 0)
 
 
+@triton.jit
+def no_number(over):
+    """0, or NaN where a scale that is in the gradients isn't finite: then zeros among them are no numbers either."""
+    return over - over
+
+
 @triton.jit(do_not_specialize=["parts"])
 def _total_kernel(
     sums,  # [parts] float
@@ -113,10 +119,12 @@ def _total_kernel(
 ):
     dtype: tl.constexpr = sums.dtype.element_ty
     sum_of_all = summed(sums, parts, BLOCK) * tl.full((), factor, dtype)
+    of_gradients = tl.full((), scale_value, dtype)
     if over is not None:
         sum_of_all *= tl.load(over)
+        of_gradients += no_number(tl.load(over))
     tl.store(total, sum_of_all)
-    tl.store(scale, tl.full((), scale_value, dtype))
+    tl.store(scale, of_gradients)
 
 
 def total(

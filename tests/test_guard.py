@@ -185,7 +185,7 @@ LARGE = {
     "cross_entropy": ((rows(70_000, 3), torch.zeros(70_000, dtype=torch.long), -100, [True]), 70_000 // 64),
     "negative_cosine": ((rows(70_000, 3), rows(70_000, 3), 1e-8, [False, False]), 70_000 // 64),
     "nt_xent": ((rows(100_000, 3)[None].expand(2, 100_000, 3),) * 2 + (0, 0.5, False, True), 200_000 // 64),
-    "vicreg": ((rows(300_000, 3), rows(300_000, 3), 25.0, 25.0, 1.0, 1e-4, 1, [False, False]), 300_000 // 4),
+    "vicreg": ((rows(300_000, 3), rows(300_000, 3), 25.0, 25.0, 1.0, 1e-4, 1, [True, True]), 2 * 300_000 // 128),
     "barlow_twins": ((rows(300_000, 3), rows(300_000, 3), 5e-3, 1, [False, False]), 1),
 }
 

@@ -167,7 +167,9 @@ def _finish_kernel(
     of_gradients = tl.full((), scale_value, dtype)
     if one_over is not None:
         total *= tl.load(one_over)
-        if not SCALED:
+        if SCALED:
+            of_gradients += launch.no_number(tl.load(one_over))
+        else:
             of_gradients *= tl.load(one_over)
     tl.store(loss, total)
     tl.store(scale, of_gradients)
