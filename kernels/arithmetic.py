@@ -1,5 +1,8 @@
 """What specifications and launchers share: the dtype to compute in, dense rows, rows of unit length."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,33 @@ def add_at(total: Tensor, index: tuple[Tensor, ...], values: Tensor) -> Tensor:
 def solvable(x: Tensor) -> Tensor:
     """Matrices where torch has an eigensolver for them: MPS has none (torch 2.11), so that they go to the host."""
     return x.cpu() if x.device.type == "mps" else x
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Within it torch multiplies float32 matrices on CUDA without TF32, whatever the user has allowed.
+
+    PyTorch has two interfaces to that setting, and an error for whoever reads it by the older one (`allow_tf32`, which
+    torch.compile's code reads) after it was changed by the newer one alone. So both are changed, and put back.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before != "tf32":
+        yield
+        return
+    try:
+        legacy = torch.get_float32_matmul_precision()  # "high" or "medium"
+    except RuntimeError:  # the user has chosen by the newer interface alone
+        legacy = None
+    if legacy is not None:
+        torch.set_float32_matmul_precision("highest")
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        matmul.fp32_precision = before
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch, tiling
-from ..arithmetic import compute_dtype, dense_rows
+from ..arithmetic import compute_dtype, dense_rows, exact_products
 
 
 @triton.jit
@@ -223,10 +223,5 @@ def products_of(n: int, d: int) -> Iterator[None]:
     if 2 * n <= d:
         yield
         return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
+    with exact_products():
         yield
-    finally:
-        matmul.fp32_precision = before
