@@ -463,6 +463,7 @@ CASES = [
     _similarity_logsumexp(256, "bf16"),
     _similarity_logsumexp(512, "bf16"),
     _similarity_logsumexp(128, "fp16"),
+    _similarity_logsumexp(512, "fp16"),
     _similarity_logsumexp(128, "bf16", everything=False),
     _similarity_logsumexp(128, "fp32"),
     _prototype_head(128, "fp16"),
