@@ -1,5 +1,8 @@
 """What specifications and launchers share: the dtype to compute in, dense rows, rows of unit length."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -46,6 +49,33 @@ def without_diagonal(x: Tensor) -> Tensor:
     n = x.shape[0]
     # Behind its first element the matrix is N - 1 rows of N + 1, whose last one goes.
     return x.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Within it torch multiplies float32 matrices on CUDA without TF32, whatever the user has allowed.
+
+    PyTorch has two interfaces to that setting, and an error for whoever reads it by the older one (`allow_tf32`, which
+    torch.compile's code reads) after it was changed by the newer one alone. So both are changed, and put back.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before != "tf32":
+        yield
+        return
+    try:
+        legacy = torch.get_float32_matmul_precision()  # "high" or "medium"
+    except RuntimeError:  # the user has chosen by the newer interface alone
+        legacy = None
+    if legacy is not None:
+        torch.set_float32_matmul_precision("highest")
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        matmul.fp32_precision = before
 
 
 def dense_rows(x: Tensor) -> Tensor:

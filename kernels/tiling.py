@@ -1,14 +1,16 @@
 """The one home of block sizes, warps, pipeline stages, program counts and memory budgets.
 
-A function returns a launch's keyword arguments, by width and dtype. There is no autotuning: the choices are few, they
-hold for every batch size, and nothing is tried inside a CUDA graph's capture. Registers and spills of each are in
-benchmarks/results/ahead-of-time.md.
+A function returns a launch's keyword arguments, by width, dtype and chip (chips.py). There is no autotuning: the
+choices are few, they hold for every batch size, and nothing is tried inside a CUDA graph's capture. Registers and
+spills of each are in benchmarks/results/ahead-of-time.md.
 
 BM rows x BN columns x BLOCK_D of the width: a tile of a product. ROWS, BLOCK: rows and columns of what a program reads
 at a time. STAGES, num_stages: how many such reads are in flight.
 """
 
 import torch
+
+from . import chips
 
 # Program counts and memory budgets ------------------------------------------------------------------------------------
 
@@ -114,8 +116,9 @@ def cross_entropy_long(compute: torch.dtype, of_rows: bool) -> dict:
     """One program an SM, because what all programs read once has to stay in the L2 cache until they read it again.
 
     With weights and smoothing 64 registers aren't enough (32 warps spill 2 on sm_90): half the block, half the warps.
+    Of a float32 or float64 row two blocks wait in shared memory: 128 KiB of the larger ones, too much for small chips.
     """
-    if of_rows:
+    if of_rows or not chips.current().roomy:
         return {"BLOCK": 32768 // compute.itemsize, "num_warps": 16, "STAGES": 3}
     return {"BLOCK": 65536 // compute.itemsize, "num_warps": 32, "STAGES": 3}
 
@@ -167,13 +170,16 @@ def crop_resize(pixels: int) -> dict:
 
 
 def _tile(*, rows: int, columns: int, warps: int, stages: int) -> dict:
+    """A tile of a product. Without tensor cores a thread holds whole rows of operands: 16 columns of D at a time."""
+    if not chips.current().tensor_cores:
+        return {"BLOCK_D": 16, "BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}
     return {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
 
 
 def _block_on_chip(width: int, dtype: torch.dtype) -> int | None:
-    """The columns of rows that stay on the chip; None: too wide, or float32, which takes three products for one."""
+    """The columns of rows that stay on the chip; None: too wide, float32 (three products for one), no tensor cores."""
     block = _block(width)
-    return block if dtype.itemsize == 2 and block <= 256 else None
+    return block if dtype.itemsize == 2 and block <= 256 and chips.current().tensor_cores else None
 
 
 def similarity_rows(width: int) -> dict:
@@ -212,7 +218,9 @@ def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | No
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    if block > 128:
+    if not chips.current().roomy:  # 64 columns spill on sm_86 and sm_120, or don't fit
+        tile = _tile(rows=64, columns=32, warps=8 if block > 128 else 4, stages=2)
+    elif block > 128:
         tile = _tile(rows=128, columns=64, warps=8, stages=2)
     else:
         tile = _tile(rows=64, columns=32 if running else 64, warps=4, stages=2)
@@ -244,6 +252,8 @@ def similarity_visible_owner(width: int, dtype: torch.dtype) -> dict | None:
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
+    if not chips.current().roomy:  # 64 rows spill on sm_86 and sm_120
+        return {"BLOCK_D": block} | _tile(rows=32, columns=16, warps=8, stages=2)
     # where all options are there, 32 columns beside rows of 128 spill: two stages on sm_80, three on sm_100
     return {"BLOCK_D": block} | _tile(rows=64, columns=32 if block > 128 else 16, warps=8, stages=2)
 
@@ -256,7 +266,8 @@ def similarity_visible_weights(dtype: torch.dtype) -> dict:
 
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
     """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
-    return similarity_weights(dtype) | ({"BN": 64} if dtype.itemsize == 2 else {})
+    tile = similarity_weights(dtype)
+    return tile | {"BN": min(64, tile["BN"])}
 
 
 def siglip_pairs(dtype: torch.dtype) -> dict:
@@ -272,7 +283,8 @@ def siglip_pairs(dtype: torch.dtype) -> dict:
 def kmeans_assign(width: int, dtype: torch.dtype) -> dict:
     """Each row's nearest centroid: the largest of a row's products, of two in half precision."""
     if block := _block_on_chip(width, dtype):
-        return {"WHOLE": True, "BLOCK_D": block} | _tile(rows=128, columns=64, warps=8, stages=2)
+        rows = 128 if block <= 128 or chips.current().roomy else 64
+        return {"WHOLE": True, "BLOCK_D": block} | _tile(rows=rows, columns=64, warps=8, stages=2)
     if dtype.itemsize == 2:
         return {"WHOLE": False, "BLOCK_D": 64} | _tile(rows=128, columns=64, warps=8, stages=3)
     return {"WHOLE": False, "BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=2)
@@ -282,7 +294,8 @@ def nearest_k(dtype: torch.dtype) -> dict:
     """A tile of products beside the 32 best of each row."""
     if dtype.itemsize == 2:
         return {"BLOCK_D": 64} | _tile(rows=64, columns=64, warps=4, stages=2)
-    return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=8, stages=1)  # as koleo_neighbors
+    columns = 64 if chips.current().roomy else 32  # 64 spill on sm_86 and sm_120
+    return {"BLOCK_D": 32} | _tile(rows=64, columns=columns, warps=8, stages=1)  # as koleo_neighbors
 
 
 def kmeans_sums(width: int) -> dict:
@@ -367,6 +380,7 @@ def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
     in the kernel that owns prototypes (`owner`).
     """
     size = dtype.itemsize
+    chip = chips.current()
     largest = {8: 32, 4: 32 if owner else 64, 2: 256 if width <= 256 else 128}[size]
     block = min(largest, _block(width))
     if size == 8:
@@ -374,12 +388,18 @@ def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
     elif size == 4:
         tile = _tile(rows=32, columns=32, warps=8 if owner else 4, stages=1)
     elif width > block:
-        tile = _tile(rows=64, columns=32, warps=8, stages=1)
+        tile = _tile(rows=64, columns=32, warps=8, stages=2)
+    elif block > 128 and not chip.roomy:  # 128 rows spill or don't fit, and of 64 rows 8 warps spill on sm_86
+        tile = _tile(rows=64, columns=32, warps=4, stages=2)
     else:
         tile = _tile(rows=128, columns=32, warps=8, stages=2)
-    return {"BLOCK_D": block, "CHUNKS": -(-width // block)} | tile
+    tile = {"BLOCK_D": block} | tile
+    keep = tile["BM"] * width * size <= min(chip.shared // 2, 1 << 16)  # wider float32 rows spill on sm_90 and sm_100
+    if not keep and size == 2:
+        tile["num_stages"] = 1  # two spill on sm_86
+    return tile | {"CHUNKS": -(-width // tile["BLOCK_D"]), "KEEP": keep}
 
 
 def prototype_head_views(width: int) -> dict:
-    block = min(256, max(32, _next_power_of_2(width)))  # of 512 and 4 warps, ptxas spills on sm_80
-    return {"BLOCK": block, "num_warps": 4 if block > 64 else 1}
+    block = min(256, max(32, _next_power_of_2(width)))  # more columns of a thread spill on sm_80 and sm_86
+    return {"BLOCK": block, "num_warps": 8 if block > 128 else 4 if block > 64 else 1}

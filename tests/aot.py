@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from fastjem.bench.cases import contrastive as contrastive_cases
 from fastjem.bench.cases import prototypes as prototype_cases
-from fastjem.kernels import launch
+from fastjem.kernels import chips, launch
 from fastjem.kernels.augment import gpu as augment
 from fastjem.kernels.contrastive import gpu as contrastive
 from fastjem.kernels.contrastive import gpu_engine
@@ -39,8 +39,9 @@ from fastjem.kernels.prototypes.mean_entropy import softmax_slope
 from fastjem.kernels.supervised import gpu as supervised
 from fastjem.kernels.weights import gpu as weights
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program. Triton compiles programs that want more.
-ARCHITECTURES = tuple(SHARED_LIMIT)
+# A GPU of each kind that tiling.py tells apart, and of each that is sold in numbers. See chips.SHARED.
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+SHARED_LIMIT = {arch: chips.SHARED[arch] for arch in ARCHITECTURES}  # bytes a program
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "ahead-of-time"
 
@@ -125,7 +126,8 @@ def compiling(arch: int) -> Iterator[list]:
     drivers.set_active(Driver(arch))
     launch.launch, gpu_engine.add_product = compile_only, lambda *_: None
     try:
-        yield compiled
+        with chips.standing_in(chips.Chip.of(arch)):
+            yield compiled
     finally:
         drivers._active, launch.launch, gpu_engine.add_product = before
 
@@ -473,6 +475,7 @@ CASES = [
     _similarity_logsumexp(256, "bf16"),
     _similarity_logsumexp(512, "bf16"),
     _similarity_logsumexp(128, "fp16"),
+    _similarity_logsumexp(512, "fp16"),
     _similarity_logsumexp(128, "bf16", everything=False),
     _similarity_logsumexp(128, "fp32"),
     _prototype_head(128, "fp16"),
@@ -480,6 +483,8 @@ CASES = [
     _prototype_head(256, "bf16", students=10),
     _prototype_head(256, "fp32"),
     _prototype_head(384, "bf16"),
+    _prototype_head(2048, "bf16"),
+    _prototype_head(768, "fp32"),
     _prototype_head(64, "fp64"),
     _sinkhorn(3, "fp32", (0, 0)),
     _sinkhorn(8192, "fp32", (1, 0)),
@@ -578,21 +583,59 @@ def _facts(code: Code) -> dict:
     return {name: getattr(code, name) for name in ("kernel", "warps", "registers", "spills", "shared", "wgmma")}
 
 
-def rows() -> list[dict]:
-    """One row for each case, architecture and kernel; a kernel that several cases share is listed with the first."""
+@dataclass
+class Row:
+    """A kernel that a case launches, and its machine code for each architecture that launches it."""
+
+    case: Case
+    kernel: str
+    codes: dict[int, Code]
+
+
+def rows() -> list[Row]:
+    """Of every case; a kernel that several cases share, with the same machine code, is listed with the first."""
     table, seen = [], []
     for case in CASES:
+        of_case: dict[tuple[str, int], Row] = {}
         for arch in ARCHITECTURES:
+            names = Counter()
             for code in codes(case.call, arch):
-                if (arch, code) in seen:
-                    continue
-                seen.append((arch, code))
-                row = {"op": case.op, "kernel": code.kernel, "shape": case.shape, "dtype": case.dtype}
-                row["arch"] = f"sm_{arch}"
-                row |= {name: getattr(code, name) for name in ("warps", "registers", "spills", "shared")}
-                row |= {"loads": _widths(code.loads), "stores": _widths(code.stores), "wgmma": code.wgmma}
+                names[code.kernel] += 1
+                row = of_case.setdefault((code.kernel, names[code.kernel]), Row(case, code.kernel, {}))
+                row.codes[arch] = code
+        for row in of_case.values():
+            if row.codes not in seen:
+                seen.append(row.codes)
                 table.append(row)
     return table
+
+
+def _cell(code: Code | None) -> str:
+    """`8 x 126, 49 K`: warps, registers of a thread, shared memory; and spills where there are any."""
+    if code is None:
+        return "-"
+    shared = f", {code.shared / 1024:.3g} K" if code.shared else ""
+    return f"{code.warps} x {code.registers}{shared}" + (f", {code.spills} spills" if code.spills else "")
+
+
+def _readable(row: Row) -> dict[str, str]:
+    facts = {"op": row.case.op, "kernel": row.kernel, "shape": row.case.shape, "dtype": row.case.dtype}
+    facts |= {f"sm_{arch}": _cell(row.codes.get(arch)) for arch in ARCHITECTURES}
+    hopper = row.codes.get(90)
+    if hopper is None:
+        return facts | dict.fromkeys(("loads", "stores", "wgmma"), "-")
+    return facts | {"loads": _widths(hopper.loads), "stores": _widths(hopper.stores), "wgmma": str(hopper.wgmma)}
+
+
+def _record(row: Row) -> list[dict]:
+    """For the JSON, one for each architecture."""
+    records = []
+    for arch, code in sorted(row.codes.items()):
+        record = {"op": row.case.op, "kernel": row.kernel, "shape": row.case.shape, "dtype": row.case.dtype}
+        record |= {"arch": f"sm_{arch}"}
+        record |= {name: getattr(code, name) for name in ("warps", "registers", "spills", "shared")}
+        records.append(record | {"loads": _widths(code.loads), "stores": _widths(code.stores), "wgmma": code.wgmma})
+    return records
 
 
 def _widths(counter: Counter) -> str:
@@ -601,10 +644,12 @@ def _widths(counter: Counter) -> str:
 
 HEAD = """# What the GPU kernels compile to
 
-Compiled ahead of time with Triton {triton} by `python tests/aot.py`; nothing was run or timed. `registers` of a thread;
-`spills`: instructions on local memory; `shared`: bytes a program; `loads` and `stores`: instructions on global memory
-in the program's code, by bits a thread; `wgmma`: Hopper's tensor-core instructions. A loop's body counts once, as often
-as the compiler wrote it (pipelining repeats loads).
+Compiled ahead of time with Triton {triton} by `python tests/aot.py`; nothing was run or timed. For each architecture
+`8 x 126, 49 K`: warps of a program, registers of a thread, KiB of shared memory (none: 0), and instructions on local
+memory ("spills") where there are any; `-`: its launcher takes another kernel. A program may have 64 KiB on sm_75, 163
+on sm_80, 99 on sm_86, sm_89 and sm_120, and 227 on sm_90 and sm_100. On sm_90 alone: `loads` and `stores`, instructions
+on global memory in the program's code, by bits a thread; `wgmma`, Hopper's tensor-core instructions. A loop's body
+counts once, as often as the compiler wrote it (pipelining repeats loads). The JSON beside this page has them for all.
 
 """
 
@@ -626,11 +671,13 @@ def _markdown(table: list[dict]) -> str:
 
 def main() -> None:
     table, of_goals = rows(), goals()
+    records = [record for row in table for record in _record(row)]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    markdown = HEAD.format(triton=triton.__version__) + _markdown(table) + GOALS_HEAD + _markdown(of_goals)
+    readable = _markdown([_readable(row) for row in table])
+    markdown = HEAD.format(triton=triton.__version__) + readable + GOALS_HEAD + _markdown(of_goals)
     RESULTS.with_suffix(".md").write_text(markdown)
     RESULTS.with_suffix(".json").write_text(
-        json.dumps({"triton": triton.__version__, "kernels": table, "goals": of_goals}, indent=1) + "\n"
+        json.dumps({"triton": triton.__version__, "kernels": records, "goals": of_goals}, indent=1) + "\n"
     )
     print(f"{len(table)} rows in {RESULTS}.md")
 

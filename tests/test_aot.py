@@ -29,6 +29,39 @@ def test_budget(case: aot.Case, arch: int):
     assert any(code.wgmma for code in codes) == (case.wgmma and arch == 90), codes
 
 
+# Whose tiles on an H200 don't fit on small chips, or spill there.
+LARGE = (
+    "nt_xent-2_x_N_x_256_tau_0.5-bf16",
+    "similarity_logsumexp-N_x_M_x_256-bf16",
+    "prototype_head_cross_entropy-N_x_256_x_K-bf16",
+    "kmeans_step-N_x_K_x_256-fp16",
+    "cross_entropy-N_x_131072-fp32",
+)
+
+
+@pytest.mark.parametrize("arch", [75, 86])
+@pytest.mark.parametrize("name", LARGE)
+def test_the_largest_tiles_on_small_chips(name: str, arch: int):
+    """All cases on all chips are `test_budget`, most of it exhaustive."""
+    (case,) = (case for case in aot.CASES if str(case) == name)
+    for code in aot.codes(case.call, arch):
+        assert code.spills == 0 and code.shared <= aot.SHARED_LIMIT[arch], code
+
+
+def test_a_new_temperature_compiles_nothing():
+    student, teacher = torch.zeros(4, 32, dtype=torch.bfloat16), torch.zeros(4, 32, dtype=torch.bfloat16)
+    prototypes = torch.zeros(70, 32, dtype=torch.bfloat16)
+    with aot.compiling(90) as compiled, torch.no_grad():
+        found = []
+        for of_student, of_teacher in ((0.1, 0.04), (0.2, 0.05), (1.0, 2.0), (0.07, 1.0), (0.5, 0.5)):
+            aot.prototypes.prototype_head_cross_entropy(
+                [student, student, prototypes], [teacher] * 2, prototypes, of_student, of_teacher, torch.zeros(70),
+                "different", None, [True] * 3,
+            )  # fmt: skip
+            found.append(len(compiled))
+    assert found == [4] * 5  # attention of student and teacher, views, prototypes
+
+
 def only(codes: list[aot.Code]) -> aot.Code:
     (code,) = codes
     return code
@@ -73,7 +106,7 @@ def test_wgmma_is_seen_on_hopper_and_nowhere_else():
         with aot.compiling(arch) as compiled:
             aot.launch.launch(_product, (1,), a, a, c, BLOCK=64, device_of=a)
         seen[arch] = aot.Code.of(compiled[0]).wgmma > 0
-    assert seen == {80: False, 90: True, 100: False}
+    assert seen == {arch: arch == 90 for arch in aot.ARCHITECTURES}
 
 
 def test_the_launcher_and_the_driver_are_put_back():

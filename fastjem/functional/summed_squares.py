@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastjem.collectives import sum_and_count_of_ranks, sum_over_ranks
 from fastjem.functional.precision import in_float32, loss_dtype
-from fastjem.kernels.arithmetic import widest, widest_dtype
+from fastjem.kernels.arithmetic import exact_products, widest, widest_dtype
 from fastjem.ops import LIBRARY, plain
 from fastjem.ops.autograd import ops
 
@@ -30,13 +30,8 @@ LIBRARY.define("float32_product(Tensor a, Tensor b) -> Tensor")
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     """No TF32: the off-diagonal is what total and diagonal leave of each other."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
+    with exact_products():
         return a @ b
-    finally:
-        matmul.fp32_precision = before
 
 
 # An operator, as a graph can't hold a setting.

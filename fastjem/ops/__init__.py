@@ -7,6 +7,7 @@ The reference is the fake kernel as well, so torch.compile works with any of the
 To add an operator, see docs/adding-an-op.md.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -91,9 +92,19 @@ def triton_launcher(name: str) -> tuple[Callable | None, str]:
         return None, "triton is not installed"
 
     def launch(*args):
-        return _of_family(name, "gpu")(*args)
+        with _on_device_of(args):  # which tiles are chosen for
+            return _of_family(name, "gpu")(*args)
 
     return guard.guarded(name, launch, on_cpu=False), ""
+
+
+def _on_device_of(args: tuple) -> contextlib.AbstractContextManager:
+    """The device of the first tensor that is on a GPU, among arguments and in lists of them, as the current one."""
+    for argument in args:
+        x = argument[0] if isinstance(argument, list) and argument else argument
+        if isinstance(x, torch.Tensor) and x.is_cuda:
+            return torch.cuda.device_of(x)
+    return contextlib.nullcontext()
 
 
 @functools.cache

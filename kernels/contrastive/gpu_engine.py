@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 
 from .. import launch, tiling
+from ..chips import multiplies
 from .composed import OwnImage
 from .rows import dots, join, lse_states, through_unit_rows, unit_rows
 from .sums import attend_kernel, best_kernel, sums_kernel
@@ -280,7 +281,7 @@ def bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | 
 def add_product(out: Tensor, weights: Tensor, rows: Tensor) -> None:
     """`out += weights @ rows / gain` in float32."""
     alpha = 1 / launch.gain(rows.dtype)
-    if rows.dtype == torch.float32 or not rows.is_cuda:
+    if rows.dtype == torch.float32 or not rows.is_cuda or not multiplies(rows.dtype):
         out.addmm_(weights.float(), rows.float(), alpha=alpha)
     else:
         torch.ops.aten.addmm.dtype_out(out, weights, rows, torch.float32, alpha=alpha, out=out)

@@ -175,7 +175,9 @@ def add_visible(
     sides = _Side.of(of_rows, scaling, size), _Side.of(of_columns, scaling, size)
     tile = tiling.similarity_visible_owner(a.shape[1], a.dtype)
     if tile is None:
-        sums = (a_sum, b_sum) if size is None else (None if x is None else torch.zeros_like(x) for x in (a_sum, b_sum))
+        sums = a_sum, b_sum
+        if size is not None:
+            sums = tuple(None if x is None else torch.zeros_like(x) for x in sums)
         _add_by_bands(a, b, mask, sides, *sums)
     else:
         sums = (

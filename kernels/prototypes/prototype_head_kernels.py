@@ -22,15 +22,31 @@ def _load(x, first, N, D: tl.constexpr, start, ROWS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _logits(
-    a, b_a, b, b_b, first_a, first_b, N, M, D: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+def _add_product(
+    s, a, b, first_a, first_b, N, M, D: tl.constexpr, start, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN]: `a @ b.T` of rows from first_a and first_b on; b_a and b_b are their first BLOCK_D columns."""
+    right = tl.trans(_load(b, first_b, M, D, start, BN, BLOCK_D))
+    return s + tl.dot(_load(a, first_a, N, D, start, BM, BLOCK_D), right, input_precision="tf32x3", out_dtype=COMPUTE)
+
+
+@triton.jit
+def _logits(
+    a, b_a, b, b_b, first_a, first_b, N, M, D: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr,
+    KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """[BM, BN]: `a @ b.T` of rows from first_a and first_b on; b_a and b_b are their first BLOCK_D columns.
+
+    KEEP: the loop is written out, so that the compiler reads all of a's columns once, before the walk over b, and keeps
+    them in shared memory.
+    """
     s = tl.dot(b_a, tl.trans(b_b), input_precision="tf32x3", out_dtype=COMPUTE)
-    for start in tl.static_range(BLOCK_D, D, BLOCK_D):
-        right = tl.trans(_load(b, first_b, M, D, start, BN, BLOCK_D))
-        s += tl.dot(_load(a, first_a, N, D, start, BM, BLOCK_D), right, input_precision="tf32x3", out_dtype=COMPUTE)
+    if KEEP:
+        for start in tl.static_range(BLOCK_D, D, BLOCK_D):
+            s = _add_product(s, a, b, first_a, first_b, N, M, D, start, COMPUTE, BLOCK_D, BM, BN)
+    else:
+        for start in tl.range(BLOCK_D, D, BLOCK_D):
+            s = _add_product(s, a, b, first_a, first_b, N, M, D, start, COMPUTE, BLOCK_D, BM, BN)
     return s
 
 
@@ -46,11 +62,12 @@ def attend_kernel(
     K,
     D: tl.constexpr,
     blocks_of_part,  # how many blocks of prototypes a part has
-    SCALE: tl.constexpr,
+    scale_value: tl.float64,  # 1 / temperature
     GAIN: tl.constexpr,  # see launch.gain
     COMPUTE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,  # of the columns of means: a program makes one of them
+    KEEP: tl.constexpr,  # see _logits
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -63,7 +80,7 @@ def attend_kernel(
     if bias is not None:
         bias += launch.row_start(i_view, K, 1)
     b_x = _load(x, first, N, D, 0, BM, BLOCK_D)
-    scale = tl.full((), SCALE, COMPUTE)
+    scale = tl.full((), scale_value, COMPUTE)
     maximum = launch.finite(tl.full([BM], -float("inf"), COMPUTE))
     total = tl.zeros([BM], COMPUTE)
     if means is not None:
@@ -73,7 +90,7 @@ def attend_kernel(
         first_key = block * BN
         i_key = first_key + tl.arange(0, BN)
         b_keys = _load(keys, first_key, K, D, 0, BN, BLOCK_D)
-        v = _logits(x, b_x, keys, b_keys, first, first_key, N, K, D, COMPUTE, BLOCK_D, BM, BN) * scale
+        v = _logits(x, b_x, keys, b_keys, first, first_key, N, K, D, COMPUTE, BLOCK_D, KEEP, BM, BN) * scale
         if bias is not None:
             v += tl.load(bias + i_key, i_key < K, -float("inf"))[None, :]
         else:
@@ -158,7 +175,7 @@ def views_kernel(
     D,
     student_parts,
     teacher_parts,
-    STUDENT_SCALE: tl.constexpr,
+    student_scale: tl.float64,
     S: tl.constexpr,
     T: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -179,7 +196,7 @@ def views_kernel(
         tl.store(masses + s * B + i, weight * mass)
         loss += mass * row_lse
     tl.debug_barrier()  # what was stored is loaded below
-    scale = tl.full((), STUDENT_SCALE, COMPUTE)
+    scale = tl.full((), student_scale, COMPUTE)
     b_dot = tl.zeros([BLOCK], COMPUTE)
     for start in range(0, D, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -215,7 +232,7 @@ def views_kernel(
 def _add_rows(
     acc, prototypes, b_prototypes, first, x, y, lse, factors, b_bias, begin, end, rows, K, D: tl.constexpr, i_chunk,
     scale, SIGN: tl.constexpr, GAIN: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """`acc += SIGN * (factors * softmax(x @ prototypes.T * scale + bias)).T @ y` over blocks begin .. end of rows.
 
@@ -225,7 +242,10 @@ def _add_rows(
         first_row = block * BN
         i_row = first_row + tl.arange(0, BN)
         b_x = _load(x, first_row, rows, D, 0, BN, BLOCK_D)
-        v = _logits(prototypes, b_prototypes, x, b_x, first, first_row, K, rows, D, COMPUTE, BLOCK_D, BM, BN) * scale
+        v = (
+            _logits(prototypes, b_prototypes, x, b_x, first, first_row, K, rows, D, COMPUTE, BLOCK_D, KEEP, BM, BN)
+            * scale
+        )
         if b_bias is not None:
             v += b_bias[:, None]
         g = tl.exp(v - tl.load(lse + i_row, i_row < rows, float("inf"))[None, :])
@@ -254,16 +274,17 @@ def prototypes_kernel(
     gradient,  # [parts, K, D]
     B,
     K,
+    student_scale: tl.float64,
+    teacher_scale: tl.float64,
     D: tl.constexpr,
     S: tl.constexpr,
     T: tl.constexpr,
     VIEWS: tl.constexpr,  # T where each teacher view has a bias of its own, otherwise 1
-    STUDENT_SCALE: tl.constexpr,
-    TEACHER_SCALE: tl.constexpr,
     GAIN: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,  # of the gradient's columns: a program makes one of them
+    KEEP: tl.constexpr,  # see _logits
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -277,7 +298,7 @@ def prototypes_kernel(
     acc = _add_rows(
         acc, prototypes, _load(prototypes, first, K, D, 0, BM, BLOCK_D), first, x, None, student_lse, masses, None,
         blocks * i_part // parts, blocks * (i_part + 1) // parts, S * B, K, D, i_chunk,
-        tl.full((), STUDENT_SCALE, COMPUTE), 1, GAIN, COMPUTE, BLOCK_D, CHUNKS, BM, BN,
+        tl.full((), student_scale, COMPUTE), 1, GAIN, COMPUTE, BLOCK_D, CHUNKS, KEEP, BM, BN,
     )  # fmt: skip
     rows = T * B // VIEWS
     blocks = tl.cdiv(rows, BN)
@@ -290,7 +311,7 @@ def prototypes_kernel(
         acc = _add_rows(
             acc, teacher_prototypes, b_prototypes, first, teacher + row * D, paired + row * D, teacher_lse + row, None,
             b_bias, blocks * i_part // parts, blocks * (i_part + 1) // parts, rows, K, D, i_chunk,
-            tl.full((), TEACHER_SCALE, COMPUTE), -1, GAIN, COMPUTE, BLOCK_D, CHUNKS, BM, BN,
+            tl.full((), teacher_scale, COMPUTE), -1, GAIN, COMPUTE, BLOCK_D, CHUNKS, KEEP, BM, BN,
         )  # fmt: skip
     column = i_chunk * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (i_prototype < K)[:, None] & (column < D)[None, :]
