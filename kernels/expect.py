@@ -1,4 +1,4 @@
-"""What is expected of an operator's arguments, and the error where it isn't so: what the tables of shapes are made of."""
+"""What is expected of an operator's arguments, and its error: what the tables of shapes are made of."""
 
 from typing import NoReturn
 

@@ -69,7 +69,10 @@ def check(ours, exact, inputs: list[Tensor], dtype: torch.dtype, device: str) ->
         gradients, torch.autograd.grad(truth, same, -0.7 * truth.new_ones(())), leaves, strict=True
     ):
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
-        assert (gradient.cpu().double() - x).norm() <= tolerance * x.norm() + 1e-9
+        # of one column the gradient is 0, and its terms as large as 1 / |z|
+        assert (gradient.cpu().double() - x).norm() <= tolerance * x.norm() + (
+            2e-5 if leaf.shape[-1:] == (1,) else 1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", dtypes(), ids=str)

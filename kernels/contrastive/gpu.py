@@ -32,7 +32,7 @@ def nt_xent_of_views(views: list[Tensor], *options) -> tuple[Tensor, ...]:
 
 
 def nt_xent_of_views_backward(upstream: Tensor, unit: Tensor, *saved) -> tuple[Tensor, Tensor]:
-    *options, dtype, wanted = saved
+    *options, _, wanted = saved
     if not _supported(unit):
         return of_views.nt_xent_of_views_backward(upstream, unit, *saved)
     return gpu_views.backward(upstream, unit, *options, wanted)

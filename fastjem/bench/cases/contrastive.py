@@ -143,7 +143,8 @@ def nnclr_case(n: int, k: int, d: int, **options) -> Case:
 
     return Case(
         "nnclr", f"{n} x {k} x {d}", inputs, nnclr, partial(F.nnclr, temperature=SIMCLR_TEMPERATURE),
-        peers={"lightly": lightly_nnclr(k, d)}, uses=("nearest_neighbors", "nt_xent_of_views", "nt_xent_of_views_backward"),
+        peers={"lightly": lightly_nnclr(k, d)},
+        uses=("nearest_neighbors", "nt_xent_of_views", "nt_xent_of_views_backward"),
         bytes=4 * (k + 6 * n) * d, flops=4 * n * k * d + 8 * (2 * n) ** 2 * d, **options,
     )  # fmt: skip
 
