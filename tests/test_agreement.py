@@ -29,6 +29,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+DIRECTIONS = drawn(D, 3)  # drawn here, as no graph can hold a generator
+
+
 def of_scores(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda a, b, group, rows: function([a, b], [a.detach(), b.detach()], group, rows)
 
@@ -80,7 +83,7 @@ def detcon(a, b, group, rows):
 
 
 def lejepa(a, b, group, rows):
-    return F.lejepa(a[None], b[None], drawn(D, 3), group=group)
+    return F.lejepa(a[None], b[None], DIRECTIONS, group=group)
 
 
 # Losses of the global batch by two views [N, D] of this rank, which has `rows` of all.
@@ -106,9 +109,9 @@ GLOBAL: dict[str, Callable[..., Tensor]] = {
     "total_coding_rate": lambda a, b, group, rows: F.total_coding_rate(torch.stack([a, b]), group=group),
     "simdino": lambda a, b, group, rows: F.simdino([a, b], [b, a], group=group),
     "kmeans": lambda a, b, group, rows: F.kmeans(a, PROTOTYPES, group=group).inertia + (a + b).sum() * 0,
-    "sigreg": lambda a, b, group, rows: F.sigreg(a + b, drawn(D, 3), group=group),
+    "sigreg": lambda a, b, group, rows: F.sigreg(a + b, DIRECTIONS, group=group),
     "lejepa": lejepa,
-    "visreg": lambda a, b, group, rows: F.visreg(a[None], b[None], drawn(D, 3), group=group),
+    "visreg": lambda a, b, group, rows: F.visreg(a[None], b[None], DIRECTIONS, group=group),
     "koleo": lambda a, b, group, rows: F.koleo(a + b, topk=2, group=group),
     "sinkhorn_bias": codes,
     "mean_entropy": lambda a, b, group, rows: F.mean_entropy([a, b], group=group),

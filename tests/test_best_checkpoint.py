@@ -116,7 +116,7 @@ def test_a_checkpoint_is_opened_by_its_path(images: str, tmp_path: Path, monkeyp
         assert torch.equal(found, tensor)
         assert not torch.equal(found, checkpoints.load(run)["model"][name])  # type: ignore[index]
     result = evaluate(EvaluateOptions(str(path), workers=0, device="cpu"))
-    assert result["step"] == 1 and (path.parent / "evaluation.json").exists()
+    assert result["step"] == 1 and (run / "evaluation-best.json").exists()
     assert not (run / "evaluation.json").exists()
     files = export(ExportOptions(str(path)))
     assert {file.parent for file in files} == {run / "export-best"}

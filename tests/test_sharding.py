@@ -77,7 +77,7 @@ def train(step: Step, optimizer: Any, batch: Any, steps: int, rank: int = 0) -> 
         norm = optim.clip_([p for p in step.parameters() if p.requires_grad], 0.5)
         optimizer.step(teacher_momentum=0.9)
         step.step_ends(i, None)
-        found += [loss.detach(), norm.double()]
+        found += [loss.detach(), norm]
     return found
 
 

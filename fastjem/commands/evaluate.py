@@ -61,7 +61,8 @@ class NotWritten(UserError):
 
 def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> dict[str, Any]:
     """Every figure, also written to `evaluation.json` (of the momentum encoder `evaluation-teacher.json`) in the run's
-    folder or beside an export, or to `options.out`. `teacher` in it says which encoder the figures are of.
+    folder or beside an export, or to `options.out`. `teacher` in it says which encoder the figures are of. Those of
+    RUN/checkpoints/best.pt go to `evaluation-best.json` in the run's folder.
 
     Images become numbers as they did in the run; those that can't be read are left out, said and counted.
 
@@ -126,12 +127,12 @@ def evaluate(options: EvaluateOptions, *, encoder: nn.Module | None = None) -> d
             for kind, bank_rows, query_rows in zip(kinds, bank.arrays, queries.arrays, strict=True)
         },
     }
-    name = "evaluation-teacher.json" if opened.teacher else "evaluation.json"
-    _write(opened.folder / name if options.out is None else Path(options.out), result)
+    run = checkpoints.run_of(opened.path)
+    folder = opened.folder if run is None else run
+    of = ("" if run is None else f"-{opened.path.stem}") + ("-teacher" if opened.teacher else "")
+    _write(folder / f"evaluation{of}.json" if options.out is None else Path(options.out), result)
     if options.log:
-        for line in trackers.add(
-            checkpoints.run_of(opened.path) or opened.folder, result["step"] or 0, _logged(result)
-        ):
+        for line in trackers.add(folder, result["step"] or 0, _logged(result)):
             say(f"fastjem: {line}")
     return result
 
