@@ -32,10 +32,9 @@ def nt_xent_of_views(views: list[Tensor], *options) -> tuple[Tensor, ...]:
 
 
 def nt_xent_of_views_backward(upstream: Tensor, unit: Tensor, *saved) -> tuple[Tensor, Tensor]:
-    *options, _, wanted = saved
     if not _supported(unit):
         return of_views.nt_xent_of_views_backward(upstream, unit, *saved)
-    return gpu_views.backward(upstream, unit, *options, wanted)
+    return gpu_views.backward(upstream, unit, *saved[:-2], wanted=saved[-1])  # gradients are in the dtype of unit rows
 
 
 def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *options) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -20,7 +20,7 @@ from .. import launch, tiling
 from ..arithmetic import UNIT_EPS, dense_rows, no_gradient
 from . import gpu_engine
 from .composed import OwnImage
-from .gpu_engine import Parts, Scaling
+from .gpu_engine import Scaling
 from .of_views import state_rows
 from .views import finish_views_kernel, join_views_kernel, own_views_kernel, total_kernel, unit_views_kernel
 
@@ -94,11 +94,12 @@ def forward(
     join = tiling.join_rows(few)
     programs = 1 if few else triton.cdiv(v * n, join["BLOCK"])
     losses = loss if few else torch.empty(programs, dtype=torch.float64, device=z.device)
-    columns = parts.columns or Parts(None, None)
+    columns = (None, None) if parts.columns is None else parts.columns
+    lines = 0 if parts.columns is None else len(parts.columns.sums)
     launch.launch(
         join_views_kernel, (programs,), *parts.rows, *columns, before, logits,
         None if weights is None else weights.contiguous(), factor, lse, *state, losses, n, v, len(parts.rows.sums),
-        0 if columns.sums is None else len(columns.sums), parts.met_once, v * n if few else join["BLOCK"], scale.pivot,
+        lines, parts.met_once, v * n if few else join["BLOCK"], scale.pivot,
         DECOUPLED=decoupled, RUNNING=scale.running, ALONE=few, **join, device_of=z,
     )  # fmt: skip
     if not few:
