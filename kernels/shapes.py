@@ -12,44 +12,12 @@ from torch import Tensor
 
 from .arithmetic import widest_dtype
 from .augment.columns import COLUMNS
+from .contrastive import shapes as contrastive
+from .expect import alike as _alike
+from .expect import expect as _expect
+from .expect import fail, told
+from .expect import same_width as _same_width
 from .optimizers import columns
-
-
-def fail(op: str, contract: str, came: object) -> NoReturn:
-    raise ValueError(f"{op}: {contract}, got {came}")
-
-
-def told(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-
-
-def _expect(op: str, name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    """Refuse x of another shape or dtype, unless there is none."""
-    if x is not None and (x.shape != shape or (dtype is not None and x.dtype != dtype)):
-        contract = f"{list(shape)}" + ("" if dtype is None else f" {str(dtype).removeprefix('torch.')}")
-        fail(op, f"{name} must be {contract}", told(x))
-
-
-def _alike(op: str, names: str, *tensors: Tensor, dims: int = 2, rows: bool = False) -> None:
-    """Refuse tensors that aren't all of one shape, of so many dimensions, and of one floating-point dtype.
-
-    Kernels divide work by the width, which can't be 0; with `rows`, neither can the number of rows.
-    """
-    first = tensors[0]
-    if first.dim() != dims or not first.is_floating_point():
-        fail(op, f"{names} must have {dims} dimensions, floating-point", told(first))
-    if not (first.numel() if rows else first.shape[-1]):
-        fail(op, f"{names} must not be empty", told(first))
-    for x in tensors[1:]:
-        if x.shape != first.shape or x.dtype != first.dtype:
-            fail(op, f"{names} must be of one shape and dtype", f"{told(first)} and {told(x)}")
-
-
-def _same_width(op: str, names: str, x: Tensor, y: Tensor) -> None:
-    """Refuse anything but [N, D] and [M, D]."""
-    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or not x.shape[1]:
-        fail(op, f"{names} must be [N, D] and [M, D]", f"{told(x)} and {told(y)}")
-
 
 # Of each operator: a function of its arguments that raises where they don't fit one another ---------------------------
 
@@ -391,6 +359,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "characteristic_backward": _characteristic_backward,
     "augment": _augment,
     "crop_resize": _crop_resize,
+    **contrastive.SHAPES,
     "nt_xent": _nt_xent,
     "nt_xent_backward": _nt_xent_backward,
     "info_nce": _info_nce,

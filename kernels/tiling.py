@@ -192,11 +192,33 @@ def similarity_join() -> dict:
     return {"BLOCK": 128, "num_warps": 4}
 
 
+def views_rows(width: int) -> dict:
+    """Rows of several views at a time, with sums in float64: half of `similarity_rows`, a quarter where rows aren't
+    whole 16-byte words (1024 elements of 40 columns spill).
+    """
+    block = _block(width)
+    rows = max(1, (512 if width % 16 else 1024) // block)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
+
+
+def join_rows(few: bool) -> dict:
+    """Of log-sum-exps and a loss of them; a few thousand rows are one program's."""
+    # Four rows a thread: with so many registers as fewer rows get, a call of the logarithm spills on sm_80 or sm_100.
+    return {"BLOCK": 512, "num_warps": 16 if few else 4}
+
+
+def total() -> dict:
+    """Of one program's float64 numbers."""
+    return {"BLOCK": 2048, "num_warps": 16}
+
+
 def similarity_sums(width: int, dtype: torch.dtype) -> dict:
     """Log-sum-exps of rows and columns. BM is a multiple of BN."""
     if block := _block_on_chip(width, dtype):
         # Four warps: a thread adds four rows before the columns' sums go through shared memory, with eight only two.
-        return {"WHOLE": True, "EVEN": width == block, "BLOCK_D": block} | _tile(rows=128, columns=64, warps=4, stages=2)
+        return {"WHOLE": True, "EVEN": width == block, "BLOCK_D": block} | _tile(
+            rows=128, columns=64, warps=4, stages=2
+        )
     if dtype.itemsize == 2:
         tile = _tile(rows=128, columns=64, warps=8, stages=3)  # 128 x 128 spills beside two exponentials
         return {"WHOLE": False, "EVEN": False, "BLOCK_D": 64} | tile
@@ -210,7 +232,9 @@ def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
     if block is None:
         return None
     # 128 rows of 128 columns spill on sm_80
-    return {"BLOCK_D": block, "EVEN": width == block} | _tile(rows=64, columns=64, warps=8 if block > 128 else 4, stages=2)
+    return {"BLOCK_D": block, "EVEN": width == block} | _tile(
+        rows=64, columns=64, warps=8 if block > 128 else 4, stages=2
+    )
 
 
 def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | None:

@@ -112,6 +112,9 @@ class Inputs:
         weights = x(2, 9, dtype=torch.float64)
         return candidates[:, 3:7], candidates, lse[:, 3:7], lse, weights, 3, self.temperature, False, True
 
+    def _nt_xent_of_views(self, x):
+        return [x(6, self.width), x(6, self.width)], x(2, 6, dtype=self.wide).abs(), None, self.temperature, False
+
     def _info_nce(self, x):
         return x(4, self.width), x(4, self.width), x(9, self.width), 5, self.temperature, [True, True, True]
 
@@ -252,6 +255,10 @@ NO_INPUT = {
     *((op, i, value) for op, i in (("lars_norms", 4), ("lars_", 8)) for value in ("-inf", "+inf")),
 }
 OF_IMAGES = {"augment", "crop_resize"}
+# Operators whose second pass is tried with them, and what it takes beside their results, of their arguments.
+WITH_BACKWARD = {
+    "nt_xent_of_views": lambda given: (*given[1:], given[0][0].dtype, [True, False]),
+}
 
 
 def flat(arguments: object) -> list[Tensor]:
@@ -300,9 +307,22 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
 
 
+def _with_gradients(op: str, implementation: Callable, arguments: tuple, result: tuple) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the gradients of an operator whose other results are for its second pass, by one implementation."""
+    loss, *saved = result
+    specified = getattr(implementation, "__wrapped__", None) is ops.reference(op)
+    name = f"{op}_backward"
+    second = ops.plain(ops.reference(name)) if specified else getattr(torch.ops.fastjem, name)
+    rest = WITH_BACKWARD[op](arguments)
+    return loss, flat(second(torch.ones_like(loss), *saved, *rest))
+
+
 def results(op: str, implementation: Callable, arguments: tuple) -> list[Tensor]:
     """What comes out, or for an operator that works in place, what becomes of its arguments."""
     result = implementation(*arguments)
+    if op in WITH_BACKWARD:  # what it keeps is its own, and the gradient's
+        loss, gradients = _with_gradients(op, implementation, arguments, result)
+        return [loss, *gradients]
     if ops.OPERATORS[op].schema.endswith(("-> (Tensor, Tensor[], Tensor)", "-> (Tensor, Tensor[], Tensor, Tensor[])")):
         loss, gradients, scale, *rest = result  # an implementation may put any part of the scale into the gradients
         result = loss, [g.double() * scale for g in gradients], rest

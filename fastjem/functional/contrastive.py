@@ -10,6 +10,7 @@ from torch import Tensor
 from fastjem.collectives import Agreement, gather_rows, sum_of_ranks
 from fastjem.functional import candidates, checks, quick, rings
 from fastjem.functional.compiled import over_ranks
+from fastjem.functional.negatives import info_nce_of_rows
 from fastjem.functional.options import (
     Options,
     check_ids,
@@ -21,26 +22,31 @@ from fastjem.functional.options import (
 from fastjem.functional.precision import loss_dtype, without_autocast
 from fastjem.functional.prefixes import sum_over_prefixes
 from fastjem.functional.temperature import unit_rows_over_root
-from fastjem.kernels.arithmetic import widest
-from fastjem.ops import transforms
-from fastjem.ops.autograd import known, needs_gradient, one_pass, ops, refuse_second_order, two_passes
+from fastjem.functional.views import loss_of_views
+from fastjem.ops.autograd import needs_gradient, one_pass
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
-def _stacked(op: str, z0: Tensor, z1: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
-    """[V, N, D] from two [N, D] or from one tensor of views."""
+def _views(op: str, z0: Tensor, z1: Tensor | None, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Two [N, D] of one dtype, or one [V, N, D]."""
     if z1 is not None:
         checks.matrices(op, "z0 and z1 must be [N, D] both", z0, z1, may_be_empty=None if group is None else 0)
-        with without_autocast(z0):
-            return torch.stack(checks.common(z0, z1))
+        return checks.common(z0, z1)
     contract = "z must be [V, N, D] with V >= 2, or two [N, D]"
     checks.matrices(op, contract, z0, dims=3, may_be_empty=None if group is None else 1)
     if len(z0) < 2:
         checks.fail(op, contract, tuple(z0.shape))
-    return z0
+    return [z0]
+
+
+def _stacked(views: list[Tensor]) -> Tensor:
+    """[V, N, D]"""
+    with without_autocast(views[0]):
+        return views[0] if len(views) == 1 else torch.stack(views)
 
 
 def _of_views(
+    op: str,
     z: Tensor,  # [V, N, D]
     temperature: float | Tensor,
     weights: Tensor | None,  # [V, N] of the positive terms
@@ -49,14 +55,10 @@ def _of_views(
     decoupled: bool = False,
 ) -> Tensor:
     """The mean over rows of the log-sum-exp less the weighted positives; rows are normalised."""
+    if group is None:
+        return loss_of_views(op, [z], temperature, weights, decoupled)
     z, options = with_host_temperature(z, temperature, decoupled, True)
-    if group is not None:
-        return rings.nt_xent(z, weights, options, sizes, group)
-    rows = z.detach()
-    positives, lse = ops.nt_xent(rows, rows, 0, *options)
-    loss = (lse - (positives if weights is None else positives * weights)).mean().to(loss_dtype(z))
-    saved = (rows, lse, lse, weights)
-    return two_passes("nt_xent_backward", loss, z, saved, 0, *options, scale=1 / (lse.numel() * options[0]))
+    return rings.nt_xent(z, weights, options, sizes, group)
 
 
 def with_host_temperature(
@@ -153,22 +155,33 @@ def _nt_xent(
 ) -> Tensor:
     of_rows = is_of_rows(op, "temperature", temperature, group)
     has_options = of_rows or options.any()
+    if group is None and not has_options:
+        views = _views(op, z0, z1, None)
+        temperature = checks.positive(op, "temperature", temperature, views[0])
+        shape = views[0].shape[:2] if len(views) == 1 else (2, views[0].shape[0])
+        return loss_of_views(op, views, temperature, _checked_pull(op, pull, views[0], shape), decoupled)
     with Agreement(op, group) as ranks:
-        z = _stacked(op, z0, z1, group)
+        z = _stacked(_views(op, z0, z1, group))
         temperature = temperature_or_rows(op, temperature, z, of_rows, [z.shape[1:2], z.shape[:2]])
-        if pull is not None:
-            if pull.shape not in (z.shape[:2], z.shape[1:2]):
-                checks.fail(op, f"weights must be {[z.shape[1]]} or {list(z.shape[:2])}", tuple(pull.shape))
-            checks.one_device(op, (z, pull))
-            pull = pull.detach().expand(z.shape[:2])
+        pull = _checked_pull(op, pull, z, z.shape[:2])
         rows_of_views(ranks, z, temperature)
         if has_options:
             options = options.checked(op, z, z.shape[1], [z.shape[1:2], z.shape[:2]])
             ranks.alike(*options.facts())
     if not has_options:
-        return _of_views(z, temperature, pull, ranks.sizes, group, decoupled)
+        return _of_views(op, z, temperature, pull, ranks.sizes, group, decoupled)
     check_masks_of_ranks(op, {"exclude": options.exclude}, z, 1, [z.shape[1:2]], ranks.sizes, group)
     return candidates.loss_of_views(z, temperature, options, ranks.sizes, group, op, decoupled, pull)
+
+
+def _checked_pull(op: str, pull: Tensor | None, like: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """The positives' weights, [V, N] constants, of [V, N] or [N]."""
+    if pull is None:
+        return None
+    if tuple(pull.shape) not in (tuple(shape), tuple(shape[1:])):
+        checks.fail(op, f"weights must be {[shape[1]]} or {list(shape)}", tuple(pull.shape))
+    checks.one_device(op, (like, pull))
+    return pull.detach().expand(tuple(shape))
 
 
 def temperature_or_rows(op: str, value: object, like: Tensor, of_rows: bool, shapes: list[tuple]) -> float | Tensor:
@@ -248,7 +261,7 @@ def dclw(
     )  # fmt: skip
     of_rows = is_of_rows("dclw", "temperature", temperature, group)
     with Agreement("dclw", group) as ranks:
-        z = _stacked("dclw", z0, z1, group)
+        z = _stacked(_views("dclw", z0, z1, group))
         temperature = temperature_or_rows("dclw", temperature, z, of_rows, [z.shape[1:2], z.shape[:2]])
         sigma = checks.positive("dclw", "sigma", sigma, z)
         learned = isinstance(sigma, Tensor) and needs_gradient(sigma)
@@ -266,7 +279,7 @@ def dclw(
     if of_rows or options.any():
         loss = _nt_xent("dclw", z, None, temperature, options, of_views, True, group)
     else:
-        loss = _of_views(z, temperature, of_views, ranks.sizes, group, decoupled=True)
+        loss = _of_views("dclw", z, temperature, of_views, ranks.sizes, group, decoupled=True)
     if not weights.requires_grad:
         return loss
     # Weights are constants for the rows, but a learned sigma has its gradient through them.
@@ -352,63 +365,4 @@ def info_nce(
         return one_pass("info_nce", rows, offset, temperature)
     refuse_forward_mode("info_nce", (*rows, temperature))
     rows = [unit_rows_over_root(x, temperature) for x in rows]
-    loss = _info_nce_at_once(rows, offset) if transforms.active() else _InfoNCE.apply(*rows, offset)
-    return loss.to(loss_dtype(query))
-
-
-class _InfoNCE(torch.autograd.Function):
-    """Of rows as they come, at temperature 1: a temperature that is a tensor is in the rows. NT-Xent's operators do it.
-
-    One view has no positives: what they sum and differentiate are the negatives alone.
-    """
-
-    @staticmethod
-    def forward(ctx, query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> Tensor:
-        logits, lse = _logits_and_lse(query, positive, negatives, offset)
-        ctx.save_for_backward(query, positive, negatives, lse, logits)
-        ctx.offset = offset
-        return (lse - logits).mean()
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor):
-        refuse_second_order("info_nce")
-        query, positive, negatives, lse, logits = ctx.saved_tensors
-        learned = ctx.needs_input_grad[2]
-        gradients = _info_nce_gradients(query, positive, negatives, lse, logits, ctx.offset, learned)
-        scale = (upstream / lse.numel()).to(query.dtype)
-        return *(None if gradient is None else gradient * scale for gradient in gradients), None
-
-
-def _logits_and_lse(query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """The positives' logits, and the log-sum-exps of all logits, both [N] float64."""
-    logits = widest((query * positive).sum(1))
-    _, lse = ops.nt_xent(query[None], negatives[None], offset, 1.0, False, False)
-    return logits, torch.logaddexp(lse[0], logits)
-
-
-def _info_nce_gradients(
-    query: Tensor, positive: Tensor, negatives: Tensor, lse: Tensor, logits: Tensor, offset: int, learned: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of the sum over rows; for the negatives where they are `learned`."""
-    # An infinite log-sum-exp has no probabilities: a candidate is no row here.
-    none = torch.full_like(negatives[:, 0], torch.inf, dtype=lse.dtype)[None]
-    rows = query[None]
-    candidates = negatives[None]
-    options = (1.0, False, False)
-    pull = (logits - lse).expm1().to(query.dtype)[:, None]  # the positive's probability - 1
-    of_query = ops.nt_xent_backward(rows, candidates, lse[None], none, None, offset, *options)[0] + pull * positive
-    if not learned:
-        return of_query, pull * query, None
-    of_negatives = ops.nt_xent_backward(candidates, rows, none, lse[None], None, -offset, *options)[0]
-    return of_query, pull * query, of_negatives
-
-
-def _info_nce_at_once(inputs: Sequence[Tensor], offset: int) -> Tensor:
-    """`_InfoNCE` within a transform of torch.func: the gradients with the loss."""
-    query, positive, negatives = (x.detach() for x in inputs)
-    logits, lse = _logits_and_lse(query, positive, negatives, offset)
-    loss = (lse - logits).mean()
-    learned = needs_gradient(inputs[2])
-    gradients = _info_nce_gradients(query, positive, negatives, lse, logits, offset, learned)
-    of_all = [negatives if gradient is None else gradient for gradient in gradients]
-    return known("info_nce", loss, inputs, of_all, [1 / lse.numel()] * 3)
+    return info_nce_of_rows(rows, offset).to(loss_dtype(query))

@@ -8,6 +8,8 @@
   latter two with options. `small.py`: losses of a few rows in one call.
 * `gpu_engine.py`: the engine on a GPU, of Triton kernels on `tiles.py`: `sums.py` (log-sum-exps), `weights.py`
   (gradients), `rows.py` (single rows). `gpu.py`: the operators.
+* `of_views.py`: the specification of NT-Xent as one loss, of a batch that is on one rank. `cpu_views.py` computes it
+  with the engine; `gpu_views.py` and `views.py` in as few launches as there can be.
 """
 
 from ..table import Operator
@@ -22,6 +24,18 @@ OPERATORS = {
     "nt_xent_backward": Operator(
         "(Tensor rows, Tensor candidates, Tensor rows_lse, Tensor candidates_lse, Tensor? weights,"
         " SymInt offset, float temperature, bool decoupled, bool normalize) -> Tensor",
+        cpu=True,
+        gpu=True,
+    ),
+    "nt_xent_of_views": Operator(
+        "(Tensor[] views, Tensor? weights, Tensor? learned, float temperature, bool decoupled)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "nt_xent_of_views_backward": Operator(
+        "(Tensor upstream, Tensor unit, Tensor divisors, Tensor lse, Tensor state, Tensor factor, Tensor? weights,"
+        " Tensor? learned, float temperature, bool decoupled, ScalarType dtype, bool[] wanted) -> (Tensor, Tensor)",
         cpu=True,
         gpu=True,
     ),

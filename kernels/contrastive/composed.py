@@ -116,8 +116,8 @@ class Engine(Protocol[Scaling]):
         ...
 
 
-class _Views(NamedTuple):
-    """What NT-Xent's two operators begin with."""
+class Views(NamedTuple):
+    """What NT-Xent's operators begin with."""
 
     symmetric: bool  # the candidates are the rows
     rows: Tensor  # [V n, D], of unit length if they are normalised
@@ -131,14 +131,14 @@ def same_memory(x: Tensor, y: Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
 
 
-def _flat_views(engine: Engine, rows: Tensor, candidates: Tensor, offset: int, normalize: bool) -> _Views:
+def _flat_views(engine: Engine, rows: Tensor, candidates: Tensor, offset: int, normalize: bool) -> Views:
     views, n, width = rows.shape
     total = candidates.shape[1]
     symmetric = offset == 0 and same_memory(rows, candidates)
     a, divisors = engine.unit_rows(rows.reshape(views * n, width), normalize)
     b = a if symmetric else engine.unit_rows(candidates.reshape(views * total, width), normalize)[0]
     has_positives = views > 1 and 0 <= offset <= total - n
-    return _Views(symmetric, a, divisors, b, OwnImage(n, offset, total), has_positives)
+    return Views(symmetric, a, divisors, b, OwnImage(n, offset, total), has_positives)
 
 
 def _logits_within_images(engine: Engine, unit: Tensor, temperature: float) -> Tensor:
@@ -162,10 +162,21 @@ def nt_xent(
 ) -> tuple[Tensor, Tensor]:
     views, n, width = rows.shape
     flat = _flat_views(engine, rows, candidates, offset, normalize)
+    scaling = engine.scaling_of(1 / temperature, 1.0 if normalize else None, flat.rows, flat.candidates)
+    return positives_and_lse(engine, flat, (views, n, width), scaling, temperature, decoupled)
+
+
+def positives_and_lse(
+    engine: Engine[Scaling],
+    flat: Views,
+    shape: tuple[int, int, int],
+    scaling: Scaling,
+    temperature: float,
+    decoupled: bool,
+) -> tuple[Tensor, Tensor]:
+    views, n, width = shape
     a = flat.rows
-    b = flat.candidates
-    scaling = engine.scaling_of(1 / temperature, 1.0 if normalize else None, a, b)
-    lse = engine.row_log_sum_exps(a, b, scaling, flat.own_image, symmetric=flat.symmetric).view(views, n)
+    lse = engine.row_log_sum_exps(a, flat.candidates, scaling, flat.own_image, symmetric=flat.symmetric).view(views, n)
     if not flat.has_positives:
         return torch.zeros_like(lse), lse
     logits = _logits_within_images(engine, a.view(views, n, width), temperature)
@@ -191,21 +202,40 @@ def nt_xent_backward(
 ) -> Tensor:
     views, n, width = rows.shape
     flat = _flat_views(engine, rows, candidates, offset, normalize)
+    scaling = engine.scaling_of(1 / temperature, 1.0 if normalize else None, flat.rows, flat.candidates)
+    if weights is not None:
+        weights = weights[:, offset : offset + n].double()
+    of_unit = gradient_of_unit_rows(
+        engine, flat, (views, n, width), scaling, rows_lse, candidates_lse, weights, temperature, decoupled
+    )
+    return engine.through_unit_rows(of_unit, flat.rows, flat.divisors, rows.dtype).view(views, n, width)
+
+
+def gradient_of_unit_rows(
+    engine: Engine[Scaling],
+    flat: Views,
+    shape: tuple[int, int, int],
+    scaling: Scaling,
+    rows_lse: Tensor,  # [V, n]
+    candidates_lse: Tensor,  # [V, N]
+    weights: Tensor | None,  # [V, n] float64, of the rows' positives
+    temperature: float,
+    decoupled: bool,
+) -> Tensor:
+    """[V n, D], for the rows as they are multiplied."""
+    views, n, width = shape
     a = flat.rows
-    b = flat.candidates
-    scaling = engine.scaling_of(1 / temperature, 1.0 if normalize else None, a, b)
     gradient = torch.zeros(a.shape, dtype=engine.sum_dtype(a), device=a.device)
     a_lse = rows_lse.reshape(-1)
     b_lse = candidates_lse.reshape(-1)
     b_sum = gradient if flat.symmetric else None
-    engine.add_weighted(a, b, scaling, flat.own_image, a_lse, b_lse, gradient, b_sum, symmetric=flat.symmetric)
+    candidates = flat.candidates
+    engine.add_weighted(a, candidates, scaling, flat.own_image, a_lse, b_lse, gradient, b_sum, symmetric=flat.symmetric)
     if flat.has_positives:
         unit = a.view(views, n, width)
         logits = None if decoupled else _logits_within_images(engine, unit, temperature)
-        if weights is not None:
-            weights = weights[:, offset : offset + n].double()
         _pull_views_together(unit, gradient.view(views, n, width), rows_lse, weights, logits)
-    return engine.through_unit_rows(gradient, a, flat.divisors, rows.dtype).view(views, n, width)
+    return gradient
 
 
 def _pull_views_together(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import composed, gpu_engine, gpu_koleo, gpu_visible, pairs, reference, visible
+from . import composed, gpu_engine, gpu_koleo, gpu_views, gpu_visible, of_views, pairs, reference, visible
 
 koleo_neighbors = gpu_koleo.koleo_neighbors
 koleo = gpu_koleo.koleo
@@ -23,6 +23,18 @@ def nt_xent_backward(rows: Tensor, candidates: Tensor, *options) -> Tensor:
     if not _supported(rows, candidates):
         return reference.nt_xent_backward(rows, candidates, *options)
     return composed.nt_xent_backward(gpu_engine, rows, candidates, *options)
+
+
+def nt_xent_of_views(views: list[Tensor], *options) -> tuple[Tensor, ...]:
+    if not _supported(*views):
+        return of_views.nt_xent_of_views(views, *options)
+    return gpu_views.forward(views, *options)
+
+
+def nt_xent_of_views_backward(upstream: Tensor, unit: Tensor, *saved) -> tuple[Tensor, Tensor]:
+    if not _supported(unit):
+        return of_views.nt_xent_of_views_backward(upstream, unit, *saved)
+    return gpu_views.backward(upstream, unit, *saved[:-2], wanted=saved[-1])  # gradients are in the dtype of unit rows
 
 
 def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *options) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -71,7 +71,12 @@ def scaling_of(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor
     tensor = torch.full((), factor, dtype=torch.float64, device=a.device)
     if bound is None:
         return Scaling(tensor, True, 0.0)
-    largest = factor * bound * (1.0001 if a.dtype == torch.float32 else 1.01)  # rounded rows may be longer than 1
+    return scaling_of_number(factor, tensor, a.dtype, bound)
+
+
+def scaling_of_number(factor: float, tensor: Tensor, dtype: torch.dtype, bound: float = 1.0) -> Scaling:
+    """For a positive factor, which is in `tensor` as well."""
+    largest = factor * bound * (1.0001 if dtype == torch.float32 else 1.01)  # rounded rows may be longer than 1
     # Less pivot * factor, no logit is above 70 (in float32 a sum of 1e7 times exp(70) is finite) or below -86 (exp(-86)
     # is a normal number). Where that can't be, pivots are running. A multiple of 1 / 1024 is exact in float32.
     pivot = math.ceil(max(0.0, largest - 70) / factor * 1024) / 1024
@@ -118,8 +123,7 @@ def walk(
     own_image: OwnImage,
     tile: dict,
     tiles: range,  # which tiles of a block of rows
-    columns: Parts
-    | None = None,  # for columns' sums: one line for each block of rows; if symmetric, for each distance
+    columns: Parts | None = None,  # for columns' sums: one line for each block of rows; if symmetric, for each distance
     first_row: int = 0,  # its number among all rows
     symmetric: bool = False,
 ) -> Parts:
@@ -137,7 +141,7 @@ def walk(
     return rows
 
 
-def _join(rows: Parts, columns: Parts | None, scaling: Scaling, met_once: int = 0) -> Tensor:
+def join_parts(rows: Parts, columns: Parts | None, scaling: Scaling, met_once: int = 0) -> Tensor:
     return join(rows, columns, scaling.factor, scaling.pivot, scaling.running, met_once)
 
 
@@ -176,10 +180,10 @@ def row_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage
     tile = tiling.similarity_sums(a.shape[1], a.dtype)
     if symmetric:
         walks = symmetric_parts(a, scaling, own_image, tile)
-        parts = [_join(rows, columns, scaling, met_once) for rows, columns, met_once in walks]
+        parts = [join_parts(rows, columns, scaling, met_once) for rows, columns, met_once in walks]
         return functools.reduce(torch.logaddexp, parts)
     tiles = range(triton.cdiv(len(b), tile["BN"]))
-    return _join(walk(a, b, scaling, own_image, tile, tiles), None, scaling)
+    return join_parts(walk(a, b, scaling, own_image, tile, tiles), None, scaling)
 
 
 def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage) -> tuple[Tensor, Tensor]:
@@ -192,8 +196,8 @@ def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImag
         part = a[start : start + band]
         columns = Parts.empty(triton.cdiv(len(part), tile["BM"]), len(b), scaling)
         rows = walk(part, b, scaling, own_image, tile, tiles, columns, start)
-        row_lse.append(_join(rows, None, scaling))
-        column_lse.append(_join(columns, None, scaling))
+        row_lse.append(join_parts(rows, None, scaling))
+        column_lse.append(join_parts(columns, None, scaling))
     return torch.cat(row_lse), functools.reduce(torch.logaddexp, column_lse)
 
 
@@ -228,7 +232,7 @@ def attend(
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """The rows of one side of a product, and their log-sum-exps as the kernels of weights take them."""
 
     rows: Tensor  # [N, D]
@@ -236,19 +240,20 @@ class _Side(NamedTuple):
     adjustments: Tensor | None  # [N]; None: this side has no log-sum-exps
 
     @classmethod
-    def of(cls, rows: Tensor, lse: Tensor | None, scaling: Scaling) -> "_Side":
+    def of(cls, rows: Tensor, lse: Tensor | None, scaling: Scaling) -> "Side":
         return cls(rows, *lse_states(lse, scaling.factor, scaling.pivot, scaling.running))
 
-    def part(self, rows: slice) -> "_Side":
+    def part(self, rows: slice) -> "Side":
         pivots = None if self.pivots is None else self.pivots[rows]
         adjustments = None if self.adjustments is None else self.adjustments[rows]
-        return _Side(self.rows[rows], pivots, adjustments)
+        return Side(self.rows[rows], pivots, adjustments)
 
 
 def _owned(
-    a: _Side, b: _Side, scaling: Scaling, own_image: OwnImage, tile: dict, with_dots: bool
+    a: Side, b: Side, scaling: Scaling, own_image: OwnImage, tile: dict, with_dots: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`G @ b` [N, D] float32 by programs that own rows of a; and the sums of G * similarities by row."""
+    """`G @ b` by programs that own rows of a, and the sums of G * similarities by row: [splits, N, D] and [splits, N],
+    float32, to be added."""
     n, d = a.rows.shape
     m = len(b.rows)
     blocks = triton.cdiv(n, tile["BM"])
@@ -261,8 +266,7 @@ def _owned(
         HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(a.rows.dtype), **tile,
         device_of=a.rows,
     )  # fmt: skip
-    product = out[0] if splits == 1 else out.sum(0)
-    return product, None if row_dots is None else row_dots.sum(0, dtype=torch.float64)
+    return out, row_dots
 
 
 def bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
@@ -278,23 +282,35 @@ def bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | 
         yield rows, None if memory is None else memory[: rows.stop - start, : len(b)]
 
 
-def add_product(out: Tensor, weights: Tensor, rows: Tensor) -> None:
-    """`out += weights @ rows / gain` in float32."""
+def add_product(out: Tensor, weights: Tensor, rows: Tensor, *, is_first: bool = False) -> None:
+    """`out += weights @ rows / gain` in float32; of the first, whatever `out` holds has no part in it."""
     alpha = 1 / launch.gain(rows.dtype)
+    beta = 0 if is_first else 1
     if rows.dtype == torch.float32 or not rows.is_cuda or not multiplies(rows.dtype):
-        out.addmm_(weights.float(), rows.float(), alpha=alpha)
+        out.addmm_(weights.float(), rows.float(), beta=beta, alpha=alpha)
     else:
-        torch.ops.aten.addmm.dtype_out(out, weights, rows, torch.float32, alpha=alpha, out=out)
+        torch.ops.aten.addmm.dtype_out(out, weights, rows, torch.float32, beta=beta, alpha=alpha, out=out)
+
+
+def products(a: Side, b: Side, scaling: Scaling, own_image: OwnImage, tile: dict | None) -> Tensor:
+    """`G @ b` [parts, N, D] float32, to be added; tile: `tiling.similarity_owner`."""
+    if tile is not None:
+        return _owned(a, b, scaling, own_image, tile, False)[0]
+    out = torch.empty(a.rows.shape, dtype=torch.float32, device=a.rows.device)
+    _add_weighted_by_bands(a, b, scaling, own_image, out, None, False, is_first=True)
+    return out[None]
 
 
 def _add_weighted_by_bands(
-    a: _Side,
-    b: _Side,
+    a: Side,
+    b: Side,
     scaling: Scaling,
     own_image: OwnImage,
     a_sum: Tensor | None,
     b_sum: Tensor | None,
     with_dots: bool,
+    *,
+    is_first: bool = False,  # nothing is in the sums yet
 ) -> Tensor | None:
     tile = tiling.similarity_weights(a.rows.dtype)
     row_dots = []
@@ -313,9 +329,9 @@ def _add_weighted_by_bands(
             device_of=b.rows,
         )  # fmt: skip
         if weights is not None and a_sum is not None:
-            add_product(a_sum[rows], weights, b.rows)
+            add_product(a_sum[rows], weights, b.rows, is_first=is_first)
         if weights is not None and b_sum is not None:
-            add_product(b_sum, weights.T, part.rows)
+            add_product(b_sum, weights.T, part.rows, is_first=is_first and not rows.start)
         if dots_by_tile is not None:
             row_dots.append(dots_by_tile.sum(0, dtype=torch.float64))
     return torch.cat(row_dots) if with_dots else None
@@ -334,8 +350,8 @@ def add_weighted(
     symmetric: bool = False,
 ) -> Tensor | None:
     """If `symmetric`, the rows' own walk does both halves, and there are no sums of G * similarities."""
-    of_a = _Side.of(a, a_lse, scaling)
-    of_b = _Side.of(b, b_lse, scaling)
+    of_a = Side.of(a, a_lse, scaling)
+    of_b = Side.of(b, b_lse, scaling)
     with_dots = b_lse is not None and not symmetric
     if symmetric:
         b_sum = None
@@ -344,11 +360,13 @@ def add_weighted(
         return _add_weighted_by_bands(of_a, of_b, scaling, own_image, a_sum, b_sum, with_dots)
     row_dots = None
     if a_sum is not None or with_dots:
-        out, row_dots = _owned(of_a, of_b, scaling, own_image, tile, with_dots)
+        out, dots_by_split = _owned(of_a, of_b, scaling, own_image, tile, with_dots)
+        row_dots = None if dots_by_split is None else dots_by_split.sum(0, dtype=torch.float64)
         if a_sum is not None:
-            a_sum += out
+            a_sum += out[0] if len(out) == 1 else out.sum(0)
     if b_sum is not None:
-        b_sum += _owned(of_b, of_a, scaling, transposed(own_image), tile, False)[0]
+        out, _ = _owned(of_b, of_a, scaling, transposed(own_image), tile, False)
+        b_sum += out[0] if len(out) == 1 else out.sum(0)
     return row_dots
 
 

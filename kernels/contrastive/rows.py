@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .. import launch, tiling
 from ..arithmetic import UNIT_EPS, dense_rows
+from .of_views import state_rows
 from .tiles import LOG2_E
-
-STATE_ROWS = 128  # the rows or columns of the largest tile of weights, or a multiple of them
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -261,11 +260,6 @@ def join(
         parts, 0 if column_sum is None else len(column_sum), met_once, pivot, RUNNING=running, **tile, device_of=factor,
     )  # fmt: skip
     return out
-
-
-def state_rows(n: int) -> int:
-    """How many numbers a state of n log-sum-exps has memory for."""
-    return triton.cdiv(n, STATE_ROWS) * STATE_ROWS
 
 
 def lse_states(lse: Tensor | None, factor: Tensor, pivot: float, running: bool) -> tuple[Tensor | None, Tensor | None]:

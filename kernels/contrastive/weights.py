@@ -22,9 +22,7 @@ def _load_state(pivots, adjustments, i_row, N, RUNNING: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING: tl.constexpr
-):
+def _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING: tl.constexpr):
     """G of a tile, [BM, BN], as if every column were seen."""
     g = tl.zeros(s.shape if RUNNING else [1, 1], tl.float32)
     if a_adjustments is not None:
@@ -42,6 +40,34 @@ def _weights(
     if not RUNNING:
         g = tl.exp2(s * rate - pivot * rate) * g
     return g
+
+
+@triton.jit
+def walk_of_owner(
+    b_a, b, i_a, begin, end, low, high, a_pivots, a_adjustments, b_pivots, b_adjustments, pivot, factor_value, N, M, D,
+    first_row, row_period, offset, column_period, HAS_OWN_IMAGE: tl.constexpr, RUNNING: tl.constexpr,
+    DOTS: tl.constexpr, GAIN: tl.constexpr, EVEN: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """(G @ b * GAIN [BM, BLOCK_D], (G * similarities).sum(1) if DOTS) of the rows b_a and tiles begin .. end of b.
+
+    See `owner_kernel`; low and high are `images_of_block`.
+    """
+    rate = (factor_value * LOG2_E).to(tl.float32)
+    acc = tl.zeros([BM, BLOCK_D], tl.float32)
+    dot = tl.zeros([BM], tl.float32)
+    for t in range(begin, end):
+        i_b = t * BN + tl.arange(0, BN)
+        b_b = load_tile(b, t * BN, M, D, BLOCK_D, BN, EVEN)
+        s = tl.dot(b_a, b_b)
+        g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
+        if may_hide(t * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
+            seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+            g = tl.where(seen, g, 0.0)
+        if DOTS:
+            dot += tl.sum(g * s, 1)
+        acc = tl.dot((g * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
+    return acc, dot
 
 
 @triton.jit(do_not_specialize=["N", "M", "first_row", "row_period", "offset", "column_period", "tiles_per_program"])
@@ -74,22 +100,14 @@ def owner_kernel(
 ):
     split = tl.program_id(1)
     i_a = tl.program_id(0) * BM + tl.arange(0, BM)
-    rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
     b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
     low, high = images_of_block(first_row + tl.program_id(0) * BM, row_period, offset, BM)
-    acc = tl.zeros([BM, BLOCK_D], tl.float32)
-    dot = tl.zeros([BM], tl.float32)
-    for t in range(split * tiles_per_program, tl.minimum((split + 1) * tiles_per_program, tl.cdiv(M, BN))):
-        i_b = t * BN + tl.arange(0, BN)
-        b_b = load_tile(b, t * BN, M, D, BLOCK_D, BN, EVEN)
-        s = tl.dot(b_a, b_b)
-        g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
-        if may_hide(t * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
-            seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
-            g = tl.where(seen, g, 0.0)
-        if dots is not None:
-            dot += tl.sum(g * s, 1)
-        acc = tl.dot((g * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
+    begin = split * tiles_per_program
+    acc, dot = walk_of_owner(
+        b_a, b, i_a, begin, tl.minimum(begin + tiles_per_program, tl.cdiv(M, BN)), low, high, a_pivots, a_adjustments,
+        b_pivots, b_adjustments, pivot, tl.load(factor).to(tl.float64), N, M, D, first_row, row_period, offset,
+        column_period, HAS_OWN_IMAGE, RUNNING, dots is not None, GAIN, EVEN, BLOCK_D, BM, BN,
+    )  # fmt: skip
     at = launch.row_start(split, N, 1) + i_a
     column = tl.arange(0, BLOCK_D)
     mask = (i_a < N)[:, None] & (column < D)[None, :]

@@ -31,7 +31,8 @@ def nt_xent_case(n: int, d: int, dtype: torch.dtype = torch.float32, **options) 
     m = 2 * n
     return Case(
         "nt_xent", f"2 x {n} x {d}", lambda draw: draw.pair(n, d), nt_xent,
-        lambda z0, z1: F.nt_xent(z0, z1, temperature=SIMCLR_TEMPERATURE), dtype=dtype, uses=("nt_xent_backward",),
+        lambda z0, z1: F.nt_xent(z0, z1, temperature=SIMCLR_TEMPERATURE), dtype=dtype,
+        uses=("nt_xent_of_views", "nt_xent_of_views_backward"),
         peers={"lightly": lightly_nt_xent}, bytes=2 * m * d * dtype.itemsize, flops=4 * m * m * d, **options,
     )  # fmt: skip
 
@@ -142,7 +143,8 @@ def nnclr_case(n: int, k: int, d: int, **options) -> Case:
 
     return Case(
         "nnclr", f"{n} x {k} x {d}", inputs, nnclr, partial(F.nnclr, temperature=SIMCLR_TEMPERATURE),
-        peers={"lightly": lightly_nnclr(k, d)}, uses=("nearest_neighbors", "nt_xent", "nt_xent_backward"),
+        peers={"lightly": lightly_nnclr(k, d)},
+        uses=("nearest_neighbors", "nt_xent_of_views", "nt_xent_of_views_backward"),
         bytes=4 * (k + 6 * n) * d, flops=4 * n * k * d + 8 * (2 * n) ** 2 * d, **options,
     )  # fmt: skip
 

@@ -1,0 +1,33 @@
+"""What the arguments of losses that are whole in one operator must be: see kernels/shapes.py."""
+
+import torch
+
+from ..arithmetic import widest_dtype
+from ..expect import alike, expect
+from .of_views import state_rows
+
+
+def _nt_xent_of_views(views, weights, learned, *_):
+    op = "nt_xent_of_views"
+    alike(op, "views", *views, dims=4 - len(views), rows=True)
+    v, n = views[0].shape[:2] if len(views) == 1 else (2, len(views[0]))
+    expect(op, "weights", weights, (v, n))
+    expect(op, "learned", learned, ())
+
+
+def _nt_xent_of_views_backward(upstream, unit, divisors, lse, state, factor, weights, learned, *_):
+    op = "nt_xent_of_views_backward"
+    alike(op, "unit", unit, dims=3, rows=True)
+    wide = widest_dtype(unit.device)
+    for name, x in (("divisors", divisors), ("lse", lse)):
+        expect(op, name, x, unit.shape[:2], wide)
+    expect(op, "weights", weights, unit.shape[:2])
+    for name, x in (("upstream", upstream), ("factor", factor), ("learned", learned)):
+        expect(op, name, x, (), wide if x is factor else None)
+    expect(op, "state", state, (2, state_rows(unit.shape[0] * unit.shape[1])), torch.float32)
+
+
+SHAPES = {
+    "nt_xent_of_views": _nt_xent_of_views,
+    "nt_xent_of_views_backward": _nt_xent_of_views_backward,
+}

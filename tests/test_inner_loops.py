@@ -1,0 +1,93 @@
+"""How many instructions a warp issues for a tile in the loops that long walks are made of, without a GPU.
+
+At tens of thousands of rows a loss is as fast as these loops. What counts is the way that most tiles take: a branch
+round the masks, which only tiles with an own image or a ragged edge need, is taken. Times are predictions of a model,
+in docs/log.md.
+"""
+
+import re
+import tempfile
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import aot  # noqa: E402
+
+from fastjem.kernels.contrastive import gpu as contrastive  # noqa: E402
+
+pytestmark = pytest.mark.aot
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.M)
+TARGET = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+
+
+def instructions_of_a_tile(compiled: triton.compiler.CompiledKernel) -> int:
+    """In the loop that multiplies matrices, where every branch forward within it is taken."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        lines = INSTRUCTION.findall(aot._cuobjdump("-sass", file.name))
+    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    goes_to = {i: place[int(m.group(1), 16)] for i, (_, text) in enumerate(lines) if (m := TARGET.search(text))}
+    loops = [(to, i) for i, to in goes_to.items() if to < i]
+    products = [(begin, end) for begin, end in loops if any("GMMA" in text for _, text in lines[begin:end])]
+    assert len(products) == 1, products
+    begin, end = products[0]
+    count = 0
+    at = begin
+    while at <= end:
+        count += 1
+        to = goes_to.get(at, at)
+        at = to if at < to <= end else at + 1
+    return count
+
+
+def _views(n: int, d: int):
+    views = [torch.zeros(n, d, dtype=torch.bfloat16) for _ in range(2)]
+    loss, *saved = contrastive.nt_xent_of_views(views, None, None, 0.5, False)
+    contrastive.nt_xent_of_views_backward(loss, *saved, None, None, 0.5, False, torch.bfloat16, [True, False])
+
+
+def _info_nce(d: int):
+    q, bank = torch.zeros(300, d, dtype=torch.bfloat16), torch.zeros(3000, d, dtype=torch.bfloat16)
+    contrastive.info_nce(q, q, bank, -300, 0.1, [True, True, False])
+
+
+def _clip_loss(d: int):
+    x, scale, lse = torch.zeros(300, d, dtype=torch.bfloat16), torch.ones(()), torch.zeros(300, dtype=torch.float64)
+    contrastive.clip_loss(x, x, scale, 0)
+    contrastive.clip_loss_backward(x, x, scale, lse, lse, 0, [True, True])
+
+
+# On Hopper, instructions a warp and a tile, and how many elements of the tile that warp has. Before masks left the
+# loops: 956 of 1024 elements in NT-Xent's sums, 973 of 1024 in its gradient, 1395 of 1024 in CLIP's sums, 657 of 1024
+# in the walk over a bank.
+MOST = {
+    "sums of half of the tiles": (lambda: _views(4500, 128), "sums_kernel", 640, 2048),
+    "sums of all tiles": (lambda: _views(300, 128), "sums_kernel", 420, 2048),
+    "the gradient, finished": (lambda: _views(4500, 128), "own_views_kernel", 380, 1024),
+    "the gradient, shared": (lambda: _views(300, 128), "owner_kernel", 330, 1024),
+    "CLIP's sums": (lambda: _clip_loss(128), "sums_kernel", 1330, 2048),
+    "a bank": (lambda: _info_nce(128), "attend_kernel", 420, 1024),
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_tile_costs_at_most_so_many_instructions(name, monkeypatch):
+    call, kernel, most, elements = MOST[name]
+    tiles = {}
+    with aot.compiling(90) as compiled, torch.no_grad():
+        compile_only = aot.launch.launch
+
+        def noting(kernel, grid, *args, device_of, **meta) -> None:
+            tiles[kernel.fn.__name__] = meta
+            compile_only(kernel, grid, *args, device_of=device_of, **meta)
+
+        monkeypatch.setattr(aot.launch, "launch", noting)
+        call()
+    (code,) = (x for x in compiled if x.metadata.name == kernel)
+    rows, columns = tiles[kernel]["BM"], tiles[kernel]["BN"]
+    assert rows * columns == elements * code.metadata.num_warps
+    assert instructions_of_a_tile(code) <= most
