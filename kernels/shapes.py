@@ -5,7 +5,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
 
 import torch
 from torch import Tensor
