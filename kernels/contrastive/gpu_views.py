@@ -78,7 +78,9 @@ def forward(
     z, v, s_view, s_row = as_one(views)
     n, d = views[-1].shape[-2:]
     unit = torch.empty(v, n, d, dtype=z.dtype, device=z.device)
-    divisors, lse = torch.empty(2, v, n, dtype=torch.float64, device=z.device)
+    # each in its own memory, as an operator's results must be
+    divisors = torch.empty(v, n, dtype=torch.float64, device=z.device)
+    lse = torch.empty_like(divisors)
     logits = torch.empty(v, v, n, dtype=torch.float64, device=z.device)
     factor = torch.empty((), dtype=torch.float64, device=z.device)
     tile = tiling.views_rows(d)

@@ -147,7 +147,11 @@ def join_views_kernel(
             b_lse = largest + tl.log(tl.exp(earlier - largest) + tl.exp(b_lse - largest))
         b_lse, positives = with_own_image(logits, b_lse, i_row // N, i_row % N, inside, N, V, DECOUPLED)
         tl.store(lse + i_row, b_lse, inside)
-        store_state(pivots, adjustments, i_row, inside, b_lse, factor_value, pivot, RUNNING)
+        written = i_row < tl.cdiv(rows, 128) * 128  # of_views.STATE_ROWS: the whole memory, as it is a result
+        b_lse = tl.where(inside, b_lse, 0.0)
+        store_state(pivots, adjustments, i_row, written, b_lse, factor_value, pivot, RUNNING)
+        if not RUNNING:
+            tl.store(pivots + i_row, tl.zeros([BLOCK], tl.float32), written)
         if weights is not None:
             positives *= tl.load(weights + i_row, inside, 0.0).to(tl.float64)
         loss += tl.where(inside, b_lse - positives, 0.0)
