@@ -187,7 +187,8 @@ def evaluate(
     encoder: Module | None = None,
 ) -> dict[str, Any]:
     """Every figure, also written to `evaluation.json` (of the momentum encoder `evaluation-teacher.json`) in the run's
-    folder or beside an export, or to `options.out`. `teacher` in it says which encoder the figures are of.
+    folder or beside an export, or to `options.out`. `teacher` in it says which encoder the figures are of. Those of
+    RUN/checkpoints/best.pt go to `evaluation-best.json` in the run's folder.
 
     Images become numbers as they did in the run; those that can't be read are left out, said and counted.
 
