@@ -80,6 +80,13 @@ def current() -> Chip:
     return of_device(torch.cuda.current_device())
 
 
+def product_tile(*, rows: int, columns: int, warps: int, stages: int) -> dict:
+    """A tile of a product. Without tensor cores a thread holds whole rows of operands: 16 columns of D at a time."""
+    if not current().tensor_cores:
+        return {"BLOCK_D": 16, "BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}
+    return {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
+
+
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether cuBLAS multiplies matrices of a 16-bit dtype into float32 on the current chip: bfloat16 since 8.0."""
     return dtype != torch.bfloat16 or current().tensor_cores

@@ -11,6 +11,7 @@ at a time. STAGES, num_stages: how many such reads are in flight.
 import torch
 
 from . import chips
+from .chips import product_tile as _tile
 
 # Program counts and memory budgets ------------------------------------------------------------------------------------
 
@@ -167,13 +168,6 @@ def crop_resize(pixels: int) -> dict:
 
 
 # contrastive ----------------------------------------------------------------------------------------------------------
-
-
-def _tile(*, rows: int, columns: int, warps: int, stages: int) -> dict:
-    """A tile of a product. Without tensor cores a thread holds whole rows of operands: 16 columns of D at a time."""
-    if not chips.current().tensor_cores:
-        return {"BLOCK_D": 16, "BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}
-    return {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
 
 
 def _block_on_chip(width: int, dtype: torch.dtype) -> int | None:
@@ -381,10 +375,6 @@ def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
 
 def sinkhorn_codes() -> dict:
     return {"ROWS": 1, "BLOCK": 1024, "num_warps": 4}
-
-
-def softmax_slope(width: int, dtype: torch.dtype) -> dict:
-    return row_logsumexp(width, dtype)
 
 
 def prototype_cross_entropy(dtype: torch.dtype) -> dict:

@@ -184,7 +184,7 @@ def _launch_slopes(
         IN_KERNEL=in_kernel,
         COMPUTE=launch.DTYPES[slope.dtype],
         ALIGN=align,
-        **tiling.softmax_slope(k, slope.dtype),
+        **tiling.row_logsumexp(k, slope.dtype),
         device_of=slope,
     )
 
