@@ -238,7 +238,7 @@ WITHOUT_TEMPERATURE = {
 # where the other is an infinity: a pair's own weight is added to a product of matrices that has 0 in its place, and 0
 # times an infinite embedding is NaN.
 KINDS_MAY_DIFFER = {
-    (op, i) for op in ("clip_loss_backward", "similarity_logsumexp_backward") for i in (0, 1)
+    (op, i) for op in ("clip_loss_backward", "clip_loss_of_pairs", "similarity_logsumexp_backward") for i in (0, 1)
 }  # fmt: skip
 # (operator, number of the poisoned tensor, value) that are no input. A log-sum-exp of -inf is one of no logits at all,
 # and there are logits; an infinite scale is a temperature of 0; a rate and a weight decay are finite; and the slope of
@@ -255,7 +255,7 @@ NO_INPUT = {
         for i in both
     ),
     *(("similarity_logsumexp_backward", i, value) for i in (5, 8) for value in ("-inf", "+inf")),
-    *((op, 2, value) for op in ("clip_loss", "clip_loss_backward") for value in ("-inf", "+inf")),
+    *((op, 2, value) for op in ("clip_loss", "clip_loss_backward", "clip_loss_of_pairs") for value in ("-inf", "+inf")),
     *((op, i, value) for op, i in (("lars_norms", 4), ("lars_", 8)) for value in ("-inf", "+inf")),
 }
 OF_IMAGES = {"augment", "crop_resize"}
