@@ -236,7 +236,8 @@ def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | No
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    if not chips.current().roomy:  # 64 columns spill on sm_86 and sm_120, or don't fit
+    chip = chips.current()
+    if not chip.roomy or (running and block > 128 and chip.capability != 90):  # 64 columns spill there, or don't fit
         tile = _tile(rows=64, columns=32, warps=8 if block > 128 else 4, stages=2)
     elif block > 128:
         tile = _tile(rows=128, columns=64, warps=8, stages=2)

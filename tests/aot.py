@@ -283,6 +283,15 @@ def _clip_loss(d: int, dtype: str, n: int = 300) -> Case:
     return Case("clip_loss", f"N x {d}", dtype, call, wgmma=True)
 
 
+def _clip_loss_of_pairs(d: int, dtype: str, n: int = 300) -> Case:
+    def call() -> None:
+        x, scale = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.ones(())
+        loss, *saved = contrastive.clip_loss_of_pairs(x, x, scale)
+        contrastive.clip_loss_of_pairs_backward(loss, x, x, scale, *saved, [True, True, True])
+
+    return Case("clip_loss_of_pairs", f"N x {d}", dtype, call, wgmma=True)
+
+
 def _siglip_loss(d: int, dtype: str) -> Case:
     def call() -> None:
         x = torch.zeros(300, d, dtype=DTYPES[dtype])
@@ -475,6 +484,11 @@ CASES = [
     _nt_xent_of_views(128, "fp32"),
     _info_nce(128, "bf16"),
     _clip_loss(512, "bf16"),
+    _clip_loss_of_pairs(128, "bf16"),
+    _clip_loss_of_pairs(256, "fp16"),
+    _clip_loss_of_pairs(40, "fp16"),
+    _clip_loss_of_pairs(512, "bf16"),
+    _clip_loss_of_pairs(512, "fp32"),
     _siglip_loss(512, "bf16"),
     *(_siglip_pairs(512, dtype, masks) for dtype in ("bf16", "fp32") for masks in (False, True)),
     _nearest_neighbors(128, "bf16"),
@@ -579,7 +593,7 @@ BF16 = torch.bfloat16
 GOALS = [
     (_nt_xent_of_views(128, "bf16", n=32768), contrastive_cases.nt_xent_case(32768, 128, BF16)),
     (_nt_xent_of_views(256, "bf16", n=32768), contrastive_cases.nt_xent_case(32768, 256, BF16)),
-    (_clip_loss(512, "bf16", 32768), contrastive_cases.image_text_case("clip_loss", 32768, 512, BF16)),
+    (_clip_loss_of_pairs(512, "bf16", 32768), contrastive_cases.image_text_case("clip_loss", 32768, 512, BF16)),
     (_info_nce(128, "bf16", 4096, 65_536), contrastive_cases.moco_case(4096, 65_536, 128, BF16)),
     (_sinkhorn(3000, "bf16", (1, 0), 16_384), prototype_cases.sinkhorn_case(16_384, 3000, BF16)),
     (_sinkhorn(65_536, "bf16", (1, 0), 2048), prototype_cases.sinkhorn_case(2048, 65_536, BF16)),

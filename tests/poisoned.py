@@ -130,6 +130,10 @@ class Inputs:
         logits = a.double() @ b.double().T * factor.double()
         return a, b, factor, logits.logsumexp(1), logits.logsumexp(0), offset, [True, True]
 
+    def _clip_loss_of_pairs(self, x):
+        scale = self.width**-0.5
+        return x(5, self.width, scale=scale), x(5, self.width, scale=scale), self._scale()
+
     def _siglip_loss(self, x):
         a, b, factor, offset = self._clip_loss(x)
         return a, b, factor, x(1, dtype=self.wide)[0], offset, [True, True]
@@ -255,9 +259,11 @@ NO_INPUT = {
     *((op, i, value) for op, i in (("lars_norms", 4), ("lars_", 8)) for value in ("-inf", "+inf")),
 }
 OF_IMAGES = {"augment", "crop_resize"}
-# Operators whose second pass is tried with them, and what it takes beside their results, of their arguments.
+# Operators whose second pass is tried with them, and what it takes beside the upstream gradient, of their arguments and
+# of their results beside the loss.
 WITH_BACKWARD = {
-    "nt_xent_of_views": lambda given: (*given[1:], given[0][0].dtype, [True, False]),
+    "nt_xent_of_views": lambda given, saved: (*saved, *given[1:], given[0][0].dtype, [True, False]),
+    "clip_loss_of_pairs": lambda given, saved: (*given, *saved, [True, True, True]),
 }
 
 
@@ -313,8 +319,7 @@ def _with_gradients(op: str, implementation: Callable, arguments: tuple, result:
     specified = getattr(implementation, "__wrapped__", None) is ops.reference(op)
     name = f"{op}_backward"
     second = ops.plain(ops.reference(name)) if specified else getattr(torch.ops.fastjem, name)
-    rest = WITH_BACKWARD[op](arguments)
-    return loss, flat(second(torch.ones_like(loss), *saved, *rest))
+    return loss, flat(second(torch.ones_like(loss), *WITH_BACKWARD[op](arguments, saved)))
 
 
 def results(op: str, implementation: Callable, arguments: tuple) -> list[Tensor]:

@@ -87,6 +87,16 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "info_nce": (x(4, 7), x(4, 7), x(9, 7), 5, 0.1, [True, True, False]),
         "clip_loss": (x(4, 7), x(9, 7), x(1)[0], 2),
         "clip_loss_backward": (x(4, 7), x(9, 7), x(1)[0], x(4).double(), x(9).double(), 2, [True, True]),
+        "clip_loss_of_pairs": (x(4, 7), x(4, 7), x(1)[0]),
+        "clip_loss_of_pairs_backward": (
+            x(1)[0],
+            x(4, 7),
+            x(4, 7),
+            x(1)[0],
+            x(3, 4).double(),
+            torch.zeros(2, 2, 128, device=device),
+            [True, True, True],
+        ),
         "siglip_loss": (x(4, 7), x(9, 7), x(1)[0], x(1)[0], 2, [True, False]),
         "siglip_pairs": (
             x(4, 7),

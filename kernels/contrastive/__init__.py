@@ -9,7 +9,8 @@
 * `gpu_engine.py`: the engine on a GPU, of Triton kernels on `tiles.py`: `sums.py` (log-sum-exps), `weights.py`
   (gradients), `rows.py` (single rows). `gpu.py`: the operators.
 * `of_views.py`: the specification of NT-Xent as one loss, of a batch that is on one rank. `cpu_views.py` computes it
-  with the engine; `gpu_views.py` and `views.py` in as few launches as there can be.
+  with the engine; `gpu_views.py` and `views.py` in as few launches as there can be. For CLIP's loss those are
+  `of_pairs.py`, `cpu_pairs.py`, `gpu_pairs.py` and `pair_kernels.py`.
 """
 
 from ..table import Operator
@@ -51,6 +52,15 @@ OPERATORS = {
     "clip_loss_backward": Operator(
         "(Tensor x, Tensor y, Tensor logit_scale, Tensor x_lse, Tensor y_lse, SymInt offset,"
         " bool[] wanted) -> (Tensor[], Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "clip_loss_of_pairs": Operator(
+        "(Tensor x, Tensor y, Tensor logit_scale) -> (Tensor, Tensor, Tensor)", cpu=True, gpu=True
+    ),
+    "clip_loss_of_pairs_backward": Operator(
+        "(Tensor upstream, Tensor x, Tensor y, Tensor logit_scale, Tensor of_pairs, Tensor state, bool[] wanted)"
+        " -> (Tensor[], Tensor)",
         cpu=True,
         gpu=True,
     ),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _C
 from ..native import address_of_row
-from . import composed, cpu_engine, cpu_koleo, cpu_views, cpu_visible, visible
+from . import composed, cpu_engine, cpu_koleo, cpu_pairs, cpu_views, cpu_visible, visible
 
 nt_xent = partial(composed.nt_xent, cpu_engine)
 nt_xent_backward = partial(composed.nt_xent_backward, cpu_engine)
@@ -17,6 +17,8 @@ nt_xent_of_views_backward = cpu_views.nt_xent_of_views_backward
 info_nce = partial(composed.info_nce, cpu_engine)
 clip_loss = partial(composed.clip_loss, cpu_engine)
 clip_loss_backward = partial(composed.clip_loss_backward, cpu_engine)
+clip_loss_of_pairs = cpu_pairs.clip_loss_of_pairs
+clip_loss_of_pairs_backward = cpu_pairs.clip_loss_of_pairs_backward
 similarity_logsumexp = partial(visible.similarity_logsumexp, cpu_visible)
 similarity_logsumexp_backward = partial(visible.similarity_logsumexp_backward, cpu_visible)
 koleo_neighbors = cpu_koleo.koleo_neighbors

@@ -3,7 +3,19 @@
 import torch
 from torch import Tensor
 
-from . import composed, gpu_engine, gpu_koleo, gpu_views, gpu_visible, of_views, pairs, reference, visible
+from . import (
+    composed,
+    gpu_engine,
+    gpu_koleo,
+    gpu_pairs,
+    gpu_views,
+    gpu_visible,
+    of_pairs,
+    of_views,
+    pairs,
+    reference,
+    visible,
+)
 
 koleo_neighbors = gpu_koleo.koleo_neighbors
 koleo = gpu_koleo.koleo
@@ -53,6 +65,18 @@ def clip_loss_backward(x: Tensor, y: Tensor, *options) -> tuple[list[Tensor], Te
     if not _supported(x, y):
         return reference.clip_loss_backward(x, y, *options)
     return composed.clip_loss_backward(gpu_engine, x, y, *options)
+
+
+def clip_loss_of_pairs(x: Tensor, y: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not _supported(x, y):
+        return of_pairs.clip_loss_of_pairs(x, y, logit_scale)
+    return gpu_pairs.forward(x, y, logit_scale)
+
+
+def clip_loss_of_pairs_backward(upstream: Tensor, x: Tensor, y: Tensor, *saved) -> tuple[list[Tensor], Tensor]:
+    if not _supported(x, y):
+        return of_pairs.clip_loss_of_pairs_backward(upstream, x, y, *saved)
+    return gpu_pairs.backward(upstream, x, y, *saved)
 
 
 def siglip_loss(

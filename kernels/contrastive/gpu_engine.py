@@ -297,11 +297,11 @@ def products(a: Side, b: Side, scaling: Scaling, own_image: OwnImage, tile: dict
     if tile is not None:
         return _owned(a, b, scaling, own_image, tile, False)[0]
     out = torch.empty(a.rows.shape, dtype=torch.float32, device=a.rows.device)
-    _add_weighted_by_bands(a, b, scaling, own_image, out, None, False, is_first=True)
+    weighted_by_bands(a, b, scaling, own_image, out, None, False, is_first=True)
     return out[None]
 
 
-def _add_weighted_by_bands(
+def weighted_by_bands(
     a: Side,
     b: Side,
     scaling: Scaling,
@@ -311,7 +311,8 @@ def _add_weighted_by_bands(
     with_dots: bool,
     *,
     is_first: bool = False,  # nothing is in the sums yet
-) -> Tensor | None:
+) -> list[Tensor]:
+    """The sums of G * similarities by row and block of columns, [blocks of columns, rows] float32, of each band."""
     tile = tiling.similarity_weights(a.rows.dtype)
     row_dots = []
     for rows, weights in bands(a.rows, b.rows, a_sum is not None or b_sum is not None):
@@ -333,8 +334,8 @@ def _add_weighted_by_bands(
         if weights is not None and b_sum is not None:
             add_product(b_sum, weights.T, part.rows, is_first=is_first and not rows.start)
         if dots_by_tile is not None:
-            row_dots.append(dots_by_tile.sum(0, dtype=torch.float64))
-    return torch.cat(row_dots) if with_dots else None
+            row_dots.append(dots_by_tile)
+    return row_dots
 
 
 def add_weighted(
@@ -357,7 +358,8 @@ def add_weighted(
         b_sum = None
     tile = tiling.similarity_owner(a.shape[1], a.dtype, scaling.running)
     if tile is None or (a_sum is None and b_sum is None):
-        return _add_weighted_by_bands(of_a, of_b, scaling, own_image, a_sum, b_sum, with_dots)
+        by_band = weighted_by_bands(of_a, of_b, scaling, own_image, a_sum, b_sum, with_dots)
+        return torch.cat([dots.sum(0, dtype=torch.float64) for dots in by_band]) if with_dots else None
     row_dots = None
     if a_sum is not None or with_dots:
         out, dots_by_split = _owned(of_a, of_b, scaling, own_image, tile, with_dots)

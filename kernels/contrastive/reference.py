@@ -12,12 +12,15 @@ from torch import Tensor
 
 from ..arithmetic import add_at, no_gradient, scalar_like, through_unit_rows, unit_rows, widen, widest
 from .in_parts import clip_loss, clip_loss_backward, nt_xent, nt_xent_backward, similarities_and_pairs
+from .of_pairs import clip_loss_of_pairs, clip_loss_of_pairs_backward
 from .of_views import nt_xent_of_views, nt_xent_of_views_backward
 
 # The specifications that are in other files, as long as this one would be: an operator's is found here.
 __all__ = [
     "clip_loss",
     "clip_loss_backward",
+    "clip_loss_of_pairs",
+    "clip_loss_of_pairs_backward",
     "nt_xent",
     "nt_xent_backward",
     "nt_xent_of_views",

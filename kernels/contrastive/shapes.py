@@ -27,7 +27,23 @@ def _nt_xent_of_views_backward(upstream, unit, divisors, lse, state, factor, wei
     expect(op, "state", state, (2, state_rows(unit.shape[0] * unit.shape[1])), torch.float32)
 
 
+def _clip_loss_of_pairs(x, y, logit_scale):
+    alike("clip_loss_of_pairs", "x and y", x, y, rows=True)
+    expect("clip_loss_of_pairs", "logit_scale", logit_scale, ())
+
+
+def _clip_loss_of_pairs_backward(upstream, x, y, logit_scale, of_pairs, state, *_):
+    op = "clip_loss_of_pairs_backward"
+    alike(op, "x and y", x, y, rows=True)
+    expect(op, "upstream", upstream, ())
+    expect(op, "logit_scale", logit_scale, ())
+    expect(op, "of_pairs", of_pairs, (3, x.shape[0]), widest_dtype(x.device))
+    expect(op, "state", state, (2, 2, state_rows(x.shape[0])), torch.float32)
+
+
 SHAPES = {
+    "clip_loss_of_pairs": _clip_loss_of_pairs,
+    "clip_loss_of_pairs_backward": _clip_loss_of_pairs_backward,
     "nt_xent_of_views": _nt_xent_of_views,
     "nt_xent_of_views_backward": _nt_xent_of_views_backward,
 }
