@@ -472,6 +472,7 @@ CASES = [
     _nt_xent_of_views(128, "bf16", True, n=4500),
     _nt_xent_of_views(256, "bf16", n=8500),
     _nt_xent_of_views(40, "fp16", True),
+    _nt_xent_of_views(100, "bf16"),
     _nt_xent_of_views(128, "fp32"),
     _info_nce(128, "bf16"),
     _clip_loss(512, "bf16"),
