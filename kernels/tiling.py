@@ -197,7 +197,7 @@ def views_rows(width: int) -> dict:
 def join_rows(few: bool) -> dict:
     """Of log-sum-exps and a loss of them; a few thousand rows are one program's."""
     # Four rows a thread: with so many registers as fewer rows get, a call of the logarithm spills on sm_80 or sm_100.
-    return {"BLOCK": 512, "num_warps": 16 if few else 4}
+    return {"BLOCK": 512, "num_warps": 16} if few else {"BLOCK": 1024, "num_warps": 8}  # 4 warps spill on sm_90
 
 
 def total() -> dict:
@@ -213,8 +213,8 @@ def similarity_sums(width: int, dtype: torch.dtype) -> dict:
             rows=128, columns=64, warps=4, stages=2
         )
     if dtype.itemsize == 2:
-        tile = _tile(rows=128, columns=64, warps=8, stages=3)  # 128 x 128 spills beside two exponentials
-        return {"WHOLE": False, "EVEN": False, "BLOCK_D": 64} | tile
+        rows = 64 if chips.current().capability >= 100 else 128  # 128 spill on sm_100, and 128 columns everywhere
+        return {"WHOLE": False, "EVEN": False, "BLOCK_D": 64} | _tile(rows=rows, columns=64, warps=8, stages=3)
     tile = _tile(rows=64, columns=64, warps=8, stages=2)  # 4 warps spill on sm_80
     return {"WHOLE": False, "EVEN": False, "BLOCK_D": 32} | tile
 
@@ -235,8 +235,8 @@ def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | No
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    if not chips.current().roomy:  # 64 columns, or 4 warps with masked rows, spill on sm_86 and sm_120, or don't fit
-        tile = _tile(rows=64, columns=32, warps=8 if block > 128 or width < block else 4, stages=2)
+    if not chips.current().roomy:  # 64 columns, or 4 warps, spill on sm_86 or sm_120, or don't fit
+        tile = _tile(rows=64, columns=32, warps=8, stages=2)
     elif block > 128:
         tile = _tile(rows=128, columns=64, warps=8, stages=2)
     else:
@@ -351,7 +351,8 @@ def covariance_gradient(dtype: torch.dtype) -> dict:
 def row_logsumexp(width: int, dtype: torch.dtype) -> dict:
     """One program a row; half of it at once where it is short, so that padding to a power of two costs little."""
     block = max(128, min(_next_power_of_2(width), 16384 // dtype.itemsize))
-    return {"BLOCK": block, "num_warps": 16 if block > 2048 else 4, "STAGES": 3}  # 8 warps spill beside a float64 bias
+    stages = 2 if dtype.itemsize > 2 and chips.current().capability >= 100 else 3  # three spill on sm_100
+    return {"BLOCK": block, "num_warps": 16 if block > 2048 else 4, "STAGES": stages}  # 8 warps spill beside a bias
 
 
 def column_logsumexp(width: int, dtype: torch.dtype) -> dict:
