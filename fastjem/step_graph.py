@@ -14,9 +14,15 @@ generator has then, and `seed_generators` gives it those of the step. So a repla
 
 **Gradients** keep their memory, of which the optimiser's table of addresses is made, and begin each step with zeros.
 
+**A graph is checked** before it is believed: the step in which it is captured is taken launch by launch, undone, and
+taken by the graph, which must come to the same bits. Where the step itself doesn't repeat them (cuDNN adds some
+gradients by atomics), losses must agree to `CLOSE`.
+
 **Unseen**: written for a GPU and tested on the CPU with a recorder in the graph's place.
 """
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +38,8 @@ from fastjem.methods import METHODS
 
 WARM = 4  # steps before a step is captured: two that make their gradients anew, two that keep them
 FRESH = 2  # of these, those that make their gradients anew
+CLOSE = 1e-3  # losses of a step and of its replay, one to the other, where the step doesn't repeat its own bits
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}  # by the bytes of an element
 NO_GPU = "graphs are CUDA's, and the run is on another device"
 ONE_BY_ONE = "a step's kernels are launched one by one"
 
@@ -53,6 +61,21 @@ class StepWork(Protocol):
     keep_gradients: bool
 
     def take(self, batches: Iterable[Batch]) -> Found: ...
+
+    def seeds(self) -> None:
+        """Generators as they were when the step began."""
+        ...
+
+    def state(self) -> list[Tensor]:
+        """All that a step changes, but gradients."""
+        ...
+
+
+class Marks(NamedTuple):
+    """What a step has come to."""
+
+    figures: list[float]  # losses, and the gradients' norm
+    bits: list[int]  # sums over these and each tensor of the state, read as integers
 
 
 class Graph(Protocol):
@@ -87,15 +110,56 @@ class CudaGraph:
 
     def capture(self, work: Callable[[], Found]) -> Found:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile: the loader's, which pins batches.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            found = work()
+        pool = torch.cuda.graph_pool_handle()
+        outside = torch.cuda.current_stream(self.device)
+        try:
+            # Other threads may allocate meanwhile: the loader's, which pins batches.
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                found = work()
+        except RuntimeError as error:
+            torch.cuda.set_stream(outside)
+            if not _has_ended(graph):
+                try:
+                    self._put_right(graph, pool)
+                except RuntimeError as other:
+                    raise UserError(
+                        f"--cuda-graph: the step can't be captured ({first_line(error)}), and torch can't go on behind "
+                        f"that ({str(other)[:200]}): --cuda-graph off --resume goes on from the last checkpoint"
+                    ) from error
+            raise
         self.graph = graph
         return found
+
+    def _put_right(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Behind a capture that CUDA has made invalid.
+
+        torch 2.11 then neither leaves its stream nor ends what it began: freed memory that another stream has used is
+        never used again, and every random number is refused ("Offset increment outside graph capture"), until another
+        capture ends well.
+        """
+        _broken.append(graph)
+        with contextlib.suppress(RuntimeError):  # it was ended
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, pool)
+        torch._C._cuda_releasePool(self.stream.device_index, pool)
+        number = torch.zeros((), device=self.device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self.device)):
+            number.add_(1)
 
     def replay(self) -> None:
         if self.graph is not None:
             self.graph.replay()
+
+
+_broken: list[torch.cuda.CUDAGraph] = []  # never freed, as torch's allocators may still ask them
+
+
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether a capture has come to its end, whatever was raised within it."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 class StepGraph:
@@ -124,12 +188,16 @@ class StepGraph:
 
     def _begin_with(self, shapes: Any) -> None:
         self.shapes = shapes
-        self.graph = self.make()
         self.taken = 0  # steps of batches of these shapes
-        self.batches: list[Tensor] = []  # what the captured step reads
-        self.found: Found | None = None  # what it writes: None before it is captured
-        self.reached: set[int] | None = None  # parameters that the first step has given a gradient
+        self.checked = False  # nothing is left to be found by comparing the graph with the step
+        self._without_graph()
+
+    def _without_graph(self) -> None:
+        self.found: Found | None = None  # what the captured step writes: None before it is captured
+        self.batches: list[Tensor] = []  # what it reads
         self.gradients: list[Tensor | None] = []  # those that the graph writes, held as long as it is
+        self.reached: set[int] | None = None  # parameters that the first step has given a gradient
+        self.graph = self.make()
 
     def take(self, batches: list[Batch]) -> Found:
         """A step of an accumulation's batches."""
@@ -139,10 +207,20 @@ class StepGraph:
         shapes = structure, [(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in tensors]
         if shapes != self.shapes:
             self._begin_with(shapes)
-        if self.found is None and self.taken >= WARM:
-            self._capture(tensors, structure)
-        if self.found is None:
+        if self.found is not None:
+            return self._replayed(tensors)
+        if self.taken < WARM:
             return self._taken_as_it_is(batches)
+        if not self.checked:
+            return self._checked(batches, tensors, structure)
+        why = self._capture(tensors, structure)
+        if why:
+            self._refuse(why)
+            return self.work.take(batches)
+        return self._replayed(tensors)
+
+    def _replayed(self, tensors: list[Any]) -> Found:
+        assert self.found is not None
         given = [x for x in tensors if isinstance(x, Tensor)]
         torch._foreach_copy_(self.batches, given, non_blocking=True)
         self._refresh()
@@ -154,8 +232,6 @@ class StepGraph:
         )
 
     def _taken_as_it_is(self, batches: list[Batch]) -> Found:
-        if self.refused:
-            return self.work.take(batches)
         self.work.keep_gradients = self.taken >= FRESH
         found = self.graph.warm(lambda: self.work.take(batches))
         self.taken += 1
@@ -166,31 +242,88 @@ class StepGraph:
             self.reached = reached
         return found
 
-    def _capture(self, tensors: list[Any], structure: Any) -> None:
-        """Note a step of copies of these batches."""
+    def _checked(self, batches: list[Batch], tensors: list[Any], structure: Any) -> Found:
+        """A step as it is, captured, undone and replayed."""
+        before = [x.detach().to("cpu", copy=True) for x in self.work.state()]
+        found = self._taken_as_it_is(batches)
+        own = self._marks(found)
+        try:
+            why = self._capture(tensors, structure)
+        except Exception:
+            self._undo(before)
+            raise
+        if why:
+            self._refuse(why, before)
+            return found
+        self._undo(before)
+        replayed = self._replayed(tensors)
+        marks = self._marks(replayed)
+        self.checked = True
+        if marks.bits == own.bits:
+            return replayed
+        self._without_graph()  # the step may need its memory
+        self._undo(before)
+        found = self._taken_as_it_is(batches)
+        repeats = self._marks(found).bits == own.bits
+        near = all(math.isclose(a, b, rel_tol=CLOSE) for a, b in zip(own.figures, marks.figures, strict=True))
+        if repeats or not near:
+            came = f"loss {marks.figures[0]:.9g} in place of {own.figures[0]:.9g}"
+            self._refuse(f"the graph of a step doesn't come to what the step does ({came})", before)
+        return found
+
+    def _capture(self, tensors: list[Any], structure: Any) -> str:
+        """Note a step of copies of these batches; why it can't be noted, in a line."""
         static = [x.clone() if isinstance(x, Tensor) else x for x in tensors]
         batches: list[Batch] = pytree.tree_unflatten(static, structure)
         self._refresh()
         self.gradients = [p.grad for p in self.work.parameters]
         try:
             self.found = self.graph.capture(lambda: self.work.take(batches))
-        except RuntimeError as error:
-            self._refuse((str(error).splitlines() or [type(error).__name__])[0])
-            return
+        except Exception as error:
+            self.work.training.step_end.ends()  # nothing has run
+            if isinstance(error, RuntimeError):
+                return first_line(error)
+            raise
         self.batches = [x for x in static if isinstance(x, Tensor)]
+        return ""
+
+    def _marks(self, found: Found) -> Marks:
+        figures = [x for x in (*found.losses, found.gradient_norm) if x is not None]
+        tensors = [x.detach() for x in (*figures, *self.work.state())]
+        bits = [int(x.view(BITS[x.element_size()]).sum(dtype=torch.long)) for x in tensors]
+        return Marks([float(x) for x in figures], bits)
+
+    @torch.no_grad()
+    def _undo(self, before: list[Tensor]) -> None:
+        """The state and the generators that a step began with."""
+        for x, copied in zip(self.work.state(), before, strict=True):
+            there = copied.to(x.device)
+            if not torch.equal(x, there):  # what nobody writes may be a tensor that can't be written
+                x.copy_(there)
+        self.work.seeds()
 
     def _refresh(self) -> None:
         optimizer = self.work.training.optimizer
         if isinstance(optimizer, optim.Fused):
             optimizer.refresh(self.work.momentum)
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str, before: list[Tensor] | None = None) -> None:
+        """No graph from now on. before: the state to go back to, where the run can't go on."""
         if self.must:
+            if before is not None:
+                self._undo(before)
             raise UserError(f"--cuda-graph on: the step can't be captured: {why}")
         self.say(f"--cuda-graph auto: {ONE_BY_ONE}: {why}")
         self.refused = True
         self.work.keep_gradients = False
         self.gradients = []
+
+
+def first_line(error: BaseException) -> str:
+    """Of what went wrong first: CUDA's error at the end of a capture says only that something did."""
+    while isinstance(earlier := error.__context__, RuntimeError):
+        error = earlier
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def of_run(training: Training, work: StepWork, say: Callable[[str], None]) -> StepGraph | None:
@@ -241,4 +374,4 @@ def why_not(training: Training) -> str:
     return next((reason for holds, reason in reasons if holds), "")
 
 
-__all__ = ["CudaGraph", "Found", "Graph", "StepGraph", "of_run", "told", "why_not"]
+__all__ = ["CudaGraph", "Found", "Graph", "StepGraph", "first_line", "of_run", "told", "why_not"]

@@ -65,13 +65,25 @@ class Work:
         self.momentum = torch.zeros((), dtype=widest_dtype(device), device=device)
         self.number = torch.zeros((), dtype=torch.long, device=device)
         self.keep_gradients = False
+        self.done = 0
 
     def begins(self, done: int) -> dict[str, Tensor]:
         """The figures of a step that is to be taken, which are returned, go where its work reads them."""
+        self.done = done
         scheduled = self.training.schedule.apply(self.training.optimizer, done)
         self.number.fill_(done)
         self.momentum.fill_(scheduled["momentum"].item())
         return scheduled
+
+    def seeds(self) -> None:
+        """Once more for the step that has begun."""
+        seed_generators(self.training.config.seed, self.done, self.training.ranks)
+
+    def state(self) -> list[Tensor]:
+        """What a step changes: parameters, the momentum copies' too, buffers, and what the optimiser has of them."""
+        step, optimizer = self.training.step, self.training.optimizer
+        of_optimizer = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return [*step.parameters(), *step.buffers(), *of_optimizer]
 
     def take(self, batches: Iterable[Batch]) -> Found:
         """Forward and backward of each batch, and the update."""

@@ -80,10 +80,12 @@ def current() -> Chip:
     return of_device(torch.cuda.current_device())
 
 
-def product_tile(*, rows: int, columns: int, warps: int, stages: int) -> dict:
-    """A tile of a product. Without tensor cores a thread holds whole rows of operands: 16 columns of D at a time."""
+def product_tile(*, rows: int, columns: int, warps: int, stages: int, summed: str = "BLOCK_D") -> dict:
+    """A tile of a product. Without tensor cores a thread holds whole rows of operands: 16 numbers at a time of those
+    that a product adds, whose block is the kernel's argument `summed`.
+    """
     if not current().tensor_cores:
-        return {"BLOCK_D": 16, "BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}
+        return {summed: 16, "BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}
     return {"BM": rows, "BN": columns, "num_warps": warps, "num_stages": stages}
 
 

@@ -173,7 +173,8 @@ def crop_resize(pixels: int) -> dict:
 def _block_on_chip(width: int, dtype: torch.dtype) -> int | None:
     """The columns of rows that stay on the chip; None: too wide, float32 (three products for one), no tensor cores."""
     block = _block(width)
-    return block if dtype.itemsize == 2 and block <= 256 and chips.current().tensor_cores else None
+    widest = 64 if width % 16 else 256  # numbers that are read one by one take registers: 100 columns spill on sm_90
+    return block if dtype.itemsize == 2 and block <= widest and chips.current().tensor_cores else None
 
 
 def similarity_rows(width: int) -> dict:
@@ -187,9 +188,7 @@ def similarity_join() -> dict:
 
 
 def views_rows(width: int) -> dict:
-    """Rows of several views at a time, with sums in float64: half of `similarity_rows`, a quarter where rows aren't
-    whole 16-byte words (1024 elements of 40 columns spill).
-    """
+    """Half of `similarity_rows`, with sums in float64; a quarter where rows aren't whole words (40 columns spill)."""
     block = _block(width)
     rows = max(1, (512 if width % 16 else 1024) // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
@@ -198,7 +197,7 @@ def views_rows(width: int) -> dict:
 def join_rows(few: bool) -> dict:
     """Of log-sum-exps and a loss of them; a few thousand rows are one program's."""
     # Four rows a thread: with so many registers as fewer rows get, a call of the logarithm spills on sm_80 or sm_100.
-    return {"BLOCK": 512, "num_warps": 16 if few else 4}
+    return {"BLOCK": 512, "num_warps": 16} if few else {"BLOCK": 1024, "num_warps": 8}  # 4 warps spill on sm_90
 
 
 def total() -> dict:
@@ -214,8 +213,8 @@ def similarity_sums(width: int, dtype: torch.dtype) -> dict:
             rows=128, columns=64, warps=4, stages=2
         )
     if dtype.itemsize == 2:
-        tile = _tile(rows=128, columns=64, warps=8, stages=3)  # 128 x 128 spills beside two exponentials
-        return {"WHOLE": False, "EVEN": False, "BLOCK_D": 64} | tile
+        rows = 64 if chips.current().capability >= 100 else 128  # 128 spill on sm_100, and 128 columns everywhere
+        return {"WHOLE": False, "EVEN": False, "BLOCK_D": 64} | _tile(rows=rows, columns=64, warps=8, stages=3)
     tile = _tile(rows=64, columns=64, warps=8, stages=2)  # 4 warps spill on sm_80
     return {"WHOLE": False, "EVEN": False, "BLOCK_D": 32} | tile
 
@@ -237,8 +236,8 @@ def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | No
     if block is None:
         return None
     chip = chips.current()
-    if not chip.roomy or (running and block > 128 and chip.capability != 90):  # 64 columns spill there, or don't fit
-        tile = _tile(rows=64, columns=32, warps=8 if block > 128 else 4, stages=2)
+    if not chip.roomy or (running and block > 128 and chip.capability != 90):
+        tile = _tile(rows=64, columns=32, warps=8, stages=2)  # 64 columns, or 4 warps, spill there, or don't fit
     elif block > 128:
         tile = _tile(rows=128, columns=64, warps=8, stages=2)
     else:
@@ -246,9 +245,10 @@ def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | No
     return {"BLOCK_D": block, "EVEN": width == block} | tile
 
 
-def similarity_weights(dtype: torch.dtype) -> dict:
+def similarity_weights(width: int, dtype: torch.dtype) -> dict:
     if dtype.itemsize == 2:
-        return {"BLOCK_D": 64} | _tile(rows=128, columns=128, warps=8, stages=3)
+        columns = 64 if width % 16 else 128  # as in `_block_on_chip`
+        return {"BLOCK_D": 64} | _tile(rows=128, columns=columns, warps=8, stages=3)
     return {"BLOCK_D": 32} | _tile(rows=64, columns=64, warps=4, stages=2)
 
 
@@ -285,7 +285,7 @@ def similarity_visible_weights(dtype: torch.dtype) -> dict:
 
 def similarity_sigmoid(dtype: torch.dtype) -> dict:
     """Half a tile of weights: a logistic loss beside each of them spills in 128 x 128 (46 to 150 instructions)."""
-    tile = similarity_weights(dtype)
+    tile = similarity_weights(0, dtype)
     return tile | {"BN": min(64, tile["BN"])}
 
 
@@ -335,15 +335,15 @@ def covariance_squares(dtype: torch.dtype, both: bool) -> dict:
 
     On sm_80 tiles of 128, or 4 warps, spill, and of both views more than 16 columns at a time.
     """
-    if dtype == torch.float64:
+    if dtype == torch.float64 or not chips.current().tensor_cores:
         return {"BM": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     return {"BM": 64, "BLOCK_K": 16 if both else 32, "num_warps": 8, "num_stages": 2}
 
 
 def covariance_gradient(dtype: torch.dtype) -> dict:
     if dtype == torch.float64:
-        return {"BLOCK_K": 16} | _tile(rows=32, columns=32, warps=4, stages=1)
-    return {"BLOCK_K": 32} | _tile(rows=128, columns=64, warps=8, stages=2)  # 128 columns spill
+        return {"BLOCK_K": 16} | _tile(rows=32, columns=32, warps=4, stages=1, summed="BLOCK_K")
+    return {"BLOCK_K": 32} | _tile(rows=128, columns=64, warps=8, stages=2, summed="BLOCK_K")  # 128 columns spill
 
 
 # prototypes -----------------------------------------------------------------------------------------------------------
@@ -352,7 +352,8 @@ def covariance_gradient(dtype: torch.dtype) -> dict:
 def row_logsumexp(width: int, dtype: torch.dtype) -> dict:
     """One program a row; half of it at once where it is short, so that padding to a power of two costs little."""
     block = max(128, min(_next_power_of_2(width), 16384 // dtype.itemsize))
-    return {"BLOCK": block, "num_warps": 16 if block > 2048 else 4, "STAGES": 3}  # 8 warps spill beside a float64 bias
+    stages = 2 if dtype.itemsize > 2 and chips.current().capability >= 100 else 3  # three spill on sm_100
+    return {"BLOCK": block, "num_warps": 16 if block > 2048 else 4, "STAGES": stages}  # 8 warps spill beside a bias
 
 
 def column_logsumexp(width: int, dtype: torch.dtype) -> dict:
@@ -371,7 +372,7 @@ def sinkhorn_join() -> dict:
 
 def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
     """Rows read once, up to 8192 float32, beside their potentials and sums; None where they must be read twice."""
-    return _rows(width, per_thread=64 // compute.itemsize)
+    return _rows(width, per_thread=(64 if chips.current().tensor_cores else 32) // compute.itemsize)  # sm_75 spills 64
 
 
 def sinkhorn_codes() -> dict:

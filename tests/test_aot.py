@@ -25,7 +25,10 @@ def test_budget(case: aot.Case, arch: int):
         assert code.spills == 0, code
         assert code.shared <= aot.SHARED_LIMIT[arch], code
     first = next(code for code in codes if code.kernel not in ("_one_over_kernel", "_one_over_count_kernel"))
-    assert first.loads[128] >= case.vectors[0] and first.stores[128] >= case.vectors[1], first
+    wide = first.loads[128]
+    if arch == 75 and case.wgmma:  # tiles of products are 32 rows of 16 numbers there: half of a 128-bit word a thread
+        wide += first.loads[64]
+    assert wide >= case.vectors[0] and first.stores[128] >= case.vectors[1], first
     assert any(code.wgmma for code in codes) == (case.wgmma and arch == 90), codes
 
 
@@ -36,6 +39,8 @@ LARGE = (
     "prototype_head_cross_entropy-N_x_256_x_K-bf16",
     "kmeans_step-N_x_K_x_256-fp16",
     "cross_entropy-N_x_131072-fp32",
+    "nt_xent_of_views-2_x_300_x_40_learned_tau-fp16",
+    "barlow_twins-64_x_512-fp32",
 )
 
 

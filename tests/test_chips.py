@@ -83,6 +83,26 @@ def test_products_without_tensor_cores_are_small_and_keep_no_whole_rows():
                 assert tiles[1]["CHUNKS"] * 16 >= width
 
 
+@pytest.mark.parametrize("capability", [75, 80, 86, 90, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_covariance_have_the_arguments_of_their_kernels(capability: int, dtype: torch.dtype):
+    """Without tensor cores the gradient's was given BLOCK_D, which its kernel doesn't have."""
+    with chips.standing_in(chip(capability)):
+        squares, gradient = tiling.covariance_squares(dtype, True), tiling.covariance_gradient(dtype)
+    assert squares.keys() == {"BM", "BLOCK_K", "num_warps", "num_stages"}
+    assert gradient.keys() == squares.keys() | {"BN"}
+    if capability == 75:
+        assert (gradient["BM"], gradient["BN"], gradient["BLOCK_K"], squares["BM"]) == (32, 32, 16, 32)
+
+
+@pytest.mark.parametrize("width, on_chip", [(40, True), (100, False), (112, True), (200, False), (208, True)])
+def test_rows_that_are_read_number_by_number_stay_on_the_chip_only_if_short(width: int, on_chip: bool):
+    """Of 100 columns the gradient spilled 141 instructions on sm_90, of 200 columns 696."""
+    with chips.standing_in(chip(90)):
+        assert (tiling.similarity_owner(width, HALF, False) is not None) == on_chip
+        assert tiling.similarity_sums(width, HALF)["WHOLE"] == on_chip
+
+
 def test_small_chips_take_smaller_tiles_and_large_ones_what_they_had():
     with chips.standing_in(chip(86)):
         small = tiling.similarity_owner(256, HALF, False), tiling.cross_entropy_long(torch.float32, False)

@@ -313,7 +313,7 @@ def weighted_by_bands(
     is_first: bool = False,  # nothing is in the sums yet
 ) -> list[Tensor]:
     """The sums of G * similarities by row and block of columns, [blocks of columns, rows] float32, of each band."""
-    tile = tiling.similarity_weights(a.rows.dtype)
+    tile = tiling.similarity_weights(a.rows.shape[1], a.rows.dtype)
     row_dots = []
     for rows, weights in bands(a.rows, b.rows, a_sum is not None or b_sum is not None):
         part = a.part(rows)
