@@ -235,8 +235,7 @@ def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | No
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    chip = chips.current()
-    if not chip.roomy or (running and block > 128 and chip.capability != 90):
+    if not chips.current().roomy or (running and block > 128 and chips.current().capability != 90):
         tile = _tile(rows=64, columns=32, warps=8, stages=2)  # 64 columns, or 4 warps, spill there, or don't fit
     elif block > 128:
         tile = _tile(rows=128, columns=64, warps=8, stages=2)
