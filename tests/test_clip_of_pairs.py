@@ -12,9 +12,11 @@ from fastjem.kernels import tiling
 
 # Pairs, width and scale: several blocks, ragged; columns of whole blocks and others; wider than a block on the chip, in
 # more than one piece; a large scale, a negative one, none; one pair; one column.
+# The interpreter takes minutes for the large ones.
+LARGE = [pytest.mark.exhaustive] if INTERPRETING else []
 SHAPES = [
-    (150, 40, 14.0),
-    (128, 128, 100.0),
+    pytest.param((150, 40, 14.0), marks=LARGE),
+    pytest.param((128, 128, 100.0), marks=LARGE),
     (70, 200, -20.0),
     (40, 300, 5.0),
     (21, 16, 0.0),

@@ -31,9 +31,11 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 # Views, images, width and temperature: several blocks of rows, an even number of them and an odd one; a view that ends
 # within a block; widths of whole blocks and others; a pivot; running maxima; one image; one column.
+# The interpreter takes minutes for the large ones.
+LARGE = [pytest.mark.exhaustive] if INTERPRETING else []
 SHAPES = [
-    (2, 150, 40, 0.5),
-    (2, 64, 128, 0.01),
+    pytest.param((2, 150, 40, 0.5), marks=LARGE),
+    pytest.param((2, 64, 128, 0.01), marks=LARGE),
     (3, 50, 200, 0.0135),
     (4, 21, 16, 0.1),
     (2, 3, 300, 0.5),
