@@ -380,7 +380,7 @@ def _covariance(op: str, n: int, d: int, dtype: str) -> Case:
         else:
             covariance.vicreg(z0, z1, 25.0, 25.0, 1.0, 1e-4, 1, [True, True])
 
-    return Case(op, f"{n} x {d}", dtype, call)
+    return Case(op, f"{n} x {d}", dtype, call, wgmma=dtype != "fp64")
 
 
 def _sinkhorn(k: int, dtype: str, vectors: tuple[int, int], n: int = 300) -> Case:
