@@ -66,6 +66,25 @@ def tf32_high(x):
 
 
 @triton.jit
+def add_product(acc, acc_right, acc_left, left, right):
+    """The product added to the first sum, in float32 what TF32 leaves of right and of left added to the others."""
+    if left.dtype == tl.float32:
+        left_high = tf32_high(left)
+        right_high = tf32_high(right)
+        acc = tl.dot(left_high, right_high, acc, input_precision="tf32")
+        acc_right = tl.dot(left_high, right - right_high, acc_right, input_precision="tf32")
+        acc_left = tl.dot(left - left_high, right_high, acc_left, input_precision="tf32")
+    else:
+        acc = tl.dot(left, right, acc, out_dtype=acc.dtype)
+    return acc, acc_right, acc_left
+
+
+@triton.jit
+def with_remainders(acc, acc_right, acc_left):
+    return acc + tl.where(tl.abs(acc) < float("inf"), acc_left + acc_right, 0.0)  # that of an infinity is NaN
+
+
+@triton.jit
 def similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr):
     """`a[i_a] @ b[i_b].T`, [BM, BN] float32. WHOLE: a row is one block, and `b_a` holds the rows i_a already.
 
@@ -81,16 +100,9 @@ def similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE: tl.constexpr, BLOCK_D: tl.
     for column in range(0, D, BLOCK_D):
         left = load_rows(a, i_a, N, D, column, BLOCK_D)
         right = load_columns(b, i_b, M, D, column, BLOCK_D)
-        if a.dtype.element_ty == tl.float32:
-            left_high = tf32_high(left)
-            right_high = tf32_high(right)
-            s = tl.dot(left_high, right_high, s, input_precision="tf32")
-            s_right = tl.dot(left_high, right - right_high, s_right, input_precision="tf32")
-            s_left = tl.dot(left - left_high, right_high, s_left, input_precision="tf32")
-        else:
-            s = tl.dot(left, right, s)
+        s, s_right, s_left = add_product(s, s_right, s_left, left, right)
     if a.dtype.element_ty == tl.float32:
-        s += tl.where(tl.abs(s) < float("inf"), s_left + s_right, 0.0)  # the remainder of an infinity is NaN
+        s = with_remainders(s, s_right, s_left)
     return s
 
 

@@ -15,30 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch, tiling
-from ..contrastive.tiles import tf32_high
+from ..contrastive.tiles import add_product, with_remainders
 
 # Rows of squares begin whole words apart, whatever their number, and end with zeros: else the product that reads them,
 # in a batch of any size, would read number by number.
 PAD = tl.constexpr(16)
-
-
-@triton.jit
-def _add_product(acc, acc_right, acc_left, left, right, COMPUTE: tl.constexpr):
-    """The product added to the first sum, in float32 what TF32 leaves of right and of left added to the others."""
-    if COMPUTE == tl.float32:  # noqa: SIM300
-        left_high = tf32_high(left)
-        right_high = tf32_high(right)
-        acc = tl.dot(left_high, right_high, acc, input_precision="tf32")
-        acc_right = tl.dot(left_high, right - right_high, acc_right, input_precision="tf32")
-        acc_left = tl.dot(left - left_high, right_high, acc_left, input_precision="tf32")
-    else:
-        acc = tl.dot(left, right, acc, out_dtype=COMPUTE)
-    return acc, acc_right, acc_left
-
-
-@triton.jit
-def _with_remainders(acc, acc_right, acc_left):
-    return acc + tl.where(tl.abs(acc) < float("inf"), acc_right + acc_left, 0.0)  # that of an infinity is NaN
 
 
 @triton.jit
@@ -54,7 +35,7 @@ def _square_tile(z, i_a, i_b, z_b, N, D, TALL: tl.constexpr, COMPUTE: tl.constex
             b = launch.row_start(k, D, 1)[:, None] + i_b[None, :]
             left = tl.load(z + a, (i_a < D)[:, None] & (k < N)[None, :], 0)
             right = tl.load(z_b + b, (k < N)[:, None] & (i_b < D)[None, :], 0)
-            acc, acc_right, acc_left = _add_product(acc, acc_right, acc_left, left, right, COMPUTE)
+            acc, acc_right, acc_left = add_product(acc, acc_right, acc_left, left, right)
     else:
         a_row = launch.row_start(i_a, D, 1)[:, None]
         b_row = launch.row_start(i_b, D, 1)[None, :]
@@ -62,8 +43,8 @@ def _square_tile(z, i_a, i_b, z_b, N, D, TALL: tl.constexpr, COMPUTE: tl.constex
             k = start + tl.arange(0, BLOCK_K)
             left = tl.load(z + a_row + k[None, :], (i_a < N)[:, None] & (k < D)[None, :], 0)
             right = tl.load(z_b + b_row + k[:, None], (k < D)[:, None] & (i_b < N)[None, :], 0)
-            acc, acc_right, acc_left = _add_product(acc, acc_right, acc_left, left, right, COMPUTE)
-    return _with_remainders(acc, acc_right, acc_left)
+            acc, acc_right, acc_left = add_product(acc, acc_right, acc_left, left, right)
+    return with_remainders(acc, acc_right, acc_left)
 
 
 @triton.jit
@@ -175,7 +156,7 @@ def product_tile(
             k = start + tl.arange(0, BLOCK_K)
             left = tl.load(z + left_row + k[None, :], (i_row < N)[:, None] & (k < D)[None, :], 0)
             right = tl.load(square + right_row + k[:, None], (k < D)[:, None] & (column < D)[None, :], 0)
-            acc, acc_right, acc_left = _add_product(acc, acc_right, acc_left, left, right, COMPUTE)
+            acc, acc_right, acc_left = add_product(acc, acc_right, acc_left, left, right)
     else:
         left_row = launch.row_start(i_row, s_square, PAD)[:, None]
         for start in range(0, N, BLOCK_K):
@@ -183,8 +164,8 @@ def product_tile(
             right_row = launch.row_start(k, D, 1)[:, None]
             left = tl.load(square + left_row + k[None, :], (i_row < N)[:, None] & (k < s_square * PAD)[None, :], 0)
             right = tl.load(z + right_row + column[None, :], (k < N)[:, None] & (column < D)[None, :], 0)
-            acc, acc_right, acc_left = _add_product(acc, acc_right, acc_left, left, right, COMPUTE)
-    return _with_remainders(acc, acc_right, acc_left)
+            acc, acc_right, acc_left = add_product(acc, acc_right, acc_left, left, right)
+    return with_remainders(acc, acc_right, acc_left)
 
 
 @triton.jit
