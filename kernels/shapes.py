@@ -168,11 +168,6 @@ def _nt_xent_backward(rows, candidates, rows_lse, candidates_lse, weights, *_):
     _expect(op, "weights", weights, tuple(candidates.shape[:2]))
 
 
-def _info_nce(query, positive, negatives, *_):
-    _alike("info_nce", "query and positive", query, positive)
-    _same_width("info_nce", "query and negatives", query, negatives)
-
-
 def _clip_loss(x, y, *_):
     _same_width("clip_loss", "x and y", x, y)
 
@@ -361,7 +356,6 @@ SHAPES: dict[str, Callable[..., None]] = {
     **contrastive.SHAPES,
     "nt_xent": _nt_xent,
     "nt_xent_backward": _nt_xent_backward,
-    "info_nce": _info_nce,
     "clip_loss": _clip_loss,
     "clip_loss_backward": _clip_loss_backward,
     "siglip_loss": _siglip_loss,

@@ -84,7 +84,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             torch.float32,
             [True, True],
         ),
-        "info_nce": (x(4, 7), x(4, 7), x(9, 7), 5, 0.1, [True, True, False]),
+        "info_nce": (x(4, 7), x(4, 7), x(9, 7), None, 5, 0.1, [True, True, True, False]),
         "clip_loss": (x(4, 7), x(9, 7), x(1)[0], 2),
         "clip_loss_backward": (x(4, 7), x(9, 7), x(1)[0], x(4).double(), x(9).double(), 2, [True, True]),
         "clip_loss_of_pairs": (x(4, 7), x(4, 7), x(1)[0]),

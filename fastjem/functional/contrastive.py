@@ -23,8 +23,7 @@ from fastjem.functional.precision import loss_dtype, without_autocast
 from fastjem.functional.prefixes import sum_over_prefixes
 from fastjem.functional.temperature import unit_rows_over_root
 from fastjem.functional.views import loss_of_views
-from fastjem.ops.autograd import needs_gradient, one_pass
-from fastjem.ops.forward_mode import refuse_forward_mode
+from fastjem.ops.autograd import needs_gradient
 
 
 def _views(op: str, z0: Tensor, z1: Tensor | None, group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -361,8 +360,4 @@ def info_nce(
         check_mask("info_nce", "exclude", exclude, [(query.shape[0], negatives.shape[0]), negatives.shape[:1]], query)
         own = None if label_offset is None else offset
         return candidates.info_nce(rows[0], rows[1], rows[2], negative_ids, own, temperature, options)
-    if not isinstance(temperature, Tensor):
-        return one_pass("info_nce", rows, offset, temperature)
-    refuse_forward_mode("info_nce", (*rows, temperature))
-    rows = [unit_rows_over_root(x, temperature) for x in rows]
-    return info_nce_of_rows(rows, offset).to(loss_dtype(query))
+    return info_nce_of_rows(rows, temperature, offset)

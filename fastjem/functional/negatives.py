@@ -1,73 +1,72 @@
-"""InfoNCE of rows as they come, which a temperature that is a tensor is a part of."""
+"""InfoNCE of one rank, which one operator computes whole and another differentiates."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastjem.kernels.arithmetic import widest
-from fastjem.ops import transforms
-from fastjem.ops.autograd import known, needs_gradient, ops, refuse_second_order
-
-
-def info_nce_of_rows(rows: Sequence[Tensor], offset: int) -> Tensor:
-    """Of queries [N, D], positives [N, D] and negatives [K, D] at temperature 1, not normalised; 0-dim float64."""
-    return _info_nce_at_once(rows, offset) if transforms.active() else _InfoNCE.apply(*rows, offset)
+from fastjem.ops import direct, transforms
+from fastjem.ops.autograd import distinct, needs_gradient, refuse_second_order
+from fastjem.ops.forward_mode import refuse_forward_mode
 
 
 class _InfoNCE(torch.autograd.Function):
-    """Of rows as they come, at temperature 1: a temperature that is a tensor is in the rows. NT-Xent's operators do it.
-
-    One view has no positives: what they sum and differentiate are the negatives alone.
-    """
+    """`learned` is the temperature if it is a tensor; `options` are the offset and the number."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> Tensor:
-        logits, lse = _logits_and_lse(query, positive, negatives, offset)
-        ctx.save_for_backward(query, positive, negatives, lse, logits)
-        ctx.offset = offset
-        return (lse - logits).mean()
+    def forward(
+        ctx, options: tuple[int, float], wanted: list[bool], learned: Tensor | None, *rows: Tensor
+    ) -> Tensor:
+        loss, *saved = direct.call("info_nce", *rows, learned, *options, wanted)
+        ctx.save_for_backward(*saved, learned)
+        ctx.options = options
+        ctx.wanted = wanted
+        ctx.dtype = rows[0].dtype
+        return loss
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order("info_nce")
-        query, positive, negatives, lse, logits = ctx.saved_tensors
-        learned = ctx.needs_input_grad[2]
-        gradients = _info_nce_gradients(query, positive, negatives, lse, logits, ctx.offset, learned)
-        scale = (upstream / lse.numel()).to(query.dtype)
-        return *(None if gradient is None else gradient * scale for gradient in gradients), None
+        batched = transforms.batched(upstream)
+        given = ctx.saved_tensors[1].new_ones((), dtype=upstream.dtype) if batched else upstream
+        arguments = (given, *ctx.saved_tensors, *ctx.options, ctx.dtype, ctx.wanted)
+        gradients = direct.call("info_nce_backward", *arguments)
+        if batched:
+            gradients = [transforms.scaled(gradient, upstream) for gradient in gradients]
+        *of_rows, of_temperature = (
+            gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)
+        )
+        return None, None, of_temperature, *of_rows
 
 
-def _logits_and_lse(query: Tensor, positive: Tensor, negatives: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """The positives' logits, and the log-sum-exps of all logits, both [N] float64."""
-    logits = widest((query * positive).sum(1))
-    _, lse = ops.nt_xent(query[None], negatives[None], offset, 1.0, False, False)
-    return logits, torch.logaddexp(lse[0], logits)
+def info_nce_of_rows(
+    rows: Sequence[Tensor],  # queries [N, D], positives [N, D], negatives [K, D]
+    temperature: float | Tensor,
+    offset: int,  # row offset + i of the negatives is query i's positive; -N: none is
+) -> Tensor:
+    """The mean over queries; rows are normalised."""
+    learned = temperature if isinstance(temperature, Tensor) else None
+    options = (offset, 1.0 if isinstance(temperature, Tensor) else temperature)
+    inputs = [*rows] if learned is None else [*rows, learned]
+    refuse_forward_mode("info_nce", inputs)
+    wanted = [needs_gradient(x) for x in inputs]
+    if learned is None:
+        wanted.append(False)
+    if transforms.active():
+        return _at_once(inputs, options, wanted)
+    if not any(wanted):
+        return direct.call("info_nce", *rows, learned, *options, wanted)[0]
+    return _InfoNCE.apply(options, wanted, learned, *distinct(rows))
 
 
-def _info_nce_gradients(
-    query: Tensor, positive: Tensor, negatives: Tensor, lse: Tensor, logits: Tensor, offset: int, learned: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of the sum over rows; for the negatives where they are `learned`."""
-    # An infinite log-sum-exp has no probabilities: a candidate is no row here.
-    none = torch.full_like(negatives[:, 0], torch.inf, dtype=lse.dtype)[None]
-    rows = query[None]
-    candidates = negatives[None]
-    options = (1.0, False, False)
-    pull = (logits - lse).expm1().to(query.dtype)[:, None]  # the positive's probability - 1
-    of_query = ops.nt_xent_backward(rows, candidates, lse[None], none, None, offset, *options)[0] + pull * positive
-    if not learned:
-        return of_query, pull * query, None
-    of_negatives = ops.nt_xent_backward(candidates, rows, none, lse[None], None, -offset, *options)[0]
-    return of_query, pull * query, of_negatives
-
-
-def _info_nce_at_once(inputs: Sequence[Tensor], offset: int) -> Tensor:
-    """`_InfoNCE` within a transform of torch.func: the gradients with the loss."""
-    query, positive, negatives = (x.detach() for x in inputs)
-    logits, lse = _logits_and_lse(query, positive, negatives, offset)
-    loss = (lse - logits).mean()
-    learned = needs_gradient(inputs[2])
-    gradients = _info_nce_gradients(query, positive, negatives, lse, logits, offset, learned)
-    of_all = [negatives if gradient is None else gradient for gradient in gradients]
-    return known("info_nce", loss, inputs, of_all, [1 / lse.numel()] * 3)
+def _at_once(inputs: Sequence[Tensor], options: tuple[int, float], wanted: list[bool]) -> Tensor:
+    """Within a transform of torch.func: the gradients with the loss."""
+    query, positive, negatives, *number = (x.detach() for x in inputs)
+    learned = number[0] if number else None
+    loss, *saved = direct.call("info_nce", query, positive, negatives, learned, *options, wanted)
+    if not any(wanted):
+        return loss
+    arguments = (torch.ones_like(loss), *saved, learned, *options, query.dtype, wanted)
+    found = direct.call("info_nce_backward", *arguments)
+    gradients = [gradient if want else x for gradient, x, want in zip(found, inputs, wanted, strict=False)]
+    return transforms.known("info_nce", loss, inputs, gradients, [1.0] * len(inputs))

@@ -10,7 +10,8 @@
   (gradients), `rows.py` (single rows). `gpu.py`: the operators.
 * `of_views.py`: the specification of NT-Xent as one loss, of a batch that is on one rank. `cpu_views.py` computes it
   with the engine; `gpu_views.py` and `views.py` in as few launches as there can be. For CLIP's loss those are
-  `of_pairs.py`, `cpu_pairs.py`, `gpu_pairs.py` and `pair_kernels.py`.
+  `of_pairs.py`, `cpu_pairs.py`, `gpu_pairs.py` and `pair_kernels.py`, for InfoNCE `of_queries.py`, `cpu_queries.py`,
+  `gpu_queries.py` and `query_kernels.py`.
 """
 
 from ..table import Operator
@@ -41,8 +42,15 @@ OPERATORS = {
         gpu=True,
     ),
     "info_nce": Operator(
-        "(Tensor query, Tensor positive, Tensor negatives, SymInt offset, float temperature, bool[] wanted)"
-        " -> (Tensor, Tensor[], Tensor)",
+        "(Tensor query, Tensor positive, Tensor negatives, Tensor? learned, SymInt offset, float temperature,"
+        " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "info_nce_backward": Operator(
+        "(Tensor upstream, Tensor unit, Tensor of_rows, Tensor attended, Tensor negatives, Tensor divisors,"
+        " Tensor state, Tensor factor, Tensor? learned, SymInt offset, float temperature, ScalarType dtype,"
+        " bool[] wanted) -> Tensor[]",
         cpu=True,
         gpu=True,
     ),

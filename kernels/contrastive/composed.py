@@ -29,6 +29,11 @@ class OwnImage:
     column_period: int = 0  # 0: no column shows a row's image
 
 
+def own_row(n: int, offset: int, columns: int) -> OwnImage:
+    """Of rows that have one partner each, column i + offset, which may not be there."""
+    return OwnImage(n, offset, columns) if -n < offset < columns else OwnImage()
+
+
 Scaling = TypeVar("Scaling")  # how similarities become logits, and their exponentials stay finite: an engine's own
 
 
@@ -101,18 +106,6 @@ class Engine(Protocol[Scaling]):
         Returns `(G * similarities).sum(1)`, [N] float64, where both log-sum-exps are given and not `symmetric`;
         otherwise None.
         """
-        ...
-
-    def attend(
-        self,
-        query: Tensor,  # [N, D] of unit length
-        bank: Tensor,  # [K, D] of any length
-        temperature: float,
-        own_image: OwnImage,
-        wanted: bool,
-        /,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The log-sum-exp of the logits over the bank, [N] float64; if wanted `softmax(logits) @ unit_rows(bank)`."""
         ...
 
 
@@ -255,45 +248,6 @@ def _pull_views_together(
         for j in range(views):
             if i != j:
                 gradient[i].addcmul_(pull[i, j, :, None], unit[j].to(gradient.dtype), value=-1)
-
-
-def info_nce(
-    engine: Engine,
-    query: Tensor,  # [N, D]
-    positive: Tensor,  # [N, D]
-    negatives: Tensor,  # [K, D]
-    offset: int,
-    temperature: float,
-    wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    n = len(query)
-    k = len(negatives)
-    q, q_divisors = engine.unit_rows(query, True)
-    p, p_divisors = engine.unit_rows(positive, True)
-    own_image = OwnImage(n, offset, k) if -n < offset < k else OwnImage()
-    positive_logits = engine.dots(q, p) / temperature  # [N]
-
-    # one pass over the negatives: their log-sum-exp, and softmax(logits) @ negatives
-    negative_lse, attended = engine.attend(q, negatives, temperature, own_image, wanted[0])
-    lse = torch.logaddexp(negative_lse, positive_logits)
-    dtype = engine.sum_dtype(q)
-    p_weight = (positive_logits - lse).expm1().to(dtype)[:, None]  # the positive's probability - 1
-
-    gradients = [x.new_empty(0) for x in (query, positive, negatives)]
-    if wanted[0]:
-        negatives_probability = (negative_lse - lse).exp().to(dtype)[:, None]
-        q_gradient = attended.mul_(negatives_probability).addcmul_(p_weight, p.to(dtype))
-        gradients[0] = engine.through_unit_rows(q_gradient, q, q_divisors, query.dtype)
-    if wanted[1]:
-        gradients[1] = engine.through_unit_rows(p_weight * q, p, p_divisors, positive.dtype)
-    if wanted[2]:
-        unit, divisors = engine.unit_rows(negatives, True)
-        gradient = torch.zeros(unit.shape, dtype=dtype, device=unit.device)
-        scaling = engine.scaling_of(1 / temperature, 1.0, q, unit)
-        engine.add_weighted(q, unit, scaling, own_image, lse, None, None, gradient)
-        gradients[2] = engine.through_unit_rows(gradient, unit, divisors, negatives.dtype)
-    scale = torch.full((), 1 / (n * temperature), dtype=dtype, device=q.device)
-    return (lse - positive_logits).mean().to(dtype), gradients, scale
 
 
 class _Pairs(NamedTuple):

@@ -8,9 +8,11 @@ from . import (
     gpu_engine,
     gpu_koleo,
     gpu_pairs,
+    gpu_queries,
     gpu_views,
     gpu_visible,
     of_pairs,
+    of_queries,
     of_views,
     pairs,
     reference,
@@ -49,10 +51,16 @@ def nt_xent_of_views_backward(upstream: Tensor, unit: Tensor, *saved) -> tuple[T
     return gpu_views.backward(upstream, unit, *saved[:-2], wanted=saved[-1])  # gradients are in the dtype of unit rows
 
 
-def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *options) -> tuple[Tensor, list[Tensor], Tensor]:
+def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *options) -> tuple[Tensor, ...]:
     if not _supported(query, positive, negatives):
-        return reference.info_nce(query, positive, negatives, *options)
-    return composed.info_nce(gpu_engine, query, positive, negatives, *options)
+        return of_queries.info_nce(query, positive, negatives, *options)
+    return gpu_queries.forward(query, positive, negatives, *options)
+
+
+def info_nce_backward(upstream: Tensor, unit: Tensor, *saved) -> list[Tensor]:
+    if not _supported(unit):
+        return of_queries.info_nce_backward(upstream, unit, *saved)
+    return gpu_queries.backward(upstream, unit, *saved[:-2], wanted=saved[-1])  # gradients are in the dtype of unit rows
 
 
 def clip_loss(x: Tensor, y: Tensor, *options) -> tuple[Tensor, Tensor, Tensor]:

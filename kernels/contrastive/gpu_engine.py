@@ -34,7 +34,6 @@ from .weights import owner_kernel, sigmoid_kernel, weights_kernel
 
 __all__ = [
     "add_weighted",
-    "attend",
     "best",
     "both_log_sum_exps",
     "dots",
@@ -201,32 +200,26 @@ def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImag
     return torch.cat(row_lse), functools.reduce(torch.logaddexp, column_lse)
 
 
-def attend(
-    query: Tensor, bank: Tensor, temperature: float, own_image: OwnImage, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    rows, _ = unit_rows(bank, True)
-    scaling = scaling_of(1 / temperature, 1.0, query, rows)
-    tile = tiling.similarity_attend(query.shape[1], query.dtype)
-    if not wanted or tile is None:
-        lse = row_log_sum_exps(query, rows, scaling, own_image)
-        out = torch.zeros(query.shape, dtype=torch.float32, device=query.device) if wanted else None
-        if wanted:
-            add_weighted(query, rows, scaling, own_image, lse, None, out, None)
-        return lse, out
-    n, d = query.shape
-    m = len(rows)
+def walk_attending(
+    a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict
+) -> tuple[Parts, Tensor]:
+    """The rows' sums by program, and with them those of `exponentials @ b`, [parts, N, D] float32.
+
+    tile: `tiling.similarity_attend`.
+    """
+    n, d = a.shape
+    m = len(b)
     blocks = triton.cdiv(n, tile["BM"])
     splits, tiles_per_program = splits_of(blocks, triton.cdiv(m, tile["BN"]))
-    maxima, sums = torch.empty(2, splits, n, dtype=torch.float32, device=query.device)
-    out = torch.empty(splits, n, d, dtype=torch.float32, device=query.device)
+    sums = torch.empty(splits, n, dtype=torch.float32, device=a.device)
+    parts = Parts(torch.empty_like(sums), sums)
+    out = torch.empty(splits, n, d, dtype=torch.float32, device=a.device)
     launch.launch(
-        attend_kernel, (blocks, splits), query, rows, scaling.factor, maxima, sums, out, n, m, d,
+        attend_kernel, (blocks, splits), a, b, scaling.factor, *parts, out, n, m, d,
         *own_image_arguments(own_image), tiles_per_program, HAS_OWN_IMAGE=own_image.column_period > 0,
-        GAIN=launch.gain(query.dtype), **tile, device_of=query,
+        GAIN=launch.gain(a.dtype), **tile, device_of=a,
     )  # fmt: skip
-    lse = join((maxima, sums), None, scaling.factor, 0.0, True)
-    probabilities = (maxima.double() * scaling.factor - lse).exp().nan_to_num(0.0).float()  # of a part's pivot
-    return lse, out.mul_(probabilities[:, :, None]).sum(0)
+    return parts, out
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
@@ -336,6 +329,12 @@ def weighted_by_bands(
         if dots_by_tile is not None:
             row_dots.append(dots_by_tile)
     return row_dots
+
+
+def lines(row_dots: list[Tensor]) -> Tensor:
+    """What `weighted_by_bands` returns as one [lines, N] whose sum over lines is wanted, as few as one program reads."""
+    few = len(row_dots) == 1 and (len(row_dots[0]) == 1 or row_dots[0].numel() <= 128 * tiling.PROGRAMS)
+    return row_dots[0] if few else torch.cat([part.sum(0, dtype=torch.float64) for part in row_dots])[None]
 
 
 def add_weighted(

@@ -85,10 +85,7 @@ def _sums(x: Tensor, y: Tensor, logit_scale: Tensor, state: Tensor, wanted: list
     dots = gpu_engine.weighted_by_bands(
         Side(x, *state[0]), Side(y, *state[1]), scaling, OwnImage(n, 0, n), of_x, of_y, wanted[2], is_first=True
     )
-    if not dots:
-        return out, None
-    few = len(dots) == 1 and (len(dots[0]) == 1 or dots[0].numel() <= 128 * tiling.PROGRAMS)
-    return out, dots[0] if few else torch.cat([part.sum(0, dtype=torch.float64) for part in dots])[None]
+    return out, gpu_engine.lines(dots) if dots else None
 
 
 def backward(

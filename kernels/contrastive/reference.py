@@ -13,6 +13,7 @@ from torch import Tensor
 from ..arithmetic import add_at, no_gradient, scalar_like, through_unit_rows, unit_rows, widen, widest
 from .in_parts import clip_loss, clip_loss_backward, nt_xent, nt_xent_backward, similarities_and_pairs
 from .of_pairs import clip_loss_of_pairs, clip_loss_of_pairs_backward
+from .of_queries import info_nce, info_nce_backward
 from .of_views import nt_xent_of_views, nt_xent_of_views_backward
 
 # The specifications that are in other files, as long as this one would be: an operator's is found here.
@@ -21,39 +22,13 @@ __all__ = [
     "clip_loss_backward",
     "clip_loss_of_pairs",
     "clip_loss_of_pairs_backward",
+    "info_nce",
+    "info_nce_backward",
     "nt_xent",
     "nt_xent_backward",
     "nt_xent_of_views",
     "nt_xent_of_views_backward",
 ]
-
-
-def info_nce(
-    query: Tensor,  # [N, D]
-    positive: Tensor,  # [N, D]
-    negatives: Tensor,  # [K, D]
-    offset: int,  # row offset + i of the negatives is query i's positive, not a negative; -N: none is
-    temperature: float,
-    wanted: list[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows.
-
-    MoCo, arXiv 1911.05722, equation 1.
-    """
-    q, q_norm = unit_rows(widen(query))
-    p, p_norm = unit_rows(widen(positive))
-    k, k_norm = unit_rows(widen(negatives))
-    itself = torch.arange(k.shape[0], device=k.device) == torch.arange(q.shape[0], device=k.device)[:, None] + offset
-    logits = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).masked_fill(itself, -math.inf)], 1)  # [N, 1 + K]
-    log_p = (widest(logits) / temperature).log_softmax(1)
-    p_weight = log_p[:, :1].expm1().to(q.dtype)
-    k_weights = log_p[:, 1:].exp().masked_fill(itself, 0).to(q.dtype)
-    gradients = [
-        through_unit_rows(p_weight * p + k_weights @ k, q, q_norm).to(query.dtype) if wanted[0] else no_gradient(query),
-        through_unit_rows(p_weight * q, p, p_norm).to(positive.dtype) if wanted[1] else no_gradient(positive),
-        through_unit_rows(k_weights.T @ q, k, k_norm).to(negatives.dtype) if wanted[2] else no_gradient(negatives),
-    ]
-    return -log_p[:, 0].mean().to(q.dtype), gradients, scalar_like(query, 1 / (query.shape[0] * temperature))
 
 
 def siglip_loss(

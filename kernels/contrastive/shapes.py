@@ -3,7 +3,8 @@
 import torch
 
 from ..arithmetic import widest_dtype
-from ..expect import alike, expect
+from ..expect import alike, expect, same_width
+from .of_queries import attends
 from .of_views import state_rows
 
 
@@ -41,9 +42,38 @@ def _clip_loss_of_pairs_backward(upstream, x, y, logit_scale, of_pairs, state, *
     expect(op, "state", state, (2, 2, state_rows(x.shape[0])), torch.float32)
 
 
+def _info_nce(query, positive, negatives, learned, *_):
+    op = "info_nce"
+    alike(op, "query and positive", query, positive, rows=True)
+    same_width(op, "query and negatives", query, negatives)
+    expect(op, "negatives", negatives, negatives.shape, query.dtype)
+    expect(op, "learned", learned, ())
+
+
+def _info_nce_backward(upstream, unit, of_rows, attended, negatives, divisors, state, factor, learned, *options):
+    op = "info_nce_backward"
+    wanted = options[-1]
+    alike(op, "unit", unit, dims=3, rows=True)
+    _, n, d = unit.shape
+    expect(op, "unit", unit, (2, n, d))
+    wide = widest_dtype(unit.device)
+    expect(op, "of_rows", of_rows, (5, n), wide)
+    if attends(wanted):
+        expect(op, "attended", attended, (n, d))
+    if wanted[2]:
+        same_width(op, "unit[0] and negatives", unit[0], negatives)
+        expect(op, "negatives", negatives, negatives.shape, unit.dtype)
+        expect(op, "divisors", divisors, negatives.shape[:1], wide)
+    expect(op, "state", state, (2, state_rows(n)), torch.float32)
+    for name, x in (("upstream", upstream), ("factor", factor), ("learned", learned)):
+        expect(op, name, x, (), wide if x is factor else None)
+
+
 SHAPES = {
     "clip_loss_of_pairs": _clip_loss_of_pairs,
     "clip_loss_of_pairs_backward": _clip_loss_of_pairs_backward,
+    "info_nce": _info_nce,
+    "info_nce_backward": _info_nce_backward,
     "nt_xent_of_views": _nt_xent_of_views,
     "nt_xent_of_views_backward": _nt_xent_of_views_backward,
 }
