@@ -277,12 +277,18 @@ def _nt_xent_of_views(d: int, dtype: str, learned: bool = False, n: int = 300) -
     return Case("nt_xent_of_views", shape, dtype, call, wgmma=True)
 
 
-def _info_nce(d: int, dtype: str, n: int = 300, k: int = 3000) -> Case:
-    def call() -> None:
-        q, bank = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(k, d, dtype=DTYPES[dtype])
-        contrastive.info_nce(q, q, bank, -n, 0.1, [True, True, False])
+def _info_nce(d: int, dtype: str, n: int = 300, k: int = 3000, in_batch: bool = False, learned: bool = False) -> Case:
+    """Of a queue; or of negatives that need a gradient. More queries than one program joins (n = 8500) have a total."""
 
-    return Case("info_nce", f"N x K x {d}", dtype, call, wgmma=True)
+    def call() -> None:
+        q, negatives = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.zeros(k, d, dtype=DTYPES[dtype])
+        temperature = torch.ones(()) if learned else None
+        wanted = [True, True, in_batch, learned]
+        loss, *saved = contrastive.info_nce(q, q, negatives, temperature, -n, 0.1, wanted)
+        contrastive.info_nce_backward(loss, *saved, temperature, -n, 0.1, n, q.dtype, wanted)
+
+    shape = f"{n} x {k} x {d}" + (", in batch" if in_batch else "") + (" learned tau" if learned else "")
+    return Case("info_nce", shape, dtype, call, wgmma=True)
 
 
 def _clip_loss(d: int, dtype: str, n: int = 300) -> Case:
@@ -495,6 +501,13 @@ CASES = [
     _nt_xent_of_views(100, "bf16"),
     _nt_xent_of_views(128, "fp32"),
     _info_nce(128, "bf16"),
+    _info_nce(128, "bf16", 8500, 8500, True, True),
+    _info_nce(256, "bf16", in_batch=True),
+    _info_nce(40, "fp16", in_batch=True, learned=True),
+    _info_nce(100, "bf16", learned=True),
+    _info_nce(512, "bf16", in_batch=True),
+    _info_nce(128, "fp32", learned=True),
+    _info_nce(128, "fp32", in_batch=True, learned=True),
     _clip_loss(512, "bf16"),
     _clip_loss_of_pairs(128, "bf16"),
     _clip_loss_of_pairs(256, "fp16"),

@@ -46,7 +46,7 @@ REFERENCE = [
         "through_unit_rows(p_unit, z",
     ),
     Mutation("nt_xent", "kernels/contrastive/reference.py", "else itself, -math.inf)", "else itself, 0)"),
-    Mutation("info_nce", "kernels/contrastive/reference.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
+    Mutation("info_nce", "kernels/contrastive/of_queries.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
     Mutation("clip_loss", "kernels/contrastive/reference.py", "- 2 * own", "- 1.99 * own"),
     Mutation(
         "similarity_logsumexp",

@@ -116,7 +116,8 @@ class Inputs:
         return [x(6, self.width), x(6, self.width)], x(2, 6, dtype=self.wide).abs(), None, self.temperature, False
 
     def _info_nce(self, x):
-        return x(4, self.width), x(4, self.width), x(9, self.width), 5, self.temperature, [True, True, True]
+        wanted = [True, True, True, False]
+        return x(4, self.width), x(4, self.width), x(9, self.width), None, 5, self.temperature, wanted
 
     def _scale(self):
         return torch.tensor(1 / self.temperature, dtype=self.wide)
@@ -262,6 +263,7 @@ OF_IMAGES = {"augment", "crop_resize"}
 # Operators whose second pass is tried with them, and what it takes beside the upstream gradient, of their arguments and
 # of their results beside the loss.
 WITH_BACKWARD = {
+    "info_nce": lambda given, saved: (*saved, *given[3:6], len(given[0]), given[0].dtype, given[-1]),
     "nt_xent_of_views": lambda given, saved: (*saved, *given[1:], given[0][0].dtype, [True, False]),
     "clip_loss_of_pairs": lambda given, saved: (*given, *saved, [True, True, True]),
 }

@@ -181,7 +181,7 @@ LARGE = {
         (rows(1, 3), rows(5_000_000, 3), torch.ones(()), torch.ones(()), 0, [True, False]),
         5_000_000 // 64,
     ),
-    "info_nce": ((rows(1, 3), rows(1, 3), rows(5_000_000, 3), -1, 0.1, [True, False, False]), 5_000_000 // 64),
+    "info_nce": ((rows(1, 3), rows(1, 3), rows(5_000_000, 3), None, -1, 0.1, [True] + [False] * 3), 5_000_000 // 64),
     "nearest_neighbors": ((rows(70_000, 3), rows(5, 3)), 70_000 // 64),
     "cross_entropy": ((rows(70_000, 3), torch.zeros(70_000, dtype=torch.long), -100, [True]), 70_000 // 64),
     "negative_cosine": ((rows(70_000, 3), rows(70_000, 3), 1e-8, [False, False]), 70_000 // 64),

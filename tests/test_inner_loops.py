@@ -52,7 +52,7 @@ def _views(n: int, d: int):
 
 def _info_nce(d: int):
     q, bank = torch.zeros(300, d, dtype=torch.bfloat16), torch.zeros(3000, d, dtype=torch.bfloat16)
-    contrastive.info_nce(q, q, bank, -300, 0.1, [True, True, False])
+    contrastive.info_nce(q, q, bank, None, -300, 0.1, [True, True, False, False])
 
 
 def _clip_loss(d: int):

@@ -21,15 +21,15 @@ class _InfoNCE(torch.autograd.Function):
         ctx.save_for_backward(*saved, learned)
         ctx.options = options
         ctx.wanted = wanted
-        ctx.dtype = rows[0].dtype
+        ctx.of = (rows[0].shape[0], rows[0].dtype)
         return loss
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order("info_nce")
         batched = transforms.batched(upstream)
-        given = ctx.saved_tensors[1].new_ones((), dtype=upstream.dtype) if batched else upstream
-        arguments = (given, *ctx.saved_tensors, *ctx.options, ctx.dtype, ctx.wanted)
+        given = ctx.saved_tensors[0].new_ones((), dtype=upstream.dtype) if batched else upstream
+        arguments = (given, *ctx.saved_tensors, *ctx.options, *ctx.of, ctx.wanted)
         gradients = direct.call("info_nce_backward", *arguments)
         if batched:
             gradients = [transforms.scaled(gradient, upstream) for gradient in gradients]
@@ -66,7 +66,7 @@ def _at_once(inputs: Sequence[Tensor], options: tuple[int, float], wanted: list[
     loss, *saved = direct.call("info_nce", query, positive, negatives, learned, *options, wanted)
     if not any(wanted):
         return loss
-    arguments = (torch.ones_like(loss), *saved, learned, *options, query.dtype, wanted)
+    arguments = (torch.ones_like(loss), *saved, learned, *options, query.shape[0], query.dtype, wanted)
     found = direct.call("info_nce_backward", *arguments)
     gradients = [gradient if want else x for gradient, x, want in zip(found, inputs, wanted, strict=False)]
     return transforms.known("info_nce", loss, inputs, gradients, [1.0] * len(inputs))

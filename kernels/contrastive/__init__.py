@@ -43,14 +43,14 @@ OPERATORS = {
     ),
     "info_nce": Operator(
         "(Tensor query, Tensor positive, Tensor negatives, Tensor? learned, SymInt offset, float temperature,"
-        " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         cpu=True,
         gpu=True,
     ),
     "info_nce_backward": Operator(
-        "(Tensor upstream, Tensor unit, Tensor of_rows, Tensor attended, Tensor negatives, Tensor divisors,"
-        " Tensor state, Tensor factor, Tensor? learned, SymInt offset, float temperature, ScalarType dtype,"
-        " bool[] wanted) -> Tensor[]",
+        "(Tensor upstream, Tensor of_query, Tensor of_positive, Tensor slopes, Tensor unit, Tensor of_rows,"
+        " Tensor others, Tensor divisors, Tensor state, Tensor factor, Tensor? learned, SymInt offset,"
+        " float temperature, SymInt count, ScalarType dtype, bool[] wanted) -> Tensor[]",
         cpu=True,
         gpu=True,
     ),

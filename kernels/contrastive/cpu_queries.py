@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..arithmetic import compute_dtype
 from . import composed, cpu_engine
-from .composed import OwnImage
-from .of_queries import attends
+from .of_queries import number_of
 from .of_views import state_rows
 
 
@@ -19,69 +17,70 @@ def info_nce(
     temperature: float,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    n, d = query.shape
-    number = temperature if learned is None else learned.item()
-    unit = torch.empty(2, n, d, dtype=compute_dtype(query.dtype))
-    of_rows = torch.zeros(5, n, dtype=torch.float64)
-    for side, x in enumerate((query, positive)):
-        _, divisors = cpu_engine.unit_rows(x, True, out=unit[side])
-        of_rows[side] = divisors
-    q = unit[0]
+    n = len(query)
+    number = temperature if learned is None else number_of(learned).item()
+    q, q_divisors = cpu_engine.unit_rows(query, True)
+    p, p_divisors = cpu_engine.unit_rows(positive, True)
     own_image = composed.own_row(n, offset, len(negatives))
-    cosine = cpu_engine.dots(q, unit[1])
+    cosine = cpu_engine.dots(q, p)
     logits = cosine / number
     # one pass over the negatives: their log-sum-exp, and softmax(logits) @ negatives
-    negative_lse, attended = cpu_engine.attend(q, negatives, number, own_image, attends(wanted))
+    negative_lse, attended = cpu_engine.attend(q, negatives, number, own_image, wanted[0] or wanted[3])
     lse = torch.logaddexp(negative_lse, logits)
-    of_rows[2] = lse
-    of_rows[3] = cosine
-    if attended is None:
-        attended = q.new_empty(0)
-    else:
+    weight = (logits - lse).expm1()  # the positive's probability - 1
+    pull = weight.to(q.dtype)[:, None]
+    of_query = of_positive = q.new_empty(0)
+    slopes = lse.new_empty(0)
+    if attended is not None:
         attended.mul_((negative_lse - lse).exp().to(q.dtype)[:, None])
-        of_rows[4] = cpu_engine.dots(attended, q)
-    others, divisors = cpu_engine.unit_rows(negatives, True) if wanted[2] else (q.new_empty(0), lse.new_empty(0))
-    assert divisors is not None
+        if wanted[3]:
+            slopes = cpu_engine.dots(attended, q) + weight * cosine
+        if wanted[0]:
+            of_query = cpu_engine.through_unit_rows(attended.addcmul_(pull, p), q, q_divisors, q.dtype)
+    if wanted[1]:
+        of_positive = cpu_engine.through_unit_rows(pull * q, p, p_divisors, q.dtype)
+    unit, of_rows, others, divisors, state = (x.new_empty(0) for x in (q, lse, q, lse, lse.float()))
+    if wanted[2]:
+        assert q_divisors is not None
+        unit = q
+        of_rows = torch.stack([q_divisors, lse])
+        others, divisors = cpu_engine.unit_rows(negatives, True)
+        assert divisors is not None
+        state = torch.zeros(2, state_rows(n))
     factor = torch.full((), 1 / number, dtype=torch.float64)
     loss = (lse - logits).mean().to(q.dtype)
-    return loss, unit, of_rows, attended, others, divisors, torch.zeros(2, state_rows(n)), factor
+    return loss, of_query, of_positive, slopes, unit, of_rows, others, divisors, state, factor
 
 
 def info_nce_backward(
     upstream: Tensor,
+    of_query: Tensor,
+    of_positive: Tensor,
+    slopes: Tensor,
     unit: Tensor,
     of_rows: Tensor,
-    attended: Tensor,
-    negatives: Tensor,
+    others: Tensor,
     divisors: Tensor,
     state: Tensor,
     factor: Tensor,
     learned: Tensor | None,
     offset: int,
     temperature: float,
+    count: int,
     dtype: torch.dtype,
     wanted: list[bool],
 ) -> list[Tensor]:
-    q, p = unit
-    n = len(q)
-    number = temperature if learned is None else learned.item()
-    q_divisors, p_divisors, lse, cosine, along = of_rows
-    scale = upstream.item() / (n * number)
-    weight = (cosine / number - lse).expm1()  # the positive's probability - 1
-    pull = weight.to(q.dtype)[:, None]
-    gradients = [unit.new_empty(0, dtype=dtype) for _ in range(3)]
-    if wanted[0]:
-        of_unit = torch.addcmul(attended, pull, p)
-        gradients[0] = cpu_engine.through_unit_rows(of_unit, q, q_divisors, dtype, scale)
-    if wanted[1]:
-        gradients[1] = cpu_engine.through_unit_rows(pull * q, p, p_divisors, dtype, scale)
+    number = temperature if learned is None else number_of(learned).item()
+    scale = upstream.item() / (count * number)
+    gradients = [(x * scale).to(dtype) for x in (of_query, of_positive)]
+    of_negatives = others.new_empty(0, dtype=dtype)
     if wanted[2]:
-        of_unit = torch.zeros_like(negatives)
-        scaling = cpu_engine.scaling_of(1 / number, 1.0, q, negatives)
-        own_image = composed.own_row(n, offset, len(negatives))
-        cpu_engine.add_weighted(q, negatives, scaling, own_image, lse, None, None, of_unit)
-        gradients[2] = cpu_engine.through_unit_rows(of_unit, negatives, divisors, dtype, scale)
-    of_temperature = lse.new_empty(0)
+        of_unit = torch.zeros_like(others)
+        scaling = cpu_engine.scaling_of(1 / number, 1.0, unit, others)
+        own_image = composed.own_row(count, offset, len(others))
+        cpu_engine.add_weighted(unit, others, scaling, own_image, of_rows[1], None, None, of_unit)
+        of_negatives = cpu_engine.through_unit_rows(of_unit, others, divisors, dtype, scale)
+    of_temperature = factor.new_empty(0)
     if learned is not None and wanted[3]:
-        of_temperature = (-(along + weight * cosine).sum() * (scale / number)).to(learned.dtype)
-    return [*gradients, of_temperature]
+        of_temperature = (-slopes.sum() * (scale / number)).to(learned.dtype)
+    return [*gradients, of_negatives, of_temperature]

@@ -57,10 +57,10 @@ def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *options) -> tu
     return gpu_queries.forward(query, positive, negatives, *options)
 
 
-def info_nce_backward(upstream: Tensor, unit: Tensor, *saved) -> list[Tensor]:
-    if not _supported(unit):
-        return of_queries.info_nce_backward(upstream, unit, *saved)
-    return gpu_queries.backward(upstream, unit, *saved[:-2], wanted=saved[-1])  # gradients are in the dtype of unit rows
+def info_nce_backward(upstream: Tensor, of_query: Tensor, of_positive: Tensor, *saved) -> list[Tensor]:
+    if not _supported(of_query, of_positive, saved[3]):
+        return of_queries.info_nce_backward(upstream, of_query, of_positive, *saved)
+    return gpu_queries.backward(upstream, of_query, of_positive, *saved)
 
 
 def clip_loss(x: Tensor, y: Tensor, *options) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The specification of InfoNCE as one loss, of queries, a positive for each, and negatives that all of them share.
 
 The two operators are the whole loss, the mean, the unit length, the upstream gradient and that for the temperature among
-them: see of_views.py.
+them: see of_views.py. Negatives are most often constants, a queue that changes before backward: what comes of a walk over
+them is computed with the loss, and nothing of them is kept.
 """
 
 import math
@@ -13,9 +14,10 @@ from ..arithmetic import no_gradient, through_unit_rows, unit_rows, widen, wides
 from .of_views import dtype_of_products, state_rows
 
 
-def attends(wanted: list[bool]) -> bool:
-    """Whether the gradients wanted take the negatives' mean under the softmax: those for queries and temperature do."""
-    return wanted[0] or wanted[3]
+def number_of(learned: Tensor) -> Tensor:
+    """A temperature that is a tensor, in the widest dtype; NaN where it is negative, which nobody can tell beforehand."""
+    wide = widest(learned)
+    return wide.where(wide >= 0, math.nan)
 
 
 def info_nce(
@@ -26,58 +28,67 @@ def info_nce(
     offset: int,  # row offset + i of the negatives is query i's positive, not a negative; -N: none is
     temperature: float,
     wanted: list[bool],  # for query, positive, negatives and the temperature
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows, and what its gradient takes.
 
-    MoCo, arXiv 1911.05722, equation 1. Beside the loss:
+    MoCo, arXiv 1911.05722, equation 1. Beside the loss, where it is wanted and empty elsewhere:
 
-    * the rows of query and positive at unit length, [2, N, D];
-    * of each query, [5, N]: what both were divided by, the log-sum-exp of its logits, its cosine with its positive, and
-      with the next;
-    * the sum of the negatives at unit length times their probabilities, [N, D], where `attends` says so;
-    * the negatives at unit length [K, D] and what they were divided by [K], where their gradient is wanted: of
-      constants nothing is kept;
-    * a state that only a GPU's kernels fill, [2, >= N] float32; 1 / temperature, 0-dim.
-
-    What isn't wanted is empty. Numbers of single rows are float64.
+    * the gradients of the sum over queries, times the temperature, for query and positive, [N, D];
+    * each query's sum of its logits' gradients times cosines, [N] float64: of them the temperature's gradient is made;
+    * for the gradient of the negatives: queries at unit length [N, D]; what these were divided by, and the log-sum-exps
+      of their logits, [2, N] float64; negatives at unit length [K, D] and what they were divided by [K] float64; a state
+      that only a GPU's kernels fill, [2, >= N] float32;
+    * 1 / temperature, 0-dim float64, always.
     """
     q, q_norm = unit_rows(widen(query))
     p, p_norm = unit_rows(widen(positive))
     k, k_norm = unit_rows(widen(negatives))
     n = q.shape[0]
-    divided_by = temperature if learned is None else widest(learned)
+    divided_by = temperature if learned is None else number_of(learned)
     itself = torch.arange(k.shape[0], device=k.device) == torch.arange(n, device=k.device)[:, None] + offset
     cosines = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).masked_fill(itself, -math.inf)], 1)  # [N, 1 + K]
     logits = widest(cosines) / divided_by
     log_p = logits.log_softmax(1)
-    lse = logits.logsumexp(1)
-    attended = no_gradient(q)
-    along = torch.zeros_like(lse)
-    if attends(wanted):
+    pull = log_p[:, :1].expm1()  # the positive's probability - 1
+    of_query = of_positive = no_gradient(q)
+    slopes = no_gradient(logits)
+    if wanted[0] or wanted[3]:
         attended = log_p[:, 1:].exp().masked_fill(itself, 0).to(q.dtype) @ k
-        along = widest(attended * q).sum(1)
-    of_rows = torch.stack([widest(q_norm[:, 0]), widest(p_norm[:, 0]), lse, widest(cosines[:, 0]), along])
+        of_unit = pull.to(q.dtype) * p + attended
+        if wanted[0]:
+            of_query = through_unit_rows(of_unit, q, q_norm)
+        if wanted[3]:
+            slopes = widest(attended * q).sum(1) + pull[:, 0] * widest(cosines[:, 0])
+    if wanted[1]:
+        of_positive = through_unit_rows(pull.to(q.dtype) * q, p, p_norm)
     dtype = dtype_of_products(query)
-    others = k.to(dtype, copy=True) if wanted[2] else k.new_empty(0, dtype=dtype)
-    divisors = widest(k_norm[:, 0]).clone() if wanted[2] else no_gradient(lse)
-    state = torch.zeros(2, state_rows(n), dtype=torch.float32, device=q.device)
     factor = torch.ones((), dtype=widest_dtype(q.device), device=q.device) / divided_by
+    unit, of_rows, others, divisors, state = (x.new_empty(0) for x in (q.to(dtype), factor, q.to(dtype), factor, q))
+    if wanted[2]:
+        unit = q.to(dtype, copy=True)
+        of_rows = torch.stack([widest(q_norm[:, 0]), logits.logsumexp(1)])
+        others = k.to(dtype, copy=True)
+        divisors = widest(k_norm[:, 0]).clone()
+        state = torch.zeros(2, state_rows(n), dtype=torch.float32, device=q.device)
     loss = -log_p[:, 0].mean()
-    return loss.to(q.dtype), torch.stack([q, p]).to(dtype), of_rows, attended, others, divisors, state, factor
+    return loss.to(q.dtype), of_query, of_positive, slopes, unit, of_rows, others, divisors, state.float(), factor
 
 
 def info_nce_backward(
     upstream: Tensor,  # 0-dim
-    unit: Tensor,  # [2, N, D]; these: see `info_nce`
-    of_rows: Tensor,  # [5, N]
-    attended: Tensor,  # [N, D]
-    negatives: Tensor,  # [K, D]
-    divisors: Tensor,  # [K]
+    of_query: Tensor,  # these: see `info_nce`
+    of_positive: Tensor,
+    slopes: Tensor,
+    unit: Tensor,
+    of_rows: Tensor,
+    others: Tensor,
+    divisors: Tensor,
     state: Tensor,
     factor: Tensor,
     learned: Tensor | None,
     offset: int,
     temperature: float,
+    count: int,  # N
     dtype: torch.dtype,  # of the rows as they came
     wanted: list[bool],
 ) -> list[Tensor]:
@@ -86,25 +97,17 @@ def info_nce_backward(
     A temperature divides logits: its gradient is the sum of their products with theirs, over the temperature and
     negative.
     """
-    q, p = widen(unit)
-    q_norm, p_norm, lse, cosine, along = of_rows
-    n = q.shape[0]
-    scale = widest(upstream) * factor / n
-    weight = (cosine * factor - lse).expm1()  # the positive's probability - 1
-    pull = weight.to(q.dtype)[:, None]
-    gradients = [unit.new_empty(0, dtype=dtype) for _ in range(3)]
-    if wanted[0]:
-        gradients[0] = through_unit_rows(pull * p + attended, q, q_norm[:, None].to(q.dtype)) * scale.to(q.dtype)
-    if wanted[1]:
-        gradients[1] = through_unit_rows(pull * q, p, p_norm[:, None].to(q.dtype)) * scale.to(q.dtype)
+    scale = widest(upstream) * factor / count
+    gradients = [(x * scale.to(x.dtype)).to(dtype) for x in (of_query, of_positive)]
+    of_negatives = others.new_empty(0, dtype=dtype)
     if wanted[2]:
-        k = widen(negatives)
-        itself = torch.arange(k.shape[0], device=k.device) == torch.arange(n, device=k.device)[:, None] + offset
+        q, k = widen(unit), widen(others)
+        itself = torch.arange(k.shape[0], device=k.device) == torch.arange(count, device=k.device)[:, None] + offset
         logits = widest(q @ k.T) * factor
-        probabilities = (logits - lse[:, None]).exp().masked_fill(itself, 0).to(q.dtype)
-        gradients[2] = through_unit_rows(probabilities.T @ q, k, divisors[:, None].to(k.dtype)) * scale.to(k.dtype)
-    gradients = [gradient.to(dtype) for gradient in gradients]
-    of_temperature = no_gradient(lse)
+        probabilities = (logits - of_rows[1][:, None]).exp().masked_fill(itself, 0).to(q.dtype)
+        of_unit = probabilities.T @ q
+        of_negatives = through_unit_rows(of_unit, k, divisors[:, None].to(k.dtype)) * scale.to(k.dtype)
+    of_temperature = no_gradient(factor)
     if learned is not None and wanted[3]:
-        of_temperature = (-(along + weight * cosine).sum() * scale * factor).to(learned.dtype)
-    return [*gradients, of_temperature]
+        of_temperature = (-slopes.sum() * scale * factor).to(learned.dtype)
+    return [*gradients, of_negatives.to(dtype), of_temperature]

@@ -113,11 +113,11 @@ def _total(maxima, sums, i_row, N, parts, met_once, base, abs_factor, RUNNING: t
 
 
 @triton.jit
-def joined(
+def joined_sums(
     row_max, row_sum, column_max, column_sum, i_row, N, row_parts, column_parts, met_once, abs_factor, pivot,
     RUNNING: tl.constexpr,
 ):  # fmt: skip
-    """Each row's log-sum-exp in float64, of all its parts in their order: see `_join_kernel`."""
+    """(a logit, the sum of exp(logits - that one)) of each row in float64, of all its parts in their order."""
     base = tl.zeros(i_row.shape, tl.float32) + pivot
     if RUNNING:
         base = _largest(row_max, i_row, N, row_parts, 0, tl.full(i_row.shape, -float("inf"), tl.float32))
@@ -127,7 +127,20 @@ def joined(
     total = _total(row_max, row_sum, i_row, N, row_parts, 0, base, abs_factor, RUNNING)
     if column_sum is not None:
         total += _total(column_max, column_sum, i_row, N, column_parts, met_once, base, abs_factor, RUNNING)
-    return base.to(tl.float64) * abs_factor + tl.log(total)
+    return base.to(tl.float64) * abs_factor, total
+
+
+@triton.jit
+def joined(
+    row_max, row_sum, column_max, column_sum, i_row, N, row_parts, column_parts, met_once, abs_factor, pivot,
+    RUNNING: tl.constexpr,
+):  # fmt: skip
+    """Each row's log-sum-exp in float64: see `_join_kernel`."""
+    base, total = joined_sums(
+        row_max, row_sum, column_max, column_sum, i_row, N, row_parts, column_parts, met_once, abs_factor, pivot,
+        RUNNING,
+    )  # fmt: skip
+    return base + tl.log(total)
 
 
 @triton.jit(do_not_specialize=["N", "row_parts", "column_parts", "met_once"])

@@ -2,9 +2,8 @@
 
 import torch
 
-from ..arithmetic import widest_dtype
+from ..arithmetic import compute_dtype, widest_dtype
 from ..expect import alike, expect, same_width
-from .of_queries import attends
 from .of_views import state_rows
 
 
@@ -50,23 +49,28 @@ def _info_nce(query, positive, negatives, learned, *_):
     expect(op, "learned", learned, ())
 
 
-def _info_nce_backward(upstream, unit, of_rows, attended, negatives, divisors, state, factor, learned, *options):
+def _info_nce_backward(
+    upstream, of_query, of_positive, slopes, unit, of_rows, others, divisors, state, factor, learned, *options
+):
     op = "info_nce_backward"
-    wanted = options[-1]
-    alike(op, "unit", unit, dims=3, rows=True)
-    _, n, d = unit.shape
-    expect(op, "unit", unit, (2, n, d))
-    wide = widest_dtype(unit.device)
-    expect(op, "of_rows", of_rows, (5, n), wide)
-    if attends(wanted):
-        expect(op, "attended", attended, (n, d))
-    if wanted[2]:
-        same_width(op, "unit[0] and negatives", unit[0], negatives)
-        expect(op, "negatives", negatives, negatives.shape, unit.dtype)
-        expect(op, "divisors", divisors, negatives.shape[:1], wide)
-    expect(op, "state", state, (2, state_rows(n)), torch.float32)
+    *_, n, _, wanted = options
+    wide = widest_dtype(factor.device)
     for name, x in (("upstream", upstream), ("factor", factor), ("learned", learned)):
         expect(op, name, x, (), wide if x is factor else None)
+    for name, x, want in (("of_query", of_query, wanted[0]), ("of_positive", of_positive, wanted[1])):
+        if want:
+            alike(op, name, x)
+            expect(op, name, x, (n, x.shape[1]), compute_dtype(x.dtype))
+    if wanted[3]:
+        expect(op, "slopes", slopes, (n,), wide)
+    if wanted[2]:
+        alike(op, "others", others)
+        expect(op, "unit", unit, (n, others.shape[1]), others.dtype)
+        expect(op, "of_rows", of_rows, (2, n), wide)
+        expect(op, "divisors", divisors, others.shape[:1], wide)
+        expect(op, "state", state, (2, state_rows(n)), torch.float32)
+        if wanted[0]:
+            expect(op, "of_query", of_query, unit.shape)
 
 
 SHAPES = {

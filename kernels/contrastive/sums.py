@@ -133,10 +133,10 @@ def sums_kernel(
 def attend_kernel(
     a,  # [N, D]
     b,  # [M, D]
-    factor,  # 0-dim
+    factor,  # 0-dim, positive
     maxima,  # [splits, N] float32, in units of similarities
-    sums,  # [splits, N] float32, the sum of exp(logit - maximum * |factor|)
-    out,  # [splits, N, D] float32: sum_j exp(logit_j - maximum * |factor|) b_j
+    sums,  # [splits, N] float32, the sum of exp(logit - maximum * factor)
+    out,  # [splits, N, D] float32: sum_j exp(logit_j - maximum * factor) b_j
     N,
     M,
     D,
@@ -154,10 +154,8 @@ def attend_kernel(
 ):
     split = tl.program_id(1)
     i_a = tl.program_id(0) * BM + tl.arange(0, BM)
-    factor_value = tl.load(factor).to(tl.float64)
-    rate = rate_of(factor_value)
+    rate = rate_of(tl.load(factor).to(tl.float64))
     b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
-    b_a = tl.where(factor_value < 0, -b_a, b_a)  # so that the largest logit is that of the largest similarity
     low, high = images_of_block(first_row + tl.program_id(0) * BM, row_period, offset, BM)
     maximum = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
