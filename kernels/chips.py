@@ -4,7 +4,8 @@ Both are facts of a device. Nothing is tried, and no name of a product is looked
 interpreter, counted launches) the choice is an H200's. A chip that isn't in SHARED gets what runs on every chip since
 Ampere; `standing_in` puts another one in the place of the device, to compile for it.
 
-How many multiprocessors a chip has decides nothing: the order of sums, and so their bits, would follow it.
+How many multiprocessors a chip has decides the order of sums, and so their bits, in one place alone: InfoNCE's walk
+over a bank (contrastive/gpu_queries.py). Elsewhere work is shared among as many programs on every chip.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ RESERVED = KIB  # of a multiprocessor's shared memory, for each program: since c
 class Chip:
     capability: int  # 90: compute capability 9.0
     shared: int  # bytes of shared memory that one program may have
+    multiprocessors: int = 132  # an H100's, an H200's
 
     @property
     def tensor_cores(self) -> bool:
@@ -48,12 +50,12 @@ class Chip:
         return self.shared >= SHARED[80]
 
     @classmethod
-    def of(cls, capability: int, shared_of_multiprocessor: int | None = None) -> "Chip":
+    def of(cls, capability: int, shared_of_multiprocessor: int | None = None, multiprocessors: int = 132) -> "Chip":
         """The chip of a compute capability, and of the shared memory of one of its multiprocessors if that is known."""
         shared = SHARED.get(capability, SHARED[86 if capability >= 80 else 75])
         if shared_of_multiprocessor is not None:
             shared = min(shared, shared_of_multiprocessor - (RESERVED if capability >= 80 else 0))
-        return cls(capability, shared)
+        return cls(capability, shared, multiprocessors)
 
 
 _stand_in: Chip | None = None
@@ -97,4 +99,5 @@ def multiplies(dtype: torch.dtype) -> bool:
 @functools.cache
 def of_device(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
-    return Chip.of(10 * properties.major + properties.minor, properties.shared_memory_per_multiprocessor)
+    capability = 10 * properties.major + properties.minor
+    return Chip.of(capability, properties.shared_memory_per_multiprocessor, properties.multi_processor_count)

@@ -15,8 +15,7 @@ from .chips import product_tile as _tile
 
 # Program counts and memory budgets ------------------------------------------------------------------------------------
 
-# How many programs share the work where something is split among them: two for each SM of an H200. A constant for every
-# GPU, as the order of sums, and so their bits, depend on it.
+# Of work that is split among programs: two for each SM of an H200, on every GPU, as the order of sums depends on it.
 PROGRAMS = 264
 AUGMENT_PROGRAMS = 512  # at the least, where there are rows enough: a few images are divided by rows
 
@@ -209,25 +208,26 @@ def similarity_sums(width: int, dtype: torch.dtype) -> dict:
     """Log-sum-exps of rows and columns. BM is a multiple of BN."""
     if block := _block_on_chip(width, dtype):
         # Four warps: a thread adds four rows before the columns' sums go through shared memory, with eight only two.
-        return {"WHOLE": True, "EVEN": width == block, "BLOCK_D": block} | _tile(
-            rows=128, columns=64, warps=4, stages=2
-        )
+        tile = _tile(rows=128, columns=64, warps=4, stages=2)
+        return {"WHOLE": True, "EVEN": width == block, "BLOCK_D": block} | tile
     if dtype.itemsize == 2:
         rows = 64 if chips.current().capability >= 100 else 128  # 128 spill on sm_100, and 128 columns everywhere
         return {"WHOLE": False, "EVEN": False, "BLOCK_D": 64} | _tile(rows=rows, columns=64, warps=8, stages=3)
-    tile = _tile(rows=64, columns=64, warps=8, stages=2)  # 4 warps spill on sm_80
+    warps = 4 if chips.current().capability in (100, 103) else 8  # 8 spill there, 4 on sm_80
+    tile = _tile(rows=64, columns=64, warps=warps, stages=2)
     return {"WHOLE": False, "EVEN": False, "BLOCK_D": 32} | tile
 
 
-def similarity_attend(width: int, dtype: torch.dtype) -> dict | None:
+def similarity_attend(width: int, dtype: torch.dtype, running: bool) -> dict | None:
     """Log-sum-exps and the weighted sum of the candidates; None: `_block_on_chip` has none."""
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    # 128 rows of 128 columns spill on sm_80
-    return {"BLOCK_D": block, "EVEN": width == block} | _tile(
-        rows=64, columns=64, warps=8 if block > 128 else 4, stages=2
-    )
+    tile = _tile(rows=64, columns=64, warps=8 if block > 128 else 4, stages=2)
+    if not running and width == block and chips.current().capability == 90:  # 128 rows spill on sm_80
+        # Half of the reads of candidates; of 128 columns two programs an SM, which have 128 registers a thread each.
+        tile = _tile(rows=128, columns=64, warps=8, stages=2) | ({"maxnreg": 128} if block == 128 else {})
+    return {"BLOCK_D": block, "EVEN": width == block} | tile
 
 
 def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | None:

@@ -75,7 +75,7 @@ def test_products_without_tensor_cores_are_small_and_keep_no_whole_rows():
         for dtype in (torch.float16, HALF, torch.float32):
             for width in (16, 128, 256, 512):
                 assert tiling.similarity_owner(width, dtype, False) is None
-                assert tiling.similarity_attend(width, dtype) is None
+                assert tiling.similarity_attend(width, dtype, False) is None
                 tiles = [tiling.similarity_sums(width, dtype), tiling.prototype_head(width, dtype, owner=True)]
                 tiles += [tiling.similarity_sigmoid(dtype), tiling.kmeans_assign(width, dtype)]
                 for tile in tiles:

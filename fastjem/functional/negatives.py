@@ -14,9 +14,7 @@ class _InfoNCE(torch.autograd.Function):
     """`learned` is the temperature if it is a tensor; `options` are the offset and the number."""
 
     @staticmethod
-    def forward(
-        ctx, options: tuple[int, float], wanted: list[bool], learned: Tensor | None, *rows: Tensor
-    ) -> Tensor:
+    def forward(ctx, options: tuple[int, float], wanted: list[bool], learned: Tensor | None, *rows: Tensor) -> Tensor:
         loss, *saved = direct.call("info_nce", *rows, learned, *options, wanted)
         ctx.save_for_backward(*saved, learned)
         ctx.options = options

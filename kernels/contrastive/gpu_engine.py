@@ -29,7 +29,7 @@ from .. import launch, tiling
 from ..chips import multiplies
 from .composed import OwnImage
 from .rows import dots, join, lse_states, through_unit_rows, unit_rows
-from .sums import attend_kernel, best_kernel, sums_kernel
+from .sums import best_kernel, sums_kernel
 from .weights import owner_kernel, sigmoid_kernel, weights_kernel
 
 __all__ = [
@@ -200,28 +200,6 @@ def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImag
     return torch.cat(row_lse), functools.reduce(torch.logaddexp, column_lse)
 
 
-def walk_attending(
-    a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict
-) -> tuple[Parts, Tensor]:
-    """The rows' sums by program, and with them those of `exponentials @ b`, [parts, N, D] float32.
-
-    tile: `tiling.similarity_attend`.
-    """
-    n, d = a.shape
-    m = len(b)
-    blocks = triton.cdiv(n, tile["BM"])
-    splits, tiles_per_program = splits_of(blocks, triton.cdiv(m, tile["BN"]))
-    sums = torch.empty(splits, n, dtype=torch.float32, device=a.device)
-    parts = Parts(torch.empty_like(sums), sums)
-    out = torch.empty(splits, n, d, dtype=torch.float32, device=a.device)
-    launch.launch(
-        attend_kernel, (blocks, splits), a, b, scaling.factor, *parts, out, n, m, d,
-        *own_image_arguments(own_image), tiles_per_program, HAS_OWN_IMAGE=own_image.column_period > 0,
-        GAIN=launch.gain(a.dtype), **tile, device_of=a,
-    )  # fmt: skip
-    return parts, out
-
-
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +310,7 @@ def weighted_by_bands(
 
 
 def lines(row_dots: list[Tensor]) -> Tensor:
-    """What `weighted_by_bands` returns as one [lines, N] whose sum over lines is wanted, as few as one program reads."""
+    """What `weighted_by_bands` returns, as one [lines, N] to be summed over lines: as few as one program reads."""
     few = len(row_dots) == 1 and (len(row_dots[0]) == 1 or row_dots[0].numel() <= 128 * tiling.PROGRAMS)
     return row_dots[0] if few else torch.cat([part.sum(0, dtype=torch.float64) for part in row_dots])[None]
 

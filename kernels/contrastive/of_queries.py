@@ -1,8 +1,8 @@
 """The specification of InfoNCE as one loss, of queries, a positive for each, and negatives that all of them share.
 
-The two operators are the whole loss, the mean, the unit length, the upstream gradient and that for the temperature among
-them: see of_views.py. Negatives are most often constants, a queue that changes before backward: what comes of a walk over
-them is computed with the loss, and nothing of them is kept.
+The two operators are the whole loss, the mean, the unit length, the upstream gradient and that for the temperature
+among them: see of_views.py. Negatives are most often constants, a queue that changes before backward: what comes of a
+walk over them is computed with the loss, and nothing of them is kept.
 """
 
 import math
@@ -15,7 +15,7 @@ from .of_views import dtype_of_products, state_rows
 
 
 def number_of(learned: Tensor) -> Tensor:
-    """A temperature that is a tensor, in the widest dtype; NaN where it is negative, which nobody can tell beforehand."""
+    """A temperature that is a tensor, in the widest dtype; NaN where it is negative, as nobody can tell beforehand."""
     wide = widest(learned)
     return wide.where(wide >= 0, math.nan)
 
@@ -29,15 +29,15 @@ def info_nce(
     temperature: float,
     wanted: list[bool],  # for query, positive, negatives and the temperature
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows, and what its gradient takes.
+    """`cross_entropy(cat([<q, p>, q @ negatives.T], 1) / temperature, 0)` of normalised rows, and what backward takes.
 
     MoCo, arXiv 1911.05722, equation 1. Beside the loss, where it is wanted and empty elsewhere:
 
     * the gradients of the sum over queries, times the temperature, for query and positive, [N, D];
     * each query's sum of its logits' gradients times cosines, [N] float64: of them the temperature's gradient is made;
     * for the gradient of the negatives: queries at unit length [N, D]; what these were divided by, and the log-sum-exps
-      of their logits, [2, N] float64; negatives at unit length [K, D] and what they were divided by [K] float64; a state
-      that only a GPU's kernels fill, [2, >= N] float32;
+      of their logits, [2, N] float64; negatives at unit length [K, D] and what they were divided by [K] float64; a
+      state that only a GPU's kernels fill, [2, >= N] float32;
     * 1 / temperature, 0-dim float64, always.
     """
     q, q_norm = unit_rows(widen(query))

@@ -80,7 +80,7 @@ def through_unit(g, u, divisor, EPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "parts", "heads", "rows_per_head"])
 def join_queries_kernel(
-    row_max,  # [parts, N] float32, in units of similarities; None: `pivot` is in the place of all. See rows._join_kernel
+    row_max,  # [parts, N] float32, in units of similarities; None: `pivot` is in the place of all; see rows.py
     row_sum,  # [parts, N] float32
     products,  # [parts, N, D] float32, the sums of the negatives times their exponentials; None: not here
     unit_query,  # [N, D]

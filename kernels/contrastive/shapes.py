@@ -61,6 +61,8 @@ def _info_nce_backward(
         if want:
             alike(op, name, x)
             expect(op, name, x, (n, x.shape[1]), compute_dtype(x.dtype))
+    if wanted[0] and wanted[1]:
+        expect(op, "of_positive", of_positive, of_query.shape)
     if wanted[3]:
         expect(op, "slopes", slopes, (n,), wide)
     if wanted[2]:
@@ -69,8 +71,9 @@ def _info_nce_backward(
         expect(op, "of_rows", of_rows, (2, n), wide)
         expect(op, "divisors", divisors, others.shape[:1], wide)
         expect(op, "state", state, (2, state_rows(n)), torch.float32)
-        if wanted[0]:
-            expect(op, "of_query", of_query, unit.shape)
+        for name, x, want in (("of_query", of_query, wanted[0]), ("of_positive", of_positive, wanted[1])):
+            if want:
+                expect(op, name, x, unit.shape)
 
 
 SHAPES = {

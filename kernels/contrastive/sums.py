@@ -134,7 +134,7 @@ def attend_kernel(
     a,  # [N, D]
     b,  # [M, D]
     factor,  # 0-dim, positive
-    maxima,  # [splits, N] float32, in units of similarities
+    maxima,  # [splits, N] float32, in units of similarities; None unless RUNNING
     sums,  # [splits, N] float32, the sum of exp(logit - maximum * factor)
     out,  # [splits, N, D] float32: sum_j exp(logit_j - maximum * factor) b_j
     N,
@@ -145,7 +145,9 @@ def attend_kernel(
     offset,
     column_period,
     tiles_per_program,
+    pivot,  # in the place of every maximum, unless RUNNING
     HAS_OWN_IMAGE: tl.constexpr,
+    RUNNING: tl.constexpr,
     GAIN: tl.constexpr,  # see launch.gain
     EVEN: tl.constexpr,  # D is BLOCK_D
     BLOCK_D: tl.constexpr,
@@ -155,6 +157,7 @@ def attend_kernel(
     split = tl.program_id(1)
     i_a = tl.program_id(0) * BM + tl.arange(0, BM)
     rate = rate_of(tl.load(factor).to(tl.float64))
+    shift = pivot * rate
     b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
     low, high = images_of_block(first_row + tl.program_id(0) * BM, row_period, offset, BM)
     maximum = tl.full([BM], -float("inf"), tl.float32)
@@ -167,16 +170,21 @@ def attend_kernel(
             i_b = t * BN + tl.arange(0, BN)
             seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
             s = tl.where(seen, s, -float("inf"))
-        new = tl.maximum(maximum, tl.max(s, 1))
-        base = launch.finite(new)
-        fade = tl.exp2((launch.finite(maximum) - base) * rate)
-        e = tl.exp2((s - base[:, None]) * rate)
-        total = total * fade + tl.sum(e, 1)
-        acc = acc * fade[:, None]
+        if RUNNING:
+            new = tl.maximum(maximum, tl.max(s, 1))
+            base = launch.finite(new)
+            fade = tl.exp2((launch.finite(maximum) - base) * rate)
+            e = tl.exp2((s - base[:, None]) * rate)
+            total = total * fade
+            acc = acc * fade[:, None]
+            maximum = new
+        else:
+            e = tl.exp2(s * rate - shift)
+        total += tl.sum(e, 1)
         acc = tl.dot((e * GAIN).to(b_b.dtype), tl.trans(b_b), acc)
-        maximum = new
     at = launch.row_start(split, N, 1) + i_a
-    tl.store(maxima + at, maximum, i_a < N)
+    if RUNNING:
+        tl.store(maxima + at, maximum, i_a < N)
     tl.store(sums + at, total, i_a < N)
     column = tl.arange(0, BLOCK_D)
     mask = (i_a < N)[:, None] & (column < D)[None, :]
