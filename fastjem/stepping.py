@@ -94,13 +94,17 @@ class Work:
             if part == 0:
                 training.step_end.begins()
             is_last = part == training.config.accumulate - 1
-            loss, notes = forward_backward(training, batch, self.number, synchronise=is_last)
+            loss, notes = self.forward_backward(batch, synchronise=is_last)
             found.losses.append(loss)
             found = found._replace(notes=notes)
         training.step_end.moves()
         norm = self._update()
         training.step_end.ends()
         return found._replace(gradient_norm=norm)
+
+    def forward_backward(self, batch: Batch, *, synchronise: bool) -> tuple[Tensor, dict[str, Any]]:
+        """Model and loss, all that is of a size; `fastjem bench --steps` times what a step does around it."""
+        return forward_backward(self.training, batch, self.number, synchronise=synchronise)
 
     def _without_gradients(self) -> None:
         if not self.keep_gradients:
