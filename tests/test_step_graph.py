@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastjem import optim, step_graph
+from fastjem.capture import first_line
 from fastjem.data.batch import Batch
 from fastjem.data.masking import drawn_masks, mask_specs
 from fastjem.errors import UserError
@@ -300,7 +301,7 @@ def test_an_invalid_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     """Its stream is left, its memory given back, and the generator ends capturing, by a capture that ends well."""
     calls = CapturesBadly.calls
     calls.clear()
-    stream = SimpleNamespace(device_index=0)
+    stream = SimpleNamespace(device_index=0, device=torch.device("cpu"))
     fakes = {
         "graph": CapturesBadly, "CUDAGraph": Unended, "graph_pool_handle": lambda: (0, 7),
         "Stream": lambda device: stream, "current_stream": lambda device: "outside",
@@ -318,7 +319,7 @@ def test_an_invalid_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(RuntimeError, match="previous error") as raised:
         graph.capture(work)
-    assert step_graph.first_line(raised.value) == "operation not permitted when stream is capturing"
+    assert first_line(raised.value) == "operation not permitted when stream is capturing"
     freed = ["_cuda_endAllocateToPool (0, 7)", "_cuda_releasePool (0, 7)"]
     assert calls == ["begin", "end", "on outside", *freed, "begin anew", "end"]
     assert graph.graph is None
@@ -344,7 +345,7 @@ def test_a_gpu_goes_on_behind_an_invalid_capture() -> None:
 
     with pytest.raises(RuntimeError) as raised:
         graph.capture(waits)
-    assert "captur" in step_graph.first_line(raised.value)
+    assert "captur" in first_line(raised.value)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert 0 < torch.rand(1000, device=device).mean() < 1
     side = torch.cuda.Stream()
