@@ -134,8 +134,11 @@ def encoder_for(name: str) -> nn.Module:
 
 
 @contextmanager
-def tiny_run(name: str, device: torch.device) -> Iterator[tuple[Training, Batch]]:
+def tiny_run(name: str, device: torch.device, **fields: Any) -> Iterator[tuple[Training, Batch]]:
     """A run of the method, ready to go, and a batch of it on the device.
+
+    Args:
+        fields: of the run's `Config`, in place of those here.
 
     Raises:
         ImportError: as `encoder_for`.
@@ -157,6 +160,7 @@ def tiny_run(name: str, device: torch.device) -> Iterator[tuple[Training, Batch]
                 "workers": 0,
                 "options": {**SMALL[name], **_given(name, folder)},
                 "cuda_graph": "on",
+                **fields,
             }
         )
         training = build(config, Ranks(0, 1, device), objects, Path(config.out), None)
