@@ -209,7 +209,7 @@ MASKED = [
 ]
 
 
-@pytest.mark.parametrize("name", MASKED)  # but those of iBOT's masks
+@pytest.mark.parametrize("name", MASKED)
 def test_masks_read_no_value_of_the_device(name: str) -> None:
     for spec in mask_specs(METHODS[name].views, 32, 8):
         with Watch() as seen:
