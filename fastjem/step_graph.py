@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastjem import optim
+from fastjem import optim, precision
 from fastjem.build import Training
 from fastjem.capture import BrokenError, capturing, first_line
 from fastjem.data.batch import Batch
@@ -231,7 +231,7 @@ class StepGraph:
         self._undo(before)
         found = self._taken_as_it_is(batches)
         repeats = self._marks(found).bits == own.bits
-        near = all(math.isclose(a, b, rel_tol=CLOSE) for a, b in zip(own.figures, marks.figures, strict=True))
+        near = all(map(are_near, own.figures, marks.figures))
         if repeats or not near:
             came = f"loss {marks.figures[0]:.9g} in place of {own.figures[0]:.9g}"
             self._refuse(f"the graph of a step doesn't come to what the step does ({came})", before)
@@ -246,7 +246,9 @@ class StepGraph:
         try:
             self.found = self.graph.capture(lambda: self.work.take(batches))
         except Exception as error:
-            self.work.training.step_end.ends()  # nothing has run
+            training = self.work.training
+            training.step_end.ends()  # nothing has run
+            precision.broken_off(training.scaler, training.optimizer)
             if isinstance(error, RuntimeError):
                 return first_line(error)
             raise
@@ -285,6 +287,11 @@ class StepGraph:
         self.gradients = []
 
 
+def are_near(a: float, b: float) -> bool:
+    """NaN is near itself: the norm of a step whose scaled loss overflows."""
+    return math.isclose(a, b, rel_tol=CLOSE) or (math.isnan(a) and math.isnan(b))
+
+
 def of_run(training: Training, work: StepWork, say: Callable[[str], None]) -> StepGraph | None:
     """The steps of a run by a graph; None where that is off, or can't be.
 
@@ -316,7 +323,6 @@ def why_not(training: Training) -> str:
         (training.ranks.device.type != "cuda", NO_GPU),
         (training.ranks.size > 1, "ranks average their gradients from the host"),
         (not isinstance(training.optimizer, optim.Fused), "an optimizer of one's own has its rates on the host"),
-        (training.scaler is not None, "fp16's scaler of the loss has a new state in each step; bf16 has none"),
         (training.passes is not None, "--micro-batch sets the generators anew within a step"),
         (config.activation_checkpointing, "--activation-checkpointing sets the generators anew within a step"),
         (config.compile, "--compile has launches of its own"),
