@@ -254,14 +254,14 @@ def block_mask(
     mask = torch.zeros(batch, height, width, dtype=torch.bool, device=drawn.device)
     masked = torch.zeros_like(wanted)
     failed = torch.zeros_like(wanted)
-    candidates = drawn[:, 2:].view(batch, STEPS, 4).permute(1, 2, 0)
-    for area, ratio, top, left in candidates:  # [B] each
+    areas, ratios, tops, lefts = drawn[:, 2:].view(batch, STEPS, 4).permute(2, 1, 0)  # [STEPS, B] each
+    ratios = ((2 * ratios - 1) * math.log(1 / aspect)).exp()
+    for area, ratio, top, left in zip(areas, ratios, tops, lefts, strict=True):
         active = (masked < wanted) & (failed < attempts)
         if drawn.device.type == "cpu" and not active.any():
             break
         room = (wanted - masked).clamp(max=height * width if most is None else most)
         area = least + area * (room - least)
-        ratio = ((2 * ratio - 1) * math.log(1 / aspect)).exp()
         h = (area * ratio).clamp(min=0).sqrt().round()
         w = (area / ratio).clamp(min=0).sqrt().round()
         top = (top * (height - h + 1)).floor()[:, None, None]
