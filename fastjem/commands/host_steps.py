@@ -220,6 +220,15 @@ def run(options: argparse.Namespace, device: torch.device, methods: Sequence[str
     """
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would only wait for each other, on tensors as small as these
+    try:
+        return _run(options, device, methods, budget)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(options: argparse.Namespace, device: torch.device, methods: Sequence[str], budget: float) -> int:
     begin = time.perf_counter()
     this = machine.now() | {"options": {key: getattr(options, key) for key in ("filter", "rounds", "quick")}}
     results: dict[str, Any] = {"machine": machine.describe(device), "runs": [this], "rows": []}
