@@ -322,9 +322,11 @@ def wrapped(config: Config, ranks: Ranks, step: Step) -> nn.Module:
         idle = encoders.unreached(step.encoder, images, tokens=step.method.pool is not None)
         # Batch norm's running statistics stay each rank's own; queue and centre are equal on all ranks by construction.
         # A module of one's own may have parameters that no loss reaches; to look for them costs every step a little.
+        # Gradients lie in the buckets that are sent: else they are held twice, and copied to the buckets and back.
         model = nn.parallel.DistributedDataParallel(
-            step, device_ids=device_ids, broadcast_buffers=False, find_unused_parameters=bool(idle)
-        )
+            step, device_ids=device_ids, broadcast_buffers=False, find_unused_parameters=bool(idle),
+            gradient_as_bucket_view=True,
+        )  # fmt: skip
     if not config.compile:
         return model
     # Views of a second size would make sizes symbolic, and their kernels slower: each stage is compiled for its own.

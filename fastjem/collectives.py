@@ -312,6 +312,8 @@ def sum_and_count_of_ranks(
     total: Tensor, count: float | Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """A sum of any shape and the number of what was added, both over all ranks: one collective."""
+    if group is None:
+        return total.detach(), count.to(total).reshape(()) if isinstance(count, Tensor) else total.new_full((), count)
     count = total.new_full((1,), count) if not isinstance(count, Tensor) else count.to(total).reshape(1)
     packed = sum_over_ranks(torch.cat([total.detach().flatten(), count]), group)
     return packed[:-1].reshape(total.shape), packed[-1]

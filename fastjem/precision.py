@@ -46,4 +46,20 @@ def scaler_of(precision: str, device: torch.device) -> torch.amp.GradScaler | No
     return torch.amp.GradScaler(device.type) if precision == "fp16" else None
 
 
-__all__ = ["DTYPES", "SCALER", "chosen", "kept", "scaler_of"]
+def state_of(scaler: torch.amp.GradScaler | None) -> list[torch.Tensor]:
+    """What a step changes of a scaler, on its device: the scale, and the steps since it last grew; nothing before the
+    first step."""
+    if scaler is None:
+        return []
+    return [x for x in (scaler._scale, scaler._growth_tracker) if x is not None]
+
+
+def broken_off(scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
+    """Behind a step that was broken off: the next one unscales its own gradients, as if this had not begun."""
+    if scaler is not None:
+        scaler._per_optimizer_states.clear()
+        for name in ("grad_scale", "found_inf"):  # which torch's scaler gives an optimiser for the time of its step
+            optimizer.__dict__.pop(name, None)
+
+
+__all__ = ["DTYPES", "SCALER", "broken_off", "chosen", "kept", "scaler_of", "state_of"]

@@ -21,7 +21,6 @@ gradients by atomics), losses must agree to `CLOSE`.
 **Unseen**: written for a GPU and tested on the CPU with a recorder in the graph's place.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -30,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastjem import optim
+from fastjem import optim, precision
 from fastjem.build import Training
+from fastjem.capture import BrokenError, capturing, first_line
 from fastjem.data.batch import Batch
 from fastjem.errors import UserError
 from fastjem.methods import METHODS
@@ -111,55 +111,21 @@ class CudaGraph:
     def capture(self, work: Callable[[], Found]) -> Found:
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
-        outside = torch.cuda.current_stream(self.device)
         try:
             # Other threads may allocate meanwhile: the loader's, which pins batches.
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+            with capturing(graph, self.stream, pool, capture_error_mode="thread_local"):
                 found = work()
-        except RuntimeError as error:
-            torch.cuda.set_stream(outside)
-            if not _has_ended(graph):
-                try:
-                    self._put_right(graph, pool)
-                except RuntimeError as other:
-                    raise UserError(
-                        f"--cuda-graph: the step can't be captured ({first_line(error)}), and torch can't go on behind "
-                        f"that ({str(other)[:200]}): --cuda-graph off --resume goes on from the last checkpoint"
-                    ) from error
-            raise
+        except BrokenError as error:
+            raise UserError(
+                f"--cuda-graph: the step can't be captured ({first_line(error.__cause__ or error)}), and torch can't "
+                f"go on behind that ({error}): --cuda-graph off --resume goes on from the last checkpoint"
+            ) from error
         self.graph = graph
         return found
-
-    def _put_right(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-        """Behind a capture that CUDA has made invalid.
-
-        torch 2.11 then neither leaves its stream nor ends what it began: freed memory that another stream has used is
-        never used again, and every random number is refused ("Offset increment outside graph capture"), until another
-        capture ends well.
-        """
-        _broken.append(graph)
-        with contextlib.suppress(RuntimeError):  # it was ended
-            torch._C._cuda_endAllocateToPool(self.stream.device_index, pool)
-        torch._C._cuda_releasePool(self.stream.device_index, pool)
-        number = torch.zeros((), device=self.device)
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(self.device)):
-            number.add_(1)
 
     def replay(self) -> None:
         if self.graph is not None:
             self.graph.replay()
-
-
-_broken: list[torch.cuda.CUDAGraph] = []  # never freed, as torch's allocators may still ask them
-
-
-def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
-    """Whether a capture has come to its end, whatever was raised within it."""
-    try:
-        graph.pool()
-    except RuntimeError:
-        return False
-    return True
 
 
 class StepGraph:
@@ -265,7 +231,7 @@ class StepGraph:
         self._undo(before)
         found = self._taken_as_it_is(batches)
         repeats = self._marks(found).bits == own.bits
-        near = all(math.isclose(a, b, rel_tol=CLOSE) for a, b in zip(own.figures, marks.figures, strict=True))
+        near = all(map(are_near, own.figures, marks.figures))
         if repeats or not near:
             came = f"loss {marks.figures[0]:.9g} in place of {own.figures[0]:.9g}"
             self._refuse(f"the graph of a step doesn't come to what the step does ({came})", before)
@@ -280,7 +246,9 @@ class StepGraph:
         try:
             self.found = self.graph.capture(lambda: self.work.take(batches))
         except Exception as error:
-            self.work.training.step_end.ends()  # nothing has run
+            training = self.work.training
+            training.step_end.ends()  # nothing has run
+            precision.broken_off(training.scaler, training.optimizer)
             if isinstance(error, RuntimeError):
                 return first_line(error)
             raise
@@ -319,11 +287,9 @@ class StepGraph:
         self.gradients = []
 
 
-def first_line(error: BaseException) -> str:
-    """Of what went wrong first: CUDA's error at the end of a capture says only that something did."""
-    while isinstance(earlier := error.__context__, RuntimeError):
-        error = earlier
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def are_near(a: float, b: float) -> bool:
+    """NaN is near itself: the norm of a step whose scaled loss overflows."""
+    return math.isclose(a, b, rel_tol=CLOSE) or (math.isnan(a) and math.isnan(b))
 
 
 def of_run(training: Training, work: StepWork, say: Callable[[str], None]) -> StepGraph | None:
@@ -357,7 +323,6 @@ def why_not(training: Training) -> str:
         (training.ranks.device.type != "cuda", NO_GPU),
         (training.ranks.size > 1, "ranks average their gradients from the host"),
         (not isinstance(training.optimizer, optim.Fused), "an optimizer of one's own has its rates on the host"),
-        (training.scaler is not None, "fp16's scaler of the loss has a new state in each step; bf16 has none"),
         (training.passes is not None, "--micro-batch sets the generators anew within a step"),
         (config.activation_checkpointing, "--activation-checkpointing sets the generators anew within a step"),
         (config.compile, "--compile has launches of its own"),
@@ -374,4 +339,4 @@ def why_not(training: Training) -> str:
     return next((reason for holds, reason in reasons if holds), "")
 
 
-__all__ = ["CudaGraph", "Found", "Graph", "StepGraph", "first_line", "of_run", "told", "why_not"]
+__all__ = ["CudaGraph", "Found", "Graph", "StepGraph", "of_run", "told", "why_not"]

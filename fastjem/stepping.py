@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjem import large_batches, optim, step_graph
+from fastjem import large_batches, optim, precision, step_graph
 from fastjem.build import Training
 from fastjem.data.batch import Batch, Crops, finish
 from fastjem.gradients import averaged
@@ -80,10 +80,11 @@ class Work:
         seed_generators(self.training.config.seed, self.done, self.training.ranks)
 
     def state(self) -> list[Tensor]:
-        """What a step changes: parameters, the momentum copies' too, buffers, and what the optimiser has of them."""
+        """What a step changes: parameters, the momentum copies' too, buffers, what the optimiser has of them, and the
+        loss's scale."""
         step, optimizer = self.training.step, self.training.optimizer
         of_optimizer = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-        return [*step.parameters(), *step.buffers(), *of_optimizer]
+        return [*step.parameters(), *step.buffers(), *of_optimizer, *precision.state_of(self.training.scaler)]
 
     def take(self, batches: Iterable[Batch]) -> Found:
         """Forward and backward of each batch, and the update."""
@@ -94,13 +95,17 @@ class Work:
             if part == 0:
                 training.step_end.begins()
             is_last = part == training.config.accumulate - 1
-            loss, notes = forward_backward(training, batch, self.number, synchronise=is_last)
+            loss, notes = self.forward_backward(batch, synchronise=is_last)
             found.losses.append(loss)
             found = found._replace(notes=notes)
         training.step_end.moves()
         norm = self._update()
         training.step_end.ends()
         return found._replace(gradient_norm=norm)
+
+    def forward_backward(self, batch: Batch, *, synchronise: bool) -> tuple[Tensor, dict[str, Any]]:
+        """Model and loss, all that is of a size; `fastjem bench --steps` times what a step does around it."""
+        return forward_backward(self.training, batch, self.number, synchronise=synchronise)
 
     def _without_gradients(self) -> None:
         if not self.keep_gradients:

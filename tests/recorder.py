@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastjem.commands.host_steps import made_by
 from fastjem.step_graph import Found
 
 _aten = torch.ops.aten
@@ -74,16 +75,3 @@ def _written(operator: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     if "batch_norm" in operator._schema.name and "backward" not in operator._schema.name:
         names += ["running_mean", "running_var"]  # which its schema keeps to itself
     return [x for name in names for x in tree_leaves(given.get(name)) if isinstance(x, Tensor)]
-
-
-def made_by(operator: Any, result: Any) -> list[Tensor]:
-    """Of what an operator returns the tensors that it has made."""
-    several = result if isinstance(result, tuple) else (result,)
-    kinds = operator._schema.returns
-    return [
-        x
-        for kind, one in zip(kinds, several, strict=len(kinds) == len(several))
-        if kind.alias_info is None
-        for x in tree_leaves(one)
-        if isinstance(x, Tensor)
-    ]

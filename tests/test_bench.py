@@ -23,6 +23,7 @@ from fastjem.bench.clocks import Call, WallClock, copied
 from fastjem.bench.machine import Ceilings, slug
 from fastjem.bench.memory import peak
 from fastjem.bench.timing import Comparison, Stats, Timing, WrongResult, compare, turns
+from fastjem.capture import BrokenError, first_line
 from fastjem.commands import bench as command
 from fastjem.commands.bench import main
 
@@ -298,7 +299,13 @@ def test_gradients_are_those_of_the_leaves():
 class FakeCuda:
     """torch.cuda as far as the clocks use it, on CPU tensors: capture runs the calls, replay and events only count."""
 
-    Stream = staticmethod(lambda: type("Stream", (), {"wait_stream": lambda *_: None})())
+    Stream = staticmethod(
+        lambda *_: type(
+            "Stream", (), {"wait_stream": lambda *_: None, "device": torch.device("cpu"), "device_index": 0}
+        )()
+    )
+    set_stream = staticmethod(lambda _: None)
+    graph_pool_handle = staticmethod(lambda: "own pool")
     current_stream = synchronize = staticmethod(lambda *_: None)
     stream = staticmethod(lambda _: contextlib.nullcontext())
 
@@ -367,6 +374,49 @@ def test_what_waits_for_the_device_is_timed_with_events(monkeypatch):
     monkeypatch.setattr(clocks, "FLUSH_BYTES", 10)
     assert chosen(waits).samples() == [(0.0, 0.0)] * 5
     assert isinstance(timing._clock(Call(torch.neg, (x,)), 5, 1.0, torch.device("cuda"), "host", True), WallClock)
+
+
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_an_invalid_capture_is_put_right_behind_it(which, monkeypatch):
+    """As `--cuda-graph` does it: the pool is given back, and another capture ends well; then events time the call."""
+    monkeypatch.setattr(torch, "cuda", fake := FakeCuda())
+    released, anew = [], []
+    number = {"forward": 1, "backward": 2}[which]
+
+    class Unended(fake.CUDAGraph):
+        def pool(self):
+            if fake.captures >= number:
+                raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+            return "pool"
+
+    @contextlib.contextmanager
+    def graph(_, stream, pool=None):
+        fake.captures += 1
+        if pool is None:
+            anew.append(fake.captures)
+        yield
+        if fake.captures == number:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    fake.CUDAGraph, fake.graph = Unended, graph
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: released.append(pool), raising=False)
+    call = Call(torch.sum, (torch.ones(3, requires_grad=True),))
+
+    def chosen():
+        return timing._clock(call, 5, 1e-5, torch.device("cuda"), "device", graphs=True)
+
+    assert isinstance(chosen(), clocks.EventClock)
+    assert released == [{"forward": "own pool", "backward": "pool"}[which]] and anew == [number + 1]
+
+    def refuses(*_):
+        raise RuntimeError("driver is gone")
+
+    fake.captures = 0
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", refuses, raising=False)
+    with pytest.raises(BrokenError, match="driver is gone") as raised:
+        chosen()
+    assert first_line(raised.value.__cause__) == "operation failed due to a previous error during capture"
 
 
 @pytest.mark.gpu

@@ -183,8 +183,11 @@ def test_the_table_of_what_is_there_is_true():
         "cpu": {"yes": "C++", "no": "reference (no C++ kernel yet)", **tiles},
         "cuda": {"yes": "Triton", "no": "reference (no Triton kernel yet)", **tiles},
     }
+    named: set[str] = set()
     for row in re.findall(r"^\| `.*$", (ROOT / "README.md").read_text(), re.MULTILINE):
         names, reference, cpu, cuda = (cell.strip() for cell in row.strip("|").split("|"))
         assert reference == "yes"
         for name in re.findall(r"`(\w+)`", names):
             assert ops.implementations()[name] == {"cpu": cells["cpu"][cpu], "cuda": cells["cuda"][cuda]}, name
+            named.add(name)
+    assert {name for name in ops.implementations() if not name.endswith("_backward")} == named

@@ -92,6 +92,7 @@ LEAVES = (
     "errors",
     "advice",
     "arguments",
+    "capture",
     "fields",
     "hub",
     "launchers",

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastjem.commands.host_steps import Operators
 from fastjem.data import masks
 from fastjem.data.batch import Crops, finish
-from fastjem.data.masking import drawn_masks, mask_specs, most_masked, of_step
+from fastjem.data.masking import drawn_masks, drawn_together, mask_specs, most_masked, of_step
 from fastjem.data.masks import Keyed
 from fastjem.data.philox import FIRST_MASK_BLOCK, philox, philox_on_device
 from fastjem.data.views import MaskSpec, Views
@@ -259,6 +260,30 @@ def test_a_batch_has_the_masks_of_its_images() -> None:
     batch = finish(Crops([view], [table], index, 4, None, []), specs, "cpu", masks=wanted[:1], seed=7)
     assert torch.equal(batch.masks[0].hidden, drawn_masks(wanted[0], 7, 4, index).hidden)
     assert (batch.masks[0].hidden.sum((1, 2)) == masks.hidden_patches((4, 4), 0.75)).all()
+
+
+def test_views_alike_are_drawn_together() -> None:
+    """Blocks of all views of a batch, bit for bit, in as many operators as those of one view: a GPU launches each."""
+    specs = [
+        *(MaskSpec(view, GRID, 0.5, "block", least=0.1, images=0.5) for view in range(2)),
+        MaskSpec(2, (7, 7), 0.5, "block", least=0.1),
+        MaskSpec(3, GRID, 0.75, "random", drops=True),
+    ]
+    samples = torch.arange(9) * 5
+    together = drawn_together(specs, 7, 4, samples, 3)
+    assert list(together) == [0, 1, 2, 3]
+    for spec in specs:
+        for a, b in zip(together[spec.view], drawn_masks(spec, 7, 4, samples, 3), strict=True):
+            assert a is b is None or torch.equal(a, b)
+    assert not torch.equal(together[0].hidden, together[1].hidden)
+    counts = []
+    for chosen in (specs[:1], specs[:2]):
+        with Operators() as counted:
+            counted.on = True
+            drawn_together(chosen, 7, 4, torch.empty(9, dtype=torch.int64, device="meta"))
+        counts.append(counted.calls)
+    assert counts[1] < 1.05 * counts[0] + 100  # the numbers that are drawn, once more
+    assert drawn_together(specs, 7, 4, torch.arange(0))[1].hidden.shape == (0, *GRID)
 
 
 def test_inverse_rectangles_are_seen_and_go_around_the_edges() -> None:

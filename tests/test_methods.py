@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastjem.functional as F
 from fastjem import backbones, encoders
+from fastjem.commands.tiny_runs import SMALL, Tiny
 from fastjem.data.batch import Batch
 from fastjem.data.masking import Masks, drawn_masks, mask_specs
 from fastjem.data.masks import SAMPLERS
@@ -42,49 +43,6 @@ from fastjem.optim import OPTIMIZERS, Schedule, build, parameter_groups, scaled
 from fastjem.step import Step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL = {
-    "simclr": {"hidden": 16, "dim": 8},
-    "moco": {"hidden": 16, "dim": 8, "queue": 24},
-    "byol": {"hidden": 16, "dim": 8},
-    "simsiam": {"hidden": 16, "dim": 16, "bottleneck": 8},
-    "swav": {"hidden": 16, "dim": 8, "prototypes": 12, "frozen_epochs": 0},
-    "dino": {"hidden": 16, "bottleneck": 8, "prototypes": 12, "frozen_epochs": 0},
-    "barlow_twins": {"hidden": 16},
-    "vicreg": {"hidden": 16},
-    "data2vec": {"layers": 1},
-    "dcl": {"hidden": 16, "dim": 8},
-    "supcon": {"hidden": 16, "dim": 8},
-    "clip": {"dim": 8},
-    "siglip": {"dim": 8},
-    "distill": {},
-    "mocov3": {"hidden": 16, "dim": 8},
-    "nnclr": {"hidden": 16, "dim": 8, "predictor_hidden": 16, "queue": 24},
-    "ressl": {"hidden": 16, "dim": 8, "queue": 24},
-    "tico": {"hidden": 16, "dim": 8},
-    "wmse": {"hidden": 16, "dim": 2, "whitening_size": 8},
-    "mmcr": {"hidden": 16, "dim": 8},
-    "frossl": {"hidden": 16, "dim": 8},
-    "empssl": {"hidden": 16, "dim": 8},
-    "lejepa": {"hidden": 16, "dim": 8, "slices": 16},
-    "visreg": {"hidden": 16, "dim": 8, "slices": 16},
-    "ijepa": {"predictor_width": 16, "predictor_depth": 1, "predictor_heads": 2},
-    "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
-    "ibot": {"hidden": 16, "bottleneck": 8, "prototypes": 12, "frozen_epochs": 0},
-    "dinov2": {"hidden": 16, "bottleneck": 8, "prototypes": 12, "frozen_epochs": 0},
-    "dinov3": {"hidden": 16, "bottleneck": 8, "prototypes": 12, "patch_prototypes": 10},
-    "simdino": {"hidden": 16, "dim": 8},
-    "simdinov2": {"hidden": 16, "dim": 8},
-    "msn": {"hidden": 16, "dim": 8, "prototypes": 12},
-    "pmsn": {"hidden": 16, "dim": 8, "prototypes": 12},
-    "deepcluster": {"hidden": 16, "dim": 8, "prototypes": 4},
-    "smog": {"hidden": 16, "dim": 8, "groups": 6, "queue": 24},
-    "pirl": {"dim": 8},
-    "vicregl": {"hidden": 16, "local_hidden": 8, "local_dim": 8},
-    "all4one": {"hidden": 16, "dim": 8, "predictor_hidden": 16, "queue": 24, "heads": 2, "layers": 1},
-    "capi": {"clusters": 8, "predictor_width": 16, "predictor_depth": 1},
-}
-
 
 NEEDS_IMAGES = {"deepcluster": 8, "pirl": 8}  # what they keep of each image of the data
 # Of whose teacher the entropy is noted
@@ -115,13 +73,6 @@ def feature_maps() -> nn.Module:
     """A small ResNet of timm's, which has forward_features."""
     timm = pytest.importorskip("timm")
     return timm.create_model("test_resnet", num_classes=0)
-
-
-class Tiny(nn.Sequential):
-    """An encoder that isn't timm's."""
-
-    def __init__(self, width: int = 12):
-        super().__init__(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, width), nn.LayerNorm(width), nn.GELU())
 
 
 def vit(**options: object) -> nn.Module:

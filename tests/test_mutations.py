@@ -2,6 +2,7 @@
 
 import shutil
 
+import mutations_of_batches
 import pytest
 from conftest import _C, INTERPRETING
 from mutations import CPU, INTERPRETER, REFERENCE, Mutation, run
@@ -28,7 +29,7 @@ def test_a_broken_kernel_is_caught(mutation, tmp_path):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("mutation", but_one_exhaustive(INTERPRETER))
+@pytest.mark.parametrize("mutation", but_one_exhaustive(INTERPRETER + mutations_of_batches.INTERPRETER))
 def test_a_broken_triton_kernel_is_caught(mutation, tmp_path):
     if not INTERPRETING:
         pytest.skip("runs with the interpreter")

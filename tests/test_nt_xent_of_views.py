@@ -141,6 +141,20 @@ def test_rows_of_zeros_and_the_same_tensor_twice(implementation):
     assert gradient.isfinite().all()
 
 
+def test_rows_shorter_than_the_least_divisor(implementation):
+    """They are divided by 1e-12, so that their gradient is along them, too."""
+    z = draw(2, 5, 16)
+    z[0, 2] *= 3e-13 / z[0, 2].norm()
+    leaf = z.to(implementation.device, torch.float32).requires_grad_()
+    same = leaf.detach().cpu().double().requires_grad_()
+    loss, truth = F.nt_xent(*leaf, temperature=0.5), eager(same, 0.5)
+    torch.testing.assert_close(loss.detach().cpu().double(), truth.detach(), rtol=1e-6, atol=1e-6)
+    loss.backward()
+    truth.backward()
+    for row, expected in zip(leaf.grad.cpu().double().flatten(0, 1), same.grad.flatten(0, 1), strict=True):
+        assert (row - expected).norm() <= 2e-6 * expected.norm()
+
+
 def test_batched_upstream_gradients_are_those_one_by_one():
     z, t = draw(2, 8, 16).requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     loss = F.nt_xent(z, temperature=t)

@@ -13,7 +13,8 @@ from test_methods import make
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastjem import optim, step_graph
+from fastjem import optim, precision, step_graph
+from fastjem.capture import first_line
 from fastjem.data.batch import Batch
 from fastjem.data.masking import drawn_masks, mask_specs
 from fastjem.errors import UserError
@@ -37,7 +38,10 @@ def soon_captured(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "hidden_rows", partial(hidden.hidden_rows, padded=True))
 
 
-def training_of(step: Step, *, optimizer: str, clip: float, accumulate: int, device: str) -> Any:
+def training_of(
+    step: Step, *, optimizer: str, clip: float, accumulate: int, device: str,
+    scaler: Callable[[], Any] = lambda: None, autocast: torch.dtype | None = None,
+) -> Any:  # fmt: skip
     """What `Work` asks of a run."""
     made = optim.build(optimizer, optim.parameter_groups(step, step.method.constant_rate))
     assert isinstance(made, optim.Fused)
@@ -46,7 +50,8 @@ def training_of(step: Step, *, optimizer: str, clip: float, accumulate: int, dev
     return SimpleNamespace(
         step=step, model=step, optimizer=made, schedule=optim.Schedule(steps=20, learning_rate=0.01, weight_decay=0.1),
         step_end=StepEnd(step), ranks=SimpleNamespace(device=torch.device(device), rank=0, group=None),
-        config=SimpleNamespace(accumulate=accumulate, seed=3), clip=clip, scaler=None, passes=None, autocast=None,
+        config=SimpleNamespace(accumulate=accumulate, seed=3), clip=clip, scaler=scaler(), passes=None,
+        autocast=autocast,
     )  # fmt: skip
 
 
@@ -84,7 +89,13 @@ def steps_of(
         with direct.off():  # a recorder sees what goes through the dispatcher, which has other kernels for a few rows
             found = work.take(batches) if by_graph is None else by_graph.take(batches)
         figures += [x.clone() for x in (*found.losses, found.gradient_norm) if x is not None]
-    return figures, step.state_dict(), by_graph
+    of_scaler = {f"scaler {i}": x for i, x in enumerate(precision.state_of(training.scaler))}
+    return figures, step.state_dict() | of_scaler, by_graph
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, but that NaN is NaN."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def compare(name: str, graph: Callable[[], Graph], device: str = "cpu", **given: Any) -> StepGraph:
@@ -92,7 +103,7 @@ def compare(name: str, graph: Callable[[], Graph], device: str = "cpu", **given:
     found, replayed, by_graph = steps_of(name, graph, device, **given)
     assert by_graph.found is not None and not by_graph.refused
     for number, (a, b) in enumerate(zip(expected, found, strict=True)):
-        assert torch.equal(a, b), f"{name}: figure {number} is {b} and was {a}"
+        assert same(a, b), f"{name}: figure {number} is {b} and was {a}"
     for key, value in state.items():
         assert torch.equal(value, replayed[key]), f"{name}: {key}"
     return by_graph
@@ -120,6 +131,39 @@ def test_replays_of_a_step_are_steps_on_a_gpu(name: str) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "larc"])
 def test_of_every_optimizer_and_of_several_batches(optimizer: str) -> None:
     compare("byol", Recorder, optimizer=optimizer, clip=0.0, accumulate=2)
+
+
+def overflowing() -> torch.amp.GradScaler:
+    """Some of its steps overflow, and change no weight; all others double the scale."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=1)
+
+
+@pytest.mark.parametrize(("name", "clip", "accumulate"), [("simclr", 1.0, 1), ("byol", 0.0, 2)])
+def test_of_a_scaled_loss(name: str, clip: float, accumulate: int) -> None:
+    given: Any = {"scaler": overflowing, "clip": clip, "accumulate": accumulate}
+    by_graph = compare(name, Recorder, **given)
+    halved = sum(bool(call[0] is torch.ops.aten._amp_update_scale_.default) for call in by_graph.graph.calls)
+    assert halved == 1  # it is a part of what is replayed, as is the look at the gradients
+    if clip:
+        scales = [2.0**power for power in (119, 120, 121, 120, 119, 120)]  # three steps of six overflow
+        assert by_graph.work.training.scaler.get_scale() == scales[-1]
+
+
+def test_figures_of_an_overflow_are_near_each_other() -> None:
+    """A step that doesn't repeat its bits is compared by them."""
+    inf, nan = float("inf"), float("nan")
+    assert all(step_graph.are_near(a, a) for a in (1.0, inf, nan)) and step_graph.are_near(1.0, 1.0005)
+    assert not any(step_graph.are_near(*both) for both in ((1.0, 1.01), (nan, 1.0), (1.0, nan), (inf, 1.0), (inf, nan)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_of_a_scaled_loss_on_a_gpu(name: str) -> None:
+    def scaler() -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cuda", init_scale=2.0**24, growth_interval=1)
+
+    compare(name, lambda: CudaGraph(torch.device("cuda")), "cuda", scaler=scaler, autocast=torch.float16)
 
 
 class Counts(nn.Module):
@@ -224,6 +268,9 @@ class Fails(Recorder):
         buffers, random = [(x, x.clone()) for x in self.of.step.buffers()], torch.get_rng_state()
         self.of.step_end.begins()
         self.of.step_end.moves()
+        if self.of.scaler is not None:
+            self.of.scaler.unscale_(self.of.optimizer)
+            self.of.optimizer.grad_scale = torch.tensor(2.0)
         for x, copy in buffers:
             x.copy_(copy)
         torch.set_rng_state(random)
@@ -233,11 +280,12 @@ class Fails(Recorder):
             raise RuntimeError("operation failed due to a previous error during capture")
 
 
-def test_a_step_that_cant_be_captured_is_taken_as_it_is() -> None:
+@pytest.mark.parametrize("scaler", [lambda: None, lambda: torch.amp.GradScaler("cpu")], ids=["fp32", "fp16"])
+def test_a_step_that_cant_be_captured_is_taken_as_it_is(scaler: Callable[[], Any]) -> None:
     said: list[str] = []
-    expected, state, _ = steps_of("simclr", None)
+    expected, state, _ = steps_of("simclr", None, scaler=scaler)
     step, like = make("simclr")
-    training = training_of(step, optimizer="adamw", clip=1.0, accumulate=1, device="cpu")
+    training = training_of(step, optimizer="adamw", clip=1.0, accumulate=1, device="cpu", scaler=scaler)
     work = Work(training)
     by_graph = StepGraph(work, partial(Fails, training), must=False, say=said.append)
     found = []
@@ -249,6 +297,7 @@ def test_a_step_that_cant_be_captured_is_taken_as_it_is() -> None:
         found += [*taken.losses, taken.gradient_norm]
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert all(torch.equal(state[key], value) for key, value in step.state_dict().items())
+    assert all(torch.equal(state[f"scaler {i}"], x) for i, x in enumerate(precision.state_of(training.scaler)))
     why = "operation not permitted when stream is capturing"
     assert said == [f"--cuda-graph auto: a step's kernels are launched one by one: {why}"]
 
@@ -300,7 +349,7 @@ def test_an_invalid_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     """Its stream is left, its memory given back, and the generator ends capturing, by a capture that ends well."""
     calls = CapturesBadly.calls
     calls.clear()
-    stream = SimpleNamespace(device_index=0)
+    stream = SimpleNamespace(device_index=0, device=torch.device("cpu"))
     fakes = {
         "graph": CapturesBadly, "CUDAGraph": Unended, "graph_pool_handle": lambda: (0, 7),
         "Stream": lambda device: stream, "current_stream": lambda device: "outside",
@@ -318,7 +367,7 @@ def test_an_invalid_capture_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(RuntimeError, match="previous error") as raised:
         graph.capture(work)
-    assert step_graph.first_line(raised.value) == "operation not permitted when stream is capturing"
+    assert first_line(raised.value) == "operation not permitted when stream is capturing"
     freed = ["_cuda_endAllocateToPool (0, 7)", "_cuda_releasePool (0, 7)"]
     assert calls == ["begin", "end", "on outside", *freed, "begin anew", "end"]
     assert graph.graph is None
@@ -344,7 +393,7 @@ def test_a_gpu_goes_on_behind_an_invalid_capture() -> None:
 
     with pytest.raises(RuntimeError) as raised:
         graph.capture(waits)
-    assert "captur" in step_graph.first_line(raised.value)
+    assert "captur" in first_line(raised.value)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert 0 < torch.rand(1000, device=device).mean() < 1
     side = torch.cuda.Stream()
@@ -381,7 +430,6 @@ REASONS = {
     "graphs are CUDA's": {"ranks__device": torch.device("cpu")},
     "ranks average": {"ranks__size": 2},
     "an optimizer of one's own": {"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])},
-    "fp16's scaler": {"scaler": torch.amp.GradScaler("cpu")},
     "--micro-batch": {"passes": object()},
     "--activation-checkpointing": {"config__activation_checkpointing": True},
     "--compile": {"config__compile": True},

@@ -1,8 +1,11 @@
 """Batches on their way to a GPU: which stream does what, told by stand-ins, as there may be no GPU."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -11,7 +14,8 @@ pytest.importorskip("torchvision")
 
 from fastjem.data import upload
 from fastjem.data.batch import Crops
-from fastjem.data.loaders import dali
+from fastjem.data.loaders import Budget, Order, dali
+from fastjem.data.views import ViewSpec
 
 
 def crops(number: int, labels: bool = True) -> Crops:
@@ -116,3 +120,105 @@ def test_the_loaders_own_thread_pins_every_tensor_of_a_batch(labels: bool, monke
     assert type(after) is Crops
     tensors = [x for x in (*before.views, *before.tables, before.index, before.labels, before.keys) if x is not None]
     assert {id(x) for x in pinned} == {id(x) for x in tensors}
+
+
+class Pinning:
+    """In the place of a GPU's pinned memory: which thread pins what, and for which GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.threads: list[str] = []
+        self.devices: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "set_device", self.devices.append)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: self.pin(x))
+
+    def pin(self, x: torch.Tensor) -> torch.Tensor:
+        self.threads.append(threading.current_thread().name)
+        return x.clone()
+
+
+def test_another_thread_pins_views_while_the_batch_before_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinning = Pinning(monkeypatch)
+    ended: list[str] = []
+    asked = [threading.Event() for _ in range(3)]
+
+    def batches() -> Iterator[Crops]:
+        try:
+            for number, event in enumerate(asked):
+                event.set()
+                yield crops(number)
+        finally:
+            ended.append(threading.current_thread().name)
+
+    device = torch.device("cuda", 1)
+    ahead = upload.pinned(batches(), device)
+    first = next(ahead)
+    assert asked[1].wait(20)  # nobody has asked for it
+    assert not asked[2].is_set()
+    rest = list(ahead)
+    for number, found in enumerate([first, *rest]):
+        before = crops(number)
+        assert all(torch.equal(a, b) for a, b in zip(found.views, before.views, strict=True))
+        assert torch.equal(found.index, before.index) and found.unreadable == before.unreadable
+    assert len(rest) == 2 and ended and pinning.devices == [device]
+    assert len(pinning.threads) == 6 and {name.rpartition("_")[0] for name in pinning.threads} == {"fastjem-pin"}
+
+
+def test_who_makes_the_batches_ends_with_their_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    Pinning(monkeypatch)
+    ended: list[bool] = []
+
+    def batches(fails: bool) -> Iterator[Crops]:
+        try:
+            yield crops(0)
+            if fails:
+                raise OSError("the disk is gone")
+            yield crops(1)
+            yield crops(2)
+        finally:
+            ended.append(True)
+
+    ahead = upload.pinned(batches(False), torch.device("cuda"))
+    next(ahead)
+    ahead.close()
+    assert ended == [True]
+    ahead = upload.pinned(batches(True), torch.device("cuda"))
+    next(ahead)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastjem-pin")]
+    plain = iter([crops(0)])
+    assert upload.pinned(plain, torch.device("cpu")) is plain
+
+
+@pytest.mark.parametrize(("made_on", "trained_on"), [("cpu", "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu")])
+def test_dalis_views_of_the_host_are_pinned_and_uploaded(
+    made_on: str, trained_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of `dali-cpu` stayed in pageable memory, and the step's own stream waited for their copies."""
+    said: list[tuple[str, torch.device]] = []
+    for name in ("pinned", "uploaded"):
+        monkeypatch.setattr(dali, name, lambda batches, device, name=name: said.append((name, device)) or batches)
+    budget = Budget(device=torch.device(trained_on))
+    order = Order(samples=4, batch=2, stop=2)
+    loader = dali._loader(Pixels(), [ViewSpec(size=4)], order, budget, made_on, 0.0)
+    for one in (loader, loader.at([ViewSpec(size=2)], order)):
+        iter(one)
+        names = ["pinned"] * (made_on == "cpu") + ["uploaded"]
+        assert said == [(name, torch.device(trained_on)) for name in names]
+        said.clear()
+
+
+class Pixels:
+    """A source of four images."""
+
+    root, labels, decoded = "four", None, True
+    classes: ClassVar[list[str]] = []
+
+    def __len__(self) -> int:
+        return 4
+
+    def name(self, i: int) -> str:
+        return str(i)
+
+    def read(self, i: int) -> np.ndarray:
+        return np.full((4, 4, 3), i, np.uint8)

@@ -12,17 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import HAS_GPU
 from test_methods import make
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastjem import health
+from fastjem.commands import host_steps
+from fastjem.commands.tiny_runs import crops_of, finished, tiny_run
+from fastjem.data.masking import drawn_masks, mask_specs
 from fastjem.functional import held
 from fastjem.meter import Meter, Row, Taken
-from fastjem.methods import METHODS
+from fastjem.methods import METHODS, needs_patches
 from fastjem.nn import NTXentLoss
 from fastjem.step import Step
+from fastjem.stepping import Work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 META = torch.device("meta")
@@ -107,6 +112,109 @@ def test_losses_of_the_host_alone_index_by_no_mask(without_autocast: None) -> No
     criterion.cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     views = [torch.randn(5, 3, device=META, requires_grad=True) for _ in range(2)]
     criterion(*views).backward()
+
+
+# The same on a GPU --------------------------------------------------------------------------------------------------
+
+
+def step_in_which_waiting_is_an_error(name: str, device: torch.device, **fields: Any) -> None:
+    """A whole step of a run, from a loader's crops to what moves behind it: torch raises at the call that waits."""
+    if needs_patches(METHODS[name]) or name == "distill":
+        pytest.importorskip("timm")
+    with tiny_run(name, device, **fields) as (training, batch):
+        work = Work(training)
+        crops = crops_of(training)
+        for done in range(3):  # kernels are compiled, moments are made, and it is seen which buffers move
+            host_steps.step(work, done, batch)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            host_steps.step(work, 3, finished(training, crops, 3))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(bool(p.isfinite().all()) for p in work.parameters)
+
+
+def a_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in WAITING])
+def test_no_step_waits_on_a_gpu(name: str) -> None:
+    step_in_which_waiting_is_an_error(name, a_gpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("name", WAITING)
+def test_who_is_said_to_wait_does_on_a_gpu(name: str) -> None:
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        step_in_which_waiting_is_an_error(name, a_gpu())
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "lars": {"optimizer": "lars"},
+    "larc": {"optimizer": "larc"},
+    "sgd": {"optimizer": "sgd"},
+    "fp16": {"precision": "fp16"},
+    "fp32": {"precision": "fp32"},
+    "unclipped": {"clip": 0.0},
+}
+NO_GPU_NEEDED = [name for name in OTHERS if name != "fp16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("other", OTHERS)
+def test_nor_does_another_kind_of_step_on_a_gpu(other: str) -> None:
+    step_in_which_waiting_is_an_error("byol", a_gpu(), **OTHERS[other])
+
+
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The sync debug modes that are set, of a torch that has a GPU."""
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", said.append)
+    return said
+
+
+@pytest.mark.parametrize("which", ["simclr", "mmcr", "clip", "ibot", *NO_GPU_NEEDED])
+def test_what_a_gpu_is_asked_runs_here(which: str, modes: list[str]) -> None:
+    """The code of the tests above, on the CPU, where nothing is waited for."""
+    name, fields = ("byol", OTHERS[which]) if which in OTHERS else (which, {})
+    step_in_which_waiting_is_an_error(name, torch.device("cpu"), **fields)
+    assert modes == ["synchronize", "error", "default"]
+
+
+def test_the_mode_is_set_for_the_step_alone(modes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batch, forward, backward and update are within, and no later test has it."""
+    within: list[str] = []
+
+    def waits(step: Step, *_: Any) -> None:
+        within.append(modes[-1] if modes else "before")
+        if within[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(Step, "step_ends", waits)
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        step_in_which_waiting_is_an_error("simclr", torch.device("cpu"))
+    assert within == ["before"] * 3 + ["error"] and modes[-1] == "default"
+
+
+MASKED = [
+    name for name, method in METHODS.items() if method.views.mask and name not in ("dinov2", "dinov3", "simdinov2")
+]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_read_no_value_of_the_device(name: str) -> None:
+    for spec in mask_specs(METHODS[name].views, 32, 8):
+        with Watch() as seen:
+            masks = drawn_masks(spec, 5, 0, torch.arange(8, device=META), 3)
+        assert not seen.found and masks.hidden.device == META
 
 
 class Later:

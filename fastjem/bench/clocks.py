@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastjem.capture import capturing
+
 FLUSH_BYTES = 256 * 2**20  # five times the L2 cache of an H100
 GRAPH_SECONDS = 200e-6  # the least work of one replay, so that the replay's own few microseconds don't count
 MAX_SETS = 32
@@ -160,7 +162,7 @@ class GraphClock:
         self.repeats = repeats
         self.method = f"graph replay over {len(self.calls)} sets of inputs"
 
-        stream = torch.cuda.Stream()  # its own, so that a capture that fails leaves nothing behind for the next one
+        stream = torch.cuda.Stream()  # its own, as capturing needs it
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for each in self.calls[:2]:
@@ -169,11 +171,11 @@ class GraphClock:
         torch.cuda.synchronize()
         self.forward = torch.cuda.CUDAGraph()
         self.backward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, stream=stream):
+        with capturing(self.forward, stream, torch.cuda.graph_pool_handle()):
             results = [each.forward() for each in self.calls]
         self.differentiable = bool(call.leaves)
         if self.differentiable:
-            with torch.cuda.graph(self.backward, pool=self.forward.pool(), stream=stream):
+            with capturing(self.backward, stream, self.forward.pool()):
                 # Held, as the next call of the capture would get the memory of gradients that nobody holds.
                 self.gradients = [each.backward(result) for each, result in zip(self.calls, results, strict=True)]
 

@@ -126,12 +126,12 @@ def text(results: dict) -> str:
     return "\n".join([
         "",
         ", ".join(f"{key} {value}" for key, value in results["machine"].items()),
-        _versions(run),
+        versions(run),
         _ceilings(run),
         "",
         LEGEND,
         "",
-        *_aligned(summary(rows, short=True)),
+        *aligned(summary(rows, short=True)),
         "",
         "Where something else is faster:" if lost else "Nothing else is faster in any case.",
         *(f"  {line}" for line in lost),
@@ -152,7 +152,7 @@ def markdown(results: dict) -> str:
         "",
         *LEGEND.splitlines(),
         "",
-        *_markdown(summary(rows)),
+        *as_markdown(summary(rows)),
         "",
         "## Where something else is faster",
         "",
@@ -163,12 +163,12 @@ def markdown(results: dict) -> str:
         "Minima; of the total also median and spread. Others: the share of the CPUs that other processes had.",
         "The first call is one forward and backward with all that is compiled or loaded in it.",
         "",
-        *_markdown(passes(rows, numbers)),
+        *as_markdown(passes(rows, numbers)),
         *(["", "## Not timed", "", *missing] if missing else []),
         "",
         "## Runs",
         "",
-        *(f"{number}. {_versions(run)}. {_ceilings(run)}" for number, run in enumerate(runs, 1)),
+        *(f"{number}. {versions(run)}. {_ceilings(run)}" for number, run in enumerate(runs, 1)),
         "",
     ])  # fmt: skip
 
@@ -201,9 +201,14 @@ def passes(rows: Sequence[dict], numbers: dict[str, str]) -> list[list[str]]:
 def merged(old: dict, new: dict) -> dict:
     """The rows of both, the newer one of each case, and the runs that these rows come from."""
     rows = {(row["op"], row["shape"], row["dtype"]): row for row in (*old["rows"], *new["rows"])}
-    used = {row["run"] for row in rows.values()}
+    return with_runs(old, new, list(rows.values()))
+
+
+def with_runs(old: dict, new: dict, rows: list[dict]) -> dict:
+    """Results of these rows, with those of both's runs that they come from."""
+    used = {row["run"] for row in rows}
     runs = {run["date"]: run for run in (*old["runs"], *new["runs"]) if run["date"] in used}
-    return {"machine": new["machine"], "runs": list(runs.values()), "rows": list(rows.values())}
+    return {"machine": new["machine"], "runs": list(runs.values()), "rows": rows}
 
 
 def write(results: dict, folder: Path, name: str) -> list[Path]:
@@ -225,7 +230,7 @@ def load(path: Path) -> dict:
     return json.loads(Path(path).read_text())
 
 
-def _versions(run: dict) -> str:
+def versions(run: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return f"{run['date']}, commit {run['commit'] or 'unknown'}, load average {run['load_average']}, {versions}"
 
@@ -237,11 +242,11 @@ def _ceilings(run: dict) -> str:
     return f"Copy, read + written: {copy}. Matrix products: {matmul}."
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
+def aligned(lines: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
-def _markdown(lines: list[list[str]]) -> list[str]:
+def as_markdown(lines: list[list[str]]) -> list[str]:
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     return [head, "|---" * len(lines[0]) + "|", *body]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastjem.bench.clocks import Call, Clock, EventClock, GraphClock, WallClock, copied, size, synchronize
 from fastjem.bench.memory import peak
 from fastjem.bench.neighbours import BUSY, OtherProcesses, wait_until_idle
+from fastjem.capture import BrokenError
 
 BLOCK_SECONDS = 0.02  # a turn is as many calls as fit in this
 GRAPH_BELOW = 1e-3  # shorter calls are replayed from a CUDA graph: from Python their launches would be timed
@@ -229,6 +230,8 @@ def _clock(call: Call, repeats: int, estimate: float, device: torch.device, cloc
             graph = GraphClock(call, 1, estimate)
             graph.repeats = max(3, math.ceil(BLOCK_SECONDS / max(estimate * len(graph.calls), 1e-6)) // 4)
             return graph
+        except BrokenError:  # nothing that follows would be right
+            raise
         except Exception:  # not capturable: it's timed from Python, and its row says so
             torch.cuda.synchronize()
     return EventClock(call, min(repeats, 100))

@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         device = torch.device(options.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             of_words.error("--device cuda, but torch finds no GPU")
+        if options.steps:
+            return _steps(of_words, options, device)
         chosen, left_out = _choose(options, device)
         if not chosen:
             of_words.error(f"no case matches {options.filter!r} on {device.type} (--list shows all)")
@@ -47,6 +49,23 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     return _run(options, device, chosen, left_out)
+
+
+def _steps(of_words: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device) -> int:
+    """`--steps`: methods in place of cases."""
+    of_cases = ("dtype", "full", "compile", "loops")
+    if given := [f"--{name}" for name in of_cases if getattr(options, name) not in (None, False)]:
+        of_words.error(f"{given[0]} is about operators' cases, and --steps has a row for each method")
+    from fastjem.commands import host_steps  # a whole run, which cases don't need
+    from fastjem.methods import METHODS
+
+    chosen = [name for name in METHODS if re.search(options.filter, host_steps.name_of(name))]
+    if not chosen:
+        of_words.error(f"no method matches {options.filter!r} (--steps --list shows all)")
+    if options.list:
+        print("\n".join(map(host_steps.name_of, chosen)))
+        return 0
+    return host_steps.run(options, device, chosen, QUICK_BUDGET / 3 if options.quick else options.budget / 3)
 
 
 def _run(options: argparse.Namespace, device: torch.device, chosen: list[Case], left_out: int) -> int:
@@ -223,6 +242,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--loops", action="store_true", help="on a GPU, too, peers that go through the batch in Python")
     add("--wait", type=float, default=0, metavar="S", help="per case, wait at most so long for an idle machine")
+    add(
+        "--steps", action="store_true", help="a training step's time on the host beside model and loss, of every method"
+    )
     add("--out", type=_folder, metavar="DIR", help="write DIR/<machine>.json and .md; other cases' rows in them stay")
     add("--list", action="store_true", help="print the names of the cases, run nothing")
     return parser

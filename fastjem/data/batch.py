@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import fastjem.functional as F
-from fastjem.data.masking import Masks, drawn_masks
+from fastjem.data.masking import Masks, drawn_together
 from fastjem.data.views import MaskSpec, ViewSpec
 
 
@@ -74,7 +74,7 @@ def finish(
     index = crops.index.to(device, non_blocking=True)
     labels = None if crops.labels is None else crops.labels.to(device, non_blocking=True)
     keys = index if crops.keys is None else crops.keys.to(device, non_blocking=True)
-    drawn = {spec.view: drawn_masks(spec, seed, crops.epoch, keys, step) for spec in masks}
+    drawn = drawn_together(masks, seed, crops.epoch, keys, step)
     return Batch(views, index, labels, drawn, tables)
 
 

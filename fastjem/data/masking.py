@@ -6,6 +6,7 @@ behind any resume. The samplers themselves are in `fastjem.data.masks`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -128,10 +129,7 @@ def drawn_masks(spec: MaskSpec, seed: int, epoch: int, samples: Tensor, step: in
     uniform = Keyed(samples, seed, epoch, spec.view)
     images = samples.shape[0]
     if spec.masking == "block":
-        hidden = masks.block_mask(
-            images, spec.grid, images=spec.images, low=spec.least, high=spec.share, uniform=uniform
-        )
-        return Masks(hidden)
+        return Masks(_blocks(spec, images, uniform))
     if spec.masking == "multi_block":
         return _multi_block(images, spec.grid, uniform, of_step(seed, step))
     hidden = SAMPLERS[spec.masking](images, spec.grid, spec.share, uniform=uniform)
@@ -139,6 +137,32 @@ def drawn_masks(spec: MaskSpec, seed: int, epoch: int, samples: Tensor, step: in
         return Masks(hidden)
     patches = spec.grid[0] * spec.grid[1]
     return Masks(hidden, masks.visible(hidden, patches - masks.hidden_patches(spec.grid, spec.share)))
+
+
+def drawn_together(
+    specs: Sequence[MaskSpec], seed: int, epoch: int, samples: Tensor, step: int = 0
+) -> dict[int, Masks]:
+    """By view, what `drawn_masks` gives of each: at once those of "block" masks that are alike.
+
+    Such a mask is some 1000 launches on a GPU, one candidate after the other, of however many images.
+    """
+    alike: dict[MaskSpec, list[int]] = {}
+    for spec in specs:
+        alike.setdefault(replace(spec, view=0), []).append(spec.view)
+    found: dict[int, Masks] = {}
+    for spec, views in alike.items():
+        if spec.masking != "block":
+            found |= {view: drawn_masks(replace(spec, view=view), seed, epoch, samples, step) for view in views}
+            continue
+        by_view = [Keyed(samples, seed, epoch, view) for view in views]
+        images = samples.shape[0]
+        hidden = _blocks(spec, len(views) * images, lambda count, of=by_view: torch.cat([draw(count) for draw in of]))
+        found |= {view: Masks(x) for view, x in zip(views, hidden.view(len(views), images, *spec.grid), strict=True)}
+    return found
+
+
+def _blocks(spec: MaskSpec, images: int, uniform: masks.Uniform) -> Tensor:
+    return masks.block_mask(images, spec.grid, images=spec.images, low=spec.least, high=spec.share, uniform=uniform)
 
 
 def _multi_block(images: int, grid: Grid, uniform: Keyed, sizes: list[float]) -> Masks:

@@ -254,14 +254,14 @@ def block_mask(
     mask = torch.zeros(batch, height, width, dtype=torch.bool, device=drawn.device)
     masked = torch.zeros_like(wanted)
     failed = torch.zeros_like(wanted)
-    candidates = drawn[:, 2:].view(batch, STEPS, 4).permute(1, 2, 0)
-    for area, ratio, top, left in candidates:  # [B] each
+    areas, ratios, tops, lefts = drawn[:, 2:].view(batch, STEPS, 4).permute(2, 1, 0)  # [STEPS, B] each
+    ratios = ((2 * ratios - 1) * math.log(1 / aspect)).exp()
+    for area, ratio, top, left in zip(areas, ratios, tops, lefts, strict=True):
         active = (masked < wanted) & (failed < attempts)
         if drawn.device.type == "cpu" and not active.any():
             break
         room = (wanted - masked).clamp(max=height * width if most is None else most)
         area = least + area * (room - least)
-        ratio = ((2 * ratio - 1) * math.log(1 / aspect)).exp()
         h = (area * ratio).clamp(min=0).sqrt().round()
         w = (area / ratio).clamp(min=0).sqrt().round()
         top = (top * (height - h + 1)).floor()[:, None, None]
@@ -309,9 +309,11 @@ def multi_block_mask(
     drawn = (uniform or Generated(batch, generator, device))(2 * targets + (targets + 1) * PLACES * 2)
     size = _block_size(grid, target_scale, target_aspect, of_target)
     corner = _corners(drawn[:, : 2 * targets].view(batch, targets, 2), grid, size)
-    inside = torch.arange(size[0])[:, None] * width + torch.arange(size[1])  # patches of a block at the corner
     at = corner[..., 0] * width + corner[..., 1]
-    indices = at[..., None] + inside.flatten().to(at.device)  # [B, T, h w]
+    # Made on the device, as the host would wait for a copy: the patches of a block at the corner.
+    down, along = (torch.arange(side, device=at.device) for side in size)
+    inside = down[:, None] * width + along
+    indices = at[..., None] + inside.flatten()  # [B, T, h w]
     taken = torch.zeros(batch, targets, height * width, dtype=torch.bool, device=at.device).scatter_(2, indices, True)
     size = _block_size(grid, context_scale, (1.0, 1.0), of_context)
     corners = _corners(drawn[:, 2 * targets :].view(batch, targets + 1, PLACES, 2), grid, size)
@@ -380,9 +382,9 @@ def _block_size(grid: Grid, scale: tuple[float, float], aspect: tuple[float, flo
 
 def _corners(uniform: Tensor, grid: Grid, size: Grid) -> Tensor:
     """[..., 2] uniform -> [..., 2] int64: top and left, below grid - size each, as the reference's randint has them."""
-    room = torch.tensor([grid[0] - size[0], grid[1] - size[1]], dtype=uniform.dtype)
-    room = room.to(uniform.device, non_blocking=True)
-    return (uniform * room).floor().minimum(room - 1).long()
+    rooms = (grid[0] - size[0], grid[1] - size[1])
+    places = [(x * room).floor().clamp(max=room - 1) for x, room in zip(uniform.unbind(-1), rooms, strict=True)]
+    return torch.stack(places, -1).long()
 
 
 def hidden_indices(hidden: Tensor, count: int) -> Tensor:

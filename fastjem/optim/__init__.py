@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastjem.functional.checks import PLAIN
 from fastjem.functional.shards import local
 from fastjem.kernels.arithmetic import widest_dtype
 from fastjem.optim.adamw import AdamW
@@ -119,8 +120,10 @@ class Schedule:
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
         """The optimiser's groups get this step's figures, which are returned too."""
         now = self.at(step)
+        rate_now = now["learning_rate"].item()
+        decay_now = now["weight_decay"].item()
         for group in optimizer.param_groups:
-            rate = self.learning_rate if group["constant_rate"] else now["learning_rate"].item()
+            rate = self.learning_rate if group["constant_rate"] else rate_now
             rate *= group.get("rate_factor", 1.0)  # a run that began before there were any has none
             if group.get("waits"):
                 rate *= min(max(step + 1 - self.head_warmup, 0) / max(self.warmup, 1), 1.0)
@@ -129,7 +132,7 @@ class Schedule:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-            group["weight_decay"] = now["weight_decay"].item() if group["decays"] else 0.0
+            group["weight_decay"] = decay_now if group["decays"] else 0.0
         return now
 
 
@@ -139,6 +142,8 @@ def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     Of gradients in shards the norm is that of the whole ones; one small all-reduce adds the shards' squares.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if PLAIN.issuperset(map(type, parameters)):  # 2 us a parameter to ask each of them about shards
+        return nn.utils.clip_grad_norm_(parameters, most, foreach=True)
     by_sharding: dict[Sharding | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_sharding.setdefault(sharding_of("clip_", parameter), []).append(parameter)

@@ -27,7 +27,7 @@ from fastjem.data.parameters import Parameters, column
 from fastjem.data.picture import Bands, to_image
 from fastjem.data.size import height_and_width
 from fastjem.data.source import Source, read_or_next, rule_of
-from fastjem.data.upload import uploaded
+from fastjem.data.upload import pinned, uploaded
 from fastjem.data.views import ViewSpec
 
 DECODER_SHARE = 0.65  # of the JPEG files, for a GPU's fixed-function decoder: DALI's own default
@@ -87,6 +87,7 @@ class DaliLoader:
         prefetch: batches made ahead.
         decoder_share: of the JPEG files, for a GPU's fixed-function decoder, see `measure_shares`; 0 if all pixels are
             to be the same on another GPU of this architecture.
+        wanted_on: where batches go, those that the CPU makes too; None: they stay on `device`.
 
     Raises:
         UserError: if no image of the source can be read.
@@ -96,6 +97,7 @@ class DaliLoader:
     def __init__(
         self, source: Source, specs: Sequence[ViewSpec], order: Iterable[Sequence[Key]], tables: Tables, *,
         batch: int, device: str = "cpu", threads: int = 2, prefetch: int = 2, decoder_share: float = DECODER_SHARE,
+        wanted_on: torch.device | None = None,
     ):  # fmt: skip
         self.source = source
         self.specs = list(specs)
@@ -106,6 +108,7 @@ class DaliLoader:
         self.threads = max(threads, 1)
         self.prefetch = prefetch
         self.decoder_share: float | None = decoder_share
+        self.wanted_on = torch.device(device) if wanted_on is None else wanted_on
         self.floats = holds_floats(source)
         where = "GPU" if device == "cuda" else "CPU"
         self.reads = f"images are decoded by DALI on the {where}"
@@ -117,7 +120,9 @@ class DaliLoader:
     def __iter__(self) -> Iterator[Crops]:
         ahead.begins(self.source, self.order)
         batches = ahead.followed(self._batches(), self.source, self.order)
-        return uploaded(batches, torch.device(self.device))  # tables, index and labels: the views are there
+        if self.device == "cpu":
+            batches = pinned(batches, self.wanted_on)
+        return uploaded(batches, self.wanted_on)  # of a GPU's own views tables, index and labels
 
     def _batches(self) -> Iterator[Crops]:
         again: deque[_EncodedBatch] = deque()  # handed to a pipeline that broke
@@ -151,6 +156,7 @@ class DaliLoader:
         loader = DaliLoader(
             self.source, specs, order, drawn(specs, order.seed), batch=self.batch, device=self.device,
             threads=self.threads, prefetch=self.prefetch, decoder_share=self.decoder_share or 0.0,
+            wanted_on=self.wanted_on,
         )  # fmt: skip
         loader.suspects = self.suspects  # one set: what one of them finds the others needn't
         return loader
@@ -351,5 +357,5 @@ def _loader(
 ) -> DaliLoader:
     return DaliLoader(
         source, specs, order, drawn(specs, order.seed), batch=order.of_rank, device=device, threads=budget.workers,
-        decoder_share=share,
+        decoder_share=share, wanted_on=budget.device,
     )  # fmt: skip
