@@ -235,10 +235,12 @@ def similarity_owner(width: int, dtype: torch.dtype, running: bool) -> dict | No
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    if not chips.current().roomy or (running and block > 128 and chips.current().capability != 90):
-        tile = _tile(rows=64, columns=32, warps=8, stages=2)  # 64 columns, or 4 warps, spill there, or don't fit
+    chip = chips.current()
+    if not chip.roomy or (running and block > 128 and chip.capability != 90):
+        stages = 1 if running and chip.capability >= 120 else 2  # 64 columns, 4 warps, two stages there: spill
+        tile = _tile(rows=64, columns=32, warps=8, stages=stages)
     elif block > 128:
-        tile = _tile(rows=128, columns=64, warps=8, stages=2)
+        tile = _tile(rows=128, columns=64 if chip.capability >= 90 else 32, warps=8, stages=2)  # 64 spill on sm_80
     else:
         tile = _tile(rows=64, columns=32 if running else 64, warps=4, stages=2)
     return {"BLOCK_D": block, "EVEN": width == block} | tile
