@@ -37,14 +37,15 @@ def test_facts_of_a_chip(capability: int, kib: int, tensor_cores: bool, roomy: b
 
 def test_a_device_is_asked_and_a_smaller_multiprocessor_counts(monkeypatch: pytest.MonkeyPatch):
     devices = [
-        SimpleNamespace(major=8, minor=6, shared_memory_per_multiprocessor=100 * 1024),
-        SimpleNamespace(major=7, minor=5, shared_memory_per_multiprocessor=64 * 1024),
-        SimpleNamespace(major=14, minor=0, shared_memory_per_multiprocessor=48 * 1024),
-        SimpleNamespace(major=9, minor=0, shared_memory_per_multiprocessor=228 * 1024),
+        SimpleNamespace(major=8, minor=6, shared_memory_per_multiprocessor=100 * 1024, multi_processor_count=84),
+        SimpleNamespace(major=7, minor=5, shared_memory_per_multiprocessor=64 * 1024, multi_processor_count=40),
+        SimpleNamespace(major=14, minor=0, shared_memory_per_multiprocessor=48 * 1024, multi_processor_count=10),
+        SimpleNamespace(major=9, minor=0, shared_memory_per_multiprocessor=228 * 1024, multi_processor_count=114),
     ]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: devices[index])
     found = [chips.of_device.__wrapped__(index) for index in range(4)]
     assert [(c.capability, c.shared // 1024) for c in found] == [(86, 99), (75, 64), (140, 47), (90, 227)]
+    assert [c.multiprocessors for c in found] == [84, 40, 10, 114]
 
 
 def test_without_a_gpu_the_choice_is_an_h200s_and_a_stand_in_goes_away():

@@ -40,8 +40,7 @@ MOST_PROGRAMS = 8  # for a multiprocessor: of more, what they write would be mor
 
 def _join_tile(rows: dict) -> dict:
     """Four log-sum-exps a thread: with so many registers as fewer rows get, a call of the logarithm spills."""
-    warps = max(8, rows["num_warps"])
-    return rows | {"ROWS": rows["ROWS"] * warps // rows["num_warps"], "AT_ONCE": 1024, "num_warps": warps}
+    return rows | {"AT_ONCE": 1024, "num_warps": max(8, rows["num_warps"])}
 
 
 @functools.cache

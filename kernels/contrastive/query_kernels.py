@@ -241,6 +241,8 @@ def finish_queries_kernel(
         total = tl.zeros([ROWS * BLOCK], tl.float64)
         for i in range(0, N, ROWS * BLOCK):
             total += tl.load(slopes + i + index, index < N - i, 0.0)
-            for line in range(0, lines):
-                total += tl.load(along + launch.row_start(line, N, 1) + i + index, index < N - i, 0.0).to(tl.float64)
+            if along is not None:
+                for line in range(0, lines):
+                    at = along + launch.row_start(line, N, 1) + i + index
+                    total += tl.load(at, index < N - i, 0.0).to(tl.float64)
         tl.store(temperature_gradient, -tl.sum(total, 0) * exact_scale * factor_value)

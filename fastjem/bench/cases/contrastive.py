@@ -92,7 +92,7 @@ def moco_case(n: int, k: int, d: int, dtype: torch.dtype = torch.float32, **opti
 
     # lightly's bank is always float32
     return Case(
-        "info_nce", f"{n} x {k} x {d}, enqueue", inputs, moco, our_moco, dtype=dtype,
+        "info_nce", f"{n} x {k} x {d}, enqueue", inputs, moco, our_moco, dtype=dtype, uses=("info_nce_backward",),
         peers={"lightly": lightly_moco(k, d)} if dtype == torch.float32 else {}, compiled=compiled_moco,
         bytes=(k + 4 * n) * d * dtype.itemsize, flops=4 * n * k * d, **options,
     )  # fmt: skip
@@ -206,7 +206,8 @@ def in_batch_case(n: int, d: int, dtype: torch.dtype, **options) -> Case:
     rows read, their gradients written."""
     return Case(
         "info_nce", f"{n} pairs x {d}", lambda draw: draw.pair(n, d), in_batch, our_in_batch, dtype=dtype,
-        peers={"memeff": memeff_in_batch}, bytes=4 * n * d * dtype.itemsize, flops=6 * n * n * d, **options,
+        uses=("info_nce_backward",), peers={"memeff": memeff_in_batch}, bytes=4 * n * d * dtype.itemsize,
+        flops=6 * n * n * d, **options,
     )  # fmt: skip
 
 
