@@ -294,13 +294,14 @@ def _clip_loss(d: int, dtype: str, n: int = 300) -> Case:
     return Case("clip_loss", f"N x {d}", dtype, call, wgmma=True)
 
 
-def _clip_loss_of_pairs(d: int, dtype: str, n: int = 300) -> Case:
+def _clip_loss_of_pairs(d: int, dtype: str, n: int = 300, learned: bool = True) -> Case:
     def call() -> None:
         x, scale = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.ones(())
-        loss, *saved = contrastive.clip_loss_of_pairs(x, x, scale)
-        contrastive.clip_loss_of_pairs_backward(loss, x, x, scale, *saved, [True, True, True])
+        given = (x, x, scale if learned else None, 10.0)
+        loss, *saved = contrastive.clip_loss_of_pairs(*given)
+        contrastive.clip_loss_of_pairs_backward(loss, *given, *saved, [True, True, learned])
 
-    return Case("clip_loss_of_pairs", f"N x {d}", dtype, call, wgmma=True)
+    return Case("clip_loss_of_pairs", f"N x {d}" + ("" if learned else " number"), dtype, call, wgmma=True)
 
 
 def _siglip_loss(d: int, dtype: str) -> Case:
@@ -309,6 +310,16 @@ def _siglip_loss(d: int, dtype: str) -> Case:
         contrastive.siglip_loss(x, x, torch.ones(()), torch.ones(()), 0, [True, True])
 
     return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
+
+
+def _siglip_loss_of_pairs(d: int, dtype: str, learned: bool = True, n: int = 300) -> Case:
+    def call() -> None:
+        x, number = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.ones(()) if learned else None
+        loss, *saved = contrastive.siglip_loss_of_pairs(x, x, number, number, 10.0, -10.0, [True, True])
+        arguments = (number, number, 10.0, x.dtype, [True, True, learned, learned])
+        contrastive.siglip_loss_of_pairs_backward(loss, *saved, *arguments)
+
+    return Case("siglip_loss_of_pairs", f"N x {d}" + ("" if learned else " numbers"), dtype, call, wgmma=True)
 
 
 def _siglip_pairs(d: int, dtype: str, masks: bool) -> Case:
@@ -501,7 +512,13 @@ CASES = [
     _clip_loss_of_pairs(40, "fp16"),
     _clip_loss_of_pairs(512, "bf16"),
     _clip_loss_of_pairs(512, "fp32"),
+    _clip_loss_of_pairs(128, "bf16", learned=False),
+    _clip_loss_of_pairs(512, "bf16", learned=False),
     _siglip_loss(512, "bf16"),
+    _siglip_loss_of_pairs(768, "bf16"),
+    _siglip_loss_of_pairs(100, "fp16"),
+    _siglip_loss_of_pairs(512, "fp32"),
+    _siglip_loss_of_pairs(768, "bf16", learned=False),
     *(_siglip_pairs(512, dtype, masks) for dtype in ("bf16", "fp32") for masks in (False, True)),
     _nearest_neighbors(128, "bf16"),
     _nearest_k(384, "bf16", 20),
@@ -606,6 +623,7 @@ GOALS = [
     (_nt_xent_of_views(128, "bf16", n=32768), contrastive_cases.nt_xent_case(32768, 128, BF16)),
     (_nt_xent_of_views(256, "bf16", n=32768), contrastive_cases.nt_xent_case(32768, 256, BF16)),
     (_clip_loss_of_pairs(512, "bf16", 32768), contrastive_cases.image_text_case("clip_loss", 32768, 512, BF16)),
+    (_siglip_loss_of_pairs(768, "bf16", n=32768), contrastive_cases.image_text_case("siglip_loss", 32768, 768, BF16)),
     (_info_nce(128, "bf16", 4096, 65_536), contrastive_cases.moco_case(4096, 65_536, 128, BF16)),
     (_sinkhorn(3000, "bf16", (1, 0), 16_384), prototype_cases.sinkhorn_case(16_384, 3000, BF16)),
     (_sinkhorn(65_536, "bf16", (1, 0), 2048), prototype_cases.sinkhorn_case(2048, 65_536, BF16)),

@@ -47,14 +47,14 @@ REFERENCE = [
     ),
     Mutation("nt_xent", "kernels/contrastive/reference.py", "else itself, -math.inf)", "else itself, 0)"),
     Mutation("info_nce", "kernels/contrastive/reference.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
-    Mutation("clip_loss", "kernels/contrastive/reference.py", "- 2 * own", "- 1.99 * own"),
+    Mutation("clip_loss", "kernels/contrastive/in_parts.py", "- 2 * own", "- 1.99 * own"),
     Mutation(
         "similarity_logsumexp",
         "kernels/contrastive/reference.py",
         "hidden | (row_ids[:, None] == column_ids)",
         "hidden | (row_ids[:, None] == column_ids + 1)",
     ),
-    Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
+    Mutation("siglip_loss", "kernels/contrastive/in_parts.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
     Mutation("siglip_pairs", "kernels/contrastive/reference.py", "(1 - target) * up", "(1.001 - target) * up"),
     Mutation(
         "prototype_cross_entropy",

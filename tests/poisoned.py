@@ -132,11 +132,15 @@ class Inputs:
 
     def _clip_loss_of_pairs(self, x):
         scale = self.width**-0.5
-        return x(5, self.width, scale=scale), x(5, self.width, scale=scale), self._scale()
+        return x(5, self.width, scale=scale), x(5, self.width, scale=scale), self._scale(), 1.0
 
     def _siglip_loss(self, x):
         a, b, factor, offset = self._clip_loss(x)
         return a, b, factor, x(1, dtype=self.wide)[0], offset, [True, True]
+
+    def _siglip_loss_of_pairs(self, x):
+        a, b, learned, _ = self._clip_loss_of_pairs(x)
+        return a, b, learned, x(1, dtype=self.wide)[0], 1.0, 1.0, [True, True]
 
     def _visible(self, x):
         a, b = x(4, self.width, scale=self.width**-0.5 / self.temperature), x(6, self.width)
@@ -264,6 +268,7 @@ OF_IMAGES = {"augment", "crop_resize"}
 WITH_BACKWARD = {
     "nt_xent_of_views": lambda given, saved: (*saved, *given[1:], given[0][0].dtype, [True, False]),
     "clip_loss_of_pairs": lambda given, saved: (*given, *saved, [True, True, True]),
+    "siglip_loss_of_pairs": lambda given, saved: (*saved, *given[2:5], given[0].dtype, [True] * 4),
 }
 
 
