@@ -407,7 +407,7 @@ def _sinkhorn_rows(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
 
     def call() -> None:
         scores = torch.zeros(300, k, dtype=DTYPES[dtype])
-        prototypes.sinkhorn_bias(scores, 0.05, 2, False, torch.tensor(200))
+        prototypes.sinkhorn_bias([scores], 0.05, 2, False, torch.tensor(200))
 
     return Case("sinkhorn_bias", f"rows of N x {k}", dtype, call, vectors)
 

@@ -185,7 +185,7 @@ class Inputs:
         return x(6, self.width, scale=0.3), x(self.width, dtype=torch.float64), self.temperature
 
     def _sinkhorn_bias(self, x):
-        return x(6, self.width, scale=0.3), self.temperature, 3, False
+        return [x(n, self.width, scale=0.3) for n in (4, 2)], self.temperature, 3, False
 
     def _sinkhorn(self, x):
         return x(6, self.width, scale=0.3), self.temperature, 3, False, self.wide

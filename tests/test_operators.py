@@ -158,7 +158,7 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "nearest_neighbors": (x(4, 7), x(9, 7)),
         "sinkhorn_step": (x(4, 7), x(7), 0.05, labels[1], x(4)),
         "sinkhorn_rows": (x(4, 7), x(7), 0.05),
-        "sinkhorn_bias": (x(4, 7), 0.05, 3, False, labels[1]),
+        "sinkhorn_bias": ([x(4, 7)], 0.05, 3, False, labels[1]),
         "sinkhorn": (x(4, 7), 0.05, 3, True, torch.bfloat16),
         "sinkhorn_codes": (x(4, 7), x(7), 0.05, torch.float32),
         "prototype_cross_entropy": (

@@ -98,10 +98,9 @@ def test_bands_of_weights_are_joined(implementation, monkeypatch):
     if not INTERPRETING:
         pytest.skip("a GPU's alone")
     monkeypatch.setattr(tiling, "WEIGHTS_BYTES", 1)
-    for dtype in dtypes():
-        rows, where = pairs(140, 16), (dtype, implementation.device)
-        siglip(rows, [14.0, -5.0], [True, True], [True] * 4, *where)
-        check(F.clip_loss, eager_clip, [z.repeat(1, 20) for z in rows], [2.0], [True], [True] * 3, *where)
+    rows, where = pairs(130, 16), (torch.float32, implementation.device)
+    siglip(rows, [14.0, -5.0], [True, True], [True] * 4, *where)
+    check(F.clip_loss, eager_clip, rows, [2.0], [True], [True] * 3, *where)
 
 
 def test_one_tensor_for_several(implementation):

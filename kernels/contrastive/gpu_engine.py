@@ -277,10 +277,11 @@ def _owned(
 def bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
     """Some rows of a at a time, with memory for their weights [rows, M] if it is wanted.
 
-    Rows of memory are whole 16-byte words apart.
+    There is memory for whole tiles, which have at most 128 rows and columns: beyond the weights it holds anything.
     """
-    stride = triton.cdiv(len(b), 8) * 8
-    at_once = min(len(a), max(128, tiling.WEIGHTS_BYTES // (stride * a.element_size()) // 128 * 128))
+    stride = triton.cdiv(len(b), 128) * 128
+    at_once = max(128, tiling.WEIGHTS_BYTES // (stride * a.element_size()) // 128 * 128)
+    at_once = min(at_once, triton.cdiv(len(a), 128) * 128)
     memory = torch.empty(at_once, stride, dtype=a.dtype, device=a.device) if wanted else None
     for start in range(0, len(a), at_once):
         rows = slice(start, min(start + at_once, len(a)))

@@ -133,9 +133,10 @@ def sum_of_tile(tile):
 
 
 @triton.jit
-def store_tile(out, i_a, i_b, N, M, s_out, tile):
+def store_tile(out, i_a, i_b, s_out, tile):
+    """Whole: `gpu_engine.bands` has memory for all of a tile. With a mask each number would be stored by itself."""
     at = launch.row_start(i_a, s_out, 8)[:, None] + i_b[None, :]
-    tl.store(out + at, tile.to(out.dtype.element_ty), (i_a < N)[:, None] & (i_b < M)[None, :])
+    tl.store(out + at, tile.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["N", "M", "first_row", "row_period", "offset", "column_period", "s_out"])
@@ -172,13 +173,16 @@ def weights_kernel(
     rate = (launch.number(factor, factor_number) * LOG2_E).to(tl.float32)
     # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
-    seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
     g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
-    g = tl.where(seen, g, 0.0)
+    low, high = images_of_block(first_row + block_a * BM, row_period, offset, BM)
+    ends = (block_a + 1) * BM > N  # rows beyond the last are in the sum
+    if ends | may_hide(block_b * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
+        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+        g = tl.where(seen, g, 0.0)
     if dots is not None:
         tl.store(dots + tl.program_id(0), sum_of_tile(g * s))
     if out is not None:
-        store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
+        store_tile(out, i_a, i_b, s_out, g * GAIN)
 
 
 @triton.jit(do_not_specialize=["N", "M", "offset", "first_part", "parts", "s_out"])
@@ -208,15 +212,22 @@ def sigmoid_kernel(
     i_b = block_b * BN + tl.arange(0, BN)
     # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
-    label = tl.where(i_b[None, :] == (i_a + offset)[:, None], -1.0, 1.0)  # -1: the row's own pair
-    scale = launch.number(factor, factor_number).to(tl.float32)
-    x = label * (s * scale + launch.number(bias, bias_number).to(tl.float32))  # the loss is softplus(x)
-    e = tl.exp(-tl.abs(x))
-    seen = (i_a < N)[:, None] & (i_b < M)[None, :]
-    g = tl.where(seen, label * tl.where(x > 0, 1.0, e) / (1 + e), 0.0)
+    logit = s * launch.number(factor, factor_number).to(tl.float32) + launch.number(bias, bias_number).to(tl.float32)
+    partner = block_a * BM + offset  # of the block's first row
+    has_partners = (block_b * BN < partner + BM) & (partner < block_b * BN + BN)
+    special = has_partners | (block_a * BM + BM > N) | (block_b * BN + BN > M)
+    if special:  # the loss is softplus(logit), of the row's own pair softplus(-logit), and of no pair 0
+        logit = tl.where(i_b[None, :] == (i_a + offset)[:, None], -logit, logit)
+        logit = tl.where((i_a < N)[:, None] & (i_b < M)[None, :], logit, -float("inf"))
+    e = tl.exp2(tl.abs(logit) * -LOG2_E)
+    less = e / (1 + e)
+    g = tl.where(logit > 0, 1 - less, less)
+    loss = tl.maximum(logit, 0.0) + log1p_of_unit(e)
+    if special:
+        g = tl.where(i_b[None, :] == (i_a + offset)[:, None], -g, g)
     at = sums + first_part + tl.program_id(0)
-    tl.store(at, sum_of_tile(tl.where(seen, tl.maximum(x, 0.0) + log1p_of_unit(e), 0.0)))
+    tl.store(at, sum_of_tile(loss))
     tl.store(at + launch.row_start(parts, 1, 1), sum_of_tile(g * s))
     tl.store(at + launch.row_start(parts, 2, 1), sum_of_tile(g))
     if out is not None:
-        store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
+        store_tile(out, i_a, i_b, s_out, g * GAIN)
