@@ -217,7 +217,8 @@ def _cross_entropy(k: int, dtype: str, vectors: tuple[int, int], gradient: bool 
 def _cross_entropy_rows(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
     def call() -> None:
         logits, labels = torch.zeros(4, k, dtype=DTYPES[dtype]), torch.zeros(4, dtype=torch.int64)
-        supervised.cross_entropy_rows(logits, labels, torch.ones(4), torch.tensor(0.1), -100, [True])
+        numbers = torch.ones(4, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+        supervised.cross_entropy_rows(logits, labels, *numbers, -100, [True])
 
     return Case("cross_entropy_rows", f"N x {k}", dtype, call, vectors)
 

@@ -329,8 +329,8 @@ def weighted_by_bands(
         grid = (triton.cdiv(n, tile["BM"]) * column_blocks,)
         dots_by_tile = torch.empty(grid, dtype=torch.float64, device=b.rows.device) if with_dots else None
         launch.launch(
-            weights_kernel, grid, part.rows, b.rows, scaling.tensor, scaling.number, part.pivots, part.adjustments, b.pivots,
-            b.adjustments, weights, dots_by_tile, n, m, d, *own_image_arguments(own_image, rows.start),
+            weights_kernel, grid, part.rows, b.rows, scaling.tensor, scaling.number, part.pivots, part.adjustments,
+            b.pivots, b.adjustments, weights, dots_by_tile, n, m, d, *own_image_arguments(own_image, rows.start),
             0 if weights is None else weights.stride(0) // 8, scaling.pivot,
             HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(b.rows.dtype), **tile,
             device_of=b.rows,

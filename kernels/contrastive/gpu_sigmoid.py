@@ -90,8 +90,8 @@ def _sums(
     offset: int,
     wanted: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    """Sums of loss, G * similarity and G over all pairs by program [3, parts] float64; `G @ b` and `G.T @ a` in float32,
-    empty where none is wanted. Rows are contiguous."""
+    """By program the sums over pairs of loss, G * similarity and G, [3, parts] float64; and `G @ b` and `G.T @ a` in
+    float32, empty where none is wanted. Rows are contiguous."""
     tile = tiling.similarity_sigmoid(a.dtype)
     m = len(b)
     column_blocks = triton.cdiv(m, tile["BN"])
