@@ -82,6 +82,14 @@ def row_start(i_row, s_row, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def number(tensor, value):
+    """In float64: what a 0-dim tensor holds, or if there is none, the value, a kernel's `tl.float64`."""
+    if tensor is not None:
+        return tl.load(tensor).to(tl.float64)
+    return tl.full((), value, tl.float64)
+
+
+@triton.jit
 def chosen(tensors, i):
     """Of a tuple of pointers to one dtype the i-th, by selections, through which their alignment stays known."""
     pointer = tensors[0]

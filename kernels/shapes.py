@@ -277,8 +277,10 @@ def _sinkhorn_step(scores, bias, _epsilon, rows=None, log_floors=None):
 
 
 def _sinkhorn_bias(scores, _epsilon, _iterations, _first, rows=None):
-    _scores("sinkhorn_bias", scores)
-    _expect("sinkhorn_bias", "rows", rows, (), torch.int64)
+    for x in scores:
+        _scores("sinkhorn_bias", x)
+        _expect("sinkhorn_bias", "scores", x, (*scores[0].shape[:-2], *x.shape[-2:-1], scores[0].shape[-1]))
+    _expect("sinkhorn_bias", "rows", rows if len(scores) == 1 else None, (), torch.int64)
 
 
 def _sinkhorn(scores, *_):

@@ -217,7 +217,8 @@ def _cross_entropy(k: int, dtype: str, vectors: tuple[int, int], gradient: bool 
 def _cross_entropy_rows(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
     def call() -> None:
         logits, labels = torch.zeros(4, k, dtype=DTYPES[dtype]), torch.zeros(4, dtype=torch.int64)
-        supervised.cross_entropy_rows(logits, labels, torch.ones(4), torch.tensor(0.1), -100, [True])
+        numbers = torch.ones(4, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+        supervised.cross_entropy_rows(logits, labels, *numbers, -100, [True])
 
     return Case("cross_entropy_rows", f"N x {k}", dtype, call, vectors)
 
@@ -300,13 +301,14 @@ def _clip_loss(d: int, dtype: str, n: int = 300) -> Case:
     return Case("clip_loss", f"N x {d}", dtype, call, wgmma=True)
 
 
-def _clip_loss_of_pairs(d: int, dtype: str, n: int = 300) -> Case:
+def _clip_loss_of_pairs(d: int, dtype: str, n: int = 300, learned: bool = True) -> Case:
     def call() -> None:
         x, scale = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.ones(())
-        loss, *saved = contrastive.clip_loss_of_pairs(x, x, scale)
-        contrastive.clip_loss_of_pairs_backward(loss, x, x, scale, *saved, [True, True, True])
+        given = (x, x, scale if learned else None, 10.0)
+        loss, *saved = contrastive.clip_loss_of_pairs(*given)
+        contrastive.clip_loss_of_pairs_backward(loss, *given, *saved, [True, True, learned])
 
-    return Case("clip_loss_of_pairs", f"N x {d}", dtype, call, wgmma=True)
+    return Case("clip_loss_of_pairs", f"N x {d}" + ("" if learned else " number"), dtype, call, wgmma=True)
 
 
 def _siglip_loss(d: int, dtype: str) -> Case:
@@ -315,6 +317,16 @@ def _siglip_loss(d: int, dtype: str) -> Case:
         contrastive.siglip_loss(x, x, torch.ones(()), torch.ones(()), 0, [True, True])
 
     return Case("siglip_loss", f"N x {d}", dtype, call, wgmma=True)
+
+
+def _siglip_loss_of_pairs(d: int, dtype: str, learned: bool = True, n: int = 300) -> Case:
+    def call() -> None:
+        x, number = torch.zeros(n, d, dtype=DTYPES[dtype]), torch.ones(()) if learned else None
+        loss, *saved = contrastive.siglip_loss_of_pairs(x, x, number, number, 10.0, -10.0, [True, True])
+        arguments = (number, number, 10.0, x.dtype, [True, True, learned, learned])
+        contrastive.siglip_loss_of_pairs_backward(loss, *saved, *arguments)
+
+    return Case("siglip_loss_of_pairs", f"N x {d}" + ("" if learned else " numbers"), dtype, call, wgmma=True)
 
 
 def _siglip_pairs(d: int, dtype: str, masks: bool) -> Case:
@@ -402,7 +414,7 @@ def _sinkhorn_rows(k: int, dtype: str, vectors: tuple[int, int]) -> Case:
 
     def call() -> None:
         scores = torch.zeros(300, k, dtype=DTYPES[dtype])
-        prototypes.sinkhorn_bias(scores, 0.05, 2, False, torch.tensor(200))
+        prototypes.sinkhorn_bias([scores], 0.05, 2, False, torch.tensor(200))
 
     return Case("sinkhorn_bias", f"rows of N x {k}", dtype, call, vectors)
 
@@ -514,7 +526,13 @@ CASES = [
     _clip_loss_of_pairs(40, "fp16"),
     _clip_loss_of_pairs(512, "bf16"),
     _clip_loss_of_pairs(512, "fp32"),
+    _clip_loss_of_pairs(128, "bf16", learned=False),
+    _clip_loss_of_pairs(512, "bf16", learned=False),
     _siglip_loss(512, "bf16"),
+    _siglip_loss_of_pairs(768, "bf16"),
+    _siglip_loss_of_pairs(100, "fp16"),
+    _siglip_loss_of_pairs(512, "fp32"),
+    _siglip_loss_of_pairs(768, "bf16", learned=False),
     *(_siglip_pairs(512, dtype, masks) for dtype in ("bf16", "fp32") for masks in (False, True)),
     _nearest_neighbors(128, "bf16"),
     _nearest_k(384, "bf16", 20),
@@ -619,6 +637,7 @@ GOALS = [
     (_nt_xent_of_views(128, "bf16", n=32768), contrastive_cases.nt_xent_case(32768, 128, BF16)),
     (_nt_xent_of_views(256, "bf16", n=32768), contrastive_cases.nt_xent_case(32768, 256, BF16)),
     (_clip_loss_of_pairs(512, "bf16", 32768), contrastive_cases.image_text_case("clip_loss", 32768, 512, BF16)),
+    (_siglip_loss_of_pairs(768, "bf16", n=32768), contrastive_cases.image_text_case("siglip_loss", 32768, 768, BF16)),
     (_info_nce(128, "bf16", 4096, 65_536), contrastive_cases.moco_case(4096, 65_536, 128, BF16)),
     (_sinkhorn(3000, "bf16", (1, 0), 16_384), prototype_cases.sinkhorn_case(16_384, 3000, BF16)),
     (_sinkhorn(65_536, "bf16", (1, 0), 2048), prototype_cases.sinkhorn_case(2048, 65_536, BF16)),

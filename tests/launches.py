@@ -127,7 +127,8 @@ class Launches(TorchDispatchMode):
                 result = torch.zeros(*args[0].shape[:-1], args[1].shape[-1], dtype=args[2])
         else:
             result = func(*args, **kwargs)
-        self._note(name, args, kwargs, result)
+        in_place = kwargs.get("out") is not None and kwargs["out"] is args[0]
+        self._note(f"{name}_" if in_place else name, args, kwargs, result)
         return result
 
     def _operator(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:

@@ -47,14 +47,14 @@ REFERENCE = [
     ),
     Mutation("nt_xent", "kernels/contrastive/reference.py", "else itself, -math.inf)", "else itself, 0)"),
     Mutation("info_nce", "kernels/contrastive/of_queries.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
-    Mutation("clip_loss", "kernels/contrastive/reference.py", "- 2 * own", "- 1.99 * own"),
+    Mutation("clip_loss", "kernels/contrastive/in_parts.py", "- 2 * own", "- 1.99 * own"),
     Mutation(
         "similarity_logsumexp",
         "kernels/contrastive/reference.py",
         "hidden | (row_ids[:, None] == column_ids)",
         "hidden | (row_ids[:, None] == column_ids + 1)",
     ),
-    Mutation("siglip_loss", "kernels/contrastive/reference.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
+    Mutation("siglip_loss", "kernels/contrastive/in_parts.py", "-labels * (-logits)", "-labels * (1e-3 - logits)"),
     Mutation("siglip_pairs", "kernels/contrastive/reference.py", "(1 - target) * up", "(1.001 - target) * up"),
     Mutation(
         "prototype_cross_entropy",
@@ -288,6 +288,21 @@ INTERPRETER = [
     ),
     Mutation("cross_entropy_rows", "kernels/supervised/gpu.py", "g - (1 - epsilon)", "g - (1.01 - epsilon)"),
     Mutation("koleo", "kernels/contrastive/gpu_koleo.py", "total += _slope", "total += 0.99 * _slope"),
+    *(
+        Mutation("siglip_loss", f"kernels/contrastive/{file}", old, new, tests="siglip_of_pairs and wanted")
+        for file, old, new in (
+            ("weights.py", "1 - less, less)", "0.99 - less, less)"),
+            ("weights.py", "(i_a + offset)[:, None], -g, g)", "(i_a + offset)[:, None], g, g)"),
+            ("gpu_sigmoid.py", "tl.load(derivatives + 1)", "tl.load(derivatives)"),
+        )
+    ),
+    Mutation(
+        "sinkhorn_bias",
+        "kernels/prototypes/sinkhorn.py",
+        "first_part + part, K, ALIGN) + column\n    tl.store(maxima",
+        "part, K, ALIGN) + column\n    tl.store(maxima",
+        tests="test_infinities and sinkhorn_bias and float32",
+    ),
     Mutation("characteristic", "kernels/gaussian/gpu.py", "(quadrant + 1) & 2", "quadrant & 2"),
     Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),
     Mutation("regression_rows", "kernels/predictive/regression.py", "tl.sum(loss, 1) * weight", "tl.sum(loss, 1)"),

@@ -133,11 +133,15 @@ class Inputs:
 
     def _clip_loss_of_pairs(self, x):
         scale = self.width**-0.5
-        return x(5, self.width, scale=scale), x(5, self.width, scale=scale), self._scale()
+        return x(5, self.width, scale=scale), x(5, self.width, scale=scale), self._scale(), 1.0
 
     def _siglip_loss(self, x):
         a, b, factor, offset = self._clip_loss(x)
         return a, b, factor, x(1, dtype=self.wide)[0], offset, [True, True]
+
+    def _siglip_loss_of_pairs(self, x):
+        a, b, learned, _ = self._clip_loss_of_pairs(x)
+        return a, b, learned, x(1, dtype=self.wide)[0], 1.0, 1.0, [True, True]
 
     def _visible(self, x):
         a, b = x(4, self.width, scale=self.width**-0.5 / self.temperature), x(6, self.width)
@@ -182,7 +186,7 @@ class Inputs:
         return x(6, self.width, scale=0.3), x(self.width, dtype=torch.float64), self.temperature
 
     def _sinkhorn_bias(self, x):
-        return x(6, self.width, scale=0.3), self.temperature, 3, False
+        return [x(n, self.width, scale=0.3) for n in (4, 2)], self.temperature, 3, False
 
     def _sinkhorn(self, x):
         return x(6, self.width, scale=0.3), self.temperature, 3, False, self.wide
@@ -266,6 +270,7 @@ WITH_BACKWARD = {
     "info_nce": lambda given, saved: (*saved, *given[3:6], len(given[0]), given[0].dtype, given[-1]),
     "nt_xent_of_views": lambda given, saved: (*saved, *given[1:], given[0][0].dtype, [True, False]),
     "clip_loss_of_pairs": lambda given, saved: (*given, *saved, [True, True, True]),
+    "siglip_loss_of_pairs": lambda given, saved: (*saved, *given[2:5], given[0].dtype, [True] * 4),
 }
 
 

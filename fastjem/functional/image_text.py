@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import Agreement
-from fastjem.functional import candidates, checks, quick, rings
+from fastjem.functional import candidates, checks, one_rank, quick, rings
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.options import Options, check_masks_of_ranks, is_of_rows, reduced, temperature_of_rows
 from fastjem.functional.pairs import Pairs, loss_at_once, losses_of_rows
@@ -33,12 +33,9 @@ def _of_rows_or_scalar(op: str, name: str, value: Tensor | float, like: Tensor, 
     return _scalar(op, name, value, like)
 
 
-def _checked(
-    op: str, x: Tensor, y: Tensor, logit_scale: Tensor | float, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _checked(op: str, x: Tensor, y: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
     checks.matrices(op, "x and y must be [N, D] both", x, y, may_be_empty=None if group is None else 0)
-    x, y = checks.common(x, y)
-    return x, y, _scalar(op, "logit_scale", logit_scale, x)
+    return checks.common(x, y)
 
 
 @over_ranks()
@@ -102,9 +99,13 @@ def clip_loss(
         return _clip_with_options(x, y, logit_scale, of_rows, options, group, local_loss, gather_with_grad)
     if group is None and (loss := quick.clip_loss(x, y, logit_scale)) is not None:
         return loss
+    if group is None and not transforms.active():
+        x, y = _checked("clip_loss", x, y, group)
+        return one_rank.clip_loss(x, y, checks.number("clip_loss", "logit_scale", logit_scale, x))
     constant_candidates = group is not None and local_loss and not gather_with_grad
     with Agreement("clip_loss", group) as ranks:
-        x, y, scale = _checked("clip_loss", x, y, logit_scale, group)
+        x, y = _checked("clip_loss", x, y, group)
+        scale = _scalar("clip_loss", "logit_scale", logit_scale, x)
         ranks.rows_of(x)
         ranks.backward_of(x, y, scale)
         if constant_candidates:
@@ -185,8 +186,13 @@ def siglip_loss(
         return _siglip_with_options(x, y, numbers, of_rows, positives, options, group)
     if group is None and (loss := quick.siglip_loss(x, y, logit_scale, logit_bias)) is not None:
         return loss
+    if group is None and not transforms.active():
+        x, y = _checked("siglip_loss", x, y, group)
+        scale = checks.number("siglip_loss", "logit_scale", logit_scale, x)
+        return one_rank.siglip_loss(x, y, scale, checks.number("siglip_loss", "logit_bias", logit_bias, x))
     with Agreement("siglip_loss", group) as ranks:
-        x, y, scale = _checked("siglip_loss", x, y, logit_scale, group)
+        x, y = _checked("siglip_loss", x, y, group)
+        scale = _scalar("siglip_loss", "logit_scale", logit_scale, x)
         bias = _scalar("siglip_loss", "logit_bias", logit_bias, x)
         ranks.rows_of(x)
     return rings.siglip_loss(x, y, scale, bias, ranks.sizes, group)

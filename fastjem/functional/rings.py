@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastjem.collectives import gradient_factor, other_ranks, sum_over_ranks
-from fastjem.functional import one_rank
 from fastjem.functional.precision import in_float32, loss_dtype
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops import transforms
@@ -191,8 +190,6 @@ def clip_loss(
     refuse_forward_mode("clip_loss", (x, y, scale))
     if transforms.active():
         return _clip_at_once(x, y, scale)
-    if group is None:
-        return one_rank.clip_loss(x, y, scale)
     x, y = distinct((x, y))
     return _Clip.apply(x, y, scale, sizes, group, local)
 

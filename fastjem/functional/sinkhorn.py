@@ -112,8 +112,8 @@ def sinkhorn_bias(
             checks.one_device("sinkhorn_bias", [rows, parts[0]])
         ranks.rows_of(parts[0], parts[0].dim() - 2)
         ranks.alike(iterations, normalize_samples_first)
-    if group is None and len(parts) == 1:
-        return ops.sinkhorn_bias(parts[0], epsilon, iterations, normalize_samples_first, rows)
+    if group is None:
+        return ops.sinkhorn_bias(parts, epsilon, iterations, normalize_samples_first, rows)
     wide = torch.float64 if torch.float64 in {x.dtype for x in parts} else torch.float32
     return _potentials(parts, epsilon, iterations, normalize_samples_first, group, rows).to(wide)
 

@@ -79,8 +79,11 @@ def _with_options(logits: Tensor, labels: Tensor, ignore_index: int, options: Op
         weights = weights / total
     wanted = needs_gradient(logits)
     losses, gradients = ops.cross_entropy_rows(logits.detach(), labels, weights, smoothing, ignore_index, [wanted])
-    factor = 1 / total if is_mean and not is_divided else torch.ones_like(total)
-    loss = torch.where(weights == 0, 0, losses * weights).sum() * factor
+    loss = (losses * weights).sum()  # the losses of rows that weigh 0 are 0
+    factor = 1.0
+    if is_mean and not is_divided:
+        factor = 1 / total
+        loss = loss * factor
     return known("cross_entropy", loss.to(loss_dtype(logits)), (logits,), gradients, (factor,))
 
 

@@ -11,7 +11,8 @@
 * `of_views.py`: the specification of NT-Xent as one loss, of a batch that is on one rank. `cpu_views.py` computes it
   with the engine; `gpu_views.py` and `views.py` in as few launches as there can be. For CLIP's loss those are
   `of_pairs.py`, `cpu_pairs.py`, `gpu_pairs.py` and `pair_kernels.py`, for InfoNCE `of_queries.py`, `cpu_queries.py`,
-  `gpu_queries.py` and `query_kernels.py`.
+  `gpu_queries.py` and `query_kernels.py`, for SigLIP's CLIP's first two and `gpu_sigmoid.py`, with `cpu_sigmoid.py` for
+  its sums over pairs.
 """
 
 from ..table import Operator
@@ -64,17 +65,29 @@ OPERATORS = {
         gpu=True,
     ),
     "clip_loss_of_pairs": Operator(
-        "(Tensor x, Tensor y, Tensor logit_scale) -> (Tensor, Tensor, Tensor)", cpu=True, gpu=True
+        "(Tensor x, Tensor y, Tensor? learned, float logit_scale) -> (Tensor, Tensor, Tensor)", cpu=True, gpu=True
     ),
     "clip_loss_of_pairs_backward": Operator(
-        "(Tensor upstream, Tensor x, Tensor y, Tensor logit_scale, Tensor of_pairs, Tensor state, bool[] wanted)"
-        " -> (Tensor[], Tensor)",
+        "(Tensor upstream, Tensor x, Tensor y, Tensor? learned, float logit_scale, Tensor of_pairs, Tensor state,"
+        " bool[] wanted) -> (Tensor[], Tensor)",
         cpu=True,
         gpu=True,
     ),
     "siglip_loss": Operator(
         "(Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, SymInt offset, bool[] wanted)"
         " -> (Tensor, Tensor[], Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "siglip_loss_of_pairs": Operator(
+        "(Tensor x, Tensor y, Tensor? learned_scale, Tensor? learned_bias, float logit_scale, float logit_bias,"
+        " bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "siglip_loss_of_pairs_backward": Operator(
+        "(Tensor upstream, Tensor[] sums, Tensor derivatives, Tensor? learned_scale, Tensor? learned_bias,"
+        " float logit_scale, ScalarType dtype, bool[] wanted) -> (Tensor[], Tensor, Tensor)",
         cpu=True,
         gpu=True,
     ),

@@ -103,8 +103,8 @@ class Engine(Protocol[Scaling]):
     ) -> Tensor | None:
         """`a_sum += G @ b` and `b_sum += G.T @ a`, where G = exp(logits - a_lse) + exp(logits - b_lse).
 
-        Returns `(G * similarities).sum(1)`, [N] float64, where both log-sum-exps are given and not `symmetric`;
-        otherwise None.
+        Returns `G * similarities`, summed in parts that are still to be added, float64 of one dimension, where both
+        log-sum-exps are given and not `symmetric`; otherwise None.
         """
         ...
 
@@ -309,7 +309,7 @@ def clip_loss_backward(
     a_sum = torch.zeros(a.shape, dtype=dtype, device=a.device) if wanted[0] else None
     b_sum = torch.zeros(b.shape, dtype=dtype, device=b.device) if wanted[1] else None
     scaling = engine.scaling_of(logit_scale, None, a, b)
-    row_dots = engine.add_weighted(a, b, scaling, pairs.own_image, x_lse, y_lse, a_sum, b_sum)
+    dots = engine.add_weighted(a, b, scaling, pairs.own_image, x_lse, y_lse, a_sum, b_sum)
     logits = pairs.pair_similarities * logit_scale.double()
     g = (logits - x_lse[rows]).expm1() + (logits - y_lse[columns]).expm1()
     weight = g.to(dtype)[:, None]
@@ -321,4 +321,4 @@ def clip_loss_backward(
         x.new_empty(0) if a_sum is None else a_sum.to(x.dtype),
         y.new_empty(0) if b_sum is None else b_sum.to(y.dtype),
     ]
-    return gradients, row_dots.sum() + (g * pairs.pair_similarities).sum()
+    return gradients, dots.sum() + (g * pairs.pair_similarities).sum()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _C
 from ..native import address_of_row
-from . import composed, cpu_engine, cpu_koleo, cpu_pairs, cpu_queries, cpu_views, cpu_visible, visible
+from . import composed, cpu_engine, cpu_koleo, cpu_pairs, cpu_queries, cpu_sigmoid, cpu_views, cpu_visible, visible
 
 nt_xent = partial(composed.nt_xent, cpu_engine)
 nt_xent_backward = partial(composed.nt_xent_backward, cpu_engine)
@@ -20,6 +20,8 @@ clip_loss = partial(composed.clip_loss, cpu_engine)
 clip_loss_backward = partial(composed.clip_loss_backward, cpu_engine)
 clip_loss_of_pairs = cpu_pairs.clip_loss_of_pairs
 clip_loss_of_pairs_backward = cpu_pairs.clip_loss_of_pairs_backward
+siglip_loss_of_pairs = cpu_pairs.siglip_loss_of_pairs
+siglip_loss_of_pairs_backward = cpu_pairs.siglip_loss_of_pairs_backward
 similarity_logsumexp = partial(visible.similarity_logsumexp, cpu_visible)
 similarity_logsumexp_backward = partial(visible.similarity_logsumexp_backward, cpu_visible)
 koleo_neighbors = cpu_koleo.koleo_neighbors
@@ -29,44 +31,9 @@ koleo = cpu_koleo.koleo
 def siglip_loss(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, wanted: list[bool]
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    a, _ = cpu_engine.unit_rows(x, False)
-    b, _ = cpu_engine.unit_rows(y, False)
-    factor = logit_scale.item()
-    bias = logit_bias.item()
-    a_sum = torch.empty_like(a) if wanted[0] else None
-    b_sum = torch.empty_like(b) if wanted[1] else None
-    losses, weight_sums, dots = torch.zeros(3, len(a), dtype=torch.float64)
-    for tile in cpu_engine.tiles(a, b):
-        _C.similarity_sigmoid(
-            *tile.arguments(),
-            factor,
-            bias,
-            tile.row,
-            offset,
-            tile.column,
-            address_of_row(losses, tile.row),
-            address_of_row(weight_sums, tile.row),
-            address_of_row(dots, tile.row),
-            torch.get_num_threads(),
-        )
-        _add_products(tile, a, b, a_sum, b_sum)
-    return losses.sum(), _gradients((x, a_sum), (y, b_sum)), dots.sum(), weight_sums.sum()
-
-
-def _add_products(tile: cpu_engine.Tile, a: Tensor, b: Tensor, a_sum: Tensor | None, b_sum: Tensor | None) -> None:
-    """`a_sum += G @ b` and `b_sum += G.T @ a` of a tile in whose place the loss's derivatives G are now."""
-    if a_sum is not None:
-        _add_product(a_sum[tile.rows], tile.similarities, b[tile.columns], tile.column == 0)
-    if b_sum is not None:
-        _add_product(b_sum[tile.columns], tile.similarities.T, a[tile.rows], tile.row == 0)
-
-
-def _add_product(total: Tensor, x: Tensor, y: Tensor, is_first: bool) -> None:
-    """`total += x @ y`. The first tile of these rows, which is often the only one, finds nothing there to be read."""
-    if is_first:
-        torch.mm(x, y, out=total)
-    else:
-        total.addmm_(x, y)
+    totals, of_x, of_y = cpu_sigmoid.sums(x, y, logit_scale.item(), logit_bias.item(), offset, wanted)
+    loss, dots, slopes = (total.clone() for total in totals)
+    return loss, _gradients((x, of_x), (y, of_y)), dots, slopes
 
 
 def _gradients(*sides: tuple[Tensor, Tensor | None]) -> list[Tensor]:
@@ -117,7 +84,7 @@ def siglip_pairs(
             address_of_row(dots, tile.row),
             torch.get_num_threads(),
         )
-        _add_products(tile, a, b, a_sum, b_sum)
+        cpu_sigmoid.add_products(tile, a, b, a_sum, b_sum)
     return losses, _gradients((x, a_sum), (y, b_sum)), dots.sum(), weight_sums.sum()
 
 

@@ -9,6 +9,7 @@ from . import (
     gpu_koleo,
     gpu_pairs,
     gpu_queries,
+    gpu_sigmoid,
     gpu_views,
     gpu_visible,
     of_pairs,
@@ -75,10 +76,10 @@ def clip_loss_backward(x: Tensor, y: Tensor, *options) -> tuple[list[Tensor], Te
     return composed.clip_loss_backward(gpu_engine, x, y, *options)
 
 
-def clip_loss_of_pairs(x: Tensor, y: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def clip_loss_of_pairs(x: Tensor, y: Tensor, *scale) -> tuple[Tensor, Tensor, Tensor]:
     if not _supported(x, y):
-        return of_pairs.clip_loss_of_pairs(x, y, logit_scale)
-    return gpu_pairs.forward(x, y, logit_scale)
+        return of_pairs.clip_loss_of_pairs(x, y, *scale)
+    return gpu_pairs.forward(x, y, *scale)
 
 
 def clip_loss_of_pairs_backward(upstream: Tensor, x: Tensor, y: Tensor, *saved) -> tuple[list[Tensor], Tensor]:
@@ -92,16 +93,19 @@ def siglip_loss(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     if not _supported(x, y):
         return reference.siglip_loss(x, y, logit_scale, logit_bias, offset, wanted)
-    x = x.contiguous()
-    y = y.contiguous()
-    x_sum = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if wanted[0] else None
-    y_sum = torch.zeros(y.shape, dtype=torch.float32, device=y.device) if wanted[1] else None
-    loss, weights, dots = gpu_engine.sigmoid(x, y, logit_scale, logit_bias, offset, x_sum, y_sum).unbind()
-    gradients = [
-        x.new_empty(0) if x_sum is None else x_sum.to(x.dtype),
-        y.new_empty(0) if y_sum is None else y_sum.to(y.dtype),
-    ]
-    return loss.clone(), gradients, dots.clone(), weights.clone()
+    return gpu_sigmoid.of_part(x, y, logit_scale, logit_bias, offset, wanted)
+
+
+def siglip_loss_of_pairs(x: Tensor, y: Tensor, *options) -> tuple[Tensor, list[Tensor], Tensor]:
+    if not _supported(x, y):
+        return of_pairs.siglip_loss_of_pairs(x, y, *options)
+    return gpu_sigmoid.forward(x, y, *options)
+
+
+def siglip_loss_of_pairs_backward(upstream: Tensor, sums: list[Tensor], *saved) -> tuple[list[Tensor], Tensor, Tensor]:
+    if not _supported(*sums):
+        return of_pairs.siglip_loss_of_pairs_backward(upstream, sums, *saved)
+    return gpu_sigmoid.backward(upstream, sums, *saved)
 
 
 def similarity_logsumexp(a: Tensor, b: Tensor, *options) -> tuple[Tensor, ...]:

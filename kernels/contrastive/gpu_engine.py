@@ -30,7 +30,7 @@ from ..chips import multiplies
 from .composed import OwnImage
 from .rows import dots, join, lse_states, through_unit_rows, unit_rows
 from .sums import best_kernel, sums_kernel
-from .weights import owner_kernel, sigmoid_kernel, weights_kernel
+from .weights import owner_kernel, weights_kernel
 
 __all__ = [
     "add_weighted",
@@ -39,7 +39,6 @@ __all__ = [
     "dots",
     "row_log_sum_exps",
     "scaling_of",
-    "sigmoid",
     "sum_dtype",
     "through_unit_rows",
     "unit_rows",
@@ -52,11 +51,17 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Logits are similarities times `factor`, and exponentials are formed around a pivot: see tiles.py."""
+    """Logits are similarities times a factor, and exponentials are formed around a pivot: see tiles.py."""
 
-    factor: Tensor  # 0-dim
+    tensor: Tensor | None  # 0-dim, the factor; None: it is the number, which sums_kernel and weights_kernel take
     running: bool  # every row has a pivot of its own
     pivot: float  # otherwise: the one for all, a float32 number
+    number: float = 0.0
+
+    @property
+    def factor(self) -> Tensor:
+        assert self.tensor is not None, "a kernel that takes no number"
+        return self.tensor
 
 
 def scaling_of(factor: float | Tensor, bound: float | None, a: Tensor, b: Tensor) -> Scaling:
@@ -110,8 +115,8 @@ class Parts(NamedTuple):
     sums: Tensor  # [parts, N]
 
     @classmethod
-    def empty(cls, parts: int, n: int, scaling: Scaling) -> "Parts":
-        sums = torch.empty(parts, n, dtype=torch.float32, device=scaling.factor.device)
+    def empty(cls, parts: int, n: int, scaling: Scaling, device: torch.device) -> "Parts":
+        sums = torch.empty(parts, n, dtype=torch.float32, device=device)
         return cls(torch.empty_like(sums) if scaling.running else None, sums)
 
 
@@ -131,9 +136,9 @@ def walk(
     m = len(b)
     blocks = triton.cdiv(n, tile["BM"])
     splits, tiles_per_program = splits_of(blocks, len(tiles))
-    rows = Parts.empty(splits, n, scaling)
+    rows = Parts.empty(splits, n, scaling, a.device)
     launch.launch(
-        sums_kernel, (blocks, splits), a, b, scaling.factor, *rows, *(columns or (None, None)), n, m, d,
+        sums_kernel, (blocks, splits), a, b, scaling.tensor, scaling.number, *rows, *(columns or (None, None)), n, m, d,
         *own_image_arguments(own_image, first_row), tiles.start, tiles.stop, tiles_per_program, scaling.pivot,
         HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, SYMMETRIC=symmetric, **tile, device_of=a,
     )  # fmt: skip
@@ -166,7 +171,7 @@ def symmetric_parts(a: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict
     while first < distances:
         stop = min(first + lines_at_once + (first == 0), distances)
         lines = stop - max(first, 1)
-        columns = Parts.empty(lines, n, scaling) if lines else None
+        columns = Parts.empty(lines, n, scaling, a.device) if lines else None
         tiles = range(first * tiles_per_block, stop * tiles_per_block)
         rows = walk(a, a, scaling, own_image, tile, tiles, columns, symmetric=True)
         # The farthest of an even number of blocks meet once: the first half walks there and has no line for itself.
@@ -193,7 +198,7 @@ def both_log_sum_exps(a: Tensor, b: Tensor, scaling: Scaling, own_image: OwnImag
     column_lse = []
     for start in range(0, len(a), band):
         part = a[start : start + band]
-        columns = Parts.empty(triton.cdiv(len(part), tile["BM"]), len(b), scaling)
+        columns = Parts.empty(triton.cdiv(len(part), tile["BM"]), len(b), scaling, a.device)
         rows = walk(part, b, scaling, own_image, tile, tiles, columns, start)
         row_lse.append(join_parts(rows, None, scaling))
         column_lse.append(join_parts(columns, None, scaling))
@@ -243,10 +248,11 @@ def _owned(
 def bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
     """Some rows of a at a time, with memory for their weights [rows, M] if it is wanted.
 
-    Rows of memory are whole 16-byte words apart.
+    There is memory for whole tiles, which have at most 128 rows and columns: beyond the weights it holds anything.
     """
-    stride = triton.cdiv(len(b), 8) * 8
-    at_once = min(len(a), max(128, tiling.WEIGHTS_BYTES // (stride * a.element_size()) // 128 * 128))
+    stride = triton.cdiv(len(b), 128) * 128
+    at_once = max(128, tiling.WEIGHTS_BYTES // (stride * a.element_size()) // 128 * 128)
+    at_once = min(at_once, triton.cdiv(len(a), 128) * 128)
     memory = torch.empty(at_once, stride, dtype=a.dtype, device=a.device) if wanted else None
     for start in range(0, len(a), at_once):
         rows = slice(start, min(start + at_once, len(a)))
@@ -283,7 +289,7 @@ def weighted_by_bands(
     *,
     is_first: bool = False,  # nothing is in the sums yet
 ) -> list[Tensor]:
-    """The sums of G * similarities by row and block of columns, [blocks of columns, rows] float32, of each band."""
+    """Of each band the sums of G * similarities by program, [programs] float64."""
     tile = tiling.similarity_weights(a.rows.shape[1], a.rows.dtype)
     row_dots = []
     for rows, weights in bands(a.rows, b.rows, a_sum is not None or b_sum is not None):
@@ -292,10 +298,10 @@ def weighted_by_bands(
         m = len(b.rows)
         column_blocks = triton.cdiv(m, tile["BN"])
         grid = (triton.cdiv(n, tile["BM"]) * column_blocks,)
-        dots_by_tile = torch.empty(column_blocks, n, dtype=torch.float32, device=b.rows.device) if with_dots else None
+        dots_by_tile = torch.empty(grid, dtype=torch.float64, device=b.rows.device) if with_dots else None
         launch.launch(
-            weights_kernel, grid, part.rows, b.rows, scaling.factor, part.pivots, part.adjustments, b.pivots,
-            b.adjustments, weights, dots_by_tile, n, m, d, *own_image_arguments(own_image, rows.start),
+            weights_kernel, grid, part.rows, b.rows, scaling.tensor, scaling.number, part.pivots, part.adjustments,
+            b.pivots, b.adjustments, weights, dots_by_tile, n, m, d, *own_image_arguments(own_image, rows.start),
             0 if weights is None else weights.stride(0) // 8, scaling.pivot,
             HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(b.rows.dtype), **tile,
             device_of=b.rows,
@@ -309,10 +315,11 @@ def weighted_by_bands(
     return row_dots
 
 
-def lines(row_dots: list[Tensor]) -> Tensor:
-    """What `weighted_by_bands` returns, as one [lines, N] to be summed over lines: as few as one program reads."""
-    few = len(row_dots) == 1 and (len(row_dots[0]) == 1 or row_dots[0].numel() <= 128 * tiling.PROGRAMS)
-    return row_dots[0] if few else torch.cat([part.sum(0, dtype=torch.float64) for part in row_dots])[None]
+def joined(by_band: list[Tensor]) -> Tensor | None:
+    """What `weighted_by_bands` returns, in one tensor of which everything is to be added; None: nothing."""
+    if len(by_band) < 2:
+        return by_band[0] if by_band else None
+    return torch.cat(by_band)
 
 
 def add_weighted(
@@ -336,7 +343,7 @@ def add_weighted(
     tile = tiling.similarity_owner(a.shape[1], a.dtype, scaling.running)
     if tile is None or (a_sum is None and b_sum is None):
         by_band = weighted_by_bands(of_a, of_b, scaling, own_image, a_sum, b_sum, with_dots)
-        return torch.cat([dots.sum(0, dtype=torch.float64) for dots in by_band]) if with_dots else None
+        return joined(by_band)
     row_dots = None
     if a_sum is not None or with_dots:
         out, dots_by_split = _owned(of_a, of_b, scaling, own_image, tile, with_dots)
@@ -350,34 +357,6 @@ def add_weighted(
 
 
 # What is not composed ------------------------------------------------------------------------------------------------
-
-
-def sigmoid(
-    a: Tensor, b: Tensor, factor: Tensor, bias: Tensor, offset: int, a_sum: Tensor | None, b_sum: Tensor | None
-) -> Tensor:
-    """SigLIP's sums over all pairs [3] float64: of loss, G and G * similarities; `a_sum += G @ b`, `b_sum += G.T @ a`.
-
-    G is the loss's derivative for the logits.
-    """
-    tile = tiling.similarity_sigmoid(a.dtype)
-    totals = torch.zeros(3, dtype=torch.float64, device=a.device)
-    for rows, weights in bands(a, b, a_sum is not None or b_sum is not None):
-        part = a[rows]
-        n, d = part.shape
-        m = len(b)
-        column_blocks = triton.cdiv(m, tile["BN"])
-        grid = (triton.cdiv(n, tile["BM"]) * column_blocks,)
-        sums = torch.empty(3, column_blocks, n, dtype=torch.float32, device=a.device)
-        launch.launch(
-            sigmoid_kernel, grid, part, b, factor, bias, weights, sums, n, m, d, offset + rows.start,
-            0 if weights is None else weights.stride(0) // 8, GAIN=launch.gain(a.dtype), **tile, device_of=a,
-        )  # fmt: skip
-        totals += sums.sum((1, 2), dtype=torch.float64)
-        if weights is not None and a_sum is not None:
-            add_product(a_sum[rows], weights, b)
-        if weights is not None and b_sum is not None:
-            add_product(b_sum, weights.T, part)
-    return totals
 
 
 def best(a: Tensor, b: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """KoLeo on a GPU. Rows are float32 whatever comes, as another row would be the nearest of rounded ones.
 
-* The nearest: a program owns a block of rows, walks over the candidates of their groups and keeps each row's best.
-* Distances: a program some pairs of a row and a neighbour.
-* The gradient: a program owns a row, and walks over its neighbours and over the pairs that name it, in their order.
+* The nearest: unit rows (1), then programs that share a block of rows walk over the candidates of their groups and keep
+  each row's best (2), of which another kernel takes the best of all (3).
+* The loss: unit rows (1), distances, a program some pairs of a row and a neighbour (2), and their mean (3).
+* The gradient: the pairs by whom they name (1), and then a program owns a row, and walks over its neighbours and over
+  the pairs that name it, in their order (2).
 """
 
 import torch
@@ -11,12 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch, tiling
-from ..arithmetic import scalar_like
 from . import gpu_engine, reference
-from .rows import through_unit_rows, unit_rows
+from .composed import same_memory
+from .rows import unit_rows
 from .tiles import similarities
 
 MOST_NEIGHBORS = 16  # a program looks for each of them in every tile
+COUNTED = 1 << 15  # pairs that are put in order by counting: 1e9 comparisons are done sooner than five launches
+_BEST = {"ROWS": 64, "num_warps": 2}
+_ORDER = {"BLOCK": 64, "num_warps": 4}
 _BEYOND = tl.constexpr(2147483647)
 
 
@@ -25,7 +30,7 @@ def _neighbors_kernel(
     a,  # [N, D]: the rows offset .. offset + N of b
     b,  # [M, D]
     values,  # [splits, N, TOPK] float32, the largest similarities in no order; -inf: none
-    numbers,  # [splits, N, TOPK] int32, whose they are
+    numbers,  # [splits, N, TOPK] int64, whose they are
     N,
     M,
     D,
@@ -71,11 +76,45 @@ def _neighbors_kernel(
     tl.store(numbers + at, whose, mask)
 
 
+@triton.jit(do_not_specialize=["N", "splits"])
+def _best_of_splits_kernel(
+    values,  # [splits, N, TOPK] float32
+    numbers,  # [splits, N, TOPK] int64
+    best,  # [N, TOPK] int64: the numbers of the largest values, best first, and of equal ones the lowest
+    N,
+    splits,
+    TOPK: tl.constexpr,
+    SLOTS: tl.constexpr,  # a power of 2, >= TOPK
+    ROWS: tl.constexpr,
+):
+    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.arange(0, SLOTS)[None, :]
+    mask = (i_row < N)[:, None] & (slot < TOPK)
+    last = tl.full([ROWS], float("inf"), tl.float32)  # what was found last: the next comes behind it
+    whose = tl.full([ROWS], -1, tl.int64)
+    for place in tl.static_range(TOPK):
+        highest = tl.full([ROWS], -float("inf"), tl.float32)
+        number = tl.full([ROWS], _BEYOND, tl.int64)
+        for split in range(0, splits):
+            at = (launch.row_start(split, N, 1) + i_row)[:, None] * TOPK + slot
+            b_value = tl.load(values + at, mask, -float("inf"))
+            b_number = tl.load(numbers + at, mask, _BEYOND)
+            behind = (b_value < last[:, None]) | ((b_value == last[:, None]) & (b_number > whose[:, None]))
+            value = tl.max(tl.where(behind, b_value, -float("inf")), 1)
+            first = tl.min(tl.where(behind & (b_value == value[:, None]), b_number, _BEYOND), 1)
+            better = (value > highest) | ((value == highest) & (first < number))
+            highest = tl.where(better, value, highest)
+            number = tl.where(better, first, number)
+        tl.store(best + launch.row_start(i_row, TOPK, 1) + place, number, i_row < N)
+        last = highest
+        whose = number
+
+
 def koleo_neighbors(rows: Tensor, candidates: Tensor, offset: int, topk: int, group_size: int, eps: float) -> Tensor:
     if rows.dtype == torch.float64 or candidates.dtype == torch.float64 or topk > MOST_NEIGHBORS:
         return reference.koleo_neighbors(rows, candidates, offset, topk, group_size, eps)
-    a, _ = unit_rows(rows.float(), True, eps)
-    b, _ = unit_rows(candidates.float(), True, eps)
+    a, _ = unit_rows(rows, True, eps, torch.float32)
+    b = a if same_memory(rows, candidates) else unit_rows(candidates, True, eps, torch.float32)[0]
     n, d = a.shape
     m = len(b)
     tile = tiling.koleo_neighbors(topk)
@@ -83,15 +122,18 @@ def koleo_neighbors(rows: Tensor, candidates: Tensor, offset: int, topk: int, gr
     most = min(m, (triton.cdiv(tile["BM"], group_size) + 1) * group_size)  # candidates of a block of rows
     splits, tiles_per_program = gpu_engine.splits_of(blocks, triton.cdiv(most, tile["BN"]))
     values = torch.empty(splits, n, topk, dtype=torch.float32, device=a.device)
-    numbers = torch.empty(splits, n, topk, dtype=torch.int32, device=a.device)
+    numbers = torch.empty(splits, n, topk, dtype=torch.int64, device=a.device)
+    slots = {"TOPK": topk, "SLOTS": triton.next_power_of_2(topk)}
     launch.launch(
         _neighbors_kernel, (blocks, splits), a, b, values, numbers, n, m, d, offset, group_size, tiles_per_program,
-        TOPK=topk, SLOTS=triton.next_power_of_2(topk), **tile, device_of=a,
+        **slots, **tile, device_of=a,
     )  # fmt: skip
-    # The best of all programs, and of equal ones the first.
-    numbers, order = numbers.movedim(0, 1).reshape(n, -1).long().sort(1)
-    order = values.movedim(0, 1).reshape(n, -1).gather(1, order).sort(dim=1, descending=True, stable=True).indices
-    return numbers.gather(1, order[:, :topk])
+    if splits == topk == 1:
+        return numbers[0]
+    best = torch.empty(n, topk, dtype=torch.int64, device=a.device)
+    grid = (triton.cdiv(n, _BEST["ROWS"]),)
+    launch.launch(_best_of_splits_kernel, grid, values, numbers, best, n, splits, **slots, **_BEST, device_of=a)
+    return best
 
 
 @triton.jit
@@ -109,7 +151,7 @@ def _distance_kernel(
     unit,  # [N, D] float32
     neighbors,  # [N, K] int64
     distances,  # [N, K] float32
-    losses,  # [N, K] float32
+    losses,  # [N K] float32
     N,
     D,
     pairs,  # N K
@@ -145,6 +187,42 @@ def _slope(difference, distance, P: tl.constexpr, EPS: tl.constexpr):
     return (direction * (1 / (distance + EPS))).to(tl.float64)
 
 
+@triton.jit(do_not_specialize=["N", "pairs"])
+def _order_kernel(
+    neighbors,  # [pairs] int64
+    begins,  # [N + 1] int64: how many pairs name a row before that one
+    order,  # [pairs] int64: their stable order by whom they name
+    N,
+    pairs,
+    BLOCK: tl.constexpr,
+):
+    """By counting: of as few pairs as that takes no longer, this is one launch in place of a sort and a search."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(neighbors + index, index < pairs, 0)[:, None]
+    place = tl.zeros([BLOCK], tl.int32)
+    below = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, pairs, BLOCK):
+        j = i + tl.arange(0, BLOCK)
+        other = tl.load(neighbors + j, j < pairs, 1 << 62)[None, :]
+        place += tl.sum(((other < own) | ((other == own) & (j[None, :] < index[:, None]))).to(tl.int32), 1)
+        below += tl.sum((other < index[:, None]).to(tl.int32), 1)
+    tl.store(order + place, index, index < pairs)
+    tl.store(begins + index, below, index <= N)
+
+
+def _pairs_by_name(neighbors: Tensor) -> tuple[Tensor, Tensor]:
+    """(begins [N + 1], order [N K]) of `_order_kernel`, for neighbors [N, K]."""
+    flat = neighbors.flatten()
+    n = len(neighbors)
+    if len(flat) > COUNTED:
+        named, order = flat.sort(stable=True)
+        return torch.searchsorted(named, torch.arange(n + 1, device=flat.device)), order
+    begins, order = flat.new_empty(n + 1), torch.empty_like(flat)
+    grid = (triton.cdiv(max(len(flat), n + 1), _ORDER["BLOCK"]),)
+    launch.launch(_order_kernel, grid, flat, begins, order, n, len(flat), **_ORDER, device_of=flat)
+    return begins, order
+
+
 @triton.jit(do_not_specialize=["N"])
 def _gradient_kernel(
     unit,  # [N, D] float32
@@ -152,10 +230,12 @@ def _gradient_kernel(
     distances,  # [N, K] float32
     begins,  # [N + 1] int64, of each row's part of `order`
     order,  # [N K] int64, pairs by whom they name
-    gradient,  # [N, D] float32, for the unit rows
+    divisors,  # [N] float32, see rows._unit_kernel
+    gradient,  # [N, D]
     N,
     D,
     K,
+    largest,  # number of the gradient's dtype: what duplicates give, 1 / eps and more, is beyond float16
     P: tl.constexpr,
     EPS: tl.constexpr,
     ROWS: tl.constexpr,  # 1
@@ -173,7 +253,14 @@ def _gradient_kernel(
         difference = _difference(unit, pair // K, row, row < N, D, EPS, BLOCK)
         total += _slope(difference, tl.load(distances + pair)[:, None], P, EPS)
     column = tl.arange(0, BLOCK)[None, :]
-    tl.store(gradient + launch.row_start(row, D, 1)[:, None] + column, total.to(tl.float32), column < D)
+    at = launch.row_start(row, D, 1)[:, None] + column
+    b_g = total.to(tl.float32)
+    b_u = tl.load(unit + at, column < D, 0)
+    divisor = tl.load(divisors + row)
+    radial = tl.where(divisor > EPS, tl.sum(b_g * b_u, 1), 0.0)
+    b_g = (b_g - radial[:, None] * b_u) / divisor[:, None]
+    b_g = tl.where(b_g > largest, largest, tl.where(b_g < -largest, -largest, b_g))  # NaN stays
+    tl.store(gradient + at, b_g, column < D)
 
 
 def koleo(
@@ -181,26 +268,24 @@ def koleo(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     if x.dtype == torch.float64:
         return reference.koleo(x, neighbors, p, eps, wanted)
-    unit, divisors = unit_rows(x.float(), True, eps)
+    unit, divisors = unit_rows(x, True, eps, torch.float32)
     neighbors = neighbors.contiguous()
     n, d = unit.shape
     k = neighbors.shape[1]
-    distances, losses = torch.empty(2, n, k, dtype=torch.float32, device=x.device)
+    distances = torch.empty(n, k, dtype=torch.float32, device=x.device)
+    losses = torch.empty(n * k, dtype=torch.float32, device=x.device)
     tile = tiling.similarity_rows(d)
     grid = (triton.cdiv(n * k, tile["ROWS"]),)
     options = {"P": p, "EPS": eps, **tile}
     launch.launch(_distance_kernel, grid, unit, neighbors, distances, losses, n, d, n * k, k, **options, device_of=x)
-    loss = losses.mean()
-    scale = scalar_like(x, 1 / (n * k))
+    loss, scale = launch.total(losses, 1 / (n * k), 1 / (n * k))
     if not wanted[0]:
         return loss, [x.new_empty(0)], scale
-    flat, order = neighbors.flatten().sort(stable=True)
-    begins = torch.searchsorted(flat, torch.arange(n + 1, device=x.device))
-    gradient = torch.empty_like(unit)
+    begins, order = _pairs_by_name(neighbors)
+    gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     options["ROWS"] = 1
     launch.launch(
-        _gradient_kernel, (n,), unit, neighbors, distances, begins, order, gradient, n, d, k, **options, device_of=x
+        _gradient_kernel, (n,), unit, neighbors, distances, begins, order, divisors, gradient, n, d, k,
+        torch.finfo(x.dtype).max, **options, device_of=x,
     )  # fmt: skip
-    gradient = through_unit_rows(gradient, unit, divisors, torch.float32, eps)
-    largest = torch.finfo(x.dtype).max  # what duplicates give, 1 / eps and more, is beyond float16
-    return loss, [gradient.clamp_(-largest, largest).to(x.dtype)], scale
+    return loss, [gradient], scale

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from .. import launch, tiling
+from ..arithmetic import no_gradient
 from . import gpu_engine
 from .composed import OwnImage
 from .gpu_engine import Scaling, Side
@@ -27,47 +28,49 @@ def _tile(width: int) -> dict:
     return tiling.views_rows(min(width, COLUMNS))
 
 
-def _scaling(logit_scale: Tensor) -> Scaling:
-    return Scaling(logit_scale, True, 0.0)
+def _scaling(learned: Tensor | None, logit_scale: float) -> Scaling:
+    return Scaling(learned, True, 0.0, logit_scale)
 
 
-def forward(x: Tensor, y: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, y: Tensor, learned: Tensor | None, logit_scale: float) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     y = y.contiguous()
     n, d = x.shape
-    scaling = _scaling(logit_scale)
+    scaling = _scaling(learned, logit_scale)
     own_pair = OwnImage(n, 0, n)
     sums_tile = tiling.similarity_sums(d, x.dtype)
     blocks = triton.cdiv(n, sums_tile["BM"])
     if 2 * blocks * n <= tiling.COLUMN_SUMS or blocks == 1:
-        columns = gpu_engine.Parts.empty(blocks, n, scaling)
+        columns = gpu_engine.Parts.empty(blocks, n, scaling, x.device)
         tiles = range(triton.cdiv(n, sums_tile["BN"]))
         rows = gpu_engine.walk(x, y, scaling, own_pair, sums_tile, tiles, columns)
         others = None
     else:  # columns' sums don't fit in memory at once
         rows = columns = (None, None)
-        others = torch.stack(gpu_engine.both_log_sum_exps(x, y, scaling, own_pair))
+        in_tensor = gpu_engine.scaling_of(logit_scale if learned is None else learned, None, x, y)
+        others = torch.stack(gpu_engine.both_log_sum_exps(x, y, in_tensor, own_pair))
     of_pairs = torch.empty(3, n, dtype=torch.float64, device=x.device)
     state = torch.empty(2, 2, state_rows(n), dtype=torch.float32, device=x.device)
     tile = _tile(d)
     programs = state.shape[2] // tile["ROWS"]
     losses = torch.empty(programs, dtype=torch.float64, device=x.device)
     launch.launch(
-        join_pairs_kernel, (programs,), x, y, logit_scale, *rows, *columns, others, of_pairs, state, losses, n, d,
-        state.shape[2], *(0 if sums is None else len(sums) for _, sums in (rows, columns)), **tile, device_of=x,
+        join_pairs_kernel, (programs,), x, y, learned, logit_scale, *rows, *columns, others, of_pairs, state, losses,
+        n, d, state.shape[2], *(0 if sums is None else len(sums) for _, sums in (rows, columns)), **tile, device_of=x,
     )  # fmt: skip
     loss = torch.empty((), dtype=torch.float32, device=x.device)
     total(losses, loss, 1 / (2 * n))
     return loss, of_pairs, state
 
 
-def _sums(x: Tensor, y: Tensor, logit_scale: Tensor, state: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor | None]:
-    """`G @ y` and `G.T @ x` [parts, 2, N, D] and (G * similarities).sum(1) [lines, N], less the pairs' own terms.
+def _sums(
+    x: Tensor, y: Tensor, learned: Tensor | None, logit_scale: float, state: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor | None]:
+    """`G @ y` and `G.T @ x` [parts, 2, N, D], and sums of G * similarities to be added, less the pairs' own terms.
 
     What isn't wanted may be anything.
     """
     n, d = x.shape
-    scaling = _scaling(logit_scale)
     tile = tiling.similarity_owner(d, x.dtype, True)
     if tile is not None and any(wanted[:2]):
         first_side = 0 if wanted[0] or wanted[2] else 1
@@ -76,23 +79,25 @@ def _sums(x: Tensor, y: Tensor, logit_scale: Tensor, state: Tensor, wanted: list
         out = torch.empty(splits, 2, n, d, dtype=torch.float32, device=x.device)
         dots = torch.empty(splits, n, dtype=torch.float32, device=x.device) if wanted[2] else None
         launch.launch(
-            own_pairs_kernel, (blocks, splits), x, y, logit_scale, state, out, dots, n, d, state.shape[2], first_side,
-            tiles_per_program, GAIN=launch.gain(x.dtype), **tile, device_of=x,
+            own_pairs_kernel, (blocks, splits), x, y, learned, logit_scale, state, out, dots, n, d, state.shape[2],
+            first_side, tiles_per_program, GAIN=launch.gain(x.dtype), **tile, device_of=x,
         )  # fmt: skip
         return out, dots
     out = torch.empty(1, 2, n if any(wanted[:2]) else 0, d, dtype=torch.float32, device=x.device)
     of_x, of_y = (out[0, side] if wanted[side] else None for side in range(2))
     dots = gpu_engine.weighted_by_bands(
-        Side(x, *state[0]), Side(y, *state[1]), scaling, OwnImage(n, 0, n), of_x, of_y, wanted[2], is_first=True
-    )
-    return out, gpu_engine.lines(dots) if dots else None
+        Side(x, *state[0]), Side(y, *state[1]), _scaling(learned, logit_scale), OwnImage(n, 0, n), of_x, of_y,
+        wanted[2], is_first=True,
+    )  # fmt: skip
+    return out, gpu_engine.joined(dots)
 
 
 def backward(
     upstream: Tensor,
     x: Tensor,
     y: Tensor,
-    logit_scale: Tensor,
+    learned: Tensor | None,
+    logit_scale: float,
     of_pairs: Tensor,
     state: Tensor,
     wanted: list[bool],
@@ -100,14 +105,14 @@ def backward(
     x = x.contiguous()
     y = y.contiguous()
     n, d = x.shape
-    sums, dots = _sums(x, y, logit_scale, state, wanted)
+    sums, dots = _sums(x, y, learned, logit_scale, state, wanted)
     gradients = [torch.empty_like(z) if want else z.new_empty(0) for z, want in zip((x, y), wanted, strict=False)]
-    of_scale = torch.empty_like(logit_scale) if wanted[2] else logit_scale.new_empty(0)
+    of_scale = None if learned is None or not wanted[2] else torch.empty_like(learned)
     tile = _tile(d)
     of_rows = triton.cdiv(n, tile["ROWS"]) * triton.cdiv(d, tile["BLOCK"]) * sum(wanted[:2])
     launch.launch(
-        finish_pairs_kernel, (of_rows + wanted[2],), sums, x, y, logit_scale, upstream, of_pairs, *gradients, dots,
-        of_scale if wanted[2] else None, n, d, 0 if wanted[0] else 1, of_rows, len(sums),
-        0 if dots is None else len(dots), **tile, device_of=x,
+        finish_pairs_kernel, (of_rows + (of_scale is not None),), sums, x, y, learned, logit_scale, upstream, of_pairs,
+        *gradients, dots, of_scale, n, d, 0 if wanted[0] else 1, of_rows, len(sums),
+        0 if dots is None else dots.numel(), 1 / (2 * n), **tile, device_of=x,
     )  # fmt: skip
-    return gradients, of_scale
+    return gradients, no_gradient(x) if of_scale is None else of_scale

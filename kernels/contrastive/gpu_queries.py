@@ -159,7 +159,7 @@ class Late(NamedTuple):
 
     sums: Tensor | None = None  # [parts, K, D] float32
     attended: Tensor | None = None  # [N, D] float32, where queries' gradients don't have it yet
-    along: Tensor | None = None  # [lines, N], where slopes don't have it yet
+    along: Tensor | None = None  # [parts] float64, where slopes don't have it yet
 
 
 def _walk_of_negatives(
@@ -175,7 +175,7 @@ def _walk_of_negatives(
     dots = gpu_engine.weighted_by_bands(
         queries, negatives, scale, own, attended, sums[0], wanted[3], is_first=True
     )  # fmt: skip
-    return Late(sums, attended, gpu_engine.lines(dots) if wanted[3] else None)
+    return Late(sums, attended, gpu_engine.joined(dots))
 
 
 def backward(

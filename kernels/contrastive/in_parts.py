@@ -1,4 +1,4 @@
-"""The specification of NT-Xent and CLIP where candidates come in parts, those of this rank and then of each other.
+"""The specification of NT-Xent, CLIP and SigLIP where candidates come in parts, of this rank and then of each other.
 
 Conventions, and why log-sum-exps are float64: reference.py.
 """
@@ -125,3 +125,28 @@ def clip_loss_backward(
         (narrow.T @ widen(x)).to(y.dtype) if wanted[1] else no_gradient(y),
     ]
     return gradients, (g * similarities).sum()
+
+
+def siglip_loss(
+    x: Tensor,  # [n, D], the pairs offset .. offset + n of y
+    y: Tensor,  # [m, D]
+    logit_scale: Tensor,  # 0-dim
+    logit_bias: Tensor,  # 0-dim
+    offset: int,  # -n: y are other pairs
+    wanted: list[bool],  # for x and y
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """`-logsigmoid(labels * (logit_scale * x @ y.T + logit_bias)).sum()`, labels 1 for pairs and -1 elsewhere.
+
+    The loss and its gradients for logit_scale and logit_bias, the last two results, are float64; the gradients for x
+    and y are over logit_scale. SigLIP, arXiv 2303.15343.
+    """
+    similarities, own_pair = similarities_and_pairs(x, y, offset)
+    labels = 2 * own_pair.to(similarities.dtype) - 1
+    logits = labels * (similarities * logit_scale.to(similarities.dtype) + logit_bias.to(similarities.dtype))
+    g = -labels * (-logits).sigmoid()
+    gradients = [
+        (g @ widen(y)).to(x.dtype) if wanted[0] else no_gradient(x),
+        (g.T @ widen(x)).to(y.dtype) if wanted[1] else no_gradient(y),
+    ]
+    loss = -widest(torch.nn.functional.logsigmoid(logits)).sum()
+    return loss, gradients, (widest(g) * similarities).sum(), widest(g).sum()

@@ -24,7 +24,8 @@ def with_pair(lse, logit):
 def join_pairs_kernel(
     x,  # [N, D]
     y,  # [N, D]
-    factor,  # 0-dim
+    factor,  # 0-dim, or None
+    factor_number: tl.float64,  # otherwise
     row_max,  # [row_parts, N] float32; these four: see rows._join_kernel
     row_sum,
     column_max,  # [column_parts, N] float32
@@ -49,7 +50,7 @@ def join_pairs_kernel(
         b_x = load_rows(x, i_row, N, D, first, BLOCK).to(tl.float32)
         product += (b_x * load_rows(y, i_row, N, D, first, BLOCK).to(tl.float32)).to(tl.float64)
     similarity = tl.sum(product, 1)
-    factor_value = tl.load(factor).to(tl.float64)
+    factor_value = launch.number(factor, factor_number)
     logit = similarity * factor_value
     if others is not None:
         x_lse = tl.load(others + i_row, inside, 0.0)
@@ -73,7 +74,8 @@ def join_pairs_kernel(
 def own_pairs_kernel(
     x,  # [N, D]
     y,  # [N, D]
-    factor,  # 0-dim
+    factor,  # 0-dim, or None
+    factor_number: tl.float64,  # otherwise
     states,  # [2, 2, S] float32
     out,  # [splits, 2, N, D] float32: `G @ y` and `G.T @ x`, without the pairs' own terms
     dots,  # [splits, N] float32, (G * similarities).sum(1), the same without; or None
@@ -101,7 +103,7 @@ def own_pairs_kernel(
     begin = split * tiles_per_program
     acc, dot = walk_of_owner(
         b_a, launch.chosen((y, x), side), i_a, begin, tl.minimum(begin + tiles_per_program, tl.cdiv(N, BN)), low, high,
-        of_a, of_a + S, of_b, of_b + S, 0.0, tl.load(factor).to(tl.float64), N, N, D, 0, N, 0, N, True, True,
+        of_a, of_a + S, of_b, of_b + S, 0.0, launch.number(factor, factor_number), N, N, D, 0, N, 0, N, True, True,
         dots is not None, GAIN, EVEN, BLOCK_D, BM, BN,
     )  # fmt: skip
     at = launch.row_start(split * 2 + side, N, 1) + i_a
@@ -123,29 +125,31 @@ def weight_of_pair(of_pairs, factor_value, i_row, N):
     return tl.where(inside, of_x + of_y, 0.0), similarity
 
 
-@triton.jit(do_not_specialize=["N", "first_side", "of_rows", "splits", "lines"])
+@triton.jit(do_not_specialize=["N", "first_side", "of_rows", "splits", "parts"])
 def finish_pairs_kernel(
     sums,  # [splits, 2, N, D] float32, see own_pairs_kernel
     x,  # [N, D]
     y,  # [N, D]
-    factor,  # 0-dim
+    factor,  # 0-dim, or None
+    factor_number: tl.float64,  # otherwise
     upstream,  # 0-dim
     of_pairs,  # [3, N] float64
     x_gradient,  # [N, D]
     y_gradient,  # [N, D]
-    dots,  # [lines, N], the sums over columns of G * similarities; or None
+    dots,  # [parts], sums of G * similarities, without the pairs' own; or None
     of_scale,  # 0-dim, the gradient for the scale; or None
     N,
     D,
     first_side,
     of_rows,  # programs that finish rows; where the scale's gradient is wanted there is one more
     splits,
-    lines,
+    parts,
+    each: tl.float64,  # 1 / (2 N): a division spills on sm_80
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    factor_value = tl.load(factor).to(tl.float64)
-    scale = tl.load(upstream).to(tl.float64) / 2 / N
+    factor_value = launch.number(factor, factor_number)
+    scale = tl.load(upstream).to(tl.float64) * tl.full((), each, tl.float64)
     program = tl.program_id(0)
     if program < of_rows:
         columns = tl.cdiv(D, BLOCK)
@@ -171,6 +175,6 @@ def finish_pairs_kernel(
         for i in range(0, N, ROWS * BLOCK):
             weight, similarity = weight_of_pair(of_pairs, factor_value, i + index, N)
             total += weight * similarity
-            for line in range(0, lines):
-                total += tl.load(dots + launch.row_start(line, N, 1) + i + index, index < N - i, 0.0).to(tl.float64)
+        for i in range(0, parts, ROWS * BLOCK):
+            total += tl.load(dots + i + index, index < parts - i, 0.0).to(tl.float64)
         tl.store(of_scale, tl.sum(total, 0) * scale)

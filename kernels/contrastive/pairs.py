@@ -74,7 +74,7 @@ def siglip_pairs_kernel(
     tl.store(sums + one_sum + at, tl.sum(g, 1), i_a < N)
     tl.store(sums + 2 * one_sum + at, tl.sum(tl.where(counts, g * s, 0.0), 1), i_a < N)
     if out is not None:
-        store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
+        store_tile(out, i_a, i_b, s_out, g * GAIN)
 
 
 def siglip_pairs(

@@ -182,13 +182,13 @@ def add_attended_kernel(
         store_rows(query_gradient, i_row, N, D, before + through_unit(g, q, divisor, EPS), BLOCK)
 
 
-@triton.jit(do_not_specialize=["N", "M", "programs", "of_negatives", "splits", "lines"])
+@triton.jit(do_not_specialize=["N", "M", "programs", "of_negatives", "splits", "parts"])
 def finish_queries_kernel(
     of_query,  # [N, D] float32; or None
     of_positive,  # [N, D] float32; or None
     slopes,  # [N] float64; or None
     attended,  # [N, D] float32, what isn't in `of_query` yet; or None
-    along,  # [lines, N] float32, what isn't in `slopes` yet: its sum over lines; or None
+    along,  # [parts] float64, whose sum isn't in `slopes` yet; or None
     sums,  # [splits, M, D] float32, the gradient for negatives of unit length; or None
     unit,  # [N, D], with `attended`
     of_queries,  # [2, N] float64, with `attended`
@@ -206,7 +206,7 @@ def finish_queries_kernel(
     programs,  # that finish queries and positives
     of_negatives,  # programs that finish negatives; one more makes the gradient of the temperature
     splits,
-    lines,
+    parts,
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -241,8 +241,7 @@ def finish_queries_kernel(
         total = tl.zeros([ROWS * BLOCK], tl.float64)
         for i in range(0, N, ROWS * BLOCK):
             total += tl.load(slopes + i + index, index < N - i, 0.0)
-            if along is not None:
-                for line in range(0, lines):
-                    at = along + launch.row_start(line, N, 1) + i + index
-                    total += tl.load(at, index < N - i, 0.0).to(tl.float64)
+        if along is not None:
+            for i in range(0, parts, ROWS * BLOCK):
+                total += tl.load(along + i + index, index < parts - i, 0.0)
         tl.store(temperature_gradient, -tl.sum(total, 0) * exact_scale * factor_value)

@@ -11,8 +11,20 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import add_at, no_gradient, scalar_like, through_unit_rows, unit_rows, widen, widest
-from .in_parts import clip_loss, clip_loss_backward, nt_xent, nt_xent_backward, similarities_and_pairs
-from .of_pairs import clip_loss_of_pairs, clip_loss_of_pairs_backward
+from .in_parts import (
+    clip_loss,
+    clip_loss_backward,
+    nt_xent,
+    nt_xent_backward,
+    siglip_loss,
+    similarities_and_pairs,
+)
+from .of_pairs import (
+    clip_loss_of_pairs,
+    clip_loss_of_pairs_backward,
+    siglip_loss_of_pairs,
+    siglip_loss_of_pairs_backward,
+)
 from .of_queries import info_nce, info_nce_backward
 from .of_views import nt_xent_of_views, nt_xent_of_views_backward
 
@@ -28,32 +40,12 @@ __all__ = [
     "nt_xent_backward",
     "nt_xent_of_views",
     "nt_xent_of_views_backward",
+    "siglip_loss",
+    "siglip_loss_of_pairs",
+    "siglip_loss_of_pairs_backward",
 ]
 
 
-def siglip_loss(
-    x: Tensor,  # [n, D], the pairs offset .. offset + n of y
-    y: Tensor,  # [m, D]
-    logit_scale: Tensor,  # 0-dim
-    logit_bias: Tensor,  # 0-dim
-    offset: int,  # -n: y are other pairs
-    wanted: list[bool],  # for x and y
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """`-logsigmoid(labels * (logit_scale * x @ y.T + logit_bias)).sum()`, labels 1 for pairs and -1 elsewhere.
-
-    The loss and its gradients for logit_scale and logit_bias, the last two results, are float64; the gradients for x
-    and y are over logit_scale. SigLIP, arXiv 2303.15343.
-    """
-    similarities, own_pair = similarities_and_pairs(x, y, offset)
-    labels = 2 * own_pair.to(similarities.dtype) - 1
-    logits = labels * (similarities * logit_scale.to(similarities.dtype) + logit_bias.to(similarities.dtype))
-    g = -labels * (-logits).sigmoid()
-    gradients = [
-        (g @ widen(y)).to(x.dtype) if wanted[0] else no_gradient(x),
-        (g.T @ widen(x)).to(y.dtype) if wanted[1] else no_gradient(y),
-    ]
-    loss = -widest(torch.nn.functional.logsigmoid(logits)).sum()
-    return loss, gradients, (widest(g) * similarities).sum(), widest(g).sum()
 
 
 def siglip_pairs(

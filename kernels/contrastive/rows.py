@@ -198,12 +198,14 @@ def _state_kernel(
     store_state(pivots, adjustments, i_row, i_row < N, b_lse, tl.load(factor).to(tl.float64), pivot, RUNNING)
 
 
-def unit_rows(x: Tensor, normalize: bool, eps: float = UNIT_EPS) -> tuple[Tensor, Tensor | None]:
-    """Rows in the dtype of the input, which is that of the products; divisors [N] float32."""
+def unit_rows(
+    x: Tensor, normalize: bool, eps: float = UNIT_EPS, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows in the dtype of the input, which is that of the products, or in another; divisors [N] float32."""
     if not normalize:
         return x.contiguous(), None
     x = dense_rows(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     divisors = torch.empty(len(x), dtype=torch.float32, device=x.device)
     tile = tiling.similarity_rows(x.shape[1])
     grid = (triton.cdiv(len(x), tile["ROWS"]),)

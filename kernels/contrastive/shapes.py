@@ -27,16 +27,16 @@ def _nt_xent_of_views_backward(upstream, unit, divisors, lse, state, factor, wei
     expect(op, "state", state, (2, state_rows(unit.shape[0] * unit.shape[1])), torch.float32)
 
 
-def _clip_loss_of_pairs(x, y, logit_scale):
+def _clip_loss_of_pairs(x, y, learned, *_):
     alike("clip_loss_of_pairs", "x and y", x, y, rows=True)
-    expect("clip_loss_of_pairs", "logit_scale", logit_scale, ())
+    expect("clip_loss_of_pairs", "learned", learned, ())
 
 
-def _clip_loss_of_pairs_backward(upstream, x, y, logit_scale, of_pairs, state, *_):
+def _clip_loss_of_pairs_backward(upstream, x, y, learned, logit_scale, of_pairs, state, *_):
     op = "clip_loss_of_pairs_backward"
     alike(op, "x and y", x, y, rows=True)
     expect(op, "upstream", upstream, ())
-    expect(op, "logit_scale", logit_scale, ())
+    expect(op, "learned", learned, ())
     expect(op, "of_pairs", of_pairs, (3, x.shape[0]), widest_dtype(x.device))
     expect(op, "state", state, (2, 2, state_rows(x.shape[0])), torch.float32)
 
@@ -74,6 +74,22 @@ def _info_nce_backward(
         for name, x, want in (("of_query", of_query, wanted[0]), ("of_positive", of_positive, wanted[1])):
             if want:
                 expect(op, name, x, unit.shape)
+def _siglip_loss_of_pairs(x, y, learned_scale, learned_bias, *_):
+    op = "siglip_loss_of_pairs"
+    alike(op, "x and y", x, y, rows=True)
+    expect(op, "learned_scale", learned_scale, ())
+    expect(op, "learned_bias", learned_bias, ())
+
+
+def _siglip_loss_of_pairs_backward(upstream, sums, derivatives, learned_scale, learned_bias, _, dtype, wanted):
+    op = "siglip_loss_of_pairs_backward"
+    needed = [x for x, want in zip(sums, wanted, strict=False) if want]
+    if needed:
+        alike(op, "sums", *needed, rows=True)
+        expect(op, "sums", needed[0], needed[0].shape, compute_dtype(dtype))
+    expect(op, "derivatives", derivatives, (2,), widest_dtype(derivatives.device))
+    for name, x in (("upstream", upstream), ("learned_scale", learned_scale), ("learned_bias", learned_bias)):
+        expect(op, name, x, ())
 
 
 SHAPES = {
@@ -81,6 +97,8 @@ SHAPES = {
     "clip_loss_of_pairs_backward": _clip_loss_of_pairs_backward,
     "info_nce": _info_nce,
     "info_nce_backward": _info_nce_backward,
+    "siglip_loss_of_pairs": _siglip_loss_of_pairs,
+    "siglip_loss_of_pairs_backward": _siglip_loss_of_pairs_backward,
     "nt_xent_of_views": _nt_xent_of_views,
     "nt_xent_of_views_backward": _nt_xent_of_views_backward,
 }

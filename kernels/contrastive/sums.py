@@ -36,7 +36,8 @@ def rate_of(factor_value):
 def sums_kernel(
     a,  # [N, D]
     b,  # [M, D]; if SYMMETRIC, a itself
-    factor,  # 0-dim
+    factor,  # 0-dim, or None
+    factor_number: tl.float64,  # otherwise
     row_max,  # [splits, N] float32, in units of similarities; None unless RUNNING
     row_sum,  # [splits, N] float32, the sum of exp(logit - row_max * |factor|)
     column_max,  # [lines, M] float32; None unless RUNNING, and where columns aren't wanted
@@ -64,7 +65,7 @@ def sums_kernel(
     block = tl.program_id(0)
     split = tl.program_id(1)
     i_a = block * BM + tl.arange(0, BM)
-    factor_value = tl.load(factor).to(tl.float64)
+    factor_value = launch.number(factor, factor_number)
     # RUNNING: of a negative factor the largest logit is that of the smallest similarity. Otherwise it is positive.
     sign = tl.where(factor_value < 0, -1.0, 1.0)
     rate = rate_of(factor_value)

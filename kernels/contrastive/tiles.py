@@ -146,6 +146,16 @@ def may_hide(first_b, M, low, high, column_period, HAS_OWN_IMAGE: tl.constexpr, 
 
 @triton.jit
 def log1p_of_unit(e):
-    """log(1 + e) for e in [0, 1]: tl.log(1 + e) loses e below 1e-7, and Kahan's correction gives it back."""
-    one_more = 1 + e
-    return tl.where(one_more == 1, e, tl.log(one_more) * (e / tl.where(one_more == 1, 1.0, one_more - 1)))
+    """log(1 + e) for float32 e in [0, 1], to 1.3e-7 of itself; tl.log(1 + e) would lose what is below 1e-7.
+
+    e times the polynomial that is nearest to log(1 + e) / e, whose own error is 5e-9 (Chebyshev's, by mpmath.chebyfit).
+    """
+    p = e * -0.003176057012751699 + 0.019542526453733444
+    p = p * e - 0.056373611092567444
+    p = p * e + 0.10543623566627502
+    p = p * e - 0.1526966691017151
+    p = p * e + 0.1966327428817749
+    p = p * e - 0.24951615929603577
+    p = p * e + 0.33329710364341736
+    p = p * e - 0.49999892711639404
+    return e * (p * e + 1.0)

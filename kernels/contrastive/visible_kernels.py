@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .. import launch
 from .tiles import LOG2_E, load_columns, load_rows, seen_columns, similarities
+from .weights import store_tile
 
 
 @triton.jit
@@ -219,8 +220,7 @@ def visible_weights_kernel(
         s, seen, row_limit, column_limit, row_pivots, row_adjustments, row_slopes, row_totals, column_pivots,
         column_adjustments, column_slopes, column_totals, i_a, i_b, N, M,
     )  # fmt: skip
-    at = launch.row_start(i_a, s_out, 8)[:, None] + i_b[None, :]
-    tl.store(out + at, (g * GAIN).to(out.dtype.element_ty), (i_a < N)[:, None] & (i_b < M)[None, :])
+    store_tile(out, i_a, i_b, s_out, g * GAIN)
 
 
 @triton.jit(

@@ -124,22 +124,33 @@ def blocks_of_tile(N, BM: tl.constexpr):
 
 
 @triton.jit
-def store_tile(out, i_a, i_b, N, M, s_out, tile):
+def sum_of_tile(tile):
+    """Of all its elements, in float32: a thread adds some dozens of them, and then the threads' sums go two by two.
+
+    Not of the rows' sums: that fails to compile for sm_100 (Triton 3.6).
+    """
+    return tl.sum(tile).to(tl.float64)
+
+
+@triton.jit
+def store_tile(out, i_a, i_b, s_out, tile):
+    """Whole: `gpu_engine.bands` has memory for all of a tile. With a mask each number would be stored by itself."""
     at = launch.row_start(i_a, s_out, 8)[:, None] + i_b[None, :]
-    tl.store(out + at, tile.to(out.dtype.element_ty), (i_a < N)[:, None] & (i_b < M)[None, :])
+    tl.store(out + at, tile.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["N", "M", "first_row", "row_period", "offset", "column_period", "s_out"])
 def weights_kernel(
     a,  # [N, D]
     b,  # [M, D]
-    factor,  # 0-dim
+    factor,  # 0-dim, or None
+    factor_number: tl.float64,  # otherwise
     a_pivots,  # [N] float32; None unless RUNNING
     a_adjustments,  # [N] float32; None if rows have no log-sum-exp
     b_pivots,  # [M] float32; None unless RUNNING
     b_adjustments,  # [M] float32; None if columns have no log-sum-exp
     out,  # [N, M], rows s_out * 8 apart: G * GAIN; or None
-    dots,  # [blocks of columns, N] float32, (G * similarities).sum(1) of a tile; or None
+    dots,  # [programs] float64, the sum of G * similarities; or None
     N,
     M,
     D,
@@ -159,30 +170,37 @@ def weights_kernel(
     block_a, block_b = blocks_of_tile(N, BM)
     i_a = block_a * BM + tl.arange(0, BM)
     i_b = block_b * BN + tl.arange(0, BN)
-    rate = (tl.load(factor).to(tl.float64) * LOG2_E).to(tl.float32)
+    rate = (launch.number(factor, factor_number) * LOG2_E).to(tl.float32)
     # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
-    seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
     g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
-    g = tl.where(seen, g, 0.0)
+    low, high = images_of_block(first_row + block_a * BM, row_period, offset, BM)
+    ends = (block_a + 1) * BM > N  # rows beyond the last are in the sum
+    if ends | may_hide(block_b * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
+        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+        g = tl.where(seen, g, 0.0)
     if dots is not None:
-        tl.store(dots + launch.row_start(block_b, N, 1) + i_a, tl.sum(g * s, 1), i_a < N)
+        tl.store(dots + tl.program_id(0), sum_of_tile(g * s))
     if out is not None:
-        store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
+        store_tile(out, i_a, i_b, s_out, g * GAIN)
 
 
-@triton.jit(do_not_specialize=["N", "M", "offset", "s_out"])
+@triton.jit(do_not_specialize=["N", "M", "offset", "first_part", "parts", "s_out"])
 def sigmoid_kernel(
     a,  # [N, D]
     b,  # [M, D]
-    factor,  # 0-dim
-    bias,  # 0-dim
+    factor,  # 0-dim, or None; these four: the scale and the bias, each a tensor or a number
+    bias,  # 0-dim, or None
+    factor_number: tl.float64,
+    bias_number: tl.float64,
     out,  # [N, M], rows s_out * 8 apart: G * GAIN; or None
-    sums,  # [3, blocks of columns, N] float32, the sums of loss, G = d loss / d logit, and G * similarity of a tile
+    sums,  # [3, parts] float64, a program's sums of loss, G * similarity, and G = d loss / d logit
     N,
     M,
     D,
     offset,
+    first_part,  # where this launch's begin
+    parts,
     s_out,
     GAIN: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -194,15 +212,22 @@ def sigmoid_kernel(
     i_b = block_b * BN + tl.arange(0, BN)
     # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
-    label = tl.where(i_b[None, :] == (i_a + offset)[:, None], -1.0, 1.0)  # -1: the row's own pair
-    x = label * (s * tl.load(factor).to(tl.float32) + tl.load(bias).to(tl.float32))  # the loss is softplus(x)
-    e = tl.exp(-tl.abs(x))
-    seen = (i_b < M)[None, :]
-    g = tl.where(seen, label * tl.where(x > 0, 1.0, e) / (1 + e), 0.0)
-    at = launch.row_start(block_b, N, 1) + i_a
-    one_sum = launch.row_start(tl.cdiv(M, BN), N, 1)
-    tl.store(sums + at, tl.sum(tl.where(seen, tl.maximum(x, 0.0) + log1p_of_unit(e), 0.0), 1), i_a < N)
-    tl.store(sums + one_sum + at, tl.sum(g, 1), i_a < N)
-    tl.store(sums + 2 * one_sum + at, tl.sum(g * s, 1), i_a < N)
+    logit = s * launch.number(factor, factor_number).to(tl.float32) + launch.number(bias, bias_number).to(tl.float32)
+    partner = block_a * BM + offset  # of the block's first row
+    has_partners = (block_b * BN < partner + BM) & (partner < block_b * BN + BN)
+    special = has_partners | (block_a * BM + BM > N) | (block_b * BN + BN > M)
+    if special:  # the loss is softplus(logit), of the row's own pair softplus(-logit), and of no pair 0
+        logit = tl.where(i_b[None, :] == (i_a + offset)[:, None], -logit, logit)
+        logit = tl.where((i_a < N)[:, None] & (i_b < M)[None, :], logit, -float("inf"))
+    e = tl.exp2(tl.abs(logit) * -LOG2_E)
+    less = e / (1 + e)
+    g = tl.where(logit > 0, 1 - less, less)
+    loss = tl.maximum(logit, 0.0) + log1p_of_unit(e)
+    if special:
+        g = tl.where(i_b[None, :] == (i_a + offset)[:, None], -g, g)
+    at = sums + first_part + tl.program_id(0)
+    tl.store(at, sum_of_tile(loss))
+    tl.store(at + launch.row_start(parts, 1, 1), sum_of_tile(g * s))
+    tl.store(at + launch.row_start(parts, 2, 1), sum_of_tile(g))
     if out is not None:
-        store_tile(out, i_a, i_b, N, M, s_out, g * GAIN)
+        store_tile(out, i_a, i_b, s_out, g * GAIN)

@@ -10,7 +10,7 @@ OPERATORS = {
     ),
     "sinkhorn_rows": Operator("(Tensor scores, Tensor bias, float epsilon) -> Tensor", cpu=True, gpu=True),
     "sinkhorn_bias": Operator(
-        "(Tensor scores, float epsilon, int iterations, bool normalize_samples_first, Tensor? rows=None) -> Tensor",
+        "(Tensor[] scores, float epsilon, int iterations, bool normalize_samples_first, Tensor? rows=None) -> Tensor",
         cpu=True,
         gpu=True,
     ),

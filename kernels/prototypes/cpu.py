@@ -97,13 +97,15 @@ def sinkhorn_rows(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
 
 
 def sinkhorn_bias(
-    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+    scores: list[Tensor], epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
 ) -> Tensor:
-    if scores.dtype not in CODES:
+    if len(scores) > 1:
+        bias = reference.potentials(sinkhorn_step, scores, epsilon, iterations, normalize_samples_first)
+        return bias.to(compute_dtype(*(x.dtype for x in scores)))
+    if scores[0].dtype not in CODES:
         return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first, rows)
-    scores = _first(scores, rows)
-    bias = _bias(_arguments(scores, epsilon), scores, iterations, normalize_samples_first)
-    return bias.to(compute_dtype(scores.dtype))
+    first = _first(scores[0], rows)
+    return _bias(_arguments(first, epsilon), first, iterations, normalize_samples_first).to(compute_dtype(first.dtype))
 
 
 def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:

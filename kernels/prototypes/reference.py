@@ -1,6 +1,7 @@
 """The specification of Sinkhorn and of the losses on prototypes; conventions are in kernels/__init__.py."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -45,26 +46,33 @@ def sinkhorn_rows(
 
 
 def sinkhorn_bias(
-    scores: Tensor,  # [B, K]
+    scores: list[Tensor],  # [B, K] each, whose B may differ: one batch in several tensors
     epsilon: float,
     iterations: int,
     normalize_samples_first: bool,
-    rows: Tensor | None = None,  # see `sinkhorn_step`
+    rows: Tensor | None = None,  # see `sinkhorn_step`; for one tensor
 ) -> Tensor:
     """[K]: f, with which `softmax(scores / epsilon + f, 1)` are the Sinkhorn codes (see `sinkhorn`)."""
-    bias = _potentials(scores, epsilon, iterations, normalize_samples_first, rows)
-    return bias.to(compute_dtype(scores.dtype))
+    bias = potentials(sinkhorn_step, scores, epsilon, iterations, normalize_samples_first, rows)
+    return bias.to(compute_dtype(*(x.dtype for x in scores)))
 
 
-def _potentials(
-    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+def potentials(
+    step: Callable[..., Tensor],  # `sinkhorn_step`, or an implementation of it
+    scores: list[Tensor],
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """The prototypes' potentials f, [K] float64."""
-    wide = widest_dtype(scores.device)
-    zeros = scores.new_zeros((*scores.shape[:-2], scores.shape[-1]), dtype=wide) if normalize_samples_first else None
-    bias = -sinkhorn_step(scores, zeros, epsilon, rows)
-    for _ in range(iterations - 1):
-        bias = -sinkhorn_step(scores, bias, epsilon, rows)
+    x = scores[0]
+    wide = widest_dtype(x.device)
+    bias = x.new_zeros((*x.shape[:-2], x.shape[-1]), dtype=wide) if normalize_samples_first else None
+    for _ in range(iterations):
+        sums = [step(of, bias, epsilon, rows) for of in scores]
+        bias = -(sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0))
+    assert bias is not None  # iterations >= 1
     return bias
 
 
@@ -79,7 +87,7 @@ def sinkhorn(
 
     SwAV, arXiv 2006.09882, section 3.1. Each row of the result sums to 1.
     """
-    bias = _potentials(scores, epsilon, iterations, normalize_samples_first)
+    bias = potentials(sinkhorn_step, [scores], epsilon, iterations, normalize_samples_first)
     return sinkhorn_codes(scores, bias, epsilon, dtype)
 
 

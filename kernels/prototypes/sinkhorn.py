@@ -7,7 +7,8 @@ row stays in registers between its two uses: 4 reads for 3 iterations and the co
 the first iteration: 7 reads. `sinkhorn_step` takes any bias, so it keeps running maxima and reads twice.
 
 Columns are summed by programs into partial sums, which one program a column block adds in a fixed order. Several
-problems (scores [P, N, K]) are more programs of the same launches.
+problems (scores [P, N, K]) are more programs of the same launches. A batch may come in several tensors: each has
+launches of its own, which write their partial sums beside one another, and the join is one for all.
 """
 
 import torch
@@ -21,17 +22,19 @@ from . import reference
 from .row_logsumexp import biased, dense, row_logsumexp, two_parts
 
 
-@triton.jit(do_not_specialize=["N", "parts", "s_problem"])
+@triton.jit(do_not_specialize=["N", "parts", "all_parts", "first_part", "s_problem"])
 def _column_logsumexp_kernel(
     x,  # [P, N, K], rows s_row * ALIGN apart
     bias,  # [P, K] float64, or None
     offsets,  # [P, N], subtracted from rows; None where bias is None
     rows,  # 0-dim int64, how many of the first rows count; None: all
-    maxima,  # [P, parts, K]
-    sums,  # [P, parts, K]
+    maxima,  # [P, all_parts, K]
+    sums,  # [P, all_parts, K]
     N,
     K,  # / ALIGN
     parts,
+    all_parts,  # those of other tensors, too
+    first_part,  # of them
     s_problem,  # / ALIGN
     s_row,  # / ALIGN
     scale: tl.float64,
@@ -74,20 +77,22 @@ def _column_logsumexp_kernel(
         fade = tl.exp((launch.finite(maximum) - shift) * per_unit)
         total = total * fade + tl.sum(tl.exp((v - shift[None, :]) * per_unit), 0)
         maximum = new
-    out = launch.row_start(i_part, K, ALIGN) + column
+    out = launch.row_start(problem * all_parts + first_part + part, K, ALIGN) + column
     tl.store(maxima + out, maximum, inside)
     tl.store(sums + out, total, inside)
 
 
-@triton.jit(do_not_specialize=["N", "parts", "per_program", "s_problem"])
+@triton.jit(do_not_specialize=["N", "parts", "all_parts", "first_part", "per_program", "s_problem"])
 def _softmax_sums_kernel(
     x,  # [P, N, K], rows s_row * ALIGN apart
     bias,  # [P, K] float64
     rows,  # 0-dim int64, how many of the first rows count; None: all
-    sums,  # [P, parts, K]
+    sums,  # [P, all_parts, K]
     N,
     K,  # / ALIGN
     parts,  # of a problem, a program each
+    all_parts,  # those of other tensors, too
+    first_part,  # of them
     s_problem,  # / ALIGN
     s_row,  # / ALIGN
     per_program,  # rows, a multiple of ROWS
@@ -108,7 +113,8 @@ def _softmax_sums_kernel(
     high, low = two_parts(scale, COMPUTE)
     acc = tl.zeros([ROWS, BLOCK], COMPUTE)
     counted = N if rows is None else tl.load(rows)
-    first = tl.program_id(0) % parts * per_program
+    part = tl.program_id(0) % parts
+    first = part * per_program
     for i in tl.range(first, min(first + per_program, N), ROWS, num_stages=STAGES):
         i_row = i + tl.arange(0, ROWS)
         mask = (i_row < N)[:, None] & inside[None, :]
@@ -117,7 +123,8 @@ def _softmax_sums_kernel(
         e = tl.exp(v - tl.max(v, 1)[:, None])
         p = e / tl.sum(e, 1)[:, None]
         acc += tl.where(((i_row < N) & (i_row < counted))[:, None], p, 0.0)
-    tl.store(sums + launch.row_start(tl.program_id(0), K, ALIGN) + column, tl.sum(acc, 0), inside)
+    out = launch.row_start(problem * all_parts + first_part + part, K, ALIGN) + column
+    tl.store(sums + out, tl.sum(acc, 0), inside)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -125,7 +132,7 @@ def _join_kernel(
     maxima,  # [P, parts, K]; None: all 0
     sums,  # [P, parts, K], of exp(v - maximum)
     bias,  # [P, K] float64, or None
-    out,  # [P, K] float64: bias - the logsumexp of all parts
+    out,  # [P, K]: bias - the logsumexp of all parts
     parts,
     K,
     scale: tl.float64,  # what maxima are multiplied by
@@ -195,106 +202,128 @@ def _codes_kernel(
     tl.store(codes + out[:, None] + column[None, :], p, mask)
 
 
-def _constants(scores: Tensor, epsilon: float) -> dict:
-    compute = launch.DTYPES[compute_dtype(scores.dtype)]
-    return {"scale": 1 / epsilon, "COMPUTE": compute, "ALIGN": launch.alignment(scores)}
+def _constants(scores: Tensor, epsilon: float, compute: torch.dtype) -> dict:
+    return {"scale": 1 / epsilon, "COMPUTE": launch.DTYPES[compute], "ALIGN": launch.alignment(scores)}
 
 
-def _join(maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """[P, K] float64: the next potentials."""
+def _compute(tensors: list[Tensor]) -> torch.dtype:
+    return compute_dtype(*(scores.dtype for scores in tensors))
+
+
+def _join(
+    maxima: Tensor | None, sums: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """[P, K]: the next potentials."""
     problems, parts, k = sums.shape
     tile = tiling.sinkhorn_join()
-    out = torch.empty(problems, k, dtype=torch.float64, device=sums.device)
+    out = torch.empty(problems, k, dtype=dtype, device=sums.device)
     grid = (problems * triton.cdiv(k, tile["BLOCK"]),)
     launch.launch(_join_kernel, grid, maxima, sums, bias, out, parts, k, float(scale), **tile, device_of=sums)
     return out
 
 
 def _step(
-    scores: Tensor,
+    tensors: list[Tensor],  # [P, N, K] each, of one batch
     bias: Tensor | None,
     epsilon: float,
     rows: Tensor | None = None,
     log_floors: Tensor | None = None,  # [P, N]
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """[P, K] float64: the next potentials of scores [P, N, K], whatever bias they follow."""
-    problems, n, k = scores.shape
-    compute = compute_dtype(scores.dtype)
-    constants = _constants(scores, epsilon)
-    offsets = None
-    if bias is not None:
-        offsets = torch.empty(problems, n, dtype=compute, device=scores.device)
-        row_logsumexp(scores, bias, 1 / epsilon, offsets, softmax=False)
-        if log_floors is not None:
-            offsets = torch.logaddexp(offsets, log_floors.to(compute))
+    """[P, K]: the next potentials, whatever bias they follow."""
+    problems, _, k = tensors[0].shape
+    device = tensors[0].device
+    compute = _compute(tensors)
     tile = tiling.column_logsumexp(k, compute)
-    align = constants["ALIGN"]
-    parts = triton.cdiv(n, tile["PART"])
-    maxima, sums = (torch.empty((problems, parts, k), dtype=compute, device=scores.device) for _ in range(2))
-    launch.launch(
-        _column_logsumexp_kernel,
-        (triton.cdiv(k, tile["BLOCK"]) * problems * parts,),
-        scores,
-        bias,
-        offsets,
-        rows,
-        maxima,
-        sums,
-        n,
-        k // align,
-        parts,
-        scores.stride(0) // align,
-        scores.stride(1) // align,
-        **constants,
-        **tile,
-        device_of=scores,
-    )
-    return _join(maxima, sums, bias, 1 / epsilon if bias is None else 1.0)
+    parts = [triton.cdiv(scores.shape[1], tile["PART"]) for scores in tensors]
+    maxima, sums = (torch.empty((problems, sum(parts), k), dtype=compute, device=device) for _ in range(2))
+    for i, scores in enumerate(tensors):
+        n = scores.shape[1]
+        constants = _constants(scores, epsilon, compute)
+        offsets = None
+        if bias is not None:
+            offsets = torch.empty(problems, n, dtype=compute, device=device)
+            row_logsumexp(scores, bias, 1 / epsilon, offsets, softmax=False)
+            if log_floors is not None:
+                offsets = torch.logaddexp(offsets, log_floors.to(compute))
+        align = constants["ALIGN"]
+        launch.launch(
+            _column_logsumexp_kernel,
+            (triton.cdiv(k, tile["BLOCK"]) * problems * parts[i],),
+            scores,
+            bias,
+            offsets,
+            rows,
+            maxima,
+            sums,
+            n,
+            k // align,
+            parts[i],
+            sum(parts),
+            sum(parts[:i]),
+            scores.stride(0) // align,
+            scores.stride(1) // align,
+            **constants,
+            **tile,
+            device_of=scores,
+        )
+    return _join(maxima, sums, bias, 1 / epsilon if bias is None else 1.0, dtype)
 
 
-def _balanced_step(scores: Tensor, bias: Tensor, epsilon: float, rows: Tensor | None = None) -> Tensor:
-    """[P, K] float64: the next potentials after those of an iteration, in one read where a row fits in registers."""
-    problems, n, k = scores.shape
-    compute = compute_dtype(scores.dtype)
+def _balanced_step(
+    tensors: list[Tensor], bias: Tensor, epsilon: float, rows: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """[P, K]: the next potentials after those of an iteration, in one read where a row fits in registers."""
+    problems, _, k = tensors[0].shape
+    compute = _compute(tensors)
     tile = tiling.sinkhorn_rows(k, compute)
     if tile is None:
-        return _step(scores, bias, epsilon, rows)
-    constants = _constants(scores, epsilon)
-    align = constants["ALIGN"]
+        return _step(tensors, bias, epsilon, rows, dtype=dtype)
     most = max(1, tiling.PROGRAMS // problems)
-    per_program = triton.cdiv(triton.cdiv(n, tile["ROWS"]), most) * tile["ROWS"]
-    parts = triton.cdiv(n, per_program)
-    sums = torch.empty((problems, parts, k), dtype=compute, device=scores.device)
-    launch.launch(
-        _softmax_sums_kernel,
-        (problems * parts,),
-        scores,
-        bias,
-        rows,
-        sums,
-        n,
-        k // align,
-        parts,
-        scores.stride(0) // align,
-        scores.stride(1) // align,
-        per_program,
-        STAGES=3,
-        **constants,
-        **tile,
-        device_of=scores,
-    )
-    return _join(None, sums, bias, 1.0)
+    per_program = [triton.cdiv(triton.cdiv(x.shape[1], tile["ROWS"]), most) * tile["ROWS"] for x in tensors]
+    parts = [triton.cdiv(x.shape[1], of_one) for x, of_one in zip(tensors, per_program, strict=True)]
+    sums = torch.empty((problems, sum(parts), k), dtype=compute, device=tensors[0].device)
+    for i, scores in enumerate(tensors):
+        constants = _constants(scores, epsilon, compute)
+        align = constants["ALIGN"]
+        launch.launch(
+            _softmax_sums_kernel,
+            (problems * parts[i],),
+            scores,
+            bias,
+            rows,
+            sums,
+            scores.shape[1],
+            k // align,
+            parts[i],
+            len(sums[0]),
+            sum(parts[:i]),
+            scores.stride(0) // align,
+            scores.stride(1) // align,
+            per_program[i],
+            STAGES=3,
+            **constants,
+            **tile,
+            device_of=scores,
+        )
+    return _join(None, sums, bias, 1.0, dtype)
 
 
 def _bias(
-    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+    tensors: list[Tensor],
+    epsilon: float,
+    iterations: int,
+    normalize_samples_first: bool,
+    rows: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """`reference.sinkhorn_bias` in float64, [P, K] of scores [P, N, K]."""
-    of_all = scores.shape[0], scores.shape[2]
-    zeros = torch.zeros(of_all, dtype=torch.float64, device=scores.device) if normalize_samples_first else None
-    bias = _step(scores, zeros, epsilon, rows)
-    for _ in range(iterations - 1):
-        bias = _balanced_step(scores, bias, epsilon, rows)
+    """`reference.sinkhorn_bias` [P, K] of scores [P, N, K]; until the last iteration in float64."""
+    of_all = tensors[0].shape[0], tensors[0].shape[2]
+    zeros = torch.zeros(of_all, dtype=torch.float64, device=tensors[0].device) if normalize_samples_first else None
+    last = iterations - 1
+    bias = _step(tensors, zeros, epsilon, rows, dtype=torch.float64 if last else dtype)
+    for i in range(1, iterations):
+        bias = _balanced_step(tensors, bias, epsilon, rows, dtype if i == last else torch.float64)
     return bias
 
 
@@ -319,7 +348,7 @@ def sinkhorn_step(
         return reference.sinkhorn_step(scores, bias, epsilon, rows, log_floors)
     problems = _problems(scores)
     floors = None if log_floors is None else log_floors.reshape(problems.shape[:2]).contiguous()
-    return _step(problems, dense(bias, torch.float64), epsilon, rows, floors).neg_().view(_of_prototypes(scores))
+    return _step([problems], dense(bias, torch.float64), epsilon, rows, floors).neg_().view(_of_prototypes(scores))
 
 
 def sinkhorn_rows(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
@@ -332,12 +361,13 @@ def sinkhorn_rows(scores: Tensor, bias: Tensor, epsilon: float) -> Tensor:
 
 
 def sinkhorn_bias(
-    scores: Tensor, epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
+    scores: list[Tensor], epsilon: float, iterations: int, normalize_samples_first: bool, rows: Tensor | None = None
 ) -> Tensor:
-    if scores.dtype not in launch.DTYPES:
+    if any(x.dtype not in launch.DTYPES for x in scores):
         return reference.sinkhorn_bias(scores, epsilon, iterations, normalize_samples_first, rows)
-    bias = _bias(_problems(scores), epsilon, iterations, normalize_samples_first, rows)
-    return bias.to(compute_dtype(scores.dtype)).view(_of_prototypes(scores))
+    tensors = [_problems(x) for x in scores]
+    bias = _bias(tensors, epsilon, iterations, normalize_samples_first, rows, _compute(tensors))
+    return bias.view(_of_prototypes(scores[0]))
 
 
 def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
@@ -355,7 +385,7 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
         row_lse = torch.empty(problems, n, dtype=compute, device=scores.device)
         row_logsumexp(scores, bias, 1 / epsilon, row_lse, softmax=True)
     codes = torch.empty(shape, dtype=dtype, device=scores.device)
-    constants = _constants(scores, epsilon)
+    constants = _constants(scores, epsilon, compute)
     align = constants["ALIGN"]
     launch.launch(
         _codes_kernel,
@@ -380,5 +410,5 @@ def sinkhorn(
 ) -> Tensor:
     if scores.dtype not in launch.DTYPES or dtype not in launch.DTYPES:
         return reference.sinkhorn(scores, epsilon, iterations, normalize_samples_first, dtype)
-    bias = _bias(_problems(scores), epsilon, iterations, normalize_samples_first)
+    bias = _bias([_problems(scores)], epsilon, iterations, normalize_samples_first)
     return sinkhorn_codes(scores, bias, epsilon, dtype)

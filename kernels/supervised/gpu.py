@@ -71,9 +71,9 @@ def _cross_entropy_kernel(
     per_class = tl.zeros((), COMPUTE)
     weight = tl.zeros((), COMPUTE)
     if OF_ROWS:
-        weight = tl.load(weights + i_row, inside, 0)
+        weight = tl.load(weights + i_row, inside, 0).to(COMPUTE)
         ignored = ignored | (weight == 0)
-        epsilon = tl.load(smoothing)
+        epsilon = tl.load(smoothing).to(COMPUTE)
         per_class = 1 / tl.cast(K * ALIGN, COMPUTE)  # K may be the constant 1, which has no .to
         # no smoothing, and a logit of -inf: 0 times infinity would be NaN
         uniform = tl.sum(tl.where(mask, maximum[:, None] - x, 0.0), 1) * per_class
@@ -149,9 +149,9 @@ def _cross_entropy_long_kernel(
     per_class = tl.zeros((), COMPUTE)
     weight = tl.zeros((), COMPUTE)
     if OF_ROWS:
-        weight = tl.load(weights + i_row)
+        weight = tl.load(weights + i_row).to(COMPUTE)
         ignored = ignored | (weight == 0)
-        epsilon = tl.load(smoothing)
+        epsilon = tl.load(smoothing).to(COMPUTE)
         per_class = 1 / tl.cast(K * ALIGN, COMPUTE)  # K may be the constant 1, which has no .to
         uniform = tl.where(epsilon == 0, 0.0, epsilon * (maximum - tl.sum(b_sum, 0) * per_class))
         loss = tl.where(ignored, 0.0, tl.log(total) + ((1 - epsilon) * (maximum - x_label) + uniform))
@@ -257,8 +257,8 @@ def _launched(
         gradient,
         sums,
         None if of_rows else counts,
-        weights.to(compute).contiguous() if of_rows else None,
-        label_smoothing.to(compute) if of_rows else None,
+        weights.contiguous() if of_rows else None,
+        label_smoothing if of_rows else None,
         one_over,
         *([] if tile is None else [n]),
         k // align,

@@ -243,7 +243,7 @@ def image_text_case(op: str, n: int, d: int, dtype: torch.dtype = torch.float32,
 
     return Case(
         op, f"{n} x {d}", inputs, eager, ours, dtype=dtype, peers=peers, bytes=4 * n * d * dtype.itemsize,
-        flops=2 * products * n * n * d, uses=OF_PAIRS if op == "clip_loss" else (), **options,
+        flops=2 * products * n * n * d, uses=(f"{op}_of_pairs", f"{op}_of_pairs_backward"), **options,
     )  # fmt: skip
 
 
