@@ -158,9 +158,13 @@ def characteristic_backward() -> dict:
 
 
 def augment(width: int) -> dict | None:
-    """Whole rows, about 512 pixels of them (1024 spill on sm_100); None: too wide."""
+    """Whole rows: of colours four pixels a thread (1024 wide and more: four or eight), of a blur's channel eight,
+    at the most; None: too wide."""
     block = _block(width)
-    return {"ROWS": max(1, 512 // block), "BLOCK": block, "num_warps": 8} if block <= 2048 else None
+    if block > 2048:
+        return None
+    tiles = {"ROWS": max(1, 512 // block), "BAND": max(1, 1024 // block)}
+    return tiles | {"BLOCK": block, "num_warps": max(4, block // 128)}
 
 
 def crop_resize(pixels: int) -> dict:
