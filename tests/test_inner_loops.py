@@ -127,3 +127,13 @@ def test_a_pixel_of_an_augmented_image_costs_at_most_so_many_instructions(channe
     assert all(len(across) <= 52 for across in blurs[1::2])
     stored = aot.Code.of(code).stores
     assert stored.keys() == {64, 128}, stored
+
+
+def test_a_row_of_sinkhorn_costs_at_most_so_many_instructions():
+    """A warp and row of 3000 prototypes, of which it has an eighth; 473 of one block of 4096, each number divided."""
+    with aot.compiling(90) as compiled, torch.no_grad():
+        aot._sinkhorn(3000, "bf16", (1, 0)).call()
+    (code,) = (x for x in compiled if x.metadata.name == "_softmax_sums_kernel")
+    (row,) = innermost_loops(code)
+    assert code.metadata.num_warps == 8
+    assert len(row) <= 320
