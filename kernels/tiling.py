@@ -17,7 +17,6 @@ from .chips import product_tile as _tile
 
 # Of work that is split among programs: two for each SM of an H200, on every GPU, as the order of sums depends on it.
 PROGRAMS = 264
-AUGMENT_PROGRAMS = 512  # at the least, where there are rows enough: a few images are divided by rows
 
 COLUMN_SUMS = 1 << 24  # float32 numbers, 64 MiB: the parts that columns' log-sum-exps are joined from
 WEIGHTS_BYTES = 1 << 27  # the weights of a contrastive gradient, a band of rows at a time
@@ -154,12 +153,6 @@ def characteristic_backward() -> dict:
 
 
 # augment --------------------------------------------------------------------------------------------------------------
-
-
-def augment(width: int) -> dict | None:
-    """Whole rows, about 512 pixels of them (1024 spill on sm_100); None: too wide."""
-    block = _block(width)
-    return {"ROWS": max(1, 512 // block), "BLOCK": block, "num_warps": 8} if block <= 2048 else None
 
 
 def crop_resize(pixels: int) -> dict:
@@ -372,12 +365,18 @@ def sinkhorn_join() -> dict:
 
 
 def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
-    """Rows read once, up to 8192 float32, beside their potentials and sums; None where they must be read twice."""
-    return _rows(width, per_thread=(64 if chips.current().tensor_cores else 32) // compute.itemsize)  # sm_75 spills 64
+    """Rows read once, up to 8192 float32, beside their potentials and sums; None where they must be read twice.
+
+    Of 3000 prototypes three blocks of 1024 columns instead of one of 4096.
+    """
+    tile = _rows(width, per_thread=(64 if chips.current().tensor_cores else 32) // compute.itemsize)  # sm_75 spills 64
+    if tile is None or width <= 1024 or width > 3 * tile["BLOCK"] // 4:
+        return tile and tile | {"BLOCKS": 1}
+    return tile | {"BLOCK": tile["BLOCK"] // 4, "BLOCKS": 3}
 
 
 def sinkhorn_codes() -> dict:
-    return {"ROWS": 1, "BLOCK": 1024, "num_warps": 4}
+    return {"ROWS": 1, "BLOCK": 1024, "BLOCKS": 1, "num_warps": 4}
 
 
 def prototype_cross_entropy(dtype: torch.dtype) -> dict:

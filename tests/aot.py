@@ -492,7 +492,9 @@ def _crop_resize(size: int, bicubic: bool, channels: int = 3, floats: bool = Fal
 CASES = [
     _augment(224, "bf16"),
     _augment(32, "fp32", channels_last=True, exact=True),
+    _augment(224, "bf16", channels_last=True),
     _augment(224, "bf16", floats=True),
+    _augment(1000, "bf16"),
     _augment(224, "bf16", channels=1),
     _augment(224, "fp32", channels=5, floats=True),
     _augment(96, "bf16", channels=13, floats=True, channels_last=True),

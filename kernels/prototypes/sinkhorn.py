@@ -20,6 +20,7 @@ from .. import launch, tiling
 from ..arithmetic import compute_dtype, dense_rows
 from . import reference
 from .row_logsumexp import biased, dense, row_logsumexp, two_parts
+from .row_softmax import exponentials, load_biases, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["N", "parts", "all_parts", "first_part", "s_problem"])
@@ -101,30 +102,33 @@ def _softmax_sums_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of a row; where they are more than one, ROWS is 1
     STAGES: tl.constexpr,
 ):
     """Sums over rows of `softmax(x * scale + bias, 1)`, each row read once."""
     problem = tl.program_id(0) // parts
     x += launch.row_start(problem, s_problem, ALIGN)
     bias += launch.row_start(problem, K, ALIGN)
-    column = tl.arange(0, BLOCK)
-    inside = column < K * ALIGN
-    b_bias = tl.load(bias + column, inside, 0)[None, :]
+    biases = load_biases(bias, K * ALIGN, BLOCK, BLOCKS)
     high, low = two_parts(scale, COMPUTE)
     acc = tl.zeros([ROWS, BLOCK], COMPUTE)
-    counted = N if rows is None else tl.load(rows)
+    acc1 = acc
+    acc2 = acc
+    counted = N if rows is None else tl.minimum(tl.load(rows), N).to(tl.int32)
     part = tl.program_id(0) % parts
     first = part * per_program
-    for i in tl.range(first, min(first + per_program, N), ROWS, num_stages=STAGES):
+    for i in tl.range(first, tl.minimum(first + per_program, counted), ROWS, num_stages=STAGES):
         i_row = i + tl.arange(0, ROWS)
-        mask = (i_row < N)[:, None] & inside[None, :]
-        b_x = tl.load(x + launch.row_start(i_row, s_row, ALIGN)[:, None] + column[None, :], mask, -float("inf"))
-        v = biased(b_x, b_bias, high, low, COMPUTE)
-        e = tl.exp(v - tl.max(v, 1)[:, None])
-        p = e / tl.sum(e, 1)[:, None]
-        acc += tl.where(((i_row < N) & (i_row < counted))[:, None], p, 0.0)
-    out = launch.row_start(problem * all_parts + first_part + part, K, ALIGN) + column
-    tl.store(sums + out, tl.sum(acc, 0), inside)
+        live = (i_row < counted)[:, None]
+        b_x = load_rows(x + launch.row_start(i_row, s_row, ALIGN)[:, None], live, K * ALIGN, BLOCK, BLOCKS)
+        e, over = exponentials(b_x, biases, high, low, COMPUTE, BLOCKS)
+        acc += e[0] * over if ROWS == 1 else tl.where(live, e[0] * over, 0.0)
+        if BLOCKS > 1:
+            acc1 += e[1] * over
+            acc2 += e[2] * over
+    of_blocks = tl.sum(acc, 0, True), tl.sum(acc1, 0, True), tl.sum(acc2, 0, True)
+    out = launch.row_start(problem * all_parts + first_part + part, K, ALIGN)
+    store_rows(sums + out, of_blocks, True, K * ALIGN, BLOCK, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -180,26 +184,30 @@ def _codes_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of a row, a program's; with row_lse one of them is
 ):
-    blocks = tl.cdiv(K * ALIGN, BLOCK)
+    blocks = 1 if row_lse is None else tl.cdiv(K * ALIGN, BLOCK)
     i_rows = tl.program_id(0) // blocks
     problem = i_rows // tl.cdiv(N, ROWS)
     i_row = i_rows % tl.cdiv(N, ROWS) * ROWS + tl.arange(0, ROWS)
     x += launch.row_start(problem, s_problem, ALIGN)
     bias += launch.row_start(problem, K, ALIGN)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = column < K * ALIGN
-    mask = (i_row < N)[:, None] & inside[None, :]
-    b_x = tl.load(x + launch.row_start(i_row, s_row, ALIGN)[:, None] + column[None, :], mask, -float("inf"))
+    x += launch.row_start(i_row, s_row, ALIGN)[:, None]
+    # N K of all problems may pass 2^31, their rows not
+    codes += launch.row_start(problem * N + i_row, K, ALIGN)[:, None]
+    live = (i_row < N)[:, None]
     high, low = two_parts(scale, COMPUTE)
-    v = biased(b_x, tl.load(bias + column, inside, 0)[None, :], high, low, COMPUTE)
     if row_lse is None:
-        e = tl.exp(v - tl.max(v, 1)[:, None])
-        p = e / tl.sum(e, 1)[:, None]
+        b_x = load_rows(x, live, K * ALIGN, BLOCK, BLOCKS)
+        e, over = exponentials(b_x, load_biases(bias, K * ALIGN, BLOCK, BLOCKS), high, low, COMPUTE, BLOCKS)
+        p = (e[0] * over, None if BLOCKS == 1 else e[1] * over, None if BLOCKS == 1 else e[2] * over)
+        store_rows(codes, p, live, K * ALIGN, BLOCK, BLOCKS)
     else:
+        column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = column < K * ALIGN
+        v = biased(tl.load(x + column, live & inside, 0), tl.load(bias + column, inside, 0), high, low, COMPUTE)
         p = tl.exp(v - tl.load(row_lse + problem * N + i_row, i_row < N, 0)[:, None])
-    out = launch.row_start(problem * N + i_row, K, ALIGN)  # N K of all problems may pass 2^31, their rows not
-    tl.store(codes + out[:, None] + column[None, :], p, mask)
+        tl.store(codes + column, p, live & inside)
 
 
 def _constants(scores: Tensor, epsilon: float, compute: torch.dtype) -> dict:
@@ -389,7 +397,7 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
     align = constants["ALIGN"]
     launch.launch(
         _codes_kernel,
-        (triton.cdiv(k, tile["BLOCK"]) * problems * triton.cdiv(n, tile["ROWS"]),),
+        ((1 if row_lse is None else triton.cdiv(k, tile["BLOCK"])) * problems * triton.cdiv(n, tile["ROWS"]),),
         scores,
         bias,
         row_lse,
