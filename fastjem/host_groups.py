@@ -6,13 +6,15 @@ together, as to any collective call.
 """
 
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.constants import default_pg_timeout
 
-_beside: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = weakref.WeakKeyDictionary()
+_beside: "weakref.WeakKeyDictionary[dist.ProcessGroup, Any]" = weakref.WeakKeyDictionary()
 
 
 def sends_from_host(group: dist.ProcessGroup) -> bool:
@@ -20,15 +22,15 @@ def sends_from_host(group: dist.ProcessGroup) -> bool:
     return "cpu:" in dist.get_backend_config(group)
 
 
-def gloo_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Gloo of the same ranks. A collective call, of the group's ranks, when it is first called with that group.
+def gloo_beside(group: dist.ProcessGroup) -> Any:
+    """torch's ProcessGroupGloo of the same ranks. A collective call, of the group's ranks, when it is first called with that group.
 
     They find each other in the group's own store. `new_group` of these ranks alone would name it by how many groups a
     rank is in: of ranks that are in several each waits for a name of its own.
     """
     if group not in _beside:
         store = dist.PrefixStore("fastjem", distributed_c10d._get_process_group_store(group))
-        _beside[group] = distributed_c10d.ProcessGroupGloo(store, group.rank(), group.size())
+        _beside[group] = distributed_c10d.ProcessGroupGloo(store, group.rank(), group.size(), default_pg_timeout)
     return _beside[group]
 
 

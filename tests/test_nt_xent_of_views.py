@@ -162,6 +162,15 @@ def test_rows_of_zeros_and_the_same_tensor_twice(implementation):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_a_learned_temperature_that_isnt_positive_gives_no_number(value, implementation):
+    """Its value is known to the device alone. A finite loss would go on as if there were such a temperature."""
+    z = draw(2, 8, 16).float().to(implementation.device).requires_grad_()
+    temperature = torch.tensor(value, device=implementation.device, requires_grad=True)
+    loss = F.nt_xent(z, temperature=temperature)
+    assert all(x.isnan().all() for x in (loss, *torch.autograd.grad(loss, (z, temperature))))
+
+
 def test_batched_upstream_gradients_are_those_one_by_one():
     z, t = draw(2, 8, 16).requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     loss = F.nt_xent(z, temperature=t)
