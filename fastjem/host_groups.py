@@ -23,7 +23,7 @@ def sends_from_host(group: dist.ProcessGroup) -> bool:
 
 
 def gloo_beside(group: dist.ProcessGroup) -> Any:
-    """torch's ProcessGroupGloo of the same ranks. A collective call, of the group's ranks, when it is first called with that group.
+    """A ProcessGroupGloo of the same ranks. The first call with a group is a collective one, of its ranks.
 
     They find each other in the group's own store. `new_group` of these ranks alone would name it by how many groups a
     rank is in: of ranks that are in several each waits for a name of its own.

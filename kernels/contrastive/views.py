@@ -41,7 +41,7 @@ def dot_of_rows(a, b):
 
 @triton.jit
 def factor_of(temperature, inverse):
-    """1 / temperature in float64, of a 0-dim tensor, NaN where that isn't positive; without one, the number `inverse`."""
+    """1 / temperature in float64, of a 0-dim tensor, NaN if that isn't positive; without one, the number `inverse`."""
     if temperature is not None:
         divisor = tl.load(temperature).to(tl.float64)
         return 1 / tl.where(divisor > 0, divisor, float("nan"))
