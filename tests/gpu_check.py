@@ -82,6 +82,8 @@ class Process:
         environment |= {"FASTJEM_GPU_WORKER": str(plan), "PYTHONPATH": os.pathsep.join(paths)}
         environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of what is installed there nothing is needed
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_worker", *self.arguments]
+        with self.events.open("ab") as events:
+            events.write(b"\n")  # behind a line in whose middle the process before was killed
         with self.log.open("ab") as log:
             self.handle = subprocess.Popen(
                 words, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
@@ -97,7 +99,8 @@ class Process:
                 if not line.endswith(b"\n"):
                     return
                 self.read += len(line)
-                yield json.loads(line)
+                with contextlib.suppress(ValueError):  # empty, or half of one
+                    yield json.loads(line)
 
     def kill(self) -> None:
         """It and what it has started."""

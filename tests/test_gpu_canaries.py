@@ -40,7 +40,7 @@ import fastjem.functional as F
 from fastjem import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
-DEVICE = "cuda"  # tests/test_gpu_here.py runs them on the CPU, smaller
+DEVICE = "cuda"  # tests/test_gpu_canaries_here.py runs them on the CPU, smaller
 ROWS = {torch.float32: 66_000, torch.bfloat16: 131_072}
 MANY = 70_000  # rows; a grid's second dimension ends at 65,535
 STEPS = 30

@@ -40,7 +40,7 @@ def growing(first: int) -> Callable[[], tuple[Step, Batch]]:
     return made
 
 
-@pytest.mark.parametrize("first", [2, 3])  # a step that comes before the captured one, and the one that it is checked by
+@pytest.mark.parametrize("first", [2, 3])  # a step before the captured one, and the one that the graph is checked by
 def test_a_step_that_reaches_more_parameters_is_refused(first: int) -> None:
     made = growing(first)
     expected, state, _ = steps_of("simclr", None, made=made)
