@@ -60,7 +60,7 @@ def unit_views_kernel(
     N,
     D,
     V,
-    s_view,
+    s_view: tl.int64,  # between two tensors it may be anything, and of either size
     s_row,
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
