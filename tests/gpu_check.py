@@ -39,7 +39,7 @@ OF_GPU_CHECK = {"test_gpu_canaries.py", "test_gpu_canaries_here.py", "test_gpu_c
 
 # By number, with a process and an environment of its own each: (of the functions' names the beginning, environment).
 BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error is reported by the call that made it
-NUMBERS = ("01", "02", "03", "04", "05", "06", "07", "08a", "08b", "09", "10a", "10b", "10c")
+NUMBERS = ("01", "02", "03", "04", "05", "06", "07", "08a", "08b", "09", "10a", "10b", "10c", "10d")
 CANARIES = [(f"test_{number}_", BLOCKING if "03" <= number <= "07" else {}) for number in NUMBERS]
 
 
