@@ -227,13 +227,13 @@ def small_calls() -> None:
     (F.prototype_head_cross_entropy(student, teacher, w, w.detach(), **temperatures) * 0.37).backward()
     a, b = rows(33, 40), rows(33, 40)
     (F.barlow_twins(a, b) * 0.37).backward()
-    x, y, scale = rows(33, 96), rows(33, 96), torch.tensor(3.0, device=DEVICE, requires_grad=True)
+    image, text, scale = rows(33, 96), rows(33, 96), torch.tensor(3.0, device=DEVICE, requires_grad=True)
     for programs in (tiling.PROGRAMS, 1):  # of few rows each block's gradient is several programs', of many one's
         with mock.patch.object(tiling, "PROGRAMS", programs):
-            (F.nt_xent(a, b) + F.clip_loss(x, y, scale)).backward()
+            (F.nt_xent(a, b) + F.clip_loss(image, text, scale)).backward()
     weights = [torch.randn(n, generator=g, device=DEVICE) for n in (5, 1000, 70_001)]
     F.ema_update_(weights, [torch.zeros_like(x) for x in weights], 0.9)
-    for x in (*student, w, a, b, x, y, scale):
+    for x in (*student, w, a, b, image, text, scale):
         assert x.grad is not None and x.grad.isfinite().all()
     assert all(x.isfinite().all() for x in weights)
 
