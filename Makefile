@@ -80,8 +80,8 @@ bench: $(ready)
 # Bounds, in all under 10 minutes: 90 s to build, and those of tests/gpu_check.py, which also says how it ends.
 gpu-check:
 	$(if $(filter-out canaries tests bench dali,$(PART)),$(error PART is canaries, tests, bench or dali, got $(PART)))
-	timeout 90 $(PYTHON) -m pip install -q --disable-pip-version-check $(extension)
 	@$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch finds no GPU here")'
+	timeout 90 $(PYTHON) -m pip install -q --disable-pip-version-check $(extension)
 	$(PYTHON) tests/gpu_check.py $(PART) --out $(OUT) --pytest='$(ARGS)'
 
 clean:

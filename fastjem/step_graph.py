@@ -40,6 +40,7 @@ WARM = 4  # steps before a step is captured: two that make their gradients anew,
 FRESH = 2  # of these, those that make their gradients anew
 CLOSE = 1e-3  # losses of a step and of its replay, one to the other, where the step doesn't repeat its own bits
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}  # by the bytes of an element
+OTHERS = "thread_local"  # in a capture other threads may allocate: the loader's, which pins batches
 NO_GPU = "graphs are CUDA's, and the run is on another device"
 ONE_BY_ONE = "a step's kernels are launched one by one"
 
@@ -112,8 +113,7 @@ class CudaGraph:
         graph = torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         try:
-            # Other threads may allocate meanwhile: the loader's, which pins batches.
-            with capturing(graph, self.stream, pool, capture_error_mode="thread_local"):
+            with capturing(graph, self.stream, pool, capture_error_mode=OTHERS):
                 found = work()
         except BrokenError as error:
             raise UserError(
@@ -150,6 +150,7 @@ class StepGraph:
         self.must = must
         self.say = say
         self.refused = False
+        self.differ = False  # steps in the parameters that they reach
         self._begin_with(None)
 
     def _begin_with(self, shapes: Any) -> None:
@@ -162,11 +163,13 @@ class StepGraph:
         self.found: Found | None = None  # what the captured step writes: None before it is captured
         self.batches: list[Tensor] = []  # what it reads
         self.gradients: list[Tensor | None] = []  # those that the graph writes, held as long as it is
-        self.reached: set[int] | None = None  # parameters that the first step has given a gradient
+        self.reached: set[int] | None = None  # parameters that the step before has given a gradient
         self.graph = self.make()
 
     def take(self, batches: list[Batch]) -> Found:
         """A step of an accumulation's batches."""
+        if self.differ and not self.refused:  # said behind the step that showed it: its end is one to go on from
+            self._refuse("not every step reaches the same parameters")
         if self.refused:
             return self.work.take(batches)
         tensors, structure = pytree.tree_flatten(batches)
@@ -201,17 +204,17 @@ class StepGraph:
         self.work.keep_gradients = self.taken >= FRESH
         found = self.graph.warm(lambda: self.work.take(batches))
         self.taken += 1
-        if self.taken <= FRESH:
-            reached = {i for i, p in enumerate(self.work.parameters) if p.grad is not None}
-            if self.reached is not None and reached != self.reached:
-                self._refuse("not every step reaches the same parameters")
-            self.reached = reached
+        reached = {i for i, p in enumerate(self.work.parameters) if p.grad is not None}
+        self.differ = self.differ or (self.reached is not None and reached != self.reached)
+        self.reached = reached
         return found
 
     def _checked(self, batches: list[Batch], tensors: list[Any], structure: Any) -> Found:
         """A step as it is, captured, undone and replayed."""
         before = [x.detach().to("cpu", copy=True) for x in self.work.state()]
         found = self._taken_as_it_is(batches)
+        if self.differ:
+            return found
         own = self._marks(found)
         try:
             why = self._capture(tensors, structure)

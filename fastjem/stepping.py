@@ -1,7 +1,6 @@
 """Optimiser steps, one at a time: batches, forward, backward, update, and what moves behind it."""
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -42,8 +41,9 @@ def optimizer_steps(training: Training, journal: Journal, stop: Stop) -> Iterato
 
 
 def counted(arriving: Iterator[tuple[Batch, float]], count: int, taken: Taken) -> Iterator[Batch]:
-    """So many batches, and what they took in the step's figures."""
-    for batch, waited in itertools.islice(arriving, count):
+    """So many batches, and what they took in the step's figures; RuntimeError where there are fewer."""
+    for _ in range(count):
+        batch, waited = next(arriving)
         taken.waited += waited
         taken.images += len(batch.index)
         yield batch

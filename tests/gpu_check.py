@@ -39,7 +39,7 @@ OF_GPU_CHECK = {"test_gpu_canaries.py", "test_gpu_canaries_here.py", "test_gpu_c
 
 # By number, with a process and an environment of its own each: (of the functions' names the beginning, environment).
 BLOCKING = {"CUDA_LAUNCH_BLOCKING": "1"}  # an error is reported by the call that made it
-NUMBERS = ("01", "02", "03", "04", "05", "06", "07", "08a", "08b", "09", "10a", "10b", "10c")
+NUMBERS = ("01", "02", "03", "04", "05", "06", "07", "08a", "08b", "09", "10a", "10b", "10c", "10d")
 CANARIES = [(f"test_{number}_", BLOCKING if "03" <= number <= "07" else {}) for number in NUMBERS]
 
 
@@ -82,6 +82,8 @@ class Process:
         environment |= {"FASTJEM_GPU_WORKER": str(plan), "PYTHONPATH": os.pathsep.join(paths)}
         environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # of what is installed there nothing is needed
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_worker", *self.arguments]
+        with self.events.open("ab") as events:
+            events.write(b"\n")  # behind a line in whose middle the process before was killed
         with self.log.open("ab") as log:
             self.handle = subprocess.Popen(
                 words, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
@@ -97,7 +99,8 @@ class Process:
                 if not line.endswith(b"\n"):
                     return
                 self.read += len(line)
-                yield json.loads(line)
+                with contextlib.suppress(ValueError):  # empty, or half of one
+                    yield json.loads(line)
 
     def kill(self) -> None:
         """It and what it has started."""

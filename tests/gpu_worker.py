@@ -5,8 +5,10 @@ its file in the folder of claims, so whoever is done early takes more. What happ
 happens: when a kernel takes its process along, the lines before tell which test that was.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -88,7 +90,14 @@ class Worker:
 
 def pytest_configure(config: pytest.Config) -> None:
     if plan := os.environ.get(PLAN):
+        _end_with_the_runner()
         config.pluginmanager.register(Worker(json.loads(Path(plan).read_text())), "gpu-worker")
+
+
+def _end_with_the_runner() -> None:
+    """Killed, it can't end its processes, and a GPU that they go on to use is no other run's."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def group_of(item: pytest.Item) -> str:

@@ -5,7 +5,10 @@ import torch
 from test_methods import make
 from test_methods_distributed import part_of, without_batch_norm
 
+from fastjem.data.batch import Batch
+from fastjem.meter import Taken
 from fastjem.methods import RunFacts
+from fastjem.stepping import counted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,3 +61,13 @@ def test_what_moves_once_a_step_does_so_under_accumulation(name: str, parts: int
         step.step_ends(1, 0.9)
     for key, value in one.method.state_dict().items():
         torch.testing.assert_close(value.double(), states[0][key].double(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_of_fewer_batches_is_an_error() -> None:
+    """A loader that ended before the run would leave steps of nothing."""
+    batch = Batch([torch.zeros(3, 3, 4, 4)], torch.arange(3))
+    taken = Taken(1, 0, 0.0, [], {}, None, {})
+    found = counted(iter([(batch, 0.5)]), 2, taken)
+    assert next(found) is batch and (taken.images, taken.waited) == (3, 0.5)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        next(found)

@@ -222,13 +222,17 @@ def check_kmeans(z: torch.Tensor, mine: slice) -> None:
 
 
 def check_numbers_of_a_group_without_the_host(rank: int, world: int) -> None:
-    """A group of NCCL alone has one of gloo beside it, by which its ranks tell each other numbers."""
+    """A group of NCCL alone has gloo beside it, by which its ranks tell each other numbers.
+
+    The first rank is in one group more than the others, by whose number torch would name one of these ranks alone.
+    """
+    dist.new_group([0], backend="gloo")
     group = dist.new_group(list(range(world)), backend="gloo")
-    assert host_groups.host_group(group) is group
+    assert host_groups.sends_from_host(group)
     with mock.patch.object(dist, "get_backend_config", lambda group: "cuda:nccl"):
-        beside = host_groups.host_group(group)
-        assert beside is not None and beside is not group
-        assert host_groups.host_group(group) is beside
+        assert not host_groups.sends_from_host(group)
+        beside = host_groups.gloo_beside(group)
+        assert beside is not group and host_groups.gloo_beside(group) is beside
         numbers = [[10 * i, 10 * i + 1] for i in range(world)]
         assert host_groups.numbers_of_ranks(numbers[rank], group) == numbers
         with Agreement("mine", group) as ranks:

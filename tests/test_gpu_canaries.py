@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,9 +39,10 @@ from torch import Tensor
 import fastjem
 import fastjem.functional as F
 from fastjem import ops
+from fastjem.kernels import tiling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
-DEVICE = "cuda"  # tests/test_gpu_here.py runs them on the CPU, smaller
+DEVICE = "cuda"  # tests/test_gpu_canaries_here.py runs them on the CPU, smaller
 ROWS = {torch.float32: 66_000, torch.bfloat16: 131_072}
 MANY = 70_000  # rows; a grid's second dimension ends at 65,535
 STEPS = 30
@@ -135,8 +137,8 @@ def _by(implementation: str) -> Iterator[None]:
 @pytest.mark.parametrize("name", LOSS_NAMES)
 def test_04_float32_at_low_temperature(name, implementation_name):
     """float32 value and gradient at temperature 0.01 and scale 100. If it fails: triton alone, three TF32 products are
-    less exact than thought (`tf32x3` in kernels/tiling.py, use `ieee`); the reference, too, torch's own product isn't
-    symmetric bit for bit, and no low temperature is safe in float32."""
+    less exact than thought (`add_product` in kernels/contrastive/tiles.py, `tf32x3` in the head's kernels: `ieee`);
+    the reference, too, torch's own product isn't symmetric bit for bit, and no low temperature is safe in float32."""
     with _by(implementation_name):
         check_values_and_gradients(losses(0.01, 100.0)[name], torch.float32, DEVICE)
 
@@ -212,7 +214,8 @@ def test_07_sinkhorn_of_many_rows():
 
 
 def small_calls() -> None:
-    """What compute-sanitizer watches: the head, a standardisation's gradient in place, a rescale, a teacher's step."""
+    """What compute-sanitizer watches: the head, a standardisation's gradient in place, a rescale, a teacher's step, and
+    gradients of similarities, whose programs read log-sum-exps a whole tile at a time."""
     g = torch.Generator(DEVICE).manual_seed(0)
 
     def rows(*shape: int) -> Tensor:
@@ -224,9 +227,13 @@ def small_calls() -> None:
     (F.prototype_head_cross_entropy(student, teacher, w, w.detach(), **temperatures) * 0.37).backward()
     a, b = rows(33, 40), rows(33, 40)
     (F.barlow_twins(a, b) * 0.37).backward()
+    image, text, scale = rows(33, 96), rows(33, 96), torch.tensor(3.0, device=DEVICE, requires_grad=True)
+    for programs in (tiling.PROGRAMS, 1):  # of few rows each block's gradient is several programs', of many one's
+        with mock.patch.object(tiling, "PROGRAMS", programs):
+            (F.nt_xent(a, b) + F.clip_loss(image, text, scale)).backward()
     weights = [torch.randn(n, generator=g, device=DEVICE) for n in (5, 1000, 70_001)]
     F.ema_update_(weights, [torch.zeros_like(x) for x in weights], 0.9)
-    for x in (*student, w, a, b):
+    for x in (*student, w, a, b, image, text, scale):
         assert x.grad is not None and x.grad.isfinite().all()
     assert all(x.isfinite().all() for x in weights)
 
@@ -248,13 +255,13 @@ def _watch(tool: str) -> None:
 
 
 def test_08a_memory():
-    """No kernel of four reads or writes beyond its tensors. If it fails: the report names kernel, address and thread;
+    """No kernel of some reads or writes beyond its tensors. If it fails: the report names kernel, address and thread;
     nothing that uses that kernel may be believed."""
     _watch("memcheck")
 
 
 def test_08b_races():
-    """No kernel of four races in shared memory. If it fails: as above, and results may differ from run to run."""
+    """No kernel of these races in shared memory. If it fails: as above, and results may differ from run to run."""
     _watch("racecheck")
 
 
@@ -364,3 +371,9 @@ def test_10c_convnet_with_fused_adamw():
     """The same of a ConvNet with AdamW, whose weights of 1 x 1 have two layouts at once (pytorch#110758). If it fails:
     another optimiser than `adamw` under `--compile`."""
     _pretrain("simclr", compile=True, optimizer="adamw")
+
+
+def test_10d_as_a_graph():
+    """Each step of a run is one CUDA graph, while the loader's threads pin and figures are solved beside it. If it
+    fails: `--cuda-graph off`; the message says what can't be captured, or which losses the step and its graph have."""
+    _pretrain("simclr", cuda_graph="on")

@@ -1,5 +1,6 @@
 """`make gpu-check`'s runner, on tests that need no GPU: some fail, die, hang or lose their GPU."""
 
+import contextlib
 import json
 import os
 import signal
@@ -150,17 +151,33 @@ def test_whatever_ends_it_the_results_are_there(number, tmp_path):
     assert (found["passed"], found["not run"]) == (1, 2)
     if number == signal.SIGKILL:
         assert found["verdict"] == "RUNNING"
-        _end_workers(tmp_path)
+        until = time.monotonic() + 10
+        while _workers(tmp_path):
+            assert time.monotonic() < until, "the runner's processes go on without it"
+            time.sleep(0.1)
     else:
         assert process.returncode == 130 and found["verdict"] == "INTERRUPTED" and "1 passed" in said
 
 
-def _end_workers(folder: Path) -> None:
-    """Those whose runner was killed."""
+def _workers(folder: Path) -> list[int]:
+    """Those that still run."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
-        words = (process / "cmdline").read_bytes() if process.joinpath("cmdline").exists() else b""
-        if b"gpu_worker" in words and str(folder).encode() in words:
-            os.kill(int(process.name), signal.SIGKILL)
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            words = (process / "cmdline").read_bytes()
+            found += [int(process.name)] if b"gpu_worker" in words and str(folder).encode() in words else []
+    return found
+
+
+def test_a_process_that_is_killed_within_a_line_costs_that_line(tmp_path):
+    process = gpu_check.Process("worker", tmp_path, None, None, {}, ["--version"])
+    process.events.write_text('{"test": "a", "outcome": "passed"}\n{"test": "b", "out')
+    assert [event["test"] for event in process.told()] == ["a"]
+    process.start()
+    assert process.handle is not None and process.handle.wait(60) == 0
+    with process.events.open("a") as events:
+        events.write('{"test": "c", "outcome": "passed"}\n')
+    assert [event["test"] for event in process.told()] == ["c"]
 
 
 def test_files_that_cannot_be_imported_are_failures(tmp_path):

@@ -111,6 +111,27 @@ def test_values_and_gradients(shape, dtype, rows_are, implementation):
         )
 
 
+@pytest.mark.parametrize("lies", ["transposed", "apart", "repeated"])
+def test_the_second_view_lies_otherwise(lies, implementation, poisoned):
+    """A copy of it lives until the kernel has read it: nothing but a distance in memory names it."""
+    n, d = 5, 100
+    z0, z1 = draw(2, n, d)
+    if lies == "repeated":
+        z1 = z1[:1]
+    otherwise = {
+        "transposed": lambda x: x.T.contiguous().T,
+        "apart": lambda x: torch.cat([x, x], 1)[:, :d],
+        "repeated": lambda x: x.expand(n, d),
+    }[lies]
+    check(
+        lambda a, b: F.nt_xent(a, otherwise(b), temperature=0.2),
+        lambda a, b: eager(torch.stack([a, b.expand(n, d)]), 0.2),
+        [z0, z1],
+        torch.float32,
+        implementation.device,
+    )
+
+
 def test_walks_in_pieces_are_joined(implementation, monkeypatch):
     """Of very many rows, columns' sums don't fit in memory at once."""
     if not INTERPRETING:
@@ -153,6 +174,15 @@ def test_rows_shorter_than_the_least_divisor(implementation):
     truth.backward()
     for row, expected in zip(leaf.grad.cpu().double().flatten(0, 1), same.grad.flatten(0, 1), strict=True):
         assert (row - expected).norm() <= 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_a_learned_temperature_that_isnt_positive_gives_no_number(value, implementation):
+    """Its value is known to the device alone. A finite loss would go on as if there were such a temperature."""
+    z = draw(2, 8, 16).float().to(implementation.device).requires_grad_()
+    temperature = torch.tensor(value, device=implementation.device, requires_grad=True)
+    loss = F.nt_xent(z, temperature=temperature)
+    assert all(x.isnan().all() for x in (loss, *torch.autograd.grad(loss, (z, temperature))))
 
 
 def test_batched_upstream_gradients_are_those_one_by_one():

@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 import aot
 import specialisations
 
+from fastjem.kernels.contrastive import gpu_views
+
 
 def _x(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape)
@@ -90,3 +92,17 @@ def test_other_numbers_compile_nothing(call):
         for value, rows in ((0.041, 24), (0.05, 24), (1.0, 24), (0.07, 16), (0.1, 23)):
             call(value, rows)
             assert needed == first, f"{value} and {rows} rows compile {needed - first}"
+
+
+def test_views_that_are_further_apart_compile_nothing(monkeypatch):
+    """Two tensors are as far apart in memory as they happen to be, which may be less than 2^31 elements or more: not
+    the time to compile while a CUDA graph is captured, whose memory is elsewhere."""
+    views = [_x(24, 48), _x(24, 48)]
+    found = []
+    with specialisations.specialising():
+        for apart in (1 << 12, 1 << 33, -(1 << 12), -(1 << 40)):
+            monkeypatch.setattr(gpu_views, "as_one", lambda z: (z[0], 2, apart, 48))  # noqa: B023
+            specialisations.needed["kernels"].clear()
+            aot.contrastive.nt_xent_of_views(views, None, None, 0.5, False)
+            found.append(set(specialisations.needed["kernels"]))
+    assert found[0] and all(kernels == found[0] for kernels in found)

@@ -328,7 +328,7 @@ class CapturesBadly:
     calls: ClassVar[list[str]] = []
 
     def __init__(self, graph: Any, **options: Any) -> None:
-        self.options = options
+        assert options["capture_error_mode"] == "thread_local"  # else the loader's thread, which pins, ends it
         self.bad = options.get("pool") is not None
 
     def __enter__(self) -> None:

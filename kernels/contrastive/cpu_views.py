@@ -1,5 +1,7 @@
 """NT-Xent on the views of one batch on the CPU, with the engine: see of_views.py."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from .of_views import stacked, state_rows
 
 
 def _number(temperature: float, learned: Tensor | None) -> float:
-    return temperature if learned is None else learned.item()
+    """As of_views.divisor_of."""
+    number = temperature if learned is None else learned.item()
+    return number if number > 0 else math.nan
 
 
 def _flat(unit: Tensor) -> composed.Views:

@@ -31,9 +31,10 @@ def as_one(views: list[Tensor]) -> tuple[Tensor, int, int, int]:
         (z,) = views
         z = dense_rows(z)
         return z, z.shape[0], z.stride(0), z.stride(1)
-    first, second = (dense_rows(z) for z in views)
-    if first.stride(0) != second.stride(0):
-        first, second = first.contiguous(), second.contiguous()
+    first, second = views
+    if first.stride() != second.stride() or first.stride(1) != 1:
+        # One copy of both. Of two the second, which is known by its distance alone, would be freed before it is read.
+        return as_one([torch.stack(views)])
     return first, 2, (second.data_ptr() - first.data_ptr()) // first.element_size(), first.stride(0)
 
 

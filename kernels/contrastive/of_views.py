@@ -5,6 +5,8 @@ is made of their results in steps of torch, which cost a GPU more than the work 
 are the whole of it, the mean, the unit length, the upstream gradient and that for the temperature among them.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,11 @@ def state_rows(n: int) -> int:
 def dtype_of_products(x: Tensor) -> torch.dtype:
     """That of unit rows: a GPU multiplies them in the dtype they come in."""
     return x.dtype if x.is_cuda else compute_dtype(x.dtype)
+
+
+def divisor_of(temperature: float, learned: Tensor | None) -> float | Tensor:
+    """What logits are divided by: of a learned temperature that isn't positive NaN, as nobody has looked at it."""
+    return temperature if learned is None else torch.where(learned > 0, widest(learned), math.nan)
 
 
 def stacked(views: list[Tensor]) -> Tensor:
@@ -42,7 +49,7 @@ def nt_xent_of_views(
     a GPU's kernels fill [2, >= V N] float32, and 1 / temperature, 0-dim; float64 but for the first and the state.
     """
     z = stacked(views)
-    divided_by = temperature if learned is None else widest(learned)
+    divided_by = divisor_of(temperature, learned)
     positives, lse = in_parts.nt_xent(z, z, 0, divided_by, decoupled, True)  # pyright: ignore[reportArgumentType]
     loss = (lse - (positives if weights is None else positives * weights)).mean()
     unit, norm = unit_rows(widen(z))
@@ -72,7 +79,7 @@ def nt_xent_of_views_backward(
     temperature divides logits.
     """
     rows = widen(unit)
-    divided_by = temperature if learned is None else widest(learned)
+    divided_by = divisor_of(temperature, learned)
     of_unit = in_parts.nt_xent_backward(rows, rows, lse, lse, weights, 0, divided_by, decoupled, False)  # pyright: ignore[reportArgumentType]
     scale = widest(upstream) * factor / lse.numel()
     gradient = through_unit_rows(of_unit, rows, divisors[..., None].to(rows.dtype)) * scale.to(rows.dtype)

@@ -41,9 +41,10 @@ def dot_of_rows(a, b):
 
 @triton.jit
 def factor_of(temperature, inverse):
-    """1 / temperature in float64, of a 0-dim tensor; without one, the number `inverse`."""
+    """1 / temperature in float64, of a 0-dim tensor, NaN if that isn't positive; without one, the number `inverse`."""
     if temperature is not None:
-        return 1 / tl.load(temperature).to(tl.float64)
+        divisor = tl.load(temperature).to(tl.float64)
+        return 1 / tl.where(divisor > 0, divisor, float("nan"))
     return tl.full((), inverse, tl.float64)
 
 
@@ -59,7 +60,7 @@ def unit_views_kernel(
     N,
     D,
     V,
-    s_view,
+    s_view: tl.int64,  # between two tensors it may be anything, and of either size
     s_row,
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
