@@ -50,7 +50,7 @@ INTERPRETER = [
         ("b_factor *= tl.load(scale).to(COMPUTE)", "b_factor *= 1"),
         ("_multiply(gradient + offset, b_factor, tail", "_multiply(gradient + offset, b_factor * b_factor, tail"),
         ("launch.chosen(gradients, tl.program_id(0) // blocks)", "gradients[0]"),
-        ("(gradient.dtype, gradient.numel())", "(gradient.dtype, 0)"),
+        ("(blocks * len(gradients),)", "(blocks,)"),
     ),
     *_all(
         "vicreg", PRODUCTS, f"vicreg and interpreter and {ONE_NUMBER}",

@@ -142,8 +142,9 @@ def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     Of gradients in shards the norm is that of the whole ones; one small all-reduce adds the shards' squares.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    if PLAIN.issuperset(map(type, parameters)):  # 2 us a parameter to ask each of them about shards
-        return nn.utils.clip_grad_norm_(parameters, most, foreach=True)
+    gradients = [parameter.grad for parameter in parameters]
+    if PLAIN.issuperset(map(type, gradients)) and len({(x.device, x.dtype) for x in gradients if x is not None}) == 1:
+        return _clipped_at_once(gradients, most)  # pyright: ignore[reportArgumentType]
     by_sharding: dict[Sharding | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_sharding.setdefault(sharding_of("clip_", parameter), []).append(parameter)
@@ -160,6 +161,14 @@ def clip_(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
     total = torch.stack(squares).sum().sqrt().to(dtype)
     for members in by_sharding.values():
         nn.utils.clip_grads_with_norm_(members, most, total, foreach=True)
+    return total
+
+
+def _clipped_at_once(gradients: list[Tensor], most: float) -> Tensor:
+    """What torch's `clip_grad_norm_` does with plain gradients of one kind, to the last bit, without sorting them by
+    kind, twice, and without asking each about shards: 4 us a gradient."""
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, (most / (total + 1e-6)).clamp(max=1.0))
     return total
 
 
