@@ -85,6 +85,10 @@ def mean_of_rows() -> dict:
     return {"BLOCK": 4096, "num_warps": 16}
 
 
+def mean_of_rows() -> dict:
+    return {"BLOCK": 4096, "num_warps": 16}
+
+
 # weights --------------------------------------------------------------------------------------------------------------
 
 
@@ -207,8 +211,7 @@ def similarity_sums(width: int, dtype: torch.dtype) -> dict:
         rows = 64 if chips.current().capability >= 100 else 128  # 128 spill on sm_100, and 128 columns everywhere
         return {"WHOLE": False, "EVEN": False, "BLOCK_D": 64} | _tile(rows=rows, columns=64, warps=8, stages=3)
     warps = 4 if chips.current().capability in (100, 103) else 8  # 8 spill there, 4 on sm_80
-    tile = _tile(rows=64, columns=64, warps=warps, stages=2)
-    return {"WHOLE": False, "EVEN": False, "BLOCK_D": 32} | tile
+    return {"WHOLE": False, "EVEN": False, "BLOCK_D": 32} | _tile(rows=64, columns=64, warps=warps, stages=2)
 
 
 def similarity_attend(width: int, dtype: torch.dtype, running: bool) -> dict | None:

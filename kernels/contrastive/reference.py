@@ -46,8 +46,6 @@ __all__ = [
 ]
 
 
-
-
 def siglip_pairs(
     x: Tensor,  # [n, D]
     y: Tensor,  # [m, D]

@@ -74,6 +74,8 @@ def _info_nce_backward(
         for name, x, want in (("of_query", of_query, wanted[0]), ("of_positive", of_positive, wanted[1])):
             if want:
                 expect(op, name, x, unit.shape)
+
+
 def _siglip_loss_of_pairs(x, y, learned_scale, learned_bias, *_):
     op = "siglip_loss_of_pairs"
     alike(op, "x and y", x, y, rows=True)

@@ -395,21 +395,11 @@ def sinkhorn_codes(scores: Tensor, bias: Tensor, epsilon: float, dtype: torch.dt
     codes = torch.empty(shape, dtype=dtype, device=scores.device)
     constants = _constants(scores, epsilon, compute)
     align = constants["ALIGN"]
+    blocks = 1 if row_lse is None else triton.cdiv(k, tile["BLOCK"])
     launch.launch(
-        _codes_kernel,
-        ((1 if row_lse is None else triton.cdiv(k, tile["BLOCK"])) * problems * triton.cdiv(n, tile["ROWS"]),),
-        scores,
-        bias,
-        row_lse,
-        codes,
-        n,
-        k // align,
-        scores.stride(0) // align,
-        scores.stride(1) // align,
-        **constants,
-        **tile,
-        device_of=scores,
-    )
+        _codes_kernel, (blocks * problems * triton.cdiv(n, tile["ROWS"]),), scores, bias, row_lse, codes, n, k // align,
+        scores.stride(0) // align, scores.stride(1) // align, **constants, **tile, device_of=scores,
+    )  # fmt: skip
     return codes
 
 
