@@ -85,10 +85,6 @@ def mean_of_rows() -> dict:
     return {"BLOCK": 4096, "num_warps": 16}
 
 
-def mean_of_rows() -> dict:
-    return {"BLOCK": 4096, "num_warps": 16}
-
-
 # weights --------------------------------------------------------------------------------------------------------------
 
 
