@@ -215,7 +215,7 @@ def similarity_attend(width: int, dtype: torch.dtype, running: bool) -> dict | N
     block = _block_on_chip(width, dtype)
     if block is None:
         return None
-    tile = _tile(rows=64, columns=64, warps=8 if block > 128 else 4, stages=2)
+    tile = _tile(rows=64, columns=64, warps=8 if block > 128 or width % 16 else 4, stages=2)  # 4 spill at 40 columns
     if not running and width == block and chips.current().capability == 90:  # 128 rows spill on sm_80
         # Half of the reads of candidates; of 128 columns two programs an SM, which have 128 registers a thread each.
         tile = _tile(rows=128, columns=64, warps=8, stages=2) | ({"maxnreg": 128} if block == 128 else {})

@@ -38,6 +38,12 @@ MERGED = 5  # tiles that take as long as a program's sums of products, which are
 MOST_PROGRAMS = 8  # for a multiprocessor: of more, what they write would be more than what is read
 
 
+def _unit_tile(width: int) -> dict:
+    """Of two rows beside one another; those that aren't whole words spill in 4 warps."""
+    rows = tiling.views_rows(width)
+    return rows | {"num_warps": 8} if width % 16 else rows
+
+
 def _join_tile(rows: dict) -> dict:
     """Four log-sum-exps a thread: with so many registers as fewer rows get, a call of the logarithm spills."""
     return rows | {"AT_ONCE": 1024, "num_warps": max(8, rows["num_warps"])}
@@ -102,10 +108,11 @@ def forward(
     factor = torch.empty((), dtype=torch.float64, device=query.device)
     rows = tiling.views_rows(d)
     blocks = triton.cdiv(n, rows["ROWS"])
+    unit_tile = _unit_tile(d)
     launch.launch(
         unit_queries_kernel, (blocks + triton.cdiv(m, rows["ROWS"]),), *given, learned, inverse(temperature, learned),
         unit, unit_positive, others, of_rows, of_positives, divisors, factor, n, m, d, *(x.stride(0) for x in given),
-        EPS=UNIT_EPS, **rows, device_of=query,
+        EPS=UNIT_EPS, **unit_tile, device_of=query,
     )  # fmt: skip
     scale = scaling(temperature, learned, factor, unit)
     own = composed.own_row(n, offset, m)
