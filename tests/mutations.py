@@ -296,13 +296,6 @@ INTERPRETER = [
             ("gpu_sigmoid.py", "tl.load(derivatives + 1)", "tl.load(derivatives)"),
         )
     ),
-    Mutation(
-        "sinkhorn_bias",
-        "kernels/prototypes/sinkhorn.py",
-        "first_part + part, K, ALIGN) + column\n    tl.store(maxima",
-        "part, K, ALIGN) + column\n    tl.store(maxima",
-        tests="test_infinities and sinkhorn_bias and float32",
-    ),
     Mutation("characteristic", "kernels/gaussian/gpu.py", "(quadrant + 1) & 2", "quadrant & 2"),
     Mutation("regression", "kernels/predictive/regression.py", "size < beta", "size < 2 * beta"),
     Mutation("regression_rows", "kernels/predictive/regression.py", "tl.sum(loss, 1) * weight", "tl.sum(loss, 1)"),

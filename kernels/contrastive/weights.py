@@ -179,6 +179,7 @@ def weights_kernel(
     if ends | may_hide(block_b * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
         seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
         g = tl.where(seen, g, 0.0)
+        s = tl.where(seen, s, 0.0)  # of an infinite row and none NaN
     if dots is not None:
         tl.store(dots + tl.program_id(0), sum_of_tile(g * s))
     if out is not None:
@@ -218,7 +219,9 @@ def sigmoid_kernel(
     special = has_partners | (block_a * BM + BM > N) | (block_b * BN + BN > M)
     if special:  # the loss is softplus(logit), of the row's own pair softplus(-logit), and of no pair 0
         logit = tl.where(i_b[None, :] == (i_a + offset)[:, None], -logit, logit)
-        logit = tl.where((i_a < N)[:, None] & (i_b < M)[None, :], logit, -float("inf"))
+        inside = (i_a < N)[:, None] & (i_b < M)[None, :]
+        logit = tl.where(inside, logit, -float("inf"))
+        s = tl.where(inside, s, 0.0)  # of an infinite row and none NaN
     e = tl.exp2(tl.abs(logit) * -LOG2_E)
     less = e / (1 + e)
     g = tl.where(logit > 0, 1 - less, less)
