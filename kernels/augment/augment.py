@@ -119,23 +119,10 @@ def _augment_kernel(
                     set_aside(green, aside + H * pitch, at, mask)
                     set_aside(blue, aside + 2 * H * pitch, at, mask)
                 else:
-                    store_colours(
-                        red,
-                        green,
-                        blue,
-                        out,
-                        y,
-                        solarized,
-                        H,
-                        W,
-                        SCALE,
-                        SHIFT,
-                        CHANNELS_LAST,
-                        EXACT,
-                        QUADS,
-                        ROWS,
-                        BLOCK,
-                    )
+                    r = finished(red, solarized, SCALE[0], SHIFT[0], out, EXACT)
+                    g = finished(green, solarized, SCALE[1], SHIFT[1], out, EXACT)
+                    b = finished(blue, solarized, SCALE[2], SHIFT[2], out, EXACT)
+                    store_colours(r, g, b, out, y, H, W, CHANNELS_LAST, QUADS, ROWS, BLOCK)
             else:
                 for channel in range(0, CHANNELS):
                     x = read(images + ((y * W + source) * CHANNELS + channel), mask, EXACT)
@@ -143,8 +130,9 @@ def _augment_kernel(
                     if radius > 0:
                         set_aside(x, aside + channel * (H * pitch), at, mask)
                     else:
-                        x = finished(x, solarized, _of(SCALE, channel, CHANNELS), _of(SHIFT, channel, CHANNELS), EXACT)
-                        store_channel(x, out, y, channel, H, W, CHANNELS, CHANNELS_LAST, BLOCK)
+                        scale = _of(SCALE, channel, CHANNELS)
+                        level = finished(x, solarized, scale, _of(SHIFT, channel, CHANNELS), out, EXACT)
+                        store_channel(level, out, y, channel, H, W, CHANNELS, CHANNELS_LAST, BLOCK)
         if (radius > 0) & (band - behind >= begin):
             tl.debug_barrier()  # the rows come back to other threads
             first = (band - behind) * BAND
@@ -152,14 +140,13 @@ def _augment_kernel(
             if QUADS and CHANNELS_LAST:
                 here = scratch + band % 2 * (BLOCK * BAND)
                 there = scratch + (band + 1) % 2 * (BLOCK * BAND)
-                red = blurred(aside, here, first, sigma, H, W, pitch, ring, EXACT, BAND, BLOCK)
-                aside_2 = aside + H * pitch
-                green = blurred(aside_2, there, first, sigma, H, W, pitch, ring, EXACT, BAND, BLOCK)
-                aside_3 = aside + 2 * H * pitch
-                blue = blurred(aside_3, here, first, sigma, H, W, pitch, ring, EXACT, BAND, BLOCK)
-                store_colours(
-                    red, green, blue, out, y, solarized, H, W, SCALE, SHIFT, CHANNELS_LAST, EXACT, QUADS, BAND, BLOCK
-                )
+                r = blurred(aside, here, first, sigma, H, W, pitch, ring, EXACT, BAND, BLOCK)
+                r = finished(r, solarized, SCALE[0], SHIFT[0], out, EXACT)
+                g = blurred(aside + H * pitch, there, first, sigma, H, W, pitch, ring, EXACT, BAND, BLOCK)
+                g = finished(g, solarized, SCALE[1], SHIFT[1], out, EXACT)
+                b = blurred(aside + 2 * H * pitch, here, first, sigma, H, W, pitch, ring, EXACT, BAND, BLOCK)
+                b = finished(b, solarized, SCALE[2], SHIFT[2], out, EXACT)
+                store_colours(r, g, b, out, y, H, W, CHANNELS_LAST, QUADS, BAND, BLOCK)
             else:
                 for channel in range(0, CHANNELS):
                     half = (band * CHANNELS + channel) % 2 * (BLOCK * BAND)  # the other one may still be read
@@ -176,18 +163,20 @@ def _augment_kernel(
                         BAND,
                         BLOCK,
                     )
-                    x = finished(x, solarized, _of(SCALE, channel, CHANNELS), _of(SHIFT, channel, CHANNELS), EXACT)
-                    store_channel(x, out, y, channel, H, W, CHANNELS, CHANNELS_LAST, BLOCK)
+                    scale = _of(SCALE, channel, CHANNELS)
+                    level = finished(x, solarized, scale, _of(SHIFT, channel, CHANNELS), out, EXACT)
+                    store_channel(level, out, y, channel, H, W, CHANNELS, CHANNELS_LAST, BLOCK)
 
 
 def _tile(width: int) -> dict:
     """Whole rows: four pixels' colours a thread (of more than 1024 columns eight), eight numbers of a blur's channel.
 
-    Sixteen of a blur take 122 to 250 registers instead of 64 to 128, for a tenth less instructions.
+    Sixteen of a blur take 122 to 250 registers and a tenth less instructions. Without a bound of 128 the compiler aims at
+    72 or 96 in some versions of this kernel, and spills up to 16 numbers.
     """
     block = max(16, triton.next_power_of_2(width))
     tile = {"ROWS": max(1, 512 // block), "BAND": max(1, 1024 // block), "BLOCK": block}
-    return tile | {"num_warps": max(4, block // 128)}
+    return tile | {"num_warps": max(4, block // 128), "maxnreg": 128}
 
 
 def augment(

@@ -73,8 +73,9 @@ def read_colours(
 
 
 @triton.jit
-def finished(x, solarized, scale, shift, EXACT: tl.constexpr):
-    return tl.where(x >= solarized, (255.0 if EXACT else 1.0) - x, x) * scale + shift
+def finished(x, solarized, scale, shift, out, EXACT: tl.constexpr):
+    x = tl.where(x >= solarized, (255.0 if EXACT else 1.0) - x, x) * scale + shift
+    return x.to(out.dtype.element_ty)
 
 
 @triton.jit
@@ -83,36 +84,29 @@ def store_channel(x, out, y, channel, H, W, CHANNELS: tl.constexpr, CHANNELS_LAS
     column = tl.arange(0, BLOCK)[None, :]
     at = y * W + column
     at = at * CHANNELS + channel if CHANNELS_LAST else at + channel * (H * W)
-    tl.store(out + at, x.to(out.dtype.element_ty), (y < H) & (column < W))
+    tl.store(out + at, x, (y < H) & (column < W))
 
 
 @triton.jit
 def store_colours(
-    red,  # [ROWS, BLOCK]
+    red,  # [ROWS, BLOCK], finished
     green,
     blue,
     out,
     y,  # [ROWS, 1]
-    solarized,
     H,
     W,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    EXACT: tl.constexpr,
     QUADS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Of channels last a thread stores a quad's twelve numbers as three words, which are whole cache lines of a warp;
     number by number a line would be written three times."""
-    red = finished(red, solarized, SCALE[0], SHIFT[0], EXACT)
-    green = finished(green, solarized, SCALE[1], SHIFT[1], EXACT)
-    blue = finished(blue, solarized, SCALE[2], SHIFT[2], EXACT)
     if QUADS and CHANNELS_LAST:
-        r0, r1, r2, r3 = _apart(red.to(out.dtype.element_ty), ROWS, BLOCK)
-        g0, g1, g2, g3 = _apart(green.to(out.dtype.element_ty), ROWS, BLOCK)
-        b0, b1, b2, b3 = _apart(blue.to(out.dtype.element_ty), ROWS, BLOCK)
+        r0, r1, r2, r3 = _apart(red, ROWS, BLOCK)
+        g0, g1, g2, g3 = _apart(green, ROWS, BLOCK)
+        b0, b1, b2, b3 = _apart(blue, ROWS, BLOCK)
         column = tl.arange(0, BLOCK)[None, :]
         mask = (y < H) & (column < W)
         at = out + (y * (3 * W) + column // 4 * 12 + column % 4)
