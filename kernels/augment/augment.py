@@ -171,8 +171,8 @@ def _augment_kernel(
 def _tile(width: int) -> dict:
     """Whole rows: four pixels' colours a thread (of more than 1024 columns eight), eight numbers of a blur's channel.
 
-    Sixteen of a blur take 122 to 250 registers and a tenth less instructions. Without a bound of 128 the compiler aims at
-    72 or 96 in some versions of this kernel, and spills up to 16 numbers.
+    Sixteen of a blur take 122 to 250 registers and a tenth less instructions. Without a bound of 128 the compiler aims
+    at 72 or 96 in some versions of this kernel, and spills up to 16 numbers.
     """
     block = max(16, triton.next_power_of_2(width))
     tile = {"ROWS": max(1, 512 // block), "BAND": max(1, 1024 // block), "BLOCK": block}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import composed, cpu_engine
-from .of_queries import number_of
+from .cpu_views import number_of
 from .of_views import state_rows
 
 
@@ -18,7 +18,7 @@ def info_nce(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     n = len(query)
-    number = temperature if learned is None else number_of(learned).item()
+    number = number_of(temperature, learned)
     q, q_divisors = cpu_engine.unit_rows(query, True)
     p, p_divisors = cpu_engine.unit_rows(positive, True)
     own_image = composed.own_row(n, offset, len(negatives))
@@ -70,7 +70,7 @@ def info_nce_backward(
     dtype: torch.dtype,
     wanted: list[bool],
 ) -> list[Tensor]:
-    number = temperature if learned is None else number_of(learned).item()
+    number = number_of(temperature, learned)
     scale = upstream.item() / (count * number)
     gradients = [(x * scale).to(dtype) for x in (of_query, of_positive)]
     of_negatives = others.new_empty(0, dtype=dtype)

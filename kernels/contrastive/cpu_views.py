@@ -10,7 +10,7 @@ from . import composed, cpu_engine
 from .of_views import stacked, state_rows
 
 
-def _number(temperature: float, learned: Tensor | None) -> float:
+def number_of(temperature: float, learned: Tensor | None) -> float:
     """As of_views.divisor_of."""
     number = temperature if learned is None else learned.item()
     return number if number > 0 else math.nan
@@ -32,7 +32,7 @@ def nt_xent_of_views(
     _, divisors = cpu_engine.unit_rows(flat_rows, True, out=rows)
     assert divisors is not None
     unit = rows.view(shape)
-    number = _number(temperature, learned)
+    number = number_of(temperature, learned)
     scaling = cpu_engine.scaling_of(1 / number, 1.0, rows, rows)
     positives, lse = composed.positives_and_lse(cpu_engine, _flat(unit), shape, scaling, number, decoupled)
     loss = (lse - (positives if weights is None else positives * weights)).mean().to(rows.dtype)
@@ -56,7 +56,7 @@ def nt_xent_of_views_backward(
 ) -> tuple[Tensor, Tensor]:
     shape = (unit.shape[0], unit.shape[1], unit.shape[2])
     flat = _flat(unit)
-    number = _number(temperature, learned)
+    number = number_of(temperature, learned)
     scaling = cpu_engine.scaling_of(1 / number, 1.0, flat.rows, flat.rows)
     weights = None if weights is None else weights.double()
     of_unit = composed.gradient_of_unit_rows(cpu_engine, flat, shape, scaling, lse, lse, weights, number, decoupled)

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import chips, launch, tiling
+from .. import launch, tiling
 from ..arithmetic import UNIT_EPS, dense_rows, no_gradient
 from . import gpu_engine
 from .composed import OwnImage
@@ -147,8 +147,6 @@ def backward(
     programs = triton.cdiv(v * n, step)
     along = torch.empty(programs, dtype=torch.float64, device=unit.device) if with_temperature else None
     if tile is not None and not few:
-        if chips.current().capability == 80 and tile["BLOCK_D"] > 128:
-            tile = tile | {"BN": 32}  # 64 spill two registers there, beside what finishes rows
         sums = torch.empty(flat.shape, dtype=torch.float32, device=unit.device)
         launch.launch(
             own_views_kernel, (programs,), *of_rows, sums, gradient, along, pivots, state[1], n, v, d, scale.pivot,

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import no_gradient, through_unit_rows, unit_rows, widen, widest, widest_dtype
-from .of_views import dtype_of_products, state_rows
-
-
-def number_of(learned: Tensor) -> Tensor:
-    """A temperature that is a tensor, in the widest dtype; NaN where it is negative, as nobody can tell beforehand."""
-    wide = widest(learned)
-    return wide.where(wide >= 0, math.nan)
+from .of_views import divisor_of, dtype_of_products, state_rows
 
 
 def info_nce(
@@ -44,7 +38,7 @@ def info_nce(
     p, p_norm = unit_rows(widen(positive))
     k, k_norm = unit_rows(widen(negatives))
     n = q.shape[0]
-    divided_by = temperature if learned is None else number_of(learned)
+    divided_by = divisor_of(temperature, learned)
     itself = torch.arange(k.shape[0], device=k.device) == torch.arange(n, device=k.device)[:, None] + offset
     cosines = torch.cat([(q * p).sum(1, keepdim=True), (q @ k.T).masked_fill(itself, -math.inf)], 1)  # [N, 1 + K]
     logits = widest(cosines) / divided_by
