@@ -143,11 +143,12 @@ def test_rows_of_zeros_that_are_not_dense_and_the_same_tensor_thrice(implementat
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [0.0, -0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_negative_temperature_gives_nan(dtype, implementation):
+def test_a_learned_temperature_that_isnt_positive_gives_nan(dtype, value, implementation):
     """Nobody can tell beforehand, as a tensor isn't read; a number is refused."""
     inputs = [x.to(implementation.device, dtype).requires_grad_() for x in rows(9, 20, 8)]
-    temperature = torch.tensor(-0.3, dtype=dtype, device=implementation.device, requires_grad=True)
+    temperature = torch.tensor(value, dtype=dtype, device=implementation.device, requires_grad=True)
     loss = F.info_nce(*inputs, temperature=temperature)
     loss.backward()
     assert loss.isnan() and all(x.grad.isnan().all() for x in (*inputs, temperature))
