@@ -82,6 +82,11 @@ class Implementation:
                 _C.use_isa(best)
 
 
+def half_and_float32() -> list[torch.dtype]:
+    half = torch.float16 if INTERPRETING else torch.bfloat16  # the interpreter computes bfloat16 products wrongly
+    return [half, torch.float32]
+
+
 def _interpret_products_as_tensor_cores_do() -> None:
     """float32 products, 8 columns at a time: added exactly, then to the float32 sum, as TF32's instruction does.
 

@@ -390,9 +390,10 @@ def test_an_invalid_capture_is_put_right_behind_it(which, monkeypatch):
             return "pool"
 
     @contextlib.contextmanager
-    def graph(_, stream, pool=None):
+    def graph(_, stream, pool=None, capture_error_mode="global"):
         fake.captures += 1
         if pool is None:
+            assert capture_error_mode == "thread_local"  # other threads may allocate
             anew.append(fake.captures)
         yield
         if fake.captures == number:

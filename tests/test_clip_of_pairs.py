@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import eager_clip
-from conftest import INTERPRETING
+from conftest import INTERPRETING, half_and_float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -23,11 +23,6 @@ SHAPES = [
     (1, 8, 3.0),
     (9, 1, 2.0),
 ]
-
-
-def dtypes() -> list[torch.dtype]:
-    half = torch.float16 if INTERPRETING else torch.bfloat16  # the interpreter computes bfloat16 products wrongly
-    return [half, torch.float32]
 
 
 def pairs(n: int, d: int) -> list[Tensor]:
@@ -53,7 +48,7 @@ def check(inputs: list[Tensor], wanted: list[bool], dtype: torch.dtype, device: 
         assert (gradient.cpu().double() - x).norm() <= tolerance * x.norm() + 1e-6
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", half_and_float32(), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, dtype, implementation):
     n, d, scale = shape
@@ -61,7 +56,7 @@ def test_values_and_gradients(shape, dtype, implementation):
     check(inputs, [True, True, True], dtype, implementation.device)
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", half_and_float32(), ids=str)
 @pytest.mark.parametrize("wanted", ["x", "y", "scale", "x, y", "y, scale", "x, scale"])
 def test_only_what_is_wanted(wanted, dtype, implementation):
     inputs = [*pairs(40, 24), torch.tensor(14.0, dtype=torch.float64)]
@@ -75,7 +70,7 @@ def test_walks_in_pieces_are_joined(implementation, monkeypatch):
     monkeypatch.setattr(tiling, "PROGRAMS", 1)
     monkeypatch.setattr(tiling, "COLUMN_SUMS", 700)
     monkeypatch.setattr(tiling, "WEIGHTS_BYTES", 1)
-    for dtype in dtypes():
+    for dtype in half_and_float32():
         check([*pairs(200, 16), torch.tensor(14.0, dtype=torch.float64)], [True] * 3, dtype, implementation.device)
 
 

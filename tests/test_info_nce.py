@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import INTERPRETING
+from conftest import INTERPRETING, half_and_float32
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -24,11 +24,6 @@ SHAPES = [
     (1, 1, 8, 0.3, None),
     (9, 5, 1, 0.5, None),
 ]
-
-
-def dtypes() -> list[torch.dtype]:
-    half = torch.float16 if INTERPRETING else torch.bfloat16  # the interpreter computes bfloat16 products wrongly
-    return [half, torch.float32]
 
 
 def eager(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float | Tensor, offset: int | None):
@@ -80,7 +75,7 @@ def check(
         assert (gradient.cpu().double() - x).norm() <= tolerance * x.norm() + one_column
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", half_and_float32(), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, dtype, implementation):
     n, k, d, temperature, offset = shape
@@ -92,7 +87,7 @@ def test_values_and_gradients(shape, dtype, implementation):
         check(inputs, temperature, offset, dtype, implementation.device, (True, False, False), learned=True)
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", half_and_float32(), ids=str)
 @pytest.mark.parametrize("wanted", [(i == 0, i == 1, i == 2) for i in range(4)], ids=str)
 def test_only_what_is_wanted(wanted, dtype, implementation):
     """The last of them: a temperature alone."""
@@ -110,7 +105,7 @@ def test_many_queries_and_weights_in_bands(implementation, monkeypatch):
 
     monkeypatch.setattr(gpu_queries, "FEW", 20)
     monkeypatch.setattr(tiling, "WEIGHTS_BYTES", 1)
-    for dtype in dtypes():
+    for dtype in half_and_float32():
         check(rows(1030, 7, 16), 0.4, None, dtype, implementation.device, learned=True)
 
 
@@ -126,8 +121,8 @@ def test_a_walk_is_one_program_s_or_shared(programs, implementation, monkeypatch
         "splits_in_waves",
         lambda blocks, tiles, _: (min(tiles, programs), -(-tiles // min(tiles, programs))),
     )
-    check(rows(70, 140, 16), 0.4, None, dtypes()[0], implementation.device)
-    check(rows(70, 140, 16), 0.1, 0, dtypes()[0], implementation.device, (True, True, False))
+    check(rows(70, 140, 16), 0.4, None, half_and_float32()[0], implementation.device)
+    check(rows(70, 140, 16), 0.1, 0, half_and_float32()[0], implementation.device, (True, True, False))
 
 
 def test_rows_of_zeros_that_are_not_dense_and_the_same_tensor_thrice(implementation):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import INTERPRETING
+from conftest import INTERPRETING, half_and_float32
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -43,11 +43,6 @@ SHAPES = [
 ]
 
 
-def dtypes() -> list[torch.dtype]:
-    half = torch.float16 if INTERPRETING else torch.bfloat16  # the interpreter computes bfloat16 products wrongly
-    return [half, torch.float32]
-
-
 @pytest.fixture(params=["few", "many"])
 def rows_are(request, monkeypatch, implementation):
     """A GPU's programs share the gradient of few rows; of many, each finishes its own."""
@@ -77,7 +72,7 @@ def check(ours, exact, inputs: list[Tensor], dtype: torch.dtype, device: str) ->
         )
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", half_and_float32(), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, dtype, rows_are, implementation):
     v, n, d, temperature = shape

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import eager_clip, eager_siglip
-from conftest import INTERPRETING
+from conftest import INTERPRETING, half_and_float32
+from test_clip_of_pairs import pairs
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import fastjem.functional as F
 from fastjem.kernels import tiling
@@ -16,16 +16,6 @@ from fastjem.kernels import tiling
 # Pairs, width, scale and bias: several blocks, ragged; wider than a block, in more than one piece; saturated; one pair.
 SHAPES = [(150, 40, 14.0, -10.0), (70, 200, -20.0, 1.0), (40, 8, 200.0, -3.0), (1, 8, 3.0, 0.0), (9, 1, 2.0, -1.0)]
 NAMES = ("x", "y", "scale", "bias")
-
-
-def dtypes() -> list[torch.dtype]:
-    half = torch.float16 if INTERPRETING else torch.bfloat16  # the interpreter computes bfloat16 products wrongly
-    return [half, torch.float32]
-
-
-def pairs(n: int, d: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=1) for _ in range(2)]
 
 
 def check(
@@ -65,14 +55,14 @@ def siglip(rows: list[Tensor], numbers: list[float], learned: list[bool], wanted
     check(F.siglip_loss, eager_siglip, rows, numbers, learned, wanted, *where)
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", half_and_float32(), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, dtype, implementation):
     n, d, *numbers = shape
     siglip(pairs(n, d), numbers, [True, True], [True] * 4, dtype, implementation.device)
 
 
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+@pytest.mark.parametrize("dtype", half_and_float32(), ids=str)
 @pytest.mark.parametrize("wanted", ["x", "y", "scale", "bias", "x, bias", "y, scale"])
 def test_only_what_is_wanted(wanted, dtype, implementation):
     asked = [name in wanted.split(", ") for name in NAMES]
@@ -81,14 +71,14 @@ def test_only_what_is_wanted(wanted, dtype, implementation):
 
 @pytest.mark.parametrize("learned", [(False, False), (True, False), (False, True)], ids=str)
 def test_numbers_of_python(learned, implementation):
-    for dtype in dtypes():
+    for dtype in half_and_float32():
         asked = [True, True, *learned]
         siglip(pairs(21, 24), [14.3, -5.7], list(learned), asked, dtype, implementation.device)
 
 
 @pytest.mark.parametrize("width", [24, 300])
 def test_clips_scale_as_a_number_of_python(width, implementation):
-    for dtype in dtypes():
+    for dtype in half_and_float32():
         rows, where = pairs(21, width), (dtype, implementation.device)
         check(F.clip_loss, eager_clip, rows, [14.3], [False], [True, True, False], *where)
         check(F.clip_loss, eager_clip, rows, [-3.7], [False], [False, True, False], *where)

@@ -5,7 +5,7 @@ and says which run that was.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastjem.atomic import write_atomically
@@ -213,12 +213,19 @@ def with_runs(old: dict, new: dict, rows: list[dict]) -> dict:
 
 def write(results: dict, folder: Path, name: str) -> list[Path]:
     """Write or update `folder/name.json` and `.md`; the paths."""
+    return written(results, folder, name, merged, markdown)
+
+
+def written(
+    results: dict, folder: Path, name: str, merge: Callable[[dict, dict], dict], page_of: Callable[[dict], str]
+) -> list[Path]:
+    """As `write`, of any results: how they go with older ones, and what the page says."""
     data = folder / f"{name}.json"
     page = folder / f"{name}.md"
     if data.exists():
-        results = merged(load(data), results)
+        results = merge(load(data), results)
     write_atomically(data, dumps(results).encode())
-    write_atomically(page, markdown(results).encode())
+    write_atomically(page, page_of(results).encode())
     return [data, page]
 
 

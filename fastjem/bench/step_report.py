@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastjem.atomic import write_atomically
 from fastjem.bench import report
 from fastjem.bench.neighbours import BUSY
-from fastjem.bench.report import aligned, as_markdown, dumps, load, seconds, versions
+from fastjem.bench.report import aligned, as_markdown, seconds, versions
 
 GOAL = 1e-3  # seconds of the host around model and loss in a step
 
@@ -111,10 +110,4 @@ def merged(old: dict, new: dict) -> dict:
 
 def write(results: dict, folder: Path, name: str) -> list[Path]:
     """Write or update `folder/name.json` and `.md`; the paths."""
-    data = folder / f"{name}.json"
-    page = folder / f"{name}.md"
-    if data.exists():
-        results = merged(load(data), results)
-    write_atomically(data, dumps(results).encode())
-    write_atomically(page, markdown(results).encode())
-    return [data, page]
+    return report.written(results, folder, name, merged, markdown)
