@@ -97,7 +97,8 @@ def test_only_what_is_wanted(wanted, dtype, implementation):
     check(inputs, 0.3, None, dtype, implementation.device, wanted, learned=True)
 
 
-def test_many_queries_and_weights_in_bands(implementation, monkeypatch):
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=LARGE), torch.float32], ids=str)
+def test_many_queries_and_weights_in_bands(dtype, implementation, monkeypatch):
     """Of many queries several programs make the loss; of weights a band is in memory at a time."""
     if not INTERPRETING:
         pytest.skip("a GPU's alone")
@@ -105,8 +106,7 @@ def test_many_queries_and_weights_in_bands(implementation, monkeypatch):
 
     monkeypatch.setattr(gpu_queries, "FEW", 20)
     monkeypatch.setattr(tiling, "WEIGHTS_BYTES", 1)
-    for dtype in half_and_float32():
-        check(rows(1030, 7, 16), 0.4, None, dtype, implementation.device, learned=True)
+    check(rows(1030, 7, 16), 0.4, None, dtype, implementation.device, learned=True)
 
 
 @pytest.mark.parametrize("programs", [pytest.param(1, marks=LARGE), 264])
