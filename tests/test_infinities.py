@@ -53,6 +53,7 @@ def test_a_kernel_gives_what_its_specification_gives(op, implementation):
         differences(op, dispatched(op), Inputs(torch.float32, 0.07, 7), ("row",), ("-inf",)),
         differences(op, dispatched(op), Inputs(torch.bfloat16, 0.1, 7), ("element",), ("-inf", "nan")),
         differences(op, dispatched(op), Inputs(torch.float32, 0.05, 1030), ("half a row",), ("-inf",)),
+        differences(op, dispatched(op), Inputs(torch.float64, 0.05, 7), ("element",), ("-inf",)),
     )
 
 

@@ -136,8 +136,9 @@ class Scaling:
         if not self.running:
             return None, (self.shift - lse).exp().clamp_max(largest).to(dtype)
         pivot = (lse / self.factor).clamp(-largest, largest).to(dtype)
-        # +inf: 0, which makes the weight of a logit of +inf NaN
-        adjustment = (pivot.double() * self.factor - lse).where(lse != -math.inf, 0).exp()
+        left = (pivot.double() * self.factor - lse).where(lse != -math.inf, 0)
+        # +inf: 0, which makes the weight of a logit of +inf NaN. In float64 the product is +inf as well.
+        adjustment = left.where(lse != math.inf, -math.inf).exp()
         return pivot, adjustment.clamp_max(largest).to(dtype)
 
 
