@@ -1,6 +1,7 @@
 """This process among the ranks that `torchrun` or `srun` started; alone, rank 0 of 1."""
 
 import contextlib
+import gc
 import itertools
 import json
 import re
@@ -273,6 +274,9 @@ def leave(ranks: Ranks) -> None:
     if not dist.is_initialized():
         return
     if ranks.initialised:
+        # What DDP holds goes first. If its reducer were the last to hold the group, torch would wait with the
+        # interpreter's lock held for gloo's threads, which may be waiting for that lock.
+        gc.collect()
         dist.destroy_process_group()
     elif ranks.control is not None:
         with contextlib.suppress(Exception):  # the caller's group may be gone with another rank

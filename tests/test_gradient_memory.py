@@ -130,6 +130,7 @@ def check_rank(rank: int, store: str) -> None:
     check_numbers(rank)
     if Path("/proc/self/statm").exists():
         check_memory(rank)
+    gc.collect()  # before their group, see ranks.leave
     dist.destroy_process_group()
 
 

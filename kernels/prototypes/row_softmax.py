@@ -1,7 +1,8 @@
 """Softmaxes of rows that are read once, of one block of columns or of three.
 
 A block's width is a power of 2. Of 3000 prototypes 4096 would be more than a quarter nothing, which costs as much as
-numbers do; three blocks of 1024 are 2 % more. What isn't read is 0 and has a bias of -inf.
+numbers do; three blocks of 1024 are 2 % more. What isn't read is 0 and has a bias of -inf. A row that is one block
+stands in the place of the other two, unused: Triton's functions return no None among tensors.
 """
 
 import triton
@@ -12,11 +13,11 @@ from .row_logsumexp import biased
 
 @triton.jit
 def load_biases(bias, K, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """[1, BLOCK] for each block of a row, or None."""
+    """[1, BLOCK] for each block of a row."""
     column = tl.arange(0, BLOCK)[None, :]
     first = tl.load(bias + column, column < K, -float("inf"))
     if BLOCKS == 1:
-        return first, None, None
+        return first, first, first
     else:
         second = tl.load(bias + BLOCK + column, BLOCK + column < K, -float("inf"))
         third = tl.load(bias + 2 * BLOCK + column, 2 * BLOCK + column < K, -float("inf"))
@@ -25,11 +26,11 @@ def load_biases(bias, K, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def load_rows(x, live, K, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Of rows that begin at x, [ROWS, 1]: [ROWS, BLOCK] for each block, or None."""
+    """Of rows that begin at x, [ROWS, 1]: [ROWS, BLOCK] for each block."""
     column = tl.arange(0, BLOCK)[None, :]
     first = tl.load(x + column, live & (column < K), 0)
     if BLOCKS == 1:
-        return first, None, None
+        return first, first, first
     else:
         second = tl.load(x + BLOCK + column, live & (BLOCK + column < K), 0)
         third = tl.load(x + 2 * BLOCK + column, live & (2 * BLOCK + column < K), 0)
@@ -45,7 +46,7 @@ def exponentials(x, biases, scale, low, COMPUTE: tl.constexpr, BLOCKS: tl.conste
     v0 = biased(x[0], biases[0], scale, low, COMPUTE)
     if BLOCKS == 1:
         e0 = tl.exp(v0 - tl.max(v0, 1)[:, None])
-        return (e0, None, None), (1 / tl.sum(e0, 1))[:, None]
+        return (e0, e0, e0), (1 / tl.sum(e0, 1))[:, None]
     else:
         v1 = biased(x[1], biases[1], scale, low, COMPUTE)
         v2 = biased(x[2], biases[2], scale, low, COMPUTE)

@@ -200,7 +200,7 @@ def _codes_kernel(
     if row_lse is None:
         b_x = load_rows(x, live, K * ALIGN, BLOCK, BLOCKS)
         e, over = exponentials(b_x, load_biases(bias, K * ALIGN, BLOCK, BLOCKS), high, low, COMPUTE, BLOCKS)
-        p = (e[0] * over, None if BLOCKS == 1 else e[1] * over, None if BLOCKS == 1 else e[2] * over)
+        p = (e[0] * over, e[1] * over, e[2] * over)
         store_rows(codes, p, live, K * ALIGN, BLOCK, BLOCKS)
     else:
         column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
