@@ -180,9 +180,9 @@ def similarity_join() -> dict:
 
 
 def views_rows(width: int) -> dict:
-    """Half of `similarity_rows`, with sums in float64; a quarter where rows aren't whole words (40 columns spill)."""
+    """Half of `similarity_rows`, with sums in float64; an eighth where rows aren't whole words: 100 columns spill."""
     block = _block(width)
-    rows = max(1, (512 if width % 16 else 1024) // block)
+    rows = max(1, (256 if width % 16 else 1024) // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
 
 
