@@ -180,9 +180,9 @@ def similarity_join() -> dict:
 
 
 def views_rows(width: int) -> dict:
-    """Half of `similarity_rows`, with sums in float64; an eighth where rows aren't whole words: 100 columns spill."""
+    """Half of `similarity_rows`, with sums in float64; less where rows aren't whole words: 40 and 100 columns spill."""
     block = _block(width)
-    rows = max(1, (256 if width % 16 else 1024) // block)
+    rows = max(1, (1024 if width % 16 == 0 else 512 if block <= 64 else 256) // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
 
 
@@ -364,10 +364,7 @@ def sinkhorn_join() -> dict:
 
 
 def sinkhorn_rows(width: int, compute: torch.dtype) -> dict | None:
-    """Rows read once, up to 8192 float32, beside their potentials and sums; None where they must be read twice.
-
-    Of 3000 prototypes three blocks of 1024 columns instead of one of 4096.
-    """
+    """Rows read once, up to 8192 float32, beside potentials and sums (3000: 3 blocks of 1024); None: read twice."""
     tile = _rows(width, per_thread=(64 if chips.current().tensor_cores else 32) // compute.itemsize)  # sm_75 spills 64
     if tile is None or width <= 1024 or width > 3 * tile["BLOCK"] // 4:
         return tile and tile | {"BLOCKS": 1}
@@ -408,11 +405,12 @@ def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
         tile = _tile(rows=64, columns=32, warps=4, stages=2)
     else:
         tile = _tile(rows=128, columns=32, warps=8, stages=2)
-    tile = {"BLOCK_D": block} | tile
     keep = tile["BM"] * width * size <= min(chip.shared // 2, 1 << 16)  # wider float32 rows spill on sm_90 and sm_100
-    if not keep and size == 2:
-        tile["num_stages"] = 1  # two spill on sm_86
-    return tile | {"CHUNKS": -(-width // tile["BLOCK_D"]), "KEEP": keep}
+    if size == 2 and keep and width > block and chip.capability >= 120:
+        tile["num_warps"] = 4  # 8 spill
+    if size == 2 and not keep and chip.capability < 100:
+        tile["num_stages"] = 1  # two spill on sm_86, and one on sm_100
+    return {"BLOCK_D": block, "CHUNKS": -(-width // block), "KEEP": keep} | tile
 
 
 def prototype_head_views(width: int) -> dict:
