@@ -405,12 +405,13 @@ def prototype_head(width: int, dtype: torch.dtype, owner: bool) -> dict:
         tile = _tile(rows=64, columns=32, warps=4, stages=2)
     else:
         tile = _tile(rows=128, columns=32, warps=8, stages=2)
+    tile = {"BLOCK_D": block} | tile
     keep = tile["BM"] * width * size <= min(chip.shared // 2, 1 << 16)  # wider float32 rows spill on sm_90 and sm_100
     if size == 2 and keep and width > block and chip.capability >= 120:
         tile["num_warps"] = 4  # 8 spill
     if size == 2 and not keep and chip.capability < 100:
         tile["num_stages"] = 1  # two spill on sm_86, and one on sm_100
-    return {"BLOCK_D": block, "CHUNKS": -(-width // block), "KEEP": keep} | tile
+    return tile | {"CHUNKS": -(-width // tile["BLOCK_D"]), "KEEP": keep}
 
 
 def prototype_head_views(width: int) -> dict:
