@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+OTHERS = "thread_local"  # in a capture other threads may allocate: a loader's, which pins batches
+
 _broken: list[torch.cuda.CUDAGraph] = []  # never freed, as torch's allocators may still ask them
 
 
@@ -53,7 +55,7 @@ def _put_right(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any
     number = torch.zeros((), device=stream.device)
     small = torch.cuda.CUDAGraph()
     another = torch.cuda.Stream(stream.device)
-    with torch.cuda.graph(small, stream=another, capture_error_mode="thread_local"):  # other threads may allocate
+    with torch.cuda.graph(small, stream=another, capture_error_mode=OTHERS):
         number.add_(1)
 
 

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from fastjem import optim, precision
 from fastjem.build import Training
-from fastjem.capture import BrokenError, capturing, first_line
+from fastjem.capture import OTHERS, BrokenError, capturing, first_line
 from fastjem.data.batch import Batch
 from fastjem.errors import UserError
 from fastjem.methods import METHODS
@@ -40,7 +40,6 @@ WARM = 4  # steps before a step is captured: two that make their gradients anew,
 FRESH = 2  # of these, those that make their gradients anew
 CLOSE = 1e-3  # losses of a step and of its replay, one to the other, where the step doesn't repeat its own bits
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}  # by the bytes of an element
-OTHERS = "thread_local"  # in a capture other threads may allocate: the loader's, which pins batches
 NO_GPU = "graphs are CUDA's, and the run is on another device"
 ONE_BY_ONE = "a step's kernels are launched one by one"
 

@@ -138,20 +138,20 @@ def text(results: dict) -> str:
     ])  # fmt: skip
 
 
+def page_head(machine: dict, subject: str, legend: str) -> list[str]:
+    """A page's first lines: whose results, of what, and how to read them."""
+    facts = (f"- {key.replace('_', ' ')}: {value}" for key, value in machine.items())
+    return [f"# {machine.get('gpu') or machine['cpu']}{subject}", "", *facts, "", *legend.splitlines(), ""]
+
+
 def markdown(results: dict) -> str:
     """The page: summary, losses, every pass of every variant, what is absent, the runs."""
     rows = results["rows"]
     runs = results["runs"]
     numbers = {run["date"]: str(i) for i, run in enumerate(runs, 1)}
     missing = [f"- {name_of(row)}, {name}: {why}" for row in rows for name, why in row["absent"].items()]
-    facts = (f"- {key.replace('_', ' ')}: {value}" for key, value in results["machine"].items())
     return "\n".join([
-        f"# {results['machine'].get('gpu') or results['machine']['cpu']}",
-        "",
-        *facts,
-        "",
-        *LEGEND.splitlines(),
-        "",
+        *page_head(results["machine"], "", LEGEND),
         *as_markdown(summary(rows)),
         "",
         "## Where something else is faster",

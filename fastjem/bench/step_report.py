@@ -83,14 +83,8 @@ def text(results: dict) -> str:
 
 def markdown(results: dict) -> str:
     """The page."""
-    facts = (f"- {key.replace('_', ' ')}: {value}" for key, value in results["machine"].items())
     return "\n".join([
-        f"# {results['machine'].get('gpu') or results['machine']['cpu']}: a step's time on the host",
-        "",
-        *facts,
-        "",
-        *LEGEND.splitlines(),
-        "",
+        *report.page_head(results["machine"], ": a step's time on the host", LEGEND),
         *as_markdown(lines_of(results["rows"])),
         "",
         *(f"- {line}" for line in verdict(results["rows"])),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastjem.ops import direct, transforms
-from fastjem.ops.autograd import distinct, needs_gradient, refuse_second_order
+from fastjem.ops.autograd import Upstream, distinct, learned_or_number, needs_gradient, refuse_second_order
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -25,15 +25,9 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order("info_nce")
-        batched = transforms.batched(upstream)
-        given = ctx.saved_tensors[0].new_ones((), dtype=upstream.dtype) if batched else upstream
-        arguments = (given, *ctx.saved_tensors, *ctx.options, *ctx.of, ctx.wanted)
-        gradients = direct.call("info_nce_backward", *arguments)
-        if batched:
-            gradients = [transforms.scaled(gradient, upstream) for gradient in gradients]
-        *of_rows, of_temperature = (
-            gradient if want else None for gradient, want in zip(gradients, ctx.wanted, strict=True)
-        )
+        of = Upstream(upstream, ctx.saved_tensors[0])
+        arguments = (of.given, *ctx.saved_tensors, *ctx.options, *ctx.of, ctx.wanted)
+        *of_rows, of_temperature = of.of(direct.call("info_nce_backward", *arguments), ctx.wanted)
         return None, None, of_temperature, *of_rows
 
 
@@ -43,8 +37,8 @@ def info_nce_of_rows(
     offset: int,  # row offset + i of the negatives is query i's positive; -N: none is
 ) -> Tensor:
     """The mean over queries; rows are normalised."""
-    learned = temperature if isinstance(temperature, Tensor) else None
-    options = (offset, 1.0 if isinstance(temperature, Tensor) else temperature)
+    learned, number = learned_or_number(temperature)
+    options = (offset, number)
     inputs = [*rows] if learned is None else [*rows, learned]
     refuse_forward_mode("info_nce", inputs)
     wanted = [needs_gradient(x) for x in inputs]

@@ -3,34 +3,12 @@
 A scale or a bias that is a tensor is learned; otherwise it is a number of the operators.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from fastjem.ops import direct, transforms
-from fastjem.ops.autograd import distinct, needs_gradient, refuse_second_order
+from fastjem.ops import direct
+from fastjem.ops.autograd import Upstream, distinct, learned_or_number, needs_gradient, refuse_second_order
 from fastjem.ops.forward_mode import refuse_forward_mode
-
-
-def _learned_or_number(value: Tensor | float) -> tuple[Tensor | None, float]:
-    """What an operator takes: a tensor, which leaves the number beside it unread, or none and the number."""
-    return (value, 1.0) if isinstance(value, Tensor) else (None, value)
-
-
-class _Upstream:
-    """The upstream gradient. Of batched ones an operator is given 1, and its results are multiplied by them."""
-
-    def __init__(self, upstream: Tensor, like: Tensor) -> None:
-        self.batched = transforms.batched(upstream)
-        self.given = like.new_ones((), dtype=upstream.dtype) if self.batched else upstream
-        self.upstream = upstream
-
-    def of(self, gradients: Iterable[Tensor], wanted: Iterable[bool]) -> list[Tensor | None]:
-        return [
-            (transforms.scaled(of, self.upstream) if self.batched else of) if want else None
-            for of, want in zip(gradients, wanted, strict=True)
-        ]
 
 
 class _ClipOfPairs(torch.autograd.Function):
@@ -45,7 +23,7 @@ class _ClipOfPairs(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         refuse_second_order("clip_loss")
         x, y, learned, *saved = ctx.saved_tensors
-        of = _Upstream(upstream, saved[0])
+        of = Upstream(upstream, saved[0])
         wanted = list(ctx.needs_input_grad[1:])
         arguments = (of.given, x, y, learned, ctx.number, *saved, wanted)
         gradients, of_scale = direct.call("clip_loss_of_pairs_backward", *arguments)
@@ -58,7 +36,7 @@ def clip_loss(
     scale: Tensor | float,  # 0-dim
 ) -> Tensor:
     refuse_forward_mode("clip_loss", (x, y, scale))
-    learned, number = _learned_or_number(scale)
+    learned, number = learned_or_number(scale)
     if not any(z is not None and needs_gradient(z) for z in (x, y, learned)):
         return direct.call("clip_loss_of_pairs", x, y, learned, number)[0]
     x, y = distinct((x, y))
@@ -87,7 +65,7 @@ class _SiglipOfPairs(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         refuse_second_order("siglip_loss")
         of_x, of_y, derivatives, *learned = ctx.saved_tensors
-        of = _Upstream(upstream, derivatives)
+        of = Upstream(upstream, derivatives)
         wanted = list(ctx.needs_input_grad[2:])
         arguments = (of.given, [of_x, of_y], derivatives, *learned, ctx.scale, ctx.dtype, wanted)
         gradients, of_scale, of_bias = direct.call("siglip_loss_of_pairs_backward", *arguments)
@@ -101,7 +79,7 @@ def siglip_loss(
     bias: Tensor | float,  # 0-dim
 ) -> Tensor:
     refuse_forward_mode("siglip_loss", (x, y, scale, bias))
-    (learned_scale, scale_number), (learned_bias, bias_number) = map(_learned_or_number, (scale, bias))
+    (learned_scale, scale_number), (learned_bias, bias_number) = map(learned_or_number, (scale, bias))
     learned, numbers = (learned_scale, learned_bias), (scale_number, bias_number)
     wanted = [needs_gradient(z) for z in (x, y)]
     if not any(wanted) and not any(z is not None and needs_gradient(z) for z in learned):

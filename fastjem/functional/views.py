@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastjem.ops import direct, transforms
-from fastjem.ops.autograd import distinct, needs_gradient, refuse_second_order
+from fastjem.ops.autograd import Upstream, distinct, learned_or_number, needs_gradient, refuse_second_order
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 
@@ -28,15 +28,12 @@ class _OfViews(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order(ctx.name)
-        batched = transforms.batched(upstream)
-        given = ctx.saved_tensors[2].new_ones((), dtype=upstream.dtype) if batched else upstream
+        of = Upstream(upstream, ctx.saved_tensors[2])
         wanted = [any(ctx.needs_input_grad[4:]), ctx.needs_input_grad[3]]
-        arguments = (given, *ctx.saved_tensors, *ctx.options, ctx.dtype, wanted)
-        gradient, of_temperature = direct.call("nt_xent_of_views_backward", *arguments)
-        if batched:
-            gradient, of_temperature = (transforms.scaled(x, upstream) for x in (gradient, of_temperature))
-        of_views = (gradient,) if ctx.count == 1 else gradient.unbind(-3)
-        return None, None, None, of_temperature if wanted[1] else None, *of_views
+        arguments = (of.given, *ctx.saved_tensors, *ctx.options, ctx.dtype, wanted)
+        gradient, of_temperature = of.of(direct.call("nt_xent_of_views_backward", *arguments), wanted)
+        of_views = [gradient] * ctx.count if ctx.count == 1 or gradient is None else gradient.unbind(-3)
+        return None, None, None, of_temperature, *of_views
 
 
 def loss_of_views(
@@ -47,8 +44,8 @@ def loss_of_views(
     decoupled: bool,
 ) -> Tensor:
     """The mean over rows of the log-sum-exp less the weighted positives; rows are normalised."""
-    learned = temperature if isinstance(temperature, Tensor) else None
-    options = (1.0 if isinstance(temperature, Tensor) else temperature, decoupled)
+    learned, number = learned_or_number(temperature)
+    options = (number, decoupled)
     inputs = [*views] if learned is None else [*views, learned]
     refuse_forward_mode(name, inputs)
     if transforms.active():

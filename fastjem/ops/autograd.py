@@ -6,7 +6,7 @@ for calls that nobody watches (`direct.py`). Conventions: kernels/__init__.py.
 Within torch.func's transforms the first three are `transforms.known`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 
 import torch
@@ -47,6 +47,26 @@ def _all_rescaled(gradients: list[Tensor], upstream: Tensor, scale: Tensor) -> l
         gradients = [gradient.clone() for gradient in gradients]
     ops.rescale_all_(gradients, upstream, scale)
     return gradients
+
+
+def learned_or_number(value: Tensor | float) -> tuple[Tensor | None, float]:
+    """What an operator takes: a tensor, which leaves the number beside it unread, or none and the number."""
+    return (value, 1.0) if isinstance(value, Tensor) else (None, value)
+
+
+class Upstream:
+    """The upstream gradient. Of batched ones an operator is given 1, and its results are multiplied by them."""
+
+    def __init__(self, upstream: Tensor, like: Tensor) -> None:
+        self.batched = transforms.batched(upstream)
+        self.given = like.new_ones((), dtype=upstream.dtype) if self.batched else upstream
+        self.upstream = upstream
+
+    def of(self, gradients: Iterable[Tensor], wanted: Iterable[bool]) -> list[Tensor | None]:
+        return [
+            (transforms.scaled(of, self.upstream) if self.batched else of) if want else None
+            for of, want in zip(gradients, wanted, strict=True)
+        ]
 
 
 def needs_gradient(x: Tensor) -> bool:

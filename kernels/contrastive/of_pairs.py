@@ -8,7 +8,7 @@ see of_views.py. A scale or bias that is a tensor is called learned; otherwise i
 import torch
 from torch import Tensor
 
-from ..arithmetic import compute_dtype, widen, widest, widest_dtype
+from ..arithmetic import compute_dtype, no_gradient, widen, widest, widest_dtype
 from . import in_parts
 from .of_views import state_rows
 
@@ -18,11 +18,6 @@ def parameter(learned: Tensor | None, number: float, like: Tensor) -> Tensor:
     if learned is not None:
         return learned
     return torch.full((), number, dtype=widest_dtype(like.device), device=like.device)
-
-
-def no_number(like: Tensor) -> Tensor:
-    """What stands for the gradient of a scale or a bias that isn't wanted."""
-    return like.new_empty(0)
 
 
 def clip_loss_of_pairs(
@@ -108,4 +103,4 @@ def scaled(gradients: list[Tensor], factor: Tensor, dtype: torch.dtype) -> list[
 
 def of_number(gradient: Tensor, learned: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
     """The gradient of a scale or bias, in its dtype; empty where there is none."""
-    return no_number(like) if learned is None or not wanted else gradient.to(learned.dtype, copy=True)
+    return no_gradient(like) if learned is None or not wanted else gradient.to(learned.dtype, copy=True)
