@@ -278,6 +278,33 @@ def products(a: Side, b: Side, scaling: Scaling, own_image: OwnImage, tile: dict
     return out[None]
 
 
+def weigh(
+    a: Side,
+    b: Side,
+    scaling: Scaling,
+    own_image: OwnImage,
+    weights: Tensor | None,  # [N, M] in whole tiles, for G * GAIN
+    with_dots: bool,
+    first_row: int = 0,  # its number among all rows
+    row_dots: Tensor | None = None,  # these two: see weights_kernel
+    column_dots: Tensor | None = None,
+) -> Tensor | None:
+    """The weights, and if wanted the sum of G * similarities of each program, [programs] float64."""
+    n, d = a.rows.shape
+    m = len(b.rows)
+    tile = tiling.similarity_weights(d, a.rows.dtype)
+    grid = (triton.cdiv(n, tile["BM"]) * triton.cdiv(m, tile["BN"]),)
+    dots_by_tile = torch.empty(grid, dtype=torch.float64, device=b.rows.device) if with_dots else None
+    launch.launch(
+        weights_kernel, grid, a.rows, b.rows, scaling.tensor, scaling.number, a.pivots, a.adjustments, b.pivots,
+        b.adjustments, weights, dots_by_tile, row_dots, column_dots, n, m, d,
+        *own_image_arguments(own_image, first_row), 0 if weights is None else weights.stride(0) // 8, scaling.pivot,
+        HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(b.rows.dtype), **tile,
+        device_of=b.rows,
+    )  # fmt: skip
+    return dots_by_tile
+
+
 def weighted_by_bands(
     a: Side,
     b: Side,
@@ -290,22 +317,10 @@ def weighted_by_bands(
     is_first: bool = False,  # nothing is in the sums yet
 ) -> list[Tensor]:
     """Of each band the sums of G * similarities by program, [programs] float64."""
-    tile = tiling.similarity_weights(a.rows.shape[1], a.rows.dtype)
     row_dots = []
     for rows, weights in bands(a.rows, b.rows, a_sum is not None or b_sum is not None):
         part = a.part(rows)
-        n, d = part.rows.shape
-        m = len(b.rows)
-        column_blocks = triton.cdiv(m, tile["BN"])
-        grid = (triton.cdiv(n, tile["BM"]) * column_blocks,)
-        dots_by_tile = torch.empty(grid, dtype=torch.float64, device=b.rows.device) if with_dots else None
-        launch.launch(
-            weights_kernel, grid, part.rows, b.rows, scaling.tensor, scaling.number, part.pivots, part.adjustments,
-            b.pivots, b.adjustments, weights, dots_by_tile, n, m, d, *own_image_arguments(own_image, rows.start),
-            0 if weights is None else weights.stride(0) // 8, scaling.pivot,
-            HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(b.rows.dtype), **tile,
-            device_of=b.rows,
-        )  # fmt: skip
+        dots_by_tile = weigh(part, b, scaling, own_image, weights, with_dots, rows.start)
         if weights is not None and a_sum is not None:
             add_product(a_sum[rows], weights, b.rows, is_first=is_first)
         if weights is not None and b_sum is not None:

@@ -5,7 +5,8 @@
 * backward: programs that own rows of x and others that own rows of y, in one grid (1); another kernel adds the parts
   that a block's programs have made and the pairs' own terms, and multiplies by the scale and the upstream gradient (2).
   The scale's own gradient is one program more of that. Rows whose gradient doesn't fit in registers take weights in
-  memory and torch's product of them for each side: two launches more.
+  memory. Of few a product of ours for both sides is the finish as well (products.py); of many there is torch's product
+  for each side: two launches more.
 """
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from .. import launch, tiling
 from ..arithmetic import no_gradient
-from . import gpu_engine
+from . import gpu_engine, products
 from .composed import OwnImage
 from .gpu_engine import Scaling, Side
 from .gpu_views import total
 from .of_views import state_rows
-from .pair_kernels import finish_pairs_kernel, join_pairs_kernel, own_pairs_kernel
+from .pair_kernels import finish_pairs_kernel, join_pairs_kernel, own_pairs_kernel, product_pairs_kernel
 
 COLUMNS = 64  # of a row at a time, where nothing has to be known of all of it
 
@@ -63,6 +64,13 @@ def forward(x: Tensor, y: Tensor, learned: Tensor | None, logit_scale: float) ->
     return loss, of_pairs, state
 
 
+def _sides(
+    x: Tensor, y: Tensor, learned: Tensor | None, logit_scale: float, state: Tensor
+) -> tuple[Side, Side, Scaling, OwnImage]:
+    """What kernels of weights take."""
+    return Side(x, *state[0]), Side(y, *state[1]), _scaling(learned, logit_scale), OwnImage(len(x), 0, len(x))
+
+
 def _sums(
     x: Tensor, y: Tensor, learned: Tensor | None, logit_scale: float, state: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor | None]:
@@ -85,10 +93,8 @@ def _sums(
         return out, dots
     out = torch.empty(1, 2, n if any(wanted[:2]) else 0, d, dtype=torch.float32, device=x.device)
     of_x, of_y = (out[0, side] if wanted[side] else None for side in range(2))
-    dots = gpu_engine.weighted_by_bands(
-        Side(x, *state[0]), Side(y, *state[1]), _scaling(learned, logit_scale), OwnImage(n, 0, n), of_x, of_y,
-        wanted[2], is_first=True,
-    )  # fmt: skip
+    sides = _sides(x, y, learned, logit_scale, state)
+    dots = gpu_engine.weighted_by_bands(*sides, of_x, of_y, wanted[2], is_first=True)
     return out, gpu_engine.joined(dots)
 
 
@@ -105,14 +111,28 @@ def backward(
     x = x.contiguous()
     y = y.contiguous()
     n, d = x.shape
-    sums, dots = _sums(x, y, learned, logit_scale, state, wanted)
     gradients = [torch.empty_like(z) if want else z.new_empty(0) for z, want in zip((x, y), wanted, strict=False)]
     of_scale = None if learned is None or not wanted[2] else torch.empty_like(learned)
+    arguments = (x, y, learned, logit_scale, upstream, of_pairs, *gradients)
+    first_side = 0 if wanted[0] else 1
+    on_chip = tiling.similarity_owner(d, x.dtype, True) is not None
+    if any(wanted[:2]) and not on_chip and products.fits(n, n, x.dtype):
+        weights = products.memory(n, n, x)
+        dots = gpu_engine.weigh(*_sides(x, y, learned, logit_scale, state), weights, of_scale is not None)
+        tile = products.tile(x.dtype)
+        of_rows = products.blocks_of(n, d, tile) * sum(wanted[:2])
+        launch.launch(
+            product_pairs_kernel, (of_rows + (of_scale is not None),), weights, *arguments, dots, of_scale, n, d,
+            weights.stride(0) // 8, first_side, of_rows, 0 if dots is None else dots.numel(), 1 / (2 * n),
+            GAIN=launch.gain(x.dtype), **tile, device_of=x,
+        )  # fmt: skip
+        return gradients, no_gradient(x) if of_scale is None else of_scale
+    sums, dots = _sums(x, y, learned, logit_scale, state, wanted)
     tile = _tile(d)
     of_rows = triton.cdiv(n, tile["ROWS"]) * triton.cdiv(d, tile["BLOCK"]) * sum(wanted[:2])
     launch.launch(
-        finish_pairs_kernel, (of_rows + (of_scale is not None),), sums, x, y, learned, logit_scale, upstream, of_pairs,
-        *gradients, dots, of_scale, n, d, 0 if wanted[0] else 1, of_rows, len(sums),
+        finish_pairs_kernel, (of_rows + (of_scale is not None),), sums, *arguments, dots, of_scale,
+        n, d, first_side, of_rows, len(sums),
         0 if dots is None else dots.numel(), 1 / (2 * n), **tile, device_of=x,
     )  # fmt: skip
     return gradients, no_gradient(x) if of_scale is None else of_scale

@@ -6,8 +6,9 @@ Below some thousand rows a loss takes as long as its launches, so that nothing b
   gradients takes of them, and the loss (3). Of many rows several programs do that, and one adds their losses (4).
 * backward: few rows are walked over by several programs for a block, whose sums another kernel adds, with the terms
   between views, the way through the unit length, the scale and the upstream gradient (two launches); of many, each
-  program does all of that for its rows. Rows whose gradient doesn't fit in registers take weights in memory, torch's
-  product and that kernel. A temperature's gradient is one launch more.
+  program does all of that for its rows. A temperature's gradient is one launch more.
+* Rows whose gradient doesn't fit in registers take weights in memory. Of few a product of ours finishes what it has
+  (view_products.py: two launches, the temperature's gradient with them); of many torch multiplies, before that kernel.
 
 Few rows have no half of tiles left out: without columns' sums there are so few parts to join that one program does.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .. import launch, tiling
 from ..arithmetic import UNIT_EPS, dense_rows, no_gradient
-from . import gpu_engine
+from . import gpu_engine, products, view_products
 from .composed import OwnImage
 from .gpu_engine import Scaling
 from .of_views import state_rows
@@ -135,13 +136,19 @@ def backward(
     v, n, d = unit.shape
     flat = unit.view(v * n, d)
     scale = scaling(temperature, learned, factor, unit)
+    weights = None if weights is None else weights.contiguous()
+    tile = tiling.similarity_owner(d, unit.dtype, scale.running)
+    with_temperature = learned is not None and wanted[1]
+    if tile is None and products.fits(v * n, v * n, unit.dtype):
+        of_temperature = torch.empty_like(learned) if with_temperature else None  # pyright: ignore[reportArgumentType]
+        gradient = view_products.gradients(
+            upstream, unit, divisors, lse, state, factor, weights, scale, decoupled, of_temperature
+        )
+        return gradient, no_gradient(lse) if of_temperature is None else of_temperature
     gradient = torch.empty_like(unit)
     pivots = state[0] if scale.running else None
-    weights = None if weights is None else weights.contiguous()
     of_rows = (unit, divisors, lse, weights, factor, upstream)
-    tile = tiling.similarity_owner(d, unit.dtype, scale.running)
     rows = tiling.views_rows(d)
-    with_temperature = learned is not None and wanted[1]
     few = are_few(v * n, d, unit.dtype, scale.running)
     step = rows["ROWS"] if tile is None or few else tile["BM"]
     programs = triton.cdiv(v * n, step)

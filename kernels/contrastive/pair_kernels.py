@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
+from .products import AT_ONCE, place, product, store_block
 from .rows import joined, store_state
 from .tiles import images_of_block, load_rows
 from .weights import walk_of_owner
@@ -125,6 +126,30 @@ def weight_of_pair(of_pairs, factor_value, i_row, N):
     return tl.where(inside, of_x + of_y, 0.0), similarity
 
 
+@triton.jit
+def gradient_of_scale(of_pairs, factor_value, dots, N, parts, AT_ONCE: tl.constexpr):
+    """The sum of G * similarities in float64, by one program: the pairs' own and, where there are some, the others'."""
+    index = tl.arange(0, AT_ONCE)
+    total = tl.zeros([AT_ONCE], tl.float64)
+    for i in range(0, N, AT_ONCE):
+        weight, similarity = weight_of_pair(of_pairs, factor_value, i + index, N)
+        total += weight * similarity
+    for i in range(0, parts, AT_ONCE):
+        total += tl.load(dots + i + index, index < parts - i, 0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def finish_pairs(
+    g, others, out, of_pairs, factor_value, scale, i_row, first_column, N, D, BLOCK: tl.constexpr
+):
+    """Some rows and columns of a side's gradient, given what isn't the pairs' own; `others` are their partners."""
+    weight, _ = weight_of_pair(of_pairs, factor_value, i_row, N)
+    partners = load_rows(others, i_row, N, D, first_column, BLOCK).to(tl.float32)
+    g += weight.to(tl.float32)[:, None] * partners
+    store_block(out, i_row, first_column, N, D, g * (scale * factor_value).to(tl.float32), BLOCK)
+
+
 @triton.jit(do_not_specialize=["N", "first_side", "of_rows", "splits", "parts"])
 def finish_pairs_kernel(
     sums,  # [splits, 2, N, D] float32, see own_pairs_kernel
@@ -160,21 +185,54 @@ def finish_pairs_kernel(
         g = tl.zeros([ROWS, BLOCK], tl.float32)
         for split in range(0, splits):
             g += load_rows(sums + launch.row_start(split * 2 + side, N, 1) * D, i_row, N, D, first, BLOCK)
-        weight, _ = weight_of_pair(of_pairs, factor_value, i_row, N)
-        g += weight.to(tl.float32)[:, None] * load_rows(
-            launch.chosen((y, x), side), i_row, N, D, first, BLOCK
-        ).to(tl.float32)  # fmt: skip
-        out = launch.chosen((x_gradient, y_gradient), side)
-        column = first + tl.arange(0, BLOCK)
-        mask = (i_row < N)[:, None] & (column < D)[None, :]
-        g *= (scale * factor_value).to(tl.float32)
-        tl.store(out + launch.row_start(i_row, D, 1)[:, None] + column[None, :], g.to(x.dtype.element_ty), mask)
+        finish_pairs(
+            g, launch.chosen((y, x), side), launch.chosen((x_gradient, y_gradient), side), of_pairs, factor_value,
+            scale, i_row, first, N, D, BLOCK,
+        )  # fmt: skip
     elif of_scale is not None:
-        index = tl.arange(0, ROWS * BLOCK)
-        total = tl.zeros([ROWS * BLOCK], tl.float64)
-        for i in range(0, N, ROWS * BLOCK):
-            weight, similarity = weight_of_pair(of_pairs, factor_value, i + index, N)
-            total += weight * similarity
-        for i in range(0, parts, ROWS * BLOCK):
-            total += tl.load(dots + i + index, index < parts - i, 0.0).to(tl.float64)
-        tl.store(of_scale, tl.sum(total, 0) * scale)
+        tl.store(of_scale, gradient_of_scale(of_pairs, factor_value, dots, N, parts, ROWS * BLOCK) * scale)
+
+
+@triton.jit(do_not_specialize=["N", "first_side", "of_rows", "parts", "s_weights"])
+def product_pairs_kernel(
+    weights,  # [N, N] in whole tiles, rows s_weights * 8 apart: G * GAIN, 0 where a pair is
+    x,  # [N, D]; from here on see finish_pairs_kernel
+    y,
+    factor,
+    factor_number: tl.float64,
+    upstream,
+    of_pairs,
+    x_gradient,
+    y_gradient,
+    dots,
+    of_scale,
+    N,
+    D,
+    s_weights,
+    first_side,
+    of_rows,  # programs that make a block of a gradient
+    parts,
+    each: tl.float64,
+    GAIN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`G @ y` and `G.T @ x` of few rows, finished: see products.py."""
+    factor_value = launch.number(factor, factor_number)
+    scale = tl.load(upstream).to(tl.float64) * tl.full((), each, tl.float64)
+    program = tl.program_id(0)
+    if program < of_rows:
+        programs = tl.cdiv(N, BM) * tl.cdiv(D, BN)
+        side = first_side + program // programs
+        first_row, first_column = place(program % programs, D, BM, BN)
+        if side == 0:
+            g = product(weights, y, first_row, first_column, N, D, s_weights, False, GAIN, BM, BN, BLOCK_K)
+        else:
+            g = product(weights, x, first_row, first_column, N, D, s_weights, True, GAIN, BM, BN, BLOCK_K)
+        finish_pairs(
+            g, launch.chosen((y, x), side), launch.chosen((x_gradient, y_gradient), side), of_pairs, factor_value,
+            scale, first_row + tl.arange(0, BM), first_column, N, D, BN,
+        )  # fmt: skip
+    elif of_scale is not None:
+        tl.store(of_scale, gradient_of_scale(of_pairs, factor_value, dots, N, parts, AT_ONCE) * scale)

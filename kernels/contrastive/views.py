@@ -187,6 +187,18 @@ def total_kernel(
 
 
 @triton.jit
+def pull_of_view(logit, b_lse, lse, weights, i_row, other, inside, V, DECOUPLED: tl.constexpr):
+    """[rows] float64: what draws a row towards the row `other` of its image, whose logit with it is given."""
+    pull = tl.full(i_row.shape, 2.0, tl.float64)
+    if weights is not None:
+        pull = tl.load(weights + i_row, inside, 0.0).to(tl.float64) + tl.load(weights + other).to(tl.float64)
+    pull = pull / (V - 1)
+    if not DECOUPLED:
+        pull -= tl.exp(logit - b_lse) + tl.exp(logit - tl.load(lse + other))
+    return pull
+
+
+@triton.jit
 def finish_rows(
     sums, unit, divisors, lse, weights, factor_value, scale, gradient, i_row, splits, N, V, D, EPS: tl.constexpr,
     DECOUPLED: tl.constexpr, BLOCK: tl.constexpr,
@@ -206,13 +218,8 @@ def finish_rows(
     for j in range(0, V):
         other = j * N + n
         w = load_rows(unit, other, rows, D, 0, BLOCK).to(tl.float32)
-        pull = tl.full(i_row.shape, 2.0, tl.float64)
-        if weights is not None:
-            pull = tl.load(weights + i_row, inside, 0.0).to(tl.float64) + tl.load(weights + other).to(tl.float64)
-        pull = pull / (V - 1)
-        if not DECOUPLED:
-            logit = dot_of_rows(u, w) * factor_value
-            pull -= tl.exp(logit - b_lse) + tl.exp(logit - tl.load(lse + other))
+        logit = dot_of_rows(u, w) * factor_value
+        pull = pull_of_view(logit, b_lse, lse, weights, i_row, other, inside, V, DECOUPLED)
         g -= tl.where(v != j, pull, 0.0).to(tl.float32)[:, None] * w
     divisor = tl.load(divisors + i_row, inside, 1.0)
     along = tl.sum(g * u, 1)

@@ -139,6 +139,37 @@ def store_tile(out, i_a, i_b, s_out, tile):
     tl.store(out + at, tile.to(out.dtype.element_ty))
 
 
+@triton.jit
+def weights_of_tile(
+    a, b, factor_value, a_pivots, a_adjustments, b_pivots, b_adjustments, block_a, block_b, N, M, D, first_row,
+    row_period, offset, column_period, pivot, HAS_OWN_IMAGE: tl.constexpr, RUNNING: tl.constexpr,
+    BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """(G, similarities) of a tile, [BM, BN], both 0 where a column isn't seen; see `weights_kernel`."""
+    i_a = block_a * BM + tl.arange(0, BM)
+    i_b = block_b * BN + tl.arange(0, BN)
+    rate = (factor_value * LOG2_E).to(tl.float32)
+    # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
+    s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
+    g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
+    low, high = images_of_block(first_row + block_a * BM, row_period, offset, BM)
+    ends = (block_a + 1) * BM > N  # rows beyond the last are in the sums
+    if ends | may_hide(block_b * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
+        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+        g = tl.where(seen, g, 0.0)
+        s = tl.where(seen, s, 0.0)  # of an infinite row and none NaN
+    return g, s
+
+
+@triton.jit
+def as_stored(g, dtype: tl.constexpr, GAIN: tl.constexpr):
+    """Weights as a product has them, rounded to the dtype of rows.
+
+    <unit row, gradient> is made of these: then what rounding adds along the row is taken away with it.
+    """
+    return (g * GAIN).to(dtype).to(tl.float32) / GAIN
+
+
 @triton.jit(do_not_specialize=["N", "M", "first_row", "row_period", "offset", "column_period", "s_out"])
 def weights_kernel(
     a,  # [N, D]
@@ -151,6 +182,8 @@ def weights_kernel(
     b_adjustments,  # [M] float32; None if columns have no log-sum-exp
     out,  # [N, M], rows s_out * 8 apart: G * GAIN; or None
     dots,  # [programs] float64, the sum of G * similarities; or None
+    row_dots,  # [blocks of columns, N] float32, each row's sum of G as it is stored times similarities; or None
+    column_dots,  # [blocks of rows, M] float32, each column's; or None
     N,
     M,
     D,
@@ -170,18 +203,18 @@ def weights_kernel(
     block_a, block_b = blocks_of_tile(N, BM)
     i_a = block_a * BM + tl.arange(0, BM)
     i_b = block_b * BN + tl.arange(0, BN)
-    rate = (launch.number(factor, factor_number) * LOG2_E).to(tl.float32)
-    # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
-    s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
-    g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
-    low, high = images_of_block(first_row + block_a * BM, row_period, offset, BM)
-    ends = (block_a + 1) * BM > N  # rows beyond the last are in the sum
-    if ends | may_hide(block_b * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
-        seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
-        g = tl.where(seen, g, 0.0)
-        s = tl.where(seen, s, 0.0)  # of an infinite row and none NaN
+    g, s = weights_of_tile(
+        a, b, launch.number(factor, factor_number), a_pivots, a_adjustments, b_pivots, b_adjustments, block_a, block_b,
+        N, M, D, first_row, row_period, offset, column_period, pivot, HAS_OWN_IMAGE, RUNNING, BLOCK_D, BM, BN,
+    )  # fmt: skip
     if dots is not None:
         tl.store(dots + tl.program_id(0), sum_of_tile(g * s))
+    if row_dots is not None:
+        part = tl.sum(as_stored(g, b.dtype.element_ty, GAIN) * s, 1)
+        tl.store(row_dots + launch.row_start(block_b, N, 1) + i_a, part, i_a < N)
+    if column_dots is not None:
+        part = tl.sum(as_stored(g, b.dtype.element_ty, GAIN) * s, 0)
+        tl.store(column_dots + launch.row_start(block_a, M, 1) + i_b, part, i_b < M)
     if out is not None:
         store_tile(out, i_a, i_b, s_out, g * GAIN)
 
