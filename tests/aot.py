@@ -308,7 +308,8 @@ def _clip_loss_of_pairs(d: int, dtype: str, n: int = 300, learned: bool = True) 
         loss, *saved = contrastive.clip_loss_of_pairs(*given)
         contrastive.clip_loss_of_pairs_backward(loss, *given, *saved, [True, True, learned])
 
-    return Case("clip_loss_of_pairs", f"N x {d}" + ("" if learned else " number"), dtype, call, wgmma=True)
+    rows = "N" if n == 300 else str(n)
+    return Case("clip_loss_of_pairs", f"{rows} x {d}" + ("" if learned else " number"), dtype, call, wgmma=True)
 
 
 def _siglip_loss(d: int, dtype: str) -> Case:
@@ -514,20 +515,27 @@ CASES = [
     _nt_xent_of_views(40, "fp16", True),
     _nt_xent_of_views(100, "bf16"),
     _nt_xent_of_views(128, "fp32"),
+    _nt_xent_of_views(128, "fp32", True, n=4500),
+    _nt_xent_of_views(512, "bf16", True),
     _info_nce(128, "bf16"),
     _info_nce(128, "bf16", 8500, 8500, True, True),
     _info_nce(256, "bf16", in_batch=True),
     _info_nce(40, "fp16", in_batch=True, learned=True),
     _info_nce(100, "bf16", learned=True),
     _info_nce(512, "bf16", in_batch=True),
+    _info_nce(512, "bf16", learned=True),
+    _info_nce(128, "fp32"),
     _info_nce(128, "fp32", learned=True),
     _info_nce(128, "fp32", in_batch=True, learned=True),
+    _info_nce(128, "fp32", 4500, 70000, learned=True),
+    _info_nce(128, "fp32", 4500, 4500, in_batch=True, learned=True),
     _clip_loss(512, "bf16"),
     _clip_loss_of_pairs(128, "bf16"),
     _clip_loss_of_pairs(256, "fp16"),
     _clip_loss_of_pairs(40, "fp16"),
     _clip_loss_of_pairs(512, "bf16"),
     _clip_loss_of_pairs(512, "fp32"),
+    _clip_loss_of_pairs(512, "fp32", n=4500),
     _clip_loss_of_pairs(128, "bf16", learned=False),
     _clip_loss_of_pairs(512, "bf16", learned=False),
     _siglip_loss(512, "bf16"),

@@ -7,9 +7,10 @@
 * backward: where negatives need a gradient, a walk by programs that own some of them (1); the upstream gradient, the
   way of negatives through the unit length, and as one program more the temperature's gradient (2).
 
-Rows whose gradient doesn't fit in registers take weights in memory and torch's products of them. Where negatives are
-constants, of which nothing is kept for backward, that is forward and three launches more; otherwise backward and two,
-as the same weights make the negatives' gradient too.
+Rows whose gradient doesn't fit in registers take weights in memory. Few rows have products of ours (query_products.py):
+one launch more where negatives are constants, none otherwise. Of many torch multiplies. Where negatives are constants,
+of which nothing is kept for backward, that is forward and three launches more; otherwise backward and two, as the same
+weights make the negatives' gradient too.
 """
 
 import functools
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from .. import chips, launch, tiling
 from ..arithmetic import UNIT_EPS, dense_rows
-from . import composed, gpu_engine
+from . import composed, gpu_engine, query_products
+from . import products as few_products
 from .composed import OwnImage
 from .gpu_engine import Parts, Scaling, Side
 from .gpu_views import inverse, scaling, total
@@ -89,6 +91,12 @@ def walk_attending(
     return parts, out
 
 
+def _shared_walk(n: int, m: int, d: int, dtype: torch.dtype, tile: dict) -> query_products.Walk | None:
+    blocks = triton.cdiv(n, tile["BM"])
+    splits, _ = splits_in_waves(blocks, triton.cdiv(m, tile["BN"]), chips.current().multiprocessors)
+    return query_products.shared_walk(n, m, d, dtype, tile, splits)
+
+
 def forward(
     query: Tensor,
     positive: Tensor,
@@ -121,10 +129,13 @@ def forward(
     on_chip = tiling.similarity_attend(d, unit.dtype, running)
     attends = wanted[0] or wanted[3]
     products = None
+    tile = tiling.similarity_sums(d, unit.dtype)
+    walk = _shared_walk(n, m, d, unit.dtype, tile) if attends and on_chip is None and not wanted[2] else None
     if attends and on_chip is not None:
         parts, products = walk_attending(unit, others, scale, own, on_chip, running)
+    elif walk is not None:
+        parts, products = query_products.walk_attending(unit, others, scale, own, walk, running)
     else:
-        tile = tiling.similarity_sums(d, unit.dtype)
         parts = gpu_engine.walk(unit, others, scale, own, tile, range(triton.cdiv(m, tile["BN"])))
     state = torch.empty(2, state_rows(n), dtype=torch.float32, device=query.device)
     of_query, of_positive = (
@@ -170,11 +181,10 @@ class Late(NamedTuple):
 
 
 def _walk_of_negatives(
-    unit: Tensor, others: Tensor, state: Tensor, scale: Scaling, own: OwnImage, wanted: list[bool]
+    unit: Tensor, others: Tensor, state: Tensor, scale: Scaling, own: OwnImage, tile: dict | None, wanted: list[bool]
 ) -> Late:
     queries = Side(unit, state[0] if scale.running else None, state[1])
     negatives = Side(others, None, None)
-    tile = tiling.similarity_owner(others.shape[1], unit.dtype, scale.running)
     if tile is not None or not (wanted[0] or wanted[3]):
         return Late(gpu_engine.products(negatives, queries, scale, gpu_engine.transposed(own), tile))
     sums = torch.empty(1, *others.shape, dtype=torch.float32, device=unit.device)
@@ -204,17 +214,24 @@ def backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     wanted = [*wanted[:3], wanted[3] and learned is not None]
-    late = Late()
-    if wanted[2]:
-        scale = scaling(temperature, learned, factor, unit)
-        own = composed.own_row(count, offset, len(others))
-        late = _walk_of_negatives(unit, others, state, scale, own, wanted)
     gradients = [
         torch.empty_like(x, dtype=dtype) if want else x.new_empty(0, dtype=dtype)
         for x, want in zip((of_query, of_positive, others), wanted, strict=False)
     ]
     gradients.append(factor.new_empty(0) if learned is None or not wanted[3] else torch.empty_like(learned))
     asked = [x if want else None for x, want in zip(gradients, wanted, strict=True)]
+    late = Late()
+    if wanted[2]:
+        scale = scaling(temperature, learned, factor, unit)
+        own = composed.own_row(count, offset, len(others))
+        tile = tiling.similarity_owner(others.shape[1], unit.dtype, scale.running)
+        if tile is None and few_products.fits(count, len(others), unit.dtype):
+            query_products.gradients(
+                upstream, of_query, of_positive, slopes, unit, of_rows, others, divisors, state, factor, scale, own,
+                asked,
+            )  # fmt: skip
+            return gradients
+        late = _walk_of_negatives(unit, others, state, scale, own, tile, wanted)
     d = max(x.shape[-1] if x.numel() else 1 for x in gradients[:3])
     m = len(others) if wanted[2] else 0
     rows = tiling.views_rows(d)

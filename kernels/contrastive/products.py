@@ -32,11 +32,16 @@ def tile(dtype: torch.dtype) -> dict:
     return {"BLOCK_K": 32} | chips.product_tile(rows=32, columns=64, warps=4, stages=2, summed="BLOCK_K")
 
 
+def bytes_of(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """What `memory` takes."""
+    return triton.cdiv(rows, PADDED) * triton.cdiv(columns, PADDED) * PADDED * PADDED * dtype.itemsize
+
+
 def fits(rows: int, columns: int, dtype: torch.dtype) -> bool:
     """Whether all weights are in memory at once, rows are few, and the chip multiplies matrices for Triton."""
-    padded = triton.cdiv(rows, PADDED) * triton.cdiv(columns, PADDED) * PADDED * PADDED
     few = max(rows, columns) <= MOST_ROWS[dtype.itemsize]
-    return few and padded * dtype.itemsize <= tiling.WEIGHTS_BYTES and chips.current().tensor_cores
+    in_memory = bytes_of(rows, columns, dtype) <= tiling.WEIGHTS_BYTES
+    return few and in_memory and chips.current().tensor_cores
 
 
 def blocks_of(n: int, d: int, tile: dict) -> int:
