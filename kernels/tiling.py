@@ -180,9 +180,9 @@ def similarity_join() -> dict:
 
 
 def views_rows(width: int) -> dict:
-    """Half of `similarity_rows`, with sums in float64; less where rows aren't whole words: 40 and 100 columns spill."""
+    """Half of `similarity_rows`, with sums in float64; less of 40, 100 and 512 (sm_80) columns, as more spill."""
     block = _block(width)
-    rows = max(1, (1024 if width % 16 == 0 else 512 if block <= 64 else 256) // block)
+    rows = 1 if block > 256 else (1024 if width % 16 == 0 else 512 if block <= 64 else 256) // block
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(4, block // 1024))}
 
 

@@ -63,6 +63,17 @@ def test_only_what_is_wanted(wanted, dtype, implementation):
     check(inputs, [name in wanted.split(", ") for name in ("x", "y", "scale")], dtype, implementation.device)
 
 
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, True), (True, False, False)], ids=str)
+def test_torchs_product_of_many_pairs(wanted, implementation, monkeypatch):
+    if not INTERPRETING:
+        pytest.skip("a GPU's alone")
+    from fastjem.kernels.contrastive import products
+
+    monkeypatch.setattr(products, "MOST_ROWS", 8)
+    inputs = [*pairs(9, 24), torch.tensor(14.0, dtype=torch.float64)]
+    check(inputs, list(wanted), torch.float32, implementation.device)
+
+
 def test_walks_in_pieces_are_joined(implementation, monkeypatch):
     """Of very many pairs neither columns' sums nor weights are in memory at once; programs don't share a block."""
     if not INTERPRETING:

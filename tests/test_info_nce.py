@@ -109,6 +109,31 @@ def test_many_queries_and_weights_in_bands(dtype, implementation, monkeypatch):
     check(rows(1030, 7, 16), 0.4, None, dtype, implementation.device, learned=True)
 
 
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, True, False), (False, False, True)], ids=str)
+def test_torchs_product_of_many_rows(wanted, implementation, monkeypatch):
+    if not INTERPRETING:
+        pytest.skip("a GPU's alone")
+    monkeypatch.setattr(tiling, "WEIGHTS_BYTES", 1 << 16)  # one tile of 128 x 128 and no more
+    check(rows(9, 130, 24), 0.4, None, torch.float32, implementation.device, wanted, learned=True)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.01])
+def test_a_bank_whose_exponentials_are_kept(temperature, implementation, monkeypatch):
+    """Five tiles: programs of two each, as sums of products have memory for three programs and not for five.
+
+    A small temperature has maxima, which grow from tile to tile.
+    """
+    if not INTERPRETING:
+        pytest.skip("a GPU's alone")
+    from fastjem.kernels.contrastive import query_products
+
+    inputs = rows(9, 260, 24)
+    inputs[2] = torch.cat([inputs[2][:200], inputs[0] + 0.1 * inputs[1], inputs[2][:51]])  # the nearest ones come late
+    monkeypatch.setattr(query_products, "PARTS_BYTES", 0)
+    monkeypatch.setattr(query_products.products, "bytes_of", lambda *_: 3 * 9 * 24 * 4)
+    check(inputs, temperature, None, torch.float32, implementation.device, (True, True, False))
+
+
 @pytest.mark.parametrize("programs", [pytest.param(1, marks=LARGE), 264])
 def test_a_walk_is_one_program_s_or_shared(programs, implementation, monkeypatch):
     if not INTERPRETING:
@@ -123,6 +148,7 @@ def test_a_walk_is_one_program_s_or_shared(programs, implementation, monkeypatch
     )
     check(rows(70, 140, 16), 0.4, None, half_and_float32()[0], implementation.device)
     check(rows(70, 140, 16), 0.1, 0, half_and_float32()[0], implementation.device, (True, True, False))
+    check(rows(70, 140, 16), 0.01, None, torch.float32, implementation.device, (True, True, False))
 
 
 def test_rows_of_zeros_that_are_not_dense_and_the_same_tensor_thrice(implementation):

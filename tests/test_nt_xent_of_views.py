@@ -45,11 +45,14 @@ SHAPES = [
 
 @pytest.fixture(params=["few", "many"])
 def rows_are(request, monkeypatch, implementation):
-    """A GPU's programs share the gradient of few rows; of many, each finishes its own."""
+    """A GPU's programs share the gradient of few rows; of many, each finishes its own, or torch multiplies."""
     if request.param == "many":
         if not INTERPRETING and implementation.name != "triton":
             pytest.skip("a GPU's alone")
+        from fastjem.kernels.contrastive import products
+
         monkeypatch.setattr(tiling, "PROGRAMS", 2)
+        monkeypatch.setattr(products, "MOST_ROWS", 0)
     return request.param
 
 
@@ -155,6 +158,17 @@ def test_rows_of_zeros_and_the_same_tensor_twice(implementation):
     assert torch.equal(loss, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, stacked)[0].sum(0))
     assert gradient.isfinite().all()
+
+
+def test_what_rounding_weights_adds_along_a_row_is_taken_away(implementation):
+    """Of rows that are nearly alike the sum of the others is along the row, and so is the error of rounded weights."""
+    if not INTERPRETING:
+        pytest.skip("a GPU's alone")
+    z = (draw(1, 1, 300) + 0.01 * draw(2, 9, 300, seed=1)).half().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.nt_xent(z, temperature=0.5), z, torch.tensor(256.0))
+    same = z.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(eager(same, 0.5), same, torch.tensor(256.0, dtype=torch.float64))
+    assert (gradient.double() - truth).norm() <= 0.02 * truth.norm()
 
 
 def test_rows_shorter_than_the_least_divisor(implementation):

@@ -116,7 +116,7 @@ def backward(
     arguments = (x, y, learned, logit_scale, upstream, of_pairs, *gradients)
     first_side = 0 if wanted[0] else 1
     on_chip = tiling.similarity_owner(d, x.dtype, True) is not None
-    if any(wanted[:2]) and not on_chip and products.fits(n, n, x.dtype):
+    if any(wanted[:2]) and not on_chip and products.fits(n, n, d, x.dtype):
         weights = products.memory(n, n, x)
         dots = gpu_engine.weigh(*_sides(x, y, learned, logit_scale, state), weights, of_scale is not None)
         tile = products.tile(x.dtype)

@@ -225,7 +225,7 @@ def backward(
         scale = scaling(temperature, learned, factor, unit)
         own = composed.own_row(count, offset, len(others))
         tile = tiling.similarity_owner(others.shape[1], unit.dtype, scale.running)
-        if tile is None and few_products.fits(count, len(others), unit.dtype):
+        if tile is None and few_products.fits(count, *others.shape, unit.dtype):
             query_products.gradients(
                 upstream, of_query, of_positive, slopes, unit, of_rows, others, divisors, state, factor, scale, own,
                 asked,

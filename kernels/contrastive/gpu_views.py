@@ -139,7 +139,7 @@ def backward(
     weights = None if weights is None else weights.contiguous()
     tile = tiling.similarity_owner(d, unit.dtype, scale.running)
     with_temperature = learned is not None and wanted[1]
-    if tile is None and products.fits(v * n, v * n, unit.dtype):
+    if tile is None and products.fits(v * n, v * n, d, unit.dtype):
         of_temperature = torch.empty_like(learned) if with_temperature else None  # pyright: ignore[reportArgumentType]
         gradient = view_products.gradients(
             upstream, unit, divisors, lse, state, factor, weights, scale, decoupled, of_temperature

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from .products import AT_ONCE, place, product, store_block
+from .products import place, product, store_block
 from .rows import joined, store_state
 from .tiles import images_of_block, load_rows
 from .weights import walk_of_owner
@@ -140,9 +140,7 @@ def gradient_of_scale(of_pairs, factor_value, dots, N, parts, AT_ONCE: tl.conste
 
 
 @triton.jit
-def finish_pairs(
-    g, others, out, of_pairs, factor_value, scale, i_row, first_column, N, D, BLOCK: tl.constexpr
-):
+def finish_pairs(g, others, out, of_pairs, factor_value, scale, i_row, first_column, N, D, BLOCK: tl.constexpr):
     """Some rows and columns of a side's gradient, given what isn't the pairs' own; `others` are their partners."""
     weight, _ = weight_of_pair(of_pairs, factor_value, i_row, N)
     partners = load_rows(others, i_row, N, D, first_column, BLOCK).to(tl.float32)
@@ -235,4 +233,4 @@ def product_pairs_kernel(
             scale, first_row + tl.arange(0, BM), first_column, N, D, BN,
         )  # fmt: skip
     elif of_scale is not None:
-        tl.store(of_scale, gradient_of_scale(of_pairs, factor_value, dots, N, parts, AT_ONCE) * scale)
+        tl.store(of_scale, gradient_of_scale(of_pairs, factor_value, dots, N, parts, 1024) * scale)

@@ -1,11 +1,13 @@
 """The gradient's weights times rows where rows are few: a product of ours, whose programs finish what they have.
 
 A gradient whose sum doesn't fit in registers (float32, rows of more than 256 columns) has its weights in memory. torch
-multiplies many of them; but at few rows a loss takes as long as its launches, and torch's product is one for each side,
-with another to finish it. Here both sides are one grid, and a program finishes its block of rows and columns: terms of a
-row's own image, the way through the unit length, the scale. What it would have to know of whole rows, the radial part
-<u, dL/du>, is the sum of a row's weights times its similarities, which the kernel of weights has in hand: it leaves that
-in parts, one for each block of columns (`row_dots`), and of columns one for each block of rows (`column_dots`).
+multiplies many of them. But at few rows a loss takes as long as its launches, and torch's product is one for each side,
+with another to finish it. Here both sides are one grid, and a program finishes its block of rows and columns: the terms
+of a row's own image, the way through the unit length, the scale.
+
+Of whole rows it needs but one number, the radial part <u, dL/du>. That is the sum of a row's weights times similarities
+as well, and the kernel of weights, which has both in hand, leaves it in parts: `row_dots`, a line for each block of
+columns, and of columns `column_dots`, a line for each block of rows.
 
 Where that is worth it, and where torch's product is faster: `fits`, and docs/gpu.md.
 """
@@ -18,18 +20,20 @@ from torch import Tensor
 from .. import chips, launch, tiling
 from .tiles import add_product, load_rows, with_remainders
 
-# Rows up to which a product is ours, by the bytes of their numbers. Of more, torch's is faster by more than a launch
-# (half precision), or may be (float32, which it multiplies without tensor cores).
-MOST_ROWS = {4: 4096, 2: 2048}
+# Rows of either side up to which a product is ours: a program's walk is as long as the other side, and is not shared.
+MOST_ROWS = 4096
+# Multiplications of half precision up to which it is. Of more torch's product is faster by more than launches take. Its
+# float32 product, which has no tensor cores, is no faster at any size.
+MOST_MULTIPLICATIONS = 1 << 29
 PADDED = 128  # memory of weights goes on to whole tiles of so many rows and columns (gpu_engine.bands)
-AT_ONCE = tl.constexpr(1024)  # numbers that a program adds at a time
+AT_ONCE = tl.constexpr(4096)  # numbers that one program adds at a time
 
 
 def tile(dtype: torch.dtype) -> dict:
     """Small, so that a few hundred rows are programs for all multiprocessors."""
     if dtype.itemsize == 2:
         return {"BLOCK_K": 64} | chips.product_tile(rows=64, columns=64, warps=4, stages=3, summed="BLOCK_K")
-    return {"BLOCK_K": 32} | chips.product_tile(rows=32, columns=64, warps=4, stages=2, summed="BLOCK_K")
+    return {"BLOCK_K": 32} | chips.product_tile(rows=32, columns=64, warps=4, stages=3, summed="BLOCK_K")
 
 
 def bytes_of(rows: int, columns: int, dtype: torch.dtype) -> int:
@@ -37,11 +41,15 @@ def bytes_of(rows: int, columns: int, dtype: torch.dtype) -> int:
     return triton.cdiv(rows, PADDED) * triton.cdiv(columns, PADDED) * PADDED * PADDED * dtype.itemsize
 
 
-def fits(rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether all weights are in memory at once, rows are few, and the chip multiplies matrices for Triton."""
-    few = max(rows, columns) <= MOST_ROWS[dtype.itemsize]
-    in_memory = bytes_of(rows, columns, dtype) <= tiling.WEIGHTS_BYTES
-    return few and in_memory and chips.current().tensor_cores
+def in_one_piece(rows: int, columns: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether all weights are in memory at once, a product of ours isn't too slow, and the chip has tensor cores."""
+    few = dtype.itemsize > 2 or rows * columns * width <= MOST_MULTIPLICATIONS
+    return few and bytes_of(rows, columns, dtype) <= tiling.WEIGHTS_BYTES and chips.current().tensor_cores
+
+
+def fits(rows: int, columns: int, width: int, dtype: torch.dtype) -> bool:
+    """The same for a product of both sides, whose programs go through all rows of the other one."""
+    return max(rows, columns) <= MOST_ROWS and in_one_piece(rows, columns, width, dtype)
 
 
 def blocks_of(n: int, d: int, tile: dict) -> int:

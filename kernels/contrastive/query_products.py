@@ -1,9 +1,9 @@
 """InfoNCE's gradients where rows are few and don't stay in registers, with products of ours: see products.py.
 
 Of negatives that are constants, nothing is kept for backward. Their walk leaves its exponentials in memory beside the
-sums of them (1), a product takes those with the negatives (2), and what joins the log-sum-exps has both in parts, as it
-has them of rows that stay in registers. Of negatives that need a gradient, backward makes the weights (1), and a product
-of both sides finishes all gradients (2).
+sums of them (1), and a product multiplies those with the negatives (2). Both are in parts, as they are of rows that
+stay in registers, and the same kernel joins them. Of negatives that need a gradient backward makes the weights (1), and
+a product of both sides finishes all gradients (2).
 """
 
 from typing import NamedTuple
@@ -143,10 +143,9 @@ class Walk(NamedTuple):
 
 
 def shared_walk(n: int, m: int, d: int, dtype: torch.dtype, tile: dict, splits: int) -> Walk | None:
-    """At most so many splits; None: rows are many, or what is kept takes too much memory for programs enough."""
-    size = products.bytes_of(n, m, dtype)
-    most = max(PARTS_BYTES, size) // (n * d * 4)
-    if not products.fits(n, 1, dtype) or size > tiling.WEIGHTS_BYTES or 2 * most < splits:
+    """At most so many splits; None: torch's product, or what is kept takes too much memory for programs enough."""
+    most = max(PARTS_BYTES, products.bytes_of(n, m, dtype)) // (n * d * 4)
+    if 2 * most < splits or not products.in_one_piece(n, m, d, dtype):
         return None
     tiles = triton.cdiv(m, tile["BN"])
     tiles_per_program = triton.cdiv(tiles, min(splits, most))
@@ -182,9 +181,7 @@ def walk_attending(
     return parts, out
 
 
-@triton.jit(
-    do_not_specialize=["N", "M", "s_weights", "of_queries", "of_negatives", "row_lines", "column_lines"]
-)
+@triton.jit(do_not_specialize=["N", "M", "s_weights", "of_queries", "of_negatives", "row_lines", "column_lines"])
 def product_queries_kernel(
     weights,  # [N, M] in whole tiles, rows s_weights * 8 apart: the negatives' probabilities * GAIN
     row_dots,  # [row_lines, N] float32, parts of <query, sum of the negatives times their probabilities>
