@@ -9,6 +9,8 @@ def _all(op: str, file: str, tests: str, *changes: tuple[str, str]) -> list[Muta
 
 
 VIEWS, PAIRS = "kernels/contrastive/views.py", "kernels/contrastive/pair_kernels.py"
+VIEW_PRODUCTS, FEW_PRODUCTS = "kernels/contrastive/view_products.py", "kernels/contrastive/products.py"
+QUERY_PRODUCTS = "kernels/contrastive/query_products.py"
 PRODUCTS, RESCALE = "kernels/covariance/products.py", "kernels/weights/rescale.py"
 SMALL = "values and not 150 and not 128 and not 200 and not 300"  # shapes that the interpreter is done with soon
 ONE_NUMBER = "(value or squares)"
@@ -31,6 +33,38 @@ INTERPRETER = [
         ("tl.exp(earlier - largest) + tl.exp(b_lse", "tl.exp(b_lse"),
     ),
     *_all(
+        "nt_xent_of_views", VIEW_PRODUCTS, f"test_nt_xent_of_views and {SMALL}",
+        ("along -= pull * cosine", "along -= 0.99 * pull * cosine"),
+        ("pull = tl.where(v != j, pull, 0.0)", "pull = pull * 1.0"),
+        ("+ i_a, part, i_a < rows)", "+ i_a, 0.99 * part, i_a < rows)"),
+        ("-sum_of_all(radial, lines * rows)", "-sum_of_all(radial, rows)"),
+    ),
+    *_all(
+        "nt_xent_of_views", FEW_PRODUCTS, "test_nt_xent_of_views and shorter",
+        ("tl.where(divisor > EPS, radial, 0.0)", "radial"),
+    ),
+    *_all(
+        "nt_xent_of_views", "kernels/contrastive/weights.py", "test_nt_xent_of_views and rounding",
+        ("return (g * GAIN).to(dtype).to(tl.float32) / GAIN", "return g"),
+    ),
+    *_all(
+        "info_nce", QUERY_PRODUCTS, "test_info_nce and exponentials",
+        ("launch.row_start(first // TILE, N, 1)", "launch.row_start(0, N, 1)"),
+        ("launch.row_start(split, N, 1) + i_row, inside, 0.0))", "launch.row_start(0, N, 1) + i_row, inside, 0.0))"),
+        ("begin = split * tiles_per_program * TILE", "begin = split * tiles_per_program"),
+    ),
+    *_all(
+        "info_nce", QUERY_PRODUCTS, "test_info_nce and only_what_is_wanted and float32",
+        ("along = sum_of_lines(row_dots", "along = 0.99 * sum_of_lines(row_dots"),
+        ("along = sum_of_lines(column_dots", "along = 0.99 * sum_of_lines(column_dots"),
+        ("sum_of_all(slopes, N) + sum_of_all", "0.99 * sum_of_all(slopes, N) + sum_of_all"),
+    ),
+    *_all(
+        "clip_loss_of_pairs", PAIRS, "test_clip_of_pairs and only_what_is_wanted and float32",
+        ("N, D, s_weights, True, GAIN", "N, D, s_weights, False, GAIN"),
+        ("side = first_side + program // programs", "side = program // programs"),
+    ),
+    *_all(
         "clip_loss_of_pairs", PAIRS, f"test_clip_of_pairs and {SMALL}",
         ("tl.where(inside, of_x + of_y, 0.0)", "tl.where(inside, 2 * of_x, 0.0)"),
         ("of_b = states + (1 - side) * 2 * S", "of_b = states + 2 * S"),
@@ -39,7 +73,7 @@ INTERPRETER = [
     *_all(
         "clip_loss_of_pairs", PAIRS, "test_clip_of_pairs and values and 200 and float32",
         ("(x_lse - logit) + (y_lse - logit)", "2 * (x_lse - logit)"),
-        ("for line in range(0, lines):", "for line in range(0, 1):"),
+        ("i_row, N, column_parts, 0, 0, size", "i_row, N, 1, 0, 0, size"),
     ),
     *_all(
         "clip_loss_of_pairs", PAIRS, "test_clip_of_pairs and in_pieces",

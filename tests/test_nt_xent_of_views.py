@@ -166,12 +166,11 @@ def test_what_rounding_weights_adds_along_a_row_is_taken_away(implementation):
         pytest.skip("a GPU's alone")
     z = (draw(1, 1, 300) + 0.01 * draw(2, 9, 300, seed=1)).half().requires_grad_()
     (gradient,) = torch.autograd.grad(F.nt_xent(z, temperature=0.5), z, torch.tensor(256.0))
-    same = z.detach().double().requires_grad_()
-    (truth,) = torch.autograd.grad(eager(same, 0.5), same, torch.tensor(256.0, dtype=torch.float64))
-    assert (gradient.double() - truth).norm() <= 0.02 * truth.norm()
+    along = (gradient.double() * normalize(z.detach().double(), dim=-1)).sum(-1)
+    assert along.norm() <= 2e-4 * gradient.double().norm()  # 1.9e-5; 1.3e-2 if <u, dL/du> is that of exact weights
 
 
-def test_rows_shorter_than_the_least_divisor(implementation):
+def test_rows_shorter_than_the_least_divisor(rows_are, implementation):
     """They are divided by 1e-12, so that their gradient is along them, too."""
     z = draw(2, 5, 16)
     z[0, 2] *= 3e-13 / z[0, 2].norm()

@@ -91,7 +91,8 @@ def walk_attending(
     return parts, out
 
 
-def _shared_walk(n: int, m: int, d: int, dtype: torch.dtype, tile: dict) -> query_products.Walk | None:
+def _shared_walk(n: int, m: int, d: int, dtype: torch.dtype) -> query_products.Walk | None:
+    tile = query_products.exponentials_tile(d, dtype)
     blocks = triton.cdiv(n, tile["BM"])
     splits, _ = splits_in_waves(blocks, triton.cdiv(m, tile["BN"]), chips.current().multiprocessors)
     return query_products.shared_walk(n, m, d, dtype, tile, splits)
@@ -129,13 +130,13 @@ def forward(
     on_chip = tiling.similarity_attend(d, unit.dtype, running)
     attends = wanted[0] or wanted[3]
     products = None
-    tile = tiling.similarity_sums(d, unit.dtype)
-    walk = _shared_walk(n, m, d, unit.dtype, tile) if attends and on_chip is None and not wanted[2] else None
+    walk = _shared_walk(n, m, d, unit.dtype) if attends and on_chip is None and not wanted[2] else None
     if attends and on_chip is not None:
         parts, products = walk_attending(unit, others, scale, own, on_chip, running)
     elif walk is not None:
         parts, products = query_products.walk_attending(unit, others, scale, own, walk, running)
     else:
+        tile = tiling.similarity_sums(d, unit.dtype)
         parts = gpu_engine.walk(unit, others, scale, own, tile, range(triton.cdiv(m, tile["BN"])))
     state = torch.empty(2, state_rows(n), dtype=torch.float32, device=query.device)
     of_query, of_positive = (
@@ -225,7 +226,7 @@ def backward(
         scale = scaling(temperature, learned, factor, unit)
         own = composed.own_row(count, offset, len(others))
         tile = tiling.similarity_owner(others.shape[1], unit.dtype, scale.running)
-        if tile is None and few_products.fits(count, *others.shape, unit.dtype):
+        if tile is None and few_products.fits(count, len(others), others.shape[1], unit.dtype):
             query_products.gradients(
                 upstream, of_query, of_positive, slopes, unit, of_rows, others, divisors, state, factor, scale, own,
                 asked,

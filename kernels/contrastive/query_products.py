@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch, tiling
+from .. import chips, launch, tiling
 from ..arithmetic import UNIT_EPS
 from . import gpu_engine, products
 from .composed import OwnImage
@@ -137,9 +137,17 @@ def attended_kernel(
 class Walk(NamedTuple):
     """How the walk of a block of rows over a bank is shared, and how its exponentials are multiplied."""
 
-    tile: dict  # tiling.similarity_sums
+    tile: dict  # exponentials_tile
     splits: int
     tiles_per_program: int
+
+
+def exponentials_tile(width: int, dtype: torch.dtype) -> dict:
+    """That of the sums, but for float32 on sm_80 to sm_89, where 64 columns spill beside the address of exponentials."""
+    tile = tiling.similarity_sums(width, dtype)
+    if dtype.itemsize == 4 and chips.current().capability < 90:
+        tile["BN"] = 32
+    return {name: value for name, value in tile.items() if name not in ("WHOLE", "EVEN")}
 
 
 def shared_walk(n: int, m: int, d: int, dtype: torch.dtype, tile: dict, splits: int) -> Walk | None:
@@ -158,7 +166,7 @@ def walk_attending(
     """As gpu_queries.walk_attending, in two launches."""
     n, d = a.shape
     m = len(b)
-    tile = {name: value for name, value in walk.tile.items() if name not in ("WHOLE", "EVEN")}
+    tile = walk.tile
     sums = torch.empty(walk.splits, n, dtype=torch.float32, device=a.device)
     parts = Parts(torch.empty_like(sums) if running else None, sums)
     bases = None
