@@ -130,7 +130,7 @@ def test_a_bank_whose_exponentials_are_kept(temperature, implementation, monkeyp
     inputs = rows(9, 260, 24)
     inputs[2] = torch.cat([inputs[2][:200], inputs[0] + 0.1 * inputs[1], inputs[2][:51]])  # the nearest ones come late
     monkeypatch.setattr(query_products, "PARTS_BYTES", 0)
-    monkeypatch.setattr(query_products.products, "bytes_of", lambda *_: 3 * 9 * 24 * 4)
+    monkeypatch.setattr(query_products.products, "bytes_of", lambda *_: 8 * 3 * 9 * 24 * 4)
     check(inputs, temperature, None, torch.float32, implementation.device, (True, True, False))
 
 

@@ -7,6 +7,7 @@
 * Gradients of bfloat16 and float16 rows of width 256 at most: a program owns rows, keeps their gradient in registers
   and walks over all candidates, computing the similarities again.
 * Others, where that sum doesn't fit in registers: weights of a band of rows in memory, and torch's products of them.
+  Whole losses of few rows have products of ours, which finish the gradient (products.py).
 
 No float is added by two programs in an order of their own: the bits repeat. Where there are few rows, candidates are
 split among programs, whose results are added in a fixed order.

@@ -23,7 +23,7 @@ from .sums import rate_of
 from .tiles import add_product, images_of_block, load_rows, may_hide, seen_columns, similarities, with_remainders
 from .weights import store_tile
 
-PARTS_BYTES = 1 << 25  # of sums of products; or as many as the exponentials have
+PARTS_BYTES = 1 << 23  # of sums of products; or an eighth of what the exponentials have
 
 
 @triton.jit(
@@ -143,7 +143,7 @@ class Walk(NamedTuple):
 
 
 def exponentials_tile(width: int, dtype: torch.dtype) -> dict:
-    """That of the sums, but for float32 on sm_80 to sm_89, where 64 columns spill beside the address of exponentials."""
+    """That of the sums, but for float32 on sm_80 to sm_89, where 64 columns spill beside the exponentials' address."""
     tile = tiling.similarity_sums(width, dtype)
     if dtype.itemsize == 4 and chips.current().capability < 90:
         tile["BN"] = 32
@@ -151,9 +151,10 @@ def exponentials_tile(width: int, dtype: torch.dtype) -> dict:
 
 
 def shared_walk(n: int, m: int, d: int, dtype: torch.dtype, tile: dict, splits: int) -> Walk | None:
-    """At most so many splits; None: torch's product, or what is kept takes too much memory for programs enough."""
-    most = max(PARTS_BYTES, products.bytes_of(n, m, dtype)) // (n * d * 4)
-    if 2 * most < splits or not products.in_one_piece(n, m, d, dtype):
+    """At most so many splits, as many as there is memory for; None: torch's product, or programs would be too few."""
+    most = max(1, max(PARTS_BYTES, products.bytes_of(n, m, dtype) // 8) // (n * d * 4))
+    slow = 2 * most < splits and n * m * d > products.MOST_MULTIPLICATIONS
+    if slow or not products.in_one_piece(n, m, d, dtype):
         return None
     tiles = triton.cdiv(m, tile["BN"])
     tiles_per_program = triton.cdiv(tiles, min(splits, most))
