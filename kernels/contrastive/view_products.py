@@ -78,7 +78,7 @@ def weigh_views_kernel(
             pull = pull_of_view(cosine * factor_value, b_lse, lse, weights, i_row, other, inside, V, DECOUPLED)
             pull = tl.where(v != j, pull, 0.0)
             tl.store(pulls + launch.row_start(j, rows, 1) + i_row, pull.to(tl.float32), inside)
-            along -= pull * cosine
+            along -= pull * cosine + launch.no_number(pull)
         tl.store(radial + launch.row_start(blocks_b, rows, 1) + i_row, along.to(tl.float32), inside)
 
 

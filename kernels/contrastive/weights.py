@@ -145,7 +145,10 @@ def weights_of_tile(
     row_period, offset, column_period, pivot, HAS_OWN_IMAGE: tl.constexpr, RUNNING: tl.constexpr,
     BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """(G, similarities) of a tile, [BM, BN], both 0 where a column isn't seen; see `weights_kernel`."""
+    """(G, similarities) of a tile, [BM, BN]: G is 0 where a column isn't seen, both are beyond the last rows.
+
+    See `weights_kernel`. A hidden similarity that is no number makes none of a gradient, as 0 times it does in products.
+    """
     i_a = block_a * BM + tl.arange(0, BM)
     i_b = block_b * BN + tl.arange(0, BN)
     rate = (factor_value * LOG2_E).to(tl.float32)
@@ -157,7 +160,8 @@ def weights_of_tile(
     if ends | may_hide(block_b * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
         seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
         g = tl.where(seen, g, 0.0)
-        s = tl.where(seen, s, 0.0)  # of an infinite row and none NaN
+        inside = (i_a < N)[:, None] & (i_b < M)[None, :]
+        s = tl.where(inside, s, 0.0)  # of an infinite row and none NaN
     return g, s
 
 
