@@ -147,7 +147,7 @@ def weights_of_tile(
 ):  # fmt: skip
     """(G, similarities) of a tile, [BM, BN]: G is 0 where a column isn't seen, both are beyond the last rows.
 
-    See `weights_kernel`. A hidden similarity that is no number makes none of a gradient, as 0 times it does in products.
+    See `weights_kernel`. Hidden similarities that are no numbers make none of a gradient, as 0 times them does.
     """
     i_a = block_a * BM + tl.arange(0, BM)
     i_b = block_b * BN + tl.arange(0, BN)
