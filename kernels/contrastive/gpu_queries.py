@@ -91,8 +91,8 @@ def walk_attending(
     return parts, out
 
 
-def _shared_walk(n: int, m: int, d: int, dtype: torch.dtype) -> query_products.Walk | None:
-    tile = query_products.exponentials_tile(d, dtype)
+def _shared_walk(n: int, m: int, d: int, dtype: torch.dtype, running: bool) -> query_products.Walk | None:
+    tile = query_products.exponentials_tile(d, dtype, running)
     blocks = triton.cdiv(n, tile["BM"])
     splits, _ = splits_in_waves(blocks, triton.cdiv(m, tile["BN"]), chips.current().multiprocessors)
     return query_products.shared_walk(n, m, d, dtype, tile, splits)
@@ -130,7 +130,7 @@ def forward(
     on_chip = tiling.similarity_attend(d, unit.dtype, running)
     attends = wanted[0] or wanted[3]
     products = None
-    walk = _shared_walk(n, m, d, unit.dtype) if attends and on_chip is None and not wanted[2] else None
+    walk = _shared_walk(n, m, d, unit.dtype, running) if attends and on_chip is None and not wanted[2] else None
     if attends and on_chip is not None:
         parts, products = walk_attending(unit, others, scale, own, on_chip, running)
     elif walk is not None:

@@ -142,10 +142,10 @@ class Walk(NamedTuple):
     tiles_per_program: int
 
 
-def exponentials_tile(width: int, dtype: torch.dtype) -> dict:
-    """That of the sums, but for float32 on sm_80 to sm_89, where 64 columns spill beside the exponentials' address."""
+def exponentials_tile(width: int, dtype: torch.dtype, running: bool) -> dict:
+    """That of the sums; on sm_80 to sm_89 64 columns of float32 spill with maxima, and 32 without them."""
     tile = tiling.similarity_sums(width, dtype)
-    if dtype.itemsize == 4 and chips.current().capability < 90:
+    if running and dtype.itemsize == 4 and chips.current().capability < 90:
         tile["BN"] = 32
     return {name: value for name, value in tile.items() if name not in ("WHOLE", "EVEN")}
 
