@@ -54,15 +54,18 @@ INTERPRETER = [
         ("begin = split * tiles_per_program * TILE", "begin = split * tiles_per_program"),
     ),
     *_all(
-        "info_nce", QUERY_PRODUCTS, "test_info_nce and only_what_is_wanted and float32",
+        "info_nce", QUERY_PRODUCTS, "test_info_nce and values and 16 and float32",
         ("along = sum_of_lines(row_dots", "along = 0.99 * sum_of_lines(row_dots"),
+    ),
+    *_all(
+        "info_nce", QUERY_PRODUCTS, "test_info_nce and only_what_is_wanted and float32",
         ("along = sum_of_lines(column_dots", "along = 0.99 * sum_of_lines(column_dots"),
         ("sum_of_all(slopes, N) + sum_of_all", "0.99 * sum_of_all(slopes, N) + sum_of_all"),
     ),
     *_all(
         "clip_loss_of_pairs", PAIRS, "test_clip_of_pairs and only_what_is_wanted and float32",
         ("N, D, s_weights, True, GAIN", "N, D, s_weights, False, GAIN"),
-        ("side = first_side + program // programs", "side = program // programs"),
+        ("g += weight.to(tl.float32)[:, None] * partners", "g += 0.99 * weight.to(tl.float32)[:, None] * partners"),
     ),
     *_all(
         "clip_loss_of_pairs", PAIRS, f"test_clip_of_pairs and {SMALL}",
