@@ -39,7 +39,7 @@ INTERPRETER = [
     *_all(
         "clip_loss_of_pairs", PAIRS, "test_clip_of_pairs and values and 200 and float32",
         ("(x_lse - logit) + (y_lse - logit)", "2 * (x_lse - logit)"),
-        ("for line in range(0, lines):", "for line in range(0, 1):"),
+        ("total += tl.load(dots + i + index", "total += 0.99 * tl.load(dots + i + index"),
     ),
     *_all(
         "clip_loss_of_pairs", PAIRS, "test_clip_of_pairs and in_pieces",
