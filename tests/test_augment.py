@@ -107,7 +107,7 @@ def test_images_that_begin_within_a_word_are_read_in_bytes(monkeypatch):
     from fastjem.kernels.augment import gpu
 
     quads = []
-    monkeypatch.setattr(launch, "launch", lambda *_, QUADS, **__: quads.append(QUADS))  # noqa: N803
+    monkeypatch.setattr(launch, "launch", lambda *_, QUADS, **__: quads.append(QUADS))
     memory = torch.zeros(2 * 5 * 8 * 3 + 4, dtype=torch.uint8)
     for first in range(5):
         images = memory[first : len(memory) - 4 + first].view(2, 5, 8, 3)

@@ -225,7 +225,7 @@ def augment(
         width,
         pitch,
         bands,
-        threshold if threshold > 0 else -math.inf,  # a black that was set aside in 16 bits may be less than 0 by a digit
+        threshold if threshold > 0 else -math.inf,  # a black set aside in 16 bits may be below 0
         SCALE=tuple(1 / (255 * s if exact else s) for s in std),
         SHIFT=tuple(-m / s for m, s in zip(mean, std, strict=True)),
         ORDERS=PACKED_ORDERS,
