@@ -45,7 +45,7 @@ REFERENCE = [
         "through_unit_rows(-p_unit, z",
         "through_unit_rows(p_unit, z",
     ),
-    Mutation("nt_xent", "kernels/contrastive/reference.py", "else itself, -math.inf)", "else itself, 0)"),
+    Mutation("nt_xent", "kernels/contrastive/in_parts.py", "else itself, -math.inf)", "else itself, 0)"),
     Mutation("info_nce", "kernels/contrastive/of_queries.py", "log_p[:, :1].expm1()", "0.99 * log_p[:, :1].expm1()"),
     Mutation("clip_loss", "kernels/contrastive/in_parts.py", "- 2 * own", "- 1.99 * own"),
     Mutation(

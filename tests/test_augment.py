@@ -91,6 +91,34 @@ def test_the_threshold_of_solarizing(op, threshold, implementation):
 
 
 @op
+def test_a_blurred_black_is_above_a_threshold_of_0(op, implementation):
+    """Also where a GPU sets it aside in 16 bits, and what comes back is 0 but for the last digit."""
+    p = neutral(12)
+    p[:, table.SIGMA], p[:, table.SOLARIZE] = torch.linspace(0.4, 3.1, 12), 1
+    black = torch.zeros(
+        12, 9, 21, 3, dtype=torch.uint8, device=implementation.device
+    )  # as in VALUES, whose kernel it is
+    y = F.augment(black, p.to(implementation.device), dtype=torch.float16, threshold=0.0, **NORMAL).cpu().float()
+    mean, std = (torch.tensor(NORMAL[name])[:, None, None] for name in ("mean", "std"))
+    torch.testing.assert_close(y, ((1 - mean) / std).expand_as(y), rtol=1e-3, atol=1e-3)
+
+
+def test_images_that_begin_within_a_word_are_read_in_bytes(monkeypatch):
+    """A GPU has no word there: of a view into the bytes of a file, say."""
+    pytest.importorskip("triton")
+    from fastjem.kernels import launch
+    from fastjem.kernels.augment import gpu
+
+    quads = []
+    monkeypatch.setattr(launch, "launch", lambda *_, QUADS, **__: quads.append(QUADS))
+    memory = torch.zeros(2 * 5 * 8 * 3 + 4, dtype=torch.uint8)
+    for first in range(5):
+        images = memory[first : len(memory) - 4 + first].view(2, 5, 8, 3)
+        gpu.augment(images, neutral(2), *([0.5] * 3 for _ in range(2)), torch.float32, False, False, 128.0)
+    assert quads == [True, False, False, False, True]
+
+
+@op
 def test_an_image_alone_has_the_bits_it_has_in_a_batch(op, implementation):
     images, p = pictures(7, 16, 18).to(implementation.device), view_table(7, seed=5).to(implementation.device)
     together = F.augment(images, p, **NORMAL)

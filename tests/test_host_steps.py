@@ -4,16 +4,19 @@ how long anything takes."""
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastjem import stepping
+from fastjem import step_graph, stepping
 from fastjem.bench import step_report
+from fastjem.capture import BrokenError
 from fastjem.commands import host_steps
 from fastjem.commands.bench import main
 from fastjem.commands.tiny_runs import tiny_run
+from fastjem.errors import UserError
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,6 +123,22 @@ def test_a_method_that_fails_fails_the_run(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(host_steps, "taken_apart", fails)
     assert main(["--steps", "--device", "cpu", "--filter", "supcon"]) == 1
     assert "Not timed: supcon: RuntimeError: no memory" in capsys.readouterr().out
+
+
+def test_a_step_that_cant_be_captured_is_timed_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other times are there; but behind a capture that torch can't go on from none would be."""
+    monkeypatch.setattr(step_graph, "why_not", lambda _: "")
+    monkeypatch.setattr(step_graph, "of_run", lambda *_: refusing)
+    refusing = SimpleNamespace(take=lambda _: raised(UserError("it has waited")))
+    with tiny_run("simclr", CPU) as (training, batch):
+        assert host_steps.by_graph(training, batch, 2) == ([], "it has waited")
+        refusing.take = lambda _: raised(UserError("the driver is gone"), BrokenError("gone"))
+        with pytest.raises(UserError, match="the driver is gone"):
+            host_steps.by_graph(training, batch, 2)
+
+
+def raised(error: Exception, cause: Exception | None = None) -> None:
+    raise error from cause
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import shutil
 import mutations_of_batches
 import pytest
 from conftest import _C, INTERPRETING
-from mutations import CPU, INTERPRETER, REFERENCE, Mutation, run
+from mutations import CPU, INTERPRETER, REFERENCE, ROOT, Mutation, run
 
 
 def but_one_exhaustive(mutations: list[Mutation]) -> list:
@@ -21,6 +21,12 @@ def assert_caught(result) -> None:
     assert result.returncode == 1, f"the broken kernel was not noticed:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
     # a failed comparison, not a function that the mutated extension lacks
     assert "AssertionError" in result.stdout and "AttributeError" not in result.stdout, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize("mutation", REFERENCE + CPU + INTERPRETER + mutations_of_batches.INTERPRETER, ids=str)
+def test_what_is_to_be_broken_is_there(mutation):
+    """Most of them are exhaustive: a line that has moved would be seen long after."""
+    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

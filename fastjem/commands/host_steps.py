@@ -27,8 +27,10 @@ from fastjem.bench.clocks import synchronize
 from fastjem.bench.neighbours import OtherProcesses, wait_until_idle
 from fastjem.bench.timing import reason
 from fastjem.build import Training
+from fastjem.capture import BrokenError
 from fastjem.commands.tiny_runs import crops_of, finished, tiny_run
 from fastjem.data.batch import Batch
+from fastjem.errors import UserError
 from fastjem.stepping import Work, seed_generators
 
 WARM = 3  # steps before those that are measured
@@ -166,13 +168,18 @@ def by_graph(training: Training, batch: Batch, steps: int) -> tuple[list[float],
     graph = step_graph.of_run(training, work, lambda _: None)
     assert graph is not None
     found: list[float] = []
-    for done in range(step_graph.WARM + 2 + steps):
-        synchronize(device)
-        begin = time.perf_counter()
-        seed_generators(training.config.seed, done, training.ranks)
-        work.begins(done)
-        graph.take([batch])
-        found.append(time.perf_counter() - begin)
+    try:
+        for done in range(step_graph.WARM + 2 + steps):
+            synchronize(device)
+            begin = time.perf_counter()
+            seed_generators(training.config.seed, done, training.ranks)
+            work.begins(done)
+            graph.take([batch])
+            found.append(time.perf_counter() - begin)
+    except UserError as error:
+        if isinstance(error.__cause__, BrokenError):
+            raise
+        return [], str(error)
     return found[-steps:], ""
 
 
@@ -203,6 +210,8 @@ def measured(
                 times, row["no_graph"] = by_graph(training, batch, LEAST)
                 row["graph"] = {"minimum": min(times), "median": median(times)} if times else None
     except Exception as error:  # timm isn't there, most likely; the other methods are still worth timing
+        if isinstance(error.__cause__, BrokenError):  # but nothing that follows would be right
+            raise
         row["absent"] = reason(error)
     return row
 

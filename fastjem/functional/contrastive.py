@@ -99,7 +99,8 @@ def nt_xent(
     Args:
         z0, z1: [N, D] each, two views of N images, or `z0` alone as [V, N, D]. Normalised inside.
         temperature: what the cosines are divided by: a number, or a tensor that gets its gradient, 0-dim or of each
-            row, [N] or [V, N].
+            row, [N] or [V, N]. A tensor isn't read, as that would wait for a GPU: where it isn't positive, the loss is
+            NaN or means nothing.
         reduction: "mean", "sum", or "none" for the loss of each row, [V, N]. Over ranks "none" gives this rank's rows,
             and their gradients aren't multiplied by the number of ranks: DistributedDataParallel's mean of a loss made
             of them is that of the ranks' losses.
@@ -316,7 +317,8 @@ def info_nce(
         query, positive: [N, D] each.
         negatives: [K, D], for example a queue. Constants unless they require a gradient; constants may be changed in
             place before backward, as nothing of them is kept.
-        temperature: what the cosines are divided by: a number, or a tensor that gets its gradient, 0-dim or [N].
+        temperature: what the cosines are divided by: a number, or a tensor that gets its gradient, 0-dim or [N], and
+            isn't read, as for `nt_xent`.
         label_offset: row `label_offset + i` of `negatives` is query i's own positive and doesn't count twice. So
             candidates gathered from all ranks, or a shard of them, can be given as they are (MoCo v3: rank * N).
         ids, negative_ids: [N] and [K] int64, given both: a row of `negatives` whose id is the query's isn't its

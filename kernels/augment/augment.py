@@ -8,6 +8,8 @@ as soon as a band of rows has its neighbours it is blurred, down and then across
 Where levels needn't be whole, 1 stands for 255 until the end (colours.py).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -209,6 +211,8 @@ def augment(
     parts = min(bands, max(1, PROGRAMS // batch))
     bands = triton.cdiv(bands, parts)
     scratch = torch.empty(batch * parts, 2, tile["BLOCK"], tile["BAND"], dtype=torch.float32, device=images.device)
+    # Words of a view into other bytes, which may begin anywhere, can't be read.
+    quads = channels == reference.COLOURS and width % 4 == 0 and images.data_ptr() % 4 == 0
     launch.launch(
         _augment_kernel,
         (batch, parts),
@@ -221,14 +225,14 @@ def augment(
         width,
         pitch,
         bands,
-        threshold,
+        threshold if threshold > 0 else -math.inf,  # a black set aside in 16 bits may be below 0
         SCALE=tuple(1 / (255 * s if exact else s) for s in std),
         SHIFT=tuple(-m / s for m, s in zip(mean, std, strict=True)),
         ORDERS=PACKED_ORDERS,
         CHANNELS=channels,
         CHANNELS_LAST=channels_last,
         EXACT=exact,
-        QUADS=channels == reference.COLOURS and width % 4 == 0,
+        QUADS=quads,
         **tile,
         device_of=images,
     )
