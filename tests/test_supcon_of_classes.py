@@ -1,4 +1,4 @@
-"""SupCon of one batch, whole in one operator: few rows and many, classes of every size, one anchor, rows as they come."""
+"""SupCon of one batch, whole in one operator: few rows and many, classes of any size, one anchor, rows as they come."""
 
 import pytest
 import torch

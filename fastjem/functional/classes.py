@@ -24,9 +24,10 @@ class _OfClasses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order("supcon")
-        of = Upstream(upstream, ctx.saved_tensors[2])
+        saved = ctx.saved_tensors
+        of = Upstream(upstream, saved[2])
         wanted = [ctx.needs_input_grad[3], ctx.needs_input_grad[2]]
-        arguments = (of.given, *ctx.saved_tensors, *ctx.options, ctx.dtype, wanted)
+        arguments = (of.given, *saved, *ctx.options, ctx.dtype, wanted)
         gradient, of_temperature = of.of(direct.call("supcon_backward", *arguments), wanted)
         return None, None, of_temperature, gradient
 

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from .. import _C
 from ..native import address_of_row
-from . import composed, cpu_classes, cpu_engine, cpu_koleo, cpu_pairs, cpu_queries, cpu_sigmoid, cpu_views, cpu_visible, visible
+from . import (
+    composed,
+    cpu_classes,
+    cpu_engine,
+    cpu_koleo,
+    cpu_pairs,
+    cpu_queries,
+    cpu_sigmoid,
+    cpu_views,
+    cpu_visible,
+    visible,
+)
 
 nt_xent = partial(composed.nt_xent, cpu_engine)
 nt_xent_backward = partial(composed.nt_xent_backward, cpu_engine)
