@@ -20,6 +20,7 @@ def _classes(ids: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
     """The first image of each image's class and how many it has, [N] each."""
     if ids is None:
         return torch.arange(n), torch.ones(n, dtype=torch.int64)
+    ids = ids.contiguous()
     ordered = ids.sort(stable=True)
     begin = torch.searchsorted(ordered.values, ids)
     return ordered.indices[begin], torch.searchsorted(ordered.values, ids, right=True) - begin
@@ -55,7 +56,7 @@ def supcon(
         rows.copy_(flat_rows)
     anchors = n if one_anchor else v * n
     first, count = _classes(ids, n)
-    table = class_table(first, count, v, anchors)
+    table = class_table(first, count, v, 1 if one_anchor else v)
     number = number_of(temperature, learned)
     own = OwnImage(anchors, 0, v * n)
     scaling = _scaling(number, normalize, rows)

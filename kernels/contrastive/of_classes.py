@@ -13,17 +13,18 @@ from ..arithmetic import compute_dtype, no_gradient, through_unit_rows, unit_row
 from .of_views import divisor_of, dtype_of_products, state_rows
 
 
-def class_table(first: Tensor, count: Tensor, views: int, anchors: int) -> Tensor:
+def class_table(first: Tensor, count: Tensor, views: int, anchor_views: int) -> Tensor:
     """[2, >= V N] int32: the number of each row's class, -1 behind the last row; and how many positives an anchor has,
     0 where it has none, where a row is no anchor, and behind the last.
 
     A class's number is that of its first image, `first` [N]; `count` [N] is how many images it has.
     """
-    rows = views * len(first)
+    n = first.shape[0]
+    rows = views * n
     table = torch.zeros(2, state_rows(rows), dtype=torch.int32, device=first.device)
     table[0, :rows] = first.repeat(views)
     table[0, rows:] = -1
-    table[1, :anchors] = (views * count - 1).repeat(anchors // len(first))
+    table[1, : anchor_views * n] = (views * count - 1).repeat(anchor_views)
     return table
 
 
@@ -43,7 +44,7 @@ def _share(table: Tensor, rows: int, like: Tensor) -> Tensor:
 
 def _logits(rows: Tensor, factor: float | Tensor) -> tuple[Tensor, Tensor]:
     """[V N, V N], and where a row meets itself."""
-    return widest(rows @ rows.T) * factor, torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    return widest(rows @ rows.T) * factor, torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
 
 
 def supcon(
@@ -68,7 +69,7 @@ def supcon(
     flat = rows.reshape(v * n, d)
     factor = torch.ones((), dtype=widest_dtype(z.device), device=z.device) / divisor_of(temperature, learned)
     anchors = n if one_anchor else v * n
-    table = class_table(*_classes(ids, n, z.device), v, anchors)
+    table = class_table(*_classes(ids, n, z.device), v, 1 if one_anchor else v)
     logits, itself = _logits(flat, factor)
     number = table[0, : v * n]
     positive = (number[:, None] == number) & ~itself
