@@ -278,6 +278,23 @@ def _nt_xent_of_views(d: int, dtype: str, learned: bool = False, n: int = 300) -
     return Case("nt_xent_of_views", shape, dtype, call, wgmma=True)
 
 
+def _supcon(
+    d: int, dtype: str, n: int = 300, learned: bool = False, one_anchor: bool = False, normalize: bool = True
+) -> Case:
+    """More rows than programs share (n = 4500) walk half of the tiles forward."""
+
+    def call() -> None:
+        z, ids = torch.zeros(2, n, d, dtype=DTYPES[dtype]), torch.zeros(n, dtype=torch.int64)
+        temperature = torch.ones(()) if learned else None
+        options = (temperature, 0.1, one_anchor, normalize)
+        loss, *saved = contrastive.supcon(z, ids, *options)
+        contrastive.supcon_backward(loss, *saved, *options, z.dtype, [True, learned])
+
+    more = (" learned tau" if learned else "") + (" one anchor" if one_anchor else "")
+    shape = f"2 x {n} x {d}" + more + ("" if normalize else " as given")
+    return Case("supcon", shape, dtype, call, wgmma=True)
+
+
 def _info_nce(d: int, dtype: str, n: int = 300, k: int = 3000, in_batch: bool = False, learned: bool = False) -> Case:
     """Of a queue; or of negatives that need a gradient. More queries than one program joins (n = 8500) have a total."""
 
@@ -517,6 +534,13 @@ CASES = [
     _nt_xent_of_views(128, "fp32"),
     _nt_xent_of_views(128, "fp32", True, n=4500),
     _nt_xent_of_views(512, "bf16", True),
+    _supcon(128, "bf16"),
+    _supcon(128, "bf16", 4500, learned=True),
+    _supcon(256, "bf16", 8500, one_anchor=True),
+    _supcon(128, "bf16", normalize=False, learned=True),
+    _supcon(40, "fp16", 4500),
+    _supcon(512, "bf16"),
+    _supcon(128, "fp32", 4500),
     _info_nce(128, "bf16"),
     _info_nce(128, "bf16", 8500, 8500, True, True),
     _info_nce(256, "bf16", in_batch=True),

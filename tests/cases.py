@@ -242,8 +242,8 @@ def eager_supcon(*views: Tensor, temperature: float = 0.07) -> Tensor:
 
 def _supcon(views: int, n: int, d: int, classes: int) -> Case:
     return Case(
-        "nt_xent",
-        f"supcon-{views}x{n}x{d}-{classes}",
+        "supcon",
+        f"{views}x{n}x{d}-{classes}",
         make(*[normal(n, d)] * views, _labels(n, classes)),
         lambda *x: F.supcon(torch.stack(x[:-1]), x[-1]),
         eager_supcon,

@@ -23,6 +23,7 @@ from fastjem.ops import direct
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 MATRIX_PRODUCTS = {"nt_xent", "info_nce", "clip_loss", "siglip_loss", "siglip_pairs", "barlow_twins", "vicreg"}
 MATRIX_PRODUCTS |= {
+    "supcon",
     "prototype_head_cross_entropy",
     "similarity_logsumexp",
     "koleo",

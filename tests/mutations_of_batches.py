@@ -8,6 +8,7 @@ def _all(op: str, file: str, tests: str, *changes: tuple[str, str]) -> list[Muta
     return [Mutation(op, file, old, new, tests=tests) for old, new in changes]
 
 
+CLASSES = "kernels/contrastive/class_kernels.py"
 VIEWS, PAIRS = "kernels/contrastive/views.py", "kernels/contrastive/pair_kernels.py"
 VIEW_PRODUCTS, FEW_PRODUCTS = "kernels/contrastive/view_products.py", "kernels/contrastive/products.py"
 QUERY_PRODUCTS = "kernels/contrastive/query_products.py"
@@ -66,6 +67,25 @@ INTERPRETER = [
         "clip_loss_of_pairs", PAIRS, "test_clip_of_pairs and only_what_is_wanted and float32",
         ("N, D, s_weights, True, GAIN", "N, D, s_weights, False, GAIN"),
         ("g += weight.to(tl.float32)[:, None] * partners", "g += 0.99 * weight.to(tl.float32)[:, None] * partners"),
+    ),
+    *_all(
+        "supcon", CLASSES, "test_supcon_of_classes and values and 90",
+        ("V * count - 1, 0)", "V * count, 0)"),
+        ("share * (2 - number", "share * (2.001 - number"),
+        ("tl.where(divisor > EPS, along_rows, 0.0)", "0.0 * along_rows"),
+    ),
+    *_all(
+        "supcon", "kernels/contrastive/sums.py", "test_supcon_of_classes and values and 90 and many",
+        ("tl.where(line >= 0, 2.0, 1.0)", "tl.where(line >= 0, 1.0, 1.0)"),
+    ),
+    *_all(
+        "supcon", "kernels/contrastive/weights.py", "test_supcon_of_classes and values and 90",
+        ("tl.load(a_pulls + i_a)[:, None] + tl", "2 * tl.load(a_pulls + i_a)[:, None] + 0 * tl"),
+    ),
+    *_all(
+        "supcon", CLASSES, "test_supcon_of_classes and in_pieces",
+        ("tl.exp(earlier - largest) + tl.exp(b_lse", "tl.exp(b_lse"),
+        ("for part in range(0, walks_parts):", "for part in range(0, 1):"),
     ),
     *_all(
         "clip_loss_of_pairs", PAIRS, f"test_clip_of_pairs and {SMALL}",

@@ -115,6 +115,9 @@ class Inputs:
     def _nt_xent_of_views(self, x):
         return [x(6, self.width), x(6, self.width)], x(2, 6, dtype=self.wide).abs(), None, self.temperature, False
 
+    def _supcon(self, x):
+        return x(2, 6, self.width), torch.tensor([0, 1, 1, 2, 0, 3]), None, self.temperature, False, True
+
     def _info_nce(self, x):
         wanted = [True, True, True, False]
         return x(4, self.width), x(4, self.width), x(9, self.width), None, 5, self.temperature, wanted
@@ -268,6 +271,7 @@ OF_IMAGES = {"augment", "crop_resize"}
 # of their results beside the loss.
 WITH_BACKWARD = {
     "info_nce": lambda given, saved: (*saved, *given[3:6], len(given[0]), given[0].dtype, given[-1]),
+    "supcon": lambda given, saved: (*saved, *given[2:], given[0].dtype, [True, False]),
     "nt_xent_of_views": lambda given, saved: (*saved, *given[1:], given[0][0].dtype, [True, False]),
     "clip_loss_of_pairs": lambda given, saved: (*given, *saved, [True, True, True]),
     "siglip_loss_of_pairs": lambda given, saved: (*saved, *given[2:5], given[0].dtype, [True] * 4),

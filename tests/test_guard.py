@@ -92,6 +92,8 @@ FITTING = {
     *(("rescale_", 0, change) for change in (one_row_less, one_column_less, flattened)),
     *(("rescale_all_", i, change) for i in (0, 1) for change in (one_row_less, one_column_less, flattened)),
     ("info_nce", 2, one_row_less),
+    ("supcon", 0, one_row_less),  # a view
+    *((op, i, one_column_less) for op, i in (("supcon", 0), ("supcon_backward", 1))),
     ("nt_xent_of_views_backward", 1, one_column_less),  # the width is that of the rows alone
     ("koleo_neighbors", 0, one_row_less),
     *(("koleo", i, one_column_less) for i in (0, 1)),  # a width, and a number of neighbours

@@ -53,6 +53,16 @@ MORE = {
         lambda b: [torch.zeros(2, 4500, D, dtype=torch.bfloat16, requires_grad=True)], F.nt_xent
     ),
     "dcl bf16": _half("dcl"),
+    "supcon bf16": _half("supcon"),
+    "supcon bf16, each image a class": Call(lambda b: _half("supcon").make(b)[:1], F.supcon),
+    "supcon bf16, one anchor, as given": _half("supcon-one"),
+    "supcon bf16, a learned temperature": Call(
+        lambda b: [*_half("supcon").make(b), torch.tensor(0.5, requires_grad=True)],
+        lambda z, y, t: F.supcon(z, y, temperature=t),
+    ),
+    "supcon bf16, many rows": Call(
+        lambda b: [torch.zeros(2, 4500, D, dtype=torch.bfloat16, requires_grad=True), torch.arange(4500) // 9], F.supcon
+    ),
     "info_nce bf16": _half("info_nce"),
     "info_nce bf16, a learned temperature": Call(
         lambda b: [*_half("info_nce").make(b), torch.tensor(0.2, requires_grad=True)],
@@ -109,8 +119,8 @@ MOST = {
     "nt_xent": (5, 1),
     "dcl": (5, 1),
     "dclw": (5, 17),
-    "supcon": (11, 141),
-    "supcon-one": (8, 127),
+    "supcon": (5, 2),
+    "supcon-one": (5, 2),
     "supcon-options": (16, 224),
     "supcon-mask": (11, 109),
     "info_nce": (5, 1),
@@ -176,6 +186,11 @@ MOST = {
     "nt_xent bf16, a learned temperature": (6, 1),
     "nt_xent bf16, many rows": (5, 1),
     "dcl bf16": (5, 1),
+    "supcon bf16": (5, 1),
+    "supcon bf16, each image a class": (5, 1),
+    "supcon bf16, one anchor, as given": (5, 1),
+    "supcon bf16, a learned temperature": (6, 1),
+    "supcon bf16, many rows": (6, 1),
     "info_nce bf16": (4, 1),
     "info_nce bf16, a learned temperature": (4, 1),
     "info_nce bf16, negatives that learn": (5, 1),

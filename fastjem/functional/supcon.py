@@ -7,6 +7,7 @@ from torch import Tensor
 from fastjem.collectives import Agreement, global_loss, sum_over_ranks
 from fastjem.functional import checks, one_tile, quick, rings
 from fastjem.functional.candidates import hard_logits, negatives_of
+from fastjem.functional.classes import loss_of_classes
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.contrastive import rows_of_views, temperature_or_rows, with_host_temperature
 from fastjem.functional.options import (
@@ -83,6 +84,9 @@ def supcon(
         temperature = checks.positive("supcon", "temperature", temperature, z)
         rows_of_views(ranks, z, temperature)
         ranks.alike(anchors, "without labels" if labels is None else labels.dtype)
+    if group is None and mask is None:
+        ids = None if labels is None else _as_ids(labels)
+        return loss_of_classes(z, ids, temperature, anchors == "one", normalize)
     v, n, _ = z.shape
     images = sum(ranks.sizes)
     number = (v if anchors == "all" else 1) * images  # of anchors
@@ -226,7 +230,8 @@ def _as_ids(labels: Tensor) -> Tensor:
     """Labels as int64, equal where they are equal."""
     if not labels.is_floating_point():
         return labels.long()
-    return (labels.to(torch.float64) + 0.0).view(torch.int64)  # -0.0 becomes 0.0
+    bits = widest(labels) + 0.0  # -0.0 becomes 0.0
+    return bits.view(torch.int64 if bits.dtype == torch.float64 else torch.int32).long()
 
 
 def _all_positives(

@@ -304,4 +304,5 @@ class SupConLoss(nn.Module):
         )  # fmt: skip
         temperature = checks.positive("SupConLoss", "temperature", self.temperature, z)
         base = checks.positive("SupConLoss", "base_temperature", self.base_temperature, z)
-        return (loss * (temperature / base)).to(loss.dtype)
+        scale = temperature / base
+        return loss if isinstance(scale, float) and scale == 1 else (loss * scale).to(loss.dtype)

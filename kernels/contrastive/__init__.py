@@ -12,7 +12,7 @@
   with the engine; `gpu_views.py` and `views.py` in as few launches as there can be. For CLIP's loss those are
   `of_pairs.py`, `cpu_pairs.py`, `gpu_pairs.py` and `pair_kernels.py`, for InfoNCE `of_queries.py`, `cpu_queries.py`,
   `gpu_queries.py` and `query_kernels.py`, for SigLIP's CLIP's first two and `gpu_sigmoid.py`, with `cpu_sigmoid.py` for
-  its sums over pairs.
+  its sums over pairs, for SupCon's `of_classes.py`, `cpu_classes.py`, `gpu_classes.py` and `class_kernels.py`.
 """
 
 from ..table import Operator
@@ -39,6 +39,19 @@ OPERATORS = {
     "nt_xent_of_views_backward": Operator(
         "(Tensor upstream, Tensor unit, Tensor divisors, Tensor lse, Tensor state, Tensor factor, Tensor? weights,"
         " Tensor? learned, float temperature, bool decoupled, ScalarType dtype, bool[] wanted) -> (Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "supcon": Operator(
+        "(Tensor z, Tensor? ids, Tensor? learned, float temperature, bool one_anchor, bool normalize)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        cpu=True,
+        gpu=True,
+    ),
+    "supcon_backward": Operator(
+        "(Tensor upstream, Tensor unit, Tensor divisors, Tensor lse, Tensor table, Tensor state, Tensor factor,"
+        " Tensor? learned, float temperature, bool one_anchor, bool normalize, ScalarType dtype, bool[] wanted)"
+        " -> (Tensor, Tensor)",
         cpu=True,
         gpu=True,
     ),

@@ -8,12 +8,25 @@ from torch import Tensor
 
 from .. import _C
 from ..native import address_of_row
-from . import composed, cpu_engine, cpu_koleo, cpu_pairs, cpu_queries, cpu_sigmoid, cpu_views, cpu_visible, visible
+from . import (
+    composed,
+    cpu_classes,
+    cpu_engine,
+    cpu_koleo,
+    cpu_pairs,
+    cpu_queries,
+    cpu_sigmoid,
+    cpu_views,
+    cpu_visible,
+    visible,
+)
 
 nt_xent = partial(composed.nt_xent, cpu_engine)
 nt_xent_backward = partial(composed.nt_xent_backward, cpu_engine)
 nt_xent_of_views = cpu_views.nt_xent_of_views
 nt_xent_of_views_backward = cpu_views.nt_xent_of_views_backward
+supcon = cpu_classes.supcon
+supcon_backward = cpu_classes.supcon_backward
 info_nce = cpu_queries.info_nce
 info_nce_backward = cpu_queries.info_nce_backward
 clip_loss = partial(composed.clip_loss, cpu_engine)

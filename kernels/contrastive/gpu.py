@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import (
     composed,
+    gpu_classes,
     gpu_engine,
     gpu_koleo,
     gpu_pairs,
@@ -12,6 +13,7 @@ from . import (
     gpu_sigmoid,
     gpu_views,
     gpu_visible,
+    of_classes,
     of_pairs,
     of_queries,
     of_views,
@@ -50,6 +52,18 @@ def nt_xent_of_views_backward(upstream: Tensor, unit: Tensor, *saved) -> tuple[T
     if not _supported(unit):
         return of_views.nt_xent_of_views_backward(upstream, unit, *saved)
     return gpu_views.backward(upstream, unit, *saved[:-2], wanted=saved[-1])  # gradients are in the dtype of unit rows
+
+
+def supcon(z: Tensor, *options) -> tuple[Tensor, ...]:
+    if not _supported(z):
+        return of_classes.supcon(z, *options)
+    return gpu_classes.forward(z, *options)
+
+
+def supcon_backward(upstream: Tensor, unit: Tensor, *saved) -> tuple[Tensor, Tensor]:
+    if not _supported(unit):
+        return of_classes.supcon_backward(upstream, unit, *saved)
+    return gpu_classes.backward(upstream, unit, *saved[:-2], wanted=saved[-1])  # gradients are in the dtype of the rows
 
 
 def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, *options) -> tuple[Tensor, ...]:

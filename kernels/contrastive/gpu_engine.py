@@ -121,6 +121,13 @@ class Parts(NamedTuple):
         return cls(torch.empty_like(sums) if scaling.running else None, sums)
 
 
+class Classes(NamedTuple):
+    """Of rows that have classes, and what walks find of them."""
+
+    numbers: Tensor  # int32, of all rows and on to whole tiles
+    positives: list[Tensor]  # each walk's sums of similarities within classes, [splits, N] float32: see sums_kernel
+
+
 def walk(
     a: Tensor,
     b: Tensor,
@@ -131,6 +138,7 @@ def walk(
     columns: Parts | None = None,  # for columns' sums: one line for each block of rows; if symmetric, for each distance
     first_row: int = 0,  # its number among all rows
     symmetric: bool = False,
+    classes: Classes | None = None,
 ) -> Parts:
     """The rows' sums by program."""
     n, d = a.shape
@@ -138,10 +146,15 @@ def walk(
     blocks = triton.cdiv(n, tile["BM"])
     splits, tiles_per_program = splits_of(blocks, len(tiles))
     rows = Parts.empty(splits, n, scaling, a.device)
+    of_classes = (None, None)
+    if classes is not None:
+        of_classes = (classes.numbers, torch.empty(splits, n, dtype=torch.float32, device=a.device))
+        classes.positives.append(of_classes[1])
     launch.launch(
-        sums_kernel, (blocks, splits), a, b, scaling.tensor, scaling.number, *rows, *(columns or (None, None)), n, m, d,
-        *own_image_arguments(own_image, first_row), tiles.start, tiles.stop, tiles_per_program, scaling.pivot,
-        HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, SYMMETRIC=symmetric, **tile, device_of=a,
+        sums_kernel, (blocks, splits), a, b, scaling.tensor, scaling.number, *of_classes, *rows,
+        *(columns or (None, None)), n, m, d, *own_image_arguments(own_image, first_row), tiles.start, tiles.stop,
+        tiles_per_program, scaling.pivot, HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running,
+        SYMMETRIC=symmetric, **tile, device_of=a,
     )  # fmt: skip
     return rows
 
@@ -158,7 +171,9 @@ class SymmetricParts(NamedTuple):
     met_once: int  # so many first rows have nothing in the columns' last line
 
 
-def symmetric_parts(a: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict) -> Iterator[SymmetricParts]:
+def symmetric_parts(
+    a: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict, classes: Classes | None = None
+) -> Iterator[SymmetricParts]:
     """Of tiles at distances 0 .. blocks / 2 of the diagonal, a bounded number of distances at once.
 
     The diagonal's tiles are whole and have no line of columns' sums, so the first walk takes one distance more.
@@ -174,7 +189,7 @@ def symmetric_parts(a: Tensor, scaling: Scaling, own_image: OwnImage, tile: dict
         lines = stop - max(first, 1)
         columns = Parts.empty(lines, n, scaling, a.device) if lines else None
         tiles = range(first * tiles_per_block, stop * tiles_per_block)
-        rows = walk(a, a, scaling, own_image, tile, tiles, columns, symmetric=True)
+        rows = walk(a, a, scaling, own_image, tile, tiles, columns, symmetric=True, classes=classes)
         # The farthest of an even number of blocks meet once: the first half walks there and has no line for itself.
         once = columns is not None and blocks % 2 == 0 and stop == distances
         yield SymmetricParts(rows, columns, blocks // 2 * tile["BM"] if once else 0)
@@ -215,15 +230,15 @@ class Side(NamedTuple):
     rows: Tensor  # [N, D]
     pivots: Tensor | None  # [N]
     adjustments: Tensor | None  # [N]; None: this side has no log-sum-exps
+    classes: Tensor | None = None  # [N] int32
+    pulls: Tensor | None = None  # [N] float32, between the rows of a class
 
     @classmethod
     def of(cls, rows: Tensor, lse: Tensor | None, scaling: Scaling) -> "Side":
         return cls(rows, *lse_states(lse, scaling.factor, scaling.pivot, scaling.running))
 
     def part(self, rows: slice) -> "Side":
-        pivots = None if self.pivots is None else self.pivots[rows]
-        adjustments = None if self.adjustments is None else self.adjustments[rows]
-        return Side(self.rows[rows], pivots, adjustments)
+        return Side(self.rows[rows], *(None if x is None else x[rows] for x in self[1:]))
 
 
 def _owned(
@@ -239,7 +254,8 @@ def _owned(
     row_dots = torch.empty(splits, n, dtype=torch.float32, device=a.rows.device) if with_dots else None
     launch.launch(
         owner_kernel, (blocks, splits), a.rows, b.rows, scaling.factor, a.pivots, a.adjustments, b.pivots,
-        b.adjustments, out, row_dots, n, m, d, *own_image_arguments(own_image), tiles_per_program, scaling.pivot,
+        b.adjustments, a.classes, a.pulls, b.classes, b.pulls, out, row_dots, n, m, d,
+        *own_image_arguments(own_image), tiles_per_program, scaling.pivot,
         HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(a.rows.dtype), **tile,
         device_of=a.rows,
     )  # fmt: skip
@@ -298,7 +314,7 @@ def weigh(
     dots_by_tile = torch.empty(grid, dtype=torch.float64, device=b.rows.device) if with_dots else None
     launch.launch(
         weights_kernel, grid, a.rows, b.rows, scaling.tensor, scaling.number, a.pivots, a.adjustments, b.pivots,
-        b.adjustments, weights, dots_by_tile, row_dots, column_dots, n, m, d,
+        b.adjustments, a.classes, a.pulls, b.classes, b.pulls, weights, dots_by_tile, row_dots, column_dots, n, m, d,
         *own_image_arguments(own_image, first_row), 0 if weights is None else weights.stride(0) // 8, scaling.pivot,
         HAS_OWN_IMAGE=own_image.column_period > 0, RUNNING=scaling.running, GAIN=launch.gain(b.rows.dtype), **tile,
         device_of=b.rows,

@@ -19,6 +19,7 @@ from .in_parts import (
     siglip_loss,
     similarities_and_pairs,
 )
+from .of_classes import supcon, supcon_backward
 from .of_pairs import (
     clip_loss_of_pairs,
     clip_loss_of_pairs_backward,
@@ -43,6 +44,8 @@ __all__ = [
     "siglip_loss",
     "siglip_loss_of_pairs",
     "siglip_loss_of_pairs_backward",
+    "supcon",
+    "supcon_backward",
 ]
 
 

@@ -27,6 +27,27 @@ def _nt_xent_of_views_backward(upstream, unit, divisors, lse, state, factor, wei
     expect(op, "state", state, (2, state_rows(unit.shape[0] * unit.shape[1])), torch.float32)
 
 
+def _supcon(z, ids, learned, *_):
+    alike("supcon", "z", z, dims=3, rows=True)
+    expect("supcon", "ids", ids, z.shape[1:2], torch.int64)
+    expect("supcon", "learned", learned, ())
+
+
+def _supcon_backward(upstream, unit, divisors, lse, table, state, factor, learned, *options):
+    op = "supcon_backward"
+    _, _, normalize, *_ = options
+    alike(op, "unit", unit, dims=3, rows=True)
+    wide = widest_dtype(unit.device)
+    if normalize:
+        expect(op, "divisors", divisors, unit.shape[:2], wide)
+    expect(op, "lse", lse, unit.shape[:2], wide)
+    for name, x in (("upstream", upstream), ("factor", factor), ("learned", learned)):
+        expect(op, name, x, (), wide if x is factor else None)
+    rows = state_rows(unit.shape[0] * unit.shape[1])
+    expect(op, "table", table, (2, rows), torch.int32)
+    expect(op, "state", state, (3, rows), torch.float32)
+
+
 def _clip_loss_of_pairs(x, y, learned, *_):
     alike("clip_loss_of_pairs", "x and y", x, y, rows=True)
     expect("clip_loss_of_pairs", "learned", learned, ())
@@ -101,6 +122,8 @@ SHAPES = {
     "info_nce_backward": _info_nce_backward,
     "siglip_loss_of_pairs": _siglip_loss_of_pairs,
     "siglip_loss_of_pairs_backward": _siglip_loss_of_pairs_backward,
+    "supcon": _supcon,
+    "supcon_backward": _supcon_backward,
     "nt_xent_of_views": _nt_xent_of_views,
     "nt_xent_of_views_backward": _nt_xent_of_views_backward,
 }

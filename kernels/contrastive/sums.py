@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .. import launch
-from .tiles import LOG2_E, images_of_block, load_rows, load_tile, may_hide, seen_columns, similarities
+from .tiles import LOG2_E, images_of_block, in_class, load_rows, load_tile, may_hide, seen_columns, similarities
 
 
 @triton.jit
@@ -38,6 +38,8 @@ def sums_kernel(
     b,  # [M, D]; if SYMMETRIC, a itself
     factor,  # 0-dim, or None
     factor_number: tl.float64,  # otherwise
+    classes,  # [>= N and M, whole tiles] int32, of the rows of a and of b; or None
+    positives,  # [splits, N] float32, see below; or None
     row_max,  # [splits, N] float32, in units of similarities; None unless RUNNING
     row_sum,  # [splits, N] float32, the sum of exp(logit - row_max * |factor|)
     column_max,  # [lines, M] float32; None unless RUNNING, and where columns aren't wanted
@@ -62,6 +64,10 @@ def sums_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
+    """`positives`: the sums of similarities with columns of a row's class.
+
+    If SYMMETRIC, a pair is in one of its two rows' sums, twice: what is added up of all rows is the same.
+    """
     block = tl.program_id(0)
     split = tl.program_id(1)
     i_a = block * BM + tl.arange(0, BM)
@@ -72,6 +78,7 @@ def sums_kernel(
     shift = pivot * rate
     maximum = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
+    positive = tl.zeros([BM], tl.float32)
     b_a = tl.zeros([1], tl.float32)
     if WHOLE:
         b_a = load_rows(a, i_a, N, D, 0, BLOCK_D)
@@ -104,9 +111,19 @@ def sums_kernel(
             s = similarities(a, b, b_a, i_a, i_b, N, M, D, WHOLE, BLOCK_D)
         if RUNNING:
             s *= sign
+        of_class = tl.zeros([BM], tl.float32)
         if rows_end | may_hide(first_b, M, low, high, column_period, HAS_OWN_IMAGE, BN):
             seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
+            if classes is not None:
+                of_class = tl.sum(tl.where(seen & in_class(classes, i_a, classes, i_b), s, 0.0), 1)
             s = tl.where(seen, s, -float("inf"))
+        else:
+            if classes is not None:
+                of_class = tl.sum(tl.where(in_class(classes, i_a, classes, i_b), s, 0.0), 1)
+        if classes is not None:
+            if SYMMETRIC:
+                of_class *= tl.where(line >= 0, 2.0, 1.0)
+            positive += of_class
         at = launch.row_start(line, M, 1) + i_b
         written = (i_b < M) & (line >= 0)
         if RUNNING:
@@ -128,6 +145,8 @@ def sums_kernel(
     tl.store(row_sum + at, total, i_a < N)
     if RUNNING:
         tl.store(row_max + at, maximum, i_a < N)
+    if positives is not None:
+        tl.store(positives + at, positive, i_a < N)
 
 
 @triton.jit(do_not_specialize=["N", "M", "first_row", "row_period", "offset", "column_period", "tiles_per_program"])

@@ -119,6 +119,12 @@ def seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, H
 
 
 @triton.jit
+def in_class(a_classes, i_a, b_classes, i_b):
+    """[BM, BN]: whether row and column are of one class. Memory goes on to whole tiles."""
+    return tl.load(a_classes + i_a)[:, None] == tl.load(b_classes + i_b)[None, :]
+
+
+@triton.jit
 def images_of_block(first, row_period, offset, BM: tl.constexpr):
     """(low, high): the images of rows first .. first + BM, as columns name them, are in low .. high.
 

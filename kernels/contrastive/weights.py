@@ -1,14 +1,25 @@
 """Triton kernels of the gradients' weights, on tiles of similarities.
 
 With the weights G = exp(logit - lse_row) + exp(logit - lse_column), a gradient is G @ b. A log-sum-exp comes as a pivot
-and an adjustment (`rows.lse_states`); rows or columns without log-sum-exps have None, and no term in G.
+and an adjustment (`rows.lse_states`); rows or columns without log-sum-exps have None, and no term in G. Where rows have
+classes, those of one class pull each other: G is less by the sum of both rows' pulls.
 """
 
 import triton
 import triton.language as tl
 
 from .. import launch
-from .tiles import LOG2_E, images_of_block, load_rows, load_tile, log1p_of_unit, may_hide, seen_columns, similarities
+from .tiles import (
+    LOG2_E,
+    images_of_block,
+    in_class,
+    load_rows,
+    load_tile,
+    log1p_of_unit,
+    may_hide,
+    seen_columns,
+    similarities,
+)
 
 
 @triton.jit
@@ -43,11 +54,19 @@ def _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M
 
 
 @triton.jit
+def less_pulls(g, a_classes, a_pulls, i_a, b_classes, b_pulls, i_b):
+    if a_classes is not None:
+        pull = tl.load(a_pulls + i_a)[:, None] + tl.load(b_pulls + i_b)[None, :]
+        g -= tl.where(in_class(a_classes, i_a, b_classes, i_b), pull, 0.0)
+    return g
+
+
+@triton.jit
 def walk_of_owner(
     b_a, b, i_a, begin, end, low, high, a_pivots, a_adjustments, b_pivots, b_adjustments, pivot, factor_value, N, M, D,
     first_row, row_period, offset, column_period, HAS_OWN_IMAGE: tl.constexpr, RUNNING: tl.constexpr,
     DOTS: tl.constexpr, GAIN: tl.constexpr, EVEN: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    BN: tl.constexpr, a_classes=None, a_pulls=None, b_classes=None, b_pulls=None,
 ):  # fmt: skip
     """(G @ b * GAIN [BM, BLOCK_D], (G * similarities).sum(1) if DOTS) of the rows b_a and tiles begin .. end of b.
 
@@ -61,6 +80,7 @@ def walk_of_owner(
         b_b = load_tile(b, t * BN, M, D, BLOCK_D, BN, EVEN)
         s = tl.dot(b_a, b_b)
         g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
+        g = less_pulls(g, a_classes, a_pulls, i_a, b_classes, b_pulls, i_b)
         if may_hide(t * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
             seen = seen_columns(i_a, i_b, N, M, first_row, row_period, offset, column_period, HAS_OWN_IMAGE)
             g = tl.where(seen, g, 0.0)
@@ -79,6 +99,10 @@ def owner_kernel(
     a_adjustments,  # [N] float32; None if rows have no log-sum-exp
     b_pivots,  # [M] float32; None unless RUNNING
     b_adjustments,  # [M] float32; None if columns have no log-sum-exp
+    a_classes,  # [N] int32, as the next three or None
+    a_pulls,  # [N] float32
+    b_classes,  # [M] int32
+    b_pulls,  # [M] float32
     out,  # [splits, N, D] float32: G @ b
     dots,  # [splits, N] float32, (G * similarities).sum(1); or None
     N,
@@ -106,7 +130,8 @@ def owner_kernel(
     acc, dot = walk_of_owner(
         b_a, b, i_a, begin, tl.minimum(begin + tiles_per_program, tl.cdiv(M, BN)), low, high, a_pivots, a_adjustments,
         b_pivots, b_adjustments, pivot, tl.load(factor).to(tl.float64), N, M, D, first_row, row_period, offset,
-        column_period, HAS_OWN_IMAGE, RUNNING, dots is not None, GAIN, EVEN, BLOCK_D, BM, BN,
+        column_period, HAS_OWN_IMAGE, RUNNING, dots is not None, GAIN, EVEN, BLOCK_D, BM, BN, a_classes, a_pulls,
+        b_classes, b_pulls,
     )  # fmt: skip
     at = launch.row_start(split, N, 1) + i_a
     column = tl.arange(0, BLOCK_D)
@@ -143,7 +168,8 @@ def store_tile(out, i_a, i_b, s_out, tile):
 def weights_of_tile(
     a, b, factor_value, a_pivots, a_adjustments, b_pivots, b_adjustments, block_a, block_b, N, M, D, first_row,
     row_period, offset, column_period, pivot, HAS_OWN_IMAGE: tl.constexpr, RUNNING: tl.constexpr,
-    BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, a_classes=None, a_pulls=None, b_classes=None,
+    b_pulls=None,
 ):  # fmt: skip
     """(G, similarities) of a tile, [BM, BN]: G is 0 where a column isn't seen, both are beyond the last rows.
 
@@ -155,6 +181,7 @@ def weights_of_tile(
     # the first i_a stands in for rows that are loaded already (b_a), which WHOLE = False doesn't read
     s = similarities(a, b, i_a, i_a, i_b, N, M, D, False, BLOCK_D)
     g = _weights(s, a_pivots, a_adjustments, i_a, N, b_pivots, b_adjustments, i_b, M, pivot, rate, RUNNING)
+    g = less_pulls(g, a_classes, a_pulls, i_a, b_classes, b_pulls, i_b)
     low, high = images_of_block(first_row + block_a * BM, row_period, offset, BM)
     ends = (block_a + 1) * BM > N  # rows beyond the last are in the sums
     if ends | may_hide(block_b * BN, M, low, high, column_period, HAS_OWN_IMAGE, BN):
@@ -184,6 +211,10 @@ def weights_kernel(
     a_adjustments,  # [N] float32; None if rows have no log-sum-exp
     b_pivots,  # [M] float32; None unless RUNNING
     b_adjustments,  # [M] float32; None if columns have no log-sum-exp
+    a_classes,  # [N] int32, as the next three or None
+    a_pulls,  # [N] float32
+    b_classes,  # [M] int32
+    b_pulls,  # [M] float32
     out,  # [N, M], rows s_out * 8 apart: G * GAIN; or None
     dots,  # [programs] float64, the sum of G * similarities; or None
     row_dots,  # [blocks of columns, N] float32, each row's sum of G as it is stored times similarities; or None
@@ -210,6 +241,7 @@ def weights_kernel(
     g, s = weights_of_tile(
         a, b, launch.number(factor, factor_number), a_pivots, a_adjustments, b_pivots, b_adjustments, block_a, block_b,
         N, M, D, first_row, row_period, offset, column_period, pivot, HAS_OWN_IMAGE, RUNNING, BLOCK_D, BM, BN,
+        a_classes, a_pulls, b_classes, b_pulls,
     )  # fmt: skip
     if dots is not None:
         tl.store(dots + tl.program_id(0), sum_of_tile(g * s))
