@@ -376,6 +376,14 @@ def _similarity_logsumexp(d: int, dtype: str, everything: bool = True, n: int = 
     return Case("similarity_logsumexp", shape, dtype, call, wgmma=True)
 
 
+def _normalize_rows(d: int, dtype: str) -> Case:
+    def call() -> None:
+        unit, divisors = contrastive.normalize_rows(torch.zeros(300, d, dtype=DTYPES[dtype]), 1e-12)
+        contrastive.normalize_rows_backward(unit, unit, divisors, 1e-12, DTYPES[dtype])
+
+    return Case("normalize_rows", f"N x {d}", dtype, call)
+
+
 def _nearest_neighbors(d: int, dtype: str) -> Case:
     def call() -> None:
         x = torch.zeros(300, d, dtype=DTYPES[dtype])
@@ -568,6 +576,10 @@ CASES = [
     _siglip_loss_of_pairs(512, "fp32"),
     _siglip_loss_of_pairs(768, "bf16", learned=False),
     *(_siglip_pairs(512, dtype, masks) for dtype in ("bf16", "fp32") for masks in (False, True)),
+    _normalize_rows(128, "fp32"),
+    _normalize_rows(128, "bf16"),
+    _normalize_rows(100, "fp16"),
+    _normalize_rows(2048, "bf16"),
     _nearest_neighbors(128, "bf16"),
     _nearest_k(384, "bf16", 20),
     _nearest_k(768, "fp16", 32),

@@ -47,6 +47,8 @@ KERNELS = {
     "linalg_solve_triangular": 2,
     "_linalg_eigh": 5,
     "_linalg_svd": 5,
+    "_linalg_slogdet": 14,  # a copy, cuSOLVER; the permutation's sign 6, that of the diagonal 3, the logarithms' sum 3
+    "linalg_lu_solve": 2,
     "addmm": 2,  # a copy of the summand, the product
     "baddbmm": 2,
 }
@@ -110,6 +112,9 @@ class Launches(TorchDispatchMode):
             return self.made_on_host(func(*args, **kwargs))
         if namespace == "fastjem":
             return self._operator(name, func, args, kwargs)
+        if name not in NO_LAUNCH and _is_view(func) and _has(func, "CompositeImplicitAutograd"):
+            with self:  # `to` and `contiguous`, which copy or don't
+                return func.decompose(*args, **kwargs)
         if name in NO_LAUNCH or _is_view(func):
             result = func(*args, **kwargs)
             return result.zero_() if name.startswith("empty") else result  # an index, for one, has to be one

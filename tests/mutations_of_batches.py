@@ -103,6 +103,13 @@ INTERPRETER = [
         ("y_lse = tl.load(others + N + i_row, inside, 0.0)", "y_lse = tl.load(others + i_row, inside, 0.0)"),
     ),
     *_all(
+        "normalize_rows", "kernels/contrastive/gpu_normalize.py", "test_normalize_rows and not 300",
+        ("b_x * (1 / divisor)[:, None]", "b_x"),
+        ("least, propagate_nan", "1e-12, propagate_nan"),
+        ("(b_g - radial[:, None] * b_u)", "(b_g - 0.99 * radial[:, None] * b_u)"),
+        ("tl.where(divisor > least, tl.sum(b_g * b_u, 1), 0.0)", "tl.sum(b_g * b_u, 1)"),
+    ),
+    *_all(
         "rescale_all_", RESCALE, "test_rescale",
         ("b_factor *= tl.load(scale).to(COMPUTE)", "b_factor *= 1"),
         ("_multiply(gradient + offset, b_factor, tail", "_multiply(gradient + offset, b_factor * b_factor, tail"),

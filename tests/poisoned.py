@@ -171,6 +171,14 @@ class Inputs:
         bias = x(1, dtype=self.wide)[0]
         return a, b, factor, bias, smoothing, weights, *ids, None, exclude, offset, [True, True]
 
+    def _normalize_rows(self, x):
+        return x(4, self.width), 1e-12
+
+    def _normalize_rows_backward(self, x):
+        shape = (4, self.width)
+        divisors = x(4, dtype=torch.float64).abs() + 0.1
+        return x(*shape, dtype=self.wide), x(*shape, dtype=self.wide), divisors, 1e-12, self.dtype
+
     def _nearest_neighbors(self, x):
         return x(4, self.width), x(9, self.width)
 
@@ -240,7 +248,7 @@ WITHOUT_TEMPERATURE = {
     "rescale_", "rescale_all_", "ema_update_", "lars_norms", "lars_", "adamw_", "negative_cosine", "regression",
     "nearest_neighbors", "characteristic",
     "characteristic_backward", "barlow_twins", "vicreg", "koleo_neighbors", "koleo", "regression_rows", "gram_loss",
-    "kmeans_step", "nearest_k",
+    "kmeans_step", "nearest_k", "normalize_rows", "normalize_rows_backward",
 }  # fmt: skip
 # (operator, number of the poisoned tensor) where both answers are not finite in the same places, but one may be NaN
 # where the other is an infinity: a pair's own weight is added to a product of matrices that has 0 in its place, and 0

@@ -96,6 +96,7 @@ FITTING = {
     *((op, i, one_column_less) for op, i in (("supcon", 0), ("supcon_backward", 1))),
     ("nt_xent_of_views_backward", 1, one_column_less),  # the width is that of the rows alone
     ("koleo_neighbors", 0, one_row_less),
+    *(("normalize_rows", 0, change) for change in (one_row_less, one_column_less)),
     *(("koleo", i, one_column_less) for i in (0, 1)),  # a width, and a number of neighbours
     ("characteristic", 0, one_row_less),
     *(("crop_resize", 0, change) for change in (one_row_less, one_column_less)),  # an image, and a channel

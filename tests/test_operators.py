@@ -189,6 +189,8 @@ def sample_arguments(device: str) -> dict[str, tuple]:
             [True, True],
             torch.float32,
         ),
+        "normalize_rows": (x(4, 7), 1e-12),
+        "normalize_rows_backward": (x(4, 7), x(4, 7), x(4).double().abs(), 1e-12, torch.bfloat16),
         "nearest_neighbors": (x(4, 7), x(9, 7)),
         "sinkhorn_step": (x(4, 7), x(7), 0.05, labels[1], x(4)),
         "sinkhorn_rows": (x(4, 7), x(7), 0.05),

@@ -6,8 +6,10 @@ from torch import Tensor
 from fastjem.functional import checks
 from fastjem.functional.candidates import negatives_of
 from fastjem.functional.contrastive import nt_xent
-from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
+from fastjem.functional.options import dots_of_rows
+from fastjem.functional.precision import loss_dtype, without_autocast
 from fastjem.functional.seen import Side, View
+from fastjem.functional.unit import unit_rows
 from fastjem.ops.forward_mode import refuse_forward_mode
 
 LEAST_SHARE = 0.01  # of MACL's temperature, however unlike positives are
@@ -51,16 +53,20 @@ def hypersphere(
     n = z0.shape[0]
     view = View(op, 0, False, False, z0.dtype, [n], None)
     with without_autocast(z0):
-        unit = [torch.nn.functional.normalize(in_float32(x), dim=1) for x in (z0, z1)]
+        unit = unit_rows(torch.stack(checks.common(z0, z1)))  # [2, N, D]
         # |x - y|^2 = 2 - 2 <x, y>: each row's log-sum-exp over its cosines times 2 t, then over the rows.
-        root = (2 * t) ** 0.5
-        pairs = unit[0].new_ones(()) * (n * (n - 1))  # of a number an exported loss would be of this batch's size alone
-        uniformity = []
-        for x in unit:
-            lse = negatives_of(Side((x * root).to(x.dtype)[None]), None, None, view, 0.0)[0].lse
-            uniformity.append(lse.logsumexp(1)[0] - pairs.log() - 2 * t)
-        alignment = torch.linalg.vector_norm(unit[0] - unit[1], dim=1).pow(alpha).mean()
-        return (alignment + lam * (uniformity[0] + uniformity[1]) / 2).to(loss_dtype(z0))
+        scaled = (unit * (2 * t) ** 0.5).to(unit.dtype).unbind()
+        lse = torch.cat([negatives_of(Side(x[None]), None, None, view, 0.0)[0].lse for x in scaled])  # [2, N]
+        highest = lse.detach().amax(1, keepdim=True)
+        # The mean over N rows, and over the N - 1 others: divided by N in a tensor, as by a number an exported loss
+        # would be of this batch's size alone.
+        means = (lse - highest).exp().mean(1).log() + highest[:, 0] - lse.new_ones(()).mul_(n - 1).log()
+        apart = unit[0] - unit[1]
+        if not isinstance(alpha, Tensor) and alpha == 2:
+            alignment = apart.square().sum(1).mean()
+        else:
+            alignment = torch.linalg.vector_norm(apart, dim=1).pow(alpha).mean()
+        return (alignment + lam * (means.mean() - 2 * t)).to(loss_dtype(z0))
 
 
 def macl(
@@ -98,9 +104,8 @@ def macl(
     initial_alignment = checks.host_number(op, "initial_alignment", initial_alignment, low=0, high=1, inclusive=True)
     eps = checks.host_number(op, "eps", eps, low=0, inclusive=True)
     with torch.no_grad():
-        rows = [in_float32(x) for x in (z0, z1)]
-        alignment = torch.cosine_similarity(*rows, dim=1, eps=1e-12).mean()
-        share = (1 + alpha * (alignment - initial_alignment)).clamp_min(LEAST_SHARE)
+        cosines = dots_of_rows(unit_rows(z0), unit_rows(z1))
+        share = (alpha * cosines.mean() + (1 - alpha * initial_alignment)).clamp_min(LEAST_SHARE)
     losses = nt_xent(z0, z1, temperature=temperature * share, reduction="none")
     # 1 - exp(-l), without the digits that 1 - P loses where P is small
     return (losses / (eps - torch.expm1(-losses.detach()))).mean()

@@ -7,7 +7,6 @@ Temperatures are in the rows here, as learned ones and those of single rows need
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from fastjem.functional import one_tile
 from fastjem.functional.options import (
@@ -21,6 +20,7 @@ from fastjem.functional.options import (
 )
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.functional.seen import Side, Sums, View, sums_of_seen
+from fastjem.functional.unit import unit_rows
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops.forward_mode import refuse_forward_mode
 
@@ -72,7 +72,7 @@ def loss_of_views(
             losses = one_tile.of_views(z, temperature, options)
             if losses is not None:
                 return reduced(losses, options, z, None)
-        unit = normalize(in_float32(z), dim=-1)
+        unit = unit_rows(z)
         inverse = _inverse(temperature, unit)
         if isinstance(inverse, Tensor) and inverse.dim():
             a = unit * inverse.to(unit.dtype).unsqueeze(-1)
@@ -81,14 +81,14 @@ def loss_of_views(
             a = b = unit * (inverse.to(unit.dtype).sqrt() if isinstance(inverse, Tensor) else inverse**0.5)
         views = z.shape[0]
         positives = [dots_of_rows(a, b.roll(-step, 0)) for step in range(1, views)]
-        logits = torch.stack(positives, -1)  # [V, N, V - 1]
+        logits = positives[0][..., None] if views == 2 else torch.stack(positives, -1)  # [V, N, V - 1]
         ids = None if options.ids is None else options.ids.expand(z.shape[:2]).contiguous()
         limit = _limit(logits, inverse, options)
         columns = None if b is a else Side(b, ids)
         view = View(op, 0, False, options.needs_totals(), z.dtype, sizes, group)
         negatives, _ = negatives_of(Side(a, ids, limit), columns, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
-            hard = normalize(in_float32(options.hard_negatives), dim=-1)
+            hard = unit_rows(options.hard_negatives)
             factor = inverse if b is not a else _root(inverse)
             hard = hard if b is not a else hard * factor
             negatives = with_hard(negatives, hard_logits(a, hard), options.hardness)
@@ -128,7 +128,7 @@ def info_nce(
         if losses is not None:
             return reduced(losses, options, query, None)
         inverse = _inverse(temperature, query)
-        unit, of_positive, columns = (normalize(in_float32(x), dim=-1) for x in (query, positive, negatives))
+        unit, of_positive, columns = (unit_rows(x) for x in (query, positive, negatives))
         by = inverse.to(unit.dtype) if isinstance(inverse, Tensor) else inverse
         a = unit * (by.unsqueeze(-1) if isinstance(by, Tensor) and by.dim() else by)
         logits = dots_of_rows(a, of_positive)[None, :, None]  # [1, N, 1]
@@ -138,7 +138,7 @@ def info_nce(
         view = View("info_nce", offset, False, options.needs_totals(), query.dtype, [query.shape[0]], None)
         seen, _ = negatives_of(rows, candidates, options.exclude, view, options.hardness)
         if options.hard_negatives is not None:
-            hard = normalize(in_float32(options.hard_negatives), dim=-1)
+            hard = unit_rows(options.hard_negatives)
             seen = with_hard(seen, hard_logits(a[None], hard), options.hardness)
         losses = losses_of_rows(logits, seen, options, inverse, options.prior)
         return reduced(losses[0], options, query, None)
@@ -187,5 +187,18 @@ def clip_loss(
         if options.hard_negatives is not None:
             hard = hard_logits(a_scaled[None], in_float32(options.hard_negatives))
             of_x = with_hard(of_x, hard, options.hardness)
-        of_rows, of_columns = (losses_of_rows(logits, side, options, inverse, options.prior) for side in (of_x, of_y))
-        return reduced(((of_rows + of_columns) / 2)[0], options, x, group, local)
+        losses = losses_of_rows(logits, _together(of_x, of_y), options, inverse, options.prior)  # [2, N]
+        both = group is None and options.reduction == "mean"  # then the mean over rows is that over directions, too
+        return reduced(losses if both else losses.mean(0), options, x, group, local)
+
+
+def _together(x: Negatives, y: Negatives) -> Negatives:
+    """Of both directions, [1, N] each, as [2, N]: their losses in half of the launches."""
+
+    def of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else torch.cat([a, b])
+
+    harder = None
+    if x.harder is not None and y.harder is not None:
+        harder = torch.cat([x.harder[0], y.harder[0]]), torch.cat([x.harder[1], y.harder[1]])
+    return Negatives(torch.cat([x.lse, y.lse]), of(x.total, y.total), of(x.count, y.count), harder)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from fastjem.collectives import Agreement, global_loss, sum_of_ranks, sum_over_ranks
 from fastjem.functional import checks, quick
@@ -18,10 +17,12 @@ from fastjem.functional.compiled import over_ranks
 from fastjem.functional.decompositions import cholesky, smaller_gram
 from fastjem.functional.precision import in_float32, without_autocast
 from fastjem.functional.prototypes import list_of_views
+from fastjem.functional.unit import unit_rows
 from fastjem.ops import transforms
 from fastjem.ops.autograd import found_again
 from fastjem.ops.forward_mode import refuse_forward_mode
 
+COSINE_EPS = 1e-8  # of torch.nn.functional.cosine_similarity
 EXPANSIONS = ("student", "mean")  # whose coding rate SimDINO takes
 VIEWS = (Tensor, list, tuple)  # what views may come in
 
@@ -70,13 +71,11 @@ def _long_coding_rate(
     if isinstance(eps, Tensor):
         eps = eps.to(z.dtype)  # before it is divided by: 1 / eps has more digits than eps
     scale = z.shape[-1] / (rows * eps)
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=z.dtype, device=z.device)
     others = None
     if group is not None:
         own = z.detach().mT @ z.detach()
         others = sum_over_ranks(own, group) - own
-    refuse_forward_mode(op, (z, scale))
+    refuse_forward_mode(op, (z, scale) if isinstance(scale, Tensor) else (z,))
     if transforms.active():  # which take plain torch apart by themselves
         with without_autocast(z):
             return _rate_of(_rate_factor(z, scale, others, op))
@@ -85,14 +84,15 @@ def _long_coding_rate(
 
 def _rate_of(factor: Tensor) -> Tensor:
     """The mean over views of half a log-determinant: `2 sum(log(diagonal of its Cholesky factor))`."""
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).mean()
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum() / (factor.shape[0] if factor.dim() == 3 else 1)
 
 
-def _rate_factor(z: Tensor, scale: Tensor, others: Tensor | None, op: str) -> Tensor:
+def _rate_factor(z: Tensor, scale: float | Tensor, others: Tensor | None, op: str) -> Tensor:
     """The Cholesky factor of `I + scale * (Gram matrix of z and of others)`."""
     gram = smaller_gram(z) if others is None else z.mT @ z + others
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return cholesky(identity + scale * gram, op)
+    scaled = scale * gram
+    scaled.diagonal(dim1=-2, dim2=-1).add_(1)
+    return cholesky(scaled, op)
 
 
 class _CodingRate(torch.autograd.Function):
@@ -103,16 +103,18 @@ class _CodingRate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, scale: Tensor, others: Tensor | None, op: str) -> Tensor:
+    def forward(ctx, z: Tensor, scale: float | Tensor, others: Tensor | None, op: str) -> Tensor:
         with without_autocast(z):
             factor = _rate_factor(z, scale, others, op)
-        ctx.save_for_backward(z, scale, others, factor)
+        ctx.save_for_backward(z, scale if isinstance(scale, Tensor) else None, others, factor)
+        ctx.scale = scale
         ctx.op = op
         return _rate_of(factor)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        z, scale, others, factor = ctx.saved_tensors
+        z, learned, others, factor = ctx.saved_tensors
+        scale = ctx.scale if learned is None else learned
         with without_autocast(z):
             if torch.is_grad_enabled():
                 factor = _rate_factor(z, scale, others, ctx.op)
@@ -121,7 +123,7 @@ class _CodingRate(torch.autograd.Function):
             of_z = None
             if ctx.needs_input_grad[0]:
                 by_rows = others is None and z.shape[-2] < z.shape[-1]
-                of_z = (upstream * scale / views) * (inverse @ z if by_rows else z @ inverse)
+                of_z = (upstream * (scale / views)) * (inverse @ z if by_rows else z @ inverse)
             of_scale = None
             if ctx.needs_input_grad[1]:  # tr(M^-1 G), with scale G = M - I
                 traces = inverse.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -149,7 +151,9 @@ def emp_ssl(z: Tensor, *, eps: float | Tensor = 0.2, invariance: float | Tensor 
     eps = checks.positive("emp_ssl", "eps", eps, z)
     weight = checks.number("emp_ssl", "invariance", invariance, z)
     wide = in_float32(z)
-    alike = torch.nn.functional.cosine_similarity(wide, wide.mean(0, keepdim=True), dim=-1).mean()
+    with without_autocast(z):
+        rows, of_mean = (unit_rows(x, COSINE_EPS) for x in (wide, wide.mean(0)))
+        alike = (rows * of_mean).sum() / (z.shape[0] * z.shape[1])
     return (-_coding_rate("emp_ssl", z, eps, z.shape[-2]) - weight * alike).to(wide.dtype)
 
 
@@ -213,21 +217,21 @@ def _simdino(
             checks.fail(op, "expansion must be student or mean", repr(expansion))
         eps = checks.positive(op, "eps", eps, student[0])
         weight = checks.number(op, "coefficient", coefficient, student[0])
-        student = [normalize(in_float32(x), dim=1) for x in checks.common(*student)]
-        teacher = [normalize(x.to(student[0].dtype), dim=1) for x in teacher]
+        student = checks.common(*student)
         ranks.rows_of(student[0])
         ranks.alike(len(student), len(teacher), expansion)
-    count = len(teacher)
-    batch, width = student[0].shape
+    with without_autocast(student[0]):
+        of_student = unit_rows(torch.stack(student))  # [S, B, D]
+        of_teacher = unit_rows(torch.stack([x.to(of_student.dtype) for x in teacher]))  # [T, B, D]
+    count, batch, width = of_teacher.shape
     rows = batch if group is None else sum(ranks.sizes)
     # The sum over all pairs is one product of sums; the views that meet themselves are taken from it.
     pairs = len(student) * count - count
-    similarity = torch.stack(student).sum(0) * torch.stack(teacher).sum(0)
-    similarity = similarity - sum(s * t for s, t in zip(student, teacher, strict=False))
+    own = of_student[:count]
+    similarity = of_student.sum(0) * of_teacher.sum(0) - (own * of_teacher).sum(0)
     alike = similarity.sum() / (rows * pairs)
-    views = student[:count] if expansion == "student" else [(s + t) / 2 for s, t in zip(student, teacher, strict=False)]
-    rate = _coding_rate(op, torch.stack(views), eps, rows, group)
+    rate = _coding_rate(op, own if expansion == "student" else (own + of_teacher) / 2, eps, rows, group)
     if group is not None:
         rate = global_loss(rate, rate, group)
         alike = sum_of_ranks(alike, group)
-    return (-weight * alike - rate * ((width + rows) / (width * rows))).to(student[0].dtype)
+    return (-weight * alike - rate * ((width + rows) / (width * rows))).to(of_student.dtype)

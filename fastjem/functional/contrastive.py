@@ -19,9 +19,10 @@ from fastjem.functional.options import (
     is_of_rows,
     temperature_of_rows,
 )
-from fastjem.functional.precision import loss_dtype, without_autocast
+from fastjem.functional.precision import without_autocast
 from fastjem.functional.prefixes import sum_over_prefixes
 from fastjem.functional.temperature import unit_rows_over_root
+from fastjem.functional.unit import unit_rows
 from fastjem.functional.views import loss_of_views
 from fastjem.ops.autograd import needs_gradient
 
@@ -270,8 +271,7 @@ def dclw(
         rows_of_views(ranks, z, temperature)
         ranks.alike("with a learned sigma" if learned else "with a given sigma")
     with torch.no_grad():
-        wide = z.to(loss_dtype(z))
-        cosines = torch.cosine_similarity(wide[0], wide[1], dim=1, eps=1e-12)
+        cosines = (unit_rows(z[0]) * unit_rows(z[1])).sum(1)
         everything, first = (cosines, 0) if group is None else gather_rows(cosines, group, ranks.sizes)
     shares = (everything / sigma).softmax(0)[first : first + cosines.shape[0]]
     weights = (2 - everything.shape[0] * shares).to(cosines.dtype)

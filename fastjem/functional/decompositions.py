@@ -51,11 +51,13 @@ def cholesky(x: Tensor, op: str) -> Tensor:
     A finite one without a factor raises on the CPU and gives NaN on CUDA, where looking would wait, and within
     transforms of torch.func, where a matrix may be many.
     """
-    matrices, nothing = finite_or_nan(x)
-    factor, info = torch.linalg.cholesky_ex(matrices)
+    factor, info = torch.linalg.cholesky_ex(x)  # raises for no matrix, and for one that isn't finite gives anything
+    constant = x.detach()
+    nothing = (constant - constant).sum((-2, -1), keepdim=True)  # 0, or for those NaN
+    has_none = (info != 0)[..., None, None]
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms.active():
-        if ((info != 0) & nothing[..., 0].isfinite()).any():
+        if (has_none & (nothing == 0)).any():
             checks.fail(op, "the covariance must be positive definite", "a singular one (add eps, or use more rows)")
     else:
-        factor = torch.where((info == 0)[..., None, None], factor, torch.nan)
-    return factor + nothing[..., None]
+        nothing.masked_fill_(has_none, torch.nan)
+    return factor + nothing

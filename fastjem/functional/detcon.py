@@ -9,8 +9,9 @@ from fastjem.functional import checks
 from fastjem.functional.candidates import negatives_of
 from fastjem.functional.compiled import over_ranks
 from fastjem.functional.options import Options, dots_of_rows, reduced
-from fastjem.functional.precision import in_float32, without_autocast
+from fastjem.functional.precision import without_autocast
 from fastjem.functional.seen import Side, View
+from fastjem.functional.unit import unit_rows
 from fastjem.kernels.arithmetic import widest
 from fastjem.ops.forward_mode import refuse_forward_mode
 
@@ -71,27 +72,39 @@ def detcon(
     images, regions, _ = prediction0.shape
     before = 0 if group is None else sum(ranks.sizes[: dist.get_rank(group)])
     sizes = [images * regions] if group is None else [size * regions for size in ranks.sizes]
-    masks = [mask.long() for mask in (mask0, mask1)]
-    numbers = (torch.arange(images, device=mask0.device) + before)[:, None] * OF_REGIONS
-    ids = [(numbers + mask % OF_REGIONS).flatten() for mask in masks]  # [B M]
     with without_autocast(prediction0):
+        unit = [unit_rows(torch.stack(checks.common(*pair))) for pair in (features[:2], features[2:])]  # [2, B, M, D]
+        targets = unit[1]
         inverse = 1 / (widest(temperature) if isinstance(temperature, Tensor) else temperature)
-        unit = [torch.nn.functional.normalize(in_float32(x), dim=2) for x in features]
-        by = inverse.to(unit[0].dtype) if isinstance(inverse, Tensor) else inverse
+        rows = unit[0] * (inverse.to(targets.dtype) if isinstance(inverse, Tensor) else inverse)
+        masks = torch.stack([mask0.long(), mask1.long()])  # [2, B, M]
         view = View(op, None, False, False, prediction0.dtype, sizes, group)
-        losses = []
-        for own in (0, 1):
-            rows = unit[own] * by
-            own_target = unit[2 + own]
-            other_target = unit[3 - own]
-            columns = torch.stack([other_target.flatten(0, 1), own_target.flatten(0, 1)])  # [2, B M, D]
-            # Nothing of the other view is left out: no region has the id -1.
-            of_columns = torch.stack([torch.full_like(ids[own], -1), ids[own]])
-            side = Side(rows.flatten(0, 1)[None], ids[own][None])
-            lse = negatives_of(side, Side(columns, of_columns), None, view, 0.0)[0].lse.view(images, regions)
-            same = (masks[own][:, :, None] == masks[1 - own][:, None, :]).to(rows.dtype)  # [B, M, M]
-            count = same.sum(2)
-            positives = dots_of_rows(rows, same / count.clamp_min(1)[..., None] @ other_target)
-            of_own = (masks[own][:, :, None] == masks[own][:, None, :]).sum(2)
-            losses.append(torch.where(count > 0, lse - positives, 0) / of_own)
-        return 2 * reduced(torch.stack(losses), Options(), prediction0, group)
+        lse = _over_candidates(rows, targets, masks, before, view)
+        others = targets.flip(0)
+        same = (masks[:, :, :, None] == masks.flip(0)[:, :, None, :]).to(rows.dtype)  # [2, B, M, M]
+        count = same.sum(3)
+        positives = dots_of_rows(rows, same / count.clamp_min(1)[..., None] @ others)
+        of_own = (masks[:, :, :, None] == masks[:, :, None, :]).sum(3)
+        losses = (lse - positives).masked_fill(count == 0, 0) / of_own
+        return 2 * reduced(losses, Options(), prediction0, group)
+
+
+def _over_candidates(
+    rows: Tensor,  # [2, B, M, D], of both views, over the temperature
+    targets: Tensor,  # [2, B, M, D]
+    masks: Tensor,  # [2, B, M]
+    before: int,  # images of earlier ranks
+    view: View,
+) -> Tensor:
+    """[2, B, M]: each region's log-sum-exp over the other view's regions and those of its own that show others."""
+    images = masks.shape[1]
+    numbers = torch.arange(before, before + images, device=masks.device)[:, None] * OF_REGIONS
+    ids = (masks % OF_REGIONS + numbers).flatten(1)  # [2, B M]
+    # Nothing of the other view is left out: no region has the id -1.
+    of_columns = torch.stack([torch.full_like(ids, -1), ids], 1)
+    columns = targets.flatten(1, 2)  # [2, B M, D], of which the other view's come first
+    lse = []
+    for own, side in enumerate(rows.flatten(1, 2).unbind()):
+        candidates = Side(columns if own else columns.flip(0), of_columns[own])
+        lse.append(negatives_of(Side(side[None], ids[own][None]), candidates, None, view, 0.0)[0].lse)
+    return torch.cat(lse).view(masks.shape)

@@ -10,13 +10,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from fastjem import in_graph
 from fastjem.collectives import Agreement, global_loss, sum_over_ranks
 from fastjem.functional import checks
 from fastjem.functional.precision import loss_dtype
 from fastjem.host_groups import numbers_of_ranks
-from fastjem.kernels.arithmetic import widest, widest_dtype
+from fastjem.kernels.arithmetic import widest_dtype
+
+SURE = 50.0  # log(1 + exp(x)) is x from here on, in float64 too
 
 
 class Options(NamedTuple):
@@ -213,20 +216,28 @@ def losses_of_rows(
     pull: Tensor | None = None,  # what the positives' mean is multiplied by
 ) -> Tensor:
     """The loss of each row: `log(sum of exp(candidates)) - mean of positives`, and what the options make of it."""
-    mean = positives.mean(-1) if pull is None else positives.mean(-1) * pull
+    one = positives.shape[-1] == 1  # of two views and of pairs: it is its own mean and log-sum-exp, without a launch
+    mean = positives.squeeze(-1) if one else positives.mean(-1)
+    of_positives = mean if one else positives.logsumexp(-1)
+    pulled = mean if pull is None else mean * pull
     lse = negatives.lse
     count = negatives.count
     if negatives.harder is not None:
         lse = harder_lse(negatives)
     if is_given(prior) and count is not None:
-        lse = _debiased(lse, count, positives, inverse_temperature, prior)
-    if not decoupled:
-        lse = torch.logaddexp(lse, positives.logsumexp(-1))
+        of_one = of_positives if one else of_positives - math.log(positives.shape[-1])
+        lse = _debiased(lse, count, of_one, inverse_temperature, prior)
+    if decoupled:
+        losses = lse - pulled
+    elif one and pull is None:  # the same as below, in two launches
+        losses = softplus(lse - mean, threshold=SURE)
+    else:
+        losses = torch.logaddexp(lse, of_positives) - pulled
     smoothing = options.label_smoothing
     if not is_given(smoothing) or negatives.total is None or count is None:
-        return lse - mean
-    uniform = (negatives.total + positives.sum(-1)) / (count + positives.shape[-1])
-    return lse - (1 - smoothing) * mean - smoothing * uniform
+        return losses
+    total = negatives.total + (mean if one else positives.sum(-1))
+    return losses + smoothing * (pulled - total / (count + positives.shape[-1]))
 
 
 def harder_lse(negatives: Negatives) -> Tensor:
@@ -234,29 +245,29 @@ def harder_lse(negatives: Negatives) -> Tensor:
     count = negatives.count
     if negatives.harder is None or count is None:
         return negatives.lse
-    return _of_some(count, count.log() + negatives.harder[0] - negatives.harder[1], negatives.lse)
-
-
-def _of_some(count: Tensor, value: Tensor, of_none: Tensor) -> Tensor:
-    return torch.where(count > 0, value, of_none)
+    return torch.where(count > 0, count.log() + negatives.harder[0] - negatives.harder[1], negatives.lse)
 
 
 def _debiased(
-    lse: Tensor, count: Tensor, positives: Tensor, inverse_temperature: float | Tensor, prior: float | Tensor
+    lse: Tensor,
+    count: Tensor,
+    of_positives: Tensor,  # log(mean(exp(positives)))
+    inverse_temperature: float | Tensor,
+    prior: float | Tensor,
 ) -> Tensor:
     """The negatives' log-sum-exp without what positives among them are expected to add (Chuang et al. 2020, eq. 8).
 
     `log(max((sum(exp(negatives)) - count * prior * mean(exp(positives))) / (1 - prior), count * exp(-1 / t)))`, t the
     temperature.
     """
-    some = count > 0
-    log_count = torch.where(some, count, 1).log()
-    of_positives = log_count + positives.logsumexp(-1) - math.log(positives.shape[-1])
+    none = count == 0
+    log_count = count.clamp_min(1).log()
+    expected = log_count + of_positives
     floor = log_count - inverse_temperature
-    pivot = torch.maximum(torch.maximum(lse, of_positives), floor).detach()
-    rest = ((lse - pivot).exp() - prior * (of_positives - pivot).exp()) / (1 - prior)
+    pivot = torch.maximum(torch.maximum(lse, expected), floor).detach()
+    rest = ((lse - pivot).exp() - prior * (expected - pivot).exp()) / (1 - prior)
     kept = torch.maximum(rest, (floor - pivot).exp())
-    return _of_some(count, pivot + torch.where(some, kept, 1).log(), lse)
+    return torch.where(none, lse, pivot + kept.masked_fill(none, 1).log())
 
 
 def dots_of_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -273,15 +284,19 @@ def reduced(
 ) -> Tensor:
     """As `reduction` says. Over ranks the mean and the sum are of all rows, and "none" is of this rank's."""
     dtype = loss_dtype(like)
+    weights = options.weights
+    if weights is not None:
+        losses = _weighted(losses, weights)
     if options.reduction == "none":
-        weighted = losses if options.weights is None else _weighted(losses, options.weights)
-        return weighted.to(dtype)
-    weights = None if options.weights is None else widest(options.weights).expand(losses.shape)
-    total = (losses if weights is None else _weighted(losses, weights)).sum()
-    one = torch.ones((), dtype=total.dtype, device=total.device)
-    own_count = one if options.reduction == "sum" else one * losses.numel() if weights is None else weights.sum()
+        return losses.to(dtype)
+    if group is None and weights is None and options.reduction == "mean":
+        return losses.mean().to(dtype)
+    total = losses.sum()
+    of_weights = None if weights is None else weights.to(losses.dtype).expand(losses.shape)
     if group is None:
-        return (total / own_count).to(dtype)
+        return (total if options.reduction == "sum" or of_weights is None else total / of_weights.sum()).to(dtype)
+    one = torch.ones((), dtype=total.dtype, device=total.device)
+    own_count = one if options.reduction == "sum" else one * losses.numel() if of_weights is None else of_weights.sum()
     count = one if options.reduction == "sum" else sum_over_ranks(own_count, group)
     value = total / own_count if local else sum_over_ranks(total, group) / count
     if local:
@@ -291,5 +306,4 @@ def reduced(
 
 def _weighted(losses: Tensor, weights: Tensor) -> Tensor:
     """A row that doesn't count may be padding, whose loss is anything."""
-    weights = weights.to(losses.dtype)
-    return torch.where(weights == 0, 0, losses) * weights
+    return losses.masked_fill(weights == 0, 0) * weights.to(losses.dtype)

@@ -1,11 +1,14 @@
 """Losses between a prediction and a target: BYOL, SimSiam, data2vec."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastjem.functional import checks, quick
 from fastjem.functional.options import Options, reduced
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
+from fastjem.functional.unit import unit_rows
 from fastjem.ops.autograd import one_pass
 
 
@@ -38,15 +41,18 @@ def negative_cosine(
     if has_options:
         options = Options(reduction, weights).checked("negative_cosine", p, p.shape[0], [p.shape[:1]])
         with without_autocast(p):
-            rows = [_without_rows_of_no_weight(in_float32(x), options.weights) for x in checks.common(p, z)]
-            losses = -torch.nn.functional.cosine_similarity(*rows, dim=1, eps=eps)
+            rows = [unit_rows(x, eps) for x in _without_rows_of_no_weight(checks.common(p, z), options.weights)]
+            losses = -torch.linalg.vecdot(*rows)
             return reduced(losses, options, p, None)
     return one_pass("negative_cosine", checks.common(p, z), eps)
 
 
-def _without_rows_of_no_weight(x: Tensor, weights: Tensor | None) -> Tensor:
-    """x [N, D] with zeros there: of rows that hold NaN, a weight of 0 alone would leave NaN in the gradient."""
-    return x if weights is None else x.masked_fill((weights == 0)[:, None], 0)
+def _without_rows_of_no_weight(rows: Sequence[Tensor], weights: Tensor | None) -> Sequence[Tensor]:
+    """[N, D] each with zeros there: of rows that hold NaN, a weight of 0 alone would leave NaN in the gradient."""
+    if weights is None:
+        return rows
+    without = (weights == 0)[:, None]
+    return [x.masked_fill(without, 0) for x in rows]
 
 
 def regression(
@@ -115,7 +121,7 @@ def regression(
 def _losses_of_rows(x: Tensor, y: Tensor, weights: Tensor | None, beta: float, normalize: bool, eps: float) -> Tensor:
     """[N] of predictions and targets [N, D], in plain torch, which differentiates them."""
     with without_autocast(x):
-        x, y = (_without_rows_of_no_weight(in_float32(z), weights) for z in (x, y))
+        x, y = _without_rows_of_no_weight([in_float32(z) for z in (x, y)], weights)
         if normalize:
             y = torch.nn.functional.layer_norm(y, y.shape[1:], eps=eps)
         if beta == 0:

@@ -10,12 +10,11 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from fastjem.collectives import Agreement
 from fastjem.functional import checks
 from fastjem.functional.options import Options
-from fastjem.functional.precision import in_float32
+from fastjem.functional.unit import unit_rows
 
 
 def sum_over_prefixes(
@@ -57,7 +56,7 @@ def sum_over_prefixes(
 
 def _prefix(x: Tensor, length: int, unit: bool) -> Tensor:
     part = x[..., :length]
-    return normalize(in_float32(part), dim=-1).to(x.dtype) if unit else part
+    return unit_rows(part).to(x.dtype) if unit else part
 
 
 def _checked(op: str, dims: Sequence[int] | None, rows: Sequence[Tensor]) -> tuple[int, ...]:

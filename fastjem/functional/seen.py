@@ -98,22 +98,30 @@ class _SumsOfSeen(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         results = (*of_rows, *of_columns)
         ctx.mark_non_differentiable(of_rows[2], of_columns[2])
+        ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     def backward(ctx, row_slope, row_total_slope, _row_count, column_slope, column_total_slope, _column_count):
         refuse_second_order(ctx.view.op)
-        transforms.refuse_batched_gradients(ctx.view.op, row_slope)
+        for slope in (row_slope, row_total_slope, column_slope, column_total_slope):
+            if slope is not None:
+                transforms.refuse_batched_gradients(ctx.view.op, slope)
         a, b, a_ids, b_ids, exclude, a_limit, b_limit, row_lse, column_lse = ctx.saved_tensors
         view = ctx.view
-        if not view.totals:
-            row_total_slope = column_total_slope = None
         ring = _Ring(a, b, a_ids, b_ids, exclude, a_limit, b_limit, view)
-        of_rows = (row_lse, row_slope, row_total_slope)
-        of_columns = (column_lse, column_slope, column_total_slope) if view.columns else NOTHING
+        of_rows = _slopes(view, row_lse, row_slope, row_total_slope)
+        of_columns = _slopes(view, column_lse, column_slope, column_total_slope) if view.columns else NOTHING
         wanted = ctx.needs_input_grad[:2]
         gradients = ring.backward(of_rows, of_columns, wanted)
         return *gradients, None, None, None, None, None, None
+
+
+def _slopes(view: View, lse: Tensor, slope: Tensor | None, total_slope: Tensor | None) -> tuple:
+    """Zeros where a loss has no part of them; of totals only over ranks, which exchange the same tensors."""
+    if total_slope is None and view.totals and view.group is not None:
+        total_slope = torch.zeros_like(lse)
+    return lse, torch.zeros_like(lse) if slope is None else slope, total_slope if view.totals else None
 
 
 class _SumsWithinTransforms(torch.autograd.Function):
@@ -234,9 +242,11 @@ class _Ring:
         """of_rows, of_columns: log-sum-exps, and the loss's derivatives by them and by totals, or None."""
         vectors = [x for x in (*of_rows, *of_columns) if x is not None]
         others = self.others(*vectors)
-        gradients: list[Tensor | None] = [torch.zeros_like(self.rows.rows), torch.zeros_like(self.columns.rows)]
+        gradients: list[Tensor | None]
         if self.rows.rows.shape[1]:
             gradients = self._own_gradients(of_rows, of_columns, wanted)
+        else:
+            gradients = [torch.zeros_like(self.rows.rows), torch.zeros_like(self.columns.rows)]
         for other in others:
             left = iter(other.vectors)
             of_their_rows = tuple(None if x is None else next(left) for x in of_rows)

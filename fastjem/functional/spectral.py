@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastjem.functional import checks, quick
 from fastjem.functional.decompositions import cholesky, singular_values, smaller_gram
 from fastjem.functional.precision import in_float32, loss_dtype, without_autocast
 from fastjem.kernels.arithmetic import UNIT_EPS, no_gradient, unit_rows
+from fastjem.ops import transforms
 from fastjem.ops.autograd import found_again, known, needs_gradient
 
 
@@ -44,6 +46,30 @@ def _mmcr(online: Tensor, momentum: Tensor, lmda: float | Tensor) -> Tensor:
     weight = checks.number("mmcr", "lmda", lmda, online)
     with without_autocast(online):
         z = torch.cat([in_float32(online), in_float32(momentum)], 1)  # [B, 2 V, D]
+        watched = torch.compiler.is_compiling() or transforms.active() or forward_ad._current_level >= 0
+        if watched or isinstance(weight, Tensor) or not needs_gradient(z):
+            return _mmcr_by_autograd(z, weight)
+        with torch.no_grad():
+            loss, gradient = _mmcr_and_gradient(z, weight)
+    return found_again("mmcr", loss, [gradient], [1.0], [z], functools.partial(_mmcr_by_autograd, weight=weight))
+
+
+def _mmcr_and_gradient(z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """The loss of [B, 2 V, D] and its gradient: that of a nuclear norm is U V^T."""
+    images, views, _ = z.shape
+    means = z.mean(1)
+    nothing = (means - means).sum()  # 0, or NaN where an element isn't finite, of which there is no decomposition
+    is_broken = nothing != 0
+    z = z.masked_fill(is_broken, 0)
+    u, s, v = torch.linalg.svd(z, full_matrices=False)
+    of_means = torch.linalg.svd(z.mean(1), full_matrices=False)
+    loss = (nothing - of_means[1].sum()).add_(s.sum(), alpha=weight / images)
+    pull = (of_means[0] @ of_means[2])[:, None].expand(z.shape)
+    return loss, torch.baddbmm(pull, u, v, beta=-1 / views, alpha=weight / images).add_(nothing)
+
+
+def _mmcr_by_autograd(z: Tensor, weight: float | Tensor) -> Tensor:
+    with without_autocast(z):
         of_images = singular_values(z).sum() / z.shape[0]
         of_means = singular_values(z.mean(1)).sum()
         return (weight * of_images - of_means).to(z.dtype)
@@ -140,8 +166,10 @@ def _shrinkage(op: str, name: str, x: Tensor, eps: float | Tensor) -> float | Te
 
 def _factor(op: str, covariance: Tensor, eps: float | Tensor) -> Tensor:
     """L [..., D, D] of the covariance, shrunk by eps."""
+    if not isinstance(eps, Tensor) and eps == 0:
+        return cholesky(covariance, op)
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    return cholesky((1 - eps) * covariance + eps * identity, op)
+    return cholesky(torch.lerp(covariance, identity, eps), op)
 
 
 def w_mse(z0: Tensor, z1: Tensor, *, eps: float | Tensor = 0.0) -> Tensor:

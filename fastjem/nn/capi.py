@@ -101,17 +101,17 @@ class CAPILoss(nn.Module):
     def _kept_mean(self, cross_entropy: Callable[..., Tensor], sides: Sequence, kept: Tensor) -> Tensor:
         """The mean over the rows of all ranks of cross-entropies times what the rows keep, [B, Q]."""
         group = default_group(self.gather_distributed)
-        everything = kept.sum()
-        share = kept.mean()
-        if group is not None:
-            everything, count = sum_and_count_of_ranks(everything, kept.numel(), group)
+        if group is None:
+            share = kept.mean()
+        else:
+            everything, count = sum_and_count_of_ranks(kept.sum(), kept.numel(), group)
             share = everything / count
         loss = cross_entropy(
             *sides,
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
             pairs="same",
-            weights=torch.where(everything > 0, kept, 1.0).flatten(),
+            weights=kept.masked_fill(share <= 0, 1.0).flatten(),
             group=group,
         )
         return loss * share.to(loss.dtype)

@@ -125,28 +125,62 @@ class _TwoPasses(torch.autograd.Function):
         return None, None, None, None, None, gradient, *[None] * (len(tensors) - 1)
 
 
+def _is_same_factor(a: float | Tensor, b: float | Tensor) -> bool:
+    """A tensor is the same as itself alone: nobody looks at its value."""
+    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+
+
+def _by_factor(gradients: list[Tensor], upstream: Tensor, factor: float | Tensor) -> list[Tensor]:
+    """Gradients times `upstream * factor`; several of them by one operator."""
+    if len(gradients) == 1:
+        is_one = not isinstance(factor, Tensor) and factor == 1
+        return [_rescaled(gradients[0], upstream if is_one else upstream * factor)]
+    scale = factor if isinstance(factor, Tensor) else upstream.new_full((), factor)
+    return _all_rescaled(gradients, upstream, scale)
+
+
+def _each_by_factor(
+    gradients: Sequence[Tensor | None], upstream: Tensor, factors: Sequence[float | Tensor]
+) -> list[Tensor | None]:
+    """`gradient * upstream * factor` for each that is there; those of one factor together."""
+    scaled: list[Tensor | None] = [None] * len(gradients)
+    for i, gradient in enumerate(gradients):
+        if gradient is None or scaled[i] is not None:
+            continue
+        alike = [i]
+        given = [gradient]
+        for j in range(i + 1, len(gradients)):
+            other = gradients[j]
+            if other is not None and _is_same_factor(factors[i], factors[j]):
+                alike.append(j)
+                given.append(other)
+        for j, of in zip(alike, _by_factor(given, upstream, factors[i]), strict=True):
+            scaled[j] = of
+    return scaled
+
+
 class _Known(torch.autograd.Function):
     """Loss and gradients are there; each gradient is still to be multiplied by a factor of its own."""
 
     @staticmethod
-    def forward(ctx, name: str, loss: Tensor, factors: Sequence, gradients: Sequence, *inputs: Tensor) -> Tensor:
+    def forward(ctx, name: str, loss: tuple[Tensor], factors: Sequence, gradients: Sequence, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
         ctx.name = name
         ctx.factors = factors
         ctx.inputs = [(x.dtype, x.shape) for x in inputs]
-        return loss.clone()
+        return loss[0].clone() if torch.compiler.is_compiling() else loss[0]
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order(ctx.name)
         wanted = ctx.needs_input_grad[4:]
-        scaled = [
-            _rescaled(gradient, upstream * factor).to(dtype).reshape(shape) if want else None
-            for gradient, factor, (dtype, shape), want in zip(
-                ctx.saved_tensors, ctx.factors, ctx.inputs, wanted, strict=True
-            )
+        gradients = [x if want else None for x, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        scaled = _each_by_factor(gradients, upstream, ctx.factors)
+        shaped = [
+            None if of is None else of.to(dtype).reshape(shape)
+            for of, (dtype, shape) in zip(scaled, ctx.inputs, strict=True)
         ]
-        return None, None, None, None, *scaled
+        return None, None, None, None, *shaped
 
 
 def _call(
@@ -191,7 +225,7 @@ def known(name: str, loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence
         return transforms.known(name, loss, inputs, gradients, factors)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         return loss
-    return _Known.apply(name, loss, tuple(factors), tuple(gradients), *distinct(inputs))
+    return _Known.apply(name, (loss,), tuple(factors), tuple(gradients), *distinct(inputs))
 
 
 class _Found(torch.autograd.Function):
@@ -209,10 +243,7 @@ class _Found(torch.autograd.Function):
         refuse_second_order(ctx.name)
         gradients = ctx.saved_tensors
         if not direct.rescale_(gradients, upstream, ctx.factors):
-            gradients = [
-                None if gradient is None else _rescaled(gradient, upstream * factor)
-                for gradient, factor in zip(gradients, ctx.factors, strict=True)
-            ]
+            gradients = _each_by_factor(gradients, upstream, ctx.factors)
         return None, None, None, None, *gradients
 
 
@@ -255,10 +286,7 @@ class _FoundAgain(torch.autograd.Function):
             again = iter(torch.autograd.grad(ctx.formula(*inputs), wanted, upstream, create_graph=True))
             gradients = [None if gradient is None else next(again) for gradient in gradients]
         elif not direct.rescale_(gradients, upstream, ctx.factors):
-            gradients = [
-                None if gradient is None else _rescaled(gradient, upstream * factor)
-                for gradient, factor in zip(gradients, ctx.factors, strict=True)
-            ]
+            gradients = _each_by_factor(gradients, upstream, ctx.factors)
         return None, None, None, None, None, *gradients
 
 

@@ -101,6 +101,18 @@ def siglip_pairs(
     return losses, _gradients((x, a_sum), (y, b_sum)), dots.sum(), weight_sums.sum()
 
 
+def normalize_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    unit, divisors = cpu_engine.unit_rows(rows, True, eps=eps)
+    assert divisors is not None
+    return unit, divisors
+
+
+def normalize_rows_backward(gradient: Tensor, unit: Tensor, divisors: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(unit) if dtype == unit.dtype else None
+    rows = (gradient.contiguous(), unit.contiguous(), divisors.contiguous())
+    return cpu_engine.through_unit_rows(*rows, dtype, out=out, eps=eps)
+
+
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:
     unit_query, _ = cpu_engine.unit_rows(query, True)
     best = torch.full((len(unit_query),), -math.inf, dtype=unit_query.dtype)

@@ -45,19 +45,26 @@ def unit_rows(
 
 
 def through_unit_rows(
-    gradient: Tensor, unit: Tensor, divisors: Tensor | None, dtype: torch.dtype, scale: float = 1.0
+    gradient: Tensor,
+    unit: Tensor,
+    divisors: Tensor | None,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    out: Tensor | None = None,  # of that dtype; None: memory of the gradient, where that is of that dtype
+    eps: float = UNIT_EPS,
 ) -> Tensor:
     if divisors is None:
         return (gradient if scale == 1 else gradient * scale).to(dtype)
     native = dtype if dtype in CODES else gradient.dtype
-    out = gradient if native == gradient.dtype else torch.empty(gradient.shape, dtype=native)
+    if out is None:
+        out = gradient if native == gradient.dtype else torch.empty(gradient.shape, dtype=native)
     _C.through_unit_rows(
         CODES[native],
         address(gradient),
         address(unit),
         address(divisors),
         *gradient.shape,
-        UNIT_EPS,
+        eps,
         scale,
         address(out),
         torch.get_num_threads(),

@@ -14,7 +14,7 @@ from ..native import address, address_of_row
 from .cpu_engine import Scaling, scaling_of, sum_dtype, tiles, unit_rows
 from .visible import Slopes, Sums, Visible
 
-__all__ = ["add_visible", "product_rows", "scaling_of", "sum_dtype", "visible_sums"]
+__all__ = ["product_rows", "scaling_of", "sum_dtype", "visible_products", "visible_sums"]
 
 
 def product_rows(x: Tensor, products: torch.dtype) -> Tensor:
@@ -87,7 +87,7 @@ def _slope_vectors(slopes: Slopes | None, scaling: Scaling, dtype: torch.dtype) 
     return [pivots, of_lse, slopes.of_total.to(dtype).contiguous()]
 
 
-def add_visible(
+def visible_products(
     a: Tensor,
     b: Tensor,
     scaling: Scaling,
@@ -102,6 +102,9 @@ def add_visible(
     seen = Seen(visible, a, b, of_columns is not None)
     row = _slope_vectors(of_rows, scaling, a.dtype)
     column = row if symmetric else _slope_vectors(of_columns, scaling, a.dtype)
+    for total in (a_sum, b_sum):
+        if total is not None:
+            total.zero_()
     for tile in tiles(a, b, symmetric):
         _C.visible_weights(
             *tile.arguments(),

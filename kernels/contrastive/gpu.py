@@ -8,6 +8,7 @@ from . import (
     gpu_classes,
     gpu_engine,
     gpu_koleo,
+    gpu_normalize,
     gpu_pairs,
     gpu_queries,
     gpu_sigmoid,
@@ -160,6 +161,14 @@ def siglip_pairs(
         y.new_empty(0) if y_sum is None else y_sum.to(y.dtype),
     ]
     return losses, gradients, dots, slopes
+
+
+def normalize_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return (gpu_normalize if _supported(rows) else reference).normalize_rows(rows, eps)
+
+
+def normalize_rows_backward(gradient: Tensor, unit: Tensor, *saved) -> Tensor:
+    return (gpu_normalize if _supported(unit) else reference).normalize_rows_backward(gradient, unit, *saved)
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .rows import join, lse_states
 from .visible import Slopes, Sums, Visible
 from .visible_kernels import visible_owner_kernel, visible_sums_kernel, visible_weights_kernel
 
-__all__ = ["add_visible", "product_rows", "scaling_of", "sum_dtype", "visible_sums"]
+__all__ = ["product_rows", "scaling_of", "sum_dtype", "visible_products", "visible_sums"]
 
 
 def product_rows(x: Tensor, products: torch.dtype) -> Tensor:
@@ -122,7 +122,7 @@ def visible_sums(
         of_rows.append(row_parts.joined(scaling))
         if column_parts is not None:
             of_columns.append(column_parts.joined(scaling))
-    sums = Sums(*(torch.cat(parts) for parts in zip(*of_rows, strict=True)))
+    sums = of_rows[0] if len(of_rows) == 1 else Sums(*(torch.cat(parts) for parts in zip(*of_rows, strict=True)))
     return sums, functools.reduce(_added, of_columns) if columns else None
 
 
@@ -155,7 +155,7 @@ def _size(*sides: Slopes | None) -> Tensor:
     return largest.where((largest > 0) & largest.isfinite(), 1.0)
 
 
-def add_visible(
+def visible_products(
     a: Tensor,
     b: Tensor,
     scaling: Scaling,
@@ -172,39 +172,39 @@ def add_visible(
         return
     size = _size(of_rows, of_columns) if a.dtype == torch.float16 else None
     mask = _Mask.of(visible)
-    sides = _Side.of(of_rows, scaling, size), _Side.of(of_columns, scaling, size)
+    of_a = _Side.of(of_rows, scaling, size)
+    sides = of_a, of_a if symmetric else _Side.of(of_columns, scaling, size)
     tile = tiling.similarity_visible_owner(a.shape[1], a.dtype)
     if tile is None:
-        sums = a_sum, b_sum
-        if size is not None:
-            sums = tuple(None if x is None else torch.zeros_like(x) for x in sums)
-        _add_by_bands(a, b, mask, sides, *sums)
+        _by_bands(a, b, mask, sides, a_sum, b_sum)
     else:
-        sums = (
-            None if a_sum is None else _owned(a, b, mask, sides, tile),
-            None if b_sum is None else _owned(b, a, mask.transposed(), (sides[1], sides[0]), tile),
-        )
-    for total, part in zip((a_sum, b_sum), sums, strict=True):
-        if total is not None and part is not None and part is not total:
-            total += part if size is None else part * size
+        if a_sum is not None:
+            _owned(a, b, mask, sides, tile, a_sum)
+        if b_sum is not None:
+            _owned(b, a, mask.transposed(), (sides[1], sides[0]), tile, b_sum)
+    if size is not None:
+        for total in (a_sum, b_sum):
+            if total is not None:
+                total *= size
 
 
-def _owned(a: Tensor, b: Tensor, mask: _Mask, sides: tuple[_Side, _Side], tile: dict) -> Tensor:
-    """`G @ b` [N, D] float32 by programs that own rows of a."""
+def _owned(a: Tensor, b: Tensor, mask: _Mask, sides: tuple[_Side, _Side], tile: dict, total: Tensor) -> None:
+    """`total = G @ b` [N, D] float32 by programs that own rows of a."""
     n, d = a.shape
     m = len(b)
     blocks = triton.cdiv(n, tile["BM"])
     splits, tiles_per_program = gpu_engine.splits_of(blocks, triton.cdiv(m, tile["BN"]))
-    out = torch.empty(splits, n, d, dtype=torch.float32, device=a.device)
+    out = total[None] if splits == 1 else torch.empty(splits, n, d, dtype=torch.float32, device=a.device)
     launch.launch(
         visible_owner_kernel, (blocks, splits), a, b, *mask.tensors, *sides[0], *sides[1], out, n, m, d,
         *mask.numbers(), tiles_per_program, HAS_OWN_IMAGE=mask.has_own_image, GAIN=launch.gain(a.dtype), **tile,
         device_of=a,
     )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0)
+    if splits > 1:
+        torch.sum(out, 0, out=total)
 
 
-def _add_by_bands(
+def _by_bands(
     a: Tensor, b: Tensor, mask: _Mask, sides: tuple[_Side, _Side], a_sum: Tensor | None, b_sum: Tensor | None
 ) -> None:
     tile = tiling.similarity_visible_weights(a.dtype)
@@ -220,6 +220,6 @@ def _add_by_bands(
             GAIN=launch.gain(a.dtype), **tile, device_of=a,
         )  # fmt: skip
         if a_sum is not None:
-            gpu_engine.add_product(a_sum[rows], weights, b)
+            gpu_engine.add_product(a_sum[rows], weights, b, is_first=True)
         if b_sum is not None:
-            gpu_engine.add_product(b_sum, weights.T, a[rows])
+            gpu_engine.add_product(b_sum, weights.T, a[rows], is_first=rows.start == 0)

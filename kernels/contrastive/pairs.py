@@ -4,6 +4,8 @@ A kernel beside `weights.sigmoid_kernel`, which a plain call takes: masks are N 
 1 needs both terms of the loss.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -101,7 +103,8 @@ def siglip_pairs(
     bytes_of = [None if mask is None else mask.contiguous().view(torch.uint8) for mask in (positives, exclude)]
     ids = [None if of is None else of.contiguous() for of in (row_ids, column_ids)]
     losses = torch.empty(a.shape[0], dtype=torch.float64, device=a.device)
-    totals = torch.zeros(2, dtype=torch.float64, device=a.device)
+    slopes: list[Tensor] = []
+    dots: list[Tensor] = []
     for rows, memory in bands(a, b, a_sum is not None or b_sum is not None):
         part = a[rows]
         n = part.shape[0]
@@ -113,11 +116,11 @@ def siglip_pairs(
             offset + rows.start, m, 0 if memory is None else memory.stride(0) // 8, GAIN=launch.gain(a.dtype), **tile,
             device_of=a,
         )  # fmt: skip
-        losses[rows] = sums[0].sum(0, dtype=torch.float64)
-        totals += sums[1:].sum((1, 2), dtype=torch.float64)
+        torch.sum(sums[0], 0, dtype=torch.float64, out=losses[rows])
+        slopes.append(sums[1].sum(dtype=torch.float64))
+        dots.append(sums[2].sum(dtype=torch.float64))
         if memory is not None and a_sum is not None:
             add_product(a_sum[rows], memory, b)
         if memory is not None and b_sum is not None:
             add_product(b_sum, memory.T, part)
-    slopes, dots = totals.unbind()
-    return losses, dots.clone(), slopes.clone()
+    return losses, functools.reduce(torch.add, dots), functools.reduce(torch.add, slopes)

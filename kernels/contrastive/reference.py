@@ -94,6 +94,23 @@ def siglip_pairs(
     return widest(losses).sum(1), gradients, widest(dots).sum(), widest(g).sum()
 
 
+def normalize_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`torch.nn.functional.normalize(rows, eps=eps)` of [N, D], in float32 at least, and its divisors [N] float64."""
+    unit, norm = unit_rows(widen(rows), eps)
+    return unit, widest(norm[:, 0])
+
+
+def normalize_rows_backward(
+    gradient: Tensor,  # [N, D], for unit
+    unit: Tensor,  # [N, D]
+    divisors: Tensor,  # [N]
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient for the rows, in their dtype."""
+    return through_unit_rows(gradient, unit, divisors[:, None].to(unit.dtype), eps).to(dtype)
+
+
 def nearest_neighbors(
     query: Tensor,  # [N, D]
     bank: Tensor,  # [K, D]

@@ -115,7 +115,20 @@ def _siglip_loss_of_pairs_backward(upstream, sums, derivatives, learned_scale, l
         expect(op, name, x, ())
 
 
+def _normalize_rows(rows, _):
+    alike("normalize_rows", "rows", rows)
+
+
+def _normalize_rows_backward(gradient, unit, divisors, *_):
+    op = "normalize_rows_backward"
+    alike(op, "gradient and unit", gradient, unit)
+    expect(op, "unit", unit, unit.shape, compute_dtype(unit.dtype))
+    expect(op, "divisors", divisors, unit.shape[:1], widest_dtype(unit.device))
+
+
 SHAPES = {
+    "normalize_rows": _normalize_rows,
+    "normalize_rows_backward": _normalize_rows_backward,
     "clip_loss_of_pairs": _clip_loss_of_pairs,
     "clip_loss_of_pairs_backward": _clip_loss_of_pairs_backward,
     "info_nce": _info_nce,

@@ -76,7 +76,7 @@ class VisibleEngine(Protocol[Scaling]):
         symmetric: bool,  # b is a, and a column sees what a row of that number sees: half of the tiles are enough
     ) -> tuple[Sums, Sums | None]: ...
 
-    def add_visible(
+    def visible_products(
         self,
         a: Tensor,
         b: Tensor,
@@ -84,13 +84,13 @@ class VisibleEngine(Protocol[Scaling]):
         visible: Visible,
         of_rows: Slopes | None,
         of_columns: Slopes | None,
-        a_sum: Tensor | None,  # [N, D]
-        b_sum: Tensor | None,  # [M, D]
+        a_sum: Tensor | None,  # [N, D], memory to write
+        b_sum: Tensor | None,  # [M, D], the same
         /,
         *,
         symmetric: bool,  # as above, and both Slopes are the same; b_sum is None, as it would be a_sum
     ) -> None:
-        """`a_sum += G @ b` and `b_sum += G.T @ a`, G [N, M] being the sum of both sides' derivatives by a logit."""
+        """`a_sum = G @ b` and `b_sum = G.T @ a`, G [N, M] being the sum of both sides' derivatives by a logit."""
         ...
 
 
@@ -173,10 +173,10 @@ def similarity_logsumexp_backward(
     candidates = rows if same_memory(a, b) else engine.product_rows(b, products)
     scaling = engine.scaling_of(1.0, None, rows, candidates)
     sums = [
-        torch.zeros(x.shape, dtype=engine.sum_dtype(rows), device=a.device) if want else None
+        torch.empty(x.shape, dtype=engine.sum_dtype(rows), device=a.device) if want else None
         for x, want in zip((rows, candidates), wanted, strict=True)
     ]
-    engine.add_visible(rows, candidates, scaling, visible, of_rows, of_columns, *sums, symmetric=symmetric)
+    engine.visible_products(rows, candidates, scaling, visible, of_rows, of_columns, *sums, symmetric=symmetric)
     return [
         x.new_empty(0) if total is None else total.to(x.dtype) for x, total in zip((a, b), sums, strict=True)
     ]  # fmt: skip
