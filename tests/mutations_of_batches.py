@@ -79,7 +79,7 @@ INTERPRETER = [
         ("tl.where(line >= 0, 2.0, 1.0)", "tl.where(line >= 0, 1.0, 1.0)"),
     ),
     *_all(
-        "supcon", "kernels/contrastive/weights.py", "test_supcon_of_classes and values and 90",
+        "supcon", "kernels/contrastive/weights.py", "test_supcon_of_classes and values and 0.0135",
         ("tl.load(a_pulls + i_a)[:, None] + tl", "2 * tl.load(a_pulls + i_a)[:, None] + 0 * tl"),
     ),
     *_all(

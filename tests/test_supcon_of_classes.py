@@ -128,16 +128,15 @@ def test_walks_in_pieces_are_joined(implementation, monkeypatch):
     if not INTERPRETING:
         pytest.skip("a GPU's alone")
     monkeypatch.setattr(tiling, "PROGRAMS", 2)
-    monkeypatch.setattr(tiling, "COLUMN_SUMS", 800)
-    labels = some_labels(390, 20)
-    for temperature in (0.5, 0.01):
-        check(
-            lambda z: F.supcon(z, labels, temperature=temperature),  # noqa: B023
-            lambda z: eager(z, labels, temperature),  # noqa: B023
-            [draw(2, 390, 16)],
-            torch.float32,
-            implementation.device,
-        )
+    monkeypatch.setattr(tiling, "COLUMN_SUMS", 400)
+    labels = some_labels(190, 20)
+    check(
+        lambda z: F.supcon(z, labels, temperature=0.01),
+        lambda z: eager(z, labels, 0.01),
+        [draw(2, 190, 16)],
+        torch.float32,
+        implementation.device,
+    )
 
 
 def test_a_row_that_is_no_number_makes_the_loss_none(rows_are, implementation):  # noqa: F811
