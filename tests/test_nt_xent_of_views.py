@@ -36,7 +36,9 @@ LARGE = [pytest.mark.exhaustive] if INTERPRETING else []
 SHAPES = [
     pytest.param((2, 150, 40, 0.5), marks=LARGE),
     pytest.param((2, 64, 128, 0.01), marks=LARGE),
-    (3, 50, 200, 0.0135),
+    pytest.param((3, 50, 200, 0.0135), marks=LARGE),
+    (3, 44, 72, 0.0135),
+    (2, 9, 200, 0.05),
     (4, 21, 16, 0.1),
     (2, 3, 300, 0.5),
     (2, 9, 1, 0.3),
@@ -136,8 +138,8 @@ def test_walks_in_pieces_are_joined(implementation, monkeypatch):
     if not INTERPRETING:
         pytest.skip("a GPU's alone")
     monkeypatch.setattr(tiling, "PROGRAMS", 2)
-    monkeypatch.setattr(tiling, "COLUMN_SUMS", 800)
-    z = draw(2, 390, 16)
+    monkeypatch.setattr(tiling, "COLUMN_SUMS", 400)
+    z = draw(2, 190, 16)
     for temperature in (0.5, 0.01):
         check(
             lambda z: F.nt_xent(z, temperature=temperature),  # noqa: B023
