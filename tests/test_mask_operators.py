@@ -4,7 +4,9 @@ What the masks are like is tested in test_masks.py.
 """
 
 import hashlib
+from dataclasses import replace
 
+import launches
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from fastjem import ops
 from fastjem.data import masks
-from fastjem.data.masking import MASKINGS, drawn_masks
+from fastjem.data.masking import MASKINGS, drawn_masks, drawn_together
 from fastjem.data.philox import philox
 from fastjem.data.views import MaskSpec
 
@@ -192,3 +194,26 @@ def test_numbers_outside_of_their_range_write_nowhere_else(op: str, value: float
     found = getattr(call, op)(*given)
     if op == "multi_block_masks":
         assert found[1].min() >= 0 and found[1].max() < 196
+
+
+SPECS = [MaskSpec(view, GRIDS[0] if view < 2 else (6, 6), 0.75, "random", drops=True) for view in range(12)]
+# Launches of a batch's masks: Triton's, and torch's.
+LAUNCHES = {
+    "iBOT's two views": ([MaskSpec(view, GRIDS[0], 0.5, "block", least=0.1) for view in range(2)], (2, 0)),
+    "--mask": (SPECS, (2, 16)),
+    "--mask --masking block": ([replace(spec, masking="even_block") for spec in SPECS], (4, 16)),
+    "MAE": ([MaskSpec(0, GRIDS[0], 0.75, "random", drops=True)], (1, 8)),
+    "data2vec": ([MaskSpec(0, GRIDS[0], 0.75, "even_block")], (2, 4)),
+    "inverse blocks": ([MaskSpec(0, GRIDS[0], 0.75, "inverse_block", drops=True)], (1, 16)),
+    "CAPI": ([MaskSpec(0, GRIDS[0], 0.65, "inverse_rectangle", drops=True)], (2, 4)),
+    "I-JEPA": ([MaskSpec(0, GRIDS[0], 0.8, "multi_block", drops=True)], (3, 12)),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_masks_are_few_launches(name: str) -> None:
+    specs, most = LAUNCHES[name]
+    samples = torch.arange(4)
+    with launches.counted() as found:
+        drawn_together(specs, 3, 5, samples, 7)
+    assert (found.triton.total(), found.torch.total()) == most and not found.waits, str(found)
