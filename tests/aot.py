@@ -656,6 +656,8 @@ CASES = [
     _covariance("barlow_twins", 64, 512, "bf16"),
     _covariance("vicreg", 64, 512, "fp32"),
     _covariance("vicreg", 64, 512, "bf16"),
+    _covariance("vicreg", 2048, 2112, "fp32"),  # on Hopper in tiles of 128
+    _covariance("barlow_twins", 2300, 2208, "fp32"),
     _covariance("vicreg", 64, 67, "fp64"),
     _keyed_uniform(194, step=False),
     _keyed_uniform(194, step=True),

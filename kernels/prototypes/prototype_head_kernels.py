@@ -70,6 +70,7 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,  # of the columns of means: a program makes one of them
     KEEP: tl.constexpr,  # see _logits
+    STAYS: tl.constexpr,  # a row's pivot, unless a logit is RISE above it
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -98,7 +99,10 @@ def attend_kernel(
         elif K - first_key < BN:
             v = tl.where((i_key < K)[None, :], v, -float("inf"))
         above = v - pivot[:, None]
-        if tl.max(above) > RISE:
+        moves = True
+        if STAYS:
+            moves = tl.max(above) > RISE
+        if moves:
             new = launch.finite(tl.maximum(pivot, tl.max(v, 1)))
             fade = tl.exp(pivot - new)
             total *= fade
