@@ -1,7 +1,6 @@
 """Methods that predict hidden patches, or the teacher's distributions: loss and gradients by formula, in float64."""
 
-import os
-import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,24 +171,24 @@ def test_dinov2(centring: str) -> None:
     check(it, formula, STEP, rtol=1e-6)
 
 
-def gram_teacher(size: int) -> str:
+def gram_teacher(size: int, folder: Path) -> str:
     torch.manual_seed(4)
     module = backbones.create("test_vit", size, patch=8)
-    path = os.path.join(tempfile.mkdtemp(), "encoder.safetensors")
+    path = str(folder / "encoder.safetensors")
     encoders.save(module, path, encoders.metadata("test_vit", "auto", 8, None, Pixels(size)))
     return path
 
 
 @pytest.mark.parametrize("gram_size", [0, 64])
 @pytest.mark.parametrize("gram_from", [0.0, 0.5])
-def test_dinov3(gram_size: int, gram_from: float) -> None:
+def test_dinov3(gram_size: int, gram_from: float, tmp_path: Path) -> None:
     """Siméoni et al. 2025, equations 1 and 2: the mean square between Gram matrices of an image's unit patches; a
     teacher of larger images has its map made smaller."""
     run = RunFacts(steps_per_epoch=2, steps=100)
     it = exact(
         "dinov3",
         run=run,
-        given=gram_teacher(gram_size or 32),
+        given=gram_teacher(gram_size or 32, tmp_path),
         gram_size=gram_size,
         gram_from=gram_from,
         gram_weight=3.0,

@@ -80,12 +80,17 @@ def command(folder: Path, *words: str) -> list[str]:
     return [*line, "--mark", "", f"--pytest=--rootdir={folder}", "--pytest=-c/dev/null"]
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """Temporary files, which a run that fails keeps, lie in `folder`."""
+    given = {name: value for name, value in os.environ.items() if name != "CUDA_LAUNCH_BLOCKING"}
+    return {**given, "TMPDIR": str(folder)}
+
+
 def check(folder: Path, *words: str, **files: str) -> tuple[int, str, dict]:
     """Exit code, what was printed, and the JSON of the part."""
     for name, text in files.items():
         (folder / f"test_{name}.py").write_text(text)
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_LAUNCH_BLOCKING"}
-    done = subprocess.run(command(folder, *words), capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command(folder, *words), capture_output=True, text=True, timeout=120, env=environment(folder))
     (file,) = (folder / "out").glob("gpu-*.json")
     return done.returncode, done.stdout + done.stderr, json.loads(file.read_text())
 
@@ -140,7 +145,8 @@ def test_out_of_time_leaves_what_there_is(tmp_path):
 def test_whatever_ends_it_the_results_are_there(number, tmp_path):
     (tmp_path / "test_slow.py").write_text(SLOW)
     file = tmp_path / "out" / "gpu-tests.json"
-    with subprocess.Popen(command(tmp_path, "tests", "--processes", "1"), stdout=subprocess.PIPE, text=True) as process:
+    line = command(tmp_path, "tests", "--processes", "1")
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment(tmp_path)) as process:
         until = time.monotonic() + 60
         while not file.exists() or json.loads(file.read_text())["passed"] < 1:
             assert time.monotonic() < until and process.poll() is None

@@ -52,6 +52,9 @@ HAVE_PROTOTYPES = ("swav", "dino", "ressl", "ibot", "dinov2", "dinov3", "msn", "
 WORSE_AT_FIRST = ("moco", "tico", "simdino", "simdinov2", "deepcluster")
 
 
+FOLDER = tempfile.TemporaryDirectory()  # until the process ends
+
+
 @functools.cache
 def given_weights() -> str:
     """A file with an encoder's weights."""
@@ -59,7 +62,7 @@ def given_weights() -> str:
     with torch.random.fork_rng():  # made once, in whoever's turn it is: that must not see another generator
         torch.manual_seed(3)
         module = backbones.create("test_resnet", 32)
-    path = os.path.join(tempfile.mkdtemp(), "encoder.safetensors")
+    path = os.path.join(FOLDER.name, "encoder.safetensors")
     encoders.save(module, path, encoders.metadata("test_resnet", "auto", 0, None, Pixels(32)))
     return path
 

@@ -25,8 +25,9 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order("info_nce")
-        of = Upstream(upstream, ctx.saved_tensors[0])
-        arguments = (of.given, *ctx.saved_tensors, *ctx.options, *ctx.of, ctx.wanted)
+        saved = ctx.saved_tensors
+        of = Upstream(upstream, saved[0])
+        arguments = (of.given, *saved, *ctx.options, *ctx.of, ctx.wanted)
         *of_rows, of_temperature = of.of(direct.call("info_nce_backward", *arguments), ctx.wanted)
         return None, None, of_temperature, *of_rows
 

@@ -28,9 +28,10 @@ class _OfViews(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_second_order(ctx.name)
-        of = Upstream(upstream, ctx.saved_tensors[2])
+        saved = ctx.saved_tensors
+        of = Upstream(upstream, saved[2])
         wanted = [any(ctx.needs_input_grad[4:]), ctx.needs_input_grad[3]]
-        arguments = (of.given, *ctx.saved_tensors, *ctx.options, ctx.dtype, wanted)
+        arguments = (of.given, *saved, *ctx.options, ctx.dtype, wanted)
         gradient, of_temperature = of.of(direct.call("nt_xent_of_views_backward", *arguments), wanted)
         of_views = [gradient] * ctx.count if ctx.count == 1 or gradient is None else gradient.unbind(-3)
         return None, None, None, of_temperature, *of_views
