@@ -32,6 +32,6 @@ INTERPRETER = [
         ("& (new.to(tl.float64) <= room)", ""),
     ),
     *_all("multi_block_masks", GPU, "without_room", ("range(targets - tried // places)", "range(targets)")),
-    *_all("even_block_scores", GPU, "specifications", ("tl.where(below < 0, below + height, below)", "below")),
+    *_all("even_block_scores", GPU, "specifications", ("(below < tall[None, :])", "(below <= tall[None, :])")),
     *_all("keyed_uniform", "kernels/masks/keyed_uniform.py", "philoxs", ("row // images", "row % images")),
 ]  # fmt: skip

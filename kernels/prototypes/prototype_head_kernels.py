@@ -96,23 +96,31 @@ def attend_kernel(
         v = _logits(x, b_x, keys, b_keys, first, first_key, N, K, D, COMPUTE, BLOCK_D, KEEP, BM, BN) * scale
         if bias is not None:
             v += tl.load(bias + i_key, i_key < K, -float("inf"))[None, :]
-        elif K - first_key < BN:
-            v = tl.where((i_key < K)[None, :], v, -float("inf"))
-        above = v - pivot[:, None]
-        moves = True
+        else:
+            ends = True
+            if STAYS:
+                ends = K - first_key < BN
+            if ends:
+                v = tl.where((i_key < K)[None, :], v, -float("inf"))
         if STAYS:
-            moves = tl.max(above) > RISE
-        if moves:
+            above = v - pivot[:, None]
+            if tl.max(above) > RISE:
+                new = launch.finite(tl.maximum(pivot, tl.max(v, 1)))
+                fade = tl.exp(pivot - new)
+                total *= fade
+                if means is not None:
+                    rounded *= fade
+                    acc *= fade[:, None]
+                pivot = new
+                above = v - pivot[:, None]
+            e = tl.exp(above)
+            total += tl.sum(e, 1)
+        else:
             new = launch.finite(tl.maximum(pivot, tl.max(v, 1)))
             fade = tl.exp(pivot - new)
-            total *= fade
-            if means is not None:
-                rounded *= fade
-                acc *= fade[:, None]
+            e = tl.exp(v - new[:, None])
+            total = total * fade + tl.sum(e, 1)
             pivot = new
-            above = v - pivot[:, None]
-        e = tl.exp(above)
-        total += tl.sum(e, 1)
         if means is not None:
             b_values = b_keys
             if values is not None:
@@ -120,8 +128,12 @@ def attend_kernel(
             elif CHUNKS > 1:
                 b_values = _load(keys, first_key, K, D, i_chunk * BLOCK_D, BN, BLOCK_D)
             p = (e * GAIN).to(b_values.dtype)
-            rounded += tl.sum(p.to(COMPUTE), 1)
-            acc = tl.dot(p, b_values, acc, input_precision="tf32x3", out_dtype=COMPUTE)
+            if STAYS:
+                rounded += tl.sum(p.to(COMPUTE), 1)
+                acc = tl.dot(p, b_values, acc, input_precision="tf32x3", out_dtype=COMPUTE)
+            else:  # in this order, as small chips spill in another
+                rounded = rounded * fade + tl.sum(p.to(COMPUTE), 1)
+                acc = tl.dot(p, b_values, acc * fade[:, None], input_precision="tf32x3", out_dtype=COMPUTE)
     at = (i_part.to(tl.int64) * tl.num_programs(2) + i_view) * N + i_row
     if i_chunk == 0:
         tl.store(lse + at, pivot + tl.log(total), i_row < N)
