@@ -35,8 +35,13 @@ class _Side(NamedTuple):
     means: Tensor | None  # [parts, V B, D]: the softmax of a part of the prototypes @ the student's prototypes
 
 
-# Compute capabilities whose kernels have the registers for it: on sm_80 the branch that moves pivots spills 103.
-PIVOT_STAYS = (90, 100)
+def _pivot_stays(columns: int) -> bool:
+    """Whether `attend_kernel` moves a row's pivot in a branch, with so many columns of the means in a program.
+
+    The branch takes registers. On sm_90 and sm_100 a program of 256 columns has them; of fewer columns, two programs
+    of an SM wouldn't; and on sm_80 it spills.
+    """
+    return columns == 256 and chips.current().capability in (90, 100)
 
 
 def _parts(blocks: int, walk: int, chunks: int) -> int:
@@ -77,7 +82,7 @@ def _attend(
         scale,
         GAIN=launch.gain(rows.dtype),
         COMPUTE=launch.DTYPES[compute],
-        STAYS=chips.current().capability in PIVOT_STAYS,
+        STAYS=_pivot_stays(tile["BLOCK_D"]),
         **tile,
         device_of=rows,
     )
