@@ -776,7 +776,7 @@ LOSSES = [
     # one image; three teachers (the sum of the other two); more than a block of 1024, in odd numbers
     _prototype_cross_entropy(2, 2, 1, 3, "different"),
     _prototype_cross_entropy(1, 3, 4, 17, "different", bias="TK"),
-    _prototype_cross_entropy(4, 3, 35, 1031, "different", bias="K"),
+    _prototype_cross_entropy(4, 3, 9, 1031, "different", bias="K"),
     _prototype_cross_entropy(2, 3, 3, 1025, "same"),
     _prototype_head(2, 2, 1, 3, 5, "different"),
     _prototype_head(4, 2, 5, 130, 16, "different", bias="TK"),

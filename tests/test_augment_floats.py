@@ -1,8 +1,11 @@
 """augment and crop_resize on float32 levels and on any number of channels: against torchvision on floats, against plain
 formulas, and against the specification in float64."""
 
+import itertools
+
 import pytest
 import torch
+from conftest import INTERPRETING
 from torch import Tensor
 from view_tables import neutral, pictures, torchvisions, view_table
 
@@ -109,12 +112,16 @@ def test_each_step_of_any_channels(op, channels, floats, implementation):
 
 
 SHAPES = [(2, 1, 1, 3), (24, 9, 21, 3), (3, 33, 40, 1), (1, 12, 131, 5), (5, 9, 8, 4), (2, 6, 7, 17)]
+# The interpreter takes a minute for the large ones.
+LARGE = [pytest.mark.exhaustive] if INTERPRETING else []
+VALUES = [
+    pytest.param(shape, floats, dtype, marks=LARGE if floats != (dtype == torch.bfloat16) and shape[1] > 8 else ())
+    for shape, floats, dtype in itertools.product(SHAPES, [False, True], [torch.float32, torch.bfloat16])
+]
 
 
 @augment
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("floats", [False, True], ids=["uint8", "float32"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, floats, dtype", VALUES, ids=str)
 def test_value_and_layouts_of_any_channels(op, shape, floats, dtype, implementation, poisoned):
     """Of everything at once against the specification in float64; solarizing at 127.5 doesn't jump there."""
     images, parameters = fractions(*shape, seed=1), view_table(shape[0], seed=shape[0] + 1)
