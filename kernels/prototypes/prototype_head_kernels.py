@@ -132,7 +132,7 @@ def attend_kernel(
                 rounded += tl.sum(p.to(COMPUTE), 1)
                 acc = tl.dot(p, b_values, acc, input_precision="tf32x3", out_dtype=COMPUTE)
             else:  # in this order, as small chips spill in another
-                rounded = rounded * fade + tl.sum(p.to(COMPUTE), 1)
+                rounded = rounded * fade + tl.sum(p.to(COMPUTE), 1)  # pyright: ignore[reportOperatorIssue]
                 acc = tl.dot(p, b_values, acc * fade[:, None], input_precision="tf32x3", out_dtype=COMPUTE)
     at = (i_part.to(tl.int64) * tl.num_programs(2) + i_view) * N + i_row
     if i_chunk == 0:
