@@ -37,6 +37,7 @@ FAMILIES = (
     "covariance",
     "gaussian",
     "gram",
+    "masks",
     "neighbors",
     "optimizers",
     "predictive",

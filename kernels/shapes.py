@@ -16,6 +16,7 @@ from .expect import alike as _alike
 from .expect import expect as _expect
 from .expect import fail, told
 from .expect import same_width as _same_width
+from .masks import shapes as masks
 from .optimizers import columns
 
 # Of each operator: a function of its arguments that raises where they don't fit one another ---------------------------
@@ -356,6 +357,7 @@ SHAPES: dict[str, Callable[..., None]] = {
     "augment": _augment,
     "crop_resize": _crop_resize,
     **contrastive.SHAPES,
+    **masks.SHAPES,
     "nt_xent": _nt_xent,
     "nt_xent_backward": _nt_xent_backward,
     "clip_loss": _clip_loss,

@@ -31,6 +31,7 @@ from fastjem.kernels.contrastive import gpu_engine
 from fastjem.kernels.covariance import gpu as covariance
 from fastjem.kernels.gaussian import gpu as gaussian
 from fastjem.kernels.gram import gpu as gram
+from fastjem.kernels.masks import gpu as masks
 from fastjem.kernels.neighbors import gpu as neighbors
 from fastjem.kernels.optimizers import columns as optimizer_columns
 from fastjem.kernels.optimizers import gpu as optimizers
@@ -515,6 +516,32 @@ def _crop_resize(size: int, bicubic: bool, channels: int = 3, floats: bool = Fal
     return Case("crop_resize", name, "fp32" if floats else "uint8", call)
 
 
+def _keyed_uniform(count: int, step: bool) -> Case:
+    """An epoch of the host's, or the step's number on the device."""
+
+    def call() -> None:
+        number = torch.zeros((), dtype=torch.int64) if step else None
+        masks.keyed_uniform(torch.zeros(3, dtype=torch.int64), number, 0, 1, 2, 3 << 30, count, 5)
+
+    return Case("keyed_uniform", f"N x {count}" + (" by step" if step else ""), "fp64", call)
+
+
+def _masks(op: str, height: int, width: int, dtype: str = "fp64") -> Case:
+    patches = height * width
+    columns, options = {
+        "block_masks": (194, (height, width, 0.5, 0.1, 0.5, 4, patches, 0.3, 10)),
+        "even_block_scores": (128 + patches, (height, width)),
+        "inverse_rectangle_masks": (3, (height, width, patches // 3, -0.7, 0.7)),
+        "multi_block_masks": (208, (height, width, [5, 6], [12, 13], 4, 10)),
+    }[op]
+    wanted = (None,) if op == "block_masks" else ()
+
+    def call() -> None:
+        getattr(masks, op)(torch.zeros(3, columns, dtype=DTYPES[dtype]), *wanted, *options)
+
+    return Case(op, f"N x {height} x {width}", dtype, call)
+
+
 CASES = [
     _augment(224, "bf16"),
     _augment(32, "fp32", channels_last=True, exact=True),
@@ -673,7 +700,18 @@ CASES = [
     _covariance("barlow_twins", 64, 512, "bf16"),
     _covariance("vicreg", 64, 512, "fp32"),
     _covariance("vicreg", 64, 512, "bf16"),
+    _covariance("vicreg", 2048, 2112, "fp32"),  # on Hopper in tiles of 128
+    _covariance("barlow_twins", 2300, 2208, "fp32"),
     _covariance("vicreg", 64, 67, "fp64"),
+    _keyed_uniform(194, step=False),
+    _keyed_uniform(194, step=True),
+    _masks("block_masks", 14, 14),
+    _masks("block_masks", 37, 37, "fp32"),
+    _masks("block_masks", 512, 512),
+    _masks("even_block_scores", 14, 14),
+    _masks("inverse_rectangle_masks", 14, 14),
+    _masks("multi_block_masks", 14, 14),
+    _masks("multi_block_masks", 512, 512),
 ]
 
 

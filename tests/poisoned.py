@@ -275,6 +275,10 @@ NO_INPUT = {
     *((op, i, value) for op, i in (("lars_norms", 4), ("lars_", 8)) for value in ("-inf", "+inf")),
 }
 OF_IMAGES = {"augment", "crop_resize"}
+# Of numbers that were drawn, all from 0 to 1.
+OF_DRAWN = {
+    "keyed_uniform", "block_masks", "even_block_scores", "inverse_rectangle_masks", "multi_block_masks",
+}  # fmt: skip
 # Operators whose second pass is tried with them, and what it takes beside the upstream gradient, of their arguments and
 # of their results beside the loss.
 WITH_BACKWARD = {

@@ -49,6 +49,35 @@ def run(function, inputs: list[Tensor], dtype: torch.dtype, device: str = "cpu")
 
 
 @op_parameter
+@pytest.mark.parametrize("n, d", [(140, 160), (150, 144)])
+def test_squares_in_large_tiles(op, n, d, implementation, monkeypatch):
+    """As many rows as give each of Hopper's multiprocessors one have them; here any."""
+    if implementation.name != "triton":
+        pytest.skip("Triton's tiles")
+    from fastjem.kernels import launch
+    from fastjem.kernels.covariance import products
+
+    monkeypatch.setattr(products, "PROGRAMS", 0)
+    tiles = []
+    launched = launch.launch
+
+    def noting(kernel, *arguments, **meta):
+        tiles.append((getattr(kernel, "fn", kernel).__name__, meta.get("BM")))
+        launched(kernel, *arguments, **meta)
+
+    monkeypatch.setattr(launch, "launch", noting)
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, d, generator=g) for _ in range(2)]
+    loss, gradients = run(getattr(F, op), inputs, torch.float32, implementation.device)
+    expected, wanted = run(EAGER[op], inputs, torch.float64)
+    # Barlow Twins makes both views' squares at once where there are fewer rows than columns, in smaller tiles.
+    assert (("_squares_kernel", 128) in tiles) == (op == "vicreg" or n > d) or implementation.device == "cuda"
+    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=0)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
+@op_parameter
 @pytest.mark.parametrize(
     "change", [untouched, constant, duplicated, large_means, decorrelated], ids=lambda f: f.__name__
 )

@@ -100,6 +100,8 @@ FITTING = {
     *(("koleo", i, one_column_less) for i in (0, 1)),  # a width, and a number of neighbours
     ("characteristic", 0, one_row_less),
     *(("crop_resize", 0, change) for change in (one_row_less, one_column_less)),  # an image, and a channel
+    *(("keyed_uniform", 0, change) for change in (one_row_less, one_column_less)),
+    *((op, 0, one_row_less) for op in ("even_block_scores", "inverse_rectangle_masks", "multi_block_masks")),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from conftest import INTERPRETING
 from poisoned import (
     DTYPES,
+    OF_DRAWN,
     OF_IMAGES,
     TEMPERATURES,
     VALUES,
@@ -22,7 +23,7 @@ from poisoned import (
 import fastjem.functional as F
 from fastjem import ops
 
-OTHERWISE = OF_IMAGES | {f"{op}_backward" for op in WITH_BACKWARD}
+OTHERWISE = OF_IMAGES | OF_DRAWN | {f"{op}_backward" for op in WITH_BACKWARD}
 OPERATORS = sorted(name for name, op in ops.OPERATORS.items() if (op.cpu or op.gpu) and name not in OTHERWISE)
 MASKED = -math.inf
 

@@ -12,9 +12,10 @@ from fastjem.data import masks
 from fastjem.data.batch import Crops, finish
 from fastjem.data.masking import drawn_masks, drawn_together, mask_specs, most_masked, of_step
 from fastjem.data.masks import Keyed
-from fastjem.data.philox import FIRST_MASK_BLOCK, philox, philox_on_device
+from fastjem.data.philox import FIRST_MASK_BLOCK, philox
 from fastjem.data.views import MaskSpec, Views
 from fastjem.errors import UserError
+from fastjem.kernels.masks.philox import philox_on_device
 from fastjem.nn.masks import random_block_mask, random_inverse_block_mask
 
 GRID = (14, 14)

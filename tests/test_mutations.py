@@ -3,6 +3,7 @@
 import shutil
 
 import mutations_of_batches
+import mutations_of_masks
 import pytest
 from conftest import _C, INTERPRETING
 from mutations import CPU, INTERPRETER, REFERENCE, ROOT, Mutation, run
@@ -12,9 +13,9 @@ def but_one_exhaustive(mutations: list[Mutation]) -> list:
     return [pytest.param(m, id=str(m), marks=pytest.mark.exhaustive if i else ()) for i, m in enumerate(mutations)]
 
 
-MUTATIONS = but_one_exhaustive(REFERENCE)
+MUTATIONS = but_one_exhaustive(REFERENCE + mutations_of_masks.REFERENCE)
 if _C and shutil.which("g++"):
-    MUTATIONS += but_one_exhaustive(CPU)
+    MUTATIONS += but_one_exhaustive(CPU + mutations_of_masks.CPU)
 
 
 def assert_caught(result) -> None:
@@ -35,7 +36,9 @@ def test_a_broken_kernel_is_caught(mutation, tmp_path):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("mutation", but_one_exhaustive(INTERPRETER + mutations_of_batches.INTERPRETER))
+@pytest.mark.parametrize(
+    "mutation", but_one_exhaustive(INTERPRETER + mutations_of_batches.INTERPRETER + mutations_of_masks.INTERPRETER)
+)
 def test_a_broken_triton_kernel_is_caught(mutation, tmp_path):
     if not INTERPRETING:
         pytest.skip("runs with the interpreter")

@@ -249,6 +249,11 @@ def sample_arguments(device: str) -> dict[str, tuple]:
         "augment": (pictures, view_table(3).to(device), [0.5] * 3, [0.2] * 3, torch.bfloat16, True, False, 128.0),
         "crop_resize": (pictures, labels.clamp(0, 2), view_table(4).to(device), 4, True),
         "vicreg": (x(4, 7), x(4, 7), 25.0, 25.0, 1.0, 1e-4, 2, [True, False]),
+        "keyed_uniform": (labels.clamp(0), None, 3, 1, 2, 3 << 30, 9, 2**40),
+        "block_masks": (x(4, 22).sigmoid(), x(4).abs() * 9, 5, 6, 0.8, 0.1, 0.5, 2, 30, 0.3, 10),
+        "even_block_scores": (x(4, 4 * 3 + 30).sigmoid(), 5, 6),
+        "inverse_rectangle_masks": (x(4, 3).sigmoid(), 5, 6, 9, -0.7, 0.7),
+        "multi_block_masks": (x(4, 2 * (2 + 3 * 4)).sigmoid(), 5, 6, [2, 2], [4, 4], 2, 5),
     }
 
 

@@ -11,6 +11,7 @@ from conftest import INTERPRETING
 import fastjem.functional as F
 import fastjem.nn as nn
 
+MODULE_OF_HEAD = "fastjem.kernels.prototypes.prototype_head_cross_entropy"
 ITERATIONS = (1, 3, 10)
 # samples x prototypes: one sample; more and fewer samples than prototypes; K of a block and beyond, odd
 SHAPES = [(1, 3), (5, 1000), (64, 7), (100, 3000), (40, 4099)]
@@ -310,6 +311,59 @@ def test_head_fused_equals_plain_and_takes_weight_norm():
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rise", "stays"),
+    [
+        (3.9, True),
+        (16.0, True),
+        (16.0, False),
+        (2.0**40, True),
+        *(pytest.param(rise, True, marks=pytest.mark.exhaustive) for rise in (0.1, 512.0)),
+    ],
+)
+@pytest.mark.parametrize("op", ["prototype_head_cross_entropy"])
+def test_head_fused_of_logits_that_grow(op, rise, stays, dtype, implementation, monkeypatch):
+    """From tile to tile, less and more than a pivot may be left behind; a teacher without the first and last ones."""
+    if dtype == torch.float16 and rise > 100:
+        pytest.skip("more than float16 holds")
+    if implementation.name == "triton":
+        monkeypatch.setattr("fastjem.kernels.tiling.PROGRAMS", 1)
+        monkeypatch.setattr(f"{MODULE_OF_HEAD}._pivot_stays", lambda columns: stays)
+    if not stays and not INTERPRETING:
+        pytest.skip("of the kernel's two forms the other one is in all other tests")
+    directions = torch.tensor([[1.0], [-1.0], [0.5], [0.0], [1.0]], dtype=torch.float64)  # of growth, of each row
+    x = [torch.cat([directions.roll(i), randn(5, 15, seed=i)], 1).to(dtype) for i in range(2)]
+    k = torch.arange(300)
+    # Each its own logit: of equal ones in the thousands a log-sum-exp in float32 has too few digits to say how many.
+    w = torch.cat([(k * (rise / 32))[:, None], randn(300, 15, seed=7) * (rise < 100)], 1).to(dtype)
+    bias = torch.zeros(300).masked_fill((k < 70) | (k > 290), -math.inf)
+    given = [v.to(implementation.device).requires_grad_() for v in (*x, w)]
+    options = {"student_temperature": 1.0, "teacher_temperature": 1.0}
+    with_bias = {**options, "teacher_bias": bias.to(implementation.device)}
+    loss = F.prototype_head_cross_entropy(given[:2], given[:2], given[2], given[2].detach(), **with_bias)
+    found = [loss, *torch.autograd.grad(loss, given)]
+
+    def eager(wide: torch.dtype) -> list[torch.Tensor]:
+        leaves = [v.to(wide).requires_grad_() for v in (*x, w)]
+        student = [v @ leaves[2].T for v in leaves[:2]]
+        teacher = [(v.detach() + bias.to(wide)).softmax(1) for v in student]
+        pairs = ((teacher[1], student[0]), (teacher[0], student[1]))
+        total = -sum((t * s.log_softmax(1)).sum(1).mean() for t, s in pairs) / 2
+        return [total, *torch.autograd.grad(total, leaves)]
+
+    # A softmax is exp(logit - log-sum-exp), both in float32: it has as many digits less as these are large.
+    digits = 8 * torch.finfo(dtype).eps + min(torch.finfo(torch.float32).eps * 10 * rise, 1e-3)
+    for a, single, truth in zip(found, eager(torch.float32), eager(torch.float64), strict=True):
+        bar = 2 * (single.double() - truth).abs().max() + digits * truth.abs().max()
+        assert (a.cpu().double() - truth).abs().max() <= bar
+
+    rows = [v.detach().clone() for v in given[:2]]
+    rows[0][1, 3] = math.nan
+    bad = F.prototype_head_cross_entropy(rows, rows, given[2], given[2].detach(), **with_bias)
+    assert bad.isnan()
 
 
 @pytest.mark.parametrize("op", ["prototype_head_cross_entropy"])

@@ -75,9 +75,25 @@ def _rescale(value: float, rows: int) -> None:
     aot.weights.rescale_all_([_x(rows, 32)] * 2, torch.tensor(value), torch.tensor(value))
 
 
+def _keyed_uniform(value: float, rows: int) -> None:
+    samples = torch.zeros(rows, dtype=torch.int64)
+    big = round(value * 1e11)  # seeds and steps of 32 bits, and of more
+    aot.masks.keyed_uniform(samples, None, rows, 1, rows, 3 << 30, rows, big if value < 1 else 3)
+
+
+def _masks(value: float, rows: int) -> None:
+    drawn = torch.zeros(rows, 2 + 4 * rows, dtype=torch.float64)
+    aot.masks.block_masks(drawn, None, rows, rows + 1, value, 0.5, 0.9, rows, 4 * rows, value, rows)
+    aot.masks.inverse_rectangle_masks(drawn[:, :3], rows, rows + 1, rows, -value, value)
+    drawn = torch.zeros(rows, 4 * 32 + rows * (rows + 1), dtype=torch.float64)
+    aot.masks.even_block_scores(drawn, rows, rows + 1)
+    drawn = torch.zeros(rows, 2 * (3 + 4 * rows), dtype=torch.float64)
+    aot.masks.multi_block_masks(drawn, rows, rows + 1, [rows - 9, 3], [rows - 1, rows - 2], 3, rows)
+
+
 CALLS: list[Callable[[float, int], None]] = [
     _mean_entropy, _prototype_cross_entropy, _sinkhorn, _sinkhorn_wide, _negative_cosine, _regression, _regression_rows,
-    _cross_entropy, _barlow_twins, _vicreg, _characteristic, _rescale,
+    _cross_entropy, _barlow_twins, _vicreg, _characteristic, _rescale, _keyed_uniform, _masks,
 ]  # fmt: skip
 
 

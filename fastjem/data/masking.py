@@ -124,10 +124,38 @@ def drawn_masks(spec: MaskSpec, seed: int, epoch: int, samples: Tensor, step: in
     Raises:
         UserError: for a masking that isn't there.
     """
+    return drawn_together([spec], seed, epoch, samples, step)[spec.view]
+
+
+def drawn_together(
+    specs: Sequence[MaskSpec], seed: int, epoch: int, samples: Tensor, step: int = 0
+) -> dict[int, Masks]:
+    """By view, what `drawn_masks` gives of each: at once those of views that follow one another and are alike.
+
+    Masks of a dozen views cost a GPU as many launches as those of one.
+    """
+    runs: list[list[MaskSpec]] = []
+    for spec in specs:
+        last = runs[-1][-1] if runs else None
+        if last is not None and replace(last, view=last.view + 1) == spec:
+            runs[-1].append(spec)
+        else:
+            runs.append([spec])
+    found: dict[int, Masks] = {}
+    for run in runs:
+        uniform = Keyed(samples, seed, epoch, run[0].view, len(run))
+        drawn = _of_views_alike(run[0], len(run) * samples.shape[0], uniform, seed, step)
+        parts = [
+            [None] * len(run) if x is None else x.unflatten(0, (len(run), samples.shape[0])).unbind(0) for x in drawn
+        ]
+        found |= {spec.view: Masks(*of_view) for spec, *of_view in zip(run, *parts, strict=True)}
+    return found
+
+
+def _of_views_alike(spec: MaskSpec, images: int, uniform: Keyed, seed: int, step: int) -> Masks:
+    """Of so many images of one or several views, view by view."""
     if spec.masking not in MASKINGS:
         raise nearest("masking", spec.masking, MASKINGS)
-    uniform = Keyed(samples, seed, epoch, spec.view)
-    images = samples.shape[0]
     if spec.masking == "block":
         return Masks(_blocks(spec, images, uniform))
     if spec.masking == "multi_block":
@@ -137,28 +165,6 @@ def drawn_masks(spec: MaskSpec, seed: int, epoch: int, samples: Tensor, step: in
         return Masks(hidden)
     patches = spec.grid[0] * spec.grid[1]
     return Masks(hidden, masks.visible(hidden, patches - masks.hidden_patches(spec.grid, spec.share)))
-
-
-def drawn_together(
-    specs: Sequence[MaskSpec], seed: int, epoch: int, samples: Tensor, step: int = 0
-) -> dict[int, Masks]:
-    """By view, what `drawn_masks` gives of each: at once those of "block" masks that are alike.
-
-    Such a mask is some 1000 launches on a GPU, one candidate after the other, of however many images.
-    """
-    alike: dict[MaskSpec, list[int]] = {}
-    for spec in specs:
-        alike.setdefault(replace(spec, view=0), []).append(spec.view)
-    found: dict[int, Masks] = {}
-    for spec, views in alike.items():
-        if spec.masking != "block":
-            found |= {view: drawn_masks(replace(spec, view=view), seed, epoch, samples, step) for view in views}
-            continue
-        by_view = [Keyed(samples, seed, epoch, view) for view in views]
-        images = samples.shape[0]
-        hidden = _blocks(spec, len(views) * images, lambda count, of=by_view: torch.cat([draw(count) for draw in of]))
-        found |= {view: Masks(x) for view, x in zip(views, hidden.view(len(views), images, *spec.grid), strict=True)}
-    return found
 
 
 def _blocks(spec: MaskSpec, images: int, uniform: masks.Uniform) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastjem.data.philox import FIRST_MASK_BLOCK, drawn_by_sample
-from fastjem.kernels.arithmetic import widest_dtype
+from fastjem.ops import direct
 
 Device = torch.device | str | None
 Grid = tuple[int, int]
@@ -45,27 +45,25 @@ class Generated:
 class Keyed:
     """Float64 numbers keyed (seed, epoch, sample, view): the same for an image in whatever batch it comes.
 
-    On MPS, which has no float64, their first 23 bits in float32 (`philox_on_device`).
+    On MPS, which has no float64, their first 23 bits in float32 (`fastjem.kernels.masks.philox`).
 
     Args:
         samples: [B] int64, the images' numbers in their source; the numbers are drawn on their device.
-        view: the view's number.
+        view: the view's number, or the first one's of `views`, whose images follow one another: V B in all.
     """
 
-    def __init__(self, samples: Tensor, seed: int, epoch: int, view: int):
+    def __init__(self, samples: Tensor, seed: int, epoch: int, view: int, views: int = 1):
         self.samples = samples
         self.seed = seed
         self.epoch = epoch
         self.view = view
+        self.views = views
         self.next_block = FIRST_MASK_BLOCK
 
     def __call__(self, count: int) -> Tensor:
-        device = self.samples.device
-        epoch = torch.full((), self.epoch, device=device)
-        view = torch.full((), self.view, device=device)
         first = self.next_block
         self.next_block += math.ceil(count / 4)
-        return drawn_by_sample(self.samples, epoch, view, count, self.seed, first)
+        return drawn_by_sample(self.samples, self.epoch, self.view, count, self.seed, first, self.views)
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,8 @@ def random_mask(
     """[B, H, W]: `hidden_patches` anywhere (MAE, arXiv 2111.06377: `random_masking` of models_mae.py)."""
     _check_share("random_mask", share)
     uniform = uniform or Generated(batch, generator, device)
-    return _hide_highest(uniform(grid[0] * grid[1]), hidden_patches(grid, share), grid)
+    scores = _drawn("random_mask", uniform, batch, grid[0] * grid[1])
+    return _hide_highest(scores, hidden_patches(grid, share), grid)
 
 
 def even_block_mask(
@@ -114,20 +113,11 @@ def even_block_mask(
     _check_share("even_block_mask", share)
     height, width = grid
     uniform = uniform or Generated(batch, generator, device)
-    drawn = uniform(4 * RECTANGLES + height * width)
-    area, aspect, top, left = drawn[:, : 4 * RECTANGLES].view(batch, 4, RECTANGLES).unbind(1)  # [B, 32]
-    lot = drawn[:, 4 * RECTANGLES :]  # [B, H W]
-    area = height * width * (0.08 + 0.32 * area)
-    aspect = (1 / 0.3) ** (2 * aspect - 1)
-    tall = (area * aspect).sqrt().round().clamp(1, height)
-    broad = (area / aspect).sqrt().round().clamp(1, width)
-    rows = _covered((top * height).floor(), tall, height)  # [B, H]
-    columns = _covered((left * width).floor(), broad, width)  # [B, W]
-    covered = (rows[:, :, None] & columns[:, None, :]).flatten(1)  # [B, H W]
-    # Patches are hidden in the order of the first rectangle over them (the lowest bit), those under none last, and
-    # those with the same rectangle by lot: a turn from 2 ** rectangle to twice that.
-    first = torch.where(covered == 0, 2**RECTANGLES, covered & -covered)
-    return _hide_highest(-first * (1 + lot), hidden_patches(grid, share), grid)
+    drawn = _drawn("even_block_mask", uniform, batch, 4 * RECTANGLES + height * width)
+    # Patches are hidden in the order of the first rectangle over them, those under none last, and those with the same
+    # rectangle by lot.
+    scores = direct.call("even_block_scores", drawn, height, width)
+    return _hide_highest(scores, hidden_patches(grid, share), grid)
 
 
 def inverse_block_mask(
@@ -153,7 +143,7 @@ def inverse_block_mask(
     patches = grid[0] * grid[1]
     centres = int(patches * ((1 - share + adjust) / block**2))
     uniform = uniform or Generated(batch, generator, device)
-    drawn = uniform(centres + patches)
+    drawn = _drawn("inverse_block_mask", uniform, batch, centres + patches)
     at = (drawn[:, :centres] * patches).long().clamp(max=patches - 1)
     seen = torch.zeros(batch, patches, device=at.device).scatter_(1, at, 1.0).view(batch, 1, *grid)
     seen = torch.nn.functional.max_pool2d(seen, block, stride=1, padding=block // 2).flatten(1)
@@ -180,19 +170,10 @@ def inverse_rectangle_mask(
     _check_share("inverse_rectangle_mask", share)
     height, width = grid
     seen = height * width - hidden_patches(grid, share)
-    drawn = (uniform or Generated(batch, generator, device))(3)
+    drawn = _drawn("inverse_rectangle_mask", uniform or Generated(batch, generator, device), batch, 3)
     low = max(math.log(aspect), math.log(max(seen, 1) / width**2))
     high = max(min(-math.log(aspect), math.log(height**2 / max(seen, 1))), low)
-    ratio = (low + (high - low) * drawn[:, :1]).exp()  # [B, 1]
-    # A ratio at the grid's limit is rounded to it: 1e-4 below, so that a product that should be whole isn't above it.
-    tall = ((seen * ratio).sqrt() - 1e-4).ceil().clamp(1, height)
-    broad = (seen / tall - 1e-4).ceil().clamp(1, width)
-    rows = torch.arange(height, device=drawn.device)
-    columns = torch.arange(width, device=drawn.device)
-    below = (rows - (drawn[:, 1:2] * height).floor()) % height  # [B, H], from the rectangle's top on
-    beside = (columns - (drawn[:, 2:3] * width).floor()) % width  # [B, W]
-    place = below[:, :, None] * broad[:, :, None] + beside[:, None, :]  # within the rectangle, row by row
-    return ~((beside < broad)[:, None, :] & (place < seen))
+    return direct.call("inverse_rectangle_masks", drawn, height, width, seen, low, high)
 
 
 # With the same number of patches in every image, as a batch of what is hidden, or of what is seen, needs.
@@ -231,49 +212,23 @@ def block_mask(
         aspect: height over width is log-uniform between this and its inverse.
         attempts: candidates in a row that may not fit before an image is left as it is.
 
-    All images try one candidate at a time side by side, `STEPS` times: on the CPU until the last is ready, elsewhere
-    always, as finding out would be a sync.
+    An image tries `STEPS` candidates at most, one after the other.
     """
     for name, share in (("images", images), ("low", low), ("high", high)):
         _check_share(f"block_mask: {name}", share)
     if high < low or not 0 < aspect <= 1:
         raise ValueError(f"block_mask: needs low <= high and 0 < aspect <= 1, got {low}, {high} and {aspect}")
     height, width = grid
-    drawn = (uniform or Generated(batch, generator, device))(2 + 4 * STEPS)
+    drawn = _drawn("block_mask", uniform or Generated(batch, generator, device), batch, 2 + 4 * STEPS)
+    wanted = None
     if uniform is None:
         place = drawn[:, 0].argsort().argsort()  # [B]: a random permutation; the first ones have masks
         count = int(batch * images)
-        has_mask = place < count
         share = low + (place + drawn[:, 1]) * ((high - low) / max(count, 1))
-    else:
-        has_mask = drawn[:, 0] < images
-        share = low + drawn[:, 1] * (high - low)
-    wanted = (share * (height * width)).floor().where(has_mask, 0)
-    rows = torch.arange(height, device=drawn.device)[:, None]
-    columns = torch.arange(width, device=drawn.device)
-    mask = torch.zeros(batch, height, width, dtype=torch.bool, device=drawn.device)
-    masked = torch.zeros_like(wanted)
-    failed = torch.zeros_like(wanted)
-    areas, ratios, tops, lefts = drawn[:, 2:].view(batch, STEPS, 4).permute(2, 1, 0)  # [STEPS, B] each
-    ratios = ((2 * ratios - 1) * math.log(1 / aspect)).exp()
-    for area, ratio, top, left in zip(areas, ratios, tops, lefts, strict=True):
-        active = (masked < wanted) & (failed < attempts)
-        if drawn.device.type == "cpu" and not active.any():
-            break
-        room = (wanted - masked).clamp(max=height * width if most is None else most)
-        area = least + area * (room - least)
-        h = (area * ratio).clamp(min=0).sqrt().round()
-        w = (area / ratio).clamp(min=0).sqrt().round()
-        top = (top * (height - h + 1)).floor()[:, None, None]
-        left = (left * (width - w + 1)).floor()[:, None, None]
-        block = (rows >= top) & (rows < top + h[:, None, None]) & (columns >= left)
-        block &= columns < left + w[:, None, None]
-        new = (block & ~mask).sum((1, 2))
-        taken = active & (h < height) & (w < width) & (new > 0) & (new <= room)
-        mask |= block & taken[:, None, None]
-        masked = masked + new * taken
-        failed = (failed + 1).where(~taken, 0)
-    return mask
+        wanted = (share * (height * width)).floor().where(place < count, 0)
+    most = height * width if most is None else most
+    options = (images, low, high, least, most, aspect, attempts)
+    return direct.call("block_masks", drawn, wanted, height, width, *options)
 
 
 def multi_block_mask(
@@ -306,31 +261,13 @@ def multi_block_mask(
     """
     height, width = grid
     of_target, of_context = torch.rand(2).tolist() if sizes is None else sizes
-    drawn = (uniform or Generated(batch, generator, device))(2 * targets + (targets + 1) * PLACES * 2)
-    size = _block_size(grid, target_scale, target_aspect, of_target)
-    corner = _corners(drawn[:, : 2 * targets].view(batch, targets, 2), grid, size)
-    at = corner[..., 0] * width + corner[..., 1]
-    # Made on the device, as the host would wait for a copy: the patches of a block at the corner.
-    down, along = (torch.arange(side, device=at.device) for side in size)
-    inside = down[:, None] * width + along
-    indices = at[..., None] + inside.flatten()  # [B, T, h w]
-    taken = torch.zeros(batch, targets, height * width, dtype=torch.bool, device=at.device).scatter_(2, indices, True)
-    size = _block_size(grid, context_scale, (1.0, 1.0), of_context)
-    corners = _corners(drawn[:, 2 * targets :].view(batch, targets + 1, PLACES, 2), grid, size)
-    rows = torch.arange(height, device=at.device)[:, None]
-    columns = torch.arange(width, device=at.device)
-    context = torch.zeros(batch, height * width, dtype=torch.bool, device=at.device)
-    found = torch.zeros(batch, dtype=torch.bool, device=at.device)
-    for allowed in range(targets + 1):  # targets that may lie in the context, the last ones first
-        top, left = corners[:, allowed, :, :, None, None].unbind(2)  # [B, 20, 1, 1]
-        block = (rows >= top) & (rows < top + size[0]) & (columns >= left) & (columns < left + size[1])
-        block = block.flatten(2) & ~taken[:, : targets - allowed].any(1, keepdim=True)  # [B, 20, H W]
-        enough = block.sum(2) > keep
-        first = enough.int().argmax(1)  # the first that is right, or the first
-        block = block[torch.arange(batch, device=at.device), first]
-        context = context.where(found[:, None], block)
-        found = found | enough.any(1)
-    return MultiBlock(~context.view(batch, height, width), indices)
+    count = 2 * targets + (targets + 1) * PLACES * 2
+    drawn = _drawn("multi_block_mask", uniform or Generated(batch, generator, device), batch, count)
+    target = _block_size(grid, target_scale, target_aspect, of_target)
+    of_context = _block_size(grid, context_scale, (1.0, 1.0), of_context)
+    arguments = (height, width, list(target), list(of_context), targets, keep)
+    context, indices = direct.call("multi_block_masks", drawn, *arguments)
+    return MultiBlock(context, indices)
 
 
 def visible(hidden: Tensor, count: int | None = None) -> Tensor:
@@ -344,26 +281,23 @@ def visible(hidden: Tensor, count: int | None = None) -> Tensor:
     return hidden.int().argsort(dim=1, stable=True)[:, :count]
 
 
+def _drawn(name: str, uniform: Uniform, batch: int, count: int) -> Tensor:
+    """[B, count] of `uniform`, dense.
+
+    Raises:
+        ValueError: where it gives something else.
+    """
+    drawn = uniform(count)
+    if drawn.shape != (batch, count) or drawn.dtype not in (torch.float32, torch.float64):
+        contract = f"{name}: uniform({count}) must give [{batch}, {count}] float32 or float64"
+        raise ValueError(f"{contract}, got {tuple(drawn.shape)} {str(drawn.dtype).removeprefix('torch.')}")
+    return drawn.contiguous()
+
+
 def _hide_highest(scores: Tensor, count: int, grid: Grid) -> Tensor:
     """[B, H, W] bool: true at the `count` highest of the scores [B, H W]."""
     hidden = torch.zeros_like(scores, dtype=torch.bool)
-    return hidden.scatter_(1, scores.topk(count, dim=1, sorted=False).indices, True).view(-1, *grid)
-
-
-def _covered(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """[B, R], [B, R] -> [B, size] int64: which of R intervals cover each place, the i-th as bit i.
-
-    Intervals go on around the edge: if they ended there, as BEiT's do, the middle of nearly every image were hidden.
-    With a bit for each the table of all R x H x W, 40 times the time on a CPU, need not exist.
-    """
-    place = torch.arange(size, device=start.device)
-    inside = (place - place[:, None, None]) % size <= place[:, None]  # [start, length - 1, place]
-    interval = torch.arange(start.shape[1], device=start.device)
-    if widest_dtype(start.device) == torch.float32:  # too few digits for a sum of 32 bits
-        return (inside.long()[start.long(), length.long() - 1] << interval[:, None]).sum(1)
-    # A product of float64 is exact as well, and takes two thirds of the integers' time (256 images of 14 x 14, CPU).
-    intervals = inside.double()[start.long(), length.long() - 1]  # [B, R, size]
-    return (2.0 ** interval.double() @ intervals).long()
+    return hidden.scatter_(1, scores.topk(count, dim=1, sorted=False).indices, True).view(len(scores), *grid)
 
 
 def _check_share(name: str, share: float) -> None:
@@ -378,13 +312,6 @@ def _block_size(grid: Grid, scale: tuple[float, float], aspect: tuple[float, flo
     height = round(math.sqrt(area * ratio))
     width = round(math.sqrt(area / ratio))
     return min(height, grid[0] - 1), min(width, grid[1] - 1)
-
-
-def _corners(uniform: Tensor, grid: Grid, size: Grid) -> Tensor:
-    """[..., 2] uniform -> [..., 2] int64: top and left, below grid - size each, as the reference's randint has them."""
-    rooms = (grid[0] - size[0], grid[1] - size[1])
-    places = [(x * room).floor().clamp(max=room - 1) for x, room in zip(uniform.unbind(-1), rooms, strict=True)]
-    return torch.stack(places, -1).long()
 
 
 def hidden_indices(hidden: Tensor, count: int) -> Tensor:

@@ -10,16 +10,23 @@ float32 is three products of TF32, each with a sum of its own, of numbers rounde
 leaves of them: errors are about float32's own (docs/gpu.md). Nobody's setting of torch's precision is asked or changed.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch, tiling
+from .. import chips, launch, tiling
 from ..contrastive.tiles import add_product, with_remainders
 
 # Rows of squares begin whole words apart, whatever their number, and end with zeros: else the product that reads them,
 # in a batch of any size, would read number by number.
 PAD = tl.constexpr(16)
+
+# Tiles of 64 x 64 wait for the L2 cache: 128 rows are read for 4096 products. Hopper has registers for 128 x 128, one
+# program a multiprocessor, which are worth it where each has some (VICReg: from 1921 rows on). Elsewhere they spill, as
+# do rows that aren't whole words.
+LARGE = {"BM": 128, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+PROGRAMS = 2  # a multiprocessor
 
 
 @triton.jit
@@ -107,6 +114,12 @@ def _squares_kernel(
     tl.store(sums + launch.row_start(tl.program_id(0), BM, 1) + tl.arange(0, BM), total)
 
 
+def _blocks(r: int, size: int, whole: bool) -> tuple[int, int]:
+    """Of r rows, and how many of them each meets."""
+    blocks = triton.cdiv(r, size)
+    return blocks, blocks if whole else blocks // 2 + 1
+
+
 def squares(z: Tensor, cross: bool) -> tuple[list[Tensor], Tensor]:
     """The squares of z [2, N, D], both; and [views, parts], or with `cross` [1, parts], sums of what is in them.
 
@@ -116,10 +129,14 @@ def squares(z: Tensor, cross: bool) -> tuple[list[Tensor], Tensor]:
     """
     _, n, d = z.shape
     is_tall = n >= d
-    tile = tiling.covariance_squares(z.dtype, cross and not is_tall)
     r = d if is_tall else n
-    blocks = triton.cdiv(r, tile["BM"])
-    offsets = blocks if cross and is_tall else blocks // 2 + 1
+    tile = tiling.covariance_squares(z.dtype, cross and not is_tall)
+    if d % 16 == 0 and z.dtype != torch.float64 and (is_tall or not cross):
+        blocks, offsets = _blocks(r, LARGE["BM"], cross and is_tall)
+        programs = blocks * offsets * (1 if cross else 2)
+        if chips.current().capability == 90 and programs >= PROGRAMS * chips.current().multiprocessors:
+            tile = LARGE
+    blocks, offsets = _blocks(r, tile["BM"], cross and is_tall)
     pad = PAD.value
     found = [z.new_empty(r, -(-r // pad) * pad)[:, :r] for _ in range(2)]
     sums = z.new_empty(1 if cross else 2, blocks * offsets * tile["BM"])

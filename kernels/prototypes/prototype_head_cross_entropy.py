@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import launch, tiling
+from .. import chips, launch, tiling
 from ..arithmetic import compute_dtype, no_gradient
 from . import reference
 from .pairing import PAIRS, count, one_over_pairs
@@ -33,6 +33,15 @@ class _Side(NamedTuple):
     scale: float
     lse: Tensor  # [parts, V B]
     means: Tensor | None  # [parts, V B, D]: the softmax of a part of the prototypes @ the student's prototypes
+
+
+def _pivot_stays(columns: int) -> bool:
+    """Whether `attend_kernel` moves a row's pivot in a branch, with so many columns of the means in a program.
+
+    The branch takes registers. On sm_90 and sm_100 a program of 256 columns has them; of fewer columns, two programs
+    of an SM wouldn't; and on sm_80 it spills.
+    """
+    return columns == 256 and chips.current().capability in (90, 100)
 
 
 def _parts(blocks: int, walk: int, chunks: int) -> int:
@@ -73,6 +82,7 @@ def _attend(
         scale,
         GAIN=launch.gain(rows.dtype),
         COMPUTE=launch.DTYPES[compute],
+        STAYS=_pivot_stays(tile["BLOCK_D"]),
         **tile,
         device_of=rows,
     )

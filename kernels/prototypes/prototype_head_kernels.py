@@ -9,6 +9,8 @@ import triton.language as tl
 
 from .. import launch
 
+RISE = tl.constexpr(4.0)  # how far a row's logits may be above its pivot: e ** 4 times 1024 is a number of float16
+
 
 @triton.jit
 def _load(x, first, N, D: tl.constexpr, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -68,6 +70,7 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,  # of the columns of means: a program makes one of them
     KEEP: tl.constexpr,  # see _logits
+    STAYS: tl.constexpr,  # a row's pivot, unless a logit is RISE above it
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -81,7 +84,7 @@ def attend_kernel(
         bias += launch.row_start(i_view, K, 1)
     b_x = _load(x, first, N, D, 0, BM, BLOCK_D)
     scale = tl.full((), scale_value, COMPUTE)
-    maximum = launch.finite(tl.full([BM], -float("inf"), COMPUTE))
+    pivot = launch.finite(tl.full([BM], -float("inf"), COMPUTE))
     total = tl.zeros([BM], COMPUTE)
     if means is not None:
         acc = tl.zeros([BM, BLOCK_D], COMPUTE)
@@ -94,12 +97,30 @@ def attend_kernel(
         if bias is not None:
             v += tl.load(bias + i_key, i_key < K, -float("inf"))[None, :]
         else:
-            v = tl.where((i_key < K)[None, :], v, -float("inf"))
-        new = launch.finite(tl.maximum(maximum, tl.max(v, 1)))
-        fade = tl.exp(maximum - new)
-        e = tl.exp(v - new[:, None])
-        total = total * fade + tl.sum(e, 1)
-        maximum = new
+            ends = True
+            if STAYS:
+                ends = K - first_key < BN
+            if ends:
+                v = tl.where((i_key < K)[None, :], v, -float("inf"))
+        if STAYS:
+            above = v - pivot[:, None]
+            if tl.max(above) > RISE:
+                new = launch.finite(tl.maximum(pivot, tl.max(v, 1)))
+                fade = tl.exp(pivot - new)
+                total *= fade
+                if means is not None:
+                    rounded *= fade
+                    acc *= fade[:, None]
+                pivot = new
+                above = v - pivot[:, None]
+            e = tl.exp(above)
+            total += tl.sum(e, 1)
+        else:
+            new = launch.finite(tl.maximum(pivot, tl.max(v, 1)))
+            fade = tl.exp(pivot - new)
+            e = tl.exp(v - new[:, None])
+            total = total * fade + tl.sum(e, 1)
+            pivot = new
         if means is not None:
             b_values = b_keys
             if values is not None:
@@ -107,11 +128,15 @@ def attend_kernel(
             elif CHUNKS > 1:
                 b_values = _load(keys, first_key, K, D, i_chunk * BLOCK_D, BN, BLOCK_D)
             p = (e * GAIN).to(b_values.dtype)
-            rounded = rounded * fade + tl.sum(p.to(COMPUTE), 1)
-            acc = tl.dot(p, b_values, acc * fade[:, None], input_precision="tf32x3", out_dtype=COMPUTE)
+            if STAYS:
+                rounded += tl.sum(p.to(COMPUTE), 1)
+                acc = tl.dot(p, b_values, acc, input_precision="tf32x3", out_dtype=COMPUTE)
+            else:  # in this order, as small chips spill in another
+                rounded = rounded * fade + tl.sum(p.to(COMPUTE), 1)  # pyright: ignore[reportOperatorIssue]
+                acc = tl.dot(p, b_values, acc * fade[:, None], input_precision="tf32x3", out_dtype=COMPUTE)
     at = (i_part.to(tl.int64) * tl.num_programs(2) + i_view) * N + i_row
     if i_chunk == 0:
-        tl.store(lse + at, maximum + tl.log(total), i_row < N)
+        tl.store(lse + at, pivot + tl.log(total), i_row < N)
     if means is not None:
         column = i_chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = (i_row < N)[:, None] & (column < D)[None, :]
