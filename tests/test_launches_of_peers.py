@@ -29,6 +29,7 @@ def launches(name: str, function) -> int:
         result = function(*tensors)
         if call.differentiable:
             (result.sum() if result.dim() else result).backward()
+    assert found.total, "tensors of the host launch nothing"
     return found.total
 
 

@@ -12,7 +12,7 @@ from fastjem.data import masks
 from fastjem.data.batch import Crops, finish
 from fastjem.data.masking import drawn_masks, drawn_together, mask_specs, most_masked, of_step
 from fastjem.data.masks import Keyed
-from fastjem.data.philox import FIRST_MASK_BLOCK, philox
+from fastjem.data.philox import FIRST_MASK_BLOCK, drawn_in_a_step, philox
 from fastjem.data.views import MaskSpec, Views
 from fastjem.errors import UserError
 from fastjem.kernels.masks.philox import philox_on_device
@@ -352,3 +352,31 @@ def test_blocks_follow_the_views_shares() -> None:
     rows = most_masked(spec, 64)
     assert sum(int(part.sum()) > rows for part in sums) == 0 and rows < 64 * 196 * 0.25
     assert most_masked(MaskSpec(0, GRID, 0.6, "random"), 64) == 64 * masks.hidden_patches(GRID, 0.6)
+
+
+@pytest.mark.parametrize("grid", [(0, 6), (6, 0)])
+@pytest.mark.parametrize("name", [*(f"{masking}_mask" for masking in masks.SAMPLERS), "block_mask", "multi_block_mask"])
+def test_a_grid_without_patches_is_refused(name: str, grid: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: .*grid"):
+        getattr(masks, name)(2, grid)
+
+
+def test_targets_are_of_a_patch_at_least() -> None:
+    found = masks.multi_block_mask(2, (4, 4), target_scale=(0.0, 0.01))
+    assert found.targets.shape == (2, 4, 1)
+    with pytest.raises(ValueError, match="multi_block_mask: needs a target"):
+        masks.multi_block_mask(2, (6, 6), targets=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_images_numbers_of_any_integer_dtype_are_the_same(dtype: torch.dtype) -> None:
+    samples, step = torch.tensor([3, 0, 200]), torch.tensor(4)
+    assert torch.equal(Keyed(samples.to(dtype), 1, 0, 0)(5), Keyed(samples, 1, 0, 0)(5))
+    ours = drawn_in_a_step(samples.to(dtype), step.to(dtype), 3, 1)
+    assert torch.equal(ours, drawn_in_a_step(samples, step, 3, 1))
+
+
+@pytest.mark.parametrize("samples, step", [([1.0], 4), ([[1]], 4), ([1], 4.5), ([1], [4])])
+def test_images_numbers_must_be_whole(samples: list, step: object) -> None:
+    with pytest.raises(ValueError, match=r"must be [01]-dim, of an integer dtype"):
+        drawn_in_a_step(torch.tensor(samples), torch.tensor(step), 3, 0)

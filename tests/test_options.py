@@ -257,3 +257,31 @@ def test_what_there_is_no_rule_for_is_refused():
         torch.func.jvp(lambda x: F.supcon(x, hardness=0.1), (z,), (z,))
     with pytest.raises(RuntimeError, match="nt_xent: differentiable once only, got a second derivative"):
         torch.func.jacrev(torch.func.grad(lambda x: F.nt_xent(x, label_smoothing=0.1)))(z)
+
+
+OF_CLIP = [
+    {"ids": torch.arange(6)},
+    {"reduction": "sum"},
+    {"weights": torch.ones(6)},
+    {"false_negative_margin": 1.0},
+    {"label_smoothing": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OF_CLIP, ids=[next(iter(options)) for options in OF_CLIP])
+def test_an_infinite_positive_makes_no_loss(options):
+    """As without options: the log-sum-exp of infinity less infinity."""
+    x, y = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    y[:, 0] = -1
+    y[0, 0] = 1
+    x[0, 0] = float("inf")
+    assert F.clip_loss(x, y, 5.0).isnan()
+    x.requires_grad_()
+    loss = F.clip_loss(x, y, 5.0, **options)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert loss.isnan() and gradient[0].isnan().any()
+
+
+def test_a_positive_infinitely_far_is_an_infinite_loss():
+    x, y = torch.tensor([[1e30, 0.0], [0.0, 1.0]]), torch.tensor([[-1e30, 0.0], [0.0, 1.0]])
+    assert F.clip_loss(x, y, 1.0, ids=torch.arange(2)) == float("inf")

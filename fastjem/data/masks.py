@@ -92,7 +92,7 @@ def random_mask(
     """[B, H, W]: `hidden_patches` anywhere (MAE, arXiv 2111.06377: `random_masking` of models_mae.py)."""
     _check_share("random_mask", share)
     uniform = uniform or Generated(batch, generator, device)
-    scores = _drawn("random_mask", uniform, batch, grid[0] * grid[1])
+    scores = _drawn("random_mask", uniform, batch, grid, grid[0] * grid[1])
     return _hide_highest(scores, hidden_patches(grid, share), grid)
 
 
@@ -113,7 +113,7 @@ def even_block_mask(
     _check_share("even_block_mask", share)
     height, width = grid
     uniform = uniform or Generated(batch, generator, device)
-    drawn = _drawn("even_block_mask", uniform, batch, 4 * RECTANGLES + height * width)
+    drawn = _drawn("even_block_mask", uniform, batch, grid, 4 * RECTANGLES + height * width)
     # Patches are hidden in the order of the first rectangle over them, those under none last, and those with the same
     # rectangle by lot.
     scores = direct.call("even_block_scores", drawn, height, width)
@@ -143,7 +143,7 @@ def inverse_block_mask(
     patches = grid[0] * grid[1]
     centres = int(patches * ((1 - share + adjust) / block**2))
     uniform = uniform or Generated(batch, generator, device)
-    drawn = _drawn("inverse_block_mask", uniform, batch, centres + patches)
+    drawn = _drawn("inverse_block_mask", uniform, batch, grid, centres + patches)
     at = (drawn[:, :centres] * patches).long().clamp(max=patches - 1)
     seen = torch.zeros(batch, patches, device=at.device).scatter_(1, at, 1.0).view(batch, 1, *grid)
     seen = torch.nn.functional.max_pool2d(seen, block, stride=1, padding=block // 2).flatten(1)
@@ -170,7 +170,7 @@ def inverse_rectangle_mask(
     _check_share("inverse_rectangle_mask", share)
     height, width = grid
     seen = height * width - hidden_patches(grid, share)
-    drawn = _drawn("inverse_rectangle_mask", uniform or Generated(batch, generator, device), batch, 3)
+    drawn = _drawn("inverse_rectangle_mask", uniform or Generated(batch, generator, device), batch, grid, 3)
     low = max(math.log(aspect), math.log(max(seen, 1) / width**2))
     high = max(min(-math.log(aspect), math.log(height**2 / max(seen, 1))), low)
     return direct.call("inverse_rectangle_masks", drawn, height, width, seen, low, high)
@@ -219,7 +219,7 @@ def block_mask(
     if high < low or not 0 < aspect <= 1:
         raise ValueError(f"block_mask: needs low <= high and 0 < aspect <= 1, got {low}, {high} and {aspect}")
     height, width = grid
-    drawn = _drawn("block_mask", uniform or Generated(batch, generator, device), batch, 2 + 4 * STEPS)
+    drawn = _drawn("block_mask", uniform or Generated(batch, generator, device), batch, grid, 2 + 4 * STEPS)
     wanted = None
     if uniform is None:
         place = drawn[:, 0].argsort().argsort()  # [B]: a random permutation; the first ones have masks
@@ -227,7 +227,7 @@ def block_mask(
         share = low + (place + drawn[:, 1]) * ((high - low) / max(count, 1))
         wanted = (share * (height * width)).floor().where(place < count, 0)
     most = height * width if most is None else most
-    options = (images, low, high, least, most, aspect, attempts)
+    options = (images, low, high, least, most, aspect, math.ceil(attempts))
     return direct.call("block_masks", drawn, wanted, height, width, *options)
 
 
@@ -262,7 +262,11 @@ def multi_block_mask(
     height, width = grid
     of_target, of_context = torch.rand(2).tolist() if sizes is None else sizes
     count = 2 * targets + (targets + 1) * PLACES * 2
-    drawn = _drawn("multi_block_mask", uniform or Generated(batch, generator, device), batch, count)
+    if targets < 1 or min(grid) < 2:
+        raise ValueError(
+            f"multi_block_mask: needs a target and a grid of 2 x 2 or more, got {targets} and {tuple(grid)}"
+        )
+    drawn = _drawn("multi_block_mask", uniform or Generated(batch, generator, device), batch, grid, count)
     target = _block_size(grid, target_scale, target_aspect, of_target)
     of_context = _block_size(grid, context_scale, (1.0, 1.0), of_context)
     arguments = (height, width, list(target), list(of_context), targets, keep)
@@ -281,12 +285,14 @@ def visible(hidden: Tensor, count: int | None = None) -> Tensor:
     return hidden.int().argsort(dim=1, stable=True)[:, :count]
 
 
-def _drawn(name: str, uniform: Uniform, batch: int, count: int) -> Tensor:
+def _drawn(name: str, uniform: Uniform, batch: int, grid: Grid, count: int) -> Tensor:
     """[B, count] of `uniform`, dense.
 
     Raises:
-        ValueError: where it gives something else.
+        ValueError: where it gives something else, and of a grid without patches.
     """
+    if min(grid) < 1:
+        raise ValueError(f"{name}: grid must have a patch, got {tuple(grid)}")
     drawn = uniform(count)
     if drawn.shape != (batch, count) or drawn.dtype not in (torch.float32, torch.float64):
         contract = f"{name}: uniform({count}) must give [{batch}, {count}] float32 or float64"
@@ -306,12 +312,12 @@ def _check_share(name: str, share: float) -> None:
 
 
 def _block_size(grid: Grid, scale: tuple[float, float], aspect: tuple[float, float], uniform: float) -> Grid:
-    """Height and width of I-JEPA's blocks; both leave a row and a column of the grid free."""
+    """Height and width of I-JEPA's blocks, of a patch at least; both leave a row and a column of the grid free."""
     area = int(grid[0] * grid[1] * (scale[0] + uniform * (scale[1] - scale[0])))
     ratio = aspect[0] + uniform * (aspect[1] - aspect[0])
     height = round(math.sqrt(area * ratio))
     width = round(math.sqrt(area / ratio))
-    return min(height, grid[0] - 1), min(width, grid[1] - 1)
+    return max(1, min(height, grid[0] - 1)), max(1, min(width, grid[1] - 1))
 
 
 def hidden_indices(hidden: Tensor, count: int) -> Tensor:

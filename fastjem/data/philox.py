@@ -40,21 +40,36 @@ def drawn_by_sample(
     on, one after the other. One launch.
 
     Args:
-        samples: [B] int64.
+        samples: [B], of an integer dtype.
     """
-    return direct.call("keyed_uniform", samples, None, epoch, view, views, first, count, _signed(seed))
+    return direct.call(
+        "keyed_uniform", _numbers("samples", samples, 1), None, epoch, view, views, first, count, _signed(seed)
+    )
 
 
 def drawn_in_a_step(samples: Tensor, step: Tensor, count: int, seed: int, first: int = 0) -> Tensor:
     """[B, count], uniform in (0, 1): what a loss draws for its images, in whatever batch or on whatever rank they are.
 
     Args:
-        samples: [B] int64, the images' numbers. step: 0-dim int64.
+        samples: [B], the images' numbers; step: 0-dim. Both of integer dtypes.
         first: block from which on, of four numbers each: another one for each thing that a loss draws.
     """
-    step = step.to(samples.device)
+    samples = _numbers("samples", samples, 1)
+    step = _numbers("step", step, 0).to(samples.device)
     first += FIRST_LOSS_BLOCK
     return direct.call("keyed_uniform", samples, step, 0, NO_VIEW, 1, first, count, _signed(seed))
+
+
+def _numbers(name: str, x: Tensor, dims: int) -> Tensor:
+    """As int64, which is read as it lies in memory.
+
+    Raises:
+        ValueError: for other shapes, and for what isn't whole numbers.
+    """
+    if x.dim() != dims or x.is_floating_point() or x.is_complex():
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be {dims}-dim, of an integer dtype, got {tuple(x.shape)} {dtype}")
+    return x.long()
 
 
 def _signed(seed: int) -> int:

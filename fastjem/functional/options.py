@@ -229,8 +229,9 @@ def losses_of_rows(
         lse = _debiased(lse, count, of_one, inverse_temperature, prior)
     if decoupled:
         losses = lse - pulled
-    elif one and pull is None:  # the same as below, in two launches
-        losses = softplus(lse - mean, threshold=SURE)
+    elif one and pull is None:  # the same as below, in four launches, and NaN of an infinite positive as that is
+        above = torch.add(lse - mean, mean.detach().clamp(min=0), alpha=0)
+        losses = softplus(above, threshold=SURE)
     else:
         losses = torch.logaddexp(lse, of_positives) - pulled
     smoothing = options.label_smoothing
