@@ -103,11 +103,11 @@ INTERPRETER = [
         ("y_lse = tl.load(others + N + i_row, inside, 0.0)", "y_lse = tl.load(others + i_row, inside, 0.0)"),
     ),
     *_all(
-        "normalize_rows", "kernels/contrastive/gpu_normalize.py", "test_normalize_rows and not 300",
+        "normalize_rows", "kernels/contrastive/rows.py", "test_normalize_rows and not 300",
         ("b_x * (1 / divisor)[:, None]", "b_x"),
         ("least, propagate_nan", "1e-12, propagate_nan"),
         ("(b_g - radial[:, None] * b_u)", "(b_g - 0.99 * radial[:, None] * b_u)"),
-        ("tl.where(divisor > least, tl.sum(b_g * b_u, 1), 0.0)", "tl.sum(b_g * b_u, 1)"),
+        ("tl.where(is_longer, tl.sum(b_g * b_u, 1), 0.0)", "tl.sum(b_g * b_u, 1)"),
     ),
     *_all(
         "rescale_all_", RESCALE, "test_rescale",

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastjem.functional import checks, quick
 from fastjem.functional.decompositions import cholesky, singular_values, smaller_gram
@@ -46,8 +45,7 @@ def _mmcr(online: Tensor, momentum: Tensor, lmda: float | Tensor) -> Tensor:
     weight = checks.number("mmcr", "lmda", lmda, online)
     with without_autocast(online):
         z = torch.cat([in_float32(online), in_float32(momentum)], 1)  # [B, 2 V, D]
-        watched = torch.compiler.is_compiling() or transforms.active() or forward_ad._current_level >= 0
-        if watched or isinstance(weight, Tensor) or not needs_gradient(z):
+        if transforms.takes_apart() or isinstance(weight, Tensor) or not needs_gradient(z):
             return _mmcr_by_autograd(z, weight)
         with torch.no_grad():
             loss, gradient = _mmcr_and_gradient(z, weight)

@@ -5,7 +5,6 @@ Within transforms of torch.func, and where torch.compile fuses what is around th
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import normalize
 
 from fastjem.functional.precision import in_float32
@@ -40,8 +39,7 @@ def _by_torch(x: Tensor, eps: float) -> Tensor:
 
 def unit_rows(x: Tensor, eps: float = UNIT_EPS) -> Tensor:
     """`normalize(x, dim=-1, eps=eps)` of [..., D] in float32, whatever autocast says (float64 for float64)."""
-    watched = transforms.active() or torch.compiler.is_compiling() or forward_ad._current_level >= 0
-    if watched or not x.numel():
+    if transforms.takes_apart() or not x.numel():
         return _by_torch(x, eps)
     rows = x.reshape(-1, x.shape[-1])
     if not needs_gradient(x):

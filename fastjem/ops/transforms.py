@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from fastjem.kernels.arithmetic import widen
@@ -28,6 +29,11 @@ active = torch._C._are_functorch_transforms_active
 
 # Operators whose gradient is differentiable: it costs no more than the gradient, and no matrix of pairs.
 TWICE = ("negative_cosine", "regression", "cross_entropy")
+
+
+def takes_apart() -> bool:
+    """Whether torch compiles or differentiates the operators that it sees: torch.compile, torch.func, forward mode."""
+    return active() or torch.compiler.is_compiling() or forward_ad._current_level >= 0
 
 
 def differentiated(x: Tensor) -> bool:

@@ -13,7 +13,7 @@
   `of_pairs.py`, `cpu_pairs.py`, `gpu_pairs.py` and `pair_kernels.py`, for InfoNCE `of_queries.py`, `cpu_queries.py`,
   `gpu_queries.py` and `query_kernels.py`, for SigLIP's CLIP's first two and `gpu_sigmoid.py`, with `cpu_sigmoid.py` for
   its sums over pairs, for SupCon's `of_classes.py`, `cpu_classes.py`, `gpu_classes.py` and `class_kernels.py`.
-* `gpu_normalize.py`: rows of unit length, of which losses with options are made.
+* `rows.py` has the rows of unit length as well that losses with options are made of.
 """
 
 from ..table import Operator

@@ -8,7 +8,6 @@ from . import (
     gpu_classes,
     gpu_engine,
     gpu_koleo,
-    gpu_normalize,
     gpu_pairs,
     gpu_queries,
     gpu_sigmoid,
@@ -20,6 +19,7 @@ from . import (
     of_views,
     pairs,
     reference,
+    rows,
     visible,
 )
 
@@ -163,12 +163,14 @@ def siglip_pairs(
     return losses, gradients, dots, slopes
 
 
-def normalize_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return (gpu_normalize if _supported(rows) else reference).normalize_rows(rows, eps)
+def normalize_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return (rows if _supported(x) else reference).normalize_rows(x, eps)
 
 
-def normalize_rows_backward(gradient: Tensor, unit: Tensor, *saved) -> Tensor:
-    return (gpu_normalize if _supported(unit) else reference).normalize_rows_backward(gradient, unit, *saved)
+def normalize_rows_backward(gradient: Tensor, unit: Tensor, divisors: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    if not _supported(unit):
+        return reference.normalize_rows_backward(gradient, unit, divisors, eps, dtype)
+    return rows.through_unit_rows(gradient, unit.contiguous(), divisors.contiguous(), dtype, eps)
 
 
 def nearest_neighbors(query: Tensor, bank: Tensor) -> Tensor:

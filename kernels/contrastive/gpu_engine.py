@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .. import launch, tiling
 from ..chips import multiplies
+from . import products as few_products
 from .composed import OwnImage
 from .rows import dots, join, lse_states, through_unit_rows, unit_rows
 from .sums import best_kernel, sums_kernel
@@ -265,12 +266,11 @@ def _owned(
 def bands(a: Tensor, b: Tensor, wanted: bool) -> Iterator[tuple[slice, Tensor | None]]:
     """Some rows of a at a time, with memory for their weights [rows, M] if it is wanted.
 
-    There is memory for whole tiles, which have at most 128 rows and columns: beyond the weights it holds anything.
+    There is memory for whole tiles: beyond the weights it holds anything.
     """
-    stride = triton.cdiv(len(b), 128) * 128
-    at_once = max(128, tiling.WEIGHTS_BYTES // (stride * a.element_size()) // 128 * 128)
-    at_once = min(at_once, triton.cdiv(len(a), 128) * 128)
-    memory = torch.empty(at_once, stride, dtype=a.dtype, device=a.device) if wanted else None
+    bands = max(1, tiling.WEIGHTS_BYTES // few_products.bytes_of(1, len(b), a.dtype))
+    at_once = bands * few_products.PADDED
+    memory = few_products.memory(min(at_once, len(a)), len(b), a) if wanted else None
     for start in range(0, len(a), at_once):
         rows = slice(start, min(start + at_once, len(a)))
         yield rows, None if memory is None else memory[: rows.stop - start, : len(b)]

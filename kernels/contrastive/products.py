@@ -25,7 +25,7 @@ MOST_ROWS = 4096
 # Multiplications of half precision up to which it is. Of more torch's product is faster by more than launches take. Its
 # float32 product, which has no tensor cores, is no faster at any size.
 MOST_MULTIPLICATIONS = 1 << 29
-PADDED = 128  # memory of weights goes on to whole tiles of so many rows and columns (gpu_engine.bands)
+PADDED = 128  # memory of weights goes on to whole tiles, which have at most so many rows and columns
 AT_ONCE = tl.constexpr(4096)  # numbers that one program adds at a time
 
 

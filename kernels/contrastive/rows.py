@@ -19,11 +19,11 @@ from .tiles import LOG2_E
 def _unit_kernel(
     x,  # [N, D], rows s_x apart
     out,  # [N, D], or None: the divisors alone
-    divisors,  # [N] float32
+    divisors,  # [N] float32 or float64
     N,
     D,
     s_x,
-    EPS: tl.constexpr,
+    eps: tl.float64,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -32,23 +32,25 @@ def _unit_kernel(
     mask = (i_row < N)[:, None] & (column < D)[None, :]
     b_x = tl.load(x + launch.row_start(i_row, s_x, 1)[:, None] + column[None, :], mask, 0).to(tl.float64)
     # float64: at temperature 0.01 the digits that a float32 norm loses are a hundred times as many in the logits
-    divisor = tl.maximum(tl.sqrt(tl.sum(b_x * b_x, 1)), EPS, propagate_nan=tl.PropagateNan.ALL)
+    least = tl.full((), eps, tl.float64)  # a bare number would be float32 first
+    divisor = tl.maximum(tl.sqrt(tl.sum(b_x * b_x, 1)), least, propagate_nan=tl.PropagateNan.ALL)
     if out is not None:
         b_y = (b_x * (1 / divisor)[:, None]).to(tl.float32)
         tl.store(out + launch.row_start(i_row, D, 1)[:, None] + column[None, :], b_y, mask)
-    tl.store(divisors + i_row, divisor.to(tl.float32), i_row < N)
+    tl.store(divisors + i_row, divisor, i_row < N)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _through_unit_kernel(
-    gradient,  # [N, D] float32
+    gradient,  # [N, D] float32, rows s_gradient apart
     unit,  # [N, D]
-    divisors,  # [N] float32
+    divisors,  # [N] float32 or float64
     out,  # [N, D]
     N,
     D,
+    s_gradient,
+    eps: tl.float64,
     DIVIDED: tl.constexpr,  # False: `unit` is still to be divided
-    EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -56,12 +58,14 @@ def _through_unit_kernel(
     column = tl.arange(0, BLOCK)
     mask = (i_row < N)[:, None] & (column < D)[None, :]
     at = launch.row_start(i_row, D, 1)[:, None] + column[None, :]
-    b_g = tl.load(gradient + at, mask, 0)
+    b_g = tl.load(gradient + launch.row_start(i_row, s_gradient, 1)[:, None] + column[None, :], mask, 0)
     b_u = tl.load(unit + at, mask, 0).to(tl.float32)
     divisor = tl.load(divisors + i_row, i_row < N, 1.0)
+    is_longer = divisor > tl.full((), eps, tl.float64).to(divisor.dtype)  # rounded as eps is where it is the divisor
+    divisor = divisor.to(tl.float32)
     if not DIVIDED:
         b_u = b_u / divisor[:, None]
-    radial = tl.where(divisor > EPS, tl.sum(b_g * b_u, 1), 0.0)
+    radial = tl.where(is_longer, tl.sum(b_g * b_u, 1), 0.0)
     tl.store(out + at, (b_g - radial[:, None] * b_u) / divisor[:, None], mask)
 
 
@@ -206,20 +210,29 @@ def unit_rows(
         return x.contiguous(), None
     x = dense_rows(x)
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    divisors = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    tile = tiling.similarity_rows(x.shape[1])
-    grid = (triton.cdiv(len(x), tile["ROWS"]),)
-    launch.launch(_unit_kernel, grid, x, out, divisors, *x.shape, x.stride(0), EPS=eps, **tile, device_of=x)
-    return out, divisors
+    return out, _divided(x, out, torch.float32, eps)
+
+
+def normalize_rows(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Unit rows [N, D] float32 and divisors [N] float64; of them `through_unit_rows` makes the gradient."""
+    rows = dense_rows(rows)
+    unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    return unit, _divided(rows, unit, torch.float64, eps)
+
+
+def _divided(x: Tensor, out: Tensor | None, dtype: torch.dtype, eps: float) -> Tensor:
+    """[N], what makes unit rows of a dense x [N, D]; these are written into `out`."""
+    divisors = torch.empty(len(x), dtype=dtype, device=x.device)
+    if len(x):
+        tile = tiling.similarity_rows(x.shape[1])
+        grid = (triton.cdiv(len(x), tile["ROWS"]),)
+        launch.launch(_unit_kernel, grid, x, out, divisors, *x.shape, x.stride(0), float(eps), **tile, device_of=x)
+    return divisors
 
 
 def lengths(x: Tensor, eps: float = UNIT_EPS) -> Tensor:
     """[N] float32: what makes unit rows of a contiguous x [N, D]."""
-    divisors = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    tile = tiling.similarity_rows(x.shape[1])
-    grid = (triton.cdiv(len(x), tile["ROWS"]),)
-    launch.launch(_unit_kernel, grid, x, None, divisors, *x.shape, x.shape[1], EPS=eps, **tile, device_of=x)
-    return divisors
+    return _divided(x, None, torch.float32, eps)
 
 
 def through_unit_rows(
@@ -234,13 +247,15 @@ def through_unit_rows(
     """Of rows that aren't `divided` yet, `unit` is the rows as they came."""
     if divisors is None:
         return gradient.to(dtype)
+    gradient = dense_rows(gradient)
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    tile = tiling.similarity_rows(gradient.shape[1])
-    grid = (triton.cdiv(len(gradient), tile["ROWS"]),)
-    launch.launch(
-        _through_unit_kernel, grid, gradient, unit, divisors, out, *out.shape, DIVIDED=divided, EPS=eps, **tile,
-        device_of=out,
-    )  # fmt: skip
+    if len(out):
+        tile = tiling.similarity_rows(gradient.shape[1])
+        grid = (triton.cdiv(len(gradient), tile["ROWS"]),)
+        launch.launch(
+            _through_unit_kernel, grid, gradient, unit, divisors, out, *out.shape, gradient.stride(0), float(eps),
+            DIVIDED=divided, **tile, device_of=out,
+        )  # fmt: skip
     return out
 
 
